@@ -8,15 +8,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-#: On Hopper, cuDNN's kernel is the fastest for whole rows; each of these is passed over where it cannot serve.
-PREFERRED = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 def attend_rows(
@@ -46,10 +37,9 @@ def attend_rows(
         # The CPU's fused kernel takes equal head counts only.
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         groups = 1
-    with sdpa_kernel(PREFERRED, set_priority=True):
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups > 1
-        )
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups > 1
+    )
     return out.transpose(1, 2)
 
 
