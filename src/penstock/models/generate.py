@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from penstock.core.errors import UsageError
-from penstock.core.randomness import torch_generator
+from penstock.core.randomness import derive, uniforms
 from penstock.models.attention import CachedRows
 from penstock.models.decoder import Decoder
-from penstock.models.sampling import Sampling, probabilities
+from penstock.models.sampling import Sampling, draw, probabilities
 
 
 def generate(model: Decoder, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int]) -> Iterator[int]:
@@ -36,10 +37,12 @@ def _generate(model: Decoder, prompt: Sequence[int], sampling: Sampling, stop: f
     device = model.embedding.weight.device
     context = CachedRows()
     tokens = torch.tensor([list(prompt)], device=device)
-    for count in range(min(sampling.max_tokens, model.config.context - len(prompt))):
+    most = min(sampling.max_tokens, model.config.context - len(prompt))
+    uniform = torch.from_numpy(uniforms(derive(sampling.seed, "sample"), np.arange(most)))
+    for count in range(most):
         hidden = model(tokens, context.extend(tokens.shape[1], device)).hidden[0, -1]
         chances = probabilities(model.logits(hidden).double().cpu(), sampling)
-        token = int(chances.multinomial(1, generator=torch_generator(sampling.seed, "sample", count)))
+        token = int(draw(chances, uniform[count]))
         if token in stop:
             return
         yield token

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
@@ -32,28 +33,66 @@ class Sampling(Config):
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [*, vocabulary] that ``sampling`` draws from, given ``logits`` of that shape.
+    """The distribution [*, vocabulary] that ``sampling`` draws from, given ``logits`` of that shape."""
+    whole = logits.unsqueeze(0)
 
-    Probabilities are renormalised after each cut, so that a later cut sees those of the tokens still left.
+    def option(value: float) -> Tensor:
+        return torch.tensor([value], dtype=torch.float64, device=logits.device).view(-1, *(1,) * (logits.dim() - 1))
+
+    return probabilities_of(
+        whole,
+        temperature=option(sampling.temperature),
+        top_k=option(sampling.top_k).long() if sampling.top_k is not None else None,
+        top_p=option(sampling.top_p) if sampling.top_p < 1 else None,
+        min_p=option(sampling.min_p) if sampling.min_p > 0 else None,
+    )[0]
+
+
+def probabilities_of(
+    logits: Tensor,
+    *,
+    temperature: Tensor,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+) -> Tensor:
+    """The distributions [*R, vocabulary] of rows that have options of their own, each of shape [*R].
+
+    Probabilities are renormalised after each cut, so that a later cut sees those of the tokens still left. ``top_k`` 0
+    leaves all tokens; an option that is None is not asked for by any row.
     """
-    if sampling.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    size = logits.shape[-1]
     scores = logits
-    if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
-        least = scores.topk(sampling.top_k, -1).values[..., -1:]
-        scores = scores.masked_fill(scores < least, -torch.inf)
+    if top_k is not None:
+        limit = torch.where(top_k > 0, top_k, size).clamp(max=size)
+        ranked = scores.topk(int(limit.max()), -1).values
+        scores = scores.masked_fill(scores < ranked.gather(-1, (limit - 1).unsqueeze(-1)), -torch.inf)
     # Counted from the largest, scores stay numbers however small the temperature is.
-    temperature = max(sampling.temperature, torch.finfo(scores.dtype).tiny)
-    chances = ((scores - scores.amax(-1, keepdim=True)) / temperature).softmax(-1)
-    if sampling.top_p < 1:
+    heat = temperature.to(scores.dtype).clamp(min=torch.finfo(scores.dtype).tiny).unsqueeze(-1)
+    chances = ((scores - scores.amax(-1, keepdim=True)) / heat).softmax(-1)
+    if top_p is not None:
         # By score, since rounding can make the probabilities of unlike scores equal.
         order = scores.sort(dim=-1, descending=True, stable=True).indices
-        before = torch.nn.functional.pad(chances.gather(-1, order).double().cumsum(-1)[..., :-1], (1, 0))
+        before = F.pad(chances.gather(-1, order).double().cumsum(-1)[..., :-1], (1, 0))
         # A token stays if those before it do not reach p yet, so that the first always stays.
-        kept = torch.zeros_like(chances, dtype=torch.bool).scatter(-1, order, before < sampling.top_p)
-        chances = chances * kept
+        kept = (before < top_p.unsqueeze(-1)) | (top_p.unsqueeze(-1) >= 1)
+        chances = chances * torch.zeros_like(kept).scatter(-1, order, kept)
         chances = chances / chances.sum(-1, keepdim=True)
-    if sampling.min_p > 0:
-        chances = chances * (chances >= sampling.min_p * chances.amax(-1, keepdim=True))
+    if min_p is not None:
+        chances = chances * (chances >= min_p.to(chances.dtype).unsqueeze(-1) * chances.amax(-1, keepdim=True))
         chances = chances / chances.sum(-1, keepdim=True)
-    return chances
+    cold = (temperature == 0).unsqueeze(-1)
+    if cold.device.type == "cpu" and not cold.any():
+        return chances
+    return torch.where(cold, F.one_hot(logits.argmax(-1), size).to(chances.dtype), chances)
+
+
+def draw(chances: Tensor, uniform: Tensor) -> Tensor:
+    """The token int64 [*R] that a number in [0, 1) picks from each of ``chances`` [*R, vocabulary]: the first at which
+    the cumulated probability exceeds ``uniform`` [*R] (float64) times the sum."""
+    reached = chances.cumsum(-1)
+    total = reached[..., -1:]
+    aim = (uniform.unsqueeze(-1) * total.double()).to(chances.dtype)
+    # Rounding may lift the aim to the sum itself, which nothing exceeds.
+    aim = torch.minimum(aim, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(reached, aim, right=True).squeeze(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
@@ -26,19 +26,72 @@ def stream_text(model: Decoder, tokenizer: PreTrainedTokenizerBase, prompt: str,
     """
     tokens = tokenizer(prompt)["input_ids"]
     stop = frozenset({tokenizer.eos_token_id} - {None})
-    return _pieces(tokenizer.backend_tokenizer, tokens, generate(model, tokens, sampling, stop))
+    return _pieces(TextStream(tokenizer.backend_tokenizer, tokens), generate(model, tokens, sampling, stop))
 
 
-def _pieces(tokenizer: Tokenizer, prompt: list[int], following: Iterator[int]) -> Iterator[str]:
-    # The stream holds back a token until its bytes make whole characters; the prompt gives it the left context.
-    stream = DecodeStream(ids=prompt, skip_special_tokens=True)
-    tokens, length = list(prompt), len(tokenizer.decode(prompt))
+def _pieces(text: TextStream, following: Iterator[int]) -> Iterator[str]:
     for token in following:
-        tokens.append(token)
-        piece = stream.step(tokenizer, token)
+        piece = text.push([token])
         if piece:
-            length += len(piece)
             yield piece
-    rest = tokenizer.decode(tokens)[length:]
+    rest = text.end()
     if rest:
         yield rest
+
+
+class TextStream:
+    """The text of tokens that come one after another, in pieces of whole characters, up to a stop string.
+
+    Args:
+        tokenizer: of the model.
+        prompt: the tokens before: the left context that some tokenizers need for the first character.
+        stop: strings that end the text; none of them is part of it.
+
+    Attributes:
+        stopped: the stop string that ended the text, None before.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+        # The stream holds back a token until its bytes make whole characters.
+        self._tokenizer, self._stream = tokenizer, DecodeStream(ids=list(prompt), skip_special_tokens=True)
+        self._tokens, self._length = list(prompt), len(tokenizer.decode(list(prompt)))
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped: str | None = None
+
+    def push(self, tokens: Iterable[int]) -> str:
+        """The text that ``tokens`` add. What could be the beginning of a stop string is held back."""
+        fresh = []
+        for token in tokens:
+            self._tokens.append(token)
+            piece = self._stream.step(self._tokenizer, token)
+            if piece:
+                self._length += len(piece)
+                fresh.append(piece)
+        return self._show("".join(fresh))
+
+    def end(self) -> str:
+        """The rest of the text; its last character may be one that the model left unfinished."""
+        if self.stopped is not None:
+            return ""
+        shown = self._show(self._tokenizer.decode(self._tokens)[self._length :])
+        rest, self._held = self._held, ""
+        return shown + rest
+
+    def _show(self, fresh: str) -> str:
+        if self.stopped is not None:
+            return ""
+        text = self._held + fresh
+        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        if found:
+            place, self.stopped = min(found)
+            self._held = ""
+            return text[:place]
+        kept = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of ``text`` that begins ``stop``."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -6,13 +6,15 @@ Engines are tested against this, so nothing here is shared with them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.core.randomness import torch_generator
+from penstock.core.randomness import derive, uniforms
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
 from penstock.models.sampling import Sampling
@@ -70,12 +72,18 @@ def distribution(logits: Tensor, sampling: Sampling) -> list[float]:
     return [chances.get(token, 0.0) / total for token in range(len(scores))]
 
 
+def pick(chances: Sequence[float], uniform: float) -> int:
+    """The first token at which the cumulated ``chances`` exceed ``uniform``, a number in [0, 1), times their sum."""
+    reached = list(itertools.accumulate(chances))
+    return next(token for token, sum_ in enumerate(reached) if sum_ > uniform * reached[-1])
+
+
 def sample(model: Decoder, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset()) -> list[int]:
     """The tokens after ``prompt``, drawn as ``sampling`` says; the draw of token i depends on the seed and i alone."""
     tokens = list(prompt)
     for count in range(sampling.max_tokens):
-        chances = torch.tensor(distribution(next_logits(model, tokens), sampling), dtype=torch.float64)
-        token = int(chances.multinomial(1, generator=torch_generator(sampling.seed, "sample", count)))
+        chances = distribution(next_logits(model, tokens), sampling)
+        token = pick(chances, float(uniforms(derive(sampling.seed, "sample"), np.array([count]))[0]))
         if token in stop:
             break
         tokens.append(token)

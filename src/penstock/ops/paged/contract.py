@@ -1,0 +1,106 @@
+"""The contract ``attention.paged``: attention of a flat batch of tokens over keys and values in blocks of a pool.
+
+A pool has blocks of ``block_size`` token slots. A sequence's *table* lists its blocks in order: the keys and values of
+its token at position p are in slot p % block_size of block table[p // block_size]. Blocks may be shared by sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from penstock.policy import Policy, contract
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheShape:
+    """What the memory of keys and values is made of.
+
+    Attributes:
+        layers, heads, kv_heads, head_dim: of the model.
+        blocks: how many blocks the pool has.
+        block_size: token slots of a block.
+        dtype, device: of the memory, and of queries, keys and values.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    blocks: int
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes that one block takes in all layers."""
+        return 2 * self.layers * self.block_size * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedBatch:
+    """Where the tokens of a flat batch belong. Sequence b's new tokens are [starts[b], starts[b + 1]); they are the
+    last of its ``lengths[b]`` tokens, and each sees those before it and itself.
+
+    All tensors lie on the CPU, contiguous: a backend moves what it needs.
+
+    Attributes:
+        starts: int32 [B + 1], from 0 to N.
+        lengths: int32 [B], tokens of each sequence with the new ones.
+        tables: int32 [B, M], the blocks of each sequence; what is behind its last block is not looked at.
+        slots: int64 [N], block * block_size + offset, where each new token's key and value go.
+        longest: the largest number of new tokens of a sequence.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    tables: Tensor
+    slots: Tensor
+    longest: int
+
+
+class PagedCache:
+    """The memory of keys and values, and attention over it."""
+
+    def __init__(self, shape: CacheShape) -> None:
+        self.shape = shape
+
+    def plan(self, batch: PagedBatch) -> None:
+        """Prepares the attention of ``batch`` in all layers; called once before each forward pass."""
+        raise NotImplementedError
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """Stores the new tokens' keys and values of ``layer``, then attends: query [N, H, D], key and value
+        [N, K, D], result [N, H, D]. A ``window`` lets a token see itself and the window - 1 tokens before it."""
+        raise NotImplementedError
+
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        """Copies whole blocks in all layers, sources[i] to targets[i]; no target is also a source."""
+        raise NotImplementedError
+
+
+@contract(
+    "attention.paged",
+    law="equal to plain attention over each sequence's own tokens, for any lengths, block tables and shared blocks; "
+    "writes go to the slots of the new tokens and nowhere else",
+)
+class PagedAttention(Policy):
+    """Makes the memory of keys and values, and computes attention over it."""
+
+    def serves(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None where the policy works for ``device`` and ``dtype`` on this machine, else the reason why it does not,
+        as a clause: ``"it needs a CUDA device"``."""
+        raise NotImplementedError
+
+    def open(self, shape: CacheShape) -> PagedCache:
+        """The memory, for a shape that the policy serves.
+
+        Raises:
+            torch.OutOfMemoryError, RuntimeError: the memory is not there.
+        """
+        raise NotImplementedError

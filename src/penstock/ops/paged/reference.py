@@ -1,0 +1,61 @@
+"""The readable backend: one sequence after the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from penstock.ops.attention import attend_rows, causal_mask
+from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache
+from penstock.policy import policy
+
+
+class ReferenceCache(PagedCache):
+    """Keys and values as [layers, 2, blocks, block_size, K, D]."""
+
+    def __init__(self, shape: CacheShape) -> None:
+        super().__init__(shape)
+        self._memory = torch.zeros(
+            shape.layers,
+            2,
+            shape.blocks,
+            shape.block_size,
+            shape.kv_heads,
+            shape.head_dim,
+            dtype=shape.dtype,
+            device=shape.device,
+        )
+
+    def plan(self, batch: PagedBatch) -> None:
+        self._batch = batch
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        keys, values = self._memory[layer].flatten(1, 2)
+        slots = self._batch.slots.to(key.device)
+        keys[slots], values[slots] = key, value
+        starts, out = self._batch.starts.tolist(), torch.empty_like(query)
+        for index, length in enumerate(self._batch.lengths.tolist()):
+            own = slice(starts[index], starts[index + 1])
+            position = torch.arange(length)
+            block = self._batch.tables[index].long()[position // self.shape.block_size]
+            where = (block * self.shape.block_size + position % self.shape.block_size).to(key.device)
+            mask = causal_mask(position[length - (own.stop - own.start) :], position, window).to(key.device)
+            rows = (x.unsqueeze(0) for x in (query[own], keys[where], values[where]))
+            out[own] = attend_rows(*rows, scale=scale, mask=mask[None, None])[0]
+        return out
+
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        self._memory[:, :, targets] = self._memory[:, :, sources]
+
+
+@policy("attention.paged", "reference")
+class Reference(PagedAttention):
+    """Gathers each sequence's keys and values and attends to them, one sequence at a time, on any device."""
+
+    def serves(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+    def open(self, shape: CacheShape) -> PagedCache:
+        return ReferenceCache(shape)

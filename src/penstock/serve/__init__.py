@@ -1,0 +1,1 @@
+"""Serving: continuous batching on a paged cache whose prefixes are shared."""

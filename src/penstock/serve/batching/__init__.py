@@ -1,0 +1,1 @@
+"""Batching policies: which sequences the next step works on, and how many tokens of each."""

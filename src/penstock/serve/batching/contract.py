@@ -1,0 +1,83 @@
+"""The contract ``serve.batching``: what the next step of the engine computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence as List
+from typing import Protocol
+
+from penstock.policy import Policy, contract
+from penstock.serve.sequence import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a step may hold.
+
+    Attributes:
+        tokens: the token budget of a step.
+        sequences: most sequences that run at a time.
+        blocks: of the cache.
+        block_size: tokens of a block.
+    """
+
+    tokens: int
+    sequences: int
+    blocks: int
+    block_size: int
+
+
+class Room(Protocol):
+    """What is left of a step while its batch is formed. The engine keeps the books: a batcher cannot overspend."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the budget that are left."""
+        ...
+
+    def take(self, sequence: Sequence, most: int | None = None) -> int:
+        """Puts up to ``most`` of the remaining tokens of ``sequence`` into the batch; returns how many.
+
+        A running sequence gets what the budget allows; where blocks are short, the last of the others are preempted
+        for it, and come back through :meth:`Batcher.add`. A waiting one is admitted if the cache has room for all of
+        its tokens: prefixes that are in the cache are taken from there, and count for nothing.
+
+        0 means that there is no room for it in this step: neither budget, slot nor blocks, or that a running sequence
+        was itself preempted. A sequence can be taken once in a step.
+        """
+        ...
+
+
+class Batcher(Protocol):
+    """The state of a batching policy in one engine: it holds the sequences that wait."""
+
+    @property
+    def waiting(self) -> int:
+        """How many sequences wait."""
+        ...
+
+    def add(self, sequence: Sequence) -> None:
+        """A sequence arrives, or comes back after preemption."""
+        ...
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence that waits is aborted."""
+        ...
+
+    def form(self, running: List[Sequence], room: Room) -> None:
+        """Takes the next batch from ``room``. ``running`` are the sequences with memory that have something to
+        compute, by priority and arrival."""
+        ...
+
+
+@contract(
+    "serve.batching",
+    law="greedy tokens of each request identical to the request decoded alone, for any arrivals, lengths, shared "
+    "prefixes, aborts and preemptions; token budget and blocks never exceeded; every request finishes; no block lost",
+)
+class Batching(Policy):
+    """Forms the batch of each step."""
+
+    def start(self, limits: Limits) -> Batcher:
+        """A batcher for an engine with ``limits``."""
+        raise NotImplementedError

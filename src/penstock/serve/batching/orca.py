@@ -1,0 +1,46 @@
+"""Iteration-level scheduling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+
+from penstock.policy import policy
+from penstock.serve.batching.contract import Batcher, Batching, Limits, Room
+from penstock.serve.batching.queue import FairQueue
+from penstock.serve.sequence import Sequence
+
+
+class OrcaBatcher:
+    """See :class:`Orca`."""
+
+    def __init__(self) -> None:
+        self._queue = FairQueue()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    def add(self, sequence: Sequence) -> None:
+        self._queue.add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        self._queue.remove(sequence)
+
+    def form(self, running: List[Sequence], room: Room) -> None:
+        for sequence in running:
+            room.take(sequence)
+        while (first := self._queue.first()) is not None and room.take(first):
+            self._queue.pop()
+
+
+@policy("serve.batching", "orca")
+class Orca(Batching):
+    """Every iteration, all running sequences go on by what they have to compute, and waiting ones are let in, whole
+    prompts at a time, while budget, slots and blocks last (Orca, Yu et al. 2022).
+
+    A prompt longer than what is left of the token budget is computed in pieces all the same, since a step's budget is
+    a promise; Orca itself has none.
+    """
+
+    def start(self, limits: Limits) -> Batcher:
+        return OrcaBatcher()

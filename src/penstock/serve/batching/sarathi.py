@@ -1,0 +1,50 @@
+"""Chunked prefill with stall-free batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+
+from penstock.policy import policy
+from penstock.serve.batching.contract import Batcher, Batching, Limits, Room
+from penstock.serve.batching.queue import FairQueue
+from penstock.serve.sequence import Sequence
+
+
+class SarathiBatcher:
+    """See :class:`Sarathi`."""
+
+    def __init__(self) -> None:
+        self._queue = FairQueue()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    def add(self, sequence: Sequence) -> None:
+        self._queue.add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        self._queue.remove(sequence)
+
+    def form(self, running: List[Sequence], room: Room) -> None:
+        for sequence in running:
+            if sequence.decoding:
+                room.take(sequence)
+        for sequence in running:
+            if not sequence.decoding and room.tokens:
+                room.take(sequence)
+        while room.tokens and (first := self._queue.first()) is not None and room.take(first):
+            self._queue.pop()
+
+
+@policy("serve.batching", "sarathi", papers=[200, 293])
+class Sarathi(Batching):
+    """Decodes first, so that no running sequence stalls; what is left of the token budget goes to chunks of the
+    prompts under way, then to new ones (Sarathi-Serve).
+
+    The budget of a step bounds the time between tokens. From the papers: chunked prefill, decodes piggybacked on it,
+    the order of the three groups. Ours: within a group, sequences go by priority, then fairly among keys.
+    """
+
+    def start(self, limits: Limits) -> Batcher:
+        return SarathiBatcher()

@@ -1,0 +1,108 @@
+"""Makes an engine from a model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+
+from penstock.core.devices import pick
+from penstock.core.errors import PenstockError, UsageError
+from penstock.models import hub
+from penstock.models.decoder import Decoder
+from penstock.ops.paged.contract import CacheShape, PagedAttention
+from penstock.policy import index
+from penstock.serve.config import EngineConfig
+from penstock.serve.engine import Engine
+from penstock.serve.runner import Runner
+
+#: Backends from the best to the one that serves everything.
+PREFERENCE = ("flashinfer", "cpu", "reference")
+
+#: Tokens for which a CPU's cache has room at most, unless the configuration says otherwise.
+MOST_CPU_TOKENS = 1 << 18
+
+
+def open_engine(source: str | Path, config: EngineConfig, device: str = "auto") -> Engine:
+    """An engine for the model ``source`` (whatever ``hub.resolve`` takes) on ``device``.
+
+    Raises:
+        PenstockError: the model cannot be had, or does not fit.
+    """
+    where = pick(device)
+    folder = hub.resolve(source)
+    model = hub.load(folder, device=where, dtype=_dtype(config, where)).eval()
+    tokenizer = hub.load_tokenizer(folder)
+    return build_engine(model, config, stop=frozenset({tokenizer.eos_token_id} - {None}))
+
+
+def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    return named.get(config.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def build_engine(model: Decoder, config: EngineConfig, stop: frozenset[int] = frozenset()) -> Engine:
+    """An engine for ``model`` where it lies, in its own dtype.
+
+    Raises:
+        PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
+    """
+    weight, shape = model.embedding.weight, model.config
+    context = min(config.context or shape.context, shape.context)
+    backend = config.attention or _best(weight.device, weight.dtype)
+    reason = backend.serves(weight.device, weight.dtype)
+    if reason is not None:
+        raise UsageError(f"the attention backend {backend.policy_name!r} does not serve here: {reason}")
+    cache = CacheShape(
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        blocks=1,
+        block_size=config.block_size,
+        dtype=weight.dtype,
+        device=weight.device,
+    )
+    blocks = _blocks(config, cache, context)
+    memory = backend.open(CacheShape(**{**vars(cache), "blocks": blocks}))
+    return Engine(config, Runner(model, memory, config.sequences, context), stop)
+
+
+def _best(device: torch.device, dtype: torch.dtype) -> PagedAttention:
+    known = {entry.name: entry for entry in index().entries("attention.paged")}
+    for name in PREFERENCE:
+        if name in known:
+            backend = known[name].load()()
+            if isinstance(backend, PagedAttention) and backend.serves(device, dtype) is None:
+                return backend
+    raise PenstockError(f"no attention backend serves {device} with {dtype}")
+
+
+def _blocks(config: EngineConfig, cache: CacheShape, context: int) -> int:
+    """How many blocks the cache has."""
+    if config.cache_tokens is not None:
+        return -(-config.cache_tokens // config.block_size)
+    if cache.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(cache.device)
+        # What a step's activations take is set aside: the logits in fp32 and a few hidden states are the largest.
+        room = free - (1 - config.memory) * total
+    else:
+        room = min(_free_memory() * config.memory / 2, MOST_CPU_TOKENS * cache.block_bytes / cache.block_size)
+    blocks = int(room // cache.block_bytes)
+    if blocks * config.block_size < min(context, 64):
+        raise PenstockError(
+            f"there is room for {max(blocks, 0)} blocks of {cache.block_bytes / 2**20:.1f} MiB only",
+            hint="Free memory, raise engine.memory, or set engine.cache_tokens.",
+        )
+    return blocks
+
+
+def _free_memory() -> int:
+    """Bytes of main memory that are free for use."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,51 @@
+"""The settings of an engine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from penstock.core.config import Config
+from penstock.ops.paged.contract import PagedAttention
+from penstock.policy import Choice
+from penstock.serve.batching.contract import Batching
+from penstock.serve.batching.sarathi import Sarathi
+from penstock.serve.loops.contract import Loop
+from penstock.serve.loops.overlapped import Overlapped
+
+
+class EngineConfig(Config):
+    """How an engine works.
+
+    Attributes:
+        batching: forms the batch of each step.
+        loop: in which order scheduling, computing and publishing follow each other.
+        attention: attention over the cache; None picks the best that serves the device.
+        dtype: of weights and cache; ``auto`` is bf16 on CUDA, fp32 on the CPU.
+        tokens: the token budget of a step; at least ``sequences``, so that all of them can go on in one.
+        sequences: most sequences that run at a time.
+        block_size: tokens of a block of the cache.
+        cache_tokens: tokens for which the cache has room; None sizes it by ``memory``.
+        memory: share of the device's memory that weights and cache may take together (of what is free, on the CPU).
+        context: most tokens of a sequence; None takes the model's own limit.
+        check: compare the cache's books with the sequences after every step.
+    """
+
+    batching: Annotated[Batching, Choice("serve.batching")] = Sarathi()
+    loop: Annotated[Loop, Choice("serve.loop")] = Overlapped()
+    attention: Annotated[PagedAttention, Choice("attention.paged")] | None = None
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    tokens: PositiveInt = 2048
+    sequences: PositiveInt = 256
+    block_size: PositiveInt = 16
+    cache_tokens: PositiveInt | None = None
+    memory: Annotated[float, Field(gt=0, le=1)] = 0.85
+    context: PositiveInt | None = None
+    check: bool = False
+
+    @model_validator(mode="after")
+    def _all_can_go_on(self) -> EngineConfig:
+        if self.tokens < self.sequences:
+            raise ValueError(f"a budget of {self.tokens} tokens a step cannot serve {self.sequences} sequences")
+        return self

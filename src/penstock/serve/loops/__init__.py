@@ -1,0 +1,1 @@
+"""Loops: the order of scheduling, computing and publishing."""

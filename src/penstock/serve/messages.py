@@ -1,0 +1,105 @@
+"""What goes into an engine and what comes out: plain records, which travel between processes as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from penstock.serve.sampling import SamplingParams
+
+
+class Finish(enum.StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"  #: the model ended its text, or a stop token or string came
+    LENGTH = "length"  #: ``max_tokens`` or the model's context was reached
+    ABORT = "abort"  #: the client went away, or asked for it
+    DEADLINE = "deadline"  #: it took longer than it may
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt to continue.
+
+    Attributes:
+        id: unique among the requests that are alive.
+        prompt: token ids, at least one.
+        sampling: how tokens are chosen, and how many continuations.
+        priority: a smaller number goes first.
+        key: whose request it is; the keys share the engine fairly.
+        deadline: seconds from arrival after which the request ends with what it has, or None.
+    """
+
+    id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    priority: int = 0
+    key: str = ""
+    deadline: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Abort:
+    """Ends the request ``id``, whatever state it is in; an unknown one is ignored."""
+
+    id: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: of the token there, and of the most probable ones (token, logprob, rank)."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """News of one continuation of a request.
+
+    Attributes:
+        id: of the request.
+        index: which of its ``n`` continuations.
+        tokens: the new tokens, in order; a stop token that ended the request is the last of them.
+        logprobs: one for each of ``tokens`` where they were asked for.
+        prompt_logprobs: once, where they were asked for: one for each prompt token but the first.
+        finish: why it ended; None while it goes on.
+        cached: prompt tokens whose keys and values were in the cache already.
+    """
+
+    id: str
+    index: int
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finish: Finish | None = None
+    cached: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """An engine's state at the end of a step, for the metrics and the live page.
+
+    Attributes:
+        steps: steps so far.
+        running, waiting: sequences that have memory, and that wait for it.
+        blocks, held: of the pool, in all and held by sequences.
+        batch_tokens, batch_sequences: of the last step.
+        prompt_tokens, cached_tokens, output_tokens, preemptions: counters since the start.
+        step_seconds: of the last step.
+    """
+
+    steps: int
+    running: int
+    waiting: int
+    blocks: int
+    held: int
+    batch_tokens: int
+    batch_sequences: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    preemptions: int
+    step_seconds: float

@@ -1,0 +1,93 @@
+"""A sequence of tokens that the engine continues."""
+
+from __future__ import annotations
+
+from penstock.serve.messages import Finish, Request
+from penstock.serve.sampling import SamplingParams
+
+
+class Sequence:
+    """One continuation of a request, and where it stands.
+
+    Attributes:
+        request: what asked for it; ``index`` says which of the request's continuations it is.
+        sampling: how its tokens are chosen (with its own seed).
+        tokens: the prompt and what followed, as far as known here.
+        prompt: length of the prompt.
+        limit: most tokens in all.
+        computed: tokens whose keys and values are in the cache, or will be once the queued work is done.
+        in_flight: tokens that queued work will append to ``tokens``.
+        blocks: its blocks of the cache, in order; empty while it waits.
+        committed: how many of the blocks are in the prefix tree, the last of them at ``node``.
+        slot: its row in the runner's tables while it runs, else -1.
+        cached: prompt tokens that were found in the cache when it was admitted first; -1 before.
+        preempted: whether it lost its memory and has to be computed again.
+        deadline: time.monotonic() at which it ends, or None.
+        finish: why it ended, None while it lives.
+    """
+
+    __slots__ = (
+        "arrival",
+        "blocks",
+        "cached",
+        "committed",
+        "computed",
+        "deadline",
+        "finish",
+        "in_flight",
+        "index",
+        "limit",
+        "node",
+        "preempted",
+        "prompt",
+        "request",
+        "sampling",
+        "slot",
+        "tokens",
+    )
+
+    def __init__(
+        self, request: Request, index: int, sampling: SamplingParams, tokens: list[int], limit: int, arrival: int
+    ) -> None:
+        self.request = request
+        self.index = index
+        self.sampling = sampling
+        self.tokens = tokens
+        self.prompt = len(request.prompt)
+        self.limit = limit
+        self.arrival = arrival
+        self.deadline: float | None = None
+        self.computed = 0
+        self.in_flight = 0
+        self.blocks: list[int] = []
+        self.committed = 0
+        self.node = 0
+        self.slot = -1
+        self.cached = -1
+        self.preempted = False
+        self.finish: Finish | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens, with those that queued work will append."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that must be computed before the next one can be sampled; 1 where it decodes."""
+        return len(self.tokens) + self.in_flight - self.computed
+
+    @property
+    def running(self) -> bool:
+        """Whether it has a slot and blocks."""
+        return self.slot >= 0
+
+    @property
+    def decoding(self) -> bool:
+        """Whether only its newest token remains to be computed."""
+        return self.remaining == 1
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Order among sequences: by priority, then by arrival."""
+        return self.request.priority, self.arrival
