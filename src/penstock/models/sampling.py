@@ -34,18 +34,18 @@ class Sampling(Config):
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """The distribution [*, vocabulary] that ``sampling`` draws from, given ``logits`` of that shape."""
-    whole = logits.unsqueeze(0)
+    rows = logits.shape[:-1]
 
     def option(value: float) -> Tensor:
-        return torch.tensor([value], dtype=torch.float64, device=logits.device).view(-1, *(1,) * (logits.dim() - 1))
+        return torch.full(rows, value, dtype=torch.float64, device=logits.device)
 
     return probabilities_of(
-        whole,
+        logits,
         temperature=option(sampling.temperature),
         top_k=option(sampling.top_k).long() if sampling.top_k is not None else None,
         top_p=option(sampling.top_p) if sampling.top_p < 1 else None,
         min_p=option(sampling.min_p) if sampling.min_p > 0 else None,
-    )[0]
+    )
 
 
 def probabilities_of(
