@@ -4,6 +4,7 @@ A generated part stands between two lines, of which the first names the generato
 
     <!-- figures: NAME -->      the results of a benchmark, or of one device's file (NAME-DEVICE)
     <!-- policies: CONTRACT --> the policies of a contract
+    <!-- timelines -->          a picture of each pipeline schedule, which is drawn anew too
     <!-- contracts -->          all contracts and their laws
     <!-- papers: STATUS -->     the papers that are measured, implemented or planned
     <!-- text: FILE -->         a text file of the repository, as it is
@@ -16,17 +17,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from penstock.core.errors import PenstockError, UsageError, nearest
 from penstock.core.files import read_text, write_atomic
 from penstock.core.results import HEADINGS, Result, cells, read_results
 from penstock.papers.catalogue import Bibliography, Standing, Status, bibliography, standings
-from penstock.policy import Entry, Index, index
+from penstock.policy import Entry, Index, create, index
 
 BLOCK = re.compile(
     r"^<!-- (?P<name>[a-z]+)(?:: (?P<argument>\S+))? -->\n(?P<body>.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL
@@ -97,6 +99,32 @@ def policies(sources: Sources, document: Path, contract: str) -> str:
         for entry in sources.index.entries(contract)
     )
     return table(("Policy", "What it does", "Papers"), rows)
+
+
+@generator
+def timelines(sources: Sources, document: Path, _: str) -> str:
+    """The timeline of each pipeline schedule under its name; :func:`pictures` draws them."""
+    parts = []
+    for entry in sources.index.entries("pipeline.schedule"):
+        target = Path(os.path.relpath(picture(sources, entry), document.parent)).as_posix()
+        parts.append(f"**{entry.name}**: {entry.summary}\n\n![Timeline of {entry.name}]({target})\n")
+    return "\n".join(parts)
+
+
+def picture(sources: Sources, entry: Entry) -> Path:
+    """Where the timeline of a pipeline schedule is."""
+    return sources.root / "docs" / "images" / "pipeline" / f"{entry.name}.svg"
+
+
+def pictures(sources: Sources) -> Iterator[tuple[Path, str]]:
+    """The timelines of all pipeline schedules, with default options, on 4 devices with 8 microbatches."""
+    from penstock.pipeline.simulator import simulate
+    from penstock.pipeline.svg import svg
+    from penstock.pipeline.times import Times
+
+    for entry in sources.index.entries("pipeline.schedule"):
+        schedule = create("pipeline.schedule", entry.name).build(devices=4, microbatches=8)
+        yield picture(sources, entry), svg(simulate(schedule, Times().costs(schedule)))
 
 
 @generator
@@ -174,20 +202,23 @@ def render(text: str, document: Path, sources: Sources) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = Path(__file__).parents[1]) -> int:
-    """Rewrites, or with ``--check`` names, the documents whose generated parts are stale; returns the exit code."""
+    """Rewrites, or with ``--check`` names, documents with stale parts and stale pictures; returns the exit code."""
     parser = argparse.ArgumentParser(description="Write the generated parts of the README and the documents.")
     parser.add_argument("--check", action="store_true", help="name what is stale, change nothing, exit with 1")
     check = parser.parse_args(arguments).check
     sources = Sources.of(root)
     stale = 0
-    for document in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
-        before = document.read_text(encoding="utf-8")
-        after = render(before, document, sources)
+    documents = (root / "README.md", *sorted((root / "docs").glob("*.md")))
+    texts = [(document, render(document.read_text(encoding="utf-8"), document, sources)) for document in documents]
+    shown = any("\n<!-- timelines -->\n" in text for _, text in texts)
+    for path, after in itertools.chain(texts, pictures(sources) if shown else ()):
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
         if after != before:
             stale += 1
-            print(f"{document.relative_to(root)} is stale: run make docs" if check else f"wrote {document}")
+            print(f"{path.relative_to(root)} is stale: run make docs" if check else f"wrote {path}")
             if not check:
-                write_atomic(document, after)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, after)
     return 1 if check and stale else 0
 
 

@@ -27,7 +27,10 @@ from penstock.train.run import Run
 
 
 def ranks(size: int, work: Callable[[World], Any]) -> list[dict[str, Any]]:
-    """What ``work`` returned or raised in each of ``size`` processes, in order of their ranks, and when, in seconds."""
+    """What ``work`` returned or raised in each of ``size`` processes, in order of their ranks, and when, in seconds.
+
+    Nothing of one that was killed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -52,7 +55,7 @@ def ranks(size: int, work: Callable[[World], Any]) -> list[dict[str, Any]]:
         children.append(child)
     for child in children:
         os.waitpid(child, 0)
-    return [json.loads(os.read(pipe, 1 << 20)) for pipe in pipes]
+    return [json.loads(os.read(pipe, 1 << 20) or "{}") for pipe in pipes]
 
 
 def weights(run: Run) -> str:

@@ -1,9 +1,9 @@
-"""``penstock pipeline``: draw, compare and export pipeline schedules."""
+"""``penstock pipeline``: draw, compare, search and export pipeline schedules."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from penstock.pipeline.ir import Schedule
-    from penstock.pipeline.simulator import Costs, Simulation
+    from penstock.pipeline.simulator import Simulation
+    from penstock.pipeline.times import Times
 
-app = typer.Typer(help="Draw, compare and export pipeline schedules.", no_args_is_help=True)
+app = typer.Typer(help="Draw, compare, search and export pipeline schedules.", no_args_is_help=True)
 
 STAGES = typer.Option(4, "--stages", help="p, the devices that the pipeline runs over.", metavar="P")
 MICROBATCHES = typer.Option(8, "--microbatches", help="m, the microbatches of a step.", metavar="M")
@@ -22,19 +23,35 @@ OPTIONS = typer.Option([], "--set", help="Another option of the schedule, as key
 COST = typer.Option(
     "F=1,I=1,W=1,comm=0",
     "--cost",
-    help="Times of F, I and W of a p-th of the model, and of a transfer.",
+    help="Times of F, I and W of a p-th of the model, of a transfer (comm), and of its activation to the host's memory "
+    "(host, by default 1).",
     metavar="COST",
+)
+TRANSFORMS = typer.Option(
+    [],
+    "--transform",
+    help="A transform of the schedule, with options as in pipeoffload:share=0.5; several apply in turn.",
+    metavar="NAME",
+)
+COSTS = typer.Option(
+    None,
+    "--costs",
+    help="A JSON file of times in place of --cost: forward, input_grad and weight_grad, each a number or a list with "
+    "one for each stage, and transfer.",
+    metavar="FILE",
 )
 
 
 @app.command()
 def show(
-    name: str = typer.Argument(..., help="A schedule, or a CSV file in PyTorch's format.", metavar="NAME"),
+    name: str = typer.Argument(..., help="A schedule, a route, or a CSV file in PyTorch's format.", metavar="NAME"),
     stages: int = STAGES,
     microbatches: int = MICROBATCHES,
     chunks: int | None = CHUNKS,
     overrides: list[str] = OPTIONS,
+    transforms: list[str] = TRANSFORMS,
     cost: str = COST,
+    costs: Path | None = COSTS,
     html: Path | None = typer.Option(None, "--html", help="Write an interactive page.", metavar="FILE"),
     png: Path | None = typer.Option(None, "--png", help="Write a picture.", metavar="FILE"),
     trace: Path | None = typer.Option(None, "--trace", help="Write a trace for Perfetto.", metavar="FILE"),
@@ -53,9 +70,10 @@ def show(
     from penstock.pipeline.simulator import simulate
     from penstock.pipeline.trace import trace_events
 
-    schedule = _schedule(name, stages, microbatches, chunks, overrides)
-    simulation = simulate(schedule, _costs(cost, schedule))
-    title = f"{name}: {schedule.devices} devices, {schedule.microbatches} microbatches"
+    times = _times(cost, costs)
+    schedule = _transformed(_schedule(name, stages, microbatches, chunks, overrides, times), transforms, times)
+    simulation = simulate(schedule, times.costs(schedule))
+    title = f"{' + '.join([name, *transforms])}: {schedule.devices} devices, {schedule.microbatches} microbatches"
     if html:
         write_atomic(html, page.page(simulation, title))
     if png:
@@ -76,7 +94,9 @@ def show(
 def compare(
     stages: int = STAGES,
     microbatches: int = MICROBATCHES,
+    transforms: list[str] = TRANSFORMS,
     cost: str = COST,
+    costs: Path | None = COSTS,
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Tabulate every registered schedule, with its default options: time, bubble, memory, traffic; or why it refuses.
@@ -87,19 +107,24 @@ def compare(
 
     from rich.console import Console
 
+    from penstock.core.errors import UsageError
     from penstock.pipeline.contract import RefusalError
+    from penstock.pipeline.ir import WeightRule
     from penstock.pipeline.simulator import simulate
+    from penstock.pipeline.times import StagesError
     from penstock.policy import index
 
     simulated: dict[str, Simulation] = {}
-    refused: dict[str, RefusalError] = {}
+    refused: dict[str, UsageError] = {}
+    times = _times(cost, costs)
     for name in index().names("pipeline.schedule"):
         try:
-            schedule = _schedule(name, stages, microbatches, None, [])
-        except RefusalError as error:
+            schedule = _schedule(name, stages, microbatches, None, [], times)
+            if schedule.weights is WeightRule.FLUSH:
+                schedule = _transformed(schedule, transforms, times)
+            simulated[name] = simulate(schedule, times.costs(schedule))
+        except (RefusalError, StagesError) as error:
             refused[name] = error
-        else:
-            simulated[name] = simulate(schedule, _costs(cost, schedule))
     simulated = dict(sorted(simulated.items(), key=lambda item: item[1].makespan))
     if as_json:
         rows = [{"name": name, **simulation.summary()} for name, simulation in simulated.items()]
@@ -107,9 +132,44 @@ def compare(
         typer.echo(json.dumps(rows, indent=2))
         return
     console = Console()
-    console.print(_comparison(simulated, f"{stages} devices, {microbatches} microbatches, {cost}"))
-    for refusal in refused.values():
-        console.print(f"{refusal.what}. {refusal.hint}", highlight=False)
+    title = f"{stages} devices, {microbatches} microbatches, {costs or cost}"
+    console.print(_comparison(simulated, " + ".join([title, *transforms])))
+    for name, refusal in refused.items():
+        what = refusal.what if name in refusal.what else f"{name}: {refusal.what}"
+        console.print(f"{what}. {refusal.hint}", highlight=False)
+
+
+@app.command()
+def search(
+    memory: float = typer.Option(
+        ..., "--memory", help="The most that a device may hold: activations of microbatches on a p-th of the model."
+    ),
+    stages: int = STAGES,
+    microbatches: int = MICROBATCHES,
+    cost: str = COST,
+    costs: Path | None = COSTS,
+    top: int = typer.Option(10, "--top", min=1, help="How many to show."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Find the fastest schedules under a memory limit, over all registered schedules, their options and transforms.
+
+    Example: `penstock pipeline search --memory 3 --stages 8 --microbatches 32 --cost F=1,I=1.1,W=0.9,comm=0.05`
+    """
+    import json
+
+    from rich.console import Console
+
+    from penstock.core.progress import show as progress
+    from penstock.pipeline.search import search as find
+
+    found = find(stages, microbatches, _times(cost, costs), memory, progress)[:top]
+    if as_json:
+        rows = [{"name": candidate.label, **candidate.simulation.summary()} for candidate in found]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    simulated = {candidate.label: candidate.simulation for candidate in found}
+    title = f"{stages} devices, {microbatches} microbatches, {costs or cost}, memory {memory:g}"
+    Console().print(_comparison(simulated, title))
 
 
 @app.command()
@@ -120,6 +180,9 @@ def export(
     microbatches: int = MICROBATCHES,
     chunks: int | None = CHUNKS,
     overrides: list[str] = OPTIONS,
+    transforms: list[str] = TRANSFORMS,
+    cost: str = COST,
+    costs: Path | None = COSTS,
 ) -> None:
     """Write a schedule as CSV for the runtime of torch.distributed.pipelining, and so for torchtitan.
 
@@ -128,40 +191,68 @@ def export(
     from penstock.core.files import write_atomic
     from penstock.pipeline.torch_csv import to_csv
 
-    text = to_csv(_schedule(name, stages, microbatches, chunks, overrides))
+    times = _times(cost, costs)
+    schedule = _schedule(name, stages, microbatches, chunks, overrides, times)
+    text = to_csv(_transformed(schedule, transforms, times))
     if csv == Path("-"):
         typer.echo(text, nl=False)
     else:
         write_atomic(csv, text)
 
 
-def _schedule(name: str, stages: int, microbatches: int, chunks: int | None, overrides: list[str]) -> Schedule:
-    """The schedule of a policy, whose name may be written with hyphens, or of a CSV file."""
+def _schedule(
+    name: str, stages: int, microbatches: int, chunks: int | None, overrides: list[str], times: Times
+) -> Schedule:
+    """The schedule of a policy, whose name may be written with hyphens, of a route, or of a CSV file; ``times`` are for
+    policies that plan by them."""
     from penstock.core.config import apply_overrides
     from penstock.core.errors import UsageError
     from penstock.core.files import read_text
-    from penstock.pipeline.contract import PipelineSchedule
+    from penstock.pipeline.contract import PipelineRoute, PipelineSchedule
     from penstock.pipeline.torch_csv import from_csv
-    from penstock.policy import create
+    from penstock.policy import create, index, lookup
 
     if name.endswith(".csv"):
         return from_csv(read_text(Path(name)), name)
-    options = apply_overrides({}, overrides)
+    name = name.replace("-", "_")
+    contract = "pipeline.route" if name in index().names("pipeline.route") else "pipeline.schedule"
+    timed = "times" in lookup(contract, name).model_fields
+    options = apply_overrides({"times": times.model_dump()} if timed else {}, overrides)
     if "name" in options:
         raise UsageError("choose the schedule by its name, not with --set name=...")
     if chunks is not None:
         options["chunks"] = chunks
-    policy = create("pipeline.schedule", name.replace("-", "_"), **options)
-    assert isinstance(policy, PipelineSchedule)
+    policy = create(contract, name, **options)
+    assert isinstance(policy, PipelineSchedule | PipelineRoute)
     return policy.build(stages, microbatches)
 
 
-def _costs(text: str, schedule: Schedule) -> Costs:
-    """The costs that ``--cost`` says, over the defaults."""
-    from penstock.core.errors import UsageError, nearest
-    from penstock.pipeline.simulator import Costs, Link
+def _transformed(schedule: Schedule, transforms: list[str], times: Times) -> Schedule:
+    """The schedule after each of ``transforms``, written ``NAME`` or ``NAME:key=value,key=value``."""
+    from penstock.core.config import apply_overrides
+    from penstock.pipeline.contract import PipelineTransform
+    from penstock.policy import create, lookup
 
-    values = {"F": 1.0, "I": 1.0, "W": 1.0, "comm": 0.0}
+    for text in transforms:
+        name, _, options = text.partition(":")
+        timed = "times" in lookup("pipeline.transform", name).model_fields
+        given = apply_overrides({"times": times.model_dump()} if timed else {}, list(filter(None, options.split(","))))
+        policy = create("pipeline.transform", name, **given)
+        assert isinstance(policy, PipelineTransform)
+        schedule = policy.apply(schedule)
+    return schedule
+
+
+def _times(text: str, file: Path | None) -> Times:
+    """The times of a costs file, or those that ``--cost`` says over the defaults."""
+    from penstock.core.config import build
+    from penstock.core.errors import UsageError, nearest
+    from penstock.core.files import read_json
+    from penstock.pipeline.times import Times
+
+    if file is not None:
+        return build(Times, read_json(file), source=str(file))
+    values = {"F": 1.0, "I": 1.0, "W": 1.0, "comm": 0.0, "host": 1.0}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
         if key.strip() not in values:
@@ -170,8 +261,8 @@ def _costs(text: str, schedule: Schedule) -> Costs:
             values[key.strip()] = float(value)
         except ValueError:
             raise UsageError(f"--cost: {part!r} is not of the form F=1.5") from None
-    times: dict[str, Any] = {"forward": values["F"], "input_grad": values["I"], "weight_grad": values["W"]}
-    return Costs.even(schedule, **times, link=Link(latency=values["comm"]))
+    named = zip(("forward", "input_grad", "weight_grad", "transfer", "host"), values.values(), strict=True)
+    return build(Times, dict(named), source="--cost")
 
 
 def _figures(simulation: Simulation) -> str:
@@ -192,11 +283,11 @@ def _comparison(simulated: dict[str, Simulation], title: str) -> Table:
         title=title,
         caption="Idle in span: the most that a device idles between its first and its last task. Peak memory: of one "
         "device, in microbatches' activations on a p-th of the model. Traffic: messages, and gradients of replicas, in "
-        "messages and p-ths of the model.",
+        "messages and p-ths of the model. pipedream is asynchronous: only the ends of a run idle.",
     )
-    table.columns[0].no_wrap = True
+    table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.min_width = "right", 7
     for name, simulation in simulated.items():
         table.add_row(
             name,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,9 +39,10 @@ class Task(NamedTuple):
 
 
 class WeightRule(enum.StrEnum):
-    """Which version of the weights a task sees."""
+    """Which version of the weights a task sees; :mod:`penstock.pipeline.versions` counts them."""
 
     FLUSH = "flush"  #: one version a step: the optimizer runs once every task is done
+    STASH = "stash"  #: a stage updates after each microbatch, whose backward sees the version that its forward saw
 
 
 #: ``placement[stage]`` lists the device of each of the stage's replicas.
@@ -50,20 +53,25 @@ Placement = tuple[tuple[int, ...], ...]
 class Schedule:
     """What each device does in one step, in order.
 
-    Stage s of S feeds stage s + 1; a microbatch passes each stage once forward and once backward, both on the same
-    replica of it. Stages of the same device hand over without a transfer.
+    Stage s of S feeds stage s + 1, unless a microbatch has a path of its own. A microbatch passes each stage of its
+    path once forward and once backward, both on the same replica of it. Stages of the same device hand over without a
+    transfer.
 
     Attributes:
         placement: the devices of each stage; several where the stage has replicas.
         orders: for each device its tasks, in the order in which it runs them.
         microbatches: m, numbered from 0.
         weights: the weight-version rule.
+        paths: for each microbatch the stages that it passes, in order; empty where all pass all of them from 0 on.
+        offloaded: (stage, microbatch) of the activations that wait in host memory between F and the backward.
     """
 
     placement: Placement
     orders: tuple[tuple[Task, ...], ...]
     microbatches: int
     weights: WeightRule = WeightRule.FLUSH
+    paths: tuple[tuple[int, ...], ...] = ()
+    offloaded: frozenset[tuple[int, int]] = frozenset()
 
     @property
     def stages(self) -> int:
@@ -79,6 +87,22 @@ class Schedule:
     def replicas(self) -> int:
         """The largest number of copies that a stage has."""
         return max(map(len, self.placement))
+
+    def path(self, microbatch: int) -> Sequence[int]:
+        """The stages that ``microbatch`` passes, in order."""
+        return self.paths[microbatch] if self.paths else range(self.stages)
+
+    @functools.cached_property
+    def neighbours(self) -> tuple[list[int], list[int]]:
+        """For each stage and microbatch, at stage * m + microbatch, that index of the stages before and after it on the
+        microbatch's path; -1 where there is none."""
+        m = self.microbatches
+        before, after = [-1] * (self.stages * m), [-1] * (self.stages * m)
+        for microbatch in range(m):
+            for source, target in itertools.pairwise(self.path(microbatch)):
+                after[source * m + microbatch] = target * m + microbatch
+                before[target * m + microbatch] = source * m + microbatch
+        return before, after
 
 
 class ScheduleError(PenstockError):

@@ -35,13 +35,17 @@ def schedule_in_units(placement: Placement, devices: int, replicas: Sequence[int
     return Schedule(placement, tuple(orders), microbatches)
 
 
-def list_schedule(placement: Placement, devices: int, replicas: Sequence[int]) -> Schedule:
-    """Schedules one microbatch on replica ``replicas[k]`` of every stage, for each k.
+def list_schedule(
+    placement: Placement, devices: int, replicas: Sequence[int], paths: tuple[tuple[int, ...], ...] = ()
+) -> Schedule:
+    """Schedules one microbatch on replica ``replicas[k]`` of every stage, for each k; of every stage of ``paths[k]``,
+    if there are paths.
 
     A device that is free takes, of the tasks whose input is there, a backward before a forward, then the earliest
     microbatch, then the latest stage.
     """
-    last = len(placement) - 1
+    m = len(replicas)
+    before, after = Schedule(placement, (), m, paths=paths).neighbours
     ready: list[list[tuple[bool, int, int, Task]]] = [[] for _ in range(devices)]
     orders: list[list[Task]] = [[] for _ in range(devices)]
     running: list[tuple[int, int, Task]] = []  # (when it ends, device, task)
@@ -52,7 +56,7 @@ def list_schedule(placement: Placement, devices: int, replicas: Sequence[int]) -
         heapq.heappush(ready[placement[task.stage][task.replica]], urgency)
 
     for microbatch, replica in enumerate(replicas):
-        offer(Task(Kind.F, 0, microbatch, replica))
+        offer(Task(Kind.F, paths[microbatch][0] if paths else 0, microbatch, replica))
     time = 0
     while running or any(ready):
         for device in range(devices):
@@ -65,8 +69,10 @@ def list_schedule(placement: Placement, devices: int, replicas: Sequence[int]) -
         while running and running[0][0] == time:
             _, device, task = heapq.heappop(running)
             busy.remove(device)
-            if task.kind is Kind.F:
-                offer(task._replace(stage=task.stage + 1) if task.stage < last else task._replace(kind=Kind.B))
-            elif task.stage:
-                offer(task._replace(stage=task.stage - 1))
-    return Schedule(placement, tuple(map(tuple, orders)), len(replicas))
+            forward, key = task.kind is Kind.F, task.stage * m + task.microbatch
+            target = after[key] if forward else before[key]
+            if target >= 0:
+                offer(task._replace(stage=target // m))
+            elif forward:
+                offer(task._replace(kind=Kind.B))
+    return Schedule(placement, tuple(map(tuple, orders)), m, paths=paths)

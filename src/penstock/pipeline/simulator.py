@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -12,6 +13,7 @@ from typing import Any
 from penstock.core.errors import UsageError
 from penstock.pipeline.ir import Kind, Schedule, Task
 from penstock.pipeline.validate import walk
+from penstock.pipeline.versions import peak_versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Costs:
         weights: bytes of the gradients, which replicas of a stage exchange.
         message: bytes that pass from a stage to the next in F, and back in I or B.
         link: the way between any two devices; ``links`` says which (from, to) are different.
+        host: the way of offloaded activations between each device and its host's memory, both ways at once.
     """
 
     forward: tuple[float, ...]
@@ -54,6 +57,7 @@ class Costs:
     message: float = 1.0
     link: Link = Link()
     links: Mapping[tuple[int, int], Link] = dataclasses.field(default_factory=dict)
+    host: Link = Link()
 
     @classmethod
     def even(
@@ -116,12 +120,14 @@ class Simulation:
 
     Attributes:
         starts, ends: for each device, the times of the tasks of its list.
+        away: when the offloaded activation of (stage, microbatch) has left its device, and when it begins to return.
     """
 
     schedule: Schedule
     costs: Costs
     starts: tuple[list[float], ...]
     ends: tuple[list[float], ...]
+    away: Mapping[tuple[int, int], tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def makespan(self) -> float:
@@ -151,10 +157,18 @@ class Simulation:
         return max((ends[-1] - starts[0] - busy for starts, ends, busy in spans if ends), default=0.0)
 
     @functools.cached_property
-    def peak_activations(self) -> list[int]:
-        """For each device, the most activations (of one stage and microbatch) that it holds at once, from F to B or W.
+    def gaps(self) -> list[list[tuple[float, float]]]:
+        """For each device, the times (start, end) before and between its tasks in which it idles."""
+        return [
+            [(end, start) for end, start in zip([0.0, *ends], starts, strict=False) if start > end]
+            for starts, ends in zip(self.starts, self.ends, strict=True)
+        ]
 
-        It depends on the order alone, not on the costs.
+    @functools.cached_property
+    def peak_activations(self) -> list[int]:
+        """For each device, the most activations (of one stage and microbatch) between F and B or W at once.
+
+        It depends on the order alone, not on the costs, and counts those that are offloaded too.
         """
         change = {Kind.F: 1, Kind.I: 0, Kind.W: -1, Kind.B: -1}
         held = (
@@ -169,15 +183,22 @@ class Simulation:
 
     def memory(self, device: int) -> list[tuple[float, float]]:
         """Steps (time, bytes of activations held from then on) of ``device``; what ends at a time is gone by then."""
-        held, steps = 0.0, [(0.0, 0.0)]
+        changes: list[tuple[float, float]] = []
         for task, start, end in zip(self.schedule.orders[device], self.starts[device], self.ends[device], strict=True):
             whole, left = self.costs.activation[task.stage], self.costs.deferred[task.stage]
             if task.kind is Kind.F:
-                held += whole
-                steps.append((start, held))
+                changes.append((start, whole))
+                gone, back = self.away.get((task.stage, task.microbatch), (0.0, 0.0))
+                if gone < back:
+                    changes += [(gone, -whole), (back, whole)]
             else:
-                held -= {Kind.I: whole - left, Kind.W: left, Kind.B: whole}[task.kind]
-                steps.append((end, held))
+                changes.append((end, -{Kind.I: whole - left, Kind.W: left, Kind.B: whole}[task.kind]))
+        if self.away:
+            changes.sort()
+        held, steps = 0.0, [(0.0, 0.0)]
+        for time, change in changes:
+            held += change
+            steps.append((time, held))
         return steps
 
     @functools.cached_property
@@ -185,9 +206,9 @@ class Simulation:
         """Messages between different devices."""
         home = {(task.stage, task.microbatch): device for device, task in self.tasks() if task.kind is Kind.F}
         return sum(
-            2 * (home[stage, microbatch] != home[stage - 1, microbatch])
-            for stage, microbatch in home
-            if stage  # once forward and once backward over each boundary
+            2 * (home[source, microbatch] != home[target, microbatch])  # once forward and once backward
+            for microbatch in range(self.schedule.microbatches)
+            for source, target in itertools.pairwise(self.schedule.path(microbatch))
         )
 
     @property
@@ -215,6 +236,7 @@ class Simulation:
             "bubble_time": self.bubble_time,
             "peak_activations": self.peak_activations,
             "peak_bytes": self.peak_bytes,
+            "peak_versions": peak_versions(self.schedule),
             "transfers": self.transfers,
             "traffic": self.traffic,
             "gathers": sum(gathers),
@@ -225,7 +247,8 @@ class Simulation:
 def simulate(schedule: Schedule, costs: Costs) -> Simulation:
     """Runs ``schedule`` on devices that do one task at a time, in their order, as soon as its input has arrived.
 
-    Transfers overlap with work and with each other. Time and memory are linear in the number of tasks.
+    Transfers overlap with work and with each other. An offloaded activation leaves after its F and returns in time for
+    its backward; see :class:`_HostLink`. Time and memory are linear in the number of tasks.
 
     Raises:
         UsageError: the costs are of another number of stages.
@@ -233,7 +256,8 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
     """
     if len(costs.forward) != schedule.stages:
         raise UsageError(f"costs of {len(costs.forward)} stages do not fit a schedule of {schedule.stages}")
-    m, stages, last = schedule.microbatches, schedule.stages, schedule.stages - 1
+    m, stages = schedule.microbatches, schedule.stages
+    before, after = schedule.neighbours
     durations = [costs.durations(kind) for kind in Kind]
     devices = range(schedule.devices)
     delays = [[costs.between(source, target) for target in devices] for source in devices]
@@ -242,22 +266,65 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
     clocks = [0.0] * schedule.devices
     starts: tuple[list[float], ...] = tuple([] for _ in devices)
     ends: tuple[list[float], ...] = tuple([] for _ in devices)
-    for device, (kind, stage, microbatch, _) in walk(schedule):
+    hosts = [_HostLink(schedule, costs, device, starts[device]) for device in devices] if schedule.offloaded else []
+    for device, task in walk(schedule):
+        kind, stage, microbatch, _ = task
         start = clocks[device]
         if kind is not Kind.W:
             forward = kind is Kind.F
-            output = (stage if forward else stages + stage) * m + microbatch
-            if stage if forward else stage < last:
-                needed = output - m if forward else output + m
+            output = stage * m + microbatch
+            needed = before[output] if forward else after[output]
+            if not forward:
+                output += stages * m
+            if needed >= 0:
+                needed += 0 if forward else stages * m
                 start = max(start, finished[needed] + delays[origins[needed]][device])
+            if hosts and not forward:
+                start = max(start, hosts[device].returned(task))
         end = start + durations[kind][stage]
         if kind is not Kind.W:
             finished[output] = end
             origins[output] = device
+            if hosts and forward:
+                hosts[device].leaves(task, end)
         clocks[device] = end
         starts[device].append(start)
         ends[device].append(end)
-    return Simulation(schedule, costs, starts, ends)
+    return Simulation(schedule, costs, starts, ends, {key: span for host in hosts for key, span in host.away.items()})
+
+
+class _HostLink:
+    """The copies of one device's activations to the host and back, one at a time each way.
+
+    A return begins early enough to hide behind the tasks before the backward, at their durations, and no earlier.
+    """
+
+    def __init__(self, schedule: Schedule, costs: Costs, device: int, starts: list[float]) -> None:
+        self._schedule, self._order, self._starts = schedule, schedule.orders[device], starts
+        self._seconds = [costs.host.seconds(size) for size in costs.activation]
+        durations = [costs.durations(kind) for kind in Kind]
+        self._busy = list(itertools.accumulate((durations[t.kind][t.stage] for t in self._order), initial=0.0))
+        self._out = self._in = 0.0
+        self._gone: dict[tuple[int, int], float] = {}
+        self.away: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def leaves(self, task: Task, end: float) -> None:
+        """The F ``task`` has ended, and what it left goes to the host if it is to be offloaded."""
+        key = task.stage, task.microbatch
+        if key in self._schedule.offloaded:
+            self._out = self._gone[key] = max(self._out, end) + self._seconds[task.stage]
+
+    def returned(self, task: Task) -> float:
+        """When the activation that the next task, the I or B ``task``, needs is on the device."""
+        key = task.stage, task.microbatch
+        if key not in self._gone:
+            return 0.0
+        seconds, position = self._seconds[task.stage], len(self._starts)
+        first = bisect.bisect_right(self._busy, self._busy[position] - seconds) - 1
+        begin = max(self._in, self._gone[key], self._starts[min(max(first, 0), position - 1)])
+        self._in = begin + seconds
+        self.away[key] = self._gone[key], begin
+        return self._in
 
 
 def collectives(schedule: Schedule) -> tuple[list[int], list[int]]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 
 from penstock.core.errors import UsageError
-from penstock.pipeline.ir import Kind, Schedule, ScheduleError, Task
+from penstock.pipeline.ir import Kind, Schedule, ScheduleError, Task, WeightRule
 from penstock.pipeline.validate import validate
 
 _CELL = re.compile(r"(\d{1,9})([FIWB])(\d{1,9})")
@@ -21,8 +21,23 @@ def to_csv(schedule: Schedule) -> str:
     """The schedule as CSV.
 
     Raises:
-        UsageError: its stages have replicas, for which the format has no word.
+        UsageError: it has replicas, stashed weights, offloaded activations or paths, for which the format has no word.
     """
+    if schedule.paths:
+        raise UsageError(
+            "PyTorch's runtime sends every microbatch through all stages in order, and this schedule does not",
+            hint="Export a policy of pipeline.schedule.",
+        )
+    if schedule.offloaded:
+        raise UsageError(
+            "PyTorch's CSV cannot say which activations are offloaded",
+            hint="Export the schedule without that transform.",
+        )
+    if schedule.weights is not WeightRule.FLUSH:
+        raise UsageError(
+            "PyTorch's runtime keeps one version of the weights, and this schedule stashes several",
+            hint="Export 1f1b, which has the order of pipedream and one update a step.",
+        )
     if schedule.replicas > 1:
         raise UsageError(
             "PyTorch's CSV cannot say that a stage has several replicas",

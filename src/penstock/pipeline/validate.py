@@ -15,8 +15,8 @@ _AFTER = {Kind.F: _FORWARD, Kind.I: _INPUT, Kind.B: _DONE, Kind.W: _DONE}
 def validate(schedule: Schedule) -> None:
     """Checks a schedule in time linear in its tasks.
 
-    For each stage and microbatch there must be one F followed, on the same replica, by one B or by an I and then a W.
-    All devices running their lists in order must come to an end.
+    For each stage on the path of each microbatch there must be one F followed, on the same replica, by one B or by an I
+    and then a W. All devices running their lists in order must come to an end.
 
     Raises:
         ScheduleError: with the device, the task, and for a deadlock the cycle of tasks.
@@ -35,7 +35,8 @@ def walk(schedule: Schedule) -> Iterator[tuple[int, Task]]:
     Raises:
         ScheduleError: the devices wait for each other; the message names the cycle.
     """
-    m, stages, last = schedule.microbatches, schedule.stages, schedule.stages - 1
+    m, stages = schedule.microbatches, schedule.stages
+    before, after = schedule.neighbours
     done = bytearray(2 * stages * m)  # outputs: forward of (stage, microbatch), then backward of them
     waiting: dict[int, int] = {}  # output -> the device that waits for it
     positions = [0] * schedule.devices
@@ -48,13 +49,15 @@ def walk(schedule: Schedule) -> Iterator[tuple[int, Task]]:
             kind, stage, microbatch, _ = task
             if kind is Kind.F:
                 output = stage * m + microbatch
-                needed = output - m if stage else -1
+                needed = before[output]
             elif kind is Kind.W:
                 yield device, task
                 continue
             else:
                 output = (stages + stage) * m + microbatch
-                needed = output + m if stage < last else -1
+                needed = after[output - stages * m]
+                if needed >= 0:
+                    needed += stages * m
             if needed >= 0 and not done[needed]:
                 positions[device] = position
                 waiting[needed] = device
@@ -78,6 +81,14 @@ def _check_placement(schedule: Schedule) -> None:
     for stage, devices in enumerate(schedule.placement):
         if not devices or not all(0 <= device < schedule.devices for device in devices):
             raise ScheduleError(f"stage {stage} is placed on {list(devices)}, of devices 0 to {schedule.devices - 1}")
+    if schedule.paths and len(schedule.paths) != schedule.microbatches:
+        raise ScheduleError(f"there are {len(schedule.paths)} paths for {schedule.microbatches} microbatches")
+    for microbatch, path in enumerate(schedule.paths):
+        if not path or len(set(path)) < len(path) or not set(path) <= set(range(schedule.stages)):
+            raise ScheduleError(
+                f"the path of microbatch {microbatch} passes {list(path)}: it needs one or more of the stages 0 to "
+                f"{schedule.stages - 1}, each at most once"
+            )
 
 
 def _check_tasks(schedule: Schedule) -> None:
@@ -85,6 +96,7 @@ def _check_tasks(schedule: Schedule) -> None:
     m = schedule.microbatches
     states = bytearray(schedule.stages * m)
     homes = [0] * (schedule.stages * m)  # the replica that ran the forward
+    passed = {stage * m + microbatch for microbatch, path in enumerate(schedule.paths) for stage in path}
     for device, order in enumerate(schedule.orders):
         for task in order:
             kind, stage, microbatch, replica = task
@@ -98,13 +110,15 @@ def _check_tasks(schedule: Schedule) -> None:
                     device=device,
                 )
             key = stage * m + microbatch
+            if schedule.paths and key not in passed:
+                raise ScheduleError(f"{task} is not on the path of its microbatch", device=device)
             state = states[key]
             if state != _BEFORE[kind] or (state and homes[key] != replica):
                 raise _out_of_order(task, device, state)
             states[key] = _AFTER[kind]
             homes[key] = replica
     for key, state in enumerate(states):
-        if state != _DONE:
+        if state != _DONE and (key in passed or not schedule.paths):
             stage, microbatch = divmod(key, m)
             missing = {_NOTHING: Kind.F, _FORWARD: Kind.B, _INPUT: Kind.W}[state]
             home = schedule.placement[stage][homes[key]]
@@ -122,6 +136,8 @@ def _out_of_order(task: Task, device: int, state: int) -> ScheduleError:
 
 def _deadlock(schedule: Schedule, positions: list[int]) -> ScheduleError:
     """The error that names the cycle of waiting tasks, found by following each device's first unfinished task."""
+    m = schedule.microbatches
+    before, after = schedule.neighbours
     producers = {}
     for device, order in enumerate(schedule.orders):
         for task in order[positions[device] :]:
@@ -132,7 +148,8 @@ def _deadlock(schedule: Schedule, positions: list[int]) -> ScheduleError:
     while device not in seen:
         head = schedule.orders[device][positions[device]]
         forward = head.kind is Kind.F
-        wanted = (forward, head.stage - 1 if forward else head.stage + 1, head.microbatch)
+        source = (before if forward else after)[head.stage * m + head.microbatch] // m
+        wanted = (forward, source, head.microbatch)
         if wanted not in producers:
             return ScheduleError(f"{head} waits for a task that no device has", device=device)
         producer, task = producers[wanted]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from penstock.pipeline.contract import PipelineSchedule, RefusalError
-from penstock.pipeline.ir import Kind, Schedule, Task
+from penstock.pipeline.ir import Kind, Schedule, Task, WeightRule
 from penstock.pipeline.simulator import Costs, Link, Simulation, simulate
 from penstock.pipeline.validate import validate
+from penstock.pipeline.versions import peak_versions, versions
 from penstock.testing.enrolled import rebuilt
 
 
@@ -27,6 +28,7 @@ def check_schedule(policy: PipelineSchedule, devices: int, microbatches: int) ->
     assert run_by_rounds(schedule) == [], "deadlock"
     validate(schedule)
     check_simulation(schedule)
+    check_versions(schedule)
 
 
 def variants(policy: PipelineSchedule) -> Iterator[PipelineSchedule]:
@@ -38,14 +40,14 @@ def variants(policy: PipelineSchedule) -> Iterator[PipelineSchedule]:
 
 
 def check_complete(schedule: Schedule) -> None:
-    """Each device has the same number of stages; every stage and microbatch has F and either B, or I and W, once,
-    on one replica; and each task is on its stage's device."""
+    """Each device has the same number of stages; every stage on the path of a microbatch has F and either B, or I and
+    W, once, on one replica; and each task is on its stage's device."""
     done: dict[tuple[int, int], list[Task]] = {}
     for device, order in enumerate(schedule.orders):
         for task in order:
             assert schedule.placement[task.stage][task.replica] == device, f"{task} is on device {device}"
             done.setdefault((task.stage, task.microbatch), []).append(task)
-    cells = {(stage, microbatch) for stage in range(schedule.stages) for microbatch in range(schedule.microbatches)}
+    cells = {(stage, microbatch) for microbatch in range(schedule.microbatches) for stage in schedule.path(microbatch)}
     assert done.keys() == cells
     for tasks in done.values():
         assert sorted(task.kind for task in tasks) in ([Kind.F, Kind.B], [Kind.F, Kind.I, Kind.W])
@@ -58,11 +60,13 @@ def needs(schedule: Schedule, task: Task, done: set[tuple[Kind, int, int]]) -> b
     """Whether the outputs that ``task`` reads are among those of ``done``, by definition."""
     _, stage, microbatch, _ = task
     here = {kind for kind in Kind if (kind, stage, microbatch) in done}
+    path = list(schedule.path(microbatch))
+    place = path.index(stage)
     if task.kind is Kind.F:
-        return stage == 0 or (Kind.F, stage - 1, microbatch) in done
+        return place == 0 or (Kind.F, path[place - 1], microbatch) in done
     if task.kind is Kind.W:
         return Kind.I in here
-    above = stage == schedule.stages - 1 or any((kind, stage + 1, microbatch) in done for kind in (Kind.I, Kind.B))
+    above = stage == path[-1] or any((kind, path[place + 1], microbatch) in done for kind in (Kind.I, Kind.B))
     return Kind.F in here and above
 
 
@@ -110,10 +114,11 @@ def check_earliest(simulation: Simulation) -> None:
         free = 0.0
         for task, start, end in zip(order, simulation.starts[device], simulation.ends[device], strict=True):
             forward = task.kind is Kind.F
-            source = (forward, task.stage - 1 if forward else task.stage + 1, task.microbatch)
+            path = list(schedule.path(task.microbatch))
+            place = path.index(task.stage) + (-1 if forward else 1)
             came = 0.0
-            if task.kind is not Kind.W and source in ends:
-                made, where = ends[source]
+            if task.kind is not Kind.W and 0 <= place < len(path):
+                made, where = ends[forward, path[place], task.microbatch]
                 came = made + (costs.link.seconds(costs.message) if where != device else 0.0)
             assert start == max(free, came), f"{task} starts at {start}"
             assert end == start + costs.durations(task.kind)[task.stage]
@@ -129,4 +134,27 @@ def count_peak(simulation: Simulation, device: int) -> int:
             lives[task.stage, task.microbatch] = [start, 0.0]
         elif task.kind in (Kind.B, Kind.W):
             lives[task.stage, task.microbatch][1] = end
-    return max(sum(born <= now < gone for born, gone in lives.values()) for now, _ in lives.values())
+    counts = (sum(born <= now < gone for born, gone in lives.values()) for now, _ in lives.values())
+    return max(counts, default=0)
+
+
+def check_versions(schedule: Schedule) -> None:
+    """A forward sees every update before it, a backward what its forward saw; with a flush there is one version."""
+    stashing = schedule.weights is WeightRule.STASH
+    for order, seen, peak in zip(schedule.orders, versions(schedule), peak_versions(schedule), strict=True):
+        held = [len({task.stage for task in order})]
+        for position in range(len(order)):
+            before = order[: position + 1]
+            updated = [task.stage for task in before if stashing and task.kind in (Kind.B, Kind.W)]
+            done = {(task.stage, task.microbatch) for task in before if task.kind in (Kind.B, Kind.W)}
+            used = {
+                (task.stage, version)
+                for task, version in zip(before, seen, strict=False)
+                if (task.stage, task.microbatch) not in done
+            }
+            held.append(len(used | {(task.stage, updated.count(task.stage)) for task in order}))
+            kind, stage, microbatch, _ = order[position]
+            forward = next(task for task in before if (task.stage, task.microbatch) == (stage, microbatch))
+            expected = updated.count(stage) if kind is Kind.F else seen[before.index(forward)]
+            assert seen[position] == expected, f"{order[position]} sees version {seen[position]}"
+        assert peak == max(held)

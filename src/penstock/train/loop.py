@@ -29,6 +29,7 @@ from penstock.ops.cross_entropy import IGNORE
 from penstock.parallel.world import World
 from penstock.train import checkpoint
 from penstock.train.config import TrainConfig
+from penstock.train.pipelined import Pipeline
 from penstock.train.precision import Weights
 
 
@@ -93,6 +94,7 @@ class Trainer:
         tokenizer: the folder of its tokenizer, copied into every checkpoint.
         folder: the run folder.
         world: this process's place among those of the run.
+        pipeline: where processes hold parts of the model, of which ``model`` is this one's.
 
     Raises:
         ConfigError: the processes cannot share a batch evenly.
@@ -107,16 +109,18 @@ class Trainer:
         tokenizer: Path,
         folder: Path,
         world: World | None = None,
+        pipeline: Pipeline | None = None,
     ) -> None:
         self.config, self.model, self.loader, self.tokenizer, self.folder = config, model, loader, tokenizer, folder
-        self.world = world or World()
-        self.device = model.embedding.weight.device
+        self.world, self.pipeline = world or World(), pipeline
+        self.device = next(model.parameters()).device
         hub.family_of(model)  # a shape that no checkpoint could hold is refused before the work, not after it
         self.rows = config.batch.tokens // config.batch.length
-        if self.rows % self.world.size:
+        sharing, what = (pipeline.grid.pipelines, "pipelines") if pipeline else (self.world.size, "processes")
+        if self.rows % sharing:
             raise ConfigError(
-                f"{self.world.size} processes cannot share {self.rows} rows of {config.batch.length} tokens evenly",
-                hint=f"Make batch.tokens a multiple of {self.world.size * config.batch.length}.",
+                f"{sharing} {what} cannot share {self.rows} rows of {config.batch.length} tokens evenly",
+                hint=f"Make batch.tokens a multiple of {sharing * config.batch.length}.",
             )
         self.weights = Weights(model, config.precision)
         self.masters = list(self.weights.masters.values())
@@ -131,6 +135,8 @@ class Trainer:
                 layer.forward = functools.partial(
                     recompute, layer.forward, use_reentrant=False, preserve_rng_state=False
                 )
+        if pipeline:
+            pipeline.attach(self.weights, self.device)
         self._loss = config.objective.loss
         self._saved: int | None = None
         self._clock = 0.0
@@ -161,20 +167,10 @@ class Trainer:
         """
         predicted = (batch.targets != IGNORE).sum().to(self.device, torch.float32)
         self.world.sum_([predicted])
+        if self.pipeline:
+            predicted /= self.pipeline.grid.devices  # all of which have counted the same batch
         predicted.clamp_(min=1)
-        total = torch.zeros((), device=self.device)
-        for micro, context in self._microbatches(batch, length):
-            with self.weights.arithmetic(self.device):
-                loss = self._loss(self.model, micro, context) / predicted
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.weights.collect_gradients()
-            total += loss.detach()
-        gradients = [m.grad for m in self.masters if m.grad is not None]
-        self.world.sum_([*gradients, total])
-        norms = {
-            "grad_norm": torch.nn.utils.get_total_norm(gradients),
-            "grad_l1": torch.nn.utils.get_total_norm(gradients, norm_type=1.0),
-        }
+        total, norms = self._gradients(batch, length, predicted)
         if self.config.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.masters, self.config.clip, norms["grad_norm"])
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
@@ -187,7 +183,33 @@ class Trainer:
                 self.config.average.update(self.averages, self.masters, self.position.step + 1)
         return {"loss": total, **norms}
 
+    def _gradients(self, batch: Batch, length: int, predicted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Leaves the gradients over all processes in the masters; returns the loss over all, and the norms."""
+        total = torch.zeros((), device=self.device)
+        micros = self._microbatches(batch, length)
+        if self.pipeline:
+            total += self.pipeline.backward(list(micros), predicted)
+            self.world.sum_([total])
+            return total, self.pipeline.norms()
+        for micro, context in micros:
+            with self.weights.arithmetic(self.device):
+                loss = self._loss(self.model, micro, context) / predicted
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.weights.collect_gradients()
+            total += loss.detach()
+        gradients = [m.grad for m in self.masters if m.grad is not None]
+        self.world.sum_([*gradients, total])
+        return total, {
+            "grad_norm": torch.nn.utils.get_total_norm(gradients),
+            "grad_l1": torch.nn.utils.get_total_norm(gradients, norm_type=1.0),
+        }
+
     # The run.
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, all parts of it."""
+        return self.pipeline.parameters if self.pipeline else self.model.parameter_count()
 
     @property
     def progress(self) -> float:
@@ -310,6 +332,8 @@ class Trainer:
         """
         if not self.config.compile:
             return ""
+        if self.pipeline:
+            return "the stages of a pipeline are not compiled"
         if not can_compile(self.device):
             return "there is no C++ compiler (g++ or clang++)" if self.device.type == "cpu" else "Triton is missing"
         self._loss = torch.compile(self.config.objective.loss, dynamic=False)
@@ -348,14 +372,15 @@ class Trainer:
             return
         size = torch.nn.utils.get_total_norm(self.masters).item()
         self._require_finite(size, "the norm of the weights", self.position.step)
-        if self.world.leads:
+        model, state = self.whole(), self._state()
+        if model is not None:
             try:
                 checkpoint.save(
                     self.checkpoints,
                     self.position.step,
-                    self.model,
+                    model,
                     self.tokenizer,
-                    self._state(),
+                    state,
                     keep=self.config.keep_checkpoints,
                 )
             except PenstockError as error:
@@ -367,12 +392,20 @@ class Trainer:
         self._saved = self.position.step
         self.world.barrier()
 
+    def whole(self) -> Decoder | None:
+        """The whole model in the leading process, None in the others. All processes call this."""
+        if self.pipeline:
+            return self.pipeline.whole()
+        return self.model if self.world.leads else None
+
     def _state(self) -> checkpoint.TrainerState:
         tensors = {"optimizer": checkpoint.optimizer_tensors(self.optimizer, self._names)}
         if self.averages:
             tensors["average"] = dict(zip(self.weights.masters, self.averages, strict=True))
         if self.weights.separate:
             tensors["masters"] = dict(self.weights.masters)
+        if self.pipeline:
+            tensors = {group: self.pipeline.collect(parts) for group, parts in tensors.items()}
         description = {"config": self.config.model_dump(mode="json"), "version": __version__}
         return checkpoint.TrainerState(dataclasses.asdict(self.position), description, tensors)
 
@@ -385,8 +418,13 @@ class Trainer:
         """
         state = checkpoint.load_state(folder)
         self._require_same(folder, state)
-        hub.import_state(self.model, folder)
-        checkpoint.restore_optimizer(self.optimizer, self._names, state.tensors["optimizer"])
+        entries = state.tensors["optimizer"]
+        if self.pipeline:
+            self.pipeline.part.take(hub.load(folder))
+            entries = {name: value for name, value in entries.items() if name.split("/")[0] in self.weights.masters}
+        else:
+            hub.import_state(self.model, folder)
+        checkpoint.restore_optimizer(self.optimizer, self._names, entries)
         if "masters" in state.tensors:
             self.weights.load(state.tensors["masters"])
         if self.averages:

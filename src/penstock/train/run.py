@@ -2,7 +2,8 @@
 
 ``run.json`` is the complete configuration; ``store/`` the token store, unless the configuration names another;
 ``metrics.jsonl`` a record for each update; ``checkpoints/`` the newest checkpoints; ``model/`` the finished model, a
-Hugging Face folder; ``loss.png`` the loss curve; ``summary.json`` what came out.
+Hugging Face folder; ``loss.png`` the loss curve; ``summary.json`` what came out. A pipeline adds ``pipeline.json``,
+what its stages cost, and ``pipeline-trace.json``, the timeline of an update, measured and simulated.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from penstock.train import checkpoint
 from penstock.train.config import TrainConfig
 from penstock.train.evaluate import bits_per_byte
 from penstock.train.loop import Trainer, resume_command
+from penstock.train.pipelined import Pipeline
 
 CONFIG, SUMMARY, CHECKPOINTS, MODEL = "run.json", "summary.json", "checkpoints", "model"
 
@@ -53,7 +55,8 @@ class Run:
         any_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
         self.device = pick(f"cuda:{world.local_rank}" if any_cuda else config.device)
         found, self.faults = checkpoint.newest(folder / CHECKPOINTS)
-        model = self._model(found)
+        pipeline = self._pipeline(found) if config.parallel.pipeline > 1 else None
+        model = self._part(pipeline, found) if pipeline else self._model(found)
         self.store = self._open_store(found, report)
         self.tokenizer = self.store.folder / "tokenizer"
         self._check(model)
@@ -62,10 +65,10 @@ class Run:
             length=config.batch.length,
             sampler=config.data.sampler,
             seed=config.seed,
-            rank=world.rank,
-            world=world.size,
+            rank=pipeline.grid.pipeline if pipeline else world.rank,
+            world=pipeline.grid.pipelines if pipeline else world.size,
         )
-        self.trainer = Trainer(config, model, loader, self.tokenizer, folder, world)
+        self.trainer = Trainer(config, model, loader, self.tokenizer, folder, world, pipeline)
         if found is not None:
             self.trainer.resume(found)
 
@@ -147,6 +150,18 @@ class Run:
             return hub.load(found or str(self.config.start_from), device=self.device, dtype=torch.float32)
         return (Decoder(shape) if found else Decoder(shape).initialize(self.config.seed)).to(self.device)
 
+    def _pipeline(self, found: Path | None) -> Pipeline:
+        shape = self.config.model or hub.read_config(hub.resolve(found or str(self.config.start_from)))
+        return Pipeline(self.config, shape, self.folder, self.world)
+
+    def _part(self, pipeline: Pipeline, found: Path | None) -> Decoder:
+        """This process's part of the model at the beginning; at a checkpoint, the trainer fills it."""
+        if self.config.model is None:
+            pipeline.part.take(hub.load(found or str(self.config.start_from), dtype=torch.float32))
+        elif found is None:
+            pipeline.part.initialize(self.config.seed)
+        return pipeline.part.to(self.device)
+
     def _open_store(self, found: Path | None, report: Reporter) -> TokenStore:
         folder = self.config.data.store or self.folder / "store"
         if self.world.leads and not folder.exists():
@@ -188,19 +203,16 @@ class Run:
     def finish(self, report: Reporter = silent) -> dict[str, Any]:
         """Exports the finished model to ``model/``, evaluates it, and writes and returns ``summary.json``."""
         self.trainer.use_average()
-        model, position = self.trainer.model.eval(), self.trainer.position
-        if self.world.leads:
+        model, position = self.trainer.whole(), self.trainer.position
+        if model is not None:
             with atomic_folder(self.folder / MODEL) as folder:
                 hub.save(model, folder)
                 for file in sorted(self.tokenizer.iterdir()):
                     shutil.copyfile(file, folder / file.name)
-        held_out = self.store.split("held_out")
-        with self.trainer.weights.arithmetic(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            measured = bits_per_byte(model, held_out, window=self.config.batch.length, report=report)
         summary = {
-            "bits_per_byte": measured,
+            "bits_per_byte": self._evaluate(model, report),
             "tokens_per_s": position.tokens / max(position.seconds, 1e-9),
-            "parameters": model.parameter_count(),
+            "parameters": self.trainer.parameters,
             "steps": position.step,
             "tokens": position.tokens,
             "seconds": position.seconds,
@@ -209,6 +221,20 @@ class Run:
             write_json(self.folder / SUMMARY, summary)
         self.world.barrier()
         return summary
+
+    def _evaluate(self, whole: Decoder | None, report: Reporter) -> float:
+        """Bits per byte on the held-out documents. The leading process measures, on its own device; all know then."""
+        measured = 0.0
+        if whole is not None:
+            precise = self.device.type != "cuda"
+            with contextlib.nullcontext() if precise else self.trainer.weights.arithmetic(self.device):
+                measured = bits_per_byte(
+                    whole.to(self.device).eval(),
+                    self.store.split("held_out"),
+                    window=self.config.batch.length,
+                    report=report,
+                )
+        return self.world.largest(measured)[0]
 
 
 def _tokenizer_of(model: str) -> tuple[Tokenizer, str]:

@@ -69,7 +69,7 @@ def _train(run: Run, report: Reporter) -> bool:
             bar.advance(time.monotonic() - began)
         if obstacle and run.world.leads:
             print(f"training without torch.compile, which is slower: {obstacle}")
-    label = f"training {quantity(trainer.model.parameter_count(), '')}parameters"
+    label = f"training {quantity(trainer.parameters, '')}parameters"
     with report(label, 100.0, "%") as bar:
         return trainer.train(_Ticker(bar, trainer.progress))
 

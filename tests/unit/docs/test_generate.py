@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -158,6 +159,25 @@ def test_a_fault_in_a_marker_is_named_with_its_document(sources, text, fault):
 @pytest.mark.parametrize("text", ["", "no markers", "`<!-- contracts -->` in a line\n", "    <!-- contracts -->\n"])
 def test_what_is_no_marker_is_left_alone(sources, text):
     assert render(sources, text) == text
+
+
+def test_timelines_are_drawn_where_a_document_shows_them(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("no picture\n")
+    assert generate.main([], tmp_path) == 0
+    assert not (tmp_path / "docs" / "images").exists()
+    (tmp_path / "docs" / "a.md").write_text("Here:\n\n<!-- timelines -->\n<!-- end -->\n")
+    assert generate.main([], tmp_path) == 0
+    shown = re.findall(r"\]\((images/pipeline/\w+\.svg)\)", (tmp_path / "docs" / "a.md").read_text())
+    assert len(shown) == len(generate.index().names("pipeline.schedule"))
+    for target in shown:
+        picture = ElementTree.fromstring((tmp_path / "docs" / target).read_text())
+        tasks = picture.findall(".//{http://www.w3.org/2000/svg}title")
+        assert len(tasks) >= 4 * 8 * 2, target
+    (tmp_path / "docs" / shown[0]).write_text("stale")
+    assert generate.main(["--check"], tmp_path) == 1
+    assert generate.main([], tmp_path) == 0
+    assert generate.main(["--check"], tmp_path) == 0
 
 
 def test_checking_names_what_is_stale_and_changes_nothing(tmp_path, capsys):

@@ -16,7 +16,7 @@ from penstock.policy import create, index
 def pipeline(*arguments: str) -> str:
     done = CliRunner().invoke(build_app(), ["pipeline", *map(str, arguments)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return done.output
+    return done.stdout
 
 
 def test_show_draws_every_device():
@@ -63,6 +63,63 @@ def test_compare_has_every_schedule_or_its_reason():
         assert name in table
 
 
+def test_a_costs_file_reaches_the_simulator_and_the_search(tmp_path):
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps({"forward": [1, 2], "input_grad": [2, 3], "weight_grad": [1, 1], "transfer": 0.5}))
+    arguments = ("--stages", "2", "--microbatches", "2", "--costs", path, "--json")
+    # Device 1 begins at 1.5 and needs 10 for F and I of both; device 0 hears of the last at 12, and has I and W to do.
+    found = json.loads(pipeline("show", "zb_auto", *arguments))
+    assert found["makespan"] == 15
+    assert json.loads(pipeline("show", "1f1b", *arguments))["makespan"] > found["makespan"]
+    path.write_text(json.dumps({"forward": [1, 2, 3]}))
+    with pytest.raises(UsageError, match="forward are for 3 stages, and this pipeline has 2"):
+        pipeline("show", "zb_auto", *arguments)
+    path.write_text(json.dumps({"forwards": 1}))
+    with pytest.raises(PenstockError, match="forwards: unknown key"):
+        pipeline("show", "gpipe", *arguments)
+
+
+def test_transforms_apply_in_turn():
+    arguments = ("--stages", "4", "--microbatches", "8", "--json")
+    plain, split, away = (
+        json.loads(pipeline("show", "1f1b", *transforms, *arguments))
+        for transforms in ((), ("--transform", "2bp"), ("--transform", "2bp", "--transform", "pipeoffload:share=0.5"))
+    )
+    assert plain["makespan"] == 33 > split["makespan"] == away["makespan"] == 27
+    offloaded = json.loads(pipeline("show", "1f1b", "--transform", "pipeoffload", *arguments))
+    assert max(offloaded["peak_bytes"]) < max(plain["peak_bytes"])
+    rows = json.loads(pipeline("compare", "--transform", "2bp", *arguments))
+    assert next(row for row in rows if row["name"] == "1f1b")["makespan"] == 27
+    assert "1f1b + 2bp: 4 devices" in pipeline("show", "1f1b", "--transform", "2bp")
+    assert "0I0" in pipeline("export", "1f1b", "--transform", "2bp", "--csv", "-")
+
+
+def test_search_finds_the_fastest_within_the_memory():
+    """At a slow host: of what compare lists, nothing that fits is faster, and zb_auto plans for the limit."""
+    arguments = ("--stages", "4", "--microbatches", "8", "--cost", "F=1,I=1,W=1,host=100", "--json")
+    compared = [row for row in json.loads(pipeline("compare", *arguments)) if "makespan" in row]
+    for memory in (1.5, 3, 8):
+        rows = json.loads(pipeline("search", "--memory", memory, "--top", 1000, *arguments))
+        assert all(max(row["peak_bytes"]) <= memory for row in rows)
+        assert [row["makespan"] for row in rows] == sorted(row["makespan"] for row in rows)
+        names = [row["name"] for row in rows]
+        assert len(names) == len(set(names))
+        assert "pipedream" not in names and "zb_auto" in names
+        assert all(row["makespan"] >= rows[0]["makespan"] for row in compared if max(row["peak_bytes"]) <= memory)
+    assert "hanayo waves=4" in names
+
+
+def test_search_says_how_much_memory_would_do():
+    with pytest.raises(UsageError, match=r"holds within 0.01\n.* holds least: 0"):
+        pipeline("search", "--memory", 0.01)
+
+
+def test_routes_are_shown_too():
+    shown = pipeline("show", "skippipe", "--stages", "4", "--microbatches", "4", "--set", "skip=0.25")
+    assert "skippipe: 4 devices, 4 microbatches" in shown
+    assert json.loads(pipeline("show", "checkfree", "--json"))["transfers"] == 48
+
+
 def test_export_and_import_make_a_round_trip(tmp_path):
     path = tmp_path / "schedule.csv"
     arguments = ("--stages", "4", "--microbatches", "8")
@@ -88,8 +145,14 @@ def test_export_and_import_make_a_round_trip(tmp_path):
         (("show", "gpipe", "--cost", "F"), "F=1.5"),
         (("show", "gpipe", "--cost", "F=x"), "F=1.5"),
         (("show", "gpipe", "--cost", "F=-1"), "not negative"),
-        (("show", "gpipe", "--cost", "W=nan"), "not negative"),
-        (("show", "gpipe", "--cost", "comm=inf"), "a link has a latency"),
+        (("show", "gpipe", "--cost", "W=nan"), "finite number"),
+        (("show", "gpipe", "--cost", "comm=inf"), "transfer: Input should be a finite number"),
+        (("show", "gpipe", "--transform", "2pb"), "did you mean '2bp'"),
+        (("show", "gpipe", "--transform", "pipeoffload:share=2"), "less than or equal to 1"),
+        (("show", "pipedream", "--transform", "2bp"), "stashes several"),
+        (("export", "gpipe", "--transform", "pipeoffload", "--csv", "-"), "which activations are offloaded"),
+        (("show", "checkfree", "--stages", "3"), "It works with 4 devices and 8 microbatches"),
+        (("export", "skippipe", "--csv", "-"), "through all stages in order"),
         (("show", "nowhere.csv"), "cannot read nowhere.csv"),
         (("export", "chimera", "--csv", "-"), "several replicas"),
         (("compare", "--microbatches", "0"), "0 microbatches does nothing"),

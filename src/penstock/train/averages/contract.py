@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,7 +12,13 @@ from penstock.policy import Policy, contract
 
 @contract("train.average", law="after any number of updates, equal to its closed form over the recorded weights")
 class Average(Policy):
-    """A running average of the weights, beside the weights themselves."""
+    """A running average of the weights, beside the weights themselves.
+
+    ``elementwise``: no weight's average depends on another weight, so that processes that hold parts of a model can
+    average each their own.
+    """
+
+    elementwise: ClassVar[bool] = True
 
     def update(self, averages: Sequence[Tensor], weights: Sequence[Tensor], count: int) -> None:
         """Takes the ``weights`` after update number ``count`` (from 1) into ``averages``, in place.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import NonNegativeFloat
@@ -21,6 +22,8 @@ class NormFilteredAverage(Average):
     Ours is a reading without such memory: w counts if |w - a| > ``threshold`` |a|, l2 norms over all weights together;
     else a itself stands in for it, and the average stays. With ``threshold`` 0 it equals ``aswa``.
     """
+
+    elementwise: ClassVar[bool] = False
 
     threshold: NonNegativeFloat = 0.01
 

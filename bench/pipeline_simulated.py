@@ -1,0 +1,143 @@
+"""Pipeline schedules against the baselines of their papers, simulated.
+
+Numbers of devices and microbatches are of the size of the papers' experiments; times are in units of a forward of a
+p-th of the model. Nothing but the schedules differs, so this is what their papers' ideas give, without what their
+implementations add.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock.core.bench import Bench
+from penstock.pipeline.simulator import Simulation, simulate
+from penstock.pipeline.times import Times
+from penstock.policy import create
+
+#: Profiles of transformers in the zero-bubble paper have W well below F and I, and short transfers.
+TRANSFORMER = Times(forward=1.0, input_grad=1.0, weight_grad=0.7, transfer=0.04)
+#: Papers before it count a backward as two forwards.
+PLAIN = Times()
+
+
+def main(bench: Bench) -> None:
+    large = [(8, 16)] if bench.quick else [(8, 32), (32, 128)]
+    for p, m in large:
+        zero_bubble(bench, p, m)
+        controllable_memory(bench, p, m)
+    for p in (8,) if bench.quick else (8, 32):
+        waves(bench, p)
+        both_ways(bench, p)
+    for p, m in large:
+        offload(bench, p, m)
+
+
+def zero_bubble(bench: Bench, p: int, m: int) -> None:
+    """The paper's ZB-1p and ZB-2p. As there, no device waits for others at the end: a step takes the longest span."""
+    peer = run("1f1b", p, m, TRANSFORMER)
+    for name, memory in (("zb_auto", p), ("zb_auto", 2 * p), ("zb_h1", None), ("zb_h2", None)):
+        options: dict[str, Any] = {"times": TRANSFORMER.model_dump(), "memory": memory} if memory else {}
+        found = run(name, p, m, TRANSFORMER, **options)
+        subject = f"{name} in {max(found.peak_activations) / p:.2g}x 1F1B's memory"
+        throughput(bench, subject, found, "1f1b", peer, TRANSFORMER, paper=3, span=True)
+
+
+def controllable_memory(bench: Bench, p: int, m: int) -> None:
+    """Throughput and peak memory of the V-shaped schedules."""
+    peer = run("1f1b", p, m, TRANSFORMER)
+    for name in ("v_min", "v_half", "v_zb"):
+        found = run(name, p, m, TRANSFORMER)
+        throughput(bench, name, found, "1f1b", peer, TRANSFORMER, paper=21, span=True)
+        memory(bench, name, found, "1f1b", peer, TRANSFORMER, paper=21)
+
+
+def waves(bench: Bench, p: int) -> None:
+    """Hanayo on one unit of p microbatches."""
+    for other in ("chimera", "1f1b"):
+        peer = run(other, p, p, PLAIN)
+        for count in (1, 2, 4):
+            found = run("hanayo", p, p, PLAIN, waves=count)
+            throughput(bench, f"hanayo, {count} waves", found, other, peer, PLAIN, paper=7)
+
+
+def both_ways(bench: Bench, p: int) -> None:
+    """BitPipe on one unit of p microbatches, without the exchange of gradients between its two copies."""
+    for other in ("interleaved_1f1b", "chimera", "1f1b"):
+        found = run("bitpipe", p, p, PLAIN)
+        throughput(bench, "bitpipe", found, other, run(other, p, p, PLAIN), PLAIN, paper=0)
+
+
+def offload(bench: Bench, p: int, m: int) -> None:
+    """Offload where copies hide, and where they take longer than the work between them."""
+    for host in (0.5, 1.5):
+        times = Times(weight_grad=0.7, transfer=0.04, host=host)
+        schedule = create("pipeline.schedule", "interleaved_1f1b").build(p, m)
+        plain = simulate(schedule, times.costs(schedule))
+        moved = create("pipeline.transform", "pipeoffload", times=times.model_dump()).apply(schedule)
+        found = simulate(moved, times.costs(moved))
+        share = len(moved.offloaded) / (moved.stages * m)
+        subject = f"interleaved_1f1b + pipeoffload, {share:.0%} offloaded"
+        throughput(bench, subject, found, "interleaved_1f1b", plain, times, paper=170)
+        memory(bench, subject, found, "interleaved_1f1b", plain, times, paper=170)
+
+
+def run(name: str, p: int, m: int, times: Times, /, **options: Any) -> Simulation:
+    """A schedule, built and simulated."""
+    schedule = create("pipeline.schedule", name, **options).build(p, m)
+    return simulate(schedule, times.costs(schedule))
+
+
+def throughput(
+    bench: Bench, subject: str, found: Simulation, peer: str, other: Simulation, times: Times, *, paper: int, span=False
+) -> None:
+    """A row of microbatches in the time of a forward, for synchronous steps or, with ``span``, for unsynchronised."""
+    value, peer_value = (
+        simulation.schedule.microbatches / (longest_span(simulation) if span else simulation.makespan)
+        for simulation in (found, other)
+    )
+    row(
+        bench, subject, found, peer, times, paper, "simulated throughput", "microbatches/F", value, peer_value, "higher"
+    )
+
+
+def memory(
+    bench: Bench, subject: str, found: Simulation, peer: str, other: Simulation, times: Times, *, paper: int
+) -> None:
+    """A row of the highest peak of activations of a device."""
+    value, peer_value = max(found.peak_bytes), max(other.peak_bytes)
+    row(bench, subject, found, peer, times, paper, "simulated peak memory", "activations", value, peer_value, "lower")
+
+
+def longest_span(simulation: Simulation) -> float:
+    """The longest time from the first task to the last of a device."""
+    return max(ends[-1] - starts[0] for starts, ends in zip(simulation.starts, simulation.ends, strict=True))
+
+
+def row(
+    bench: Bench,
+    subject: str,
+    found: Simulation,
+    peer: str,
+    times: Times,
+    paper: int,
+    metric: str,
+    unit: str,
+    value: float,
+    peer_value: float,
+    better: str,
+) -> None:
+    """One comparison. Simulations do not vary: there is nothing to repeat."""
+    schedule = found.schedule
+    bench.row(
+        subject=subject,
+        setting=f"p={schedule.devices}, m={schedule.microbatches}, I={times.input_grad:g}, W={times.weight_grad:g}, "
+        f"transfer={times.transfer:g}, host={times.host:g}",
+        metric=metric,
+        unit=unit,
+        value=value,
+        better=better,
+        peer=peer,
+        peer_value=peer_value,
+        ratio=value / peer_value,
+        papers=(paper,),
+    )

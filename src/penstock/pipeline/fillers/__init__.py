@@ -1,0 +1,1 @@
+"""Policies of the contract ``pipeline.filler``: work for idle devices."""

@@ -1,0 +1,129 @@
+"""Which process runs which device of which pipeline, and the ways between them."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+from penstock.core.errors import PenstockError, UsageError
+from penstock.parallel.world import World
+
+#: What failed processes leave in the run's store: whom each was waiting for.
+_WAITS = "penstock/pipeline/waits"
+
+
+class Grid:
+    """The processes of a run as pipelines of ``devices`` neighbouring ranks each, all of which run the same schedule.
+
+    Every process makes the same grids and asks them for the same groups in the same order.
+
+    Args:
+        world: this process's place.
+        devices: p, of a pipeline.
+        timeout: seconds after which a process that does not answer counts as lost.
+
+    Attributes:
+        pipeline, device: of this process.
+        pipelines: how many there are: the copies of the model that share a batch, besides a schedule's own replicas.
+
+    Raises:
+        UsageError: the processes do not make whole pipelines.
+    """
+
+    def __init__(self, world: World, devices: int, timeout: float = 300.0) -> None:
+        if world.size % devices:
+            raise UsageError(
+                f"{world.size} processes do not make whole pipelines of {devices}",
+                hint=f"Start {devices} processes or a multiple of it, under torchrun, or set parallel.pipeline to a "
+                f"divisor of {world.size}.",
+            )
+        self.world, self.devices, self.timeout = world, devices, timeout
+        self.pipelines = world.size // devices
+        self.pipeline, self.device = divmod(world.rank, devices)
+        self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+
+    def rank(self, device: int, pipeline: int | None = None) -> int:
+        """The rank that runs ``device`` of this pipeline, or of another one."""
+        return (self.pipeline if pipeline is None else pipeline) * self.devices + device
+
+    def group(self, purpose: str, ranks: Sequence[int]) -> dist.ProcessGroup:
+        """A communicator of ``ranks`` for one ``purpose``, made once.
+
+        A pair in another order is another one: messages from a to b and from b to a, and sums of both, do not wait for
+        each other, in whatever order the two sides ask for them (NCCL serialises what one communicator carries).
+        """
+        key = purpose, tuple(ranks)
+        if key not in self._groups:
+            timeout = datetime.timedelta(seconds=self.timeout)
+            self._groups[key] = dist.new_group(sorted(ranks), timeout=timeout)
+        return self._groups[key]
+
+    def connect(self, links: Sequence[tuple[int, int]], device: torch.device) -> None:
+        """Opens a communicator for each link (from, to) between devices, in every pipeline.
+
+        Each carries a message now: NCCL sets up a communicator at its first use and blocks, which in the middle of a
+        schedule could be a deadlock.
+        """
+        for pipeline in range(self.pipelines):
+            for source, target in sorted(links):
+                a, b = self.rank(source, pipeline), self.rank(target, pipeline)
+                fresh = ("link", (a, b)) not in self._groups
+                group = self.group("link", (a, b))
+                if fresh and self.world.rank in (a, b):
+                    token = torch.zeros(1, device=device)
+                    with self.explained(b if self.world.rank == a else a, "its connection"):
+                        if self.world.rank == a:
+                            dist.send(token, b, group)
+                        else:
+                            dist.recv(token, a, group)
+
+    @contextlib.contextmanager
+    def explained(self, peer: int, what: str) -> Iterator[None]:
+        """Turns a failed exchange with ``peer``, about ``what`` of it, into an error that names the lost rank."""
+        began = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:  # gloo and NCCL raise nothing narrower
+            late = time.monotonic() - began > 0.9 * self.timeout
+            raise self.lost(peer, what, patience=0.2 * self.timeout if late else 1.0) from error
+
+    def lost(self, peer: int, what: str, *, patience: float) -> PenstockError:
+        """The error for ``what`` not coming from ``peer``. Where that one was waiting itself, for whom it waited.
+
+        Every process that gives up says so in the run's store; following that, from one to the next, leads to the one
+        that said nothing. ``patience`` seconds are left for the others to give up too.
+        """
+        found = [(peer, what)]
+        # The store may have died with its process, or hang with it; then the neighbour is all that is known.
+        search = threading.Thread(target=self._follow, args=(found, min(patience, 30.0)), daemon=True)
+        search.start()
+        search.join(min(patience, 30.0) + 2.0)
+        peer, what = found[-1]
+        return PenstockError(
+            f"rank {peer} has ended or does not answer: {what} was waited for",
+            hint=f"Its own message, if it could still write one, says why. A process counts as lost after "
+            f"{self.timeout:g} s (pipeline.timeout).",
+        )
+
+    def _follow(self, found: list[tuple[int, str]], patience: float) -> None:
+        deadline = time.monotonic() + patience
+        with contextlib.suppress(RuntimeError):
+            store = PrefixStore(_WAITS, _get_default_store())
+            store.set(str(self.world.rank), "{} {}".format(*found[0]))
+            seen = {self.world.rank}
+            while (peer := found[-1][0]) not in seen:
+                while not store.check([str(peer)]):
+                    if time.monotonic() > deadline:
+                        return
+                    time.sleep(0.05)
+                seen.add(peer)
+                following, what = store.get(str(peer)).decode().split(" ", 1)
+                if int(following) not in seen:
+                    found.append((int(following), what))

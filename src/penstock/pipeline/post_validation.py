@@ -1,0 +1,92 @@
+"""The optimizer step that waits for nobody: optimistic on a partial norm, validated later, rolled back if it was wrong.
+
+A step that clips by the global norm, or is skipped where a gradient is not finite, makes all stages wait for each other
+just where a zero-bubble schedule has them staggered. Instead the sum of squared gradients is passed down the stages:
+stage d adds its own to what it got from stage d-1, takes its step by that partial sum, and hands it on. The last stage
+knows the whole sum, which travels back during the warm-up of the next iteration; there each stage, before its first
+forward, settles: it keeps the step if the whole sum leads to the same one, else undoes it and takes the right one.
+
+From the zero-bubble paper, but for the rollback: it inverts the update's arithmetic in place, up to rounding; ours puts
+back copies of parameters and optimizer state, bit for bit, which costs their memory until the step is settled.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+class _Verdict(enum.Enum):
+    PLAIN = "the gradients as they are"
+    CLIPPED = "the gradients scaled down"
+    NONE = "no step, as a gradient is not finite"
+
+
+def squared_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of squares of all gradients, a scalar in fp64; not finite exactly if a gradient is not.
+
+    Sums of it over stages never fall, so a partial norm above the limit means a whole norm above it.
+    """
+    squares = [parameter.grad.double().square().sum() for parameter in parameters if parameter.grad is not None]
+    return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+
+
+class PendingStep:
+    """A step of ``optimizer`` that was taken, or held back, by what was known then.
+
+    Gradients and learning rates must stay as they are until it is settled.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, partial: torch.Tensor, max_norm: float | None) -> None:
+        """Takes the step, unless ``partial`` (the sum of squares up to this stage) says that it would be wrong.
+
+        Gradients are clipped to a norm of ``max_norm``, if that is given.
+        """
+        self._optimizer, self._max_norm = optimizer, max_norm
+        self._before: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] | None = None
+        if self._verdict(partial) is _Verdict.PLAIN:
+            self._before = [
+                (parameter, parameter.detach().clone(), copy.deepcopy(optimizer.state.get(parameter, {})))
+                for parameter in self._parameters()
+            ]
+            optimizer.step()
+
+    def settle(self, whole: torch.Tensor) -> bool:
+        """Makes the step that ``whole``, the sum of squares over all stages, asks for; whether it was that already.
+
+        Parameters and optimizer state then equal those of a step that had waited for ``whole``, bit for bit.
+        """
+        verdict = self._verdict(whole)
+        if self._before is not None and verdict is _Verdict.PLAIN:
+            self._before = None
+            return True
+        if self._before is not None:
+            self._roll_back(self._before)
+            self._before = None
+        if verdict is _Verdict.NONE:
+            return False
+        if self._max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters(), self._max_norm, whole.sqrt())
+        self._optimizer.step()
+        return False
+
+    def _verdict(self, squares: torch.Tensor) -> _Verdict:
+        if not bool(squares.isfinite()):
+            return _Verdict.NONE
+        # PyTorch divides by the norm plus 1e-6: just below the limit, it clips already.
+        if self._max_norm is not None and float(squares.sqrt()) + 1e-6 > self._max_norm:
+            return _Verdict.CLIPPED
+        return _Verdict.PLAIN
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    @torch.no_grad()
+    def _roll_back(self, before: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]) -> None:
+        for parameter, values, state in before:
+            parameter.copy_(values)
+            self._optimizer.state[parameter] = state

@@ -1,0 +1,1 @@
+"""Policies of the contract ``pipeline.route``: paths of microbatches through the stages."""

@@ -1,0 +1,1 @@
+"""Policies of the contract ``pipeline.transform``: schedules from schedules."""

@@ -1,0 +1,81 @@
+"""Processes of one host that a benchmark gives orders to, one order at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from penstock.core.errors import PenstockError
+from penstock.parallel.world import World
+
+
+class Workers:
+    """``size`` processes of the Python file ``script``, which calls :func:`serve`, placed as ``torchrun`` places them.
+
+    A context: they end with the block.
+    """
+
+    def __init__(self, script: Path, size: int, *arguments: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        threads = str(max(1, (os.cpu_count() or 1) // size))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": threads}
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), *arguments],
+                env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(size)
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.communicate()
+
+    def ask(self, order: str) -> list[Any]:
+        """What each process answers to ``order``, in order of their ranks.
+
+        Raises:
+            PenstockError: one has ended.
+        """
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(order + "\n")
+            process.stdin.flush()
+        answers = []
+        for rank, process in enumerate(self._processes):
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                raise PenstockError(f"rank {rank} of the benchmark has failed", hint="Its own message says why.")
+            answers.append(json.loads(line))
+        return answers
+
+
+def serve(orders: Callable[[World], Callable[[str], Any]]) -> None:
+    """The main function of such a process: joins the others, and answers each order with JSON, until there are no more.
+
+    Args:
+        orders: makes, in its place, the function from an order to its answer.
+    """
+    # Answers have the output to themselves: whatever else is printed goes where errors go.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    world = World.join()
+    answer = orders(world)
+    for line in sys.stdin:
+        print(json.dumps(answer(line.rstrip("\n"))), file=answers, flush=True)
+    world.end()

@@ -1,0 +1,41 @@
+"""Drawing by chunks, beside the cumulated distribution written down in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from penstock.ops.draw import CHUNK, draw_softmax
+
+
+@pytest.mark.parametrize("size", [1, 2, 50, CHUNK, CHUNK + 1, 3 * CHUNK - 1, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_token_is_where_the_cumulated_probability_passes_the_number(size, dtype):
+    generator = torch.Generator().manual_seed(size)
+    logits = (torch.randn(64, size, generator=generator) * 3).to(dtype)
+    temperature = torch.rand(64, generator=generator) * 2 + 0.05
+    uniform = torch.rand(64, generator=generator, dtype=torch.float64)
+    uniform[:4] = torch.tensor([0.0, 1 - 2.0**-53, 0.5, 1e-300], dtype=torch.float64)
+    tokens = draw_softmax(logits, temperature, uniform)
+    chances = (logits.double() / temperature.double().unsqueeze(-1)).softmax(-1)
+    reached = chances.cumsum(-1)
+    at = reached.gather(1, tokens.unsqueeze(-1)).squeeze(-1)
+    before = at - chances.gather(1, tokens.unsqueeze(-1)).squeeze(-1)
+    assert ((before <= uniform + 1e-5) & (uniform <= at + 1e-5)).all()
+
+
+def test_what_has_no_weight_is_never_drawn():
+    """Forbidden tokens at both ends of chunks, and numbers at both ends of the range."""
+    logits = torch.full((3, 2 * CHUNK + 7), -torch.inf)
+    logits[:, CHUNK - 1] = 1e4
+    logits[:, CHUNK + 3] = 1e4
+    uniform = torch.tensor([0.0, 0.75, 1 - 2.0**-53], dtype=torch.float64)
+    assert draw_softmax(logits, torch.full((3,), 1e-3), uniform).tolist() == [CHUNK - 1, CHUNK + 3, CHUNK + 3]
+
+
+def test_the_law_is_the_softmax():
+    """Evenly spread numbers hit each token as often as its probability says."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(100_000, 1)
+    uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    counts = draw_softmax(logits, torch.full((100_000,), 0.7), uniform).bincount(minlength=4)
+    torch.testing.assert_close(counts / 100_000, (logits[0] / 0.7).softmax(-1), atol=2e-5, rtol=0)
