@@ -43,7 +43,7 @@ def _draw(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
 
     every = weights(logits)
     whole = size // CHUNK * CHUNK
-    sums = [every[:, :whole].unflatten(1, (-1, CHUNK)).sum(-1)]  # type: ignore[no-untyped-call] if whole else []
+    sums = [every[:, :whole].reshape(len(every), -1, CHUNK).sum(-1)] if whole else []
     if whole < size:
         sums.append(every[:, whole:].sum(-1, keepdim=True))
     reached = torch.cat(sums, 1).double().cumsum(-1)

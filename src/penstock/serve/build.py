@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from pathlib import Path
 
 import torch
 
-from penstock.core.devices import pick
+from penstock.core.devices import can_compile, pick
 from penstock.core.errors import PenstockError, UsageError
+from penstock.core.progress import Reporter, silent
 from penstock.models import hub
 from penstock.models.decoder import Decoder
 from penstock.ops.paged.contract import CacheShape, PagedAttention
 from penstock.policy import index
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine import Engine
+from penstock.serve.grammar import Grammars
 from penstock.serve.runner import Runner
 
 #: Backends from the best to the one that serves everything.
@@ -25,7 +28,7 @@ PREFERENCE = ("flashinfer", "cpu", "reference")
 MOST_CPU_TOKENS = 1 << 18
 
 
-def open_engine(source: str | Path, config: EngineConfig, device: str = "auto") -> Engine:
+def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", report: Reporter = silent) -> Engine:
     """An engine for the model ``source`` (whatever ``hub.resolve`` takes) on ``device``.
 
     Raises:
@@ -35,7 +38,9 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto") 
     folder = hub.resolve(source)
     model = hub.load(folder, device=where, dtype=_dtype(config, where)).eval()
     tokenizer = hub.load_tokenizer(folder)
-    return build_engine(model, config, stop=frozenset({tokenizer.eos_token_id} - {None}))
+    stop = frozenset({tokenizer.eos_token_id} - {None})
+    grammars = Grammars(tokenizer, model.config.vocabulary, stop) if tokenizer.is_fast else None
+    return build_engine(model, config, stop, report, grammars)
 
 
 def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
@@ -43,7 +48,13 @@ def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     return named.get(config.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def build_engine(model: Decoder, config: EngineConfig, stop: frozenset[int] = frozenset()) -> Engine:
+def build_engine(
+    model: Decoder,
+    config: EngineConfig,
+    stop: frozenset[int] = frozenset(),
+    report: Reporter = silent,
+    grammars: Grammars | None = None,
+) -> Engine:
     """An engine for ``model`` where it lies, in its own dtype.
 
     Raises:
@@ -51,8 +62,8 @@ def build_engine(model: Decoder, config: EngineConfig, stop: frozenset[int] = fr
     """
     weight, shape = model.embedding.weight, model.config
     context = min(config.context or shape.context, shape.context)
-    backend = config.attention or _best(weight.device, weight.dtype)
-    reason = backend.serves(weight.device, weight.dtype)
+    backend = config.attention or _best(weight.device, weight.dtype, shape.head_dim)
+    reason = backend.serves(weight.device, weight.dtype, shape.head_dim)
     if reason is not None:
         raise UsageError(f"the attention backend {backend.policy_name!r} does not serve here: {reason}")
     cache = CacheShape(
@@ -64,18 +75,23 @@ def build_engine(model: Decoder, config: EngineConfig, stop: frozenset[int] = fr
         block_size=config.block_size,
         dtype=weight.dtype,
         device=weight.device,
+        windows=frozenset(shape.window_of(layer) for layer in range(shape.layers)),
     )
     blocks = _blocks(config, cache, context)
-    memory = backend.open(CacheShape(**{**vars(cache), "blocks": blocks}))
-    return Engine(config, Runner(model, memory, config.sequences, context), stop)
+    # One more than sequences use: the runner's own.
+    memory = backend.open(dataclasses.replace(cache, blocks=blocks + 1))
+    runner = Runner(model, memory, config.sequences, context)
+    if config.compile and weight.device.type == "cuda" and can_compile(weight.device):
+        runner.warm_up(report)
+    return Engine(config, runner, stop, grammars)
 
 
-def _best(device: torch.device, dtype: torch.dtype) -> PagedAttention:
+def _best(device: torch.device, dtype: torch.dtype, head_dim: int) -> PagedAttention:
     known = {entry.name: entry for entry in index().entries("attention.paged")}
     for name in PREFERENCE:
         if name in known:
             backend = known[name].load()()
-            if isinstance(backend, PagedAttention) and backend.serves(device, dtype) is None:
+            if isinstance(backend, PagedAttention) and backend.serves(device, dtype, head_dim) is None:
                 return backend
     raise PenstockError(f"no attention backend serves {device} with {dtype}")
 

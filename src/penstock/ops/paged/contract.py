@@ -23,6 +23,7 @@ class CacheShape:
         blocks: how many blocks the pool has.
         block_size: token slots of a block.
         dtype, device: of the memory, and of queries, keys and values.
+        windows: the sliding windows that the layers have; None is none.
     """
 
     layers: int
@@ -33,6 +34,7 @@ class CacheShape:
     block_size: int
     dtype: torch.dtype
     device: torch.device
+    windows: frozenset[int | None] = frozenset({None})
 
     @property
     def block_bytes(self) -> int:
@@ -72,6 +74,12 @@ class PagedCache:
         """Prepares the attention of ``batch`` in all layers; called once before each forward pass."""
         raise NotImplementedError
 
+    def fix(self, sizes: list[int], pages: int) -> bool:
+        """Makes plans of decode batches (one new token a sequence) of these ``sizes`` touch the same memory each time,
+        so that a captured CUDA graph of the pass can be replayed after a plan; False where that cannot be had.
+        ``pages`` is the most blocks of a sequence."""
+        return False
+
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
@@ -92,9 +100,9 @@ class PagedCache:
 class PagedAttention(Policy):
     """Makes the memory of keys and values, and computes attention over it."""
 
-    def serves(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """None where the policy works for ``device`` and ``dtype`` on this machine, else the reason why it does not,
-        as a clause: ``"it needs a CUDA device"``."""
+    def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """None where the policy works for these on this machine, else the reason why it does not, as a clause:
+        ``"it needs a CUDA device"``."""
         raise NotImplementedError
 
     def open(self, shape: CacheShape) -> PagedCache:

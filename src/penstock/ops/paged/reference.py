@@ -54,7 +54,7 @@ class ReferenceCache(PagedCache):
 class Reference(PagedAttention):
     """Gathers each sequence's keys and values and attends to them, one sequence at a time, on any device."""
 
-    def serves(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         return None
 
     def open(self, shape: CacheShape) -> PagedCache:

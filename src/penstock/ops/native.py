@@ -1,0 +1,95 @@
+"""C++ kernels, compiled on the machine that runs them, once for each kind of processor.
+
+A kernel is one C++17 source file with ``extern "C"`` functions over plain pointers. It is compiled by GCC with
+``-march=native`` and kept in the user's cache folder, under a name made of all that it depends on. OpenMP's runtime is
+left out of the link: its symbols resolve to the one that torch has loaded for everybody in the process, so that
+kernels share torch's threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from penstock.core.errors import PenstockError
+from penstock.core.files import explain_os_errors, write_atomic
+
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fopenmp")
+
+
+@functools.cache
+def load(source: Path) -> ctypes.CDLL:
+    """The library made from ``source``; it is compiled where that has not happened on such a machine yet.
+
+    Raises:
+        PenstockError: there is no compiler, it fails, or what it makes cannot be kept or loaded.
+    """
+    if sys.platform != "linux":
+        raise PenstockError("native kernels are made for Linux")
+    compiler = _compiler()
+    with explain_os_errors(f"cannot keep the kernel {source.stem}"):
+        identity = "\n".join([compiler, *FLAGS, _processor()]).encode() + source.read_bytes()
+        library = _folder() / f"{source.stem}-{hashlib.blake2b(identity, digest_size=12).hexdigest()}.so"
+        if not library.is_file():
+            write_atomic(library, _compile(compiler, source))
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise PenstockError(
+            f"cannot load {library}: {error}", hint="Remove that file; it is compiled anew at the next use."
+        ) from error
+
+
+def _compiler() -> str:
+    wanted = os.environ.get("CXX") or "g++"
+    found = shutil.which(wanted)
+    if found is None:
+        raise PenstockError(
+            f"native kernels need a C++ compiler, and {wanted!r} is not there",
+            hint="Install GCC (package g++), or name it in the variable CXX.",
+        )
+    return found
+
+
+def _compile(compiler: str, source: Path) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="penstock-") as scratch:
+        compiled, linked = Path(scratch, "kernel.o"), Path(scratch, "kernel.so")
+        for arguments in (
+            [*FLAGS, "-c", str(source), "-o", str(compiled)],
+            ["-shared", str(compiled), "-o", str(linked)],
+        ):
+            done = subprocess.run([compiler, *arguments], capture_output=True, text=True, errors="replace")
+            if done.returncode != 0:
+                complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+                raise PenstockError(
+                    f"{compiler} cannot compile {source}: {complaint}",
+                    hint="It must be GCC, of version 12 or near it; name another in the variable CXX.",
+                )
+        return linked.read_bytes()
+
+
+def _folder() -> Path:
+    """Where compiled kernels are kept."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "penstock", "kernels")
+    except RuntimeError as error:
+        raise PenstockError(
+            "native kernels are kept in the home folder, and this user has none",
+            hint="Name a folder for them in the variable XDG_CACHE_HOME.",
+        ) from error
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a home folder may be shared by machines of different kinds."""
+    first, _, _ = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")
+    kept = ("vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features")
+    lines = [line for line in first.splitlines() if line.partition(":")[0].strip() in kept]
+    return "\n".join([platform.machine(), *lines])

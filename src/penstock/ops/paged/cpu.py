@@ -1,0 +1,127 @@
+"""The fast backend for CPUs: one call of a native kernel for each layer."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penstock.core.errors import PenstockError
+from penstock.ops import native
+from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache
+from penstock.policy import policy
+
+SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
+
+#: The longest vector of any processor, in bytes: the kernel reads so far past the end of a row.
+PADDING = 64
+
+#: Stands for no window.
+UNBOUNDED = 2**31 - 1
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = [
+        ("slabs", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "blocks", "block_size")),
+    ]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("starts", "lengths", "tables", "slots")),
+        *((name, ctypes.c_int64) for name in ("sequences", "table_width", "threads")),
+    ]
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out")),
+        *((f"{name}_{step}", ctypes.c_int64) for name in ("query", "key", "value") for step in ("token", "head")),
+    ]
+
+
+class NativeCache(PagedCache):
+    """Keys and values as [layers, blocks, K, 2, block_size * D]: a head's keys transposed, [D, block_size], and its
+    values, [block_size, D], so that the kernel fetches both in one piece and needs no sums across vector lanes."""
+
+    def __init__(self, shape: CacheShape) -> None:
+        super().__init__(shape)
+        per_block = shape.block_bytes // shape.layers // shape.dtype.itemsize
+        count = shape.layers * shape.blocks * per_block
+        padded = torch.zeros(count + PADDING // shape.dtype.itemsize, dtype=shape.dtype)
+        self._memory = padded[:count].view(shape.layers, shape.blocks, per_block)
+        self._described = _Memory(
+            self._memory.data_ptr(), shape.heads, shape.kv_heads, shape.head_dim, shape.blocks, shape.block_size
+        )
+        library = native.load(SOURCE)
+        self._attend: Callable[..., Any] = getattr(library, f"attend_{shape.dtype}".replace("torch.", ""))
+        self._attend.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_double, ctypes.c_int]
+        self._attend.restype = None
+        self._stray: Callable[..., int] = library.stray
+        self._stray.argtypes, self._stray.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
+
+    def plan(self, batch: PagedBatch) -> None:
+        """Raises:
+        IndexError: a block or slot of the batch lies outside the memory, or the batch contradicts itself.
+        """
+        self._batch = batch  # keeps the tensors alive whose addresses follow
+        places = (tensor.data_ptr() for tensor in (batch.starts, batch.lengths, batch.tables, batch.slots))
+        self._planned = _Batch(*places, *batch.tables.shape, torch.get_num_threads())
+        self._query_shape = (len(batch.slots), self.shape.heads, self.shape.head_dim)
+        self._key_shape = (len(batch.slots), self.shape.kv_heads, self.shape.head_dim)
+        self._tokens = _Tokens()
+        self._arguments = tuple(map(ctypes.addressof, (self._described, self._planned, self._tokens)))
+        stray = self._stray(*self._arguments[:2])
+        if stray >= 0:
+            raise IndexError(f"sequence {stray} of the batch does not lie in the memory")
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        if query.shape != self._query_shape or key.shape != self._key_shape or value.shape != self._key_shape:
+            raise ValueError(f"{query.shape}, {key.shape} and {value.shape} do not fit the planned batch")
+        query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
+        out = torch.empty(query.shape, dtype=self.shape.dtype)
+        tokens = self._tokens
+        tokens.query, tokens.key, tokens.value, tokens.out = (x.data_ptr() for x in (query, key, value, out))
+        tokens.query_token, tokens.query_head, _ = query.stride()
+        tokens.key_token, tokens.key_head, _ = key.stride()
+        tokens.value_token, tokens.value_head, _ = value.stride()
+        self._attend(*self._arguments, layer, scale, UNBOUNDED if window is None else window)
+        return out
+
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        self._memory[:, targets] = self._memory[:, sources]
+
+
+@policy("attention.paged", "cpu", papers=[441])
+class Native(PagedAttention):
+    """Attention in C++, compiled on first use: online softmax over blocks, with the work dealt evenly to all threads.
+
+    From the Lean Attention paper [441]: all work of a step (sequences, heads, keys) is laid end to end in equal tiles
+    of keys and cut into one equal share for each thread, whatever sequence or head the cut goes through; the parts of a
+    head are then merged exactly, by their log-sum-exp. So one long sequence keeps all threads busy. Ours: prefill is
+    dealt out in the same way as decoding, a tile of keys counting by the query rows that are computed on it.
+
+    float32, float64 and bfloat16; sums are kept in float32, or float64 for float64. A cut may move with the rest of the
+    batch, and with it the last bits of an output.
+    """
+
+    def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if device.type != "cpu":
+            return "it needs the CPU"
+        if dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            return f"it does not know {dtype}".replace("torch.", "")
+        try:
+            native.load(SOURCE)
+        except PenstockError as error:
+            return error.what
+        return None
+
+    def open(self, shape: CacheShape) -> PagedCache:
+        return NativeCache(shape)

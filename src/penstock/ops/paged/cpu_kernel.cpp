@@ -1,0 +1,503 @@
+// Attention over keys and values in blocks of a pool, for CPUs. Called by cpu.py.
+//
+// A block of one layer and one KV head is a slab: its keys transposed, [head_dim][block_size], then its values,
+// [block_size][head_dim]. So the scores of a vector of keys, and an output row, are both sums of "scalar times vector",
+// with no sum across lanes, and one inner loop computes both. Vectors reach past the end of short rows: what is
+// computed there belongs to nobody and is thrown away, and the memory has a vector of padding at its end.
+//
+// Queries come in tiles: rows of one sequence that share a KV head, so that a key is fetched once for all of them.
+// Rows are ordered by token, and within a token by head. All work is laid end to end, tile after tile, in units of a
+// tile's rows times a chunk of keys, and dealt to the threads in equal shares, whatever tiles the cuts go through
+// (stream-K). A tile that was cut is put together from its parts by the first thread that had one.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int VECTOR_BYTES = 64, REGISTERS_FOR_SUMS = 16;
+#else
+constexpr int VECTOR_BYTES = 32, REGISTERS_FOR_SUMS = 8;
+#endif
+constexpr int CHUNK = 8;      // vectors of keys between two updates of the running softmax
+constexpr int TILE_ROWS = 64;
+constexpr int UNIT_ROWS = 8;  // what fetching a chunk costs, in rows computed on it
+constexpr int64_t THREAD_WORK = 1 << 13;  // the least that waking another thread is worth, in rows times keys
+
+// ---------------------------------------------------------------------------------------------- numbers and vectors
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+template <class T> struct Traits;
+template <> struct Traits<float> {
+    using sum = float;
+    typedef float vector __attribute__((vector_size(VECTOR_BYTES)));
+    typedef int32_t integers __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <> struct Traits<double> {
+    using sum = double;
+    typedef double vector __attribute__((vector_size(VECTOR_BYTES)));
+    typedef int64_t integers __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <> struct Traits<bfloat16> : Traits<float> {};
+
+template <class T> using sum_t = typename Traits<T>::sum;  // what numbers of type T are added up in
+template <class A> using vector = typename Traits<A>::vector;
+template <class A> using integers = typename Traits<A>::integers;
+template <class A> constexpr int WIDTH = VECTOR_BYTES / sizeof(A);
+template <class A> constexpr A NOTHING = -std::numeric_limits<A>::infinity();
+
+template <class A> integers<A> make_lanes() {
+    integers<A> lanes;
+    for (int i = 0; i < WIDTH<A>; ++i) lanes[i] = i;
+    return lanes;
+}
+template <class A> const integers<A> LANES = make_lanes<A>();
+
+template <class A> inline vector<A> load(const A *from) {
+    vector<A> v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+inline vector<float> load(const bfloat16 *from) {
+    typedef uint16_t narrow __attribute__((vector_size(VECTOR_BYTES / 2)));
+    typedef uint32_t wide __attribute__((vector_size(VECTOR_BYTES)));
+    narrow bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return reinterpret_cast<vector<float>>(__builtin_convertvector(bits, wide) << 16);
+}
+
+template <class A> inline void store(A *to, vector<A> v) { std::memcpy(to, &v, sizeof v); }
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(bfloat16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline void narrow(float x, float &to) { to = x; }
+inline void narrow(double x, double &to) { to = x; }
+inline void narrow(float x, bfloat16 &to) {  // to nearest, ties to even; a NaN stays one
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    to.bits = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+
+// 2 to the power of x <= 0, to 1e-7; 0 below the normal numbers, NaN for NaN. The polynomial, for |f| <= 1/2, is a
+// Chebyshev fit whose own error is 5e-9.
+inline vector<float> exp2(vector<float> x) {
+    const float magic = 12582912;  // 1.5 * 2^23: when it is added, the nearest integer is left in the low bits
+    x = x < -127.0f ? vector<float>{} - 127.0f : x;
+    vector<float> shifted = x + magic, f = x - (shifted - magic), p = f * 1.54614478e-4f + 1.33908668e-3f;
+    p = p * f + 9.61805694e-3f;
+    p = p * f + 5.55035695e-2f;
+    p = p * f + 2.40226507e-1f;
+    p = p * f + 6.93147182e-1f;
+    p = p * f + 1.0f;
+    integers<float> exponent = reinterpret_cast<integers<float>>(shifted) - (0x4b400000 - 127);
+    return p * reinterpret_cast<vector<float>>(exponent << 23);
+}
+
+inline vector<double> exp2(vector<double> x) {
+    for (int lane = 0; lane < WIDTH<double>; ++lane) x[lane] = std::exp2(x[lane]);
+    return x;
+}
+
+template <class A, class Combine> inline A across(vector<A> v, Combine combine) {
+#pragma GCC unroll 4
+    for (int half = WIDTH<A> / 2; half > 0; half /= 2) v = combine(v, __builtin_shuffle(v, LANES<A> ^ half));
+    return v[0];
+}
+
+// ------------------------------------------------------------------------------------------------- the inner product
+
+// c[R rows][N vectors] (+)= a[R rows][depth] * b[depth][N vectors], where each column of b has its own address. The
+// columns `ahead`, which will be wanted next, are fetched on the way: blocks are too short for the processor to foresee
+// them, and a burst of requests between two products would have to be waited for.
+template <class T, int R, int N>
+void multiply(const sum_t<T> *a, long a_row, const T *const *b, const T *const *ahead, long b_row, int depth,
+              sum_t<T> *c, long c_row, bool add) {
+    using A = sum_t<T>;
+    constexpr int UNROLL = std::max(1, 8 / (R * N));  // enough sums at a time to hide how long an addition takes
+    vector<A> sums[UNROLL][R][N] = {};
+    auto step = [&](int i, auto &into) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            __builtin_prefetch(ahead[n] + i * b_row, 0, 2);
+            const vector<A> row = load(b[n] + i * b_row);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) into[r][n] += a[r * a_row + i] * row;
+        }
+    };
+    int i = 0;
+    for (; i + UNROLL <= depth; i += UNROLL) {
+#pragma GCC unroll 8
+        for (int u = 0; u < UNROLL; ++u) step(i + u, sums[u]);
+    }
+    for (; i < depth; ++i) step(i, sums[0]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            A *to = c + r * c_row + n * WIDTH<A>;
+            vector<A> total = add ? load(to) : vector<A>{};
+#pragma GCC unroll 8
+            for (int u = 0; u < UNROLL; ++u) total += sums[u][r][n];
+            store(to, total);
+        }
+    }
+}
+
+// The same for any number of vectors, as many at a time as there are registers for.
+template <class T, int R, int N = std::min(8, REGISTERS_FOR_SUMS / R)>
+void multiply_all(const sum_t<T> *a, long a_row, const T *const *b, const T *const *ahead, long b_row, int count,
+                  int depth, sum_t<T> *c, long c_row, bool add) {
+    for (; count >= N; count -= N, b += N, ahead += N, c += N * WIDTH<sum_t<T>>)
+        multiply<T, R, N>(a, a_row, b, ahead, b_row, depth, c, c_row, add);
+    if constexpr (N > 1) multiply_all<T, R, N / 2>(a, a_row, b, ahead, b_row, count, depth, c, c_row, add);
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------ what the caller describes
+
+struct Memory {
+    void *slabs;  // [layers][blocks][kv_heads]
+    int64_t heads, kv_heads, head_dim, blocks, block_size;
+};
+
+struct Batch {  // as in PagedBatch
+    const int32_t *starts, *lengths, *tables;
+    const int64_t *slots;
+    int64_t sequences, table_width, threads;
+};
+
+struct Tokens {  // the numbers of a head are contiguous; tokens and heads are so many numbers apart
+    const void *query, *key, *value;
+    void *out;
+    int64_t query_token, query_head, key_token, key_head, value_token, value_head;
+};
+
+namespace {
+
+// A query tile of one KV head, and the chunks of keys that its rows see.
+struct Tile {
+    int sequence, head, first_token, tokens;
+    int position;  // of the first token in its sequence
+    int first_vector, last_vector, chunks;
+};
+
+// A running softmax over part of a tile's keys. The output is not yet divided by its weight.
+template <class A> struct State {
+    struct alignas(VECTOR_BYTES) Aligned {
+        A lanes[WIDTH<A>];
+    };
+    std::vector<Aligned> storage;
+    A *out, *query, *top, *weight;  // [rows][padded dim], [rows][dim], [rows], [rows]
+
+    void reset(int rows, int dim, int padded) {
+        size_t vectors = (rows * (dim + padded + 2)) / WIDTH<A> + 1;
+        if (storage.size() < vectors) storage.resize(vectors);
+        out = storage.data()->lanes;
+        query = out + rows * padded;
+        top = query + rows * dim;
+        weight = top + rows;
+        std::fill(out, query, A(0));
+        std::fill(top, weight, NOTHING<A>);
+        std::fill(weight, weight + rows, A(0));
+    }
+};
+
+// What a thread keeps: `own` is the tile that it works on, `cut` its part of a tile that an earlier thread began.
+template <class A> struct Worker {
+    State<A> own, cut;
+    Tile begun;  // is in `own`, and later threads have the rest
+    bool has_begun, has_cut;
+};
+
+// Some vectors of keys: their addresses, the position of the first key, and of the one behind the last. What is behind
+// `count` repeats the last one.
+template <class T> struct Chunk {
+    const T *keys[CHUNK], *values[CHUNK];
+    int first[CHUNK], end[CHUNK], count;
+};
+
+// Turns one row's scores into weights relative to its largest score so far. Returns the factor on what came before.
+template <class A>
+A reweigh(A *scores, const int *first, const int *end, int count, int low, int high, A &top, A &weight) {
+    constexpr int W = WIDTH<A>;
+    vector<A> best = vector<A>{} + NOTHING<A>, total = {};
+    for (int v = 0; v < count; ++v) {
+        vector<A> s = load(scores + v * W);
+        const int behind = std::min(high, end[v]);
+        if (first[v] < low || behind < first[v] + W) {
+            s = (LANES<A> >= low - first[v]) & (LANES<A> < behind - first[v]) ? s : vector<A>{} + NOTHING<A>;
+            store(scores + v * W, s);
+        }
+        best = s > best ? s : best;
+    }
+    const A before = top;
+    top = std::max(before, across<A>(best, [](auto x, auto y) { return x > y ? x : y; }));
+    const A base = top == NOTHING<A> ? 0 : top;
+    for (int v = 0; v < count; ++v) {
+        vector<A> p = exp2(load(scores + v * W) - base);
+        store(scores + v * W, p);
+        total += p;
+    }
+    const A factor = before == top ? 1 : std::exp2(before - base);
+    weight = weight * factor + across<A>(total, [](auto x, auto y) { return x + y; });
+    return factor;
+}
+
+// Attention of one batch in one layer.
+template <class T> struct Attention {
+    using A = sum_t<T>;
+    static constexpr int W = WIDTH<A>;
+
+    const Batch &batch;
+    const Tokens &tokens;
+    T *slabs;
+    int heads, kv_heads, dim, size;
+    A scale;     // to scores in powers of two
+    int window;  // no smaller than any length where there is none
+    int groups = heads / kv_heads, padded = (dim + W - 1) / W * W, block_vectors = (size + W - 1) / W;
+
+    T *slab(int64_t block, int head) const { return slabs + (block * kv_heads + head) * 2 * size * dim; }
+    int vector_of(int position) const { return position / size * block_vectors + position % size / W; }
+
+    // Stores the keys and values of the tokens from `from` up to `to`.
+    void write(int64_t from, int64_t to) const {
+        for (int64_t token = from; token < to; ++token) {
+            const int64_t block = batch.slots[token] / size, offset = batch.slots[token] % size;
+            for (int head = 0; head < kv_heads; ++head) {
+                auto key = static_cast<const T *>(tokens.key) + token * tokens.key_token + head * tokens.key_head;
+                auto value = static_cast<const T *>(tokens.value);
+                value += token * tokens.value_token + head * tokens.value_head;
+                T *keys = slab(block, head) + offset, *values = slab(block, head) + (size + offset) * dim;
+                for (int d = 0; d < dim; ++d) keys[d * size] = key[d];
+                std::copy(value, value + dim, values);
+            }
+        }
+    }
+
+    // Calls visit(tile, begin, unit) for all tiles in order: a tile's work begins at `begin`, and is `unit` for each of
+    // its chunks. Returns the whole of the work.
+    template <class Visit> int64_t each_tile(Visit visit) const {
+        const int most = std::max(1, TILE_ROWS / groups);
+        int64_t work = 0;
+        for (int sequence = 0; sequence < batch.sequences; ++sequence) {
+            const int stop = batch.starts[sequence + 1], length = batch.lengths[sequence];
+            for (int token = batch.starts[sequence]; token < stop; token += most) {
+                const int tokens = std::min(most, stop - token), position = length - (stop - token);
+                const int first = vector_of(std::max(0, position - window + 1));
+                const int last = vector_of(position + tokens - 1);
+                Tile tile{sequence, 0, token, tokens, position, first, last, (last - first) / CHUNK + 1};
+                const int64_t unit = UNIT_ROWS + tile.tokens * groups;
+                for (; tile.head < kv_heads; ++tile.head, work += tile.chunks * unit) visit(tile, work, unit);
+            }
+        }
+        return work;
+    }
+
+    // Does the share of all work from `from` up to `to`: every unit that begins there.
+    void work(int64_t from, int64_t to, Worker<A> &worker) const {
+        worker.has_begun = worker.has_cut = false;
+        each_tile([&](const Tile &tile, int64_t begin, int64_t unit) {
+            auto units_before = [&](int64_t end) {
+                return int(std::clamp<int64_t>((end - begin + unit - 1) / unit, 0, tile.chunks));
+            };
+            const int first = from <= begin ? 0 : units_before(from), last = to <= begin ? 0 : units_before(to);
+            if (first == last) return;
+            State<A> &state = first > 0 ? worker.cut : worker.own;
+            attend(tile, first, last, state);
+            if (first > 0) {
+                worker.has_cut = true;
+            } else if (last < tile.chunks) {
+                worker.has_begun = true;
+                worker.begun = tile;
+            }
+            if (first == 0 && last == tile.chunks) finish(tile, state);
+        });
+    }
+
+    // The rows of a tile against its chunks from `first` up to `last`.
+    void attend(const Tile &tile, int first, int last, State<A> &state) const {
+        const int rows = tile.tokens * groups;
+        state.reset(rows, dim, padded);
+        for (int row = 0; row < rows; ++row) {
+            const int64_t token = tile.first_token + row / groups, head = tile.head * groups + row % groups;
+            auto query = static_cast<const T *>(tokens.query) + token * tokens.query_token + head * tokens.query_head;
+            for (int d = 0; d < dim; ++d) state.query[row * dim + d] = widen(query[d]) * scale;
+        }
+        Tile next = tile;
+        next.head = std::min(tile.head + 1, kv_heads - 1);
+        for (int c = first; c < last; ++c) {
+            const Chunk<T> chunk = locate(tile, c), ahead = c + 1 < last ? locate(tile, c + 1) : locate(next, first);
+            int row = 0;
+            for (; rows - row >= 8; row += 8) attend_rows<8>(tile, chunk, ahead, state, row);
+            if (rows - row >= 4) attend_rows<4>(tile, chunk, ahead, state, row), row += 4;
+            if (rows - row >= 2) attend_rows<2>(tile, chunk, ahead, state, row), row += 2;
+            if (rows - row >= 1) attend_rows<1>(tile, chunk, ahead, state, row);
+        }
+    }
+
+    Chunk<T> locate(const Tile &tile, int number) const {
+        Chunk<T> chunk;
+        const int32_t *table = batch.tables + tile.sequence * batch.table_width;
+        const int from = tile.first_vector + number * CHUNK;
+        chunk.count = std::min(CHUNK, tile.last_vector + 1 - from);
+        for (int v = 0; v < CHUNK; ++v) {
+            const int at = from + std::min(v, chunk.count - 1);
+            const int block = at / block_vectors, offset = at % block_vectors * W;
+            const T *base = slab(table[block], tile.head);
+            chunk.keys[v] = base + offset;
+            chunk.values[v] = base + (size + offset) * dim;
+            chunk.first[v] = block * size + offset;
+            chunk.end[v] = std::min(chunk.first[v] + W, (block + 1) * size);
+        }
+        return chunk;
+    }
+
+    // R rows of a tile, from `row` on, against the keys of a chunk that any of them sees.
+    template <int R>
+    void attend_rows(const Tile &tile, const Chunk<T> &chunk, const Chunk<T> &ahead, State<A> &state, int row) const {
+        constexpr int ACROSS = CHUNK * W;
+        const int high = tile.position + (row + R - 1) / groups + 1, low = tile.position + row / groups + 1 - window;
+        int from = 0, to = chunk.count;
+        while (from < to && chunk.end[from] <= low) ++from;
+        while (from < to && chunk.first[to - 1] >= high) --to;
+        if (from == to) return;
+
+        alignas(VECTOR_BYTES) A scores[R * ACROSS];
+        multiply_all<T, R>(state.query + row * dim, dim, chunk.keys + from, ahead.keys + from, size, to - from, dim,
+                           scores, ACROSS, false);
+        for (int r = 0; r < R; ++r) {
+            const int seen = tile.position + (row + r) / groups + 1;
+            const A factor = reweigh(scores + r * ACROSS, chunk.first + from, chunk.end + from, to - from,
+                                     seen - window, seen, state.top[row + r], state.weight[row + r]);
+            A *out = state.out + (row + r) * padded;
+            if (factor != 1)
+                for (int d = 0; d < padded; ++d) out[d] *= factor;
+        }
+        for (int v = from; v < to; ++v) {
+            const int depth = std::min(chunk.end[v], high) - chunk.first[v];
+            for (int d = 0; d < padded; d += 8 * W) {
+                const T *columns[8], *later[8];
+                for (int n = 0; n < 8; ++n) {
+                    columns[n] = chunk.values[v] + d + n * W;
+                    later[n] = ahead.values[v] + d + n * W;
+                }
+                multiply_all<T, R>(scores + (v - from) * W, ACROSS, columns, later, dim, std::min(8, (padded - d) / W),
+                                   depth, state.out + row * padded + d, padded, true);
+            }
+        }
+    }
+
+    // Adds another part's softmax to `state`, by the logarithms of their sums.
+    void merge(const State<A> &part, int rows, State<A> &state) const {
+        for (int row = 0; row < rows; ++row) {
+            const A top = std::max(state.top[row], part.top[row]), base = top == NOTHING<A> ? 0 : top;
+            const A ours = std::exp2(state.top[row] - base), theirs = std::exp2(part.top[row] - base);
+            for (int d = row * padded; d < (row + 1) * padded; ++d)
+                state.out[d] = ours * state.out[d] + theirs * part.out[d];
+            state.weight[row] = ours * state.weight[row] + theirs * part.weight[row];
+            state.top[row] = top;
+        }
+    }
+
+    void finish(const Tile &tile, const State<A> &state) const {
+        for (int row = 0; row < tile.tokens * groups; ++row) {
+            const int64_t token = tile.first_token + row / groups, head = tile.head * groups + row % groups;
+            T *out = static_cast<T *>(tokens.out) + (token * heads + head) * dim;
+            for (int d = 0; d < dim; ++d) narrow(state.out[row * padded + d] / state.weight[row], out[d]);
+        }
+    }
+
+    void run(int64_t total_tokens, int threads) const {
+        const int64_t all = each_tile([](const Tile &, int64_t, int64_t) {});
+        threads = std::clamp<int64_t>(all * W * CHUNK / THREAD_WORK, 1, threads);
+        std::vector<Worker<A> *> workers(threads);
+#pragma omp parallel num_threads(threads)
+        {
+            static thread_local Worker<A> worker;
+            const int64_t self = omp_get_thread_num(), crew = omp_get_num_threads();
+            workers[self] = &worker;
+            write(total_tokens * self / crew, total_tokens * (self + 1) / crew);
+#pragma omp barrier
+            work(all * self / crew, all * (self + 1) / crew, worker);
+#pragma omp barrier
+            if (worker.has_begun) {
+                for (int other = self + 1; other < crew; ++other) {
+                    if (workers[other]->has_cut) merge(workers[other]->cut, worker.begun.tokens * groups, worker.own);
+                    if (workers[other]->has_begun) break;
+                }
+                finish(worker.begun, worker.own);
+            }
+        }
+    }
+};
+
+template <class T>
+void attend(const Memory &memory, const Batch &batch, const Tokens &tokens, int64_t layer, double scale, int window) {
+    const int64_t slab = 2 * memory.block_size * memory.head_dim;
+    const Attention<T> attention{
+        batch,
+        tokens,
+        static_cast<T *>(memory.slabs) + layer * memory.blocks * memory.kv_heads * slab,
+        int(memory.heads),
+        int(memory.kv_heads),
+        int(memory.head_dim),
+        int(memory.block_size),
+        sum_t<T>(scale * 1.4426950408889634),
+        window,
+    };
+    attention.run(batch.starts[batch.sequences], batch.threads);
+}
+
+}  // namespace
+
+extern "C" {
+
+void attend_float32(const Memory *memory, const Batch *batch, const Tokens *tokens, int64_t layer, double scale,
+                    int window) {
+    attend<float>(*memory, *batch, *tokens, layer, scale, window);
+}
+
+void attend_float64(const Memory *memory, const Batch *batch, const Tokens *tokens, int64_t layer, double scale,
+                    int window) {
+    attend<double>(*memory, *batch, *tokens, layer, scale, window);
+}
+
+void attend_bfloat16(const Memory *memory, const Batch *batch, const Tokens *tokens, int64_t layer, double scale,
+                     int window) {
+    attend<bfloat16>(*memory, *batch, *tokens, layer, scale, window);
+}
+
+// Whether all of a batch lies in the memory: the number of its first sequence that does not, or -1.
+int64_t stray(const Memory *memory, const Batch *batch) {
+    for (int64_t b = 0; b < batch->sequences; ++b) {
+        const int64_t needed = (batch->lengths[b] + memory->block_size - 1) / memory->block_size;
+        if (batch->starts[b] > batch->starts[b + 1] || needed > batch->table_width ||
+            batch->lengths[b] < batch->starts[b + 1] - batch->starts[b])
+            return b;
+        for (int64_t i = 0; i < needed; ++i)
+            if (uint64_t(batch->tables[b * batch->table_width + i]) >= uint64_t(memory->blocks)) return b;
+        for (int64_t t = batch->starts[b]; t < batch->starts[b + 1]; ++t)
+            if (uint64_t(batch->slots[t]) >= uint64_t(memory->blocks * memory->block_size)) return b;
+    }
+    return -1;
+}
+}

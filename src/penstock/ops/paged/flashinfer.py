@@ -1,0 +1,195 @@
+"""Paged attention with FlashInfer's kernels, on CUDA devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache
+from penstock.policy import policy
+
+#: Bytes that the kernels keep partial results in.
+WORKSPACE = 256 * 2**20
+
+#: Head sizes that the kernels are built for.
+HEAD_DIMS = (64, 128, 256)
+
+_caches: weakref.WeakValueDictionary[int, FlashInferCache] = weakref.WeakValueDictionary()
+_handles = itertools.count()
+
+
+@torch.library.custom_op("penstock::attend_flashinfer", mutates_args=())
+def _attend(query: Tensor, key: Tensor, value: Tensor, cache: int, layer: int, window: int) -> Tensor:
+    # One opaque operator to torch.compile: what it does to the cache is nobody else's business.
+    return _caches[cache].compute(query, key, value, layer, window)
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, cache: int, layer: int, window: int) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+@dataclasses.dataclass
+class Planned:
+    """What the kernels need of a batch: where new keys and values go, and a planned wrapper for each window."""
+
+    slots: Tensor
+    wrappers: dict[int, Any]
+
+
+class FlashInferCache(PagedCache):
+    """Keys and values as [layers, blocks, 2, block_size, K, D]."""
+
+    def __init__(self, shape: CacheShape) -> None:
+        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+        super().__init__(shape)
+        self._memory = torch.zeros(
+            (shape.layers, shape.blocks, 2, shape.block_size, shape.kv_heads, shape.head_dim),
+            dtype=shape.dtype,
+            device=shape.device,
+        )
+        self._workspace = torch.zeros(WORKSPACE, dtype=torch.uint8, device=shape.device)
+        self._windows = {-1 if window is None else window - 1 for window in shape.windows}
+        self._prefill = {w: BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD") for w in self._windows}
+        self._decode = self._decode_wrappers(None, 0)
+        self._fixed: dict[int, Planned] = {}
+        self._planned: Planned | None = None
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._handle = next(_handles)
+        _caches[self._handle] = self
+
+    def _decode_wrappers(self, size: int | None, pages: int) -> dict[int, Any]:
+        """A wrapper for each window; with a ``size``, one whose buffers stay where they are."""
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+        def buffer(count: int) -> Tensor:
+            return torch.zeros(count, dtype=torch.int32, device=self.shape.device)
+
+        def wrapper() -> Any:
+            fixed: dict[str, Any] = {}
+            if size is not None:
+                fixed = {
+                    "use_cuda_graph": True,
+                    "paged_kv_indptr_buffer": buffer(size + 1),
+                    "paged_kv_indices_buffer": buffer(pages),
+                    "paged_kv_last_page_len_buffer": buffer(size),
+                }
+            # With two or more queries to a key head, the tensor cores' kernel reads each key once.
+            tensor_cores = self.shape.heads > self.shape.kv_heads
+            return BatchDecodeWithPagedKVCacheWrapper(self._workspace, "NHD", use_tensor_cores=tensor_cores, **fixed)
+
+        return {window: wrapper() for window in self._windows}
+
+    def fix(self, sizes: list[int], pages: int) -> bool:
+        for size in sizes:
+            slots = torch.zeros(size, dtype=torch.int64, device=self.shape.device)
+            self._fixed[size] = Planned(slots, self._decode_wrappers(size, size * pages))
+        return True
+
+    def plan(self, batch: PagedBatch) -> None:
+        # The last plan's copies leave from memory that this one writes to.
+        self._copied.synchronize()
+        size = self.shape.block_size
+        lengths = batch.lengths.numpy()
+        pages = -(-lengths // size)
+        owned = np.arange(batch.tables.shape[1]) < pages[:, None]
+        indices = self._to_device(batch.tables.numpy()[owned])
+        indptr = _pinned(np.concatenate([[0], pages.cumsum()]).astype(np.int32))
+        last = _pinned((lengths - (pages - 1) * size).astype(np.int32))
+        fixed = self._fixed.get(len(lengths)) if batch.longest == 1 else None
+        slots = _pinned(batch.slots.numpy())
+        if fixed is not None:
+            fixed.slots.copy_(slots, non_blocking=True)
+            planned = fixed
+        else:
+            wrappers = self._decode if batch.longest == 1 else self._prefill
+            planned = Planned(slots.to(self.shape.device, non_blocking=True), wrappers)
+        shape = {"num_qo_heads": self.shape.heads, "num_kv_heads": self.shape.kv_heads, "page_size": size}
+        kinds = {"q_data_type": self.shape.dtype, "kv_data_type": self.shape.dtype}
+        for window, wrapper in planned.wrappers.items():
+            if batch.longest == 1:
+                wrapper.plan(indptr, indices, last, head_dim=self.shape.head_dim, window_left=window, **shape, **kinds)
+            else:
+                starts = _pinned(batch.starts.numpy())
+                wrapper.plan(
+                    starts,
+                    indptr,
+                    indices,
+                    last,
+                    head_dim_qk=self.shape.head_dim,
+                    window_left=window,
+                    causal=True,
+                    **shape,
+                    **kinds,
+                )
+        self._planned = planned
+        self._copied.record()
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        usual = self.shape.head_dim**-0.5
+        if scale != usual:
+            query = query * (scale / usual)
+        out: Tensor = _attend(query, key, value, self._handle, layer, -1 if window is None else window - 1)
+        return out
+
+    def compute(self, query: Tensor, key: Tensor, value: Tensor, layer: int, window: int) -> Tensor:
+        """:meth:`attend`, as the operator calls it."""
+        planned = self._planned
+        if planned is None:
+            raise RuntimeError("attend() before plan()")
+        memory = self._memory[layer]
+        store(key, value, memory, planned.slots)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        planned.wrappers[window].run(query.contiguous(), memory, out=out)
+        return out
+
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        self._memory[:, targets] = self._memory[:, sources]
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        return _pinned(values).to(self.shape.device, non_blocking=True)
+
+
+def _pinned(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values).pin_memory()
+
+
+def store(key: Tensor, value: Tensor, memory: Tensor, slots: Tensor) -> None:
+    """Writes ``key`` and ``value`` [N, K, D] to the ``slots`` int64 [N] of ``memory`` [blocks, 2, block_size, K, D]."""
+    from penstock.ops.paged.store import store_kernel
+
+    width = key.shape[1] * key.shape[2]
+    store_kernel[(key.shape[0],)](
+        key, value, memory, slots, key.stride(0), value.stride(0), memory.shape[2], width, 1 << (width - 1).bit_length()
+    )
+
+
+@policy("attention.paged", "flashinfer")
+class FlashInfer(PagedAttention):
+    """FlashInfer's paged kernels: the split-KV kernel for decoding, FlashAttention 3 on Hopper where sequences have
+    several new tokens. Plans of decode batches of a fixed size can be replayed from a CUDA graph.
+    """
+
+    def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if device.type != "cuda":
+            return "it needs a CUDA device"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return "it needs bf16 or fp16"
+        if head_dim not in HEAD_DIMS:
+            return f"it has no kernels for heads of {head_dim}"
+        if importlib.util.find_spec("flashinfer") is None:
+            return "flashinfer is not installed (pip install 'penstock[cuda]')"
+        return None
+
+    def open(self, shape: CacheShape) -> PagedCache:
+        return FlashInferCache(shape)

@@ -1,0 +1,194 @@
+"""The law of ``attention.paged``.
+
+A :class:`Scene` plays a script of steps, forks and releases on a memory, as an engine would, and keeps every sequence's
+own keys and values beside it in float64. After each step it compares what the memory gives with plain softmax
+attention over that record. Blocks are dealt out in a scrambled order, and hold another sequence's values from before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from penstock.core.randomness import torch_generator
+from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One forward pass: pairs of a sequence, by a number that may be new, and how many tokens it gains."""
+
+    gains: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fork:
+    """Sequence ``target`` begins as a copy of ``source``: it shares the full blocks and copies the last one."""
+
+    source: int
+    target: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """The sequence ends; its blocks, where no other has them, are dealt out again."""
+
+    sequence: int
+
+
+Action = Step | Fork | Release
+
+
+@dataclasses.dataclass
+class _Sequence:
+    """Its blocks, and its keys and values so far: float64 [layers, 2, length, K, D]."""
+
+    blocks: list[int]
+    record: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.record.shape[2]
+
+
+class Scene:
+    """Sequences on one memory, and the record of what they should see.
+
+    Args:
+        policy: what is tested; it serves the shape.
+        shape: the memory; ``blocks`` must suffice for the script.
+        windows: the sliding window of each layer, or None; ``shape.windows`` has them too.
+        seed: of all random values, and of the order of blocks.
+        stale: what every slot holds before the script begins. A policy must not let it through, not even NaN.
+        tolerance: of the error's root mean square; values are drawn with variance 1.
+    """
+
+    def __init__(
+        self,
+        policy: PagedAttention,
+        shape: CacheShape,
+        windows: tuple[int | None, ...],
+        *,
+        seed: int = 0,
+        stale: float = math.nan,
+        tolerance: float,
+    ) -> None:
+        self.shape, self.windows, self.tolerance = shape, windows, tolerance
+        self._cache = policy.open(shape)
+        self._draw = torch_generator(seed, "testing/attention_paged")
+        self._free = torch.randperm(shape.blocks, generator=self._draw).tolist()
+        self._holders = [0] * shape.blocks
+        self._live: dict[int, _Sequence] = {}
+        self._fill(stale)
+
+    def play(self, script: tuple[Action, ...]) -> None:
+        """Plays a script, then lets each sequence that is left gain a token, so that all of its memory is read."""
+        for action in script:
+            match action:
+                case Step(gains):
+                    self._step(gains)
+                case Fork(source, target):
+                    self._fork(source, target)
+                case Release(sequence):
+                    self._release(self._live.pop(sequence))
+        for number in self._live:
+            self._step(((number, 1),))
+
+    def _fill(self, stale: float) -> None:
+        """Writes ``stale`` to every slot, by short sequences that together take the whole pool."""
+        shape = self.shape
+        blocks = torch.arange(shape.blocks, dtype=torch.int32)
+        tables = torch.nn.functional.pad(blocks, (0, -shape.blocks % 8)).view(-1, 8)
+        count = shape.blocks * shape.block_size
+        starts = (torch.arange(len(tables) + 1) * 8 * shape.block_size).clamp(max=count).to(torch.int32)
+        self._cache.plan(PagedBatch(starts, starts.diff(), tables, torch.arange(count), int(starts[1])))
+        for layer, window in enumerate(self.windows):
+            query, key, value = (
+                torch.full((count, heads, shape.head_dim), stale, dtype=shape.dtype, device=shape.device)
+                for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+            )
+            self._cache.attend(layer, query, key, value, scale=1.0, window=window)
+
+    def _fork(self, source: int, target: int) -> None:
+        original = self._live[source]
+        blocks = list(original.blocks)
+        if original.length % self.shape.block_size:
+            blocks[-1] = self._free.pop()
+            self._cache.copy([original.blocks[-1]], [blocks[-1]])
+        for block in blocks:
+            self._holders[block] += 1
+        self._live[target] = _Sequence(blocks, original.record.clone())
+
+    def _release(self, sequence: _Sequence) -> None:
+        for block in sequence.blocks:
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                at = int(torch.randint(len(self._free) + 1, (), generator=self._draw))
+                self._free.insert(at, block)
+
+    def _step(self, gains: tuple[tuple[int, int], ...]) -> None:
+        shape, size = self.shape, self.shape.block_size
+        slots: list[int] = []
+        for number, gain in gains:
+            if number not in self._live:
+                empty = torch.empty(shape.layers, 2, 0, shape.kv_heads, shape.head_dim, dtype=torch.float64)
+                self._live[number] = _Sequence([], empty)
+            sequence = self._live[number]
+            after = sequence.length + gain
+            while len(sequence.blocks) * size < after:
+                sequence.blocks.append(self._free.pop())
+                self._holders[sequence.blocks[-1]] += 1
+            slots += [sequence.blocks[p // size] * size + p % size for p in range(sequence.length, after)]
+        members, counts = [self._live[number] for number, _ in gains], [gain for _, gain in gains]
+        self._cache.plan(self._batch(members, counts, slots))
+        lengths = [(member.length, count) for member, count in zip(members, counts, strict=True)]
+        new = [self._tokens(len(slots)) for _ in range(shape.layers)]
+        rows = torch.stack([torch.stack([key, value]) for _, key, value in new]).double().cpu()
+        for member, own in zip(members, torch.split(rows, counts, 2), strict=True):
+            member.record = torch.cat([member.record, own], 2)
+        for layer, (query, key, value) in enumerate(new):
+            scale, window = 0.7 * shape.head_dim**-0.5, self.windows[layer]
+            got = self._cache.attend(layer, query, key, value, scale=scale, window=window)
+            assert got.shape == query.shape and got.dtype == query.dtype
+            wanted = [
+                softmax_attention(own, *member.record[layer], scale=scale, window=window)
+                for own, member in zip(torch.split(query.double().cpu(), counts), members, strict=True)
+            ]
+            self._compare(got, torch.cat(wanted), f"layer {layer}, (length before, new tokens) = {lengths}")
+
+    def _batch(self, members: list[_Sequence], gains: list[int], slots: list[int]) -> PagedBatch:
+        """Tables are as wide as the longest and one more; what is behind a sequence's last block is nonsense."""
+        starts = torch.tensor([0, *gains]).cumsum(0)
+        lengths = [member.length + gain for member, gain in zip(members, gains, strict=True)]
+        tables = torch.full((len(members), max(len(m.blocks) for m in members) + 1), 2**30, dtype=torch.int32)
+        for row, member in zip(tables, members, strict=True):
+            row[: len(member.blocks)] = torch.tensor(member.blocks, dtype=torch.int32)
+        return PagedBatch(
+            starts.to(torch.int32), torch.tensor(lengths, dtype=torch.int32), tables, torch.tensor(slots), max(gains)
+        )
+
+    def _tokens(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Random query, key and value of ``count`` tokens: views of one tensor, as a model's projection gives them."""
+        shape = self.shape
+        heads = [shape.heads, shape.kv_heads, shape.kv_heads]
+        drawn = torch.randn(count, sum(heads), shape.head_dim, generator=self._draw, dtype=torch.float64)
+        query, key, value = torch.split(drawn.to(shape.device, shape.dtype), heads, 1)
+        return query, key, value
+
+    def _compare(self, got: Tensor, wanted: Tensor, where: str) -> None:
+        error = (got.double().cpu() - wanted).square().mean().sqrt()
+        assert error <= self.tolerance, f"an error of {error:.2e} in {where}"
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
+    """Causal attention by its definition: the queries [n, H, D] are of the last n of the tokens key [T, K, D]."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = scale * torch.einsum("qhd,khd->hqk", query, key)
+    own = torch.arange(len(key) - len(query), len(key)).unsqueeze(1)
+    other = torch.arange(len(key)).unsqueeze(0)
+    hidden = other > own if window is None else (other > own) | (other <= own - window)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), value)

@@ -1,0 +1,118 @@
+"""Kernels compiled on first use: what is kept, what goes wrong, and whose threads they run on."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from penstock.core.errors import PenstockError
+from penstock.ops import native
+from penstock.ops.paged.cpu import Native
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+
+SUM = """
+extern "C" long sum_to(long n) {
+    long total = 0;
+#pragma omp parallel for reduction(+ : total)
+    for (long i = 1; i <= n; ++i) total += i;
+    return total;
+}
+"""
+
+OWN_THREADS = """
+import ctypes, sys, torch
+from pathlib import Path
+from penstock.ops import native
+kernel = native.load(Path(sys.argv[1]))
+torch.ones(10**6).sum()
+assert kernel.sum_to(1000) == 500500
+maps = Path("/proc/self/maps").read_text().splitlines()
+print(len({line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}))
+"""
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A kernel, and a cache of its own for what is made of it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    native.load.cache_clear()
+    path = tmp_path / "sum.cpp"
+    path.write_text(SUM)
+    yield path
+    native.load.cache_clear()
+
+
+def kept(source: Path) -> list[Path]:
+    return sorted((source.parent / "cache" / "penstock" / "kernels").iterdir())
+
+
+def test_compiles_once_and_anew_when_the_source_changes(source, monkeypatch):
+    assert native.load(source).sum_to(ctypes.c_long(10)) == 55
+    (library,) = kept(source)
+    native.load.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "_compile", lambda *_: pytest.fail("it was compiled again"))
+        native.load(source)
+    native.load.cache_clear()
+    source.write_text(SUM.replace("total = 0", "total = 1"))
+    assert native.load(source).sum_to(ctypes.c_long(10)) == 56
+    assert len(kept(source)) == 2
+    assert library in kept(source)
+
+
+def test_another_processor_has_a_library_of_its_own(source, monkeypatch):
+    native.load(source)
+    native.load.cache_clear()
+    monkeypatch.setattr(native, "_processor", lambda: "another")
+    native.load(source)
+    assert len(kept(source)) == 2
+
+
+def test_two_processes_at_once_make_one_library_and_each_has_one_openmp_runtime(source):
+    command = [sys.executable, "-c", OWN_THREADS, str(source)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate()[0].strip() for process in processes] == ["1", "1"]
+    (library,) = kept(source)
+    assert library.suffix == ".so"
+
+
+def test_no_compiler_is_a_reason_not_to_serve(source, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(PenstockError, match="Install GCC"):
+        native.load(source)
+    assert "'no-such-compiler' is not there" in Native().serves(torch.device("cpu"), torch.float32, 16)
+
+
+def test_a_cache_that_cannot_be_written_is_named(source, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(PenstockError, match=f"cannot write {tmp_path / 'file'}"):
+        native.load(source)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(source, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError))
+    with pytest.raises(PenstockError, match="XDG_CACHE_HOME"):
+        native.load(source)
+
+
+def test_a_source_that_does_not_compile_is_named_and_leaves_nothing(source):
+    source.write_text("not C++")
+    with pytest.raises(PenstockError, match=f"cannot compile {source}"):
+        native.load(source)
+    assert not (source.parent / "cache").exists()
+
+
+def test_a_damaged_library_is_named(source, monkeypatch):
+    monkeypatch.setattr(native, "_compile", lambda *_: b"damaged")
+    with pytest.raises(PenstockError, match=r"cannot load .*sum-\w+\.so: .*\nRemove that file"):
+        native.load(source)
