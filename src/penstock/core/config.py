@@ -6,6 +6,7 @@ string where it is not TOML, so ``--set optim.lr=3e-4`` and ``--set data.corpus=
 
 from __future__ import annotations
 
+import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,6 +100,11 @@ def build(cls: type[C], tree: Mapping[str, Any], source: str = "the configuratio
         raise ConfigError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from error
 
 
+#: How a value at fault is shown: a large or deep one in part.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
 def _explain(cls: type[BaseModel], fault: Any) -> str:
     keys = [str(part) for part in fault["loc"]]
     where = ".".join(keys)
@@ -107,7 +113,7 @@ def _explain(cls: type[BaseModel], fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{where}: required, but not given"
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{where}: {message} (got {fault['input']!r})" if where else message
+    return f"{where}: {message} (got {_SHORT.repr(fault['input'])})" if where else message
 
 
 def _fields_at(cls: type[BaseModel], path: Sequence[str]) -> list[str]:

@@ -131,6 +131,14 @@ class DecoderConfig(Config):
             total += attention + 3 * self.hidden * width + router
         return total
 
+    def stored_parameters(self) -> int:
+        """Weights of all matrices: those of every expert, and the embedding, which a tied head shares."""
+        total = self.matmul_parameters() + (0 if self.tied else self.vocabulary * self.hidden)
+        for layer in range(self.layers):
+            if self.moe and self.sparse(layer):
+                total += 3 * self.hidden * self.moe.ffn * (self.moe.experts - self.moe.router.top_k)
+        return total
+
     def flops_per_token(self, length: int) -> float:
         """Forward FLOPs for a token, averaged over a causal sequence of ``length`` tokens.
 

@@ -13,7 +13,8 @@ class Entry:
     """A piece of a sequence: its tokens [start, start + count), which the cache does not have yet.
 
     ``slot`` is its row in the runner's tables; ``scored`` says for how many of the last of these tokens the scores of
-    the next one are wanted: 0 for a piece of a prompt, 1 where the sequence goes on from it.
+    the next one are wanted: 0 for a piece of a prompt, 1 where the sequence goes on from it. ``rated`` says for how
+    many of the first of them the log-probability of the prompt's next token is wanted.
     """
 
     sequence: Sequence
@@ -21,6 +22,7 @@ class Entry:
     start: int
     count: int
     scored: int
+    rated: int = 0
 
 
 @dataclasses.dataclass

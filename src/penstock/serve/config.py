@@ -29,6 +29,8 @@ class EngineConfig(Config):
         cache_tokens: tokens for which the cache has room; None sizes it by ``memory``.
         memory: share of the device's memory that weights and cache may take together (of what is free, on the CPU).
         context: most tokens of a sequence; None takes the model's own limit.
+        compile: on CUDA, compile the model and capture decoding steps as graphs at the start: tens of seconds that make
+            every step shorter.
         check: compare the cache's books with the sequences after every step.
     """
 
@@ -42,6 +44,7 @@ class EngineConfig(Config):
     cache_tokens: PositiveInt | None = None
     memory: Annotated[float, Field(gt=0, le=1)] = 0.85
     context: PositiveInt | None = None
+    compile: bool = True
     check: bool = False
 
     @model_validator(mode="after")

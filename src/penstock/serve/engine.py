@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
+from heapq import heappop, heappush
 
 from penstock.core.errors import UsageError
 from penstock.serve.batch import Batch
 from penstock.serve.batching.contract import Limits
 from penstock.serve.config import EngineConfig
+from penstock.serve.grammar import Grammars, Matcher
 from penstock.serve.kv.pool import ROOT, BlockPool
 from penstock.serve.messages import Delta, Finish, Request, Snapshot
 from penstock.serve.room import StepRoom
 from penstock.serve.runner import Runner
+from penstock.serve.sampling import SamplingParams
 from penstock.serve.sequence import Sequence
 
 
@@ -26,25 +30,36 @@ class Engine:
         config: the settings.
         runner: the model with its cache.
         stop: the model's own end-of-text tokens.
+        grammars: compiles grammars; without it, requests cannot have one.
+
+    Attributes:
+        limits: what a step may hold.
+        context: most tokens of a sequence.
+        pool: the blocks of the cache.
+        running: sequences that have a slot and blocks, by priority and arrival.
+        batcher: holds those that wait.
+        last: the batch that was formed last.
     """
 
-    def __init__(self, config: EngineConfig, runner: Runner, stop: Iterable[int] = ()) -> None:
+    def __init__(
+        self, config: EngineConfig, runner: Runner, stop: Iterable[int] = (), grammars: Grammars | None = None
+    ) -> None:
         shape = runner.cache.shape
         self.config, self.runner = config, runner
-        self.context = min(runner.tables.shape[1], shape.blocks) * shape.block_size
+        self.context = min(runner.tables.shape[1], runner.blocks) * shape.block_size
         self.context = min(self.context, config.context or runner.model.config.context)
-        self.pool = BlockPool(shape.blocks, shape.block_size)
-        self.limits = Limits(config.tokens, config.sequences, shape.blocks, shape.block_size)
+        self.pool = BlockPool(runner.blocks, shape.block_size)
+        self.limits = Limits(config.tokens, config.sequences, runner.blocks, shape.block_size)
         self.batcher = config.batching.start(self.limits)
         self.running: list[Sequence] = []
-        self._stop = frozenset(stop)
+        self._stop, self._grammars = frozenset(stop), grammars
         self._sequences: dict[str, list[Sequence]] = {}
         self._slots = list(range(config.sequences - 1, -1, -1))
         self._loop = config.loop.start(self)
         self._ended: list[Delta] = []
         self._arrivals = 0
-        self._last = Batch([])
-        self._deadlines = False
+        self.last = Batch([])
+        self._deadlines: list[tuple[float, int, Sequence]] = []
         self.steps = self.preemptions = self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
 
     # Requests
@@ -53,7 +68,8 @@ class Engine:
         """Takes in a request.
 
         Raises:
-            UsageError: its prompt is empty, too long or has unknown tokens, or its id is in use.
+            UsageError: its prompt is empty, too long or has unknown tokens, its sampling names unknown tokens or has a
+                grammar that cannot be used, or its id is in use.
         """
         vocabulary = self.runner.model.config.vocabulary
         if request.id in self._sequences:
@@ -66,25 +82,44 @@ class Engine:
             )
         if not all(0 <= token < vocabulary for token in request.prompt):
             raise UsageError(f"the prompt has a token outside of the vocabulary of {vocabulary}")
+        named = max([*request.sampling.logit_bias, *request.sampling.stop_tokens], default=0)
+        if named >= vocabulary:
+            raise UsageError(
+                f"logit_bias or stop_tokens name the token {named}, which is outside of the vocabulary of {vocabulary}"
+            )
+        matchers = self._matchers(request.sampling)
         limit = min(self.context, len(request.prompt) + request.sampling.max_tokens)
         self._sequences[request.id] = []
-        for index in range(request.sampling.n):
+        for index, matcher in enumerate(matchers):
             sampling = request.sampling.model_copy(update={"seed": request.sampling.seed + index})
-            self._enter(Sequence(request, index, sampling, list(request.prompt), limit, self._arrivals))
+            stop = self._stop if not sampling.ignore_eos or matcher is not None else frozenset()
+            stop |= set(sampling.stop_tokens)
+            tokens = list(request.prompt)
+            self._enter(Sequence(request, index, sampling, tokens, limit, self._arrivals, stop, matcher))
+
+    def _matchers(self, sampling: SamplingParams) -> list[Matcher | None]:
+        """For each continuation, where it stands in the grammar."""
+        if sampling.grammar is None:
+            return [None] * sampling.continuations
+        if self._grammars is None or not self._stop:
+            raise UsageError("this model serves no grammars: it has no tokenizer here, or no end-of-text token")
+        return [self._grammars.start(sampling.grammar) for _ in range(sampling.continuations)]
 
     def _enter(self, sequence: Sequence) -> None:
         self._arrivals += 1
         if sequence.request.deadline is not None:
             sequence.deadline = time.monotonic() + sequence.request.deadline
-            self._deadlines = True
+            heappush(self._deadlines, (sequence.deadline, sequence.arrival, sequence))
         self._sequences[sequence.request.id].append(sequence)
         self.prompt_tokens += sequence.prompt
         self.batcher.add(sequence)
 
-    def abort(self, id: str) -> None:
-        """Ends a request, and frees what it holds at once; an unknown one is ignored."""
+    def abort(self, id: str, index: int | None = None) -> None:
+        """Ends a request, or only its continuation ``index``, and frees what it holds at once; an unknown one is
+        ignored."""
         for sequence in list(self._sequences.get(id, ())):
-            self._end(sequence, Finish.ABORT)
+            if index is None or sequence.index == index:
+                self._end(sequence, Finish.ABORT)
 
     def fork(self, id: str, request: Request) -> None:
         """Starts ``request``, whose prompt is the first sequence of the running request ``id`` up to now, on the same
@@ -103,6 +138,8 @@ class Engine:
         for child in self._sequences[request.id]:
             if not self._slots:
                 break
+            if child.rated is not None:
+                continue
             self.batcher.remove(child)
             child.computed = min(parent.computed, len(child.tokens) - 1)
             shared = parent.blocks[: -(-child.computed // self.pool.block_size)]
@@ -110,8 +147,7 @@ class Engine:
             child.cached = child.computed
             self.cached_tokens += child.cached
             self.start(child, shared)
-            child.committed = min(parent.committed, child.computed // self.pool.block_size)
-            child.node = self.pool.node_of(shared[child.committed - 1]) if child.committed else ROOT
+            self.commit(child)
 
     # Steps
 
@@ -122,12 +158,11 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Does one step; returns what became known, at most one delta for each sequence and reason."""
-        if self._deadlines:
-            self._expire()
+        self._expire()
         begun = time.perf_counter()
         deltas = self._loop.step()
         deltas, self._ended = self._ended + deltas, []
-        self._last.seconds = time.perf_counter() - begun
+        self.last.seconds = time.perf_counter() - begun
         if self.config.check:
             self.pool.check(sequence.blocks for sequence in self.running)
         return deltas
@@ -140,20 +175,22 @@ class Engine:
             return None
         if room.copies:
             self.runner.cache.copy(*map(list, zip(*room.copies, strict=True)))
-        self._last = Batch(room.entries)
-        return self._last
+        self.last = Batch(room.entries)
+        return self.last
 
     def launch(self, batch: Batch) -> None:
         self.steps += 1
         self.runner.launch(batch)
 
     def publish(self, batch: Batch) -> list[Delta]:
-        scored = [entry for entry in batch.entries if entry.scored]
         if batch.sampled is None:
             return []
+        batch.sampled.wait()
+        _rate(batch)
+        sequences = [entry.sequence for entry in batch.entries if entry.scored]
+        told = batch.sampled.told([sequence.sampling.alternatives for sequence in sequences])
         deltas = []
-        for entry, token in zip(scored, batch.sampled.tokens.tolist(), strict=True):
-            sequence = entry.sequence
+        for sequence, token, logprobs in zip(sequences, batch.sampled.tokens.tolist(), told, strict=True):
             if sequence.finish is not None:
                 continue
             sequence.tokens.append(token)
@@ -162,17 +199,20 @@ class Engine:
             finish = self._finish_of(sequence, token)
             if finish is not None:
                 self._drop(sequence, finish)
-            deltas.append(
-                Delta(sequence.request.id, sequence.index, [token], finish=finish, cached=max(sequence.cached, 0))
-            )
+            rated, sequence.rated = sequence.rated, None
+            cached = max(sequence.cached, 0)
+            deltas.append(Delta(sequence.request.id, sequence.index, [token], logprobs, rated, finish, cached))
         return deltas
 
     def blind(self) -> bool:
-        return False
+        return any(sequence.blind for sequence in self.running)
 
     def _finish_of(self, sequence: Sequence, token: int) -> Finish | None:
-        sampling = sequence.sampling
-        if token in sampling.stop_tokens or (token in self._stop and not sampling.ignore_eos):
+        if sequence.matcher is not None:
+            sequence.matcher.consume(token)
+            if sequence.matcher.failed:
+                return Finish.ERROR
+        if token in sequence.stop:
             return Finish.STOP
         return Finish.LENGTH if len(sequence.tokens) >= sequence.limit else None
 
@@ -185,7 +225,7 @@ class Engine:
         self.running.append(sequence)
         if len(self.running) > 1 and self.running[-2].rank > sequence.rank:
             self.running.sort(key=lambda each: each.rank)
-        self.runner.sampler.add(sequence.slot, sequence.sampling)
+        self.runner.sampler.add(sequence.slot, sequence)
 
     def grow(self, sequence: Sequence, blocks: list[int]) -> None:
         """Appends ``blocks`` to those of ``sequence``."""
@@ -235,9 +275,9 @@ class Engine:
         self._ended.append(Delta(sequence.request.id, sequence.index, [], finish=finish))
 
     def _expire(self) -> None:
-        now = time.monotonic()
-        for sequence in [s for group in self._sequences.values() for s in group]:
-            if sequence.deadline is not None and now >= sequence.deadline:
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            _, _, sequence = heappop(self._deadlines)
+            if sequence.finish is None:
                 self._end(sequence, Finish.DEADLINE)
 
     def snapshot(self) -> Snapshot:
@@ -248,11 +288,25 @@ class Engine:
             waiting=self.batcher.waiting,
             blocks=self.pool.blocks,
             held=self.pool.held,
-            batch_tokens=self._last.tokens,
-            batch_sequences=len(self._last.entries),
+            batch_tokens=self.last.tokens,
+            batch_sequences=len(self.last.entries),
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             output_tokens=self.output_tokens,
             preemptions=self.preemptions,
-            step_seconds=self._last.seconds,
+            step_seconds=self.last.seconds,
         )
+
+
+def _rate(batch: Batch) -> None:
+    """Hands the log-probabilities of prompt tokens in ``batch`` to their sequences."""
+    rated = [entry for entry in batch.entries if entry.rated]
+    if batch.sampled is None or batch.sampled.prompt is None:
+        return
+    most = [entry.sequence.sampling.prompt_logprobs or 0 for entry in rated for _ in range(entry.rated)]
+    records = iter(batch.sampled.prompt.records(most))
+    for entry in rated:
+        own = list(itertools.islice(records, entry.rated))
+        if entry.sequence.rated is not None:
+            # After preemption, what is known already comes again.
+            entry.sequence.rated[entry.start : entry.start + entry.rated] = own

@@ -15,6 +15,7 @@ class Finish(enum.StrEnum):
     LENGTH = "length"  #: ``max_tokens`` or the model's context was reached
     ABORT = "abort"  #: the client went away, or asked for it
     DEADLINE = "deadline"  #: it took longer than it may
+    ERROR = "error"  #: it could not go on: what its grammar allows took too much to find out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +41,16 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Abort:
-    """Ends the request ``id``, whatever state it is in; an unknown one is ignored."""
+    """Ends the request ``id`` or only its continuation ``index``, whatever its state; an unknown one is ignored."""
 
     id: str
+    index: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at one position: of the token there, and of the most probable ones (token, logprob, rank)."""
+    """Log-probabilities at one position: of the token there, whose rank is 1 where it is the most probable one, and of
+    the most probable tokens in order (token, logprob)."""
 
     token: int
     logprob: float

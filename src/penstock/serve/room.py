@@ -37,7 +37,9 @@ class StepRoom:
         if not self._reserve(sequence, count):
             return 0
         scored = int(count == sequence.remaining)
-        self.entries.append(Entry(sequence, sequence.slot, sequence.computed, count, scored))
+        last = min(sequence.computed + count, sequence.prompt - 1)
+        rated = max(0, last - sequence.computed) if sequence.rated is not None else 0
+        self.entries.append(Entry(sequence, sequence.slot, sequence.computed, count, scored, rated))
         self._taken.add(id(sequence))
         self.tokens -= count
         sequence.computed += count
@@ -50,7 +52,8 @@ class StepRoom:
         pool, length = self._pool, len(sequence.tokens)
         if len(self._engine.running) == self._engine.limits.sequences:
             return False
-        prefix = pool.match(sequence.tokens, length - 1)
+        # Where the prompt is to be rated, all of it has to be computed.
+        prefix = pool.match(sequence.tokens, length - 1 if sequence.rated is None else 0)
         needed = -(-length // pool.block_size) - len(prefix) + pool.idle_among(prefix)
         # A block for each running sequence stays in hand, or the newcomer would soon be thrown out again.
         if needed + len(self._engine.running) > pool.available and self._engine.running:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from penstock.serve.messages import Finish, Request
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from penstock.serve.messages import Finish, Request, TokenLogprobs
 from penstock.serve.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from penstock.serve.grammar import Matcher
 
 
 class Sequence:
@@ -24,10 +30,16 @@ class Sequence:
         preempted: whether it lost its memory and has to be computed again.
         deadline: time.monotonic() at which it ends, or None.
         finish: why it ended, None while it lives.
+        stop: tokens that end it.
+        matcher: where it stands in its grammar; None without one.
+        blind: whether its next token can be chosen only once all before it are known here.
+        rated: log-probabilities of its prompt's tokens but the first, as far as known; None where they are not wanted,
+            or told already.
     """
 
     __slots__ = (
         "arrival",
+        "blind",
         "blocks",
         "cached",
         "committed",
@@ -37,17 +49,28 @@ class Sequence:
         "in_flight",
         "index",
         "limit",
+        "matcher",
         "node",
         "preempted",
         "prompt",
+        "rated",
         "request",
         "sampling",
         "slot",
+        "stop",
         "tokens",
     )
 
     def __init__(
-        self, request: Request, index: int, sampling: SamplingParams, tokens: list[int], limit: int, arrival: int
+        self,
+        request: Request,
+        index: int,
+        sampling: SamplingParams,
+        tokens: list[int],
+        limit: int,
+        arrival: int,
+        stop: Iterable[int] = (),
+        matcher: Matcher | None = None,
     ) -> None:
         self.request = request
         self.index = index
@@ -66,6 +89,11 @@ class Sequence:
         self.cached = -1
         self.preempted = False
         self.finish: Finish | None = None
+        self.stop = frozenset(stop)
+        self.matcher = matcher
+        self.blind = sampling.blind
+        # The prompt is the same for all continuations: one of them tells.
+        self.rated: list[TokenLogprobs] | None = [] if sampling.prompt_logprobs is not None and index == 0 else None
 
     @property
     def length(self) -> int:

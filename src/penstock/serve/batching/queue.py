@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from heapq import heappop, heappush
 
 from penstock.serve.sequence import Sequence
+
+#: The turn of a line: its priority, what its key has been given so far, arrival of its first sequence, its key.
+Turn = tuple[int, float, int, str]
 
 
 class FairQueue:
     """Waiting sequences. Within a priority, the key that has been given the fewest tokens goes first; a key that
     comes back after a pause starts level with the least of those that wait, so that it cannot hoard its turn
-    (virtual token counters, Sheng et al. 2024). Adding and popping cost the logarithm of the number of keys.
+    (virtual token counters, Sheng et al. 2024; ours: a sequence is charged, when it goes in, with the most tokens that
+    it can come to). Every operation costs at most the logarithm of the number of keys, however many sequences wait.
     """
 
     def __init__(self) -> None:
-        self._lines: dict[tuple[int, str], deque[Sequence]] = {}
-        self._heap: list[tuple[int, float, int, str]] = []
+        self._lines: dict[tuple[int, str], OrderedDict[int, Sequence]] = {}
+        self._turns: dict[tuple[int, str], Turn] = {}
+        self._heap: list[Turn] = []
         self._spent: dict[str, float] = {}
         self._level: dict[int, float] = {}
         self._count = 0
@@ -26,54 +31,58 @@ class FairQueue:
 
     def add(self, sequence: Sequence) -> None:
         """Puts ``sequence`` behind the others of its key, or before them if it ran before."""
-        priority, key = sequence.request.priority, sequence.request.key
-        line = self._lines.get((priority, key))
+        name = priority, key = sequence.request.priority, sequence.request.key
+        line = self._lines.get(name)
         if line is None:
-            line = self._lines[priority, key] = deque()
+            line = self._lines[name] = OrderedDict()
             self._spent[key] = max(self._spent.get(key, 0.0), self._level.get(priority, 0.0))
-            heappush(self._heap, (priority, self._spent[key], sequence.arrival, key))
+        line[sequence.arrival] = sequence
         if sequence.preempted:
-            line.appendleft(sequence)
-        else:
-            line.append(sequence)
+            line.move_to_end(sequence.arrival, last=False)
         self._count += 1
+        if len(line) == 1:
+            self._enter(name)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes ``sequence`` out, wherever it stands."""
-        name = (sequence.request.priority, sequence.request.key)
-        self._lines[name].remove(sequence)
+        name = sequence.request.priority, sequence.request.key
+        line = self._lines[name]
+        del line[sequence.arrival]
         self._count -= 1
+        if not line:
+            del self._lines[name], self._turns[name]
 
     def first(self) -> Sequence | None:
         """The sequence that is next; it stays in the queue."""
         while self._heap:
-            priority, spent, _, key = self._heap[0]
-            line = self._lines[priority, key]
-            if not line:
-                heappop(self._heap)
-                del self._lines[priority, key]
+            turn = priority, spent, _, key = self._heap[0]
+            name = priority, key
+            if self._turns.get(name) is not turn:
+                heappop(self._heap)  # of a line that has ended, or has a later turn
             elif spent < self._spent[key]:
-                # The key was served under another priority meanwhile.
-                heappop(self._heap)
-                heappush(self._heap, (priority, self._spent[key], line[0].arrival, key))
+                heappop(self._heap)  # the key was served under another priority meanwhile
+                self._enter(name)
             else:
                 self._level[priority] = spent
-                return line[0]
+                return next(iter(self._lines[name].values()))
         return None
 
     def pop(self) -> Sequence:
-        """Takes out the sequence that :meth:`first` names, and charges its key for it."""
+        """Takes out the sequence that :meth:`first` names, and charges its key for it, once for all its time."""
         sequence = self.first()
         if sequence is None:
             raise IndexError("nobody waits")
-        priority, _, _, key = heappop(self._heap)
-        line = self._lines[priority, key]
-        line.popleft()
-        self._count -= 1
+        name = _, key = sequence.request.priority, sequence.request.key
         if not sequence.preempted:
             self._spent[key] += sequence.limit
-        if line:
-            heappush(self._heap, (priority, self._spent[key], line[0].arrival, key))
-        else:
-            del self._lines[priority, key]
+        self.remove(sequence)
+        if name in self._lines:
+            self._enter(name)
         return sequence
+
+    def _enter(self, name: tuple[int, str]) -> None:
+        """Gives a line its turn."""
+        priority, key = name
+        turn = priority, self._spent[key], next(iter(self._lines[name])), key
+        self._turns[name] = turn
+        heappush(self._heap, turn)

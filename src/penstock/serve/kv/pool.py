@@ -115,16 +115,16 @@ class BlockPool:
     def commit(self, parent: int, tokens: Sequence[int], block: int) -> int:
         """Puts a full ``block`` that holds ``tokens`` under the node ``parent``; returns its node's id.
 
-        Where the tree has such a node already, the block stays out of it, and the node that is there is returned.
+        Where the tree has such a node already, the block stays out of it, and the node that is there is returned; a
+        block that is in the tree already stays where it is.
         """
         key = (parent, tuple(tokens))
-        twin = self._tree.get(key)
-        if twin is not None:
-            return self._nodes[twin].id
-        self._ids += 1
-        self._tree[key] = block
-        self._nodes[block] = Node(key, self._ids)
-        return self._ids
+        known = self._tree.get(key, block)
+        if known not in self._nodes:
+            self._ids += 1
+            self._tree[key] = block
+            self._nodes[block] = Node(key, self._ids)
+        return self._nodes[known].id
 
     def forget(self) -> None:
         """Empties the tree: idle blocks become free, and held ones will when they are released."""

@@ -1,0 +1,1 @@
+"""Decoding rules: how scores become a choice, beyond temperature and cuts."""
