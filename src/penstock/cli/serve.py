@@ -1,0 +1,126 @@
+"""``penstock serve``: a model behind OpenAI's HTTP interface."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    import socket
+
+    from penstock.serve.http.service import Service
+
+#: The environment variable that may hold a key.
+KEY = "PENSTOCK_API_KEY"
+
+
+def serve(
+    model: str = typer.Argument("python-6m", help="A model folder, a run folder, a boxed model or a hub name."),
+    host: str = typer.Option("127.0.0.1", "--host", help="The address to listen at."),
+    port: int = typer.Option(8000, "--port", min=0, max=65535, help="The port; 0 picks a free one."),
+    name: str | None = typer.Option(
+        None, "--name", help="What clients call the model; its own name if not given.", show_default=False
+    ),
+    api_key: list[str] | None = typer.Option(
+        None, "--api-key", metavar="KEY", help=f"A key that clients may use. Better: a file, or {KEY}."
+    ),
+    api_key_file: Path | None = typer.Option(None, "--api-key-file", help="A file with a key in each line."),
+    no_key: bool = typer.Option(False, "--no-key", help="Serve everybody who can reach the address, without a key."),
+    overrides: list[str] | None = typer.Option(
+        None, "--set", metavar="KEY=VALUE", help="Set an engine option, such as batching=orca. May be given again."
+    ),
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
+    queue: int = typer.Option(1024, "--queue", min=0, help="Most continuations that wait; more get status 429."),
+    deadline: float = typer.Option(600.0, "--deadline", help="Most seconds that a request may take."),
+    body_limit: float = typer.Option(4.0, "--body-limit", help="Largest request, in MiB."),
+    drain: float = typer.Option(30.0, "--drain", help="Seconds for requests under way after SIGTERM or Ctrl-C."),
+    patience: float = typer.Option(300.0, "--patience", help="Seconds of silence after which a busy engine is dead."),
+) -> None:
+    """Serve a model: OpenAI's HTTP interface, metrics, and a page to chat and watch.
+
+    Example: `penstock serve python-6m --port 8000 --set sequences=64`
+    """
+    import asyncio
+
+    from penstock.core.config import apply_overrides, build
+    from penstock.serve.config import EngineConfig
+    from penstock.serve.http.server import bind
+    from penstock.serve.http.server import serve as run
+    from penstock.serve.http.service import Limits
+
+    engine = build(EngineConfig, apply_overrides({}, overrides or []), "the engine's options")
+    given = {"body": body_limit, "queue": queue, "deadline": deadline, "drain": drain, "patience": patience}
+    limits = build(Limits, given, "the server's limits")
+    keys = _keys(api_key or [], api_key_file)
+    _check_exposure(host, keys, no_key)
+    listener = bind(host, port)
+    called = name or (Path(model).resolve().name if Path(model).is_dir() else model)
+    typer.echo(f"Loading {model} ...", err=True)
+
+    def started(service: Service) -> None:
+        typer.echo(_greeting(service, listener, keys))
+
+    with listener:
+        asyncio.run(
+            run(
+                model,
+                engine,
+                device=device,
+                name=called,
+                listener=listener,
+                keys=keys,
+                local=not keys and not no_key,
+                limits=limits,
+                started=started,
+            )
+        )
+
+
+def _keys(given: list[str], file: Path | None) -> list[str]:
+    """All keys: of the command line, of the environment, and of the file, where ``#`` begins a comment."""
+    from penstock.core.errors import UsageError
+    from penstock.core.files import read_text
+
+    keys = [*given, *([os.environ[KEY]] if KEY in os.environ else [])]
+    if file is not None:
+        lines = [line.partition("#")[0].strip() for line in read_text(file).splitlines()]
+        keys += [line for line in lines if line]
+        if not any(lines):
+            raise UsageError(f"{file} holds no key")
+    if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in keys):
+        raise UsageError("an API key is empty, or has characters that no header can carry", hint="Use letters, digits.")
+    return keys
+
+
+def _check_exposure(host: str, keys: list[str], no_key: bool) -> None:
+    from penstock.core.errors import UsageError
+    from penstock.serve.http.guard import is_loopback
+
+    if not keys and not no_key and not is_loopback(host):
+        raise UsageError(
+            f"without an API key the server listens at loopback addresses alone, and {host} is none",
+            hint=f"Give a key (--api-key-file, or {KEY}), or say --no-key to serve everybody.",
+        )
+
+
+def _greeting(service: Service, listener: socket.socket, keys: list[str]) -> str:
+    """Where the server listens, and what to try."""
+    from penstock.serve.http.guard import is_loopback
+
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    if keys:
+        access, header = "It takes requests with an API key.", ' -H "Authorization: Bearer $KEY"'
+    elif is_loopback(host):
+        access, header = "It has no API key, so it listens on this machine only.", ""
+    else:
+        access, header = "It has no API key: everybody who can reach the address may use it.", ""
+    body = f'{{"model": "{service.name}", "prompt": "def fibonacci(", "max_tokens": 64}}'
+    return (
+        f"Serving {service.name} at {url}\n{access}\n"
+        f"Page: {url}/\n"
+        f"Try:  curl {url}/v1/completions{header} -H 'Content-Type: application/json' -d '{body}'"
+    )

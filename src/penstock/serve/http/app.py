@@ -1,0 +1,270 @@
+"""The endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.resources
+from collections.abc import AsyncGenerator, Awaitable, Collection
+from contextlib import aclosing
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.types import Send
+
+from penstock import __version__
+from penstock.core.errors import PenstockError
+from penstock.serve.http import errors, responses
+from penstock.serve.http.errors import ApiError
+from penstock.serve.http.guard import Guard
+from penstock.serve.http.protocol import Chat, Completion, Detokenize, Tokenize
+from penstock.serve.http.responses import Chats, Completions, Shapes
+from penstock.serve.http.service import Generation, Piece, Service
+
+R = TypeVar("R")
+router = APIRouter(responses={"4XX": {"description": "The request is at fault."}, "5XX": {"description": "We are."}})
+STREAMED: dict[int | str, Any] = {200: {"content": {"text/event-stream": {}}}}
+
+#: Seconds after which the live page hears from an engine that does nothing.
+QUIET = 1.0
+
+#: The page's scripts and styles are in it; it talks to this server alone, and nobody may frame it.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def make_app(service: Service, keys: Collection[str], local: bool) -> FastAPI:
+    """The application. ``keys`` and ``local`` are :class:`~penstock.serve.http.guard.Guard`'s."""
+    app = FastAPI(title="Penstock", version=__version__, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.include_router(router)
+    app.add_middleware(Guard, keys=keys, local=local, body=round(service.limits.body * 2**20))
+    errors.install(app)
+    return app
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+Here = Annotated[Service, Depends(_service)]
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. Its source is closed with it, whatever ends it: a client that leaves ends its request."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, source: AsyncGenerator[bytes]) -> None:
+        # No proxy may wait for more of it.
+        super().__init__(source, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._source = source
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self._source):
+            await super().stream_response(send)
+
+
+def event(value: Any) -> bytes:
+    """``value`` as a server-sent event."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+async def unless_gone(request: Request, work: Awaitable[R]) -> R:
+    """The result of ``work``, which ends when the client goes away."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client went away")
+        return await task
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+@router.post("/v1/completions", responses=STREAMED)
+async def completions(request: Request, body: Completion, service: Here) -> Response:
+    """Continues one prompt or several."""
+    service.check_model(body.model)
+    if body.stream and body.echo and body.logprobs is not None:
+        raise ApiError(400, "a stream cannot echo the prompt with log-probabilities", param="echo")
+    if body.stream and body.best_of not in (None, body.n):
+        raise ApiError(400, "which continuations are best is known at the end: nothing to stream", param="best_of")
+    service.admit(body.n * len(body.prompts()))  # before any work goes into them
+    prompts = [await service.encoded(prompt) for prompt in body.prompts()]
+    extra: dict[str, Any] = {}
+    if body.best_of is not None:
+        extra["best_of"] = body.best_of
+    if body.logprobs is not None:
+        extra["logprobs"] = body.logprobs
+        if body.echo:
+            extra["prompt_logprobs"] = body.logprobs
+    generation = Generation(service, Completions.kind, prompts, body, request.state.key, **extra)
+    echoes = [prompt for prompt in prompts for _ in range(body.n)] if body.echo else []
+    shapes = Completions(service.tokens, echoes, body.logprobs is not None)
+    return await _answer(request, service, generation, shapes, body)
+
+
+@router.post("/v1/chat/completions", responses=STREAMED)
+async def chat(request: Request, body: Chat, service: Here) -> Response:
+    """Answers a chat."""
+    service.check_model(body.model)
+    messages = [message.for_template() for message in body.messages]
+    tools = None if body.tool_choice == "none" else body.tools
+    tokens = await asyncio.to_thread(service.tokens.chat, messages, tools, body.chat_template_kwargs or {})
+    prompt = service.checked(tokens)
+    extra: dict[str, Any] = {"stop": (*body.stops(), *service.tokens.turn_stops)}
+    if body.max_tokens is None:
+        extra["max_tokens"] = body.max_completion_tokens or service.engine.ready.context
+    if body.logprobs:
+        extra["logprobs"] = body.top_logprobs or 0
+    if body.response_format is not None:
+        extra["grammar"] = body.response_format.grammar()
+    generation = Generation(service, Chats.kind, [prompt], body, request.state.key, **extra)
+    return await _answer(request, service, generation, Chats(service.tokens, bool(body.logprobs)), body)
+
+
+async def _answer(
+    request: Request,
+    service: Service,
+    generation: Generation,
+    shapes: Shapes,
+    body: Completion | Chat,
+) -> Response:
+    pieces = generation.pieces()
+    if not body.stream:
+
+        async def all_of_it() -> list[Piece]:
+            return [piece async for piece in pieces]
+
+        whole = generation.chosen(await unless_gone(request, all_of_it()))
+        return JSONResponse(
+            responses.head(generation, shapes.whole, service.name)
+            | {"choices": [shapes.choice(piece) for piece in whole], "usage": generation.usage.record()}
+        )
+    # The first piece is waited for, so that a request that is refused gets a status that says so.
+    first = await unless_gone(request, anext(pieces))
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    return EventStream(_chunks(service, generation, first, pieces, shapes, usage))
+
+
+async def _chunks(
+    service: Service,
+    generation: Generation,
+    first: Piece,
+    pieces: AsyncGenerator[Piece],
+    shapes: Shapes,
+    usage: bool,
+) -> AsyncGenerator[bytes]:
+    head = responses.head(generation, shapes.chunk, service.name)
+    opened = set()
+    async with aclosing(pieces):
+        try:
+            piece: Piece | None = first
+            while piece is not None:
+                if piece.choice not in opened:
+                    opened.add(piece.choice)
+                    opening = shapes.opening(piece.choice)
+                    if opening is not None:
+                        yield event(head | {"choices": [opening]})
+                if piece.text or piece.finish or piece.tokens:
+                    yield event(head | {"choices": [shapes.delta(piece)]})
+                piece = await anext(pieces, None)
+        except PenstockError as error:
+            yield event(errors.content(error)[1])
+            return
+    if usage:
+        yield event(head | {"choices": [], "usage": generation.usage.record()})
+    yield b"data: [DONE]\n\n"
+
+
+@router.get("/v1/models")
+async def models(service: Here) -> dict[str, Any]:
+    """The model that is served here."""
+    return {"object": "list", "data": [_model(service)]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, service: Here) -> dict[str, Any]:
+    """The model of this name, if it is served here."""
+    service.check_model(name)
+    return _model(service)
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "penstock",
+        "max_model_len": service.engine.ready.context,
+    }
+
+
+@router.post("/tokenize")
+async def tokenize(body: Tokenize, service: Here) -> dict[str, Any]:
+    """The tokens of a text, or of a chat as the model would read it."""
+    service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give either a prompt or messages", param="prompt")
+    if body.messages is not None:
+        messages = [message.for_template() for message in body.messages]
+        tokens = await asyncio.to_thread(service.tokens.chat, messages, None, {})
+    else:
+        tokens = await asyncio.to_thread(service.tokens.encode, body.prompt or "", body.add_special_tokens)
+    return {"count": len(tokens), "max_model_len": service.engine.ready.context, "tokens": tokens}
+
+
+@router.post("/detokenize")
+async def detokenize(body: Detokenize, service: Here) -> dict[str, Any]:
+    """The text of tokens."""
+    service.check_model(body.model)
+    if body.tokens and max(body.tokens) >= service.engine.ready.vocabulary:
+        raise ApiError(400, f"token {max(body.tokens)} is outside of the vocabulary", param="tokens")
+    return {"prompt": await asyncio.to_thread(service.tokens.decode, body.tokens)}
+
+
+@router.get("/health")
+async def health(service: Here) -> Response:
+    """200 while requests are served; 503 once the engine is dead, or the server ends."""
+    if service.engine.failure is not None:
+        raise service.engine.failure
+    return JSONResponse({"status": "draining" if service.draining else "ok"}, 503 if service.draining else 200)
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(service: Here) -> Response:
+    """Figures for Prometheus."""
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+@router.get("/events", responses=STREAMED)
+async def events(service: Here) -> Response:
+    """The engine's state as it changes, as server-sent events."""
+
+    async def states() -> AsyncGenerator[bytes]:
+        async with aclosing(service.engine.snapshots(QUIET)) as snapshots:
+            async for snapshot in snapshots:
+                if service.draining:
+                    return
+                yield event(snapshot)
+
+    return EventStream(states())
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> Response:
+    """The page to chat with the model, and to watch the engine."""
+    page = importlib.resources.files("penstock.serve.http") / "page.html"
+    return HTMLResponse(page.read_text(encoding="utf-8"), headers={"Content-Security-Policy": PAGE_POLICY})

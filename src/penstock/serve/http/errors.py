@@ -1,0 +1,93 @@
+"""Errors over HTTP, all in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from penstock.core.errors import PenstockError, UsageError
+from penstock.serve.client import EngineDiedError
+
+log = logging.getLogger(__name__)
+
+#: OpenAI's names for kinds of errors, by status.
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(PenstockError):
+    """An error with a status of its own.
+
+    Args:
+        status: of the response.
+        param: the field at fault.
+        code: OpenAI's word for the error, where it has one.
+        headers: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        what: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+
+def content(error: Exception) -> tuple[int, dict[str, Any]]:
+    """The status of ``error`` and the body that tells of it."""
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    if isinstance(error, ApiError):
+        status, message = error.status, str(error)
+    elif isinstance(error, RequestValidationError):
+        status, (message, param) = 400, _first_fault(error)
+    elif isinstance(error, HTTPException):
+        status, message = error.status_code, str(error.detail)
+    elif isinstance(error, EngineDiedError):
+        status, message, code = 503, f"{error}; the server ends", "engine_died"
+    elif isinstance(error, UsageError):
+        status, message = 400, str(error)
+    else:
+        status, message = 500, "the server failed at this request; its log says more"
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def response(error: Exception) -> JSONResponse:
+    """The response that tells of ``error``."""
+    status, body = content(error)
+    return JSONResponse(body, status, headers=getattr(error, "headers", None))
+
+
+def _first_fault(error: RequestValidationError) -> tuple[str, str | None]:
+    """What is wrong, and with which field. Of a union's faults the first is told."""
+    fault = error.errors()[0]
+    where = [str(part) for part in fault["loc"][1:]] if fault["type"] != "json_invalid" else []
+    if fault["type"] == "json_invalid":
+        return f"the body is not JSON: {fault.get('ctx', {}).get('error', fault['msg'])}", None
+    name = ".".join(where)
+    return f"{name or 'the body'}: {fault['msg']}", where[0] if where else None
+
+
+def install(app: FastAPI) -> None:
+    """Lets ``app`` answer every error in this shape."""
+
+    async def answer(_: Request, error: Exception) -> Response:
+        return response(error)
+
+    async def defect(_: Request, error: Exception) -> Response:
+        log.error("a request failed", exc_info=error)
+        return response(error)
+
+    for kind in (PenstockError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(Exception, defect)

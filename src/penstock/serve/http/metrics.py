@@ -1,0 +1,81 @@
+"""Figures for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from penstock.serve.messages import Snapshot
+
+TTFT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+TPOT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1)
+WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class EngineCollector(Collector):
+    """An engine's newest state, as figures."""
+
+    def __init__(self, newest: Callable[[], Snapshot]) -> None:
+        self._newest = newest
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._newest()
+        gauges = {
+            "running": ("Sequences that have memory.", now.running),
+            "waiting": ("Sequences that wait for memory.", now.waiting),
+            "cache_blocks": ("Blocks of the cache.", now.blocks),
+            "cache_blocks_held": ("Blocks of the cache that sequences hold.", now.held),
+            "cache_use_ratio": ("Share of the cache that sequences hold.", now.held / max(now.blocks, 1)),
+            "prefix_hit_ratio": (
+                "Share of all prompt tokens so far that were in the cache already.",
+                now.cached_tokens / max(now.prompt_tokens, 1),
+            ),
+            "batch_tokens": ("Tokens of the last step.", now.batch_tokens),
+            "batch_sequences": ("Sequences of the last step.", now.batch_sequences),
+            "step_seconds": ("Duration of the last step.", now.step_seconds),
+        }
+        counters = {
+            "steps": ("Steps.", now.steps),
+            "prompt_tokens": ("Tokens of prompts.", now.prompt_tokens),
+            "cached_prompt_tokens": ("Tokens of prompts that were in the cache already.", now.cached_tokens),
+            "output_tokens": ("Tokens that were generated.", now.output_tokens),
+            "preemptions": ("Sequences that lost their memory and were computed again.", now.preemptions),
+        }
+        for name, (help, value) in gauges.items():
+            yield GaugeMetricFamily(f"penstock_{name}", help, value)
+        for name, (help, value) in counters.items():
+            yield CounterMetricFamily(f"penstock_{name}", help, value)
+
+
+class ServerMetrics:
+    """What a server measures.
+
+    Attributes:
+        ttft: from a request's arrival, its prompt in tokens, to its first token.
+        tpot: between tokens, the mean of each continuation.
+        duration: from a request's arrival to the end of each continuation.
+        outcomes: continuations by how they ended: a reason of the engine's, or ``error`` or ``disconnect``.
+        refused: requests that were turned away since the queue was full.
+    """
+
+    def __init__(self, newest: Callable[[], Snapshot]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(EngineCollector(newest))
+
+        def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"penstock_{name}_seconds", help, buckets=buckets, registry=self._registry)
+
+        self.ttft = histogram("time_to_first_token", "From arrival to the first token.", TTFT)
+        self.tpot = histogram("time_per_output_token", "Between tokens, the mean of each continuation.", TPOT)
+        self.duration = histogram("request_duration", "From arrival to the end.", WHOLE)
+        self.outcomes = Counter(
+            "penstock_finished", "Continuations by how they ended.", ["outcome"], registry=self._registry
+        )
+        self.refused = Counter("penstock_refused", "Requests turned away: the queue was full.", registry=self._registry)
+
+    def text(self) -> bytes:
+        """All figures in Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,208 @@
+"""OpenAI's requests, as far as they are understood here. Unknown fields are errors, and no type is bent."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from penstock.core.errors import nearest
+from penstock.serve.sampling import MOST, MOST_LOGPROBS, MOST_STOPS
+
+#: Larger numbers are refused where a number counts something.
+LARGEST = 2**31 - 1
+
+Token = Annotated[int, Field(ge=0, le=LARGEST)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Scalar = bool | int | float | str
+
+
+class Body(BaseModel):
+    """Base of all of them."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, fields: Any) -> Any:
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = [str(name)[:50] for name in fields if name not in known] if isinstance(fields, dict) else []
+        if unknown:
+            raise ValueError(f"unknown field {unknown[0]!r}; {nearest(unknown[0], known)}")
+        return fields
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class Generate(Body):
+    """What completions and chats have in common."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MOST)] = 1
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**62), lt=2**62)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], float] | None = None
+
+    # Beyond OpenAI's
+    top_k: Count | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
+    stop_token_ids: list[Token] | None = None
+    ignore_eos: bool | None = None
+    #: A decoding rule: its name, or a table with the name and options.
+    rule: str | dict[str, Any] | None = None
+    #: A request can stand back behind others, but never push ahead of them.
+    priority: Annotated[int, Field(ge=0, le=1000)] = 0
+
+    # Taken, and without meaning here
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+
+    @field_validator("stream", "n", "priority", mode="before")
+    @classmethod
+    def _null_is_default(cls, value: Any, info: Any) -> Any:
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def options(self) -> dict[str, Any]:
+        """Those of the request's fields that are SamplingParams' too, as far as they are given."""
+        given = {
+            "n": self.n,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "stop": self.stops(),
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()} or None,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "min_tokens": self.min_tokens,
+            "stop_tokens": self.stop_token_ids and tuple(self.stop_token_ids),
+            "ignore_eos": self.ignore_eos,
+            "rule": self.rule,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class Completion(Generate):
+    """``POST /v1/completions``."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1)] | list[Token] | Annotated[list[list[Token]], Field()]
+    max_tokens: Count | None = 16
+    best_of: Annotated[int, Field(ge=1, le=MOST)] | None = None
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0] if self.prompt else 0, int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class Part(Body):
+    """A piece of a message: text is the only kind."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """A message; fields that are not named here go to the chat template as they are."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates know it: its content one text."""
+        fields = self.model_dump(exclude_none=True)
+        parts = self.content if isinstance(self.content, list) else []
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        return fields | {"content": text}
+
+
+class JsonSchema(Body):
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """What an answer must be: OpenAI's forms, and beside them a regular expression or a grammar."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "ebnf"]
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ResponseFormat:
+        given = [name for name in ("json_schema", "regex", "ebnf") if getattr(self, name) is not None]
+        if given != [self.type] and (given or self.type not in ("text", "json_object")):
+            raise ValueError(f"the type {self.type!r} does not go with {' and '.join(given) or 'nothing beside it'}")
+        return self
+
+    def grammar(self) -> dict[str, Any] | None:
+        """The same as SamplingParams' grammar."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return {"json_object": True}
+        return {self.type: self.json_schema.schema_ if self.json_schema is not None else self.regex or self.ebnf}
+
+
+class Chat(Generate):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    #: More variables for the chat template, such as Qwen3's enable_thinking.
+    chat_template_kwargs: dict[str, Scalar] | None = None
+
+
+class Tokenize(Body):
+    """``POST /tokenize``: of a text, or of a chat as its template writes it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: bool = True
+
+
+class Detokenize(Body):
+    """``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: list[Token]

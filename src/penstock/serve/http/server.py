@@ -1,0 +1,130 @@
+"""A server from start to end: engine, endpoints, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import signal
+import socket
+from collections.abc import Callable, Collection, Iterator
+
+import uvicorn
+
+from penstock.core.errors import UsageError
+from penstock.models import hub
+from penstock.serve.client import EngineClient
+from penstock.serve.config import EngineConfig
+from penstock.serve.http.app import make_app
+from penstock.serve.http.errors import ApiError
+from penstock.serve.http.service import Limits, Service
+from penstock.serve.http.text import Tokens
+
+#: Seconds for answers that are on their way when the engine dies, or the time to drain is over.
+LAST_WORDS = 1.0
+
+
+class Server(uvicorn.Server):
+    """Drains at the first SIGTERM or Ctrl-C: takes no more requests, and ends when those under way have. After the
+    limit's time, or at a second signal, those that are left are told that it is over."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service, self._announce = service, started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announce()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # Uvicorn would raise the signal again at the end; here a drained server has ended well.
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            loop.add_signal_handler(number, self._drain)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    def _drain(self) -> None:
+        wait = 0.0 if self.should_exit else self._service.limits.drain
+        asyncio.get_running_loop().call_later(wait, self._cut)
+        self.should_exit = self._service.draining = True
+
+    def _cut(self) -> None:
+        self._service.engine.abandon(ApiError(503, "the server ends, and this request with it", code="server_ends"))
+
+
+async def serve(
+    model: str,
+    engine: EngineConfig,
+    *,
+    device: str,
+    name: str,
+    listener: socket.socket,
+    keys: Collection[str],
+    local: bool,
+    limits: Limits,
+    started: Callable[[Service], None],
+) -> None:
+    """Serves ``model`` on ``listener``, a bound socket, until a signal ends it.
+
+    Args:
+        name: what clients call it.
+        keys, local: see :class:`~penstock.serve.http.guard.Guard`.
+        started: is called when it takes requests.
+
+    Raises:
+        PenstockError: the model cannot be had, or does not fit.
+        EngineDiedError: the engine died meanwhile.
+    """
+    folder = hub.resolve(model)
+    client, tokenizer = await asyncio.gather(
+        EngineClient.open(str(folder), engine, device, limits.patience), asyncio.to_thread(hub.load_tokenizer, folder)
+    )
+    try:
+        service = Service(name, Tokens(tokenizer), client, limits)
+        app = make_app(service, keys, local)
+        server = Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                lifespan="off",
+                timeout_graceful_shutdown=math.ceil(limits.drain + LAST_WORDS),
+                server_header=False,
+            ),
+            service,
+            lambda: started(service),
+        )
+        watch = asyncio.create_task(_end_with(client, server))
+        await server.serve([listener])
+        watch.cancel()
+        if client.failure is not None:
+            raise client.failure
+    finally:
+        await client.close()
+
+
+async def _end_with(client: EngineClient, server: uvicorn.Server) -> None:
+    await client.dead.wait()
+    await asyncio.sleep(LAST_WORDS)
+    server.should_exit = True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at ``host`` and ``port``; port 0 picks a free one.
+
+    Raises:
+        UsageError: the address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise UsageError(f"cannot listen at {host} port {port}: {error}", hint="Choose another --port.") from error
+    return listener

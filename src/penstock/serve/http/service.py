@@ -1,0 +1,266 @@
+"""From an API request to the engine and back: what every endpoint that generates has in common."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
+
+from penstock.core.config import Config, build
+from penstock.core.errors import PenstockError, UsageError
+from penstock.core.randomness import derive
+from penstock.models.text import TextStream
+from penstock.serve.client import EngineClient
+from penstock.serve.http.errors import ApiError
+from penstock.serve.http.metrics import ServerMetrics
+from penstock.serve.http.protocol import Generate
+from penstock.serve.http.text import Tokens
+from penstock.serve.messages import Delta, Finish, Request, TokenLogprobs
+from penstock.serve.sampling import SamplingParams, best
+
+#: Tokens of a prompt that decide how the first character after it is read; more than any tokenizer looks at.
+LEFT = 64
+
+
+class Limits(Config):
+    """What a server takes on.
+
+    Attributes:
+        body: most MiB of a request's body.
+        queue: most continuations that wait, besides those that the engine can run at a time.
+        deadline: most seconds that a request may take; it ends then with what it has.
+        drain: most seconds that requests under way may take once the server is told to end.
+        patience: seconds after which an engine that has work, and says nothing, is taken for dead.
+    """
+
+    body: PositiveFloat = 4.0
+    queue: NonNegativeInt = 1024
+    deadline: PositiveFloat = 600.0
+    drain: NonNegativeFloat = 30.0
+    patience: PositiveFloat = 300.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """News of one choice of a response: its new text and tokens, and why it ended, if it did. ``logprobs`` are there
+    where they are needed: of ``tokens``, then of one that ended the text; those of the prompt in the first piece."""
+
+    choice: int
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish: str | None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclasses.dataclass
+class Usage:
+    """Tokens of a response so far; ``cached`` of the prompt's were in the cache already."""
+
+    prompt: int
+    cached: int = 0
+    completion: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """In OpenAI's shape."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    """One piece for each choice, in order."""
+    choices: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        choices.setdefault(piece.choice, []).append(piece)
+    return [
+        Piece(
+            place,
+            "".join(piece.text for piece in own),
+            [token for piece in own for token in piece.tokens],
+            [position for piece in own for position in piece.logprobs or []],
+            own[-1].finish,
+            next((piece.prompt_logprobs for piece in own if piece.prompt_logprobs is not None), None),
+        )
+        for place, own in sorted(choices.items())
+    ]
+
+
+class Choice:
+    """One continuation on its way to a client."""
+
+    def __init__(self, place: int, request: Request, tokens: Tokens) -> None:
+        self.place = place
+        self.text = TextStream(tokens.backend, request.prompt[-LEFT:], request.sampling.stop)
+        self.ends = tokens.ends | frozenset(request.sampling.stop_tokens)
+        self.count = self.cached = 0
+        self.first = 0.0
+        self.outcome: str | None = None
+
+
+class Generation:
+    """A response in the making.
+
+    Attributes:
+        id: of the response.
+        created: when, in seconds since 1970.
+        sampling: how its tokens are chosen.
+        usage: so far.
+    """
+
+    def __init__(self, service: Service, kind: str, prompts: list[list[int]], body: Generate, key: str, **extra: Any):
+        self.id, self.created = f"{kind}-{uuid.uuid4().hex}", int(time.time())
+        self.usage = Usage(sum(map(len, prompts)))
+        self._service = service
+        self._begun = time.monotonic()
+        options = {"seed": service.fresh_seed()} | body.options() | extra
+        self.sampling = build(SamplingParams, options, "the request")
+        self.requests = [
+            Request(f"{self.id}/{number}", prompt, self.sampling, body.priority, key, service.limits.deadline)
+            for number, prompt in enumerate(prompts)
+        ]
+
+    async def pieces(self) -> AsyncGenerator[Piece]:
+        """The response's text as it comes. Closing the iterator before its end aborts the request."""
+        service, each = self._service, self.sampling.continuations
+        service.admit(each * len(self.requests))
+        choices = {
+            (request.id, index): Choice(number * each + index, request, service.tokens)
+            for number, request in enumerate(self.requests)
+            for index in range(each)
+        }
+        outcome = "disconnect"
+        try:
+            async with aclosing(service.engine.stream(*self.requests)) as news:
+                async for delta in news:
+                    choice = choices[delta.id, delta.index]
+                    if choice.outcome is None:
+                        yield self._piece(choice, delta)
+        except PenstockError:
+            outcome = "error"
+            raise
+        finally:
+            for choice in choices.values():
+                service.metrics.outcomes.labels(choice.outcome or outcome).inc()
+
+    def chosen(self, pieces: list[Piece]) -> list[Piece]:
+        """The choices of the whole response, a piece each: of ``best_of`` continuations of a prompt the best ``n``."""
+        each, n = self.sampling.continuations, self.sampling.n
+        whole = _joined(pieces)
+        groups = [whole[start : start + each] for start in range(0, len(whole), each)]
+        if each > n:
+            orders = [best([[p.logprob for p in piece.logprobs or []] for piece in group], n) for group in groups]
+            groups = [[group[place] for place in order] for group, order in zip(groups, orders, strict=True)]
+        return [dataclasses.replace(p, choice=place) for place, p in enumerate(itertools.chain.from_iterable(groups))]
+
+    def _piece(self, choice: Choice, delta: Delta) -> Piece:
+        tokens, finish = delta.tokens, delta.finish
+        self._count(choice, delta)
+        if finish is Finish.STOP and tokens and tokens[-1] in choice.ends:
+            tokens = tokens[:-1]
+        text = choice.text.push(tokens)
+        if finish is not None:
+            text += choice.text.end()
+        elif choice.text.stopped is not None:
+            self._service.engine.abort(delta.id, delta.index)
+        if choice.text.stopped is not None:
+            finish = Finish.STOP
+        if finish is not None:
+            choice.outcome = finish.value
+            self._time(choice)
+        # Clients know two ends of a text: it is complete, or it is cut off.
+        reason = None if finish is None else "stop" if finish is Finish.STOP else "length"
+        return Piece(choice.place, text, tokens, delta.logprobs, reason, delta.prompt_logprobs)
+
+    def _count(self, choice: Choice, delta: Delta) -> None:
+        if delta.tokens and not choice.count:
+            choice.first = time.monotonic()
+            self._service.metrics.ttft.observe(choice.first - self._begun)
+        choice.count += len(delta.tokens)
+        self.usage.completion += len(delta.tokens)
+        if delta.cached > choice.cached:
+            self.usage.cached += (delta.cached - choice.cached) if delta.index == 0 else 0
+            choice.cached = delta.cached
+
+    def _time(self, choice: Choice) -> None:
+        now = time.monotonic()
+        self._service.metrics.duration.observe(now - self._begun)
+        if choice.count > 1:
+            self._service.metrics.tpot.observe((now - choice.first) / (choice.count - 1))
+
+
+class Service:
+    """A model at work behind the endpoints.
+
+    Args:
+        name: of the model, as clients write it.
+        tokens: its tokenizer.
+        engine: where it runs.
+        limits: what is taken on.
+    """
+
+    def __init__(self, name: str, tokens: Tokens, engine: EngineClient, limits: Limits) -> None:
+        self.name, self.tokens, self.engine, self.limits = name, tokens, engine, limits
+        self.metrics = ServerMetrics(lambda: engine.snapshot)
+        self.created = int(time.time())
+        self.draining = False
+        self._seed, self._seeds = secrets.randbits(63), 0
+
+    def fresh_seed(self) -> int:
+        """For a request that brings none: 62 bits."""
+        self._seeds += 1
+        return derive(self._seed, "requests", self._seeds) >> 1
+
+    def check_model(self, name: str | None) -> None:
+        """Refuses a request for another model."""
+        if name is not None and name != self.name:
+            raise ApiError(
+                404, f"there is no model {name!r} here; this is {self.name!r}", param="model", code="model_not_found"
+            )
+
+    def admit(self, continuations: int) -> None:
+        """Refuses so many more continuations where they would not fit the queue."""
+        most = self.engine.ready.sequences + self.limits.queue
+        if continuations > most:
+            raise UsageError(f"the request wants {continuations} continuations, and this server takes {most} at a time")
+        if self.engine.outstanding + continuations > most:
+            self.metrics.refused.inc()
+            raise ApiError(
+                429,
+                "the server is busy and its queue is full; try again later",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+
+    async def encoded(self, prompt: str | list[int], special: bool = True) -> list[int]:
+        """The tokens of ``prompt``, checked against the model's limits."""
+        if isinstance(prompt, str):
+            # In a thread: a long text takes a while, and others' tokens go on meanwhile.
+            prompt = await asyncio.to_thread(self.tokens.encode, prompt, special)
+        return self.checked(prompt)
+
+    def checked(self, prompt: list[int]) -> list[int]:
+        """``prompt``, if the engine will take it."""
+        ready = self.engine.ready
+        if not prompt:
+            raise ApiError(400, "the prompt is empty: give at least one token to continue", param="prompt")
+        if len(prompt) >= ready.context:
+            raise ApiError(
+                400,
+                f"the prompt has {len(prompt)} tokens, and a sequence can have {ready.context} with what follows",
+                code="context_length_exceeded",
+            )
+        if max(prompt) >= ready.vocabulary:
+            raise ApiError(400, f"token {max(prompt)} is outside of the vocabulary of {ready.vocabulary}")
+        return prompt

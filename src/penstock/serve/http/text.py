@@ -1,0 +1,63 @@
+"""Text to tokens and back, for the endpoints."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from penstock.core.errors import UsageError
+from penstock.serve.chat import chat_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Ends the assistant's turn where a model brings no chat template, and goes on with a transcript.
+NEXT_TURN = "\nuser:"
+
+
+class Tokens:
+    """The tokenizer of a served model. Its methods may run in threads beside each other.
+
+    Attributes:
+        backend: the tokenizer proper.
+        ends: the model's own end-of-text tokens.
+        turn_stops: stop strings that every chat needs besides its own.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
+        self.ends: frozenset[int] = frozenset({tokenizer.eos_token_id} - {None})
+        self.turn_stops = () if tokenizer.chat_template else (NEXT_TURN,)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """The tokens of ``text``; with ``special``, those that the model wants around a text are added.
+
+        Raises:
+            UsageError: it is no text: a half of a surrogate pair stands alone in it.
+        """
+        _check_characters(text)
+        ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
+        """The text of ``tokens``."""
+        text: str = self.backend.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def chat(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]
+    ) -> list[int]:
+        """The tokens of a chat, up to where the assistant's answer begins.
+
+        Raises:
+            UsageError: the model's template does not take these messages.
+        """
+        _check_characters(json.dumps([messages, tools, variables], ensure_ascii=False))
+        return chat_tokens(self._tokenizer, messages, tools, variables)
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("the text has half of a surrogate pair, which is no character") from error

@@ -1,0 +1,164 @@
+"""Deaths and farewells of ``penstock serve``: nothing is lost silently, and nothing outlives the server."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from served import Served, alive
+
+LONG = {"prompt": "import", "max_tokens": 2000, "ignore_eos": True}
+
+
+def gone(process: int, seconds: float = 10) -> bool:
+    """Whether a process has ended by then."""
+    end = time.monotonic() + seconds
+    while alive(process) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not alive(process)
+
+
+def answer_of(server: Served, body: dict) -> tuple[int, dict | None]:
+    """The status of a request, and the error that it, or its stream, ended with."""
+    with server.http.stream("POST", "/v1/completions", json=body) as answer:
+        if answer.status_code != 200:
+            return answer.status_code, json.loads(answer.read())["error"]
+        last = [line for line in answer.iter_lines() if line][-1]
+    found = last.removeprefix("data: ")
+    return 200, None if found == "[DONE]" else json.loads(found).get("error")
+
+
+@pytest.mark.parametrize("deaths", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_engine_is_told_and_ends_the_server(deaths):
+    draw = random.Random(deaths)
+    for _ in range(deaths):
+        with Served() as server, ThreadPoolExecutor(6) as pool:
+            engine = server.engine
+            work = [pool.submit(answer_of, server, LONG | {"stream": bool(number % 2)}) for number in range(6)]
+            server.until(lambda now: now["running"] == 6)
+            time.sleep(draw.uniform(0, 0.3))
+            os.kill(engine, signal.SIGKILL)
+            for ended in work:
+                status, error = ended.result(30)
+                assert (status, error["code"]) in ((503, "engine_died"), (200, "engine_died"))
+                assert "was killed by signal 9" in error["message"]
+            # While the server still answers, it says the same to newcomers.
+            try:
+                assert server.http.get("/health").status_code == 503
+                assert server.post("/v1/completions", prompt="x").status_code == 503
+            except httpx.TransportError:
+                pass
+            assert server.process.wait(20) == 1
+            assert "error: the engine's process was killed by signal 9" in server.said()
+            assert "Traceback" not in server.said()
+
+
+def test_an_engine_that_hangs_is_noticed():
+    with Served("--patience", "1") as server, ThreadPoolExecutor(1) as pool:
+        engine = server.engine
+        time.sleep(1.5)  # an idle engine may be silent
+        assert server.http.get("/health").status_code == 200
+        os.kill(engine, signal.SIGSTOP)
+        status, error = pool.submit(answer_of, server, LONG).result(30)
+        assert (status, error["code"]) == (503, "engine_died")
+        assert "it said nothing for 1 seconds" in error["message"]
+        assert server.process.wait(20) == 1
+        assert gone(engine)
+
+
+def test_sigterm_drains():
+    with Served("--deadline", "60") as server, ThreadPoolExecutor(2) as pool:
+        engine = server.engine
+        body = LONG | {"max_tokens": 400}
+        work = [pool.submit(answer_of, server, body | {"stream": stream}) for stream in (True, False)]
+        server.until(lambda now: now["running"] == 2)
+        # The live page's stream must not keep the server.
+        with server.http.stream("GET", "/events") as live:
+            lines = live.iter_lines()
+            assert json.loads(next(lines).removeprefix("data: "))["running"] == 2
+            server.process.send_signal(signal.SIGTERM)
+            for _ in lines:
+                pass
+        assert [ended.result(60) for ended in work] == [(200, None), (200, None)]
+        assert server.process.wait(20) == 0
+        with pytest.raises(httpx.TransportError):
+            server.http.get("/health")
+        assert gone(engine)
+        assert "Traceback" not in server.said()
+
+
+def test_a_drain_has_an_end():
+    with Served("--drain", "0.5") as server, ThreadPoolExecutor(2) as pool:
+        work = [pool.submit(answer_of, server, LONG | {"stream": stream, "n": 4}) for stream in (True, False)]
+        server.until(lambda now: now["running"] == 8)
+        server.process.send_signal(signal.SIGTERM)
+        answers = [ended.result(20) for ended in work]
+        assert [(status, error["code"]) for status, error in answers] == [(200, "server_ends"), (503, "server_ends")]
+        assert server.process.wait(20) == 0
+        assert "Traceback" not in server.said()
+
+
+def test_the_engine_dies_with_its_server_and_a_deadline_ends_a_request():
+    with Served("--deadline", "0.3") as server:
+        answer = server.post("/v1/completions", **LONG).json()
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert 0 < answer["usage"]["completion_tokens"] < 2000
+        assert server.until_idle()['finished_total{outcome="deadline"}'] == 1
+        engine = server.engine
+        with ThreadPoolExecutor(1) as pool:
+            under_way = pool.submit(server.post, "/v1/completions", **LONG)
+            server.until(lambda now: now["running"] == 1)
+            server.process.kill()
+            with pytest.raises(httpx.TransportError):
+                under_way.result(30)
+        assert gone(engine)
+
+
+@pytest.mark.parametrize("requests", [150, pytest.param(2000, marks=pytest.mark.slow)])
+def test_short_requests_and_random_departures_leave_every_block_free(server, requests):
+    before = server.until_idle()
+    draw = random.Random(requests)
+    plans = [
+        {
+            "leave": draw.random() < 0.3,
+            "pause": draw.uniform(0, 0.03),
+            "body": {
+                "prompt": [draw.randrange(50) for _ in range(draw.choice([1, 5, 40]))],
+                "max_tokens": draw.randrange(1, 16),
+                "n": draw.choice([1, 1, 2]),
+                "stream": draw.random() < 0.7,
+                "seed": draw.randrange(9),
+            },
+        }
+        for _ in range(requests)
+    ]
+    room = threading.Semaphore(4)  # of two continuations at most: the queue never overflows
+
+    def visit(plan: dict) -> int:
+        with room, httpx.Client(base_url=server.url, headers=server.http.headers, timeout=60) as client:
+            if not plan["leave"]:
+                return client.post("/v1/completions", json=plan["body"]).status_code
+            patience = httpx.Timeout(60, read=plan["pause"])
+            try:
+                client.post("/v1/completions", json=plan["body"], timeout=patience)
+            except httpx.ReadTimeout:
+                return 0
+            return 200
+
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(visit, plans))
+    after = server.until_idle()
+    assert set(outcomes) <= {0, 200}
+    assert outcomes.count(200) >= requests * 0.7
+    assert outcomes.count(0) > requests * 0.05
+    finished = {name: after[name] - before.get(name, 0) for name in after if name.startswith("finished_total")}
+    assert sum(finished.values()) == sum(plan["body"]["n"] for plan in plans)
+    assert after["cache_blocks_held"] == 0

@@ -1,0 +1,65 @@
+"""``penstock serve``: what it refuses before anything is loaded."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import pytest
+
+from penstock import cli
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """What a command line that is refused says."""
+    monkeypatch.delenv("PENSTOCK_API_KEY", raising=False)
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["penstock", "serve", "python-1m", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        assert exit.value.code == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith("error: ")
+        return errors
+
+    return run
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.com"])
+def test_strangers_without_a_key(refused, host):
+    said = refused("--host", host)
+    assert f"the server listens at loopback addresses alone, and {host} is none" in said
+    assert "--no-key" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--api-key", ""], "an API key is empty"),
+        (["--api-key", "é"], "characters that no header can carry"),
+        (["--api-key-file", "nowhere"], "cannot read nowhere"),
+        (["--set", "sequenes=4"], "sequenes: unknown key; did you mean 'sequences'"),
+        (["--set", "batching=nothing"], "batching"),
+        (["--deadline", "0"], "deadline: Input should be greater than 0"),
+        (["--deadline", "nan"], "deadline: "),
+        (["--body-limit", "-1"], "body: Input should be greater than 0"),
+        (["--drain", "inf"], "drain: "),
+        (["--host", "127.0.0.1.nowhere.invalid", "--no-key"], "cannot listen at 127.0.0.1.nowhere.invalid"),
+    ],
+)
+def test_wrong_options(refused, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(*arguments, "--port", 0)
+
+
+def test_a_file_of_comments_holds_no_key(refused, tmp_path):
+    (tmp_path / "keys").write_text("# alice\n\n")
+    assert "keys holds no key" in refused("--api-key-file", tmp_path / "keys")
+
+
+def test_a_port_that_is_taken(refused):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"cannot listen at 127.0.0.1 port {port}" in refused("--port", port)

@@ -1,0 +1,190 @@
+"""``penstock.LLM`` on a boxed model, against plain generation."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import penstock
+from penstock import LLM, SamplingParams
+from penstock.core.errors import ConfigError, UsageError
+from penstock.core.progress import silent
+from penstock.models import hub
+from penstock.models.text import stream_text
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+PROMPTS = ["def fibonacci(n):\n", "import os\n\nclass Walker:\n", "x = [", "def fibonacci(n):\n    "]
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("python-1m", device="cpu", sequences=8, tokens=64, cache_tokens=2048, check=True)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    model, tokenizer = hub.load("python-1m", dtype=torch.float32).eval(), hub.load_tokenizer("python-1m")
+    return lambda prompt, sampling: "".join(stream_text(model, tokenizer, prompt, sampling))
+
+
+def texts(results) -> list[str]:
+    return [result.outputs[0].text for result in results]
+
+
+def idle(llm: LLM) -> bool:
+    return not llm.engine.busy and llm.engine.pool.held == 0 and llm.engine.batcher.waiting == 0
+
+
+def test_the_package_offers_it_without_importing_torch():
+    code = "import sys, penstock; assert 'torch' not in sys.modules; penstock.LLM; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'LLm'"):
+        _ = penstock.LLm
+
+
+def test_results_are_those_of_plain_generation_in_the_order_of_the_prompts(llm, plain):
+    results = llm.generate(PROMPTS, GREEDY, progress=silent)
+    assert [result.prompt for result in results] == PROMPTS
+    assert texts(results) == [plain(prompt, GREEDY) for prompt in PROMPTS]
+    for result in results:
+        assert result.prompt_token_ids == llm.tokenizer(result.prompt)["input_ids"]
+        assert llm.tokenizer.decode(result.outputs[0].token_ids) == result.outputs[0].text
+        assert result.outputs[0].finish_reason == "length"
+    assert idle(llm)
+
+
+def test_every_prompt_may_have_its_own_sampling(llm, plain):
+    params = [SamplingParams(temperature=0.9, top_k=20, seed=seed, max_tokens=5 + seed) for seed in range(4)]
+    results = llm.generate(PROMPTS, params, progress=silent)
+    assert texts(results) == [plain(*pair) for pair in zip(PROMPTS, params, strict=True)]
+    with pytest.raises(UsageError, match="4 prompts, and 3 sampling params"):
+        llm.generate(PROMPTS, params[:3], progress=silent)
+
+
+def test_several_continuations_have_the_seeds_that_follow(llm):
+    (several,) = llm.generate(PROMPTS[0], SamplingParams(n=3, seed=5, max_tokens=12), progress=silent)
+    alone = [SamplingParams(seed=5 + index, max_tokens=12) for index in range(3)]
+    assert [output.text for output in several.outputs] == texts(llm.generate([PROMPTS[0]] * 3, alone, progress=silent))
+    assert [output.index for output in several.outputs] == [0, 1, 2]
+
+
+def test_prompts_come_in_several_forms(llm):
+    tokens = llm.tokenizer(PROMPTS[2])["input_ids"]
+    forms = [PROMPTS[2], tokens, {"prompt_token_ids": tokens}, {"prompt": PROMPTS[2]}]
+    want = llm.generate(PROMPTS[2], GREEDY, progress=silent)[0].outputs[0].text
+    assert texts(llm.generate(forms, GREEDY, progress=silent)) == [want] * 4
+    for form in forms:
+        assert texts(llm.generate(form, GREEDY, progress=silent)) == [want]
+    assert llm.generate([], GREEDY, progress=silent) == []
+
+
+def test_a_stop_string_ends_its_continuation_alone(llm, plain):
+    free = SamplingParams(n=2, max_tokens=40, seed=3)
+    (whole,) = llm.generate(PROMPTS[0], free, progress=silent)
+    first, second = (output.text for output in whole.outputs)
+    stop = first[9:12]
+    assert stop not in second
+    (cut,) = llm.generate(PROMPTS[0], free.model_copy(update={"stop": (stop,)}), progress=silent)
+    one, two = cut.outputs
+    assert one.text == first[: first.index(stop)]
+    assert (one.finish_reason, one.stop_reason) == ("stop", stop)
+    assert two.text == second
+    assert two.finish_reason == "length"
+    assert idle(llm)
+
+
+def test_a_stop_token_is_in_the_tokens_and_not_in_the_text(llm):
+    (whole,) = llm.generate(PROMPTS[1], GREEDY, progress=silent)
+    tokens = whole.outputs[0].token_ids
+    token = tokens[7]
+    kept = tokens[: tokens.index(token) + 1]
+    (cut,) = llm.generate(PROMPTS[1], GREEDY.model_copy(update={"stop_tokens": (token,)}), progress=silent)
+    output = cut.outputs[0]
+    assert output.token_ids == kept
+    assert output.text == llm.tokenizer.decode(kept[:-1])
+    assert (output.finish_reason, output.stop_reason) == ("stop", token)
+
+
+def test_a_conversation_ends_where_the_answer_begins(llm):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Sort a list."}]
+    (one,) = llm.chat(messages, GREEDY, progress=silent)
+    assert one.prompt == "system: Be brief.\nuser: Sort a list.\nassistant:"
+    assert texts([one]) == texts(llm.generate(one.prompt, GREEDY, progress=silent))
+    assert len(llm.chat([messages, messages[1:]], GREEDY, progress=silent)) == 2
+    with pytest.raises(UsageError, match="at least one message"):
+        llm.chat([], GREEDY, progress=silent)
+
+
+def test_the_model_s_own_template_goes_first_and_may_refuse(llm, monkeypatch):
+    monkeypatch.setattr(llm.tokenizer, "chat_template", "{{ messages[0]['content'] }}|{{ tools[0]['name'] }}>")
+    (one,) = llm.chat([{"role": "user", "content": "Hi"}], GREEDY, tools=[{"name": "add"}], progress=silent)
+    assert one.prompt == "Hi|add>"
+    monkeypatch.setattr(llm.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(UsageError, match="refuses the conversation: roles must alternate"):
+        llm.chat([{"role": "user", "content": "Hi"}], GREEDY, progress=silent)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [("", "empty"), ([[]], "empty"), ([[1, 99999]], "vocabulary"), ([3.5], "cannot read"), ([[1] * 5000], "tokens")],
+)
+def test_a_wrong_prompt_is_refused_and_nothing_stays_behind(llm, prompts, message):
+    several = [*PROMPTS[:2], *prompts] if isinstance(prompts, list) else prompts
+    with pytest.raises(UsageError, match=message):
+        llm.generate(several, GREEDY, progress=silent)
+    assert idle(llm)
+
+
+def test_a_wrong_option_is_refused():
+    with pytest.raises(ConfigError, match="did you mean 'tokens'"):
+        LLM("python-1m", token=7)
+
+
+def test_ctrl_c_leaves_the_engine_usable(llm):
+    """Between steps, and a library has no business with the process's handler afterwards."""
+    former = signal.getsignal(signal.SIGINT)
+
+    @contextlib.contextmanager
+    def interrupting(label, total, unit):
+        class Bar:
+            def advance(self, amount=1, note=""):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        yield Bar()
+
+    params = [SamplingParams(temperature=0, max_tokens=3 + 30 * (place > 0)) for place in range(4)]
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, params, progress=interrupting)
+    assert signal.getsignal(signal.SIGINT) is former
+    assert idle(llm)
+    assert len(llm.generate(PROMPTS, GREEDY, progress=silent)) == 4
+
+
+def test_progress_counts_prompts(llm):
+    seen = []
+
+    @contextlib.contextmanager
+    def counting(label, total, unit):
+        class Bar:
+            def advance(self, amount=1, note=""):
+                seen.append(amount)
+
+        seen.append(total)
+        yield Bar()
+
+    llm.generate(PROMPTS, GREEDY, progress=counting)
+    assert seen == [4, 1, 1, 1, 1]
+
+
+def test_a_folder_serves_as_well(tmp_path):
+    hub_folder = hub.resolve("python-1m")
+    assert isinstance(hub_folder, Path)
+    small = LLM(hub_folder, device="cpu", cache_tokens=256, sequences=2, tokens=16)
+    assert small.generate("x", GREEDY, progress=silent)[0].outputs[0].token_ids
