@@ -47,6 +47,79 @@ def hyper(
         _show(policy, scale, settings)
 
 
+@app.command()
+def batch(
+    model: str = typer.Argument(..., help="A model folder, a run folder, a boxed model or a hub name."),
+    device: str = typer.Option("h100", "--device", help="a100, h100, h200 or b200."),
+    length: int = typer.Option(1024, "--length", min=1, help="Tokens that a sequence holds on average."),
+    width: int = typer.Option(2, "--bytes", min=1, max=8, help="Bytes of a weight and of a cached number."),
+    slowest: float | None = typer.Option(None, "--tpot", help="Most milliseconds between two tokens of a sequence."),
+    policy: str = typer.Option("knee", "--policy", help="The rule, a policy of plan.batch."),
+    overrides: list[str] = typer.Option([], "--set", help="An option of the rule, as key=value.", metavar="KEY=VALUE"),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Recommend how many sequences to decode at a time, and the cache for them, from a roofline of the device.
+
+    Example: `penstock plan batch python-6m --device h100 --length 1024`
+    """
+    import json
+
+    from penstock.core.config import apply_overrides
+    from penstock.core.errors import UsageError
+    from penstock.models import hub
+    from penstock.plan.batch.contract import BatchAdvisor
+    from penstock.plan.decoding import DecodeCost
+    from penstock.plan.hardware import named
+    from penstock.policy import create
+
+    options = apply_overrides({}, overrides)
+    if "name" in options:
+        raise UsageError("choose the rule with --policy, not with --set name=...")
+    advisor = create("plan.batch", policy, **options)
+    assert isinstance(advisor, BatchAdvisor)
+    cost = DecodeCost.of(hub.read_config(hub.resolve(model)), named(device), length, width)
+    advice = advisor.advise(cost, None if slowest is None else slowest / 1000)
+    found = {
+        "batch": advice.batch,
+        "tokens_per_second": advice.throughput,
+        "share_of_highest": advice.throughput / advice.ceiling,
+        "tpot_ms": 1000 * advice.seconds,
+        "weights_gib": cost.weights / 2**30,
+        "cache_gib": advice.batch * cost.cache / 2**30,
+        "cache_tokens": advice.batch * length,
+        "largest_batch": cost.largest,
+        "replicas": int(cost.usable // cost.bytes(advice.batch)),
+    }
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    _show_batch(f"{model} on {device}", found)
+
+
+def _show_batch(title: str, found: dict[str, float]) -> None:
+    """A table for the reader, then the engine's options."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("Advice", title)
+    names = {
+        "batch": "sequences at a time",
+        "tokens_per_second": "tokens/s",
+        "share_of_highest": "share of the highest tokens/s",
+        "tpot_ms": "ms between tokens",
+        "weights_gib": "weights (GiB)",
+        "cache_gib": "cache (GiB)",
+        "cache_tokens": "cache (tokens)",
+        "largest_batch": "largest batch that fits",
+        "replicas": "such replicas that fit",
+    }
+    for key, name in names.items():
+        value = found[key]
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}")
+    Console().print(table)
+    typer.echo(f"\n# For the engine: --set sequences={found['batch']} --set cache_tokens={found['cache_tokens']}")
+
+
 def _show(policy: str, scale: Scale, settings: Settings) -> None:
     """A table for the reader, then lines for a configuration."""
     from rich.console import Console

@@ -88,7 +88,8 @@ class PagedCache:
         raise NotImplementedError
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
-        """Copies whole blocks in all layers, sources[i] to targets[i]; no target is also a source."""
+        """Copies whole blocks in all layers, sources[i] to targets[i]. All are read before any is written: a block
+        that was copied and then let go of may be a target too. No target comes twice."""
         raise NotImplementedError
 
 

@@ -1,0 +1,51 @@
+"""``penstock batch``: answers an OpenAI batch file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def batch(
+    model: str = typer.Argument(..., help="A model folder, a run folder, a boxed model or a hub name."),
+    source: Path = typer.Argument(..., metavar="IN.jsonl", help="Requests, one a line."),
+    target: Path = typer.Argument(..., metavar="OUT.jsonl", help="Where responses are appended, one a line."),
+    name: str | None = typer.Option(None, "--name", help="What the requests call the model; by default MODEL."),
+    window: int = typer.Option(4096, "--window", min=1, help="Most lines under way, and planned, at a time."),
+    overrides: list[str] = typer.Option(
+        [], "--set", metavar="KEY=VALUE", help="Set an engine option, such as batching=sarathi. May be given again."
+    ),
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
+) -> None:
+    """Answer the requests of an OpenAI batch file. Run again, it goes on where it was stopped or killed.
+
+    Example: `penstock batch python-6m in.jsonl out.jsonl`, where a line of the input is
+    `{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "def add(", "max_tokens": 32}}`
+    """
+    from penstock.core.config import apply_overrides, build
+    from penstock.core.errors import UsageError
+    from penstock.core.progress import show
+    from penstock.models import hub
+    from penstock.serve.batch_file import BatchRun
+    from penstock.serve.build import open_engine
+    from penstock.serve.config import EngineConfig
+    from penstock.serve.gather import Gatherer
+    from penstock.serve.http.text import Tokens
+
+    config = build(EngineConfig, apply_overrides({"batching": "batchllm"}, overrides), "the engine's options")
+    for path, there in ((source, source.is_file()), (target.parent, target.parent.is_dir())):
+        if not there:
+            raise UsageError(f"there is no {path}")
+    if target.exists() and source.samefile(target):
+        raise UsageError(f"input and output are the same file, {source}")
+    folder = hub.resolve(model)
+    tokenizer = hub.load_tokenizer(folder)
+    gatherer = Gatherer(open_engine(folder, config, device), tokenizer)
+    summary = BatchRun(gatherer, Tokens(tokenizer), name or model, window).run(source, target, show)
+    refused = f", of which {summary.refused:,} are refused" if summary.refused else ""
+    earlier = f" ({summary.before:,} were there before)" if summary.before else ""
+    typer.echo(f"answered {summary.done:,} lines{refused}{earlier}: {target}")
+    if summary.stopped:
+        typer.echo("stopped before the end; run the same command to go on")
+        raise typer.Exit(130)

@@ -1,0 +1,1 @@
+"""Plans before runs: hardware, cost models, and what they advise."""

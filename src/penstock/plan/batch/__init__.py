@@ -1,0 +1,1 @@
+"""How many sequences to decode at a time."""

@@ -1,0 +1,102 @@
+"""The law of ``serve.loop``."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from penstock.core.randomness import numpy_generator
+from penstock.ops.paged.reference import Reference
+from penstock.serve.batch import Batch
+from penstock.serve.build import build_engine
+from penstock.serve.config import EngineConfig
+from penstock.serve.loops.contract import Loop
+from penstock.serve.messages import Delta, Finish, Request
+from penstock.serve.sampling import SamplingParams
+from penstock.testing.serve_batching import PREFIXES, VOCABULARY, small_model
+
+#: What a sequence came to: its tokens, and why it ended.
+Outcome = tuple[list[int], Finish | None]
+
+
+class ScriptedSteps:
+    """Steps that compute nothing and keep the order in which they are called.
+
+    Args:
+        batches: for each call of :meth:`form`, whether there is something to compute.
+        blind: for each call of :meth:`blind`, its answer; False after them.
+    """
+
+    def __init__(self, batches: list[bool], blind: list[bool]) -> None:
+        self._batches, self._blind = deque(batches), deque(blind)
+        self._formed: list[Batch] = []
+        self._launched: list[Batch] = []
+        self._told = False
+        self.published: list[int] = []
+
+    def form(self) -> Batch | None:
+        assert not (self._told and self.queued), "a batch is formed blindly"
+        self._told = False
+        if not self._batches or not self._batches.popleft():
+            return None
+        self._formed.append(Batch([]))
+        return self._formed[-1]
+
+    def launch(self, batch: Batch) -> None:
+        assert batch is self._formed[len(self._launched)], "batches are launched in the order in which they are formed"
+        self._launched.append(batch)
+
+    def publish(self, batch: Batch) -> list[Delta]:
+        place = len(self.published)
+        assert batch is self._launched[place], "batches are published in the order in which they are launched"
+        self.published.append(place)
+        return [Delta("", place, [])]
+
+    def blind(self) -> bool:
+        self._told = bool(self._blind) and self._blind.popleft()
+        return self._told
+
+    @property
+    def queued(self) -> int:
+        """Batches that are launched and not published."""
+        return len(self._launched) - len(self.published)
+
+
+def check_order(loop: Loop, batches: list[bool], blind: list[bool]) -> None:
+    """Asserts that every batch is launched once and published once, in order, none blindly, that ``idle`` says
+    whether all are published, and that a loop with nothing to compute comes to rest."""
+    steps = ScriptedSteps(batches, blind)
+    stepper = loop.start(steps)
+    heard = []
+    for _ in range(2 * len(batches) + len(blind) + 2):
+        heard += [delta.index for delta in stepper.step()]
+        assert stepper.idle == (steps.queued == 0)
+    assert stepper.idle
+    assert heard == steps.published == list(range(sum(batches)))
+
+
+def outcomes(loop: Loop, seed: int) -> dict[str, Outcome]:
+    """What random requests, which arrive at random steps, come to in a small engine under ``loop``."""
+    draw = numpy_generator(seed, "testing/loop")
+    config = EngineConfig(
+        loop=loop, attention=Reference(), tokens=16, sequences=4, block_size=4, cache_tokens=80, check=True
+    )
+    engine = build_engine(small_model(), config)
+    requests = []
+    for number in range(10):
+        own = draw.integers(VOCABULARY, size=draw.integers(1, 9))
+        prompt = PREFIXES[number % 2][: draw.integers(25)] + [int(token) for token in own]
+        sampling = SamplingParams(
+            temperature=float(number % 3), max_tokens=int(draw.integers(1, 24)), seed=number, stop_tokens=(3, 5)
+        )
+        requests.append(Request(str(number), prompt, sampling))
+    arrivals = deque(zip(draw.integers(20, size=10).cumsum().tolist(), requests, strict=True))
+    found: dict[str, Outcome] = {request.id: ([], None) for request in requests}
+    step = 0
+    while arrivals or engine.busy:
+        while arrivals and arrivals[0][0] <= step:
+            engine.add(arrivals.popleft()[1])
+        for delta in engine.step():
+            found[delta.id] = found[delta.id][0] + delta.tokens, delta.finish
+        step += 1
+    assert engine.pool.held == 0
+    return found

@@ -1,0 +1,133 @@
+"""An engine that computes nothing: the scheduler, the pool and the loop are real, time is reckoned.
+
+For what a batching policy does over thousands of steps, which no model is needed for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as List
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import torch
+
+from penstock.serve.batch import Batch
+from penstock.serve.config import EngineConfig
+from penstock.serve.engine import Engine
+from penstock.serve.messages import Request
+from penstock.serve.runner import Runner
+from penstock.serve.sampler import Sampled
+
+#: Tokens that a simulated model knows; it always says the first.
+VOCABULARY = 1 << 20
+
+
+class _NoSampler:
+    def add(self, *_: object) -> None:
+        pass
+
+
+class SimulatedRunner:
+    """What an engine needs of a runner, without a model: every token that comes out is 0.
+
+    Args:
+        blocks: of the cache, of ``block_size`` tokens.
+        slots: most sequences at a time.
+    """
+
+    def __init__(self, blocks: int, block_size: int, slots: int) -> None:
+        self.blocks = blocks
+        self.tables = np.zeros((slots, blocks), np.int32)
+        self.sampler = _NoSampler()
+        self.model = SimpleNamespace(config=SimpleNamespace(vocabulary=VOCABULARY, context=blocks * block_size))
+        self.cache = SimpleNamespace(shape=SimpleNamespace(blocks=blocks, block_size=block_size))
+
+    def launch(self, batch: Batch) -> None:
+        """Knows the tokens at once."""
+        batch.sampled = Sampled(torch.zeros(sum(entry.scored for entry in batch.entries), dtype=torch.int64))
+
+
+def simulated_engine(config: EngineConfig) -> Engine:
+    """An engine whose model takes no time. ``cache_tokens`` must be set."""
+    assert config.cache_tokens is not None
+    blocks = config.cache_tokens // config.block_size
+    return Engine(config, cast(Runner, SimulatedRunner(blocks, config.block_size, config.sequences)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a step computed: sequences that decoded, other tokens, and the tokens that all of these looked back at."""
+
+    decoded: int
+    prefilled: int
+    read: int
+
+
+#: Seconds that a step takes.
+Cost = Callable[[Step], float]
+
+
+@dataclasses.dataclass
+class Course:
+    """What happened.
+
+    Attributes:
+        steps: the steps, in order; ``seconds`` when the last ended.
+        tokens: for each request, when each of its tokens was known.
+        held: after each step, the blocks that sequences held.
+        cached: prompt tokens that were found in the cache.
+    """
+
+    steps: list[Step] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    tokens: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    held: list[int] = dataclasses.field(default_factory=list)
+    cached: int = 0
+
+    @property
+    def prefilled(self) -> int:
+        """Prompt tokens that were computed, with those computed again."""
+        return sum(step.prefilled for step in self.steps)
+
+
+def roofline(compute: float, memory: float) -> Cost:
+    """A step takes the longer of ``compute`` seconds for each token and ``memory`` seconds for each token read."""
+    return lambda step: max(compute * (step.decoded + step.prefilled), memory * step.read)
+
+
+def simulate(config: EngineConfig, requests: List[Request], arrivals: List[float] | None, cost: Cost) -> Course:
+    """Plays ``requests``, which arrive at the times ``arrivals`` (all at 0 for None), to their end."""
+    engine, course = simulated_engine(config), Course(tokens={request.id: [] for request in requests})
+    coming = deque(sorted(zip(arrivals or [0.0] * len(requests), requests, strict=True), key=lambda pair: pair[0]))
+    while coming or engine.busy:
+        if not engine.busy:
+            course.seconds = max(course.seconds, coming[0][0])
+        while coming and coming[0][0] <= course.seconds:
+            engine.add(coming.popleft()[1])
+        begun = engine.steps
+        deltas = engine.step()
+        if engine.steps > begun:
+            step = _step_of(engine)
+            course.steps.append(step)
+            course.seconds += cost(step)
+        course.held.append(engine.pool.held)
+        for delta in deltas:
+            course.tokens[delta.id] += [course.seconds] * len(delta.tokens)
+        assert math.isfinite(course.seconds)
+    course.cached = engine.cached_tokens
+    return course
+
+
+def _step_of(engine: Engine) -> Step:
+    entries = engine.last.entries
+    decoding = [entry for entry in entries if entry.count == 1 and entry.start >= entry.sequence.prompt]
+    return Step(
+        decoded=len(decoding),
+        prefilled=sum(entry.count for entry in entries) - len(decoding),
+        read=sum(entry.start + entry.count for entry in entries),
+    )

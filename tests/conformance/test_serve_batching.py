@@ -1,0 +1,36 @@
+"""The law of ``serve.batching``, for every registered policy."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from penstock.testing.enrolled import enrolled
+from penstock.testing.serve_batching import check_stall_free, machine_of
+
+POLICIES = enrolled("serve.batching")
+
+
+def play(name: str, examples: int, steps: int) -> None:
+    chosen = settings(
+        max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    run_state_machine_as_test(machine_of(POLICIES[name]), settings=chosen)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_law_of_batching_holds(name):
+    play(name, examples=12, steps=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_law_holds_for_long_courses(name):
+    play(name, examples=300, steps=80)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ["sarathi"])
+def test_no_running_sequence_stalls(name, seed):
+    check_stall_free(POLICIES[name], seed)

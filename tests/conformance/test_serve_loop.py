@@ -1,0 +1,28 @@
+"""The law of ``serve.loop``, for every registered policy."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.serve.loops.plain import Plain
+from penstock.serve.messages import Finish
+from penstock.testing.enrolled import enrolled
+from penstock.testing.serve_loop import check_order, outcomes
+
+POLICIES = enrolled("serve.loop")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(batches=st.lists(st.booleans(), max_size=12), blind=st.lists(st.booleans(), max_size=12))
+def test_every_batch_is_launched_and_published_once_in_order(name, batches, blind):
+    check_order(POLICIES[name], batches, blind)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", POLICIES)
+def test_tokens_are_those_of_the_plain_loop(name, seed):
+    want = outcomes(Plain(), seed)
+    assert outcomes(POLICIES[name], seed) == want
+    assert {finish for _, finish in want.values()} == {Finish.STOP, Finish.LENGTH}

@@ -1,0 +1,65 @@
+"""Answers a batch file in child processes that are killed at random instants, until enough have died; then lets one
+finish. Children are forked from this process, which has loaded everything, so that a life costs milliseconds.
+
+Prints, for each death, how many whole lines the output had.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from penstock import LLM
+from penstock.core.randomness import numpy_generator
+from penstock.serve.batch_file import BatchRun
+from penstock.serve.gather import Gatherer
+from penstock.serve.http.text import Tokens
+
+
+def engine() -> LLM:
+    """A small one, not used yet."""
+    torch.set_num_threads(1)
+    return LLM("python-1m", device="cpu", batching="batchllm", sequences=4, tokens=64, cache_tokens=2048)
+
+
+def live(llm: LLM, source: Path, target: Path) -> None:
+    """What a child does: begins or continues the batch, to its end."""
+    BatchRun(Gatherer(llm.engine, llm.tokenizer), Tokens(llm.tokenizer), "python-1m", 16).run(source, target)
+
+
+def born(llm: LLM, source: Path, target: Path) -> int:
+    """Starts a child."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            live(llm, source, target)
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def main(source: Path, target: Path, deaths: int) -> None:
+    """Kills ``deaths`` children at instants drawn uniformly after their first new line."""
+    llm, draw = engine(), numpy_generator(0, "deaths")
+    for _ in range(deaths):
+        before = target.stat().st_size if target.exists() else 0
+        child = born(llm, source, target)
+        while not target.exists() or target.stat().st_size <= before:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        print(target.read_bytes().count(b"\n"), flush=True)
+    _, status = os.waitpid(born(llm, source, target), 0)
+    sys.exit(os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,80 @@
+"""``penstock batch`` as processes that are killed and stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import killed_batches
+from tiny_runs import ENVIRONMENT, penstock, start
+
+
+def write_lines(path: Path, count: int, max_tokens: int) -> None:
+    lines = []
+    for number in range(count):
+        body = {"prompt": f"def f{number % 7}(a, b):\n", "max_tokens": max_tokens, "temperature": 0.8}
+        record = {"custom_id": f"line-{number}", "method": "POST", "url": "/v1/completions", "body": body}
+        lines.append("{broken\n" if number % 50 == 49 else json.dumps(record) + "\n")
+    path.write_text("".join(lines))
+
+
+def texts(path: Path) -> dict[str, str]:
+    """The text of every line by its id; every line is there once."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    found = {
+        record["id"]: (record["error"] and "error") or record["response"]["body"]["choices"][0]["text"]
+        for record in records
+    }
+    assert len(found) == len(records), "a line is answered twice"
+    return found
+
+
+def test_killed_at_any_instant_no_finished_line_is_lost_or_repeated(tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_lines(source, 200, max_tokens=12)
+    done = subprocess.run(
+        [sys.executable, killed_batches.__file__, source, target, "12"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = [int(line) for line in done.stdout.split()]
+    assert counts == sorted(counts)
+    assert counts[-1] < 200, "the last life had nothing left to do"
+    found = texts(target)
+    assert set(found) == {f"batch_req_{number}" for number in range(200)}
+    killed_batches.live(killed_batches.engine(), source, tmp_path / "straight.jsonl")
+    assert found == texts(tmp_path / "straight.jsonl")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_the_command_goes_on_where_it_was(tmp_path, number):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_lines(source, 120, max_tokens=32)
+    command = ["batch", "python-1m", source, target, "--device", "cpu", "--set", "sequences=4"]
+    process = start(*command)
+    deadline = time.monotonic() + 60
+    while not target.exists() or target.stat().st_size == 0:
+        assert time.monotonic() < deadline, process.communicate(timeout=5)
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=30)
+    assert "Traceback" not in errors
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "run the same command to go on" in out
+    kept = target.read_bytes()
+    kept = kept[: kept.rindex(b"\n") + 1] if b"\n" in kept else b""
+    done = penstock(*command)
+    assert done.returncode == 0, done.stderr
+    assert "lines" in done.stdout
+    assert target.read_bytes().startswith(kept)
+    assert len(texts(target)) == 120
