@@ -42,7 +42,9 @@ def batch(
     folder = hub.resolve(model)
     tokenizer = hub.load_tokenizer(folder)
     gatherer = Gatherer(open_engine(folder, config, device), tokenizer)
-    summary = BatchRun(gatherer, Tokens(tokenizer), name or model, window).run(source, target, show)
+    summary = BatchRun(gatherer, Tokens(tokenizer, hub.end_tokens(folder, tokenizer)), name or model, window).run(
+        source, target, show
+    )
     refused = f", of which {summary.refused:,} are refused" if summary.refused else ""
     earlier = f" ({summary.before:,} were there before)" if summary.before else ""
     typer.echo(f"answered {summary.done:,} lines{refused}{earlier}: {target}")

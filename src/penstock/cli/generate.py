@@ -51,7 +51,7 @@ def generate(
         text = sys.stdin.read() if prompt == "-" else str(prompt)
     decoder = hub.load(model, device=where).eval()
     tokenizer = hub.load_tokenizer(model)
-    pieces = stream_text(decoder, tokenizer, text, sampling)
+    pieces = stream_text(decoder, tokenizer, text, sampling, hub.end_tokens(model, tokenizer))
     typer.echo(text, nl=False)
     for piece in pieces:
         typer.echo(piece, nl=False)

@@ -23,8 +23,8 @@ OPTIONS = typer.Option([], "--set", help="Another option of the schedule, as key
 COST = typer.Option(
     "F=1,I=1,W=1,comm=0",
     "--cost",
-    help="Times of F, I and W of a p-th of the model, of a transfer (comm), and of its activation to the host's memory "
-    "(host, by default 1).",
+    help="Times of F, I and W of a p-th of the model, of a transfer (comm), of its activation to the host's memory "
+    "(host, by default 1), and of a product of the output layer on one device (output, by default 0).",
     metavar="COST",
 )
 TRANSFORMS = typer.Option(
@@ -252,7 +252,7 @@ def _times(text: str, file: Path | None) -> Times:
 
     if file is not None:
         return build(Times, read_json(file), source=str(file))
-    values = {"F": 1.0, "I": 1.0, "W": 1.0, "comm": 0.0, "host": 1.0}
+    values = {"F": 1.0, "I": 1.0, "W": 1.0, "comm": 0.0, "host": 1.0, "output": 0.0}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
         if key.strip() not in values:
@@ -261,7 +261,7 @@ def _times(text: str, file: Path | None) -> Times:
             values[key.strip()] = float(value)
         except ValueError:
             raise UsageError(f"--cost: {part!r} is not of the form F=1.5") from None
-    named = zip(("forward", "input_grad", "weight_grad", "transfer", "host"), values.values(), strict=True)
+    named = zip(("forward", "input_grad", "weight_grad", "transfer", "host", "output"), values.values(), strict=True)
     return build(Times, dict(named), source="--cost")
 
 

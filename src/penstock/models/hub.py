@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTRACT = "model.family"
-CONFIG, WEIGHTS, WEIGHTS_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 DOWNLOADS = ("*.json", "model*.safetensors", "tokenizer*", "merges.txt", "vocab.txt", "*.jinja")
 
@@ -425,6 +426,22 @@ def _shards(state: Mapping[str, Tensor], dtype: torch.dtype | None, limit: int) 
         shards[-1][name] = tensor
         room -= size
     return shards
+
+
+def end_tokens(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end a text of the model ``source``: the tokenizer's own, and those that config.json and
+    generation_config.json name, such as the end of a chat's turn.
+
+    Raises:
+        UsageError: there is no such model.
+        PenstockError: one of the files is damaged.
+    """
+    found = {tokenizer.eos_token_id}
+    for path in (resolve(source) / name for name in (CONFIG, GENERATION)):
+        stored = read_json(path) if path.is_file() else {}
+        named = stored.get("eos_token_id") if isinstance(stored, dict) else None
+        found |= {token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)}
+    return frozenset(found - {None})
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

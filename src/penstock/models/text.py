@@ -16,16 +16,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def stream_text(model: Decoder, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling) -> Iterator[str]:
+def stream_text(
+    model: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    sampling: Sampling,
+    stop: frozenset[int] | None = None,
+) -> Iterator[str]:
     """What follows ``prompt``, in pieces of whole characters, until the model ends its text.
 
     Together the pieces are the decoded text; only its last can hold a character that the model left unfinished.
+
+    Args:
+        stop: the tokens that end a text; the tokenizer's own if not given.
 
     Raises:
         UsageError: the prompt is empty, or does not fit the model's context.
     """
     tokens = tokenizer(prompt)["input_ids"]
-    stop = frozenset({tokenizer.eos_token_id} - {None})
+    if stop is None:
+        stop = frozenset({tokenizer.eos_token_id} - {None})
     return _pieces(TextStream(tokenizer.backend_tokenizer, tokens), generate(model, tokens, sampling, stop))
 
 

@@ -38,7 +38,7 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
     folder = hub.resolve(source)
     model = hub.load(folder, device=where, dtype=_dtype(config, where)).eval()
     tokenizer = hub.load_tokenizer(folder)
-    stop = frozenset({tokenizer.eos_token_id} - {None})
+    stop = hub.end_tokens(folder, tokenizer)
     grammars = Grammars(tokenizer, model.config.vocabulary, stop) if tokenizer.is_fast else None
     return build_engine(model, config, stop, report, grammars)
 

@@ -483,6 +483,12 @@ def test_tokenizer(folder: Path) -> None:
     loaded = hub.load_tokenizer(str(folder))
     assert loaded.encode("b a c") == [1, 0, 2]
     assert loaded.eos_token_id == 2
+    assert hub.end_tokens(folder, loaded) == {2}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"eos_token_id": 9})
+    )
+    assert hub.end_tokens(folder, loaded) == {2, 7, 9}
     (folder / "tokenizer.json").write_text('{"model"')
     with pytest.raises(DataError, match="cannot be read"):
         hub.load_tokenizer(folder)

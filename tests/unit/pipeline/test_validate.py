@@ -104,6 +104,32 @@ def test_devices_outside_the_cycle_are_not_named():
     )
 
 
+@pytest.mark.parametrize(
+    ("barriers", "orders", "complaint"),
+    [
+        (2, ("0E0 0F0 1S0 1T0 0B0 0G0", "0E0'1 1F0 1S0'1 1T0'1 1B0 0G0'1"), ""),
+        (1, ("0E0 0F0 1S0 0B0 0G0 1T0", "0E0'1 1F0 1S0'1 1B0 1T0'1 0G0'1"), ""),
+        (3, ("0E0 0F0 1S0 1N0 1T0 0B0 0G0", "0E0'1 1F0 1S0'1 1N0'1 1T0'1 1B0 0G0'1"), ""),
+        (0, ("0E0 0F0 0B0", "1F0 1B0"), "device 0: 0E0 is no pass of its shard"),
+        (2, ("0E0 0F0 1S0 1T0 0B0 0G0", "0E0'1 1F0 1S0'1 1B0 0G0'1"), "device 1: 1T0'1 is missing"),
+        (2, ("0E0 0F0 1S0 1S0 1T0 0B0 0G0", "0E0'1 1F0 1S0'1 1T0'1 1B0 0G0'1"), "device 0: 1S0 comes 2 times"),
+        (2, ("0E0 0F0 1S0'1 1T0 0B0 0G0", "0E0'1 1F0 1S0'1 1T0'1 1B0 0G0'1"), "device 0: 1S0'1 is no pass"),
+        (2, ("0E0 0F0 1S0 1T0 0B0 0G0", "0E0'1 1F0 1S0'1 1B0 1T0'1 0G0'1"), "device 1: deadlock: 1B0 on device 1"),
+        (2, ("0E0 0F0 1S0 1T0 0B0 0G0", "1F0 0E0'1 1S0'1 1T0'1 1B0 0G0'1"), "device 0: deadlock: 0F0 on device 0"),
+        (3, ("0E0 0F0 1S0 1T0 1N0 0B0 0G0", "0E0'1 1F0 1S0'1 1N0'1 1T0'1 1B0 0G0'1"), "device 0: deadlock: 1T0"),
+    ],
+)
+def test_shards_of_the_vocabulary(barriers, orders, complaint):
+    """The last stage's backward waits for the T of all shards, or, with one barrier, for their S."""
+    sharded = dataclasses.replace(schedule(*orders), barriers=barriers)
+    if not complaint:
+        validate(sharded)
+        return
+    with pytest.raises(ScheduleError) as caught:
+        validate(sharded)
+    assert str(caught.value).startswith(complaint)
+
+
 BASES = {
     "1f1b": OneForwardOneBackward().build(3, 4),
     "zb_h1": ZeroBubbleH1().build(3, 4),

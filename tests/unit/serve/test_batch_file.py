@@ -31,7 +31,12 @@ def answer(llm, tmp_path):
     def run(*lines, window: int = 4, target: Path = tmp_path / "out.jsonl"):
         raw = b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
         (tmp_path / "in.jsonl").write_bytes(raw)
-        runner = BatchRun(Gatherer(llm.engine, llm.tokenizer), Tokens(llm.tokenizer), "python-1m", window)
+        runner = BatchRun(
+            Gatherer(llm.engine, llm.tokenizer),
+            Tokens(llm.tokenizer, frozenset({llm.tokenizer.eos_token_id})),
+            "python-1m",
+            window,
+        )
         summary = runner.run(tmp_path / "in.jsonl", target)
         assert not llm.engine.busy
         assert llm.engine.pool.held == 0

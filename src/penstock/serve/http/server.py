@@ -86,7 +86,7 @@ async def serve(
         EngineClient.open(str(folder), engine, device, limits.patience), asyncio.to_thread(hub.load_tokenizer, folder)
     )
     try:
-        service = Service(name, Tokens(tokenizer), client, limits)
+        service = Service(name, Tokens(tokenizer, hub.end_tokens(folder, tokenizer)), client, limits)
         app = make_app(service, keys, local)
         server = Server(
             uvicorn.Config(

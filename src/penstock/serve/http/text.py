@@ -24,9 +24,9 @@ class Tokens:
         turn_stops: stop strings that every chat needs besides its own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> None:
         self._tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
-        self.ends: frozenset[int] = frozenset({tokenizer.eos_token_id} - {None})
+        self.ends = ends
         self.turn_stops = () if tokenizer.chat_template else (NEXT_TURN,)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
