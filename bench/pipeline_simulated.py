@@ -7,10 +7,12 @@ implementations add.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from penstock.core.bench import Bench
 from penstock.pipeline.simulator import Simulation, simulate
+from penstock.pipeline.stages import balanced
 from penstock.pipeline.times import Times
 from penstock.policy import create
 
@@ -18,6 +20,7 @@ from penstock.policy import create
 TRANSFORMER = Times(forward=1.0, input_grad=1.0, weight_grad=0.7, transfer=0.04)
 #: Papers before it count a backward as two forwards.
 PLAIN = Times()
+KINDS = ("forward", "input_grad", "weight_grad")
 
 
 def main(bench: Bench) -> None:
@@ -30,6 +33,7 @@ def main(bench: Bench) -> None:
         both_ways(bench, p)
     for p, m in large:
         offload(bench, p, m)
+        vocabulary(bench, p, m)
 
 
 def zero_bubble(bench: Bench, p: int, m: int) -> None:
@@ -79,6 +83,34 @@ def offload(bench: Bench, p: int, m: int) -> None:
         subject = f"interleaved_1f1b + pipeoffload, {share:.0%} offloaded"
         throughput(bench, subject, found, "interleaved_1f1b", plain, times, paper=170)
         memory(bench, subject, found, "interleaved_1f1b", plain, times, paper=170)
+
+
+def vocabulary(bench: Bench, p: int, m: int) -> None:
+    """The output layer sharded, against all of it on the last stage, and against that with layers moved from there to
+    the others.
+
+    A product with its matrix takes a quarter of a p-th of the model's forward (a vocabulary of 32 k beside 4 layers of
+    width 3,072 on a device), or two of them (256 k).
+    """
+    for name, barriers, output in itertools.product(("1f1b", "v_half"), (3, 2, 1), (0.25, 2.0)):
+        times = TRANSFORMER.model_copy(update={"output": output})
+        schedule = create("pipeline.schedule", name).build(p, m)
+        plain = simulate(schedule, times.costs(schedule))
+        moved = create("pipeline.transform", "vocabulary", barriers=barriers, times=times.model_dump()).apply(schedule)
+        found = simulate(moved, times.costs(moved))
+        subject = f"{name} + vocabulary, barriers={barriers}"
+        throughput(bench, subject, found, name, plain, times, paper=117)
+        memory(bench, subject, found, name, plain, times, paper=117)
+        if name == "1f1b":
+            uneven = simulate(schedule, without_layers(times, p).costs(schedule))
+            throughput(bench, subject, found, f"{name}, layers moved", uneven, times, paper=117)
+
+
+def without_layers(times: Times, p: int) -> Times:
+    """The times of stages of 4 layers on average, cut as evenly as whole layers and the output layer allow."""
+    shares = [len(stage) / 4 for stage in balanced([0.25] * (4 * p), p, last=times.output)]
+    each = {field: tuple(getattr(times, field) * share for share in shares) for field in KINDS}
+    return times.model_copy(update=each)
 
 
 def run(name: str, p: int, m: int, times: Times, /, **options: Any) -> Simulation:
@@ -131,7 +163,7 @@ def row(
     bench.row(
         subject=subject,
         setting=f"p={schedule.devices}, m={schedule.microbatches}, I={times.input_grad:g}, W={times.weight_grad:g}, "
-        f"transfer={times.transfer:g}, host={times.host:g}",
+        f"transfer={times.transfer:g}, host={times.host:g}" + (f", output={times.output:g}" if times.output else ""),
         metric=metric,
         unit=unit,
         value=value,

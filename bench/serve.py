@@ -34,7 +34,7 @@ from penstock.serve.engine import Engine
 from penstock.serve.messages import Request
 from penstock.serve.sampling import SamplingParams
 
-PAPERS = (200, 293, 194)
+PAPERS = (200, 293)
 
 #: vLLM 0.22.0 on one H100 80GB HBM3, torch 2.11.0+cu130: medians of wall seconds, or tokens a second where one request.
 PEER = "vLLM 0.22.0, measured by itself"
