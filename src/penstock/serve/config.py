@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field, PositiveInt, model_validator
 
 from penstock.core.config import Config
@@ -23,7 +24,8 @@ class EngineConfig(Config):
         loop: in which order scheduling, computing and publishing follow each other.
         attention: attention over the cache; None picks the best that serves the device.
         dtype: of weights and cache; ``auto`` is bf16 on CUDA, fp32 on the CPU.
-        tokens: the token budget of a step; at least ``sequences``, so that all of them can go on in one.
+        tokens: the token budget of a step, at least ``sequences``, so that all of them can go on in one; None is 8,192
+            on CUDA, which such a step keeps busy, and 2,048 on the CPU.
         sequences: most sequences that run at a time.
         block_size: tokens of a block of the cache.
         cache_tokens: tokens for which the cache has room; None sizes it by ``memory``.
@@ -38,7 +40,7 @@ class EngineConfig(Config):
     loop: Annotated[Loop, Choice("serve.loop")] = Overlapped()
     attention: Annotated[PagedAttention, Choice("attention.paged")] | None = None
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    tokens: PositiveInt = 2048
+    tokens: PositiveInt | None = None
     sequences: PositiveInt = 256
     block_size: PositiveInt = 16
     cache_tokens: PositiveInt | None = None
@@ -49,6 +51,10 @@ class EngineConfig(Config):
 
     @model_validator(mode="after")
     def _all_can_go_on(self) -> EngineConfig:
-        if self.tokens < self.sequences:
+        if self.tokens is not None and self.tokens < self.sequences:
             raise ValueError(f"a budget of {self.tokens} tokens a step cannot serve {self.sequences} sequences")
         return self
+
+    def budget(self, device: torch.device) -> int:
+        """``tokens``, or what it is on ``device`` where it is not set."""
+        return self.tokens or max(8192 if device.type == "cuda" else 2048, self.sequences)

@@ -49,7 +49,7 @@ class Engine:
         self.context = min(runner.tables.shape[1], runner.blocks) * shape.block_size
         self.context = min(self.context, config.context or runner.model.config.context)
         self.pool = BlockPool(runner.blocks, shape.block_size)
-        self.limits = Limits(config.tokens, config.sequences, runner.blocks, shape.block_size)
+        self.limits = Limits(config.budget(runner.device), config.sequences, runner.blocks, shape.block_size)
         self.batcher = config.batching.start(self.limits)
         self.running: list[Sequence] = []
         self._stop, self._grammars = frozenset(stop), grammars
