@@ -45,6 +45,7 @@ class SimulatedRunner:
         self.tables = np.zeros((slots, blocks), np.int32)
         self.sampler = _NoSampler()
         self.model = SimpleNamespace(config=SimpleNamespace(vocabulary=VOCABULARY, context=blocks * block_size))
+        self.device = torch.device("cpu")
         self.cache = SimpleNamespace(shape=SimpleNamespace(blocks=blocks, block_size=block_size))
 
     def launch(self, batch: Batch) -> None:
