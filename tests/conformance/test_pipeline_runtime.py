@@ -7,11 +7,15 @@ import pytest
 import forked_ranks
 from penstock.parallel.world import World
 from penstock.pipeline.grid import Grid
+from penstock.pipeline.times import Times
+from penstock.pipeline.transforms.vocabulary import shard
+from penstock.policy import create
 from penstock.testing.enrolled import enrolled
 from penstock.testing.pipeline_runtime import check_runtime, check_schedule_runs
 from penstock.testing.pipeline_schedule import variants
 
 POLICIES = enrolled("pipeline.schedule")
+TRANSFORMS = enrolled("pipeline.transform")
 
 
 def verdicts(policies, microbatches: int):
@@ -47,15 +51,33 @@ def test_several_processes_compute_what_one_does(size):
     assert_equal_to_one_device(POLICIES, size, 5)
 
 
-@pytest.mark.parametrize("name", enrolled("pipeline.transform"))
+@pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_transformed_schedule_computes_the_same(name):
-    transform = enrolled("pipeline.transform")[name]
+    """Every transform of a schedule with several stages on a device, and of one with I and W."""
 
     def work(world: World) -> None:
-        for schedule in ("1f1b", "interleaved_1f1b"):
-            check_schedule_runs(transform.apply(POLICIES[schedule].build(world.size, 4)), Grid(world, world.size))
+        for schedule in ("interleaved_1f1b", "zb_h1"):
+            for variant in variants(TRANSFORMS[name]):
+                transformed = variant.apply(POLICIES[schedule].build(world.size, 6))
+                check_schedule_runs(transformed, Grid(world, world.size))
 
-    assert [result.get("raised") for result in forked_ranks.ranks(2, work)] == [None, None]
+    assert [result.get("raised") for result in forked_ranks.ranks(3, work)] == [None] * 3
+
+
+@pytest.mark.parametrize("barriers", [1, 2, 3])
+def test_a_sharded_vocabulary_computes_the_same(barriers):
+    """Also where a stage has replicas, one device turns the pipeline round, and activations wait on the host."""
+    offload = create("pipeline.transform", "pipeoffload", times={"host": 0.01})
+
+    def work(world: World) -> None:
+        for schedule in ("chimera", "v_half"):
+            sharded = shard(POLICIES[schedule].build(world.size, 6), barriers, Times(), 1.0)
+            check_schedule_runs(sharded, Grid(world, world.size))
+        both = offload.apply(shard(POLICIES["1f1b"].build(world.size, 6), barriers, Times(), 1.0))
+        assert both.offloaded
+        check_schedule_runs(both, Grid(world, world.size))
+
+    assert [result.get("raised") for result in forked_ranks.ranks(2, work)] == [None] * 2
 
 
 @pytest.mark.slow

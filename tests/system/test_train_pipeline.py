@@ -126,6 +126,23 @@ def test_the_profile_of_the_first_updates(store, tmp_path):
     assert {"0F0", "1I5", "0W5"} <= {name for _, name in drawn}
 
 
+def test_a_schedule_is_planned_from_the_first_updates(store, alone, tmp_path):
+    """zb_auto begins at equal times, and goes on with the measured ones: all processes the same, on the same curve,
+    within the memory that it may use."""
+    trained(pipelined(store, 2, {"name": "zb_auto", "memory": 1}), tmp_path / "run", 2)
+    assert_same_curve(tmp_path / "run", alone)
+    profile = read_json(tmp_path / "run" / "pipeline.json")
+    times = profile["schedule"]["times"]
+    for kind in ("forward", "input_grad", "weight_grad"):
+        assert len(times[kind]) == 2
+        assert all(0 < seconds < 1 for seconds in times[kind])
+        assert times[kind] != profile["seconds"][kind]  # those of a later update
+    assert 0 <= times["transfer"] < 1
+    events = read_json(tmp_path / "run" / "pipeline-trace.json")["traceEvents"]
+    assert max(event["args"]["held"] for event in events if event["ph"] == "C") <= max(profile["activation_bytes"])
+    assert "zb_auto, measured" in {event["args"].get("name") for event in events if event["ph"] == "M"}
+
+
 def test_from_a_model_in_bf16_with_experts(store, tmp_path):
     """Sparse layers, masters apart from the weights, untied head; it starts from a folder."""
     moe = {"experts": 3, "ffn": 16, "router": {"name": "softmax", "top_k": 2}}
@@ -155,6 +172,7 @@ def test_from_a_model_in_bf16_with_experts(store, tmp_path):
     [
         ({"batch": {**BATCH, "micro_tokens": None}}, "batch.micro_tokens is not set"),
         ({"average": "naswa"}, "'naswa' looks at all weights together"),
+        ({"pipeline": {"schedule": "pipedream"}}, "pipedream updates weights after each microbatch"),
         ({"activation_checkpointing": True}, "zb_h1 defers weight gradients"),
         ({"parallel": {"pipeline": 3}}, "1 processes do not make whole pipelines of 3"),
         ({"model": {**SHAPE, "layers": 1}}, "1 layers cannot be cut into 2 stages"),

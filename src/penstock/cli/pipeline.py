@@ -1,7 +1,8 @@
-"""``penstock pipeline``: draw, compare, search and export pipeline schedules."""
+"""``penstock pipeline``: draw, compare, search and export pipeline schedules, and cut models into stages."""
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,17 @@ if TYPE_CHECKING:
     from penstock.pipeline.simulator import Simulation
     from penstock.pipeline.times import Times
 
-app = typer.Typer(help="Draw, compare, search and export pipeline schedules.", no_args_is_help=True)
+
+class Precision(enum.StrEnum):
+    """Of weights and activations."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+app = typer.Typer(
+    help="Draw, compare, search and export pipeline schedules; cut models into stages.", no_args_is_help=True
+)
 
 STAGES = typer.Option(4, "--stages", help="p, the devices that the pipeline runs over.", metavar="P")
 MICROBATCHES = typer.Option(8, "--microbatches", help="m, the microbatches of a step.", metavar="M")
@@ -198,6 +209,61 @@ def export(
         typer.echo(text, nl=False)
     else:
         write_atomic(csv, text)
+
+
+@app.command()
+def partition(
+    model: str = typer.Argument(..., help="A run folder, or any other model; its shape counts.", metavar="RUN"),
+    stages: int = STAGES,
+    bandwidth: float = typer.Option(10.0, "--bandwidth", help="GB/s between two devices.", min=1e-6),
+    rows: int = typer.Option(1, "--rows", help="Sequences in a microbatch.", min=1),
+    length: int = typer.Option(512, "--length", help="Tokens in a sequence.", min=1),
+    dtype: Precision = typer.Option(Precision.fp32, "--dtype", help="Of weights and activations."),
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Profile the layers of a model, and cut it as PipeDream does: into stages, on one or more of the devices each.
+
+    Example: `penstock pipeline partition runs/first --stages 4 --bandwidth 25 --rows 4`
+    """
+    import dataclasses
+    import json
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from penstock.core.devices import pick
+    from penstock.core.progress import show as progress
+    from penstock.models import hub
+    from penstock.pipeline import partition as partitioner
+    from penstock.pipeline.profiler import profile
+
+    config = hub.read_config(hub.resolve(model))
+    kind = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[dtype]
+    layers = profile(config, rows, length, device=pick(device), dtype=kind, reporter=progress)
+    found = partitioner.partition(layers, stages, 1e9 * bandwidth)
+    names = ["embedding", *(f"layer {number}" for number in range(config.layers)), "head"]
+    if as_json:
+        described = [dataclasses.asdict(layer) for layer in layers]
+        typer.echo(
+            json.dumps({"layers": dict(zip(names, described, strict=True)), **dataclasses.asdict(found)}, indent=2)
+        )
+        return
+    table = Table("Stage", "From", "To", "Devices", "Work", title=f"{stages} devices, {bandwidth:g} GB/s")
+    for number, stage in enumerate(found.stages):
+        work = sum(layer.seconds for layer in layers[stage.first : stage.last]) / stage.replicas
+        table.add_row(
+            str(number), names[stage.first], names[stage.last - 1], str(stage.replicas), f"{1e3 * work:.3g} ms"
+        )
+    console = Console()
+    console.print(table)
+    replicas = ",".join(str(stage.replicas) for stage in found.stages)
+    console.print(
+        f"A minibatch every {1e3 * found.seconds:.3g} ms. To see it run: "
+        f"penstock pipeline show pipedream --stages {stages} --set 'replicas=[{replicas}]'",
+        highlight=False,
+    )
 
 
 def _schedule(

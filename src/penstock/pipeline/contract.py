@@ -28,7 +28,8 @@ class RefusalError(UsageError):
     "pipeline.schedule",
     law="every task once, consistent with the dependencies, free of deadlock; the simulated peak of live activations "
     "and the version of the weights that each task sees equal to a count by brute force; a refusal names numbers that "
-    "work",
+    "work; loss and all gradients on several processes equal to one device in fp64 (without a flush, the weights to "
+    "those of the delayed updates); the measured peak of live activations equal to the simulated one",
 )
 class PipelineSchedule(Policy):
     """Orders the work of one training step on a pipeline of devices.
@@ -60,7 +61,7 @@ def _check_positive(devices: int, microbatches: int) -> None:
 @contract(
     "pipeline.transform",
     law="the same forwards and backwards on the same devices, complete and free of deadlock, in no more time at the "
-    "times that it was made for",
+    "times that it was made for; loss and all gradients on several processes equal to one device in fp64",
 )
 class PipelineTransform(Policy):
     """Makes a better schedule of any schedule with a flush."""

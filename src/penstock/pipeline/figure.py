@@ -29,11 +29,12 @@ def png(simulation: Simulation, title: str) -> bytes:
         faces = [shades[key(task)] for task in order]
         rows.broken_barh(spans, (device - 0.45, 0.9), facecolors=faces, edgecolors="white", linewidth=0.4)
         for task, (start, length) in zip(order, spans, strict=True):
-            if labelled:
+            if labelled and length:
                 rows.text(start + length / 2, device, task.microbatch, ha="center", va="center", fontsize=7)
         times, sizes = zip(*simulation.memory(device), strict=True)
         memory.step(times, sizes, where="post", linewidth=1, label=f"device {device}")
-    rows.set(title=title, ylabel="device", ylim=(schedule.devices - 0.5, -0.5), xlim=(0, simulation.makespan or 1))
+    figure.suptitle(title)  # above the legend
+    rows.set(ylabel="device", ylim=(schedule.devices - 0.5, -0.5), xlim=(0, simulation.makespan or 1))
     rows.set_yticks(range(0, schedule.devices, -(-schedule.devices // 32)))
     kinds = sorted({task.kind for order in schedule.orders for task in order})
     patches = [Patch(color=[part / 255 for part in HUES[Kind(kind)]], label=NAMES[kind]) for kind in kinds]

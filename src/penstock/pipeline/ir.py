@@ -23,10 +23,22 @@ class Kind(enum.IntEnum):
     I = 1  #: backward to the input: the gradient that the stage before waits for  # noqa: E741
     W = 2  #: backward to the weights, at any time after I
     B = 3  #: the whole backward, I and W in one
+    E = 4  #: a shard of the input embedding: its rows of the microbatch's tokens
+    S = 5  #: a shard of the output layer: the scores of its part of the vocabulary
+    N = 6  #: the shard's part of the softmax's normalizers, where these are a pass of their own
+    T = 7  #: the shard's gradients
+    G = 8  #: the gradient of the shard of the input embedding
+
+
+#: The passes of vocabulary parallelism; the other kinds are those of stages.
+VOCABULARY = (Kind.E, Kind.S, Kind.N, Kind.T, Kind.G)
 
 
 class Task(NamedTuple):
-    """One unit of work of a device; written ``2F0`` (stage, kind, microbatch), ``2F0'1`` on replica 1 of the stage."""
+    """One unit of work of a device; written ``2F0`` (stage, kind, microbatch), ``2F0'1`` on replica 1 of the stage.
+
+    A pass of a shard of the vocabulary is at the first or the last stage, and its replica is the device.
+    """
 
     kind: Kind
     stage: int
@@ -64,6 +76,8 @@ class Schedule:
         weights: the weight-version rule.
         paths: for each microbatch the stages that it passes, in order; empty where all pass all of them from 0 on.
         offloaded: (stage, microbatch) of the activations that wait in host memory between F and the backward.
+        barriers: 0 where the first stage has the input embedding and the last one the output layer. Else every device
+            has a shard of both, and after that many passes of all shards the last stage has its gradient.
     """
 
     placement: Placement
@@ -72,6 +86,7 @@ class Schedule:
     weights: WeightRule = WeightRule.FLUSH
     paths: tuple[tuple[int, ...], ...] = ()
     offloaded: frozenset[tuple[int, int]] = frozenset()
+    barriers: int = 0
 
     @property
     def stages(self) -> int:
@@ -103,6 +118,55 @@ class Schedule:
                 after[source * m + microbatch] = target * m + microbatch
                 before[target * m + microbatch] = source * m + microbatch
         return before, after
+
+    def shard_tasks(self, device: int, microbatch: int) -> list[Task]:
+        """The passes of a device's shard of the vocabulary, in an order in which they can run."""
+        if not self.barriers:
+            return []
+        kinds = VOCABULARY if self.barriers == 3 else (Kind.E, Kind.S, Kind.T, Kind.G)
+        last = self.stages - 1
+        return [Task(kind, 0 if kind in (Kind.E, Kind.G) else last, microbatch, device) for kind in kinds]
+
+    # What tasks read and make, by number: the forwards of all stages and microbatches, then their backwards, and then
+    # what all shards of the vocabulary make together.
+
+    @functools.cached_property
+    def makers(self) -> list[int]:
+        """For each output the number of tasks that make it."""
+        each = self.stages * self.microbatches
+        return [1] * (2 * each) + [self.devices] * (4 * self.microbatches)
+
+    def made_by(self, task: Task) -> int:
+        """The output that ``task`` makes, or has a part in; -1 if nothing waits for it."""
+        kind, stage, microbatch, _ = task
+        if kind is Kind.F:
+            return stage * self.microbatches + microbatch
+        if kind is Kind.I or kind is Kind.B:
+            return (self.stages + stage) * self.microbatches + microbatch
+        return -1 if kind is Kind.W or kind is Kind.G else self._of_shards(kind, microbatch)
+
+    def read_by(self, task: Task) -> int:
+        """The output that ``task`` waits for; -1 if it needs none, or one of its own device's just before."""
+        kind, stage, microbatch, _ = task
+        m = self.microbatches
+        if kind is Kind.F:
+            source = self.neighbours[0][stage * m + microbatch]
+            return source if source >= 0 or not self.barriers else self._of_shards(Kind.E, microbatch)
+        if kind is Kind.I or kind is Kind.B:
+            source = self.neighbours[1][stage * m + microbatch]
+            if source >= 0:
+                return self.stages * m + source
+            return self._of_shards(Kind.S if self.barriers == 1 else Kind.T, microbatch) if self.barriers else -1
+        if kind is Kind.S:
+            return self.path(microbatch)[-1] * m + microbatch
+        if kind is Kind.G:
+            return (self.stages + self.path(microbatch)[0]) * m + microbatch
+        if kind is Kind.N or kind is Kind.T:
+            return self._of_shards(Kind.N if kind is Kind.T and self.barriers == 3 else Kind.S, microbatch)
+        return -1
+
+    def _of_shards(self, kind: Kind, microbatch: int) -> int:
+        return (2 * self.stages + kind - Kind.E) * self.microbatches + microbatch
 
 
 class ScheduleError(PenstockError):

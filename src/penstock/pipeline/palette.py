@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
-from penstock.pipeline.ir import Kind, Placement, Schedule, Task
+from penstock.pipeline.ir import VOCABULARY, Kind, Placement, Schedule, Task
 
 #: Red, green and blue of the first chunk of each kind.
-HUES = {Kind.F: (66, 133, 204), Kind.I: (38, 150, 119), Kind.W: (226, 170, 60), Kind.B: (98, 160, 70)}
-NAMES = {Kind.F: "forward", Kind.I: "input gradient", Kind.W: "weight gradient", Kind.B: "backward"}
+HUES = {
+    Kind.F: (66, 133, 204),
+    Kind.I: (38, 150, 119),
+    Kind.W: (226, 170, 60),
+    Kind.B: (98, 160, 70),
+    Kind.E: (150, 180, 210),
+    Kind.S: (190, 110, 170),
+    Kind.N: (130, 120, 190),
+    Kind.T: (205, 95, 85),
+    Kind.G: (170, 200, 150),
+}
+NAMES = {
+    Kind.F: "forward",
+    Kind.I: "input gradient",
+    Kind.W: "weight gradient",
+    Kind.B: "backward",
+    Kind.E: "embedding",
+    Kind.S: "scores",
+    Kind.N: "normalizers",
+    Kind.T: "output gradients",
+    Kind.G: "embedding gradient",
+}
 
 
 def colours(schedule: Schedule) -> dict[tuple[Kind, int, int], str]:
     """``#rrggbb`` of each (kind, stage, replica)."""
     chunks = _chunks(schedule.placement)
     most = max(chunks.values())
-    return {
+    shades = {
         (kind, *place): _lighter(hue, 0.55 * chunk / most if most else 0.0)
         for place, chunk in chunks.items()
         for kind, hue in HUES.items()
     }
+    return shades | {(kind, 0, 0): _lighter(HUES[kind], 0.0) for kind in VOCABULARY}
 
 
 def key(task: Task) -> tuple[Kind, int, int]:
-    """Where :func:`colours` has the colour of ``task``."""
-    return task.kind, task.stage, task.replica
+    """Where :func:`colours` has the colour of ``task``; shards of the vocabulary are alike."""
+    return (task.kind, 0, 0) if task.kind in VOCABULARY else (task.kind, task.stage, task.replica)
 
 
 def _chunks(placement: Placement) -> dict[tuple[int, int], int]:

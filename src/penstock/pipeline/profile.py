@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from penstock.pipeline.grid import Grid
 from penstock.pipeline.ir import Kind, Schedule
-from penstock.pipeline.simulator import Costs, Simulation
+from penstock.pipeline.simulator import Costs, Link, Simulation
 
 
 class Activations:
@@ -67,8 +68,9 @@ def measured(
 ) -> Simulation:
     """A real step as a timeline that can be drawn beside a simulated one; its ``costs`` are what was measured.
 
-    A stage's F, I and W cost the median over its tasks. Where it runs B only, I and W are taken for equal halves. What
-    I leaves for W is not measured: ``deferred`` is all of the activation.
+    A stage's F, I and W cost the median over its tasks. Where it runs B only, I and W are taken for equal halves. The
+    latency of a link is :func:`transfer_seconds`. What I leaves for W is not measured: ``deferred`` is all of the
+    activation.
 
     Args:
         schedule: what was run.
@@ -83,6 +85,8 @@ def measured(
     seconds = {key: statistics.median(times) for key, times in found.items()}
     stages = range(schedule.stages)
     halves = [seconds.get((Kind.B, stage), 0.0) / 2 for stage in stages]
+    starts = tuple([start for start, _ in times] for times in spans)
+    ends = tuple([end for _, end in times] for times in spans)
     costs = Costs(
         forward=tuple(seconds[Kind.F, stage] for stage in stages),
         input_grad=tuple(seconds.get((Kind.I, stage), halves[stage]) for stage in stages),
@@ -91,7 +95,27 @@ def measured(
         deferred=tuple(activation),
         weights=tuple(weights),
         message=message,
+        link=Link(latency=transfer_seconds(schedule, starts, ends)),
     )
-    starts = tuple([start for start, _ in times] for times in spans)
-    ends = tuple([end for _, end in times] for times in spans)
     return Simulation(schedule, costs, starts, ends)
+
+
+def transfer_seconds(schedule: Schedule, starts: Sequence[Sequence[float]], ends: Sequence[Sequence[float]]) -> float:
+    """Seconds of a message from one device to another; 0 where no two exchange messages both ways.
+
+    A task starts no earlier than its message has come, so of all messages from one device to another the shortest time
+    from the end of one task to the start of the next is closest to that of the way. The clocks of two devices do not
+    agree to the last microsecond: the mean of both directions is free of the difference. The median over all pairs.
+    """
+    made: dict[int, tuple[int, float]] = {}
+    for device, order in enumerate(schedule.orders):
+        made.update({schedule.made_by(task): (device, end) for task, end in zip(order, ends[device], strict=True)})
+    shortest: dict[tuple[int, int], float] = {}
+    for device, order in enumerate(schedule.orders):
+        for task, start in zip(order, starts[device], strict=True):
+            needed = schedule.read_by(task)
+            if needed >= 0 and made[needed][0] != device:
+                source, end = made[needed]
+                shortest[source, device] = min(shortest.get((source, device), math.inf), start - end)
+    pairs = [(shortest[a, b] + shortest[b, a]) / 2 for a, b in shortest if a < b and (b, a) in shortest]
+    return max(0.0, statistics.median(pairs)) if pairs else 0.0

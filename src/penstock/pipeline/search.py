@@ -39,7 +39,8 @@ def search(
     """All candidates of which no device holds more than ``memory``, the fastest first, then the leanest.
 
     Each whole-number option of a schedule is tried at its default, twice and four times that. Schedules that refuse
-    these numbers, are of other numbers of stages than ``times``, or have no flush are left out.
+    these numbers, are of other numbers of stages than ``times``, or have no flush are left out; so are transforms that
+    change nothing.
 
     Raises:
         UsageError: nothing fits, and then how much would; or the numbers make no pipeline.
@@ -64,11 +65,12 @@ def _simulated(
     schedule: PipelineSchedule, transform: PipelineTransform | None, devices: int, microbatches: int, times: Times
 ) -> Iterator[Candidate]:
     try:
-        built = schedule.build(devices, microbatches)
-        if built.weights is not WeightRule.FLUSH:
+        plain = schedule.build(devices, microbatches)
+        if plain.weights is not WeightRule.FLUSH:
             return
-        if transform is not None:
-            built = transform.apply(built)
+        built = plain if transform is None else transform.apply(plain)
+        if transform is not None and built == plain:
+            return
         yield Candidate(_label(schedule, transform), simulate(built, times.costs(built)))
     except (RefusalError, StagesError):
         return

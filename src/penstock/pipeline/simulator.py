@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from penstock.core.errors import UsageError
-from penstock.pipeline.ir import Kind, Schedule, Task
+from penstock.pipeline.ir import VOCABULARY, Kind, Schedule, Task
 from penstock.pipeline.validate import walk
 from penstock.pipeline.versions import peak_versions
 
@@ -44,6 +44,7 @@ class Costs:
         deferred: of these, the bytes that the end of I leaves for W (M_W of the zero-bubble paper).
         weights: bytes of the gradients, which replicas of a stage exchange.
         message: bytes that pass from a stage to the next in F, and back in I or B.
+        shards: seconds of each pass of a shard of the vocabulary, where it is sharded; 0 where it is not said.
         link: the way between any two devices; ``links`` says which (from, to) are different.
         host: the way of offloaded activations between each device and its host's memory, both ways at once.
     """
@@ -55,6 +56,7 @@ class Costs:
     deferred: tuple[float, ...]
     weights: tuple[float, ...]
     message: float = 1.0
+    shards: Mapping[Kind, float] = dataclasses.field(default_factory=dict)
     link: Link = Link()
     links: Mapping[tuple[int, int], Link] = dataclasses.field(default_factory=dict)
     host: Link = Link()
@@ -105,6 +107,8 @@ class Costs:
 
     def durations(self, kind: Kind) -> tuple[float, ...]:
         """Seconds of ``kind`` for each stage."""
+        if kind in VOCABULARY:
+            return (self.shards.get(kind, 0.0),) * len(self.forward)
         if kind is Kind.B:
             return tuple(i + w for i, w in zip(self.input_grad, self.weight_grad, strict=True))
         return {Kind.F: self.forward, Kind.I: self.input_grad, Kind.W: self.weight_grad}[kind]
@@ -170,9 +174,10 @@ class Simulation:
 
         It depends on the order alone, not on the costs, and counts those that are offloaded too.
         """
-        change = {Kind.F: 1, Kind.I: 0, Kind.W: -1, Kind.B: -1}
+        change = {Kind.F: 1, Kind.W: -1, Kind.B: -1}
         held = (
-            itertools.accumulate((change[task.kind] for task in order), initial=0) for order in self.schedule.orders
+            itertools.accumulate((change.get(task.kind, 0) for task in order), initial=0)
+            for order in self.schedule.orders
         )
         return [max(counts) for counts in held]
 
@@ -191,7 +196,7 @@ class Simulation:
                 gone, back = self.away.get((task.stage, task.microbatch), (0.0, 0.0))
                 if gone < back:
                     changes += [(gone, -whole), (back, whole)]
-            else:
+            elif task.kind not in VOCABULARY:
                 changes.append((end, -{Kind.I: whole - left, Kind.W: left, Kind.B: whole}[task.kind]))
         if self.away:
             changes.sort()
@@ -203,13 +208,17 @@ class Simulation:
 
     @functools.cached_property
     def transfers(self) -> int:
-        """Messages between different devices."""
+        """Messages between different devices.
+
+        With a sharded vocabulary, also a microbatch's hidden states and their gradients to or from each other device,
+        at both ends of the model; what the softmax exchanges is small.
+        """
         home = {(task.stage, task.microbatch): device for device, task in self.tasks() if task.kind is Kind.F}
         return sum(
             2 * (home[source, microbatch] != home[target, microbatch])  # once forward and once backward
             for microbatch in range(self.schedule.microbatches)
             for source, target in itertools.pairwise(self.schedule.path(microbatch))
-        )
+        ) + (4 * (self.schedule.devices - 1) * self.schedule.microbatches if self.schedule.barriers else 0)
 
     @property
     def traffic(self) -> float:
@@ -247,8 +256,9 @@ class Simulation:
 def simulate(schedule: Schedule, costs: Costs) -> Simulation:
     """Runs ``schedule`` on devices that do one task at a time, in their order, as soon as its input has arrived.
 
-    Transfers overlap with work and with each other. An offloaded activation leaves after its F and returns in time for
-    its backward; see :class:`_HostLink`. Time and memory are linear in the number of tasks.
+    Transfers overlap with work and with each other. What all shards of the vocabulary make together is there when the
+    last of them is done and the longest way from any of them has passed. An offloaded activation leaves after its F and
+    returns in time for its backward; see :class:`_HostLink`. Time and memory are linear in the number of tasks.
 
     Raises:
         UsageError: the costs are of another number of stages.
@@ -256,37 +266,32 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
     """
     if len(costs.forward) != schedule.stages:
         raise UsageError(f"costs of {len(costs.forward)} stages do not fit a schedule of {schedule.stages}")
-    m, stages = schedule.microbatches, schedule.stages
-    before, after = schedule.neighbours
     durations = [costs.durations(kind) for kind in Kind]
     devices = range(schedule.devices)
     delays = [[costs.between(source, target) for target in devices] for source in devices]
-    finished = [0.0] * (2 * stages * m)  # of the forward of (stage, microbatch), then of the backward
-    origins = [0] * (2 * stages * m)
+    farthest = [max(delays[source][device] for source in devices) for device in devices]
+    finished = [0.0] * len(schedule.makers)
+    origins = [0] * len(schedule.makers)
+    shared = 2 * schedule.stages * schedule.microbatches  # from here on, outputs of all shards
     clocks = [0.0] * schedule.devices
     starts: tuple[list[float], ...] = tuple([] for _ in devices)
     ends: tuple[list[float], ...] = tuple([] for _ in devices)
     hosts = [_HostLink(schedule, costs, device, starts[device]) for device in devices] if schedule.offloaded else []
     for device, task in walk(schedule):
-        kind, stage, microbatch, _ = task
         start = clocks[device]
-        if kind is not Kind.W:
-            forward = kind is Kind.F
-            output = stage * m + microbatch
-            needed = before[output] if forward else after[output]
-            if not forward:
-                output += stages * m
-            if needed >= 0:
-                needed += 0 if forward else stages * m
-                start = max(start, finished[needed] + delays[origins[needed]][device])
-            if hosts and not forward:
-                start = max(start, hosts[device].returned(task))
-        end = start + durations[kind][stage]
-        if kind is not Kind.W:
-            finished[output] = end
+        needed = schedule.read_by(task)
+        if needed >= 0:
+            delay = delays[origins[needed]][device] if needed < shared else farthest[device]
+            start = max(start, finished[needed] + delay)
+        if hosts and task.kind in (Kind.I, Kind.B):
+            start = max(start, hosts[device].returned(task))
+        end = start + durations[task.kind][task.stage]
+        output = schedule.made_by(task)
+        if output >= 0:
+            finished[output] = max(finished[output], end)
             origins[output] = device
-            if hosts and forward:
-                hosts[device].leaves(task, end)
+        if hosts and task.kind is Kind.F:
+            hosts[device].leaves(task, end)
         clocks[device] = end
         starts[device].append(start)
         ends[device].append(end)
@@ -338,7 +343,7 @@ def collectives(schedule: Schedule) -> tuple[list[int], list[int]]:
     gathers = [0] * schedule.stages
     reductions = [0] * schedule.stages
     for order in schedule.orders:
-        reading = (task for task in order if task.kind is not Kind.W)
+        reading = (task for task in order if task.kind in (Kind.F, Kind.I, Kind.B))
         for (stage, _), _run in itertools.groupby(reading, key=lambda task: (task.stage, task.kind is Kind.F)):
             gathers[stage] += 1
         adding = (task for task in order if task.kind in (Kind.W, Kind.B))

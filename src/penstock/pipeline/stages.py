@@ -121,14 +121,15 @@ class Part(Decoder):
 
         Args:
             stage: one of :attr:`stages`.
-            x: tokens, integers [*T], for the first stage; hidden states [*T, hidden] for the others.
+            x: tokens, integers [*T], for the first stage; hidden states [*T, hidden] for the others, and for the first
+                one where the embedding is sharded over all devices.
             context: as for the whole Decoder.
 
         Returns:
             Hidden states [*T, hidden], after the last norm for the last stage, and the summed balance loss of the
             stage's own sparse layers.
         """
-        if stage.start == 0:
+        if not x.is_floating_point():
             x = self.embedding(x)
         rotary = self.rotary(context.positions, x.dtype)
         balance: Tensor | None = None

@@ -32,8 +32,10 @@ def svg(simulation: Simulation) -> str:
             )
             if width >= 7 * len(str(task.microbatch)):
                 lines.append(f'<text x="{x + width / 2:.1f}" y="{top + 16}">{task.microbatch}</text>')
-    for column, kind in enumerate(sorted({task.kind for order in schedule.orders for task in order})):
-        lines += _legend(kind, MARGIN + 150 * column, ROW * schedule.devices)
+    kinds = sorted({task.kind for order in schedule.orders for task in order})
+    width = min(150.0, (WIDTH - MARGIN) / max(1, len(kinds)))
+    for column, kind in enumerate(kinds):
+        lines += _legend(kind, round(MARGIN + width * column), ROW * schedule.devices)
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from penstock.core.config import Config
 from penstock.core.errors import UsageError
-from penstock.pipeline.ir import Schedule
+from penstock.pipeline.ir import Kind, Schedule
 from penstock.pipeline.simulator import Costs, Link
 
 
@@ -21,6 +21,8 @@ class Times(Config):
         forward, input_grad, weight_grad: one number for a p-th of the model, or a list with one for each stage.
         transfer: between two devices.
         host: of the activation of a microbatch on a p-th of the model, between a device and its host's memory.
+        output: of one product with the vocabulary's matrix on one device. F, I and W of the whole output layer take one
+            each, on top of the last stage's. Looking up embeddings takes no time.
         deferred: of the activation of a microbatch, the share that W still needs after I.
     """
 
@@ -29,6 +31,7 @@ class Times(Config):
     weight_grad: float | tuple[float, ...] = 1.0
     transfer: float = Field(0.0, ge=0)
     host: float = Field(1.0, ge=0)
+    output: float = Field(0.0, ge=0)
     deferred: float = Field(1.0, ge=0, le=1)
 
     @field_validator("forward", "input_grad", "weight_grad")
@@ -39,20 +42,21 @@ class Times(Config):
         return value
 
     def each(self, field: str, stages: int, share: float = 1.0) -> tuple[float, ...]:
-        """The times of ``field`` for each of ``stages``, of which one is ``share`` times a p-th of the model.
+        """The times of ``field`` for each of ``stages``, of which one is ``share`` times a p-th of the model, and the
+        last has the output layer too.
 
         Raises:
             StagesError: the times are a list for another number of stages.
         """
         value = getattr(self, field)
         if not isinstance(value, tuple):
-            return (value * share,) * stages
+            return (value * share,) * (stages - 1) + (value * share + self.output,)
         if len(value) != stages:
             raise StagesError(
                 f"the times of {field} are for {len(value)} stages, and this pipeline has {stages}",
                 hint="Give one number for all stages, or a list with one for each.",
             )
-        return value
+        return (*value[:-1], value[-1] + self.output)
 
     def costs(self, schedule: Schedule) -> Costs:
         """The simulator's costs of ``schedule``; activations and weights are those of a p-th of the model.
@@ -62,10 +66,14 @@ class Times(Config):
         """
         stages = schedule.stages
         share = schedule.devices / stages
+        layers = self.model_copy(update={"output": 0.0}) if schedule.barriers else self
+        # With one barrier, S has the product for the gradient too, and T is left with that for the weights.
+        product, first = self.output / schedule.devices, 2 if schedule.barriers == 1 else 1
         return Costs(
-            forward=self.each("forward", stages, share),
-            input_grad=self.each("input_grad", stages, share),
-            weight_grad=self.each("weight_grad", stages, share),
+            forward=layers.each("forward", stages, share),
+            input_grad=layers.each("input_grad", stages, share),
+            weight_grad=layers.each("weight_grad", stages, share),
+            shards={Kind.S: first * product, Kind.T: (3 - first) * product},
             activation=(share,) * stages,
             deferred=(share * self.deferred,) * stages,
             weights=(share,) * stages,

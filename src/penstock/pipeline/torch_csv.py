@@ -21,7 +21,8 @@ def to_csv(schedule: Schedule) -> str:
     """The schedule as CSV.
 
     Raises:
-        UsageError: it has replicas, stashed weights, offloaded activations or paths, for which the format has no word.
+        UsageError: it has replicas, stashed weights, offloaded activations, paths or a sharded vocabulary, for which
+            the format has no word.
     """
     if schedule.paths:
         raise UsageError(
@@ -31,6 +32,11 @@ def to_csv(schedule: Schedule) -> str:
     if schedule.offloaded:
         raise UsageError(
             "PyTorch's CSV cannot say which activations are offloaded",
+            hint="Export the schedule without that transform.",
+        )
+    if schedule.barriers:
+        raise UsageError(
+            "PyTorch's CSV has no word for the passes of a sharded vocabulary",
             hint="Export the schedule without that transform.",
         )
     if schedule.weights is not WeightRule.FLUSH:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,60 +18,53 @@ import torch.distributed as dist
 from torch import Tensor
 
 from penstock.pipeline.grid import Grid
-from penstock.pipeline.ir import Kind, Schedule, Task
+from penstock.pipeline.ir import Schedule, Task
 
 #: How many of the messages that are needed next a device has asked for before it needs them.
 AHEAD = 2
 
 
 class Need(NamedTuple):
-    """What a task reads: the activations (``forward``) or their gradient that enter ``stage`` for ``microbatch``."""
+    """What one task makes and another one reads."""
 
-    forward: bool
-    stage: int
-    microbatch: int
-
-
-def need_of(schedule: Schedule, task: Task) -> Need | None:
-    """What ``task`` reads from another stage, if anything: of the one before it on the microbatch's path, or, for a
-    gradient, the one after it."""
-    forward = task.kind is Kind.F
-    if task.kind is Kind.W or _beside(schedule, task, after=not forward) is None:
-        return None
-    return Need(forward, task.stage, task.microbatch)
-
-
-def met_by(schedule: Schedule, task: Task) -> Need | None:
-    """The need of another stage that ``task`` meets, if any."""
-    forward = task.kind is Kind.F
-    stage = None if task.kind is Kind.W else _beside(schedule, task, after=forward)
-    return None if stage is None else Need(forward, stage, task.microbatch)
-
-
-def _beside(schedule: Schedule, task: Task, *, after: bool) -> int | None:
-    """The stage before or after the task's on the path of its microbatch."""
-    m = schedule.microbatches
-    index = schedule.neighbours[after][task.stage * m + task.microbatch]
-    return None if index < 0 else index // m
+    maker: Task
+    reader: Task
 
 
 class Routes:
     """Where every message of a schedule comes from and goes to.
 
     Attributes:
-        targets: the device that has a need.
-        sources: the device and the task that meets it.
+        sources, targets: the devices of a need's maker and of its reader.
+        read: for each task its needs, in the order of their makers' devices; for each of a microbatch's shards of the
+            vocabulary, if it waits for all.
+        made: for each task the needs that it meets.
         queues: for each (from, to) between different devices, its messages in order.
     """
 
     def __init__(self, schedule: Schedule) -> None:
         tasks = [(device, task) for device, order in enumerate(schedule.orders) for task in order]
-        self.targets = {need: device for device, task in tasks if (need := need_of(schedule, task))}
-        self.sources = {need: (device, task) for device, task in tasks if (need := met_by(schedule, task))}
+        readers: dict[int, list[tuple[int, Task]]] = defaultdict(list)
+        for device, task in tasks:
+            readers[schedule.read_by(task)].append((device, task))
+        readers[-1] = []  # which is no output
+        self.sources: dict[Need, int] = {}
+        self.targets: dict[Need, int] = {}
+        self.read: dict[Task, list[Need]] = defaultdict(list)
+        self.made: dict[Task, list[Need]] = defaultdict(list)
         self.queues: dict[tuple[int, int], list[Need]] = defaultdict(list)
-        for need, (source, _) in self.sources.items():  # in the order of each source's list
-            if source != self.targets[need]:
-                self.queues[source, self.targets[need]].append(need)
+        for source, maker in tasks:  # in the order of each source's list
+            for target, reader in readers.get(schedule.made_by(maker), ()):
+                need = Need(maker, reader)
+                self.sources[need], self.targets[need] = source, target
+                self.read[reader].append(need)
+                self.made[maker].append(need)
+                if source != target:
+                    self.queues[source, target].append(need)
+
+
+#: ``form(need)``: the shape and dtype of a message.
+Form = Callable[[Need], tuple[Sequence[int], torch.dtype]]
 
 
 class Transfers:
@@ -80,28 +73,19 @@ class Transfers:
     Args:
         routes: of the schedule, whose links the grid has connected.
         grid: the processes.
-        schedule: the schedule.
-        shapes: of the messages of each microbatch.
-        dtype, device: of all messages.
+        order: this device's list.
+        form: of the messages.
+        device: where they are.
     """
 
-    def __init__(
-        self,
-        routes: Routes,
-        grid: Grid,
-        schedule: Schedule,
-        shapes: Sequence[Sequence[int]],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._routes, self._grid, self._shapes = routes, grid, shapes
-        self._dtype, self._device = dtype, device
+    def __init__(self, routes: Routes, grid: Grid, order: Sequence[Task], form: Form, device: torch.device) -> None:
+        self._routes, self._grid, self._form, self._device = routes, grid, form, device
         here = grid.device
         self._queues: Mapping[int, deque[Need]] = {
             source: deque(queue) for (source, target), queue in routes.queues.items() if target == here
         }
-        needs = (need_of(schedule, task) for task in schedule.orders[here])
-        self._wanted = deque(need for need in needs if need and routes.sources[need][0] != here)
+        needs = (need for task in order for need in routes.read.get(task, ()))
+        self._wanted = deque(need for need in needs if routes.sources[need] != here)
         self._coming: dict[Need, tuple[Tensor, dist.Work]] = {}
         self._kept: dict[Need, Tensor] = {}
         self._sent: deque[tuple[Need, dist.Work]] = deque()
@@ -126,14 +110,14 @@ class Transfers:
         Raises:
             PenstockError: the process that it comes from is lost.
         """
-        if self._routes.sources[need][0] == self._grid.device:
+        if self._routes.sources[need] == self._grid.device:
             return self._kept.pop(need)
         self._wanted.popleft()
         self._ask(need)
         for following in itertools.islice(self._wanted, AHEAD):
             self._ask(following)
         tensor, work = self._coming.pop(need)
-        self._wait(need, work, self._grid.rank(self._routes.sources[need][0]))
+        self._wait(need, work, self._grid.rank(self._routes.sources[need]))
         return tensor
 
     def finish(self) -> None:
@@ -144,12 +128,13 @@ class Transfers:
 
     def _ask(self, need: Need) -> None:
         """Starts to receive everything that comes on the way of ``need`` up to it."""
-        source, here = self._routes.sources[need][0], self._grid.device
+        source, here = self._routes.sources[need], self._grid.device
         ranks = self._grid.rank(source), self._grid.rank(here)
         queue = self._queues[source]
         while need not in self._coming:
             first = queue.popleft()
-            buffer = torch.empty(tuple(self._shapes[first.microbatch]), dtype=self._dtype, device=self._device)
+            shape, dtype = self._form(first)
+            buffer = torch.empty(tuple(shape), dtype=dtype, device=self._device)
             with self._grid.explained(ranks[0], self._name(first)):
                 work = dist.irecv(buffer, ranks[0], self._grid.group("link", ranks))
             assert work is not None
@@ -163,5 +148,5 @@ class Transfers:
                 work.wait(datetime.timedelta(seconds=self._grid.timeout))
 
     def _name(self, need: Need) -> str:
-        device, task = self._routes.sources[need]
-        return f"its {task}" if device != self._grid.device else f"its receipt of {task}"
+        here = self._routes.sources[need] == self._grid.device
+        return f"its receipt of {need.maker}" if here else f"its {need.maker}"

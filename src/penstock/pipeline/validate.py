@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from penstock.pipeline.ir import Kind, Schedule, ScheduleError, Task
+from penstock.pipeline.ir import VOCABULARY, Kind, Schedule, ScheduleError, Task
 
 # How far one microbatch has come on one stage.
 _NOTHING, _FORWARD, _INPUT, _DONE = range(4)
@@ -16,13 +17,15 @@ def validate(schedule: Schedule) -> None:
     """Checks a schedule in time linear in its tasks.
 
     For each stage on the path of each microbatch there must be one F followed, on the same replica, by one B or by an I
-    and then a W. All devices running their lists in order must come to an end.
+    and then a W; where the vocabulary is sharded, each device must have each of its passes for each microbatch once.
+    All devices running their lists in order must come to an end.
 
     Raises:
         ScheduleError: with the device, the task, and for a deadlock the cycle of tasks.
     """
     _check_placement(schedule)
     _check_tasks(schedule)
+    _check_shards(schedule)
     for _ in walk(schedule):
         pass
 
@@ -35,10 +38,8 @@ def walk(schedule: Schedule) -> Iterator[tuple[int, Task]]:
     Raises:
         ScheduleError: the devices wait for each other; the message names the cycle.
     """
-    m, stages = schedule.microbatches, schedule.stages
-    before, after = schedule.neighbours
-    done = bytearray(2 * stages * m)  # outputs: forward of (stage, microbatch), then backward of them
-    waiting: dict[int, int] = {}  # output -> the device that waits for it
+    missing = schedule.makers.copy()  # for each output, the tasks that it still waits for
+    waiting: defaultdict[int, list[int]] = defaultdict(list)  # output -> the devices that wait for it
     positions = [0] * schedule.devices
     runnable = list(range(schedule.devices))[::-1]
     while runnable:
@@ -46,26 +47,17 @@ def walk(schedule: Schedule) -> Iterator[tuple[int, Task]]:
         order = schedule.orders[device]
         for position in range(positions[device], len(order)):
             task = order[position]
-            kind, stage, microbatch, _ = task
-            if kind is Kind.F:
-                output = stage * m + microbatch
-                needed = before[output]
-            elif kind is Kind.W:
-                yield device, task
-                continue
-            else:
-                output = (stages + stage) * m + microbatch
-                needed = after[output - stages * m]
-                if needed >= 0:
-                    needed += stages * m
-            if needed >= 0 and not done[needed]:
+            needed = schedule.read_by(task)
+            if needed >= 0 and missing[needed]:
                 positions[device] = position
-                waiting[needed] = device
+                waiting[needed].append(device)
                 break
             yield device, task
-            done[output] = 1
-            if output in waiting:
-                runnable.append(waiting.pop(output))
+            output = schedule.made_by(task)
+            if output >= 0:
+                missing[output] -= 1
+                if not missing[output]:
+                    runnable += waiting.pop(output, ())
         else:
             positions[device] = len(order)
     if any(position < len(order) for position, order in zip(positions, schedule.orders, strict=True)):
@@ -100,6 +92,8 @@ def _check_tasks(schedule: Schedule) -> None:
     for device, order in enumerate(schedule.orders):
         for task in order:
             kind, stage, microbatch, replica = task
+            if kind in VOCABULARY:
+                continue
             if not (0 <= stage < schedule.stages and 0 <= microbatch < m):
                 raise ScheduleError(
                     f"{task} is of no stage (0 to {schedule.stages - 1}) or microbatch (0 to {m - 1})", device=device
@@ -125,6 +119,20 @@ def _check_tasks(schedule: Schedule) -> None:
             raise ScheduleError(f"{Task(missing, stage, microbatch, homes[key])} is missing", device=home)
 
 
+def _check_shards(schedule: Schedule) -> None:
+    """Every pass of every shard of the vocabulary once, on its device. Their order is a matter of dependencies."""
+    for device, order in enumerate(schedule.orders):
+        passes = [task for task in order if task.kind in VOCABULARY]
+        wanted = {task for k in range(schedule.microbatches) for task in schedule.shard_tasks(device, k)}
+        for task, count in Counter(passes).items():
+            if count > 1:
+                raise ScheduleError(f"{task} comes {count} times: every task must come once", device=device)
+            if task not in wanted:
+                raise ScheduleError(f"{task} is no pass of its shard of the vocabulary", device=device)
+        if len(passes) < len(wanted):
+            raise ScheduleError(f"{min(wanted.difference(passes))} is missing", device=device)
+
+
 def _out_of_order(task: Task, device: int, state: int) -> ScheduleError:
     if state >= _AFTER[task.kind] or (task.kind is Kind.B and state == _INPUT):
         what = f"{task} comes after that work was done: every task must come once"
@@ -136,20 +144,15 @@ def _out_of_order(task: Task, device: int, state: int) -> ScheduleError:
 
 def _deadlock(schedule: Schedule, positions: list[int]) -> ScheduleError:
     """The error that names the cycle of waiting tasks, found by following each device's first unfinished task."""
-    m = schedule.microbatches
-    before, after = schedule.neighbours
-    producers = {}
+    producers: dict[int, tuple[int, Task]] = {}  # of an output, a task that has not run
     for device, order in enumerate(schedule.orders):
         for task in order[positions[device] :]:
-            if task.kind is not Kind.W:
-                producers[task.kind is Kind.F, task.stage, task.microbatch] = device, task
+            producers[schedule.made_by(task)] = device, task
     device = next(d for d, order in enumerate(schedule.orders) if positions[d] < len(order))
     seen: dict[int, str] = {}
     while device not in seen:
         head = schedule.orders[device][positions[device]]
-        forward = head.kind is Kind.F
-        source = (before if forward else after)[head.stage * m + head.microbatch] // m
-        wanted = (forward, source, head.microbatch)
+        wanted = schedule.read_by(head)
         if wanted not in producers:
             return ScheduleError(f"{head} waits for a task that no device has", device=device)
         producer, task = producers[wanted]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from penstock.pipeline.ir import Kind, Schedule, WeightRule
+from penstock.pipeline.ir import VOCABULARY, Kind, Schedule, WeightRule
 
 
 def versions(schedule: Schedule) -> list[list[int]]:
@@ -38,7 +38,7 @@ def peak_versions(schedule: Schedule) -> list[int]:
     """
     peaks = []
     for order, seen in zip(schedule.orders, versions(schedule), strict=True):
-        newest = {task.stage: 0 for task in order}
+        newest = {task.stage: 0 for task in order if task.kind not in VOCABULARY}
         users: defaultdict[tuple[int, int], int] = defaultdict(int)
         peak = len(newest)
         for (kind, stage, *_), version in zip(order, seen, strict=True):

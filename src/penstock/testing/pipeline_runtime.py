@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from penstock.core.randomness import torch_generator
 from penstock.models.attention import PackedRows
@@ -21,12 +22,15 @@ from penstock.pipeline.ir import Schedule, WeightRule
 from penstock.pipeline.runtime import Runtime
 from penstock.pipeline.simulator import Costs, simulate
 from penstock.pipeline.stages import Part, cut, parameter_names
+from penstock.pipeline.vocabulary import Shard, shard_rows
 from penstock.testing.enrolled import rebuilt
 
 #: Relative to the largest entry of a tensor: sums of fp64 numbers in another order.
 TOLERANCE = 1e-12
 CPU = torch.device("cpu")
 ROWS, LENGTH, VOCABULARY, BALANCE = 2, 5, 13, 0.1
+#: Of the updates without a flush; large enough that another version of the weights shows.
+RATE = 0.5
 
 _SHAPE = {"vocabulary": VOCABULARY, "hidden": 8, "heads": 2, "kv_heads": 1, "head_dim": 4, "ffn": 12, "init_std": 0.3}
 
@@ -34,6 +38,11 @@ _SHAPE = {"vocabulary": VOCABULARY, "hidden": 8, "heads": 2, "kv_heads": 1, "hea
 def dense(layers: int) -> DecoderConfig:
     """A small Decoder with all that a dense one may have; head and embedding are tied."""
     return DecoderConfig(layers=layers, **_SHAPE, tied=True, qk_norm=True, qkv_bias=True, mlp_bias=True)
+
+
+def untied(layers: int) -> DecoderConfig:
+    """The dense one with a head of its own."""
+    return dense(layers).model_copy(update={"tied": False})
 
 
 def sparse(layers: int) -> DecoderConfig:
@@ -44,11 +53,11 @@ def sparse(layers: int) -> DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device computed, and what it was given."""
+    """What one device computed, and what it was given: gradients, or, without a flush, the weights after the step."""
 
     batches: list[tuple[Tensor, Tensor, PackedRows]]
     loss: float
-    gradients: dict[str, Tensor]
+    results: dict[str, Tensor]
 
 
 def batch(microbatch: int) -> tuple[Tensor, Tensor, PackedRows]:
@@ -80,6 +89,30 @@ def alone(config: DecoderConfig, microbatches: int) -> Work:
     return Work(batches, total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
+@functools.cache
+def delayed(config: DecoderConfig, stages: int, microbatches: int) -> Work:
+    """The reference without a flush, PipeDream's rule: w(t+1) = w(t) - rate grad f(w_1(t-n+1), ..., w_n(t)), where w_s
+    are the weights of stage s of n, one microbatch after another in one process."""
+    model = Decoder(config).double().initialize(0)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = parameter_names(config, cut(config, stages, LENGTH))
+    stage_of = {name: stage for stage, names in enumerate(named) for name in names}
+    history = [{name: p.detach().clone() for name, p in parameters.items()}]
+    batches = [batch(microbatch) for microbatch in range(microbatches)]
+    total = 0.0
+    for t, (tokens, targets, context) in enumerate(batches):
+        model.zero_grad()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(history[max(0, t - (stages - 1 - stage_of[name]))][name])
+        hidden, balance = model(tokens, context)
+        loss = loss_of(model, hidden, balance, targets, microbatches)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
+        history.append({name: w - RATE * cast(Tensor, parameters[name].grad) for name, w in history[-1].items()})
+    return Work(batches, total, history[-1])
+
+
 def check_runtime(
     policy: PipelineSchedule,
     world: World,
@@ -89,8 +122,8 @@ def check_runtime(
     device: torch.device = CPU,
 ) -> bool:
     """Asserts the law on the processes of ``world``, all of which call this: loss and every gradient equal to those of
-    one device in fp64, for a dense and a sparse Decoder, twice in a row; and the counted peak of live activations equal
-    to the simulator's.
+    one device in fp64, for a dense Decoder and, twice in a row, for a sparse one; and the counted peak of live
+    activations equal to the simulator's. Without a flush, the weights at the end are those of :func:`delayed`.
 
     Where the policy refuses ``microbatches``, with those that the refusal names. Returns False, without a check, where
     it names another number of devices.
@@ -107,43 +140,59 @@ def check_runtime(
 
 
 def check_schedule_runs(schedule: Schedule, grid: Grid, device: torch.device = CPU) -> None:
-    """Asserts the law for one schedule.
-
-    Of what the runtime refuses (weights that change within a step, activations that wait on the host) the order is
-    checked, with one version of the weights and all activations on the device.
-    """
-    schedule = dataclasses.replace(schedule, weights=WeightRule.FLUSH, offloaded=frozenset())
-    for config in (dense(schedule.stages + 1), sparse(schedule.stages)):
-        check_equal(schedule, grid, config, device)
+    """Asserts the law for one schedule. A tied matrix cannot be updated without a flush."""
+    first = dense if schedule.weights is WeightRule.FLUSH else untied
+    check_equal(schedule, grid, first(schedule.stages + 1), device)
+    check_equal(schedule, grid, sparse(schedule.stages), device, steps=2)
 
 
-def check_equal(schedule: Schedule, grid: Grid, config: DecoderConfig, device: torch.device = CPU) -> None:
-    """Asserts the law for one schedule and one Decoder, this process's part of which is on ``device``."""
-    reference = alone(config, schedule.microbatches)
+def check_equal(
+    schedule: Schedule, grid: Grid, config: DecoderConfig, device: torch.device = CPU, steps: int = 1
+) -> None:
+    """Asserts the law for one schedule and one Decoder, this process's part of which is on ``device``, at each of some
+    steps in a row."""
+    stashing = schedule.weights is WeightRule.STASH
+    m = schedule.microbatches
+    reference = delayed(config, schedule.stages, m) if stashing else alone(config, m)
     stages = cut(config, schedule.stages, LENGTH)
     held = [stage for stage, devices in enumerate(schedule.placement) if grid.device in devices]
-    part = Part(config, [stages[stage] for stage in held]).double()
-    part.initialize(0).to(device)
-    parameters = {name: p for name, p in part.named_parameters() if p.requires_grad}
-    names = [[name for name, trained in stage.items() if trained] for stage in parameter_names(config, stages)]
+    part = Part(config, [stages[stage] for stage in held]).double().to(device)
+    sharded = {"embedding.weight", "head.weight"} if schedule.barriers else set()
+    parameters = {name: p for name, p in part.named_parameters() if p.requires_grad and name not in sharded}
+    names = [
+        [name for name, trained in stage.items() if trained and name not in sharded]
+        for stage in _names(config, tuple(stages))
+    ]
     runtime = Runtime(schedule, grid, parameters, names, dtype=torch.float64, device=device)
+    vocabulary = Vocabulary(config, grid, device) if schedule.barriers else None
 
     def forward(stage: int, microbatch: int, x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         tokens, targets, context = reference.batches[microbatch]
         hidden, balance = part.run(stages[stage], tokens.to(device) if x is None else x, context.to(device))
-        last = stage == schedule.stages - 1
-        loss = loss_of(part, hidden if last else None, balance, targets.to(device), schedule.microbatches)
-        return None if last else hidden, loss if loss.requires_grad else None
+        ends = stage == schedule.stages - 1 and not schedule.barriers
+        loss = loss_of(part, hidden if ends else None, balance, targets.to(device), m)
+        return None if ends else hidden, loss if loss.requires_grad else None
 
-    shapes = [(ROWS, LENGTH, config.hidden)] * schedule.microbatches
+    @torch.no_grad()
+    def update(stage: int) -> None:
+        for name in names[stage]:
+            parameters[name].sub_(RATE * cast(Tensor, parameters[name].grad))
+            parameters[name].grad = None
+
+    shapes = [(ROWS, LENGTH, config.hidden)] * m
     peak = simulate(schedule, Costs.even(schedule)).peak_activations[grid.device]
-    for _ in range(2):
-        part.zero_grad()
-        step = runtime.step(forward, shapes)
+    for _ in range(steps):
+        part.initialize(0).zero_grad()
+        shard = vocabulary.shard(schedule.barriers, m) if vocabulary else None
+        step = runtime.step(forward, shapes, update=update if stashing else None, shard=shard)
         loss = step.loss.clone()
         grid.world.sum_([loss])
-        found = {name: parameter.grad for name, parameter in parameters.items()}
-        faults = differences(reference, loss.item(), found)
+        found = {name: p.detach() if stashing else p.grad for name, p in parameters.items()}
+        faults = differences(reference.results, found)
+        if vocabulary:
+            faults += differences(vocabulary.rows_of(reference.results), vocabulary.gradients())
+        if not abs(loss.item() - reference.loss) <= TOLERANCE * abs(reference.loss):
+            faults.append(f"the loss is {loss}, not {reference.loss}")
         if step.peak_activations != peak:
             faults.append(f"{step.peak_activations} activations were held, not the simulated {peak}")
         # All processes fail together: one that failed alone would leave the others waiting for it.
@@ -151,15 +200,54 @@ def check_equal(schedule: Schedule, grid: Grid, config: DecoderConfig, device: t
             raise AssertionError("; ".join(faults) or "another device is at fault")
 
 
-def differences(reference: Work, loss: float, gradients: Mapping[str, Tensor | None]) -> list[str]:
-    """In what a loss and some of the gradients differ from the reference."""
+@functools.cache
+def _names(config: DecoderConfig, stages: tuple[range, ...]) -> list[dict[str, bool]]:
+    return parameter_names(config, stages)
+
+
+class Vocabulary:
+    """One device's rows of the embedding and the head of a Decoder."""
+
+    def __init__(self, config: DecoderConfig, grid: Grid, device: torch.device) -> None:
+        self._device = device
+        self.rows = shard_rows(config.vocabulary, grid.devices)[grid.device]
+        whole = dict(Decoder(config).double().initialize(0).named_parameters())
+        names = ("embedding.weight",) if config.tied else ("embedding.weight", "head.weight")
+        self.parameters = {
+            n: nn.Parameter(rows.detach().clone().to(device)) for n, rows in self.rows_of(whole).items() if n in names
+        }
+
+    def rows_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The rows of the whole matrices that are here."""
+        return {
+            n: whole[n][self.rows.start : self.rows.stop] for n in whole if n in ("embedding.weight", "head.weight")
+        }
+
+    def shard(self, barriers: int, microbatches: int) -> Shard:
+        """A shard for a step, without gradients yet."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        embedding = self.parameters["embedding.weight"]
+        head = self.parameters.get("head.weight", embedding)
+
+        def given(microbatch: int) -> tuple[Tensor, Tensor]:
+            tokens, targets, _ = batch(microbatch)
+            return tokens.to(self._device), targets.to(self._device)
+
+        return Shard(barriers, self.rows, embedding, head, given, 1 / microbatches)
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """Of its rows."""
+        return {name: parameter.grad for name, parameter in self.parameters.items()}
+
+
+def differences(reference: Mapping[str, Tensor], found: Mapping[str, Tensor | None]) -> list[str]:
+    """In what some results differ from the reference."""
     faults = []
-    if not abs(loss - reference.loss) <= TOLERANCE * abs(reference.loss):
-        faults.append(f"the loss is {loss}, not {reference.loss}")
-    for name, ours in gradients.items():
-        theirs = reference.gradients[name]
+    for name, ours in found.items():
+        theirs = reference[name]
         if ours is None:
             faults.append(f"{name} has no gradient")
         elif not (error := ((ours.cpu() - theirs).abs().max() / theirs.abs().max()).item()) <= TOLERANCE:
-            faults.append(f"the gradient of {name} is off by {error:.1e}")
+            faults.append(f"{name} is off by {error:.1e}")
     return faults

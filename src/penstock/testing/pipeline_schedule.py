@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 from penstock.pipeline.contract import PipelineSchedule, RefusalError
-from penstock.pipeline.ir import Kind, Schedule, Task, WeightRule
+from penstock.pipeline.ir import VOCABULARY, Kind, Schedule, Task, WeightRule
 from penstock.pipeline.simulator import Costs, Link, Simulation, simulate
 from penstock.pipeline.validate import validate
 from penstock.pipeline.versions import peak_versions, versions
-from penstock.testing.enrolled import rebuilt
+from penstock.testing.enrolled import P, rebuilt
 
 
 def check_schedule(policy: PipelineSchedule, devices: int, microbatches: int) -> None:
@@ -31,7 +32,7 @@ def check_schedule(policy: PipelineSchedule, devices: int, microbatches: int) ->
     check_versions(schedule)
 
 
-def variants(policy: PipelineSchedule) -> Iterator[PipelineSchedule]:
+def variants(policy: P) -> Iterator[P]:
     """The policy, and the policy with each of its whole-number options one larger."""
     yield policy
     for name, field in type(policy).model_fields.items():
@@ -41,10 +42,16 @@ def variants(policy: PipelineSchedule) -> Iterator[PipelineSchedule]:
 
 def check_complete(schedule: Schedule) -> None:
     """Each device has the same number of stages; every stage on the path of a microbatch has F and either B, or I and
-    W, once, on one replica; and each task is on its stage's device."""
+    W, once, on one replica; and each task is on its stage's device. Each device has each pass of a sharded vocabulary
+    once for each microbatch."""
     done: dict[tuple[int, int], list[Task]] = {}
     for device, order in enumerate(schedule.orders):
-        for task in order:
+        for microbatch in range(schedule.microbatches):
+            shards = [task for task in order if task.kind in VOCABULARY and task.microbatch == microbatch]
+            assert {task.replica for task in shards} <= {device}
+            found = "".join(task.kind.name for task in sorted(shards))
+            assert found == ("", "ESTG", "ESTG", "ESNTG")[schedule.barriers]
+        for task in (task for task in order if task.kind not in VOCABULARY):
             assert schedule.placement[task.stage][task.replica] == device, f"{task} is on device {device}"
             done.setdefault((task.stage, task.microbatch), []).append(task)
     cells = {(stage, microbatch) for microbatch in range(schedule.microbatches) for stage in schedule.path(microbatch)}
@@ -59,14 +66,36 @@ def check_complete(schedule: Schedule) -> None:
 def needs(schedule: Schedule, task: Task, done: set[tuple[Kind, int, int]]) -> bool:
     """Whether the outputs that ``task`` reads are among those of ``done``, by definition."""
     _, stage, microbatch, _ = task
-    here = {kind for kind in Kind if (kind, stage, microbatch) in done}
     path = list(schedule.path(microbatch))
+
+    def shards(kind: Kind) -> bool:
+        return all((kind, device, microbatch) in done for device in range(schedule.devices))
+
+    match task.kind:
+        case Kind.E:
+            return True
+        case Kind.S:
+            return (Kind.F, path[-1], microbatch) in done
+        case Kind.N:
+            return shards(Kind.S)
+        case Kind.T:
+            return shards(Kind.N if schedule.barriers == 3 else Kind.S)
+        case Kind.G:
+            return any((kind, path[0], microbatch) in done for kind in (Kind.I, Kind.B))
+    here = {kind for kind in Kind if (kind, stage, microbatch) in done}
     place = path.index(stage)
     if task.kind is Kind.F:
-        return place == 0 or (Kind.F, path[place - 1], microbatch) in done
+        return (place == 0 and (not schedule.barriers or shards(Kind.E))) or (
+            Kind.F,
+            path[place - 1],
+            microbatch,
+        ) in done
     if task.kind is Kind.W:
         return Kind.I in here
-    above = stage == path[-1] or any((kind, path[place + 1], microbatch) in done for kind in (Kind.I, Kind.B))
+    if stage == path[-1]:
+        above = not schedule.barriers or shards(Kind.S if schedule.barriers == 1 else Kind.T)
+    else:
+        above = any((kind, path[place + 1], microbatch) in done for kind in (Kind.I, Kind.B))
     return Kind.F in here and above
 
 
@@ -80,7 +109,7 @@ def run_by_rounds(schedule: Schedule) -> list[Task]:
         for queue in queues:
             while queue and needs(schedule, queue[0], done):
                 task = queue.pop(0)
-                done.add((task.kind, task.stage, task.microbatch))
+                done.add((task.kind, task.replica if task.kind in VOCABULARY else task.stage, task.microbatch))
                 moved = True
     return [task for queue in queues for task in queue]
 
@@ -95,6 +124,7 @@ def check_simulation(schedule: Schedule) -> None:
         activation=tuple(2.0 + stage % 2 for stage in stages),
         deferred=tuple(1.0 for _ in stages),
         weights=tuple(1.0 for _ in stages),
+        shards={Kind.S: 2.0, Kind.N: 0.5, Kind.T: 1.5},
         link=Link(latency=0.5),
     )
     simulation = simulate(schedule, costs)
@@ -106,21 +136,42 @@ def check_earliest(simulation: Simulation) -> None:
     """Every task starts exactly when its device is free and its input has come, and takes its time."""
     schedule, costs = simulation.schedule, simulation.costs
     ends: dict[tuple[bool, int, int], tuple[float, int]] = {}
+    shards: dict[tuple[Kind, int], list[float]] = defaultdict(list)
     for device, order in enumerate(schedule.orders):
         for task, end in zip(order, simulation.ends[device], strict=True):
-            if task.kind is not Kind.W:
+            if task.kind in VOCABULARY:
+                shards[task.kind, task.microbatch].append(end)
+            elif task.kind is not Kind.W:
                 ends[task.kind is Kind.F, task.stage, task.microbatch] = end, device
+    delay = costs.link.seconds(costs.message)
+
+    def came_from(kind: Kind, microbatch: int) -> float:
+        """When what all shards make is there."""
+        return max(shards[kind, microbatch]) + (delay if schedule.devices > 1 else 0.0) if schedule.barriers else 0.0
+
+    def came_to(task: Task, device: int) -> float:
+        """When what ``task`` reads is there."""
+        path = list(schedule.path(task.microbatch))
+        forward = task.kind in (Kind.F, Kind.S)
+        if task.kind in (Kind.W, Kind.E):
+            return 0.0
+        if task.kind in (Kind.N, Kind.T):
+            return came_from(Kind.N if task.kind is Kind.T and schedule.barriers == 3 else Kind.S, task.microbatch)
+        if task.kind in (Kind.S, Kind.G):
+            source = path[-1] if forward else path[0]
+        else:
+            place = path.index(task.stage) + (-1 if forward else 1)
+            if not 0 <= place < len(path):
+                kind = Kind.E if forward else Kind.S if schedule.barriers == 1 else Kind.T
+                return came_from(kind, task.microbatch)
+            source = path[place]
+        made, where = ends[forward, source, task.microbatch]
+        return made + (delay if where != device else 0.0)
+
     for device, order in enumerate(schedule.orders):
         free = 0.0
         for task, start, end in zip(order, simulation.starts[device], simulation.ends[device], strict=True):
-            forward = task.kind is Kind.F
-            path = list(schedule.path(task.microbatch))
-            place = path.index(task.stage) + (-1 if forward else 1)
-            came = 0.0
-            if task.kind is not Kind.W and 0 <= place < len(path):
-                made, where = ends[forward, path[place], task.microbatch]
-                came = made + (costs.link.seconds(costs.message) if where != device else 0.0)
-            assert start == max(free, came), f"{task} starts at {start}"
+            assert start == max(free, came_to(task, device)), f"{task} starts at {start}"
             assert end == start + costs.durations(task.kind)[task.stage]
             free = end
 
@@ -141,7 +192,10 @@ def count_peak(simulation: Simulation, device: int) -> int:
 def check_versions(schedule: Schedule) -> None:
     """A forward sees every update before it, a backward what its forward saw; with a flush there is one version."""
     stashing = schedule.weights is WeightRule.STASH
-    for order, seen, peak in zip(schedule.orders, versions(schedule), peak_versions(schedule), strict=True):
+    for whole, numbers, peak in zip(schedule.orders, versions(schedule), peak_versions(schedule), strict=True):
+        assert len(numbers) == len(whole)
+        staged = [(task, version) for task, version in zip(whole, numbers, strict=True) if task.kind not in VOCABULARY]
+        order, seen = [task for task, _ in staged], [version for _, version in staged]
         held = [len({task.stage for task in order})]
         for position in range(len(order)):
             before = order[: position + 1]

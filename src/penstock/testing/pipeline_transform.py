@@ -36,9 +36,11 @@ def check_transform(policy: PipelineTransform, schedule: Schedule, times: Times)
 
 
 def _work(schedule: Schedule) -> list[Counter[tuple[Kind, int, int, int]]]:
-    """What each device does, with B counted as I and W."""
+    """What each device does on its stages, with B counted as I and W."""
     parts = {Kind.F: (Kind.F,), Kind.I: (Kind.I,), Kind.W: (Kind.W,), Kind.B: (Kind.I, Kind.W)}
-    return [Counter((kind, *task[1:]) for task in order for kind in parts[task.kind]) for order in schedule.orders]
+    return [
+        Counter((kind, *task[1:]) for task in order for kind in parts.get(task.kind, ())) for order in schedule.orders
+    ]
 
 
 def check_memory(simulation: Simulation) -> None:
@@ -61,7 +63,7 @@ def check_memory(simulation: Simulation) -> None:
                     leaving.append((gone - copy, gone))
                     returning.append((back, back + copy))
                     held[key] = [(start, gone), (back, 0.0)]
-            elif task.kind is not Kind.W and key in schedule.offloaded:
+            elif task.kind in (Kind.I, Kind.B) and key in schedule.offloaded:
                 assert start >= simulation.away[key][1] + copy - 1e-9
             if task.kind in (Kind.B, Kind.W):
                 held[key][-1] = held[key][-1][0], end

@@ -21,17 +21,19 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.parallel.world import World
 from penstock.pipeline.grid import Grid
-from penstock.pipeline.ir import Kind, Schedule
+from penstock.pipeline.ir import Kind, Schedule, WeightRule
 from penstock.pipeline.profile import Activations, gathered, measured
 from penstock.pipeline.replicas import holders
 from penstock.pipeline.runtime import Runtime, Step
 from penstock.pipeline.simulator import Simulation, simulate
 from penstock.pipeline.stages import Part, cut, parameter_names
+from penstock.pipeline.times import Times
 from penstock.pipeline.trace import trace_events
 from penstock.train.config import TrainConfig
 from penstock.train.precision import Weights
 
-#: The update of a session that is profiled: the ones before it warm up.
+#: The update of a session that is profiled: the ones before it warm up. Where the schedule is then made anew from what
+#: was measured, so is the update that comes as long after it.
 PROFILED = 3
 
 COSTS, TRACE = "pipeline.json", "pipeline-trace.json"
@@ -43,6 +45,9 @@ class Pipeline:
     Parameters and all that belongs to them are known by the names that they have in the whole Decoder; of those that
     several processes hold, the one with the lowest rank is the owner, who counts them in norms and sends them to be
     saved. So neither results nor checkpoints depend on the layout.
+
+    A schedule that plans by times, such as zb_auto, begins with those that it is given, and, where these are the
+    defaults, is made anew from the times of the first updates.
 
     Args:
         config: the run's; its ``parallel`` and ``pipeline`` sections say which.
@@ -61,6 +66,8 @@ class Pipeline:
 
     def __init__(self, config: TrainConfig, shape: DecoderConfig, folder: Path, world: World) -> None:
         self._config, self._folder, self._world = config, folder, world
+        self._policy = config.pipeline.schedule
+        self._plans = getattr(self._policy, "times", None) == Times()
         self.grid = Grid(world, config.parallel.pipeline, config.pipeline.timeout)
         self.schedule = self._build()
         self.stages = cut(shape, self.schedule.stages, config.batch.length)
@@ -88,11 +95,16 @@ class Pipeline:
                 hint="Choose another average, such as ema, or parallel.pipeline=1.",
             )
         microbatches = -(-batch.tokens // self.grid.pipelines // batch.micro_tokens)
-        schedule = self._config.pipeline.schedule.build(self.grid.devices, microbatches)
+        schedule = self._policy.build(self.grid.devices, microbatches)
+        if schedule.weights is not WeightRule.FLUSH:
+            raise ConfigError(
+                f"{self._policy.policy_name} updates weights after each microbatch, and the trainer after each batch",
+                hint="Set pipeline.schedule=1f1b, which has the order of pipedream and one update a step.",
+            )
         splits = any(task.kind is Kind.W for order in schedule.orders for task in order)
         if splits and self._config.activation_checkpointing:
             raise ConfigError(
-                f"{self._config.pipeline.schedule.policy_name} defers weight gradients, which needs the activations "
+                f"{self._policy.policy_name} defers weight gradients, which needs the activations "
                 "that activation_checkpointing does not keep",
                 hint="Turn one of them off: activation_checkpointing=false, or pipeline.schedule=1f1b.",
             )
@@ -117,7 +129,7 @@ class Pipeline:
         """
         self._updates += 1
         recorded: dict[int, Activations] = {}
-        record = self._updates == PROFILED
+        record = self._updates == PROFILED or (self._plans and self._updates == 2 * PROFILED)
 
         def forward(stage: int, microbatch: int, x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             batch, context = micros[microbatch]
@@ -132,7 +144,11 @@ class Pipeline:
             self._world.barrier()  # so that the clocks of all devices start together
         step = self._runtime.step(forward, shapes, self._weights.collect_gradients)
         if record:
-            self._record(step, {stage: found.bytes for stage, found in recorded.items()}, shapes[0])
+            real = self._profiled(step, {stage: found.bytes for stage, found in recorded.items()}, shapes[0])
+            if self._world.leads:
+                self._write(real)
+            if self._plans and self._updates == PROFILED:
+                self._plan(real)
         return step.loss.float()
 
     def _run_stage(
@@ -202,34 +218,51 @@ class Pipeline:
 
     # What the first steps took.
 
-    def _record(self, step: Step, activations: Mapping[int, int], message: Sequence[int]) -> None:
-        """Writes the profile of an update, which all processes have just made, in the leading one."""
+    def _profiled(self, step: Step, activations: Mapping[int, int], message: Sequence[int]) -> Simulation:
+        """What an update took that all processes have just made; the same in all of them."""
         stages = range(self.schedule.stages)
         activation = self._world.largest(*(float(activations.get(stage, 0)) for stage in stages))
         with torch.device("meta"):
             sizes = [Part(self.part.config, [stage]).parameter_count() for stage in self.stages]
         element = torch.empty((), dtype=self._dtype).element_size()
-        real = measured(
+        return measured(
             self.schedule,
             gathered(self.grid, self.schedule, step.spans),
             activation=activation,
             weights=[float(size * element) for size in sizes],
             message=float(element * torch.Size(message).numel()),
         )
-        if self._world.leads:
-            write_json(self._folder / COSTS, self._profile(real))
-            title = f"{self._config.pipeline.schedule.policy_name}, measured"
-            trace = trace_events(real, title)
-            beside = trace_events(simulate(self.schedule, real.costs), title.replace("measured", "simulated"))
-            trace["traceEvents"] += [{**event, "pid": 1} for event in beside["traceEvents"]]
-            write_atomic(self._folder / TRACE, json.dumps(trace))
+
+    def _plan(self, real: Simulation) -> None:
+        """Makes the schedule anew from what was measured; placements do not depend on times."""
+        costs = real.costs
+        times = Times(
+            forward=costs.forward,
+            input_grad=costs.input_grad,
+            weight_grad=costs.weight_grad,
+            transfer=costs.link.latency,
+        )
+        self._policy = self._policy.model_copy(update={"times": times})
+        schedule = self._policy.build(self.grid.devices, self.schedule.microbatches)
+        assert schedule.placement == self.schedule.placement
+        self.schedule = schedule
+        self.attach(self._weights, self._device)
+
+    def _write(self, real: Simulation) -> None:
+        """Writes the profile and the timeline of an update, measured and simulated."""
+        write_json(self._folder / COSTS, self._profile(real))
+        title = f"{self._policy.policy_name}, measured"
+        trace = trace_events(real, title)
+        beside = trace_events(simulate(self.schedule, real.costs), title.replace("measured", "simulated"))
+        trace["traceEvents"] += [{**event, "pid": 1} for event in beside["traceEvents"]]
+        write_atomic(self._folder / TRACE, json.dumps(trace))
 
     def _profile(self, real: Simulation) -> dict[str, Any]:
         costs, schedule = real.costs, self.schedule
         share = sum(costs.forward), sum(costs.input_grad), sum(costs.weight_grad)
         f, i, w = (f"{seconds / schedule.devices:.6g}" for seconds in share)
         return {
-            "schedule": self._config.pipeline.schedule.describe(),
+            "schedule": self._policy.describe(),
             "devices": schedule.devices,
             "microbatches": schedule.microbatches,
             "layers": [[stage.start, stage.stop] for stage in self.stages],
@@ -237,6 +270,7 @@ class Pipeline:
             "activation_bytes": costs.activation,
             "weight_bytes": costs.weights,
             "message_bytes": costs.message,
+            "transfer_seconds": costs.link.latency,
             "makespan": {"measured": real.makespan, "simulated": simulate(schedule, costs).makespan},
-            "cost": f"F={f},I={i},W={w},comm=0",
+            "cost": f"F={f},I={i},W={w},comm={costs.link.latency:.6g}",
         }

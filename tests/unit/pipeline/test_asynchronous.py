@@ -69,6 +69,7 @@ def test_offloaded_activations_give_the_same_bits(split):
     deferral = Deferral()
     with Offloaded(HostLink(CPU), block.parameters()) as offloaded, deferral if split else contextlib.nullcontext():
         y = block(x)
+    offloaded.leave()
     offloaded.call_back()
     offloaded.arrive()
     y.square().sum().backward()
@@ -97,6 +98,9 @@ def test_what_cannot_be_updated_without_a_flush_is_refused():
     schedule = Schedule(looped(1), (tuple(order),), 1, WeightRule.STASH)
     with pytest.raises(UsageError, match="would see later weights"):
         alone(schedule, [["w"]], {"w": nn.Parameter(torch.ones(()))})
+    away = dataclasses.replace(create("pipeline.schedule", "pipedream").build(1, 2), offloaded=frozenset({(0, 0)}))
+    with pytest.raises(UsageError, match="one version of the weights"):
+        alone(away, [["w"]], {"w": nn.Parameter(torch.ones(()))})
     shared = create("pipeline.schedule", "pipedream").build(2, 3)
     with pytest.raises(UsageError, match="w is on several devices"):
         Runtime(shared, Grid(World(0, 2), 2), {}, [["w"], ["w"]], dtype=torch.float64, device=CPU)

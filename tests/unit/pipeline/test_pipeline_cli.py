@@ -50,6 +50,18 @@ def test_files_are_written(tmp_path):
     assert len(json.loads(files["trace"].read_text())["traceEvents"]) > 4 * 8 * 6
 
 
+def test_a_sharded_vocabulary_balances_the_last_device():
+    arguments = ("--cost", "F=1,I=1,W=1,output=2", "--json")
+    plain, *sharded = (
+        json.loads(pipeline("show", "1f1b", *arguments, *transform))
+        for transform in ((), *(("--transform", f"vocabulary:barriers={barriers}") for barriers in (1, 2, 3)))
+    )
+    assert plain["makespan"] > 8 * (3 + 3 * 2)
+    for barriers, found in enumerate(sharded, 1):
+        assert found["makespan"] <= 8 * (3 + 3 * 2 / 4) + 3 * 3 + barriers
+        assert found["peak_activations"][0] <= 4 + barriers
+
+
 def test_compare_has_every_schedule_or_its_reason():
     rows = json.loads(pipeline("compare", "--stages", "3", "--microbatches", "5", "--json"))
     assert sorted(row["name"] for row in rows) == index().names("pipeline.schedule")

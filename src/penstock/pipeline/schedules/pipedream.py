@@ -18,9 +18,9 @@ class PipeDream(PipelineSchedule):
     as they were p-1-s updates ago, and holds at most p-s versions and as many activations.
 
     ``replicas`` says how many devices each stage has, p in all, as :func:`penstock.pipeline.partition.partition` finds
-    them; by default one. Minibatches go round-robin over them. With n devices from a stage on, r of them its own, each
-    of these has up to ceil(n/r) minibatches in flight: the paper's count for the input stage, and our reading for the
-    others.
+    them from a profile of the layers (``penstock pipeline partition``); by default one. Minibatches go round-robin over
+    them. With n devices from a stage on, r of them its own, each of these has up to ceil(n/r) minibatches in flight,
+    which is the paper's count for the input stage, and our reading for the others.
     """
 
     replicas: tuple[PositiveInt, ...] | None = Field(None, min_length=1)

@@ -62,7 +62,7 @@ def _by_lifespan(simulation: Simulation, device: int) -> list[tuple[int, int]]:
         key = task.stage, task.microbatch
         if task.kind is Kind.F:
             idle[key] = -end
-        elif task.kind is not Kind.W:
+        elif task.kind in (Kind.I, Kind.B):
             idle[key] += start
     costs = simulation.costs
     away = [key for key in idle if idle[key] >= 2 * costs.host.seconds(costs.activation[key[0]])]
