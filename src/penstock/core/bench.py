@@ -22,6 +22,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import sys
 import statistics
 import subprocess
 import time
@@ -314,6 +315,7 @@ def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"bench_{name}", known[name])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     if not hasattr(module, "main"):
         raise UsageError(f"{known[name]} has no function main(bench)")
