@@ -22,9 +22,9 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import sys
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
