@@ -9,6 +9,7 @@ from collections.abc import Sequence as List
 from penstock.policy import policy
 from penstock.serve.batching.contract import Batcher, Batching, Limits, Room
 from penstock.serve.batching.prefix_tree import Branch, grow
+from penstock.serve.batching.stall_free import go_on
 from penstock.serve.batching.waves import Waves
 from penstock.serve.sequence import Sequence
 
@@ -62,12 +63,7 @@ class BlendServeBatcher:
         self._waves.remove(sequence)
 
     def form(self, running: List[Sequence], room: Room) -> None:
-        for sequence in running:
-            if sequence.decoding:
-                room.take(sequence)
-        for sequence in running:
-            if not sequence.decoding and room.tokens:
-                room.take(sequence)
+        go_on(running, room)
         while room.tokens and (chosen := self._scan()) is not None and room.take(chosen):
             self._waves.remove(chosen)
             if not chosen.preempted:

@@ -6,25 +6,12 @@ from collections.abc import Sequence as List
 
 from penstock.policy import policy
 from penstock.serve.batching.contract import Batcher, Batching, Limits, Room
-from penstock.serve.batching.queue import FairQueue
+from penstock.serve.batching.queue import QueueBatcher
 from penstock.serve.sequence import Sequence
 
 
-class OrcaBatcher:
+class OrcaBatcher(QueueBatcher):
     """See :class:`Orca`."""
-
-    def __init__(self) -> None:
-        self._queue = FairQueue()
-
-    @property
-    def waiting(self) -> int:
-        return len(self._queue)
-
-    def add(self, sequence: Sequence) -> None:
-        self._queue.add(sequence)
-
-    def remove(self, sequence: Sequence) -> None:
-        self._queue.remove(sequence)
 
     def form(self, running: List[Sequence], room: Room) -> None:
         for sequence in running:

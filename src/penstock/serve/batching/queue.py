@@ -86,3 +86,20 @@ class FairQueue:
         turn = priority, self._spent[key], next(iter(self._lines[name])), key
         self._turns[name] = turn
         heappush(self._heap, turn)
+
+
+class QueueBatcher:
+    """What batchers have in common whose waiting sequences stand in a :class:`FairQueue`."""
+
+    def __init__(self) -> None:
+        self._queue = FairQueue()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    def add(self, sequence: Sequence) -> None:
+        self._queue.add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        self._queue.remove(sequence)

@@ -6,33 +6,16 @@ from collections.abc import Sequence as List
 
 from penstock.policy import policy
 from penstock.serve.batching.contract import Batcher, Batching, Limits, Room
-from penstock.serve.batching.queue import FairQueue
+from penstock.serve.batching.queue import QueueBatcher
+from penstock.serve.batching.stall_free import go_on
 from penstock.serve.sequence import Sequence
 
 
-class SarathiBatcher:
+class SarathiBatcher(QueueBatcher):
     """See :class:`Sarathi`."""
 
-    def __init__(self) -> None:
-        self._queue = FairQueue()
-
-    @property
-    def waiting(self) -> int:
-        return len(self._queue)
-
-    def add(self, sequence: Sequence) -> None:
-        self._queue.add(sequence)
-
-    def remove(self, sequence: Sequence) -> None:
-        self._queue.remove(sequence)
-
     def form(self, running: List[Sequence], room: Room) -> None:
-        for sequence in running:
-            if sequence.decoding:
-                room.take(sequence)
-        for sequence in running:
-            if not sequence.decoding and room.tokens:
-                room.take(sequence)
+        go_on(running, room)
         while room.tokens and (first := self._queue.first()) is not None and room.take(first):
             self._queue.pop()
 
