@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 
+import numpy as np
 import torch
 
 from penstock.core.errors import UsageError
@@ -50,6 +51,12 @@ def can_compile(device: torch.device) -> bool:
             return True
         return False
     return any(shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if c)
+
+
+def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of ``values`` on ``device``; on CUDA it is only queued, from pinned memory, which waits for nothing."""
+    given = torch.from_numpy(np.array(values, order="C"))
+    return given.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else given
 
 
 def synchronize(device: torch.device) -> None:

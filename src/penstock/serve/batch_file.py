@@ -263,23 +263,12 @@ class BatchRun:
         """Prompts, further sampling options, and the shapes of the response."""
         encode = self._tokens.encode
         prompts = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts()]
-        extra = {"best_of": body.best_of, "logprobs": body.logprobs}
-        extra["prompt_logprobs"] = body.logprobs if body.echo else None
-        echoes = [prompt for prompt in prompts for _ in range(body.n)] if body.echo else []
-        return prompts, extra, Completions(self._tokens, echoes, body.logprobs is not None)
+        return prompts, {}, Completions(self._tokens, body.echoes(prompts), body.logprobs is not None)
 
     def _chat(self, body: Chat) -> tuple[list[list[int]], dict[str, Any], Shapes]:
         """The same for a chat."""
-        tools = None if body.tool_choice == "none" else body.tools
-        messages = [message.for_template() for message in body.messages]
-        prompt = self._tokens.chat(messages, tools, body.chat_template_kwargs or {})
-        extra: dict[str, Any] = {"stop": (*body.stops(), *self._tokens.turn_stops)}
-        if body.max_tokens is None:
-            extra["max_tokens"] = body.max_completion_tokens or self._gatherer.engine.context
-        if body.logprobs:
-            extra["logprobs"] = body.top_logprobs or 0
-        if body.response_format is not None:
-            extra["grammar"] = body.response_format.grammar()
+        prompt = self._tokens.chat(*body.for_template())
+        extra = body.answer_options(self._tokens.turn_stops, self._gatherer.engine.context)
         return [prompt], extra, Chats(self._tokens, bool(body.logprobs))
 
     def _end(self, result: RequestOutput) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penstock.serve.upload import upload
+from penstock.core.devices import upload
 
 #: How many rows there are at first.
 ROWS = 8

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.core.devices import upload
 from penstock.core.progress import Reporter, silent
 from penstock.models.attention import AttentionContext
 from penstock.models.decoder import Decoder, Output
@@ -155,6 +156,4 @@ class Runner:
         return tokens
 
     def _on_device(self, values: np.ndarray) -> Tensor:
-        given = torch.from_numpy(values)
-        # From pinned memory the copy waits for nothing.
-        return given.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else given
+        return upload(values, self.device)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.core.devices import upload
 from penstock.core.randomness import derive, uniforms
 from penstock.models.sampling import Sampling, draw, probabilities_of
 from penstock.ops.draw import draw_softmax
@@ -17,7 +18,6 @@ from penstock.serve.logprobs import Logprobs
 from penstock.serve.messages import TokenLogprobs
 from penstock.serve.penalties import Penalties
 from penstock.serve.sequence import Sequence
-from penstock.serve.upload import upload
 
 #: Temperature and cuts of a row; top_k is 0 where there is none.
 OPTIONS = [("temperature", "f8"), ("top_k", "i8"), ("top_p", "f8"), ("min_p", "f8")]

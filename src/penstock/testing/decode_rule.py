@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from penstock.core.randomness import numpy_generator
-from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.ops.paged.reference import Reference
 from penstock.serve.build import build_engine
@@ -15,19 +14,7 @@ from penstock.serve.engine import Engine
 from penstock.serve.loops.overlapped import Overlapped
 from penstock.serve.messages import Request
 from penstock.serve.sampling import SamplingParams
-
-SHAPE = DecoderConfig(
-    vocabulary=50,
-    hidden=32,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn=48,
-    context=96,
-    tied=False,
-    init_std=0.3,
-)
+from penstock.testing.serve_model import SHAPE, small_model
 
 #: Tokens that each request of the suite asks for.
 LENGTH = 24
@@ -36,7 +23,7 @@ LENGTH = 24
 def check_rule(rule: DecodeRule, limit: DecodeRule, options: dict[str, float]) -> None:
     """Asserts the law: ``limit`` is the rule with the options that make it plain decoding, ``options`` are such of a
     request that go with it."""
-    model, draw = Decoder(SHAPE).initialize(0).eval(), numpy_generator(0, "testing/prompts")
+    model, draw = small_model(), numpy_generator(0, "testing/prompts")
     prompts = [draw.integers(0, SHAPE.vocabulary, draw.integers(1, 12)).tolist() for _ in range(6)]
     plain = [SamplingParams.model_validate({"max_tokens": LENGTH, "seed": i, **options}) for i in range(len(prompts))]
     ruled, limited = ([each.model_copy(update={"rule": chosen}) for each in plain] for chosen in (rule, limit))

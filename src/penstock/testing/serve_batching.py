@@ -15,8 +15,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from penstock.core.errors import UsageError
 from penstock.core.randomness import numpy_generator
-from penstock.models.config import DecoderConfig
-from penstock.models.decoder import Decoder
 from penstock.models.sampling import Sampling
 from penstock.ops.paged.reference import Reference
 from penstock.serve.batching.contract import Batching
@@ -29,32 +27,15 @@ from penstock.serve.messages import Delta, Finish, Request
 from penstock.serve.sampling import SamplingParams
 from penstock.testing.enrolled import enrolled
 from penstock.testing.reference import greedy, sample
+from penstock.testing.serve_model import SHAPE, small_model
 
-VOCABULARY, MOST, STOP = 50, 16, 7
-
-
-@functools.cache
-def small_model() -> Decoder:
-    """A decoder with random weights that are large enough for its choices to be clear."""
-    shape = DecoderConfig(
-        vocabulary=VOCABULARY,
-        hidden=32,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_dim=8,
-        ffn=48,
-        context=96,
-        tied=False,
-        init_std=0.3,
-    )
-    return Decoder(shape).initialize(0).eval()
+MOST, STOP = 16, 7
 
 
 @functools.cache
 def expected(prompt: tuple[int, ...], temperature: float, seed: int) -> list[int]:
     """What follows ``prompt``, at least :data:`MOST` tokens or up to the model's context."""
-    model, count = small_model(), min(MOST, 96 - len(prompt))
+    model, count = small_model(), min(MOST, SHAPE.context - len(prompt))
     if temperature == 0:
         return greedy(model, prompt, count)
     return sample(model, prompt, Sampling(temperature=temperature, seed=seed, max_tokens=count))
@@ -62,7 +43,7 @@ def expected(prompt: tuple[int, ...], temperature: float, seed: int) -> list[int
 
 def numbers(stream: str, count: int) -> list[int]:
     """``count`` tokens, the same for the same ``stream``."""
-    return [int(token) for token in numpy_generator(0, f"testing/{stream}").integers(VOCABULARY, size=count)]
+    return [int(token) for token in numpy_generator(0, f"testing/{stream}").integers(SHAPE.vocabulary, size=count)]
 
 
 #: Prompts begin like one of these, and go on on their own.
@@ -241,7 +222,7 @@ def check_stall_free(batching: Batching, seed: int) -> None:
     )
     engine = build_engine(small_model(), config)
     for number in range(12):
-        tokens = [int(token) for token in draw.integers(VOCABULARY, size=draw.integers(1, 40))]
+        tokens = [int(token) for token in draw.integers(SHAPE.vocabulary, size=draw.integers(1, 40))]
         engine.add(Request(str(number), tokens, SamplingParams(temperature=0, max_tokens=int(draw.integers(1, 20)))))
     while engine.busy:
         decoding = [sequence for sequence in engine.running if sequence.decoding]

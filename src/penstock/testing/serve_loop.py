@@ -12,7 +12,8 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.loops.contract import Loop
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.serve.sampling import SamplingParams
-from penstock.testing.serve_batching import PREFIXES, VOCABULARY, small_model
+from penstock.testing.serve_batching import PREFIXES
+from penstock.testing.serve_model import SHAPE, small_model
 
 #: What a sequence came to: its tokens, and why it ended.
 Outcome = tuple[list[int], Finish | None]
@@ -83,7 +84,7 @@ def outcomes(loop: Loop, seed: int) -> dict[str, Outcome]:
     engine = build_engine(small_model(), config)
     requests = []
     for number in range(10):
-        own = draw.integers(VOCABULARY, size=draw.integers(1, 9))
+        own = draw.integers(SHAPE.vocabulary, size=draw.integers(1, 9))
         prompt = PREFIXES[number % 2][: draw.integers(25)] + [int(token) for token in own]
         sampling = SamplingParams(
             temperature=float(number % 3), max_tokens=int(draw.integers(1, 24)), seed=number, stop_tokens=(3, 5)

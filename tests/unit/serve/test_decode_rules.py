@@ -16,8 +16,9 @@ from penstock.models.sampling import probabilities
 from penstock.serve.decode.fire import Fire
 from penstock.serve.decode.momentum import Momentum, depths
 from penstock.serve.sampling import SamplingParams
-from penstock.testing.decode_rule import SHAPE, decode, tiny_engine
+from penstock.testing.decode_rule import decode, tiny_engine
 from penstock.testing.reference import distribution, next_logits
+from penstock.testing.serve_model import SHAPE
 
 #: A bigram model, probabilities of the token (column) after the token (row): greedily, 0 1 2 0 1 2 for ever.
 CYCLE = torch.tensor(

@@ -12,7 +12,8 @@ from penstock.serve.kv.pool import ROOT, BlockPool, InvariantError
 from penstock.serve.messages import Finish, Request
 from penstock.serve.sampling import SamplingParams
 from penstock.testing.reference import greedy
-from penstock.testing.serve_batching import numbers, small_model
+from penstock.testing.serve_batching import numbers
+from penstock.testing.serve_model import small_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 

@@ -19,8 +19,8 @@ from penstock.serve.decode.momentum import Momentum
 from penstock.serve.engine import Engine
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.serve.sampling import SamplingParams
-from penstock.testing.decode_rule import SHAPE
 from penstock.testing.reference import distribution, greedy, next_logits, pick, sample
+from penstock.testing.serve_model import SHAPE
 
 #: A cache so small that sequences are preempted.
 TIGHT = 112

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.core.devices import upload
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache
 from penstock.policy import policy
 
@@ -101,7 +102,7 @@ class FlashInferCache(PagedCache):
         lengths = batch.lengths.numpy()
         pages = -(-lengths // size)
         owned = np.arange(batch.tables.shape[1]) < pages[:, None]
-        indices = self._to_device(batch.tables.numpy()[owned])
+        indices = upload(batch.tables.numpy()[owned], self.shape.device)
         indptr = _pinned(np.concatenate([[0], pages.cumsum()]).astype(np.int32))
         last = _pinned((lengths - (pages - 1) * size).astype(np.int32))
         fixed = self._fixed.get(len(lengths)) if batch.longest == 1 else None
@@ -155,9 +156,6 @@ class FlashInferCache(PagedCache):
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
         self._memory[:, targets] = self._memory[:, sources]
-
-    def _to_device(self, values: np.ndarray) -> Tensor:
-        return _pinned(values).to(self.shape.device, non_blocking=True)
 
 
 def _pinned(values: np.ndarray) -> Tensor:

@@ -11,25 +11,15 @@ from penstock.policy import policy
 from penstock.serve.batching.contract import Batcher, Batching, Limits, Room
 from penstock.serve.batching.prefix_tree import Branch, grow
 from penstock.serve.batching.stall_free import go_on
-from penstock.serve.batching.waves import Waves
+from penstock.serve.batching.waves import WavesBatcher
 from penstock.serve.sequence import Sequence
 
 
-class BatchLLMBatcher:
+class BatchLLMBatcher(WavesBatcher):
     """See :class:`BatchLLM`."""
 
     def __init__(self, limits: Limits) -> None:
-        self._waves = Waves(functools.partial(schedule, block_size=limits.block_size))
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waves)
-
-    def add(self, sequence: Sequence) -> None:
-        self._waves.add(sequence)
-
-    def remove(self, sequence: Sequence) -> None:
-        self._waves.remove(sequence)
+        super().__init__(functools.partial(schedule, block_size=limits.block_size))
 
     def form(self, running: List[Sequence], room: Room) -> None:
         go_on(running, room)

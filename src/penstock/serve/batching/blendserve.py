@@ -10,7 +10,7 @@ from penstock.policy import policy
 from penstock.serve.batching.contract import Batcher, Batching, Limits, Room
 from penstock.serve.batching.prefix_tree import Branch, grow
 from penstock.serve.batching.stall_free import go_on
-from penstock.serve.batching.waves import Waves
+from penstock.serve.batching.waves import WavesBatcher
 from penstock.serve.sequence import Sequence
 
 
@@ -44,23 +44,13 @@ def demand_of(sequence: Sequence, shared: int = 0) -> Demand:
     return Demand(prompt - shared + decoded, decoded * (prompt + decoded / 2))
 
 
-class BlendServeBatcher:
+class BlendServeBatcher(WavesBatcher):
     """See :class:`BlendServe`."""
 
     def __init__(self, limits: Limits) -> None:
+        super().__init__(self._plan)
         self._size = limits.block_size
-        self._waves = Waves(self._plan)
         self._wave, self._begun = Demand(), Demand()
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waves)
-
-    def add(self, sequence: Sequence) -> None:
-        self._waves.add(sequence)
-
-    def remove(self, sequence: Sequence) -> None:
-        self._waves.remove(sequence)
 
     def form(self, running: List[Sequence], room: Room) -> None:
         go_on(running, room)

@@ -54,3 +54,20 @@ class Waves:
             arrived = self._arrived.pop(min(self._arrived))
             self._wave.update((each.arrival, each) for each in self._plan(list(arrived.values())))
         return next((reversed if last else iter)(self._wave.values()), None)
+
+
+class WavesBatcher:
+    """What batchers have in common whose waiting sequences stand in :class:`Waves`."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._waves = Waves(plan)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waves)
+
+    def add(self, sequence: Sequence) -> None:
+        self._waves.add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        self._waves.remove(sequence)

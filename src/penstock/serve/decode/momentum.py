@@ -10,10 +10,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from penstock.core.devices import upload
 from penstock.models.sampling import Sampling
 from penstock.policy import policy
 from penstock.serve.decode.contract import DecodeRule
-from penstock.serve.upload import upload
 
 
 @policy("decode.rule", "momentum", papers=[58])

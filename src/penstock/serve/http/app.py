@@ -103,16 +103,8 @@ async def completions(request: Request, body: Completion, service: Here) -> Resp
         raise ApiError(400, "which continuations are best is known at the end: nothing to stream", param="best_of")
     service.admit(body.n * len(body.prompts()))  # before any work goes into them
     prompts = [await service.encoded(prompt) for prompt in body.prompts()]
-    extra: dict[str, Any] = {}
-    if body.best_of is not None:
-        extra["best_of"] = body.best_of
-    if body.logprobs is not None:
-        extra["logprobs"] = body.logprobs
-        if body.echo:
-            extra["prompt_logprobs"] = body.logprobs
-    generation = Generation(service, Completions.kind, prompts, body, request.state.key, **extra)
-    echoes = [prompt for prompt in prompts for _ in range(body.n)] if body.echo else []
-    shapes = Completions(service.tokens, echoes, body.logprobs is not None)
+    generation = Generation(service, Completions.kind, prompts, body, request.state.key)
+    shapes = Completions(service.tokens, body.echoes(prompts), body.logprobs is not None)
     return await _answer(request, service, generation, shapes, body)
 
 
@@ -120,17 +112,8 @@ async def completions(request: Request, body: Completion, service: Here) -> Resp
 async def chat(request: Request, body: Chat, service: Here) -> Response:
     """Answers a chat."""
     service.check_model(body.model)
-    messages = [message.for_template() for message in body.messages]
-    tools = None if body.tool_choice == "none" else body.tools
-    tokens = await asyncio.to_thread(service.tokens.chat, messages, tools, body.chat_template_kwargs or {})
-    prompt = service.checked(tokens)
-    extra: dict[str, Any] = {"stop": (*body.stops(), *service.tokens.turn_stops)}
-    if body.max_tokens is None:
-        extra["max_tokens"] = body.max_completion_tokens or service.engine.ready.context
-    if body.logprobs:
-        extra["logprobs"] = body.top_logprobs or 0
-    if body.response_format is not None:
-        extra["grammar"] = body.response_format.grammar()
+    prompt = service.checked(await asyncio.to_thread(service.tokens.chat, *body.for_template()))
+    extra = body.answer_options(service.tokens.turn_stops, service.engine.ready.context)
     generation = Generation(service, Chats.kind, [prompt], body, request.state.key, **extra)
     return await _answer(request, service, generation, Chats(service.tokens, bool(body.logprobs)), body)
 

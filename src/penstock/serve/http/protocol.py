@@ -111,6 +111,15 @@ class Completion(Generate):
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
+    def options(self) -> dict[str, Any]:
+        given = {"best_of": self.best_of, "logprobs": self.logprobs}
+        given["prompt_logprobs"] = self.logprobs if self.echo else None
+        return super().options() | {name: value for name, value in given.items() if value is not None}
+
+    def echoes(self, prompts: list[list[int]]) -> list[list[int]]:
+        """For each continuation, the prompt that its text begins with; none where nothing is echoed."""
+        return [prompt for prompt in prompts for _ in range(self.n)] if self.echo else []
+
     def prompts(self) -> list[str | list[int]]:
         """Each prompt, as text or tokens."""
         if isinstance(self.prompt, str):
@@ -190,6 +199,23 @@ class Chat(Generate):
     response_format: ResponseFormat | None = None
     #: More variables for the chat template, such as Qwen3's enable_thinking.
     chat_template_kwargs: dict[str, Scalar] | None = None
+
+    def for_template(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, dict[str, Any]]:
+        """Messages, tools and further variables, as chat templates know them."""
+        tools = None if self.tool_choice == "none" else self.tools
+        return [message.for_template() for message in self.messages], tools, self.chat_template_kwargs or {}
+
+    def answer_options(self, turn_stops: tuple[str, ...], context: int) -> dict[str, Any]:
+        """Those of SamplingParams that a chat's answer has besides: ``turn_stops`` end the assistant's turn, and
+        ``context`` is the most tokens where no number is given."""
+        given: dict[str, Any] = {"stop": (*self.stops(), *turn_stops)}
+        if self.max_tokens is None:
+            given["max_tokens"] = self.max_completion_tokens or context
+        if self.logprobs:
+            given["logprobs"] = self.top_logprobs or 0
+        if self.response_format is not None:
+            given["grammar"] = self.response_format.grammar()
+        return given
 
 
 class Tokenize(Body):
