@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from penstock.core.randomness import torch_generator
 from penstock.models.attention import AttentionContext
 from penstock.models.config import DecoderConfig, MoEConfig
-from penstock.models.rotary import Rotary, rotate
+from penstock.models.rotary import Rotary
 from penstock.ops.grouped import grouped_linear
+from penstock.ops.linear import linear
+from penstock.ops.rotary import rotate_heads
 
 
 class Output(NamedTuple):
@@ -40,6 +42,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class Linear(nn.Linear):
+    """A linear layer that multiplies few rows at the rate at which its weights can be read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, and optional norms on queries and keys."""
 
@@ -49,17 +58,18 @@ class Attention(nn.Module):
         self.window = config.window_of(layer)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         width = config.heads * config.head_dim
-        self.qkv = nn.Linear(config.hidden, width + 2 * config.kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.output = nn.Linear(width, config.hidden, bias=config.output_bias)
+        self.qkv = Linear(config.hidden, width + 2 * config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.output = Linear(width, config.hidden, bias=config.output_bias)
         self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), -2)
+        scales, eps = None, 0.0
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+            scales, eps = (self.query_norm.weight, self.key_norm.weight), self.query_norm.eps
+        query, key = rotate_heads(query, key, *rotary, scales, eps)
         out = context.attend(self.layer, query, key, value, scale=self.head_dim**-0.5, window=self.window)
         projected: Tensor = self.output(out.flatten(-2))
         return projected
@@ -70,8 +80,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden: int, ffn: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden, 2 * ffn, bias=bias)
-        self.down = nn.Linear(ffn, hidden, bias=bias)
+        self.gate_up = Linear(hidden, 2 * ffn, bias=bias)
+        self.down = Linear(ffn, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
@@ -155,7 +165,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary, config.hidden)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
-        self.head = nn.Linear(config.hidden, config.vocabulary, bias=False)
+        self.head = Linear(config.hidden, config.vocabulary, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
         self.rotary = Rotary(config)

@@ -37,12 +37,6 @@ class Rotary(nn.Module):
         return cos.unsqueeze(-2).to(dtype), sin.unsqueeze(-2).to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x_i, x_{i + D/2}) of ``x`` [*T, H, D] by their angles."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
 def scaled_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
     """Angular frequencies, float32 [dim / 2], and the factor on cosines and sines."""
     frequencies = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from penstock.core.errors import UsageError
 from penstock.models.attention import AttentionContext
 from penstock.models.config import DecoderConfig
-from penstock.models.decoder import Decoder, Layer, Output, RMSNorm
+from penstock.models.decoder import Decoder, Layer, Linear, Output, RMSNorm
 from penstock.models.rotary import Rotary
 
 
@@ -103,7 +103,7 @@ class Part(Decoder):
         self.layers = nn.ModuleList(Layer(config, i) if i in held else nn.Identity() for i in range(config.layers))
         if ends:
             self.norm = RMSNorm(config.hidden, config.norm_eps)
-            self.head = nn.Linear(config.hidden, config.vocabulary, bias=False)
+            self.head = Linear(config.hidden, config.vocabulary, bias=False)
             if config.tied:
                 self.head.weight = self.embedding.weight
         self.rotary = Rotary(config)

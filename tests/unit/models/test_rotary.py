@@ -17,7 +17,8 @@ from penstock.core.randomness import torch_generator
 from penstock.models.config import DecoderConfig, RopeConfig
 from penstock.models.families.contract import HubConfig
 from penstock.models.families.rope import rope_from_hub
-from penstock.models.rotary import Rotary, rotate, scaled_frequencies
+from penstock.models.rotary import Rotary, scaled_frequencies
+from penstock.ops.rotary import rotate
 
 CONTEXT = 4096
 THETAS = st.floats(50.0, 1e7)

@@ -1,0 +1,36 @@
+"""Rotation of queries and keys by their positions, with the norms that some models have before it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (x_i, x_{i + D/2}) of ``x`` [*T, H, D] by their angles."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def rotate_heads(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, scales: tuple[Tensor, Tensor] | None = None, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """``query`` [*T, H, D] and ``key`` [*T, K, D], normed by root-mean-square over each head and multiplied by
+    ``scales`` (of queries and keys, [D] each) where there are any, then turned by their positions.
+
+    On CUDA, where no gradient is wanted, one kernel reads and writes all of it once.
+
+    Args:
+        cos, sin: of the angles, [*T, 1, D / 2] or broadcastable to it.
+        eps: added to the mean square.
+    """
+    if query.is_cuda and not torch.is_grad_enabled():
+        from penstock.ops.rotary_kernel import rotate_both
+
+        return rotate_both(query, key, cos, sin, scales, eps)
+    if scales is not None:
+        query, key = (
+            F.rms_norm(x, scale.shape, scale.to(x.dtype), eps) for x, scale in zip((query, key), scales, strict=True)
+        )
+    return rotate(query, cos, sin), rotate(key, cos, sin)
