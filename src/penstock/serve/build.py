@@ -19,7 +19,9 @@ from penstock.policy import index
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine import Engine
 from penstock.serve.grammar import Grammars
+from penstock.serve.messages import Request
 from penstock.serve.runner import Runner
+from penstock.serve.sampling import SamplingParams
 
 #: Backends from the best to the one that serves everything.
 PREFERENCE = ("flashinfer", "cpu", "reference")
@@ -83,7 +85,18 @@ def build_engine(
     runner = Runner(model, memory, config.sequences, context)
     if config.compile and weight.device.type == "cuda" and can_compile(weight.device):
         runner.warm_up(report)
+        _rehearse(Engine(config, runner))
     return Engine(config, runner, stop, grammars)
+
+
+def _rehearse(engine: Engine) -> None:
+    """Answers a long prompt, then two short ones at a time: what is compiled or loaded on first use, such as how one
+    token is drawn and how several are, is there before anybody waits for it. The engine is of no further use."""
+    longest = min(engine.limits.tokens, engine.context - 1)
+    for length, n in ((longest, 1), (1, min(2, engine.limits.sequences))):
+        engine.add(Request(str(length), [0] * length, SamplingParams(temperature=1, max_tokens=2, n=n)))
+        while engine.busy:
+            engine.step()
 
 
 def _best(device: torch.device, dtype: torch.dtype, head_dim: int) -> PagedAttention:
