@@ -5,6 +5,7 @@ A generated part stands between two lines, of which the first names the generato
     <!-- figures: NAME -->      the results of a benchmark, or of one device's file (NAME-DEVICE)
     <!-- policies: CONTRACT --> the policies of a contract
     <!-- timelines -->          a picture of each pipeline schedule, which is drawn anew too
+    <!-- timelines: A,B -->     one picture of some of them
     <!-- contracts -->          all contracts and their laws
     <!-- papers: STATUS -->     the papers that are measured, implemented or planned
     <!-- text: FILE -->         a text file of the repository, as it is
@@ -33,6 +34,7 @@ from penstock.policy import Entry, Index, create, index
 BLOCK = re.compile(
     r"^<!-- (?P<name>[a-z]+)(?:: (?P<argument>\S+))? -->\n(?P<body>.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL
 )
+PICTURE = re.compile(r"\]\(\S*images/pipeline/([^()\s]+)\.svg\)")
 MARKER = re.compile(r"^<!-- (?:[a-z]+(?:: \S+)?|end) -->$", re.MULTILINE)
 
 
@@ -102,29 +104,40 @@ def policies(sources: Sources, document: Path, contract: str) -> str:
 
 
 @generator
-def timelines(sources: Sources, document: Path, _: str) -> str:
-    """The timeline of each pipeline schedule under its name; :func:`pictures` draws them."""
-    parts = []
-    for entry in sources.index.entries("pipeline.schedule"):
-        target = Path(os.path.relpath(picture(sources, entry), document.parent)).as_posix()
-        parts.append(f"**{entry.name}**: {entry.summary}\n\n![Timeline of {entry.name}]({target})\n")
-    return "\n".join(parts)
+def timelines(sources: Sources, document: Path, names: str) -> str:
+    """The timeline of each pipeline schedule under its name, or one picture of some ``names``."""
+    known = sources.index.names("pipeline.schedule")
+    folder = Path(os.path.relpath(sources.root / "docs", document.parent)) / "images" / "pipeline"
+    if names:
+        for name in set(names.split(",")).difference(known):
+            raise UsageError(f"there is no schedule {name!r}: {nearest(name, known)}")
+        target = folder / f"{names.replace(',', '-')}.svg"
+        return f"![Timelines of {' and '.join(names.split(','))}]({target.as_posix()})\n"
+    return "\n".join(
+        f"**{entry.name}**: {entry.summary}\n\n![Timeline of {entry.name}]({(folder / entry.name).as_posix()}.svg)\n"
+        for entry in sources.index.entries("pipeline.schedule")
+    )
 
 
-def picture(sources: Sources, entry: Entry) -> Path:
-    """Where the timeline of a pipeline schedule is."""
-    return sources.root / "docs" / "images" / "pipeline" / f"{entry.name}.svg"
+def pictures(root: Path, texts: Iterable[str]) -> Iterator[tuple[Path, str]]:
+    """The timelines that documents show."""
+    for names in sorted({names for text in texts for names in PICTURE.findall(text)}):
+        yield root / "docs" / "images" / "pipeline" / f"{names}.svg", picture(names.split("-"))
 
 
-def pictures(sources: Sources) -> Iterator[tuple[Path, str]]:
-    """The timelines of all pipeline schedules, with default options, on 4 devices with 8 microbatches."""
+def picture(names: Sequence[str]) -> str:
+    """The timelines of some pipeline schedules, with default options, on 4 devices with 8 microbatches."""
     from penstock.pipeline.simulator import simulate
     from penstock.pipeline.svg import svg
     from penstock.pipeline.times import Times
 
-    for entry in sources.index.entries("pipeline.schedule"):
-        schedule = create("pipeline.schedule", entry.name).build(devices=4, microbatches=8)
-        yield picture(sources, entry), svg(simulate(schedule, Times().costs(schedule)))
+    schedules = [create("pipeline.schedule", name).build(devices=4, microbatches=8) for name in names]
+    runs = [simulate(schedule, Times().costs(schedule)) for schedule in schedules]
+    titles = [
+        f"{name}: time {run.makespan:g}, bubble {run.bubble_share:.0%}, {max(run.peak_bytes):g} activations at most"
+        for name, run in zip(names, runs, strict=True)
+    ]
+    return svg(*runs, titles=titles if len(names) > 1 else ())
 
 
 @generator
@@ -210,8 +223,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = Path(__file__).par
     stale = 0
     documents = (root / "README.md", *sorted((root / "docs").glob("*.md")))
     texts = [(document, render(document.read_text(encoding="utf-8"), document, sources)) for document in documents]
-    shown = any("\n<!-- timelines -->\n" in text for _, text in texts)
-    for path, after in itertools.chain(texts, pictures(sources) if shown else ()):
+    for path, after in itertools.chain(texts, pictures(root, (text for _, text in texts))):
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         if after != before:
             stale += 1

@@ -129,6 +129,11 @@ class Index:
         """The policies of ``contract``, sorted by name."""
         return [self.policies[contract, name] for name in self.names(contract)]
 
+    def find(self, contract: str, name: str) -> Entry | None:
+        """The policy ``name`` of ``contract``, None if there is none. Hyphens may stand for underscores: the papers
+        write zb-h1 where we write zb_h1."""
+        return self.policies.get((contract, name)) or self.policies.get((contract, name.replace("-", "_")))
+
 
 def _roots() -> Iterator[tuple[str, Path]]:
     """(module prefix, source file or folder) of everything that may declare policies."""
@@ -225,12 +230,12 @@ def index() -> Index:
 
 
 def lookup(contract: str, name: str) -> type[Policy]:
-    """The class of a policy.
+    """The class of the policy that :meth:`Index.find` finds.
 
     Raises:
         UsageError: no such contract or policy; the message lists the nearest names.
     """
-    found = index().policies.get((contract, name))
+    found = index().find(contract, name)
     if found is not None:
         return found.load()
     if contract not in index().contracts:

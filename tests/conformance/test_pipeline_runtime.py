@@ -22,10 +22,11 @@ def verdicts(policies, microbatches: int):
     """Checks all policies in one process group; the failures by name, with their place."""
 
     def work(world: World) -> dict[str, object]:
+        grid = Grid(world, world.size)
         found: dict[str, object] = {}
         for name, policy in policies.items():
             try:
-                found[name] = check_runtime(policy, world, microbatches)
+                found[name] = check_runtime(policy, grid, microbatches)
             except AssertionError as error:
                 found[name] = str(error)
         return found

@@ -1,4 +1,4 @@
-"""The law of ``pipeline.schedule`` at run time over NCCL, a process for each GPU."""
+"""The laws of ``pipeline.schedule`` and ``pipeline.transform`` at run time over NCCL, a process for each GPU."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def workers():
         yield started
 
 
-@pytest.mark.parametrize("name", index().names("pipeline.schedule"))
+@pytest.mark.parametrize("name", [*index().names("pipeline.schedule"), *index().names("pipeline.transform")])
 def test_several_gpus_compute_what_one_device_does(workers, name):
     assert set(workers.ask(name)) == {""}

@@ -103,7 +103,8 @@ def test_a_checkpoint_does_not_depend_on_the_layout(store, alone, tmp_path):
         for found in checkpoint.checkpoints(folder / "checkpoints"):
             if checkpoint.step_of(found) > step:
                 shutil.rmtree(found)
-        resumed(folder, devices, f"parallel.pipeline={devices}", "pipeline.schedule=1f1b")
+        transforms = "pipeline.transforms=[2bp, pipeoffload]"
+        resumed(folder, devices, f"parallel.pipeline={devices}", "pipeline.schedule=1f1b", transforms)
         assert_same_curve(folder, alone)
     assert read_json(folder / "run.json")["parallel"] == {"pipeline": 1}
 

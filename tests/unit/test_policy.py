@@ -143,6 +143,28 @@ def test_an_unknown_name_is_answered_with_the_nearest(cuts, asked, answer):
     assert caught.value.exit_code == 2
 
 
+def test_hyphens_stand_for_underscores():
+    """The papers write zb-h1 where we write zb_h1: wherever a policy is named, and whatever policy it is."""
+    for contract_name, name in index().policies:
+        spelled = name.replace("_", "-")
+        assert registry.lookup(contract_name, spelled) is registry.lookup(contract_name, name)
+
+    class Chosen(Config):
+        schedule: Annotated[Policy, Choice("pipeline.schedule")]
+
+    for value in ("zb-h1", {"name": "zb-h1"}):
+        assert build(Chosen, {"schedule": value}).model_dump() == {"schedule": {"name": "zb_h1"}}
+    with pytest.raises(UsageError, match=r"pipeline\.schedule has no policy 'zb-h7': did you mean"):
+        registry.lookup("pipeline.schedule", "zb-h7")
+
+
+def test_a_name_with_a_hyphen_of_its_own_is_found(tmp_path):
+    package = write(tmp_path, contract=HOLE, drill='@policy("test.hole", "dr-ill")\nclass Drill(Hole):\n    pass\n')
+    found = read_index([("made", package)])
+    assert found.find("test.hole", "dr-ill") is found.policies["test.hole", "dr-ill"]
+    assert found.find("test.hole", "dr_ill") is None
+
+
 @pytest.mark.parametrize(
     ("options", "answer"),
     [

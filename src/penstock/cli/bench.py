@@ -35,6 +35,6 @@ def bench(
 
     from penstock.core.devices import pick
 
-    run = Bench(name, pick(device), papers, quick=quick)
+    run = Bench(name, pick(device), papers, quick=quick, out=out)
     script.main(run)
-    run.finish(out)
+    run.finish()

@@ -107,7 +107,7 @@ def _corpus(text: str, options: list[str]) -> Corpus:
 
     contract = Corpus.contract_name
     given = apply_overrides({}, options)
-    if text in index().names(contract):
+    if index().find(contract, text):
         return cast(Corpus, create(contract, text, **given))
     path = Path(text)
     if not path.exists():

@@ -269,8 +269,7 @@ def partition(
 def _schedule(
     name: str, stages: int, microbatches: int, chunks: int | None, overrides: list[str], times: Times
 ) -> Schedule:
-    """The schedule of a policy, whose name may be written with hyphens, of a route, or of a CSV file; ``times`` are for
-    policies that plan by them."""
+    """The schedule of a policy, of a route, or of a CSV file; ``times`` are for policies that plan by them."""
     from penstock.core.config import apply_overrides
     from penstock.core.errors import UsageError
     from penstock.core.files import read_text
@@ -280,8 +279,7 @@ def _schedule(
 
     if name.endswith(".csv"):
         return from_csv(read_text(Path(name)), name)
-    name = name.replace("-", "_")
-    contract = "pipeline.route" if name in index().names("pipeline.route") else "pipeline.schedule"
+    contract = "pipeline.route" if index().find("pipeline.route", name) else "pipeline.schedule"
     timed = "times" in lookup(contract, name).model_fields
     options = apply_overrides({"times": times.model_dump()} if timed else {}, overrides)
     if "name" in options:

@@ -25,11 +25,12 @@ def train(
     """Train a model: from a file, from a preset, or from where a run was stopped.
 
     Under `torchrun`, all processes train one model, each on its part of every batch; or, with parallel.pipeline=P, P of
-    them hold a part of the model each and work on it by pipeline.schedule.
+    them hold a part of the model each and work on it by pipeline.schedule, after pipeline.transforms.
 
     Examples: `penstock train --preset demo --set optim.lr=3e-3 --run runs/try`,
     `penstock train --resume runs/try`, `torchrun --nproc-per-node 8 -m penstock train config.toml`,
-    `torchrun --nproc-per-node 4 -m penstock train config.toml --set parallel.pipeline=4 --set pipeline.schedule=zb-h1`
+    `torchrun --nproc-per-node 4 -m penstock train config.toml --set parallel.pipeline=4 --set pipeline.schedule=zb-h1`,
+    `... --set parallel.pipeline=4 --set 'pipeline.transforms=[2bp, pipeoffload]'`
     """
     from penstock.core.config import apply_overrides, build, read_toml
     from penstock.core.errors import UsageError

@@ -65,6 +65,9 @@ QUICK_REPETITIONS = 2
 class Bench:
     """One run of a benchmark on one device: collects rows, then prints and writes them.
 
+    The result goes to ``out``, by default ``bench/results/NAME-DEVICE.json``; a quick run is written only where ``out``
+    says. Until it is complete, what there is of it is in ``OUT.partial``, so that a run that is cut off loses no row.
+
     Attributes:
         name: the benchmark's name.
         device: where its subjects run.
@@ -73,12 +76,21 @@ class Bench:
         rows: what was measured so far.
     """
 
-    def __init__(self, name: str, device: torch.device, papers: Sequence[int] = (), *, quick: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        papers: Sequence[int] = (),
+        *,
+        quick: bool = False,
+        out: Path | None = None,
+    ) -> None:
         self.name = name
         self.device = device
         self.papers = tuple(papers)
         self.quick = quick
         self.rows: list[Row] = []
+        self._out = out
         self.console = Console(stderr=True)
 
     def seconds(self, run: Callable[[], object]) -> float:
@@ -100,6 +112,8 @@ class Bench:
         row = build(Row, fields, source=f"a row of the benchmark {self.name!r}")
         self.rows.append(row)
         self.console.print(Text("  ".join(filter(None, cells(row)))), style="dim")
+        if (out := self._target()) is not None:
+            self._write(_partial(out))
         return row
 
     def measure(
@@ -201,20 +215,32 @@ class Bench:
             rows=tuple(self.rows),
         )
 
-    def finish(self, out: Path | None = None) -> Result:
-        """Prints the table and writes the result to ``out``, by default ``bench/results/NAME-DEVICE.json``.
-
-        A quick run is written only where ``out`` says.
-        """
+    def finish(self) -> Result:
+        """Prints the table and writes the result."""
         result = self.result()
         Console().print(render(result))
-        folder = results_folder()
-        if out is None and folder is not None and not self.quick:
-            out = folder / f"{result.name}-{result.device}.json"
-        if out is not None:
-            write_json(out, result.model_dump(mode="json", exclude_none=True))
+        if (out := self._target()) is not None:
+            self._write(out)
+            _partial(out).unlink(missing_ok=True)
             self.console.print(Text(f"written to {out}"))
         return result
+
+    def _target(self) -> Path | None:
+        """Where the result is to be written; None where it is not."""
+        from penstock.core.devices import label
+
+        folder = results_folder()
+        if self._out is not None or self.quick or folder is None:
+            return self._out
+        return folder / f"{self.name}-{label(self.device)}.json"
+
+    def _write(self, path: Path) -> None:
+        write_json(path, self.result().model_dump(mode="json", exclude_none=True))
+
+
+def _partial(out: Path) -> Path:
+    """Where rows are until all are there; no name that :func:`read_results` would read."""
+    return out.with_name(f"{out.name}.partial")
 
 
 def _spread(name: str, values: Sequence[float], *, prefix: str) -> dict[str, float]:

@@ -1,11 +1,13 @@
 """Typed configuration: a pydantic model, filled from a TOML file and ``--set a.b=c`` overrides.
 
 Unknown keys are errors that name the nearest valid key. A value on the command line is read as TOML, and as a plain
-string where it is not TOML, so ``--set optim.lr=3e-4`` and ``--set data.corpus=stdlib`` both do what they say.
+string where it is not TOML, so ``--set optim.lr=3e-4`` and ``--set data.corpus=stdlib`` both do what they say; so does
+a list of names without quotes, ``--set 'pipeline.transforms=[2bp]'``.
 """
 
 from __future__ import annotations
 
+import re
 import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -39,12 +41,17 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
+#: ``[2bp, pipeoffload]``.
+_NAMES = re.compile(r"\s*\[(\s*[\w-]+\s*(?:,\s*[\w-]+\s*)*)\]\s*")
+
+
 def parse_value(text: str) -> Any:
-    """The value of an override: TOML if it is that, else the text itself."""
+    """The value of an override: TOML if it is that, else a list of names if it looks like one, else the text itself."""
     try:
         table = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        return text
+        names = _NAMES.fullmatch(text)
+        return [name.strip() for name in names[1].split(",")] if names else text
     # A line break in the text could start a second key: then it was no value.
     return table["value"] if list(table) == ["value"] else text
 

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -61,8 +61,9 @@ class Grid:
         """
         key = purpose, tuple(ranks)
         if key not in self._groups:
-            timeout = datetime.timedelta(seconds=self.timeout)
-            self._groups[key] = dist.new_group(sorted(ranks), timeout=timeout)
+            # NCCL's own watch ends the process without a word about whom it waited for: we, who say it, must be first.
+            patience = self.timeout * (2 if torch.cuda.is_available() else 1)
+            self._groups[key] = dist.new_group(sorted(ranks), timeout=datetime.timedelta(seconds=patience))
         return self._groups[key]
 
     def connect(self, links: Sequence[tuple[int, int]], device: torch.device) -> None:
@@ -83,6 +84,16 @@ class Grid:
                             dist.send(token, b, group)
                         else:
                             dist.recv(token, a, group)
+
+    def unite(self, members: Iterable[tuple[int, ...]], device: torch.device) -> None:
+        """Opens a communicator for the sums of each of ``members``, tuples of ranks; it carries one now, as in
+        :meth:`connect`."""
+        for ranks in sorted(members):
+            fresh = ("sum", ranks) not in self._groups
+            group = self.group("sum", ranks)
+            if fresh and self.world.rank in ranks:
+                with self.explained(next(rank for rank in ranks if rank != self.world.rank), "its connection"):
+                    dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     @contextlib.contextmanager
     def explained(self, peer: int, what: str) -> Iterator[None]:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from penstock.core.devices import synchronize
+
 #: When copies are done; None where they are done at once.
 Event = torch.cuda.Event | None
+
+#: Bytes of the copy by which a link is measured: long enough that its start does not count.
+_SAMPLE = 1 << 25
 
 
 class HostLink:
@@ -44,6 +50,19 @@ class HostLink:
         self._back.wait_event(sent)
         return _copied(hosts, tensors, self._back)
 
+    def bandwidth(self) -> float:
+        """Bytes a second to the host's memory, measured now: of two copies by the second, for which memory is found."""
+        tensor = torch.empty(_SAMPLE, dtype=torch.uint8, device=self.device)
+        return _SAMPLE / [self._seconds(tensor) for _ in range(2)][1]
+
+    def _seconds(self, tensor: Tensor) -> float:
+        synchronize(self.device)
+        began = time.perf_counter()
+        _, sent = self.send([tensor])
+        if sent is not None:
+            sent.synchronize()
+        return time.perf_counter() - began
+
     def wait(self, event: Event) -> None:
         """The work from now on waits for copies."""
         if event is not None:
@@ -67,18 +86,18 @@ class _Kept:
 class Offloaded(contextlib.AbstractContextManager["Offloaded"]):
     """What autograd saves of the forward pass in its ``with`` block leaves for the host at the end of the block.
 
-    Each tensor once, however many operations save it; parameters stay, and so does the stage's input where the runtime
+    Each tensor once, however many operations save it; weights stay, and so does the stage's input where the runtime
     holds it for its gradient. Then come, in this order: :meth:`leave` once there is other work beside the copies,
     :meth:`call_back` some work before the backward pass, and :meth:`arrive` just before it.
 
     Args:
         link: of the device.
-        parameters: of the stage.
+        weights: what stays; other tensors of the same storage too.
     """
 
-    def __init__(self, link: HostLink, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, link: HostLink, weights: Iterable[Tensor]) -> None:
         self._link = link
-        self._staying = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        self._staying = {weight.untyped_storage().data_ptr() for weight in weights}
         self._kept: dict[tuple[object, ...], _Kept] = {}
         self._leaving: list[Tensor] = []
         self._sent: Event = None

@@ -65,6 +65,7 @@ def measured(
     activation: Sequence[float],
     weights: Sequence[float],
     message: float,
+    host: Link = Link(),
 ) -> Simulation:
     """A real step as a timeline that can be drawn beside a simulated one; its ``costs`` are what was measured.
 
@@ -77,6 +78,7 @@ def measured(
         spans: for each device (start, end) of its tasks in seconds; see :class:`~penstock.pipeline.runtime.Step`.
         activation, weights: bytes of each stage's activations of a microbatch, and of its gradients.
         message: bytes between stages.
+        host: the way of offloaded activations.
     """
     found: dict[tuple[Kind, int], list[float]] = defaultdict(list)
     for order, times in zip(schedule.orders, spans, strict=True):
@@ -96,6 +98,7 @@ def measured(
         weights=tuple(weights),
         message=message,
         link=Link(latency=transfer_seconds(schedule, starts, ends)),
+        host=host,
     )
     return Simulation(schedule, costs, starts, ends)
 

@@ -46,10 +46,16 @@ class Replicas:
     Args:
         schedule, names, grid: see :func:`holders`.
         parameters: those that are here, by name; their ``.grad`` are summed.
+        device: where they are.
     """
 
     def __init__(
-        self, schedule: Schedule, names: Sequence[Sequence[str]], grid: Grid, parameters: Mapping[str, nn.Parameter]
+        self,
+        schedule: Schedule,
+        names: Sequence[Sequence[str]],
+        grid: Grid,
+        parameters: Mapping[str, nn.Parameter],
+        device: torch.device,
     ) -> None:
         self._grid, self._parameters = grid, parameters
         grouped: dict[tuple[tuple[int, ...], frozenset[int]], list[str]] = defaultdict(list)
@@ -64,8 +70,7 @@ class Replicas:
                 finished[task.stage] = number
         buckets = [Bucket(ranks, stages, tuple(held)) for (ranks, stages), held in grouped.items()]
         buckets.sort(key=lambda bucket: (max(finished[stage] for stage in bucket.stages), sorted(bucket.stages)))
-        for ranks in sorted({bucket.ranks for bucket in buckets}):
-            grid.group("sum", ranks)
+        grid.unite({bucket.ranks for bucket in buckets}, device)
         self._buckets = [bucket for bucket in buckets if grid.world.rank in bucket.ranks]
         self._tasks = Counter(task.stage for task in schedule.orders[grid.device] if task.kind in (Kind.W, Kind.B))
 

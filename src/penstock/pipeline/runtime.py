@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,13 +27,16 @@ from penstock.pipeline.offload import HostLink, Offloaded
 from penstock.pipeline.replicas import Replicas, holders
 from penstock.pipeline.split_backward import Deferral
 from penstock.pipeline.stash import Stash
-from penstock.pipeline.transfers import AHEAD, Need, Routes, Transfers
+from penstock.pipeline.transfers import Need, Routes, Transfers
 from penstock.pipeline.validate import validate
 from penstock.pipeline.vocabulary import Shard, width
 
 #: ``forward(stage, microbatch, x)``: x is None for the first stage on the microbatch's path, and the output None for
 #: the last one, unless the vocabulary is sharded; the loss is a scalar, or None where the stage adds nothing to it.
 Forward = Callable[[int, int, Tensor | None], tuple[Tensor | None, Tensor | None]]
+
+#: How many tasks before the one that needs it an offloaded activation begins to return.
+RETURNING = 2
 
 
 class Live(NamedTuple):
@@ -78,6 +81,7 @@ class Runtime:
         names: those of each stage, on whatever device. A parameter that several devices hold, be it for replicas of a
             stage or because two stages share it, ends with the sum of its gradients on each.
         dtype, device: of the messages between stages.
+        staying: weights that forward passes read, which are never offloaded; ``parameters`` if not given.
 
     Raises:
         ScheduleError: the schedule cannot run.
@@ -95,6 +99,7 @@ class Runtime:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        staying: Iterable[Tensor] | None = None,
     ) -> None:
         validate(schedule)
         _require_supported(schedule, names, grid)
@@ -102,10 +107,11 @@ class Runtime:
         self.order = schedule.orders[grid.device]
         self._routes = Routes(schedule)
         grid.connect(sorted(self._routes.queues), device)
-        self._replicas = Replicas(schedule, names, grid, parameters)
+        self._replicas = Replicas(schedule, names, grid, parameters, device)
         self._split = {(task.stage, task.microbatch) for task in self.order if task.kind is Kind.W}
         here = {task.stage for task in self.order}
         self._held = {stage: [parameters[name] for name in names[stage] if name in parameters] for stage in here}
+        self._staying = list(parameters.values() if staying is None else staying)
         self._link = HostLink(device)
 
     def step(
@@ -143,7 +149,7 @@ class Runtime:
         self._replicas.begin()
         for number, task in enumerate(self.order):
             given = [transfers.take(need) for need in self._routes.read.get(task, ())]
-            work.call_back(self.order[number : number + 1 + AHEAD])
+            work.call_back(self.order[number : number + 1 + RETURNING])
             clock.start()
             made = work.run(task, given)
             clock.stop()
@@ -261,7 +267,7 @@ class _Work:
         runtime, (stage, _) = self._runtime, key
         deferral = Deferral() if key in runtime._split else None
         away = key in runtime.schedule.offloaded
-        offloaded = Offloaded(runtime._link, runtime._held[stage]) if away else None
+        offloaded = Offloaded(runtime._link, runtime._staying) if away else None
         if x is not None:
             x = x.detach().requires_grad_()
         with contextlib.ExitStack() as stack:

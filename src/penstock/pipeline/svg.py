@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from xml.sax.saxutils import escape
+
 from penstock.pipeline.ir import Kind
 from penstock.pipeline.palette import HUES, NAMES, colours, key
 from penstock.pipeline.simulator import Simulation
 
-#: Pixels: of the picture's width, of a device's row, and of the margin with its number.
+#: Pixels: of the picture's width, of a row, and of the margin with a device's number.
 WIDTH, ROW, MARGIN = 960, 24, 28
 
 
-def svg(simulation: Simulation) -> str:
-    """The picture: a row for each device, a block for each task with its microbatch, and a legend."""
-    schedule = simulation.schedule
-    scale = (WIDTH - MARGIN) / (simulation.makespan or 1.0)
-    shades = colours(schedule)
-    height = ROW * (schedule.devices + 1)
-    lines = [
+def svg(*simulations: Simulation, titles: Sequence[str] = ()) -> str:
+    """The picture: a row for each device, a block for each task with its microbatch, and a legend.
+
+    Several simulations stand below each other on one scale of time. ``titles``, one for each, are rows above them.
+    """
+    scale = (WIDTH - MARGIN) / (max(simulation.makespan for simulation in simulations) or 1.0)
+    lines: list[str] = []
+    top = 0
+    for simulation, title in zip(simulations, titles or [""] * len(simulations), strict=True):
+        if title:
+            lines.append(f'<text x="{MARGIN}" y="{top + 16}" text-anchor="start">{escape(title)}</text>')
+            top += ROW
+        lines += _devices(simulation, top, scale)
+        top += ROW * simulation.schedule.devices
+    kinds = sorted({task.kind for simulation in simulations for _, task in simulation.tasks()})
+    width = min(150.0, (WIDTH - MARGIN) / max(1, len(kinds)))
+    for column, kind in enumerate(kinds):
+        lines += _legend(kind, round(MARGIN + width * column), top)
+    height = top + ROW
+    opening = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         'font-family="sans-serif" font-size="11" text-anchor="middle">',
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
     ]
+    return "\n".join([*opening, *lines, "</svg>"]) + "\n"
+
+
+def _devices(simulation: Simulation, top: int, scale: float) -> Iterator[str]:
+    """The rows of a simulation, from ``top`` on."""
+    schedule = simulation.schedule
+    shades = colours(schedule)
     for device, order in enumerate(schedule.orders):
-        top = device * ROW
-        lines.append(f'<text x="{MARGIN / 2:g}" y="{top + 16}">{device}</text>')
+        y = top + device * ROW
+        yield f'<text x="{MARGIN / 2:g}" y="{y + 16}">{device}</text>'
         for task, start, end in zip(order, simulation.starts[device], simulation.ends[device], strict=True):
             x, width = MARGIN + start * scale, (end - start) * scale
-            lines.append(
-                f'<rect x="{x:.1f}" y="{top + 2}" width="{width:.1f}" height="{ROW - 4}" fill="{shades[key(task)]}" '
+            yield (
+                f'<rect x="{x:.1f}" y="{y + 2}" width="{width:.1f}" height="{ROW - 4}" fill="{shades[key(task)]}" '
                 f'stroke="#fff" stroke-width="0.5"><title>{task}</title></rect>'
             )
             if width >= 7 * len(str(task.microbatch)):
-                lines.append(f'<text x="{x + width / 2:.1f}" y="{top + 16}">{task.microbatch}</text>')
-    kinds = sorted({task.kind for order in schedule.orders for task in order})
-    width = min(150.0, (WIDTH - MARGIN) / max(1, len(kinds)))
-    for column, kind in enumerate(kinds):
-        lines += _legend(kind, round(MARGIN + width * column), ROW * schedule.devices)
-    return "\n".join([*lines, "</svg>"]) + "\n"
+                yield f'<text x="{x + width / 2:.1f}" y="{y + 16}">{task.microbatch}</text>'
 
 
 def _legend(kind: Kind, left: int, top: int) -> list[str]:

@@ -21,7 +21,12 @@ from penstock.pipeline.grid import Grid
 from penstock.pipeline.ir import Schedule, Task
 
 #: How many of the messages that are needed next a device has asked for before it needs them.
-AHEAD = 2
+#:
+#: None on CUDA. There a receive is a kernel of NCCL that spins until the message comes, and holds multiprocessors that
+#: the work before it could use. Whatever makes the device wait for all of its work (the first launch of a kernel, which
+#: loads it, or memory that is given back) would wait for a message that may itself wait for work that is not queued
+#: yet. And little would be gained: NCCL sends into buffers between the two GPUs, whether or not we have asked.
+AHEAD = {"cpu": 2, "cuda": 0}
 
 
 class Need(NamedTuple):
@@ -114,7 +119,7 @@ class Transfers:
             return self._kept.pop(need)
         self._wanted.popleft()
         self._ask(need)
-        for following in itertools.islice(self._wanted, AHEAD):
+        for following in itertools.islice(self._wanted, AHEAD[self._device.type]):
             self._ask(following)
         tensor, work = self._coming.pop(need)
         self._wait(need, work, self._grid.rank(self._routes.sources[need]))

@@ -15,7 +15,6 @@ from penstock.models.attention import PackedRows
 from penstock.models.config import DecoderConfig, MoEConfig
 from penstock.models.decoder import Decoder
 from penstock.ops.cross_entropy import linear_cross_entropy
-from penstock.parallel.world import World
 from penstock.pipeline.contract import PipelineSchedule, RefusalError
 from penstock.pipeline.grid import Grid
 from penstock.pipeline.ir import Schedule, WeightRule
@@ -113,15 +112,8 @@ def delayed(config: DecoderConfig, stages: int, microbatches: int) -> Work:
     return Work(batches, total, history[-1])
 
 
-def check_runtime(
-    policy: PipelineSchedule,
-    world: World,
-    microbatches: int,
-    *,
-    timeout: float = 60.0,
-    device: torch.device = CPU,
-) -> bool:
-    """Asserts the law on the processes of ``world``, all of which call this: loss and every gradient equal to those of
+def check_runtime(policy: PipelineSchedule, grid: Grid, microbatches: int, device: torch.device = CPU) -> bool:
+    """Asserts the law on the processes of ``grid``, all of which call this: loss and every gradient equal to those of
     one device in fp64, for a dense Decoder and, twice in a row, for a sparse one; and the counted peak of live
     activations equal to the simulator's. Without a flush, the weights at the end are those of :func:`delayed`.
 
@@ -130,12 +122,12 @@ def check_runtime(
     """
     policy = rebuilt(policy)
     try:
-        schedule = policy.build(world.size, microbatches)
+        schedule = policy.build(grid.devices, microbatches)
     except RefusalError as refusal:
-        if refusal.devices != world.size:
+        if refusal.devices != grid.devices:
             return False
-        schedule = policy.build(world.size, refusal.microbatches)
-    check_schedule_runs(schedule, Grid(world, world.size, timeout), device)
+        schedule = policy.build(grid.devices, refusal.microbatches)
+    check_schedule_runs(schedule, grid, device)
     return True
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import selectors
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -46,24 +48,41 @@ class Workers:
             process.kill()
             process.communicate()
 
-    def ask(self, order: str) -> list[Any]:
+    def ask(self, order: str, patience: float = 300.0) -> list[Any]:
         """What each process answers to ``order``, in order of their ranks.
 
         Raises:
-            PenstockError: one has ended.
+            PenstockError: one has ended, or has not answered within ``patience`` seconds.
         """
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.write(order + "\n")
-            process.stdin.flush()
-        answers = []
         for rank, process in enumerate(self._processes):
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            if not line:
-                raise PenstockError(f"rank {rank} of the benchmark has failed", hint="Its own message says why.")
-            answers.append(json.loads(line))
-        return answers
+            assert process.stdin is not None
+            try:
+                process.stdin.write(order + "\n")
+                process.stdin.flush()
+            except BrokenPipeError as error:
+                raise _ended(rank) from error
+        answers: dict[int, Any] = {}
+        deadline = time.monotonic() + patience
+        with selectors.DefaultSelector() as waiting:
+            for rank, process in enumerate(self._processes):
+                assert process.stdout is not None
+                waiting.register(process.stdout, selectors.EVENT_READ, (rank, process.stdout))
+            while waiting.get_map():
+                ready = waiting.select(max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    silent = ", ".join(str(rank) for rank in range(len(self._processes)) if rank not in answers)
+                    raise PenstockError(f"rank {silent} of the benchmark has not answered within {patience:g} s")
+                for (_, _, _, (rank, stream)), _ in ready:
+                    line = stream.readline()
+                    if not line:
+                        raise _ended(rank)
+                    answers[rank] = json.loads(line)
+                    waiting.unregister(stream)
+        return [answers[rank] for rank in sorted(answers)]
+
+
+def _ended(rank: int) -> PenstockError:
+    return PenstockError(f"rank {rank} of the benchmark has failed", hint="Its own message says why.")
 
 
 def serve(orders: Callable[[World], Callable[[str], Any]]) -> None:
@@ -72,8 +91,9 @@ def serve(orders: Callable[[World], Callable[[str], Any]]) -> None:
     Args:
         orders: makes, in its place, the function from an order to its answer.
     """
-    # Answers have the output to themselves: whatever else is printed goes where errors go.
-    answers, sys.stdout = sys.stdout, sys.stderr
+    # Answers have the output to themselves: whatever else is printed, by NCCL too, goes where errors go.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     world = World.join()
     answer = orders(world)
     for line in sys.stdin:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from penstock.core.config import Config
 from penstock.data.corpora.contract import Corpus
@@ -13,7 +13,7 @@ from penstock.data.corpora.stdlib import StandardLibrary
 from penstock.data.samplers.contract import Sampler
 from penstock.data.samplers.shuffle import Shuffle
 from penstock.models.config import DecoderConfig
-from penstock.pipeline.contract import PipelineSchedule
+from penstock.pipeline.contract import PipelineSchedule, PipelineTransform
 from penstock.pipeline.schedules.one_f_one_b import OneForwardOneBackward
 from penstock.policy import Choice
 from penstock.train.averages.contract import Average
@@ -97,17 +97,13 @@ class ParallelConfig(Config):
 class PipelineConfig(Config):
     """How a pipeline works on the microbatches of a batch (``batch.micro_tokens`` each).
 
-    A process that does not answer for ``timeout`` seconds counts as lost.
+    ``transforms`` make a better schedule of it, one after another. A process that does not answer for ``timeout``
+    seconds counts as lost.
     """
 
     schedule: Annotated[PipelineSchedule, Choice("pipeline.schedule", "1f1b")] = OneForwardOneBackward()
+    transforms: tuple[Annotated[PipelineTransform, Choice("pipeline.transform")], ...] = ()
     timeout: PositiveFloat = 300.0
-
-    @field_validator("schedule", mode="before")
-    @classmethod
-    def _papers_spelling(cls, value: Any) -> Any:
-        """The papers write zb-h1 where we write zb_h1."""
-        return value.replace("-", "_") if isinstance(value, str) else value
 
 
 class TrainConfig(Config):

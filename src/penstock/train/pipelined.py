@@ -6,13 +6,14 @@ import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from penstock.core.devices import synchronize
 from penstock.core.errors import ConfigError
 from penstock.core.files import write_atomic, write_json
 from penstock.data.loader import Batch
@@ -22,19 +23,23 @@ from penstock.models.decoder import Decoder
 from penstock.parallel.world import World
 from penstock.pipeline.grid import Grid
 from penstock.pipeline.ir import Kind, Schedule, WeightRule
+from penstock.pipeline.offload import HostLink
 from penstock.pipeline.profile import Activations, gathered, measured
 from penstock.pipeline.replicas import holders
 from penstock.pipeline.runtime import Runtime, Step
-from penstock.pipeline.simulator import Simulation, simulate
+from penstock.pipeline.simulator import Link, Simulation, simulate
 from penstock.pipeline.stages import Part, cut, parameter_names
 from penstock.pipeline.times import Times
 from penstock.pipeline.trace import trace_events
+from penstock.policy import Policy
 from penstock.train.config import TrainConfig
 from penstock.train.precision import Weights
 
 #: The update of a session that is profiled: the ones before it warm up. Where the schedule is then made anew from what
 #: was measured, so is the update that comes as long after it.
 PROFILED = 3
+
+P = TypeVar("P", bound=Policy)
 
 COSTS, TRACE = "pipeline.json", "pipeline-trace.json"
 
@@ -46,8 +51,8 @@ class Pipeline:
     several processes hold, the one with the lowest rank is the owner, who counts them in norms and sends them to be
     saved. So neither results nor checkpoints depend on the layout.
 
-    A schedule that plans by times, such as zb_auto, begins with those that it is given, and, where these are the
-    defaults, is made anew from the times of the first updates.
+    Schedules and transforms that plan by times, such as zb_auto and pipeoffload, begin with those that they are given.
+    Where these are the defaults, the schedule is made anew from the times of the first updates.
 
     Args:
         config: the run's; its ``parallel`` and ``pipeline`` sections say which.
@@ -62,14 +67,16 @@ class Pipeline:
 
     Raises:
         UsageError: the processes, the layers or the microbatches do not fit the schedule; see there.
+        ConfigError: the trainer cannot follow the schedule or a transform of it.
     """
 
     def __init__(self, config: TrainConfig, shape: DecoderConfig, folder: Path, world: World) -> None:
         self._config, self._folder, self._world = config, folder, world
-        self._policy = config.pipeline.schedule
-        self._plans = getattr(self._policy, "times", None) == Times()
+        self._policy, self._transforms = config.pipeline.schedule, config.pipeline.transforms
+        self._plans = any(map(_plans_anew, (self._policy, *self._transforms)))
+        self._require_elementwise()
         self.grid = Grid(world, config.parallel.pipeline, config.pipeline.timeout)
-        self.schedule = self._build()
+        self.schedule = self._arranged(self._microbatches())
         self.stages = cut(shape, self.schedule.stages, config.batch.length)
         held = [s for s, devices in enumerate(self.schedule.placement) if self.grid.device in devices]
         self.part = Part(shape, [self.stages[stage] for stage in held])
@@ -81,41 +88,66 @@ class Pipeline:
             self.parameters = Decoder(shape).parameter_count()
         self._updates = 0
 
-    def _build(self) -> Schedule:
+    def _microbatches(self) -> int:
+        """Of each pipeline, in an update."""
         batch = self._config.batch
         if batch.micro_tokens is None:
             raise ConfigError(
                 "a pipeline works on several microbatches at a time, and batch.micro_tokens is not set",
                 hint=f"Set it to a part of batch.tokens ({batch.tokens}), such as {batch.length}.",
             )
+        return -(-batch.tokens // self.grid.pipelines // batch.micro_tokens)
+
+    def _require_elementwise(self) -> None:
         average = self._config.average
         if average is not None and not average.elementwise:
             raise ConfigError(
                 f"the average {average.policy_name!r} looks at all weights together, and a pipeline has them in parts",
                 hint="Choose another average, such as ema, or parallel.pipeline=1.",
             )
-        microbatches = -(-batch.tokens // self.grid.pipelines // batch.micro_tokens)
+
+    def _arranged(self, microbatches: int) -> Schedule:
+        """The schedule after all transforms."""
         schedule = self._policy.build(self.grid.devices, microbatches)
+        self._require_trainable(schedule, self._policy, "pipeline.schedule=1f1b")
+        for transform in self._transforms:
+            schedule = transform.apply(schedule)
+            self._require_trainable(schedule, transform, f"leave {transform.policy_name} out of pipeline.transforms")
+        return schedule
+
+    def _require_trainable(self, schedule: Schedule, made_by: Policy, instead: str) -> None:
+        """Refuses what the trainer cannot follow; ``instead`` says what to do without ``made_by``."""
+        name = made_by.policy_name
         if schedule.weights is not WeightRule.FLUSH:
             raise ConfigError(
-                f"{self._policy.policy_name} updates weights after each microbatch, and the trainer after each batch",
-                hint="Set pipeline.schedule=1f1b, which has the order of pipedream and one update a step.",
+                f"{name} updates weights after each microbatch, and the trainer after each batch",
+                hint=f"Set {instead}, which has the order of pipedream and one update a step.",
+            )
+        if schedule.barriers:
+            raise ConfigError(
+                f"{name} cuts the embedding and the head into rows, and the trainer keeps matrices whole",
+                hint=f"To train, {instead}.",
             )
         splits = any(task.kind is Kind.W for order in schedule.orders for task in order)
         if splits and self._config.activation_checkpointing:
             raise ConfigError(
-                f"{self._policy.policy_name} defers weight gradients, which needs the activations "
+                f"{name} defers weight gradients, which needs the activations "
                 "that activation_checkpointing does not keep",
-                hint="Turn one of them off: activation_checkpointing=false, or pipeline.schedule=1f1b.",
+                hint=f"Turn one of them off: activation_checkpointing=false, or {instead}.",
             )
-        return schedule
 
     def attach(self, weights: Weights, device: torch.device) -> None:
         """Makes the runtime for the part, which is on ``device`` now. All processes at the same time."""
         self._weights, self._device = weights, device
         self._dtype = next(self.part.parameters()).dtype
         self._runtime = Runtime(
-            self.schedule, self.grid, weights.masters, self._trained, dtype=self._dtype, device=device
+            self.schedule,
+            self.grid,
+            weights.masters,
+            self._trained,
+            dtype=self._dtype,
+            device=device,
+            staying=self.part.parameters(),
         )
 
     # One update.
@@ -141,6 +173,7 @@ class Pipeline:
 
         shapes = [(*batch.tokens.shape, self.part.config.hidden) for batch, _ in micros]
         if record:
+            synchronize(self._device)
             self._world.barrier()  # so that the clocks of all devices start together
         step = self._runtime.step(forward, shapes, self._weights.collect_gradients)
         if record:
@@ -225,12 +258,14 @@ class Pipeline:
         with torch.device("meta"):
             sizes = [Part(self.part.config, [stage]).parameter_count() for stage in self.stages]
         element = torch.empty((), dtype=self._dtype).element_size()
+        slowest = -self._world.largest(-HostLink(self._device).bandwidth())[0]
         return measured(
             self.schedule,
             gathered(self.grid, self.schedule, step.spans),
             activation=activation,
             weights=[float(size * element) for size in sizes],
             message=float(element * torch.Size(message).numel()),
+            host=Link(bandwidth=slowest),
         )
 
     def _plan(self, real: Simulation) -> None:
@@ -241,9 +276,14 @@ class Pipeline:
             input_grad=costs.input_grad,
             weight_grad=costs.weight_grad,
             transfer=costs.link.latency,
+            host=_host_seconds(real),
         )
-        self._policy = self._policy.model_copy(update={"times": times})
-        schedule = self._policy.build(self.grid.devices, self.schedule.microbatches)
+
+        def planned(policy: P) -> P:
+            return policy.model_copy(update={"times": times}) if _plans_anew(policy) else policy
+
+        self._policy, self._transforms = planned(self._policy), tuple(map(planned, self._transforms))
+        schedule = self._arranged(self.schedule.microbatches)
         assert schedule.placement == self.schedule.placement
         self.schedule = schedule
         self.attach(self._weights, self._device)
@@ -263,6 +303,7 @@ class Pipeline:
         f, i, w = (f"{seconds / schedule.devices:.6g}" for seconds in share)
         return {
             "schedule": self._policy.describe(),
+            "transforms": [transform.describe() for transform in self._transforms],
             "devices": schedule.devices,
             "microbatches": schedule.microbatches,
             "layers": [[stage.start, stage.stop] for stage in self.stages],
@@ -271,6 +312,18 @@ class Pipeline:
             "weight_bytes": costs.weights,
             "message_bytes": costs.message,
             "transfer_seconds": costs.link.latency,
+            "host_bandwidth": costs.host.bandwidth,
             "makespan": {"measured": real.makespan, "simulated": simulate(schedule, costs).makespan},
-            "cost": f"F={f},I={i},W={w},comm={costs.link.latency:.6g}",
+            "cost": f"F={f},I={i},W={w},comm={costs.link.latency:.6g},host={_host_seconds(real):.6g}",
         }
+
+
+def _plans_anew(policy: Policy) -> bool:
+    """Whether it plans by times, and was given none."""
+    field = type(policy).model_fields.get("times")
+    return field is not None and getattr(policy, "times", None) == field.default
+
+
+def _host_seconds(real: Simulation) -> float:
+    """Of the activation of a microbatch on a p-th of the model, on its way to the host."""
+    return sum(map(real.costs.host.seconds, real.costs.activation)) / real.schedule.devices

@@ -54,6 +54,8 @@ class Run:
         self.config, self.folder, self.world = config, folder, world
         any_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
         self.device = pick(f"cuda:{world.local_rank}" if any_cuda else config.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # pinned memory and libraries belong to the current one
         found, self.faults = checkpoint.newest(folder / CHECKPOINTS)
         pipeline = self._pipeline(found) if config.parallel.pipeline > 1 else None
         model = self._part(pipeline, found) if pipeline else self._model(found)

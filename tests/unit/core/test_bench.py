@@ -34,6 +34,15 @@ def replay(values, log=None, name=""):
     return run
 
 
+@pytest.fixture(autouse=True, scope="module")
+def results(tmp_path_factory):
+    """Where results go, instead of the source tree."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_module, "results_folder", lambda: folder)
+        yield folder
+
+
 @pytest.fixture
 def run():
     return Bench("made", CPU, papers=[3])
@@ -102,12 +111,11 @@ def test_seconds_are_seconds(run):
     assert 0.02 <= run.seconds(lambda: time.sleep(0.02)) < 0.5
 
 
-def test_the_result_is_written_and_read_back(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_module, "results_folder", lambda: tmp_path / "results")
+def test_the_result_is_written_and_read_back(run, results, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     run.measure(**NAMES, run=lambda: 1234.0)
     result = run.finish()
-    path = tmp_path / "results" / f"made-cpu-{torch.get_num_threads()}.json"
+    path = results / f"made-cpu-{torch.get_num_threads()}.json"
     assert Result.model_validate(json.loads(path.read_text())) == result
     shown = capsys.readouterr().out
     assert "throughput" in shown
@@ -121,14 +129,30 @@ def test_a_quick_run_is_written_only_where_it_is_asked_for(tmp_path, monkeypatch
     quick.finish()
     assert not (tmp_path / "results").exists()
     assert "quick: not a measurement" in capsys.readouterr().out.replace("\n", " ")
-    quick.finish(tmp_path / "mine.json")
+    quick = Bench("made", CPU, quick=True, out=tmp_path / "mine.json")
+    quick.row(**NAMES, value=3)
+    quick.finish()
     assert json.loads((tmp_path / "mine.json").read_text())["quick"] is True
 
 
-def test_a_benchmark_without_rows_measured_nothing(run, tmp_path):
+def test_a_run_that_is_cut_off_leaves_its_rows(tmp_path):
+    """Beside what an earlier run has left, which stays as it was until the run is complete."""
+    path = tmp_path / "mine.json"
+    path.write_text("earlier")
+    cut_off = Bench("made", CPU, out=path)
+    for value in (3.0, 4.0):
+        cut_off.row(**NAMES, value=value)
+    left = Result.model_validate(json.loads((tmp_path / "mine.json.partial").read_text()))
+    assert [row.value for row in left.rows] == [3, 4]
+    assert path.read_text() == "earlier"
+    assert cut_off.finish().rows == left.rows
+    assert [found.name for found in tmp_path.iterdir()] == ["mine.json"]
+
+
+def test_a_benchmark_without_rows_measured_nothing(tmp_path):
     with pytest.raises(PenstockError, match="'made' measured nothing"):
-        run.finish(tmp_path / "mine.json")
-    assert not (tmp_path / "mine.json").exists()
+        Bench("made", CPU, out=tmp_path / "mine.json").finish()
+    assert not list(tmp_path.iterdir())
 
 
 def test_versions_are_those_of_what_runs():

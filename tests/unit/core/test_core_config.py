@@ -36,13 +36,19 @@ def test_a_toml_value_is_read_as_itself(value):
     assert type(read) is type(value)
 
 
-@pytest.mark.parametrize("text", ["stdlib", "a/b.txt", "7b", "", "3e", "#1", "yes", "1\nb = 2", "'", "value = 3"])
+@pytest.mark.parametrize(
+    "text", ["stdlib", "a/b.txt", "7b", "", "3e", "#1", "yes", "1\nb = 2", "'", "value = 3", "[a b]", "[a,,b]", "[a"]
+)
 def test_what_is_no_toml_value_is_the_text_itself(text):
     assert parse_value(text) == text
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("3e-4", 3e-4), ("[1, 2]", [1, 2]), ("{a = 1}", {"a": 1}), ("true", True), ("'7'", "7")]
+    ("text", "value"),
+    [
+        *[("3e-4", 3e-4), ("[1, 2]", [1, 2]), ("{a = 1}", {"a": 1}), ("true", True), ("'7'", "7"), ("[]", [])],
+        *[("[2bp]", ["2bp"]), (" [ zb-h1,v_min ] ", ["zb-h1", "v_min"]), ("['2bp']", ["2bp"])],
+    ],
 )
 def test_numbers_lists_and_tables(text, value):
     assert parse_value(text) == value

@@ -75,7 +75,7 @@ def block(sources, marker: str, document: str = "docs/page.md") -> list[str]:
 def test_every_link_to_a_file_of_the_source_leads_somewhere():
     for document in (repository() / "docs").glob("*.md"):
         for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", document.read_text(encoding="utf-8")):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+            assert (document.parent / target.partition("#")[0]).exists(), f"{document.name}: {target}"
 
 
 def test_generating_needs_no_torch():
@@ -142,6 +142,7 @@ def test_papers_by_status_and_family(sources):
         ("<!-- policies: test.cat -->\n<!-- end -->\n", "there is no contract 'test.cat': did you mean 'test.cut'"),
         ("<!-- papers: plannd -->\n<!-- end -->\n", "there is no status 'plannd': did you mean 'planned'"),
         ("<!-- figrues: x -->\n<!-- end -->\n", "there is no generator 'figrues': did you mean 'figures'"),
+        ("<!-- timelines: a,b -->\n<!-- end -->\n", "there is no schedule '"),
         ("<!-- contracts -->\n", "the marker '<!-- contracts -->' has no partner"),
         ("<!-- end -->\n", "the marker '<!-- end -->' has no partner"),
         (
@@ -177,6 +178,29 @@ def test_timelines_are_drawn_where_a_document_shows_them(tmp_path):
     (tmp_path / "docs" / shown[0]).write_text("stale")
     assert generate.main(["--check"], tmp_path) == 1
     assert generate.main([], tmp_path) == 0
+    assert generate.main(["--check"], tmp_path) == 0
+
+
+def test_some_timelines_share_a_scale(tmp_path):
+    """In the README: the longer schedule fills the width, the other one stops at its own time."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("Here:\n\n<!-- timelines: 1f1b,zb_auto -->\n<!-- end -->\n")
+    assert generate.main([], tmp_path) == 0
+    assert "](docs/images/pipeline/1f1b-zb_auto.svg)" in (tmp_path / "README.md").read_text()
+    (path,) = (tmp_path / "docs" / "images" / "pipeline").iterdir()
+    assert path.name == "1f1b-zb_auto.svg"
+    picture = ElementTree.fromstring(path.read_text())
+    svg = "{http://www.w3.org/2000/svg}"
+    ends = {False: 0.0, True: 0.0}
+    for block in picture.findall(f"{svg}rect[{svg}title]"):
+        below = float(block.get("y")) > float(picture.get("height")) / 2
+        ends[below] = max(ends[below], float(block.get("x")) + float(block.get("width")))
+    assert [ends[False] - 28, ends[True] - 28] == pytest.approx([932, 932 * 27 / 33], abs=0.2)
+    titles = [text.text for text in picture.findall(f"{svg}text") if text.text.startswith(("1f1b", "zb_auto"))]
+    assert titles == [
+        "1f1b: time 33, bubble 27%, 4 activations at most",
+        "zb_auto: time 27, bubble 11%, 4 activations at most",
+    ]
     assert generate.main(["--check"], tmp_path) == 0
 
 
