@@ -144,7 +144,7 @@ class Subjects:
         stages = cut(self.config, count, self.length)
         context = CausalRows.of(self.length, self.device)
         with self.device:
-            parts = {stage: Part(self.config, [stages[stage]]).to(self.dtype) for stage in held}
+            parts = {stage: Part(self.config, [stages[stage]]).to(self.device, self.dtype) for stage in held}
         self.parameters = [parameter for part in parts.values() for parameter in part.parameters()]
         return {stage: StageModule(part, stages[stage], context) for stage, part in parts.items()}
 

@@ -59,11 +59,11 @@ class Work:
     results: dict[str, Tensor]
 
 
-def batch(microbatch: int) -> tuple[Tensor, Tensor, PackedRows]:
+def batch(microbatch: int, device: torch.device = CPU) -> tuple[Tensor, Tensor, PackedRows]:
     """Tokens, targets and context of a microbatch: rows of two documents each."""
     generator = torch_generator(0, "tokens", microbatch)
-    tokens, targets = torch.randint(VOCABULARY, (2, ROWS, LENGTH), generator=generator)
-    return tokens, targets, PackedRows.of((torch.arange(LENGTH) > 1).long().expand(ROWS, LENGTH))
+    tokens, targets = torch.randint(VOCABULARY, (2, ROWS, LENGTH), generator=generator).to(device)
+    return tokens, targets, PackedRows.of((torch.arange(LENGTH) > 1).long().expand(ROWS, LENGTH)).to(device)
 
 
 def loss_of(model: Decoder, hidden: Tensor | None, balance: Tensor | None, targets: Tensor, total: int) -> Tensor:
@@ -75,10 +75,11 @@ def loss_of(model: Decoder, hidden: Tensor | None, balance: Tensor | None, targe
 
 
 @functools.cache
-def alone(config: DecoderConfig, microbatches: int) -> Work:
-    """The reference: the whole Decoder on one device, one microbatch after another, with PyTorch's own backward."""
-    model = Decoder(config).double().initialize(0)
-    batches = [batch(microbatch) for microbatch in range(microbatches)]
+def alone(config: DecoderConfig, microbatches: int, device: torch.device = CPU) -> Work:
+    """The reference: the whole Decoder on one device, one microbatch after another, with PyTorch's own backward. It is
+    a device of the kind that is tested, as kinds differ in the float32 angles of rotary positions."""
+    model = Decoder(config).double().initialize(0).to(device)
+    batches = [batch(microbatch, device) for microbatch in range(microbatches)]
     total = 0.0
     for tokens, targets, context in batches:
         hidden, balance = model(tokens, context)
@@ -89,15 +90,15 @@ def alone(config: DecoderConfig, microbatches: int) -> Work:
 
 
 @functools.cache
-def delayed(config: DecoderConfig, stages: int, microbatches: int) -> Work:
+def delayed(config: DecoderConfig, stages: int, microbatches: int, device: torch.device = CPU) -> Work:
     """The reference without a flush, PipeDream's rule: w(t+1) = w(t) - rate grad f(w_1(t-n+1), ..., w_n(t)), where w_s
     are the weights of stage s of n, one microbatch after another in one process."""
-    model = Decoder(config).double().initialize(0)
+    model = Decoder(config).double().initialize(0).to(device)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     named = parameter_names(config, cut(config, stages, LENGTH))
     stage_of = {name: stage for stage, names in enumerate(named) for name in names}
     history = [{name: p.detach().clone() for name, p in parameters.items()}]
-    batches = [batch(microbatch) for microbatch in range(microbatches)]
+    batches = [batch(microbatch, device) for microbatch in range(microbatches)]
     total = 0.0
     for t, (tokens, targets, context) in enumerate(batches):
         model.zero_grad()
@@ -145,7 +146,7 @@ def check_equal(
     steps in a row."""
     stashing = schedule.weights is WeightRule.STASH
     m = schedule.microbatches
-    reference = delayed(config, schedule.stages, m) if stashing else alone(config, m)
+    reference = delayed(config, schedule.stages, m, device) if stashing else alone(config, m, device)
     stages = cut(config, schedule.stages, LENGTH)
     held = [stage for stage, devices in enumerate(schedule.placement) if grid.device in devices]
     part = Part(config, [stages[stage] for stage in held]).double().to(device)
@@ -160,9 +161,9 @@ def check_equal(
 
     def forward(stage: int, microbatch: int, x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         tokens, targets, context = reference.batches[microbatch]
-        hidden, balance = part.run(stages[stage], tokens.to(device) if x is None else x, context.to(device))
+        hidden, balance = part.run(stages[stage], tokens if x is None else x, context)
         ends = stage == schedule.stages - 1 and not schedule.barriers
-        loss = loss_of(part, hidden if ends else None, balance, targets.to(device), m)
+        loss = loss_of(part, hidden if ends else None, balance, targets, m)
         return None if ends else hidden, loss if loss.requires_grad else None
 
     @torch.no_grad()
@@ -223,8 +224,8 @@ class Vocabulary:
         head = self.parameters.get("head.weight", embedding)
 
         def given(microbatch: int) -> tuple[Tensor, Tensor]:
-            tokens, targets, _ = batch(microbatch)
-            return tokens.to(self._device), targets.to(self._device)
+            tokens, targets, _ = batch(microbatch, self._device)
+            return tokens, targets
 
         return Shard(barriers, self.rows, embedding, head, given, 1 / microbatches)
 
@@ -240,6 +241,6 @@ def differences(reference: Mapping[str, Tensor], found: Mapping[str, Tensor | No
         theirs = reference[name]
         if ours is None:
             faults.append(f"{name} has no gradient")
-        elif not (error := ((ours.cpu() - theirs).abs().max() / theirs.abs().max()).item()) <= TOLERANCE:
+        elif not (error := ((ours - theirs).abs().max() / theirs.abs().max()).item()) <= TOLERANCE:
             faults.append(f"{name} is off by {error:.1e}")
     return faults

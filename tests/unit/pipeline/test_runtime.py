@@ -16,6 +16,7 @@ from torch import nn
 import forked_ranks
 from penstock.core.errors import PenstockError, UsageError
 from penstock.parallel.world import World
+from penstock.pipeline import transfers
 from penstock.pipeline.grid import Grid
 from penstock.pipeline.ir import Kind, Schedule, ScheduleError, Task, looped
 from penstock.pipeline.runtime import Runtime
@@ -86,6 +87,16 @@ def test_messages_that_are_needed_in_another_order_than_they_are_made():
     )
     results = run_scales(Schedule(looped(2), orders, MICROBATCHES))
     assert [result["gradients"] for result in results] == [{f"scale{rank}": 3 * 6 * 2} for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", ["gpipe", "interleaved_1f1b", "v_half"])
+def test_nothing_need_be_asked_for_ahead(monkeypatch, name):
+    """As on CUDA: each message is asked for when it is needed, whatever comes before it on its way."""
+    monkeypatch.setattr(transfers, "AHEAD", {"cpu": 0})
+    schedule = create("pipeline.schedule", name).build(2, MICROBATCHES)
+    stages = schedule.stages
+    found = [result["gradients"] for result in run_scales(schedule)]
+    assert found[0] | found[1] == {f"scale{stage}": 3 * 6 * 2 ** (stages - 1) for stage in range(stages)}
 
 
 def test_microbatches_on_paths_of_their_own():
