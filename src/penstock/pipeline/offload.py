@@ -111,6 +111,7 @@ class Offloaded(contextlib.AbstractContextManager["Offloaded"]):
 
     def __exit__(self, *exception: object) -> None:
         self._hooks.__exit__(*exception)
+        del self._hooks  # they know this object: what it keeps would live until the next collection of cycles
         self._leaving = self._tensors()
         hosts, self._sent = self._link.send(self._leaving)
         self._move(hosts)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -87,6 +89,24 @@ def test_what_leaves_is_a_copy_and_parameters_stay():
     offloaded.arrive()
     y.backward()
     assert weight.grad.tolist() == [4.0, 4.0, 4.0]
+
+
+def test_what_came_back_is_freed_after_its_use():
+    """At once, not at the next collection of cycles: a device's memory does not wait for it."""
+    weight = nn.Parameter(torch.full((3,), 2.0))
+    gc.collect()
+    gc.disable()
+    try:
+        with Offloaded(HostLink(CPU), [weight]) as offloaded:
+            y = (torch.ones(3) * weight).square().sum()
+        offloaded.leave()
+        offloaded.arrive()
+        y.backward()
+        gone = weakref.ref(offloaded)
+        del offloaded, y
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def alone(schedule: Schedule, names: list[list[str]], parameters: dict[str, nn.Parameter]) -> Runtime:
