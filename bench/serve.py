@@ -49,7 +49,7 @@ SHAPES = {
     ),
 }  # fmt: skip
 #: Requests a second of the online runs.
-RATES = {"Qwen3-0.6B shape": (8.0, 32.0), "Qwen3-8B shape": (8.0,)}
+RATES = {"Qwen3-0.6B shape": (8.0, 32.0), "Qwen3-8B shape": (4.0, 8.0)}
 SMALL = DecoderConfig(
     vocabulary=32768, hidden=768, layers=12, heads=12, kv_heads=6, head_dim=64, ffn=2304, context=1024, qk_norm=True,
     tied=True,
@@ -208,7 +208,7 @@ def on_cuda(bench: Bench) -> None:
     """The four workloads with each shape, and requests that arrive over time."""
     rates = copy_rate(bench.device), matmul_rate(bench.device)
     for name, shape in SHAPES.items():
-        engine = build_engine(random_model(shape, bench.device), EngineConfig(tokens=16384), report=show)
+        engine = build_engine(random_model(shape, bench.device), EngineConfig(tokens=16384, sequences=512), report=show)
         for work in cuda_workloads():
             roofline = Roofline(engine, rates)
             row = bench.measure(

@@ -6,6 +6,7 @@ import pytest
 
 from penstock.serve.decode.fire import Fire
 from penstock.serve.decode.momentum import Momentum
+from penstock.serve.decode.uscd import UncertaintyAwareContrast
 from penstock.testing.decode_rule import check_rule
 from penstock.testing.enrolled import enrolled, rebuilt
 
@@ -15,6 +16,7 @@ POLICIES = enrolled("decode.rule")
 LIMITS = {
     "fire": (Fire(temperature=0.8, top_k=None), {"temperature": 0.8, "top_p": 0.9}),
     "momentum": (Momentum(alpha=0.0), {"temperature": 0.0}),
+    "uscd": (UncertaintyAwareContrast(prompt=(3, 1, 2), threshold=0), {"temperature": 0.7, "top_k": 9}),
 }
 
 

@@ -27,11 +27,25 @@ class Entry:
 
 @dataclasses.dataclass
 class Batch:
-    """The pieces of a step, and what came out of it once it is launched."""
+    """The pieces of a step, and what came out of it once it is launched.
+
+    Attributes:
+        entries: the pieces.
+        parts: how many of the entries, in order, make a nano-batch: a pass of its own, beside the others where the
+            device can do two things at a time. No entry reads what an entry of another part writes.
+        lead: the part that goes first where two want the same.
+        sampled: what came out.
+        seconds: what the step took on the host.
+    """
 
     entries: list[Entry]
+    parts: tuple[int, ...] = ()
+    lead: int = 0
     sampled: Sampled | None = None
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.parts = self.parts or (len(self.entries),)
 
     @property
     def tokens(self) -> int:

@@ -246,7 +246,8 @@ class BatchRun:
         if body.stream:
             raise ApiError(400, "a line of a batch is answered as a whole: nothing to stream", param="stream")
         seed = derive(0, "batch", place) >> 1
-        sampling = build(SamplingParams, {"seed": seed} | body.options() | extra, "the request")
+        options = {"seed": seed} | body.options() | extra
+        sampling = build(SamplingParams, options, "the request").tokenized(self._tokens.encode)
         task = _Task(place, line.custom_id, sampling, shapes, {})
         try:
             for number, prompt in enumerate(prompts):

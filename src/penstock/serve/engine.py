@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterable
 from heapq import heappop, heappush
 
+from penstock.core.devices import label
 from penstock.core.errors import UsageError
 from penstock.serve.batch import Batch
 from penstock.serve.batching.contract import Limits
@@ -49,7 +51,14 @@ class Engine:
         self.context = min(runner.tables.shape[1], runner.blocks) * shape.block_size
         self.context = min(self.context, config.context or runner.model.config.context)
         self.pool = BlockPool(runner.blocks, shape.block_size)
-        self.limits = Limits(config.budget(runner.device), config.sequences, runner.blocks, shape.block_size)
+        self.limits = Limits(
+            config.budget(runner.device),
+            config.sequences,
+            runner.blocks,
+            shape.block_size,
+            runner.model.config,
+            label(runner.device),
+        )
         self.batcher = config.batching.start(self.limits)
         self.running: list[Sequence] = []
         self._stop, self._grammars = frozenset(stop), grammars
@@ -88,14 +97,14 @@ class Engine:
                 f"logit_bias or stop_tokens name the token {named}, which is outside of the vocabulary of {vocabulary}"
             )
         matchers = self._matchers(request.sampling)
-        limit = min(self.context, len(request.prompt) + request.sampling.max_tokens)
+        limit = self._limit(request)
         self._sequences[request.id] = []
         for index, matcher in enumerate(matchers):
             sampling = request.sampling.model_copy(update={"seed": request.sampling.seed + index})
             stop = self._stop if not sampling.ignore_eos or matcher is not None else frozenset()
             stop |= set(sampling.stop_tokens)
-            tokens = list(request.prompt)
-            self._enter(Sequence(request, index, sampling, tokens, limit, self._arrivals, stop, matcher))
+            tokens, companion = list(request.prompt), self._companion(request, limit)
+            self._enter(Sequence(request, index, sampling, tokens, limit, self._arrivals, stop, matcher, companion))
 
     def _matchers(self, sampling: SamplingParams) -> list[Matcher | None]:
         """For each continuation, where it stands in the grammar."""
@@ -104,6 +113,31 @@ class Engine:
         if self._grammars is None or not self._stop:
             raise UsageError("this model serves no grammars: it has no tokenizer here, or no end-of-text token")
         return [self._grammars.start(sampling.grammar) for _ in range(sampling.continuations)]
+
+    def _limit(self, request: Request) -> int:
+        """The most tokens of the request's sequences."""
+        prompt, companion = len(request.prompt), request.sampling.companion
+        if companion is None:
+            return min(self.context, prompt + request.sampling.max_tokens)
+        if not all(0 <= token < self.runner.model.config.vocabulary for token in companion):
+            raise UsageError("the rule's prompt has a token outside of the vocabulary")
+        # Both have to fit, each with a last block that may be nearly empty.
+        room = self.runner.blocks * self.pool.block_size - 2 * (self.pool.block_size - 1)
+        left = min(self.context - max(prompt, len(companion)), (room - prompt - len(companion)) // 2)
+        if left < 1 or self.limits.sequences < 2:
+            raise UsageError(
+                f"there is no room for the prompt and, beside it, the rule's prompt of {len(companion)} tokens",
+                hint="Shorten them, or raise engine.sequences, engine.context and engine.cache_tokens.",
+            )
+        return prompt + min(left, request.sampling.max_tokens)
+
+    def _companion(self, request: Request, limit: int) -> Sequence | None:
+        prompt = request.sampling.companion
+        if prompt is None:
+            return None
+        own = dataclasses.replace(request, prompt=list(prompt), sampling=SamplingParams(temperature=0))
+        most = limit - len(request.prompt) + len(prompt)
+        return Sequence(own, -1, own.sampling, list(prompt), most, self._arrivals)
 
     def _enter(self, sequence: Sequence) -> None:
         self._arrivals += 1
@@ -138,7 +172,7 @@ class Engine:
         for child in self._sequences[request.id]:
             if not self._slots:
                 break
-            if child.rated is not None:
+            if child.rated is not None or child.companion is not None:
                 continue
             self.batcher.remove(child)
             child.computed = min(parent.computed, len(child.tokens) - 1)
@@ -164,7 +198,7 @@ class Engine:
         deltas, self._ended = self._ended + deltas, []
         self.last.seconds = time.perf_counter() - begun
         if self.config.check:
-            self.pool.check(sequence.blocks for sequence in self.running)
+            self.pool.check(member.blocks for sequence in self.running for member in sequence.members)
         return deltas
 
     def form(self) -> Batch | None:
@@ -175,7 +209,7 @@ class Engine:
             return None
         if room.copies:
             self.runner.cache.copy(*map(list, zip(*room.copies, strict=True)))
-        self.last = Batch(room.entries)
+        self.last = Batch(room.entries, room.parts, room.lead)
         return self.last
 
     def launch(self, batch: Batch) -> None:
@@ -191,10 +225,11 @@ class Engine:
         told = batch.sampled.told([sequence.sampling.alternatives for sequence in sequences])
         deltas = []
         for sequence, token, logprobs in zip(sequences, batch.sampled.tokens.tolist(), told, strict=True):
-            if sequence.finish is not None:
+            if sequence.finish is not None or sequence.leader is not None:
                 continue
-            sequence.tokens.append(token)
-            sequence.in_flight -= 1
+            for member in sequence.members:
+                member.tokens.append(token)
+                member.in_flight -= 1
             self.output_tokens += 1
             finish = self._finish_of(sequence, token)
             if finish is not None:
@@ -218,14 +253,21 @@ class Engine:
 
     # Memory
 
+    @property
+    def free_slots(self) -> int:
+        """How many more sequences could run."""
+        return len(self._slots)
+
     def start(self, sequence: Sequence, blocks: list[int]) -> None:
         """Gives ``sequence`` a slot, and the ``blocks`` that hold its first tokens."""
         sequence.slot = self._slots.pop()
         self.grow(sequence, blocks)
+        self.runner.sampler.add(sequence.slot, sequence)
+        if sequence.leader is not None:
+            return
         self.running.append(sequence)
         if len(self.running) > 1 and self.running[-2].rank > sequence.rank:
             self.running.sort(key=lambda each: each.rank)
-        self.runner.sampler.add(sequence.slot, sequence)
 
     def grow(self, sequence: Sequence, blocks: list[int]) -> None:
         """Appends ``blocks`` to those of ``sequence``."""
@@ -237,8 +279,9 @@ class Engine:
     def preempt(self, sequence: Sequence) -> None:
         """Takes the memory of ``sequence``; it will be computed again."""
         self._stop_running(sequence)
-        sequence.computed = sequence.committed = 0
-        sequence.node = ROOT
+        for member in sequence.members:
+            member.computed = member.committed = 0
+            member.node = ROOT
         sequence.preempted = True
         self.preemptions += 1
         self.batcher.add(sequence)
@@ -252,15 +295,17 @@ class Engine:
             sequence.committed = index + 1
 
     def _stop_running(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
-        sequence.blocks = []
-        self._slots.append(sequence.slot)
-        sequence.slot = -1
+        for member in sequence.members:
+            self.pool.release(member.blocks)
+            member.blocks = []
+            self._slots.append(member.slot)
+            member.slot = -1
         self.running.remove(sequence)
 
     def _drop(self, sequence: Sequence, finish: Finish) -> None:
         if sequence.running:
-            self.commit(sequence)
+            for member in sequence.members:
+                self.commit(member)
             self._stop_running(sequence)
         else:
             self.batcher.remove(sequence)

@@ -97,6 +97,7 @@ class LLM:
     ) -> list[RequestOutput]:
         chosen = sampling_params or SamplingParams()
         params = [chosen] * len(tokens) if isinstance(chosen, SamplingParams) else list(chosen)
+        params = [each.tokenized(lambda text: self.tokenizer(text)["input_ids"]) for each in params]
         if len(params) != len(tokens):
             raise UsageError(f"there are {len(tokens)} prompts, and {len(params)} sampling params")
         ids = [str(self._count + place) for place in range(len(tokens))]

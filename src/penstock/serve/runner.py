@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable
+from collections.abc import Sequence as List
 
 import numpy as np
 import torch
@@ -22,6 +25,37 @@ from penstock.serve.sampler import Sampled, Sampler
 
 #: Prompt tokens whose log-probabilities are computed at a time: their scores are in memory together.
 RATED = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A pass through the model, which computes some neighbouring entries of a batch.
+
+    Attributes:
+        tokens, positions: int64 [N], on the device.
+        plan: where they belong.
+        scored: rows after which the scores of the next token are wanted.
+        rated: rows after which the log-probability of the prompt's next token is.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    plan: PagedBatch
+    scored: np.ndarray
+    rated: np.ndarray
+
+    @property
+    def decoding(self) -> bool:
+        """Whether each token is the only one of its sequence, and the next is wanted."""
+        return self.plan.longest == 1 and len(self.scored) == len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Passed:
+    """What came of a part: ``logits`` of its scored rows and hidden states of its ``rated`` ones, None without such."""
+
+    logits: Tensor | None
+    rated: Tensor | None = None
 
 
 class Runner:
@@ -51,6 +85,11 @@ class Runner:
         self._model: Callable[[Tensor, AttentionContext], Output] = model
         self._graphs: DecodeGraphs | None = None
 
+    @functools.cached_property
+    def _side(self) -> torch.cuda.Stream:
+        """Where the part of a batch that leads is computed, beside the others."""
+        return torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]
+
     def warm_up(self, report: Reporter = silent) -> None:
         """Compiles the pass, and captures decoding steps as graphs. Without it, everything runs eagerly."""
         self._model = torch.compile(self.model, dynamic=True)
@@ -72,58 +111,88 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> None:
-        """Queues the forward pass and the sampling of ``batch``, whose ``sampled`` it sets."""
+        """Queues the forward passes and the sampling of ``batch``, whose ``sampled`` it sets."""
         entries = batch.entries
-        slots = np.fromiter((entry.slot for entry in entries), np.int64, len(entries))
-        starts = np.fromiter((entry.start for entry in entries), np.int64, len(entries))
-        counts = np.fromiter((entry.count for entry in entries), np.int64, len(entries))
-        ends = counts.cumsum()
-        rows = np.repeat(np.arange(len(entries)), counts)
-        positions = np.arange(ends[-1]) - np.repeat(ends - counts - starts, counts)
-        plan = self._plan(slots, starts + counts, ends, rows, positions)
-        scored = np.fromiter((entry.scored > 0 for entry in entries), bool, len(entries))
-        logits, hidden = self._logits(self._tokens(batch, ends), self._on_device(positions), plan, (ends - 1)[scored])
-        prompt = self._rated(entries, ends - counts, hidden)
+        passed = self._pass_all(self._parts(batch), batch.lead)
+        logits = _joined([each.logits for each in passed if each.logits is not None])
+        prompt = self._rated(entries, _joined([each.rated for each in passed if each.rated is not None]))
         if logits is not None:
             own = [entry for entry in entries if entry.scored]
-            sampled = self.sampler.sample(
-                logits,
-                [entry.slot for entry in own],
-                [entry.start + entry.count - entry.sequence.prompt for entry in own],
-            )
-            self._newest[self._on_device(slots[scored])] = sampled.tokens
+            slots = [entry.slot for entry in own]
+            counts = [entry.start + entry.count - entry.sequence.prompt for entry in own]
+            sampled = self.sampler.sample(logits, slots, counts)
+            self._newest[self._on_device(np.array(slots))] = sampled.tokens
             batch.sampled = dataclasses.replace(sampled, prompt=prompt).to_host()
         elif prompt is not None:
             batch.sampled = Sampled(prompt.tokens[:0], prompt=prompt).to_host()
 
-    def _rated(self, entries: list[Entry], begins: np.ndarray, hidden: Tensor | None) -> Logprobs | None:
-        """The log-probabilities of those tokens of prompts for which they are wanted."""
-        rated = [(entry, begin) for entry, begin in zip(entries, begins.tolist(), strict=True) if entry.rated]
-        if hidden is None or not rated:
+    def _rated(self, entries: list[Entry], hidden: Tensor | None) -> Logprobs | None:
+        """The log-probabilities of those tokens of prompts for which they are wanted, given the ``hidden`` states
+        [R, hidden] before them."""
+        if hidden is None:
             return None
-        rows = np.concatenate([begin + np.arange(entry.rated) for entry, begin in rated])
-        following = [entry.sequence.tokens[entry.start + 1 : entry.start + 1 + entry.rated] for entry, _ in rated]
-        most = max(entry.sequence.sampling.prompt_logprobs or 0 for entry, _ in rated)
-        pairs = zip(
-            torch.split(self._on_device(rows), RATED),
-            torch.split(self._on_device(np.concatenate(following)), RATED),
-            strict=True,
-        )
-        return Logprobs.joined([Logprobs.of(self.model.logits(hidden[own]), tokens, most) for own, tokens in pairs])
+        rated = [entry for entry in entries if entry.rated]
+        following = [entry.sequence.tokens[entry.start + 1 : entry.start + 1 + entry.rated] for entry in rated]
+        most = max(entry.sequence.sampling.prompt_logprobs or 0 for entry in rated)
+        tokens = self._on_device(np.concatenate(following))
+        pairs = zip(torch.split(hidden, RATED), torch.split(tokens, RATED), strict=True)
+        return Logprobs.joined([Logprobs.of(self.model.logits(states), own, most) for states, own in pairs])
 
-    def _logits(
-        self, tokens: Tensor, positions: Tensor, plan: PagedBatch, rows: np.ndarray
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Scores of the tokens after those in ``rows``, None where no row is asked for, and the hidden states of all
-        tokens, None where each is in ``rows`` and nothing else can be asked of it."""
-        decoding = plan.longest == 1 and len(rows) == tokens.shape[0]
-        if decoding and self._graphs is not None:
-            size = self._graphs.size_for(len(rows))
-            if size is not None:
-                return self._graphs.replay(size, tokens, positions, plan), None
-        self.cache.plan(plan)
-        hidden = self._hidden(tokens, positions)
-        return self.model.logits(hidden[self._on_device(rows)]) if len(rows) else None, hidden
+    def _pass_all(self, parts: List[Part], lead: int) -> list[Passed]:
+        """Computes the ``parts``, at the same time where the device can."""
+        if len(parts) == 1 or self.device.type != "cuda":
+            return [self._pass(part) for part in parts]
+        # Graphs share their memory, so only one part can replay one, and it has lane 0, where graphs are planned.
+        replayed = next((index for index, part in enumerate(parts) if part.decoding), 0)
+        others = (index for index in range(len(parts)) if index != replayed)
+        lanes = {replayed: 0} | {index: lane for lane, index in enumerate(others, 1)}
+        # What one stream allocates and the other uses cannot be dealt out again too early: the main stream's tensors
+        # are held here until it has been told to wait for the side, and the side's are used by the main stream, which
+        # the side waits for before it computes anything of the next batch.
+        main, passed = torch.cuda.current_stream(self.device), {}
+        self._side.wait_stream(main)
+        with torch.cuda.stream(self._side):
+            passed[lead] = self._pass(parts[lead], lanes[lead])
+        for index, part in enumerate(parts):
+            if index != lead:
+                passed[index] = self._pass(part, lanes[index])
+        main.wait_stream(self._side)
+        return [passed[index] for index in range(len(parts))]
+
+    def _pass(self, part: Part, lane: int = 0) -> Passed:
+        size = self._graphs.size_for(len(part.tokens)) if self._graphs and part.decoding and lane == 0 else None
+        if self._graphs is not None and size is not None:
+            return Passed(self._graphs.replay(size, part.tokens, part.positions, part.plan))
+        self.cache.plan(part.plan, lane)
+        hidden = self._hidden(part.tokens, part.positions)
+        logits = self.model.logits(hidden[self._on_device(part.scored)]) if len(part.scored) else None
+        return Passed(logits, hidden[self._on_device(part.rated)] if len(part.rated) else None)
+
+    def _parts(self, batch: Batch) -> list[Part]:
+        """The passes that compute ``batch``."""
+        entries = batch.entries
+        fields = ((entry.slot, entry.start, entry.count, entry.scored, entry.rated) for entry in entries)
+        slots, starts, counts, scored, rated = np.array(list(fields), np.int64).T
+        ends = counts.cumsum()
+        rows = np.repeat(np.arange(len(entries)), counts)
+        offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        positions = offsets + np.repeat(starts, counts)
+        wanted = offsets < np.repeat(rated, counts)
+        tokens, where = self._tokens(batch, ends), self._on_device(positions)
+        parts = []
+        for first, last in itertools.pairwise(itertools.accumulate(batch.parts, initial=0)):
+            begin, end = ends[first] - counts[first], ends[last - 1]
+            own, all_own = slice(first, last), slice(begin, end)
+            plan = self._plan(
+                slots[own],
+                (starts + counts)[own],
+                ends[own] - begin,
+                rows[all_own] - first,
+                positions[all_own],
+            )
+            newest = (ends[own] - begin - 1)[scored[own] > 0]
+            parts.append(Part(tokens[all_own], where[all_own], plan, newest, np.flatnonzero(wanted[all_own])))
+        return parts
 
     def _plan(
         self, slots: np.ndarray, lengths: np.ndarray, ends: np.ndarray, rows: np.ndarray, positions: np.ndarray
@@ -157,3 +226,8 @@ class Runner:
 
     def _on_device(self, values: np.ndarray) -> Tensor:
         return upload(values, self.device)
+
+
+def _joined(pieces: List[Tensor]) -> Tensor | None:
+    """The rows of all ``pieces``; None where there is none."""
+    return torch.cat([*pieces]) if len(pieces) > 1 else next(iter(pieces), None)

@@ -32,7 +32,7 @@ SLOT = np.dtype(
         ("charges", "f8", (3,)),
         ("least", "i8"),
         ("alternatives", "i8"),
-        *((name, "?") for name in ("penalized", "biased", "grammar", "rule", "rescored")),
+        *((name, "?") for name in ("penalized", "biased", "grammar", "rule", "rescored", "led")),
     ]
 )
 
@@ -104,7 +104,9 @@ class Sampler:
         row["alternatives"] = -1 if sampling.alternatives is None else sampling.alternatives
         row["penalized"], row["biased"] = sampling.penalized, bool(sampling.logit_bias)
         row["grammar"], row["rule"] = sequence.matcher is not None, sampling.rule is not None
-        row["rescored"] = bool(sampling.penalized or sampling.logit_bias or sampling.min_tokens or sampling.blind)
+        row["led"] = sequence.leader is not None
+        special = sampling.penalized or sampling.logit_bias or sampling.min_tokens or sampling.blind
+        row["rescored"] = bool(special) or sequence.companion is not None
         if sampling.logit_bias:
             tokens, added = zip(*sampling.logit_bias.items(), strict=True)
             self._biases[slot] = np.array(tokens, np.int64), np.array(added, np.float32)
@@ -114,7 +116,8 @@ class Sampler:
 
     def sample(self, logits: Tensor, slots: List[int], counts: List[int]) -> Sampled:
         """The next tokens, given ``logits`` [R, V] of the sequences in ``slots`` [R], which have ``counts`` [R] tokens
-        after their prompts already. The draw depends on the sequence's seed and its count alone."""
+        after their prompts already. The draw depends on the sequence's seed and its count alone; a companion is there
+        whenever its leader is, and is given the same token."""
         where, count = np.asarray(slots), np.asarray(counts)
         rows = self._table[where]
         uniform = uniforms(rows["key"], count)
@@ -124,6 +127,9 @@ class Sampler:
             _set_options(rows[place], sampling.rule.options(sampling, int(count[place])))
         scores = self._rescored(logits, where, count, rows) if rows["rescored"].any() else logits
         tokens = self._choose(scores, rows, uniform)
+        if rows["led"].any():
+            companions = np.flatnonzero(rows["led"])
+            tokens[self._of(companions)] = tokens[self._of(self._leaders(where, companions))]
         charged = np.flatnonzero(rows["penalized"])
         if charged.size:
             lengths = (rows["prompt"] + count)[charged]
@@ -206,6 +212,15 @@ class Sampler:
             rule = sequence.sampling.rule
             if rule is not None and rule.follows:
                 scores[place] = rule.rescore(scores[place], sequence.tokens)
+            elif rule is not None and sequence.companion is not None:
+                (other,) = np.flatnonzero(slots == sequence.companion.slot)
+                scores[place] = rule.contrast(scores[place], scores[other])
+
+    def _leaders(self, slots: np.ndarray, companions: np.ndarray) -> np.ndarray:
+        """The places among ``slots`` of those whom the sequences at the places ``companions`` follow."""
+        leaders = (self._sequence(slot).leader for slot in slots[companions])
+        place = {slot: index for index, slot in enumerate(slots.tolist())}
+        return np.array([place[leader.slot] for leader in leaders if leader is not None])
 
     def _sequence(self, slot: int) -> Sequence:
         sequence = self._sequences[slot]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
@@ -162,6 +162,15 @@ class SamplingParams(Sampling):
     def penalized(self) -> bool:
         """Whether scores depend on which tokens came before."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def companion(self) -> tuple[int, ...] | None:
+        """The rule's own prompt, for the sequence whose scores it looks at; None where there is none."""
+        return None if self.rule is None else self.rule.companion
+
+    def tokenized(self, encode: Callable[[str], list[int]]) -> SamplingParams:
+        """The same with the rule's text as tokens."""
+        return self if self.rule is None else self.model_copy(update={"rule": self.rule.tokenized(encode)})
 
     @property
     def blind(self) -> bool:

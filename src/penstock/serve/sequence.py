@@ -35,6 +35,9 @@ class Sequence:
         blind: whether its next token can be chosen only once all before it are known here.
         rated: log-probabilities of its prompt's tokens but the first, as far as known; None where they are not wanted,
             or told already.
+        companion: a sequence with another prompt that goes on with the same tokens, in the same steps, for the rule of
+            this one to look at its scores; None without one. It is no continuation of its own.
+        leader: of a companion, the sequence that it belongs to.
     """
 
     __slots__ = (
@@ -43,11 +46,13 @@ class Sequence:
         "blocks",
         "cached",
         "committed",
+        "companion",
         "computed",
         "deadline",
         "finish",
         "in_flight",
         "index",
+        "leader",
         "limit",
         "matcher",
         "node",
@@ -71,6 +76,7 @@ class Sequence:
         arrival: int,
         stop: Iterable[int] = (),
         matcher: Matcher | None = None,
+        companion: Sequence | None = None,
     ) -> None:
         self.request = request
         self.index = index
@@ -91,9 +97,18 @@ class Sequence:
         self.finish: Finish | None = None
         self.stop = frozenset(stop)
         self.matcher = matcher
+        self.companion = companion
+        self.leader: Sequence | None = None
+        if companion is not None:
+            companion.leader = self
         self.blind = sampling.blind
         # The prompt is the same for all continuations: one of them tells.
         self.rated: list[TokenLogprobs] | None = [] if sampling.prompt_logprobs is not None and index == 0 else None
+
+    @property
+    def members(self) -> tuple[Sequence, ...]:
+        """The sequence itself, and its companion where it has one."""
+        return (self,) if self.companion is None else (self, self.companion)
 
     @property
     def length(self) -> int:
@@ -112,8 +127,8 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """Whether only its newest token remains to be computed."""
-        return self.remaining == 1
+        """Whether only its newest token remains to be computed, and its companion's."""
+        return self.remaining == 1 and (self.companion is None or self.companion.remaining == 1)
 
     @property
     def rank(self) -> tuple[int, int]:

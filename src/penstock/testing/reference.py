@@ -1,7 +1,7 @@
 """The oracle: decoding that is too simple to be wrong.
 
 Every token is computed from the whole sequence anew: no cache, no batch. Sampling follows the definitions, in float64.
-Engines are tested against this, so nothing here is shared with them.
+Engines are tested against this, so nothing here is shared with them but a rule's own arithmetic.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from penstock.core.randomness import derive, uniforms
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
 from penstock.models.sampling import Sampling
+from penstock.serve.decode.uscd import UncertaintyAwareContrast
 
 
 @torch.no_grad()
@@ -76,6 +77,16 @@ def pick(chances: Sequence[float], uniform: float) -> int:
     """The first token at which the cumulated ``chances`` exceed ``uniform``, a number in [0, 1), times their sum."""
     reached = list(itertools.accumulate(chances))
     return next(token for token, sum_ in enumerate(reached) if sum_ > uniform * reached[-1])
+
+
+def contrasted(model: Decoder, prompt: Sequence[int], sampling: Sampling, rule: UncertaintyAwareContrast) -> list[int]:
+    """The same where the scores are those after ``prompt``, contrasted with those after the rule's own prompt."""
+    tokens: list[int] = []
+    for count in range(sampling.max_tokens):
+        both = (next_logits(model, [*start, *tokens]).float() for start in (prompt, rule.companion))
+        chances = distribution(rule.contrast(*both), sampling)
+        tokens.append(pick(chances, float(uniforms(derive(sampling.seed, "sample"), np.array([count]))[0])))
+    return tokens
 
 
 def sample(model: Decoder, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset()) -> list[int]:

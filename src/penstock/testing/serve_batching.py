@@ -20,25 +20,29 @@ from penstock.ops.paged.reference import Reference
 from penstock.serve.batching.contract import Batching
 from penstock.serve.build import build_engine
 from penstock.serve.config import EngineConfig
+from penstock.serve.decode.uscd import UncertaintyAwareContrast
 from penstock.serve.engine import Engine
 from penstock.serve.loops.contract import Loop
 from penstock.serve.loops.plain import Plain
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.serve.sampling import SamplingParams
 from penstock.testing.enrolled import enrolled
-from penstock.testing.reference import greedy, sample
+from penstock.testing.reference import contrasted, greedy, sample
 from penstock.testing.serve_model import SHAPE, small_model
 
 MOST, STOP = 16, 7
 
 
 @functools.cache
-def expected(prompt: tuple[int, ...], temperature: float, seed: int) -> list[int]:
+def expected(
+    prompt: tuple[int, ...], temperature: float, seed: int, rule: UncertaintyAwareContrast | None
+) -> list[int]:
     """What follows ``prompt``, at least :data:`MOST` tokens or up to the model's context."""
     model, count = small_model(), min(MOST, SHAPE.context - len(prompt))
-    if temperature == 0:
-        return greedy(model, prompt, count)
-    return sample(model, prompt, Sampling(temperature=temperature, seed=seed, max_tokens=count))
+    sampling = Sampling(temperature=temperature, seed=seed, max_tokens=count)
+    if rule is not None:
+        return contrasted(model, prompt, sampling, rule)
+    return greedy(model, prompt, count) if temperature == 0 else sample(model, prompt, sampling)
 
 
 def numbers(stream: str, count: int) -> list[int]:
@@ -49,6 +53,9 @@ def numbers(stream: str, count: int) -> list[int]:
 #: Prompts begin like one of these, and go on on their own.
 PREFIXES = [numbers(f"prefix {index}", 24) for index in range(2)]
 TAILS = [numbers(f"tail {index}", 9) for index in range(3)]
+
+#: A rule with a second sequence that begins as prompts do.
+CONTRAST = UncertaintyAwareContrast(prompt=(*PREFIXES[0][:8], *TAILS[0][:4]))
 
 prompts = st.builds(
     lambda prefix, shared, tail, own: PREFIXES[prefix][:shared] + TAILS[tail][:own],
@@ -65,6 +72,7 @@ params = st.builds(
     n=st.sampled_from([1, 1, 1, 3]),
     stop_tokens=st.sampled_from([(), (STOP,)]),
     prompt_logprobs=st.sampled_from([None, None, 1]),
+    rule=st.sampled_from([None, None, None, CONTRAST]),
 )
 
 
@@ -150,11 +158,21 @@ class EngineMachine(RuleBasedStateMachine):
         try:
             self.engine.add(request) if of is None else self.engine.fork(of, request)
         except UsageError:
-            assert len(request.prompt) >= self.engine.context
+            assert self._left(request) < 1
             return
-        assert len(request.prompt) < self.engine.context
+        assert self._left(request) >= 1
         self.requests[request.id] = request
         self.got |= {(request.id, index): [] for index in range(request.sampling.n)}
+
+    def _left(self, request: Request) -> int:
+        """The most tokens that can follow the prompt. With a companion both have to fit, with a last block each that is
+        nearly empty."""
+        limits, length = self.engine.limits, len(request.prompt)
+        if request.sampling.rule is None:
+            return self.engine.context - length
+        other, size = len(CONTRAST.prompt), limits.block_size
+        both = limits.blocks * size - 2 * (size - 1) - length - other
+        return min(self.engine.context - max(length, other), both // 2) if limits.sequences > 1 else 0
 
     def _step(self) -> None:
         for delta in self.engine.step():
@@ -186,8 +204,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _judge(self, request: Request, index: int, got: list[int]) -> None:
         sampling, name = request.sampling, (request.id, index)
-        wanted = expected(tuple(request.prompt), sampling.temperature, sampling.seed + index)
-        wanted = wanted[: min(sampling.max_tokens, self.engine.context - len(request.prompt))]
+        rule = CONTRAST if sampling.rule is not None else None
+        wanted = expected(tuple(request.prompt), sampling.temperature, sampling.seed + index, rule)
+        wanted = wanted[: min(sampling.max_tokens, self._left(request))]
         reason = Finish.LENGTH
         if STOP in sampling.stop_tokens and STOP in wanted:
             wanted, reason = wanted[: wanted.index(STOP) + 1], Finish.STOP

@@ -1,4 +1,4 @@
-"""What single decoding rules promise: momentum decoding [58] and flaming-hot first tokens [186]."""
+"""What single decoding rules promise: momentum decoding [58], flaming-hot first tokens [186] and contrast [174]."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.config import build
-from penstock.core.errors import ConfigError
+from penstock.core.errors import ConfigError, UsageError
 from penstock.models.decoder import Decoder
 from penstock.models.sampling import probabilities
 from penstock.serve.decode.fire import Fire
 from penstock.serve.decode.momentum import Momentum, depths
+from penstock.serve.decode.uscd import UncertaintyAwareContrast
+from penstock.serve.messages import Request
 from penstock.serve.sampling import SamplingParams
 from penstock.testing.decode_rule import decode, tiny_engine
-from penstock.testing.reference import distribution, next_logits
-from penstock.testing.serve_model import SHAPE
+from penstock.testing.reference import contrasted, distribution, next_logits, sample
+from penstock.testing.serve_model import SHAPE, small_model
 
 #: A bigram model, probabilities of the token (column) after the token (row): greedily, 0 1 2 0 1 2 for ever.
 CYCLE = torch.tensor(
@@ -117,3 +119,80 @@ def test_fire_raises_pass_at_n_where_the_likely_start_fails(samples):
     assert plain == pytest.approx(1 - (1 - 0.5 * 3 / (3 + math.e**4)) ** samples)
     assert fire == pytest.approx(1 - (1 - 0.5 * 3 * hot / (1 + 3 * hot)) ** samples)
     assert fire > 3 * plain or fire > 0.99 > plain
+
+
+def contrast_by_hand(p: list[float], other: list[float], rule: UncertaintyAwareContrast) -> list[float]:
+    """The distribution of the next token, number by number."""
+    mean = 1 / len(p)
+    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in p) / (len(p) - 1))
+    if deviation >= rule.threshold / math.sqrt(len(p)):
+        return p
+    left = [x - rule.weight * y if x >= rule.floor * mean else 0.0 for x, y in zip(p, other, strict=True)]
+    left = [max(x, 0.0) for x in left]
+    return [x / math.fsum(left) for x in left] if any(left) else p
+
+
+@given(
+    st.lists(st.tuples(st.floats(-4, 4), st.floats(-4, 4)), min_size=2, max_size=8),
+    st.sampled_from([0.0, 0.3, 0.7, 5.0]),
+    st.sampled_from([0.0, 0.2, 0.5, 1.0]),
+    st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_contrast_is_the_papers_difference_where_the_model_is_unsure(scores, weight, threshold, floor):
+    rule = UncertaintyAwareContrast(prompt=(0,), weight=weight, threshold=threshold, floor=floor)
+    own, other = torch.tensor(scores, dtype=torch.float64).unbind(-1)
+    found = rule.contrast(own, other).softmax(-1)
+    wanted = contrast_by_hand(own.softmax(-1).tolist(), other.softmax(-1).tolist(), rule)
+    # What is exactly at the floor, or at the threshold, may fall to either side.
+    if not any(math.isclose(x * len(scores), floor, rel_tol=1e-9) for x in own.softmax(-1).tolist()):
+        assert found.tolist() == pytest.approx(wanted, abs=1e-9)
+
+
+def test_the_gate_opens_on_exactly_the_unsure_rows():
+    """Fixed tables: a peaked one, an even one, and between them two that the threshold tells apart."""
+    tables = torch.tensor(
+        [[0.97, 0.01, 0.01, 0.01], [0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1], [0.6, 0.2, 0.1, 0.1]]
+    )
+    poorer = torch.tensor([0.1, 0.1, 0.1, 0.7])
+    deviation = tables.std(-1) * 2
+    rule = UncertaintyAwareContrast(prompt=(0,), threshold=float(deviation[2:].mean()), weight=0.5, floor=0)
+    changed = [not torch.equal(rule.contrast(row.log(), poorer.log()), row.log()) for row in tables]
+    assert changed == [False, True, False, True]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}])
+def test_a_companion_goes_on_with_the_same_tokens_in_any_batch(options):
+    """Requests with and without the rule; a companion's prompt is also the beginning of another prompt."""
+    model = small_model()
+    rule = UncertaintyAwareContrast(prompt=(5, 6, 7, 8, 9), threshold=1, weight=0.9)
+    prompts = [[1, 2, 3], [4] * 9, [5, 6, 7, 8, 9, 10], [1, 2, 3]]
+    samplings = [
+        SamplingParams(max_tokens=12, seed=place, rule=rule if place != 1 else None, **options) for place in range(4)
+    ]
+    found = decode(tiny_engine(model), prompts, samplings)
+    for prompt, sampling, tokens in zip(prompts, samplings, found, strict=True):
+        expected = contrasted(model, prompt, sampling, rule) if sampling.rule else sample(model, prompt, sampling)
+        assert tokens == expected
+    assert found[0] != sample(model, prompts[0], samplings[0]), "the rule changes nothing here"
+
+
+def test_a_contrast_that_cannot_be_had_is_refused():
+    for rule, reason in (
+        (UncertaintyAwareContrast(prompt=(SHAPE.vocabulary,)), "vocabulary"),
+        (UncertaintyAwareContrast(prompt=(1,) * SHAPE.context), "no room"),
+        (UncertaintyAwareContrast(prompt="def add("), "text"),
+    ):
+        engine = tiny_engine(small_model())
+        with pytest.raises(UsageError, match=reason):
+            engine.add(Request("", [1], SamplingParams(max_tokens=4, rule=rule)))
+        assert not engine.busy
+    with pytest.raises(ConfigError, match="prompt"):
+        build(SamplingParams, {"rule": "uscd"}, "the request")
+
+
+def test_text_becomes_tokens_once():
+    sampling = build(SamplingParams, {"rule": {"name": "uscd", "prompt": "ab"}}, "the request")
+    read = sampling.tokenized(lambda text: [ord(letter) for letter in text])
+    assert read.companion == (97, 98)
+    assert read.tokenized(lambda text: []) == read
+    assert SamplingParams().tokenized(lambda text: []) == SamplingParams()

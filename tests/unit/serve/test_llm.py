@@ -188,3 +188,16 @@ def test_a_folder_serves_as_well(tmp_path):
     assert isinstance(hub_folder, Path)
     small = LLM(hub_folder, device="cpu", cache_tokens=256, sequences=2, tokens=16)
     assert small.generate("x", GREEDY, progress=silent)[0].outputs[0].token_ids
+
+
+def test_a_rules_prompt_may_be_text(llm):
+    poorer = "def add(a):\n"
+    ids = tuple(llm.tokenizer(poorer)["input_ids"])
+    both = [
+        SamplingParams(temperature=0, max_tokens=8, rule={"name": "uscd", "prompt": prompt, "threshold": 1})
+        for prompt in (poorer, ids)
+    ]
+    one, other = texts(llm.generate([PROMPTS[0]] * 2, both, progress=silent))
+    (plain_one,) = texts(llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=8), progress=silent))
+    assert one == other != plain_one
+    assert idle(llm)

@@ -70,14 +70,18 @@ class PagedCache:
     def __init__(self, shape: CacheShape) -> None:
         self.shape = shape
 
-    def plan(self, batch: PagedBatch) -> None:
-        """Prepares the attention of ``batch`` in all layers; called once before each forward pass."""
+    def plan(self, batch: PagedBatch, lane: int = 0) -> None:
+        """Prepares the attention of ``batch`` in all layers; called once before each forward pass. What is attended to
+        after it belongs to this batch.
+
+        Batches that a device computes at the same time are planned in lanes of their own, on the streams that compute
+        them. Where passes run one after the other, there is no need to tell lanes apart."""
         raise NotImplementedError
 
     def fix(self, sizes: list[int], pages: int) -> bool:
-        """Makes plans of decode batches (one new token a sequence) of these ``sizes`` touch the same memory each time,
-        so that a captured CUDA graph of the pass can be replayed after a plan; False where that cannot be had.
-        ``pages`` is the most blocks of a sequence."""
+        """Makes plans of decode batches (one new token a sequence) of these ``sizes``, in lane 0, touch the same memory
+        each time, so that a captured CUDA graph of the pass can be replayed after a plan; False where that cannot be
+        had. ``pages`` is the most blocks of a sequence."""
         return False
 
     def attend(

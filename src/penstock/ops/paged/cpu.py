@@ -65,7 +65,7 @@ class NativeCache(PagedCache):
         self._stray: Callable[..., int] = library.stray
         self._stray.argtypes, self._stray.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
 
-    def plan(self, batch: PagedBatch) -> None:
+    def plan(self, batch: PagedBatch, lane: int = 0) -> None:
         """Raises:
         IndexError: a block or slot of the batch lies outside the memory, or the batch contradicts itself.
         """

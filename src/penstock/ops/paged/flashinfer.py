@@ -45,29 +45,43 @@ class Planned:
     wrappers: dict[int, Any]
 
 
+@dataclasses.dataclass
+class Lane:
+    """What passes that do not overlap share: memory for partial results, a wrapper of each kind for each window, and
+    when the last plan has left the host."""
+
+    workspace: Tensor
+    prefill: dict[int, Any]
+    decode: dict[int, Any]
+    copied: torch.cuda.Event
+
+
 class FlashInferCache(PagedCache):
     """Keys and values as [layers, blocks, 2, block_size, K, D]."""
 
     def __init__(self, shape: CacheShape) -> None:
-        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
-
         super().__init__(shape)
         self._memory = torch.zeros(
             (shape.layers, shape.blocks, 2, shape.block_size, shape.kv_heads, shape.head_dim),
             dtype=shape.dtype,
             device=shape.device,
         )
-        self._workspace = torch.zeros(WORKSPACE, dtype=torch.uint8, device=shape.device)
         self._windows = {-1 if window is None else window - 1 for window in shape.windows}
-        self._prefill = {w: BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD") for w in self._windows}
-        self._decode = self._decode_wrappers(None, 0)
+        self._lanes = [self._lane()]
         self._fixed: dict[int, Planned] = {}
         self._planned: Planned | None = None
-        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._handle = next(_handles)
         _caches[self._handle] = self
 
-    def _decode_wrappers(self, size: int | None, pages: int) -> dict[int, Any]:
+    def _lane(self) -> Lane:
+        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+        workspace = torch.zeros(WORKSPACE, dtype=torch.uint8, device=self.shape.device)
+        prefill = {window: BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD") for window in self._windows}
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return Lane(workspace, prefill, self._decode_wrappers(workspace, None, 0), copied)
+
+    def _decode_wrappers(self, workspace: Tensor, size: int | None, pages: int) -> dict[int, Any]:
         """A wrapper for each window; with a ``size``, one whose buffers stay where they are."""
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
@@ -85,19 +99,22 @@ class FlashInferCache(PagedCache):
                 }
             # With two or more queries to a key head, the tensor cores' kernel reads each key once.
             tensor_cores = self.shape.heads > self.shape.kv_heads
-            return BatchDecodeWithPagedKVCacheWrapper(self._workspace, "NHD", use_tensor_cores=tensor_cores, **fixed)
+            return BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores, **fixed)
 
         return {window: wrapper() for window in self._windows}
 
     def fix(self, sizes: list[int], pages: int) -> bool:
         for size in sizes:
             slots = torch.zeros(size, dtype=torch.int64, device=self.shape.device)
-            self._fixed[size] = Planned(slots, self._decode_wrappers(size, size * pages))
+            self._fixed[size] = Planned(slots, self._decode_wrappers(self._lanes[0].workspace, size, size * pages))
         return True
 
-    def plan(self, batch: PagedBatch) -> None:
-        # The last plan's copies leave from memory that this one writes to.
-        self._copied.synchronize()
+    def plan(self, batch: PagedBatch, lane: int = 0) -> None:
+        while lane >= len(self._lanes):
+            self._lanes.append(self._lane())
+        own = self._lanes[lane]
+        # The copies of the lane's last plan leave from memory that this one writes to.
+        own.copied.synchronize()
         size = self.shape.block_size
         lengths = batch.lengths.numpy()
         pages = -(-lengths // size)
@@ -105,13 +122,14 @@ class FlashInferCache(PagedCache):
         indices = upload(batch.tables.numpy()[owned], self.shape.device)
         indptr = _pinned(np.concatenate([[0], pages.cumsum()]).astype(np.int32))
         last = _pinned((lengths - (pages - 1) * size).astype(np.int32))
-        fixed = self._fixed.get(len(lengths)) if batch.longest == 1 else None
+        # Graphs are replayed in lane 0 alone: elsewhere a pass would write to the plan of one that runs beside it.
+        fixed = self._fixed.get(len(lengths)) if batch.longest == 1 and lane == 0 else None
         slots = _pinned(batch.slots.numpy())
         if fixed is not None:
             fixed.slots.copy_(slots, non_blocking=True)
             planned = fixed
         else:
-            wrappers = self._decode if batch.longest == 1 else self._prefill
+            wrappers = own.decode if batch.longest == 1 else own.prefill
             planned = Planned(slots.to(self.shape.device, non_blocking=True), wrappers)
         shape = {"num_qo_heads": self.shape.heads, "num_kv_heads": self.shape.kv_heads, "page_size": size}
         kinds = {"q_data_type": self.shape.dtype, "kv_data_type": self.shape.dtype}
@@ -132,7 +150,7 @@ class FlashInferCache(PagedCache):
                     **kinds,
                 )
         self._planned = planned
-        self._copied.record()
+        own.copied.record()
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None

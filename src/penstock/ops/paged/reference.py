@@ -26,7 +26,7 @@ class ReferenceCache(PagedCache):
             device=shape.device,
         )
 
-    def plan(self, batch: PagedBatch) -> None:
+    def plan(self, batch: PagedBatch, lane: int = 0) -> None:
         self._batch = batch
 
     def attend(

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence as List
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from penstock.models.config import DecoderConfig
 from penstock.policy import Policy, contract
 from penstock.serve.sequence import Sequence
+
+if TYPE_CHECKING:
+    from penstock.serve.batch import Entry
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a step may hold.
+    """What a step may hold, and what computes it.
 
     Attributes:
         tokens: the token budget of a step.
         sequences: most sequences that run at a time.
         blocks: of the cache.
         block_size: tokens of a block.
+        model: the shape of the model.
+        device: the short name of the device, as in :data:`penstock.plan.hardware.DEVICES`.
     """
 
     tokens: int
     sequences: int
     blocks: int
     block_size: int
+    model: DecoderConfig
+    device: str
 
 
 class Room(Protocol):
@@ -33,6 +41,11 @@ class Room(Protocol):
     @property
     def tokens(self) -> int:
         """Tokens of the budget that are left."""
+        ...
+
+    @property
+    def entries(self) -> List[Entry]:
+        """What was taken so far, in order."""
         ...
 
     def take(self, sequence: Sequence, most: int | None = None) -> int:
@@ -44,6 +57,18 @@ class Room(Protocol):
 
         0 means that there is no room for it in this step: neither budget, slot nor blocks, or that a running sequence
         was itself preempted. A sequence can be taken once in a step.
+        """
+        ...
+
+    def split(self, *counts: int, lead: int = 0) -> None:
+        """Splits what was taken into parts of so many entries each, in order, to be computed at the same time. Of
+        these the part ``lead`` goes first where two want the same. Called last, where at all.
+
+        A cut between entries that belong together moves on behind them, and is lost where that is the end: one entry
+        may read what another writes in the same step, a prefix that both have.
+
+        Raises:
+            ValueError: the counts are not all positive, do not add up to the entries, or are fewer than ``lead`` says.
         """
         ...
 

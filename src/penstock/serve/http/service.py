@@ -125,7 +125,7 @@ class Generation:
         self._service = service
         self._begun = time.monotonic()
         options = {"seed": service.fresh_seed()} | body.options() | extra
-        self.sampling = build(SamplingParams, options, "the request")
+        self.sampling = build(SamplingParams, options, "the request").tokenized(service.tokens.encode)
         self.requests = [
             Request(f"{self.id}/{number}", prompt, self.sampling, body.priority, key, service.limits.deadline)
             for number, prompt in enumerate(prompts)

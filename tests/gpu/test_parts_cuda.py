@@ -1,0 +1,124 @@
+"""Steps in parts that a CUDA device computes at the same time: the logits of the step in one part."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from penstock.core.randomness import numpy_generator
+from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
+from penstock.serve.batch import Batch
+from penstock.serve.build import build_engine
+from penstock.serve.config import EngineConfig
+from penstock.serve.engine import Engine
+from penstock.serve.messages import Request
+from penstock.serve.sampling import SamplingParams
+
+pytestmark = pytest.mark.gpu
+
+SHAPE = DecoderConfig(
+    vocabulary=2000, hidden=512, layers=6, heads=8, kv_heads=2, head_dim=128, ffn=1024, context=1024, qk_norm=True
+)
+#: Of the root mean square of the logits: bf16 products of another number of rows are added up in another order.
+TOLERANCE = 0.03
+
+
+def engine_of(compile: bool, loop: str = "plain") -> Engine:
+    with torch.device("cuda"):
+        model = Decoder(SHAPE)
+    model = model.initialize(0).to("cuda", torch.bfloat16).eval()
+    config = EngineConfig(
+        batching="sarathi", loop=loop, tokens=256, sequences=16, cache_tokens=16384, compile=compile, check=True
+    )
+    engine = build_engine(model, config)
+    draw = numpy_generator(0, "parts")
+    for place in range(20):
+        prompt = [int(token) for token in draw.integers(SHAPE.vocabulary, size=int(draw.integers(2, 250)))]
+        rated = 1 if place % 4 == 0 else None
+        sampling = SamplingParams(temperature=0, max_tokens=int(draw.integers(4, 16)), prompt_logprobs=rated)
+        engine.add(Request(str(place), prompt, sampling))
+    return engine
+
+
+def computed(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The logits of ``batch`` in its parts, and the log-probabilities of prompts."""
+    seen: list[Tensor] = []
+    sample = engine.runner.sampler.sample
+
+    def seeing(logits: Tensor, *rest: list[int]):
+        seen.append(logits.clone())
+        return sample(logits, *rest)
+
+    engine.runner.sampler.sample = seeing
+    engine.runner.launch(batch)
+    engine.runner.sampler.sample = sample
+    sampled = batch.sampled
+    if sampled is not None:
+        sampled.wait()
+    prompt = sampled.prompt.chosen if sampled is not None and sampled.prompt is not None else torch.zeros(0)
+    return (seen[0].float() if seen else torch.zeros(0, SHAPE.vocabulary)), prompt
+
+
+def splits(count: int) -> list[tuple[tuple[int, ...], int]]:
+    """Parts of a step of ``count`` entries, and which leads. No prompt here begins like another, so any cut will do."""
+    places = sorted({1, count // 2, count - 1} & set(range(1, count)))
+    twos = [((place, count - place), lead) for place in places for lead in (0, 1)]
+    return [*twos, ((1, count - 2, 1), 1)] if count > 2 else twos
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_parts_give_the_logits_of_the_whole(compile: bool) -> None:
+    """Of every step of a run that mixes prompts and decodes; with ``compile``, one of the parts replays a graph."""
+    engine = engine_of(compile)
+    kinds = set()
+    while (batch := engine.form()) is not None:
+        whole, rated = computed(engine, Batch(batch.entries))
+        for parts, lead in splits(len(batch.entries)):
+            logits, own = computed(engine, Batch(batch.entries, parts, lead))
+            assert logits.shape == whole.shape
+            if len(whole):
+                assert (logits - whole).square().mean() <= (TOLERANCE * whole.square().mean().sqrt()) ** 2
+            torch.testing.assert_close(own, rated, atol=TOLERANCE * 5, rtol=0)
+        if len(whole) > 1:
+            # What the tolerance would not let through: another sequence's scores.
+            apart = (whole[1:] - whole[:-1]).square().mean(-1).sqrt().min()
+            assert apart > 5 * TOLERANCE * whole.square().mean().sqrt()
+        counts = [entry.count for entry in batch.entries]
+        kinds.add((min(counts) == 1, max(counts) > 1))
+        engine.launch(batch)
+        engine.publish(batch)
+    assert kinds >= {(True, True), (True, False)}
+
+
+def test_overlapped_steps_in_parts_finish_like_whole_ones() -> None:
+    """Nothing is waited for between steps: tokens go from step to step on the device, over both streams."""
+
+    def outputs(cut: bool) -> dict[str, list[int]]:
+        engine = engine_of(compile=True, loop="overlapped")
+        form = engine.form
+        turn = itertools.count()
+
+        def halved() -> Batch | None:
+            batch = form()
+            if batch is not None and len(batch.entries) > 1:
+                first = 1 + next(turn) % (len(batch.entries) - 1)
+                batch.parts, batch.lead = (first, len(batch.entries) - first), first % 2
+            return batch
+
+        if cut:
+            engine.form = halved
+        told: dict[str, list[int]] = {}
+        while engine.busy:
+            for delta in engine.step():
+                told.setdefault(delta.id, []).extend(delta.tokens)
+        return told
+
+    whole, split = outputs(False), outputs(True)
+    assert {id: len(tokens) for id, tokens in whole.items()} == {id: len(tokens) for id, tokens in split.items()}
+    # Greedy choices may turn where two scores are within rounding; a race would turn nearly all.
+    same = sum(whole[id][:2] == split[id][:2] for id in whole)
+    assert same >= 0.7 * len(whole)
