@@ -7,7 +7,8 @@ which tokens belong together. Nothing here knows about devices, caches, packing 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,7 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+        """What tokens [*T, hidden] take from each other, [*T, H * D]; ``output`` brings it back to [*T, hidden]."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), -2)
         scales, eps = None, 0.0
@@ -71,8 +73,7 @@ class Attention(nn.Module):
             scales, eps = (self.query_norm.weight, self.key_norm.weight), self.query_norm.eps
         query, key = rotate_heads(query, key, *rotary, scales, eps)
         out = context.attend(self.layer, query, key, value, scale=self.head_dim**-0.5, window=self.window)
-        projected: Tensor = self.output(out.flatten(-2))
-        return projected
+        return out.flatten(-2)
 
 
 class FeedForward(nn.Module):
@@ -140,7 +141,16 @@ class Layer(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext
     ) -> tuple[Tensor, Tensor | None]:
         """The hidden states after the layer, and its load-balancing loss if it is sparse."""
-        x = x + self.attention(self.attention_norm(x), rotary, context)
+        return self.finish(x, self.attend(x, rotary, context))
+
+    def attend(self, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+        """What the attention of the layer finds, before it is projected: [*T, H * D]."""
+        found: Tensor = self.attention(self.attention_norm(x), rotary, context)
+        return found
+
+    def finish(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rest of the layer, in which each token is alone."""
+        x = x + self.attention.output(attended)
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, MixtureOfExperts):
             out, balance = self.mlp(normed)
@@ -172,14 +182,38 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, context: AttentionContext) -> Output:
         """Hidden states of ``tokens`` (integers [*T]) under ``context``."""
+        x, _, balance = self._through(self.layers, tokens, context)
+        return Output(self.norm(x), balance)
+
+    def trunk(self, tokens: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """The forward pass up to the attention of the last layer, where tokens look at each other for the last time.
+        :meth:`tip` goes on from there, with those tokens alone whose hidden states are wanted.
+
+        Returns:
+            The hidden states before the last layer [*T, hidden], and what its attention found [*T, heads * head_dim].
+        """
+        x, rotary, _ = self._through(self.layers[:-1], tokens, context)
+        return x, self._last.attend(x, rotary, context)
+
+    def tip(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Hidden states [*T, hidden], as of the forward pass, from what :meth:`trunk` gave for the same tokens."""
+        return self.norm(self._last.finish(x, attended)[0])  # type: ignore[no-any-return]
+
+    @property
+    def _last(self) -> Layer:
+        return cast(Layer, self.layers[-1])
+
+    def _through(
+        self, layers: Iterable[nn.Module], tokens: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
         x = self.embedding(tokens)
         rotary = self.rotary(context.positions, x.dtype)
         balance: Tensor | None = None
-        for layer in self.layers:
+        for layer in layers:
             x, extra = layer(x, rotary, context)
             if extra is not None:
                 balance = extra if balance is None else balance + extra
-        return Output(self.norm(x), balance)
+        return x, rotary, balance
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token [*T, vocabulary] from hidden states [*T, hidden]."""

@@ -93,7 +93,7 @@ def _rehearse(engine: Engine) -> None:
     """Answers a long prompt, then two short ones at a time: what is compiled or loaded on first use, such as how one
     token is drawn and how several are, is there before anybody waits for it. The engine is of no further use."""
     longest = min(engine.limits.tokens, engine.context - 1)
-    for length, n in ((longest, 1), (1, min(2, engine.limits.sequences))):
+    for length, n in ((longest, 1), (2, min(2, engine.limits.sequences))):
         engine.add(Request(str(length), [0] * length, SamplingParams(temperature=1, max_tokens=2, n=n)))
         while engine.busy:
             engine.step()

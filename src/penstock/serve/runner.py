@@ -15,7 +15,7 @@ from torch import Tensor
 from penstock.core.devices import upload
 from penstock.core.progress import Reporter, silent
 from penstock.models.attention import AttentionContext
-from penstock.models.decoder import Decoder, Output
+from penstock.models.decoder import Decoder
 from penstock.ops.paged.contract import PagedBatch, PagedCache
 from penstock.serve.batch import Batch, Entry
 from penstock.serve.context import PagedTokens
@@ -82,7 +82,8 @@ class Runner:
         self.blocks = cache.shape.blocks - 1
         self.tables = np.zeros((slots, -(-context // cache.shape.block_size)), np.int32)
         self._newest = torch.zeros(slots, dtype=torch.int64, device=self.device)
-        self._model: Callable[[Tensor, AttentionContext], Output] = model
+        self._trunk: Callable[[Tensor, AttentionContext], tuple[Tensor, Tensor]] = model.trunk
+        self._tip: Callable[[Tensor, Tensor], Tensor] = model.tip
         self._graphs: DecodeGraphs | None = None
 
     @functools.cached_property
@@ -92,9 +93,10 @@ class Runner:
 
     def warm_up(self, report: Reporter = silent) -> None:
         """Compiles the pass, and captures decoding steps as graphs. Without it, everything runs eagerly."""
-        self._model = torch.compile(self.model, dynamic=True)
+        self._trunk = torch.compile(self.model.trunk, dynamic=True)
+        self._tip = torch.compile(self.model.tip, dynamic=True)
         self._graphs = DecodeGraphs(
-            lambda tokens, positions: self.model.logits(self._hidden(tokens, positions)),
+            lambda tokens, positions: self.model.logits(self._tip(*self._begun(tokens, positions))),
             self.cache,
             sequences=self.tables.shape[0],
             pages=self.tables.shape[1],
@@ -106,8 +108,9 @@ class Runner:
                 self._graphs.capture(size)
                 bar.advance()
 
-    def _hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self._model(tokens, PagedTokens(positions, self.cache)).hidden
+    def _begun(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last layer needs to go on with any of the tokens."""
+        return self._trunk(tokens, PagedTokens(positions, self.cache))
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> None:
@@ -164,9 +167,14 @@ class Runner:
         if self._graphs is not None and size is not None:
             return Passed(self._graphs.replay(size, part.tokens, part.positions, part.plan))
         self.cache.plan(part.plan, lane)
-        hidden = self._hidden(part.tokens, part.positions)
-        logits = self.model.logits(hidden[self._on_device(part.scored)]) if len(part.scored) else None
-        return Passed(logits, hidden[self._on_device(part.rated)] if len(part.rated) else None)
+        begun = self._begun(part.tokens, part.positions)
+
+        def hidden(rows: np.ndarray) -> Tensor:
+            index = self._on_device(rows)
+            return self._tip(*(each[index] for each in begun))
+
+        logits = self.model.logits(hidden(part.scored)) if len(part.scored) else None
+        return Passed(logits, hidden(part.rated) if len(part.rated) else None)
 
     def _parts(self, batch: Batch) -> list[Part]:
         """The passes that compute ``batch``."""

@@ -10,6 +10,8 @@ import torch
 
 from penstock.models import hub
 from penstock.models.attention import CausalRows
+from penstock.models.config import DecoderConfig, MoEConfig
+from penstock.models.decoder import Decoder
 from transformers_peer import double, expected, peer, prompt, stepwise, whole
 
 ROPE = {"rope_theta": 500.0}
@@ -96,3 +98,14 @@ def test_gradients_equal_transformers(tmp_path: Path) -> None:
     }.items():
         want = torch.cat([gradients[name] for name in theirs])
         torch.testing.assert_close(decoder.get_parameter(ours).grad, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("moe", [None, MoEConfig(experts=4, ffn=16)])
+def test_the_tip_of_some_tokens_is_the_forward_pass_of_all(moe) -> None:
+    config = DecoderConfig(vocabulary=31, hidden=16, layers=3, heads=4, kv_heads=2, head_dim=4, ffn=24, moe=moe)
+    model = Decoder(config).double().initialize(0).eval()
+    tokens, context = torch.arange(14).view(2, 7), CausalRows.of(7)
+    rows = torch.tensor([13, 2, 6])
+    x, attended = model.trunk(tokens, context)
+    found = model.tip(x.flatten(0, 1)[rows], attended.flatten(0, 1)[rows])
+    torch.testing.assert_close(found, model(tokens, context).hidden.flatten(0, 1)[rows], rtol=0, atol=1e-12)
