@@ -25,6 +25,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -178,9 +179,14 @@ def _declarations(module: str, path: Path) -> Iterator[Contract | Entry]:
                         yield Contract(given["name"], given["law"], module, node.name)
                     elif call.func.id == "policy":
                         given = _arguments(policy, call, path)
-                        summary = (ast.get_docstring(node) or "").split("\n", 1)[0]
+                        summary = _first_sentence(ast.get_docstring(node) or "")
                         papers = tuple(given["papers"])
                         yield Entry(given["contract"], given["name"], papers, summary, module, node.name, path)
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.partition("\n\n")[0].split())
+    return re.split(r"(?<=\.)(?<!\bal\.) ", paragraph, maxsplit=1)[0]  # "et al." ends none
 
 
 def _arguments(decorator: Callable[..., Any], call: ast.Call, path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def draw_softmax(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor
     exceeds ``uniform``, up to rounding.
 
     The weights are summed by chunks, the chunk is found from the sums, and the token within its chunk, so that nothing
-    of the vocabulary's size is cumulated. On CUDA the whole is compiled, and reads the logits and writes nothing.
+    of the vocabulary's size is cumulated. On CUDA the whole is compiled, and reads the logits once and writes nothing.
 
     Args:
         logits: [R, V], with a number above -inf in each row.
@@ -33,28 +33,31 @@ def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _draw(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
-    size = logits.shape[-1]
-    top = logits.amax(-1, keepdim=True).float()
-    heat = temperature.unsqueeze(-1)
-
-    def weights(scores: Tensor) -> Tensor:
-        # Counted from the largest, scores stay numbers however small the temperature is.
-        return ((scores.float() - top) / heat).exp()
-
-    every = weights(logits)
+    size, heat = logits.shape[-1], temperature.unsqueeze(-1)
     whole = size // CHUNK * CHUNK
-    sums = [every[:, :whole].reshape(len(every), -1, CHUNK).sum(-1)] if whole else []
+    pieces = [logits[:, :whole].reshape(len(logits), -1, CHUNK)] if whole else []
     if whole < size:
-        sums.append(every[:, whole:].sum(-1, keepdim=True))
-    reached = torch.cat(sums, 1).double().cumsum(-1)
+        pieces.append(logits[:, whole:].unsqueeze(1))
+    tops, sums = (torch.cat(parts, 1) for parts in zip(*(_summed(each, heat) for each in pieces), strict=True))
+    # Counted from the largest, scores stay numbers however small the temperature is.
+    top = tops.amax(-1, keepdim=True)
+    reached = (sums * ((tops - top) / heat).exp()).double().cumsum(-1)
     # Rounding may lift an aim to the sum itself, which nothing exceeds.
     aim = (uniform.unsqueeze(-1) * reached[:, -1:]).minimum(_below(reached[:, -1:]))
     chunk = torch.searchsorted(reached, aim, right=True)
     passed = torch.where(chunk > 0, reached.gather(1, (chunk - 1).clamp(min=0)), 0)
     index = chunk * CHUNK + torch.arange(CHUNK, device=logits.device)
-    inside = weights(logits.gather(1, index.clamp(max=size - 1))).masked_fill(index >= size, 0).double().cumsum(-1)
+    scores = logits.gather(1, index.clamp(max=size - 1)).float().masked_fill(index >= size, -torch.inf)
+    inside = ((scores - top) / heat).exp().double().cumsum(-1)
     rest = (aim - passed).minimum(_below(inside[:, -1:]))
     return (chunk * CHUNK + torch.searchsorted(inside, rest, right=True)).squeeze(-1)
+
+
+def _summed(scores: Tensor, heat: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each chunk of ``scores`` [R, C, n]: the largest, and the sum of the weights counted from it; [R, C] each."""
+    top = scores.amax(-1, keepdim=True).float()
+    finite = torch.where(top > -torch.inf, top, 0.0)  # nothing is left of a chunk that is forbidden as a whole
+    return top.squeeze(-1), ((scores.float() - finite) / heat.unsqueeze(-1)).exp().sum(-1)
 
 
 def _below(total: Tensor) -> Tensor:

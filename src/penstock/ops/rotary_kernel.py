@@ -56,6 +56,6 @@ def rotate_both(
     query_scale, key_scale = scales or rows
     rotate_kernel[grid](
         *rows, *new, *angles, query_scale, key_scale, eps, *strides, heads, kv_heads, half,
-        HEADS, triton.next_power_of_2(half), scales is not None, num_warps=4,
+        HEADS, triton.next_power_of_2(half), scales is not None, num_warps=2,
     )  # fmt: skip
     return new[0], new[1]

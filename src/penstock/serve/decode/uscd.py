@@ -18,12 +18,12 @@ Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 @policy("decode.rule", "uscd", papers=[174])
 class UncertaintyAwareContrast(DecodeRule):
-    """Where the model is unsure of the next token, takes away what it would say after a poorer prompt, such as the same
-    task without its examples: what both say is noise of the task, what only the full prompt says is knowledge (USCD).
+    """Where the model is unsure of the next token, takes away what it would say after a poorer prompt (USCD).
 
-    The model is sure where its distribution is peaked. Elsewhere a token's chance becomes p - ``weight`` * p', with p'
-    from the poorer prompt; tokens less probable than ``floor`` times the average are left out, and so are those whose
-    chance is not positive. Where none is left, the distribution stays as it is.
+    That prompt may be the same task without its examples: what the model says after both is noise. The model is sure
+    where its distribution is peaked. Elsewhere a token's chance becomes p - ``weight`` * p', with p' from the poorer
+    prompt; tokens less probable than ``floor`` times the average are left out, and so are those whose chance is not
+    positive. Where none is left, the distribution stays as it is.
 
     From the paper and its code: the "lame" prompt, the gate by the standard deviation of the distribution, the
     difference of distributions with 1 and -0.7 as weights, the floor relative to the mean. Ours: the deviation is
