@@ -1,4 +1,4 @@
-"""Offline serving: tokens a second of many requests at once.
+"""Serving: tokens a second of many requests at once, and waiting times where requests arrive over time.
 
 On CUDA: random weights in the shapes of Qwen3-0.6B and Qwen3-8B, bf16, and four workloads: 256 requests with 100 to
 1,024 tokens in and out (nano-vllm's); 16 groups of 32 requests that share 1,024 tokens, with 64 own tokens in and 64
@@ -28,13 +28,14 @@ from penstock.models import hub
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.serve.batch import Batch
+from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.build import build_engine
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine import Engine
 from penstock.serve.messages import Request
 from penstock.serve.sampling import SamplingParams
 
-PAPERS = (200, 293)
+PAPERS = (200, 235, 293)
 
 #: vLLM 0.22.0 on one H100 80GB HBM3, torch 2.11.0+cu130: medians of wall seconds, or tokens a second where one request.
 PEER = "vLLM 0.22.0, measured by itself"
@@ -50,6 +51,8 @@ SHAPES = {
 }  # fmt: skip
 #: Requests a second of the online runs.
 RATES = {"Qwen3-0.6B shape": (8.0, 32.0), "Qwen3-8B shape": (4.0, 8.0)}
+#: What is known beforehand is planned as a whole.
+OFFLINE = EngineConfig(batching="batchllm", tokens=16384, sequences=512)
 SMALL = DecoderConfig(
     vocabulary=32768, hidden=768, layers=12, heads=12, kv_heads=6, head_dim=64, ffn=2304, context=1024, qk_norm=True,
     tied=True,
@@ -111,8 +114,9 @@ def run(engine: Engine, work: Workload) -> float:
 
 def online(engine: Engine, work: Workload, rate: float) -> tuple[list[float], list[float]]:
     """Seconds to the first token, and per token after it, of each request of ``work`` when they arrive as a Poisson
-    process of ``rate`` a second."""
+    process of ``rate`` a second, under ``sarathi``."""
     engine.pool.forget()
+    engine.batcher = Sarathi().start(engine.limits)
     draw = random.Random(1)
     due, arrival = [], 0.0
     for _ in work.prompts:
@@ -208,7 +212,7 @@ def on_cuda(bench: Bench) -> None:
     """The four workloads with each shape, and requests that arrive over time."""
     rates = copy_rate(bench.device), matmul_rate(bench.device)
     for name, shape in SHAPES.items():
-        engine = build_engine(random_model(shape, bench.device), EngineConfig(tokens=16384, sequences=512), report=show)
+        engine = build_engine(random_model(shape, bench.device), OFFLINE, report=show)
         for work in cuda_workloads():
             roofline = Roofline(engine, rates)
             row = bench.measure(
