@@ -3,6 +3,7 @@
 A generated part stands between two lines, of which the first names the generator and, for most, its argument::
 
     <!-- figures: NAME -->      the results of a benchmark, or of one device's file (NAME-DEVICE)
+    <!-- comparisons: NAME -->  those of them that stand beside a peer's
     <!-- policies: CONTRACT --> the policies of a contract
     <!-- timelines -->          a picture of each pipeline schedule, which is drawn anew too
     <!-- timelines: A,B -->     one picture of some of them
@@ -27,7 +28,7 @@ from pathlib import Path
 
 from penstock.core.errors import PenstockError, UsageError, nearest
 from penstock.core.files import read_text, write_atomic
-from penstock.core.results import HEADINGS, Result, cells, read_results
+from penstock.core.results import HEADINGS, Result, Row, cells, read_results
 from penstock.papers.catalogue import Bibliography, Standing, Status, bibliography, standings
 from penstock.policy import Entry, Index, create, index
 
@@ -79,6 +80,21 @@ def link(document: Path, entry: Entry) -> str:
 @generator
 def figures(sources: Sources, document: Path, name: str) -> str:
     """The figures of a benchmark, a table for each device that it ran on."""
+    return tabulated(sources, name, lambda row: True)
+
+
+@generator
+def comparisons(sources: Sources, document: Path, name: str) -> str:
+    """Those of a benchmark's figures that stand beside a peer's."""
+    return tabulated(sources, name, lambda row: row.peer is not None)
+
+
+def tabulated(sources: Sources, name: str, shown: Callable[[Row], bool]) -> str:
+    """The rows of a benchmark's results that are ``shown``, a table for each device.
+
+    Raises:
+        UsageError: there are no results of that name.
+    """
     found = [r for r in sources.results if name in (r.name, f"{r.name}-{r.device}")]
     if not found:
         known = {r.name for r in sources.results} | {f"{r.name}-{r.device}" for r in sources.results}
@@ -87,7 +103,7 @@ def figures(sources: Sources, document: Path, name: str) -> str:
     for result in found:
         used = ", ".join(f"{package} {version}" for package, version in result.versions.items())
         note = f"{result.hardware}; {result.date}, commit {result.commit}; {used}."
-        parts.append(f"{table(HEADINGS, (cells(row) for row in result.rows))}\n{note}\n")
+        parts.append(f"{table(HEADINGS, (cells(row) for row in result.rows if shown(row)))}\n{note}\n")
     return "\n".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.util
 import json
@@ -103,6 +104,15 @@ def test_figures_of_one_device(sources):
     lines = block(sources, "figures: cutting-h100")
     assert sum(line.startswith("| slanted") for line in lines) == 1
     assert lines[-1].startswith("h100 in full")
+
+
+def test_comparisons_leave_out_what_has_no_peer(sources):
+    alone = Row(subject="bent", setting="wood", metric="speed", value=1, unit="m/s", repetitions=1)
+    more = [result.model_copy(update={"rows": (*result.rows, alone)}) for result in sources.results]
+    sources = dataclasses.replace(sources, results=more)
+    every, compared = (block(sources, f"{name}: cutting-h100") for name in ("figures", "comparisons"))
+    assert [line for line in every if line not in compared] == ["| bent | wood | speed ↑ | 1.000 m/s | 1 |  |  |  |"]
+    assert [line for line in every if line in compared] == compared
 
 
 @pytest.mark.parametrize(("document", "path"), [("docs/page.md", "../src/"), ("README.md", "src/")])
