@@ -19,13 +19,14 @@ def rotate_heads(
     """``query`` [*T, H, D] and ``key`` [*T, K, D], normed by root-mean-square over each head and multiplied by
     ``scales`` (of queries and keys, [D] each) where there are any, then turned by their positions.
 
-    On CUDA, where no gradient is wanted, one kernel reads and writes all of it once.
+    On CUDA, where no gradient is wanted, one kernel reads and writes all of it once, and computes in float32 (float64
+    is left to PyTorch).
 
     Args:
         cos, sin: of the angles, [*T, 1, D / 2] or broadcastable to it.
         eps: added to the mean square.
     """
-    if query.is_cuda and not torch.is_grad_enabled():
+    if query.is_cuda and query.dtype is not torch.float64 and not torch.is_grad_enabled():
         from penstock.ops.rotary_kernel import rotate_both
 
         return rotate_both(query, key, cos, sin, scales, eps)
