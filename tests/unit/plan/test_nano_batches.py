@@ -30,6 +30,8 @@ QWEN3_8B = DecoderConfig(
 SMALL = DecoderConfig(vocabulary=100, hidden=32, layers=3, heads=4, kv_heads=2, head_dim=8, ffn=48)
 SPARSE = SMALL.model_copy(update={"moe": MoEConfig(experts=8, ffn=16), "tied": True})
 H100 = Rates.of(DEVICES["h100"])
+#: Relative, of sums of floats in another order.
+ROUNDING = 1e-12
 
 operations = st.builds(Operation, st.sampled_from(Resource), st.integers(1, 5))
 chains = st.lists(st.lists(operations, max_size=6), min_size=1, max_size=4)
@@ -170,9 +172,11 @@ def test_the_search_finds_the_best_of_all_candidates(step, places, beside, gain)
     whole = cost.seconds([step.decodes + step.prompts])
     found = Planner(cost, gain).search(step, places)
     if found is None:
-        assert min(candidates.values(), default=math.inf) >= (1 - gain) * whole
+        assert min(candidates.values(), default=math.inf) >= (1 - gain) * whole * (1 - ROUNDING)
     else:
-        assert candidates[found] == min(candidates.values()) < (1 - gain) * whole
+        # Of two that differ by rounding alone, either may be found.
+        assert candidates[found] == pytest.approx(min(candidates.values()), rel=ROUNDING)
+        assert candidates[found] < (1 - gain) * whole
 
 
 @given(step=quantities, place=st.integers(1, 7))
