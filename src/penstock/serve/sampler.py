@@ -129,7 +129,8 @@ class Sampler:
         tokens = self._choose(scores, rows, uniform)
         if rows["led"].any():
             companions = np.flatnonzero(rows["led"])
-            tokens[self._of(companions)] = tokens[self._of(self._leaders(where, companions))]
+            leaders = [_place(where, self._sequence(slot).leader) for slot in where[companions]]
+            tokens[self._of(companions)] = tokens[self._of(np.array(leaders))]
         charged = np.flatnonzero(rows["penalized"])
         if charged.size:
             lengths = (rows["prompt"] + count)[charged]
@@ -213,14 +214,7 @@ class Sampler:
             if rule is not None and rule.follows:
                 scores[place] = rule.rescore(scores[place], sequence.tokens)
             elif rule is not None and sequence.companion is not None:
-                (other,) = np.flatnonzero(slots == sequence.companion.slot)
-                scores[place] = rule.contrast(scores[place], scores[other])
-
-    def _leaders(self, slots: np.ndarray, companions: np.ndarray) -> np.ndarray:
-        """The places among ``slots`` of those whom the sequences at the places ``companions`` follow."""
-        leaders = (self._sequence(slot).leader for slot in slots[companions])
-        place = {slot: index for index, slot in enumerate(slots.tolist())}
-        return np.array([place[leader.slot] for leader in leaders if leader is not None])
+                scores[place] = rule.contrast(scores[place], scores[_place(slots, sequence.companion)])
 
     def _sequence(self, slot: int) -> Sequence:
         sequence = self._sequences[slot]
@@ -229,6 +223,12 @@ class Sampler:
 
     def _of(self, values: np.ndarray) -> Tensor:
         return upload(values, self._device)
+
+
+def _place(slots: np.ndarray, sequence: Sequence | None) -> int:
+    """Where among ``slots`` a sequence stands that is in the same batch."""
+    assert sequence is not None
+    return int(np.flatnonzero(slots == sequence.slot)[0])
 
 
 def _set_options(row: np.void, sampling: Sampling) -> None:
