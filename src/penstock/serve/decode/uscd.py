@@ -12,8 +12,7 @@ from torch import Tensor
 from penstock.core.errors import UsageError
 from penstock.policy import policy
 from penstock.serve.decode.contract import DecodeRule
-
-Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+from penstock.serve.sampling import Token
 
 
 @policy("decode.rule", "uscd", papers=[174])
