@@ -138,7 +138,8 @@ def split_streams(device: torch.device, count: int) -> list[torch.Stream]:
     """
     from flashinfer.green_ctx import split_device_green_ctx_by_sm_count
 
-    streams: list[torch.Stream] = split_device_green_ctx_by_sm_count(device, [count])[0]
+    numbered = torch.device(device.type, torch.cuda.current_device())
+    streams: list[torch.Stream] = split_device_green_ctx_by_sm_count(numbered, [count])[0]
     return streams
 
 

@@ -171,10 +171,13 @@ class Scene:
         )
 
     def _tokens(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random query, key and value of ``count`` tokens: views of one tensor, as a model's projection gives them."""
+        """Random query, key and value of ``count`` tokens: views of one tensor, as a model's projection gives them, or,
+        where the count is odd, with the tokens of a head side by side."""
         shape = self.shape
         heads = [shape.heads, shape.kv_heads, shape.kv_heads]
         drawn = torch.randn(count, sum(heads), shape.head_dim, generator=self._draw, dtype=torch.float64)
+        if count % 2:
+            drawn = drawn.transpose(0, 1).contiguous().transpose(0, 1)
         query, key, value = torch.split(drawn.to(shape.device, shape.dtype), heads, 1)
         return query, key, value
 

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import itertools
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,12 +37,19 @@ def _(query: Tensor, key: Tensor, value: Tensor, cache: int, layer: int, window:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
+class Section(NamedTuple):
+    """Neighbouring rows of a flat batch that one kernel attends for: its planned wrapper for each window."""
+
+    rows: slice
+    wrappers: dict[int, Any]
+
+
 @dataclasses.dataclass
 class Planned:
-    """What the kernels need of a batch: where new keys and values go, and a planned wrapper for each window."""
+    """What the kernels need of a batch: where new keys and values go, and who attends for which rows."""
 
     slots: Tensor
-    wrappers: dict[int, Any]
+    sections: list[Section]
 
 
 @dataclasses.dataclass
@@ -106,7 +113,8 @@ class FlashInferCache(PagedCache):
     def fix(self, sizes: list[int], pages: int) -> bool:
         for size in sizes:
             slots = torch.zeros(size, dtype=torch.int64, device=self.shape.device)
-            self._fixed[size] = Planned(slots, self._decode_wrappers(self._lanes[0].workspace, size, size * pages))
+            wrappers = self._decode_wrappers(self._lanes[0].workspace, size, size * pages)
+            self._fixed[size] = Planned(slots, [Section(slice(0, size), wrappers)])
         return True
 
     def plan(self, batch: PagedBatch, lane: int = 0) -> None:
@@ -115,42 +123,51 @@ class FlashInferCache(PagedCache):
         own = self._lanes[lane]
         # The copies of the lane's last plan leave from memory that this one writes to.
         own.copied.synchronize()
-        size = self.shape.block_size
-        lengths = batch.lengths.numpy()
-        pages = -(-lengths // size)
-        owned = np.arange(batch.tables.shape[1]) < pages[:, None]
-        indices = upload(batch.tables.numpy()[owned], self.shape.device)
-        indptr = _pinned(np.concatenate([[0], pages.cumsum()]).astype(np.int32))
-        last = _pinned((lengths - (pages - 1) * size).astype(np.int32))
-        # Graphs are replayed in lane 0 alone: elsewhere a pass would write to the plan of one that runs beside it.
-        fixed = self._fixed.get(len(lengths)) if batch.longest == 1 and lane == 0 else None
         slots = _pinned(batch.slots.numpy())
+        # Graphs are replayed in lane 0 alone: elsewhere a pass would write to the plan of one that runs beside it.
+        fixed = self._fixed.get(len(batch.lengths)) if batch.longest == 1 and lane == 0 else None
         if fixed is not None:
             fixed.slots.copy_(slots, non_blocking=True)
             planned = fixed
         else:
-            wrappers = own.decode if batch.longest == 1 else own.prefill
-            planned = Planned(slots.to(self.shape.device, non_blocking=True), wrappers)
-        shape = {"num_qo_heads": self.shape.heads, "num_kv_heads": self.shape.kv_heads, "page_size": size}
-        kinds = {"q_data_type": self.shape.dtype, "kv_data_type": self.shape.dtype}
-        for window, wrapper in planned.wrappers.items():
-            if batch.longest == 1:
-                wrapper.plan(indptr, indices, last, head_dim=self.shape.head_dim, window_left=window, **shape, **kinds)
-            else:
-                starts = _pinned(batch.starts.numpy())
-                wrapper.plan(
-                    starts,
-                    indptr,
-                    indices,
-                    last,
-                    head_dim_qk=self.shape.head_dim,
-                    window_left=window,
-                    causal=True,
-                    **shape,
-                    **kinds,
-                )
+            planned = Planned(slots.to(self.shape.device, non_blocking=True), self._sections(batch, own))
+        self._plan_sections(planned.sections, batch, own)
         self._planned = planned
         own.copied.record()
+
+    def _sections(self, batch: PagedBatch, lane: Lane) -> list[Section]:
+        """The leading sequences with one new token each, for the kernel that splits their keys, and the others."""
+        several = np.flatnonzero(np.diff(batch.starts.numpy()) > 1)
+        single, count = (int(several[0]) if len(several) else len(batch.lengths)), len(batch.slots)
+        sections = [Section(slice(0, single), lane.decode), Section(slice(single, count), lane.prefill)]
+        return [section for section in sections if section.rows.start < section.rows.stop]
+
+    def _plan_sections(self, sections: list[Section], batch: PagedBatch, lane: Lane) -> None:
+        size = self.shape.block_size
+        starts, lengths = batch.starts.numpy(), batch.lengths.numpy()
+        pages = -(-lengths // size)
+        owned = np.arange(batch.tables.shape[1]) < pages[:, None]
+        indices = upload(batch.tables.numpy()[owned], self.shape.device)
+        ends = np.concatenate([[0], pages.cumsum()]).astype(np.int32)
+        last = (lengths - (pages - 1) * size).astype(np.int32)
+        common: dict[str, Any] = {
+            "num_qo_heads": self.shape.heads,
+            "num_kv_heads": self.shape.kv_heads,
+            "page_size": size,
+            "q_data_type": self.shape.dtype,
+            "kv_data_type": self.shape.dtype,
+        }
+        for rows, wrappers in sections:
+            first, behind = np.searchsorted(starts, [rows.start, rows.stop])
+            own = indices[ends[first] : ends[behind]]
+            bounds, filled = _pinned(ends[first : behind + 1] - ends[first]), _pinned(last[first:behind])
+            for window, wrapper in wrappers.items():
+                if wrappers is lane.prefill:
+                    queries = _pinned(starts[first : behind + 1] - starts[first])
+                    sizes = {"head_dim_qk": self.shape.head_dim, "window_left": window, "causal": True}
+                    wrapper.plan(queries, bounds, own, filled, **sizes, **common)
+                else:
+                    wrapper.plan(bounds, own, filled, head_dim=self.shape.head_dim, window_left=window, **common)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
@@ -168,8 +185,10 @@ class FlashInferCache(PagedCache):
             raise RuntimeError("attend() before plan()")
         memory = self._memory[layer]
         store(key, value, memory, planned.slots)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        planned.wrappers[window].run(query.contiguous(), memory, out=out)
+        query = query.contiguous()
+        out = torch.empty_like(query)
+        for rows, wrappers in planned.sections:
+            wrappers[window].run(query[rows], memory, out=out[rows])
         return out
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
@@ -184,7 +203,9 @@ def store(key: Tensor, value: Tensor, memory: Tensor, slots: Tensor) -> None:
     """Writes ``key`` and ``value`` [N, K, D] to the ``slots`` int64 [N] of ``memory`` [blocks, 2, block_size, K, D]."""
     from penstock.ops.paged.store import store_kernel
 
-    width = key.shape[1] * key.shape[2]
+    # Views, where the heads of a token lie side by side.
+    key, value = key.flatten(1), value.flatten(1)
+    width = key.shape[1]
     store_kernel[(key.shape[0],)](
         key, value, memory, slots, key.stride(0), value.stride(0), memory.shape[2], width, 1 << (width - 1).bit_length()
     )
@@ -193,7 +214,8 @@ def store(key: Tensor, value: Tensor, memory: Tensor, slots: Tensor) -> None:
 @policy("attention.paged", "flashinfer")
 class FlashInfer(PagedAttention):
     """FlashInfer's paged kernels: the split-KV kernel for decoding, FlashAttention 3 on Hopper where sequences have
-    several new tokens. Plans of decode batches of a fixed size can be replayed from a CUDA graph.
+    several new tokens. In a batch with both, sequences that decode have the former where they come first, as they do in
+    every step of the engine. Plans of decode batches of a fixed size can be replayed from a CUDA graph.
     """
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -32,5 +32,5 @@ class Objective(Policy):
         It counts once for each predicted token, so that its weight does not depend on the batch size; and it is linear,
         so that stages of a pipeline can add it for their own layers.
         """
-        weight = config.moe.balance_weight if config.moe else 0.0
+        weight = config.moe.balance_weight if config.moe is not None else 0.0
         return weight * balance * (batch.targets != IGNORE).sum()
