@@ -7,6 +7,7 @@ kernel is also measured beside itself with its splits turned off.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -83,7 +84,8 @@ def flashinfer(rows: Rows, query: Tensor, split: bool) -> Attend:
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     pages = torch.cat([torch.stack(row, 1).unflatten(2, (-1, BLOCK)).permute(2, 1, 3, 0, 4) for row in rows])
-    ends = torch.tensor([0, *(row[0].shape[1] // BLOCK for row in rows)], dtype=torch.int32).cumsum(0, torch.int32)
+    counts = (row[0].shape[1] // BLOCK for row in rows)
+    ends = torch.tensor([*itertools.accumulate(counts, initial=0)], dtype=torch.int32)
     full = torch.full((len(rows),), BLOCK, dtype=torch.int32)
     workspace = torch.zeros(2**28, dtype=torch.uint8, device=query.device)
     wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
