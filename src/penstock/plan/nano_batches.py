@@ -18,7 +18,6 @@ from pydantic import Field, PositiveFloat
 
 from penstock.core.config import Config
 from penstock.models.config import DecoderConfig
-from penstock.plan.hardware import Hardware
 
 
 class Resource(enum.Enum):
@@ -83,22 +82,18 @@ def bound(chains: Sequence[Chain]) -> float:
 
 
 class Rates(Config):
-    """What a device does in a second: its data sheet's numbers, or measured ones.
+    """What a device was measured to do in a second.
 
     Attributes:
         flops: of bf16 matrix products.
         bandwidth: bytes read from memory.
-        beside: speed of an operation while one that is short of something else runs, as a share of its speed alone.
+        beside: speed of an operation while one that is short of something else runs, as a share of its speed alone. At
+            0.5, two at once take as long as one after the other.
     """
 
     flops: PositiveFloat
     bandwidth: PositiveFloat
-    beside: float = Field(1.0, gt=0, le=1)
-
-    @classmethod
-    def of(cls, hardware: Hardware) -> Rates:
-        """Those of the data sheet."""
-        return cls(flops=hardware.flops, bandwidth=hardware.bandwidth)
+    beside: float = Field(gt=0, le=1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable
 from heapq import heappop, heappush
 
-from penstock.core.devices import label
 from penstock.core.errors import UsageError
 from penstock.serve.batch import Batch
 from penstock.serve.batching.contract import Limits
@@ -57,7 +56,6 @@ class Engine:
             runner.blocks,
             shape.block_size,
             runner.model.config,
-            label(runner.device),
         )
         self.batcher = config.batching.start(self.limits)
         self.running: list[Sequence] = []

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a step may hold, and what computes it.
+    """What a step may hold, and for which model.
 
     Attributes:
         tokens: the token budget of a step.
@@ -24,7 +24,6 @@ class Limits:
         blocks: of the cache.
         block_size: tokens of a block.
         model: the shape of the model.
-        device: the short name of the device, as in :data:`penstock.plan.hardware.DEVICES`.
     """
 
     tokens: int
@@ -32,7 +31,6 @@ class Limits:
     blocks: int
     block_size: int
     model: DecoderConfig
-    device: str
 
 
 class Room(Protocol):

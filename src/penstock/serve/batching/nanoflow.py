@@ -8,7 +8,6 @@ from collections.abc import Sequence as List
 
 from pydantic import Field
 
-from penstock.plan.hardware import DEVICES
 from penstock.plan.nano_batches import QUARTERS, Mix, Planner, Rates, StepCost, Work
 from penstock.policy import policy
 from penstock.serve.batch import Entry
@@ -68,8 +67,8 @@ class NanoFlow(Batching):
     where they are large alone. Overlap of steps is the loop's affair.
 
     Attributes:
-        rates: of the device; None takes its data sheet. Where there is none, as for every CPU, steps stay whole: parts
-            would be computed one after the other.
+        rates: of the device, as `penstock bench nanoflow` measures them. None keeps steps whole, which is best where
+            kernels leave no room for others: an H100 was measured to gain nothing from two streams.
         gain: the share of a step's time that a split must save at least, by the rates. It covers what they leave out:
             a second pass to launch.
     """
@@ -78,9 +77,6 @@ class NanoFlow(Batching):
     gain: float = Field(0.05, ge=0, lt=1)
 
     def start(self, limits: Limits) -> Batcher:
-        rates = self.rates
-        if rates is None and limits.device in DEVICES:
-            rates = Rates.of(DEVICES[limits.device])
-        if rates is None:
+        if self.rates is None:
             return SarathiBatcher()
-        return NanoFlowBatcher(Planner(StepCost.of(limits.model, rates), self.gain))
+        return NanoFlowBatcher(Planner(StepCost.of(limits.model, self.rates), self.gain))
