@@ -11,11 +11,6 @@ from torch import Tensor
 
 from penstock.ops.paged.contract import PagedBatch, PagedCache
 
-#: Bytes of keys and values that a layer reads, from which on a step is better queued kernel by kernel: its attention
-#: takes a GPU longer than the host needs for a layer, and kernels that are laid out for the batch at hand read faster
-#: than those that have to fit any batch of a size.
-LONG_READ = 2**29
-
 
 class Captured(NamedTuple):
     """A graph, and where its input and output lie."""
@@ -27,7 +22,7 @@ class Captured(NamedTuple):
 
 
 def graph_sizes(sequences: int) -> list[int]:
-    """Batch sizes that are captured: dense where the batch is small, a quarter apart at most where it is large.
+    """Batch sizes that are captured: dense where the batch is small, in eighths of the size where it is large.
 
     There is none below 2: a compiled pass treats a batch of one as a case of its own, and two cost the same.
     """
@@ -85,12 +80,8 @@ class DecodeGraphs:
             logits = self._logits(tokens, positions)
         self._captured[size] = Captured(graph, tokens, positions, logits)
 
-    def size_for(self, batch: PagedBatch) -> int | None:
-        """The captured size that ``batch`` is padded to; None where there is none, or where it reads so much that a
-        graph does not pay."""
-        shape, sequences = self._cache.shape, len(batch.lengths)
-        if int(batch.lengths.sum()) * shape.block_bytes > LONG_READ * shape.layers * shape.block_size:
-            return None
+    def size_for(self, sequences: int) -> int | None:
+        """The captured size that a batch of ``sequences`` is padded to, None where there is none."""
         return next((size for size in self._sizes if size >= sequences and size in self._captured), None)
 
     def replay(self, size: int, tokens: Tensor, positions: Tensor, batch: PagedBatch) -> Tensor:

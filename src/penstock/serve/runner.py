@@ -163,7 +163,7 @@ class Runner:
         return [passed[index] for index in range(len(parts))]
 
     def _pass(self, part: Part, lane: int = 0) -> Passed:
-        size = self._graphs.size_for(part.plan) if self._graphs and part.decoding and lane == 0 else None
+        size = self._graphs.size_for(len(part.tokens)) if self._graphs and part.decoding and lane == 0 else None
         if self._graphs is not None and size is not None:
             return Passed(self._graphs.replay(size, part.tokens, part.positions, part.plan))
         self.cache.plan(part.plan, lane)
