@@ -3,7 +3,7 @@
 A generated part stands between two lines, of which the first names the generator and, for most, its argument::
 
     <!-- figures: NAME -->      the results of a benchmark, or of one device's file (NAME-DEVICE)
-    <!-- comparisons: NAME -->  those of them that stand beside a peer's
+    <!-- comparisons: NAME -->  those of them that stand beside a peer's; NAME,METRIC is of one metric
     <!-- policies: CONTRACT --> the policies of a contract
     <!-- timelines -->          a picture of each pipeline schedule, which is drawn anew too
     <!-- timelines: A,B -->     one picture of some of them
@@ -84,9 +84,10 @@ def figures(sources: Sources, document: Path, name: str) -> str:
 
 
 @generator
-def comparisons(sources: Sources, document: Path, name: str) -> str:
-    """Those of a benchmark's figures that stand beside a peer's."""
-    return tabulated(sources, name, lambda row: row.peer is not None)
+def comparisons(sources: Sources, document: Path, wanted: str) -> str:
+    """Those of a benchmark's figures that stand beside a peer's, or of one metric of them (hyphens for spaces)."""
+    name, _, metric = wanted.partition(",")
+    return tabulated(sources, name, lambda row: row.peer is not None and metric in ("", row.metric.replace(" ", "-")))
 
 
 def tabulated(sources: Sources, name: str, shown: Callable[[Row], bool]) -> str:

@@ -115,6 +115,15 @@ def test_comparisons_leave_out_what_has_no_peer(sources):
     assert [line for line in every if line in compared] == compared
 
 
+def test_comparisons_of_one_metric(sources):
+    (row,) = (row for result in sources.results if result.device == "h100" for row in result.rows)
+    other = row.model_copy(update={"metric": "loss of edge"})
+    more = [result.model_copy(update={"rows": (*result.rows, other)}) for result in sources.results]
+    sources = dataclasses.replace(sources, results=more)
+    (shown,) = (line for line in block(sources, "comparisons: cutting-h100,loss-of-edge") if row.subject in line)
+    assert "loss of edge" in shown
+
+
 @pytest.mark.parametrize(("document", "path"), [("docs/page.md", "../src/"), ("README.md", "src/")])
 def test_policies_of_a_contract(sources, document, path):
     assert block(sources, "policies: test.cut", document)[2:] == [
