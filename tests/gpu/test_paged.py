@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from penstock.ops.paged.contract import CacheShape, PagedAttention
+from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch
 from penstock.testing.attention_paged import Fork, Release, Scene, Step
 from penstock.testing.enrolled import enrolled
 
@@ -42,3 +44,27 @@ def test_equals_softmax_attention_over_each_sequences_own_tokens(
         pytest.skip(f"{name}: {reason}")
     shape = CacheShape(len(windows), groups * kv_heads, kv_heads, head_dim, 100, 16, dtype, device, frozenset(windows))
     Scene(policy, shape, windows, tolerance=6e-3).play(SCRIPT)
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1], [70, 3], [1, 1, 90]], ids=["decodes", "prompts", "both"])
+def test_planning_a_step_does_not_wait_for_the_device(counts: list[int]) -> None:
+    """An engine plans a step while the device computes the one before."""
+    policy = POLICIES["flashinfer"]
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    reason = policy.serves(device, dtype, 128)
+    if reason is not None:
+        pytest.skip(reason)
+    cache = policy.open(CacheShape(1, 8, 2, 128, 100, 16, dtype, device))
+    starts = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+    lengths = starts.diff() + 200
+    tables = torch.arange(len(counts) * 20, dtype=torch.int32).view(len(counts), 20)
+    batch = PagedBatch(starts, lengths, tables, torch.zeros(int(starts[-1]), dtype=torch.int64), max(counts))
+    for _ in range(3):
+        cache.plan(batch)
+    torch.cuda.synchronize()
+    busy = torch.cuda.Event()
+    torch.cuda._sleep(2**31)
+    busy.record()
+    cache.plan(batch)
+    assert not busy.query()
+    torch.cuda.synchronize()

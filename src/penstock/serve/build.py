@@ -14,6 +14,7 @@ from penstock.core.errors import PenstockError, UsageError
 from penstock.core.progress import Reporter, silent
 from penstock.models import hub
 from penstock.models.decoder import Decoder
+from penstock.ops.linear import FEW
 from penstock.ops.paged.contract import CacheShape, PagedAttention
 from penstock.policy import index
 from penstock.serve.config import EngineConfig
@@ -90,11 +91,13 @@ def build_engine(
 
 
 def _rehearse(engine: Engine) -> None:
-    """Answers a long prompt, then two short ones at a time: what is compiled or loaded on first use, such as how one
-    token is drawn and how several are, is there before anybody waits for it. The engine is of no further use."""
+    """Answers a long prompt, then some short ones at a time: what is compiled or loaded on first use, such as how one
+    token is drawn and how several are, and products of each small number of rows, is there before anybody waits for it.
+    The engine is of no further use."""
     longest = min(engine.limits.tokens, engine.context - 1)
-    for length, n in ((longest, 1), (2, min(2, engine.limits.sequences))):
-        engine.add(Request(str(length), [0] * length, SamplingParams(temperature=1, max_tokens=2, n=n)))
+    for lengths in ([longest], *([2] + [1] * more for more in range(FEW))):
+        for place, length in enumerate(lengths):
+            engine.add(Request(str(place), [0] * length, SamplingParams(temperature=1, max_tokens=2)))
         while engine.busy:
             engine.step()
 

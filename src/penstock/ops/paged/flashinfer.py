@@ -161,11 +161,17 @@ class FlashInferCache(PagedCache):
             first, behind = np.searchsorted(starts, [rows.start, rows.stop])
             own = indices[ends[first] : ends[behind]]
             bounds, filled = _pinned(ends[first : behind + 1] - ends[first]), _pinned(last[first:behind])
+            # Given, they need not be computed again, nor copied from where a copy may wait for the device.
+            common["seq_lens"] = _pinned(lengths[first:behind])
             for window, wrapper in wrappers.items():
                 if wrappers is lane.prefill:
                     queries = _pinned(starts[first : behind + 1] - starts[first])
-                    sizes = {"head_dim_qk": self.shape.head_dim, "window_left": window, "causal": True}
-                    wrapper.plan(queries, bounds, own, filled, **sizes, **common)
+                    sizes = {
+                        "head_dim_qk": self.shape.head_dim,
+                        "causal": True,
+                        "max_token_per_sequence": batch.longest,
+                    }
+                    wrapper.plan(queries, bounds, own, filled, window_left=window, **sizes, **common)
                 else:
                     wrapper.plan(bounds, own, filled, head_dim=self.shape.head_dim, window_left=window, **common)
 
@@ -192,7 +198,8 @@ class FlashInferCache(PagedCache):
         return out
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
-        self._memory[:, targets] = self._memory[:, sources]
+        source, target = (upload(np.array(blocks), self.shape.device) for blocks in (sources, targets))
+        self._memory[:, target] = self._memory[:, source]
 
 
 def _pinned(values: np.ndarray) -> Tensor:
