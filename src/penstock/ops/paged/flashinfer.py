@@ -131,7 +131,8 @@ class FlashInferCache(PagedCache):
             planned = fixed
         else:
             planned = Planned(slots.to(self.shape.device, non_blocking=True), self._sections(batch, own))
-        self._plan_sections(planned.sections, batch, own)
+        for section in planned.sections:
+            self._plan_section(section, own, batch)
         self._planned = planned
         own.copied.record()
 
@@ -142,38 +143,34 @@ class FlashInferCache(PagedCache):
         sections = [Section(slice(0, single), lane.decode), Section(slice(single, count), lane.prefill)]
         return [section for section in sections if section.rows.start < section.rows.stop]
 
-    def _plan_sections(self, sections: list[Section], batch: PagedBatch, lane: Lane) -> None:
-        size = self.shape.block_size
-        starts, lengths = batch.starts.numpy(), batch.lengths.numpy()
+    def _plan_section(self, section: Section, lane: Lane, batch: PagedBatch) -> None:
+        """Plans the attention of the sequences of ``batch`` whose rows are in the ``section``."""
+        starts, size = batch.starts.numpy(), self.shape.block_size
+        first, behind = np.searchsorted(starts, [section.rows.start, section.rows.stop])
+        lengths = batch.lengths.numpy()[first:behind]
         pages = -(-lengths // size)
-        owned = np.arange(batch.tables.shape[1]) < pages[:, None]
-        indices = upload(batch.tables.numpy()[owned], self.shape.device)
-        ends = np.concatenate([[0], pages.cumsum()]).astype(np.int32)
-        last = (lengths - (pages - 1) * size).astype(np.int32)
-        common: dict[str, Any] = {
+        tables = batch.tables.numpy()[first:behind]
+        given: dict[str, Any] = {
             "num_qo_heads": self.shape.heads,
             "num_kv_heads": self.shape.kv_heads,
             "page_size": size,
             "q_data_type": self.shape.dtype,
             "kv_data_type": self.shape.dtype,
+            # Need not be computed again then, nor copied from where a copy may wait for the device.
+            "seq_lens": _pinned(lengths),
         }
-        for rows, wrappers in sections:
-            first, behind = np.searchsorted(starts, [rows.start, rows.stop])
-            own = indices[ends[first] : ends[behind]]
-            bounds, filled = _pinned(ends[first : behind + 1] - ends[first]), _pinned(last[first:behind])
-            # Given, they need not be computed again, nor copied from where a copy may wait for the device.
-            common["seq_lens"] = _pinned(lengths[first:behind])
-            for window, wrapper in wrappers.items():
-                if wrappers is lane.prefill:
-                    queries = _pinned(starts[first : behind + 1] - starts[first])
-                    sizes = {
-                        "head_dim_qk": self.shape.head_dim,
-                        "causal": True,
-                        "max_token_per_sequence": batch.longest,
-                    }
-                    wrapper.plan(queries, bounds, own, filled, window_left=window, **sizes, **common)
-                else:
-                    wrapper.plan(bounds, own, filled, head_dim=self.shape.head_dim, window_left=window, **common)
+        where = (
+            _pinned(np.concatenate([[0], pages.cumsum()]).astype(np.int32)),
+            upload(tables[np.arange(tables.shape[1]) < pages[:, None]], self.shape.device),
+            _pinned(lengths - (pages - 1) * size),
+        )
+        for window, wrapper in section.wrappers.items():
+            if section.wrappers is lane.prefill:
+                queries = _pinned(starts[first : behind + 1] - section.rows.start)
+                sizes = {"head_dim_qk": self.shape.head_dim, "max_token_per_sequence": batch.longest}
+                wrapper.plan(queries, *where, causal=True, window_left=window, **sizes, **given)
+            else:
+                wrapper.plan(*where, head_dim=self.shape.head_dim, window_left=window, **given)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
