@@ -1,8 +1,8 @@
 """Pipeline schedules on the GPUs of one host, against torch.distributed.pipelining with the same stages.
 
 A Llama shape of about 3 B parameters in bf16 on sequences of 4,096 tokens; forward and backward without an optimizer.
-Other rows say what each held at its peak, and how far the simulator is from the measured time of a step, at the costs
-of the step before. Without several GPUs, tiny shapes over gloo show that it works.
+Other rows say what each held at its peak, how long its devices idled, and how far the simulator is from the measured
+time of a step, at the costs of the step before. Without several GPUs, tiny shapes over gloo show that it works.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class Subjects:
         if step is not None:
             real = self._measured(step)
             answer["simulated"] = simulate(self.schedule, self.costs).makespan / real.makespan
+            answer["idle"] = real.bubble_share
             self.costs = real.costs
         return answer
 
@@ -239,18 +240,20 @@ def compare(bench: Bench, workers: Workers, size: int, name: str, peer: str, *, 
             peer_value=theirs,
             ratio=own / theirs,
         )
+    idle = [100 * answer["idle"] for answer in answers[name]]
     errors = [100 * abs(answer["simulated"] - 1) for answer in answers[name]]
-    bench.row(
-        subject=name,
-        setting=setting,
-        metric="error of the simulated makespan",
-        unit="%",
-        better="lower",
-        value=statistics.median(errors),
-        low=min(errors),
-        high=max(errors),
-        repetitions=len(errors),
-    )
+    for metric, shares in (("idle share of the devices", idle), ("error of the simulated makespan", errors)):
+        bench.row(
+            subject=name,
+            setting=setting,
+            metric=metric,
+            unit="%",
+            better="lower",
+            value=statistics.median(shares),
+            low=min(shares),
+            high=max(shares),
+            repetitions=len(shares),
+        )
 
 
 if __name__ == "__main__":
