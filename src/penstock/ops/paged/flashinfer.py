@@ -84,38 +84,44 @@ class FlashInferCache(PagedCache):
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
         workspace = torch.zeros(WORKSPACE, dtype=torch.uint8, device=self.shape.device)
-        prefill = {window: BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD") for window in self._windows}
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        return Lane(workspace, prefill, self._decode_wrappers(workspace, None, 0), copied)
 
-    def _decode_wrappers(self, workspace: Tensor, size: int | None, pages: int) -> dict[int, Any]:
-        """A wrapper for each window; with a ``size``, one whose buffers stay where they are."""
+        def wrappers(backend: str) -> dict[int, Any]:
+            return {
+                window: BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
+                for window in self._windows
+            }
+
+        # The wrapper for decoding copies from memory that is not pinned, unless it has fixed buffers; this one has the
+        # kernel that it has, where a key head has several queries.
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return Lane(workspace, wrappers("auto"), wrappers("fa2"), copied)
+
+    def fix(self, sizes: list[int], pages: int) -> bool:
+        for size in sizes:
+            slots = torch.zeros(size, dtype=torch.int64, device=self.shape.device)
+            self._fixed[size] = Planned(slots, [Section(slice(0, size), self._fixed_wrappers(size, size * pages))])
+        return True
+
+    def _fixed_wrappers(self, size: int, pages: int) -> dict[int, Any]:
+        """A wrapper for each window, for decode batches of one ``size``, whose buffers stay where they are."""
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
         def buffer(count: int) -> Tensor:
             return torch.zeros(count, dtype=torch.int32, device=self.shape.device)
 
-        def wrapper() -> Any:
-            fixed: dict[str, Any] = {}
-            if size is not None:
-                fixed = {
-                    "use_cuda_graph": True,
-                    "paged_kv_indptr_buffer": buffer(size + 1),
-                    "paged_kv_indices_buffer": buffer(pages),
-                    "paged_kv_last_page_len_buffer": buffer(size),
-                }
-            # With two or more queries to a key head, the tensor cores' kernel reads each key once.
-            tensor_cores = self.shape.heads > self.shape.kv_heads
-            return BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores, **fixed)
-
-        return {window: wrapper() for window in self._windows}
-
-    def fix(self, sizes: list[int], pages: int) -> bool:
-        for size in sizes:
-            slots = torch.zeros(size, dtype=torch.int64, device=self.shape.device)
-            wrappers = self._decode_wrappers(self._lanes[0].workspace, size, size * pages)
-            self._fixed[size] = Planned(slots, [Section(slice(0, size), wrappers)])
-        return True
+        return {
+            window: BatchDecodeWithPagedKVCacheWrapper(
+                self._lanes[0].workspace,
+                "NHD",
+                use_cuda_graph=True,
+                # With two or more queries to a key head, the tensor cores' kernel reads each key once.
+                use_tensor_cores=self.shape.heads > self.shape.kv_heads,
+                paged_kv_indptr_buffer=buffer(size + 1),
+                paged_kv_indices_buffer=buffer(pages),
+                paged_kv_last_page_len_buffer=buffer(size),
+            )
+            for window in self._windows
+        }
 
     def plan(self, batch: PagedBatch, lane: int = 0) -> None:
         while lane >= len(self._lanes):
@@ -128,12 +134,15 @@ class FlashInferCache(PagedCache):
         fixed = self._fixed.get(len(batch.lengths)) if batch.longest == 1 and lane == 0 else None
         if fixed is not None:
             fixed.slots.copy_(slots, non_blocking=True)
-            planned = fixed
+            pages, given = self._pages(batch, slice(0, len(batch.lengths)))
+            for window, wrapper in fixed.sections[0].wrappers.items():
+                wrapper.plan(*pages, head_dim=self.shape.head_dim, window_left=window, **given)
+            self._planned = fixed
         else:
-            planned = Planned(slots.to(self.shape.device, non_blocking=True), self._sections(batch, own))
-        for section in planned.sections:
-            self._plan_section(section, own, batch)
-        self._planned = planned
+            sections = self._sections(batch, own)
+            for section in sections:
+                self._plan_section(section, batch, causal=section.wrappers is own.prefill)
+            self._planned = Planned(slots.to(self.shape.device, non_blocking=True), sections)
         own.copied.record()
 
     def _sections(self, batch: PagedBatch, lane: Lane) -> list[Section]:
@@ -143,34 +152,32 @@ class FlashInferCache(PagedCache):
         sections = [Section(slice(0, single), lane.decode), Section(slice(single, count), lane.prefill)]
         return [section for section in sections if section.rows.start < section.rows.stop]
 
-    def _plan_section(self, section: Section, lane: Lane, batch: PagedBatch) -> None:
-        """Plans the attention of the sequences of ``batch`` whose rows are in the ``section``."""
-        starts, size = batch.starts.numpy(), self.shape.block_size
+    def _plan_section(self, section: Section, batch: PagedBatch, causal: bool) -> None:
+        starts = batch.starts.numpy()
         first, behind = np.searchsorted(starts, [section.rows.start, section.rows.stop])
-        lengths = batch.lengths.numpy()[first:behind]
-        pages = -(-lengths // size)
-        tables = batch.tables.numpy()[first:behind]
-        given: dict[str, Any] = {
+        own = starts[first : behind + 1]
+        pages, given = self._pages(batch, slice(first, behind))
+        given |= {"head_dim_qk": self.shape.head_dim, "max_token_per_sequence": int(np.diff(own).max())}
+        for window, wrapper in section.wrappers.items():
+            wrapper.plan(_pinned(own - own[0]), *pages, causal=causal, window_left=window, **given)
+
+    def _pages(self, batch: PagedBatch, sequences: slice) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+        """What plans take of some ``sequences``: the ends of their lists of blocks, the blocks, and how many tokens the
+        last has; and by name, what says how to read them."""
+        size, lengths = self.shape.block_size, batch.lengths.numpy()[sequences]
+        tables, counts = batch.tables.numpy()[sequences], -(-lengths // size)
+        ends = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
+        blocks = upload(tables[np.arange(tables.shape[1]) < counts[:, None]], self.shape.device)
+        given = {
             "num_qo_heads": self.shape.heads,
             "num_kv_heads": self.shape.kv_heads,
             "page_size": size,
             "q_data_type": self.shape.dtype,
             "kv_data_type": self.shape.dtype,
-            # Need not be computed again then, nor copied from where a copy may wait for the device.
+            # Need not be computed again then, nor copied from memory that is not pinned.
             "seq_lens": _pinned(lengths),
         }
-        where = (
-            _pinned(np.concatenate([[0], pages.cumsum()]).astype(np.int32)),
-            upload(tables[np.arange(tables.shape[1]) < pages[:, None]], self.shape.device),
-            _pinned(lengths - (pages - 1) * size),
-        )
-        for window, wrapper in section.wrappers.items():
-            if section.wrappers is lane.prefill:
-                queries = _pinned(starts[first : behind + 1] - section.rows.start)
-                sizes = {"head_dim_qk": self.shape.head_dim, "max_token_per_sequence": batch.longest}
-                wrapper.plan(queries, *where, causal=True, window_left=window, **sizes, **given)
-            else:
-                wrapper.plan(*where, head_dim=self.shape.head_dim, window_left=window, **given)
+        return (_pinned(ends), blocks, _pinned(lengths - (counts - 1) * size)), given
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
