@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
@@ -147,7 +148,7 @@ def percentile(values: list[float], share: float) -> float:
 
 class Roofline:
     """The least time of each step: the bytes of the weights and of the keys and values read over the copy rate, or the
-    operations over the matrix rate, whichever is more.
+    operations over the matrix rate, whichever is more. What several sequences have in common is read once.
 
     Attributes:
         seconds: the sum over the steps of a run; 0 before there was one.
@@ -178,10 +179,17 @@ class Roofline:
 
     def _least(self, batch: Batch) -> float:
         tokens, scored = batch.tokens, sum(entry.scored for entry in batch.entries)
-        read = sum(entry.start + entry.count for entry in batch.entries)
+        read = self._read(batch)
         pairs = sum(entry.count * (entry.start + (entry.count + 1) / 2) for entry in batch.entries)
         flops = 2 * (self._weights - self._head) * tokens + 2 * self._head * scored + self._pair * pairs
         return max((2 * self._weights + self._token_bytes * read) / self._copy, flops / self._matmul)
+
+    def _read(self, batch: Batch) -> int:
+        """Cached tokens that the sequences of ``batch`` see; a block that several have counts once."""
+        tables, size = self._engine.runner.tables, self._engine.runner.cache.shape.block_size
+        lengths = [entry.start + entry.count for entry in batch.entries]
+        blocks = [tables[entry.slot, : n // size] for entry, n in zip(batch.entries, lengths, strict=True)]
+        return size * len(np.unique(np.concatenate(blocks))) + sum(n % size for n in lengths)
 
 
 def copy_rate(device: torch.device) -> float:
