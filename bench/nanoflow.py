@@ -241,8 +241,9 @@ def engines(bench: Bench, rates: Rates) -> None:
         return rate
 
     setting = f"{SHAPE}: {len(work)} requests, 1,024 in and 64 to 192 out, 128 at a time, steps of 1,536 tokens"
+    subject = "nanoflow, overlap taken for free"
     bench.compare(
-        subject="nanoflow, overlap taken for free",
+        subject=subject,
         peer="sarathi",
         setting=setting,
         metric="throughput, in and out",
@@ -251,13 +252,7 @@ def engines(bench: Bench, rates: Rates) -> None:
         peer_run=lambda: serve(engine, Sarathi(), work)[0],
         repetitions=2,
     )
-    bench.row(
-        subject="nanoflow, overlap taken for free",
-        setting=setting,
-        metric="share of steps in two parts",
-        unit="",
-        value=shares[-1],
-    )
+    bench.row(subject=subject, setting=setting, metric="share of steps in two parts", unit="", value=shares[-1])
 
 
 def main(bench: Bench) -> None:
