@@ -106,10 +106,15 @@ def test_figures_of_one_device(sources):
     assert lines[-1].startswith("h100 in full")
 
 
+def with_row(sources, row: Row):
+    """``sources`` with one more row in each of their results."""
+    more = [result.model_copy(update={"rows": (*result.rows, row)}) for result in sources.results]
+    return dataclasses.replace(sources, results=more)
+
+
 def test_comparisons_leave_out_what_has_no_peer(sources):
     alone = Row(subject="bent", setting="wood", metric="speed", value=1, unit="m/s", repetitions=1)
-    more = [result.model_copy(update={"rows": (*result.rows, alone)}) for result in sources.results]
-    sources = dataclasses.replace(sources, results=more)
+    sources = with_row(sources, alone)
     every, compared = (block(sources, f"{name}: cutting-h100") for name in ("figures", "comparisons"))
     assert [line for line in every if line not in compared] == ["| bent | wood | speed ↑ | 1.000 m/s | 1 |  |  |  |"]
     assert [line for line in every if line in compared] == compared
@@ -117,9 +122,7 @@ def test_comparisons_leave_out_what_has_no_peer(sources):
 
 def test_comparisons_of_one_metric(sources):
     (row,) = (row for result in sources.results if result.device == "h100" for row in result.rows)
-    other = row.model_copy(update={"metric": "loss of edge"})
-    more = [result.model_copy(update={"rows": (*result.rows, other)}) for result in sources.results]
-    sources = dataclasses.replace(sources, results=more)
+    sources = with_row(sources, row.model_copy(update={"metric": "loss of edge"}))
     (shown,) = (line for line in block(sources, "comparisons: cutting-h100,loss-of-edge") if row.subject in line)
     assert "loss of edge" in shown
 

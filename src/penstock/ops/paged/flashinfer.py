@@ -91,9 +91,9 @@ class FlashInferCache(PagedCache):
                 for window in self._windows
             }
 
-        # The wrapper for decoding copies from memory that is not pinned, unless it has fixed buffers; this one has the
-        # kernel that it has, where a key head has several queries.
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # Decodes too: FlashInfer's wrapper for them copies from memory that is not pinned, unless its buffers are
+        # fixed, and runs the kernel of this one, "fa2", where a key head has several queries.
         return Lane(workspace, wrappers("auto"), wrappers("fa2"), copied)
 
     def fix(self, sizes: list[int], pages: int) -> bool:
@@ -156,10 +156,10 @@ class FlashInferCache(PagedCache):
         starts = batch.starts.numpy()
         first, behind = np.searchsorted(starts, [section.rows.start, section.rows.stop])
         own = starts[first : behind + 1]
-        pages, given = self._pages(batch, slice(first, behind))
+        queries, (pages, given) = _pinned(own - own[0]), self._pages(batch, slice(first, behind))
         given |= {"head_dim_qk": self.shape.head_dim, "max_token_per_sequence": int(np.diff(own).max())}
         for window, wrapper in section.wrappers.items():
-            wrapper.plan(_pinned(own - own[0]), *pages, causal=causal, window_left=window, **given)
+            wrapper.plan(queries, *pages, causal=causal, window_left=window, **given)
 
     def _pages(self, batch: PagedBatch, sequences: slice) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
         """What plans take of some ``sequences``: the ends of their lists of blocks, the blocks, and how many tokens the
@@ -225,8 +225,9 @@ def store(key: Tensor, value: Tensor, memory: Tensor, slots: Tensor) -> None:
 @policy("attention.paged", "flashinfer")
 class FlashInfer(PagedAttention):
     """FlashInfer's paged kernels: the split-KV kernel for decoding, FlashAttention 3 on Hopper where sequences have
-    several new tokens. In a batch with both, sequences that decode have the former where they come first, as they do in
-    every step of the engine. Plans of decode batches of a fixed size can be replayed from a CUDA graph.
+    several new tokens. In a batch with both, sequences that decode have the former where they come first, as under
+    every batching policy that takes them first. Plans of decode batches of a fixed size can be replayed from a CUDA
+    graph.
     """
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
