@@ -94,6 +94,29 @@ def test_parts_give_the_logits_of_the_whole(compile: bool) -> None:
     assert kinds >= {(True, True), (True, False)}
 
 
+def test_replayed_steps_give_the_logits_of_queued_ones() -> None:
+    engine = engine_of(compile=True)
+    runner, replayed = engine.runner, set()
+    graphs = runner._prompts, runner._decodes
+    assert all(graphs)
+    for each in graphs:
+        replay = each.replay
+        each.replay = lambda shape, *rest, replay=replay: (replayed.add(shape), replay(shape, *rest))[1]
+    while (batch := engine.form()) is not None:
+        runner._prompts = runner._decodes = None
+        queued, rated = computed(engine, Batch(batch.entries))
+        runner._prompts, runner._decodes = graphs
+        logits, own = computed(engine, Batch(batch.entries))
+        assert logits.shape == queued.shape
+        if len(queued):
+            assert (logits - queued).square().mean() <= (TOLERANCE * queued.square().mean().sqrt()) ** 2
+        torch.testing.assert_close(own, rated, atol=TOLERANCE * 5, rtol=0)
+        engine.launch(batch)
+        engine.publish(batch)
+    assert sum(shape.others > 0 for shape in replayed) > 1
+    assert any(shape.others == 0 for shape in replayed)
+
+
 def test_overlapped_steps_in_parts_finish_like_whole_ones() -> None:
     """Nothing is waited for between steps: tokens go from step to step on the device, over both streams."""
 

@@ -85,7 +85,7 @@ def build_engine(
     memory = backend.open(dataclasses.replace(cache, blocks=blocks + 1))
     runner = Runner(model, memory, config.sequences, context)
     if config.compile and weight.device.type == "cuda" and can_compile(weight.device):
-        runner.warm_up(report)
+        runner.warm_up(config.budget(weight.device), report)
         _rehearse(Engine(config, runner))
     return Engine(config, runner, stop, grammars)
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from collections.abc import Sequence as List
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from penstock.models.decoder import Decoder
 from penstock.ops.paged.contract import PagedBatch, PagedCache
 from penstock.serve.batch import Batch, Entry
 from penstock.serve.context import PagedTokens
-from penstock.serve.graphs import DecodeGraphs
+from penstock.serve.graphs import StepGraphs, decode_shapes, prompt_shapes
 from penstock.serve.logprobs import Logprobs
 from penstock.serve.sampler import Sampled, Sampler
 
@@ -84,28 +85,32 @@ class Runner:
         self._newest = torch.zeros(slots, dtype=torch.int64, device=self.device)
         self._trunk: Callable[[Tensor, AttentionContext], tuple[Tensor, Tensor]] = model.trunk
         self._tip: Callable[[Tensor, Tensor], Tensor] = model.tip
-        self._graphs: DecodeGraphs | None = None
+        self._decodes: StepGraphs | None = None
+        self._prompts: StepGraphs | None = None
 
     @functools.cached_property
     def _side(self) -> torch.cuda.Stream:
         """Where the part of a batch that leads is computed, beside the others."""
         return torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]
 
-    def warm_up(self, report: Reporter = silent) -> None:
-        """Compiles the pass, and captures decoding steps as graphs. Without it, everything runs eagerly."""
+    def warm_up(self, tokens: int, report: Reporter = silent) -> None:
+        """Compiles the pass, and captures steps as graphs: those that decode, and those with up to ``tokens`` tokens of
+        prompts, where that pays. Without it, everything runs eagerly."""
         self._trunk = torch.compile(self.model.trunk, dynamic=True)
         self._tip = torch.compile(self.model.tip, dynamic=True)
-        self._graphs = DecodeGraphs(
+        sequences, pages = self.tables.shape
+        common: dict[str, Any] = {"pages": pages, "padding": self.blocks, "pool": torch.cuda.graph_pool_handle()}
+        self._prompts = StepGraphs(self._begun, prompt_shapes(sequences, tokens), self.cache, **common)
+        self._decodes = StepGraphs(
             lambda tokens, positions: self.model.logits(self._tip(*self._begun(tokens, positions))),
+            decode_shapes(sequences),
             self.cache,
-            sequences=self.tables.shape[0],
-            pages=self.tables.shape[1],
-            padding=self.blocks,
+            **common,
         )
-        sizes = self._graphs.sizes
-        with report("compiling and capturing", len(sizes), "graphs") as bar:
-            for size in reversed(sizes):
-                self._graphs.capture(size)
+        todo = [(graphs, shape) for graphs in (self._prompts, self._decodes) for shape in reversed(graphs.shapes)]
+        with report("compiling and capturing", len(todo), "graphs") as bar:
+            for graphs, shape in todo:
+                graphs.capture(shape)
                 bar.advance()
 
     def _begun(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,18 +168,27 @@ class Runner:
         return [passed[index] for index in range(len(parts))]
 
     def _pass(self, part: Part, lane: int = 0) -> Passed:
-        size = self._graphs.size_for(len(part.tokens)) if self._graphs and part.decoding and lane == 0 else None
-        if self._graphs is not None and size is not None:
-            return Passed(self._graphs.replay(size, part.tokens, part.positions, part.plan))
-        self.cache.plan(part.plan, lane)
-        begun = self._begun(part.tokens, part.positions)
+        if part.decoding and (replayed := self._replayed(self._decodes, part, lane)) is not None:
+            return Passed(replayed[0][: len(part.tokens)])
+        replayed = self._replayed(self._prompts, part, lane)
+        if replayed is None:
+            self.cache.plan(part.plan, lane)
+            replayed = self._begun(part.tokens, part.positions), np.arange(len(part.tokens))
+        begun, places = replayed
 
         def hidden(rows: np.ndarray) -> Tensor:
-            index = self._on_device(rows)
+            index = self._on_device(places[rows])
             return self._tip(*(each[index] for each in begun))
 
         logits = self.model.logits(hidden(part.scored)) if len(part.scored) else None
         return Passed(logits, hidden(part.rated) if len(part.rated) else None)
+
+    def _replayed(self, graphs: StepGraphs | None, part: Part, lane: int) -> tuple[Any, np.ndarray] | None:
+        """What one of the ``graphs`` gives for ``part``, and the rows of its tokens; None where none is for it."""
+        shape = graphs.shape_for(part.plan) if graphs is not None and lane == 0 else None
+        if graphs is None or shape is None:
+            return None
+        return graphs.replay(shape, part.tokens, part.positions, part.plan)
 
     def _parts(self, batch: Batch) -> list[Part]:
         """The passes that compute ``batch``."""

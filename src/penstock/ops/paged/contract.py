@@ -7,6 +7,7 @@ its token at position p are in slot p % block_size of block table[p // block_siz
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,38 @@ class CacheShape:
         return 2 * self.layers * self.block_size * self.kv_heads * self.head_dim * self.dtype.itemsize
 
 
+class StepShape(NamedTuple):
+    """What batches have in common whose passes can be replayed from one CUDA graph.
+
+    Attributes:
+        singles: sequences with one new token each, which come first.
+        others: sequences behind them.
+        tokens: new tokens of those.
+    """
+
+    singles: int
+    others: int = 0
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, batch: PagedBatch) -> StepShape:
+        """That of ``batch`` as it is."""
+        several = (batch.starts.diff() > 1).nonzero()
+        count = len(batch.lengths)
+        singles = int(several[0]) if len(several) else count
+        return cls(singles, count - singles, len(batch.slots) - singles)
+
+    @property
+    def rows(self) -> int:
+        """New tokens in all."""
+        return self.singles + self.tokens
+
+    def fits(self, shape: StepShape) -> bool:
+        """Whether sequences with at least one new token each can make a batch of this shape one of ``shape``."""
+        others, tokens = shape.others - self.others, shape.tokens - self.tokens
+        return self.singles <= shape.singles and 0 <= others <= tokens and (others > 0 or tokens == 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class PagedBatch:
     """Where the tokens of a flat batch belong. Sequence b's new tokens are [starts[b], starts[b + 1]); they are the
@@ -55,6 +88,7 @@ class PagedBatch:
         tables: int32 [B, M], the blocks of each sequence; what is behind its last block is not looked at.
         slots: int64 [N], block * block_size + offset, where each new token's key and value go.
         longest: the largest number of new tokens of a sequence.
+        shape: that the batch was given for a plan that was made to be replayed; see :meth:`PagedCache.fix`.
     """
 
     starts: Tensor
@@ -62,6 +96,7 @@ class PagedBatch:
     tables: Tensor
     slots: Tensor
     longest: int
+    shape: StepShape | None = None
 
 
 class PagedCache:
@@ -78,10 +113,10 @@ class PagedCache:
         them. Where passes run one after the other, there is no need to tell lanes apart."""
         raise NotImplementedError
 
-    def fix(self, sizes: list[int], pages: int) -> bool:
-        """Makes plans of decode batches (one new token a sequence) of these ``sizes``, in lane 0, touch the same memory
-        each time, so that a captured CUDA graph of the pass can be replayed after a plan; False where that cannot be
-        had. ``pages`` is the most blocks of a sequence."""
+    def fix(self, shapes: list[StepShape], pages: int) -> bool:
+        """Makes plans of batches that name one of these ``shapes``, in lane 0, touch the same memory each time, so that
+        a captured CUDA graph of the pass can be replayed after a plan; False where that cannot be had. ``pages`` is the
+        most blocks of a sequence."""
         return False
 
     def attend(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.devices import upload
-from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache
+from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache, StepShape
 from penstock.policy import policy
 
 #: Bytes that the kernels keep partial results in.
@@ -38,10 +38,12 @@ def _(query: Tensor, key: Tensor, value: Tensor, cache: int, layer: int, window:
 
 
 class Section(NamedTuple):
-    """Neighbouring rows of a flat batch that one kernel attends for: its planned wrapper for each window."""
+    """Neighbouring rows of a flat batch that one kernel attends for: its wrapper for each window, and the name that
+    this has for the size of heads."""
 
     rows: slice
     wrappers: dict[int, Any]
+    head_dim: str = "head_dim_qk"
 
 
 @dataclasses.dataclass
@@ -75,7 +77,9 @@ class FlashInferCache(PagedCache):
         )
         self._windows = {-1 if window is None else window - 1 for window in shape.windows}
         self._lanes = [self._lane()]
-        self._fixed: dict[int, Planned] = {}
+        self._fixed: dict[StepShape, Planned] = {}
+        self._fixed_decode: dict[int, dict[int, Any]] = {}
+        self._fixed_prefill: dict[int, dict[int, Any]] = {}
         self._planned: Planned | None = None
         self._handle = next(_handles)
         _caches[self._handle] = self
@@ -96,18 +100,26 @@ class FlashInferCache(PagedCache):
         # fixed, and runs the kernel of this one, "fa2", where a key head has several queries.
         return Lane(workspace, wrappers("auto"), wrappers("fa2"), copied)
 
-    def fix(self, sizes: list[int], pages: int) -> bool:
-        for size in sizes:
-            slots = torch.zeros(size, dtype=torch.int64, device=self.shape.device)
-            self._fixed[size] = Planned(slots, [Section(slice(0, size), self._fixed_wrappers(size, size * pages))])
+    def fix(self, shapes: list[StepShape], pages: int) -> bool:
+        for shape in shapes:
+            singles, others, tokens = shape
+            sections = []
+            if singles:
+                if singles not in self._fixed_decode:
+                    self._fixed_decode[singles] = self._decode_wrappers(singles, singles * pages)
+                sections.append(Section(slice(0, singles), self._fixed_decode[singles], "head_dim"))
+            if others:
+                if tokens not in self._fixed_prefill:
+                    most = others * pages + -(-tokens // self.shape.block_size)
+                    self._fixed_prefill[tokens] = self._prefill_wrappers(others, most)
+                sections.append(Section(slice(singles, shape.rows), self._fixed_prefill[tokens]))
+            slots = torch.zeros(shape.rows, dtype=torch.int64, device=self.shape.device)
+            self._fixed[shape] = Planned(slots, sections)
         return True
 
-    def _fixed_wrappers(self, size: int, pages: int) -> dict[int, Any]:
-        """A wrapper for each window, for decode batches of one ``size``, whose buffers stay where they are."""
+    def _decode_wrappers(self, sequences: int, pages: int) -> dict[int, Any]:
+        """A wrapper for each window, for ``sequences`` with one new token each, whose buffers stay where they are."""
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper
-
-        def buffer(count: int) -> Tensor:
-            return torch.zeros(count, dtype=torch.int32, device=self.shape.device)
 
         return {
             window: BatchDecodeWithPagedKVCacheWrapper(
@@ -116,12 +128,32 @@ class FlashInferCache(PagedCache):
                 use_cuda_graph=True,
                 # With two or more queries to a key head, the tensor cores' kernel reads each key once.
                 use_tensor_cores=self.shape.heads > self.shape.kv_heads,
-                paged_kv_indptr_buffer=buffer(size + 1),
-                paged_kv_indices_buffer=buffer(pages),
-                paged_kv_last_page_len_buffer=buffer(size),
+                paged_kv_indptr_buffer=self._buffer(sequences + 1),
+                paged_kv_indices_buffer=self._buffer(pages),
+                paged_kv_last_page_len_buffer=self._buffer(sequences),
             )
             for window in self._windows
         }
+
+    def _prefill_wrappers(self, sequences: int, pages: int) -> dict[int, Any]:
+        """The same for ``sequences`` with several new tokens, as many in all each time."""
+        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+        return {
+            window: BatchPrefillWithPagedKVCacheWrapper(
+                self._lanes[0].workspace,
+                "NHD",
+                use_cuda_graph=True,
+                qo_indptr_buf=self._buffer(sequences + 1),
+                paged_kv_indptr_buf=self._buffer(sequences + 1),
+                paged_kv_indices_buf=self._buffer(pages),
+                paged_kv_last_page_len_buf=self._buffer(sequences),
+            )
+            for window in self._windows
+        }
+
+    def _buffer(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=self.shape.device)
 
     def plan(self, batch: PagedBatch, lane: int = 0) -> None:
         while lane >= len(self._lanes):
@@ -130,38 +162,36 @@ class FlashInferCache(PagedCache):
         # The copies of the lane's last plan leave from memory that this one writes to.
         own.copied.synchronize()
         slots = _pinned(batch.slots.numpy())
-        # Graphs are replayed in lane 0 alone: elsewhere a pass would write to the plan of one that runs beside it.
-        fixed = self._fixed.get(len(batch.lengths)) if batch.longest == 1 and lane == 0 else None
-        if fixed is not None:
-            fixed.slots.copy_(slots, non_blocking=True)
-            pages, given = self._pages(batch, slice(0, len(batch.lengths)))
-            for window, wrapper in fixed.sections[0].wrappers.items():
-                wrapper.plan(*pages, head_dim=self.shape.head_dim, window_left=window, **given)
-            self._planned = fixed
+        if batch.shape is None:
+            planned = Planned(slots.to(self.shape.device, non_blocking=True), self._sections(batch, own))
         else:
-            sections = self._sections(batch, own)
-            for section in sections:
-                self._plan_section(section, batch, causal=section.wrappers is own.prefill)
-            self._planned = Planned(slots.to(self.shape.device, non_blocking=True), sections)
+            planned = self._fixed[batch.shape]
+            planned.slots.copy_(slots, non_blocking=True)
+        for section in planned.sections:
+            self._plan_section(section, batch)
+        self._planned = planned
         own.copied.record()
 
     def _sections(self, batch: PagedBatch, lane: Lane) -> list[Section]:
         """The leading sequences with one new token each, for the kernel that splits their keys, and the others."""
-        several = np.flatnonzero(np.diff(batch.starts.numpy()) > 1)
-        single, count = (int(several[0]) if len(several) else len(batch.lengths)), len(batch.slots)
-        sections = [Section(slice(0, single), lane.decode), Section(slice(single, count), lane.prefill)]
+        singles, _, tokens = StepShape.of(batch)
+        sections = [Section(slice(0, singles), lane.decode), Section(slice(singles, singles + tokens), lane.prefill)]
         return [section for section in sections if section.rows.start < section.rows.stop]
 
-    def _plan_section(self, section: Section, batch: PagedBatch, causal: bool) -> None:
+    def _plan_section(self, section: Section, batch: PagedBatch) -> None:
         starts = batch.starts.numpy()
         first, behind = np.searchsorted(starts, [section.rows.start, section.rows.stop])
         own = starts[first : behind + 1]
-        queries, (pages, given) = _pinned(own - own[0]), self._pages(batch, slice(first, behind))
-        given |= {"head_dim_qk": self.shape.head_dim, "max_token_per_sequence": int(np.diff(own).max())}
+        where, given = self._pages(batch, slice(first, behind))
+        given[section.head_dim] = self.shape.head_dim
+        if section.head_dim == "head_dim_qk":
+            longest = int(np.diff(own).max())
+            where = (_pinned(own - own[0]), *where)
+            given |= {"max_token_per_sequence": longest, "causal": longest > 1}
         for window, wrapper in section.wrappers.items():
-            wrapper.plan(queries, *pages, causal=causal, window_left=window, **given)
+            wrapper.plan(*where, window_left=window, **given)
 
-    def _pages(self, batch: PagedBatch, sequences: slice) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    def _pages(self, batch: PagedBatch, sequences: slice) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """What plans take of some ``sequences``: the ends of their lists of blocks, the blocks, and how many tokens the
         last has; and by name, what says how to read them."""
         size, lengths = self.shape.block_size, batch.lengths.numpy()[sequences]
@@ -197,8 +227,8 @@ class FlashInferCache(PagedCache):
         store(key, value, memory, planned.slots)
         query = query.contiguous()
         out = torch.empty_like(query)
-        for rows, wrappers in planned.sections:
-            wrappers[window].run(query[rows], memory, out=out[rows])
+        for section in planned.sections:
+            section.wrappers[window].run(query[section.rows], memory, out=out[section.rows])
         return out
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
@@ -225,9 +255,8 @@ def store(key: Tensor, value: Tensor, memory: Tensor, slots: Tensor) -> None:
 @policy("attention.paged", "flashinfer")
 class FlashInfer(PagedAttention):
     """FlashInfer's paged kernels: the split-KV kernel for decoding, FlashAttention 3 on Hopper where sequences have
-    several new tokens. In a batch with both, sequences that decode have the former where they come first, as under
-    every batching policy that takes them first. Plans of decode batches of a fixed size can be replayed from a CUDA
-    graph.
+    several new tokens. In a batch with both, sequences that decode have the former where they come first, as they do in
+    every step of the engine. Passes of batches of a fixed shape can be replayed from a CUDA graph.
     """
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
