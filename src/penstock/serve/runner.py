@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 from typing import Any
 
@@ -108,7 +110,7 @@ class Runner:
             **common,
         )
         todo = [(graphs, shape) for graphs in (self._prompts, self._decodes) for shape in reversed(graphs.shapes)]
-        with report("compiling and capturing", len(todo), "graphs") as bar:
+        with report("compiling and capturing", len(todo), "graphs") as bar, _frozen():
             for graphs, shape in todo:
                 graphs.capture(shape)
                 bar.advance()
@@ -253,3 +255,15 @@ class Runner:
 def _joined(pieces: List[Tensor]) -> Tensor | None:
     """The rows of all ``pieces``; None where there is none."""
     return torch.cat([*pieces]) if len(pieces) > 1 else next(iter(pieces), None)
+
+
+@contextlib.contextmanager
+def _frozen() -> Iterator[None]:
+    """Garbage collections within leave out what is there before: every capture of a graph makes one, and would look
+    through all that PyTorch has loaded."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
