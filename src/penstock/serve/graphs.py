@@ -14,8 +14,10 @@ from penstock.ops.paged.contract import PagedBatch, PagedCache, StepShape
 
 #: New tokens of prompts that steps are captured for, and how many sequences have them; one of those takes what a step
 #: leaves over. Where there are more tokens, computing them takes longer than launching kernels one by one.
-PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
 PROMPTS = 8
+#: Sequences that decode beside them, in the same steps.
+BESIDE = (8, 32, 64, 128, 192, 256, 384, 512, 768)
 
 
 def decode_shapes(sequences: int) -> list[StepShape]:
@@ -31,9 +33,8 @@ def decode_shapes(sequences: int) -> list[StepShape]:
 
 
 def prompt_shapes(sequences: int, tokens: int) -> list[StepShape]:
-    """Batches of up to ``sequences`` that decode, beside some prompts with up to ``tokens`` tokens. Those that decode
-    are few sizes: what is padded costs little beside a prompt."""
-    sizes = [*(size for size in (8, 32, 128, 512) if size < sequences), sequences]
+    """Batches of up to ``sequences`` that decode, beside some prompts with up to ``tokens`` tokens."""
+    sizes = [*(size for size in BESIDE if size < sequences), sequences]
     lengths = PROMPT_TOKENS[: bisect_left(PROMPT_TOKENS, tokens) + 1]
     return [StepShape(size, PROMPTS, length) for length in lengths for size in sizes]
 
