@@ -89,6 +89,7 @@ class Runner:
         self._tip: Callable[[Tensor, Tensor], Tensor] = model.tip
         self._decodes: StepGraphs | None = None
         self._prompts: StepGraphs | None = None
+        self._place: tuple[Tensor, ...] = ()
 
     @functools.cached_property
     def _side(self) -> torch.cuda.Stream:
@@ -102,7 +103,7 @@ class Runner:
         self._tip = torch.compile(self.model.tip, dynamic=True)
         sequences, pages = self.tables.shape
         common: dict[str, Any] = {"pages": pages, "padding": self.blocks, "pool": torch.cuda.graph_pool_handle()}
-        self._prompts = StepGraphs(self._begun, prompt_shapes(sequences, tokens), self.cache, **common)
+        self._prompts = StepGraphs(self._begun_in_place, prompt_shapes(sequences, tokens), self.cache, **common)
         self._decodes = StepGraphs(
             lambda tokens, positions: self.model.logits(self._tip(*self._begun(tokens, positions))),
             decode_shapes(sequences),
@@ -118,6 +119,13 @@ class Runner:
     def _begun(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """What the last layer needs to go on with any of the tokens."""
         return self._trunk(tokens, PagedTokens(positions, self.cache))
+
+    def _begun_in_place(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """What :meth:`_begun` gives, in the memory of the first time, which had the most rows: graphs have none of
+        their own."""
+        begun = self._begun(tokens, positions)
+        self._place = self._place or begun
+        return tuple(place[: len(new)].copy_(new) for place, new in zip(self._place, begun, strict=True))
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> None:
