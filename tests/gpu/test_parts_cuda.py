@@ -94,7 +94,8 @@ def test_parts_give_the_logits_of_the_whole(compile: bool) -> None:
     assert kinds >= {(True, True), (True, False)}
 
 
-def test_replayed_steps_give_the_logits_of_queued_ones() -> None:
+def test_replayed_steps_give_the_logits_of_queued_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.serve.runner.worth_replaying", lambda shapes, seconds: shapes)
     engine = engine_of(compile=True)
     runner, replayed = engine.runner, set()
     graphs = runner._prompts, runner._decodes

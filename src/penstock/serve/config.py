@@ -31,8 +31,8 @@ class EngineConfig(Config):
         cache_tokens: tokens for which the cache has room; None sizes it by ``memory``.
         memory: share of the device's memory that weights and cache may take together (of what is free, on the CPU).
         context: most tokens of a sequence; None takes the model's own limit.
-        compile: on CUDA, compile the model and capture steps as graphs at the start, those that decode and those with
-            up to 2,048 tokens of prompts: tens of seconds that make every step shorter.
+        compile: on CUDA, compile the model and capture steps as graphs at the start, those that decode and those whose
+            prompts the device computes as fast as the host queues them: tens of seconds that make every step shorter.
         check: compare the cache's books with the sequences after every step.
     """
 

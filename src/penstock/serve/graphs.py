@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,14 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.core.progress import Bar
 from penstock.ops.paged.contract import PagedBatch, PagedCache, StepShape
 
 #: New tokens of prompts that steps are captured for, and how many sequences have them; one of those takes what a step
-#: leaves over. Where there are more tokens, computing them takes longer than launching kernels one by one.
+#: leaves over.
 PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
 PROMPTS = 8
 #: Sequences that decode beside them, in the same steps.
 BESIDE = (8, 32, 64, 128, 192, 256, 384, 512, 768)
+#: How much longer than the host takes to queue a step the device may compute it, for a graph to be worth its padding:
+#: the host has more to do in a step than to queue it.
+SLACK = 1.2
 
 
 def decode_shapes(sequences: int) -> list[StepShape]:
@@ -39,6 +45,49 @@ def prompt_shapes(sequences: int, tokens: int) -> list[StepShape]:
     return [StepShape(size, PROMPTS, length) for length in lengths for size in sizes]
 
 
+def worth_replaying(shapes: list[StepShape], seconds: Callable[[StepShape], tuple[float, float]]) -> list[StepShape]:
+    """Those of ``shapes`` that the device computes about as fast as the host queues them kernel by kernel, up to the
+    first with so many rows that it does not: a graph of that would save nothing, and cost what it pads.
+
+    ``seconds`` gives what queueing a step of a shape takes, and computing it; it is asked for a few.
+    """
+    shapes = sorted(shapes, key=lambda shape: shape.rows)
+
+    def waits(shape: StepShape) -> bool:
+        queued, computed = seconds(shape)
+        return computed > SLACK * queued
+
+    return shapes[: bisect_left(shapes, True, key=waits)]
+
+
+@torch.inference_mode()
+def seconds(
+    run: Callable[[Tensor, Tensor], Any], cache: PagedCache, padding: int, shape: StepShape
+) -> tuple[float, float]:
+    """Seconds until a pass of ``shape`` over the ``padding`` block is queued kernel by kernel, and until it is
+    computed: the quickest of three, after one that compiles what it needs."""
+    device = cache.shape.device
+    tokens = torch.zeros(shape.rows, dtype=torch.int64, device=device)
+    cache.plan(dataclasses.replace(padded(NOBODY, shape, padding, cache.shape.block_size), shape=None))
+
+    def once() -> tuple[float, float]:
+        torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        run(tokens, tokens)
+        queued = time.perf_counter() - begun
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - begun, queued
+
+    once()
+    computed, queued = min(once() for _ in range(3))
+    return queued, computed
+
+
+_NONE = torch.zeros(0, dtype=torch.int32)
+#: A batch without sequences.
+NOBODY = PagedBatch(torch.zeros(1, dtype=torch.int32), _NONE, _NONE.view(0, 1), _NONE.long(), 1)
+
+
 class Captured(NamedTuple):
     """A graph, and where its input and output lie."""
 
@@ -53,7 +102,6 @@ class StepGraphs:
 
     Args:
         run: the pass: tokens int64 [N] and positions int64 [N] to tensors.
-        shapes: to :meth:`capture`.
         cache: the cache that the pass reads and writes; it must be able to :meth:`~PagedCache.fix` its plans.
         pages: most blocks of a sequence.
         padding: a block that belongs to nobody, for the sequences that fill up a batch.
@@ -61,36 +109,34 @@ class StepGraphs:
     """
 
     def __init__(
-        self,
-        run: Callable[[Tensor, Tensor], Any],
-        shapes: list[StepShape],
-        cache: PagedCache,
-        *,
-        pages: int,
-        padding: int,
-        pool: Any = None,
+        self, run: Callable[[Tensor, Tensor], Any], cache: PagedCache, *, pages: int, padding: int, pool: Any = None
     ) -> None:
-        self._run, self._cache, self._padding, self._pool = run, cache, padding, pool
-        self.shapes = shapes
+        self._run, self._cache, self._pages, self._padding, self._pool = run, cache, pages, padding, pool
         self._captured: dict[StepShape, Captured] = {}
-        if not cache.fix(shapes, pages):
-            raise ValueError("the cache's plans cannot be replayed")
 
     @torch.inference_mode()
-    def capture(self, shape: StepShape) -> None:
-        """Captures the pass for batches of ``shape``. Largest first: the others then fit in its memory."""
+    def capture(self, shapes: list[StepShape], bar: Bar) -> None:
+        """Captures the pass for batches of each of ``shapes``. Largest first: the others then fit in its memory."""
+        if not self._cache.fix(shapes, self._pages):
+            raise ValueError("the cache's plans cannot be replayed")
+        for shape in sorted(shapes, key=lambda shape: shape.rows, reverse=True):
+            self._captured[shape] = self._capture(shape)
+            bar.advance()
+
+    def _capture(self, shape: StepShape) -> Captured:
         device = self._cache.shape.device
         tokens = torch.zeros(shape.rows, dtype=torch.int64, device=device)
         positions = torch.zeros_like(tokens)
-        nobody = torch.zeros(0, dtype=torch.int32)
-        empty = PagedBatch(torch.zeros(1, dtype=torch.int32), nobody, nobody.view(0, 1), nobody.long(), 1)
-        self._cache.plan(self.padded(empty, shape))
+        self._plan(NOBODY, shape)
         self._run(tokens, positions)
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             output = self._run(tokens, positions)
-        self._captured[shape] = Captured(graph, tokens, positions, output)
+        return Captured(graph, tokens, positions, output)
+
+    def _plan(self, batch: PagedBatch, shape: StepShape) -> None:
+        self._cache.plan(padded(batch, shape, self._padding, self._cache.shape.block_size))
 
     def shape_for(self, batch: PagedBatch) -> StepShape | None:
         """The smallest captured shape that ``batch`` can be padded to, None where there is none."""
@@ -102,7 +148,7 @@ class StepGraphs:
         """What the pass gives for ``batch``, padded to ``shape``, and the row of each of its N tokens in it. It lies
         where the next replay puts its own."""
         captured, own = self._captured[shape], StepShape.of(batch)
-        self._cache.plan(self.padded(batch, shape))
+        self._plan(batch, shape)
         for target, source in ((captured.tokens, tokens), (captured.positions, positions)):
             target[: own.singles].copy_(source[: own.singles])
             target[shape.singles : shape.singles + own.tokens].copy_(source[own.singles :])
@@ -111,31 +157,31 @@ class StepGraphs:
         rows[own.singles :] += shape.singles - own.singles
         return captured.output, rows
 
-    def padded(self, batch: PagedBatch, shape: StepShape) -> PagedBatch:
-        """``batch`` with sequences in the padding block up to ``shape``: behind those with one new token each, and
-        behind the others, where the last has what is left."""
-        own = StepShape.of(batch)
-        singles, others = shape.singles - own.singles, shape.others - own.others
-        more = np.ones(others, np.int32)
-        more[-1:] = shape.tokens - own.tokens - max(others - 1, 0)
-        fill = [np.ones(singles, np.int32), more]
-        counts = _woven(np.diff(batch.starts.numpy()), fill, own.singles)
-        lengths = _woven(batch.lengths.numpy(), fill, own.singles)
-        size = self._cache.shape.block_size
-        width = max(batch.tables.shape[1], -(-int(more.max(initial=1)) // size))
-        tables = np.full((len(counts), width), self._padding, np.int32)
-        tables[: own.singles, : batch.tables.shape[1]] = batch.tables.numpy()[: own.singles]
-        behind = slice(shape.singles, shape.singles + own.others)
-        tables[behind, : batch.tables.shape[1]] = batch.tables.numpy()[own.singles :]
-        nowhere = [np.full(int(each.sum()), self._padding * size, np.int64) for each in fill]
-        return PagedBatch(
-            starts=torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32)),
-            lengths=torch.from_numpy(lengths),
-            tables=torch.from_numpy(tables),
-            slots=torch.from_numpy(_woven(batch.slots.numpy(), nowhere, own.singles)),
-            longest=int(counts.max()),
-            shape=shape,
-        )
+
+def padded(batch: PagedBatch, shape: StepShape, block: int, size: int) -> PagedBatch:
+    """``batch`` with sequences up to ``shape`` whose blocks of ``size`` tokens are all the same ``block``: behind those
+    with one new token each, and behind the others, where the last has what is left."""
+    own = StepShape.of(batch)
+    singles, others = shape.singles - own.singles, shape.others - own.others
+    more = np.ones(others, np.int32)
+    more[-1:] = shape.tokens - own.tokens - max(others - 1, 0)
+    fill = [np.ones(singles, np.int32), more]
+    counts = _woven(np.diff(batch.starts.numpy()), fill, own.singles)
+    lengths = _woven(batch.lengths.numpy(), fill, own.singles)
+    width = max(batch.tables.shape[1], -(-int(more.max(initial=1)) // size))
+    tables = np.full((len(counts), width), block, np.int32)
+    tables[: own.singles, : batch.tables.shape[1]] = batch.tables.numpy()[: own.singles]
+    behind = slice(shape.singles, shape.singles + own.others)
+    tables[behind, : batch.tables.shape[1]] = batch.tables.numpy()[own.singles :]
+    nowhere = [np.full(int(each.sum()), block * size, np.int64) for each in fill]
+    return PagedBatch(
+        starts=torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32)),
+        lengths=torch.from_numpy(lengths),
+        tables=torch.from_numpy(tables),
+        slots=torch.from_numpy(_woven(batch.slots.numpy(), nowhere, own.singles)),
+        longest=int(counts.max()),
+        shape=shape,
+    )
 
 
 def _woven(own: np.ndarray, fill: list[np.ndarray], singles: int) -> np.ndarray:

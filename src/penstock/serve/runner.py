@@ -22,7 +22,7 @@ from penstock.models.decoder import Decoder
 from penstock.ops.paged.contract import PagedBatch, PagedCache
 from penstock.serve.batch import Batch, Entry
 from penstock.serve.context import PagedTokens
-from penstock.serve.graphs import StepGraphs, decode_shapes, prompt_shapes
+from penstock.serve.graphs import StepGraphs, decode_shapes, prompt_shapes, seconds, worth_replaying
 from penstock.serve.logprobs import Logprobs
 from penstock.serve.sampler import Sampled, Sampler
 
@@ -98,23 +98,28 @@ class Runner:
 
     def warm_up(self, tokens: int, report: Reporter = silent) -> None:
         """Compiles the pass, and captures steps as graphs: those that decode, and those with up to ``tokens`` tokens of
-        prompts, where that pays. Without it, everything runs eagerly."""
+        prompts that are computed as fast as they are queued. Without it, everything runs eagerly."""
         self._trunk = torch.compile(self.model.trunk, dynamic=True)
         self._tip = torch.compile(self.model.tip, dynamic=True)
         sequences, pages = self.tables.shape
         common: dict[str, Any] = {"pages": pages, "padding": self.blocks, "pool": torch.cuda.graph_pool_handle()}
-        self._prompts = StepGraphs(self._begun_in_place, prompt_shapes(sequences, tokens), self.cache, **common)
-        self._decodes = StepGraphs(
+        prompts = StepGraphs(self._begun_in_place, self.cache, **common)
+        decodes = StepGraphs(
             lambda tokens, positions: self.model.logits(self._tip(*self._begun(tokens, positions))),
-            decode_shapes(sequences),
             self.cache,
             **common,
         )
-        todo = [(graphs, shape) for graphs in (self._prompts, self._decodes) for shape in reversed(graphs.shapes)]
-        with report("compiling and capturing", len(todo), "graphs") as bar, _frozen():
-            for graphs, shape in todo:
-                graphs.capture(shape)
-                bar.advance()
+        timed = functools.partial(seconds, self._begun, self.cache, self.blocks)
+        alone = decode_shapes(sequences)
+        with report("compiling", 1, "model") as bar:
+            # Kernels are chosen for the first size that they meet.
+            timed(alone[-1])
+            bar.advance()
+        beside = worth_replaying(prompt_shapes(sequences, tokens), timed)
+        with report("capturing", len(beside) + len(alone), "graphs") as bar, _frozen():
+            prompts.capture(beside, bar)
+            decodes.capture(alone, bar)
+        self._prompts, self._decodes = prompts, decodes
 
     def _begun(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """What the last layer needs to go on with any of the tokens."""

@@ -6,13 +6,16 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from penstock.core.progress import silent
 from penstock.core.randomness import numpy_generator
 from penstock.ops.paged.contract import CacheShape, PagedBatch, PagedCache, StepShape
 from penstock.ops.paged.reference import Reference
 from penstock.serve.context import PagedTokens
-from penstock.serve.graphs import PROMPT_TOKENS, Captured, StepGraphs, decode_shapes, prompt_shapes
+from penstock.serve.graphs import PROMPT_TOKENS, Captured, StepGraphs, decode_shapes, prompt_shapes, worth_replaying
 from penstock.testing.serve_model import SHAPE, small_model
 
 BLOCKS, SIZE, PAGES = 60, 4, 12
@@ -31,12 +34,17 @@ class Again:
 class Rehearsed(StepGraphs):
     """Graphs on a device that has none."""
 
-    def capture(self, shape: StepShape) -> None:
+    def _capture(self, shape: StepShape) -> Captured:
         tokens = torch.zeros(shape.rows, dtype=torch.int64)
         captured = Captured(
             None, tokens, tokens.clone(), torch.zeros(shape.rows, SHAPE.vocabulary, dtype=torch.float64)
         )
-        self._captured[shape] = captured._replace(graph=Again(self, captured))
+        return captured._replace(graph=Again(self, captured))
+
+
+def capture(graphs: StepGraphs, shapes: list[StepShape]) -> None:
+    with silent("capturing", len(shapes), "graphs") as bar:
+        graphs.capture(shapes, bar)
 
 
 def opened() -> PagedCache:
@@ -84,9 +92,8 @@ def test_a_padded_step_gives_what_the_step_gives(counts):
             return model.logits(model(tokens, PagedTokens(positions, cache)).hidden)
 
         shapes = [*decode_shapes(4), StepShape(4, 4, 12), StepShape(4, 4, 24), StepShape(2, 4, 24)]
-        graphs = Rehearsed(run, shapes, cache, pages=PAGES, padding=BLOCKS)
-        for shape in shapes:
-            graphs.capture(shape)
+        graphs = Rehearsed(run, cache, pages=PAGES, padding=BLOCKS)
+        capture(graphs, shapes)
         with torch.inference_mode():
             if any(history):
                 # Of the sequences with a past, one that has none here computes its first token twice.
@@ -111,11 +118,8 @@ def test_a_padded_step_gives_what_the_step_gives(counts):
 
 
 def test_the_smallest_shape_that_fits_is_taken():
-    graphs = Rehearsed(
-        lambda *_: None, [StepShape(8, 4, 64), StepShape(2, 4, 16), StepShape(8, 4, 16)], opened(), pages=1, padding=0
-    )
-    for shape in graphs.shapes:
-        graphs.capture(shape)
+    graphs = Rehearsed(lambda *_: None, opened(), pages=1, padding=0)
+    capture(graphs, [StepShape(8, 4, 64), StepShape(2, 4, 16), StepShape(8, 4, 16)])
 
     def found(*counts: int) -> StepShape | None:
         return graphs.shape_for(batch_of(list(counts), list(counts)))
@@ -141,3 +145,19 @@ def test_shapes_reach_the_largest_batch_and_do_not_lie_far_apart(sequences):
     assert {shape.tokens for shape in shapes} == {64, 128, 192, 256, 384}
     assert len(set(shapes)) == len(shapes) == 5 * len({shape.singles for shape in shapes})
     assert {shape.tokens for shape in prompt_shapes(sequences, 10**6)} == set(PROMPT_TOKENS)
+
+
+@given(
+    shapes=st.lists(st.builds(StepShape, st.integers(1, 99), st.just(8), st.integers(8, 999)), unique=True),
+    rate=st.floats(1e2, 1e6),
+)
+def test_steps_that_take_longer_to_compute_than_to_queue_are_not_captured(shapes, rate):
+    asked = []
+
+    def seconds(shape: StepShape) -> tuple[float, float]:
+        asked.append(shape)
+        return 0.01, max(0.01, shape.rows / rate)
+
+    chosen = worth_replaying(shapes, seconds)
+    assert set(chosen) == {shape for shape in shapes if shape.rows / rate <= 0.012}
+    assert len(asked) <= len(shapes).bit_length()
