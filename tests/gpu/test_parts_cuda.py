@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +28,9 @@ SHAPE = DecoderConfig(
 TOLERANCE = 0.03
 
 
-def engine_of(compile: bool, loop: str = "plain") -> Engine:
+def engine_of(compile: bool, loop: str = "plain", shape: DecoderConfig = SHAPE) -> Engine:
     with torch.device("cuda"):
-        model = Decoder(SHAPE)
+        model = Decoder(shape)
     model = model.initialize(0).to("cuda", torch.bfloat16).eval()
     config = EngineConfig(
         batching="sarathi", loop=loop, tokens=256, sequences=16, cache_tokens=16384, compile=compile, check=True
@@ -94,9 +95,12 @@ def test_parts_give_the_logits_of_the_whole(compile: bool) -> None:
     assert kinds >= {(True, True), (True, False)}
 
 
-def test_replayed_steps_give_the_logits_of_queued_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("windows", [{}, {"window": 40, "windowed_layers": (0, 2, 4)}])
+def test_replayed_steps_give_the_logits_of_queued_ones(
+    windows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("penstock.serve.runner.worth_replaying", lambda shapes, seconds: shapes)
-    engine = engine_of(compile=True)
+    engine = engine_of(compile=True, shape=SHAPE.model_copy(update=windows))
     runner, replayed = engine.runner, set()
     graphs = runner._prompts, runner._decodes
     assert all(graphs)
