@@ -119,7 +119,6 @@ def decode_batch(lengths: list[int], block_size: int) -> tuple[PagedBatch, int]:
         lengths=torch.tensor(lengths, dtype=torch.int32),
         tables=tables,
         slots=blocks.long() * block_size + last % block_size,
-        longest=1,
     ), sum(pages)
 
 

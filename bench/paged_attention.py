@@ -56,12 +56,12 @@ def paged(policy: PagedAttention, shape: CacheShape, rows: Rows, query: Tensor) 
         for k, v, places, blocks in zip(*pieces, strict=True):
             # A step that writes them; what it attends to is of no interest.
             count = torch.tensor([0, len(places)], dtype=torch.int32)
-            cache.plan(PagedBatch(count, count[1:], blocks.unsqueeze(0), places, len(places)))
+            cache.plan(PagedBatch(count, count[1:], blocks.unsqueeze(0), places))
             nobody = query.new_zeros(len(places), *query.shape[1:])
             cache.attend(0, nobody, k.transpose(0, 1), v.transpose(0, 1), scale=SCALE, window=None)
     last = torch.stack([own[-1] for own in slots])
     starts = torch.arange(len(rows) + 1, dtype=torch.int32)
-    cache.plan(PagedBatch(starts, torch.tensor(lengths, dtype=torch.int32), tables, last, 1))
+    cache.plan(PagedBatch(starts, torch.tensor(lengths, dtype=torch.int32), tables, last))
     key, value = (torch.stack([row[which][:, -1] for row in rows]) for which in (0, 1))
     return lambda: cache.attend(0, query, key, value, scale=SCALE, window=None)
 

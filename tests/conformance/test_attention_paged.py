@@ -60,7 +60,7 @@ def prefill(cache: PagedCache, lengths: list[int], query: Tensor, key: Tensor, v
     tables = torch.tensor([[first + i for i in range(max(widths))] for first in firsts], dtype=torch.int32)
     slots = torch.cat([torch.arange(length) + first * size for first, length in zip(firsts, lengths, strict=True)])
     starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    cache.plan(PagedBatch(starts, torch.tensor(lengths, dtype=torch.int32), tables, slots, max(lengths)))
+    cache.plan(PagedBatch(starts, torch.tensor(lengths, dtype=torch.int32), tables, slots))
     return cache.attend(0, query, key, value, scale=1.0, window=None)
 
 

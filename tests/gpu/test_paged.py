@@ -58,7 +58,7 @@ def test_planning_a_step_does_not_wait_for_the_device(counts: list[int]) -> None
     starts = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
     lengths = starts.diff() + 200
     tables = torch.arange(len(counts) * 20, dtype=torch.int32).view(len(counts), 20)
-    batch = PagedBatch(starts, lengths, tables, torch.zeros(int(starts[-1]), dtype=torch.int64), max(counts))
+    batch = PagedBatch(starts, lengths, tables, torch.zeros(int(starts[-1]), dtype=torch.int64))
     for _ in range(3):
         cache.plan(batch)
     torch.cuda.synchronize()

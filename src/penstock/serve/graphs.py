@@ -85,7 +85,7 @@ def seconds(
 
 _NONE = torch.zeros(0, dtype=torch.int32)
 #: A batch without sequences.
-NOBODY = PagedBatch(torch.zeros(1, dtype=torch.int32), _NONE, _NONE.view(0, 1), _NONE.long(), 1)
+NOBODY = PagedBatch(torch.zeros(1, dtype=torch.int32), _NONE, _NONE.view(0, 1), _NONE.long())
 
 
 class Captured(NamedTuple):
@@ -114,7 +114,6 @@ class StepGraphs:
         self._run, self._cache, self._pages, self._padding, self._pool = run, cache, pages, padding, pool
         self._captured: dict[StepShape, Captured] = {}
 
-    @torch.inference_mode()
     def capture(self, shapes: list[StepShape], bar: Bar) -> None:
         """Captures the pass for batches of each of ``shapes``. Largest first: the others then fit in its memory."""
         if not self._cache.fix(shapes, self._pages):
@@ -123,6 +122,7 @@ class StepGraphs:
             self._captured[shape] = self._capture(shape)
             bar.advance()
 
+    @torch.inference_mode()
     def _capture(self, shape: StepShape) -> Captured:
         device = self._cache.shape.device
         tokens = torch.zeros(shape.rows, dtype=torch.int64, device=device)
@@ -140,14 +140,13 @@ class StepGraphs:
 
     def shape_for(self, batch: PagedBatch) -> StepShape | None:
         """The smallest captured shape that ``batch`` can be padded to, None where there is none."""
-        own = StepShape.of(batch)
-        fitting = (shape for shape in self._captured if own.fits(shape))
-        return min(fitting, key=lambda shape: shape.rows, default=None)
+        # The smallest were captured last.
+        return next((shape for shape in reversed(self._captured) if batch.own_shape.fits(shape)), None)
 
     def replay(self, shape: StepShape, tokens: Tensor, positions: Tensor, batch: PagedBatch) -> tuple[Any, np.ndarray]:
         """What the pass gives for ``batch``, padded to ``shape``, and the row of each of its N tokens in it. It lies
         where the next replay puts its own."""
-        captured, own = self._captured[shape], StepShape.of(batch)
+        captured, own = self._captured[shape], batch.own_shape
         self._plan(batch, shape)
         for target, source in ((captured.tokens, tokens), (captured.positions, positions)):
             target[: own.singles].copy_(source[: own.singles])
@@ -161,7 +160,7 @@ class StepGraphs:
 def padded(batch: PagedBatch, shape: StepShape, block: int, size: int) -> PagedBatch:
     """``batch`` with sequences up to ``shape`` whose blocks of ``size`` tokens are all the same ``block``: behind those
     with one new token each, and behind the others, where the last has what is left."""
-    own = StepShape.of(batch)
+    own = batch.own_shape
     singles, others = shape.singles - own.singles, shape.others - own.others
     more = np.ones(others, np.int32)
     more[-1:] = shape.tokens - own.tokens - max(others - 1, 0)
@@ -179,7 +178,6 @@ def padded(batch: PagedBatch, shape: StepShape, block: int, size: int) -> PagedB
         lengths=torch.from_numpy(lengths),
         tables=torch.from_numpy(tables),
         slots=torch.from_numpy(_woven(batch.slots.numpy(), nowhere, own.singles)),
-        longest=int(counts.max()),
         shape=shape,
     )
 

@@ -50,7 +50,7 @@ class Part:
     @property
     def decoding(self) -> bool:
         """Whether each token is the only one of its sequence, and the next is wanted."""
-        return self.plan.longest == 1 and len(self.scored) == len(self.tokens)
+        return self.plan.own_shape.others == 0 and len(self.scored) == len(self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +242,6 @@ class Runner:
             lengths=torch.from_numpy(lengths.astype(np.int32)),
             tables=torch.from_numpy(tables),
             slots=torch.from_numpy(tables[rows, positions // size].astype(np.int64) * size + positions % size),
-            longest=int(np.diff(starts).max()),
         )
 
     def _tokens(self, batch: Batch, ends: np.ndarray) -> Tensor:

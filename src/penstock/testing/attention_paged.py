@@ -104,7 +104,7 @@ class Scene:
         tables = torch.nn.functional.pad(blocks, (0, -shape.blocks % 8)).view(-1, 8)
         count = shape.blocks * shape.block_size
         starts = (torch.arange(len(tables) + 1) * 8 * shape.block_size).clamp(max=count).to(torch.int32)
-        self._cache.plan(PagedBatch(starts, starts.diff(), tables, torch.arange(count), int(starts[1])))
+        self._cache.plan(PagedBatch(starts, starts.diff(), tables, torch.arange(count)))
         for layer, window in enumerate(self.windows):
             query, key, value = (
                 torch.full((count, heads, shape.head_dim), stale, dtype=shape.dtype, device=shape.device)
@@ -166,9 +166,7 @@ class Scene:
         tables = torch.full((len(members), max(len(m.blocks) for m in members) + 1), 2**30, dtype=torch.int32)
         for row, member in zip(tables, members, strict=True):
             row[: len(member.blocks)] = torch.tensor(member.blocks, dtype=torch.int32)
-        return PagedBatch(
-            starts.to(torch.int32), torch.tensor(lengths, dtype=torch.int32), tables, torch.tensor(slots), max(gains)
-        )
+        return PagedBatch(starts.to(torch.int32), torch.tensor(lengths, dtype=torch.int32), tables, torch.tensor(slots))
 
     def _tokens(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Random query, key and value of ``count`` tokens: views of one tensor, as a model's projection gives them, or,

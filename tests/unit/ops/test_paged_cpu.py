@@ -46,7 +46,6 @@ def one_sequence(length: int, blocks: int) -> PagedBatch:
         lengths=torch.tensor([length], dtype=torch.int32),
         tables=torch.arange(blocks, dtype=torch.int32).unsqueeze(0),
         slots=torch.arange(length),
-        longest=length,
     )
 
 

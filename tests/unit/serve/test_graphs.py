@@ -67,7 +67,7 @@ def batch_of(lengths: list[int], counts: list[int]) -> PagedBatch:
         for p in range(n - count, n)
     ]
     starts = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
-    return PagedBatch(starts, torch.tensor(lengths, dtype=torch.int32), tables, torch.tensor(slots), max(counts))
+    return PagedBatch(starts, torch.tensor(lengths, dtype=torch.int32), tables, torch.tensor(slots))
 
 
 def positions_of(lengths: list[int], counts: list[int]) -> Tensor:

@@ -7,6 +7,7 @@ its token at position p are in slot p % block_size of block table[p // block_siz
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import torch
@@ -56,14 +57,6 @@ class StepShape(NamedTuple):
     others: int = 0
     tokens: int = 0
 
-    @classmethod
-    def of(cls, batch: PagedBatch) -> StepShape:
-        """That of ``batch`` as it is."""
-        several = (batch.starts.diff() > 1).nonzero()
-        count = len(batch.lengths)
-        singles = int(several[0]) if len(several) else count
-        return cls(singles, count - singles, len(batch.slots) - singles)
-
     @property
     def rows(self) -> int:
         """New tokens in all."""
@@ -87,7 +80,6 @@ class PagedBatch:
         lengths: int32 [B], tokens of each sequence with the new ones.
         tables: int32 [B, M], the blocks of each sequence; what is behind its last block is not looked at.
         slots: int64 [N], block * block_size + offset, where each new token's key and value go.
-        longest: the largest number of new tokens of a sequence.
         shape: that the batch was given for a plan that was made to be replayed; see :meth:`PagedCache.fix`.
     """
 
@@ -95,8 +87,15 @@ class PagedBatch:
     lengths: Tensor
     tables: Tensor
     slots: Tensor
-    longest: int
     shape: StepShape | None = None
+
+    @functools.cached_property
+    def own_shape(self) -> StepShape:
+        """That of the batch as it is."""
+        several = (self.starts.diff() > 1).nonzero()
+        count = len(self.lengths)
+        singles = int(several[0]) if len(several) else count
+        return StepShape(singles, count - singles, len(self.slots) - singles)
 
 
 class PagedCache:

@@ -38,12 +38,12 @@ def _(query: Tensor, key: Tensor, value: Tensor, cache: int, layer: int, window:
 
 
 class Section(NamedTuple):
-    """Neighbouring rows of a flat batch that one kernel attends for: its wrapper for each window, and the name that
-    this has for the size of heads."""
+    """Neighbouring rows of a flat batch that one kernel attends for: its wrapper for each window, and whether that is
+    FlashInfer's for decodes."""
 
     rows: slice
     wrappers: dict[int, Any]
-    head_dim: str = "head_dim_qk"
+    decode: bool = False
 
 
 @dataclasses.dataclass
@@ -79,7 +79,7 @@ class FlashInferCache(PagedCache):
         self._lanes = [self._lane()]
         self._fixed: dict[StepShape, Planned] = {}
         self._fixed_decode: dict[int, dict[int, Any]] = {}
-        self._fixed_prefill: dict[int, dict[int, Any]] = {}
+        self._fixed_prefill: dict[tuple[int, int], dict[int, Any]] = {}
         self._planned: Planned | None = None
         self._handle = next(_handles)
         _caches[self._handle] = self
@@ -107,12 +107,12 @@ class FlashInferCache(PagedCache):
             if singles:
                 if singles not in self._fixed_decode:
                     self._fixed_decode[singles] = self._decode_wrappers(singles, singles * pages)
-                sections.append(Section(slice(0, singles), self._fixed_decode[singles], "head_dim"))
+                sections.append(Section(slice(0, singles), self._fixed_decode[singles], decode=True))
             if others:
-                if tokens not in self._fixed_prefill:
+                if (others, tokens) not in self._fixed_prefill:
                     most = others * pages + -(-tokens // self.shape.block_size)
-                    self._fixed_prefill[tokens] = self._prefill_wrappers(others, most)
-                sections.append(Section(slice(singles, shape.rows), self._fixed_prefill[tokens]))
+                    self._fixed_prefill[others, tokens] = self._prefill_wrappers(others, most)
+                sections.append(Section(slice(singles, shape.rows), self._fixed_prefill[others, tokens]))
             slots = torch.zeros(shape.rows, dtype=torch.int64, device=self.shape.device)
             self._fixed[shape] = Planned(slots, sections)
         return True
@@ -174,7 +174,7 @@ class FlashInferCache(PagedCache):
 
     def _sections(self, batch: PagedBatch, lane: Lane) -> list[Section]:
         """The leading sequences with one new token each, for the kernel that splits their keys, and the others."""
-        singles, _, tokens = StepShape.of(batch)
+        singles, _, tokens = batch.own_shape
         sections = [Section(slice(0, singles), lane.decode), Section(slice(singles, singles + tokens), lane.prefill)]
         return [section for section in sections if section.rows.start < section.rows.stop]
 
@@ -183,11 +183,12 @@ class FlashInferCache(PagedCache):
         first, behind = np.searchsorted(starts, [section.rows.start, section.rows.stop])
         own = starts[first : behind + 1]
         where, given = self._pages(batch, slice(first, behind))
-        given[section.head_dim] = self.shape.head_dim
-        if section.head_dim == "head_dim_qk":
+        if section.decode:
+            given["head_dim"] = self.shape.head_dim
+        else:
             longest = int(np.diff(own).max())
             where = (_pinned(own - own[0]), *where)
-            given |= {"max_token_per_sequence": longest, "causal": longest > 1}
+            given |= {"head_dim_qk": self.shape.head_dim, "max_token_per_sequence": longest, "causal": longest > 1}
         for window, wrapper in section.wrappers.items():
             wrapper.plan(*where, window_left=window, **given)
 
