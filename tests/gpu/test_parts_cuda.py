@@ -17,6 +17,7 @@ from penstock.serve.build import build_engine
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine import Engine
 from penstock.serve.messages import Request
+from penstock.serve.sampler import Asked
 from penstock.serve.sampling import SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +29,10 @@ SHAPE = DecoderConfig(
 TOLERANCE = 0.03
 
 
-def engine_of(compile: bool, loop: str = "plain", shape: DecoderConfig = SHAPE) -> Engine:
+def engine_of(
+    compile: bool, loop: str = "plain", shape: DecoderConfig = SHAPE, temperatures: tuple[float, ...] = (0,)
+) -> Engine:
+    """With 20 requests; their temperatures take turns."""
     with torch.device("cuda"):
         model = Decoder(shape)
     model = model.initialize(0).to("cuda", torch.bfloat16).eval()
@@ -40,19 +44,27 @@ def engine_of(compile: bool, loop: str = "plain", shape: DecoderConfig = SHAPE) 
     for place in range(20):
         prompt = [int(token) for token in draw.integers(SHAPE.vocabulary, size=int(draw.integers(2, 250)))]
         rated = 1 if place % 4 == 0 else None
-        sampling = SamplingParams(temperature=0, max_tokens=int(draw.integers(4, 16)), prompt_logprobs=rated)
+        sampling = SamplingParams(
+            temperature=temperatures[place % len(temperatures)],
+            max_tokens=int(draw.integers(4, 16)),
+            prompt_logprobs=rated,
+            seed=place,
+        )
         engine.add(Request(str(place), prompt, sampling))
     return engine
 
 
 def computed(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The logits of ``batch`` in its parts, and the log-probabilities of prompts."""
+    """The logits of ``batch`` in its parts, and the log-probabilities of prompts. Tokens that a graph draws are those
+    that the sampler draws from the same logits."""
     seen: list[Tensor] = []
     sample = engine.runner.sampler.sample
 
-    def seeing(logits: Tensor, *rest: list[int]):
+    def seeing(logits: Tensor, asked: Asked, drawn: Tensor | None):
         seen.append(logits.clone())
-        return sample(logits, *rest)
+        if drawn is not None:
+            assert torch.equal(sample(logits, asked).tokens, drawn)
+        return sample(logits, asked, drawn)
 
     engine.runner.sampler.sample = seeing
     engine.runner.launch(batch)
@@ -100,7 +112,7 @@ def test_replayed_steps_give_the_logits_of_queued_ones(
     windows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("penstock.serve.runner.worth_replaying", lambda shapes, seconds: shapes)
-    engine = engine_of(compile=True, shape=SHAPE.model_copy(update=windows))
+    engine = engine_of(compile=True, shape=SHAPE.model_copy(update=windows), temperatures=(0, 0.8))
     runner, replayed = engine.runner, set()
     graphs = runner._prompts, runner._decodes
     assert all(graphs)

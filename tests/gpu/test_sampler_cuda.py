@@ -44,7 +44,8 @@ def tokens(device: str, strict: bool) -> list[list[int]]:
     slots = list(range(len(KINDS)))
     torch.cuda.set_sync_debug_mode("error" if strict else "default")
     try:
-        found = [made.sample(logits, slots, [count] * len(slots)).to_host() for count, logits in enumerate(rounds)]
+        for count, logits in enumerate(rounds):
+            found.append(made.sample(logits, made.ask(slots, [count] * len(slots))).to_host())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for each in found:

@@ -53,10 +53,17 @@ def can_compile(device: torch.device) -> bool:
     return any(shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if c)
 
 
+def pinned(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of ``values`` on the host, from where copies to ``device`` wait for nothing: in pinned memory for CUDA."""
+    if device.type != "cuda":
+        return torch.from_numpy(np.array(values, order="C"))
+    return torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
+
+
 def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy of ``values`` on ``device``; on CUDA it is only queued, from pinned memory, which waits for nothing."""
-    given = torch.from_numpy(np.array(values, order="C"))
-    return given.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else given
+    """A copy of ``values`` on ``device``; on CUDA it is only queued. One of many values costs the host no more time
+    than one of a few does."""
+    return pinned(values, device).to(device, non_blocking=True)
 
 
 def synchronize(device: torch.device) -> None:

@@ -11,6 +11,9 @@ from torch import Tensor
 #: Tokens whose weights are summed before anything is cumulated.
 CHUNK = 512
 
+#: Stands for a temperature of 0: the smallest by which a float32 can be divided without losing accuracy.
+TINY = torch.finfo(torch.float32).tiny
+
 
 def draw_softmax(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
     """A token int64 [R] from softmax(logits / temperature) of each row: the first at which the cumulated probability
@@ -21,7 +24,8 @@ def draw_softmax(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor
 
     Args:
         logits: [R, V], with a number above -inf in each row.
-        temperature: float32 [R], above 0.
+        temperature: float64 [R], 0 or above. One of 0 leaves the most probable tokens, and a ``uniform`` of 0 takes the
+            first of those.
         uniform: float64 [R], in [0, 1).
     """
     return (_compiled() if logits.is_cuda else _draw)(logits, temperature, uniform)
@@ -33,7 +37,7 @@ def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _draw(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
-    size, heat = logits.shape[-1], temperature.unsqueeze(-1)
+    size, heat = logits.shape[-1], temperature.clamp(min=TINY).float().unsqueeze(-1)
     whole = size // CHUNK * CHUNK
     pieces = [logits[:, :whole].reshape(len(logits), -1, CHUNK)] if whole else []
     if whole < size:
@@ -50,7 +54,9 @@ def _draw(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
     scores = logits.gather(1, index.clamp(max=size - 1)).float().masked_fill(index >= size, -torch.inf)
     inside = ((scores - top) / heat).exp().double().cumsum(-1)
     rest = (aim - passed).minimum(_below(inside[:, -1:]))
-    return (chunk * CHUNK + torch.searchsorted(inside, rest, right=True)).squeeze(-1)
+    token = chunk * CHUNK + torch.searchsorted(inside, rest, right=True)
+    # Of scores that are not numbers, some token is as good as another, but one it must be.
+    return token.squeeze(-1).clamp(max=size - 1)
 
 
 def _summed(scores: Tensor, heat: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.core.devices import pinned
 from penstock.core.progress import Bar
 from penstock.ops.paged.contract import PagedBatch, PagedCache, StepShape
 
@@ -62,18 +63,18 @@ def worth_replaying(shapes: list[StepShape], seconds: Callable[[StepShape], tupl
 
 @torch.inference_mode()
 def seconds(
-    run: Callable[[Tensor, Tensor], Any], cache: PagedCache, padding: int, shape: StepShape
+    run: Callable[[Tensor], Any], fields: int, cache: PagedCache, padding: int, shape: StepShape
 ) -> tuple[float, float]:
     """Seconds until a pass of ``shape`` over the ``padding`` block is queued kernel by kernel, and until it is
     computed: the quickest of three, after one that compiles what it needs."""
     device = cache.shape.device
-    tokens = torch.zeros(shape.rows, dtype=torch.int64, device=device)
+    inputs = torch.zeros(fields, shape.rows, dtype=torch.int64, device=device)
     cache.plan(dataclasses.replace(padded(NOBODY, shape, padding, cache.shape.block_size), shape=None))
 
     def once() -> tuple[float, float]:
         torch.cuda.synchronize(device)
         begun = time.perf_counter()
-        run(tokens, tokens)
+        run(inputs)
         queued = time.perf_counter() - begun
         torch.cuda.synchronize(device)
         return time.perf_counter() - begun, queued
@@ -92,8 +93,7 @@ class Captured(NamedTuple):
     """A graph, and where its input and output lie."""
 
     graph: torch.cuda.CUDAGraph
-    tokens: Tensor
-    positions: Tensor
+    inputs: Tensor
     output: Any
 
 
@@ -101,7 +101,8 @@ class StepGraphs:
     """Graphs of a pass for batches of some shapes; a batch between two is padded.
 
     Args:
-        run: the pass: tokens int64 [N] and positions int64 [N] to tensors.
+        run: the pass: int64 [fields, N] for N tokens, to tensors. Tokens of which all is 0 must do no harm.
+        fields: what the pass is told of each token.
         cache: the cache that the pass reads and writes; it must be able to :meth:`~PagedCache.fix` its plans.
         pages: most blocks of a sequence.
         padding: a block that belongs to nobody, for the sequences that fill up a batch.
@@ -109,9 +110,17 @@ class StepGraphs:
     """
 
     def __init__(
-        self, run: Callable[[Tensor, Tensor], Any], cache: PagedCache, *, pages: int, padding: int, pool: Any = None
+        self,
+        run: Callable[[Tensor], Any],
+        fields: int,
+        cache: PagedCache,
+        *,
+        pages: int,
+        padding: int,
+        pool: Any = None,
     ) -> None:
-        self._run, self._cache, self._pages, self._padding, self._pool = run, cache, pages, padding, pool
+        self._run, self._fields, self._cache = run, fields, cache
+        self._pages, self._padding, self._pool = pages, padding, pool
         self._captured: dict[StepShape, Captured] = {}
 
     def capture(self, shapes: list[StepShape], bar: Bar) -> None:
@@ -125,15 +134,14 @@ class StepGraphs:
     @torch.inference_mode()
     def _capture(self, shape: StepShape) -> Captured:
         device = self._cache.shape.device
-        tokens = torch.zeros(shape.rows, dtype=torch.int64, device=device)
-        positions = torch.zeros_like(tokens)
+        inputs = torch.zeros(self._fields, shape.rows, dtype=torch.int64, device=device)
         self._plan(NOBODY, shape)
-        self._run(tokens, positions)
+        self._run(inputs)
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            output = self._run(tokens, positions)
-        return Captured(graph, tokens, positions, output)
+            output = self._run(inputs)
+        return Captured(graph, inputs, output)
 
     def _plan(self, batch: PagedBatch, shape: StepShape) -> None:
         self._cache.plan(padded(batch, shape, self._padding, self._cache.shape.block_size))
@@ -143,17 +151,17 @@ class StepGraphs:
         # The smallest were captured last.
         return next((shape for shape in reversed(self._captured) if batch.own_shape.fits(shape)), None)
 
-    def replay(self, shape: StepShape, tokens: Tensor, positions: Tensor, batch: PagedBatch) -> tuple[Any, np.ndarray]:
-        """What the pass gives for ``batch``, padded to ``shape``, and the row of each of its N tokens in it. It lies
-        where the next replay puts its own."""
+    def replay(self, shape: StepShape, inputs: np.ndarray, batch: PagedBatch) -> tuple[Any, np.ndarray]:
+        """What the pass gives for ``batch``, padded to ``shape``, whose N tokens have the ``inputs`` int64 [fields, N],
+        and the row of each of them in it. It lies where the next replay puts its own."""
         captured, own = self._captured[shape], batch.own_shape
         self._plan(batch, shape)
-        for target, source in ((captured.tokens, tokens), (captured.positions, positions)):
-            target[: own.singles].copy_(source[: own.singles])
-            target[shape.singles : shape.singles + own.tokens].copy_(source[own.singles :])
-        captured.graph.replay()
         rows = np.arange(own.rows)
         rows[own.singles :] += shape.singles - own.singles
+        spread = np.zeros((self._fields, shape.rows), np.int64)
+        spread[:, rows] = inputs
+        captured.inputs.copy_(pinned(spread, self._cache.shape.device), non_blocking=True)
+        captured.graph.replay()
         return captured.output, rows
 
 

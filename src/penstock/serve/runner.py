@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import gc
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as List
 from typing import Any
 
@@ -19,12 +19,13 @@ from penstock.core.devices import upload
 from penstock.core.progress import Reporter, silent
 from penstock.models.attention import AttentionContext
 from penstock.models.decoder import Decoder
+from penstock.ops.draw import draw_softmax
 from penstock.ops.paged.contract import PagedBatch, PagedCache
 from penstock.serve.batch import Batch, Entry
 from penstock.serve.context import PagedTokens
 from penstock.serve.graphs import StepGraphs, decode_shapes, prompt_shapes, seconds, worth_replaying
 from penstock.serve.logprobs import Logprobs
-from penstock.serve.sampler import Sampled, Sampler
+from penstock.serve.sampler import Asked, Sampled, Sampler
 
 #: Prompt tokens whose log-probabilities are computed at a time: their scores are in memory together.
 RATED = 256
@@ -35,30 +36,35 @@ class Part:
     """A pass through the model, which computes some neighbouring entries of a batch.
 
     Attributes:
-        tokens, positions: int64 [N], on the device.
+        inputs: int64 [3, N]: the tokens, or 0; where the others stand in the runner's list of newest ones, or 0; and
+            their positions.
         plan: where they belong.
         scored: rows after which the scores of the next token are wanted.
         rated: rows after which the log-probability of the prompt's next token is.
+        draws: int64 [3, S], of the S scored ones: how the next token would be drawn, as float64, if its sequence asked
+            for nothing special; and where it belongs in the list of newest ones.
     """
 
-    tokens: Tensor
-    positions: Tensor
+    inputs: np.ndarray
     plan: PagedBatch
     scored: np.ndarray
     rated: np.ndarray
+    draws: np.ndarray
 
     @property
     def decoding(self) -> bool:
         """Whether each token is the only one of its sequence, and the next is wanted."""
-        return self.plan.own_shape.others == 0 and len(self.scored) == len(self.tokens)
+        return self.plan.own_shape.others == 0 and len(self.scored) == self.inputs.shape[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Passed:
-    """What came of a part: ``logits`` of its scored rows and hidden states of its ``rated`` ones, None without such."""
+    """What came of a part: ``logits`` of its scored rows and hidden states of its ``rated`` ones, None without such;
+    and the next tokens, where they are ``drawn`` already."""
 
     logits: Tensor | None
     rated: Tensor | None = None
+    drawn: Tensor | None = None
 
 
 class Runner:
@@ -84,7 +90,8 @@ class Runner:
         self.sampler = Sampler(slots, model.config.vocabulary, self.device)
         self.blocks = cache.shape.blocks - 1
         self.tables = np.zeros((slots, -(-context // cache.shape.block_size)), np.int32)
-        self._newest = torch.zeros(slots, dtype=torch.int64, device=self.device)
+        # Of slot s at s + 1; what stands at 0 is of no meaning.
+        self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
         self._trunk: Callable[[Tensor, AttentionContext], tuple[Tensor, Tensor]] = model.trunk
         self._tip: Callable[[Tensor, Tensor], Tensor] = model.tip
         self._decodes: StepGraphs | None = None
@@ -103,13 +110,9 @@ class Runner:
         self._tip = torch.compile(self.model.tip, dynamic=True)
         sequences, pages = self.tables.shape
         common: dict[str, Any] = {"pages": pages, "padding": self.blocks, "pool": torch.cuda.graph_pool_handle()}
-        prompts = StepGraphs(self._begun_in_place, self.cache, **common)
-        decodes = StepGraphs(
-            lambda tokens, positions: self.model.logits(self._tip(*self._begun(tokens, positions))),
-            self.cache,
-            **common,
-        )
-        timed = functools.partial(seconds, self._begun, self.cache, self.blocks)
+        prompts = StepGraphs(self._begun_in_place, 3, self.cache, **common)
+        decodes = StepGraphs(self._decoded, 6, self.cache, **common)
+        timed = functools.partial(seconds, self._begun, 3, self.cache, self.blocks)
         alone = decode_shapes(sequences)
         with report("compiling", 1, "model") as bar:
             # Kernels are chosen for the first size that they meet.
@@ -121,30 +124,43 @@ class Runner:
             decodes.capture(alone, bar)
         self._prompts, self._decodes = prompts, decodes
 
-    def _begun(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """What the last layer needs to go on with any of the tokens."""
+    def _begun(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last layer needs to go on with any of the tokens with ``inputs`` int64 [3, N], as of a part."""
+        known, places, positions = inputs
+        tokens = torch.where(places > 0, self._newest[places], known)
         return self._trunk(tokens, PagedTokens(positions, self.cache))
 
-    def _begun_in_place(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+    def _begun_in_place(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`_begun` gives, in the memory of the first time, which had the most rows: graphs have none of
         their own."""
-        begun = self._begun(tokens, positions)
+        begun = self._begun(inputs)
         self._place = self._place or begun
         return tuple(place[: len(new)].copy_(new) for place, new in zip(self._place, begun, strict=True))
+
+    def _decoded(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits, and the tokens that are drawn from them, of sequences that decode. ``inputs`` int64 [6, N] are a
+        part's and its draws. The tokens are put where the next step finds them."""
+        logits = self.model.logits(self._tip(*self._begun(inputs[:3])))
+        tokens = draw_softmax(logits, *inputs[3:5].view(torch.float64))
+        self._newest.index_copy_(0, inputs[5], tokens)
+        return logits, tokens
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> None:
         """Queues the forward passes and the sampling of ``batch``, whose ``sampled`` it sets."""
-        entries = batch.entries
-        passed = self._pass_all(self._parts(batch), batch.lead)
-        logits = _joined([each.logits for each in passed if each.logits is not None])
-        prompt = self._rated(entries, _joined([each.rated for each in passed if each.rated is not None]))
+        own = [entry for entry in batch.entries if entry.scored]
+        asked = self.sampler.ask(
+            [entry.slot for entry in own], [entry.start + entry.count - entry.sequence.prompt for entry in own]
+        )
+        passed = self._pass_all(self._parts(batch, asked), batch.lead)
+        logits = _joined([each.logits for each in passed])
+        prompt = self._rated(batch.entries, _joined([each.rated for each in passed]))
         if logits is not None:
-            own = [entry for entry in entries if entry.scored]
-            slots = [entry.slot for entry in own]
-            counts = [entry.start + entry.count - entry.sequence.prompt for entry in own]
-            sampled = self.sampler.sample(logits, slots, counts)
-            self._newest[self._on_device(np.array(slots))] = sampled.tokens
+            ready = all(each.drawn is not None for each in passed)
+            drawn = _joined([each.drawn for each in passed]) if ready else None
+            sampled = self.sampler.sample(logits, asked, drawn)
+            if sampled.tokens is not drawn:
+                self._newest.index_copy_(0, self._on_device(asked.slots + 1), sampled.tokens)
             batch.sampled = dataclasses.replace(sampled, prompt=prompt).to_host()
         elif prompt is not None:
             batch.sampled = Sampled(prompt.tokens[:0], prompt=prompt).to_host()
@@ -183,12 +199,16 @@ class Runner:
         return [passed[index] for index in range(len(parts))]
 
     def _pass(self, part: Part, lane: int = 0) -> Passed:
-        if part.decoding and (replayed := self._replayed(self._decodes, part, lane)) is not None:
-            return Passed(replayed[0][: len(part.tokens)])
-        replayed = self._replayed(self._prompts, part, lane)
+        count = part.inputs.shape[1]
+        if part.decoding:
+            replayed = self._replayed(self._decodes, np.concatenate([part.inputs, part.draws]), part.plan, lane)
+            if replayed is not None:
+                logits, drawn = replayed[0]
+                return Passed(logits[:count], drawn=drawn[:count])
+        replayed = self._replayed(self._prompts, part.inputs, part.plan, lane)
         if replayed is None:
             self.cache.plan(part.plan, lane)
-            replayed = self._begun(part.tokens, part.positions), np.arange(len(part.tokens))
+            replayed = self._begun(self._on_device(part.inputs)), np.arange(count)
         begun, places = replayed
 
         def hidden(rows: np.ndarray) -> Tensor:
@@ -198,15 +218,17 @@ class Runner:
         logits = self.model.logits(hidden(part.scored)) if len(part.scored) else None
         return Passed(logits, hidden(part.rated) if len(part.rated) else None)
 
-    def _replayed(self, graphs: StepGraphs | None, part: Part, lane: int) -> tuple[Any, np.ndarray] | None:
-        """What one of the ``graphs`` gives for ``part``, and the rows of its tokens; None where none is for it."""
-        shape = graphs.shape_for(part.plan) if graphs is not None and lane == 0 else None
+    def _replayed(
+        self, graphs: StepGraphs | None, inputs: np.ndarray, plan: PagedBatch, lane: int
+    ) -> tuple[Any, np.ndarray] | None:
+        """What one of the ``graphs`` gives for a part, and the rows of its tokens; None where none is for it."""
+        shape = graphs.shape_for(plan) if graphs is not None and lane == 0 else None
         if graphs is None or shape is None:
             return None
-        return graphs.replay(shape, part.tokens, part.positions, part.plan)
+        return graphs.replay(shape, inputs, plan)
 
-    def _parts(self, batch: Batch) -> list[Part]:
-        """The passes that compute ``batch``."""
+    def _parts(self, batch: Batch, asked: Asked) -> list[Part]:
+        """The passes that compute ``batch``, whose scored entries ``asked`` for their next tokens."""
         entries = batch.entries
         fields = ((entry.slot, entry.start, entry.count, entry.scored, entry.rated) for entry in entries)
         slots, starts, counts, scored, rated = np.array(list(fields), np.int64).T
@@ -215,7 +237,11 @@ class Runner:
         offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
         positions = offsets + np.repeat(starts, counts)
         wanted = offsets < np.repeat(rated, counts)
-        tokens, where = self._tokens(batch, ends), self._on_device(positions)
+        inputs = np.stack([*self._tokens(batch, ends), positions])
+        draws, ahead = (
+            np.stack([*asked.draws.view(np.int64), asked.slots + 1]),
+            np.concatenate([[0], (scored > 0).cumsum()]),
+        )
         parts = []
         for first, last in itertools.pairwise(itertools.accumulate(batch.parts, initial=0)):
             begin, end = ends[first] - counts[first], ends[last - 1]
@@ -228,7 +254,8 @@ class Runner:
                 positions[all_own],
             )
             newest = (ends[own] - begin - 1)[scored[own] > 0]
-            parts.append(Part(tokens[all_own], where[all_own], plan, newest, np.flatnonzero(wanted[all_own])))
+            drawn = draws[:, ahead[first] : ahead[last]]
+            parts.append(Part(inputs[:, all_own], plan, newest, np.flatnonzero(wanted[all_own]), drawn))
         return parts
 
     def _plan(
@@ -244,29 +271,27 @@ class Runner:
             slots=torch.from_numpy(tables[rows, positions // size].astype(np.int64) * size + positions % size),
         )
 
-    def _tokens(self, batch: Batch, ends: np.ndarray) -> Tensor:
-        """The batch's tokens; those that are not known here yet come from the device."""
+    def _tokens(self, batch: Batch, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The batch's tokens, and where those stand in the list of newest ones that are not known here yet; 0 in place
+        of the others."""
         known: list[int] = []
-        unknown, sources = [], []
+        places = np.zeros(int(ends[-1]), np.int64)
         for entry, end in zip(batch.entries, ends.tolist(), strict=True):
             own = entry.sequence.tokens[entry.start : entry.start + entry.count]
             if len(own) < entry.count:
-                unknown.append(end - 1)
-                sources.append(entry.slot)
+                places[end - 1] = entry.slot + 1
                 own.append(0)
             known += own
-        tokens = self._on_device(np.array(known))
-        if unknown:
-            tokens[self._on_device(np.array(unknown))] = self._newest[self._on_device(np.array(sources))]
-        return tokens
+        return np.array(known), places
 
     def _on_device(self, values: np.ndarray) -> Tensor:
         return upload(values, self.device)
 
 
-def _joined(pieces: List[Tensor]) -> Tensor | None:
-    """The rows of all ``pieces``; None where there is none."""
-    return torch.cat([*pieces]) if len(pieces) > 1 else next(iter(pieces), None)
+def _joined(pieces: Iterable[Tensor | None]) -> Tensor | None:
+    """The rows of all ``pieces`` that are there; None where there is none."""
+    found = [piece for piece in pieces if piece is not None]
+    return torch.cat(found) if len(found) > 1 else next(iter(found), None)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence as List
 
 import numpy as np
@@ -76,6 +77,42 @@ class Sampled:
             self.ready.synchronize()
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What some sequences want of their next tokens.
+
+    Attributes:
+        slots: int64 [R].
+        counts: int64 [R], tokens that they have after their prompts.
+        rows: SLOT [R], as it holds for this token.
+        uniform: float64 [R], the draws.
+    """
+
+    slots: np.ndarray
+    counts: np.ndarray
+    rows: np.ndarray
+    uniform: np.ndarray
+
+    @functools.cached_property
+    def kinds(self) -> np.ndarray:
+        """int64 [R]: 0 for the most probable token, 1 for one of all; where some are cut off, more, by what does it."""
+        rows = self.rows
+        cuts = 1 + 2 * (rows["top_k"] > 0) + 4 * (rows["top_p"] < 1) + 8 * (rows["min_p"] > 0)
+        return np.where(rows["temperature"] > 0, cuts, 0)
+
+    @property
+    def plain(self) -> bool:
+        """Whether all tokens come from the logits as they are, by :attr:`draws`."""
+        return not (self.rows["rescored"].any() or self.rows["led"].any()) and bool((self.kinds < 2).all())
+
+    @property
+    def draws(self) -> np.ndarray:
+        """float64 [2, R]: temperature and uniform number of each, as :func:`draw_softmax` wants them, where none of the
+        tokens is cut off."""
+        temperature = self.rows["temperature"]
+        return np.stack([temperature, np.where(temperature > 0, self.uniform, 0)])
+
+
 class Sampler:
     """Chooses tokens for the sequences in the runner's slots. What a row is given does not depend on the others, not
     even by rounding: rows are computed together only where they ask for the same cuts.
@@ -114,26 +151,32 @@ class Sampler:
         if sampling.penalized:
             self._penalties.add(slot, sequence.tokens, sequence.prompt)
 
-    def sample(self, logits: Tensor, slots: List[int], counts: List[int]) -> Sampled:
-        """The next tokens, given ``logits`` [R, V] of the sequences in ``slots`` [R], which have ``counts`` [R] tokens
-        after their prompts already. The draw depends on the sequence's seed and its count alone; a companion is there
-        whenever its leader is, and is given the same token."""
-        where, count = np.asarray(slots), np.asarray(counts)
+    def ask(self, slots: List[int], counts: List[int]) -> Asked:
+        """What the sequences in ``slots`` [R] want, which have ``counts`` [R] tokens after their prompts already. Their
+        draws depend on the sequence's seed and its count alone."""
+        where, count = np.array(slots, np.int64), np.array(counts, np.int64)
         rows = self._table[where]
-        uniform = uniforms(rows["key"], count)
         for place in np.flatnonzero(rows["rule"]):
             sampling = self._sequence(where[place]).sampling
             assert sampling.rule is not None
             _set_options(rows[place], sampling.rule.options(sampling, int(count[place])))
-        scores = self._rescored(logits, where, count, rows) if rows["rescored"].any() else logits
-        tokens = self._choose(scores, rows, uniform)
+        return Asked(where, count, rows, uniforms(rows["key"], count))
+
+    def sample(self, logits: Tensor, asked: Asked, drawn: Tensor | None = None) -> Sampled:
+        """The next tokens, given ``logits`` [R, V] of the sequences that ``asked``, or tokens ``drawn`` [R] from them
+        for these draws. A companion is there whenever its leader is, and is given the same token."""
+        where, rows = asked.slots, asked.rows
+        if drawn is not None and asked.plain:
+            tokens = drawn
+        else:
+            tokens = self._choose(self._rescored(logits, asked) if rows["rescored"].any() else logits, asked)
         if rows["led"].any():
             companions = np.flatnonzero(rows["led"])
             leaders = [_place(where, self._sequence(slot).leader) for slot in where[companions]]
             tokens[self._of(companions)] = tokens[self._of(np.array(leaders))]
         charged = np.flatnonzero(rows["penalized"])
         if charged.size:
-            lengths = (rows["prompt"] + count)[charged]
+            lengths = (rows["prompt"] + asked.counts)[charged]
             self._penalties.append(where[charged], lengths, tokens[self._of(charged)])
         told = np.flatnonzero(rows["alternatives"] >= 0)
         if not told.size:
@@ -141,18 +184,17 @@ class Sampler:
         index, most = self._of(told), int(rows["alternatives"].max())
         return Sampled(tokens, Logprobs.of(logits[index], tokens[index], most))
 
-    def _choose(self, scores: Tensor, rows: np.ndarray, uniform: np.ndarray) -> Tensor:
+    def _choose(self, scores: Tensor, asked: Asked) -> Tensor:
         """A token for each row of ``scores`` [R, V]."""
-        cuts = 1 + 2 * (rows["top_k"] > 0) + 4 * (rows["top_p"] < 1) + 8 * (rows["min_p"] > 0)
-        kinds = np.where(rows["temperature"] > 0, cuts, 0)
+        rows, kinds = asked.rows, asked.kinds
         distinct = np.unique(kinds)
         if len(distinct) == 1:
-            return self._drawn(scores, rows, uniform)
+            return self._drawn(scores, rows, asked.uniform)
         tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
         for kind in distinct:
             own = np.flatnonzero(kinds == kind)
             index = self._of(own)
-            tokens[index] = self._drawn(scores[index], rows[own], uniform[own])
+            tokens[index] = self._drawn(scores[index], rows[own], asked.uniform[own])
         return tokens
 
     def _drawn(self, scores: Tensor, rows: np.ndarray, uniform: np.ndarray) -> Tensor:
@@ -161,8 +203,7 @@ class Sampler:
         if first["temperature"] == 0:
             return scores.argmax(-1)
         if not first["top_k"] and first["top_p"] == 1 and not first["min_p"]:
-            heat = np.maximum(rows["temperature"], np.finfo(np.float32).tiny).astype(np.float32)
-            return draw_softmax(scores, self._of(heat), self._of(uniform))
+            return draw_softmax(scores, *self._of(np.stack([rows["temperature"], uniform])).unbind())
         chances = probabilities_of(
             scores.float(),
             temperature=self._of(rows["temperature"]),
@@ -173,8 +214,9 @@ class Sampler:
         )
         return draw(chances, self._of(uniform))
 
-    def _rescored(self, logits: Tensor, slots: np.ndarray, counts: np.ndarray, rows: np.ndarray) -> Tensor:
+    def _rescored(self, logits: Tensor, asked: Asked) -> Tensor:
         """The scores after bias, penalties, bans, grammars and rules. The logits stay as they are."""
+        slots, counts, rows = asked.slots, asked.counts, asked.rows
         scores = logits.to(torch.float32, copy=True)
         self._add_bias(scores, slots, np.flatnonzero(rows["biased"]))
         charged = np.flatnonzero(rows["penalized"])

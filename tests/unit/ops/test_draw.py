@@ -13,11 +13,11 @@ from penstock.ops.draw import CHUNK, draw_softmax
 def test_the_token_is_where_the_cumulated_probability_passes_the_number(size, dtype):
     generator = torch.Generator().manual_seed(size)
     logits = (torch.randn(64, size, generator=generator) * 3).to(dtype)
-    temperature = torch.rand(64, generator=generator) * 2 + 0.05
+    temperature = torch.rand(64, generator=generator, dtype=torch.float64) * 2 + 0.05
     uniform = torch.rand(64, generator=generator, dtype=torch.float64)
     uniform[:4] = torch.tensor([0.0, 1 - 2.0**-53, 0.5, 1e-300], dtype=torch.float64)
     tokens = draw_softmax(logits, temperature, uniform)
-    chances = (logits.double() / temperature.double().unsqueeze(-1)).softmax(-1)
+    chances = (logits.double() / temperature.unsqueeze(-1)).softmax(-1)
     reached = chances.cumsum(-1)
     at = reached.gather(1, tokens.unsqueeze(-1)).squeeze(-1)
     before = at - chances.gather(1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -30,12 +30,29 @@ def test_what_has_no_weight_is_never_drawn():
     logits[:, CHUNK - 1] = 1e4
     logits[:, CHUNK + 3] = 1e4
     uniform = torch.tensor([0.0, 0.75, 1 - 2.0**-53], dtype=torch.float64)
-    assert draw_softmax(logits, torch.full((3,), 1e-3), uniform).tolist() == [CHUNK - 1, CHUNK + 3, CHUNK + 3]
+    assert draw_softmax(logits, torch.full_like(uniform, 1e-3), uniform).tolist() == [CHUNK - 1, CHUNK + 3, CHUNK + 3]
 
 
 def test_the_law_is_the_softmax():
     """Evenly spread numbers hit each token as often as its probability says."""
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(100_000, 1)
     uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    counts = draw_softmax(logits, torch.full((100_000,), 0.7), uniform).bincount(minlength=4)
+    counts = draw_softmax(logits, torch.full_like(uniform, 0.7), uniform).bincount(minlength=4)
     torch.testing.assert_close(counts / 100_000, (logits[0] / 0.7).softmax(-1), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_temperature_takes_the_first_of_the_most_probable(dtype):
+    """Scores on a coarse grid, where ties are many."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(200, 3 * CHUNK + 5, generator=generator) * 2).round().to(dtype) / 8 - 300
+    nothing = torch.zeros(200, dtype=torch.float64)
+    first = (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)
+    assert (first >= CHUNK).any() and (first < CHUNK).any()
+    assert torch.equal(draw_softmax(logits, nothing, nothing), first)
+
+
+def test_scores_that_are_not_numbers_give_a_token_all_the_same():
+    logits = torch.full((2, CHUNK + 9), torch.nan)
+    tokens = draw_softmax(logits, torch.tensor([0.0, 1.0]).double(), torch.tensor([0.0, 0.9]).double())
+    assert ((tokens >= 0) & (tokens < CHUNK + 9)).all()

@@ -28,17 +28,15 @@ class Again:
         self._run, self._captured = graphs._run, captured
 
     def replay(self) -> None:
-        self._captured.output.copy_(self._run(self._captured.tokens, self._captured.positions))
+        self._captured.output.copy_(self._run(self._captured.inputs))
 
 
 class Rehearsed(StepGraphs):
     """Graphs on a device that has none."""
 
     def _capture(self, shape: StepShape) -> Captured:
-        tokens = torch.zeros(shape.rows, dtype=torch.int64)
-        captured = Captured(
-            None, tokens, tokens.clone(), torch.zeros(shape.rows, SHAPE.vocabulary, dtype=torch.float64)
-        )
+        inputs = torch.zeros(2, shape.rows, dtype=torch.int64)
+        captured = Captured(None, inputs, torch.zeros(shape.rows, SHAPE.vocabulary, dtype=torch.float64))
         return captured._replace(graph=Again(self, captured))
 
 
@@ -88,11 +86,12 @@ def test_a_padded_step_gives_what_the_step_gives(counts):
     for padded in (False, True):
         cache = opened()
 
-        def run(tokens: Tensor, positions: Tensor, cache: PagedCache = cache) -> Tensor:
+        def run(inputs: Tensor, cache: PagedCache = cache) -> Tensor:
+            tokens, positions = inputs
             return model.logits(model(tokens, PagedTokens(positions, cache)).hidden)
 
         shapes = [*decode_shapes(4), StepShape(4, 4, 12), StepShape(4, 4, 24), StepShape(2, 4, 24)]
-        graphs = Rehearsed(run, cache, pages=PAGES, padding=BLOCKS)
+        graphs = Rehearsed(run, 2, cache, pages=PAGES, padding=BLOCKS)
         capture(graphs, shapes)
         with torch.inference_mode():
             if any(history):
@@ -100,25 +99,22 @@ def test_a_padded_step_gives_what_the_step_gives(counts):
                 past = [max(before, 1) for before in history]
                 cache.plan(batch_of(past, past))
                 first = torch.cat([own[0] if len(own[0]) else own[1][:1] for own in told])
-                run(first, positions_of(past, past))
-            new, where, batch = (
-                torch.cat([own[1] for own in told]),
-                positions_of(lengths, counts),
-                batch_of(lengths, counts),
-            )
+                run(torch.stack([first, positions_of(past, past)]))
+            inputs = torch.stack([torch.cat([own[1] for own in told]), positions_of(lengths, counts)])
+            batch = batch_of(lengths, counts)
             if padded:
                 shape = graphs.shape_for(batch)
                 assert shape is not None
-                output, rows = graphs.replay(shape, new, where, batch)
+                output, rows = graphs.replay(shape, inputs.numpy(), batch)
                 results.append(output[rows].clone())
             else:
                 cache.plan(batch)
-                results.append(run(new, where))
+                results.append(run(inputs))
     torch.testing.assert_close(*results)
 
 
 def test_the_smallest_shape_that_fits_is_taken():
-    graphs = Rehearsed(lambda *_: None, opened(), pages=1, padding=0)
+    graphs = Rehearsed(lambda _: None, 2, opened(), pages=1, padding=0)
     capture(graphs, [StepShape(8, 4, 64), StepShape(2, 4, 16), StepShape(8, 4, 16)])
 
     def found(*counts: int) -> StepShape | None:

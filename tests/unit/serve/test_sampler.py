@@ -66,12 +66,12 @@ def test_each_row_gets_what_it_gets_alone_and_what_the_definitions_say(rows, see
     sampler = Sampler(len(rows), 12, CPU)
     for slot, each in zip(slots, sequences, strict=True):
         sampler.add(slot, each)
-    sampled = sampler.sample(logits, slots, counts)
+    sampled = sampler.sample(logits, sampler.ask(slots, counts))
     told = sampled.told([params.logprobs for params, _ in rows])
     for row, (params, tokens) in enumerate(rows):
         alone = Sampler(1, 12, CPU)
         alone.add(0, sequences[row])
-        again = alone.sample(logits[row : row + 1], [0], [counts[row]])
+        again = alone.sample(logits[row : row + 1], alone.ask([0], [counts[row]]))
         assert int(again.tokens[0]) == int(sampled.tokens[row])
         assert again.told([params.logprobs])[0] == told[row]
         scores = rescored(logits[row].tolist(), params, tokens, 1, (0, 5))
@@ -101,7 +101,9 @@ def test_the_empirical_law_is_the_distribution_asked_for():
     for slot in range(total):
         params = MIXED[slot % len(MIXED)].model_copy(update={"seed": slot})
         sampler.add(slot, sequence(params, text, 2))
-    tokens = sampler.sample(logits.expand(total, -1), list(range(total)), [4] * total).tokens.view(draws, -1)
+    tokens = sampler.sample(logits.expand(total, -1), sampler.ask(list(range(total)), [4] * total)).tokens.view(
+        draws, -1
+    )
     for kind, params in enumerate(MIXED):
         scores = rescored(logits.tolist(), params, text, 2)
         chances = np.array(distribution(torch.tensor(scores, dtype=torch.float64), params))
@@ -130,7 +132,7 @@ def test_penalties_follow_the_tokens_that_were_drawn():
         slots = sorted(texts)
         logits = torch.randn(len(slots), 12, generator=draw)
         counts = [len(texts[slot][1]) - 2 for slot in slots]
-        tokens = sampler.sample(logits, slots, counts).tokens.tolist()
+        tokens = sampler.sample(logits, sampler.ask(slots, counts)).tokens.tolist()
         for row, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
             params, text = texts[slot][0].sampling, texts[slot][1]
             scores = torch.tensor(rescored(logits[row].tolist(), params, text, 2), dtype=torch.float64)
@@ -154,7 +156,7 @@ def test_logprobs_are_the_models_own_whatever_the_sampling():
     sampler.add(0, sequence(SamplingParams(temperature=0.1, top_k=2, logit_bias={4: 100.0}, logprobs=5), [1], 1))
     sampler.add(1, sequence(SamplingParams(), [1], 1))
     sampler.add(2, sequence(SamplingParams(n=1, best_of=2), [1], 1))
-    sampled = sampler.sample(logits, [0, 1, 2], [0, 0, 0])
+    sampled = sampler.sample(logits, sampler.ask([0, 1, 2], [0, 0, 0]))
     first, none, bare = sampled.told([5, None, 0])
     wanted = logits.double().log_softmax(-1)[0].tolist()
     ranked = sorted(range(30), key=lambda token: -wanted[token])
@@ -175,5 +177,5 @@ def test_logits_stay_as_they_are():
     logits = torch.randn(1, 12, generator=torch_generator(4, "logits"))
     before, sampler = logits.clone(), Sampler(1, 12, CPU)
     sampler.add(0, sequence(SamplingParams(presence_penalty=2, logit_bias={1: 3}, min_tokens=2), [1, 2], 1, (4,)))
-    sampler.sample(logits, [0], [1])
+    sampler.sample(logits, sampler.ask([0], [1]))
     assert torch.equal(logits, before)

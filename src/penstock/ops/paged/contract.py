@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,9 +93,9 @@ class PagedBatch:
     @functools.cached_property
     def own_shape(self) -> StepShape:
         """That of the batch as it is."""
-        several = (self.starts.diff() > 1).nonzero()
+        several = np.flatnonzero(np.diff(self.starts.numpy()) > 1)
         count = len(self.lengths)
-        singles = int(several[0]) if len(several) else count
+        singles = int(several[0]) if several.size else count
         return StepShape(singles, count - singles, len(self.slots) - singles)
 
 

@@ -6,13 +6,14 @@ import dataclasses
 import importlib.util
 import itertools
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.core.devices import upload
+from penstock.core.devices import pinned, upload
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache, StepShape
 from penstock.policy import policy
 
@@ -44,6 +45,17 @@ class Section(NamedTuple):
     rows: slice
     wrappers: dict[int, Any]
     decode: bool = False
+
+
+class Pages(NamedTuple):
+    """What plans take of the sequences of a section, all int32: where the new tokens of each start, and behind them;
+    where its list of blocks starts, and behind them; the blocks; how many tokens the last has; and how many it has."""
+
+    starts: np.ndarray
+    ends: np.ndarray
+    blocks: np.ndarray
+    last: np.ndarray
+    lengths: np.ndarray
 
 
 @dataclasses.dataclass
@@ -161,15 +173,19 @@ class FlashInferCache(PagedCache):
         own = self._lanes[lane]
         # The copies of the lane's last plan leave from memory that this one writes to.
         own.copied.synchronize()
-        slots = _pinned(batch.slots.numpy())
-        if batch.shape is None:
-            planned = Planned(slots.to(self.shape.device, non_blocking=True), self._sections(batch, own))
+        fixed = None if batch.shape is None else self._fixed[batch.shape]
+        sections = self._sections(batch, own) if fixed is None else fixed.sections
+        pages = [self._pages(batch, section) for section in sections]
+        slots, *blocks = _together(
+            upload, [batch.slots.numpy().view(np.int32), *(each.blocks for each in pages)], self.shape.device
+        )
+        if fixed is None:
+            self._planned = Planned(slots.view(torch.int64), sections)
         else:
-            planned = self._fixed[batch.shape]
-            planned.slots.copy_(slots, non_blocking=True)
-        for section in planned.sections:
-            self._plan_section(section, batch)
-        self._planned = planned
+            fixed.slots.copy_(slots.view(torch.int64))
+            self._planned = fixed
+        for section, each, own_blocks in zip(sections, pages, blocks, strict=True):
+            self._plan_section(section, each, own_blocks)
         own.copied.record()
 
     def _sections(self, batch: PagedBatch, lane: Lane) -> list[Section]:
@@ -178,37 +194,42 @@ class FlashInferCache(PagedCache):
         sections = [Section(slice(0, singles), lane.decode), Section(slice(singles, singles + tokens), lane.prefill)]
         return [section for section in sections if section.rows.start < section.rows.stop]
 
-    def _plan_section(self, section: Section, batch: PagedBatch) -> None:
-        starts = batch.starts.numpy()
-        first, behind = np.searchsorted(starts, [section.rows.start, section.rows.stop])
-        own = starts[first : behind + 1]
-        where, given = self._pages(batch, slice(first, behind))
+    def _plan_section(self, section: Section, pages: Pages, blocks: Tensor) -> None:
+        """Plans the ``pages``, whose ``blocks`` are on the device already."""
+        pieces = [pages.starts, pages.ends, pages.last, pages.lengths]
+        starts, ends, last, lengths = _together(pinned, pieces, self.shape.device)
+        given = {
+            "num_qo_heads": self.shape.heads,
+            "num_kv_heads": self.shape.kv_heads,
+            "page_size": self.shape.block_size,
+            "q_data_type": self.shape.dtype,
+            "kv_data_type": self.shape.dtype,
+            # Need not be computed again then, nor copied from memory that is not pinned.
+            "seq_lens": lengths,
+        }
+        where: tuple[Tensor, ...] = ends, blocks, last
         if section.decode:
             given["head_dim"] = self.shape.head_dim
         else:
-            longest = int(np.diff(own).max())
-            where = (_pinned(own - own[0]), *where)
+            longest = int(np.diff(pages.starts).max())
+            where = starts, *where
             given |= {"head_dim_qk": self.shape.head_dim, "max_token_per_sequence": longest, "causal": longest > 1}
         for window, wrapper in section.wrappers.items():
             wrapper.plan(*where, window_left=window, **given)
 
-    def _pages(self, batch: PagedBatch, sequences: slice) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """What plans take of some ``sequences``: the ends of their lists of blocks, the blocks, and how many tokens the
-        last has; and by name, what says how to read them."""
-        size, lengths = self.shape.block_size, batch.lengths.numpy()[sequences]
-        tables, counts = batch.tables.numpy()[sequences], -(-lengths // size)
-        ends = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
-        blocks = upload(tables[np.arange(tables.shape[1]) < counts[:, None]], self.shape.device)
-        given = {
-            "num_qo_heads": self.shape.heads,
-            "num_kv_heads": self.shape.kv_heads,
-            "page_size": size,
-            "q_data_type": self.shape.dtype,
-            "kv_data_type": self.shape.dtype,
-            # Need not be computed again then, nor copied from memory that is not pinned.
-            "seq_lens": _pinned(lengths),
-        }
-        return (_pinned(ends), blocks, _pinned(lengths - (counts - 1) * size)), given
+    def _pages(self, batch: PagedBatch, section: Section) -> Pages:
+        starts = batch.starts.numpy()
+        first, behind = np.searchsorted(starts, [section.rows.start, section.rows.stop])
+        own, size = slice(first, behind), self.shape.block_size
+        lengths, tables = batch.lengths.numpy()[own], batch.tables.numpy()[own]
+        counts = -(-lengths // size)
+        return Pages(
+            starts=starts[first : behind + 1] - starts[first],
+            ends=np.concatenate([[0], counts.cumsum()]).astype(np.int32),
+            blocks=tables[np.arange(tables.shape[1]) < counts[:, None]],
+            last=lengths - (counts - 1) * size,
+            lengths=lengths,
+        )
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
@@ -237,8 +258,11 @@ class FlashInferCache(PagedCache):
         self._memory[:, target] = self._memory[:, source]
 
 
-def _pinned(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values).pin_memory()
+def _together(
+    copy: Callable[[np.ndarray, torch.device], Tensor], pieces: list[np.ndarray], device: torch.device
+) -> Sequence[Tensor]:
+    """Copies of the ``pieces``, by one ``copy``: what that costs hardly depends on the size of such lists."""
+    return copy(np.concatenate(pieces), device).split_with_sizes([len(piece) for piece in pieces])
 
 
 def store(key: Tensor, value: Tensor, memory: Tensor, slots: Tensor) -> None:

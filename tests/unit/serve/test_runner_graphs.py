@@ -1,0 +1,112 @@
+"""A warmed-up runner answers like a cold one, with stand-ins for graphs that compute the pass again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from penstock.ops.paged.reference import ReferenceCache
+from penstock.serve.build import build_engine
+from penstock.serve.config import EngineConfig
+from penstock.serve.engine import Engine
+from penstock.serve.graphs import NOBODY, Captured, StepGraphs
+from penstock.serve.messages import Request
+from penstock.serve.sampling import SamplingParams
+from penstock.testing.serve_model import SHAPE, small_model
+
+CONFIG = EngineConfig(attention="reference", cache_tokens=4000, sequences=8, tokens=40, check=True)
+
+
+class Again:
+    """In place of a graph: computes the pass once more, into the same tensors."""
+
+    def __init__(self, graphs: StepGraphs, inputs: torch.Tensor, output: tuple[torch.Tensor, ...]) -> None:
+        self._graphs, self._inputs, self._output = graphs, inputs, output
+
+    def replay(self) -> None:
+        for place, new in zip(self._output, self._graphs._run(self._inputs), strict=True):
+            if place.data_ptr() != new.data_ptr():
+                place.copy_(new)
+
+
+class Rehearsed(StepGraphs):
+    """Graphs on a device that has none."""
+
+    def _capture(self, shape):
+        inputs = torch.zeros(self._fields, shape.rows, dtype=torch.int64)
+        with torch.inference_mode():
+            self._plan(NOBODY, shape)
+            output = self._run(inputs)
+        return Captured(Again(self, inputs, output), inputs, output)
+
+    def replay(self, *given):
+        # A device copies what is published before the next replay overwrites it; here it would be published as it lies.
+        output, rows = super().replay(*given)
+        return tuple(each.clone() for each in output), rows
+
+
+@pytest.fixture
+def warm(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine whose steps are all replayed, those too long for it aside."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(ReferenceCache, "fix", lambda *_: True)
+    monkeypatch.setattr("penstock.serve.runner.StepGraphs", Rehearsed)
+    monkeypatch.setattr("penstock.serve.runner.worth_replaying", lambda shapes, seconds: shapes)
+    engine = build_engine(small_model(), CONFIG)
+    engine.runner.warm_up(CONFIG.tokens)
+    return engine
+
+
+def answers(engine: Engine, kinds: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """The tokens of requests that arrive a few at a time, each of the next of the ``kinds``."""
+    told: dict[str, list[int]] = {}
+    waiting = [
+        Request(
+            str(place),
+            [1 + (place * step) % (SHAPE.vocabulary - 1) for step in range(3 + 2 * place)],
+            SamplingParams(max_tokens=9 + place, ignore_eos=True, seed=place, **kinds[place % len(kinds)]),
+        )
+        for place in range(12)
+    ]
+    while waiting or engine.busy:
+        for request in waiting[:2]:
+            engine.add(request)
+        waiting = waiting[2:]
+        for delta in engine.step():
+            told.setdefault(delta.id, []).extend(delta.tokens)
+    return told
+
+
+PLAIN: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 0.8}, {"temperature": 1.3}]
+SPECIAL: list[dict[str, Any]] = [
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 0.7, "presence_penalty": 1.0},
+    {"temperature": 0, "logit_bias": {3: 2.0}},
+]
+
+
+@pytest.mark.parametrize("kinds", [PLAIN[:1], PLAIN, [*PLAIN, {"temperature": 0.9, "logprobs": 2}], [*PLAIN, *SPECIAL]])
+def test_answers_are_those_of_a_cold_runner(warm: Engine, kinds: list[dict[str, Any]]) -> None:
+    replayed = set()
+    for graphs in (warm.runner._prompts, warm.runner._decodes):
+        replay = graphs.replay
+        graphs.replay = lambda shape, *rest, replay=replay: (replayed.add(shape), replay(shape, *rest))[1]
+    assert answers(warm, kinds) == answers(build_engine(small_model(), CONFIG), kinds)
+    assert any(shape.others for shape in replayed)
+    assert any(not shape.others for shape in replayed)
+    assert any(shape.singles > 2 for shape in replayed)
+
+
+def test_what_a_graph_draws_is_what_is_told(warm: Engine) -> None:
+    """Nothing is drawn a second time where all requests are plain."""
+    sampler, given = warm.runner.sampler, []
+    sample, choose = sampler.sample, sampler._choose
+    sampler._choose = lambda *asked: (given.append("chosen"), choose(*asked))[1]
+    sampler.sample = lambda *asked: (given.append("drawn" if asked[2] is not None else "not drawn"), sample(*asked))[1]
+    answers(warm, PLAIN)
+    assert given.count("drawn") > 10
+    assert given.count("chosen") == given.count("not drawn")
