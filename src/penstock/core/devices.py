@@ -55,9 +55,8 @@ def can_compile(device: torch.device) -> bool:
 
 def pinned(values: np.ndarray, device: torch.device) -> torch.Tensor:
     """A copy of ``values`` on the host, from where copies to ``device`` wait for nothing: in pinned memory for CUDA."""
-    if device.type != "cuda":
-        return torch.from_numpy(np.array(values, order="C"))
-    return torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
+    given = torch.from_numpy(np.array(values, order="C"))
+    return given.pin_memory() if device.type == "cuda" else given
 
 
 def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
