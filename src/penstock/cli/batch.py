@@ -25,6 +25,7 @@ def batch(
     """
     from penstock.core.config import apply_overrides, build
     from penstock.core.errors import UsageError
+    from penstock.core.garbage import settle
     from penstock.core.progress import show
     from penstock.models import hub
     from penstock.serve.batch_file import BatchRun
@@ -42,6 +43,7 @@ def batch(
     folder = hub.resolve(model)
     tokenizer = hub.load_tokenizer(folder)
     gatherer = Gatherer(open_engine(folder, config, device), tokenizer)
+    settle()
     summary = BatchRun(gatherer, Tokens(tokenizer, hub.end_tokens(folder, tokenizer)), name or model, window).run(
         source, target, show
     )

@@ -46,6 +46,7 @@ def serve(
     import asyncio
 
     from penstock.core.config import apply_overrides, build
+    from penstock.core.garbage import settle
     from penstock.serve.config import EngineConfig
     from penstock.serve.http.server import bind
     from penstock.serve.http.server import serve as run
@@ -61,6 +62,7 @@ def serve(
     typer.echo(f"Loading {model} ...", err=True)
 
     def started(service: Service) -> None:
+        settle()
         typer.echo(_greeting(service, listener, keys))
 
     with listener:

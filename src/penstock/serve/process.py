@@ -15,6 +15,7 @@ import time
 from queue import Empty, SimpleQueue
 
 from penstock.core.errors import PenstockError
+from penstock.core.garbage import settle
 from penstock.core.progress import show
 from penstock.serve.build import open_engine
 from penstock.serve.config import EngineConfig
@@ -107,6 +108,7 @@ def main() -> None:
     except PenstockError as error:
         channel.send(Failed(error.what, error.hint, error.exit_code))
         return
+    settle()
     channel.send(Ready(engine.context, engine.limits.sequences, engine.runner.model.config.vocabulary))
     channel.send(News([], engine.snapshot()))
     serve(engine, channel)

@@ -1,0 +1,35 @@
+"""What is there when a process settles is not looked through again; what comes later is collected as ever."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from penstock.core.garbage import settle
+
+
+class Ring:
+    """An object that nothing but a collection frees."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.fixture(autouse=True)
+def thawed() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+def test_what_is_there_is_left_alone_and_what_comes_is_not():
+    garbage = weakref.ref(Ring())
+    kept = Ring()
+    settle()
+    assert garbage() is None
+    assert not any(each is kept for each in gc.get_objects())
+    later = weakref.ref(Ring())
+    gc.collect()
+    assert later() is None
