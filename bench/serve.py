@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from penstock.core.bench import Bench
+from penstock.core.garbage import settle
 from penstock.core.progress import show
 from penstock.models import hub
 from penstock.models.config import DecoderConfig
@@ -221,6 +222,7 @@ def on_cuda(bench: Bench) -> None:
     rates = copy_rate(bench.device), matmul_rate(bench.device)
     for name, shape in SHAPES.items():
         engine = build_engine(random_model(shape, bench.device), OFFLINE, report=show)
+        settle()  # as a server does
         for work in cuda_workloads():
             roofline = Roofline(engine, rates)
             row = bench.measure(
@@ -254,6 +256,7 @@ def on_cuda(bench: Bench) -> None:
                         repetitions=len(values),
                     )
         del engine, roofline
+        gc.unfreeze()
         gc.collect()
         torch.cuda.empty_cache()
 
