@@ -11,7 +11,9 @@ def batch(
     model: str = typer.Argument(..., help="A model folder, a run folder, a boxed model or a hub name."),
     source: Path = typer.Argument(..., metavar="IN.jsonl", help="Requests, one a line."),
     target: Path = typer.Argument(..., metavar="OUT.jsonl", help="Where responses are appended, one a line."),
-    name: str | None = typer.Option(None, "--name", help="What the requests call the model; by default MODEL."),
+    name: str | None = typer.Option(
+        None, "--name", help="What the requests call the model; its own name if not given.", show_default=False
+    ),
     window: int = typer.Option(4096, "--window", min=1, help="Most lines under way, and planned, at a time."),
     overrides: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="Set an engine option, such as batching=sarathi. May be given again."
@@ -44,12 +46,14 @@ def batch(
     tokenizer = hub.load_tokenizer(folder)
     gatherer = Gatherer(open_engine(folder, config, device), tokenizer)
     settle()
-    summary = BatchRun(gatherer, Tokens(tokenizer, hub.end_tokens(folder, tokenizer)), name or model, window).run(
-        source, target, show
-    )
+    summary = BatchRun(
+        gatherer, Tokens(tokenizer, hub.end_tokens(folder, tokenizer)), name or hub.name_of(model), window
+    ).run(source, target, show)
     refused = f", of which {summary.refused:,} are refused" if summary.refused else ""
     earlier = f" ({summary.before:,} were there before)" if summary.before else ""
     typer.echo(f"answered {summary.done:,} lines{refused}{earlier}: {target}")
+    if summary.refused:
+        typer.echo(f"the first was refused because: {summary.reason}")
     if summary.stopped:
         typer.echo("stopped before the end; run the same command to go on")
         raise typer.Exit(130)

@@ -47,6 +47,7 @@ def serve(
 
     from penstock.core.config import apply_overrides, build
     from penstock.core.garbage import settle
+    from penstock.models import hub
     from penstock.serve.config import EngineConfig
     from penstock.serve.http.server import bind
     from penstock.serve.http.server import serve as run
@@ -58,7 +59,7 @@ def serve(
     keys = _keys(api_key or [], api_key_file)
     _check_exposure(host, keys, no_key)
     listener = bind(host, port)
-    called = name or (Path(model).resolve().name if Path(model).is_dir() else model)
+    called = name or hub.name_of(model)
     typer.echo(f"Loading {model} ...", err=True)
 
     def started(service: Service) -> None:

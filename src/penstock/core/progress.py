@@ -33,8 +33,14 @@ class Bar(Protocol):
 Reporter = Callable[[str, float | None, str], AbstractContextManager[Bar]]
 
 
+#: Units that take SI prefixes; others are words, in the singular, for things that are counted.
+SYMBOLS = {"", "B", "tok", "FLOP", "FLOP/s", "s", "%"}
+
+
 def quantity(value: float, unit: str) -> str:
-    """``value`` to three digits with an SI prefix: ``12.1 MB``, ``5.8 ktok``, ``40 step``."""
+    """``value`` to three digits, with an SI prefix, or all of a count: ``12.1 MB``, ``5.8 ktok``, ``12,345 lines``."""
+    if unit not in SYMBOLS:
+        return f"{value:,.0f} {unit}s" if value >= 1000 else f"{value:.3g} {unit}{'' if value == 1 else 's'}"
     for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= scale:
             return f"{value / scale:.3g} {prefix}{unit}"

@@ -63,6 +63,11 @@ class Stored(NamedTuple):
     dtype: str
 
 
+def name_of(source: str) -> str:
+    """What requests call the model ``source``: the name of its folder, or what :func:`resolve` knows it by."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
+
+
 def resolve(source: str | Path) -> Path:
     """The folder of a model.
 

@@ -49,13 +49,14 @@ class Line(Body):
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What became of a batch file: lines that were done before, and now; of the latter, those that are refused; and
-    whether lines are left, since the run was asked to stop."""
+    """What became of a batch file: lines that were done before, and now; of the latter, those that are refused, and why
+    the first of them is; and whether lines are left, since the run was asked to stop."""
 
     before: int
     done: int
     refused: int
     stopped: bool
+    reason: str = ""
 
 
 class Ledger:
@@ -200,7 +201,7 @@ class BatchRun:
                     ledger.close()
 
     def _answer(self, file: IO[bytes], ledger: Ledger, stop: StopRequest, bar: Bar) -> Summary:
-        before, done, refused = ledger.count, 0, 0
+        before, done, refused, reason = ledger.count, 0, 0, ""
         lines = _unanswered(file, ledger)
         more = True
         while (more or self._tasks) and not stop.wanted:
@@ -210,13 +211,14 @@ class BatchRun:
                 more = place >= 0
                 if more and (refusal := self._begin(place, raw)) is not None:
                     refused += 1
+                    reason = reason or _reason(refusal)
                     records.append(refusal)
             for result in self._gatherer.step():
                 records += self._end(result)
             ledger.write(records)
             done += len(records)
             bar.advance(len(records))
-        return Summary(before, done, refused, stopped=more or bool(self._tasks))
+        return Summary(before, done, refused, more or bool(self._tasks), reason)
 
     def _begin(self, place: int, raw: bytes) -> dict[str, Any] | None:
         """Submits a line; the answer of one that is refused."""
@@ -373,3 +375,9 @@ def _record(
 ) -> dict[str, Any]:
     """A line of the output."""
     return {"id": f"batch_req_{place}", "custom_id": custom_id, "response": response, "error": error}
+
+
+def _reason(record: dict[str, Any]) -> str:
+    """Why a line was refused, by the output's line."""
+    error: dict[str, str] = record["error"] or record["response"]["body"]["error"]
+    return error["message"]

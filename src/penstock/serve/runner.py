@@ -119,7 +119,7 @@ class Runner:
             timed(alone[-1])
             bar.advance()
         beside = worth_replaying(prompt_shapes(sequences, tokens), timed)
-        with report("capturing", len(beside) + len(alone), "graphs") as bar, _frozen():
+        with report("capturing", len(beside) + len(alone), "graph") as bar, _frozen():
             prompts.capture(beside, bar)
             decodes.capture(alone, bar)
         self._prompts, self._decodes = prompts, decodes

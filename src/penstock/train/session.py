@@ -53,7 +53,7 @@ def train_to_the_end(run: Run, report: Reporter) -> dict[str, Any] | None:
             draw_loss(run.folder)
             print(
                 f"{summary['bits_per_byte']:.3f} bits per byte on held-out documents after {summary['steps']} steps "
-                f"({quantity(summary['tokens'], 'tokens')}, {quantity(summary['tokens_per_s'], 'tokens')}/s)\n"
+                f"({quantity(summary['tokens'], 'tok')}, {quantity(summary['tokens_per_s'], 'tok')}/s)\n"
                 f"model: {run.folder / 'model'}   loss curve: {run.folder / 'loss.png'}"
             )
         return summary

@@ -19,6 +19,11 @@ from penstock.core.progress import Lines, duration, quantity, show, silent
         (5800, "tok", "5.8 ktok"),
         (3.2e9, "tok", "3.2 Gtok"),
         (4e15, "FLOP", "4e+03 TFLOP"),
+        (0, "line", "0 lines"),
+        (1, "line", "1 line"),
+        (0.02512, "model", "0.0251 models"),
+        (999, "line", "999 lines"),
+        (12_345.4, "line", "12,345 lines"),
     ],
 )
 def test_quantities(value, unit, written):
@@ -43,9 +48,9 @@ def test_lines_come_at_intervals_with_rate_and_time_left():
     lines.advance(499)
     lines.finish()
     assert stream.getvalue().splitlines() == [
-        "training: 200 step of 1 kstep (20%), 20 step/s, 40 s left, loss 10.0",
-        "training: 400 step of 1 kstep (40%), 20 step/s, 30 s left, loss 20.0",
-        "training: 999 step of 1 kstep (100%), 40 step/s, loss 25.0",
+        "training: 200 steps of 1,000 steps (20%), 20 steps/s, 40 s left, loss 10.0",
+        "training: 400 steps of 1,000 steps (40%), 20 steps/s, 30 s left, loss 20.0",
+        "training: 999 steps of 1,000 steps (100%), 40 steps/s, loss 25.0",
     ]
 
 

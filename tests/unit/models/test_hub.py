@@ -67,6 +67,15 @@ def test_a_folder_resolves_to_itself(folder: Path) -> None:
     assert hub.resolve(folder) == hub.resolve(str(folder)) == folder
 
 
+def test_a_model_is_called_by_its_folder_or_as_it_was_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir(exist_ok=True)
+    assert hub.name_of(str(folder)) == hub.name_of(f"{folder}/") == folder.name
+    monkeypatch.chdir(folder)
+    assert hub.name_of(".") == folder.name
+    assert hub.name_of("python-6m") == "python-6m"
+    assert hub.name_of("org/name") == "org/name"
+
+
 def test_a_run_resolves_to_its_newest_checkpoint_and_then_to_its_model(tmp_path: Path) -> None:
     for name in ("step-00000100", "step-00000020", "step-1000000000", "step-zzz", ".step-2000000000.partial"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)

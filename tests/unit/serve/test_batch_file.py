@@ -113,7 +113,8 @@ def test_an_echo_is_rated_too(answer):
 )
 def test_a_line_that_cannot_be_read_is_answered_with_an_error(answer, line, message):
     summary, records = answer(completion("a"), line, completion("b"))
-    assert summary == Summary(before=0, done=3, refused=1, stopped=False)
+    assert summary == Summary(before=0, done=3, refused=1, stopped=False, reason=summary.reason)
+    assert message in summary.reason
     (error,) = (record for record in records if record["error"])
     assert error["id"] == "batch_req_1"
     assert error["response"] is None
@@ -141,6 +142,7 @@ def test_a_line_that_cannot_be_read_is_answered_with_an_error(answer, line, mess
 def test_a_request_that_is_refused_is_answered_as_the_server_answers(answer, body, status, message):
     summary, records = answer(completion("a"), completion("x", **body), completion("b"))
     assert summary.refused == 1
+    assert message in summary.reason
     response = by_id(records)["x"]["response"]
     assert response["status_code"] == status
     assert message in response["body"]["error"]["message"]
