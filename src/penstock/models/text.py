@@ -56,29 +56,31 @@ class TextStream:
         tokenizer: of the model.
         prompt: the tokens before: the left context that some tokenizers need for the first character.
         stop: strings that end the text; none of them is part of it.
+        least: tokens that come before a stop string may end the text: one that is there with them is text like any.
 
     Attributes:
         stopped: the stop string that ended the text, None before.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = (), least: int = 0) -> None:
         # The stream holds back a token until its bytes make whole characters.
         self._tokenizer, self._stream = tokenizer, DecodeStream(ids=list(prompt), skip_special_tokens=True)
         self._tokens, self._length = list(prompt), len(tokenizer.decode(list(prompt)))
-        self._stop = tuple(stop)
+        self._stop, self._early = tuple(stop), least
         self._held = ""
         self.stopped: str | None = None
 
     def push(self, tokens: Iterable[int]) -> str:
         """The text that ``tokens`` add. What could be the beginning of a stop string is held back."""
-        fresh = []
+        shown = []
         for token in tokens:
             self._tokens.append(token)
+            self._early -= 1
             piece = self._stream.step(self._tokenizer, token)
             if piece:
                 self._length += len(piece)
-                fresh.append(piece)
-        return self._show("".join(fresh))
+                shown.append(self._show(piece))
+        return "".join(shown)
 
     def end(self) -> str:
         """The rest of the text; its last character may be one that the model left unfinished."""
@@ -91,9 +93,11 @@ class TextStream:
     def _show(self, fresh: str) -> str:
         if self.stopped is not None:
             return ""
-        text = self._held + fresh
-        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
-        if found:
+        text, before = self._held + fresh, len(self._held)
+        # One that is whole in what was held came too early.
+        places = {stop: text.find(stop, max(before - len(stop) + 1, 0)) for stop in self._stop}
+        found = [(place, stop) for stop, place in places.items() if place >= 0]
+        if found and self._early < 0:
             place, self.stopped = min(found)
             self._held = ""
             return text[:place]

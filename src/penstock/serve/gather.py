@@ -98,7 +98,7 @@ class Gatherer:
         self.engine.add(request)
         sampling, backend = request.sampling, self._tokenizer.backend_tokenizer
         outputs = [CompletionOutput(index) for index in range(sampling.continuations)]
-        texts = [TextStream(backend, request.prompt, sampling.stop) for _ in outputs]
+        texts = [TextStream(backend, request.prompt, sampling.stop, sampling.min_tokens) for _ in outputs]
         self._open[request.id] = _Open(request, RequestOutput(request.id, prompt, request.prompt, outputs), texts)
 
     def step(self) -> list[RequestOutput]:

@@ -90,7 +90,7 @@ class SamplingParams(Sampling):
         repetition_penalty: divides the score of each token of prompt and continuation where it is positive, and
             multiplies it where it is negative (Keskar et al. 2019, CTRL); 1 changes nothing.
         logit_bias: added to the scores of tokens.
-        min_tokens: before so many tokens, none comes that would end the text.
+        min_tokens: before so many tokens, nothing ends the text: no token that would comes, and stop strings are text.
         stop: strings that end the text, and are no part of it; they are matched outside of the engine.
         stop_tokens: tokens that end the text, besides the model's own.
         ignore_eos: the model's own end-of-text does not end it.

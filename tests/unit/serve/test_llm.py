@@ -100,6 +100,16 @@ def test_a_stop_string_ends_its_continuation_alone(llm, plain):
     assert idle(llm)
 
 
+def test_a_stop_string_among_the_least_tokens_is_text(llm):
+    (whole,) = llm.generate(PROMPTS[1], GREEDY, progress=silent)
+    output = whole.outputs[0]
+    stop = llm.tokenizer.decode(output.token_ids[2:5])
+    for least, there in ((0, False), (5, True)):
+        options = GREEDY.model_copy(update={"stop": (stop,), "min_tokens": least})
+        (cut,) = llm.generate(PROMPTS[1], options, progress=silent)
+        assert (stop in cut.outputs[0].text) == there
+
+
 def test_a_stop_token_is_in_the_tokens_and_not_in_the_text(llm):
     (whole,) = llm.generate(PROMPTS[1], GREEDY, progress=silent)
     tokens = whole.outputs[0].token_ids

@@ -101,9 +101,9 @@ class Choice:
     """One continuation on its way to a client."""
 
     def __init__(self, place: int, request: Request, tokens: Tokens) -> None:
-        self.place = place
-        self.text = TextStream(tokens.backend, request.prompt[-LEFT:], request.sampling.stop)
-        self.ends = tokens.ends | frozenset(request.sampling.stop_tokens)
+        self.place, sampling = place, request.sampling
+        self.text = TextStream(tokens.backend, request.prompt[-LEFT:], sampling.stop, sampling.min_tokens)
+        self.ends = tokens.ends | frozenset(sampling.stop_tokens)
         self.count = self.cached = 0
         self.first = 0.0
         self.outcome: str | None = None
