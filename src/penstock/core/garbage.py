@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
 
 
 def settle() -> None:
@@ -14,3 +16,13 @@ def settle() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """What :func:`settle` does, for as long as the context lasts; at its end nothing is settled any more."""
+    settle()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import gc
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.devices import upload
+from penstock.core.garbage import settled
 from penstock.core.progress import Reporter, silent
 from penstock.models.attention import AttentionContext
 from penstock.models.decoder import Decoder
@@ -119,7 +118,8 @@ class Runner:
             timed(alone[-1])
             bar.advance()
         beside = worth_replaying(prompt_shapes(sequences, tokens), timed)
-        with report("capturing", len(beside) + len(alone), "graph") as bar, _frozen():
+        with report("capturing", len(beside) + len(alone), "graph") as bar, settled():
+            # Every capture makes a full collection.
             prompts.capture(beside, bar)
             decodes.capture(alone, bar)
         self._prompts, self._decodes = prompts, decodes
@@ -292,15 +292,3 @@ def _joined(pieces: Iterable[Tensor | None]) -> Tensor | None:
     """The rows of all ``pieces`` that are there; None where there is none."""
     found = [piece for piece in pieces if piece is not None]
     return torch.cat(found) if len(found) > 1 else next(iter(found), None)
-
-
-@contextlib.contextmanager
-def _frozen() -> Iterator[None]:
-    """Garbage collections within leave out what is there before: every capture of a graph makes one, and would look
-    through all that PyTorch has loaded."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

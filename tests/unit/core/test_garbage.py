@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from penstock.core.garbage import settle
+from penstock.core.garbage import settle, settled
 
 
 class Ring:
@@ -33,3 +33,11 @@ def test_what_is_there_is_left_alone_and_what_comes_is_not():
     later = weakref.ref(Ring())
     gc.collect()
     assert later() is None
+
+
+def test_settling_can_be_for_a_while():
+    kept = Ring()
+    with pytest.raises(KeyError), settled():
+        assert not any(each is kept for each in gc.get_objects())
+        raise KeyError
+    assert any(each is kept for each in gc.get_objects())
