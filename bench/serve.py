@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from penstock.core.bench import Bench
-from penstock.core.garbage import settle
+from penstock.core.garbage import settled
 from penstock.core.progress import show
 from penstock.models import hub
 from penstock.models.config import DecoderConfig
@@ -222,43 +222,52 @@ def on_cuda(bench: Bench) -> None:
     rates = copy_rate(bench.device), matmul_rate(bench.device)
     for name, shape in SHAPES.items():
         engine = build_engine(random_model(shape, bench.device), OFFLINE, report=show)
-        settle()  # as a server does
-        for work in cuda_workloads():
-            roofline = Roofline(engine, rates)
-            row = bench.measure(
-                subject="penstock",
-                setting=f"{name}: {work.name}",
-                metric="throughput",
-                unit="tokens/s",
-                # The first run, which warms up and is not timed, is the one whose steps are counted.
-                run=lambda e=engine, r=roofline, w=work: run(e, w) if r.seconds else r.run(w),
-                repetitions=5 if len(work.prompts) == 1 else 3,
-            )
-            peer = work.peer[name]
-            bench.rows[-1] = row.model_copy(update={"peer": PEER, "peer_value": peer, "ratio": row.value / peer})
-            share = roofline.seconds * row.value / work.counted
-            bench.row(subject="penstock", setting=row.setting, metric="share of the roofline", value=share, unit="")
-        mixed = cuda_workloads()[1]
-        few = dataclasses.replace(mixed, prompts=mixed.prompts[:96], outputs=mixed.outputs[:96])
-        for rate in RATES[name]:
-            times = online(engine, few, rate)
-            for metric, values in zip(("time to first token", "time per output token"), times, strict=True):
-                for share in (0.5, 0.99):
-                    bench.row(
-                        subject="penstock",
-                        setting=f"{name}: {rate:g} requests/s, 100 to 1,024 in and out",
-                        metric=f"{metric}, p{100 * share:g}",
-                        unit="ms",
-                        better="lower",
-                        value=1000 * percentile(values, share),
-                        low=1000 * min(values),
-                        high=1000 * max(values),
-                        repetitions=len(values),
-                    )
-        del engine, roofline
-        gc.unfreeze()
+        with settled():  # as a server is
+            measure_workloads(bench, name, engine, rates)
+            measure_waiting(bench, name, engine)
+        del engine
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def measure_workloads(bench: Bench, name: str, engine: Engine, rates: tuple[float, float]) -> None:
+    """Tokens a second of each workload, and the share of what the device's ``rates`` allow."""
+    for work in cuda_workloads():
+        roofline = Roofline(engine, rates)
+        row = bench.measure(
+            subject="penstock",
+            setting=f"{name}: {work.name}",
+            metric="throughput",
+            unit="tokens/s",
+            # The first run, which warms up and is not timed, is the one whose steps are counted.
+            run=lambda r=roofline, w=work: run(engine, w) if r.seconds else r.run(w),
+            repetitions=5 if len(work.prompts) == 1 else 3,
+        )
+        peer = work.peer[name]
+        bench.rows[-1] = row.model_copy(update={"peer": PEER, "peer_value": peer, "ratio": row.value / peer})
+        share = roofline.seconds * row.value / work.counted
+        bench.row(subject="penstock", setting=row.setting, metric="share of the roofline", value=share, unit="")
+
+
+def measure_waiting(bench: Bench, name: str, engine: Engine) -> None:
+    """Waiting times of requests that arrive at each of the shape's rates."""
+    mixed = cuda_workloads()[1]
+    few = dataclasses.replace(mixed, prompts=mixed.prompts[:96], outputs=mixed.outputs[:96])
+    for rate in RATES[name]:
+        times = online(engine, few, rate)
+        for metric, values in zip(("time to first token", "time per output token"), times, strict=True):
+            for share in (0.5, 0.99):
+                bench.row(
+                    subject="penstock",
+                    setting=f"{name}: {rate:g} requests/s, 100 to 1,024 in and out",
+                    metric=f"{metric}, p{100 * share:g}",
+                    unit="ms",
+                    better="lower",
+                    value=1000 * percentile(values, share),
+                    low=1000 * min(values),
+                    high=1000 * max(values),
+                    repetitions=len(values),
+                )
 
 
 def random_model(shape: DecoderConfig, device: torch.device) -> Decoder:

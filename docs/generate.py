@@ -45,7 +45,7 @@ class Sources:
 
     root: Path
     index: Index
-    library: Bibliography
+    bibliography: Bibliography
     results: Sequence[Result]
 
     @classmethod
@@ -114,7 +114,7 @@ def policies(sources: Sources, document: Path, contract: str) -> str:
     if contract not in sources.index.contracts:
         raise UsageError(f"there is no contract {contract!r}: {nearest(contract, sources.index.contracts)}")
     rows = (
-        (link(document, entry), entry.summary, "; ".join(sources.library.paper(n).title for n in entry.papers))
+        (link(document, entry), entry.summary, "; ".join(sources.bibliography.paper(n).title for n in entry.papers))
         for entry in sources.index.entries(contract)
     )
     return table(("Policy", "What it does", "Papers"), rows)
@@ -172,11 +172,11 @@ def papers(sources: Sources, document: Path, status: str) -> str:
     """The papers of one status, a table for each family."""
     if status not in list(Status):
         raise UsageError(f"there is no status {status!r}: {nearest(status, map(str, Status))}")
-    found = [s for s in standings(sources.library.papers, sources.index, sources.results) if s.status == status]
+    found = [s for s in standings(sources.bibliography.papers, sources.index, sources.results) if s.status == status]
     if not found:
         return f"None is {status} yet.\n"
     parts = []
-    for family, full_name in sorted(sources.library.families.items(), key=lambda item: item[1]):
+    for family, full_name in sorted(sources.bibliography.families.items(), key=lambda item: item[1]):
         rows = [_paper(s, document) for s in found if s.paper.family == family]
         if rows:
             headings = ("ID", "Paper", "Claimed", "Measured", "Policies")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def _groups(ends: Tensor) -> list[slice]:
 
 
 # One opaque operator, so that the loop over data-dependent slices does not break a compiled graph.
-@torch.library.custom_op("penstock::grouped_product", mutates_args=())
+@custom_op("penstock::grouped_product", mutates_args=())
 def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1])
     for matrix, rows in zip(weight, _groups(ends), strict=True):
@@ -41,7 +42,7 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("penstock::grouped_outer", mutates_args=())
+@custom_op("penstock::grouped_outer", mutates_args=())
 def _outer(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """Gradient of the weights: for each group, grad [n, out] transposed times x [n, in]."""
     return torch.stack([grad[rows].T @ x[rows] for rows in _groups(ends)])

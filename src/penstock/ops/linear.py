@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import Library, register_fake
 
 #: Up to so many rows, the product takes as long as reading the matrix, and our kernel reads it.
 FEW = 4
 
-_library = torch.library.Library("penstock", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library = Library("penstock", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
 
 
@@ -39,4 +40,4 @@ def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 _library.impl("linear", _linear, "CUDA")  # type: ignore[no-untyped-call]
-torch.library.register_fake("penstock::linear", _shape, lib=_library)
+register_fake("penstock::linear", _shape, lib=_library)

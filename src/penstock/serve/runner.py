@@ -201,11 +201,11 @@ class Runner:
     def _pass(self, part: Part, lane: int = 0) -> Passed:
         count = part.inputs.shape[1]
         if part.decoding:
-            replayed = self._replayed(self._decodes, np.concatenate([part.inputs, part.draws]), part.plan, lane)
+            replayed = self._replayed(self._decodes, part, lane, part.draws)
             if replayed is not None:
                 logits, drawn = replayed[0]
                 return Passed(logits[:count], drawn=drawn[:count])
-        replayed = self._replayed(self._prompts, part.inputs, part.plan, lane)
+        replayed = self._replayed(self._prompts, part, lane)
         if replayed is None:
             self.cache.plan(part.plan, lane)
             replayed = self._begun(self._on_device(part.inputs)), np.arange(count)
@@ -219,13 +219,14 @@ class Runner:
         return Passed(logits, hidden(part.rated) if len(part.rated) else None)
 
     def _replayed(
-        self, graphs: StepGraphs | None, inputs: np.ndarray, plan: PagedBatch, lane: int
+        self, graphs: StepGraphs | None, part: Part, lane: int, *more: np.ndarray
     ) -> tuple[Any, np.ndarray] | None:
-        """What one of the ``graphs`` gives for a part, and the rows of its tokens; None where none is for it."""
-        shape = graphs.shape_for(plan) if graphs is not None and lane == 0 else None
+        """What one of the ``graphs`` gives for ``part``, with the inputs and ``more`` rows of them, and the rows of its
+        tokens; None where none is for it."""
+        shape = graphs.shape_for(part.plan) if graphs is not None and lane == 0 else None
         if graphs is None or shape is None:
             return None
-        return graphs.replay(shape, inputs, plan)
+        return graphs.replay(shape, np.concatenate([part.inputs, *more]), part.plan)
 
     def _parts(self, batch: Batch, asked: Asked) -> list[Part]:
         """The passes that compute ``batch``, whose scored entries ``asked`` for their next tokens."""

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.library import opcheck
 
 from penstock.core.randomness import torch_generator
 from penstock.ops.grouped import grouped_linear
@@ -45,10 +46,10 @@ def test_gradients_equal_differences(sizes: list[int]):
 def test_the_operators_describe_themselves_to_the_compiler():
     """Fake tensors, autograd and tracing agree with the real thing, for sizes that are not known in advance too."""
     x, weight, ends = problem([2, 0, 3])
-    torch.library.opcheck(torch.ops.penstock.grouped_product.default, (x, weight, ends))
+    opcheck(torch.ops.penstock.grouped_product.default, (x, weight, ends))
     grad = torch.randn(5, 3, dtype=torch.float64)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.penstock.grouped_outer.default, (grad, x.detach(), ends), test_utils=checks)
+    opcheck(torch.ops.penstock.grouped_outer.default, (grad, x.detach(), ends), test_utils=checks)
 
 
 def test_bf16_rounds_only_products():

@@ -15,29 +15,11 @@ from penstock.core.randomness import numpy_generator
 from penstock.ops.paged.contract import CacheShape, PagedBatch, PagedCache, StepShape
 from penstock.ops.paged.reference import Reference
 from penstock.serve.context import PagedTokens
-from penstock.serve.graphs import PROMPT_TOKENS, Captured, StepGraphs, decode_shapes, prompt_shapes, worth_replaying
+from penstock.serve.graphs import PROMPT_TOKENS, StepGraphs, decode_shapes, prompt_shapes, worth_replaying
+from penstock.testing.rehearsed_graphs import RehearsedGraphs
 from penstock.testing.serve_model import SHAPE, small_model
 
 BLOCKS, SIZE, PAGES = 60, 4, 12
-
-
-class Again:
-    """In place of a graph: computes the pass once more, into the same tensors."""
-
-    def __init__(self, graphs: StepGraphs, captured: Captured) -> None:
-        self._run, self._captured = graphs._run, captured
-
-    def replay(self) -> None:
-        self._captured.output.copy_(self._run(self._captured.inputs))
-
-
-class Rehearsed(StepGraphs):
-    """Graphs on a device that has none."""
-
-    def _capture(self, shape: StepShape) -> Captured:
-        inputs = torch.zeros(2, shape.rows, dtype=torch.int64)
-        captured = Captured(None, inputs, torch.zeros(shape.rows, SHAPE.vocabulary, dtype=torch.float64))
-        return captured._replace(graph=Again(self, captured))
 
 
 def capture(graphs: StepGraphs, shapes: list[StepShape]) -> None:
@@ -86,12 +68,12 @@ def test_a_padded_step_gives_what_the_step_gives(counts):
     for padded in (False, True):
         cache = opened()
 
-        def run(inputs: Tensor, cache: PagedCache = cache) -> Tensor:
+        def run(inputs: Tensor, cache: PagedCache = cache) -> tuple[Tensor]:
             tokens, positions = inputs
-            return model.logits(model(tokens, PagedTokens(positions, cache)).hidden)
+            return (model.logits(model(tokens, PagedTokens(positions, cache)).hidden),)
 
         shapes = [*decode_shapes(4), StepShape(4, 4, 12), StepShape(4, 4, 24), StepShape(2, 4, 24)]
-        graphs = Rehearsed(run, 2, cache, pages=PAGES, padding=BLOCKS)
+        graphs = RehearsedGraphs(run, 2, cache, pages=PAGES, padding=BLOCKS)
         capture(graphs, shapes)
         with torch.inference_mode():
             if any(history):
@@ -105,16 +87,16 @@ def test_a_padded_step_gives_what_the_step_gives(counts):
             if padded:
                 shape = graphs.shape_for(batch)
                 assert shape is not None
-                output, rows = graphs.replay(shape, inputs.numpy(), batch)
-                results.append(output[rows].clone())
+                (output,), rows = graphs.replay(shape, inputs.numpy(), batch)
+                results.append(output[rows])
             else:
                 cache.plan(batch)
-                results.append(run(inputs))
+                results += run(inputs)
     torch.testing.assert_close(*results)
 
 
 def test_the_smallest_shape_that_fits_is_taken():
-    graphs = Rehearsed(lambda _: None, 2, opened(), pages=1, padding=0)
+    graphs = RehearsedGraphs(lambda _: (), 2, opened(), pages=1, padding=0)
     capture(graphs, [StepShape(8, 4, 64), StepShape(2, 4, 16), StepShape(8, 4, 16)])
 
     def found(*counts: int) -> StepShape | None:

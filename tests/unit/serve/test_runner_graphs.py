@@ -11,40 +11,12 @@ from penstock.ops.paged.reference import ReferenceCache
 from penstock.serve.build import build_engine
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine import Engine
-from penstock.serve.graphs import NOBODY, Captured, StepGraphs
 from penstock.serve.messages import Request
 from penstock.serve.sampling import SamplingParams
+from penstock.testing.rehearsed_graphs import RehearsedGraphs
 from penstock.testing.serve_model import SHAPE, small_model
 
 CONFIG = EngineConfig(attention="reference", cache_tokens=4000, sequences=8, tokens=40, check=True)
-
-
-class Again:
-    """In place of a graph: computes the pass once more, into the same tensors."""
-
-    def __init__(self, graphs: StepGraphs, inputs: torch.Tensor, output: tuple[torch.Tensor, ...]) -> None:
-        self._graphs, self._inputs, self._output = graphs, inputs, output
-
-    def replay(self) -> None:
-        for place, new in zip(self._output, self._graphs._run(self._inputs), strict=True):
-            if place.data_ptr() != new.data_ptr():
-                place.copy_(new)
-
-
-class Rehearsed(StepGraphs):
-    """Graphs on a device that has none."""
-
-    def _capture(self, shape):
-        inputs = torch.zeros(self._fields, shape.rows, dtype=torch.int64)
-        with torch.inference_mode():
-            self._plan(NOBODY, shape)
-            output = self._run(inputs)
-        return Captured(Again(self, inputs, output), inputs, output)
-
-    def replay(self, *given):
-        # A device copies what is published before the next replay overwrites it; here it would be published as it lies.
-        output, rows = super().replay(*given)
-        return tuple(each.clone() for each in output), rows
 
 
 @pytest.fixture
@@ -54,7 +26,7 @@ def warm(monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(ReferenceCache, "fix", lambda *_: True)
-    monkeypatch.setattr("penstock.serve.runner.StepGraphs", Rehearsed)
+    monkeypatch.setattr("penstock.serve.runner.StepGraphs", RehearsedGraphs)
     monkeypatch.setattr("penstock.serve.runner.worth_replaying", lambda shapes, seconds: shapes)
     engine = build_engine(small_model(), CONFIG)
     engine.runner.warm_up(CONFIG.tokens)

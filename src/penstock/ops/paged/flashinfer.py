@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from penstock.core.devices import pinned, upload
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache, StepShape
@@ -27,7 +28,7 @@ _caches: weakref.WeakValueDictionary[int, FlashInferCache] = weakref.WeakValueDi
 _handles = itertools.count()
 
 
-@torch.library.custom_op("penstock::attend_flashinfer", mutates_args=())
+@custom_op("penstock::attend_flashinfer", mutates_args=())
 def _attend(query: Tensor, key: Tensor, value: Tensor, cache: int, layer: int, window: int) -> Tensor:
     # One opaque operator to torch.compile: what it does to the cache is nobody else's business.
     return _caches[cache].compute(query, key, value, layer, window)
