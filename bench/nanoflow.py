@@ -31,10 +31,10 @@ from penstock.serve.batching.contract import Batching
 from penstock.serve.batching.nanoflow import NanoFlow
 from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.build import build_engine
+from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
-from penstock.serve.engine import Engine
+from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
-from penstock.serve.sampling import SamplingParams
 
 PAPERS = (194,)
 

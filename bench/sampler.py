@@ -19,10 +19,10 @@ from transformers import (
 
 from penstock.core.bench import Bench
 from penstock.core.randomness import torch_generator
+from penstock.serve.choose.sampler import Sampler
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.engine.sequence import Sequence
 from penstock.serve.messages import Request
-from penstock.serve.sampler import Sampler
-from penstock.serve.sampling import SamplingParams
-from penstock.serve.sequence import Sequence
 
 ROWS, LENGTH, PROMPT = 64, 512, 256
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from penstock.core.bench import Bench
 from penstock.serve.batching.contract import Batching
+from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
-from penstock.serve.engine import Engine
+from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
-from penstock.serve.sampling import SamplingParams
 from penstock.testing.enrolled import enrolled
 from penstock.testing.serve_simulation import simulated_engine
 

@@ -29,13 +29,13 @@ from penstock.core.progress import show
 from penstock.models import hub
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.serve.batch import Batch
 from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.build import build_engine
+from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
-from penstock.serve.engine import Engine
+from penstock.serve.engine.batch import Batch
+from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
-from penstock.serve.sampling import SamplingParams
 
 PAPERS = (200, 235, 293)
 

@@ -16,9 +16,9 @@ import torch
 
 from penstock import LLM
 from penstock.core.randomness import numpy_generator
-from penstock.serve.batch_file import BatchRun
-from penstock.serve.gather import Gatherer
 from penstock.serve.http.text import Tokens
+from penstock.serve.offline.batch_file import BatchRun
+from penstock.serve.offline.gather import Gatherer
 
 
 def engine() -> LLM:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.serve.loops.plain import Plain
+from penstock.serve.engine.loops.plain import Plain
 from penstock.serve.messages import Finish
 from penstock.testing.enrolled import enrolled
 from penstock.testing.serve_loop import check_order, outcomes

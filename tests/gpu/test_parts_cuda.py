@@ -12,13 +12,13 @@ from torch import Tensor
 from penstock.core.randomness import numpy_generator
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.serve.batch import Batch
 from penstock.serve.build import build_engine
+from penstock.serve.choose.sampler import Asked
+from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
-from penstock.serve.engine import Engine
+from penstock.serve.engine.batch import Batch
+from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
-from penstock.serve.sampler import Asked
-from penstock.serve.sampling import SamplingParams
 
 pytestmark = pytest.mark.gpu
 
@@ -111,7 +111,7 @@ def test_parts_give_the_logits_of_the_whole(compile: bool) -> None:
 def test_replayed_steps_give_the_logits_of_queued_ones(
     windows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("penstock.serve.runner.worth_replaying", lambda shapes, seconds: shapes)
+    monkeypatch.setattr("penstock.serve.run.runner.worth_replaying", lambda shapes, seconds: shapes)
     engine = engine_of(compile=True, shape=SHAPE.model_copy(update=windows), temperatures=(0, 0.8))
     runner, replayed = engine.runner, set()
     graphs = runner._prompts, runner._decodes

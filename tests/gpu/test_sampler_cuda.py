@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from penstock.core.randomness import torch_generator
+from penstock.serve.choose.sampler import Sampler
+from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.decode.fire import Fire
 from penstock.serve.decode.momentum import Momentum
+from penstock.serve.engine.sequence import Sequence
 from penstock.serve.messages import Request
-from penstock.serve.sampler import Sampler
-from penstock.serve.sampling import SamplingParams
-from penstock.serve.sequence import Sequence
 
 pytestmark = pytest.mark.gpu
 

@@ -30,11 +30,11 @@ def batch(
     from penstock.core.garbage import settle
     from penstock.core.progress import show
     from penstock.models import hub
-    from penstock.serve.batch_file import BatchRun
     from penstock.serve.build import open_engine
     from penstock.serve.config import EngineConfig
-    from penstock.serve.gather import Gatherer
     from penstock.serve.http.text import Tokens
+    from penstock.serve.offline.batch_file import BatchRun
+    from penstock.serve.offline.gather import Gatherer
 
     config = build(EngineConfig, apply_overrides({"batching": "batchllm"}, overrides), "the engine's options")
     for path, there in ((source, source.is_file()), (target.parent, target.parent.is_dir())):

@@ -17,12 +17,12 @@ from penstock.models.decoder import Decoder
 from penstock.ops.linear import FEW
 from penstock.ops.paged.contract import CacheShape, PagedAttention
 from penstock.policy import index
+from penstock.serve.choose.grammar import Grammars
+from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
-from penstock.serve.engine import Engine
-from penstock.serve.grammar import Grammars
+from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
-from penstock.serve.runner import Runner
-from penstock.serve.sampling import SamplingParams
+from penstock.serve.run.runner import Runner
 
 #: Backends from the best to the one that serves everything.
 PREFERENCE = ("flashinfer", "cpu", "reference")

@@ -12,8 +12,8 @@ from penstock.ops.paged.contract import PagedAttention
 from penstock.policy import Choice
 from penstock.serve.batching.contract import Batching
 from penstock.serve.batching.sarathi import Sarathi
-from penstock.serve.loops.contract import Loop
-from penstock.serve.loops.overlapped import Overlapped
+from penstock.serve.engine.loops.contract import Loop
+from penstock.serve.engine.loops.overlapped import Overlapped
 
 
 class EngineConfig(Config):

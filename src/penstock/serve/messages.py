@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from penstock.serve.sampling import SamplingParams
+from penstock.serve.choose.sampling import SamplingParams
 
 
 class Finish(enum.StrEnum):

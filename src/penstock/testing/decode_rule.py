@@ -8,12 +8,12 @@ from penstock.core.randomness import numpy_generator
 from penstock.models.decoder import Decoder
 from penstock.ops.paged.reference import Reference
 from penstock.serve.build import build_engine
+from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.decode.contract import DecodeRule
-from penstock.serve.engine import Engine
-from penstock.serve.loops.overlapped import Overlapped
+from penstock.serve.engine.engine import Engine
+from penstock.serve.engine.loops.overlapped import Overlapped
 from penstock.serve.messages import Request
-from penstock.serve.sampling import SamplingParams
 from penstock.testing.serve_model import SHAPE, small_model
 
 #: Tokens that each request of the suite asks for.

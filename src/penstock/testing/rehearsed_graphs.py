@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from penstock.ops.paged.contract import PagedBatch, StepShape
-from penstock.serve.graphs import NOBODY, Captured, StepGraphs
+from penstock.serve.run.graphs import NOBODY, Captured, StepGraphs
 
 
 class Again:

@@ -19,13 +19,13 @@ from penstock.models.sampling import Sampling
 from penstock.ops.paged.reference import Reference
 from penstock.serve.batching.contract import Batching
 from penstock.serve.build import build_engine
+from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.decode.uscd import UncertaintyAwareContrast
-from penstock.serve.engine import Engine
-from penstock.serve.loops.contract import Loop
-from penstock.serve.loops.plain import Plain
+from penstock.serve.engine.engine import Engine
+from penstock.serve.engine.loops.contract import Loop
+from penstock.serve.engine.loops.plain import Plain
 from penstock.serve.messages import Delta, Finish, Request
-from penstock.serve.sampling import SamplingParams
 from penstock.testing.enrolled import enrolled
 from penstock.testing.reference import contrasted, greedy, sample
 from penstock.testing.serve_model import SHAPE, small_model

@@ -6,12 +6,12 @@ from collections import deque
 
 from penstock.core.randomness import numpy_generator
 from penstock.ops.paged.reference import Reference
-from penstock.serve.batch import Batch
 from penstock.serve.build import build_engine
+from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
-from penstock.serve.loops.contract import Loop
+from penstock.serve.engine.batch import Batch
+from penstock.serve.engine.loops.contract import Loop
 from penstock.serve.messages import Delta, Finish, Request
-from penstock.serve.sampling import SamplingParams
 from penstock.testing.serve_batching import PREFIXES
 from penstock.testing.serve_model import SHAPE, small_model
 

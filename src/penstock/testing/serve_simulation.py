@@ -16,12 +16,12 @@ from typing import cast
 import numpy as np
 import torch
 
-from penstock.serve.batch import Batch
+from penstock.serve.choose.sampler import Sampled
 from penstock.serve.config import EngineConfig
-from penstock.serve.engine import Engine
+from penstock.serve.engine.batch import Batch
+from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
-from penstock.serve.runner import Runner
-from penstock.serve.sampler import Sampled
+from penstock.serve.run.runner import Runner
 
 #: Tokens that a simulated model knows; it always says the first.
 VOCABULARY = 1 << 20

@@ -11,7 +11,7 @@ from penstock.serve.batching.contract import Batcher, Batching, Limits, Room
 from penstock.serve.batching.prefix_tree import Branch, grow
 from penstock.serve.batching.stall_free import go_on
 from penstock.serve.batching.waves import WavesBatcher
-from penstock.serve.sequence import Sequence
+from penstock.serve.engine.sequence import Sequence
 
 
 @dataclasses.dataclass

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from penstock.models.config import DecoderConfig
 from penstock.policy import Policy, contract
-from penstock.serve.sequence import Sequence
+from penstock.serve.engine.sequence import Sequence
 
 if TYPE_CHECKING:
-    from penstock.serve.batch import Entry
+    from penstock.serve.engine.batch import Entry
 
 
 @dataclasses.dataclass(frozen=True)

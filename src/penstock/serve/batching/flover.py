@@ -7,7 +7,7 @@ from collections.abc import Sequence as List
 from penstock.policy import policy
 from penstock.serve.batching.contract import Batcher, Batching, Limits, Room
 from penstock.serve.batching.queue import QueueBatcher
-from penstock.serve.sequence import Sequence
+from penstock.serve.engine.sequence import Sequence
 
 
 class FloverBatcher(QueueBatcher):

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from collections.abc import Sequence as List
 
-from penstock.serve.sequence import Sequence
+from penstock.serve.engine.sequence import Sequence
 
 
 @dataclasses.dataclass(eq=False)

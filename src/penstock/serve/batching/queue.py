@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from heapq import heappop, heappush
 
-from penstock.serve.sequence import Sequence
+from penstock.serve.engine.sequence import Sequence
 
 #: The turn of a line: its priority, what its key has been given so far, arrival of its first sequence, its key.
 Turn = tuple[int, float, int, str]

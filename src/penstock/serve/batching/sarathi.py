@@ -8,7 +8,7 @@ from penstock.policy import policy
 from penstock.serve.batching.contract import Batcher, Batching, Limits, Room
 from penstock.serve.batching.queue import QueueBatcher
 from penstock.serve.batching.stall_free import go_on
-from penstock.serve.sequence import Sequence
+from penstock.serve.engine.sequence import Sequence
 
 
 class SarathiBatcher(QueueBatcher):

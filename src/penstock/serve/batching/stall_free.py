@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as List
 
 from penstock.serve.batching.contract import Room
-from penstock.serve.sequence import Sequence
+from penstock.serve.engine.sequence import Sequence
 
 
 def go_on(running: List[Sequence], room: Room) -> None:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
 
-from penstock.serve.sequence import Sequence
+from penstock.serve.engine.sequence import Sequence
 
 #: Puts the sequences of a wave, none or more, into an order.
 Plan = Callable[[List[Sequence]], Iterable[Sequence]]

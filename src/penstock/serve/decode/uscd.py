@@ -11,8 +11,8 @@ from torch import Tensor
 
 from penstock.core.errors import UsageError
 from penstock.policy import policy
+from penstock.serve.choose.sampling import Token
 from penstock.serve.decode.contract import DecodeRule
-from penstock.serve.sampling import Token
 
 
 @policy("decode.rule", "uscd", papers=[174])

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from penstock.core.errors import PenstockError, UsageError
-from penstock.serve.client import EngineDiedError
+from penstock.serve.link.client import EngineDiedError
 
 log = logging.getLogger(__name__)
 

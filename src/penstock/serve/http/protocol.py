@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from penstock.core.errors import nearest
-from penstock.serve.sampling import MOST, MOST_LOGPROBS, MOST_STOPS
+from penstock.serve.choose.sampling import MOST, MOST_LOGPROBS, MOST_STOPS
 
 #: Larger numbers are refused where a number counts something.
 LARGEST = 2**31 - 1

@@ -13,12 +13,12 @@ import uvicorn
 
 from penstock.core.errors import UsageError
 from penstock.models import hub
-from penstock.serve.client import EngineClient
 from penstock.serve.config import EngineConfig
 from penstock.serve.http.app import make_app
 from penstock.serve.http.errors import ApiError
 from penstock.serve.http.service import Limits, Service
 from penstock.serve.http.text import Tokens
+from penstock.serve.link.client import EngineClient
 
 #: Seconds for answers that are on their way when the engine dies, or the time to drain is over.
 LAST_WORDS = 1.0

@@ -1,0 +1,1 @@
+"""How the next tokens are chosen: options, penalties, grammars, draws."""

@@ -1,0 +1,130 @@
+"""Grammars at work: which tokens may come next, so that a text is JSON, matches a regex, or derives from rules."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+
+from penstock.core.errors import UsageError
+from penstock.serve.choose.sampling import Grammar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: What compiling a grammar, and one step of it, may cost: tenths of a second and tens of megabytes at most.
+LIMITS = LLParserLimits(
+    max_items_in_row=2000,
+    initial_lexer_fuel=500_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_lexer_states=20_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
+
+#: Between the parts of JSON. It ends, since a weak model would go on with blanks for ever.
+WHITESPACE = r"[ \n\r\t]{1,32}"
+
+#: How many compiled grammars are kept for later requests.
+KEPT = 64
+
+#: Most characters of a library's message that a person is shown.
+LONGEST_REASON = 300
+
+
+class Matcher:
+    """Follows one sequence through a grammar. Where the text is whole, an end-of-text token may come next."""
+
+    def __init__(self, matcher: LLMatcher, words: int) -> None:
+        self._matcher, self.words = matcher, words
+
+    @property
+    def failed(self) -> bool:
+        """Whether it went beyond the limits, or was given a token that it does not allow."""
+        return bool(self._matcher.is_error())
+
+    def consume(self, token: int) -> None:
+        """Goes on by ``token``."""
+        self._matcher.consume_token(token)
+
+    def write_mask(self, row: np.ndarray) -> None:
+        """Sets bit i of ``row`` (int32 [words], contiguous) where token i may come next, 32 tokens a word, the least
+        significant bit first. Once it failed, any token may come, and is the last."""
+        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self.failed:
+            row[:] = -1
+
+
+def masks(matchers: Sequence[Matcher | None]) -> np.ndarray:
+    """The masks of several sequences of one tokenizer, int32 [len(matchers), words]; without a matcher, all tokens."""
+    words = max(matcher.words for matcher in matchers if matcher is not None)
+    rows = np.full((len(matchers), words), -1, np.int32)
+    for row, matcher in zip(rows, matchers, strict=True):
+        if matcher is not None:
+            matcher.write_mask(row)
+    return rows
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer.
+
+    Args:
+        tokenizer: of the model; a fast one.
+        vocabulary: how many scores the model gives, at least the size of the tokenizer.
+        stop: tokens that end a text, besides the tokenizer's own.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, stop: Iterable[int] = ()) -> None:
+        from llguidance.hf import from_tokenizer
+
+        ends = sorted({*stop, tokenizer.eos_token_id} - {None})
+        size = max(vocabulary, len(tokenizer))
+        self._tokenizer: LLTokenizer = from_tokenizer(tokenizer, n_vocab=size, eos_token=ends or None)
+        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._words = -(-size // 32)
+
+    def start(self, grammar: Grammar) -> Matcher:
+        """A matcher at the beginning of ``grammar``.
+
+        Raises:
+            UsageError: it is malformed, asks for what cannot be done, or is too large.
+        """
+        matcher = self._compiled.pop(grammar, None)
+        if matcher is None:
+            matcher = _compiled(self._tokenizer, grammar)
+        self._compiled[grammar] = matcher
+        while len(self._compiled) > KEPT:
+            self._compiled.popitem(last=False)
+        return Matcher(matcher.deep_copy(), self._words)
+
+
+def _compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
+    try:
+        matcher = LLMatcher(tokenizer, _rules(grammar), limits=LIMITS, log_level=0)
+    except ValueError as error:
+        raise _refusal(str(error)) from error
+    if not matcher.is_error():
+        # The first mask shows whether a step can be done within the limits.
+        matcher.compute_bitmask()
+    if matcher.is_error():
+        raise _refusal(matcher.get_error())
+    return matcher
+
+
+def _rules(grammar: Grammar) -> str:
+    """``grammar`` in the library's own form, not checked yet."""
+    if grammar.json_object or grammar.json_schema is not None:
+        schema = grammar.json_schema or '{"type": "object"}'
+        return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})
+    if grammar.regex is not None:
+        return grammar_from("regex", grammar.regex)
+    return grammar_from("ebnf", grammar.ebnf or "")
+
+
+def _refusal(reason: str) -> UsageError:
+    said = reason.strip()[:LONGEST_REASON]
+    return UsageError(f"the grammar cannot be used: {said}", hint="Correct or simplify it.")

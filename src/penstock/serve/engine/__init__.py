@@ -1,0 +1,1 @@
+"""The engine: who runs, in which memory, and what each step computes."""

@@ -1,0 +1,222 @@
+"""The asyncio side of an engine that runs in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator
+from typing import Self
+
+from penstock.core.errors import PenstockError, UsageError
+from penstock.serve.config import EngineConfig
+from penstock.serve.link.wire import HEADER, Failed, Message, News, Open, Ready, Refused, frame, length, parse
+from penstock.serve.messages import Abort, Delta, Request, Snapshot
+
+#: Seconds that a dying process may take to end by itself.
+GRACE = 5.0
+
+
+class EngineDiedError(PenstockError):
+    """The engine's process ended, or had to be ended, while it was needed."""
+
+
+class EngineClient:
+    """Talks to an engine's process. Made by :meth:`open`; used in one event loop.
+
+    Attributes:
+        ready: what the engine said of itself.
+        snapshot: its newest state.
+        failure: why it is dead; None while it lives.
+        dead: set once it is.
+        pid: of the process.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self._process, self._reader, self._writer = process, reader, writer
+        self._queues: dict[str, asyncio.Queue[Delta | PenstockError]] = {}
+        self._left: dict[str, int] = {}
+        self._changed = asyncio.Condition()
+        self._heard = time.monotonic()
+        self._closing = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self.failure: EngineDiedError | None = None
+        self.dead = asyncio.Event()
+        self.ready: Ready
+        self.snapshot: Snapshot
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @classmethod
+    async def open(cls, model: str, config: EngineConfig, device: str = "auto", patience: float = 300.0) -> Self:
+        """Starts a process and loads ``model`` in it.
+
+        Args:
+            patience: seconds after which an engine that has work, and says nothing, is taken for dead.
+
+        Raises:
+            PenstockError: the model cannot be had, or does not fit.
+            EngineDiedError: the process ended.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # A session of its own: a terminal's Ctrl-C is for the front end, which ends the engine when it is done.
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "penstock.serve.link.process", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        client = cls(process, *await asyncio.open_unix_connection(sock=ours))
+        try:
+            await client._begin(Open(str(model), config.model_dump_json(), device))
+        except BaseException:
+            await client.close()
+            raise
+        client._tasks = [asyncio.create_task(client._listen()), asyncio.create_task(client._watch(patience))]
+        return client
+
+    async def _begin(self, wanted: Open) -> None:
+        await self._send(wanted)
+        first = await self._receive()
+        if isinstance(first, Failed):
+            raise (UsageError if first.exit_code == UsageError.exit_code else PenstockError)(
+                first.what, hint=first.hint
+            )
+        second = await self._receive()
+        if not isinstance(first, Ready) or not isinstance(second, News) or second.snapshot is None:
+            raise await self._post_mortem()
+        self.ready, self.snapshot = first, second.snapshot
+
+    # Requests
+
+    @property
+    def outstanding(self) -> int:
+        """Continuations that are under way or wait."""
+        return sum(self._left.values())
+
+    async def stream(self, *requests: Request) -> AsyncGenerator[Delta]:
+        """News of ``requests`` until all their continuations have ended. Closing the iterator before aborts them.
+
+        Raises:
+            UsageError: the engine does not take one of them; the others are aborted.
+            EngineDiedError: the engine is dead, or died meanwhile.
+        """
+        if self.failure is not None:
+            raise self.failure
+        queue: asyncio.Queue[Delta | PenstockError] = asyncio.Queue()
+        for request in requests:
+            self._queues[request.id], self._left[request.id] = queue, request.sampling.continuations
+        try:
+            for request in requests:
+                await self._send(request)
+            while any(self._left[request.id] for request in requests):
+                news = await queue.get()
+                if isinstance(news, PenstockError):
+                    raise news
+                self._left[news.id] -= news.finish is not None
+                yield news
+        finally:
+            for request in requests:
+                del self._queues[request.id]
+                if self._left.pop(request.id):
+                    self.abort(request.id)
+
+    def abort(self, id: str, index: int | None = None) -> None:
+        """Ends a request, or only its continuation ``index``, if it is still there. Does not wait."""
+        if self.failure is None:
+            self._writer.write(frame(Abort(id, index)))
+
+    def abandon(self, reason: PenstockError) -> None:
+        """Ends all streams with ``reason``, which aborts their requests."""
+        for queue in self._queues.values():
+            queue.put_nowait(reason)
+
+    async def snapshots(self, every: float) -> AsyncGenerator[Snapshot]:
+        """The engine's state, again whenever it changed, and after ``every`` seconds at the latest; ends when the
+        engine dies."""
+        while self.failure is None:
+            yield self.snapshot
+            async with self._changed:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), every)
+
+    # The process
+
+    async def close(self) -> None:
+        """Ends the process; what was under way is lost."""
+        self._closing = True
+        self._writer.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._buried()
+
+    async def _buried(self) -> int:
+        """The exit status of the process, which gets some seconds to end by itself."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return await asyncio.to_thread(self._process.wait, GRACE)
+        self._process.kill()
+        return await asyncio.to_thread(self._process.wait)
+
+    async def _send(self, message: Message) -> None:
+        with contextlib.suppress(ConnectionError):  # the listener notices the end, and says why
+            self._writer.write(frame(message))
+            await self._writer.drain()
+
+    async def _receive(self) -> Message | None:
+        try:
+            message = parse(await self._reader.readexactly(length(await self._reader.readexactly(HEADER.size))))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        self._heard = time.monotonic()
+        return message
+
+    async def _listen(self) -> None:
+        while (message := await self._receive()) is not None:
+            if isinstance(message, News):
+                for delta in message.deltas:
+                    self._hand(delta.id, delta)
+                if message.snapshot is not None:
+                    self.snapshot = message.snapshot
+                    async with self._changed:
+                        self._changed.notify_all()
+            elif isinstance(message, Refused):
+                self._hand(message.id, UsageError(message.what))
+        await self._die(await self._post_mortem())
+
+    def _hand(self, id: str, news: Delta | PenstockError) -> None:
+        # Nobody listens any more to a request that was aborted meanwhile.
+        if id in self._queues:
+            self._queues[id].put_nowait(news)
+
+    async def _watch(self, patience: float) -> None:
+        """Kills an engine that has had work for ``patience`` seconds and said nothing."""
+        idle_since = time.monotonic()
+        while True:
+            await asyncio.sleep(min(1.0, patience / 4))
+            now = time.monotonic()
+            if not self._queues:
+                idle_since = now
+            elif now - max(self._heard, idle_since) > patience:
+                self._process.kill()
+                return await self._die(EngineDiedError(f"the engine hung: it said nothing for {patience:g} seconds"))
+
+    async def _post_mortem(self) -> EngineDiedError:
+        status = await self._buried()
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with exit code {status}"
+        return EngineDiedError(f"the engine's process {how}")
+
+    async def _die(self, failure: EngineDiedError) -> None:
+        if self.failure is not None or self._closing:
+            return
+        self.failure = failure
+        self.abandon(failure)
+        self.dead.set()
+        async with self._changed:
+            self._changed.notify_all()

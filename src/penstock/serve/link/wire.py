@@ -1,0 +1,96 @@
+"""How messages travel between a front end and the process of its engine: frames of MessagePack on a socket pair.
+
+A frame is its length (four bytes, big-endian) and a pair: the name of a message's class, and its fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from typing import Any
+
+import msgspec
+
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.messages import Abort, Delta, Request, Snapshot
+
+HEADER = struct.Struct(">I")
+
+
+@dataclasses.dataclass(frozen=True)
+class Open:
+    """The first message to an engine's process: what to load (``config`` is an EngineConfig as JSON)."""
+
+    model: str
+    config: str
+    device: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """The engine stands: ``context`` is the most tokens of a sequence, ``sequences`` the most that run at a time."""
+
+    context: int
+    sequences: int
+    vocabulary: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """The engine could not be opened: a PenstockError in parts."""
+
+    what: str
+    hint: str
+    exit_code: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A request that the engine does not take."""
+
+    id: str
+    what: str
+
+
+@dataclasses.dataclass(frozen=True)
+class News:
+    """What one step made known, and every now and then the engine's state after it."""
+
+    deltas: list[Delta]
+    snapshot: Snapshot | None = None
+
+
+Message = Open | Ready | Failed | Request | Abort | Refused | News
+KINDS: dict[str, Any] = {
+    kind.__name__: msgspec.msgpack.Decoder(kind, dec_hook=lambda kind, value: kind.model_validate(value))
+    for kind in (Open, Ready, Failed, Request, Abort, Refused, News)
+}
+_envelope = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, SamplingParams):
+        return value.model_dump(mode="json", exclude_defaults=True)
+    raise NotImplementedError(f"{type(value).__name__} cannot travel between processes")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
+
+
+def frame(message: Message) -> bytes:
+    """The bytes of ``message``, its length before them."""
+    body = _encoder.encode((type(message).__name__, message))
+    return HEADER.pack(len(body)) + body
+
+
+def length(header: bytes) -> int:
+    """How many bytes follow ``header``."""
+    size: int = HEADER.unpack(header)[0]
+    return size
+
+
+def parse(body: bytes) -> Message:
+    """The message in the ``body`` of a frame."""
+    kind, fields = _envelope.decode(body)
+    message: Message = KINDS[kind].decode(fields)
+    return message

@@ -1,0 +1,1 @@
+"""Engines without a server: the Python interface, and files of requests."""

@@ -1,0 +1,183 @@
+"""Requests in, whole results out: an engine in this process, for work that is not streamed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from penstock.models.text import TextStream
+from penstock.serve.choose.sampling import best
+from penstock.serve.engine.engine import Engine
+from penstock.serve.messages import Delta, Finish, Request, TokenLogprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Logprob:
+    """A token's log-probability, its rank (1 is the most probable) and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+#: For each position, the token that stands there and the most probable ones.
+Logprobs = list[dict[int, Logprob]]
+
+
+@dataclasses.dataclass
+class CompletionOutput:
+    """One continuation.
+
+    Attributes:
+        index: which of the request's continuations.
+        text: without the stop string or token that ended it.
+        token_ids: all tokens, with a stop token.
+        finish_reason: ``stop``, ``length``, ``abort`` or ``deadline``; None while it goes on.
+        stop_reason: the stop string or token that ended it, None where it was the model's own end of text or none.
+        logprobs: for each of ``token_ids``, where they were asked for.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: Logprobs | None = None
+
+
+@dataclasses.dataclass
+class RequestOutput:
+    """What came of a request.
+
+    Attributes:
+        request_id: its id.
+        prompt: its text, None where tokens were given.
+        prompt_token_ids: its tokens.
+        outputs: its continuations, by index.
+        prompt_logprobs: for each prompt token but the first, where they were asked for.
+        num_cached_tokens: prompt tokens that were in the cache already.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: Logprobs | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all continuations have ended."""
+        return all(output.finish_reason is not None for output in self.outputs)
+
+
+class Gatherer:
+    """Submits requests to ``engine``, steps it, and gathers what it says into whole results.
+
+    Stop strings are found here: the engine knows tokens only.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.engine, self._tokenizer = engine, tokenizer
+        self._open: dict[str, _Open] = {}
+
+    @property
+    def pending(self) -> int:
+        """Requests that have not finished."""
+        return len(self._open)
+
+    def submit(self, request: Request, prompt: str | None = None) -> None:
+        """Adds a request; ``prompt`` is its text where it has one.
+
+        Raises:
+            UsageError: the engine refuses it.
+        """
+        self.engine.add(request)
+        sampling, backend = request.sampling, self._tokenizer.backend_tokenizer
+        outputs = [CompletionOutput(index) for index in range(sampling.continuations)]
+        texts = [TextStream(backend, request.prompt, sampling.stop, sampling.min_tokens) for _ in outputs]
+        self._open[request.id] = _Open(request, RequestOutput(request.id, prompt, request.prompt, outputs), texts)
+
+    def step(self) -> list[RequestOutput]:
+        """Does one step of the engine; returns the requests that finished in it."""
+        ended = []
+        for delta in self.engine.step():
+            found = self._open.get(delta.id)
+            # Of what was ended from here, the engine's last word comes late.
+            if found is not None and found.result.outputs[delta.index].finish_reason is None:
+                self._take(found, delta)
+                if found.result.finished:
+                    ended.append(_chosen(self._open.pop(delta.id)))
+        return ended
+
+    def cancel(self, id: str) -> None:
+        """Ends a request, of which nothing more is heard."""
+        self.engine.abort(id)
+        del self._open[id]
+
+    def abandon(self) -> None:
+        """Ends all requests, and leaves the engine idle with nothing held for them."""
+        for id in list(self._open):
+            self.cancel(id)
+        while self.engine.busy:
+            self.engine.step()
+
+    def _take(self, found: _Open, delta: Delta) -> None:
+        """Adds what ``delta`` says to the result."""
+        result, sampling = found.result, found.request.sampling
+        output, text = result.outputs[delta.index], found.texts[delta.index]
+        result.num_cached_tokens = max(result.num_cached_tokens, delta.cached)
+        if delta.prompt_logprobs is not None:
+            result.prompt_logprobs = [self._named(each) for each in delta.prompt_logprobs]
+        for place, token in enumerate(delta.tokens):
+            output.token_ids.append(token)
+            if delta.logprobs is not None:
+                output.logprobs = output.logprobs or []
+                output.logprobs.append(self._named(delta.logprobs[place]))
+            # A token that ended the text is not a part of it.
+            if delta.finish is not Finish.STOP or place < len(delta.tokens) - 1:
+                output.text += text.push([token])
+            if text.stopped is not None:
+                break
+        if delta.finish is not None:
+            output.text += text.end()
+            output.finish_reason = delta.finish.value
+            if delta.finish is Finish.STOP and output.token_ids[-1] in sampling.stop_tokens:
+                output.stop_reason = output.token_ids[-1]
+        if text.stopped is not None:
+            output.finish_reason, output.stop_reason = Finish.STOP.value, text.stopped
+            if delta.finish is None:
+                self.engine.abort(delta.id, delta.index)
+
+    def _named(self, scores: TokenLogprobs) -> dict[int, Logprob]:
+        found = {token: (logprob, rank) for rank, (token, logprob) in enumerate(scores.top, start=1)}
+        found[scores.token] = (scores.logprob, scores.rank)
+        decode = self._tokenizer.decode
+        return {token: Logprob(logprob, rank, decode([token])) for token, (logprob, rank) in found.items()}
+
+
+@dataclasses.dataclass
+class _Open:
+    """A request under way: what is known of its result, and the text of each continuation."""
+
+    request: Request
+    result: RequestOutput
+    texts: list[TextStream]
+
+
+def _chosen(found: _Open) -> RequestOutput:
+    """The result with the best ``n`` of its continuations, where more were drawn than are wanted."""
+    result, sampling = found.result, found.request.sampling
+    if sampling.continuations > sampling.n:
+        scores = [
+            [told[token].logprob for token, told in zip(output.token_ids, output.logprobs or [], strict=True)]
+            for output in result.outputs
+        ]
+        result.outputs = [result.outputs[index] for index in best(scores, sampling.n)]
+        for index, output in enumerate(result.outputs):
+            output.index = index
+            output.logprobs = output.logprobs if sampling.logprobs is not None else None
+    return result

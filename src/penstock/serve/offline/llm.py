@@ -1,0 +1,144 @@
+"""Generation in this process: prompts in, results out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from penstock.core.config import build
+from penstock.core.errors import UsageError
+from penstock.core.progress import Reporter, show
+from penstock.core.signals import StopRequest
+from penstock.models import hub
+from penstock.serve.build import open_engine
+from penstock.serve.chat import chat_tokens
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.config import EngineConfig
+from penstock.serve.messages import Request
+from penstock.serve.offline.gather import Gatherer, RequestOutput
+
+#: A prompt: text, tokens, or a table with ``prompt`` or ``prompt_token_ids``.
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model with an engine around it, for batches of prompts::
+
+        llm = LLM("python-6m")
+        for result in llm.generate(["def add(", "class Stack:"], SamplingParams(max_tokens=32)):
+            print(result.prompt, result.outputs[0].text)
+
+    Its methods and results have the shape that vLLM's users know.
+
+    Args:
+        model: whatever ``hub.resolve`` takes: a model or run folder, a boxed model, a hub name.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        options: those of :class:`~penstock.serve.config.EngineConfig`.
+
+    Raises:
+        PenstockError: the model cannot be had or does not fit, or an option is wrong.
+    """
+
+    def __init__(self, model: str | Path, *, device: str = "auto", **options: Any) -> None:
+        config = build(EngineConfig, options, "the engine's options")
+        folder = hub.resolve(model)
+        self.tokenizer = hub.load_tokenizer(folder)
+        self.engine = open_engine(folder, config, device)
+        self._gatherer = Gatherer(self.engine, self.tokenizer)
+        self._count = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Reporter = show,
+    ) -> list[RequestOutput]:
+        """Continues ``prompts``, one or several; the results come in their order.
+
+        Args:
+            sampling_params: for all of them, or one for each.
+            progress: how to report; ``core.progress.silent`` is quiet.
+
+        Raises:
+            UsageError: a prompt does not fit, or there are not as many sampling params as prompts. Nothing is
+                generated then.
+            KeyboardInterrupt: after Ctrl-C; the engine is free for the next call.
+        """
+        texts, tokens = self._tokenized(prompts)
+        return self._run(texts, tokens, sampling_params, progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        progress: Reporter = show,
+    ) -> list[RequestOutput]:
+        """The assistant's next message in a conversation, or in each of several.
+
+        ``messages`` have a ``role`` and a ``content``; the model's chat template turns them into a prompt. The other
+        arguments and the errors are those of :meth:`generate`.
+        """
+        several = [messages] if all(isinstance(each, Mapping) for each in messages) else messages
+        tokens = [chat_tokens(self.tokenizer, each, tools) for each in several]  # type: ignore[arg-type]
+        texts = [self.tokenizer.decode(each) for each in tokens]
+        return self._run(texts, tokens, sampling_params, progress)
+
+    def _run(
+        self,
+        texts: Sequence[str | None],
+        tokens: Sequence[list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        progress: Reporter,
+    ) -> list[RequestOutput]:
+        chosen = sampling_params or SamplingParams()
+        params = [chosen] * len(tokens) if isinstance(chosen, SamplingParams) else list(chosen)
+        params = [each.tokenized(lambda text: self.tokenizer(text)["input_ids"]) for each in params]
+        if len(params) != len(tokens):
+            raise UsageError(f"there are {len(tokens)} prompts, and {len(params)} sampling params")
+        ids = [str(self._count + place) for place in range(len(tokens))]
+        self._count += len(tokens)
+        results: dict[str, RequestOutput] = {}
+        with StopRequest() as stop, progress("generating", len(tokens), "prompt") as bar:
+            try:
+                for id, text, prompt, sampling in zip(ids, texts, tokens, params, strict=True):
+                    self._gatherer.submit(Request(id, prompt, sampling), text)
+                while self._gatherer.pending and not stop.wanted:
+                    for result in self._gatherer.step():
+                        results[result.request_id] = result
+                        bar.advance()
+            finally:
+                self._gatherer.abandon()
+        if stop.wanted:
+            raise KeyboardInterrupt
+        return [results[id] for id in ids]
+
+    def _tokenized(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[str | None], list[list[int]]]:
+        """Text, where there is one, and tokens of each prompt."""
+        texts: list[str | None] = []
+        tokens: list[list[int]] = []
+        for prompt in [prompts] if _single(prompts) else prompts:
+            content = prompt
+            if isinstance(prompt, Mapping):
+                content = prompt.get("prompt_token_ids", prompt.get("prompt"))
+            if isinstance(content, str):
+                texts.append(content)
+                tokens.append(self.tokenizer(content)["input_ids"])
+            elif isinstance(content, Sequence) and all(isinstance(token, int) for token in content):
+                texts.append(None)
+                tokens.append([token for token in content if isinstance(token, int)])
+            else:
+                raise UsageError(
+                    f"cannot read the prompt {prompt!r:.80}",
+                    hint='Give text, a list of tokens, or {"prompt_token_ids": [...]}.',
+                )
+        return texts, tokens
+
+
+def _single(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is one prompt, not several."""
+    return isinstance(prompts, str | Mapping) or (len(prompts) > 0 and all(isinstance(each, int) for each in prompts))

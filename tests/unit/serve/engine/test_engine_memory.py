@@ -1,0 +1,143 @@
+"""The engine's memory where it is hard to see from outside: forks, deadlines, ends, and the pool's own books."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock.core.errors import UsageError
+from penstock.serve.batching.sarathi import Sarathi
+from penstock.serve.build import build_engine
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.config import EngineConfig
+from penstock.serve.kv.pool import ROOT, BlockPool, InvariantError
+from penstock.serve.messages import Finish, Request
+from penstock.testing.reference import greedy
+from penstock.testing.serve_batching import numbers
+from penstock.testing.serve_model import small_model
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+
+
+@pytest.fixture
+def engine():
+    config = EngineConfig(
+        loop="plain",
+        attention="reference",
+        batching=Sarathi(),
+        tokens=32,
+        sequences=6,
+        block_size=4,
+        cache_tokens=160,
+        check=True,
+    )
+    return build_engine(small_model(), config)
+
+
+def finish(engine) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    while engine.busy:
+        for delta in engine.step():
+            tokens.setdefault(delta.id, []).extend(delta.tokens)
+    assert engine.pool.held == 0
+    return tokens
+
+
+def test_a_sequence_whose_block_has_a_twin_can_be_forked(engine):
+    """Two equal prompts that end with a block: the second computes its last block itself, which the tree knows."""
+    prompt = numbers("twin", 8)
+    for id in "ab":
+        engine.add(Request(id, prompt, SamplingParams(temperature=0, max_tokens=3)))
+    (first, *_), (second, *_) = engine.step(), engine.step()
+    said = [delta.tokens[0] for delta in (first, second)]
+    engine.fork("b", Request("c", prompt + said[:1], GREEDY))
+    engine.fork("b", Request("d", prompt, GREEDY))
+    assert len(engine.running) == 4
+    tokens = finish(engine)
+    assert tokens["c"] == greedy(small_model(), prompt + said[:1], 6)
+    assert tokens["d"] == greedy(small_model(), prompt, 6)
+
+
+def test_a_fork_computes_one_token_and_copies_one_block(engine):
+    prompt = numbers("fork", 10)
+    engine.add(Request("a", prompt, SamplingParams(temperature=0, max_tokens=20)))
+    engine.step()
+    before = engine.pool.held
+    engine.fork("a", Request("b", prompt, GREEDY))
+    assert engine.pool.held == before, "nothing is copied until one of them writes"
+    engine.step()
+    assert engine.last.tokens == 2
+    assert engine.pool.held == before + 1
+    finish(engine)
+
+
+def test_a_fork_of_something_else_is_refused(engine):
+    engine.add(Request("a", [1, 2, 3], GREEDY))
+    for parent, prompt in (("none", [1, 2]), ("a", [1, 3]), ("a", [1, 2, 3, 4])):
+        with pytest.raises(UsageError, match="no request"):
+            engine.fork(parent, Request("b", prompt, GREEDY))
+    finish(engine)
+
+
+def test_a_deadline_ends_a_request_wherever_it_is(engine, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("penstock.serve.engine.engine.time.monotonic", lambda: now[0])
+    engine.add(Request("runs", [1, 2, 3], SamplingParams(temperature=0, max_tokens=50), deadline=5.0))
+    engine.add(Request("short", [1, 2, 4], SamplingParams(temperature=0, max_tokens=3), deadline=5.0))
+    engine.add(Request("free", [1, 2, 5], SamplingParams(temperature=0, max_tokens=12)))
+    ends = {}
+    for second in range(20):
+        now[0] = 100.0 + second
+        if second == 3:
+            engine.add(Request("never", [4] * 90, GREEDY, deadline=0.0))
+        for delta in engine.step():
+            if delta.finish is not None:
+                ends[delta.id] = (second, delta.finish)
+    assert ends["runs"] == (5, Finish.DEADLINE)
+    assert ends["short"] == (2, Finish.LENGTH)
+    assert ends["never"] == (3, Finish.DEADLINE)
+    assert ends["free"] == (11, Finish.LENGTH)
+    assert engine.pool.held == 0
+
+
+def test_one_continuation_is_aborted_and_the_others_go_on(engine):
+    engine.add(Request("a", [1, 2, 3], SamplingParams(n=3, max_tokens=8)))
+    engine.step()
+    engine.abort("a", 1)
+    engine.abort("a", 9)
+    ends: dict[int, Finish] = {}
+    while engine.busy:
+        ends |= {delta.index: delta.finish for delta in engine.step() if delta.finish}
+    assert ends == {0: Finish.LENGTH, 1: Finish.ABORT, 2: Finish.LENGTH}
+
+
+def test_a_prefix_is_taken_from_the_cache_and_the_oldest_is_evicted_first():
+    pool = BlockPool(4, 2)
+    blocks = pool.take(3)
+    node = ROOT
+    for tokens, block in zip([(1, 2), (3, 4), (5, 6)], blocks, strict=True):
+        node = pool.commit(node, tokens, block)
+    pool.release(blocks)
+    assert pool.held == 0
+    assert pool.match([1, 2, 3, 4, 9, 9], 6) == blocks[:2]
+    assert pool.match([1, 2, 3, 4], 3) == blocks[:1]
+    pool.take(2)
+    assert pool.match([1, 2, 3, 4, 5, 6], 6) == blocks[:2], "the leaf went first"
+    pool.check([[block] for block in range(4) if block not in blocks[:2]])
+
+
+@pytest.mark.parametrize("harm", ["_holders", "_free", "_idle", "_tree"])
+def test_the_pool_s_check_notices(harm):
+    pool = BlockPool(6, 2)
+    blocks = pool.take(3)
+    pool.commit(pool.commit(ROOT, (1, 2), blocks[0]), (3, 4), blocks[1])
+    pool.release(blocks[:1])
+    pool.check([blocks[1:]])
+    books = getattr(pool, harm)
+    if harm == "_holders":
+        books[blocks[2]] += 1
+    elif harm == "_free":
+        books.append(blocks[1])
+    else:
+        books.clear()
+    with pytest.raises(InvariantError):
+        pool.check([blocks[1:]])

@@ -1,0 +1,71 @@
+"""Messages between processes arrive as they were sent."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.serve.link import wire
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.messages import Abort, Delta, Finish, Request, TokenLogprobs
+
+NUMBERS = st.floats(allow_nan=False)
+TOKENS = st.integers(0, 2**31 - 1)
+SCORES = st.builds(TokenLogprobs, TOKENS, NUMBERS, TOKENS, st.lists(st.tuples(TOKENS, NUMBERS), max_size=3))
+DELTAS = st.builds(
+    Delta,
+    st.text(),
+    TOKENS,
+    st.lists(TOKENS, max_size=5),
+    st.none() | st.lists(SCORES, max_size=3),
+    st.none() | st.lists(SCORES, max_size=3),
+    st.none() | st.sampled_from(Finish),
+    TOKENS,
+)
+REQUESTS = st.builds(
+    Request,
+    st.text(),
+    st.lists(TOKENS, max_size=5),
+    st.builds(
+        SamplingParams,
+        temperature=st.floats(0, 100),
+        seed=st.integers(-(2**62), 2**62 - 1),
+        n=st.integers(1, 128),
+        stop=st.lists(st.text(min_size=1, max_size=9), max_size=3).map(tuple),
+        logit_bias=st.dictionaries(TOKENS, st.floats(-100, 100), max_size=3),
+        grammar=st.none() | st.sampled_from([{"json_object": True}, {"regex": "a+"}]),
+        rule=st.none() | st.sampled_from(["fire", {"name": "fire"}]),
+    ),
+    st.integers(0, 1000),
+    st.text(),
+    st.none() | st.floats(0, 1e6),
+)
+MESSAGES = st.one_of(
+    REQUESTS,
+    st.builds(Abort, st.text(), st.none() | TOKENS),
+    st.builds(wire.News, st.lists(DELTAS, max_size=3)),
+    st.builds(wire.Refused, st.text(), st.text()),
+    st.builds(wire.Open, st.text(), st.text(), st.text()),
+)
+
+
+@given(MESSAGES)
+def test_a_message_comes_out_as_it_went_in(message):
+    framed = wire.frame(message)
+    head, body = framed[: wire.HEADER.size], framed[wire.HEADER.size :]
+    assert wire.length(head) == len(body)
+    assert wire.parse(body) == message
+
+
+def test_an_impossible_token_arrives_too():
+    scores = [TokenLogprobs(1, -math.inf, 9, [(0, -math.inf)])]
+    message = wire.News([Delta("a", 0, [1], scores)])
+    assert wire.parse(wire.frame(message)[wire.HEADER.size :]) == message
+
+
+def test_nothing_else_can_be_sent():
+    with pytest.raises(NotImplementedError, match="object cannot travel"):
+        wire.frame(wire.Refused("a", object()))

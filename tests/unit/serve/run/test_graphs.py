@@ -1,0 +1,141 @@
+"""Steps that are padded to the shape of a graph: what each token's row gives is what it gives in a step of its own."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from penstock.core.progress import silent
+from penstock.core.randomness import numpy_generator
+from penstock.ops.paged.contract import CacheShape, PagedBatch, PagedCache, StepShape
+from penstock.ops.paged.reference import Reference
+from penstock.serve.run.context import PagedTokens
+from penstock.serve.run.graphs import PROMPT_TOKENS, StepGraphs, decode_shapes, prompt_shapes, worth_replaying
+from penstock.testing.rehearsed_graphs import RehearsedGraphs
+from penstock.testing.serve_model import SHAPE, small_model
+
+BLOCKS, SIZE, PAGES = 60, 4, 12
+
+
+def capture(graphs: StepGraphs, shapes: list[StepShape]) -> None:
+    with silent("capturing", len(shapes), "graphs") as bar:
+        graphs.capture(shapes, bar)
+
+
+def opened() -> PagedCache:
+    windows = frozenset(SHAPE.window_of(layer) for layer in range(SHAPE.layers))
+    cpu = torch.device("cpu")
+    shape = CacheShape(
+        SHAPE.layers, SHAPE.heads, SHAPE.kv_heads, SHAPE.head_dim, BLOCKS + 1, SIZE, torch.float64, cpu, windows
+    )
+    cache = Reference().open(shape)
+    cache.fix = lambda shapes, pages: True
+    return cache
+
+
+def batch_of(lengths: list[int], counts: list[int]) -> PagedBatch:
+    """The last ``counts`` tokens of sequences of these ``lengths``, each with blocks of its own."""
+    tables = torch.arange(len(lengths) * PAGES, dtype=torch.int32).view(-1, PAGES)
+    slots = [
+        int(table[p // SIZE]) * SIZE + p % SIZE
+        for table, n, count in zip(tables, lengths, counts, strict=True)
+        for p in range(n - count, n)
+    ]
+    starts = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+    return PagedBatch(starts, torch.tensor(lengths, dtype=torch.int32), tables, torch.tensor(slots))
+
+
+def positions_of(lengths: list[int], counts: list[int]) -> Tensor:
+    return torch.cat([torch.arange(n - count, n) for n, count in zip(lengths, counts, strict=True)])
+
+
+@pytest.mark.parametrize("counts", [[1], [1, 1, 1], [1, 1, 7], [5], [3, 1, 2], [1, 2, 2, 2], [1, 1, 1, 16]])
+def test_a_padded_step_gives_what_the_step_gives(counts):
+    model = small_model().double()
+    draw = numpy_generator(0, "graphs")
+    lengths = [count + int(draw.integers(0, 20)) for count in counts]
+    history = [length - count for length, count in zip(lengths, counts, strict=True)]
+    tokens = torch.from_numpy(draw.integers(SHAPE.vocabulary, size=sum(lengths)))
+    told = [
+        row.split([before, count]) for row, before, count in zip(tokens.split(lengths), history, counts, strict=True)
+    ]
+    results = []
+    for padded in (False, True):
+        cache = opened()
+
+        def run(inputs: Tensor, cache: PagedCache = cache) -> tuple[Tensor]:
+            tokens, positions = inputs
+            return (model.logits(model(tokens, PagedTokens(positions, cache)).hidden),)
+
+        shapes = [*decode_shapes(4), StepShape(4, 4, 12), StepShape(4, 4, 24), StepShape(2, 4, 24)]
+        graphs = RehearsedGraphs(run, 2, cache, pages=PAGES, padding=BLOCKS)
+        capture(graphs, shapes)
+        with torch.inference_mode():
+            if any(history):
+                # Of the sequences with a past, one that has none here computes its first token twice.
+                past = [max(before, 1) for before in history]
+                cache.plan(batch_of(past, past))
+                first = torch.cat([own[0] if len(own[0]) else own[1][:1] for own in told])
+                run(torch.stack([first, positions_of(past, past)]))
+            inputs = torch.stack([torch.cat([own[1] for own in told]), positions_of(lengths, counts)])
+            batch = batch_of(lengths, counts)
+            if padded:
+                shape = graphs.shape_for(batch)
+                assert shape is not None
+                (output,), rows = graphs.replay(shape, inputs.numpy(), batch)
+                results.append(output[rows])
+            else:
+                cache.plan(batch)
+                results += run(inputs)
+    torch.testing.assert_close(*results)
+
+
+def test_the_smallest_shape_that_fits_is_taken():
+    graphs = RehearsedGraphs(lambda _: (), 2, opened(), pages=1, padding=0)
+    capture(graphs, [StepShape(8, 4, 64), StepShape(2, 4, 16), StepShape(8, 4, 16)])
+
+    def found(*counts: int) -> StepShape | None:
+        return graphs.shape_for(batch_of(list(counts), list(counts)))
+
+    assert found(1, 1, 9) == (2, 4, 16)
+    assert found(1, 1, 13) == (2, 4, 16)
+    assert found(1, 1, 14) == (8, 4, 64)  # three more sequences need a token each
+    assert found(1, 1, 1, 9) == (8, 4, 16)
+    assert found(2, 2, 2, 10) == (2, 4, 16)
+    assert found(2, 2, 2, 9) is None  # nobody is left to take the other tokens
+    assert found(*[2] * 5) is None
+    assert found(*[1] * 9, 2) is None
+    assert found(40, 25) is None
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3, 17, 64, 100, 512])
+def test_shapes_reach_the_largest_batch_and_do_not_lie_far_apart(sequences):
+    sizes = [shape.singles for shape in decode_shapes(sequences)]
+    assert sizes[-1] == max(sequences, 2)
+    assert all(0 < larger - smaller <= max(2, smaller / 4) for smaller, larger in itertools.pairwise(sizes))
+    shapes = prompt_shapes(sequences, 300)
+    assert max(shape.singles for shape in shapes) == sequences
+    assert {shape.tokens for shape in shapes} == {64, 128, 192, 256, 384}
+    assert len(set(shapes)) == len(shapes) == 5 * len({shape.singles for shape in shapes})
+    assert {shape.tokens for shape in prompt_shapes(sequences, 10**6)} == set(PROMPT_TOKENS)
+
+
+@given(
+    shapes=st.lists(st.builds(StepShape, st.integers(1, 99), st.just(8), st.integers(8, 999)), unique=True),
+    rate=st.floats(1e2, 1e6),
+)
+def test_steps_that_take_longer_to_compute_than_to_queue_are_not_captured(shapes, rate):
+    asked = []
+
+    def seconds(shape: StepShape) -> tuple[float, float]:
+        asked.append(shape)
+        return 0.01, max(0.01, shape.rows / rate)
+
+    chosen = worth_replaying(shapes, seconds)
+    assert set(chosen) == {shape for shape in shapes if shape.rows / rate <= 0.012}
+    assert len(asked) <= len(shapes).bit_length()

@@ -1,0 +1,84 @@
+"""A warmed-up runner answers like a cold one, with stand-ins for graphs that compute the pass again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from penstock.ops.paged.reference import ReferenceCache
+from penstock.serve.build import build_engine
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.config import EngineConfig
+from penstock.serve.engine.engine import Engine
+from penstock.serve.messages import Request
+from penstock.testing.rehearsed_graphs import RehearsedGraphs
+from penstock.testing.serve_model import SHAPE, small_model
+
+CONFIG = EngineConfig(attention="reference", cache_tokens=4000, sequences=8, tokens=40, check=True)
+
+
+@pytest.fixture
+def warm(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine whose steps are all replayed, those too long for it aside."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(ReferenceCache, "fix", lambda *_: True)
+    monkeypatch.setattr("penstock.serve.run.runner.StepGraphs", RehearsedGraphs)
+    monkeypatch.setattr("penstock.serve.run.runner.worth_replaying", lambda shapes, seconds: shapes)
+    engine = build_engine(small_model(), CONFIG)
+    engine.runner.warm_up(CONFIG.tokens)
+    return engine
+
+
+def answers(engine: Engine, kinds: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """The tokens of requests that arrive a few at a time, each of the next of the ``kinds``."""
+    told: dict[str, list[int]] = {}
+    waiting = [
+        Request(
+            str(place),
+            [1 + (place * step) % (SHAPE.vocabulary - 1) for step in range(3 + 2 * place)],
+            SamplingParams(max_tokens=9 + place, ignore_eos=True, seed=place, **kinds[place % len(kinds)]),
+        )
+        for place in range(12)
+    ]
+    while waiting or engine.busy:
+        for request in waiting[:2]:
+            engine.add(request)
+        waiting = waiting[2:]
+        for delta in engine.step():
+            told.setdefault(delta.id, []).extend(delta.tokens)
+    return told
+
+
+PLAIN: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 0.8}, {"temperature": 1.3}]
+SPECIAL: list[dict[str, Any]] = [
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 0.7, "presence_penalty": 1.0},
+    {"temperature": 0, "logit_bias": {3: 2.0}},
+]
+
+
+@pytest.mark.parametrize("kinds", [PLAIN[:1], PLAIN, [*PLAIN, {"temperature": 0.9, "logprobs": 2}], [*PLAIN, *SPECIAL]])
+def test_answers_are_those_of_a_cold_runner(warm: Engine, kinds: list[dict[str, Any]]) -> None:
+    replayed = set()
+    for graphs in (warm.runner._prompts, warm.runner._decodes):
+        replay = graphs.replay
+        graphs.replay = lambda shape, *rest, replay=replay: (replayed.add(shape), replay(shape, *rest))[1]
+    assert answers(warm, kinds) == answers(build_engine(small_model(), CONFIG), kinds)
+    assert any(shape.others for shape in replayed)
+    assert any(not shape.others for shape in replayed)
+    assert any(shape.singles > 2 for shape in replayed)
+
+
+def test_what_a_graph_draws_is_what_is_told(warm: Engine) -> None:
+    """Nothing is drawn a second time where all requests are plain."""
+    sampler, given = warm.runner.sampler, []
+    sample, choose = sampler.sample, sampler._choose
+    sampler._choose = lambda *asked: (given.append("chosen"), choose(*asked))[1]
+    sampler.sample = lambda *asked: (given.append("drawn" if asked[2] is not None else "not drawn"), sample(*asked))[1]
+    answers(warm, PLAIN)
+    assert given.count("drawn") > 10
+    assert given.count("chosen") == given.count("not drawn")
