@@ -211,15 +211,15 @@ def requests(count: int, length: int, fewest: int, most: int, vocabulary: int) -
 
 def serve(engine: Engine, policy: Batching, work: list[Request]) -> tuple[float, float]:
     """Tokens in and out a second of ``work`` under ``policy``, and the share of steps that had two parts."""
-    engine.pool.forget()
-    engine.batcher = policy.start(engine.limits)
+    engine.memory.pool.forget()
+    engine.steps.batcher = policy.start(engine.limits)
     for request in work:
         engine.add(request)
     parts: list[int] = []
     begun = time.perf_counter()
     while engine.busy:
         engine.step()
-        parts.append(len(engine.last.parts))
+        parts.append(len(engine.steps.last.parts))
     seconds = time.perf_counter() - begun
     tokens = sum(len(request.prompt) + request.sampling.max_tokens for request in work)
     return tokens / seconds, statistics.mean(count > 1 for count in parts)

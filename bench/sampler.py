@@ -19,10 +19,10 @@ from transformers import (
 
 from penstock.core.bench import Bench
 from penstock.core.randomness import torch_generator
-from penstock.serve.choose.sampler import Sampler
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.messages import Request
+from penstock.testing.serve_rows import Rows
 
 ROWS, LENGTH, PROMPT = 64, 512, 256
 
@@ -42,10 +42,10 @@ KINDS: dict[str, tuple[SamplingParams, LogitsProcessorList]] = {
 
 def ours(params: SamplingParams, logits: Tensor, texts: Tensor) -> Callable[[], object]:
     """A step of our sampler."""
-    sampler = Sampler(ROWS, logits.shape[-1], logits.device)
+    sampler = Rows(ROWS, logits.shape[-1], logits.device)
     for slot, tokens in enumerate(texts.tolist()):
         own = params.model_copy(update={"seed": slot})
-        sampler.add(slot, Sequence(Request("", tokens[:PROMPT], own), 0, own, tokens, 2 * LENGTH, 0))
+        sampler.add(slot, Sequence(Request("", tokens[:PROMPT], own), 0, own, tokens, 2 * LENGTH, 0, prompt=PROMPT))
     slots, counts = list(range(ROWS)), [LENGTH - PROMPT] * ROWS
     return torch.inference_mode()(lambda: sampler.sample(logits, sampler.ask(slots, counts)).to_host().wait())
 

@@ -29,7 +29,7 @@ def loaded(batching: Batching, waiting: int) -> Engine:
     for number in range(RUNNING + waiting):
         prompt = [next(fresh) % 1000 for _ in range(64)]
         engine.add(Request(str(number), prompt, SamplingParams(temperature=0, max_tokens=900), key=str(number % 8)))
-    while len(engine.running) < RUNNING or any(not each.decoding for each in engine.running):
+    while len(engine.memory.running) < RUNNING or any(not each.decoding for each in engine.memory.running):
         engine.step()
     return engine
 

@@ -104,7 +104,7 @@ def cuda_workloads() -> list[Workload]:
 
 def run(engine: Engine, work: Workload) -> float:
     """Counted tokens a second of ``work``, from an empty cache."""
-    engine.pool.forget()
+    engine.memory.pool.forget()
     begun = time.perf_counter()
     for index, (prompt, count) in enumerate(zip(work.prompts, work.outputs, strict=True)):
         sampling = SamplingParams(temperature=work.temperature, max_tokens=count, ignore_eos=True, seed=index)
@@ -117,8 +117,8 @@ def run(engine: Engine, work: Workload) -> float:
 def online(engine: Engine, work: Workload, rate: float) -> tuple[list[float], list[float]]:
     """Seconds to the first token, and per token after it, of each request of ``work`` when they arrive as a Poisson
     process of ``rate`` a second, under ``sarathi``."""
-    engine.pool.forget()
-    engine.batcher = Sarathi().start(engine.limits)
+    engine.memory.pool.forget()
+    engine.steps.batcher = Sarathi().start(engine.limits)
     draw = random.Random(1)
     due, arrival = [], 0.0
     for _ in work.prompts:
@@ -156,9 +156,9 @@ class Roofline:
     """
 
     def __init__(self, engine: Engine, rates: tuple[float, float]) -> None:
-        config, cache = engine.runner.model.config, engine.runner.cache.shape
+        config, cache = engine.executor.model.config, engine.executor.cache.shape
         self._engine, (self._copy, self._matmul) = engine, rates
-        matrices = engine.runner.model.parameter_count() - (0 if config.tied else config.vocabulary * config.hidden)
+        matrices = engine.executor.model.parameter_count() - (0 if config.tied else config.vocabulary * config.hidden)
         self._weights, self._head = matrices, config.vocabulary * config.hidden
         self._token_bytes = cache.block_bytes / cache.block_size
         self._pair = 4 * config.layers * config.heads * config.head_dim
@@ -166,7 +166,7 @@ class Roofline:
 
     def run(self, work: Workload) -> float:
         """:func:`run`, counting what its steps cost at least."""
-        self.seconds, runner = 0.0, self._engine.runner
+        self.seconds, runner = 0.0, self._engine.executor
         launch = runner.launch
 
         def counted(batch: Batch) -> None:
@@ -187,7 +187,7 @@ class Roofline:
 
     def _read(self, batch: Batch) -> int:
         """Cached tokens that the sequences of ``batch`` see; a block that several have counts once."""
-        tables, size = self._engine.runner.tables, self._engine.runner.cache.shape.block_size
+        tables, size = self._engine.executor.tables, self._engine.executor.cache.shape.block_size
         lengths = [entry.start + entry.count for entry in batch.entries]
         blocks = [tables[entry.slot, : n // size] for entry, n in zip(batch.entries, lengths, strict=True)]
         return size * len(np.unique(np.concatenate(blocks))) + sum(n % size for n in lengths)

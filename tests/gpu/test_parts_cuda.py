@@ -58,7 +58,7 @@ def computed(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
     """The logits of ``batch`` in its parts, and the log-probabilities of prompts. Tokens that a graph draws are those
     that the sampler draws from the same logits."""
     seen: list[Tensor] = []
-    sample = engine.runner.sampler.sample
+    sample = engine.executor._sampler.sample
 
     def seeing(logits: Tensor, asked: Asked, drawn: Tensor | None):
         seen.append(logits.clone())
@@ -66,9 +66,9 @@ def computed(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
             assert torch.equal(sample(logits, asked).tokens, drawn)
         return sample(logits, asked, drawn)
 
-    engine.runner.sampler.sample = seeing
-    engine.runner.launch(batch)
-    engine.runner.sampler.sample = sample
+    engine.executor._sampler.sample = seeing
+    engine.executor.launch(batch)
+    engine.executor._sampler.sample = sample
     sampled = batch.sampled
     if sampled is not None:
         sampled.wait()
@@ -88,7 +88,7 @@ def test_parts_give_the_logits_of_the_whole(compile: bool) -> None:
     """Of every step of a run that mixes prompts and decodes; with ``compile``, one of the parts replays a graph."""
     engine = engine_of(compile)
     kinds = set()
-    while (batch := engine.form()) is not None:
+    while (batch := engine.steps.form()) is not None:
         whole, rated = computed(engine, Batch(batch.entries))
         for parts, lead in splits(len(batch.entries)):
             logits, own = computed(engine, Batch(batch.entries, parts, lead))
@@ -102,8 +102,8 @@ def test_parts_give_the_logits_of_the_whole(compile: bool) -> None:
             assert apart > 5 * TOLERANCE * whole.square().mean().sqrt()
         counts = [entry.count for entry in batch.entries]
         kinds.add((min(counts) == 1, max(counts) > 1))
-        engine.launch(batch)
-        engine.publish(batch)
+        engine.steps.launch(batch)
+        engine.steps.publish(batch)
     assert kinds >= {(True, True), (True, False)}
 
 
@@ -113,13 +113,13 @@ def test_replayed_steps_give_the_logits_of_queued_ones(
 ) -> None:
     monkeypatch.setattr("penstock.serve.run.runner.worth_replaying", lambda shapes, seconds: shapes)
     engine = engine_of(compile=True, shape=SHAPE.model_copy(update=windows), temperatures=(0, 0.8))
-    runner, replayed = engine.runner, set()
+    runner, replayed = engine.executor, set()
     graphs = runner._prompts, runner._decodes
     assert all(graphs)
     for each in graphs:
         replay = each.replay
         each.replay = lambda shape, *rest, replay=replay: (replayed.add(shape), replay(shape, *rest))[1]
-    while (batch := engine.form()) is not None:
+    while (batch := engine.steps.form()) is not None:
         runner._prompts = runner._decodes = None
         queued, rated = computed(engine, Batch(batch.entries))
         runner._prompts, runner._decodes = graphs
@@ -128,8 +128,8 @@ def test_replayed_steps_give_the_logits_of_queued_ones(
         if len(queued):
             assert (logits - queued).square().mean() <= (TOLERANCE * queued.square().mean().sqrt()) ** 2
         torch.testing.assert_close(own, rated, atol=TOLERANCE * 5, rtol=0)
-        engine.launch(batch)
-        engine.publish(batch)
+        engine.steps.launch(batch)
+        engine.steps.publish(batch)
     assert sum(shape.others > 0 for shape in replayed) > 1
     assert any(shape.others == 0 for shape in replayed)
 
@@ -139,7 +139,7 @@ def test_overlapped_steps_in_parts_finish_like_whole_ones() -> None:
 
     def outputs(cut: bool) -> dict[str, list[int]]:
         engine = engine_of(compile=True, loop="overlapped")
-        form = engine.form
+        form = engine.steps.form
         turn = itertools.count()
 
         def halved() -> Batch | None:
@@ -150,7 +150,7 @@ def test_overlapped_steps_in_parts_finish_like_whole_ones() -> None:
             return batch
 
         if cut:
-            engine.form = halved
+            engine.steps.form = halved
         told: dict[str, list[int]] = {}
         while engine.busy:
             for delta in engine.step():

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from penstock.core.randomness import torch_generator
-from penstock.serve.choose.sampler import Sampler
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.decode.fire import Fire
 from penstock.serve.decode.momentum import Momentum
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.messages import Request
+from penstock.testing.serve_rows import Rows
 
 pytestmark = pytest.mark.gpu
 
@@ -28,11 +28,11 @@ KINDS = [
 ]
 
 
-def sampler(device: str) -> Sampler:
-    made = Sampler(len(KINDS), VOCABULARY, torch.device(device))
+def sampler(device: str) -> Rows:
+    made = Rows(len(KINDS), VOCABULARY, torch.device(device))
     for slot, kind in enumerate(KINDS):
         own = kind.model_copy(update={"seed": slot})
-        made.add(slot, Sequence(Request("", [1, 2, 3], own), 0, own, [1, 2, 3], 99, 0, (5,)))
+        made.add(slot, Sequence(Request("", [1, 2, 3], own), 0, own, [1, 2, 3], 99, 0, stop=(5,)))
     return made
 
 

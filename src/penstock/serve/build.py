@@ -24,9 +24,6 @@ from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
 from penstock.serve.run.runner import Runner
 
-#: Backends from the best to the one that serves everything.
-PREFERENCE = ("flashinfer", "cpu", "reference")
-
 #: Tokens for which a CPU's cache has room at most, unless the configuration says otherwise.
 MOST_CPU_TOKENS = 1 << 18
 
@@ -83,7 +80,7 @@ def build_engine(
     blocks = _blocks(config, cache, context)
     # One more than sequences use: the runner's own.
     memory = backend.open(dataclasses.replace(cache, blocks=blocks + 1))
-    runner = Runner(model, memory, config.sequences, context)
+    runner = Runner(model, memory, config.sequences, context, config.drafter.most if config.drafter else 0)
     if config.compile and weight.device.type == "cuda" and can_compile(weight.device):
         runner.warm_up(config.budget(weight.device), report)
         _rehearse(Engine(config, runner))
@@ -103,12 +100,11 @@ def _rehearse(engine: Engine) -> None:
 
 
 def _best(device: torch.device, dtype: torch.dtype, head_dim: int) -> PagedAttention:
-    known = {entry.name: entry for entry in index().entries("attention.paged")}
-    for name in PREFERENCE:
-        if name in known:
-            backend = known[name].load()()
-            if isinstance(backend, PagedAttention) and backend.serves(device, dtype, head_dim) is None:
-                return backend
+    backends = [entry.load()() for entry in index().entries("attention.paged")]
+    known = [each for each in backends if isinstance(each, PagedAttention)]
+    for backend in sorted(known, key=lambda each: each.rank, reverse=True):
+        if backend.serves(device, dtype, head_dim) is None:
+            return backend
     raise PenstockError(f"no attention backend serves {device} with {dtype}")
 
 

@@ -14,6 +14,7 @@ from penstock.serve.batching.contract import Batching
 from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.engine.loops.contract import Loop
 from penstock.serve.engine.loops.overlapped import Overlapped
+from penstock.speculate.contract import Drafter
 
 
 class EngineConfig(Config):
@@ -31,6 +32,7 @@ class EngineConfig(Config):
         cache_tokens: tokens for which the cache has room; None sizes it by ``memory``.
         memory: share of the device's memory that weights and cache may take together (of what is free, on the CPU).
         context: most tokens of a sequence; None takes the model's own limit.
+        drafter: drafts tokens ahead, which one pass then checks together; None computes one token a sequence a step.
         compile: on CUDA, compile the model and capture steps as graphs at the start, those that decode and those whose
             prompts the device computes as fast as the host queues them: tens of seconds that make every step shorter.
         check: compare the cache's books with the sequences after every step.
@@ -46,6 +48,7 @@ class EngineConfig(Config):
     cache_tokens: PositiveInt | None = None
     memory: Annotated[float, Field(gt=0, le=1)] = 0.85
     context: PositiveInt | None = None
+    drafter: Annotated[Drafter, Choice("speculate.drafter")] | None = None
     compile: bool = True
     check: bool = False
 

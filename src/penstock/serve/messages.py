@@ -91,6 +91,7 @@ class Snapshot:
         blocks, held: of the pool, in all and held by sequences.
         batch_tokens, batch_sequences: of the last step.
         prompt_tokens, cached_tokens, output_tokens, preemptions: counters since the start.
+        drafted_tokens, accepted_tokens: the same of speculation.
         step_seconds: of the last step.
     """
 
@@ -104,5 +105,7 @@ class Snapshot:
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     preemptions: int
     step_seconds: float

@@ -34,7 +34,8 @@ def check_rule(rule: DecodeRule, limit: DecodeRule, options: dict[str, float]) -
     for prompt, sampling, found in zip(prompts, ruled, together[: len(prompts)], strict=True):
         engine = tiny_engine(model)
         assert decode(engine, [prompt], [sampling]) == [found], "the rule's tokens depend on the batch"
-        assert engine.steps == LENGTH, f"{engine.steps} forward passes for {LENGTH} tokens"
+        steps = engine.snapshot().steps
+        assert steps == LENGTH, f"{steps} forward passes for {LENGTH} tokens"
 
 
 def decode(engine: Engine, prompts: Sequence[list[int]], samplings: Sequence[SamplingParams]) -> list[list[int]]:

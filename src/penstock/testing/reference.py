@@ -79,23 +79,39 @@ def pick(chances: Sequence[float], uniform: float) -> int:
     return next(token for token, sum_ in enumerate(reached) if sum_ > uniform * reached[-1])
 
 
+def continued(
+    model: Decoder, tokens: Sequence[int], given: int, sampling: Sampling, rule: UncertaintyAwareContrast | None = None
+) -> list[int]:
+    """What follows ``tokens``, of which the first ``given`` are the prompt and the others generated: as ``sampling``
+    says, up to ``sampling.max_tokens`` generated ones in all. The draw of a token depends on the seed and on how many
+    were generated before alone. With a ``rule`` the scores are contrasted with those after the rule's own prompt."""
+    text = list(tokens)
+    while len(text) - given < sampling.max_tokens:
+        count, generated = len(text) - given, text[given:]
+        logits = next_logits(model, text)
+        if rule is not None:
+            others = [next_logits(model, [*start, *generated]) for start in rule.companions]
+            logits = rule.combine(torch.stack([logits, *others]).float().unsqueeze(0))[0]
+        uniform = float(uniforms(derive(sampling.seed, "sample"), np.array([count]))[0])
+        text.append(pick(distribution(logits, sampling), uniform))
+    return text[len(tokens) :]
+
+
 def contrasted(model: Decoder, prompt: Sequence[int], sampling: Sampling, rule: UncertaintyAwareContrast) -> list[int]:
-    """The same where the scores are those after ``prompt``, contrasted with those after the rule's own prompt."""
-    tokens: list[int] = []
-    for count in range(sampling.max_tokens):
-        both = (next_logits(model, [*start, *tokens]).float() for start in (prompt, rule.companion))
-        chances = distribution(rule.contrast(*both), sampling)
-        tokens.append(pick(chances, float(uniforms(derive(sampling.seed, "sample"), np.array([count]))[0])))
-    return tokens
+    """The tokens after ``prompt`` where the scores are contrasted with those after the rule's own prompt."""
+    return continued(model, prompt, len(prompt), sampling, rule)
+
+
+@torch.no_grad()
+def prompt_logprobs(model: Decoder, prompt: Sequence[int]) -> list[float]:
+    """The log-probability of each token of ``prompt`` but the first, float64, from one forward pass over all of it."""
+    device = model.embedding.weight.device
+    row = torch.tensor([list(prompt)], device=device)
+    scores = model.logits(model(row, CausalRows.of(len(prompt), device)).hidden[0]).double().log_softmax(-1)
+    return [float(scores[place, token]) for place, token in enumerate(prompt[1:])]
 
 
 def sample(model: Decoder, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset()) -> list[int]:
     """The tokens after ``prompt``, drawn as ``sampling`` says; the draw of token i depends on the seed and i alone."""
-    tokens = list(prompt)
-    for count in range(sampling.max_tokens):
-        chances = distribution(next_logits(model, tokens), sampling)
-        token = pick(chances, float(uniforms(derive(sampling.seed, "sample"), np.array([count]))[0]))
-        if token in stop:
-            break
-        tokens.append(token)
-    return tokens[len(prompt) :]
+    tokens = continued(model, prompt, len(prompt), sampling)
+    return list(itertools.takewhile(lambda token: token not in stop, tokens))

@@ -1,12 +1,21 @@
 """The law of ``serve.batching``: a machine that plays any course of events on a small engine.
 
-Requests arrive, overlap, fork, are aborted and run out of time, on pools so small that sequences are thrown out. After
-each step the budgets are checked, and the pool compares its books with the sequences; in the end every request has
-finished with the tokens of the reference decoder, which knows no cache and no batch, and no block is held.
+Requests arrive, overlap, fork, are cut back, fed, aborted and run out of time, on pools so small that sequences are
+thrown out, with and without drafts. After each step the budgets are checked, and the pool compares its books with the
+sequences; in the end every request has finished with the tokens of the reference decoder, which knows no cache and no
+batch, and no block is held. What each clause is there to catch:
+
+- tokens and log-probabilities of the reference: wrong blocks, tables, positions, masks, draws, copies on write, tokens
+  that belong to somebody else, log-probabilities that slip by one after a preemption;
+- budgets and books: a batch that is too large, blocks that are lost, held twice or given back too early;
+- who is thrown out, and who comes back first: the least urgent that came last goes; one that was thrown out returns
+  before anybody of the same priority and key who has not run yet; what it had found in the cache is counted once;
+- nobody waits for ever: see :func:`check_no_starvation`; the urgent go first: see :func:`check_priority`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,6 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from penstock.core.errors import UsageError
+from penstock.core.events import Event
 from penstock.core.randomness import numpy_generator
 from penstock.models.sampling import Sampling
 from penstock.ops.paged.reference import Reference
@@ -26,8 +36,9 @@ from penstock.serve.engine.engine import Engine
 from penstock.serve.engine.loops.contract import Loop
 from penstock.serve.engine.loops.plain import Plain
 from penstock.serve.messages import Delta, Finish, Request
+from penstock.speculate.contract import Drafter
 from penstock.testing.enrolled import enrolled
-from penstock.testing.reference import contrasted, greedy, sample
+from penstock.testing.reference import continued, prompt_logprobs
 from penstock.testing.serve_model import SHAPE, small_model
 
 MOST, STOP = 16, 7
@@ -35,14 +46,18 @@ MOST, STOP = 16, 7
 
 @functools.cache
 def expected(
-    prompt: tuple[int, ...], temperature: float, seed: int, rule: UncertaintyAwareContrast | None
+    tokens: tuple[int, ...], given: int, temperature: float, seed: int, rule: UncertaintyAwareContrast | None
 ) -> list[int]:
-    """What follows ``prompt``, at least :data:`MOST` tokens or up to the model's context."""
-    model, count = small_model(), min(MOST, SHAPE.context - len(prompt))
-    sampling = Sampling(temperature=temperature, seed=seed, max_tokens=count)
-    if rule is not None:
-        return contrasted(model, prompt, sampling, rule)
-    return greedy(model, prompt, count) if temperature == 0 else sample(model, prompt, sampling)
+    """What follows ``tokens``, of which so many were ``given``: at least :data:`MOST` tokens, or up to the model's
+    context."""
+    most = min(MOST + len(tokens), SHAPE.context) - given
+    return continued(small_model(), tokens, given, Sampling(temperature=temperature, seed=seed, max_tokens=most), rule)
+
+
+@functools.cache
+def rated(prompt: tuple[int, ...]) -> list[float]:
+    """The log-probabilities of the tokens of ``prompt`` but the first."""
+    return prompt_logprobs(small_model(), prompt)
 
 
 def numbers(stream: str, count: int) -> list[int]:
@@ -75,12 +90,41 @@ params = st.builds(
     rule=st.sampled_from([None, None, None, CONTRAST]),
 )
 
+#: A request and one of its continuations.
+Name = tuple[str, int]
+
+
+@dataclasses.dataclass
+class Account:
+    """What is known of one continuation: its ``text`` when it was touched last, of which ``given`` tokens were its
+    prompt, its ``limit`` of tokens in all, and the tokens that were ``told``."""
+
+    request: Request
+    index: int
+    text: list[int]
+    given: int
+    limit: int
+    touched: bool = False
+    told: list[int] = dataclasses.field(default_factory=list)
+    finish: Finish | None = None
+    aborted: bool = False
+
+    @property
+    def ahead(self) -> list[int]:
+        """What follows the text."""
+        sampling = self.request.sampling
+        rule = CONTRAST if sampling.rule is not None else None
+        follows = expected(tuple(self.text), self.given, sampling.temperature, sampling.seed + self.index, rule)
+        follows = follows[: self.limit - len(self.text)]
+        return follows[: follows.index(STOP) + 1] if STOP in sampling.stop_tokens and STOP in follows else follows
+
 
 class EngineMachine(RuleBasedStateMachine):
     """Any course of events. Subclasses name the policy, see :func:`machine_of`."""
 
     batching: Batching
     loops: list[Loop]
+    drafters: list[Drafter | None]
 
     @initialize(
         loop=st.integers(0, 7),
@@ -88,8 +132,9 @@ class EngineMachine(RuleBasedStateMachine):
         sequences=st.sampled_from([1, 4, 10]),
         block_size=st.sampled_from([2, 4]),
         cache=st.sampled_from([36, 60, 400]),
+        drafter=st.integers(0, 7),
     )
-    def open(self, loop: int, tokens: int, sequences: int, block_size: int, cache: int) -> None:
+    def open(self, loop: int, tokens: int, sequences: int, block_size: int, cache: int, drafter: int) -> None:
         config = EngineConfig(
             batching=self.batching,
             loop=self.loops[loop % len(self.loops)],
@@ -98,14 +143,14 @@ class EngineMachine(RuleBasedStateMachine):
             sequences=sequences,
             block_size=block_size,
             cache_tokens=cache,
+            drafter=self.drafters[drafter % len(self.drafters)],
             check=True,
         )
         self.engine: Engine = build_engine(small_model(), config)
-        self.requests: dict[str, Request] = {}
-        self.got: dict[tuple[str, int], list[int]] = {}
-        self.finish: dict[tuple[str, int], Finish] = {}
-        self.aborted: set[tuple[str, int]] = set()
-        self.rated: dict[str, int] = {}
+        self.accounts: dict[Name, Account] = {}
+        self.rated: set[str] = set()
+        self.found = 0
+        self.thrown: set[Name] = set()
 
     @rule(
         asked=st.lists(st.tuples(prompts, params), min_size=1, max_size=4),
@@ -115,24 +160,54 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def arrive(self, asked: list[tuple[list[int], SamplingParams]], **fields: Any) -> None:
         for prompt, sampling in asked:
-            self._enter(Request(str(len(self.requests)), prompt, sampling, **fields))
+            self._enter(Request(str(len(self.accounts)), prompt, sampling, **fields), len(prompt))
 
     @precondition(lambda self: self._speaking())
     @rule(data=st.data(), back=st.sampled_from([0, 0, 3]), sampling=params)
     def fork(self, data: st.DataObject, back: int, sampling: SamplingParams) -> None:
         """From where a sequence is, or from a little before."""
-        id = data.draw(st.sampled_from(self._speaking()))
-        tokens = self.requests[id].prompt + self.got[id, 0]
+        name = data.draw(st.sampled_from(self._speaking()))
+        parent = self.accounts[name]
+        tokens = self._text(name)
         few = sampling.model_copy(update={"max_tokens": min(sampling.max_tokens, 6)})
-        self._enter(Request(str(len(self.requests)), tokens[: max(1, len(tokens) - back)], few), of=id)
+        prompt = tokens[: max(parent.given, len(tokens) - back)]
+        self._enter(Request(str(len(self.accounts)), prompt, few), parent.given, of=name)
+
+    @precondition(lambda self: self._speaking())
+    @rule(data=st.data(), back=st.integers(0, 6))
+    def truncate(self, data: st.DataObject, back: int) -> None:
+        name = data.draw(st.sampled_from(self._speaking()))
+        account, length = self.accounts[name], max(self.accounts[name].given, len(self._text(name)) - back)
+        try:
+            self.engine.truncate(name[0], length, name[1])
+        except UsageError:
+            assert not self._lives(name), "a living sequence can be cut"
+            return
+        assert self._text(name) == [*account.text, *account.ahead][:length]
+        account.text, account.touched = self._text(name), True
+
+    @precondition(lambda self: self._speaking())
+    @rule(data=st.data(), tokens=st.lists(st.integers(0, SHAPE.vocabulary - 1), max_size=4))
+    def feed(self, data: st.DataObject, tokens: list[int]) -> None:
+        name = data.draw(st.sampled_from(self._speaking()))
+        account = self.accounts[name]
+        try:
+            self.engine.feed(name[0], tokens, name[1])
+        except UsageError:
+            assert not self._lives(name) or len(self._text(name)) + len(tokens) >= account.limit
+            return
+        text = self._text(name)
+        before = text[: len(text) - len(tokens)]
+        assert before == [*account.text, *account.ahead][: len(before)] and text[len(before) :] == tokens
+        account.text, account.touched = text, True
 
     @precondition(lambda self: self._alive())
     @rule(data=st.data(), one=st.booleans())
     def abort(self, data: st.DataObject, one: bool) -> None:
-        id = data.draw(st.sampled_from(self._alive()))
-        indices = [0] if one else range(self.requests[id].sampling.n)
-        self.aborted |= {(id, index) for index in indices}
-        self.engine.abort(id, 0 if one else None)
+        id, index = data.draw(st.sampled_from(self._alive()))
+        for name, account in self.accounts.items():
+            account.aborted |= name == (id, index) or (name[0] == id and not one and account.finish is None)
+        self.engine.abort(id, index if one else None)
         self.engine.abort("unknown")
 
     @rule(times=st.integers(1, 6))
@@ -144,39 +219,45 @@ class EngineMachine(RuleBasedStateMachine):
         """Everything finishes, with the right tokens, and nothing is left."""
         if not hasattr(self, "engine"):
             return
-        for _ in range(20 + 8 * sum(MOST + len(each.prompt) for each in self.requests.values())):
+        for _ in range(60 + 8 * sum(MOST + len(each.text) for each in self.accounts.values())):
             if not self.engine.busy:
                 break
             self._step()
         assert not self.engine.busy, "requests do not finish"
-        assert self.engine.pool.held == self.engine.batcher.waiting == len(self.engine.running) == 0
-        for (id, index), got in self.got.items():
-            self._judge(self.requests[id], index, got)
+        now = self.engine.snapshot()
+        assert now.held == now.waiting == now.running == 0
+        assert now.cached_tokens == self.found, "what is found in the cache is counted once for each sequence"
+        for account in self.accounts.values():
+            self._judge(account)
 
-    def _enter(self, request: Request, of: str | None = None) -> None:
+    def _enter(self, request: Request, given: int, of: Name | None = None) -> None:
         """Adds or forks ``request``, which the engine refuses exactly where it cannot fit."""
         try:
-            self.engine.add(request) if of is None else self.engine.fork(of, request)
+            self.engine.add(request) if of is None else self.engine.fork(of[0], request, of[1])
         except UsageError:
-            assert self._left(request) < 1
+            assert self._left(request, given) < 1
             return
-        assert self._left(request) >= 1
-        self.requests[request.id] = request
-        self.got |= {(request.id, index): [] for index in range(request.sampling.n)}
+        left = self._left(request, given)
+        assert left >= 1
+        limit = len(request.prompt) + min(request.sampling.max_tokens, left)
+        for index in range(request.sampling.n):
+            self.accounts[request.id, index] = Account(request, index, list(request.prompt), given, limit)
 
-    def _left(self, request: Request) -> int:
+    def _left(self, request: Request, given: int) -> int:
         """The most tokens that can follow the prompt. With a companion both have to fit, with a last block each that is
         nearly empty."""
         limits, length = self.engine.limits, len(request.prompt)
         if request.sampling.rule is None:
             return self.engine.context - length
-        other, size = len(CONTRAST.prompt), limits.block_size
+        other, size = len(CONTRAST.prompt) + length - given, limits.block_size
         both = limits.blocks * size - 2 * (size - 1) - length - other
         return min(self.engine.context - max(length, other), both // 2) if limits.sequences > 1 else 0
 
     def _step(self) -> None:
         for delta in self.engine.step():
             self._receive(delta)
+        for event in self.engine.events.fresh():
+            self._hear(event)
         now, limits = self.engine.snapshot(), self.engine.limits
         assert now.batch_tokens <= limits.tokens
         assert now.batch_sequences <= now.batch_tokens
@@ -184,46 +265,80 @@ class EngineMachine(RuleBasedStateMachine):
         assert now.held <= limits.blocks
 
     def _receive(self, delta: Delta) -> None:
-        name = delta.id, delta.index
-        assert name not in self.finish, "news of a sequence that has finished"
-        self.got[name] += delta.tokens
+        account = self.accounts[delta.id, delta.index]
+        assert account.finish is None, "news of a sequence that has finished"
+        account.told += delta.tokens
+        account.finish = delta.finish
         if delta.prompt_logprobs is not None:
             assert delta.id not in self.rated, "the prompt is rated twice"
-            self.rated[delta.id] = len(delta.prompt_logprobs)
-        if delta.finish is not None:
-            self.finish[name] = delta.finish
+            self.rated.add(delta.id)
+            prompt = account.request.prompt
+            assert [each.token for each in delta.prompt_logprobs] == prompt[1:]
+            for each, wanted in zip(delta.prompt_logprobs, rated(tuple(prompt)), strict=True):
+                assert abs(each.logprob - wanted) < 1e-3
 
-    def _alive(self) -> list[str]:
-        """Requests of which no continuation has ended."""
-        ended = {id for id, _ in self.finish} | {id for id, _ in self.aborted}
-        return [id for id in self.requests if id not in ended]
+    def _hear(self, event: Event) -> None:
+        """Who is thrown out, and who returns first."""
+        name = event.id, event.index
+        if event.kind == "preempted":
+            by = str(event.detail["by"]), int(event.detail["by_index"])
+            assert self._rank(by) <= self._rank(name), "one who came earlier is thrown out for a later one"
+            self.thrown.add(name)
+        elif event.kind == "admitted":
+            if name not in self.thrown:
+                self.found += int(event.detail["cached"])
+                own = self.accounts[name].request
+                others = [self.accounts[each].request for each in self.thrown]
+                before = [each for each in others if (each.priority, each.key) == (own.priority, own.key)]
+                assert not before or "forked" in event.detail, "one who was thrown out is overtaken by a newcomer"
+            self.thrown.discard(name)
+        elif event.kind == "finished":
+            self.thrown.discard(name)
 
-    def _speaking(self) -> list[str]:
-        """Requests for one continuation that has begun."""
-        return [id for id in self._alive() if self.requests[id].sampling.n == 1 and self.got[id, 0]]
+    def _rank(self, name: Name) -> tuple[int, int]:
+        """Priority, then arrival."""
+        return self.accounts[name].request.priority, list(self.accounts).index(name)
 
-    def _judge(self, request: Request, index: int, got: list[int]) -> None:
-        sampling, name = request.sampling, (request.id, index)
-        rule = CONTRAST if sampling.rule is not None else None
-        wanted = expected(tuple(request.prompt), sampling.temperature, sampling.seed + index, rule)
-        wanted = wanted[: min(sampling.max_tokens, self._left(request))]
-        reason = Finish.LENGTH
-        if STOP in sampling.stop_tokens and STOP in wanted:
-            wanted, reason = wanted[: wanted.index(STOP) + 1], Finish.STOP
-        if name in self.aborted or request.deadline == 0:
-            assert got == wanted[: len(got)]
-            reason = Finish.ABORT if name in self.aborted else Finish.DEADLINE
+    def _lives(self, name: Name) -> bool:
+        return any(each.index == name[1] for each in self.engine._sequences.get(name[0], ()))
+
+    def _text(self, name: Name) -> list[int]:
+        """What the engine has of a sequence; what was told last where it has ended."""
+        for each in self.engine._sequences.get(name[0], ()):
+            if each.index == name[1]:
+                return list(each.tokens)
+        account = self.accounts[name]
+        return [*account.text, *account.ahead]
+
+    def _alive(self) -> list[Name]:
+        """Continuations that have not ended."""
+        return [name for name, each in self.accounts.items() if each.finish is None and not each.aborted]
+
+    def _speaking(self) -> list[Name]:
+        """Those that have begun."""
+        return [name for name in self._alive() if self.accounts[name].told]
+
+    def _judge(self, account: Account) -> None:
+        request, told = account.request, account.told
+        wanted = account.ahead
+        reason = Finish.STOP if STOP in request.sampling.stop_tokens and wanted[-1:] == [STOP] else Finish.LENGTH
+        if account.aborted or request.deadline == 0:
+            assert account.touched or told == wanted[: len(told)]
+            reason = Finish.ABORT if account.aborted else Finish.DEADLINE
         else:
-            assert got == wanted
-        assert self.finish[name] is reason
-        if sampling.prompt_logprobs is not None and index == 0 and got:
-            assert self.rated[request.id] == len(request.prompt) - 1
+            assert told[len(told) - len(wanted) :] == wanted
+            assert account.touched or len(told) == len(wanted)
+        assert account.finish is reason
+        if request.sampling.prompt_logprobs is not None and account.index == 0 and told:
+            assert request.id in self.rated
 
 
 def machine_of(batching: Batching) -> type[EngineMachine]:
-    """The machine for a policy, over all registered loops."""
+    """The machine for a policy, over all registered loops and drafters."""
     loops = [loop for loop in enrolled("serve.loop").values() if isinstance(loop, Loop)]
-    return type(f"{type(batching).__name__}Machine", (EngineMachine,), {"batching": batching, "loops": loops})
+    drafters = [None, *(each for each in enrolled("speculate.drafter").values() if isinstance(each, Drafter))]
+    fields = {"batching": batching, "loops": loops, "drafters": drafters}
+    return type(f"{type(batching).__name__}Machine", (EngineMachine,), fields)
 
 
 def check_stall_free(batching: Batching, seed: int) -> None:
@@ -244,7 +359,7 @@ def check_stall_free(batching: Batching, seed: int) -> None:
         tokens = [int(token) for token in draw.integers(SHAPE.vocabulary, size=draw.integers(1, 40))]
         engine.add(Request(str(number), tokens, SamplingParams(temperature=0, max_tokens=int(draw.integers(1, 20)))))
     while engine.busy:
-        decoding = [sequence for sequence in engine.running if sequence.decoding]
+        decoding = [sequence for sequence in engine.memory.running if sequence.decoding]
         gained = {delta.id for delta in engine.step() if delta.tokens}
         for sequence in decoding:
             assert sequence.request.id in gained or not sequence.running

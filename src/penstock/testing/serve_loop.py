@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
+import numpy as np
+
 from penstock.core.randomness import numpy_generator
 from penstock.ops.paged.reference import Reference
 from penstock.serve.build import build_engine
@@ -15,6 +17,9 @@ from penstock.serve.messages import Delta, Finish, Request
 from penstock.testing.serve_batching import PREFIXES
 from penstock.testing.serve_model import SHAPE, small_model
 
+#: The tables of no sequence.
+NOBODY = np.zeros((0, 0), np.int32)
+
 #: What a sequence came to: its tokens, and why it ended.
 Outcome = tuple[list[int], Finish | None]
 
@@ -23,23 +28,19 @@ class ScriptedSteps:
     """Steps that compute nothing and keep the order in which they are called.
 
     Args:
-        batches: for each call of :meth:`form`, whether there is something to compute.
-        blind: for each call of :meth:`blind`, its answer; False after them.
+        batches: for each call of :meth:`form`, whether there is something to compute; nothing after them.
     """
 
-    def __init__(self, batches: list[bool], blind: list[bool]) -> None:
-        self._batches, self._blind = deque(batches), deque(blind)
+    def __init__(self, batches: list[bool]) -> None:
+        self._batches = deque(batches)
         self._formed: list[Batch] = []
         self._launched: list[Batch] = []
-        self._told = False
         self.published: list[int] = []
 
     def form(self) -> Batch | None:
-        assert not (self._told and self.queued), "a batch is formed blindly"
-        self._told = False
         if not self._batches or not self._batches.popleft():
             return None
-        self._formed.append(Batch([]))
+        self._formed.append(Batch([], NOBODY))
         return self._formed[-1]
 
     def launch(self, batch: Batch) -> None:
@@ -52,23 +53,23 @@ class ScriptedSteps:
         self.published.append(place)
         return [Delta("", place, [])]
 
-    def blind(self) -> bool:
-        self._told = bool(self._blind) and self._blind.popleft()
-        return self._told
-
     @property
     def queued(self) -> int:
         """Batches that are launched and not published."""
         return len(self._launched) - len(self.published)
 
 
-def check_order(loop: Loop, batches: list[bool], blind: list[bool]) -> None:
-    """Asserts that every batch is launched once and published once, in order, none blindly, that ``idle`` says
-    whether all are published, and that a loop with nothing to compute comes to rest."""
-    steps = ScriptedSteps(batches, blind)
+def check_order(loop: Loop, batches: list[bool], drains: frozenset[int] = frozenset()) -> None:
+    """Asserts that every batch is launched once and published once, in order, that ``idle`` says whether all are
+    published, that ``drain`` (before the steps that ``drains`` names) leaves nothing queued, and that a loop with
+    nothing to compute comes to rest."""
+    steps = ScriptedSteps(batches)
     stepper = loop.start(steps)
     heard = []
-    for _ in range(2 * len(batches) + len(blind) + 2):
+    for number in range(2 * len(batches) + 2):
+        if number in drains:
+            heard += [delta.index for delta in stepper.drain()]
+            assert stepper.idle and steps.queued == 0
         heard += [delta.index for delta in stepper.step()]
         assert stepper.idle == (steps.queued == 0)
     assert stepper.idle
@@ -99,5 +100,5 @@ def outcomes(loop: Loop, seed: int) -> dict[str, Outcome]:
         for delta in engine.step():
             found[delta.id] = found[delta.id][0] + delta.tokens, delta.finish
         step += 1
-    assert engine.pool.held == 0
+    assert engine.snapshot().held == 0
     return found

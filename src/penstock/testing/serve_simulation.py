@@ -10,54 +10,52 @@ import math
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as List
-from types import SimpleNamespace
-from typing import cast
 
-import numpy as np
 import torch
 
+from penstock.models.config import DecoderConfig
 from penstock.serve.choose.sampler import Sampled
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
-from penstock.serve.run.runner import Runner
 
 #: Tokens that a simulated model knows; it always says the first.
 VOCABULARY = 1 << 20
 
 
-class _NoSampler:
-    def add(self, *_: object) -> None:
-        pass
-
-
 class SimulatedRunner:
-    """What an engine needs of a runner, without a model: every token that comes out is 0.
+    """An executor without a model: every token that comes out is 0.
 
     Args:
         blocks: of the cache, of ``block_size`` tokens.
-        slots: most sequences at a time.
+
+    Attributes:
+        launched: how many batches there were; ``batch`` is the last.
     """
 
-    def __init__(self, blocks: int, block_size: int, slots: int) -> None:
-        self.blocks = blocks
-        self.tables = np.zeros((slots, blocks), np.int32)
-        self.sampler = _NoSampler()
-        self.model = SimpleNamespace(config=SimpleNamespace(vocabulary=VOCABULARY, context=blocks * block_size))
+    def __init__(self, blocks: int, block_size: int) -> None:
+        self.blocks, self.block_size = blocks, block_size
+        one = {"hidden": 2, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 2, "ffn": 1}
+        self.shape = DecoderConfig.model_validate({"vocabulary": VOCABULARY, "context": blocks * block_size, **one})
         self.device = torch.device("cpu")
-        self.cache = SimpleNamespace(shape=SimpleNamespace(blocks=blocks, block_size=block_size))
+        self.launched = 0
+        self.batch: Batch | None = None
 
-    def launch(self, batch: Batch) -> None:
+    def launch(self, batch: Batch) -> Sampled:
         """Knows the tokens at once."""
-        batch.sampled = Sampled(torch.zeros(sum(entry.scored for entry in batch.entries), dtype=torch.int64))
+        self.launched, self.batch = self.launched + 1, batch
+        return Sampled(torch.zeros(sum(entry.scored for entry in batch.entries), dtype=torch.int64))
 
 
 def simulated_engine(config: EngineConfig) -> Engine:
     """An engine whose model takes no time. ``cache_tokens`` must be set."""
+    return Engine(config, _runner(config))
+
+
+def _runner(config: EngineConfig) -> SimulatedRunner:
     assert config.cache_tokens is not None
-    blocks = config.cache_tokens // config.block_size
-    return Engine(config, cast(Runner, SimulatedRunner(blocks, config.block_size, config.sequences)))
+    return SimulatedRunner(config.cache_tokens // config.block_size, config.block_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,29 +101,30 @@ def roofline(compute: float, memory: float) -> Cost:
 
 def simulate(config: EngineConfig, requests: List[Request], arrivals: List[float] | None, cost: Cost) -> Course:
     """Plays ``requests``, which arrive at the times ``arrivals`` (all at 0 for None), to their end."""
-    engine, course = simulated_engine(config), Course(tokens={request.id: [] for request in requests})
+    runner, course = _runner(config), Course(tokens={request.id: [] for request in requests})
+    engine = Engine(config, runner)
     coming = deque(sorted(zip(arrivals or [0.0] * len(requests), requests, strict=True), key=lambda pair: pair[0]))
     while coming or engine.busy:
         if not engine.busy:
             course.seconds = max(course.seconds, coming[0][0])
         while coming and coming[0][0] <= course.seconds:
             engine.add(coming.popleft()[1])
-        begun = engine.steps
+        begun = runner.launched
         deltas = engine.step()
-        if engine.steps > begun:
-            step = _step_of(engine)
+        if runner.launched > begun and runner.batch is not None:
+            step = _step_of(runner.batch)
             course.steps.append(step)
             course.seconds += cost(step)
-        course.held.append(engine.pool.held)
+        course.held.append(engine.memory.pool.held)
         for delta in deltas:
             course.tokens[delta.id] += [course.seconds] * len(delta.tokens)
         assert math.isfinite(course.seconds)
-    course.cached = engine.cached_tokens
+    course.cached = engine.snapshot().cached_tokens
     return course
 
 
-def _step_of(engine: Engine) -> Step:
-    entries = engine.last.entries
+def _step_of(batch: Batch) -> Step:
+    entries = batch.entries
     decoding = [entry for entry in entries if entry.count == 1 and entry.start >= entry.sequence.prompt]
     return Step(
         decoded=len(decoding),

@@ -48,6 +48,6 @@ def test_both_policies_serve_the_same_requests_on_one_engine(script):
     for policy in (Sarathi(), NanoFlow(), Sarathi()):
         rate, share = script.serve(engine, policy, work)
         assert rate > 0 and share == 0
-        assert engine.pool.held == 0 and not engine.busy
-    assert engine.output_tokens == 3 * sum(each.sampling.max_tokens for each in work)
+        assert engine.memory.pool.held == 0 and not engine.busy
+    assert engine.snapshot().output_tokens == 3 * sum(each.sampling.max_tokens for each in work)
     assert len({each.sampling.max_tokens for each in work}) > 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -139,6 +139,9 @@ class PagedCache:
 )
 class PagedAttention(Policy):
     """Makes the memory of keys and values, and computes attention over it."""
+
+    #: Of those that serve a device, the one with the highest is taken where none is named.
+    rank: ClassVar[int] = 0
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """None where the policy works for these on this machine, else the reason why it does not, as a clause:

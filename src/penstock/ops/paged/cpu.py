@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -111,6 +111,8 @@ class Native(PagedAttention):
     float32, float64 and bfloat16; sums are kept in float32, or float64 for float64. A cut may move with the rest of the
     batch, and with it the last bits of an output.
     """
+
+    rank: ClassVar[int] = 10
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cpu":

@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -284,6 +284,8 @@ class FlashInfer(PagedAttention):
     several new tokens. In a batch with both, sequences that decode have the former where they come first, as they do in
     every step of the engine. Passes of batches of a fixed shape can be replayed from a CUDA graph.
     """
+
+    rank: ClassVar[int] = 20
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cuda":

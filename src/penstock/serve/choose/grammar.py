@@ -51,6 +51,19 @@ class Matcher:
         """Goes on by ``token``."""
         self._matcher.consume_token(token)
 
+    def allowed(self, tokens: Sequence[int]) -> int:
+        """How many of the first of ``tokens`` could come next, one after the other. Where it stands does not change."""
+        return 0 if self.failed else int(self._matcher.validate_tokens(list(tokens)))
+
+    def rollback(self, count: int) -> None:
+        """Goes back by the last ``count`` tokens."""
+        if count:
+            self._matcher.rollback(count)
+
+    def copy(self) -> Matcher:
+        """Another one that stands where this one does."""
+        return Matcher(self._matcher.deep_copy(), self.words)
+
     def write_mask(self, row: np.ndarray) -> None:
         """Sets bit i of ``row`` (int32 [words], contiguous) where token i may come next, 32 tokens a word, the least
         significant bit first. Once it failed, any token may come, and is the last."""

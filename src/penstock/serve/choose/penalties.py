@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,13 +38,13 @@ class Penalties:
         return len(self._tokens)
 
     @torch.inference_mode()
-    def add(self, slot: int, tokens: Sequence[int], prompt: int) -> None:
+    def add(self, slot: int, tokens: np.ndarray, prompt: int) -> None:
         """A penalized sequence takes ``slot``, with its ``tokens``, the first ``prompt`` of which were given."""
         if not self._free:
             self._grow()
         row = self._row[slot] = self._free.pop()
         self._widen(len(tokens))
-        known = upload(np.array(tokens, np.int64), self._device)
+        known = upload(tokens, self._device)
         self._tokens[row] = known[0]
         self._tokens[row, : len(tokens)] = known
         generated = known[prompt:]
@@ -72,12 +70,24 @@ class Penalties:
         scores[at.unsqueeze(-1), tokens] = own
 
     @torch.inference_mode()
-    def append(self, slots: np.ndarray, lengths: np.ndarray, tokens: Tensor) -> None:
-        """The sequences in ``slots`` [P], of ``lengths`` [P] tokens, go on by ``tokens`` [P]."""
+    def append(self, slots: np.ndarray, lengths: np.ndarray, tokens: Tensor, kept: Tensor | None = None) -> None:
+        """The sequences in ``slots`` [P], of ``lengths`` [P] tokens, go on by ``tokens`` [P], or only by those that are
+        ``kept`` (bool [P]). A slot may come several times, with other lengths."""
         self._widen(int(lengths.max()) + 1)
-        rows = upload(self._row[slots], self._device)
-        self._tokens[rows, upload(lengths, self._device)] = tokens
-        self._counts[rows, tokens] += 1
+        rows, ones = upload(self._row[slots], self._device), torch.ones_like(tokens, dtype=torch.int32)
+        if kept is None:
+            self._tokens[rows, upload(lengths, self._device)] = tokens
+        else:
+            self._tokens[rows, upload(lengths, self._device)] = torch.where(kept, tokens, self._tokens[rows, 0])
+            ones *= kept
+        self._counts.index_put_((rows, tokens), ones, accumulate=True)
+
+    @torch.inference_mode()
+    def retract(self, slots: np.ndarray, lengths: np.ndarray, tokens: Tensor) -> None:
+        """Undoes what :meth:`append` did with the same arguments."""
+        rows, less = upload(self._row[slots], self._device), -torch.ones_like(tokens, dtype=torch.int32)
+        self._tokens[rows, upload(lengths, self._device)] = self._tokens[rows, 0]
+        self._counts.index_put_((rows, tokens), less, accumulate=True)
 
     def _grow(self) -> None:
         rows = len(self._tokens)

@@ -97,8 +97,11 @@ class SamplingParams(Sampling):
         logprobs: give each token's log-probability, and those of so many of the most probable tokens; they are the
             model's own, before anything above is applied.
         prompt_logprobs: the same for the tokens of the prompt but the first.
+        prompt_logprobs_from: the first token of the prompt, counted from 0, for which they are wanted. What is before
+            it may come from the cache, so that a text that grows is scored without computing it anew.
         grammar: what the text must be.
         rule: a decoding rule.
+        drafts: let the engine draft tokens ahead, where it does so at all. It changes when tokens come, never which.
     """
 
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
@@ -117,8 +120,10 @@ class SamplingParams(Sampling):
     ignore_eos: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    prompt_logprobs_from: NonNegativeInt = 0
     grammar: Grammar | None = None
     rule: Annotated[DecodeRule, Choice("decode.rule")] | None = None
+    drafts: bool = True
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -164,16 +169,16 @@ class SamplingParams(Sampling):
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     @property
-    def companion(self) -> tuple[int, ...] | None:
-        """The rule's own prompt, for the sequence whose scores it looks at; None where there is none."""
-        return None if self.rule is None else self.rule.companion
+    def companions(self) -> tuple[tuple[int, ...], ...]:
+        """The rule's own prompts, for the sequences whose scores it combines with those of this one."""
+        return () if self.rule is None else self.rule.companions
 
     def tokenized(self, encode: Callable[[str], list[int]]) -> SamplingParams:
         """The same with the rule's text as tokens."""
         return self if self.rule is None else self.model_copy(update={"rule": self.rule.tokenized(encode)})
 
     @property
-    def blind(self) -> bool:
+    def waits(self) -> bool:
         """Whether a token can be chosen only once all before it are known to the host."""
         return self.grammar is not None or (self.rule is not None and self.rule.follows)
 

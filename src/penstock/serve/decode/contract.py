@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Self, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from penstock.models.sampling import Sampling
@@ -19,23 +20,30 @@ S = TypeVar("S", bound=Sampling)
     "else is in the batch; one forward pass a token",
 )
 class DecodeRule(Policy):
-    """Changes a sequence's scores, or how tokens are drawn from them, at each position.
+    """Changes sequences' scores, or how tokens are drawn from them, at each position.
 
-    A rule has no state: what it needs to know are the tokens so far, or what the model says after another prompt.
+    A rule has no state: what it needs to know are the tokens so far, or what the model says after other prompts. It is
+    asked once a step for all sequences whose rules are computed alike.
     """
 
     #: Whether :meth:`rescore` is called. Each token must be known to the host then before the next one is chosen.
     follows: ClassVar[bool] = False
 
     @property
-    def companion(self) -> tuple[int, ...] | None:
-        """The prompt of a second sequence, which goes on with the same tokens, and whose scores :meth:`contrast` is
-        given; None where there is none.
+    def companions(self) -> tuple[tuple[int, ...], ...]:
+        """The prompts of further sequences, which go on with the same tokens in lockstep, and whose scores
+        :meth:`combine` is given; empty where there are none.
 
         Raises:
-            UsageError: the prompt is text, which :meth:`tokenized` has not been asked to read.
+            UsageError: a prompt is text, which :meth:`tokenized` has not been asked to read.
         """
-        return None
+        return ()
+
+    @property
+    def arithmetic(self) -> Self:
+        """The rule as far as :meth:`rescore` and :meth:`combine` depend on it: sequences are computed together where
+        this is equal."""
+        return self
 
     def tokenized(self, encode: Callable[[str], list[int]]) -> Self:
         """The same rule with what it has of text as tokens."""
@@ -49,12 +57,16 @@ class DecodeRule(Policy):
         """The temperature and cuts with which the token after ``count`` generated ones is drawn."""
         return sampling
 
-    def rescore(self, scores: Tensor, tokens: list[int]) -> Tensor:
-        """New scores [vocabulary] in place of ``scores`` (float32), which are of the token after ``tokens``, those of
-        the prompt and what followed. Nothing waits for the device."""
+    def read(self, texts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        """What :meth:`rescore` has to know of the tokens so far of R sequences, prompts included, as arrays."""
+        return {}
+
+    def rescore(self, scores: Tensor, **known: Tensor) -> Tensor:
+        """New scores [R, vocabulary] in place of ``scores`` (float32), those of the tokens that come next, given what
+        :meth:`read` found, on their device. Nothing waits for the device."""
         return scores
 
-    def contrast(self, scores: Tensor, other: Tensor) -> Tensor:
-        """New scores [vocabulary] in place of ``scores``, given the ``other`` ones, those of the companion; both are
-        float32. Nothing waits for the device."""
-        return scores
+    def combine(self, scores: Tensor) -> Tensor:
+        """The scores [R, vocabulary] by which R groups choose, given those of all n members of each, ``scores``
+        [R, n, vocabulary] (float32), the sequence itself first, then its companions. Nothing waits for the device."""
+        return scores[:, 0]

@@ -10,7 +10,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from penstock.core.devices import upload
 from penstock.models.sampling import Sampling
 from penstock.policy import policy
 from penstock.serve.decode.contract import DecodeRule
@@ -60,14 +59,22 @@ class Momentum(DecodeRule):
             return "momentum decoding takes the best token and draws none: set temperature to 0"
         return None
 
-    def rescore(self, scores: Tensor, tokens: list[int]) -> Tensor:
-        known, depth = depths(tokens, len(self.resistance) - 1)
-        cost = upload((self.alpha * np.array(self.resistance)[depth]).astype(np.float32), scores.device)
-        gain = scores.softmax(-1).index_add(0, upload(known, scores.device), -cost)
-        least = scores.topk(min(self.candidates, len(scores))).values[-1]
+    def read(self, texts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        found = [depths(text, len(self.resistance) - 1) for text in texts]
+        depth = np.concatenate([each for _, each in found])
+        return {
+            "rows": np.repeat(np.arange(len(found)), [len(tokens) for tokens, _ in found]),
+            "tokens": np.concatenate([tokens for tokens, _ in found]),
+            "costs": (self.alpha * np.array(self.resistance)[depth]).astype(np.float32),
+        }
+
+    def rescore(self, scores: Tensor, **known: Tensor) -> Tensor:
+        gain = scores.softmax(-1)
+        gain[known["rows"], known["tokens"]] -= known["costs"]
+        least = scores.topk(min(self.candidates, scores.shape[-1]), -1).values[:, -1:]
         gain = gain.masked_fill((scores < least) | (scores == -torch.inf), -torch.inf)
         # Of tokens that gain the same, the one with the larger score is left to be taken.
-        return scores.masked_fill(gain < gain.max(), -torch.inf)
+        return scores.masked_fill(gain < gain.amax(-1, keepdim=True), -torch.inf)
 
 
 def depths(tokens: Sequence[int], most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -44,10 +44,14 @@ class UncertaintyAwareContrast(DecodeRule):
     floor: Annotated[float, Field(ge=0)] = 1.0
 
     @property
-    def companion(self) -> tuple[int, ...]:
+    def companions(self) -> tuple[tuple[int, ...], ...]:
         if isinstance(self.prompt, str):
             raise UsageError("the rule's prompt is text, and an engine knows tokens: use sampling.tokenized(encode)")
-        return self.prompt
+        return (self.prompt,)
+
+    @property
+    def arithmetic(self) -> Self:
+        return self.model_copy(update={"prompt": ()})
 
     def tokenized(self, encode: Callable[[str], list[int]]) -> Self:
         if not isinstance(self.prompt, str):
@@ -57,11 +61,12 @@ class UncertaintyAwareContrast(DecodeRule):
             raise UsageError("the rule's prompt has no tokens")
         return self.model_copy(update={"prompt": tokens})
 
-    def contrast(self, scores: Tensor, other: Tensor) -> Tensor:
-        chances, size = scores.softmax(-1), scores.shape[-1]
+    def combine(self, scores: Tensor) -> Tensor:
+        size = scores.shape[-1]
+        own, other = scores.softmax(-1).unbind(1)
         # One token with probability 1 has a deviation of size^-1/2, and nothing has more.
-        unsure = chances.std() * size**0.5 < self.threshold
-        left = chances - self.weight * other.softmax(-1)
-        kept = (left > 0) & (chances >= self.floor / size)
+        unsure = own.std(-1, keepdim=True) * size**0.5 < self.threshold
+        left = own - self.weight * other
+        kept = (left > 0) & (own >= self.floor / size)
         contrasted = left.log().masked_fill(~kept, -torch.inf)
-        return torch.where(unsure & kept.any(), contrasted, scores)
+        return torch.where(unsure & kept.any(-1, keepdim=True), contrasted, scores[:, 0])

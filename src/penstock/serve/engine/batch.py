@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from penstock.serve.choose.sampler import Sampled
 from penstock.serve.engine.sequence import Sequence
 
@@ -12,9 +14,15 @@ from penstock.serve.engine.sequence import Sequence
 class Entry:
     """A piece of a sequence: its tokens [start, start + count), which the cache does not have yet.
 
-    ``slot`` is its row in the runner's tables; ``scored`` says for how many of the last of these tokens the scores of
-    the next one are wanted: 0 for a piece of a prompt, 1 where the sequence goes on from it. ``rated`` says for how
-    many of the first of them the log-probability of the prompt's next token is wanted.
+    Attributes:
+        sequence: whose tokens they are.
+        slot: its row in the tables.
+        start, count: which of its tokens.
+        scored: after how many of the last of these tokens the scores of the next one are wanted: 0 for a piece of a
+            prompt, 1 where the sequence goes on from it, 1 + len(window) where tokens were drafted.
+        rated: after how many of them, from ``rated_from`` on, the log-probability of the prompt's next token is wanted.
+        rated_from: the first of those, counted from ``start``.
+        window: the last of the tokens, where they are tentative: drafted, and not settled yet.
     """
 
     sequence: Sequence
@@ -23,6 +31,8 @@ class Entry:
     count: int
     scored: int
     rated: int = 0
+    rated_from: int = 0
+    window: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass
@@ -31,6 +41,8 @@ class Batch:
 
     Attributes:
         entries: the pieces.
+        tables: int32 [slots, most blocks], the blocks of each slot's sequence.
+        copies: blocks (from, to) to be copied before the step, since a sequence writes to a frozen one.
         parts: how many of the entries, in order, make a nano-batch: a pass of its own, beside the others where the
             device can do two things at a time. No entry reads what an entry of another part writes.
         lead: the part that goes first where two want the same.
@@ -39,6 +51,8 @@ class Batch:
     """
 
     entries: list[Entry]
+    tables: np.ndarray
+    copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     parts: tuple[int, ...] = ()
     lead: int = 0
     sampled: Sampled | None = None

@@ -3,71 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Iterable
+from collections.abc import Sequence as List
 from heapq import heappop, heappush
 
 from penstock.core.errors import UsageError
+from penstock.core.events import EventLog
 from penstock.serve.batching.contract import Limits
 from penstock.serve.choose.grammar import Grammars, Matcher
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
-from penstock.serve.engine.batch import Batch
-from penstock.serve.engine.room import StepRoom
+from penstock.serve.engine.executor import Executor
+from penstock.serve.engine.memory import Memory
 from penstock.serve.engine.sequence import Sequence
-from penstock.serve.kv.pool import ROOT, BlockPool
+from penstock.serve.engine.steps import Counters, EngineSteps
 from penstock.serve.messages import Delta, Finish, Request, Snapshot
-from penstock.serve.run.runner import Runner
 
 
 class Engine:
     """Continuous batching over a paged cache whose prefixes are shared.
 
-    Every step a batching policy picks pieces of sequences, the runner computes them, and the tokens that come out are
+    Every step a batching policy picks pieces of sequences, the executor computes them, and the tokens that come out are
     published. One thread owns an engine; other processes talk to it through messages.
 
     Args:
         config: the settings.
-        runner: the model with its cache.
+        executor: the model with its cache.
         stop: the model's own end-of-text tokens.
         grammars: compiles grammars; without it, requests cannot have one.
 
     Attributes:
-        limits: what a step may hold.
+        limits: what a step may hold, and for which model.
         context: most tokens of a sequence.
-        pool: the blocks of the cache.
-        running: sequences that have a slot and blocks, by priority and arrival.
-        batcher: holds those that wait.
-        last: the batch that was formed last.
+        memory: who runs, and in which blocks.
+        events: what was decided about which request.
+        executor: who computes.
+        steps: the parts of a step, with the batcher.
     """
 
     def __init__(
-        self, config: EngineConfig, runner: Runner, stop: Iterable[int] = (), grammars: Grammars | None = None
+        self, config: EngineConfig, executor: Executor, stop: Iterable[int] = (), grammars: Grammars | None = None
     ) -> None:
-        shape = runner.cache.shape
-        self.config, self.runner = config, runner
-        self.context = min(runner.tables.shape[1], runner.blocks) * shape.block_size
-        self.context = min(self.context, config.context or runner.model.config.context)
-        self.pool = BlockPool(runner.blocks, shape.block_size)
-        self.limits = Limits(
-            config.budget(runner.device),
-            config.sequences,
-            runner.blocks,
-            shape.block_size,
-            runner.model.config,
+        shape, blocks, size = executor.shape, executor.blocks, executor.block_size
+        self.context = min(config.context or shape.context, shape.context, blocks * size)
+        self.limits = Limits(config.budget(executor.device), config.sequences, blocks, size, shape)
+        self.memory = Memory(config.sequences, blocks, size, self.context)
+        self.events = EventLog()
+        self._config, self._stop, self._grammars = config, frozenset(stop), grammars
+        self.executor, self._counters = executor, Counters()
+        batcher = config.batching.start(self.limits)
+        self.steps = EngineSteps(
+            self.memory, batcher, executor, self.limits.tokens, self._counters, self.events, self._drop
         )
-        self.batcher = config.batching.start(self.limits)
-        self.running: list[Sequence] = []
-        self._stop, self._grammars = frozenset(stop), grammars
+        self._loop = config.loop.start(self.steps)
         self._sequences: dict[str, list[Sequence]] = {}
-        self._slots = list(range(config.sequences - 1, -1, -1))
-        self._loop = config.loop.start(self)
-        self._ended: list[Delta] = []
         self._arrivals = 0
-        self.last = Batch([])
         self._deadlines: list[tuple[float, int, Sequence]] = []
-        self.steps = self.preemptions = self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
+        self._untold: list[Delta] = []
 
     # Requests
 
@@ -78,73 +71,84 @@ class Engine:
             UsageError: its prompt is empty, too long or has unknown tokens, its sampling names unknown tokens or has a
                 grammar that cannot be used, or its id is in use.
         """
-        vocabulary = self.runner.model.config.vocabulary
-        if request.id in self._sequences:
-            raise UsageError(f"a request {request.id!r} is under way already")
-        if not request.prompt:
-            raise UsageError("the prompt is empty", hint="Give at least one token to continue.")
-        if len(request.prompt) >= self.context:
-            raise UsageError(
-                f"the prompt has {len(request.prompt)} tokens, and a sequence can have {self.context} with what follows"
-            )
-        if not all(0 <= token < vocabulary for token in request.prompt):
-            raise UsageError(f"the prompt has a token outside of the vocabulary of {vocabulary}")
-        named = max([*request.sampling.logit_bias, *request.sampling.stop_tokens], default=0)
-        if named >= vocabulary:
-            raise UsageError(
-                f"logit_bias or stop_tokens name the token {named}, which is outside of the vocabulary of {vocabulary}"
-            )
-        matchers = self._matchers(request.sampling)
-        limit = self._limit(request)
-        self._sequences[request.id] = []
+        self._check(request)
+        limit = self._limit(request, len(request.prompt))
+        matchers = [self._matcher(request.sampling) for _ in range(request.sampling.continuations)]
         for index, matcher in enumerate(matchers):
-            sampling = request.sampling.model_copy(update={"seed": request.sampling.seed + index})
-            stop = self._stop if not sampling.ignore_eos or matcher is not None else frozenset()
-            stop |= set(sampling.stop_tokens)
-            tokens, companion = list(request.prompt), self._companion(request, limit)
-            self._enter(Sequence(request, index, sampling, tokens, limit, self._arrivals, stop, matcher, companion))
+            self._enter(request, index, limit, len(request.prompt), matcher)
 
-    def _matchers(self, sampling: SamplingParams) -> list[Matcher | None]:
-        """For each continuation, where it stands in the grammar."""
-        if sampling.grammar is None:
-            return [None] * sampling.continuations
-        if self._grammars is None or not self._stop:
-            raise UsageError("this model serves no grammars: it has no tokenizer here, or no end-of-text token")
-        return [self._grammars.start(sampling.grammar) for _ in range(sampling.continuations)]
+    def fork(self, id: str, request: Request, index: int = 0) -> None:
+        """Starts ``request``, whose prompt is what the continuation ``index`` of the running request ``id`` has come
+        to, or to a part of it, on the same blocks: nothing is computed twice but the last token, and a block is copied
+        only when one of them writes to it.
 
-    def _limit(self, request: Request) -> int:
-        """The most tokens of the request's sequences."""
-        prompt, companion = len(request.prompt), request.sampling.companion
-        if companion is None:
-            return min(self.context, prompt + request.sampling.max_tokens)
-        if not all(0 <= token < self.runner.model.config.vocabulary for token in companion):
-            raise UsageError("the rule's prompt has a token outside of the vocabulary")
-        # Both have to fit, each with a last block that may be nearly empty.
-        room = self.runner.blocks * self.pool.block_size - 2 * (self.pool.block_size - 1)
-        left = min(self.context - max(prompt, len(companion)), (room - prompt - len(companion)) // 2)
-        if left < 1 or self.limits.sequences < 2:
+        What the parent generated counts as generated: for penalties, for ``min_tokens``, for the draws, and for a
+        grammar that both have, which goes on where the parent is.
+
+        Raises:
+            UsageError: there is no such continuation; the new prompt is not what it has come to, or shorter than its
+                own prompt; or what :meth:`add` refuses.
+        """
+        parent = self._living(id, index)
+        length = len(request.prompt)
+        if length < parent.prompt or parent.tokens[:length] != request.prompt:
+            raise UsageError(f"the prompt of {request.id!r} is not what the request {id!r} has come to")
+        self._check(request)
+        limit = self._limit(request, parent.prompt)
+        matchers = [self._matcher(request.sampling, parent, length) for _ in range(request.sampling.continuations)]
+        self.events.add("forked", id, index, into=request.id)
+        for number, matcher in enumerate(matchers):
+            child = self._enter(request, number, limit, parent.prompt, matcher)
+            if not child.companions and self.memory.fork(parent, child):
+                self.steps.batcher.remove(child)
+                child.cached = child.computed
+                self._counters.cached_tokens += child.cached
+                self.events.add("admitted", request.id, number, cached=child.cached, tokens=length, forked=id)
+
+    def truncate(self, id: str, length: int, index: int = 0) -> None:
+        """Takes back what the continuation ``index`` of the request ``id`` generated behind its first ``length``
+        tokens, prompt included; it goes on from there. Tokens that were under way are told with the next step, and are
+        taken back with the others.
+
+        Raises:
+            UsageError: there is no such continuation, or it does not have so many tokens, or fewer were its prompt.
+        """
+        self._settle()
+        sequence = self._living(id, index)
+        if not sequence.prompt <= length <= len(sequence.tokens):
+            raise UsageError(f"{id!r} can be cut to {sequence.prompt} to {len(sequence.tokens)} tokens, not {length}")
+        gone = len(sequence.tokens) - length
+        if sequence.matcher is not None:
+            sequence.matcher.rollback(gone)
+        for member in sequence.members:
+            del member.tokens[len(member.tokens) - gone :]
+            if member.held is not None:
+                self.memory.truncate(member, len(member.tokens) - 1)
+        self._changed(sequence)
+
+    def feed(self, id: str, tokens: List[int], index: int = 0) -> None:
+        """Appends ``tokens`` to the continuation ``index`` of the request ``id``, as if it had generated them; it goes
+        on behind them. They are not told as news.
+
+        Raises:
+            UsageError: there is no such continuation, they do not fit, one is unknown, or its grammar does not allow
+                them.
+        """
+        self._settle()
+        sequence = self._living(id, index)
+        self._known(tokens, "a token that is fed")
+        if len(sequence.tokens) + len(tokens) >= sequence.limit:
             raise UsageError(
-                f"there is no room for the prompt and, beside it, the rule's prompt of {len(companion)} tokens",
-                hint="Shorten them, or raise engine.sequences, engine.context and engine.cache_tokens.",
+                f"{id!r} can come to {sequence.limit} tokens, too few for {len(tokens)} more and a next one"
             )
-        return prompt + min(left, request.sampling.max_tokens)
-
-    def _companion(self, request: Request, limit: int) -> Sequence | None:
-        prompt = request.sampling.companion
-        if prompt is None:
-            return None
-        own = dataclasses.replace(request, prompt=list(prompt), sampling=SamplingParams(temperature=0))
-        most = limit - len(request.prompt) + len(prompt)
-        return Sequence(own, -1, own.sampling, list(prompt), most, self._arrivals)
-
-    def _enter(self, sequence: Sequence) -> None:
-        self._arrivals += 1
-        if sequence.request.deadline is not None:
-            sequence.deadline = time.monotonic() + sequence.request.deadline
-            heappush(self._deadlines, (sequence.deadline, sequence.arrival, sequence))
-        self._sequences[sequence.request.id].append(sequence)
-        self.prompt_tokens += sequence.prompt
-        self.batcher.add(sequence)
+        if sequence.matcher is not None:
+            if sequence.matcher.allowed(tokens) < len(tokens):
+                raise UsageError(f"the grammar of {id!r} does not allow these tokens")
+            for token in tokens:
+                sequence.matcher.consume(token)
+        for member in sequence.members:
+            member.tokens.extend(tokens)
+        self._changed(sequence)
 
     def abort(self, id: str, index: int | None = None) -> None:
         """Ends a request, or only its continuation ``index``, and frees what it holds at once; an unknown one is
@@ -153,169 +157,159 @@ class Engine:
             if index is None or sequence.index == index:
                 self._end(sequence, Finish.ABORT)
 
-    def fork(self, id: str, request: Request) -> None:
-        """Starts ``request``, whose prompt is the first sequence of the running request ``id`` up to now, on the same
-        blocks: nothing is computed twice but the last token, and a block is copied only when one of them writes to it.
+    def _living(self, id: str, index: int) -> Sequence:
+        for sequence in self._sequences.get(id, ()):
+            if sequence.index == index:
+                return sequence
+        raise UsageError(f"there is no continuation {index} of a request {id!r} under way")
 
-        Raises:
-            UsageError: there is no such request, or its tokens are not those of the new prompt.
-        """
-        parents = self._sequences.get(id)
-        if not parents or parents[0].tokens[: len(request.prompt)] != request.prompt:
-            raise UsageError(f"no request {id!r} has got to the prompt of {request.id!r}")
-        parent = parents[0]
-        self.add(request)
-        if not parent.running or not self._slots:
-            return
-        for child in self._sequences[request.id]:
-            if not self._slots:
-                break
-            if child.rated is not None or child.companion is not None:
-                continue
-            self.batcher.remove(child)
-            child.computed = min(parent.computed, len(child.tokens) - 1)
-            shared = parent.blocks[: -(-child.computed // self.pool.block_size)]
-            self.pool.share(shared)
-            child.cached = child.computed
-            self.cached_tokens += child.cached
-            self.start(child, shared)
-            self.commit(child)
+    def _changed(self, sequence: Sequence) -> None:
+        """The text of ``sequence`` was changed from outside."""
+        if sequence.draft is not None and self._config.drafter is not None:
+            sequence.draft = self._config.drafter.start(sequence.tokens)
+        for member in sequence.members:
+            if member.held is not None:
+                self.memory.renew(member)
+
+    def _settle(self) -> None:
+        """Nothing is on its way: all tokens are known."""
+        self._untold += self._loop.drain()
+
+    # What a request must be
+
+    def _check(self, request: Request) -> None:
+        vocabulary, sampling = self.limits.model.vocabulary, request.sampling
+        if request.id in self._sequences:
+            raise UsageError(f"a request {request.id!r} is under way already")
+        if not request.prompt:
+            raise UsageError("the prompt is empty", hint="Give at least one token to continue.")
+        if len(request.prompt) >= self.context:
+            raise UsageError(
+                f"the prompt has {len(request.prompt)} tokens, and a sequence can have {self.context} with what follows"
+            )
+        self._known(request.prompt, "the prompt has a token that")
+        for prompt in sampling.companions:
+            self._known(prompt, "the rule's prompt has a token that")
+        named = max([*sampling.logit_bias, *sampling.stop_tokens], default=0)
+        if named >= vocabulary:
+            raise UsageError(
+                f"logit_bias or stop_tokens name the token {named}, which is outside of the vocabulary of {vocabulary}"
+            )
+        if not sampling.prompt_logprobs_from < len(request.prompt) + (sampling.prompt_logprobs is None):
+            first, length = sampling.prompt_logprobs_from, len(request.prompt)
+            raise UsageError(f"prompt_logprobs_from is {first}, and the prompt has {length} tokens")
+
+    def _known(self, tokens: List[int], what: str) -> None:
+        vocabulary = self.limits.model.vocabulary
+        if not all(0 <= token < vocabulary for token in tokens):
+            raise UsageError(f"{what} is outside of the vocabulary of {vocabulary}")
+
+    def _limit(self, request: Request, given: int) -> int:
+        """The most tokens of the request's sequences; those of its prompt behind the ``given`` ones are generated."""
+        prompt, others = len(request.prompt), [len(each) for each in request.sampling.companions]
+        others = [each + prompt - given for each in others]
+        if not others:
+            return min(self.context, prompt + request.sampling.max_tokens)
+        # All have to fit, each with a last block that may be nearly empty.
+        members, size = 1 + len(others), self.limits.block_size
+        room = self.limits.blocks * size - members * (size - 1)
+        left = min(self.context - max(prompt, *others), (room - prompt - sum(others)) // members)
+        if left < 1 or self.limits.sequences < members:
+            raise UsageError(
+                f"there is no room for the prompt and, beside it, the rule's {sum(others)} tokens of prompts",
+                hint="Shorten them, or raise engine.sequences, engine.context and engine.cache_tokens.",
+            )
+        return prompt + min(left, request.sampling.max_tokens)
+
+    def _matcher(self, sampling: SamplingParams, parent: Sequence | None = None, length: int = 0) -> Matcher | None:
+        """Where a continuation begins in the grammar: of a fork, where the ``parent`` was after ``length`` tokens."""
+        if sampling.grammar is None:
+            return None
+        if parent is not None and parent.matcher is not None and parent.sampling.grammar == sampling.grammar:
+            matcher = parent.matcher.copy()
+            matcher.rollback(len(parent.tokens) - length)
+            return matcher
+        if self._grammars is None or not self._stop:
+            raise UsageError("this model serves no grammars: it has no tokenizer here, or no end-of-text token")
+        return self._grammars.start(sampling.grammar)
+
+    def _enter(self, request: Request, index: int, limit: int, prompt: int, matcher: Matcher | None) -> Sequence:
+        """A new sequence waits; its first ``prompt`` tokens count as given."""
+        sampling = request.sampling.model_copy(update={"seed": request.sampling.seed + index})
+        stop = self._stop if not sampling.ignore_eos or matcher is not None else frozenset()
+        tokens, companions = list(request.prompt), tuple(self._companions(request, limit, prompt))
+        # What a group drafts would have to be checked for all of its members.
+        drafter = self._config.drafter if sampling.drafts and not companions else None
+        sequence = Sequence(
+            request,
+            index,
+            sampling,
+            tokens,
+            limit,
+            self._arrivals,
+            prompt=prompt,
+            stop=stop | set(sampling.stop_tokens),
+            matcher=matcher,
+            draft=None if drafter is None else drafter.start(tokens),
+            companions=companions,
+        )
+        if request.deadline is not None:
+            sequence.deadline = time.monotonic() + request.deadline
+            heappush(self._deadlines, (sequence.deadline, sequence.arrival, sequence))
+        self._arrivals += 1
+        self._sequences.setdefault(request.id, []).append(sequence)
+        self._counters.prompt_tokens += len(tokens)
+        self.events.add("arrived", request.id, index, tokens=len(tokens), waiting=self.steps.batcher.waiting)
+        self.steps.batcher.add(sequence)
+        return sequence
+
+    def _companions(self, request: Request, limit: int, given: int) -> Iterable[Sequence]:
+        """Sequences with the rule's prompts, which go on with what the request's prompt has behind its ``given``
+        tokens."""
+        plain, generated = SamplingParams(temperature=0), request.prompt[given:]
+        for prompt in request.sampling.companions:
+            own = dataclasses.replace(request, prompt=list(prompt), sampling=plain)
+            most = limit - given + len(prompt)
+            yield Sequence(own, -1, plain, [*prompt, *generated], most, self._arrivals, prompt=len(prompt))
 
     # Steps
 
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._sequences or self._ended) or not self._loop.idle
+        return bool(self._sequences or self._untold) or not self._loop.idle
 
     def step(self) -> list[Delta]:
         """Does one step; returns what became known, at most one delta for each sequence and reason."""
         self._expire()
         begun = time.perf_counter()
         deltas = self._loop.step()
-        deltas, self._ended = self._ended + deltas, []
-        self.last.seconds = time.perf_counter() - begun
-        if self.config.check:
-            self.pool.check(member.blocks for sequence in self.running for member in sequence.members)
+        deltas, self._untold = self._untold + deltas, []
+        self.steps.last.seconds = time.perf_counter() - begun
+        if self._config.check:
+            self.memory.check()
         return deltas
-
-    def form(self) -> Batch | None:
-        room = StepRoom(self)
-        # One whose last token is on its way has nothing more to compute.
-        self.batcher.form([sequence for sequence in self.running if sequence.length < sequence.limit], room)
-        if not room.entries:
-            return None
-        if room.copies:
-            self.runner.cache.copy(*map(list, zip(*room.copies, strict=True)))
-        self.last = Batch(room.entries, room.parts, room.lead)
-        return self.last
-
-    def launch(self, batch: Batch) -> None:
-        self.steps += 1
-        self.runner.launch(batch)
-
-    def publish(self, batch: Batch) -> list[Delta]:
-        if batch.sampled is None:
-            return []
-        batch.sampled.wait()
-        _rate(batch)
-        sequences = [entry.sequence for entry in batch.entries if entry.scored]
-        told = batch.sampled.told([sequence.sampling.alternatives for sequence in sequences])
-        deltas = []
-        for sequence, token, logprobs in zip(sequences, batch.sampled.tokens.tolist(), told, strict=True):
-            if sequence.finish is not None or sequence.leader is not None:
-                continue
-            for member in sequence.members:
-                member.tokens.append(token)
-                member.in_flight -= 1
-            self.output_tokens += 1
-            finish = self._finish_of(sequence, token)
-            if finish is not None:
-                self._drop(sequence, finish)
-            rated, sequence.rated = sequence.rated, None
-            cached = max(sequence.cached, 0)
-            deltas.append(Delta(sequence.request.id, sequence.index, [token], logprobs, rated, finish, cached))
-        return deltas
-
-    def blind(self) -> bool:
-        return any(sequence.blind for sequence in self.running)
-
-    def _finish_of(self, sequence: Sequence, token: int) -> Finish | None:
-        if sequence.matcher is not None:
-            sequence.matcher.consume(token)
-            if sequence.matcher.failed:
-                return Finish.ERROR
-        if token in sequence.stop:
-            return Finish.STOP
-        return Finish.LENGTH if len(sequence.tokens) >= sequence.limit else None
-
-    # Memory
-
-    @property
-    def free_slots(self) -> int:
-        """How many more sequences could run."""
-        return len(self._slots)
-
-    def start(self, sequence: Sequence, blocks: list[int]) -> None:
-        """Gives ``sequence`` a slot, and the ``blocks`` that hold its first tokens."""
-        sequence.slot = self._slots.pop()
-        self.grow(sequence, blocks)
-        self.runner.sampler.add(sequence.slot, sequence)
-        if sequence.leader is not None:
-            return
-        self.running.append(sequence)
-        if len(self.running) > 1 and self.running[-2].rank > sequence.rank:
-            self.running.sort(key=lambda each: each.rank)
-
-    def grow(self, sequence: Sequence, blocks: list[int]) -> None:
-        """Appends ``blocks`` to those of ``sequence``."""
-        if blocks:
-            first = len(sequence.blocks)
-            sequence.blocks += blocks
-            self.runner.tables[sequence.slot, first : len(sequence.blocks)] = blocks
-
-    def preempt(self, sequence: Sequence) -> None:
-        """Takes the memory of ``sequence``; it will be computed again."""
-        self._stop_running(sequence)
-        for member in sequence.members:
-            member.computed = member.committed = 0
-            member.node = ROOT
-        sequence.preempted = True
-        self.preemptions += 1
-        self.batcher.add(sequence)
-
-    def commit(self, sequence: Sequence) -> None:
-        """Puts the full blocks of known tokens of ``sequence`` into the prefix tree."""
-        size = self.pool.block_size
-        for index in range(sequence.committed, min(sequence.computed, len(sequence.tokens)) // size):
-            tokens = sequence.tokens[index * size : (index + 1) * size]
-            sequence.node = self.pool.commit(sequence.node, tokens, sequence.blocks[index])
-            sequence.committed = index + 1
-
-    def _stop_running(self, sequence: Sequence) -> None:
-        for member in sequence.members:
-            self.pool.release(member.blocks)
-            member.blocks = []
-            self._slots.append(member.slot)
-            member.slot = -1
-        self.running.remove(sequence)
 
     def _drop(self, sequence: Sequence, finish: Finish) -> None:
+        """Ends ``sequence`` and frees what it holds."""
         if sequence.running:
             for member in sequence.members:
-                self.commit(member)
-            self._stop_running(sequence)
+                self.memory.commit(member)
+            self.memory.release(sequence)
         else:
-            self.batcher.remove(sequence)
+            self.steps.batcher.remove(sequence)
         sequence.finish = finish
+        generated = len(sequence.tokens) - sequence.prompt
+        self.events.add("finished", sequence.request.id, sequence.index, reason=finish.value, generated=generated)
         siblings = self._sequences[sequence.request.id]
         siblings.remove(sequence)
         if not siblings:
             del self._sequences[sequence.request.id]
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
+        """Ends ``sequence`` between steps, and says so with the next one."""
         self._drop(sequence, finish)
-        self._ended.append(Delta(sequence.request.id, sequence.index, [], finish=finish))
+        self._untold.append(Delta(sequence.request.id, sequence.index, [], finish=finish))
 
     def _expire(self) -> None:
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():
@@ -325,31 +319,14 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         """The engine's state now."""
+        last = self.steps.last
         return Snapshot(
-            steps=self.steps,
-            running=len(self.running),
-            waiting=self.batcher.waiting,
-            blocks=self.pool.blocks,
-            held=self.pool.held,
-            batch_tokens=self.last.tokens,
-            batch_sequences=len(self.last.entries),
-            prompt_tokens=self.prompt_tokens,
-            cached_tokens=self.cached_tokens,
-            output_tokens=self.output_tokens,
-            preemptions=self.preemptions,
-            step_seconds=self.last.seconds,
+            running=len(self.memory.running),
+            waiting=self.steps.batcher.waiting,
+            blocks=self.limits.blocks,
+            held=self.memory.pool.held,
+            batch_tokens=last.tokens,
+            batch_sequences=len(last.entries),
+            step_seconds=last.seconds,
+            **dataclasses.asdict(self._counters),
         )
-
-
-def _rate(batch: Batch) -> None:
-    """Hands the log-probabilities of prompt tokens in ``batch`` to their sequences."""
-    rated = [entry for entry in batch.entries if entry.rated]
-    if batch.sampled is None or batch.sampled.prompt is None:
-        return
-    most = [entry.sequence.sampling.prompt_logprobs or 0 for entry in rated for _ in range(entry.rated)]
-    records = iter(batch.sampled.prompt.records(most))
-    for entry in rated:
-        own = list(itertools.islice(records, entry.rated))
-        if entry.sequence.rated is not None:
-            # After preemption, what is known already comes again.
-            entry.sequence.rated[entry.start : entry.start + entry.rated] = own

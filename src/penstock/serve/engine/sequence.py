@@ -10,6 +10,8 @@ from penstock.serve.messages import Finish, Request, TokenLogprobs
 
 if TYPE_CHECKING:
     from penstock.serve.choose.grammar import Matcher
+    from penstock.serve.engine.memory import Held
+    from penstock.speculate.contract import Draft
 
 
 class Sequence:
@@ -19,51 +21,52 @@ class Sequence:
         request: what asked for it; ``index`` says which of the request's continuations it is.
         sampling: how its tokens are chosen (with its own seed).
         tokens: the prompt and what followed, as far as known here.
-        prompt: length of the prompt.
+        prompt: how many of the tokens were given; those behind them count as generated. Of a fork, that is what its
+            parent was given.
         limit: most tokens in all.
-        computed: tokens whose keys and values are in the cache, or will be once the queued work is done.
-        in_flight: tokens that queued work will append to ``tokens``.
-        blocks: its blocks of the cache, in order; empty while it waits.
-        committed: how many of the blocks are in the prefix tree, the last of them at ``node``.
-        slot: its row in the runner's tables while it runs, else -1.
+        arrival: its number among all sequences of the engine.
+        in_flight: queued steps that will append tokens.
+        held: its memory while it runs, None while it waits; see :class:`~penstock.serve.engine.memory.Memory`.
         cached: prompt tokens that were found in the cache when it was admitted first; -1 before.
         preempted: whether it lost its memory and has to be computed again.
         deadline: time.monotonic() at which it ends, or None.
         finish: why it ended, None while it lives.
         stop: tokens that end it.
         matcher: where it stands in its grammar; None without one.
-        blind: whether its next token can be chosen only once all before it are known here.
-        rated: log-probabilities of its prompt's tokens but the first, as far as known; None where they are not wanted,
-            or told already.
-        companion: a sequence with another prompt that goes on with the same tokens, in the same steps, for the rule of
-            this one to look at its scores; None without one. It is no continuation of its own.
+        draft: proposes what may follow; None where nothing is drafted for it.
+        waits: whether the host must know all of its tokens before the next one can be chosen.
+        rated: log-probabilities of its prompt's tokens from ``rated_from`` on, as far as known; None where they are not
+            wanted, or told already.
+        rated_from: the first token of the prompt whose log-probability is wanted.
+        companions: sequences with other prompts that go on with the same tokens, in the same steps, for the rule of
+            this one to combine their scores with its own. They are no continuations of their own.
         leader: of a companion, the sequence that it belongs to.
+        members: the sequence and its companions: a lockstep group.
     """
 
     __slots__ = (
         "arrival",
-        "blind",
-        "blocks",
         "cached",
-        "committed",
-        "companion",
-        "computed",
+        "companions",
         "deadline",
+        "draft",
         "finish",
+        "held",
         "in_flight",
         "index",
         "leader",
         "limit",
         "matcher",
-        "node",
+        "members",
         "preempted",
         "prompt",
         "rated",
+        "rated_from",
         "request",
         "sampling",
-        "slot",
         "stop",
         "tokens",
+        "waits",
     )
 
     def __init__(
@@ -74,61 +77,69 @@ class Sequence:
         tokens: list[int],
         limit: int,
         arrival: int,
+        *,
+        prompt: int | None = None,
         stop: Iterable[int] = (),
         matcher: Matcher | None = None,
-        companion: Sequence | None = None,
+        draft: Draft | None = None,
+        companions: tuple[Sequence, ...] = (),
     ) -> None:
         self.request = request
         self.index = index
         self.sampling = sampling
         self.tokens = tokens
-        self.prompt = len(request.prompt)
+        self.prompt = len(tokens) if prompt is None else prompt
         self.limit = limit
         self.arrival = arrival
         self.deadline: float | None = None
-        self.computed = 0
         self.in_flight = 0
-        self.blocks: list[int] = []
-        self.committed = 0
-        self.node = 0
-        self.slot = -1
+        self.held: Held | None = None
         self.cached = -1
         self.preempted = False
         self.finish: Finish | None = None
         self.stop = frozenset(stop)
         self.matcher = matcher
-        self.companion = companion
+        self.draft = draft
+        self.waits = sampling.waits or draft is not None
+        self.companions = companions
         self.leader: Sequence | None = None
-        if companion is not None:
-            companion.leader = self
-        self.blind = sampling.blind
+        for each in companions:
+            each.leader = self
+        self.members = (self, *companions)
         # The prompt is the same for all continuations: one of them tells.
-        self.rated: list[TokenLogprobs] | None = [] if sampling.prompt_logprobs is not None and index == 0 else None
+        told = sampling.prompt_logprobs is not None and index == 0
+        self.rated: list[TokenLogprobs] | None = [] if told else None
+        self.rated_from = max(1, sampling.prompt_logprobs_from)
 
     @property
-    def members(self) -> tuple[Sequence, ...]:
-        """The sequence itself, and its companion where it has one."""
-        return (self,) if self.companion is None else (self, self.companion)
+    def running(self) -> bool:
+        """Whether it has memory."""
+        return self.held is not None
+
+    @property
+    def computed(self) -> int:
+        """Tokens whose keys and values are in the cache, or will be once the queued work is done."""
+        return 0 if self.held is None else self.held.computed
 
     @property
     def length(self) -> int:
-        """Tokens, with those that queued work will append."""
+        """Tokens, with one for each queued step that will append some."""
         return len(self.tokens) + self.in_flight
 
     @property
     def remaining(self) -> int:
         """Tokens that must be computed before the next one can be sampled; 1 where it decodes."""
-        return len(self.tokens) + self.in_flight - self.computed
+        return len(self.tokens) + self.in_flight - (0 if self.held is None else self.held.computed)
 
     @property
-    def running(self) -> bool:
-        """Whether it has a slot and blocks."""
-        return self.slot >= 0
+    def ready(self) -> bool:
+        """Whether its next step can be formed now: nothing that it has to wait for is under way."""
+        return not (self.waits and self.in_flight)
 
     @property
     def decoding(self) -> bool:
-        """Whether only its newest token remains to be computed, and its companion's."""
-        return self.remaining == 1 and (self.companion is None or self.companion.remaining == 1)
+        """Whether only its newest token remains to be computed, and its companions'."""
+        return all(member.remaining == 1 for member in self.members)
 
     @property
     def rank(self) -> tuple[int, int]:

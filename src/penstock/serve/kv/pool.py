@@ -70,6 +70,10 @@ class BlockPool:
             node = self._nodes[block].id
         return found
 
+    def known(self, block: int) -> bool:
+        """Whether ``block`` is in the tree."""
+        return block in self._nodes
+
     def node_of(self, block: int | None) -> int:
         """The id of the tree's node at ``block``; the root's for None."""
         return ROOT if block is None else self._nodes[block].id

@@ -109,7 +109,7 @@ def main() -> None:
         channel.send(Failed(error.what, error.hint, error.exit_code))
         return
     settle()
-    channel.send(Ready(engine.context, engine.limits.sequences, engine.runner.model.config.vocabulary))
+    channel.send(Ready(engine.context, engine.limits.sequences, engine.limits.model.vocabulary))
     channel.send(News([], engine.snapshot()))
     serve(engine, channel)
 

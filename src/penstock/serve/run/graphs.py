@@ -46,6 +46,15 @@ def prompt_shapes(sequences: int, tokens: int) -> list[StepShape]:
     return [StepShape(size, PROMPTS, length) for length in lengths for size in sizes]
 
 
+def window_shapes(sequences: int, window: int) -> list[StepShape]:
+    """Batches of up to ``sequences`` that have up to ``window`` tentative tokens each behind their newest one; one more
+    takes the tokens that are left over. Those without tentative tokens may come first, one token each."""
+    if not window:
+        return []
+    sizes = [shape.singles for shape in decode_shapes(sequences)]
+    return [StepShape(0, size + 1, size * (1 + window) + 1) for size in sizes]
+
+
 def worth_replaying(shapes: list[StepShape], seconds: Callable[[StepShape], tuple[float, float]]) -> list[StepShape]:
     """Those of ``shapes`` that the device computes about as fast as the host queues them kernel by kernel, up to the
     first with so many rows that it does not: a graph of that would save nothing, and cost what it pads.
@@ -149,12 +158,12 @@ class StepGraphs:
     def shape_for(self, batch: PagedBatch) -> StepShape | None:
         """The smallest captured shape that ``batch`` can be padded to, None where there is none."""
         # The smallest were captured last.
-        return next((shape for shape in reversed(self._captured) if batch.own_shape.fits(shape)), None)
+        return next((shape for shape in reversed(self._captured) if taken_as(batch, shape).fits(shape)), None)
 
     def replay(self, shape: StepShape, inputs: np.ndarray, batch: PagedBatch) -> tuple[Any, np.ndarray]:
         """What the pass gives for ``batch``, padded to ``shape``, whose N tokens have the ``inputs`` int64 [fields, N],
         and the row of each of them in it. It lies where the next replay puts its own."""
-        captured, own = self._captured[shape], batch.own_shape
+        captured, own = self._captured[shape], taken_as(batch, shape)
         self._plan(batch, shape)
         rows = np.arange(own.rows)
         rows[own.singles :] += shape.singles - own.singles
@@ -165,10 +174,17 @@ class StepGraphs:
         return captured.output, rows
 
 
+def taken_as(batch: PagedBatch, shape: StepShape) -> StepShape:
+    """What ``batch`` counts as beside ``shape``: where that has none with one new token, such sequences are like the
+    others."""
+    own = batch.own_shape
+    return own if shape.singles else StepShape(0, own.singles + own.others, own.rows)
+
+
 def padded(batch: PagedBatch, shape: StepShape, block: int, size: int) -> PagedBatch:
     """``batch`` with sequences up to ``shape`` whose blocks of ``size`` tokens are all the same ``block``: behind those
     with one new token each, and behind the others, where the last has what is left."""
-    own = batch.own_shape
+    own = taken_as(batch, shape)
     singles, others = shape.singles - own.singles, shape.others - own.others
     more = np.ones(others, np.int32)
     more[-1:] = shape.tokens - own.tokens - max(others - 1, 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
 from typing import Any
@@ -19,41 +18,24 @@ from penstock.core.progress import Reporter, silent
 from penstock.models.attention import AttentionContext
 from penstock.models.decoder import Decoder
 from penstock.ops.draw import draw_softmax
-from penstock.ops.paged.contract import PagedBatch, PagedCache
+from penstock.ops.paged.contract import PagedCache
 from penstock.serve.choose.logprobs import Logprobs
-from penstock.serve.choose.sampler import Asked, Sampled, Sampler
-from penstock.serve.engine.batch import Batch, Entry
+from penstock.serve.choose.sampler import Sampled, Sampler
+from penstock.serve.engine.batch import Batch
 from penstock.serve.run.context import PagedTokens
-from penstock.serve.run.graphs import StepGraphs, decode_shapes, prompt_shapes, seconds, worth_replaying
+from penstock.serve.run.graphs import (
+    StepGraphs,
+    decode_shapes,
+    prompt_shapes,
+    seconds,
+    window_shapes,
+    worth_replaying,
+)
+from penstock.serve.run.planner import Planner
+from penstock.serve.run.step import Part, Step
 
 #: Prompt tokens whose log-probabilities are computed at a time: their scores are in memory together.
 RATED = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A pass through the model, which computes some neighbouring entries of a batch.
-
-    Attributes:
-        inputs: int64 [3, N]: the tokens, or 0; where the others stand in the runner's list of newest ones, or 0; and
-            their positions.
-        plan: where they belong.
-        scored: rows after which the scores of the next token are wanted.
-        rated: rows after which the log-probability of the prompt's next token is.
-        draws: int64 [3, S], of the S scored ones: how the next token would be drawn, as float64, if its sequence asked
-            for nothing special; and where it belongs in the list of newest ones.
-    """
-
-    inputs: np.ndarray
-    plan: PagedBatch
-    scored: np.ndarray
-    rated: np.ndarray
-    draws: np.ndarray
-
-    @property
-    def decoding(self) -> bool:
-        """Whether each token is the only one of its sequence, and the next is wanted."""
-        return self.plan.own_shape.others == 0 and len(self.scored) == self.inputs.shape[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +49,7 @@ class Passed:
 
 
 class Runner:
-    """A model with its cache, and a row in its tables for each running sequence.
+    """Computes steps with a model and its cache; see :class:`~penstock.serve.engine.executor.Executor`.
 
     Nothing here waits for the device: the token that a sequence goes on with is kept there, by slot, and what is
     published is copied from there as soon as it is known.
@@ -77,18 +59,16 @@ class Runner:
         cache: the memory of keys and values. Its last block is the runner's own.
         slots: most sequences at a time.
         context: most tokens of a sequence.
-
-    Attributes:
-        blocks: how many blocks sequences may use.
-        tables: int32 [slots, most blocks], the blocks of each slot's sequence.
+        window: most tokens that are drafted for a sequence at a time.
     """
 
-    def __init__(self, model: Decoder, cache: PagedCache, slots: int, context: int) -> None:
+    def __init__(self, model: Decoder, cache: PagedCache, slots: int, context: int, window: int = 0) -> None:
         self.model, self.cache = model, cache
-        self.device = cache.shape.device
-        self.sampler = Sampler(slots, model.config.vocabulary, self.device)
-        self.blocks = cache.shape.blocks - 1
-        self.tables = np.zeros((slots, -(-context // cache.shape.block_size)), np.int32)
+        self.device, self.shape = cache.shape.device, model.config
+        self.blocks, self.block_size = cache.shape.blocks - 1, cache.shape.block_size
+        self._slots, self._pages, self._window = slots, -(-context // self.block_size), window
+        self._planner = Planner(slots, self.block_size)
+        self._sampler = Sampler(slots, model.config.vocabulary, self.device)
         # Of slot s at s + 1; what stands at 0 is of no meaning.
         self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
         self._trunk: Callable[[Tensor, AttentionContext], tuple[Tensor, Tensor]] = model.trunk
@@ -107,8 +87,9 @@ class Runner:
         prompts that are computed as fast as they are queued. Without it, everything runs eagerly."""
         self._trunk = torch.compile(self.model.trunk, dynamic=True)
         self._tip = torch.compile(self.model.tip, dynamic=True)
-        sequences, pages = self.tables.shape
-        common: dict[str, Any] = {"pages": pages, "padding": self.blocks, "pool": torch.cuda.graph_pool_handle()}
+        sequences = self._slots
+        common: dict[str, Any] = {"pages": self._pages, "padding": self.blocks, "pool": torch.cuda.graph_pool_handle()}
+        # A step with windows is one with prompts: some tokens each, of which several are scored.
         prompts = StepGraphs(self._begun_in_place, 3, self.cache, **common)
         decodes = StepGraphs(self._decoded, 6, self.cache, **common)
         timed = functools.partial(seconds, self._begun, 3, self.cache, self.blocks)
@@ -118,6 +99,7 @@ class Runner:
             timed(alone[-1])
             bar.advance()
         beside = worth_replaying(prompt_shapes(sequences, tokens), timed)
+        beside += window_shapes(sequences, self._window)
         with report("capturing", len(beside) + len(alone), "graph") as bar, settled():
             # Every capture makes a full collection.
             prompts.capture(beside, bar)
@@ -145,37 +127,42 @@ class Runner:
         self._newest.index_copy_(0, inputs[5], tokens)
         return logits, tokens
 
-    @torch.inference_mode()
-    def launch(self, batch: Batch) -> None:
-        """Queues the forward passes and the sampling of ``batch``, whose ``sampled`` it sets."""
-        own = [entry for entry in batch.entries if entry.scored]
-        asked = self.sampler.ask(
-            [entry.slot for entry in own], [entry.start + entry.count - entry.sequence.prompt for entry in own]
-        )
-        passed = self._pass_all(self._parts(batch, asked), batch.lead)
-        logits = _joined([each.logits for each in passed])
-        prompt = self._rated(batch.entries, _joined([each.rated for each in passed]))
-        if logits is not None:
-            ready = all(each.drawn is not None for each in passed)
-            drawn = _joined([each.drawn for each in passed]) if ready else None
-            sampled = self.sampler.sample(logits, asked, drawn)
-            if sampled.tokens is not drawn:
-                self._newest.index_copy_(0, self._on_device(asked.slots + 1), sampled.tokens)
-            batch.sampled = dataclasses.replace(sampled, prompt=prompt).to_host()
-        elif prompt is not None:
-            batch.sampled = Sampled(prompt.tokens[:0], prompt=prompt).to_host()
+    def launch(self, batch: Batch) -> Sampled | None:
+        return self.execute(self.plan(batch))
 
-    def _rated(self, entries: list[Entry], hidden: Tensor | None) -> Logprobs | None:
+    def plan(self, batch: Batch) -> Step:
+        """The step that computes ``batch``, as data."""
+        return self._planner.plan(batch)
+
+    @torch.inference_mode()
+    def execute(self, step: Step) -> Sampled | None:
+        """Queues the forward passes and the sampling of ``step``; what is known then, once it was waited for."""
+        if step.copies.size:
+            self.cache.copy(*step.copies.tolist())
+        for placed in step.placed:
+            self._sampler.place(placed.slot, placed.tokens, placed.prompt)
+        passed = self._pass_all(step.parts, step.lead)
+        logits = _joined([each.logits for each in passed])
+        prompt = self._rated(step, _joined([each.rated for each in passed]))
+        if logits is None:
+            return None if prompt is None else Sampled(prompt.tokens[:0], prompt=prompt).to_host()
+        ready = all(each.drawn is not None for each in passed)
+        drawn = _joined([each.drawn for each in passed]) if ready else None
+        asked = step.asked
+        sampled, newest = self._sampler.sample(logits, asked, drawn)
+        if sampled.tokens is not drawn:
+            self._newest.index_copy_(0, self._on_device(asked.slots[asked.first] + 1), newest)
+        return dataclasses.replace(sampled, prompt=prompt).to_host()
+
+    def _rated(self, step: Step, hidden: Tensor | None) -> Logprobs | None:
         """The log-probabilities of those tokens of prompts for which they are wanted, given the ``hidden`` states
-        [R, hidden] before them."""
+        [K, hidden] before them."""
         if hidden is None:
             return None
-        rated = [entry for entry in entries if entry.rated]
-        following = [entry.sequence.tokens[entry.start + 1 : entry.start + 1 + entry.rated] for entry in rated]
-        most = max(entry.sequence.sampling.prompt_logprobs or 0 for entry in rated)
-        tokens = self._on_device(np.concatenate(following))
-        pairs = zip(torch.split(hidden, RATED), torch.split(tokens, RATED), strict=True)
-        return Logprobs.joined([Logprobs.of(self.model.logits(states), own, most) for states, own in pairs])
+        pairs = zip(torch.split(hidden, RATED), torch.split(self._on_device(step.rated), RATED), strict=True)
+        return Logprobs.joined(
+            [Logprobs.of(self.model.logits(states), own, step.alternatives) for states, own in pairs]
+        )
 
     def _pass_all(self, parts: List[Part], lead: int) -> list[Passed]:
         """Computes the ``parts``, at the same time where the device can."""
@@ -227,63 +214,6 @@ class Runner:
         if graphs is None or shape is None:
             return None
         return graphs.replay(shape, np.concatenate([part.inputs, *more]), part.plan)
-
-    def _parts(self, batch: Batch, asked: Asked) -> list[Part]:
-        """The passes that compute ``batch``, whose scored entries ``asked`` for their next tokens."""
-        entries = batch.entries
-        fields = ((entry.slot, entry.start, entry.count, entry.scored, entry.rated) for entry in entries)
-        slots, starts, counts, scored, rated = np.array(list(fields), np.int64).T
-        ends = counts.cumsum()
-        rows = np.repeat(np.arange(len(entries)), counts)
-        offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-        positions = offsets + np.repeat(starts, counts)
-        wanted = offsets < np.repeat(rated, counts)
-        inputs = np.stack([*self._tokens(batch, ends), positions])
-        draws, ahead = (
-            np.stack([*asked.draws.view(np.int64), asked.slots + 1]),
-            np.concatenate([[0], (scored > 0).cumsum()]),
-        )
-        parts = []
-        for first, last in itertools.pairwise(itertools.accumulate(batch.parts, initial=0)):
-            begin, end = ends[first] - counts[first], ends[last - 1]
-            own, all_own = slice(first, last), slice(begin, end)
-            plan = self._plan(
-                slots[own],
-                (starts + counts)[own],
-                ends[own] - begin,
-                rows[all_own] - first,
-                positions[all_own],
-            )
-            newest = (ends[own] - begin - 1)[scored[own] > 0]
-            drawn = draws[:, ahead[first] : ahead[last]]
-            parts.append(Part(inputs[:, all_own], plan, newest, np.flatnonzero(wanted[all_own]), drawn))
-        return parts
-
-    def _plan(
-        self, slots: np.ndarray, lengths: np.ndarray, ends: np.ndarray, rows: np.ndarray, positions: np.ndarray
-    ) -> PagedBatch:
-        size = self.cache.shape.block_size
-        tables = self.tables[slots, : -(-int(lengths.max()) // size)]
-        starts = np.concatenate([[0], ends])
-        return PagedBatch(
-            starts=torch.from_numpy(starts.astype(np.int32)),
-            lengths=torch.from_numpy(lengths.astype(np.int32)),
-            tables=torch.from_numpy(tables),
-            slots=torch.from_numpy(tables[rows, positions // size].astype(np.int64) * size + positions % size),
-        )
-
-    def _tokens(self, batch: Batch, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The batch's tokens, and where those stand in the list of newest ones that are not known here yet; 0 in place
-        of the others."""
-        known: list[int] = []
-        places = np.zeros(int(ends[-1]), np.int64)
-        for entry, end in zip(batch.entries, ends.tolist(), strict=True):
-            own = entry.sequence.tokens[entry.start : entry.start + entry.count]
-            if len(own) < entry.count:
-                places[end - 1] = entry.slot + 1
-                own.append(0)
-            known += own
-        return np.array(known), places
 
     def _on_device(self, values: np.ndarray) -> Tensor:
         return upload(values, self.device)

@@ -6,6 +6,7 @@ import itertools
 from types import SimpleNamespace
 from typing import cast
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from penstock.serve.batching.contract import Batcher, Limits
 from penstock.serve.batching.nanoflow import NanoFlow, NanoFlowBatcher, cuts_of, work_of
 from penstock.serve.batching.sarathi import Sarathi, SarathiBatcher
 from penstock.serve.build import build_engine
+from penstock.serve.choose.sampler import Sampled
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.batch import Batch, Entry
@@ -105,7 +107,7 @@ def test_every_step_of_two_or_more_is_split_and_tokens_are_those_of_each_alone(p
     while engine.busy:
         for delta in engine.step():
             got.setdefault(delta.id, []).extend(delta.tokens)
-        entries.append(len(engine.last.entries))
+        entries.append(len(engine.steps.last.entries))
     assert passes == [min(count, 2) if isinstance(policy, AlwaysSplit) else count for count in entries]
     assert sum(count > 1 for count in entries) > 20
     assert got == {str(place): greedy(small_model(), prompt, 9) for place, prompt in enumerate(prompts)}
@@ -139,12 +141,12 @@ def test_prompts_are_rated_in_parts(policy):
 def test_two_passes_are_made_of_a_step_in_two_parts():
     engine = build_engine(small_model(), EngineConfig(batching=AlwaysSplit(), tokens=64, sequences=8, cache_tokens=400))
     seen: list[int] = []
-    engine.runner._trunk = lambda tokens, context: seen.append(len(tokens)) or small_model().trunk(tokens, context)
+    engine.executor._trunk = lambda tokens, context: seen.append(len(tokens)) or small_model().trunk(tokens, context)
     for place in range(4):
         engine.add(request(place, [place] * (place + 1)))
     engine.step()
-    first, second = engine.last.parts
-    counts = [entry.count for entry in engine.last.entries]
+    first, second = engine.steps.last.parts
+    counts = [entry.count for entry in engine.steps.last.entries]
     assert seen == [sum(counts[:first]), sum(counts[first:])] and first + second == 4
 
 
@@ -157,15 +159,15 @@ def room_of(*prompts: list[int]) -> StepRoom:
     engine, room = simulated_engine(config), None
     for place, prompt in enumerate(prompts):
         engine.add(request(place, prompt))
-    room = StepRoom(engine)
-    engine.batcher.form([], room)
+    room = StepRoom(engine.memory, engine.limits.tokens, engine.events)
+    engine.steps.batcher.form([], room)
     assert len(room.entries) == len(prompts)
     return room
 
 
 def test_a_room_is_split_by_entries():
     room = room_of([1], [2] * 9, [3])
-    assert Batch(room.entries, room.parts).parts == (3,)
+    assert Batch(room.entries, np.zeros((0, 0)), parts=room.parts).parts == (3,)
     room.split(1, 2, lead=1)
     assert (room.parts, room.lead) == ((1, 2), 1)
 
@@ -195,8 +197,8 @@ def test_a_cut_moves_behind_a_pair():
     engine.add(request("one", [1] * 3))
     engine.add(request("pair", [2] * 3, rule=create("decode.rule", "uscd", prompt=(4, 5))))
     engine.add(request("other", [3] * 3))
-    room = StepRoom(engine)
-    engine.batcher.form([], room)
+    room = StepRoom(engine.memory, engine.limits.tokens, engine.events)
+    engine.steps.batcher.form([], room)
     assert [entry.count for entry in room.entries] == [3, 3, 2, 3]
     room.split(2, 2)
     assert room.parts == (3, 1)
@@ -210,16 +212,16 @@ def test_no_part_reads_what_another_writes(data):
         batching=Singles(), loop="plain", tokens=24, sequences=12, block_size=2, cache_tokens=120, check=True
     )
     engine = simulated_engine(config)
-    launch = engine.runner.launch
+    launch = engine.executor.launch
 
-    def checked(batch: Batch) -> None:
+    def checked(batch: Batch) -> Sampled:
         ends = list(itertools.accumulate(batch.parts))
         parts = [batch.entries[end - count : end] for end, count in zip(ends, batch.parts, strict=True)]
         for one, other in itertools.permutations(parts, 2):
             assert not written(one) & touched(other)
-        launch(batch)
+        return launch(batch)
 
-    engine.runner.launch = checked
+    engine.executor.launch = checked
     prompts = st.lists(st.sampled_from([1, 1, 1, 2]), min_size=1, max_size=14)
     for round_ in range(4):
         for place, prompt in enumerate(data.draw(st.lists(prompts, max_size=5))):
@@ -251,7 +253,7 @@ def engine_under(policy: NanoFlow) -> Engine:
     """An engine that computes nothing, whose policy believes it is a large model's."""
     config = EngineConfig(batching="sarathi", loop="plain", tokens=2304, sequences=256, cache_tokens=2**19)
     engine = simulated_engine(config)
-    engine.batcher = policy.start(Limits(2304, 256, 2**15, 16, QWEN3_8B))
+    engine.steps.batcher = policy.start(Limits(2304, 256, 2**15, 16, QWEN3_8B))
     return engine
 
 
@@ -261,7 +263,7 @@ def play(engine: Engine, prompts: int, length: int, steps: int) -> list[Batch]:
     batches = []
     for _ in range(steps):
         engine.step()
-        batches.append(engine.last)
+        batches.append(engine.steps.last)
     return batches
 
 
@@ -308,7 +310,7 @@ def test_few_different_steps_are_searched():
     """A search takes a millisecond or two: while 256 sequences gain 300 tokens each, few steps may need one."""
     planner = Planner(StepCost.of(QWEN3_8B, QUICK), 0.05)
     engine = engine_under(NanoFlow(rates=QUICK))
-    engine.batcher = NanoFlowBatcher(planner)
+    engine.steps.batcher = NanoFlowBatcher(planner)
     play(engine, 256, 1000, 130)
     before = planner._searched.cache_info().misses
     assert before > 10

@@ -84,7 +84,7 @@ def test_what_an_engine_writes_obeys_its_grammar(model, tokenizer, grammars, loo
         for delta in subject.step():
             found[delta.id] += delta.tokens
             ends[delta.id] = delta.finish
-    assert subject.pool.held == 0
+    assert subject.memory.pool.held == 0
     texts = {
         id: tokenizer.decode(tokens, skip_special_tokens=True)
         for id, tokens in found.items()
@@ -229,7 +229,7 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_as_an_error(model, tok
     deltas = []
     while subject.busy:
         deltas += subject.step()
-    assert deltas[-1].finish is Finish.ERROR and subject.pool.held == 0
+    assert deltas[-1].finish is Finish.ERROR and subject.memory.pool.held == 0
     assert all(0 <= token < len(tokenizer) for delta in deltas for token in delta.tokens)
 
 

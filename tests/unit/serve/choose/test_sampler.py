@@ -13,17 +13,19 @@ from hypothesis import strategies as st
 from penstock.core.randomness import derive, torch_generator, uniforms
 from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.penalties import Penalties
-from penstock.serve.choose.sampler import Sampler
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.messages import Request
 from penstock.testing.reference import distribution, pick
+from penstock.testing.serve_rows import Rows
 
 CPU = torch.device("cpu")
 
 
 def sequence(sampling: SamplingParams, tokens: list[int], prompt: int, stop: tuple[int, ...] = ()) -> Sequence:
-    return Sequence(Request("", tokens[:prompt], sampling), 0, sampling, list(tokens), 1000, 0, stop)
+    return Sequence(
+        Request("", tokens[:prompt], sampling), 0, sampling, list(tokens), 1000, 0, prompt=prompt, stop=stop
+    )
 
 
 def rescored(logits: list[float], sampling: SamplingParams, tokens: list[int], prompt: int, stop=()) -> list[float]:
@@ -63,17 +65,17 @@ def test_each_row_gets_what_it_gets_alone_and_what_the_definitions_say(rows, see
     sequences = [sequence(params, tokens, 1, stop=(0, 5)) for params, tokens in rows]
     counts = [len(tokens) - 1 for _, tokens in rows]
     slots = list(range(len(rows)))[::-1]
-    sampler = Sampler(len(rows), 12, CPU)
+    sampler = Rows(len(rows), 12, CPU)
     for slot, each in zip(slots, sequences, strict=True):
         sampler.add(slot, each)
     sampled = sampler.sample(logits, sampler.ask(slots, counts))
     told = sampled.told([params.logprobs for params, _ in rows])
     for row, (params, tokens) in enumerate(rows):
-        alone = Sampler(1, 12, CPU)
+        alone = Rows(1, 12, CPU)
         alone.add(0, sequences[row])
         again = alone.sample(logits[row : row + 1], alone.ask([0], [counts[row]]))
         assert int(again.tokens[0]) == int(sampled.tokens[row])
-        assert again.told([params.logprobs])[0] == told[row]
+        assert again.told([params.logprobs]) == [told[row]]
         scores = rescored(logits[row].tolist(), params, tokens, 1, (0, 5))
         chances = distribution(torch.tensor(scores, dtype=torch.float64), params)
         uniform = float(uniforms(derive(params.seed, "sample"), np.array([counts[row]]))[0])
@@ -97,7 +99,7 @@ def test_the_empirical_law_is_the_distribution_asked_for():
     draws, text = 2000, [3, 3, 1, 4, 4, 4]
     logits = torch.randn(10, generator=torch_generator(0, "logits")) * 1.5
     total = draws * len(MIXED)
-    sampler = Sampler(total, 10, CPU)
+    sampler = Rows(total, 10, CPU)
     for slot in range(total):
         params = MIXED[slot % len(MIXED)].model_copy(update={"seed": slot})
         sampler.add(slot, sequence(params, text, 2))
@@ -119,7 +121,7 @@ def test_the_empirical_law_is_the_distribution_asked_for():
 
 def test_penalties_follow_the_tokens_that_were_drawn():
     """The host never tells the sampler which tokens came: slots change hands, rows grow, the oracle recounts."""
-    sampler, draw = Sampler(40, 12, CPU), torch_generator(1, "logits")
+    sampler, draw = Rows(40, 12, CPU), torch_generator(1, "logits")
     texts: dict[int, tuple[Sequence, list[int]]] = {}
     for step in range(60):
         for slot in range(step % 3, min(40, 3 + step), 1 + step % 4):
@@ -146,13 +148,13 @@ def test_rows_of_penalties_are_used_again():
     for turn in range(100):
         penalties.drop(turn % 20)
         if turn % 2:
-            penalties.add(turn % 20, [1, 2, 3], 1)
+            penalties.add(turn % 20, np.array([1, 2, 3]), 1)
     assert 10 <= len(penalties) < 20
 
 
 def test_logprobs_are_the_models_own_whatever_the_sampling():
     logits = torch.randn(3, 30, generator=torch_generator(2, "logits"))
-    sampler = Sampler(3, 30, CPU)
+    sampler = Rows(3, 30, CPU)
     sampler.add(0, sequence(SamplingParams(temperature=0.1, top_k=2, logit_bias={4: 100.0}, logprobs=5), [1], 1))
     sampler.add(1, sequence(SamplingParams(), [1], 1))
     sampler.add(2, sequence(SamplingParams(n=1, best_of=2), [1], 1))
@@ -160,11 +162,11 @@ def test_logprobs_are_the_models_own_whatever_the_sampling():
     first, none, bare = sampled.told([5, None, 0])
     wanted = logits.double().log_softmax(-1)[0].tolist()
     ranked = sorted(range(30), key=lambda token: -wanted[token])
-    assert none is None and bare[0].top == []
-    assert first[0].token == 4 and first[0].logprob == pytest.approx(wanted[4], abs=1e-6)
-    assert first[0].rank == ranked.index(4) + 1
-    assert [token for token, _ in first[0].top] == ranked[:5]
-    assert [value for _, value in first[0].top] == pytest.approx([wanted[token] for token in ranked[:5]], abs=1e-6)
+    assert none is None and bare.top == []
+    assert first.token == 4 and first.logprob == pytest.approx(wanted[4], abs=1e-6)
+    assert first.rank == ranked.index(4) + 1
+    assert [token for token, _ in first.top] == ranked[:5]
+    assert [value for _, value in first.top] == pytest.approx([wanted[token] for token in ranked[:5]], abs=1e-6)
 
 
 def test_more_alternatives_than_tokens():
@@ -175,7 +177,7 @@ def test_more_alternatives_than_tokens():
 
 def test_logits_stay_as_they_are():
     logits = torch.randn(1, 12, generator=torch_generator(4, "logits"))
-    before, sampler = logits.clone(), Sampler(1, 12, CPU)
+    before, sampler = logits.clone(), Rows(1, 12, CPU)
     sampler.add(0, sequence(SamplingParams(presence_penalty=2, logit_bias={1: 3}, min_tokens=2), [1, 2], 1, (4,)))
     sampler.sample(logits, sampler.ask([0], [1]))
     assert torch.equal(logits, before)

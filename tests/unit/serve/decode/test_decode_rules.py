@@ -40,8 +40,19 @@ def walk(rule: Momentum, prompt: list[int], count: int) -> list[int]:
     tokens = list(prompt)
     for _ in range(count):
         scores = CYCLE[tokens[-1]].log()
-        tokens.append(int(rule.rescore(scores, tokens).argmax()))
+        tokens.append(int(rescored(rule, scores, tokens).argmax()))
     return tokens[len(prompt) :]
+
+
+def rescored(rule: Momentum, scores: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    """The scores [vocabulary] after ``tokens`` under the rule."""
+    known = {name: torch.from_numpy(values) for name, values in rule.read([tokens]).items()}
+    return rule.rescore(scores.unsqueeze(0), **known)[0]
+
+
+def combined(rule: UncertaintyAwareContrast, *scores: torch.Tensor) -> torch.Tensor:
+    """The scores [vocabulary] of one group."""
+    return rule.combine(torch.stack(scores).unsqueeze(0))[0]
 
 
 def depth_by_search(tokens: list[int], candidate: int, most: int) -> int:
@@ -85,7 +96,7 @@ def test_momentum_equals_its_definition_in_plain_python():
 def test_momentum_takes_no_forbidden_token():
     scores = torch.tensor([-math.inf, 0.0, -math.inf, -math.inf])
     rule = Momentum(alpha=10.0, candidates=4)
-    assert int(rule.rescore(scores, [1, 1, 1, 1, 1]).argmax()) == 1
+    assert int(rescored(rule, scores, [1, 1, 1, 1, 1]).argmax()) == 1
 
 
 def test_a_resistance_that_falls_is_refused():
@@ -141,7 +152,7 @@ def contrast_by_hand(p: list[float], other: list[float], rule: UncertaintyAwareC
 def test_contrast_is_the_papers_difference_where_the_model_is_unsure(scores, weight, threshold, floor):
     rule = UncertaintyAwareContrast(prompt=(0,), weight=weight, threshold=threshold, floor=floor)
     own, other = torch.tensor(scores, dtype=torch.float64).unbind(-1)
-    found = rule.contrast(own, other).softmax(-1)
+    found = combined(rule, own, other).softmax(-1)
     wanted = contrast_by_hand(own.softmax(-1).tolist(), other.softmax(-1).tolist(), rule)
     # What is exactly at the floor, or at the threshold, may fall to either side.
     if not any(math.isclose(x * len(scores), floor, rel_tol=1e-9) for x in own.softmax(-1).tolist()):
@@ -156,7 +167,7 @@ def test_the_gate_opens_on_exactly_the_unsure_rows():
     poorer = torch.tensor([0.1, 0.1, 0.1, 0.7])
     deviation = tables.std(-1) * 2
     rule = UncertaintyAwareContrast(prompt=(0,), threshold=float(deviation[2:].mean()), weight=0.5, floor=0)
-    changed = [not torch.equal(rule.contrast(row.log(), poorer.log()), row.log()) for row in tables]
+    changed = [not torch.equal(combined(rule, row.log(), poorer.log()), row.log()) for row in tables]
     assert changed == [False, True, False, True]
 
 
@@ -193,6 +204,6 @@ def test_a_contrast_that_cannot_be_had_is_refused():
 def test_text_becomes_tokens_once():
     sampling = build(SamplingParams, {"rule": {"name": "uscd", "prompt": "ab"}}, "the request")
     read = sampling.tokenized(lambda text: [ord(letter) for letter in text])
-    assert read.companion == (97, 98)
+    assert read.companions == ((97, 98),)
     assert read.tokenized(lambda text: []) == read
     assert SamplingParams().tokenized(lambda text: []) == SamplingParams()

@@ -38,7 +38,7 @@ def finish(engine) -> dict[str, list[int]]:
     while engine.busy:
         for delta in engine.step():
             tokens.setdefault(delta.id, []).extend(delta.tokens)
-    assert engine.pool.held == 0
+    assert engine.memory.pool.held == 0
     return tokens
 
 
@@ -51,7 +51,7 @@ def test_a_sequence_whose_block_has_a_twin_can_be_forked(engine):
     said = [delta.tokens[0] for delta in (first, second)]
     engine.fork("b", Request("c", prompt + said[:1], GREEDY))
     engine.fork("b", Request("d", prompt, GREEDY))
-    assert len(engine.running) == 4
+    assert len(engine.memory.running) == 4
     tokens = finish(engine)
     assert tokens["c"] == greedy(small_model(), prompt + said[:1], 6)
     assert tokens["d"] == greedy(small_model(), prompt, 6)
@@ -61,20 +61,23 @@ def test_a_fork_computes_one_token_and_copies_one_block(engine):
     prompt = numbers("fork", 10)
     engine.add(Request("a", prompt, SamplingParams(temperature=0, max_tokens=20)))
     engine.step()
-    before = engine.pool.held
+    before = engine.memory.pool.held
     engine.fork("a", Request("b", prompt, GREEDY))
-    assert engine.pool.held == before, "nothing is copied until one of them writes"
+    assert engine.memory.pool.held == before, "nothing is copied until one of them writes"
     engine.step()
-    assert engine.last.tokens == 2
-    assert engine.pool.held == before + 1
+    assert engine.steps.last.tokens == 2
+    assert engine.memory.pool.held == before + 1
     finish(engine)
 
 
 def test_a_fork_of_something_else_is_refused(engine):
     engine.add(Request("a", [1, 2, 3], GREEDY))
-    for parent, prompt in (("none", [1, 2]), ("a", [1, 3]), ("a", [1, 2, 3, 4])):
-        with pytest.raises(UsageError, match="no request"):
-            engine.fork(parent, Request("b", prompt, GREEDY))
+    for parent, prompt, index in (("none", [1, 2], 0), ("a", [1, 2, 3], 1)):
+        with pytest.raises(UsageError, match="no continuation"):
+            engine.fork(parent, Request("b", prompt, GREEDY), index)
+    for prompt in ([1, 3, 3], [1, 2, 3, 4], [1, 2]):
+        with pytest.raises(UsageError, match="not what the request 'a' has come to"):
+            engine.fork("a", Request("b", prompt, GREEDY))
     finish(engine)
 
 
@@ -96,7 +99,7 @@ def test_a_deadline_ends_a_request_wherever_it_is(engine, monkeypatch):
     assert ends["short"] == (2, Finish.LENGTH)
     assert ends["never"] == (3, Finish.DEADLINE)
     assert ends["free"] == (11, Finish.LENGTH)
-    assert engine.pool.held == 0
+    assert engine.memory.pool.held == 0
 
 
 def test_one_continuation_is_aborted_and_the_others_go_on(engine):

@@ -39,7 +39,7 @@ def answer(llm, tmp_path):
         )
         summary = runner.run(tmp_path / "in.jsonl", target)
         assert not llm.engine.busy
-        assert llm.engine.pool.held == 0
+        assert llm.engine.memory.pool.held == 0
         return summary, [json.loads(line) for line in target.read_text().splitlines()]
 
     return run

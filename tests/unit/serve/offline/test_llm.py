@@ -39,7 +39,7 @@ def texts(results) -> list[str]:
 
 
 def idle(llm: LLM) -> bool:
-    return not llm.engine.busy and llm.engine.pool.held == 0 and llm.engine.batcher.waiting == 0
+    return not llm.engine.busy and llm.engine.memory.pool.held == 0 and llm.engine.steps.batcher.waiting == 0
 
 
 def test_the_package_offers_it_without_importing_torch():

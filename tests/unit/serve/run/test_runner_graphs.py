@@ -29,7 +29,7 @@ def warm(monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr("penstock.serve.run.runner.StepGraphs", RehearsedGraphs)
     monkeypatch.setattr("penstock.serve.run.runner.worth_replaying", lambda shapes, seconds: shapes)
     engine = build_engine(small_model(), CONFIG)
-    engine.runner.warm_up(CONFIG.tokens)
+    engine.executor.warm_up(CONFIG.tokens)
     return engine
 
 
@@ -64,7 +64,7 @@ SPECIAL: list[dict[str, Any]] = [
 @pytest.mark.parametrize("kinds", [PLAIN[:1], PLAIN, [*PLAIN, {"temperature": 0.9, "logprobs": 2}], [*PLAIN, *SPECIAL]])
 def test_answers_are_those_of_a_cold_runner(warm: Engine, kinds: list[dict[str, Any]]) -> None:
     replayed = set()
-    for graphs in (warm.runner._prompts, warm.runner._decodes):
+    for graphs in (warm.executor._prompts, warm.executor._decodes):
         replay = graphs.replay
         graphs.replay = lambda shape, *rest, replay=replay: (replayed.add(shape), replay(shape, *rest))[1]
     assert answers(warm, kinds) == answers(build_engine(small_model(), CONFIG), kinds)
@@ -75,7 +75,7 @@ def test_answers_are_those_of_a_cold_runner(warm: Engine, kinds: list[dict[str, 
 
 def test_what_a_graph_draws_is_what_is_told(warm: Engine) -> None:
     """Nothing is drawn a second time where all requests are plain."""
-    sampler, given = warm.runner.sampler, []
+    sampler, given = warm.executor._sampler, []
     sample, choose = sampler.sample, sampler._choose
     sampler._choose = lambda *asked: (given.append("chosen"), choose(*asked))[1]
     sampler.sample = lambda *asked: (given.append("drawn" if asked[2] is not None else "not drawn"), sample(*asked))[1]

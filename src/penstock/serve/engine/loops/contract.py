@@ -13,7 +13,8 @@ class Steps(Protocol):
     """The parts of a step, as an engine offers them to its loop."""
 
     def form(self) -> Batch | None:
-        """The next batch, None where there is nothing to compute."""
+        """The next batch, None where there is nothing to compute. A sequence whose next token cannot be chosen before
+        the last ones are known here (a grammar that follows the text, say) is left out while they are on their way."""
         ...
 
     def launch(self, batch: Batch) -> None:
@@ -24,17 +25,16 @@ class Steps(Protocol):
         """Waits for the tokens of ``batch`` and hands them to their sequences."""
         ...
 
-    def blind(self) -> bool:
-        """Whether a running sequence's next token cannot be chosen before the last ones are known here (a grammar
-        that follows the text, say)."""
-        ...
-
 
 class Stepper(Protocol):
     """A loop at work."""
 
     def step(self) -> list[Delta]:
         """Does one step; returns what became known in it."""
+        ...
+
+    def drain(self) -> list[Delta]:
+        """Publishes all that is queued, and queues nothing; returns what became known."""
         ...
 
     @property

@@ -20,12 +20,13 @@ class OverlappedStepper:
         return self._queued is None
 
     def step(self) -> list[Delta]:
-        if self._queued is not None and self._steps.blind():
-            return self._publish(None)
         batch = self._steps.form()
         if batch is not None:
             self._steps.launch(batch)
         return self._publish(batch)
+
+    def drain(self) -> list[Delta]:
+        return self._publish(None)
 
     def _publish(self, following: Batch | None) -> list[Delta]:
         done, self._queued = self._queued, following
@@ -37,7 +38,8 @@ class Overlapped(Loop):
     """Step n + 1 is formed and queued before the tokens of step n are known here; they go from step to step on the
     device (asynchronous scheduling, a part of NanoFlow).
 
-    A sequence that a stop token ends is noticed one step late; the token computed after it is dropped.
+    A sequence that a stop token ends is noticed one step late; the token computed after it is dropped. One that waits
+    for its tokens takes part in every second step; where all do, steps follow each other as in the plain loop.
     """
 
     def start(self, steps: Steps) -> Stepper:

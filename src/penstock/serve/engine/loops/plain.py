@@ -15,6 +15,9 @@ class PlainStepper:
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
 
+    def drain(self) -> list[Delta]:
+        return []
+
     def step(self) -> list[Delta]:
         batch = self._steps.form()
         if batch is None:

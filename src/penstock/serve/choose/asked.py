@@ -1,0 +1,124 @@
+"""What the rows of a step ask of their next tokens, as arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from penstock.serve.decode.contract import DecodeRule
+
+#: Temperature and cuts of a row; top_k is 0 where there is none.
+OPTIONS = [("temperature", "f8"), ("top_k", "i8"), ("top_p", "f8"), ("min_p", "f8")]
+
+#: What is kept of a slot, besides: the key of its draws, how many tokens were given, penalties, how long no token may
+#: end the text, how many alternatives are told (-1: no log-probabilities), and what of a sequence has to be looked at.
+SLOT = np.dtype(
+    [
+        *OPTIONS,
+        ("key", "u8"),
+        ("prompt", "i8"),
+        ("charges", "f8", (3,)),
+        ("least", "i8"),
+        ("alternatives", "i8"),
+        *((name, "?") for name in ("penalized", "biased", "grammar", "rule", "rescored", "led")),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scattered:
+    """Values for single scores: ``rows`` int64 [n], ``tokens`` int64 [n], ``values`` float32 [n]."""
+
+    rows: np.ndarray
+    tokens: np.ndarray
+    values: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """Tokens that may come: ``words`` int32 [M, words] for the rows ``rows`` int64 [M], 32 tokens a word, the least
+    significant bit first."""
+
+    rows: np.ndarray
+    words: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Ruled:
+    """Rows whose rule is computed alike: ``rows`` int64 [R, n], those of all members of each group, the one that
+    chooses first; ``known`` is what the rule read of the text."""
+
+    rule: DecodeRule
+    rows: np.ndarray
+    known: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What S sequences want of the tokens that come next: R rows, one for the newest token of each and, behind it, one
+    for each tentative token.
+
+    Attributes:
+        first: int64 [S], the row of each sequence's newest token.
+        slots: int64 [R], of their sequences.
+        counts: int64 [R], generated tokens before the one that is wanted.
+        rows: SLOT [R], as it holds for this token.
+        uniform: float64 [R], the draws.
+        biases: are added to scores; None where there are none.
+        bans: (rows, tokens) int64, tokens that may not come.
+        masks: of grammars; None where there are none.
+        rules: of rows that have one.
+        followers: int64 [2, F]: rows that take the token of another, and that other.
+        window: int64 [S, W], the tentative tokens of each sequence, -1 behind them; None where there are none at all.
+    """
+
+    first: np.ndarray
+    slots: np.ndarray
+    counts: np.ndarray
+    rows: np.ndarray
+    uniform: np.ndarray
+    biases: Scattered | None = None
+    bans: np.ndarray | None = None
+    masks: Masked | None = None
+    rules: tuple[Ruled, ...] = ()
+    followers: np.ndarray | None = None
+    window: np.ndarray | None = None
+
+    @functools.cached_property
+    def kinds(self) -> np.ndarray:
+        """int64 [R]: 0 for the most probable token, 1 for one of all; where some are cut off, more, by what does it."""
+        rows = self.rows
+        cuts = 1 + 2 * (rows["top_k"] > 0) + 4 * (rows["top_p"] < 1) + 8 * (rows["min_p"] > 0)
+        return np.where(rows["temperature"] > 0, cuts, 0)
+
+    @property
+    def plain(self) -> bool:
+        """Whether all tokens come from the logits as they are, by :attr:`draws`."""
+        return not (self.rows["rescored"].any() or self.rows["led"].any()) and bool((self.kinds < 2).all())
+
+    @property
+    def draws(self) -> np.ndarray:
+        """float64 [2, R]: temperature and uniform number of each, as :func:`draw_softmax` wants them, where none of the
+        tokens is cut off."""
+        temperature = self.rows["temperature"]
+        return np.stack([temperature, np.where(temperature > 0, self.uniform, 0)])
+
+    @functools.cached_property
+    def owners(self) -> np.ndarray:
+        """int64 [R]: which of the S sequences a row belongs to."""
+        owners: np.ndarray = np.repeat(np.arange(len(self.first)), np.diff(self.first, append=len(self.slots)))
+        return owners
+
+    @functools.cached_property
+    def depths(self) -> np.ndarray:
+        """int64 [R]: how many tentative tokens are before what a row chooses."""
+        depths: np.ndarray = np.arange(len(self.slots)) - self.first[self.owners]
+        return depths
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [R]: tokens before what a row chooses."""
+        lengths: np.ndarray = self.rows["prompt"] + self.counts
+        return lengths

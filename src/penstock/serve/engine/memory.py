@@ -1,0 +1,212 @@
+"""The memory of sequences: who has a slot and which blocks, and nobody else changes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from collections.abc import Sequence as List
+
+import numpy as np
+
+from penstock.serve.engine.sequence import Sequence
+from penstock.serve.kv.pool import ROOT, BlockPool
+
+
+@dataclasses.dataclass(eq=False)
+class Held:
+    """What a running sequence holds.
+
+    Attributes:
+        slot: its row in the tables.
+        blocks: its blocks of the cache, in order.
+        computed: tokens whose keys and values are in them, or will be once the queued work is done.
+        committed: how many of the blocks are in the prefix tree, the last of them at ``node``.
+    """
+
+    slot: int
+    blocks: list[int] = dataclasses.field(default_factory=list)
+    computed: int = 0
+    committed: int = 0
+    node: int = ROOT
+
+
+class Memory:
+    """Slots, tables and blocks of all running sequences.
+
+    Args:
+        slots: most sequences at a time.
+        blocks: of the cache.
+        block_size: tokens of a block.
+        context: most tokens of a sequence.
+
+    Attributes:
+        pool: the blocks.
+        tables: int32 [slots, most blocks of a sequence], the blocks of each slot's sequence.
+        running: sequences that have memory, by priority and arrival. Companions have some, and are not listed.
+    """
+
+    def __init__(self, slots: int, blocks: int, block_size: int, context: int) -> None:
+        self.pool = BlockPool(blocks, block_size)
+        self.tables = np.zeros((slots, -(-context // block_size)), np.int32)
+        self.running: list[Sequence] = []
+        self._slots = list(range(slots - 1, -1, -1))
+        self._copies: list[tuple[int, int]] = []
+
+    @property
+    def free_slots(self) -> int:
+        """How many more sequences could run."""
+        return len(self._slots)
+
+    # Coming and going
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence a slot and the blocks that hold its prefix, if all of it would fit; its companions
+        likewise. Tells whether it did."""
+        pool, members = self.pool, sequence.members
+        if self.free_slots < len(members):
+            return False
+        prefixes = [pool.match(each.tokens, _reusable(each)) for each in members]
+        found = {block for prefix in prefixes for block in prefix}
+        needed = sum(-(-len(each.tokens) // pool.block_size) for each in members)
+        needed += pool.idle_among(found) - sum(map(len, prefixes))
+        # A block for each running sequence stays in hand, or the newcomer would soon be thrown out again.
+        if needed + len(self.tables) - self.free_slots > pool.available and self.running:
+            return False
+        for member, prefix in zip(members, prefixes, strict=True):
+            pool.share(prefix)
+            self._enter(member, prefix, len(prefix) * pool.block_size)
+        return True
+
+    def fork(self, parent: Sequence, child: Sequence) -> bool:
+        """Lets ``child``, whose tokens are the parent's first ones, run on the same blocks. Tells whether it could:
+        only where the parent runs and there is a slot."""
+        held = parent.held
+        if held is None or not self._slots:
+            return False
+        computed = min(held.computed, len(parent.tokens), _reusable(child))
+        shared = held.blocks[: -(-computed // self.pool.block_size)]
+        self.pool.share(shared)
+        self._enter(child, shared, computed)
+        self.commit(child)
+        return True
+
+    def _enter(self, sequence: Sequence, blocks: list[int], computed: int) -> None:
+        """``sequence`` runs; ``blocks`` hold its first ``computed`` tokens."""
+        held = sequence.held = Held(self._slots.pop(), computed=computed)
+        self._append(held, blocks)
+        whole = computed // self.pool.block_size
+        for index, block in enumerate(blocks[:whole]):
+            if not self.pool.known(block):
+                break
+            held.committed, held.node = index + 1, self.pool.node_of(block)
+        if sequence.leader is None:
+            self.running.append(sequence)
+            if len(self.running) > 1 and self.running[-2].rank > sequence.rank:
+                self.running.sort(key=lambda each: each.rank)
+
+    def release(self, sequence: Sequence) -> None:
+        """Takes all memory of a running sequence and of its companions."""
+        for member in sequence.members:
+            held = member.held
+            assert held is not None
+            self.pool.release(held.blocks)
+            self._slots.append(held.slot)
+            member.held = None
+        self.running.remove(sequence)
+
+    # Growing and shrinking
+
+    def missing(self, pieces: Iterable[tuple[Sequence, int]]) -> int:
+        """How many blocks more than are available it takes for each running sequence to have as many more tokens as the
+        ``pieces`` say."""
+        needed = sum(self._fresh(each.held, count) + self._frozen(each.held) for each, count in pieces if each.held)
+        return needed - self.pool.available
+
+    def grow(self, pieces: Iterable[tuple[Sequence, int]]) -> None:
+        """Blocks for so many more tokens of each running sequence; there must be none missing. Where the next token
+        goes to a block that is not the sequence's alone, it gets a copy of that, see :meth:`copies`."""
+        for sequence, count in pieces:
+            held = sequence.held
+            assert held is not None
+            more = self._fresh(held, count)
+            if self._frozen(held):
+                self._own(held)
+            if more:
+                self._append(held, self.pool.take(more))
+
+    def advance(self, sequence: Sequence, count: int) -> None:
+        """``count`` more tokens of ``sequence`` are about to be computed."""
+        assert sequence.held is not None
+        sequence.held.computed += count
+        self.commit(sequence)
+
+    def copies(self) -> list[tuple[int, int]]:
+        """Blocks (from, to) that have to be copied before anything else is computed. They are told once."""
+        told, self._copies = self._copies, []
+        return told
+
+    def commit(self, sequence: Sequence) -> None:
+        """Puts the full blocks of known tokens of ``sequence`` into the prefix tree."""
+        held, size = sequence.held, self.pool.block_size
+        assert held is not None
+        for index in range(held.committed, min(held.computed, len(sequence.tokens)) // size):
+            tokens = sequence.tokens[index * size : (index + 1) * size]
+            held.node = self.pool.commit(held.node, tokens, held.blocks[index])
+            held.committed = index + 1
+
+    def truncate(self, sequence: Sequence, computed: int) -> None:
+        """Cuts a running sequence back to its first ``computed`` tokens in the cache."""
+        held, size = sequence.held, self.pool.block_size
+        assert held is not None
+        if computed >= held.computed:
+            return
+        kept = -(-computed // size)
+        self.pool.release(held.blocks[kept:])
+        del held.blocks[kept:]
+        held.computed = computed
+        if held.committed > computed // size:
+            held.committed = computed // size
+            held.node = self.pool.node_of(held.blocks[held.committed - 1]) if held.committed else ROOT
+
+    def renew(self, sequence: Sequence) -> None:
+        """Makes those who keep something by slot look at ``sequence`` anew: its text was changed from outside."""
+        assert sequence.held is not None
+        sequence.held = dataclasses.replace(sequence.held)
+
+    def check(self) -> None:
+        """Compares the pool's books with what sequences hold.
+
+        Raises:
+            InvariantError: they differ.
+        """
+        members = [member for sequence in self.running for member in sequence.members]
+        self.pool.check([member.held.blocks for member in members if member.held is not None])
+
+    def _fresh(self, held: Held, count: int) -> int:
+        return max(0, -(-(held.computed + count) // self.pool.block_size) - len(held.blocks))
+
+    def _frozen(self, held: Held) -> bool:
+        """Whether the next token goes to a block that is not this sequence's alone, as it may after a fork."""
+        first = held.computed // self.pool.block_size
+        return first < len(held.blocks) and self.pool.frozen(held.blocks[first])
+
+    def _own(self, held: Held) -> None:
+        """A copy, for the sequence alone, of the block that its next token goes to."""
+        first = held.computed // self.pool.block_size
+        (fresh,) = self.pool.take(1)
+        self._copies.append((held.blocks[first], fresh))
+        self.pool.release([held.blocks[first]])
+        held.blocks[first] = fresh
+        self.tables[held.slot, first] = fresh
+
+    def _append(self, held: Held, blocks: List[int]) -> None:
+        first = len(held.blocks)
+        held.blocks += blocks
+        self.tables[held.slot, first : len(held.blocks)] = blocks
+
+
+def _reusable(sequence: Sequence) -> int:
+    """How many of the first tokens may be taken from the cache: not the last, whose scores are wanted, nor those after
+    which a log-probability is."""
+    last = len(sequence.tokens) - 1
+    return last if sequence.rated is None else min(last, sequence.rated_from - 1)

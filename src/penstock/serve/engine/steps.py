@@ -1,0 +1,159 @@
+"""The parts of a step: form, launch, publish."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+from penstock.core.events import EventLog
+from penstock.serve.batching.contract import Batcher
+from penstock.serve.engine.batch import Batch, Entry
+from penstock.serve.engine.executor import Executor
+from penstock.serve.engine.memory import Memory
+from penstock.serve.engine.room import StepRoom
+from penstock.serve.engine.sequence import Sequence
+from penstock.serve.messages import Delta, Finish, TokenLogprobs
+
+
+@dataclasses.dataclass
+class Counters:
+    """What an engine did since its start: steps, sequences thrown out, prompt tokens and those of them that were found
+    in the cache, tokens that came out, and tokens that were drafted and accepted."""
+
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+class EngineSteps:
+    """See :class:`~penstock.serve.engine.loops.contract.Steps`.
+
+    Args:
+        memory: of the sequences.
+        batcher: holds those that wait.
+        executor: computes.
+        tokens: the token budget of a step.
+        counters, events: told what happens.
+        end: called with a sequence and the reason when its last token is known.
+
+    Attributes:
+        batcher: holds those that wait.
+        last: the batch that was formed last.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        batcher: Batcher,
+        executor: Executor,
+        tokens: int,
+        counters: Counters,
+        events: EventLog,
+        end: Callable[[Sequence, Finish], None],
+    ) -> None:
+        self._memory, self.batcher, self._executor = memory, batcher, executor
+        self._tokens, self._counters, self._events, self._end = tokens, counters, events, end
+        self.last = Batch([], memory.tables)
+
+    def form(self) -> Batch | None:
+        room = StepRoom(self._memory, self._tokens, self._events)
+        # One whose last token is on its way has nothing more to compute; one that waits for a token is left out.
+        running = [each for each in self._memory.running if each.length < each.limit and each.ready]
+        self.batcher.form(running, room)
+        for victim in room.preempted:
+            self.batcher.add(victim)
+        self._counters.preemptions += len(room.preempted)
+        self._counters.cached_tokens += room.found
+        if not room.entries:
+            return None
+        self.last = Batch(room.entries, self._memory.tables, self._memory.copies(), room.parts, room.lead)
+        return self.last
+
+    def launch(self, batch: Batch) -> None:
+        self._counters.steps += 1
+        batch.sampled = self._executor.launch(batch)
+
+    def publish(self, batch: Batch) -> list[Delta]:
+        if batch.sampled is None:
+            return []
+        batch.sampled.wait()
+        _rate(batch)
+        entries = [entry for entry in batch.entries if entry.scored]
+        rows = [entry.sequence.sampling.alternatives for entry in entries for _ in range(entry.scored)]
+        told, tokens = batch.sampled.told(rows), batch.sampled.tokens.tolist()
+        counts = batch.sampled.settled(len(entries))
+        deltas = []
+        first = 0
+        for entry, count in zip(entries, counts, strict=True):
+            own, logprobs = tokens[first : first + count], told[first : first + count]
+            first += entry.scored
+            if entry.sequence.finish is None and entry.sequence.leader is None:
+                deltas.append(self._settle(entry, own, [each for each in logprobs if each is not None] or None))
+        return deltas
+
+    def _settle(self, entry: Entry, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> Delta:
+        """Hands the ``tokens`` that a step settled to their sequence, up to one that ends it."""
+        sequence, window = entry.sequence, entry.window
+        kept, finish = 0, None
+        while finish is None and kept < len(tokens):
+            finish = _take(sequence, tokens[kept])
+            kept += 1
+        for member in sequence.members:
+            member.in_flight -= 1
+        self._counters.output_tokens += kept
+        if window:
+            self._counters.drafted_tokens += len(window)
+            self._counters.accepted_tokens += len(tokens) - 1
+            self._events.add(
+                "settled", sequence.request.id, sequence.index, drafted=len(window), accepted=len(tokens) - 1
+            )
+            if sequence.held is not None:
+                # Keys and values of drafted tokens that were not accepted are nobody's.
+                self._memory.truncate(sequence, entry.start + entry.count - len(window) + len(tokens) - 1)
+        if sequence.draft is not None:
+            sequence.draft.extend(tokens[:kept])
+        rated, sequence.rated = sequence.rated, None
+        if finish is not None:
+            self._end(sequence, finish)
+        return Delta(
+            sequence.request.id,
+            sequence.index,
+            tokens[:kept],
+            logprobs and logprobs[:kept],
+            rated,
+            finish,
+            max(sequence.cached, 0),
+        )
+
+
+def _take(sequence: Sequence, token: int) -> Finish | None:
+    """Appends ``token`` to ``sequence`` and its companions; tells whether it ends them."""
+    for member in sequence.members:
+        member.tokens.append(token)
+    if sequence.matcher is not None:
+        sequence.matcher.consume(token)
+        if sequence.matcher.failed:
+            return Finish.ERROR
+    if token in sequence.stop:
+        return Finish.STOP
+    return Finish.LENGTH if len(sequence.tokens) >= sequence.limit else None
+
+
+def _rate(batch: Batch) -> None:
+    """Hands the log-probabilities of prompt tokens in ``batch`` to their sequences."""
+    rated = [entry for entry in batch.entries if entry.rated]
+    if batch.sampled is None or batch.sampled.prompt is None:
+        return
+    most = [entry.sequence.sampling.prompt_logprobs or 0 for entry in rated for _ in range(entry.rated)]
+    records = iter(batch.sampled.prompt.records(most))
+    for entry in rated:
+        own = list(itertools.islice(records, entry.rated))
+        if entry.sequence.rated is not None:
+            # After preemption, what is known already comes again.
+            place = entry.start + entry.rated_from + 1 - entry.sequence.rated_from
+            entry.sequence.rated[place : place + entry.rated] = own

@@ -1,0 +1,294 @@
+"""From a batch to a step: what sequences are becomes arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from penstock.core.randomness import derive, uniforms
+from penstock.models.sampling import Sampling
+from penstock.ops.paged.contract import PagedBatch
+from penstock.serve.choose.asked import SLOT, Asked, Masked, Ruled, Scattered
+from penstock.serve.choose.grammar import Matcher
+from penstock.serve.decode.contract import DecodeRule
+from penstock.serve.engine.batch import Batch, Entry
+from penstock.serve.engine.memory import Held
+from penstock.serve.engine.sequence import Sequence
+from penstock.serve.run.step import Part, Placed, Step
+
+
+class Planner:
+    """Makes steps of batches. What is the same for all tokens of a sequence is looked at once, when it takes a slot.
+
+    Args:
+        slots: most sequences at a time.
+        block_size: tokens of a block of the cache.
+    """
+
+    def __init__(self, slots: int, block_size: int) -> None:
+        self._size = block_size
+        self._table = np.zeros(slots, SLOT)
+        self._held: list[Held | None] = [None] * slots
+        self._biases: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._arithmetic: dict[int, DecodeRule] = {}
+
+    def plan(self, batch: Batch) -> Step:
+        """The step that computes ``batch``."""
+        batch = _singles_first(batch)
+        placed, asked = self.ask(batch.entries)
+        rated = [entry for entry in batch.entries if entry.rated]
+        following = [_following(entry) for entry in rated]
+        return Step(
+            copies=np.array(batch.copies, np.int64).reshape(-1, 2).T,
+            placed=placed,
+            parts=tuple(self._parts(batch, asked)),
+            lead=batch.lead,
+            asked=asked,
+            rated=np.array(list(itertools.chain(*following)), np.int64),
+            alternatives=max((entry.sequence.sampling.prompt_logprobs or 0 for entry in rated), default=0),
+        )
+
+    def ask(self, entries: list[Entry]) -> tuple[tuple[Placed, ...], Asked]:
+        """The sequences of ``entries`` that have taken their slots since the last call, as far as penalties have to be
+        kept for them, and what the scored entries ask for."""
+        placed = tuple(self._placed(entries))
+        return placed, self._asked([entry for entry in entries if entry.scored])
+
+    # Slots
+
+    def _placed(self, entries: list[Entry]) -> Iterator[Placed]:
+        for entry in entries:
+            if self._held[entry.slot] is not entry.sequence.held:
+                penalized = bool(self._table[entry.slot]["penalized"])
+                self._place(entry.slot, entry.sequence)
+                if penalized or entry.sequence.sampling.penalized:
+                    own = entry.sequence.tokens if entry.sequence.sampling.penalized else []
+                    yield Placed(entry.slot, np.array(own, np.int64), entry.sequence.prompt)
+
+    def _place(self, slot: int, sequence: Sequence) -> None:
+        """``sequence``, whose tokens are all known, has taken ``slot``."""
+        sampling, row = sequence.sampling, self._table[slot]
+        self._held[slot] = sequence.held
+        _set_options(row, sampling)
+        row["key"], row["prompt"] = derive(sampling.seed, "sample"), sequence.prompt
+        row["charges"] = sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
+        row["least"] = sampling.min_tokens
+        row["alternatives"] = -1 if sampling.alternatives is None else sampling.alternatives
+        row["penalized"], row["biased"] = sampling.penalized, bool(sampling.logit_bias)
+        row["grammar"], row["rule"] = sequence.matcher is not None, sampling.rule is not None
+        row["led"] = sequence.leader is not None
+        special = sampling.penalized or sampling.logit_bias or sampling.min_tokens or sampling.waits
+        row["rescored"] = bool(special) or bool(sequence.companions)
+        if sampling.logit_bias:
+            tokens, added = zip(*sampling.logit_bias.items(), strict=True)
+            self._biases[slot] = np.array(tokens, np.int64), np.array(added, np.float32)
+        if sampling.rule is not None:
+            self._arithmetic[slot] = sampling.rule.arithmetic
+
+    # What rows ask for
+
+    def _asked(self, entries: list[Entry]) -> Asked:
+        """What the scored ``entries`` ask for."""
+        fields = [
+            (entry.slot, entry.start + entry.count - len(entry.window) - entry.sequence.prompt, entry.scored)
+            for entry in entries
+        ]
+        slots, counts, widths = np.array(fields, np.int64).reshape(-1, 3).T
+        first = widths.cumsum() - widths
+        window = _window(entries, int(widths.max()) - 1) if len(widths) and widths.max() > 1 else None
+        if window is not None:
+            owners = np.repeat(np.arange(len(entries)), widths)
+            slots, counts = slots[owners], counts[owners] + np.arange(len(owners)) - first[owners]
+        rows = self._table[slots]
+        looked = np.flatnonzero(rows["rule"])
+        sources = list(_rows(entries)) if rows["rescored"].any() or looked.size or rows["led"].any() else []
+        for place in looked:
+            sampling = sources[place][0].sampling
+            if sampling.rule is not None:
+                _set_options(rows[place], sampling.rule.options(sampling, int(counts[place])))
+        asked = Asked(first, slots, counts, rows, uniforms(rows["key"], counts), window=window)
+        return dataclasses.replace(asked, **self._special(asked, sources)) if sources else asked
+
+    def _special(self, asked: Asked, sources: list[tuple[Sequence, int]]) -> dict[str, Any]:
+        """What goes beyond a row's own numbers: for each row, its sequence and how many tentative tokens are before
+        it are in ``sources``."""
+        rows = asked.rows
+        biased, banned = np.flatnonzero(rows["biased"]), np.flatnonzero(asked.counts < rows["least"])
+        ruled = [int(place) for place in np.flatnonzero(rows["rule"]) if sources[place][0].leader is None]
+        places = {(id(sequence), depth): place for place, (sequence, depth) in enumerate(sources)}
+        return {
+            "biases": self._scattered(asked.slots, biased) if biased.size else None,
+            "bans": _bans(sources, banned),
+            "masks": _masks(sources, np.flatnonzero(rows["grammar"]), asked),
+            "rules": tuple(self._ruled(asked, sources, ruled, places)),
+            "followers": _followers(sources, np.flatnonzero(rows["led"]), places),
+        }
+
+    def _scattered(self, slots: np.ndarray, own: np.ndarray) -> Scattered:
+        tokens, added = zip(*(self._biases[slot] for slot in slots[own]), strict=True)
+        places = np.repeat(own, [len(each) for each in tokens])
+        return Scattered(places, np.concatenate(tokens), np.concatenate(added))
+
+    def _ruled(
+        self,
+        asked: Asked,
+        sources: list[tuple[Sequence, int]],
+        ruled: list[int],
+        places: dict[tuple[int, int], int],
+    ) -> Iterator[Ruled]:
+        """The rows with a rule, those together whose rules are computed alike."""
+        alike: dict[tuple[DecodeRule, int], list[int]] = {}
+        for place in ruled:
+            sequence, _ = sources[place]
+            rule = self._arithmetic[int(asked.slots[place])]
+            if rule.follows or sequence.companions:
+                alike.setdefault((rule, len(sequence.members)), []).append(place)
+        for (rule, _), own in alike.items():
+            rows = [[places[id(each), sources[place][1]] for each in sources[place][0].members] for place in own]
+            texts = [sources[place][0].tokens + _ahead(asked, place) for place in own] if rule.follows else []
+            yield Ruled(rule, np.array(rows, np.int64), rule.read(texts) if rule.follows else {})
+
+    # Passes
+
+    def _parts(self, batch: Batch, asked: Asked) -> Iterator[Part]:
+        """The passes that compute ``batch``, whose scored entries ``asked`` for their next tokens."""
+        entries = batch.entries
+        fields = (
+            (entry.slot, entry.start, entry.count, entry.scored, entry.rated_from, entry.rated_from + entry.rated)
+            for entry in entries
+        )
+        slots, starts, counts, scored, rated_from, rated_to = np.array(list(fields), np.int64).T
+        ends = counts.cumsum()
+        rows = np.repeat(np.arange(len(entries)), counts)
+        offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        positions = offsets + np.repeat(starts, counts)
+        rated = (offsets >= rated_from[rows]) & (offsets < rated_to[rows])
+        wanted = offsets >= (counts - scored)[rows]
+        inputs = np.stack([*_tokens(batch, ends), positions])
+        draws = np.stack([*asked.draws.view(np.int64), asked.slots + 1])
+        ahead = np.concatenate([[0], scored.cumsum()])
+        for first, last in itertools.pairwise(itertools.accumulate(batch.parts, initial=0)):
+            begin, end = ends[first] - counts[first], ends[last - 1]
+            own, all_own = slice(first, last), slice(begin, end)
+            plan = self._plan(
+                batch.tables[slots[own]],
+                (starts + counts)[own],
+                ends[own] - begin,
+                rows[all_own] - first,
+                positions[all_own],
+            )
+            drawn = draws[:, ahead[first] : ahead[last]]
+            yield Part(inputs[:, all_own], plan, np.flatnonzero(wanted[all_own]), np.flatnonzero(rated[all_own]), drawn)
+
+    def _plan(
+        self, tables: np.ndarray, lengths: np.ndarray, ends: np.ndarray, rows: np.ndarray, positions: np.ndarray
+    ) -> PagedBatch:
+        size = self._size
+        tables = np.ascontiguousarray(tables[:, : -(-int(lengths.max()) // size)])
+        starts = np.concatenate([[0], ends])
+        return PagedBatch(
+            starts=torch.from_numpy(starts.astype(np.int32)),
+            lengths=torch.from_numpy(lengths.astype(np.int32)),
+            tables=torch.from_numpy(tables),
+            slots=torch.from_numpy(tables[rows, positions // size].astype(np.int64) * size + positions % size),
+        )
+
+
+def _singles_first(batch: Batch) -> Batch:
+    """``batch`` with the entries of one token first in each part, where windows came between them: kernels for one
+    token a sequence are the fastest."""
+    if not any(entry.window for entry in batch.entries):
+        return batch
+    ordered: list[Entry] = []
+    for first, last in itertools.pairwise(itertools.accumulate(batch.parts, initial=0)):
+        ordered += sorted(batch.entries[first:last], key=lambda entry: entry.count > 1)
+    batch.entries[:] = ordered
+    return batch
+
+
+def _following(entry: Entry) -> list[int]:
+    """The tokens of a prompt that are rated in ``entry``."""
+    first = entry.start + entry.rated_from + 1
+    return entry.sequence.tokens[first : first + entry.rated]
+
+
+def _rows(entries: list[Entry]) -> Iterator[tuple[Sequence, int]]:
+    """For each scored row, its sequence and how many tentative tokens are before it."""
+    for entry in entries:
+        for depth in range(entry.scored):
+            yield entry.sequence, depth
+
+
+def _window(entries: list[Entry], width: int) -> np.ndarray:
+    window = np.full((len(entries), width), -1, np.int64)
+    for row, entry in zip(window, entries, strict=True):
+        row[: len(entry.window)] = entry.window
+    return window
+
+
+def _ahead(asked: Asked, place: int) -> list[int]:
+    """The tentative tokens before what the row at ``place`` chooses."""
+    if asked.window is None:
+        return []
+    tokens: list[int] = asked.window[asked.owners[place], : asked.depths[place]].tolist()
+    return tokens
+
+
+def _tokens(batch: Batch, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The batch's tokens, and where those stand in the list of newest ones that are not known here yet; 0 in place of
+    the others."""
+    known: list[int] = []
+    places = np.zeros(int(ends[-1]), np.int64)
+    for entry, end in zip(batch.entries, ends.tolist(), strict=True):
+        own = entry.sequence.tokens[entry.start : entry.start + entry.count]
+        own += entry.window
+        if len(own) < entry.count:
+            places[end - 1] = entry.slot + 1
+            own.append(0)
+        known += own
+    return np.array(known), places
+
+
+def _bans(sources: list[tuple[Sequence, int]], own: np.ndarray) -> np.ndarray | None:
+    """Tokens that would end a text too early."""
+    ends = [np.fromiter(sources[place][0].stop, np.int64) for place in own]
+    return np.stack([np.repeat(own, [len(each) for each in ends]), np.concatenate(ends)]) if ends else None
+
+
+def _masks(sources: list[tuple[Sequence, int]], own: np.ndarray, asked: Asked) -> Masked | None:
+    """What grammars allow, also behind tentative tokens, which they allow themselves."""
+    if not own.size:
+        return None
+    matchers = [sources[place][0].matcher for place in own]
+    words = np.full((len(own), max(each.words for each in matchers if each is not None)), -1, np.int32)
+    for row, place, matcher in zip(words, own, matchers, strict=True):
+        if matcher is not None:
+            _write_mask(row, matcher, _ahead(asked, place))
+    return Masked(own, words)
+
+
+def _write_mask(row: np.ndarray, matcher: Matcher, ahead: list[int]) -> None:
+    for token in ahead:
+        matcher.consume(token)
+    matcher.write_mask(row)
+    matcher.rollback(len(ahead))
+
+
+def _followers(
+    sources: list[tuple[Sequence, int]], own: np.ndarray, places: dict[tuple[int, int], int]
+) -> np.ndarray | None:
+    """Rows of companions, and those of their leaders, which are in the same step."""
+    if not own.size:
+        return None
+    leaders = [places[id(sources[place][0].leader), sources[place][1]] for place in own]
+    return np.stack([own, np.array(leaders, np.int64)])
+
+
+def _set_options(row: np.void, sampling: Sampling) -> None:
+    row["temperature"], row["top_k"] = sampling.temperature, sampling.top_k or 0
+    row["top_p"], row["min_p"] = sampling.top_p, sampling.min_p

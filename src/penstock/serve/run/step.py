@@ -1,0 +1,72 @@
+"""A step as data: everything that computing it takes, and nothing but arrays.
+
+A step can be sent to another process, recorded, replayed, and tested without a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from penstock.ops.paged.contract import PagedBatch
+from penstock.serve.choose.asked import Asked
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A pass through the model, which computes some neighbouring entries of a batch.
+
+    Attributes:
+        inputs: int64 [3, N]: the tokens, or 0; where the others stand in the list of newest ones, or 0; and their
+            positions.
+        plan: where they belong.
+        scored: rows after which the scores of the next token are wanted.
+        rated: rows after which the log-probability of the prompt's next token is.
+        draws: int64 [3, S], of the S scored ones: how the next token would be drawn, as float64, if its sequence asked
+            for nothing special; and where it belongs in the list of newest ones.
+    """
+
+    inputs: np.ndarray
+    plan: PagedBatch
+    scored: np.ndarray
+    rated: np.ndarray
+    draws: np.ndarray
+
+    @property
+    def decoding(self) -> bool:
+        """Whether each token is the only one of its sequence, and the next is wanted."""
+        return self.plan.own_shape.others == 0 and len(self.scored) == self.inputs.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A sequence that takes a slot: its ``tokens`` int64 [n] where it is penalized, else none; the first ``prompt`` of
+    them were given."""
+
+    slot: int
+    tokens: np.ndarray
+    prompt: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What an executor does in one step, in this order.
+
+    Attributes:
+        copies: int64 [2, C], blocks to be copied, from and to.
+        placed: sequences that take slots, where penalties have to be kept for them, or were for the one before.
+        parts: the passes; several are computed at the same time where the device can.
+        lead: the part that goes first where two want the same.
+        asked: what the scored rows of all parts want, in order.
+        rated: int64 [K], tokens of prompts whose log-probabilities are wanted, in the order of the parts' rated rows.
+        alternatives: how many of the most probable tokens are told beside each of these.
+    """
+
+    copies: np.ndarray
+    placed: tuple[Placed, ...]
+    parts: tuple[Part, ...]
+    lead: int
+    asked: Asked
+    rated: np.ndarray
+    alternatives: int

@@ -1,0 +1,1 @@
+"""Speculation: tokens that are drafted ahead, for one pass of the model to check together."""

@@ -1,0 +1,44 @@
+"""The contract ``speculate.drafter``: where tokens that may follow come from.
+
+An engine computes a sequence's newest token and, behind it, the drafted ones in one pass. What comes after each of them
+is then chosen as always, by the draw that belongs to its place; drafted tokens stay as long as they are what was chosen
+there. So the tokens of a sequence are those of plain decoding, draw for draw, whatever was drafted: for a draft that is
+one sequence of tokens, and not a distribution, no rule accepts more (its chance to accept a token is the token's own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from typing import Protocol
+
+from penstock.policy import Policy, contract
+
+
+class Draft(Protocol):
+    """What a drafter knows of one sequence."""
+
+    def extend(self, tokens: List[int]) -> None:
+        """The sequence goes on by ``tokens``."""
+        ...
+
+    def propose(self, most: int) -> list[int]:
+        """Up to ``most`` tokens that may follow; none where there is nothing to go by."""
+        ...
+
+
+@contract(
+    "speculate.drafter",
+    law="the tokens that come out are those of plain decoding, draw for draw: greedy ones identical, sampled ones of "
+    "exactly the same distribution; at most as many tokens are drafted as were asked for",
+)
+class Drafter(Policy):
+    """Drafts tokens for the sequences of an engine."""
+
+    @property
+    def most(self) -> int:
+        """How many tokens it drafts for a sequence at a time, at most."""
+        raise NotImplementedError
+
+    def start(self, tokens: List[int]) -> Draft:
+        """A draft for a sequence that has ``tokens`` now."""
+        raise NotImplementedError

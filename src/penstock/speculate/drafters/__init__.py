@@ -1,0 +1,1 @@
+"""Drafters: where tokens that may follow come from."""
