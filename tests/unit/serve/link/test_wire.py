@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.serve.link import wire
 from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.link import wire
 from penstock.serve.messages import Abort, Delta, Finish, Request, TokenLogprobs
 
 NUMBERS = st.floats(allow_nan=False)
