@@ -23,11 +23,12 @@ from penstock.core.errors import PenstockError
 from penstock.models.attention import CausalRows
 from penstock.models.config import DecoderConfig
 from penstock.parallel.world import World
-from penstock.pipeline.grid import Grid
-from penstock.pipeline.profile import gathered, measured
-from penstock.pipeline.runtime import Step
-from penstock.pipeline.simulator import Simulation, simulate
-from penstock.pipeline.stages import Part, cut
+from penstock.pipeline.partition.balanced import cut
+from penstock.pipeline.run.grid import Grid
+from penstock.pipeline.run.profile import gathered, measured
+from penstock.pipeline.run.runtime import Step
+from penstock.pipeline.run.stages import Part
+from penstock.pipeline.simulate.simulator import Simulation, simulate
 from penstock.policy import create
 from penstock.testing.pipeline_peer import ours, theirs
 from penstock.testing.workers import Workers, serve

@@ -13,7 +13,7 @@ from torch import nn
 
 from penstock.core.bench import Bench
 from penstock.parallel.world import World
-from penstock.pipeline.grid import Grid
+from penstock.pipeline.run.grid import Grid
 from penstock.policy import create
 from penstock.testing.pipeline_peer import ours, theirs
 from penstock.testing.workers import Workers, serve

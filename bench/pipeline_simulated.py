@@ -11,9 +11,9 @@ import itertools
 from typing import Any
 
 from penstock.core.bench import Bench
-from penstock.pipeline.simulator import Simulation, simulate
-from penstock.pipeline.stages import balanced
-from penstock.pipeline.times import Times
+from penstock.pipeline.partition.balanced import balanced
+from penstock.pipeline.simulate.simulator import Simulation, simulate
+from penstock.pipeline.simulate.times import Times
 from penstock.policy import create
 
 #: Profiles of transformers in the zero-bubble paper have W well below F and I, and short transfers.

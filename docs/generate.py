@@ -144,9 +144,9 @@ def pictures(root: Path, texts: Iterable[str]) -> Iterator[tuple[Path, str]]:
 
 def picture(names: Sequence[str]) -> str:
     """The timelines of some pipeline schedules, with default options, on 4 devices with 8 microbatches."""
-    from penstock.pipeline.simulator import simulate
-    from penstock.pipeline.svg import svg
-    from penstock.pipeline.times import Times
+    from penstock.pipeline.draw.svg import svg
+    from penstock.pipeline.simulate.simulator import simulate
+    from penstock.pipeline.simulate.times import Times
 
     schedules = [create("pipeline.schedule", name).build(devices=4, microbatches=8) for name in names]
     runs = [simulate(schedule, Times().costs(schedule)) for schedule in schedules]

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.errors import UsageError
-from penstock.pipeline.simulator import Simulation, simulate
-from penstock.pipeline.times import Times
+from penstock.pipeline.simulate.simulator import Simulation, simulate
+from penstock.pipeline.simulate.times import Times
 from penstock.policy import create
 from penstock.testing.enrolled import enrolled
 

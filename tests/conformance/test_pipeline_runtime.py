@@ -6,8 +6,8 @@ import pytest
 
 import forked_ranks
 from penstock.parallel.world import World
-from penstock.pipeline.grid import Grid
-from penstock.pipeline.times import Times
+from penstock.pipeline.run.grid import Grid
+from penstock.pipeline.simulate.times import Times
 from penstock.pipeline.transforms.vocabulary import shard
 from penstock.policy import create
 from penstock.testing.enrolled import enrolled

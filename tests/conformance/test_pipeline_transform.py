@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.errors import UsageError
-from penstock.pipeline.ir import WeightRule
-from penstock.pipeline.times import Times
+from penstock.pipeline.ir.schedule import WeightRule
+from penstock.pipeline.simulate.times import Times
 from penstock.testing.enrolled import enrolled
 from penstock.testing.pipeline_schedule import variants
 from penstock.testing.pipeline_transform import check_transform

@@ -7,7 +7,7 @@ import traceback
 
 import torch
 
-from penstock.pipeline.grid import Grid
+from penstock.pipeline.run.grid import Grid
 from penstock.testing.enrolled import enrolled
 from penstock.testing.pipeline_runtime import check_runtime, check_schedule_runs
 from penstock.testing.pipeline_schedule import variants

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from penstock.parallel.world import World
-from penstock.pipeline.grid import Grid
-from penstock.pipeline.ir import Schedule
-from penstock.pipeline.runtime import Runtime
+from penstock.pipeline.ir.schedule import Schedule
+from penstock.pipeline.run.grid import Grid
+from penstock.pipeline.run.runtime import Runtime
 from penstock.policy import create
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -11,9 +11,9 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from penstock.pipeline.ir import Schedule
-    from penstock.pipeline.simulator import Simulation
-    from penstock.pipeline.times import Times
+    from penstock.pipeline.ir.schedule import Schedule
+    from penstock.pipeline.simulate.simulator import Simulation
+    from penstock.pipeline.simulate.times import Times
 
 
 class Precision(enum.StrEnum):
@@ -77,9 +77,9 @@ def show(
     from rich.console import Console
 
     from penstock.core.files import write_atomic
-    from penstock.pipeline import figure, page, terminal
-    from penstock.pipeline.simulator import simulate
-    from penstock.pipeline.trace import trace_events
+    from penstock.pipeline.draw import figure, page, terminal
+    from penstock.pipeline.draw.trace import trace_events
+    from penstock.pipeline.simulate.simulator import simulate
 
     times = _times(cost, costs)
     schedule = _transformed(_schedule(name, stages, microbatches, chunks, overrides, times), transforms, times)
@@ -119,10 +119,10 @@ def compare(
     from rich.console import Console
 
     from penstock.core.errors import UsageError
-    from penstock.pipeline.contract import RefusalError
-    from penstock.pipeline.ir import WeightRule
-    from penstock.pipeline.simulator import simulate
-    from penstock.pipeline.times import StagesError
+    from penstock.pipeline.ir.refusal import RefusalError
+    from penstock.pipeline.ir.schedule import WeightRule
+    from penstock.pipeline.simulate.simulator import simulate
+    from penstock.pipeline.simulate.times import StagesError
     from penstock.policy import index
 
     simulated: dict[str, Simulation] = {}
@@ -200,7 +200,7 @@ def export(
     Example: `penstock pipeline export interleaved_1f1b --stages 4 --microbatches 8 --csv schedule.csv`
     """
     from penstock.core.files import write_atomic
-    from penstock.pipeline.torch_csv import to_csv
+    from penstock.pipeline.ir.torch_csv import to_csv
 
     times = _times(cost, costs)
     schedule = _schedule(name, stages, microbatches, chunks, overrides, times)
@@ -236,13 +236,13 @@ def partition(
     from penstock.core.devices import pick
     from penstock.core.progress import show as progress
     from penstock.models import hub
-    from penstock.pipeline import partition as partitioner
-    from penstock.pipeline.profiler import profile
+    from penstock.pipeline.partition import pipedream
+    from penstock.pipeline.partition.profiler import profile
 
     config = hub.read_config(hub.resolve(model))
     kind = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[dtype]
     layers = profile(config, rows, length, device=pick(device), dtype=kind, reporter=progress)
-    found = partitioner.partition(layers, stages, 1e9 * bandwidth)
+    found = pipedream.partition(layers, stages, 1e9 * bandwidth)
     names = ["embedding", *(f"layer {number}" for number in range(config.layers)), "head"]
     if as_json:
         described = [dataclasses.asdict(layer) for layer in layers]
@@ -273,8 +273,9 @@ def _schedule(
     from penstock.core.config import apply_overrides
     from penstock.core.errors import UsageError
     from penstock.core.files import read_text
-    from penstock.pipeline.contract import PipelineRoute, PipelineSchedule
-    from penstock.pipeline.torch_csv import from_csv
+    from penstock.pipeline.ir.torch_csv import from_csv
+    from penstock.pipeline.routes.contract import PipelineRoute
+    from penstock.pipeline.schedules.contract import PipelineSchedule
     from penstock.policy import create, index, lookup
 
     if name.endswith(".csv"):
@@ -294,7 +295,7 @@ def _schedule(
 def _transformed(schedule: Schedule, transforms: list[str], times: Times) -> Schedule:
     """The schedule after each of ``transforms``, written ``NAME`` or ``NAME:key=value,key=value``."""
     from penstock.core.config import apply_overrides
-    from penstock.pipeline.contract import PipelineTransform
+    from penstock.pipeline.transforms.contract import PipelineTransform
     from penstock.policy import create, lookup
 
     for text in transforms:
@@ -312,7 +313,7 @@ def _times(text: str, file: Path | None) -> Times:
     from penstock.core.config import build
     from penstock.core.errors import UsageError, nearest
     from penstock.core.files import read_json
-    from penstock.pipeline.times import Times
+    from penstock.pipeline.simulate.times import Times
 
     if file is not None:
         return build(Times, read_json(file), source=str(file))

@@ -10,10 +10,12 @@ from typing import Any
 
 from penstock.core.errors import ConfigError, UsageError
 from penstock.core.progress import Reporter, silent
-from penstock.pipeline.contract import PipelineSchedule, PipelineTransform, RefusalError
-from penstock.pipeline.ir import WeightRule
-from penstock.pipeline.simulator import Simulation, simulate
-from penstock.pipeline.times import StagesError, Times
+from penstock.pipeline.ir.refusal import RefusalError
+from penstock.pipeline.ir.schedule import WeightRule
+from penstock.pipeline.schedules.contract import PipelineSchedule
+from penstock.pipeline.simulate.simulator import Simulation, simulate
+from penstock.pipeline.simulate.times import StagesError, Times
+from penstock.pipeline.transforms.contract import PipelineTransform
 from penstock.policy import create, index, lookup
 
 

@@ -10,9 +10,9 @@ import torch.distributed.pipelining.schedules as torch_schedules
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
-from penstock.pipeline.grid import Grid
-from penstock.pipeline.ir import Schedule
-from penstock.pipeline.runtime import Runtime, Step
+from penstock.pipeline.ir.schedule import Schedule
+from penstock.pipeline.run.grid import Grid
+from penstock.pipeline.run.runtime import Runtime, Step
 
 #: ``loss(output, target)`` of the last stage's output for a microbatch, a scalar.
 Loss = Callable[[Tensor, Tensor], Tensor]

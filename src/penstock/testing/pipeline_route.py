@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from penstock.pipeline.contract import PipelineRoute, RefusalError
-from penstock.pipeline.validate import validate
+from penstock.pipeline.ir.refusal import RefusalError
+from penstock.pipeline.ir.validate import validate
+from penstock.pipeline.routes.contract import PipelineRoute
 from penstock.testing.enrolled import rebuilt
 from penstock.testing.pipeline_schedule import check_complete, check_simulation, run_by_rounds
 

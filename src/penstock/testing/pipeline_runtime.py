@@ -15,13 +15,15 @@ from penstock.models.attention import PackedRows
 from penstock.models.config import DecoderConfig, MoEConfig
 from penstock.models.decoder import Decoder
 from penstock.ops.cross_entropy import linear_cross_entropy
-from penstock.pipeline.contract import PipelineSchedule, RefusalError
-from penstock.pipeline.grid import Grid
-from penstock.pipeline.ir import Schedule, WeightRule
-from penstock.pipeline.runtime import Runtime
-from penstock.pipeline.simulator import Costs, simulate
-from penstock.pipeline.stages import Part, cut, parameter_names
-from penstock.pipeline.vocabulary import Shard, shard_rows
+from penstock.pipeline.ir.refusal import RefusalError
+from penstock.pipeline.ir.schedule import Schedule, WeightRule
+from penstock.pipeline.partition.balanced import cut
+from penstock.pipeline.run.grid import Grid
+from penstock.pipeline.run.runtime import Runtime
+from penstock.pipeline.run.stages import Part, parameter_names
+from penstock.pipeline.run.vocabulary import Shard, shard_rows
+from penstock.pipeline.schedules.contract import PipelineSchedule
+from penstock.pipeline.simulate.simulator import Costs, simulate
 from penstock.testing.enrolled import rebuilt
 
 #: Relative to the largest entry of a tensor: sums of fp64 numbers in another order.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from penstock.pipeline.contract import PipelineSchedule, RefusalError
-from penstock.pipeline.ir import VOCABULARY, Kind, Schedule, Task, WeightRule
-from penstock.pipeline.simulator import Costs, Link, Simulation, simulate
-from penstock.pipeline.validate import validate
-from penstock.pipeline.versions import peak_versions, versions
+from penstock.pipeline.ir.refusal import RefusalError
+from penstock.pipeline.ir.schedule import VOCABULARY, Kind, Schedule, Task, WeightRule
+from penstock.pipeline.ir.validate import validate
+from penstock.pipeline.ir.versions import peak_versions, versions
+from penstock.pipeline.schedules.contract import PipelineSchedule
+from penstock.pipeline.simulate.simulator import Costs, Link, Simulation, simulate
 from penstock.testing.enrolled import P, rebuilt
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 
-from penstock.pipeline.contract import PipelineTransform
-from penstock.pipeline.ir import Kind, Schedule
-from penstock.pipeline.simulator import Simulation, simulate
-from penstock.pipeline.times import Times
-from penstock.pipeline.validate import validate
+from penstock.pipeline.ir.schedule import Kind, Schedule
+from penstock.pipeline.ir.validate import validate
+from penstock.pipeline.simulate.simulator import Simulation, simulate
+from penstock.pipeline.simulate.times import Times
+from penstock.pipeline.transforms.contract import PipelineTransform
 from penstock.testing.enrolled import rebuilt
 from penstock.testing.pipeline_schedule import check_complete, check_simulation, check_versions, run_by_rounds
 

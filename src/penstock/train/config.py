@@ -13,8 +13,9 @@ from penstock.data.corpora.stdlib import StandardLibrary
 from penstock.data.samplers.contract import Sampler
 from penstock.data.samplers.shuffle import Shuffle
 from penstock.models.config import DecoderConfig
-from penstock.pipeline.contract import PipelineSchedule, PipelineTransform
+from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.pipeline.schedules.one_f_one_b import OneForwardOneBackward
+from penstock.pipeline.transforms.contract import PipelineTransform
 from penstock.policy import Choice
 from penstock.train.averages.contract import Average
 from penstock.train.objectives.contract import Objective

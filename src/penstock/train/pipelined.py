@@ -21,16 +21,17 @@ from penstock.models.attention import CausalRows, PackedRows
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.parallel.world import World
-from penstock.pipeline.grid import Grid
-from penstock.pipeline.ir import Kind, Schedule, WeightRule
-from penstock.pipeline.offload import HostLink
-from penstock.pipeline.profile import Activations, gathered, measured
-from penstock.pipeline.replicas import holders
-from penstock.pipeline.runtime import Runtime, Step
-from penstock.pipeline.simulator import Link, Simulation, simulate
-from penstock.pipeline.stages import Part, cut, parameter_names
-from penstock.pipeline.times import Times
-from penstock.pipeline.trace import trace_events
+from penstock.pipeline.draw.trace import trace_events
+from penstock.pipeline.ir.schedule import Kind, Schedule, WeightRule
+from penstock.pipeline.partition.balanced import cut
+from penstock.pipeline.run.grid import Grid
+from penstock.pipeline.run.offload import HostLink
+from penstock.pipeline.run.profile import Activations, gathered, measured
+from penstock.pipeline.run.replicas import holders
+from penstock.pipeline.run.runtime import Runtime, Step
+from penstock.pipeline.run.stages import Part, parameter_names
+from penstock.pipeline.simulate.simulator import Link, Simulation, simulate
+from penstock.pipeline.simulate.times import Times
 from penstock.policy import Policy
 from penstock.train.config import TrainConfig
 from penstock.train.precision import Weights

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from penstock.cli import build_app
 from penstock.core.errors import PenstockError, UsageError
-from penstock.pipeline.torch_csv import from_csv
+from penstock.pipeline.ir.torch_csv import from_csv
 from penstock.policy import create, index
 
 

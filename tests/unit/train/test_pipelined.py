@@ -18,8 +18,8 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.ops.cross_entropy import IGNORE
 from penstock.parallel.world import World
-from penstock.pipeline.ir import Kind
-from penstock.pipeline.offload import HostLink
+from penstock.pipeline.ir.schedule import Kind
+from penstock.pipeline.run.offload import HostLink
 from penstock.train.config import TrainConfig
 from penstock.train.loop import Trainer
 from penstock.train.pipelined import PROFILED, Pipeline

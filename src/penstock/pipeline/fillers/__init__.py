@@ -1,1 +1,1 @@
-"""Policies of the contract ``pipeline.filler``: work for idle devices."""
+"""The contract ``pipeline.filler`` and its policies: work for idle devices."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from penstock.pipeline.contract import BubbleFiller, Filler
+from penstock.pipeline.fillers.contract import BubbleFiller, Filler
 from penstock.policy import policy
 
 
@@ -18,7 +18,7 @@ class DiffusionPipe(BubbleFiller):
     as many parts of the next layer as fit, and then of the layers after it. Layers come in order: a layer begins once
     all parts have passed the one before. The greedy filling, with layers of the next iteration and partial batches, is
     the paper's; that each device fills its own bubbles with its own samples, and one layer at a time, is our reading.
-    Its stages come from :func:`penstock.pipeline.backbones.partition`.
+    Its stages come from :func:`penstock.pipeline.partition.diffusionpipe.partition`.
     """
 
     parts: int = Field(8, ge=1)

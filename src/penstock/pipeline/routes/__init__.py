@@ -1,1 +1,1 @@
-"""Policies of the contract ``pipeline.route``: paths of microbatches through the stages."""
+"""The contract ``pipeline.route`` and its policies: paths of microbatches through the stages."""

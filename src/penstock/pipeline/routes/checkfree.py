@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from penstock.pipeline.contract import PipelineRoute, RefusalError
+from penstock.pipeline.ir.refusal import RefusalError
+from penstock.pipeline.routes.contract import PipelineRoute
 from penstock.policy import policy
 
 

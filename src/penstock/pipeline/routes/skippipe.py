@@ -6,7 +6,7 @@ import math
 
 from pydantic import Field
 
-from penstock.pipeline.contract import PipelineRoute
+from penstock.pipeline.routes.contract import PipelineRoute
 from penstock.policy import policy
 
 #: Added to the cost of a path for each pair of stages that it passes in swapped order: that comes last.

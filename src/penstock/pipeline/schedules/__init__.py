@@ -1,1 +1,1 @@
-"""Policies of the contract ``pipeline.schedule``: who does what, and in which order."""
+"""The contract ``pipeline.schedule`` and its policies: who does what, and in which order."""

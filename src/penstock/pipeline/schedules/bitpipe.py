@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from penstock.pipeline.contract import PipelineSchedule
-from penstock.pipeline.ir import Schedule, zigzag
+from penstock.pipeline.ir.schedule import Schedule, zigzag
 from penstock.pipeline.schedules.chimera import bidirectional
+from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.policy import policy
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from penstock.pipeline.contract import PipelineSchedule, RefusalError
-from penstock.pipeline.ir import Placement, Schedule, looped, mirrored
-from penstock.pipeline.list_scheduling import schedule_in_units
+from penstock.pipeline.ir.refusal import RefusalError
+from penstock.pipeline.ir.schedule import Placement, Schedule, looped, mirrored
+from penstock.pipeline.ordering.list_scheduling import schedule_in_units
+from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.policy import policy
 
 

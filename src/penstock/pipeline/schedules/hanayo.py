@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from penstock.pipeline.contract import PipelineSchedule
-from penstock.pipeline.ir import Schedule, zigzag
-from penstock.pipeline.list_scheduling import schedule_in_units
+from penstock.pipeline.ir.schedule import Schedule, zigzag
+from penstock.pipeline.ordering.list_scheduling import schedule_in_units
+from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.policy import policy
 
 

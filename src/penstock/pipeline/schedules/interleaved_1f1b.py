@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from penstock.pipeline.contract import PipelineSchedule, RefusalError
-from penstock.pipeline.ir import Kind, Schedule, Task, looped
+from penstock.pipeline.ir.refusal import RefusalError
+from penstock.pipeline.ir.schedule import Kind, Schedule, Task, looped
+from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.policy import policy
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field, PositiveInt
 
-from penstock.pipeline.contract import PipelineSchedule, RefusalError
-from penstock.pipeline.ir import Kind, Schedule, Task, WeightRule
+from penstock.pipeline.ir.refusal import RefusalError
+from penstock.pipeline.ir.schedule import Kind, Schedule, Task, WeightRule
+from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.policy import policy
 
 
@@ -17,10 +18,10 @@ class PipeDream(PipelineSchedule):
     backward of a minibatch sees the version of the weights that its forward saw. Of p stages, stage s sees the weights
     as they were p-1-s updates ago, and holds at most p-s versions and as many activations.
 
-    ``replicas`` says how many devices each stage has, p in all, as :func:`penstock.pipeline.partition.partition` finds
-    them from a profile of the layers (``penstock pipeline partition``); by default one. Minibatches go round-robin over
-    them. With n devices from a stage on, r of them its own, each of these has up to ceil(n/r) minibatches in flight,
-    which is the paper's count for the input stage, and our reading for the others.
+    ``replicas`` says how many devices each stage has, p in all, as ``penstock pipeline partition`` finds them from a
+    profile of the layers; by default one. Minibatches go round-robin over them. With n devices from a stage on, r of
+    them its own, each of these has up to ceil(n/r) minibatches in flight, which is the paper's count for the input
+    stage, and our reading for the others.
     """
 
     replicas: tuple[PositiveInt, ...] | None = Field(None, min_length=1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from penstock.pipeline.building_block import repeat, v_shaped_block
-from penstock.pipeline.contract import PipelineSchedule
-from penstock.pipeline.ir import Schedule
+from penstock.pipeline.ir.schedule import Schedule
+from penstock.pipeline.ordering.building_block import repeat, v_shaped_block
+from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.policy import policy
 
 

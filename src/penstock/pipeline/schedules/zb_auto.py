@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from penstock.pipeline.contract import PipelineSchedule
-from penstock.pipeline.ir import Schedule
-from penstock.pipeline.times import Times
-from penstock.pipeline.zero_bubble import Problem, search
+from penstock.pipeline.ir.schedule import Schedule
+from penstock.pipeline.ordering.zero_bubble import Problem, search
+from penstock.pipeline.schedules.contract import PipelineSchedule
+from penstock.pipeline.simulate.times import Times
 from penstock.policy import policy
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from penstock.pipeline.contract import PipelineSchedule
-from penstock.pipeline.ir import Schedule, looped
+from penstock.pipeline.ir.schedule import Schedule, looped
+from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.pipeline.schedules.zb_h1 import split_order
 from penstock.policy import policy
 

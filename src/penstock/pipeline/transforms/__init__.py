@@ -1,1 +1,1 @@
-"""Policies of the contract ``pipeline.transform``: schedules from schedules."""
+"""The contract ``pipeline.transform`` and its policies: schedules from schedules."""

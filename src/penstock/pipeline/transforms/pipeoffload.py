@@ -8,10 +8,10 @@ import math
 
 from pydantic import Field
 
-from penstock.pipeline.contract import PipelineTransform
-from penstock.pipeline.ir import Kind, Schedule
-from penstock.pipeline.simulator import Simulation, simulate
-from penstock.pipeline.times import Times
+from penstock.pipeline.ir.schedule import Kind, Schedule
+from penstock.pipeline.simulate.simulator import Simulation, simulate
+from penstock.pipeline.simulate.times import Times
+from penstock.pipeline.transforms.contract import PipelineTransform
 from penstock.policy import policy
 
 #: Steps in which the bisection looks for the share that costs no time.

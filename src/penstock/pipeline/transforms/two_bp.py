@@ -7,10 +7,10 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from penstock.pipeline.contract import PipelineTransform
-from penstock.pipeline.ir import Kind, Schedule, Task
-from penstock.pipeline.simulator import simulate
-from penstock.pipeline.times import Times
+from penstock.pipeline.ir.schedule import Kind, Schedule, Task
+from penstock.pipeline.simulate.simulator import simulate
+from penstock.pipeline.simulate.times import Times
+from penstock.pipeline.transforms.contract import PipelineTransform
 from penstock.policy import policy
 
 

@@ -7,11 +7,11 @@ import dataclasses
 from pydantic import Field
 
 from penstock.core.errors import UsageError
-from penstock.pipeline.contract import PipelineTransform
-from penstock.pipeline.ir import Kind, Schedule, Task
-from penstock.pipeline.simulator import Simulation, simulate
-from penstock.pipeline.times import Times
-from penstock.pipeline.validate import walk
+from penstock.pipeline.ir.schedule import Kind, Schedule, Task
+from penstock.pipeline.ir.validate import walk
+from penstock.pipeline.simulate.simulator import Simulation, simulate
+from penstock.pipeline.simulate.times import Times
+from penstock.pipeline.transforms.contract import PipelineTransform
 from penstock.policy import policy
 
 #: The shifts that are tried, in microbatches' times for each barrier.

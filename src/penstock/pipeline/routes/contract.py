@@ -1,0 +1,40 @@
+"""The contract of paths through a pipeline."""
+
+from __future__ import annotations
+
+from penstock.pipeline.ir.refusal import check_positive
+from penstock.pipeline.ir.schedule import Schedule, looped
+from penstock.pipeline.ordering.list_scheduling import list_schedule
+from penstock.policy import Policy, contract
+
+
+@contract(
+    "pipeline.route",
+    law="every path has as many stages as the policy says, none twice; stages that only some microbatches pass serve "
+    "equally many, to within two; the schedule is complete along the paths, and free of deadlock",
+)
+class PipelineRoute(Policy):
+    """Sends microbatches through a pipeline of one stage a device on paths of their own: partial, or in another order.
+
+    The model that is trained so is another one than with full paths: layers learn to do without their neighbours, or in
+    another order.
+    """
+
+    def build(self, devices: int, microbatches: int) -> Schedule:
+        """The schedule along the paths: a device runs, of what has arrived, backwards first.
+
+        Raises:
+            UsageError: a number is not positive.
+            RefusalError: there are no such paths for these numbers; it names the smallest change that would work.
+        """
+        check_positive(devices, microbatches)
+        paths = self.paths(devices, microbatches)
+        return list_schedule(looped(devices), devices, [0] * microbatches, paths)
+
+    def length(self, stages: int) -> int:
+        """The number of stages on each path."""
+        return stages
+
+    def paths(self, stages: int, microbatches: int) -> tuple[tuple[int, ...], ...]:
+        """What a policy gives: for each microbatch the stages that it passes, in order."""
+        raise NotImplementedError

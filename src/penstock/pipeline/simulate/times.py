@@ -1,0 +1,82 @@
+"""Measured or assumed times of a pipeline's work, as an option of policies, a costs file, and the simulator's costs."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from penstock.core.config import Config
+from penstock.core.errors import UsageError
+from penstock.pipeline.ir.schedule import Kind, Schedule
+from penstock.pipeline.simulate.simulator import Costs, Link
+
+
+class StagesError(UsageError):
+    """The times are lists for another number of stages than a schedule has."""
+
+
+class Times(Config):
+    """What F, I, W and a transfer take for one microbatch, in units that are free as long as they agree.
+
+    Attributes:
+        forward, input_grad, weight_grad: one number for a p-th of the model, or a list with one for each stage.
+        transfer: between two devices.
+        host: of the activation of a microbatch on a p-th of the model, between a device and its host's memory.
+        output: of one product with the vocabulary's matrix on one device. F, I and W of the whole output layer take one
+            each, on top of the last stage's. Looking up embeddings takes no time.
+        deferred: of the activation of a microbatch, the share that W still needs after I.
+    """
+
+    forward: float | tuple[float, ...] = 1.0
+    input_grad: float | tuple[float, ...] = 1.0
+    weight_grad: float | tuple[float, ...] = 1.0
+    transfer: float = Field(0.0, ge=0)
+    host: float = Field(1.0, ge=0)
+    output: float = Field(0.0, ge=0)
+    deferred: float = Field(1.0, ge=0, le=1)
+
+    @field_validator("forward", "input_grad", "weight_grad")
+    @classmethod
+    def _not_negative(cls, value: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        if any(seconds < 0 for seconds in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError("times are not negative")
+        return value
+
+    def each(self, field: str, stages: int, share: float = 1.0) -> tuple[float, ...]:
+        """The times of ``field`` for each of ``stages``, of which one is ``share`` times a p-th of the model, and the
+        last has the output layer too.
+
+        Raises:
+            StagesError: the times are a list for another number of stages.
+        """
+        value = getattr(self, field)
+        if not isinstance(value, tuple):
+            return (value * share,) * (stages - 1) + (value * share + self.output,)
+        if len(value) != stages:
+            raise StagesError(
+                f"the times of {field} are for {len(value)} stages, and this pipeline has {stages}",
+                hint="Give one number for all stages, or a list with one for each.",
+            )
+        return (*value[:-1], value[-1] + self.output)
+
+    def costs(self, schedule: Schedule) -> Costs:
+        """The simulator's costs of ``schedule``; activations and weights are those of a p-th of the model.
+
+        Raises:
+            StagesError: the times are lists for another number of stages.
+        """
+        stages = schedule.stages
+        share = schedule.devices / stages
+        layers = self.model_copy(update={"output": 0.0}) if schedule.barriers else self
+        # With one barrier, S has the product for the gradient too, and T is left with that for the weights.
+        product, first = self.output / schedule.devices, 2 if schedule.barriers == 1 else 1
+        return Costs(
+            forward=layers.each("forward", stages, share),
+            input_grad=layers.each("input_grad", stages, share),
+            weight_grad=layers.each("weight_grad", stages, share),
+            shards={Kind.S: first * product, Kind.T: (3 - first) * product},
+            activation=(share,) * stages,
+            deferred=(share * self.deferred,) * stages,
+            weights=(share,) * stages,
+            link=Link(latency=self.transfer),
+            host=Link(latency=self.host * share),
+        )

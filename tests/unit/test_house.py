@@ -1,0 +1,166 @@
+"""The house: who may import whom, read from the source of all modules."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+import penstock
+
+SOURCE = Path(penstock.__file__).parent
+
+#: From top to bottom: a module imports from its own row and from rows above it.
+ROWS = (
+    "core",
+    "policy",
+    "papers",
+    "ops",
+    "models",
+    "data",
+    "parallel",
+    "pipeline",
+    "plan",
+    "train",
+    "serve",
+    "speculate",
+    "search",
+    "flow",
+    "rl",
+    "testing",
+    "cli",
+    "__main__",
+)
+#: Imports that close a circle, each a debt: which room imports which. Most would go if what the rooms of ``serve`` hand
+#: to each other (Sequence, Batch, Limits, SamplingParams, Token) lay in a room that imports none of them.
+KNOWN = {
+    ("serve.choose", "serve.engine"),
+    ("serve.decode", "serve.choose"),
+    ("serve.engine", "serve.batching"),
+    ("serve.engine", "serve.config"),
+    ("serve.engine", "serve.run"),
+    ("serve.messages", "serve.choose"),
+}
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The modules of Penstock that run-time imports in ``tree`` name, those within functions too.
+
+    ``from a import b`` gives ``a.b``, where b may be a module or not.
+    """
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"line {node.lineno}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from imported(ast.Module(node.orelse, []))
+            continue
+        else:
+            yield from imported(node)
+            continue
+        yield from (name.removeprefix("penstock.") for name in names if name.startswith("penstock."))
+
+
+def imports(source: Path) -> Iterator[tuple[str, str]]:
+    """(module, what it imports) below ``source``, both without the package's own name."""
+    for path in sorted(source.rglob("*.py")):
+        parts = path.relative_to(source).with_suffix("").parts
+        for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            yield ".".join(parts), name
+
+
+def row(module: str) -> str:
+    """The row of the house in which ``module`` lies: the first part of its name."""
+    return module.split(".")[0]
+
+
+def room(module: str) -> str:
+    """The room of ``module``: a package within a row, such as ``pipeline.run``; a loose module is a room of its own."""
+    return ".".join(module.split(".")[:2])
+
+
+def between(pairs: Iterable[tuple[str, str]], of: Callable[[str], str]) -> set[tuple[str, str]]:
+    """The imports between different rows, or rooms."""
+    return {(of(one), of(other)) for one, other in pairs if of(one) != of(other)}
+
+
+def misplaced(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The imports that go down the rows, and those of ``train`` by ``serve``."""
+    return sorted(
+        (one, other)
+        for one, other in between(pairs, row)
+        if ROWS.index(one) < ROWS.index(other) or (one, other) == ("serve", "train")
+    )
+
+
+def circle(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Rooms that import each other in a circle, from one of them back to it; empty if none do."""
+    graph: dict[str, set[str]] = {}
+    for one, other in between(pairs, room):
+        graph.setdefault(one, set()).add(other)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1][::-1])
+    return []
+
+
+@pytest.fixture(scope="module")
+def house() -> list[tuple[str, str]]:
+    """All imports of the package; ``penstock`` itself, which holds no more than the version, left out."""
+    return [(one, other) for one, other in imports(SOURCE) if one != "__init__" and other != "__version__"]
+
+
+def test_imports_go_up_the_rows(house):
+    assert misplaced(house) == []
+
+
+def test_no_rooms_import_each_other_in_a_circle(house):
+    assert circle(pair for pair in house if tuple(map(room, pair)) not in KNOWN) == []
+
+
+@pytest.mark.parametrize("debt", sorted(KNOWN))
+def test_what_is_known_to_close_a_circle_still_does(house, debt):
+    others = KNOWN - {debt}
+    assert circle(pair for pair in house if tuple(map(room, pair)) not in others)
+
+
+def test_schedules_as_data_need_nobody(house):
+    """Whoever draws, simulates or runs a schedule needs ``ir``, and drawing does not need processes."""
+    rooms = between(house, room)
+    needed = {other for one, other in rooms if one == "pipeline.ir"}
+    assert not any(other.startswith("pipeline.") for other in needed)
+    assert {other for one, other in rooms if one == "pipeline.draw"} == {"pipeline.ir", "pipeline.simulate"}
+    assert not any(other.startswith("pipeline.run") for one, other in rooms if one == "pipeline.simulate")
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "turns"),
+    [
+        ("from penstock.cli import main", [("ops", "cli")], []),
+        ("def late():\n    import penstock.serve.engine", [("ops", "serve")], []),
+        ("if TYPE_CHECKING:\n    from penstock.cli import main", [], []),
+        ("if TYPE_CHECKING:\n    pass\nelse:\n    from penstock.cli import main", [("ops", "cli")], []),
+        ("from penstock.ops import two", [], ["ops.one", "ops.two", "ops.one"]),
+        ("from penstock.core.errors import UsageError", [], []),
+    ],
+)
+def test_what_is_wrong_is_found(tmp_path, text, wrong, turns):
+    (tmp_path / "ops" / "two").mkdir(parents=True)
+    (tmp_path / "ops" / "one.py").write_text(text)
+    (tmp_path / "ops" / "two" / "deep.py").write_text("from penstock.ops.one import late")
+    found = list(imports(tmp_path))
+    assert misplaced(found) == wrong
+    assert set(circle(found)) == set(turns)
+
+
+def test_serving_and_training_know_nothing_of_each_other():
+    assert misplaced([("serve.engine", "train.loop"), ("train.loop", "serve.engine"), ("rl.loop", "train.loop")]) == [
+        ("serve", "train"),
+        ("train", "serve"),
+    ]
