@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 
 
@@ -45,17 +46,6 @@ class Abort:
 
     id: str
     index: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenLogprobs:
-    """Log-probabilities at one position: of the token there, whose rank is 1 where it is the most probable one, and of
-    the most probable tokens in order (token, logprob)."""
-
-    token: int
-    logprob: float
-    rank: int
-    top: list[tuple[int, float]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from collections.abc import Sequence as List
 
 from penstock.policy import policy
-from penstock.serve.batching.contract import Batcher, Batching, Limits, Room
+from penstock.serve.batching.contract import Batcher, Batching, Room
 from penstock.serve.batching.prefix_tree import Branch, grow
 from penstock.serve.batching.stall_free import go_on
 from penstock.serve.batching.waves import WavesBatcher
+from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.sequence import Sequence
 
 

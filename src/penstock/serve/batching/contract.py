@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence as List
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from penstock.models.config import DecoderConfig
 from penstock.policy import Policy, contract
+from penstock.serve.engine.batch import Entry
+from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.sequence import Sequence
-
-if TYPE_CHECKING:
-    from penstock.serve.engine.batch import Entry
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a step may hold, and for which model.
-
-    Attributes:
-        tokens: the token budget of a step.
-        sequences: most sequences that run at a time.
-        blocks: of the cache.
-        block_size: tokens of a block.
-        model: the shape of the model.
-    """
-
-    tokens: int
-    sequences: int
-    blocks: int
-    block_size: int
-    model: DecoderConfig
 
 
 class Room(Protocol):

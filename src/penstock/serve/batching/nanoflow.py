@@ -10,9 +10,10 @@ from pydantic import Field
 
 from penstock.plan.nano_batches import QUARTERS, Mix, Planner, Rates, StepCost, Work
 from penstock.policy import policy
-from penstock.serve.batching.contract import Batcher, Batching, Limits, Room
+from penstock.serve.batching.contract import Batcher, Batching, Room
 from penstock.serve.batching.sarathi import SarathiBatcher
 from penstock.serve.engine.batch import Entry
+from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.sequence import Sequence
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence as List
 
 from penstock.policy import policy
-from penstock.serve.batching.contract import Batcher, Batching, Limits, Room
+from penstock.serve.batching.contract import Batcher, Batching, Room
 from penstock.serve.batching.queue import QueueBatcher
+from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.sequence import Sequence
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence as List
 
 from penstock.policy import policy
-from penstock.serve.batching.contract import Batcher, Batching, Limits, Room
+from penstock.serve.batching.contract import Batcher, Batching, Room
 from penstock.serve.batching.queue import QueueBatcher
 from penstock.serve.batching.stall_free import go_on
+from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.sequence import Sequence
 
 

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from penstock.serve.messages import TokenLogprobs
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: of the token there, whose rank is 1 where it is the most probable one, and of
+    the most probable tokens in order (token, logprob)."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,9 @@ from penstock.core.devices import upload
 from penstock.models.sampling import draw, probabilities_of
 from penstock.ops.draw import draw_softmax
 from penstock.serve.choose.asked import Asked, Ruled
-from penstock.serve.choose.logprobs import Logprobs
+from penstock.serve.choose.logprobs import Logprobs, TokenLogprobs
 from penstock.serve.choose.penalties import Penalties
 from penstock.serve.choose.window import accept_prefix, last_of
-from penstock.serve.messages import TokenLogprobs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, field_
 from penstock.core.config import Config
 from penstock.models.sampling import Sampling
 from penstock.policy import Choice
-from penstock.serve.decode.contract import DecodeRule
+from penstock.serve.decode.contract import DecodeRule, Token
 
 #: The largest number of continuations of one request.
 MOST = 128
@@ -28,9 +28,6 @@ MOST_LOGPROBS = 20
 
 #: The longest text of a grammar, in characters.
 LONGEST_GRAMMAR = 1 << 16
-
-#: Tokens as the wire and the device hold them.
-Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 

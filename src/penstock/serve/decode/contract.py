@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Self, TypeVar
+from typing import Annotated, ClassVar, Self, TypeVar
 
 import numpy as np
+from pydantic import Field
 from torch import Tensor
 
 from penstock.models.sampling import Sampling
 from penstock.policy import Policy, contract
+
+#: Tokens as the wire and the device hold them.
+Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 S = TypeVar("S", bound=Sampling)
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from penstock.core.errors import UsageError
 from penstock.policy import policy
-from penstock.serve.choose.sampling import Token
-from penstock.serve.decode.contract import DecodeRule
+from penstock.serve.decode.contract import DecodeRule, Token
 
 
 @policy("decode.rule", "uscd", papers=[174])

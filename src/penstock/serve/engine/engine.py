@@ -7,18 +7,21 @@ import time
 from collections.abc import Iterable
 from collections.abc import Sequence as List
 from heapq import heappop, heappush
+from typing import TYPE_CHECKING
 
 from penstock.core.errors import UsageError
 from penstock.core.events import EventLog
-from penstock.serve.batching.contract import Limits
 from penstock.serve.choose.grammar import Grammars, Matcher
 from penstock.serve.choose.sampling import SamplingParams
-from penstock.serve.config import EngineConfig
 from penstock.serve.engine.executor import Executor
+from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.memory import Memory
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.engine.steps import Counters, EngineSteps
 from penstock.serve.messages import Delta, Finish, Request, Snapshot
+
+if TYPE_CHECKING:
+    from penstock.serve.config import EngineConfig
 
 
 class Engine:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
-from penstock.serve.messages import Finish, Request, TokenLogprobs
+from penstock.serve.messages import Finish, Request
 
 if TYPE_CHECKING:
     from penstock.serve.choose.grammar import Matcher

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from penstock.core.events import EventLog
-from penstock.serve.batching.contract import Batcher
+from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.executor import Executor
 from penstock.serve.engine.memory import Memory
 from penstock.serve.engine.room import StepRoom
 from penstock.serve.engine.sequence import Sequence
-from penstock.serve.messages import Delta, Finish, TokenLogprobs
+from penstock.serve.messages import Delta, Finish
+
+if TYPE_CHECKING:
+    from penstock.serve.batching.contract import Batcher
 
 
 @dataclasses.dataclass

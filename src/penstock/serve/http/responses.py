@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.http.service import Generation, Piece
 from penstock.serve.http.text import Tokens
-from penstock.serve.messages import TokenLogprobs
 
 #: What JSON, which has no infinities, says instead of minus infinity.
 LEAST = -9999.0

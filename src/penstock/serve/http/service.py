@@ -18,13 +18,14 @@ from penstock.core.config import Config, build
 from penstock.core.errors import PenstockError, UsageError
 from penstock.core.randomness import derive
 from penstock.models.text import TextStream
+from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams, best
 from penstock.serve.http.errors import ApiError
 from penstock.serve.http.metrics import ServerMetrics
 from penstock.serve.http.protocol import Generate
 from penstock.serve.http.text import Tokens
 from penstock.serve.link.client import EngineClient
-from penstock.serve.messages import Delta, Finish, Request, TokenLogprobs
+from penstock.serve.messages import Delta, Finish, Request
 
 #: Tokens of a prompt that decide how the first character after it is read; more than any tokenizer looks at.
 LEFT = 64

@@ -22,13 +22,14 @@ from penstock.core.files import claim, explain_os_errors, fsync_directory
 from penstock.core.progress import Bar, Reporter, silent
 from penstock.core.randomness import derive
 from penstock.core.signals import StopRequest
+from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.http.errors import ApiError, content
 from penstock.serve.http.protocol import Body, Chat, Completion
 from penstock.serve.http.responses import Chats, Completions, Shapes
 from penstock.serve.http.service import Piece, Usage
 from penstock.serve.http.text import Tokens
-from penstock.serve.messages import Finish, Request, TokenLogprobs
+from penstock.serve.messages import Finish, Request
 from penstock.serve.offline.gather import CompletionOutput, Gatherer, Logprobs, RequestOutput
 
 #: What every output line begins with.

@@ -6,9 +6,10 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from penstock.models.text import TextStream
+from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import best
 from penstock.serve.engine.engine import Engine
-from penstock.serve.messages import Delta, Finish, Request, TokenLogprobs
+from penstock.serve.messages import Delta, Finish, Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

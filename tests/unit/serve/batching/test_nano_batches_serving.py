@@ -16,7 +16,7 @@ from penstock.core.randomness import numpy_generator
 from penstock.models.config import DecoderConfig
 from penstock.plan.nano_batches import Mix, Planner, Rates, Split, StepCost
 from penstock.policy import create
-from penstock.serve.batching.contract import Batcher, Limits
+from penstock.serve.batching.contract import Batcher
 from penstock.serve.batching.nanoflow import NanoFlow, NanoFlowBatcher, cuts_of, work_of
 from penstock.serve.batching.sarathi import Sarathi, SarathiBatcher
 from penstock.serve.build import build_engine
@@ -25,6 +25,7 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.engine import Engine
+from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.room import StepRoom
 from penstock.serve.messages import Request
 from penstock.serve.run.runner import Runner

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.link import wire
-from penstock.serve.messages import Abort, Delta, Finish, Request, TokenLogprobs
+from penstock.serve.messages import Abort, Delta, Finish, Request
 
 NUMBERS = st.floats(allow_nan=False)
 TOKENS = st.integers(0, 2**31 - 1)
