@@ -72,16 +72,6 @@ class Matcher:
             row[:] = -1
 
 
-def masks(matchers: Sequence[Matcher | None]) -> np.ndarray:
-    """The masks of several sequences of one tokenizer, int32 [len(matchers), words]; without a matcher, all tokens."""
-    words = max(matcher.words for matcher in matchers if matcher is not None)
-    rows = np.full((len(matchers), words), -1, np.int32)
-    for row, matcher in zip(rows, matchers, strict=True):
-        if matcher is not None:
-            matcher.write_mask(row)
-    return rows
-
-
 class Grammars:
     """Compiles grammars for one tokenizer.
 

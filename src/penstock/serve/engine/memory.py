@@ -165,8 +165,8 @@ class Memory:
         del held.blocks[kept:]
         held.computed = computed
         if held.committed > computed // size:
-            held.committed = computed // size
-            held.node = self.pool.node_of(held.blocks[held.committed - 1]) if held.committed else ROOT
+            # Where a twin of a block is in the tree, the block itself is not: the next commit finds the way anew.
+            held.committed, held.node = 0, ROOT
 
     def renew(self, sequence: Sequence) -> None:
         """Makes those who keep something by slot look at ``sequence`` anew: its text was changed from outside."""

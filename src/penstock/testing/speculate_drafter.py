@@ -1,0 +1,149 @@
+"""The law of ``speculate.drafter``: whatever is drafted, the tokens are those of plain decoding, draw for draw.
+
+What each clause is there to catch:
+
+- :func:`check_distribution` enumerates every draw on a model that is a table: a rule that accepts too much or too little,
+  takes the wrong row's token, or draws with the wrong number shifts a probability, and nothing shifts unseen;
+- :func:`check_engine` compares an engine that drafts with one that does not, over requests of every kind: keys and
+  values of rejected tokens that are read later or shared, penalties, grammars and rules that do not follow the tentative
+  tokens, draws and log-probabilities that belong to another place, a text that goes on behind its end;
+- :func:`check_proposals`: more tokens than were asked for, or a draft that a text's growth by pieces changes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from penstock.core.randomness import numpy_generator
+from penstock.ops.draw import draw_softmax
+from penstock.ops.paged.reference import Reference
+from penstock.serve.build import build_engine
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.choose.window import accept_prefix
+from penstock.serve.config import EngineConfig
+from penstock.serve.decode.momentum import Momentum
+from penstock.serve.engine.engine import Engine
+from penstock.serve.messages import Delta, Request
+from penstock.speculate.contract import Drafter
+from penstock.testing.serve_model import SHAPE, small_model
+
+#: Chances, in eighths, of the token (column) after the token (row): a model that likes to repeat itself.
+TABLE = ((1, 5, 1, 1), (1, 0, 6, 1), (5, 1, 1, 1), (2, 2, 2, 2))
+EIGHTHS = 8
+
+
+def check_distribution(drafter: Drafter, length: int = 3) -> None:
+    """Asserts that the first ``length`` tokens have exactly the model's distribution, over all draws."""
+    prompt = [0, 1, 2, 0, 1, 2, 0]
+    grid = [(place + 0.5) / EIGHTHS for place in range(EIGHTHS)]
+    found: Counter[tuple[int, ...]] = Counter()
+    for draws in itertools.product(grid, repeat=length):
+        found[tuple(_speculated(drafter, prompt, draws))] += 1
+    wanted = {}
+    for tokens in itertools.product(range(len(TABLE)), repeat=length):
+        chance = Fraction(1)
+        for before, token in itertools.pairwise([prompt[-1], *tokens]):
+            chance *= Fraction(TABLE[before][token], EIGHTHS)
+        if chance:
+            wanted[tokens] = chance * EIGHTHS**length
+    assert found == wanted
+
+
+def _speculated(drafter: Drafter, prompt: list[int], draws: Sequence[float]) -> list[int]:
+    """As many tokens as there are ``draws``, decoded on the table as an engine does it."""
+    tokens, draft = list(prompt), drafter.start(prompt)
+    while (left := len(draws) - (len(tokens) - len(prompt))) > 0:
+        window = draft.propose(left - 1) if left > 1 else []
+        rows = torch.tensor([TABLE[token] for token in (tokens[-1], *window)]).double().log()
+        uniform = torch.tensor(draws[len(draws) - left :][: len(rows)], dtype=torch.float64)
+        chosen = draw_softmax(rows, torch.ones(len(rows), dtype=torch.float64), uniform)
+        count = int(accept_prefix(chosen, torch.tensor([0]), torch.tensor([[*window, -1]]))[0])
+        draft.extend(chosen[:count].tolist())
+        tokens += chosen[:count].tolist()
+    return tokens[len(prompt) :]
+
+
+def check_proposals(drafter: Drafter, seed: int) -> None:
+    """Asserts that no more is proposed than was asked for, nor than ``most``, and that it depends on the text alone."""
+    generator = numpy_generator(seed, "testing/drafter")
+    text = [int(token) for token in generator.integers(3, size=60)]
+    pieces = drafter.start(text[:5])
+    for end in range(5, len(text)):
+        for asked in (1, 2, 30):
+            proposed = pieces.propose(asked)
+            assert len(proposed) <= min(asked, drafter.most)
+            assert proposed == drafter.start(text[:end]).propose(asked)
+        pieces.extend(text[end : end + 1])
+
+
+#: What requests of all kinds ask for.
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0.7},
+    {"temperature": 0.4, "top_k": 5, "logprobs": 2},
+    {"temperature": 0.3, "top_p": 0.9, "n": 2},
+    {"temperature": 0, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
+    {"temperature": 0.5, "presence_penalty": 0.4, "logit_bias": {3: 1.0}},
+    {"temperature": 0, "rule": Momentum(alpha=0.02)},
+    {"temperature": 0, "stop_tokens": (7,), "min_tokens": 6},
+    {"temperature": 0, "prompt_logprobs": 1},
+]
+
+
+def check_engine(drafter: Drafter, seed: int = 0) -> Engine:
+    """Asserts that an engine that drafts says what one says that does not; returns the former."""
+    drafting, plain = engine_with(drafter), engine_with(None)
+    wanted, found = (played(engine, seed) for engine in (plain, drafting))
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert _tokens(found[name]) == _tokens(wanted[name]), f"drafts change the tokens of {name}"
+        assert found[name][-1].finish is wanted[name][-1].finish
+        told, right = _logprobs(found[name]), _logprobs(wanted[name])
+        assert len(told) == len(right)
+        assert all(abs(one - other) < 1e-4 for one, other in zip(told, right, strict=True))
+    assert drafting.snapshot().held == 0
+    return drafting
+
+
+def engine_with(drafter: Drafter | None) -> Engine:
+    """A small engine that drafts."""
+    sizes = {"tokens": 40, "sequences": 8, "block_size": 4, "cache_tokens": 400}
+    config = EngineConfig(attention=Reference(), drafter=drafter, check=True, **sizes)
+    return build_engine(small_model(), config)
+
+
+def played(engine: Engine, seed: int) -> dict[tuple[str, int], list[Delta]]:
+    """All deltas of requests of all kinds, whose prompts repeat themselves."""
+    draw = numpy_generator(seed, "testing/drafter")
+    found: dict[tuple[str, int], list[Delta]] = {}
+    for number, kind in enumerate(KINDS * 2):
+        piece = [int(token) for token in draw.integers(SHAPE.vocabulary, size=draw.integers(2, 7))]
+        prompt = (piece * 12)[: int(draw.integers(8, 40))]
+        sampling = SamplingParams.model_validate({"max_tokens": 24, "seed": number, **kind})
+        engine.add(Request(str(number), prompt, sampling))
+        for _ in range(int(draw.integers(3))):
+            _gather(engine, found)
+    while engine.busy:
+        _gather(engine, found)
+    return found
+
+
+def _gather(engine: Engine, found: dict[tuple[str, int], list[Delta]]) -> None:
+    for delta in engine.step():
+        found.setdefault((delta.id, delta.index), []).append(delta)
+
+
+def _tokens(deltas: list[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.tokens]
+
+
+def _logprobs(deltas: list[Delta]) -> list[float]:
+    return [
+        each.logprob for delta in deltas for told in (delta.prompt_logprobs, delta.logprobs) for each in told or []
+    ]

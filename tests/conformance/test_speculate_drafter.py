@@ -1,0 +1,31 @@
+"""The law of ``speculate.drafter``, for every registered policy."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock.testing.enrolled import enrolled, rebuilt
+from penstock.testing.speculate_drafter import check_distribution, check_engine, check_proposals
+
+POLICIES = enrolled("speculate.drafter")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_distribution_is_the_models_exactly(name):
+    check_distribution(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_tokens_are_those_of_an_engine_that_drafts_nothing(name):
+    check_engine(POLICIES[name])
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", POLICIES)
+def test_proposals_depend_on_the_text_alone_and_are_no_longer_than_asked(name, seed):
+    check_proposals(POLICIES[name], seed)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_drafter_can_be_made_from_its_description(name):
+    rebuilt(POLICIES[name])
