@@ -37,6 +37,9 @@ def serve(
     deadline: float = typer.Option(600.0, "--deadline", help="Most seconds that a request may take."),
     body_limit: float = typer.Option(4.0, "--body-limit", help="Largest request, in MiB."),
     drain: float = typer.Option(30.0, "--drain", help="Seconds for requests under way after SIGTERM or Ctrl-C."),
+    record: Path | None = typer.Option(
+        None, "--record", metavar="FILE", help="Write all steps there, for `penstock replay`: prompts and answers too."
+    ),
     patience: float = typer.Option(300.0, "--patience", help="Seconds of silence after which a busy engine is dead."),
 ) -> None:
     """Serve a model: OpenAI's HTTP interface, metrics, and a page to chat and watch.
@@ -53,7 +56,8 @@ def serve(
     from penstock.serve.http.server import serve as run
     from penstock.serve.http.service import Limits
 
-    engine = build(EngineConfig, apply_overrides({}, overrides or []), "the engine's options")
+    chosen = {"record": str(record)} if record is not None else {}
+    engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
     given = {"body": body_limit, "queue": queue, "deadline": deadline, "drain": drain, "patience": patience}
     limits = build(Limits, given, "the server's limits")
     keys = _keys(api_key or [], api_key_file)

@@ -22,6 +22,7 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
+from penstock.serve.run.record import Recorder
 from penstock.serve.run.runner import Runner
 
 #: Tokens for which a CPU's cache has room at most, unless the configuration says otherwise.
@@ -36,14 +37,15 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
     """
     where = pick(device)
     folder = hub.resolve(source)
-    model = hub.load(folder, device=where, dtype=_dtype(config, where)).eval()
+    model = hub.load(folder, device=where, dtype=dtype_of(config, where)).eval()
     tokenizer = hub.load_tokenizer(folder)
     stop = hub.end_tokens(folder, tokenizer)
     grammars = Grammars(tokenizer, model.config.vocabulary, stop) if tokenizer.is_fast else None
-    return build_engine(model, config, stop, report, grammars)
+    return build_engine(model, config, stop, report, grammars, str(source))
 
 
-def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+def dtype_of(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """The dtype of weights and cache on ``device``."""
     named = {"fp32": torch.float32, "bf16": torch.bfloat16}
     return named.get(config.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
@@ -54,8 +56,23 @@ def build_engine(
     stop: frozenset[int] = frozenset(),
     report: Reporter = silent,
     grammars: Grammars | None = None,
+    source: str = "",
 ) -> Engine:
-    """An engine for ``model`` where it lies, in its own dtype.
+    """An engine for ``model`` where it lies, in its own dtype. ``source`` is where it came from, for a recording.
+
+    Raises:
+        PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
+    """
+    runner = build_runner(model, config, report)
+    if config.record is None:
+        return Engine(config, runner, stop, grammars)
+    options = {**config.model_dump(mode="json"), "record": None, "cache_tokens": runner.blocks * runner.block_size}
+    header = {"model": model.config.model_dump(mode="json"), "source": source, "engine": options}
+    return Engine(config, Recorder(runner, config.record, header), stop, grammars)
+
+
+def build_runner(model: Decoder, config: EngineConfig, report: Reporter = silent) -> Runner:
+    """The model with its cache, warmed up.
 
     Raises:
         PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
@@ -84,7 +101,7 @@ def build_engine(
     if config.compile and weight.device.type == "cuda" and can_compile(weight.device):
         runner.warm_up(config.budget(weight.device), report)
         _rehearse(Engine(config, runner))
-    return Engine(config, runner, stop, grammars)
+    return runner
 
 
 def _rehearse(engine: Engine) -> None:

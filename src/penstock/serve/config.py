@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -35,6 +36,8 @@ class EngineConfig(Config):
         drafter: drafts tokens ahead, which one pass then checks together; None computes one token a sequence a step.
         compile: on CUDA, compile the model and capture steps as graphs at the start, those that decode and those whose
             prompts the device computes as fast as the host queues them: tens of seconds that make every step shorter.
+        record: a file for all steps, for bug reports and benchmarks; it holds the tokens of all requests. See
+            :mod:`penstock.serve.run.record`.
         check: compare the cache's books with the sequences after every step.
     """
 
@@ -50,6 +53,7 @@ class EngineConfig(Config):
     context: PositiveInt | None = None
     drafter: Annotated[Drafter, Choice("speculate.drafter")] | None = None
     compile: bool = True
+    record: Path | None = None
     check: bool = False
 
     @model_validator(mode="after")

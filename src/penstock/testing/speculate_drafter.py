@@ -2,11 +2,11 @@
 
 What each clause is there to catch:
 
-- :func:`check_distribution` enumerates every draw on a model that is a table: a rule that accepts too much or too little,
-  takes the wrong row's token, or draws with the wrong number shifts a probability, and nothing shifts unseen;
+- :func:`check_distribution` enumerates every draw on a model that is a table: a rule that accepts too much or too
+  little, takes the wrong row's token, or draws with the wrong number shifts a probability, and nothing shifts unseen;
 - :func:`check_engine` compares an engine that drafts with one that does not, over requests of every kind: keys and
-  values of rejected tokens that are read later or shared, penalties, grammars and rules that do not follow the tentative
-  tokens, draws and log-probabilities that belong to another place, a text that goes on behind its end;
+  values of rejected tokens that are read later or shared, penalties, grammars and rules that do not follow the
+  tentative tokens, draws and log-probabilities that belong to another place, a text that goes on behind its end;
 - :func:`check_proposals`: more tokens than were asked for, or a draft that a text's growth by pieces changes.
 """
 
@@ -144,6 +144,4 @@ def _tokens(deltas: list[Delta]) -> list[int]:
 
 
 def _logprobs(deltas: list[Delta]) -> list[float]:
-    return [
-        each.logprob for delta in deltas for told in (delta.prompt_logprobs, delta.logprobs) for each in told or []
-    ]
+    return [each.logprob for delta in deltas for told in (delta.prompt_logprobs, delta.logprobs) for each in told or []]

@@ -50,7 +50,7 @@ class UncertaintyAwareContrast(DecodeRule):
 
     @property
     def arithmetic(self) -> Self:
-        return self.model_copy(update={"prompt": ()})
+        return self.model_copy(update={"prompt": (0,)})
 
     def tokenized(self, encode: Callable[[str], list[int]]) -> Self:
         if not isinstance(self.prompt, str):

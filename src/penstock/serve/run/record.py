@@ -1,0 +1,196 @@
+"""Steps in a file: recorded as an engine computes them, and computed again.
+
+A recording has a header, then a frame for each step and one for what came out of it. A frame is its length (eight
+bytes, little-endian) and a safetensors file; what is no array stands in its metadata as JSON. Nothing of the text has to
+be known to compute steps again: a token that was not known to the host is looked up on the device, as it was then. So a
+recording can also be replayed with other weights, to see how long the same steps take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import struct
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from penstock.core.errors import UsageError
+from penstock.ops.paged.contract import PagedBatch
+from penstock.policy import create
+from penstock.serve.choose.asked import SLOT, Asked, Masked, Ruled, Scattered
+from penstock.serve.choose.sampler import Sampled
+from penstock.serve.decode.contract import DecodeRule
+from penstock.serve.engine.batch import Batch
+from penstock.serve.run.runner import Runner
+from penstock.serve.run.step import Part, Placed, Step
+
+_LENGTH = struct.Struct("<Q")
+
+#: A recording whose format is another cannot be read.
+FORMAT = 1
+
+#: Steps after which the outcome of one is there without waiting for the device: an engine has at most two under way.
+PATIENCE = 2
+
+Arrays = dict[str, np.ndarray]
+
+
+class Recorder:
+    """An executor that passes batches on to ``runner``, and writes each step to ``path``.
+
+    Args:
+        header: what is to be known of the engine; see :func:`read_header`.
+    """
+
+    def __init__(self, runner: Runner, path: Path, header: dict[str, Any]) -> None:
+        self._runner, self._file = runner, path.open("wb")
+        self.shape, self.device = runner.shape, runner.device
+        self.blocks, self.block_size = runner.blocks, runner.block_size
+        self._pending: deque[Sampled | None] = deque()
+        self._write({}, {"format": FORMAT, **header})
+
+    def launch(self, batch: Batch) -> Sampled | None:
+        step = self._runner.plan(batch)
+        self._write(*flatten(step))
+        sampled = self._runner.execute(step)
+        self._pending.append(sampled)
+        while len(self._pending) > PATIENCE:
+            self._tell(self._pending.popleft())
+        return sampled
+
+    def close(self) -> None:
+        """Waits for what is under way, and closes the file."""
+        while self._pending:
+            self._tell(self._pending.popleft())
+        self._file.close()
+
+    def _tell(self, sampled: Sampled | None) -> None:
+        tokens = np.zeros(0, np.int64)
+        if sampled is not None:
+            sampled.wait()
+            tokens = sampled.tokens.cpu().numpy()
+        self._write({"tokens": tokens}, {})
+
+    def _write(self, arrays: Arrays, more: dict[str, Any]) -> None:
+        whole = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+        body = save(whole, {"more": json.dumps(more)})
+        self._file.write(_LENGTH.pack(len(body)) + body)
+        self._file.flush()
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What was written of the engine: its ``model`` (a DecoderConfig), the ``source`` that it was loaded from, and the
+    ``engine``'s options (an EngineConfig).
+
+    Raises:
+        UsageError: this is no recording.
+    """
+    try:
+        with path.open("rb") as file:
+            _, header = next(_frames(file, path), ({}, {}))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    if header.get("format") != FORMAT:
+        raise UsageError(f"{path} is no recording of steps in the format {FORMAT}")
+    return header
+
+
+def read_steps(path: Path) -> Iterator[tuple[Step, np.ndarray | None]]:
+    """The steps of a recording, each with the tokens int64 [R] that came out of it; None where the engine was ended
+    before they were known. A frame that was cut off ends it."""
+    with path.open("rb") as file:
+        frames = _frames(file, path)
+        next(frames, None)
+        waiting: deque[Step] = deque()
+        for arrays, more in frames:
+            if "lead" in more:
+                waiting.append(unflatten(arrays, more))
+            else:
+                yield waiting.popleft(), arrays["tokens"]
+    while waiting:
+        yield waiting.popleft(), None
+
+
+def _frames(file: BinaryIO, path: Path) -> Iterator[tuple[Arrays, dict[str, Any]]]:
+    while len(length := file.read(_LENGTH.size)) == _LENGTH.size:
+        (size,) = _LENGTH.unpack(length)
+        body = file.read(min(size, path.stat().st_size))
+        if len(body) < size:
+            return
+        with contextlib.suppress(SafetensorError, ValueError, KeyError):
+            start = int.from_bytes(body[:8], "little")
+            more = json.loads(json.loads(body[8 : 8 + start])["__metadata__"]["more"])
+            yield load(body), more
+            continue
+        return
+
+
+def flatten(step: Step) -> tuple[Arrays, dict[str, Any]]:
+    """``step`` as named arrays, and what is none."""
+    asked = step.asked
+    arrays: Arrays = {"copies": step.copies, "rated": step.rated}
+    for number, placed in enumerate(step.placed):
+        arrays[f"placed.{number}"] = placed.tokens
+    for number, part in enumerate(step.parts):
+        own = {"inputs": part.inputs, "scored": part.scored, "rated": part.rated, "draws": part.draws}
+        plan = {name: getattr(part.plan, name).numpy() for name in ("starts", "lengths", "tables", "slots")}
+        arrays |= {f"part.{number}.{name}": values for name, values in {**own, **plan}.items()}
+    plain = ("first", "slots", "counts", "uniform", "bans", "followers", "window")
+    arrays |= {f"asked.{name}": values for name in plain if (values := getattr(asked, name)) is not None}
+    arrays["asked.rows"] = asked.rows.view(np.uint8).reshape(len(asked.rows), SLOT.itemsize)
+    for name, record in (("biases", asked.biases), ("masks", asked.masks)):
+        if record is not None:
+            arrays |= {f"asked.{name}.{each}": values for each, values in vars(record).items()}
+    for number, ruled in enumerate(asked.rules):
+        arrays[f"rule.{number}"] = ruled.rows
+        arrays |= {f"rule.{number}.{name}": values for name, values in ruled.known.items()}
+    more = {
+        "lead": step.lead,
+        "alternatives": step.alternatives,
+        "parts": len(step.parts),
+        "placed": [[placed.slot, placed.prompt] for placed in step.placed],
+        "rules": [[ruled.rule.describe(), sorted(ruled.known)] for ruled in asked.rules],
+    }
+    return arrays, more
+
+
+def unflatten(arrays: Arrays, more: dict[str, Any]) -> Step:
+    """The step of :func:`flatten`."""
+
+    def part(number: int) -> Part:
+        own = {name: arrays[f"part.{number}.{name}"] for name in ("inputs", "scored", "rated", "draws")}
+        plan = [torch.from_numpy(arrays[f"part.{number}.{n}"]) for n in ("starts", "lengths", "tables", "slots")]
+        return Part(plan=PagedBatch(plan[0], plan[1], plan[2], plan[3]), **own)
+
+    def record(kind: type[Any], name: str) -> Any:
+        names = [f"asked.{name}.{field.name}" for field in dataclasses.fields(kind)]
+        return kind(*(arrays[each] for each in names)) if names[0] in arrays else None
+
+    def ruled(number: int, described: dict[str, Any], known: list[str]) -> Ruled:
+        options = {key: value for key, value in described.items() if key != "name"}
+        rule = create("decode.rule", described["name"], **options)
+        assert isinstance(rule, DecodeRule)
+        return Ruled(rule, arrays[f"rule.{number}"], {name: arrays[f"rule.{number}.{name}"] for name in known})
+
+    plain: dict[str, Any] = {
+        name: arrays.get(f"asked.{name}")
+        for name in ("first", "slots", "counts", "uniform", "bans", "followers", "window")
+    }
+    asked = Asked(
+        rows=np.ascontiguousarray(arrays["asked.rows"]).view(SLOT).reshape(-1),
+        biases=record(Scattered, "biases"),
+        masks=record(Masked, "masks"),
+        rules=tuple(ruled(number, *each) for number, each in enumerate(more["rules"])),
+        **plain,
+    )
+    placed = (Placed(slot, arrays[f"placed.{number}"], prompt) for number, (slot, prompt) in enumerate(more["placed"]))
+    parts = tuple(part(number) for number in range(more["parts"]))
+    return Step(arrays["copies"], tuple(placed), parts, more["lead"], asked, arrays["rated"], more["alternatives"])
