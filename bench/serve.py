@@ -37,8 +37,6 @@ from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
 
-PAPERS = (200, 235, 293)
-
 #: vLLM 0.22.0 on one H100 80GB HBM3, torch 2.11.0+cu130: medians of wall seconds, or tokens a second where one request.
 PEER = "vLLM 0.22.0, measured by itself"
 SHAPES = {
