@@ -81,15 +81,15 @@ def _sheet(standing: Standing, families: Mapping[str, str], laws: Mapping[str, s
     sheet.add_row("claimed", Text(paper.claim or "the abstract gives no figure"))
     for finding in standing.findings:
         row, result = finding.rows[0], finding.result
-        compared = f"{row.metric} of {row.subject}: {finding.ratio} that of {row.peer}, {row.better} is better"
-        sheet.add_row(
-            finding.verdicts, Text(f"{compared} ({finding.setting}) [{result.name} on {result.device}, {result.date}]")
-        )
+        wanted = f"{row.better} is better" if row.claim == "gain" else "no loss is claimed"
+        compared = f"{row.subject}: {row.metric} {finding.ratio} that of {row.peer} ({finding.setting}); {wanted}"
+        sheet.add_row(finding.verdicts, Text(f"{compared} [{result.name} on {result.device}, {result.date}]"))
     if not standing.figures:
         sheet.add_row("not tested", "no row of bench/results sets it beside its baseline")
     for entry in standing.policies:
         sheet.add_row("policy", Text(f"{entry.contract}/{entry.name}  {shown_path(entry.path)}"))
-        sheet.add_row("law checked", Text(laws.get(entry.contract, "")))
+    for contract in dict.fromkeys(entry.contract for entry in standing.policies):
+        sheet.add_row(f"law of {contract}", Text(laws.get(contract, "")))
     for name, notes in (("ours", standing.ours), ("not built", standing.not_built)):
         for note in notes:
             sheet.add_row(name, Text(note))
