@@ -207,7 +207,9 @@ class Standing:
     def _sentences(self, marked: re.Pattern[str], without: re.Pattern[str] | None = None) -> list[str]:
         found = (sentence for entry in self.policies for sentence in sentences(entry.docstring))
         chosen = (each for each in found if marked.search(each) and not (without and without.search(each)))
-        return list(dict.fromkeys(chosen))
+        # "Ours: the order." is shown under that word already.
+        bare = (re.sub(r"^(?:Ours|Not built): (.)", lambda start: start[1].upper(), each) for each in chosen)
+        return list(dict.fromkeys(bare))
 
     def describe(self, laws: Mapping[str, str]) -> dict[str, Any]:
         """The standing as plain data; ``laws`` gives each contract's law."""

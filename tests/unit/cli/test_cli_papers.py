@@ -90,7 +90,7 @@ def test_one_paper_shows_the_claim_beside_the_figure_and_the_law():
     assert "no task waits [for ever]" in shown
     assert "confirmed" in shown
     assert "zb_h1: bubble 0.5000× that of 1f1b (8 stages); lower is better [pipeline on cpu-2, 2026-01-31]" in shown
-    assert "Ours: how long." in shown
+    assert "How long." in shown
 
 
 def test_one_paper_says_what_is_missing():

@@ -174,10 +174,10 @@ def test_what_is_ours_and_what_is_missing_is_read_from_the_docstrings():
     text += "Not built: the saw that we\nneed. The hours pour."
     curve = entry("curve", 2, contract="test.drawing", docstring=text)
     (standing,) = standings(PAPERS[2:3], index_of(curve), [])
-    assert standing.ours == ["Ours: how far.", "That it stops is our reading."]
+    assert standing.ours == ["How far.", "That it stops is our reading."]
     assert standing.not_built == [
         "No trainer or server takes a policy of test.drawing yet.",
-        "Not built: the saw that we need.",
+        "The saw that we need.",
     ]
 
 
