@@ -114,7 +114,7 @@ def tabulated(sources: Sources, name: str, shown: Callable[[Row], bool]) -> str:
         note = f"{result.hardware}; {result.date}, commit {result.commit}; {used}."
         if result.source:
             note += f" {result.source}"
-        parts.append(f"{table(HEADINGS, (cells(row) for row in result.rows if shown(row)))}\n{note}\n")
+        parts.append(f"{table(HEADINGS, (cells(row) for row in result.rows if shown(row)))}\n{wrapped(note)}")
     return "\n".join(parts)
 
 
@@ -171,11 +171,12 @@ def picture(names: Sequence[str]) -> str:
 @generator
 def contracts(sources: Sources, document: Path, _: str) -> str:
     """All contracts, their laws, and the names of their policies."""
-    rows = (
-        (f"`{name}`", contract.law, ", ".join(f"`{policy}`" for policy in sources.index.names(name)))
-        for name, contract in sorted(sources.index.contracts.items())
-    )
-    return table(("Contract", "The law that every policy of it obeys", "Policies"), rows)
+    items = []
+    for name, contract in sorted(sources.index.contracts.items()):
+        known = ", ".join(f"`{policy}`" for policy in sources.index.names(name))
+        taken = " Only simulated: no trainer or server takes them yet." if contract.simulated else ""
+        items.append(wrapped(f"- `{name}`: {contract.law}. Policies: {known}.{taken}", "  "))
+    return "".join(items)
 
 
 @generator
@@ -205,11 +206,11 @@ def _details(standing: Standing, document: Path) -> str:
     paper = standing.paper
     code = f" ([the authors' code]({paper.code}))" if paper.code else ""
     parts = [f"#### Paper {paper.id}\n", wrapped(f"{paper.title}{code}: **{standing.status}**.")]
-    parts.append(wrapped(f"*Claimed.* {(paper.claim or 'Nothing that could be checked').rstrip('.')}."))
+    parts.append(wrapped(f"*Claimed:* {(paper.claim or 'Nothing that could be checked').rstrip('.')}."))
     parts.append("".join(f"- {link(document, entry)}\n" for entry in standing.policies))
     for heading, notes in (("Ours", standing.ours), ("Not built", standing.not_built)):
         if notes:
-            parts.append(wrapped(f"*{heading}.* {' '.join(map(unmarked, notes))}"))
+            parts.append(wrapped(f"*{heading}:* {' '.join(map(unmarked, notes))}"))
     if standing.findings:
         rows = (
             (f.rows[0].subject, f.rows[0].peer or "", f.rows[0].metric, f.ratio, f.verdicts, f.setting, f.result.device)

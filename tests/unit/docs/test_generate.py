@@ -144,7 +144,10 @@ def test_policies_of_a_contract(sources, document, path):
 
 
 def test_contracts_and_their_laws(sources):
-    assert block(sources, "contracts")[2:] == [r"| `test.cut` | a\|b is kept | `slanted`, `straight` |"]
+    assert block(sources, "contracts") == ["- `test.cut`: a|b is kept. Policies: `slanted`, `straight`."]
+    drawn = dataclasses.replace(sources.index.contracts["test.cut"], simulated=True)
+    sources = dataclasses.replace(sources, index=Index({"test.cut": drawn}, sources.index.policies))
+    assert "Only simulated" in " ".join(block(sources, "contracts"))
 
 
 def test_papers_by_area_with_their_details(sources):
@@ -157,10 +160,10 @@ def test_papers_by_area_with_their_details(sources):
     details = lines[lines.index("#### Paper 2") + 1 : lines.index("### Second")]
     assert details == [
         "B: **measured**.",
-        "*Claimed.* 20x.",
+        "*Claimed:* 20x.",
         "- [`test.cut/slanted`](../src/slanted.py)",
-        "*Ours.* The angle of `saws.Saw` in `degrees`.",
-        "*Not built.* The saw.",
+        "*Ours:* The angle of `saws.Saw` in `degrees`.",
+        "*Not built:* The saw.",
         "| Subject | Baseline | Metric | Ratio | Verdict | Setting | Device |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| slanted | straight | speed | 2.500× | confirmed | wood | cpu-2 |",
@@ -216,7 +219,7 @@ def test_less_is_better_where_the_row_says_so(sources):
 @pytest.mark.parametrize(("right", "wrong"), [('setting = "wood"', 'setting = "wod"'), ("cutting-h100", "cutting-h10")])
 def test_a_claim_that_means_no_row_is_named(sources, right, wrong):
     (sources.root / "claims.toml").write_text(CLAIMS.replace(right, wrong))
-    with pytest.raises(UsageError, match="0 rows of 'cutting-h100?' are meant by 'fast', and one should be"):
+    with pytest.raises(UsageError, match=r"0 rows of 'cutting-h100?' are meant by 'fast', and one should be"):
         render(sources, "<!-- ratios: claims.toml -->\n<!-- end -->\n")
 
 
