@@ -30,10 +30,10 @@ from penstock.core.progress import show
 from penstock.models import hub
 from penstock.models.decoder import Decoder
 from penstock.serve.build import build_engine
+from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
-from penstock.serve.engine import Engine
+from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
-from penstock.serve.sampling import SamplingParams
 
 ONE = "one request at a time"
 OVERLAPPED = "nanoflow, overlap taken for free"

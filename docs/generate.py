@@ -112,9 +112,8 @@ def tabulated(sources: Sources, name: str, shown: Callable[[Row], bool]) -> str:
     for result in found:
         used = ", ".join(f"{package} {version}" for package, version in result.versions.items())
         note = f"{result.hardware}; {result.date}, commit {result.commit}; {used}."
-        if result.source:
-            note += f" {result.source}"
-        parts.append(f"{table(HEADINGS, (cells(row) for row in result.rows if shown(row)))}\n{wrapped(note)}")
+        source = f"\n{wrapped(result.source)}" if result.source else ""
+        parts.append(f"{table(HEADINGS, (cells(row) for row in result.rows if shown(row)))}\n{note}\n{source}")
     return "\n".join(parts)
 
 
