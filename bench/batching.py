@@ -70,8 +70,8 @@ class Sizes:
 
 
 CPU = Sizes(
-    budget=2048, chunk=256, cache=8192, sequences=32, chats=16, long=8, prompt=1536, every=0.2, groups=24, members=4,
-    prefix=512, mixed=12, answer=192, arriving=12,
+    budget=1024, chunk=128, cache=2560, sequences=16, chats=8, long=4, prompt=1000, every=0.1, groups=16, members=4,
+    prefix=192, mixed=6, answer=64, arriving=8,
 )  # fmt: skip
 QUICK = dataclasses.replace(
     CPU, chats=2, long=1, prompt=64, every=0.01, groups=3, members=2, prefix=32, mixed=1, answer=8, arriving=2

@@ -11,6 +11,9 @@ whatever state they need at run time lives in the objects that their methods mak
 
         def factor(self, step: int, total: int) -> float: ...
 
+Its docstring says what it takes from its papers, what is ours ("Ours: the order.", "our reading", "we stop where ...")
+and what of them is missing ("Not built: the search."): ``penstock papers`` shows the sentences with these words.
+
 Nothing else is edited: :func:`index` finds decorators by reading the source of the package, without importing it,
 so listing policies costs milliseconds and needs no torch. Other distributions add theirs through the entry-point
 group ``penstock.policies``, each entry naming a module or package to read in the same way.

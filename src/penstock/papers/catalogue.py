@@ -181,8 +181,12 @@ class Standing:
 
     @property
     def verdicts(self) -> str:
-        """What all figures together say of the claim."""
-        return tally(figure.row.verdict for figure in self.figures)
+        """What the figures say of the claim; simulated ones apart, as ``confirmed; simulated: 2 contradicted``."""
+        timed, simulated = (
+            [figure.row.verdict for figure in self.figures if figure.row.simulated is kind] for kind in (False, True)
+        )
+        told = ([tally(timed)] if timed else []) + ([f"simulated: {tally(simulated)}"] if simulated else [])
+        return "; ".join(told) or tally(())
 
     @property
     def findings(self) -> list[Finding]:

@@ -81,10 +81,20 @@ def block(sources, marker: str, document: str = "docs/page.md") -> list[str]:
     return [line for line in rendered.splitlines()[3:-3] if line]
 
 
-def test_every_link_to_a_file_of_the_source_leads_somewhere():
-    for document in (repository() / "docs").glob("*.md"):
-        for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", document.read_text(encoding="utf-8")):
-            assert (document.parent / target.partition("#")[0]).exists(), f"{document.name}: {target}"
+def anchors(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (SCRIPT.parent).glob("*.md"))])
+def test_every_link_leads_to_a_file_and_to_a_heading(document):
+    path = repository() / document
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", path.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        other = path.parent / name if name else path
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other), target
 
 
 def test_generating_needs_no_torch():

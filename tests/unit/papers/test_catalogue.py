@@ -113,7 +113,9 @@ def test_status_is_derived():
         index_of(entry("slant", 1, 2), entry("curve", 2, 5), entry("sketch", 3, 5, contract="test.drawing")),
         [
             result("a", row("a0", 2), row("a1"), row("a2", 6, simulated=True)),
-            result("b", row("b0", 1, simulated=True), row("b1", 7, 2, ratio=0.5)),
+            result(
+                "b", row("b0", 1, simulated=True), row("b1", 7, 2, ratio=0.5), row("b2", 2, ratio=0.5, simulated=True)
+            ),
         ],
     )
     by_id = {standing.paper.id: standing for standing in found}
@@ -122,9 +124,10 @@ def test_status_is_derived():
         4: "planned", 5: "implemented", 6: "simulated", 7: "measured",
     }  # fmt: skip
     assert [entry.name for entry in by_id[2].policies] == ["curve", "slant"]
-    assert [figure.row.subject for figure in by_id[2].figures] == ["a0", "b1"]
+    assert [figure.row.subject for figure in by_id[2].figures] == ["a0", "b1", "b2"]
     assert {number: standing.verdicts for number, standing in by_id.items() if standing.figures} == {
-        1: "confirmed", 2: "1 confirmed, 1 contradicted", 6: "confirmed", 7: "contradicted",
+        1: "simulated: confirmed", 2: "1 confirmed, 1 contradicted; simulated: contradicted", 6: "simulated: confirmed",
+        7: "contradicted",
     }  # fmt: skip
     assert by_id[3].verdicts == "not tested"
 
