@@ -8,7 +8,7 @@ Four loads, all greedy, of random tokens that no two runs share, so that no run 
   device, told that what overlaps slows nothing, since at the measured rates it splits no step);
 - requests that arrive over time (Flover, beside answering one after the other, as FasterTransformer does).
 
-On the CPU the model is python-6m, on CUDA one with random weights in the shape of Qwen3-0.6B.
+On the CPU the model is python-1m, on CUDA one with random weights in the shape of Qwen3-0.6B.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def main(bench: Bench) -> None:
         name, sizes = "Qwen3-0.6B shape", CUDA
         model = common.random_model(common.SHAPES[name], bench.device)
     else:
-        name, sizes = "python-6m", QUICK if bench.quick else CPU
+        name, sizes = "python-1m", QUICK if bench.quick else CPU
         model = hub.load(name).eval()
     loads, engines = Loads(sizes, min(model.config.vocabulary, 10_000)), Engines(bench, model, sizes)
     contest(
