@@ -36,8 +36,6 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
 
-PAPERS = (194,)
-
 SHAPE = "Qwen3-8B shape"
 #: Layers that follow each other in a run of the operations.
 LAYERS = 20
@@ -184,6 +182,7 @@ def operations(bench: Bench) -> Rates:
             better="lower",
             run=lambda a=attending, m=multiplying: layer(lambda: queue((a, layers.attend), (m, layers.multiply))),
             peer_run=lambda: layer(lambda: queue((main, layers.attend), (main, layers.multiply))),
+            papers=[194],
         )
         # While both run, each goes at this share of its speed: then the time is min / share + max - min.
         left = row.value - abs(compute - memory)
@@ -250,6 +249,7 @@ def engines(bench: Bench, rates: Rates) -> None:
         run=nanoflow,
         peer_run=lambda: serve(engine, Sarathi(), work)[0],
         repetitions=2,
+        papers=[194],
     )
     bench.row(subject=subject, setting=setting, metric="share of steps in two parts", unit="", value=shares[-1])
 

@@ -2,8 +2,9 @@
 
 On CUDA: random weights in the shapes of Qwen3-0.6B and Qwen3-8B, bf16, and four workloads: 256 requests with 100 to
 1,024 tokens in and out (nano-vllm's); 16 groups of 32 requests that share 1,024 tokens, with 64 own tokens in and 64
-out; one request with 128 in and 256 out; 128 prompts of 2,048 tokens. The peer's figures were measured on such a device
-by themselves, not in the same run; the share of the roofline is against the copy and matrix rates measured here.
+out; one request with 128 in and 256 out; 128 prompts of 2,048 tokens. The peer's figures are those of ``bench/peers``,
+measured on such a device by themselves, not in the same run; the share of the roofline is against the copy and matrix
+rates measured here.
 
 On the CPU: 64 requests with 32 to 256 tokens in and out, in one run with transformers' own generation, in static
 batches of the best size, and with its continuous batching.
@@ -26,6 +27,7 @@ import transformers
 from penstock.core.bench import Bench
 from penstock.core.garbage import settled
 from penstock.core.progress import show
+from penstock.core.results import Row, peers_folder, read_results
 from penstock.models import hub
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
@@ -37,10 +39,8 @@ from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
 
-PAPERS = (200, 235, 293)
-
-#: vLLM 0.22.0 on one H100 80GB HBM3, torch 2.11.0+cu130: medians of wall seconds, or tokens a second where one request.
-PEER = "vLLM 0.22.0, measured by itself"
+#: Whose figures stand beside ours on CUDA: a name in ``bench/peers``, and a subject there.
+PEER = ("vllm-0.22.0", "vLLM 0.22.0")
 SHAPES = {
     "Qwen3-0.6B shape": DecoderConfig(
         vocabulary=151936, hidden=1024, layers=28, heads=16, kv_heads=8, head_dim=128, ffn=3072, context=4096,
@@ -63,13 +63,12 @@ SMALL = DecoderConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Prompts with the tokens wanted after each; ``counted`` tokens make the figure, which the peer's are, by shape."""
+    """Prompts with the tokens wanted after each; ``counted`` tokens make the figure."""
 
     name: str
     prompts: list[list[int]]
     outputs: list[int]
     counted: int
-    peer: dict[str, float]
     temperature: float = 0.6
 
 
@@ -78,28 +77,23 @@ def cuda_workloads() -> list[Workload]:
     draw = random.Random(0)
     prompts = [[draw.randint(0, 10000) for _ in range(draw.randint(100, 1024))] for _ in range(256)]
     outputs = [draw.randint(100, 1024) for _ in range(256)]
-    mixed = Workload(
-        "256 requests, 100 to 1,024 in and out", prompts, outputs, sum(outputs),
-        {"Qwen3-0.6B shape": 18116.0, "Qwen3-8B shape": 7674.0},
-    )  # fmt: skip
+    mixed = Workload("256 requests, 100 to 1,024 in and out", prompts, outputs, sum(outputs))
     prefixes = [[draw.randint(0, 10000) for _ in range(1024)] for _ in range(16)]
     prompts = [prefixes[g] + [draw.randint(0, 10000) for _ in range(64)] for g in range(16) for _ in range(32)]
     draw.shuffle(prompts)
-    shared = Workload(
-        "16 groups of 32 with 1,024 tokens in common", prompts, [64] * 512, 512 * 64,
-        {"Qwen3-0.6B shape": 17676.0, "Qwen3-8B shape": 8964.0},
-    )  # fmt: skip
+    shared = Workload("16 groups of 32 with 1,024 tokens in common", prompts, [64] * 512, 512 * 64)
     prompts = [[draw.randint(0, 10000) for _ in range(128)]]
-    single = Workload(
-        "one request, 128 in and 256 out", prompts, [256], 256,
-        {"Qwen3-0.6B shape": 406.0, "Qwen3-8B shape": 146.0},
-    )  # fmt: skip
+    single = Workload("one request, 128 in and 256 out", prompts, [256], 256)
     prompts = [[draw.randint(0, 10000) for _ in range(2048)] for _ in range(128)]
-    prefill = Workload(
-        "128 prompts of 2,048 tokens (tokens in)", prompts, [1] * 128, 128 * 2048,
-        {"Qwen3-0.6B shape": 326497.0, "Qwen3-8B shape": 41658.0},
-    )  # fmt: skip
+    prefill = Workload("128 prompts of 2,048 tokens (tokens in)", prompts, [1] * 128, 128 * 2048)
     return [single, mixed, shared, prefill]
+
+
+def peer_rows() -> dict[str, Row]:
+    """What the peer was measured to do by itself, by setting."""
+    name, subject = PEER
+    results = [result for result in read_results(peers_folder()) if result.name == name]
+    return {row.setting: row for result in results for row in result.rows if row.subject == subject}
 
 
 def run(engine: Engine, work: Workload) -> float:
@@ -232,6 +226,7 @@ def on_cuda(bench: Bench) -> None:
 
 def measure_workloads(bench: Bench, name: str, engine: Engine, rates: tuple[float, float]) -> None:
     """Tokens a second of each workload, and the share of what the device's ``rates`` allow."""
+    peers = peer_rows()
     for work in cuda_workloads():
         roofline = Roofline(engine, rates)
         row = bench.measure(
@@ -243,8 +238,9 @@ def measure_workloads(bench: Bench, name: str, engine: Engine, rates: tuple[floa
             run=lambda r=roofline, w=work: run(engine, w) if r.seconds else r.run(w),
             repetitions=5 if len(work.prompts) == 1 else 3,
         )
-        peer = work.peer[name]
-        bench.rows[-1] = row.model_copy(update={"peer": PEER, "peer_value": peer, "ratio": row.value / peer})
+        theirs = peers[row.setting]
+        beside = {"peer": f"{theirs.subject}, measured by itself", "peer_value": theirs.value}
+        bench.rows[-1] = row.model_copy(update={**beside, "ratio": row.value / theirs.value})
         share = roofline.seconds * row.value / work.counted
         bench.row(subject="penstock", setting=row.setting, metric="share of the roofline", value=share, unit="")
 
@@ -290,7 +286,7 @@ def on_cpu(bench: Bench) -> None:
             [draw.randrange(3, model.config.vocabulary) for _ in range(draw.randint(32, 256))] for _ in range(count)
         ]
         outputs = [draw.randint(32, 256) for _ in range(count)]
-        work = Workload("", prompts, outputs, sum(outputs), {}, temperature=0)
+        work = Workload("", prompts, outputs, sum(outputs), temperature=0)
         engine = build_engine(model.eval(), EngineConfig(sequences=64))
         theirs = as_transformers(model)
         rates = {size: static_batches(theirs, work, size) for size in ((2, 4) if bench.quick else (16, 32, 64))}

@@ -2,13 +2,16 @@
 
 A generated part stands between two lines, of which the first names the generator and, for most, its argument::
 
-    <!-- figures: NAME -->      the results of a benchmark, or of one device's file (NAME-DEVICE)
+    <!-- figures: NAME -->      the results of a benchmark or of a peer, or of one device's file (NAME-DEVICE)
     <!-- comparisons: NAME -->  those of them that stand beside a peer's; NAME,METRIC is of one metric
     <!-- policies: CONTRACT --> the policies of a contract
     <!-- timelines -->          a picture of each pipeline schedule, which is drawn anew too
     <!-- timelines: A,B -->     one picture of some of them
     <!-- contracts -->          all contracts and their laws
-    <!-- papers: STATUS -->     the papers that are measured, implemented or planned
+    <!-- papers -->             the papers that something is built of: by area, a table and the details of each
+    <!-- papers: planned -->    a list of the others, by area
+    <!-- ratios: FILE -->       the claims of FILE (docs/front_page.toml), each with its ratios and its page
+    <!-- bars: FILE -->         a picture of the same, which is drawn anew too
     <!-- text: FILE -->         a text file of the repository, as it is
     <!-- end -->
 
@@ -20,12 +23,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from xml.sax.saxutils import escape
 
+from penstock.core.config import Config, build, read_toml
 from penstock.core.errors import PenstockError, UsageError, nearest
 from penstock.core.files import read_text, write_atomic
 from penstock.core.results import HEADINGS, Result, Row, cells, read_results
@@ -35,7 +42,7 @@ from penstock.policy import Entry, Index, create, index
 BLOCK = re.compile(
     r"^<!-- (?P<name>[a-z]+)(?:: (?P<argument>\S+))? -->\n(?P<body>.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL
 )
-PICTURE = re.compile(r"\]\(\S*images/pipeline/([^()\s]+)\.svg\)")
+PICTURE = re.compile(r"\]\(\S*images/(pipeline|bars)/([^()\s]+)\.svg\)")
 MARKER = re.compile(r"^<!-- (?:[a-z]+(?:: \S+)?|end) -->$", re.MULTILINE)
 
 
@@ -51,7 +58,8 @@ class Sources:
     @classmethod
     def of(cls, root: Path) -> Sources:
         """Those of the source tree at ``root``."""
-        return cls(root, index(), bibliography(), read_results(root / "bench" / "results"))
+        results = read_results(root / "bench" / "results") + read_results(root / "bench" / "peers")
+        return cls(root, index(), bibliography(), results)
 
 
 Generator = Callable[[Sources, Path, str], str]
@@ -104,7 +112,8 @@ def tabulated(sources: Sources, name: str, shown: Callable[[Row], bool]) -> str:
     for result in found:
         used = ", ".join(f"{package} {version}" for package, version in result.versions.items())
         note = f"{result.hardware}; {result.date}, commit {result.commit}; {used}."
-        parts.append(f"{table(HEADINGS, (cells(row) for row in result.rows if shown(row)))}\n{note}\n")
+        source = f"\n{wrapped(result.source)}" if result.source else ""
+        parts.append(f"{table(HEADINGS, (cells(row) for row in result.rows if shown(row)))}\n{note}\n{source}")
     return "\n".join(parts)
 
 
@@ -136,10 +145,11 @@ def timelines(sources: Sources, document: Path, names: str) -> str:
     )
 
 
-def pictures(root: Path, texts: Iterable[str]) -> Iterator[tuple[Path, str]]:
-    """The timelines that documents show."""
-    for names in sorted({names for text in texts for names in PICTURE.findall(text)}):
-        yield root / "docs" / "images" / "pipeline" / f"{names}.svg", picture(names.split("-"))
+def pictures(sources: Sources, texts: Iterable[str]) -> Iterator[tuple[Path, str]]:
+    """The generated pictures that documents show: timelines, and bars."""
+    for folder, name in sorted({found for text in texts for found in PICTURE.findall(text)}):
+        path = sources.root / "docs" / "images" / folder / f"{name}.svg"
+        yield path, picture(name.split("-")) if folder == "pipeline" else drawn_bars(sources, f"docs/{name}.toml")
 
 
 def picture(names: Sequence[str]) -> str:
@@ -160,51 +170,193 @@ def picture(names: Sequence[str]) -> str:
 @generator
 def contracts(sources: Sources, document: Path, _: str) -> str:
     """All contracts, their laws, and the names of their policies."""
-    rows = (
-        (f"`{name}`", contract.law, ", ".join(f"`{policy}`" for policy in sources.index.names(name)))
-        for name, contract in sorted(sources.index.contracts.items())
-    )
-    return table(("Contract", "The law that every policy of it obeys", "Policies"), rows)
+    items = []
+    for name, contract in sorted(sources.index.contracts.items()):
+        known = ", ".join(f"`{policy}`" for policy in sources.index.names(name))
+        taken = " Only simulated: no trainer or server takes them yet." if contract.simulated else ""
+        items.append(wrapped(f"- `{name}`: {contract.law}. Policies: {known}.{taken}", "  "))
+    return "".join(items)
 
 
 @generator
-def papers(sources: Sources, document: Path, status: str) -> str:
-    """The papers of one status, a table for each family."""
-    if status not in list(Status):
-        raise UsageError(f"there is no status {status!r}: {nearest(status, map(str, Status))}")
-    found = [s for s in standings(sources.bibliography.papers, sources.index, sources.results) if s.status == status]
-    if not found:
-        return f"None is {status} yet.\n"
+def papers(sources: Sources, document: Path, which: str) -> str:
+    """The papers by area: those that something is built of, a table and then each in detail; or the planned ones."""
+    if which not in ("", "planned"):
+        raise UsageError(f"there is no list of papers {which!r}: {nearest(which, ['planned'])}")
+    planned = bool(which)
     parts = []
+    found = standings(sources.bibliography.papers, sources.index, sources.results)
     for family, full_name in sorted(sources.bibliography.families.items(), key=lambda item: item[1]):
-        rows = [_paper(s, document) for s in found if s.paper.family == family]
-        if rows:
-            headings = ("ID", "Paper", "Claimed", "Measured", "Policies")
-            used = [column for column in range(len(headings)) if any(row[column] for row in rows)]
-            lines = [[row[column] for column in used] for row in rows]
-            parts.append(f"### {full_name} (`{family}`)\n\n{table([headings[column] for column in used], lines)}")
-    return "\n".join(parts)
+        own = [s for s in found if s.paper.family == family and (s.status is Status.PLANNED) == planned]
+        if own:
+            body = "".join(_item(s) for s in own) if planned else _area(own, document)
+            parts.append(f"### {full_name}\n\n{body}")
+    return "\n".join(parts) or "None yet.\n"
+
+
+def _area(found: Sequence[Standing], document: Path) -> str:
+    rows = ((f"[{s.paper.id}](#paper-{s.paper.id})", s.paper.title, str(s.status), s.verdicts) for s in found)
+    details = (_details(standing, document) for standing in found)
+    return "\n".join([table(("ID", "Paper", "Status", "The claim's direction"), rows), *details])
+
+
+def _details(standing: Standing, document: Path) -> str:
+    """A paper: its claim, what carries it, what is ours and what is missing, and the figures that test it."""
+    paper = standing.paper
+    code = f" ([the authors' code]({paper.code}))" if paper.code else ""
+    parts = [f"#### Paper {paper.id}\n", wrapped(f"{paper.title}{code}: **{standing.status}**.")]
+    parts.append(wrapped(f"*Claimed:* {(paper.claim or 'Nothing that could be checked').rstrip('.')}."))
+    parts.append("".join(f"- {link(document, entry)}\n" for entry in standing.policies))
+    for heading, notes in (("Ours", standing.ours), ("Not built", standing.not_built)):
+        if notes:
+            parts.append(wrapped(f"*{heading}:* {' '.join(map(unmarked, notes))}"))
+    if standing.findings:
+        rows = (
+            (f.rows[0].subject, f.rows[0].peer or "", f.rows[0].metric, f.ratio, f.verdicts, f.setting, f.result.device)
+            for f in standing.findings
+        )
+        parts.append(table(("Subject", "Baseline", "Metric", "Ratio", "Verdict", "Setting", "Device"), rows))
+    return "\n".join(part for part in parts if part)
+
+
+def _item(standing: Standing) -> str:
+    paper = standing.paper
+    title = f"[{paper.title}]({paper.code})" if paper.code else paper.title
+    return wrapped(f"- {paper.id}: {title}" + (f": {paper.claim}" if paper.claim else ""), "  ")
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """A paragraph in lines of at most 120 characters, but for links, which no line breaks; ``indent`` is before all
+    lines but the first."""
+    lines = textwrap.wrap(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
+def unmarked(text: str) -> str:
+    """A docstring's sentence in Markdown: roles and double backticks become code."""
+    return re.sub(r"(?::\w+:)?`+~?\.*([^`]+)`+", r"`\1`", text)
+
+
+class Bar(Config):
+    """A row of the results that a claim rests on: its ``file``, and fields that no other row of it has."""
+
+    label: str
+    file: str
+    subject: str | None = None
+    setting: str | None = None
+    metric: str | None = None
+    peer: str | None = None
+
+    def gain(self, sources: Sources) -> float:
+        """How many times better than its peer the subject is: the row's ratio, or its inverse where less is better.
+
+        Raises:
+            UsageError: no row, or more than one, is meant.
+        """
+        wanted = self.model_dump(include={"subject", "setting", "metric", "peer"}, exclude_none=True)
+        rows = [row for r in sources.results if f"{r.name}-{r.device}" == self.file for row in r.rows if row.ratio]
+        found = [row for row in rows if all(getattr(row, key) == value for key, value in wanted.items())]
+        if len(found) != 1:
+            raise UsageError(f"{len(found)} rows of {self.file!r} are meant by {self.label!r}, and one should be")
+        ratio = found[0].ratio or 1.0
+        return ratio if found[0].better == "higher" else 1 / ratio
+
+
+class Claim(Config):
+    """What was found beside one peer: the rows that show it, and the ``page`` that says more."""
+
+    label: str
+    beside: str
+    page: str
+    rows: tuple[Bar, ...]
+
+
+class Claims(Config):
+    """A file of claims."""
+
+    claim: tuple[Claim, ...]
+
+    @classmethod
+    def read(cls, sources: Sources, name: str) -> Claims:
+        """Those of the file ``name``, from the root of the repository."""
+        return build(cls, read_toml(sources.root / name), source=name)
+
+
+@generator
+def ratios(sources: Sources, document: Path, name: str) -> str:
+    """The claims of a file: what, beside whom, the range of the ratios, and the page with the figures."""
+    rows = []
+    for claim in Claims.read(sources, name).claim:
+        gains = sorted(bar.gain(sources) for bar in claim.rows)
+        ends = dict.fromkeys(f"{gain:.2f}×" for gain in (gains[0], gains[-1]))
+        page, _, anchor = claim.page.partition("#")
+        target = Path(os.path.relpath(sources.root / page, document.parent)).as_posix() + (
+            f"#{anchor}" if anchor else ""
+        )
+        rows.append((f"[{claim.label}]({target})", claim.beside, " to ".join(ends)))
+    return table(("", "Beside", "Ratio"), rows)
+
+
+@generator
+def bars(sources: Sources, document: Path, name: str) -> str:
+    """A picture of the ratios of a file's claims."""
+    folder = Path(os.path.relpath(sources.root / "docs", document.parent)) / "images" / "bars"
+    target = (folder / Path(name).stem).as_posix()
+    return f"![How many times faster Penstock was measured to be, and beside whom]({target}.svg)\n"
+
+
+#: Pixels: of a picture of bars, of its rows, of the labels left of the bars, and of the scale from 0.5 to 8.
+WIDTH, ROW, LEFT, SCALE = 960, 22, 330, 560
+LEAST, MOST = 0.5, 8.0
+
+
+def place(ratio: float) -> float:
+    """Where a ratio stands, on a scale on which twice is as far from 1 as half."""
+    return LEFT + SCALE * math.log(ratio / LEAST) / math.log(MOST / LEAST)
+
+
+def drawn_bars(sources: Sources, name: str) -> str:
+    """The ratios of a file's claims as bars from 1 to the right, or to the left where Penstock is behind."""
+    lines: list[str] = []
+    top = 34
+    for claim in Claims.read(sources, name).claim:
+        lines.append(f'<text x="16" y="{top + 16}" font-weight="600">{escape(claim.label)}</text>')
+        lines.append(
+            f'<text x="{WIDTH - 16}" y="{top + 16}" text-anchor="end" fill="#666">{escape(claim.beside)}</text>'
+        )
+        top += ROW
+        for bar in claim.rows:
+            lines += _bar(bar.label, bar.gain(sources), top)
+            top += ROW
+        top += 8
+    marks = []
+    for ratio in (0.5, 1, 2, 4, 8):
+        x = place(ratio)
+        stroke = "#888" if ratio == 1 else "#e4e4e4"
+        marks.append(f'<line x1="{x:.1f}" y1="28" x2="{x:.1f}" y2="{top}" stroke="{stroke}"/>')
+        marks.append(f'<text x="{x:.1f}" y="20" text-anchor="middle" fill="#666">{ratio:g}×</text>')
+    height = top + 8
+    opening = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        'font-family="system-ui, sans-serif" font-size="13">',
+        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
+    ]
+    return "\n".join([*opening, *marks, *lines, "</svg>"]) + "\n"
+
+
+def _bar(label: str, gain: float, top: int) -> Iterator[str]:
+    """A bar with its label on the left and its figure at its end."""
+    start, end = sorted((place(1), place(gain)))
+    colour = "#2f7fc1" if gain >= 1 else "#c9872f"
+    yield f'<text x="{LEFT - 12}" y="{top + 16}" text-anchor="end">{escape(label)}</text>'
+    yield f'<rect x="{start:.1f}" y="{top + 4}" width="{max(end - start, 1):.1f}" height="{ROW - 7}" fill="{colour}"/>'
+    yield f'<text x="{max(end, place(1)) + 6:.1f}" y="{top + 16}">{gain:.2f}×</text>'
 
 
 @generator
 def text(sources: Sources, document: Path, name: str) -> str:
     """The contents of a text file, named from the root of the repository."""
     return f"```text\n{read_text(sources.root / name).rstrip()}\n```\n"
-
-
-def _paper(standing: Standing, document: Path) -> tuple[str, ...]:
-    paper = standing.paper
-    title = f"[{paper.title}]({paper.code})" if paper.code else paper.title
-    measured = (
-        f"{' '.join(filter(None, cells(row)))} ({result.name}, {result.device})" for row, result in standing.figures
-    )
-    return (
-        str(paper.id),
-        title,
-        paper.claim,
-        "<br>".join(measured),
-        "<br>".join(link(document, entry) for entry in standing.policies),
-    )
 
 
 def render(text: str, document: Path, sources: Sources) -> str:
@@ -240,7 +392,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = Path(__file__).par
     stale = 0
     documents = (root / "README.md", *sorted((root / "docs").glob("*.md")))
     texts = [(document, render(document.read_text(encoding="utf-8"), document, sources)) for document in documents]
-    for path, after in itertools.chain(texts, pictures(root, (text for _, text in texts))):
+    for path, after in itertools.chain(texts, pictures(sources, (text for _, text in texts))):
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         if after != before:
             stale += 1

@@ -11,6 +11,9 @@ whatever state they need at run time lives in the objects that their methods mak
 
         def factor(self, step: int, total: int) -> float: ...
 
+Its docstring says what it takes from its papers, what is ours ("Ours: the order.", "our reading", "we stop where ...")
+and what of them is missing ("Not built: the search."): ``penstock papers`` shows the sentences with these words.
+
 Nothing else is edited: :func:`index` finds decorators by reading the source of the package, without importing it,
 so listing policies costs milliseconds and needs no torch. Other distributions add theirs through the entry-point
 group ``penstock.policies``, each entry naming a module or package to read in the same way.
@@ -55,8 +58,12 @@ class Policy(BaseModel):
 P = TypeVar("P", bound=type[Policy])
 
 
-def contract(name: str, *, law: str) -> Callable[[P], P]:
-    """Declares a contract. ``law`` says, in a sentence, what the conformance suite checks for every policy of it."""
+def contract(name: str, *, law: str, simulated: bool = False) -> Callable[[P], P]:
+    """Declares a contract. ``law`` says, in a sentence, what the conformance suite checks for every policy of it.
+
+    A contract is ``simulated`` while no trainer, server or planner takes its policies, only a simulator and pictures:
+    a paper that such a policy names counts as simulated, not as implemented.
+    """
     if not law:
         raise ValueError(f"contract {name!r} states no law")
 
@@ -95,11 +102,16 @@ class Contract:
     law: str
     module: str
     qualname: str
+    simulated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A policy as read from the source: everything but the class itself, which :meth:`load` imports."""
+    """A policy as read from the source: everything but the class itself, which :meth:`load` imports.
+
+    Attributes:
+        summary: the first sentence of ``docstring``, which is the class's own.
+    """
 
     contract: str
     name: str
@@ -108,6 +120,7 @@ class Entry:
     module: str
     qualname: str
     path: Path
+    docstring: str = ""
 
     def load(self) -> type[Policy]:
         """Imports the policy's module and returns its class."""
@@ -176,17 +189,32 @@ def _declarations(module: str, path: Path) -> Iterator[Contract | Entry]:
                 if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
                     if call.func.id == "contract":
                         given = _arguments(contract, call, path)
-                        yield Contract(given["name"], given["law"], module, node.name)
+                        yield Contract(given["name"], given["law"], module, node.name, given["simulated"])
                     elif call.func.id == "policy":
                         given = _arguments(policy, call, path)
-                        summary = _first_sentence(ast.get_docstring(node) or "")
-                        papers = tuple(given["papers"])
-                        yield Entry(given["contract"], given["name"], papers, summary, module, node.name, path)
+                        docstring = ast.get_docstring(node) or ""
+                        yield Entry(
+                            contract=given["contract"],
+                            name=given["name"],
+                            papers=tuple(given["papers"]),
+                            summary=_first_sentence(docstring),
+                            module=module,
+                            qualname=node.name,
+                            path=path,
+                            docstring=docstring,
+                        )
 
 
 def _first_sentence(text: str) -> str:
-    paragraph = " ".join(text.partition("\n\n")[0].split())
-    return re.split(r"(?<=\.)(?<!\bal\.) ", paragraph, maxsplit=1)[0]  # "et al." ends none
+    return next(iter(sentences(text)), "")
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a docstring, paragraph by paragraph, each in one line."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    return [
+        part for each in paragraphs if each for part in re.split(r"(?<=\.)(?<!\bal\.) ", each)
+    ]  # "et al." ends none
 
 
 def _arguments(decorator: Callable[..., Any], call: ast.Call, path: Path) -> dict[str, Any]:

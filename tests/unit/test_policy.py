@@ -251,16 +251,20 @@ def test_no_option_may_be_called_name():
 def test_declarations_are_read_without_running_them(tmp_path):
     package = write(
         tmp_path,
-        contract=HOLE,
+        contract=HOLE.replace('round"', 'round", simulated=True'),
         drill="raise SystemExit('imported')\n"
         '@policy("test.hole", "drill", papers=[1, 2])\nclass Drill(Hole):\n    """Drills.\n\n    Slowly.\n    """\n',
         punch='@policy(name="punch", contract="test.hole")\nclass Punch(Hole):\n    pass\n',
         other="class Other:\n    pass\n",
     )
     found = read_index([("made", package)])
-    assert found.contracts == {"test.hole": Contract("test.hole", "a hole is round", "made.contract", "Hole")}
+    assert found.contracts == {
+        "test.hole": Contract("test.hole", "a hole is round", "made.contract", "Hole", simulated=True)
+    }
     assert found.entries("test.hole") == [
-        Entry("test.hole", "drill", (1, 2), "Drills.", "made.drill", "Drill", package / "drill.py"),
+        Entry(
+            "test.hole", "drill", (1, 2), "Drills.", "made.drill", "Drill", package / "drill.py", "Drills.\n\nSlowly."
+        ),
         Entry("test.hole", "punch", (), "", "made.punch", "Punch", package / "punch.py"),
     ]
 

@@ -22,7 +22,6 @@ def bench(
     from rich.text import Text
 
     from penstock.core.bench import Bench, load, scripts, summary
-    from penstock.papers.catalogue import bibliography
 
     if name is None:
         table = Table("Benchmark", "What it measures")
@@ -31,10 +30,9 @@ def bench(
         Console().print(table)
         return
     script = load(name)
-    papers = [bibliography().paper(number).id for number in getattr(script, "PAPERS", ())]
 
     from penstock.core.devices import pick
 
-    run = Bench(name, pick(device), papers, quick=quick, out=out)
+    run = Bench(name, pick(device), quick=quick, out=out)
     script.main(run)
     run.finish()

@@ -21,7 +21,7 @@ def papers(
     planned: bool = typer.Option(False, "--planned", help="Also the papers that nothing implements yet."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """Show the papers behind Penstock: those measured, then those implemented.
+    """Show the papers behind Penstock: those measured, then those implemented, then those simulated.
 
     Example: `penstock papers --family pipeline --planned`
     """
@@ -57,20 +57,20 @@ def _table(found: Sequence[Standing], hidden: int) -> RenderableType:
     from rich.text import Text
 
     caption = f"{hidden} more are planned: --planned shows them" if hidden else f"{len(found)} papers"
-    table = Table("ID", "Title", "Family", "Status", "Policies", caption=caption)
+    table = Table("ID", "Title", "Family", "Status", "Claim", "Policies", caption=caption)
     for standing in found:
         paper = standing.paper
         policies = "\n".join(f"{entry.contract}/{entry.name}" for entry in standing.policies)
-        table.add_row(str(paper.id), Text(paper.title), paper.family, str(standing.status), Text(policies))
+        verdicts = standing.verdicts if standing.figures else ""
+        table.add_row(str(paper.id), Text(paper.title), paper.family, str(standing.status), verdicts, Text(policies))
     return table
 
 
 def _sheet(standing: Standing, families: Mapping[str, str], laws: Mapping[str, str]) -> RenderableType:
-    """One paper in full: its claim, where it is implemented, the law checked, and the figures measured."""
+    """One paper in full: its claim, what tests it, where it is implemented, and what is ours or missing."""
     from rich.table import Table
     from rich.text import Text
 
-    from penstock.core.results import cells
     from penstock.papers.catalogue import shown_path
 
     paper = standing.paper
@@ -79,12 +79,20 @@ def _sheet(standing: Standing, families: Mapping[str, str], laws: Mapping[str, s
     sheet.add_row("family", f"{paper.family} ({families[paper.family]})")
     sheet.add_row("status", str(standing.status))
     sheet.add_row("claimed", Text(paper.claim or "the abstract gives no figure"))
-    for row, result in standing.figures:
-        figure = "  ".join(filter(None, cells(row)))
-        sheet.add_row("measured", Text(f"{figure}  [{result.name} on {result.device}, {result.date}]"))
+    for finding in standing.findings:
+        row, result = finding.rows[0], finding.result
+        wanted = f"{row.better} is better" if row.claim == "gain" else "no loss is claimed"
+        compared = f"{row.subject}: {row.metric} {finding.ratio} that of {row.peer} ({finding.setting}); {wanted}"
+        sheet.add_row(finding.verdicts, Text(f"{compared} [{result.name} on {result.device}, {result.date}]"))
+    if not standing.figures:
+        sheet.add_row("not tested", "no row of bench/results sets it beside its baseline")
     for entry in standing.policies:
         sheet.add_row("policy", Text(f"{entry.contract}/{entry.name}  {shown_path(entry.path)}"))
-        sheet.add_row("law checked", Text(laws.get(entry.contract, "")))
+    for contract in dict.fromkeys(entry.contract for entry in standing.policies):
+        sheet.add_row(f"law of {contract}", Text(laws.get(contract, "")))
+    for name, notes in (("ours", standing.ours), ("not built", standing.not_built)):
+        for note in notes:
+            sheet.add_row(name, Text(note))
     if paper.code:
         sheet.add_row("authors' code", Text(paper.code))
     return sheet

@@ -1,9 +1,7 @@
 """Measuring side by side: what the scripts under ``bench/`` need, and nothing else.
 
-A benchmark is a script ``bench/NAME.py`` with a docstring, a function ``main(bench)``, and, where its figures speak of
-papers, their ids in ``PAPERS``::
-
-    PAPERS = [385]
+A benchmark is a script ``bench/NAME.py`` with a docstring and a function ``main(bench)``. A row that tests the claim of
+a paper against that paper's own baseline names it in ``papers``; see :class:`~penstock.core.results.Row`::
 
     def main(bench: Bench) -> None:
         tokens = 2**14 if bench.quick else 2**20
@@ -29,7 +27,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -44,6 +42,7 @@ if TYPE_CHECKING:
     import torch
 
 Run = Callable[[], float]
+T = TypeVar("T")
 
 #: Distributions whose versions a result records, where they are installed.
 PACKAGES = (
@@ -71,7 +70,6 @@ class Bench:
     Attributes:
         name: the benchmark's name.
         device: where its subjects run.
-        papers: ids of the papers that its rows speak of, unless a row names its own.
         quick: whether only to show that the script works; scripts shrink their settings then.
         rows: what was measured so far.
     """
@@ -80,14 +78,12 @@ class Bench:
         self,
         name: str,
         device: torch.device,
-        papers: Sequence[int] = (),
         *,
         quick: bool = False,
         out: Path | None = None,
     ) -> None:
         self.name = name
         self.device = device
-        self.papers = tuple(papers)
         self.quick = quick
         self.rows: list[Row] = []
         self._out = out
@@ -126,17 +122,15 @@ class Bench:
         run: Run,
         better: Literal["higher", "lower"] = "higher",
         repetitions: int = 5,
-        papers: Sequence[int] = (),
     ) -> Row:
         """Measures one subject. ``run`` returns the figure, and is called once more beforehand to warm up."""
-        (values,) = self._alternate({subject: run}, setting, repetitions)
+        values = self.turns({subject: run}, setting, repetitions)[subject]
         return self.row(
             subject=subject,
             setting=setting,
             metric=metric,
             unit=unit,
             better=better,
-            papers=tuple(papers),
             repetitions=len(values),
             **_spread("value", values, prefix=""),
         )
@@ -154,6 +148,7 @@ class Bench:
         better: Literal["higher", "lower"] = "higher",
         repetitions: int = 5,
         papers: Sequence[int] = (),
+        claim: Literal["gain", "parity"] = "gain",
     ) -> Row:
         """Measures a subject and its peer in turn (A B A B ...), so that drift of the machine falls on both alike.
 
@@ -163,7 +158,52 @@ class Bench:
         Raises:
             PenstockError: the peer's figure is zero.
         """
-        values, peer_values = self._alternate({subject: run, peer: peer_run}, setting, repetitions)
+        values = self.turns({subject: run, peer: peer_run}, setting, repetitions)
+        return self.compared(
+            subject=subject,
+            peer=peer,
+            setting=setting,
+            metric=metric,
+            unit=unit,
+            values=values[subject],
+            peer_values=values[peer],
+            better=better,
+            papers=papers,
+            claim=claim,
+        )
+
+    def turns(self, runs: Mapping[str, Callable[[], T]], setting: str, repetitions: int) -> dict[str, list[T]]:
+        """What each run gave over ``repetitions`` rounds in which all take their turn, after a round that is not
+        counted. For runs that give several figures; :meth:`compared` makes rows of them."""
+        rounds = min(repetitions, QUICK_REPETITIONS) if self.quick else repetitions
+        values: dict[str, list[T]] = {name: [] for name in runs}
+        with self.console.status("") as status:
+            for number in range(rounds + 1):
+                what = f"repetition {number} of {rounds}" if number else "warm-up"
+                for name, run in runs.items():
+                    status.update(f"{self.name}: {name}, {setting}: {what}")
+                    values[name].append(run())
+        return {name: kept[1:] for name, kept in values.items()}
+
+    def compared(
+        self,
+        *,
+        subject: str,
+        peer: str,
+        setting: str,
+        metric: str,
+        unit: str,
+        values: Sequence[float],
+        peer_values: Sequence[float],
+        better: Literal["higher", "lower"] = "higher",
+        papers: Sequence[int] = (),
+        claim: Literal["gain", "parity"] = "gain",
+    ) -> Row:
+        """A row of what a subject and its peer gave in turn, one figure a repetition.
+
+        Raises:
+            PenstockError: a figure of the peer's is zero.
+        """
         if 0 in peer_values:
             raise PenstockError(f"the benchmark {self.name!r} measured a {metric} of zero for {peer!r} ({setting})")
         ratios = [value / peer_value for value, peer_value in zip(values, peer_values, strict=True)]
@@ -174,24 +214,13 @@ class Bench:
             unit=unit,
             better=better,
             papers=tuple(papers),
+            claim=claim,
             repetitions=len(values),
             peer=peer,
             **_spread("value", values, prefix=""),
             **_spread("peer_value", peer_values, prefix="peer_"),
             **_spread("ratio", ratios, prefix="ratio_"),
         )
-
-    def _alternate(self, runs: Mapping[str, Run], setting: str, repetitions: int) -> list[list[float]]:
-        """The figures of each run over ``repetitions`` rounds, after a round that is not counted."""
-        rounds = min(repetitions, QUICK_REPETITIONS) if self.quick else repetitions
-        values: list[list[float]] = [[] for _ in runs]
-        with self.console.status("") as status:
-            for number in range(rounds + 1):
-                what = f"repetition {number} of {rounds}" if number else "warm-up"
-                for name, run, kept in zip(runs.keys(), runs.values(), values, strict=True):
-                    status.update(f"{self.name}: {name}, {setting}: {what}")
-                    kept.append(run())
-        return [kept[1:] for kept in values]
 
     def result(self) -> Result:
         """All rows, with what they were measured on.
@@ -210,7 +239,6 @@ class Bench:
             date=datetime.datetime.now(datetime.UTC).date(),
             versions=versions(),
             commit=commit(),
-            papers=tuple(sorted({*self.papers, *(paper for row in self.rows for paper in row.papers)})),
             quick=self.quick,
             rows=tuple(self.rows),
         )

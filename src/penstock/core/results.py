@@ -1,12 +1,14 @@
 """What a benchmark leaves behind: one JSON file under ``bench/results`` for each benchmark and device.
 
-The figures in the README, in the documents and behind ``penstock papers`` all come from these files. Reading them
-needs no torch; :mod:`penstock.core.bench` measures and writes them.
+The figures in the README, in the documents and behind ``penstock papers`` all come from these files, and from those of
+the same format under ``bench/peers``, which hold what other systems were measured to do. Reading them needs no torch;
+:mod:`penstock.core.bench` measures and writes them.
 """
 
 from __future__ import annotations
 
 import datetime
+import enum
 import math
 from pathlib import Path
 from typing import Literal, Self
@@ -15,6 +17,17 @@ from pydantic import FiniteFloat, PositiveInt, model_validator
 
 from penstock.core.config import Config, build
 from penstock.core.files import read_json
+
+#: How far a ratio may fall behind 1 for a claim of "no loss" to hold: more than the noise of most benchmarks.
+PARITY = 0.05
+
+
+class Verdict(enum.StrEnum):
+    """What a row says about the direction that its papers claim; the size of the effect is for readers to compare."""
+
+    CONFIRMED = "confirmed"
+    CONTRADICTED = "contradicted"
+    UNDECIDED = "undecided"  #: the repetitions fall on both sides
 
 
 class Row(Config):
@@ -30,7 +43,12 @@ class Row(Config):
             and ``peer_high``.
         ratio: median of ``value / peer_value`` over the pairs of repetitions; ``ratio_low`` and ``ratio_high`` are
             the least and the greatest.
-        papers: ids of the papers that this row speaks of; empty where it speaks of all those of its result.
+        papers: ids of the papers whose claim this row tests: the subject does what the paper proposes, the peer is the
+            paper's own baseline on the same engine, and the metric is what the claim speaks of. Nothing else is
+            evidence for a paper, however fast.
+        claim: what those papers say of the ratio: the subject is better (``gain``), or it is not worse by more than
+            :data:`PARITY` (``parity``), as where memory is saved "without loss of throughput".
+        simulated: whether a model of the device gave the figures, and no clock.
     """
 
     subject: str
@@ -50,12 +68,31 @@ class Row(Config):
     ratio_low: FiniteFloat | None = None
     ratio_high: FiniteFloat | None = None
     papers: tuple[int, ...] = ()
+    claim: Literal["gain", "parity"] = "gain"
+    simulated: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if len({self.peer is None, self.peer_value is None, self.ratio is None}) == 2:
             raise ValueError("peer, peer_value and ratio go together: give all three or none")
+        if self.papers and self.ratio is None:
+            raise ValueError("a row that is evidence for a paper stands beside the paper's baseline: give a peer")
         return self
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether the ratio, over all repetitions, lies where :attr:`claim` says; None where there is no peer."""
+        if self.ratio is None:
+            return None
+        ratios = [self.ratio, self.ratio_low or self.ratio, self.ratio_high or self.ratio]
+        gains = [ratio if self.better == "higher" else 1 / ratio for ratio in ratios]
+        if self.claim == "parity":
+            held = [gain >= 1 - PARITY for gain in gains]
+        else:
+            held = [gain > 1 for gain in gains]
+        if all(held):
+            return Verdict.CONFIRMED
+        return Verdict.UNDECIDED if any(held) else Verdict.CONTRADICTED
 
 
 class Result(Config):
@@ -65,7 +102,7 @@ class Result(Config):
         device: short label of the hardware, part of the file's name (``cpu-2``, ``h100``); ``hardware`` in full.
         versions: version of each package that matters, by name.
         commit: the source's commit; ``-dirty`` follows where the tree had changes, ``unknown`` where there is none.
-        papers: ids of the papers that the figures speak of.
+        source: where the figures come from, if not from the benchmark ``name`` of this repository.
         quick: whether this was a quick run, which proves that the script works and measures nothing.
     """
 
@@ -75,20 +112,13 @@ class Result(Config):
     date: datetime.date
     versions: dict[str, str]
     commit: str
-    papers: tuple[int, ...] = ()
+    source: str = ""
     quick: bool = False
     rows: tuple[Row, ...]
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for row in self.rows:
-            if stray := sorted(set(row.papers) - set(self.papers)):
-                raise ValueError(f"a row about {row.subject!r} speaks of papers {stray}, which `papers` does not list")
-        return self
-
     def rows_on(self, paper: int) -> list[Row]:
-        """The rows that speak of ``paper``."""
-        return [row for row in self.rows if paper in (row.papers or self.papers)]
+        """The rows that test the claim of ``paper``."""
+        return [row for row in self.rows if paper in row.papers]
 
 
 def repository() -> Path | None:
@@ -101,6 +131,12 @@ def results_folder() -> Path | None:
     """``bench/results`` of the source tree; None where there is no source tree."""
     root = repository()
     return root / "bench" / "results" if root else None
+
+
+def peers_folder() -> Path | None:
+    """``bench/peers`` of the source tree; None where there is no source tree."""
+    root = repository()
+    return root / "bench" / "peers" if root else None
 
 
 def read_results(folder: Path | None) -> list[Result]:

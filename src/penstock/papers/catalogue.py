@@ -1,16 +1,25 @@
-"""The paper trail: each paper of the bibliography with the policies that name it and the figures measured for it.
+"""The paper trail: each paper of the bibliography with the policies that name it and the figures that test its claim.
 
-Only the bibliography is written by hand. A paper is *implemented* when a registered policy names it, and *measured*
-when a result under ``bench/results`` does; nobody types a status. Nothing here needs torch.
+Only the bibliography is written by hand; nobody types a status. A paper is
+
+- *simulated* when a registered policy names it, but the policy's contract is one that only a simulator takes, or when
+  only simulated figures test its claim;
+- *implemented* when a user can run a policy that names it: a trainer, a server or a planner takes its contract;
+- *measured* when a row of ``bench/results``, timed and not simulated, sets it beside its baseline on the same engine;
+- *planned* otherwise.
+
+Nothing here needs torch.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
 import functools
 import itertools
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -18,8 +27,11 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from penstock.core.config import Config, build, read_toml
 from penstock.core.errors import UsageError, nearest
-from penstock.core.results import Result, Row, repository
-from penstock.policy import Entry, Index
+from penstock.core.results import Result, Row, Verdict, format_number, repository
+from penstock.policy import Entry, Index, sentences
+
+#: How docstrings mark what is not the paper's, and what of the paper is missing.
+OURS, NOT_BUILT = (re.compile(rf"\b(?:{words})\b", re.IGNORECASE) for words in ("ours?|we", "not built"))
 
 
 class Paper(Config):
@@ -102,30 +114,106 @@ class Status(enum.StrEnum):
 
     MEASURED = "measured"
     IMPLEMENTED = "implemented"
+    SIMULATED = "simulated"
     PLANNED = "planned"
 
 
 class Figure(NamedTuple):
-    """One measured row, and the result that it comes from."""
+    """One row that tests a paper's claim, and the result that it comes from."""
 
     row: Row
     result: Result
 
 
+class Finding(NamedTuple):
+    """The figures of one run that compare the same two things in the same respect, under one or several settings."""
+
+    rows: Sequence[Row]
+    result: Result
+
+    @property
+    def verdicts(self) -> str:
+        """What the rows say of the claim: ``confirmed``, or ``2 confirmed, 1 contradicted``."""
+        return tally(row.verdict for row in self.rows)
+
+    @property
+    def ratio(self) -> str:
+        """The ratio, or the least and the greatest of them: ``1.180×`` or ``1.042×–1.180×``."""
+        ratios = sorted({row.ratio for row in self.rows if row.ratio is not None})
+        ends = dict.fromkeys(f"{format_number(ratio)}×" for ratio in (ratios[0], ratios[-1]))
+        return "–".join(ends)
+
+    @property
+    def setting(self) -> str:
+        """The setting, or how many there are."""
+        return self.rows[0].setting if len(self.rows) == 1 else f"{len(self.rows)} settings"
+
+
+def tally(verdicts: Iterable[Verdict | None]) -> str:
+    """How many of each verdict there are, without the number where all agree; ``not tested`` where there is none."""
+    counts = collections.Counter(verdict for verdict in verdicts if verdict is not None)
+    if len(counts) < 2:
+        return str(next(iter(counts), "not tested"))
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict])
+
+
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """A paper, the policies that name it, and the figures measured for it."""
+    """A paper, the policies that name it, and the figures that test its claim.
+
+    Attributes:
+        simulated: contracts of the policies that no trainer, server or planner takes yet.
+    """
 
     paper: Paper
     policies: tuple[Entry, ...]
     figures: tuple[Figure, ...]
+    simulated: frozenset[str] = frozenset()
 
     @property
     def status(self) -> Status:
-        """Derived: measured if there are figures, else implemented if there are policies, else planned."""
-        if self.figures:
+        """Derived from the policies and figures; the module's docstring says how."""
+        if any(not figure.row.simulated for figure in self.figures):
             return Status.MEASURED
-        return Status.IMPLEMENTED if self.policies else Status.PLANNED
+        if any(entry.contract not in self.simulated for entry in self.policies):
+            return Status.IMPLEMENTED
+        return Status.SIMULATED if self.policies or self.figures else Status.PLANNED
+
+    @property
+    def verdicts(self) -> str:
+        """What the figures say of the claim; simulated ones apart, as ``confirmed; simulated: 2 contradicted``."""
+        timed, simulated = (
+            [figure.row.verdict for figure in self.figures if figure.row.simulated is kind] for kind in (False, True)
+        )
+        told = ([tally(timed)] if timed else []) + ([f"simulated: {tally(simulated)}"] if simulated else [])
+        return "; ".join(told) or tally(())
+
+    @property
+    def findings(self) -> list[Finding]:
+        """The figures, those together that differ in their setting alone."""
+        groups: dict[tuple[str, ...], list[Figure]] = collections.defaultdict(list)
+        for figure in self.figures:
+            row, result = figure
+            groups[result.name, result.device, row.subject, row.peer or "", row.metric].append(figure)
+        return [Finding([row for row, _ in group], group[0].result) for group in groups.values()]
+
+    @property
+    def ours(self) -> list[str]:
+        """The sentences of the policies' docstrings that say what is not the paper's own."""
+        return self._sentences(OURS, without=NOT_BUILT)
+
+    @property
+    def not_built(self) -> list[str]:
+        """What of the paper is missing: by contract, and as the policies' docstrings say."""
+        by_contract = [f"No trainer or server takes a policy of {contract} yet." for contract in sorted(self.simulated)]
+        return by_contract + self._sentences(NOT_BUILT)
+
+    def _sentences(self, marked: re.Pattern[str], without: re.Pattern[str] | None = None) -> list[str]:
+        found = (sentence for entry in self.policies for sentence in sentences(entry.docstring))
+        chosen = (each for each in found if marked.search(each) and not (without and without.search(each)))
+        # "Ours: the order." is shown under that word already.
+        bare = (re.sub(r"^(?:Ours|Not built): (.)", lambda start: start[1].upper(), each) for each in chosen)
+        return list(dict.fromkeys(bare))
 
     def describe(self, laws: Mapping[str, str]) -> dict[str, Any]:
         """The standing as plain data; ``laws`` gives each contract's law."""
@@ -141,11 +229,14 @@ class Standing:
                 }
                 for entry in self.policies
             ],
-            "measured": [
+            "ours": self.ours,
+            "not_built": self.not_built,
+            "evidence": [
                 {
                     "bench": figure.result.name,
                     "device": figure.result.device,
                     "date": figure.result.date.isoformat(),
+                    "verdict": figure.row.verdict,
                     **figure.row.model_dump(exclude={"papers"}, exclude_none=True),
                 }
                 for figure in self.figures
@@ -154,16 +245,14 @@ class Standing:
 
 
 def standings(papers: Iterable[Paper], index: Index, results: Iterable[Result]) -> list[Standing]:
-    """Where each of ``papers`` stands: measured ones first, then implemented, then the rest by ``core`` and id."""
+    """Where each of ``papers`` stands, in the order of :class:`Status`, then by ``core`` and id."""
     results = list(results)
-    found = [
-        Standing(
-            paper,
-            tuple(entry for _, entry in sorted(index.policies.items()) if paper.id in entry.papers),
-            tuple(Figure(row, result) for result in results for row in result.rows_on(paper.id)),
-        )
-        for paper in papers
-    ]
+    simulated = {name for name, contract in index.contracts.items() if contract.simulated}
+    found = []
+    for paper in papers:
+        policies = tuple(entry for _, entry in sorted(index.policies.items()) if paper.id in entry.papers)
+        figures = tuple(Figure(row, result) for result in results for row in result.rows_on(paper.id))
+        found.append(Standing(paper, policies, figures, frozenset(simulated & {entry.contract for entry in policies})))
     order = list(Status)
     return sorted(found, key=lambda s: (order.index(s.status), -s.paper.core, s.paper.id))
 

@@ -14,15 +14,14 @@ from penstock.core.errors import UsageError
 
 @pytest.fixture(autouse=True)
 def tree(tmp_path, monkeypatch):
-    """A source tree with a good benchmark and one that cites a paper that does not exist."""
+    """A source tree with a benchmark whose row is evidence for a paper."""
     (tmp_path / "bench").mkdir()
     script = (
-        '"""Counting beside counting."""\nPAPERS = [{}]\n\ndef main(bench):\n'
+        '"""Counting beside counting."""\n\ndef main(bench):\n'
         '    bench.compare(subject="a", peer="b", setting=bench.device.type, metric="count", unit="",\n'
-        "                  run=lambda: 2.0, peer_run=lambda: 1.0, repetitions=3)\n"
+        "                  run=lambda: 2.0, peer_run=lambda: 1.0, repetitions=3, papers=[3])\n"
     )
-    (tmp_path / "bench" / "count.py").write_text(script.format(3))
-    (tmp_path / "bench" / "stray.py").write_text(script.format(99999))
+    (tmp_path / "bench" / "count.py").write_text(script)
     monkeypatch.setattr(bench_module, "repository", lambda: tmp_path)
     monkeypatch.setattr(bench_module, "results_folder", lambda: tmp_path / "results")
     monkeypatch.setenv("PENSTOCK_COMMIT", "1234567")
@@ -46,7 +45,7 @@ def test_a_benchmark_runs_and_leaves_its_result(tree):
     (path,) = (tree / "results").iterdir()
     found = json.loads(path.read_text())
     assert path.name == f"count-{found['device']}.json"
-    assert found["papers"] == [3]
+    assert found["rows"][0]["papers"] == [3]
     assert (found["rows"][0]["ratio"], found["rows"][0]["repetitions"]) == (2.0, 3)
     assert found["commit"] == "1234567"
     assert "torch" in found["versions"]
@@ -63,8 +62,7 @@ def test_a_quick_run_writes_only_where_it_is_told(tree):
     ("arguments", "message"),
     [
         (["cuont"], "there is no benchmark 'cuont': did you mean 'count'"),
-        (["xyz"], "there is no benchmark 'xyz': known: count, stray"),
-        (["stray"], "there is no paper 99999"),
+        (["xyz"], "there is no benchmark 'xyz': known: count"),
         (["count", "--device", "abacus"], "there is no device called 'abacus'"),
     ],
 )

@@ -45,7 +45,7 @@ def results(tmp_path_factory):
 
 @pytest.fixture
 def run():
-    return Bench("made", CPU, papers=[3])
+    return Bench("made", CPU)
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 1e6), st.floats(0.1, 1e6)), min_size=1, max_size=9))
@@ -83,10 +83,30 @@ def test_drift_of_the_machine_falls_on_both_alike(run):
 
 
 def test_one_subject_alone(run):
-    row = run.measure(**NAMES, run=replay([3, 1, 2]), repetitions=3, better="lower", papers=[7])
+    row = run.measure(**NAMES, run=replay([3, 1, 2]), repetitions=3, better="lower")
     assert (row.value, row.low, row.high, row.repetitions, row.peer, row.ratio) == (2, 1, 3, 3, None, None)
-    assert run.result().papers == (3, 7)
-    assert run.result().rows_on(3) == []
+
+
+def test_one_run_may_give_several_figures(run):
+    """Each takes its turn; rows are made of what the same turns gave."""
+    log: list[str] = []
+    figures = {"A": iter([(9, 9), (6, 1), (8, 2)]), "B": iter([(9, 9), (3, 2), (2, 4)])}
+
+    def turn(name: str) -> tuple[int, int]:
+        log.append(name)
+        return next(figures[name])
+
+    found = run.turns({name: lambda name=name: turn(name) for name in figures}, "small", 2)
+    assert ("".join(log), found) == ("ABABAB", {"A": [(6, 1), (8, 2)], "B": [(3, 2), (2, 4)]})
+    fast, small = (
+        run.compared(
+            **NAMES, peer="theirs", values=[f[part] for f in found["A"]], peer_values=[f[part] for f in found["B"]],
+            papers=papers,
+        )
+        for part, papers in ((0, [3]), (1, ()))
+    )  # fmt: skip
+    assert (fast.value, fast.peer_value, fast.ratio, fast.repetitions, fast.papers) == (7, 2.5, 3, 2, (3,))
+    assert (small.ratio_low, small.ratio_high, small.papers) == (0.5, 0.5, ())
 
 
 def test_a_quick_run_repeats_less():
@@ -195,7 +215,7 @@ def tree(tmp_path, monkeypatch):
     """A source tree with two benchmarks."""
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "train.py").write_text(
-        '"""Training.\n\nMore."""\nPAPERS = [385]\n\ndef main(bench):\n    bench.row(subject="s", setting="", '
+        '"""Training.\n\nMore."""\n\ndef main(bench):\n    bench.row(subject="s", setting="", '
         'metric="m", unit="", value=2 if bench.quick else 3)\n'
     )
     (tmp_path / "bench" / "empty.py").write_text('raise_on_import = None\n"""no docstring"""\n')
@@ -208,7 +228,7 @@ def test_scripts_are_found_described_and_loaded(tree, run):
     assert [summary(path) for path in scripts().values()] == ["", "Training."]
     script = load("train")
     script.main(run)
-    assert (script.PAPERS, run.rows[0].value) == ([385], 3)
+    assert run.rows[0].value == 3
 
 
 def test_a_wrong_name_is_answered_with_the_nearest_or_all(tree):

@@ -22,7 +22,6 @@ RESULT = {
     "date": "2026-01-31",
     "versions": {"python": "3.11.7"},
     "commit": "abc1234",
-    "papers": [3, 7],
     "rows": [ROW, {**ROW, **PEER, "papers": [7]}],
 }
 
@@ -39,11 +38,37 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert result.rows[1].ratio == 1.2345
 
 
-def test_a_row_speaks_of_its_own_papers_or_of_all(tmp_path):
+def test_a_row_is_evidence_for_the_papers_that_it_names(tmp_path):
     (result,) = read_results(write(tmp_path))
-    assert result.rows_on(3) == [result.rows[0]]
-    assert result.rows_on(7) == list(result.rows)
-    assert result.rows_on(4) == []
+    assert result.rows_on(7) == [result.rows[1]]
+    assert result.rows_on(3) == []
+
+
+@pytest.mark.parametrize(
+    ("ratios", "better", "claim", "verdict"),
+    [
+        ((1.2, 1.1, 1.3), "higher", "gain", "confirmed"),
+        ((1.2, 1.1, 1.3), "lower", "gain", "contradicted"),
+        ((0.8, 0.7, 0.9), "lower", "gain", "confirmed"),
+        ((1.1, 0.9, 1.3), "higher", "gain", "undecided"),
+        ((0.9, 0.8, 1.2), "lower", "gain", "undecided"),
+        ((1.0, None, None), "higher", "gain", "contradicted"),
+        ((1.0, None, None), "higher", "parity", "confirmed"),
+        ((0.96, 0.955, 1.0), "higher", "parity", "confirmed"),
+        ((0.92, None, None), "higher", "parity", "contradicted"),
+        ((1.04, None, None), "lower", "parity", "confirmed"),
+        ((1.1, None, None), "lower", "parity", "contradicted"),
+        ((0.5, None, None), "lower", "parity", "confirmed"),
+    ],
+)
+def test_whether_a_ratio_lies_where_the_claim_says(ratios, better, claim, verdict):
+    names = dict(zip(("ratio", "ratio_low", "ratio_high"), ratios, strict=True))
+    row = Row(**{**ROW, **PEER, **names, "better": better, "claim": claim})
+    assert row.verdict == verdict
+
+
+def test_a_figure_without_a_peer_has_no_verdict():
+    assert Row(**ROW).verdict is None
 
 
 def test_results_come_in_order_and_quick_ones_are_left_out(tmp_path):
@@ -63,7 +88,8 @@ def test_results_come_in_order_and_quick_ones_are_left_out(tmp_path):
         ({"rows": [{**ROW, "value": None}]}, "rows.0.value: Input should be a valid number"),
         ({"rows": [{**ROW, "value": float("inf")}]}, "rows.0.value: Input should be a finite number"),
         ({"rows": [{**ROW, "ratio": 2.0}]}, "rows.0: peer, peer_value and ratio go together"),
-        ({"rows": [{**ROW, "papers": [4]}]}, "a row about 'ours' speaks of papers [4], which `papers` does not list"),
+        ({"rows": [{**ROW, "papers": [4]}]}, "rows.0: a row that is evidence for a paper stands beside the paper's"),
+        ({"papers": [4]}, "papers: unknown key"),
     ],
 )
 def test_a_wrong_result_is_named_with_its_fault(tmp_path, changes, fault):
@@ -82,8 +108,19 @@ def test_a_file_that_is_no_json_is_named(tmp_path):
 def test_the_results_of_this_repository_are_valid_and_cite_known_papers():
     for result in read_results(results_folder()):
         assert (results_folder() / f"{result.name}-{result.device}.json").is_file()
-        for paper in result.papers:
-            bibliography().paper(paper)
+        for row in result.rows:
+            for paper in row.papers:
+                bibliography().paper(paper)
+
+
+def test_the_evidence_of_this_repository_compares_what_runs_on_one_engine():
+    """Policies of ours beside policies of ours, or the same work in another order: no row sets ours beside another
+    system's and calls that a paper's gain."""
+    others = ("torch", "transformers", "vllm", "scaled_dot_product", "flashinfer", "xz")
+    rows = [row for result in read_results(results_folder()) for row in result.rows if row.papers]
+    assert rows
+    for row in rows:
+        assert not any(other in f"{row.subject} {row.peer}".casefold() for other in others), row
 
 
 @given(st.floats(-1e12, 1e12, allow_subnormal=False))

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -30,8 +31,15 @@ spec.loader.exec_module(generate)
 def sources(tmp_path):
     """One contract with two policies, three papers, and a benchmark that ran on two devices."""
     entries = [
-        Entry("test.cut", name, papers, f"Cuts {name}.", name, name, tmp_path / "src" / f"{name}.py")
-        for name, papers in (("straight", ()), ("slanted", (1, 2)))
+        Entry("test.cut", name, papers, f"Cuts {name}.", name, name, tmp_path / "src" / f"{name}.py", docstring)
+        for name, papers, docstring in (
+            ("straight", (), ""),
+            (
+                "slanted",
+                (1, 2),
+                "Cuts slanted. Ours: the angle of :class:`~.saws.Saw` in ``degrees``. Not built: the saw.",
+            ),
+        )
     ]
     index = Index(
         {"test.cut": Contract("test.cut", "a|b is kept", "m", "C")},
@@ -48,10 +56,10 @@ def sources(tmp_path):
     results = [
         Result(
             name="cutting", device=device, hardware=f"{device} in full", date=datetime.date(2026, 1, 31),
-            versions={"python": "3.11"}, commit="abc1234", papers=(2,),
+            versions={"python": "3.11"}, commit="abc1234",
             rows=(
                 Row(subject="slanted", setting="wood", metric="speed", value=value, low=value - 1, high=value + 1,
-                    unit="m/s", repetitions=5, peer="straight", peer_value=2, ratio=value / 2),
+                    unit="m/s", repetitions=5, peer="straight", peer_value=2, ratio=value / 2, papers=(2,)),
             ),
         )
         for device, value in (("cpu-2", 5.0), ("h100", 50.0))
@@ -73,10 +81,20 @@ def block(sources, marker: str, document: str = "docs/page.md") -> list[str]:
     return [line for line in rendered.splitlines()[3:-3] if line]
 
 
-def test_every_link_to_a_file_of_the_source_leads_somewhere():
-    for document in (repository() / "docs").glob("*.md"):
-        for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", document.read_text(encoding="utf-8")):
-            assert (document.parent / target.partition("#")[0]).exists(), f"{document.name}: {target}"
+def anchors(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (SCRIPT.parent).glob("*.md"))])
+def test_every_link_leads_to_a_file_and_to_a_heading(document):
+    path = repository() / document
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", path.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        other = path.parent / name if name else path
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other), target
 
 
 def test_generating_needs_no_torch():
@@ -136,22 +154,116 @@ def test_policies_of_a_contract(sources, document, path):
 
 
 def test_contracts_and_their_laws(sources):
-    assert block(sources, "contracts")[2:] == [r"| `test.cut` | a\|b is kept | `slanted`, `straight` |"]
+    assert block(sources, "contracts") == ["- `test.cut`: a|b is kept. Policies: `slanted`, `straight`."]
+    drawn = dataclasses.replace(sources.index.contracts["test.cut"], simulated=True)
+    sources = dataclasses.replace(sources, index=Index({"test.cut": drawn}, sources.index.policies))
+    assert "Only simulated" in " ".join(block(sources, "contracts"))
 
 
-def test_papers_by_status_and_family(sources):
-    slanted = "[`test.cut/slanted`](../src/slanted.py)"
-    figure = "speed ↑ 5.000 m/s (4.000–6.000) 5 straight 2.000 m/s 2.500×"
-    (measured,) = (line for line in block(sources, "papers: measured") if line.startswith("| 2 "))
-    assert measured.startswith(f"| 2 | B | 20x | slanted wood {figure} (cutting, cpu-2)<br>")
-    assert measured.endswith(f"(cutting, h100) | {slanted} |")
-    assert block(sources, "papers: implemented") == [
-        "### Second (`two`)",
-        "| ID | Paper | Claimed | Policies |",
-        "| --- | --- | --- | --- |",
-        f"| 1 | [A](https://example.org) | 10x | {slanted} |",
+def test_papers_by_area_with_their_details(sources):
+    lines = block(sources, "papers")
+    assert [line for line in lines if line.startswith("#")] == [
+        "### First", "#### Paper 2", "### Second", "#### Paper 1",
+    ]  # fmt: skip
+    assert "| [2](#paper-2) | B | measured | confirmed |" in lines
+    assert "| [1](#paper-1) | A | implemented | not tested |" in lines
+    details = lines[lines.index("#### Paper 2") + 1 : lines.index("### Second")]
+    assert details == [
+        "B: **measured**.",
+        "*Claimed:* 20x.",
+        "- [`test.cut/slanted`](../src/slanted.py)",
+        "*Ours:* The angle of `saws.Saw` in `degrees`.",
+        "*Not built:* The saw.",
+        "| Subject | Baseline | Metric | Ratio | Verdict | Setting | Device |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| slanted | straight | speed | 2.500× | confirmed | wood | cpu-2 |",
+        "| slanted | straight | speed | 25.00× | confirmed | wood | h100 |",
     ]
-    assert block(sources, "papers: planned") == ["### First (`one`)", "| ID | Paper |", "| --- | --- |", "| 3 | C |"]
+    assert "A ([the authors' code](https://example.org)): **implemented**." in lines
+
+
+def test_planned_papers_are_a_list(sources):
+    assert block(sources, "papers: planned") == ["### First", "- 3: C"]
+
+
+def test_long_text_is_wrapped(sources):
+    """And links are not cut, however long."""
+    text = f"{'word ' * 50}[a link](https://example.org/{'x' * 150}) {'word ' * 50}"
+    lines = generate.wrapped(f"- {text}", "  ").splitlines()
+    assert " ".join(" ".join(lines).split()) == " ".join(f"- {text}".split())
+    assert [line for line in lines if len(line) > 120] == [line for line in lines if "example.org" in line]
+    assert all(line.startswith("  ") for line in lines[1:])
+
+
+CLAIMS = """
+[[claim]]
+label = "Cutting & sawing"
+beside = "straight"
+page = "docs/cuts.md#figures"
+rows = [
+    { label = "slow", file = "cutting-cpu-2" },
+    { label = "fast", file = "cutting-h100", setting = "wood" },
+]
+"""
+
+
+def test_claims_are_ratios_with_their_page(sources):
+    (sources.root / "claims.toml").write_text(CLAIMS)
+    assert block(sources, "ratios: claims.toml", "README.md")[2:] == [
+        "| [Cutting & sawing](docs/cuts.md#figures) | straight | 2.50× to 25.00× |"
+    ]
+    assert "](cuts.md#figures)" in block(sources, "ratios: claims.toml")[2]
+
+
+def test_less_is_better_where_the_row_says_so(sources):
+    slow = Row(
+        subject="bent", setting="", metric="loss", value=1, unit="", better="lower", peer="x", peer_value=4, ratio=0.25
+    )
+    sources = with_row(sources, slow)
+    (sources.root / "claims.toml").write_text(
+        CLAIMS.replace('file = "cutting-cpu-2"', 'file = "cutting-cpu-2", metric = "loss"')
+    )
+    assert "4.00× to 25.00×" in block(sources, "ratios: claims.toml")[2]
+
+
+@pytest.mark.parametrize(("right", "wrong"), [('setting = "wood"', 'setting = "wod"'), ("cutting-h100", "cutting-h10")])
+def test_a_claim_that_means_no_row_is_named(sources, right, wrong):
+    (sources.root / "claims.toml").write_text(CLAIMS.replace(right, wrong))
+    with pytest.raises(UsageError, match=r"0 rows of 'cutting-h100?' are meant by 'fast', and one should be"):
+        render(sources, "<!-- ratios: claims.toml -->\n<!-- end -->\n")
+
+
+def test_a_claim_that_means_two_rows_is_named(sources):
+    sources = with_row(sources, sources.results[0].rows[0])
+    (sources.root / "claims.toml").write_text(CLAIMS)
+    with pytest.raises(UsageError, match="2 rows of 'cutting-cpu-2' are meant by 'slow', and one should be"):
+        render(sources, "<!-- ratios: claims.toml -->\n<!-- end -->\n")
+
+
+def test_bars_start_at_one_and_end_at_the_ratio(sources):
+    """On a scale on which twice is as far to the right as half is to the left."""
+    behind = Row(
+        subject="bent", setting="stone", metric="speed", value=1, unit="m/s", peer="x", peer_value=2, ratio=0.5
+    )
+    (sources.root / "docs").mkdir()
+    sources = with_row(sources, behind)
+    text = CLAIMS.replace('file = "cutting-cpu-2"', 'file = "cutting-cpu-2", setting = "stone"').replace(
+        "h100", "cpu-2"
+    )
+    (sources.root / "docs" / "made.toml").write_text(text)
+    assert "](images/bars/made.svg)" in block(sources, "bars: docs/made.toml")[0]
+    ((path, drawn),) = generate.pictures(sources, ["![Bars](docs/images/bars/made.svg)"])
+    assert path == sources.root / "docs" / "images" / "bars" / "made.svg"
+    svg = "{http://www.w3.org/2000/svg}"
+    picture = ElementTree.fromstring(drawn)
+    slow, fast = picture.findall(f"{svg}rect")[1:]
+    one = next(float(line.get("x1")) for line in picture.findall(f"{svg}line") if line.get("stroke") == "#888")
+    start, end = (float(slow.get("x")), float(slow.get("x")) + float(slow.get("width")))
+    assert end == pytest.approx(one, abs=0.1)
+    assert float(fast.get("x")) == pytest.approx(one, abs=0.1)
+    assert float(fast.get("width")) == pytest.approx((end - start) * math.log2(2.5), abs=0.2)
+    assert slow.get("fill") != fast.get("fill")
+    assert {"Cutting & sawing", "slow", "0.50×", "2.50×"} <= {text.text for text in picture.findall(f"{svg}text")}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +274,7 @@ def test_papers_by_status_and_family(sources):
             "bench/results has no figures called 'cuting': did you mean 'cutting",
         ),
         ("<!-- policies: test.cat -->\n<!-- end -->\n", "there is no contract 'test.cat': did you mean 'test.cut'"),
-        ("<!-- papers: plannd -->\n<!-- end -->\n", "there is no status 'plannd': did you mean 'planned'"),
+        ("<!-- papers: plannd -->\n<!-- end -->\n", "there is no list of papers 'plannd': did you mean 'planned'"),
         ("<!-- figrues: x -->\n<!-- end -->\n", "there is no generator 'figrues': did you mean 'figures'"),
         ("<!-- timelines: a,b -->\n<!-- end -->\n", "there is no schedule '"),
         ("<!-- contracts -->\n", "the marker '<!-- contracts -->' has no partner"),

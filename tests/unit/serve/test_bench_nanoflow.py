@@ -24,7 +24,7 @@ def script():
 
 def test_a_cpu_is_refused(script):
     with pytest.raises(UsageError, match="the device is a CPU"):
-        script.main(Bench("nanoflow", CPU, script.PAPERS))
+        script.main(Bench("nanoflow", CPU))
 
 
 def test_attention_reads_what_the_sequences_hold(script):

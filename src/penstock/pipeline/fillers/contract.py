@@ -29,6 +29,7 @@ class Filler:
     "pipeline.filler",
     law="every sample passes every frozen layer once and in order; no two tasks of a device overlap and none of the "
     "pipeline's moves; idle time within the step falls by exactly the work that was put there",
+    simulated=True,
 )
 class BubbleFiller(Policy):
     """Puts the frozen part of a model, such as a text encoder, to work where a pipeline's devices idle.

@@ -18,7 +18,8 @@ class DiffusionPipe(BubbleFiller):
     as many parts of the next layer as fit, and then of the layers after it. Layers come in order: a layer begins once
     all parts have passed the one before. The greedy filling, with layers of the next iteration and partial batches, is
     the paper's; that each device fills its own bubbles with its own samples, and one layer at a time, is our reading.
-    Its stages come from :func:`penstock.pipeline.partition.diffusionpipe.partition`.
+    Its stages come from :func:`penstock.pipeline.partition.diffusionpipe.partition`. Not built: diffusion models, so
+    that nothing yet runs in the bubbles.
     """
 
     parts: int = Field(8, ge=1)

@@ -13,7 +13,8 @@ class CheckFree(PipelineRoute):
 
     So the second stage learns to do what the first does, and the one before the last what the last does: either end,
     when its device is lost, is recovered as a copy of its neighbour. Embedding and head belong to no stage of this
-    order; the paper copies them to the neighbours. That it is the odd ones is our reading.
+    order; the paper copies them to the neighbours. That it is the odd ones is our reading. Not built: training along
+    these paths, and the recovery of a lost stage, from its neighbours' average or as a copy.
     """
 
     def paths(self, stages: int, microbatches: int) -> tuple[tuple[int, ...], ...]:

@@ -12,6 +12,7 @@ from penstock.policy import Policy, contract
     "pipeline.route",
     law="every path has as many stages as the policy says, none twice; stages that only some microbatches pass serve "
     "equally many, to within two; the schedule is complete along the paths, and free of deadlock",
+    simulated=True,
 )
 class PipelineRoute(Policy):
     """Sends microbatches through a pipeline of one stage a device on paths of their own: partial, or in another order.
