@@ -33,6 +33,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.build import build_engine
+from penstock.serve.choose.sampler import Sampled
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.batch import Batch
@@ -163,9 +164,9 @@ class Roofline:
         self.seconds, runner = 0.0, self._engine.executor
         launch = runner.launch
 
-        def counted(batch: Batch) -> None:
+        def counted(batch: Batch) -> Sampled | None:
             self.seconds += self._least(batch)
-            launch(batch)
+            return launch(batch)
 
         runner.launch = counted  # type: ignore[method-assign]
         rate = run(self._engine, work)
@@ -181,7 +182,7 @@ class Roofline:
 
     def _read(self, batch: Batch) -> int:
         """Cached tokens that the sequences of ``batch`` see; a block that several have counts once."""
-        tables, size = self._engine.executor.tables, self._engine.executor.cache.shape.block_size
+        tables, size = batch.tables, self._engine.executor.block_size
         lengths = [entry.start + entry.count for entry in batch.entries]
         blocks = [tables[entry.slot, : n // size] for entry, n in zip(batch.entries, lengths, strict=True)]
         return size * len(np.unique(np.concatenate(blocks))) + sum(n % size for n in lengths)

@@ -13,7 +13,7 @@ from penstock.core.randomness import numpy_generator
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.serve.build import build_engine
-from penstock.serve.choose.sampler import Asked
+from penstock.serve.choose.asked import Asked
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.batch import Batch
@@ -63,13 +63,12 @@ def computed(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
     def seeing(logits: Tensor, asked: Asked, drawn: Tensor | None):
         seen.append(logits.clone())
         if drawn is not None:
-            assert torch.equal(sample(logits, asked).tokens, drawn)
+            assert torch.equal(sample(logits, asked)[0].tokens, drawn)
         return sample(logits, asked, drawn)
 
     engine.executor._sampler.sample = seeing
-    engine.executor.launch(batch)
+    sampled = engine.executor.launch(batch)
     engine.executor._sampler.sample = sample
-    sampled = batch.sampled
     if sampled is not None:
         sampled.wait()
     prompt = sampled.prompt.chosen if sampled is not None and sampled.prompt is not None else torch.zeros(0)
@@ -89,9 +88,9 @@ def test_parts_give_the_logits_of_the_whole(compile: bool) -> None:
     engine = engine_of(compile)
     kinds = set()
     while (batch := engine.steps.form()) is not None:
-        whole, rated = computed(engine, Batch(batch.entries))
+        whole, rated = computed(engine, Batch(batch.entries, batch.tables))
         for parts, lead in splits(len(batch.entries)):
-            logits, own = computed(engine, Batch(batch.entries, parts, lead))
+            logits, own = computed(engine, Batch(batch.entries, batch.tables, parts=parts, lead=lead))
             assert logits.shape == whole.shape
             if len(whole):
                 assert (logits - whole).square().mean() <= (TOLERANCE * whole.square().mean().sqrt()) ** 2
@@ -121,9 +120,9 @@ def test_replayed_steps_give_the_logits_of_queued_ones(
         each.replay = lambda shape, *rest, replay=replay: (replayed.add(shape), replay(shape, *rest))[1]
     while (batch := engine.steps.form()) is not None:
         runner._prompts = runner._decodes = None
-        queued, rated = computed(engine, Batch(batch.entries))
+        queued, rated = computed(engine, Batch(batch.entries, batch.tables))
         runner._prompts, runner._decodes = graphs
-        logits, own = computed(engine, Batch(batch.entries))
+        logits, own = computed(engine, Batch(batch.entries, batch.tables))
         assert logits.shape == queued.shape
         if len(queued):
             assert (logits - queued).square().mean() <= (TOLERANCE * queued.square().mean().sqrt()) ** 2

@@ -1,9 +1,9 @@
 """Steps in a file: recorded as an engine computes them, and computed again.
 
 A recording has a header, then a frame for each step and one for what came out of it. A frame is its length (eight
-bytes, little-endian) and a safetensors file; what is no array stands in its metadata as JSON. Nothing of the text has to
-be known to compute steps again: a token that was not known to the host is looked up on the device, as it was then. So a
-recording can also be replayed with other weights, to see how long the same steps take.
+bytes, little-endian) and a safetensors file; what is no array stands in its metadata as JSON. Nothing of the text has
+to be known to compute steps again: a token that was not known to the host is looked up on the device, as it was then.
+So a recording can also be replayed with other weights, to see how long the same steps take.
 """
 
 from __future__ import annotations
