@@ -319,21 +319,15 @@ def commit() -> str:
 
 
 def hardware(device: torch.device) -> str:
-    """The full name of a device: the processor and the threads used, or the GPU and its memory."""
+    """The full name of a device: the processor, its threads and its kind, or the GPU and its memory."""
     import torch
+
+    from penstock.core.processor import kind, processor
 
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    return f"{_processor()}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
-    # platform.processor() is empty or just the architecture on most Linux systems.
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    return f"{processor()}, {torch.get_num_threads()} threads, {kind()}"
 
 
 def scripts() -> dict[str, Path]:
