@@ -287,14 +287,16 @@ def render(result: Result) -> Table:
 
 
 def versions() -> dict[str, str]:
-    """The version of Python and of each of :data:`PACKAGES` that is installed."""
+    """The version of Python and of each of :data:`PACKAGES` that is installed, and which build of PyTorch."""
+    import torch
+
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return {**found, "torch": torch.__version__}  # the metadata leave out what it was built for
 
 
 def commit() -> str:

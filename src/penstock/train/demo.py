@@ -83,6 +83,7 @@ def begin(config: TrainConfig, folder: Path, end: float, report: Reporter) -> Ru
     shape, length = run.trainer.model.config, config.batch.length
     flops_per_s = 3 * shape.flops_per_token(length) * config.batch.tokens / run.trainer.eager_seconds()
     chosen = _size(shape, length, flops_per_s * seconds)
+    run.write_config()
     overrides = [f"model.{key}={value}" for key, value in chosen.items()]
     return Run.reopen(folder, overrides=[*overrides, f"minutes={seconds / 60:.3f}"], report=report)
 
