@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,14 @@ from penstock.train.run import Run
 
 
 def ranks(size: int, work: Callable[[World], Any]) -> list[dict[str, Any]]:
-    """What ``work`` returned or raised in each of ``size`` processes, in order of their ranks, and when, in seconds.
+    """What ``work`` returned or raised in each of ``size`` processes, in order of their ranks.
 
     Nothing of one that was killed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pipes, children, began = [], [], time.monotonic()
+    pipes, children = [], []
     for rank in range(size):
         reader, writer = os.pipe()
         child = os.fork()
@@ -48,7 +47,7 @@ def ranks(size: int, work: Callable[[World], Any]) -> list[dict[str, Any]]:
                 world.leave()
             except BaseException as error:
                 result["raised"] = [type(error).__name__, str(error)]
-            os.write(writer, json.dumps(result | {"after": time.monotonic() - began}).encode())
+            os.write(writer, json.dumps(result).encode())
             os._exit(0)
         os.close(writer)
         pipes.append(reader)

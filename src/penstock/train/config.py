@@ -110,10 +110,12 @@ class PipelineConfig(Config):
 class TrainConfig(Config):
     """A training run.
 
-    ``steps`` or ``minutes`` end it (the earlier one; ``minutes`` counts time in steps, and makes the schedule follow
-    the clock). ``precision``: ``fp32``; ``autocast`` keeps fp32 weights and multiplies in bf16; ``bf16`` keeps all
-    weights and activations in bf16 and updates fp32 masters. ``start_from`` names a model whose weights and shape are
-    the beginning, instead of ``model``.
+    ``steps`` or ``minutes`` end it (the earlier one; ``minutes`` counts time in steps and in compiling, and makes the
+    schedule follow the clock). ``precision``: ``fp32``; ``autocast`` keeps fp32 weights and multiplies in bf16;
+    ``bf16`` keeps all weights and activations in bf16 and updates fp32 masters; ``auto`` is ``bf16`` where that is
+    faster on the device, else ``fp32``. ``compile``: with ``torch.compile``; ``auto`` does where a run is long enough
+    to win back what that takes. ``start_from`` names a model whose weights and shape are the beginning, instead of
+    ``model``. ``chosen`` is written by the run: what became of each ``auto``, and why.
     """
 
     seed: int = 0
@@ -130,13 +132,14 @@ class TrainConfig(Config):
     steps: PositiveInt | None = None
     minutes: PositiveFloat | None = None
     clip: PositiveFloat | None = 1.0
-    precision: Literal["fp32", "autocast", "bf16"] = "autocast"
-    compile: bool = True
+    precision: Literal["auto", "fp32", "autocast", "bf16"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
     activation_checkpointing: bool = False
     device: str = "auto"
     checkpoint_minutes: PositiveFloat = 10.0
     checkpoint_steps: PositiveInt | None = None
     keep_checkpoints: PositiveInt = 2
+    chosen: dict[str, str] = Field({})
 
     @model_validator(mode="before")
     @classmethod

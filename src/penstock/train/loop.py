@@ -29,8 +29,9 @@ from penstock.ops.cross_entropy import IGNORE
 from penstock.parallel.world import World
 from penstock.train import checkpoint
 from penstock.train.config import TrainConfig
+from penstock.train.machine import fast_precision, worth_compiling
 from penstock.train.pipelined import Pipeline
-from penstock.train.precision import Weights
+from penstock.train.precision import Precision, Weights
 
 
 @dataclasses.dataclass
@@ -88,8 +89,8 @@ class Trainer:
     rather than ``minutes``, which follow the clock).
 
     Args:
-        config: the run's configuration.
-        model: on its device, fp32; cast here as ``config.precision`` says.
+        config: the run's configuration; what it leaves to the machine is chosen here, and when compiling.
+        model: on its device, fp32; cast here as the precision says.
         loader: windows of ``config.batch.length`` tokens.
         tokenizer: the folder of its tokenizer, copied into every checkpoint.
         folder: the run folder.
@@ -122,7 +123,7 @@ class Trainer:
                 f"{sharing} {what} cannot share {self.rows} rows of {config.batch.length} tokens evenly",
                 hint=f"Make batch.tokens a multiple of {sharing * config.batch.length}.",
             )
-        self.weights = Weights(model, config.precision)
+        self.weights = Weights(model, self._precision())
         self.masters = list(self.weights.masters.values())
         self.optimizer = config.optim.build(self.weights.masters)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -139,7 +140,57 @@ class Trainer:
             pipeline.attach(self.weights, self.device)
         self._loss = config.objective.loss
         self._saved: int | None = None
-        self._clock = 0.0
+        self._clock = self._compiling = 0.0
+
+    # What the configuration leaves to the machine.
+
+    def _precision(self) -> Precision:
+        precision = self.config.precision
+        if precision != "auto":
+            return precision
+        answer = fast_precision(self.device, self.world)
+        self._choose("precision", answer.choice, answer.reason)
+        return answer.choice
+
+    def _choose(self, key: str, value: object, reason: str) -> None:
+        """Puts a choice into the configuration, with its reason; run.json and checkpoints keep both."""
+        self.config = self.config.model_copy(update={key: value})
+        self.note(key, f"{str(value).lower()}: {reason}")
+
+    def note(self, key: str, choice: str) -> None:
+        """Adds a choice and its reason to those that are written down."""
+        self.config = self.config.model_copy(update={"chosen": {**self.config.chosen, key: choice}})
+
+    def choose_compile(self) -> None:
+        """Whether to compile, where the configuration leaves that open: by how long the run will take without."""
+        if self.config.compile != "auto":
+            return
+        if obstacle := self._obstacle():
+            self._choose("compile", False, obstacle)
+            return
+        limits = [60 * self.config.minutes - self.position.seconds] if self.config.minutes else []
+        if self.config.steps:
+            limits.append((self.config.steps - self.position.step) * self.eager_seconds())
+        seconds = self.world.largest(min(limits))[0]
+        answer = worth_compiling(self.device, self.weights.precision, seconds)
+        self._choose("compile", answer.choice, answer.reason)
+
+    def eager_seconds(self) -> float:
+        """How long the passes of an update take without compiling: those of a microbatch are timed, after others."""
+        length = self.config.batch.length_at(self.progress)
+        micros = list(self._microbatches(self.loader.batch(0, self.rows), length))
+        seconds = 0.0
+        for micro, context in (micros[0],) * 2:
+            synchronize(self.device)
+            began = time.monotonic()
+            with _explain_memory(self.device):
+                with self.weights.arithmetic(self.device):
+                    loss = self._loss(self.model, micro, context)
+                loss.backward()  # type: ignore[no-untyped-call]
+            synchronize(self.device)
+            seconds = time.monotonic() - began
+            self.model.zero_grad()
+        return seconds * len(micros)
 
     # One update.
 
@@ -218,15 +269,20 @@ class Trainer:
 
     def _progress_at(self, step: int) -> float:
         by_step = step / self.config.steps if self.config.steps else 0.0
-        by_time = self.position.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
+        by_time = self.position.seconds / self._seconds if self.config.minutes else 0.0
         return min(1.0, max(by_step, by_time))
+
+    @property
+    def _seconds(self) -> float:
+        """What ``minutes`` leaves for steps; at least one is made."""
+        return max(60 * (self.config.minutes or 0.0) - self._compiling, 1e-3)
 
     def _total_steps(self) -> float:
         """Updates in the whole run; with a time budget, an estimate from the pace so far."""
         known = float(self.config.steps) if self.config.steps else float("inf")
         if not self.config.minutes or self.position.seconds == 0.0:
             return known if self.config.steps else 1e9
-        return min(known, self.position.step * 60 * self.config.minutes / self.position.seconds)
+        return min(known, self.position.step * self._seconds / self.position.seconds)
 
     def train(self, on_step: Callable[[Report], None] = lambda report: None) -> bool:
         """Trains to the end, or until Ctrl-C or SIGTERM. Saves a checkpoint either way.
@@ -330,12 +386,12 @@ class Trainer:
         Returns:
             Why the run goes on without compiling although its configuration asks for it, or nothing.
         """
+        began = time.monotonic()
+        self.choose_compile()
         if not self.config.compile:
             return ""
-        if self.pipeline:
-            return "the stages of a pipeline are not compiled"
-        if not can_compile(self.device):
-            return "there is no C++ compiler (g++ or clang++)" if self.device.type == "cpu" else "Triton is missing"
+        if obstacle := self._obstacle():
+            return obstacle
         self._loss = torch.compile(self.config.objective.loss, dynamic=False)
         try:
             for length in {stage.length for stage in self.config.batch.stages}:
@@ -351,7 +407,16 @@ class Trainer:
             return f"the compiler failed ({type(error).__name__})"
         finally:
             self.model.zero_grad()
-        synchronize(self.device)
+            synchronize(self.device)
+            self._compiling = time.monotonic() - began
+        return ""
+
+    def _obstacle(self) -> str:
+        """Why nothing can be compiled here, or nothing."""
+        if self.pipeline:
+            return "the stages of a pipeline are not compiled"
+        if not can_compile(self.device):
+            return "there is no C++ compiler (g++ or clang++)" if self.device.type == "cpu" else "Triton is missing"
         return ""
 
     # Checkpoints.

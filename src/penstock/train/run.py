@@ -31,7 +31,7 @@ from penstock.models.decoder import Decoder
 from penstock.parallel.world import World
 from penstock.train import checkpoint
 from penstock.train.config import TrainConfig
-from penstock.train.evaluate import bits_per_byte
+from penstock.train.evaluate import Sample, affordable, bits_per_byte
 from penstock.train.loop import Trainer, resume_command
 from penstock.train.pipelined import Pipeline
 
@@ -45,6 +45,7 @@ class Run:
 
     Attributes:
         config, folder, world, device, store: what the names say.
+        evaluated: the documents that :meth:`finish` evaluates.
         tokenizer: the folder of the store's tokenizer.
         trainer: at the beginning, or at the checkpoint that the run goes on from.
         faults: what is wrong with newer checkpoints that were passed over.
@@ -60,6 +61,8 @@ class Run:
         pipeline = self._pipeline(found) if config.parallel.pipeline > 1 else None
         model = self._part(pipeline, found) if pipeline else self._model(found)
         self.store = self._open_store(found, report)
+        held_out = self.store.split("held_out")
+        self.evaluated = Sample(held_out, range(held_out.documents))
         self.tokenizer = self.store.folder / "tokenizer"
         self._check(model)
         loader = Loader(
@@ -141,9 +144,14 @@ class Run:
         """The run, whose configuration is written down when it is seen to work."""
         run = cls(config, folder, world, report)
         if world.leads:
-            write_json(folder / CONFIG, config.model_dump(mode="json"))
+            run.write_config()
         world.barrier()
         return run
+
+    def write_config(self) -> None:
+        """Writes down the configuration, with what the machine chose."""
+        self.config = self.trainer.config
+        write_json(self.folder / CONFIG, self.config.model_dump(mode="json"))
 
     def _model(self, found: Path | None) -> Decoder:
         """The model at the beginning, or one of the same shape for the weights of the checkpoint ``found``."""
@@ -202,8 +210,13 @@ class Run:
                 hint="Raise data.held_out: a small corpus needs a larger share.",
             )
 
-    def finish(self, report: Reporter = silent) -> dict[str, Any]:
-        """Exports the finished model to ``model/``, evaluates it, and writes and returns ``summary.json``."""
+    def finish(self, report: Reporter = silent, seconds: float | None = None) -> dict[str, Any]:
+        """Exports the finished model to ``model/``, evaluates it, and writes and returns ``summary.json``.
+
+        Args:
+            report: shows the progress.
+            seconds: for the evaluation, of part of the held-out documents if need be; None takes all of them.
+        """
         self.trainer.use_average()
         model, position = self.trainer.whole(), self.trainer.position
         if model is not None:
@@ -212,7 +225,8 @@ class Run:
                 for file in sorted(self.tokenizer.iterdir()):
                     shutil.copyfile(file, folder / file.name)
         summary = {
-            "bits_per_byte": self._evaluate(model, report),
+            "bits_per_byte": self._evaluate(model, report, seconds),
+            "documents": self.evaluated.documents,
             "tokens_per_s": position.tokens / max(position.seconds, 1e-9),
             "parameters": self.trainer.parameters,
             "steps": position.step,
@@ -224,18 +238,16 @@ class Run:
         self.world.barrier()
         return summary
 
-    def _evaluate(self, whole: Decoder | None, report: Reporter) -> float:
+    def _evaluate(self, whole: Decoder | None, report: Reporter, seconds: float | None) -> float:
         """Bits per byte on the held-out documents. The leading process measures, on its own device; all know then."""
         measured = 0.0
         if whole is not None:
             precise = self.device.type != "cuda"
             with contextlib.nullcontext() if precise else self.trainer.weights.arithmetic(self.device):
-                measured = bits_per_byte(
-                    whole.to(self.device).eval(),
-                    self.store.split("held_out"),
-                    window=self.config.batch.length,
-                    report=report,
-                )
+                whole, window = whole.to(self.device).eval(), self.config.batch.length
+                if seconds is not None:
+                    self.evaluated = affordable(whole, self.store.split("held_out"), window=window, seconds=seconds)
+                measured = bits_per_byte(whole, self.evaluated, window=window, report=report)
         return self.world.largest(measured)[0]
 
 

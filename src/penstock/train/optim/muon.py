@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from penstock.core.processor import fast_dtype
 from penstock.policy import policy
 from penstock.train.optim.adamw import AdamW, Beta
 from penstock.train.optim.contract import Optimizer, is_matrix
@@ -84,12 +85,13 @@ class MuonWithAdam(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
-    """Moves every singular value of a batch of matrices [n, rows, columns] near 1 (about 0.7 to 1.2), in bf16.
+    """Moves every singular value of a batch of matrices [n, rows, columns] near 1 (about 0.7 to 1.2).
 
-    The quintic Newton-Schulz iteration X <- aX + (bA + cA^2)X with A = X X^T, on the smaller side.
+    The quintic Newton-Schulz iteration X <- aX + (bA + cA^2)X with A = X X^T, on the smaller side. bf16 is precise
+    enough for it, so it runs in the dtype in which the device multiplies fastest, which is that of the result.
     """
     a, b, c = QUINTIC
-    x = matrices.to(torch.bfloat16)
+    x = matrices.to(fast_dtype(matrices.device).choice)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
