@@ -17,12 +17,13 @@ class Routing:
     Attributes:
         experts: int64 [N, k], distinct within a row.
         weights: [N, k] in the dtype of the logits.
-        balance: scalar, the load-balancing loss; 1 when tokens and probabilities are spread evenly.
+        probabilities: [N, experts], rows that sum to 1: how much each expert was wanted, chosen or not. What spreads
+            them evenly spreads the tokens, which is what the loss for balance does.
     """
 
     experts: Tensor
     weights: Tensor
-    balance: Tensor
+    probabilities: Tensor
 
 
 @contract("moe.router", law="the routed block equals the dense loop over all experts with the router's weights")

@@ -6,7 +6,6 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from penstock.models.routers.contract import Router, Routing
-from penstock.models.routers.softmax import balance_loss
 from penstock.policy import policy
 
 
@@ -28,4 +27,4 @@ class SigmoidRouter(Router):
         experts = (scores if bias is None else scores + bias).topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, experts)
         weights = self.scale * weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return Routing(experts, weights, balance_loss(scores / scores.sum(-1, keepdim=True), experts))
+        return Routing(experts, weights, scores / scores.sum(-1, keepdim=True))
