@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 from penstock.core.errors import DataError, UsageError
 from penstock.core.files import explain_os_errors
@@ -41,6 +42,12 @@ class Folder(Corpus):
 
     def size(self) -> int:
         return sum(path.stat().st_size for path in self._files())
+
+    @classmethod
+    def example(cls, folder: Path, texts: Sequence[str]) -> Self:
+        for number, text in enumerate(texts):
+            (folder / f"{number:03}.txt").write_bytes(text.encode())
+        return cls(path=folder)
 
     def _files(self) -> list[Path]:
         if not self.path.is_dir():

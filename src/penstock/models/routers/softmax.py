@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
-from penstock.models.routers.contract import Router, Routing
+from penstock.models.routers.contract import Example, Router, Routing
 from penstock.policy import policy
 
 
@@ -23,3 +25,9 @@ class SoftmaxRouter(Router):
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         return Routing(experts, weights, probabilities)
+
+    @classmethod
+    def example(cls) -> Example:
+        # Probabilities 1/8, 1/8, 1/4, 1/2, and the same the other way round.
+        row = [0.0, 0.0, math.log(2), math.log(4)]
+        return Example(cls(top_k=2), [row, row[::-1]], [[0.0, 0.0, 1 / 3, 2 / 3], [2 / 3, 1 / 3, 0.0, 0.0]])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from penstock.policy import policy
 from penstock.train.optim.adamw import AdamW, Beta
-from penstock.train.optim.contract import Optimizer, is_matrix
+from penstock.train.optim.contract import Limit, Optimizer, is_matrix
 
 #: Coefficients of the quintic Newton-Schulz iteration (Jordan et al., 2024).
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -39,6 +39,19 @@ class Muon(Optimizer):
         chosen = {id(p) for p in hidden}
         rest = [p for p in parameters.values() if id(p) not in chosen]
         return MuonWithAdam(self, hidden, rest)
+
+    @classmethod
+    def limit(cls) -> Limit:
+        # With AdamW's scale PyTorch's own Muon is the same, for matrices that are not batched.
+        def known(parameters: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+            matrices = {name: p for name, p in parameters.items() if name.startswith("layers.") and p.dim() == 2}
+            rest = [p for name, p in parameters.items() if name not in matrices]
+            return [
+                torch.optim.Muon(matrices.values(), 0.02, 0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+                torch.optim.AdamW(rest, 0.003, (0.9, 0.95), weight_decay=0.0, fused=True),
+            ]
+
+        return Limit(cls(lr=0.02, momentum=0.9, weight_decay=0.1, adam_lr=0.003), known)
 
 
 class MuonWithAdam(torch.optim.Optimizer):
