@@ -136,8 +136,9 @@ class MixtureOfExperts(nn.Module):
             out = out + (extra if self.shared_gate is None else extra * self.shared_gate(flat).sigmoid())
         if self.counts is not None:
             self.counts.add_(assigned)
-        load = assigned / chosen.numel() if self.load is None else self.load
-        return out.view_as(x), self.experts * (load * routing.probabilities.sum(0)).sum()
+        wanted = routing.probabilities.sum(0)
+        load = assigned.to(wanted.dtype) / chosen.numel() if self.load is None else self.load
+        return out.view_as(x), self.experts * (load * wanted).sum()
 
 
 class Layer(nn.Module):

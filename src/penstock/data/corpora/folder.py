@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
+from pydantic import Field
+
 from penstock.core.errors import DataError, UsageError
 from penstock.core.files import explain_os_errors
 from penstock.data.corpora.contract import Corpus, Document
@@ -20,7 +22,7 @@ class Folder(Corpus):
     ``skip_binary`` is set. Line ends stay as they are.
     """
 
-    path: Path
+    path: Path = Field(examples=["texts"])
     patterns: tuple[str, ...] = ("**/*",)
     skip_binary: bool = False
 

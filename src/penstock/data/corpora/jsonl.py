@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Self
 
+from pydantic import Field
+
 from penstock.core.errors import DataError, nearest
 from penstock.core.files import explain_os_errors
 from penstock.data.corpora.contract import Corpus, Document, source_files
@@ -24,7 +26,7 @@ class JsonLines(Corpus):
 
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".jsonl.gz")
 
-    path: Path
+    path: Path = Field(examples=["texts"])
     field: str = "text"
 
     def documents(self) -> Iterator[Document]:

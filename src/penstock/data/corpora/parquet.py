@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from pydantic import Field
+
 from penstock.core.errors import DataError, nearest
 from penstock.core.files import explain_os_errors
 from penstock.data.corpora.contract import Corpus, Document, source_files
@@ -25,7 +27,7 @@ class Parquet(Corpus):
 
     suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
 
-    path: Path
+    path: Path = Field(examples=["texts"])
     column: str = "text"
 
     def documents(self) -> Iterator[Document]:

@@ -31,7 +31,7 @@ class Example(NamedTuple):
 
 @contract(
     "train.objective",
-    law="losses and gradients of microbatches add up to those of their whole, dense models and mixtures of experts alike; "
+    law="losses and gradients of microbatches add up to those of their whole, for dense and for sparse models; "
     "gradients equal differences of the loss; what is not predicted counts nothing; for a few tokens equal to the loss "
     "that the policy gives, worked out by hand",
 )

@@ -45,6 +45,4 @@ class Schedule(Policy):
 
         Work them out by hand, or take them from the paper: the law holds the code against them.
         """
-        raise unwritten(
-            cls, "example()", "return a schedule, and its factors at steps 0 to T of a run of T updates"
-        )
+        raise unwritten(cls, "example()", "return a schedule, and its factors at steps 0 to T of a run of T updates")
