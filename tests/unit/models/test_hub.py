@@ -26,7 +26,7 @@ from penstock.core.errors import DataError, ModelError, PenstockError, UsageErro
 from penstock.models import hub
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from transformers_peer import peer, published
+from penstock.testing.transformers_peer import peer, published
 
 SHAPE = DecoderConfig(vocabulary=31, hidden=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn=20, context=32)
 
