@@ -5,6 +5,7 @@ Bugs that its clauses are there to catch:
 - logits: a weight in another's place, or transposed; another norm, angle, window or activation than the family's; a
   default that transformers takes for a key that config.json leaves out.
 - round trip: a tensor that is lost, renamed or rounded on its way to disk; a key of config.json that changes.
+- reading: a switch of config.json that is read and cannot be written, so that a model that was loaded cannot be saved.
 - shapes: a model that the family cannot hold, and that is written nevertheless, as another model.
 """
 
@@ -56,6 +57,7 @@ def check(family: Family) -> None:
     with tempfile.TemporaryDirectory() as folder:
         check_logits(family, Path(folder) / "logits")
         check_round_trip(family, Path(folder) / "round")
+        check_reading(family)
         draw = numpy_generator(0, "testing/model.family")
         for number in range(40):
             check_shape(family, changes(draw), Path(folder) / f"shape-{number}")
@@ -96,6 +98,19 @@ def _plain(folder: Path) -> dict[str, str]:
     if not data.get("use_sliding_window", True):
         data.pop("max_window_layers", None)
     return {key: str(value) for key, value in data.items() if key not in ("_name_or_path", "transformers_version")}
+
+
+def check_reading(family: Family) -> None:
+    """What the family reads it can write, whichever switch of config.json is turned."""
+    hub: dict[str, Any] = AutoConfig.for_model(family.policy_name, **SHAPE).to_dict()
+    for key, value in hub.items():
+        if isinstance(value, bool):
+            try:
+                config = family.config_from_hub({**hub, key: not value})
+            except ModelError:
+                continue
+            lost = family.losses(config)
+            assert not lost, f"a folder with {key} = {not value} is read, and cannot be written for its {lost}"
 
 
 def changes(draw: np.random.Generator) -> dict[str, Any]:

@@ -104,7 +104,9 @@ def check_balance(router: Router) -> None:
     collapsed = row.expand(TOKENS, HIDDEN).clone().requires_grad_()
     before = loss(collapsed)
     assert before > 1, f"the loss for balance of a collapsed load is {before}"
-    (gradient,) = torch.autograd.grad(before, collapsed)
+    assert before.requires_grad, "the loss for balance has no gradient"
+    (gradient,) = torch.autograd.grad(before, collapsed, allow_unused=True)
+    assert gradient is not None, "the gradient of the loss for balance does not reach the router"
     assert loss(collapsed - 0.1 * gradient / gradient.abs().max()) < before, "the loss for balance rises"
 
 

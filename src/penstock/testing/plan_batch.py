@@ -61,8 +61,9 @@ def check_curve(advisor: BatchAdvisor, curve: Curve, slowest: float | None) -> N
             advisor.advise(curve, slowest)
         return
     advice = advisor.advise(curve, slowest)
-    assert advice.batch in allowed
-    assert advice.seconds == curve.seconds(advice.batch)
-    assert advice.throughput == advice.batch / advice.seconds
+    assert advice.batch in allowed, f"a batch of {advice.batch} is none of those that are allowed"
+    seconds = curve.seconds(advice.batch)
+    assert advice.seconds == seconds, f"a batch of {advice.batch} takes {seconds}, not {advice.seconds}"
+    assert advice.throughput == advice.batch / seconds, f"the throughput is not {advice.throughput}"
     ceiling = max(batch / curve.seconds(batch) for batch in allowed)
     assert math.isclose(advice.ceiling, ceiling, rel_tol=1e-9), f"the ceiling is {advice.ceiling}, not {ceiling}"

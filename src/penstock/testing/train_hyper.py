@@ -46,9 +46,12 @@ def check_scale(rule: HyperRule, scale: Scale) -> None:
     settings = rule.settings(scale)
     numbers = {"lr": settings.lr, "weight_decay": settings.weight_decay, **settings.findings}
     assert all(map(math.isfinite, numbers.values())), f"{scale} gets {numbers}"
-    assert settings.batch % scale.length == 0
-    assert scale.batch is None or abs(settings.batch - scale.batch) <= scale.length / 2
-    assert abs(settings.batch * settings.steps - scale.tokens) <= settings.batch
-    assert settings.schedule.warmup_steps < settings.steps
-    assert rebuilt(rule).settings(scale) == settings
-    assert rule.settings(scale.model_copy(update={"batch": settings.batch})) == settings
+    assert settings.batch % scale.length == 0, f"{settings.batch} tokens are no whole sequences of {scale.length}"
+    asked = scale.batch
+    assert asked is None or abs(settings.batch - asked) <= scale.length / 2, f"{asked} tokens become {settings.batch}"
+    spent = settings.batch * settings.steps
+    assert abs(spent - scale.tokens) <= settings.batch, f"{spent} tokens are spent of {scale.tokens}"
+    assert settings.schedule.warmup_steps < settings.steps, "the warm-up does not end within the run"
+    assert rebuilt(rule).settings(scale) == settings, "the settings depend on more than options and scale"
+    again = rule.settings(scale.model_copy(update={"batch": settings.batch}))
+    assert again == settings, f"asked for its own batch, the rule has {again} instead of {settings}"
