@@ -14,9 +14,7 @@ from planting import HERE, mutants
 from penstock.policy import index
 
 #: Contracts that have no mutants yet. This list only ever gets shorter.
-WITHOUT = {"attention.paged", "decode.rule", "serve.batching", "serve.loop"} | {
-    f"pipeline.{name}" for name in ("filler", "route", "schedule", "transform")
-}
+WITHOUT = {"attention.paged", "decode.rule", "serve.batching", "serve.loop"}
 
 CONTRACTS = sorted(index().contracts.keys() - WITHOUT)
 
