@@ -32,6 +32,9 @@ from typing import Any
 HERE = Path(__file__).parent
 PACKAGE = HERE.parents[1] / "src" / "penstock"
 
+#: Letters of a complaint that are passed on.
+LONGEST = 2000
+
 #: Seconds after which a law has not found its mutant.
 PATIENCE = 120.0
 
@@ -117,11 +120,11 @@ def tried(mutant: Mutant) -> dict[str, Any]:
     if child == 0:
         os.setpgid(0, 0)
         try:
-            said = verdict(mutant)
+            said = verdict(mutant)[:LONGEST]
             result = {"found": said} if said else {"missed": "the law finds nothing"}
         except BaseException as error:
-            result = {"missed": f"{type(error).__name__}: {error}"}
-        os.write(writer, json.dumps(result)[:60_000].encode())
+            result = {"missed": f"{type(error).__name__}: {error}"[:LONGEST]}
+        os.write(writer, json.dumps(result).encode())
         os._exit(0)
     os.close(writer)
     answered, _, _ = select.select([reader], [], [], PATIENCE)

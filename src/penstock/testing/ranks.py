@@ -39,9 +39,13 @@ def ranks(size: int, work: Callable[[World], Any]) -> list[dict[str, Any]]:
         os.close(writer)
         pipes.append(reader)
         children.append(child)
+    answers = []
+    for pipe in pipes:
+        with os.fdopen(pipe, "rb") as answer:
+            answers.append(answer.read())  # to its end, which is the process's
     for child in children:
         os.waitpid(child, 0)
-    return [json.loads(os.read(pipe, 1 << 20) or "{}") for pipe in pipes]
+    return [json.loads(answer or "{}") for answer in answers]
 
 
 def agreed(size: int, work: Callable[[World], Any]) -> list[Any]:
