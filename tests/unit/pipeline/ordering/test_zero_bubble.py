@@ -139,7 +139,7 @@ def test_more_memory_takes_no_more_time():
 
 
 def test_work_grows_with_the_tasks():
-    """Twice the devices, or four times the microbatches, are little more than that much work; the result stays good."""
+    """Twice the devices, or the microbatches, are little more than twice the work; the result stays good."""
     rng = random.Random(0)
     times = [tuple(rng.uniform(0.8, 1.2) for _ in range(16)) for _ in range(3)]
 
@@ -150,7 +150,7 @@ def test_work_grows_with_the_tasks():
     solve(problem(2, 2))  # imports
     few = lines(lambda: solve(problem(4, 64)))
     assert lines(lambda: solve(problem(8, 64))) < 3 * few
-    assert lines(lambda: solve(problem(4, 256))) < 6 * few
+    assert lines(lambda: solve(problem(4, 128))) < 3 * few
     assert solve(problem(16, 128)) < 1.03 * problem(16, 128).bound
 
 
