@@ -29,6 +29,7 @@ from penstock.ops.cross_entropy import IGNORE
 from penstock.parallel.world import World
 from penstock.train import checkpoint
 from penstock.train.config import TrainConfig
+from penstock.train.loads import Loads
 from penstock.train.machine import fast_precision, worth_compiling
 from penstock.train.pipelined import Pipeline
 from penstock.train.precision import Precision, Weights
@@ -128,6 +129,7 @@ class Trainer:
         self.optimizer = config.optim.build(self.weights.masters)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self._names = {id(parameter): name for name, parameter in self.weights.masters.items()}
+        self.loads = Loads(model)
         self.averages = [m.detach().clone() for m in self.masters] if config.average else []
         self.position = Position()
         if config.activation_checkpointing:
@@ -221,7 +223,9 @@ class Trainer:
         if self.pipeline:
             predicted /= self.pipeline.grid.devices  # all of which have counted the same batch
         predicted.clamp_(min=1)
+        self.loads.begin()
         total, norms = self._gradients(batch, length, predicted)
+        self.loads.end(self.world)
         if self.config.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.masters, self.config.clip, norms["grad_norm"])
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
@@ -469,6 +473,8 @@ class Trainer:
             tensors["average"] = dict(zip(self.weights.masters, self.averages, strict=True))
         if self.weights.separate:
             tensors["masters"] = dict(self.weights.masters)
+        if self.model.config.moe is not None:
+            tensors["loads"] = self.loads.tensors()
         if self.pipeline:
             tensors = {group: self.pipeline.collect(parts) for group, parts in tensors.items()}
         description = {"config": self.config.model_dump(mode="json"), "version": __version__}
@@ -495,6 +501,7 @@ class Trainer:
         if self.averages:
             for average, name in zip(self.averages, self.weights.masters, strict=True):
                 average.copy_(state.tensors["average"][name])
+        self.loads.restore(state.tensors.get("loads", {}))
         self.position = Position(**state.position)
         if folder.parent == self.checkpoints:
             self._saved = self.position.step

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
+
+from pydantic import Field
 
 from penstock.core.errors import DataError, UsageError
 from penstock.core.files import explain_os_errors
@@ -19,7 +22,7 @@ class Folder(Corpus):
     ``skip_binary`` is set. Line ends stay as they are.
     """
 
-    path: Path
+    path: Path = Field(examples=["texts"])
     patterns: tuple[str, ...] = ("**/*",)
     skip_binary: bool = False
 
@@ -41,6 +44,12 @@ class Folder(Corpus):
 
     def size(self) -> int:
         return sum(path.stat().st_size for path in self._files())
+
+    @classmethod
+    def example(cls, folder: Path, texts: Sequence[str]) -> Self:
+        for number, text in enumerate(texts):
+            (folder / f"{number:03}.txt").write_bytes(text.encode())
+        return cls(path=folder)
 
     def _files(self) -> list[Path]:
         if not self.path.is_dir():

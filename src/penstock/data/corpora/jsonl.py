@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import BinaryIO, ClassVar, Self
+
+from pydantic import Field
 
 from penstock.core.errors import DataError, nearest
 from penstock.core.files import explain_os_errors
@@ -24,7 +26,7 @@ class JsonLines(Corpus):
 
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".jsonl.gz")
 
-    path: Path
+    path: Path = Field(examples=["texts"])
     field: str = "text"
 
     def documents(self) -> Iterator[Document]:
@@ -40,6 +42,14 @@ class JsonLines(Corpus):
         files = source_files(self.path, self.suffixes)
         compressed = any(path.suffix == ".gz" for path in files)
         return None if compressed else sum(path.stat().st_size for path in files)
+
+    @classmethod
+    def example(cls, folder: Path, texts: Sequence[str]) -> Self:
+        lines = [json.dumps({"body": text, "text": "another"}).encode() + b"\n" for text in texts]
+        half = len(lines) // 2
+        (folder / "a.jsonl").write_bytes(b"\n".join(lines[:half]))
+        (folder / "b.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[half:])))
+        return cls(path=folder, field="body")
 
     def _text(self, line: bytes, where: str) -> str | None:
         try:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import effort
+from counted import lines
 from penstock.core.errors import UsageError
 from penstock.pipeline.ir.schedule import Kind, Schedule, ScheduleError, Task, looped
 from penstock.pipeline.schedules.contract import PipelineSchedule
@@ -191,12 +191,14 @@ def test_no_work_takes_no_time():
     assert (simulation.makespan, simulation.bubble_share, simulation.bubble_time) == (0, 0, 0)
 
 
-def _calls(microbatches: int, devices: int) -> int:
+def _work(microbatches: int, devices: int) -> int:
     schedule = build("interleaved_1f1b", devices, microbatches)
     costs = Costs.even(schedule)
-    return effort.calls(lambda: simulate(schedule, costs))
+    return lines(lambda: simulate(schedule, costs))
 
 
 def test_work_grows_linearly():
-    """Eight times the microbatches are at most nine times the work (quadratic would be 64)."""
-    assert _calls(256, 16) < 9 * _calls(32, 16)
+    """Eight times the microbatches, or the devices, are at most nine times the work (quadratic would be 64)."""
+    few = _work(16, 4)
+    assert _work(128, 4) < 9 * few
+    assert _work(128, 32) < 9 * _work(128, 4)
