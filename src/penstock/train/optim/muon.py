@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -33,7 +34,7 @@ class Muon(Optimizer):
     lr: PositiveFloat = 3e-3
     momentum: float = Field(0.95, ge=0, lt=1)
     iterations: PositiveInt = 5
-    precision: Literal[auto, fp32, bf16] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     adam_lr: PositiveFloat = 3e-3
     adam_weight_decay: NonNegativeFloat = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.95)
