@@ -7,7 +7,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from penstock.testing.enrolled import enrolled
-from penstock.testing.serve_batching import check_stall_free, machine_of
+from penstock.testing.serve_batching import (
+    check_no_starvation,
+    check_priority,
+    check_progress,
+    check_stall_free,
+    machine_of,
+)
 
 POLICIES = enrolled("serve.batching")
 
@@ -22,6 +28,13 @@ def play(name: str, examples: int, steps: int) -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_law_of_batching_holds(name):
     play(name, examples=12, steps=20)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_nobody_starves_and_the_urgent_go_first(name):
+    check_no_starvation(POLICIES[name])
+    check_priority(POLICIES[name])
+    check_progress(POLICIES[name])
 
 
 @pytest.mark.slow

@@ -1,28 +1,86 @@
-"""The law of ``decode.rule``."""
+"""The law of ``decode.rule``.
+
+What each clause is there to catch:
+
+- the limiting case is plain decoding: a rule that does something where it should do nothing, options that are ignored,
+  draws or scores of another row;
+- the neighbours' tokens stay, and a sequence's own do not depend on the batch: rows or companions that are mixed up,
+  scores that are changed in place, statistics over all rows instead of each;
+- one forward pass a token: a rule that computes more than its sequence and its companions;
+- the cost of choosing does not grow with the batch, see :func:`check_operations`: a rule that is asked row by row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from penstock.core.randomness import numpy_generator
 from penstock.models.decoder import Decoder
 from penstock.ops.paged.reference import Reference
 from penstock.serve.build import build_engine
+from penstock.serve.choose.sampler import Sampler
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.decode.contract import DecodeRule
 from penstock.serve.engine.engine import Engine
 from penstock.serve.engine.loops.overlapped import Overlapped
 from penstock.serve.messages import Request
+from penstock.serve.run.runner import Runner
 from penstock.testing.serve_model import SHAPE, small_model
 
 #: Tokens that each request of the suite asks for.
 LENGTH = 24
 
 
-def check_rule(rule: DecodeRule, limit: DecodeRule, options: dict[str, float]) -> None:
-    """Asserts the law: ``limit`` is the rule with the options that make it plain decoding, ``options`` are such of a
-    request that go with it."""
+def check(rule: DecodeRule) -> None:
+    """Asserts the law."""
+    check_tokens(rule)
+    check_operations(rule)
+
+
+def check_operations(rule: DecodeRule) -> None:
+    """Asserts that choosing calls PyTorch no more often for eight sequences than for two."""
+
+    def count(sequences: int) -> int:
+        options, engine = rule.limit().options, tiny_engine(small_model())
+        for number in range(sequences):
+            sampling = SamplingParams.model_validate({"max_tokens": 8, "seed": number, **options, "rule": rule})
+            engine.add(Request(str(number), [number, 1, 2], sampling))
+        runner = engine.executor
+        assert isinstance(runner, Runner)
+        for _ in range(4):
+            engine.step()
+        batch = engine.steps.form()
+        assert batch is not None
+        step = runner.plan(batch)
+        logits = torch.zeros(len(step.asked.slots), SHAPE.vocabulary)
+        operations = Operations()
+        with operations:
+            Sampler(16, SHAPE.vocabulary, logits.device).sample(logits, step.asked)
+        return operations.calls
+
+    assert count(8) <= count(2), "choosing costs more operations for more sequences"
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def check_tokens(rule: DecodeRule) -> None:
+    """Asserts what a rule does to tokens, its own and others'."""
+    limit, options = rule.limit().rule, rule.limit().options
     model, draw = small_model(), numpy_generator(0, "testing/prompts")
     prompts = [draw.integers(0, SHAPE.vocabulary, draw.integers(1, 12)).tolist() for _ in range(6)]
     plain = [SamplingParams.model_validate({"max_tokens": LENGTH, "seed": i, **options}) for i in range(len(prompts))]

@@ -19,8 +19,15 @@ import dataclasses
 import functools
 from typing import Any
 
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from penstock.core.errors import UsageError
 from penstock.core.events import Event
@@ -40,6 +47,7 @@ from penstock.speculate.contract import Drafter
 from penstock.testing.enrolled import enrolled
 from penstock.testing.reference import continued, prompt_logprobs
 from penstock.testing.serve_model import SHAPE, small_model
+from penstock.testing.serve_simulation import simulated_engine
 
 MOST, STOP = 16, 7
 
@@ -331,6 +339,74 @@ class EngineMachine(RuleBasedStateMachine):
         assert account.finish is reason
         if request.sampling.prompt_logprobs is not None and account.index == 0 and told:
             assert request.id in self.rated
+
+
+def check(batching: Batching, examples: int = 20, steps: int = 20) -> None:
+    """Asserts the law: the machine plays so many courses of events, the same each time."""
+    chosen = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        report_multiple_bugs=False,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(machine_of(batching), settings=chosen)
+    check_no_starvation(batching)
+    check_priority(batching)
+    check_progress(batching)
+
+
+def check_progress(batching: Batching) -> None:
+    """Asserts that once all run and decode, each of them gains a token in every step."""
+    config = EngineConfig(batching=batching, loop=Plain(), tokens=32, sequences=6, block_size=4, cache_tokens=400)
+    engine = simulated_engine(config)
+    for number in range(5):
+        sampling = SamplingParams(temperature=0, max_tokens=30)
+        engine.add(Request(str(number), numbers(f"progress {number}", 6), sampling))
+    steady = 0
+    while engine.busy:
+        running = [each.request.id for each in engine.memory.running if each.decoding]
+        gained = {delta.id for delta in engine.step()}
+        if len(running) == 5:
+            steady += 1
+            assert gained == set(running), "one who could go on gained nothing"
+    assert steady > 10
+
+
+def check_no_starvation(batching: Batching) -> None:
+    """Asserts that those who came first are done in time although more come at each step than can be served."""
+    engine, done = _small_engine(batching), set()
+    for step in range(400):
+        engine.add(Request(str(step), numbers(f"starving {step}", 5), SamplingParams(temperature=0, max_tokens=4)))
+        done |= {int(delta.id) for delta in engine.step() if delta.finish is not None}
+        if step >= 60:
+            assert set(range((step - 60) // 20)) <= done, "one who came early still waits"
+
+
+def check_priority(batching: Batching) -> None:
+    """Asserts that of those who wait, the urgent go in first."""
+    engine = _small_engine(batching)
+    for number in range(2):
+        engine.add(Request(f"runs {number}", [1, 2], SamplingParams(temperature=0, max_tokens=12)))
+    engine.step()
+    for number in range(6):
+        urgent = number % 2
+        sampling = SamplingParams(temperature=0, max_tokens=4)
+        engine.add(Request(str(number), numbers(f"urgent {number}", 5), sampling, priority=1 - urgent))
+    while engine.busy:
+        engine.step()
+    order = [event.id for event in engine.events.fresh() if event.kind == "admitted" and not event.id.startswith("r")]
+    assert sorted(order[:3]) == ["1", "3", "5"], f"admitted in the order {order}"
+
+
+def _small_engine(batching: Batching) -> Engine:
+    """One that computes nothing, for two sequences at a time."""
+    return simulated_engine(
+        EngineConfig(batching=batching, loop=Plain(), tokens=16, sequences=2, block_size=4, cache_tokens=400)
+    )
 
 
 def machine_of(batching: Batching) -> type[EngineMachine]:

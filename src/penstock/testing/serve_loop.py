@@ -1,4 +1,11 @@
-"""The law of ``serve.loop``."""
+"""The law of ``serve.loop``.
+
+What each clause is there to catch:
+
+- every batch is launched and published once, in order: one that is forgotten, published twice, or too early;
+- ``idle`` and ``drain`` tell the truth: an engine that comes to rest with tokens unsaid, or waits for ever;
+- the plain loop's tokens: a step that is formed before what it needs is known.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +20,7 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.loops.contract import Loop
+from penstock.serve.engine.loops.plain import Plain
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.testing.serve_batching import PREFIXES
 from penstock.testing.serve_model import SHAPE, small_model
@@ -57,6 +65,16 @@ class ScriptedSteps:
     def queued(self) -> int:
         """Batches that are launched and not published."""
         return len(self._launched) - len(self.published)
+
+
+def check(loop: Loop) -> None:
+    """Asserts the law."""
+    for seed in range(12):
+        draw = numpy_generator(seed, "testing/loop/order")
+        batches = draw.integers(2, size=draw.integers(13)).astype(bool).tolist()
+        check_order(loop, batches, frozenset(draw.integers(24, size=draw.integers(6)).tolist()))
+    for seed in range(2):
+        assert outcomes(loop, seed) == outcomes(Plain(), seed), "tokens differ from those of the plain loop"
 
 
 def check_order(loop: Loop, batches: list[bool], drains: frozenset[int] = frozenset()) -> None:

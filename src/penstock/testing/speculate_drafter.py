@@ -38,6 +38,13 @@ TABLE = ((1, 5, 1, 1), (1, 0, 6, 1), (5, 1, 1, 1), (2, 2, 2, 2))
 EIGHTHS = 8
 
 
+def check(drafter: Drafter) -> None:
+    """Asserts the law."""
+    check_proposals(drafter, seed=0)
+    check_distribution(drafter)
+    check_engine(drafter)
+
+
 def check_distribution(drafter: Drafter, length: int = 3) -> None:
     """Asserts that the first ``length`` tokens have exactly the model's distribution, over all draws."""
     prompt = [0, 1, 2, 0, 1, 2, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar, Self, TypeVar
 
@@ -10,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from penstock.models.sampling import Sampling
-from penstock.policy import Policy, contract
+from penstock.policy import Policy, contract, unwritten
 
 #: Tokens as the wire and the device hold them.
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -18,20 +19,36 @@ Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 S = TypeVar("S", bound=Sampling)
 
 
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """A limiting case: the ``rule`` with options that make it plain decoding, and ``options`` of requests that go with
+    it."""
+
+    rule: DecodeRule
+    options: dict[str, float]
+
+
 @contract(
     "decode.rule",
-    law="in its limiting case, token for token what plain decoding gives; a sequence's tokens do not depend on what "
-    "else is in the batch; one forward pass a token",
+    law="in the limiting case that the policy gives, token for token what plain decoding gives; a sequence's tokens do "
+    "not depend on what else is in the batch; one forward pass a token; choosing takes no more operations for more "
+    "sequences",
 )
 class DecodeRule(Policy):
     """Changes sequences' scores, or how tokens are drawn from them, at each position.
 
-    A rule has no state: what it needs to know are the tokens so far, or what the model says after other prompts. It is
-    asked once a step for all sequences whose rules are computed alike.
+    A policy gives :meth:`limit` for its law, and of the other methods those that it needs. A rule has no state: what it
+    needs to know are the tokens so far, or what the model says after other prompts. It is asked once a step for all
+    sequences whose rules are computed alike.
     """
 
     #: Whether :meth:`rescore` is called. Each token must be known to the host then before the next one is chosen.
     follows: ClassVar[bool] = False
+
+    @classmethod
+    def limit(cls) -> Limit:
+        """The case in which the rule is plain decoding."""
+        raise unwritten(cls, "limit()", "return Limit(cls(...), {...}) with options under which it changes nothing")
 
     @property
     def companions(self) -> tuple[tuple[int, ...], ...]:

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from penstock.policy import policy
-from penstock.serve.decode.contract import DecodeRule, S
+from penstock.serve.decode.contract import DecodeRule, Limit, S
 
 
 @policy("decode.rule", "fire", papers=[186])
@@ -27,6 +27,10 @@ class Fire(DecodeRule):
 
     temperature: Annotated[float, Field(gt=0, le=100)] = 30.0
     top_k: Annotated[int, Field(ge=1, lt=1 << 31)] | None = 16
+
+    @classmethod
+    def limit(cls) -> Limit:
+        return Limit(cls(temperature=0.8, top_k=None), {"temperature": 0.8, "top_p": 0.9})
 
     def options(self, sampling: S, count: int) -> S:
         if count:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from penstock.models.sampling import Sampling
 from penstock.policy import policy
-from penstock.serve.decode.contract import DecodeRule
+from penstock.serve.decode.contract import DecodeRule, Limit
 
 
 @policy("decode.rule", "momentum", papers=[58])
@@ -53,6 +53,10 @@ class Momentum(DecodeRule):
         if list(self.resistance) != sorted(self.resistance):
             raise ValueError("the resistance must not fall with the depth")
         return self
+
+    @classmethod
+    def limit(cls) -> Limit:
+        return Limit(cls(alpha=0.0), {"temperature": 0.0})
 
     def refuses(self, sampling: Sampling) -> str | None:
         if sampling.temperature > 0:

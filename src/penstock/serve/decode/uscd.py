@@ -11,7 +11,7 @@ from torch import Tensor
 
 from penstock.core.errors import UsageError
 from penstock.policy import policy
-from penstock.serve.decode.contract import DecodeRule, Token
+from penstock.serve.decode.contract import DecodeRule, Limit, Token
 
 
 @policy("decode.rule", "uscd", papers=[174])
@@ -41,6 +41,10 @@ class UncertaintyAwareContrast(DecodeRule):
     weight: Annotated[float, Field(ge=0, lt=100)] = 0.7
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.9
     floor: Annotated[float, Field(ge=0)] = 1.0
+
+    @classmethod
+    def limit(cls) -> Limit:
+        return Limit(cls(prompt=(3, 1, 2), threshold=0), {"temperature": 0.7, "top_k": 9})
 
     @property
     def companions(self) -> tuple[tuple[int, ...], ...]:
