@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +21,8 @@ SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 #: The longest vector of any processor, in bytes: the kernel reads so far past the end of a row.
 PADDING = 64
 
-#: Stands for no window.
-UNBOUNDED = 2**31 - 1
+#: Stands for no window; the kernel adds places to it and takes them away, in 32 bits.
+UNBOUNDED = 2**30
 
 
 class _Memory(ctypes.Structure):
@@ -34,6 +35,7 @@ class _Memory(ctypes.Structure):
 class _Batch(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("starts", "lengths", "tables", "slots")),
+        *((name, ctypes.c_void_p) for name in ("positions", "before", "offsets", "seen")),
         *((name, ctypes.c_int64) for name in ("sequences", "table_width", "threads")),
     ]
 
@@ -69,9 +71,10 @@ class NativeCache(PagedCache):
         """Raises:
         IndexError: a block or slot of the batch lies outside the memory, or the batch contradicts itself.
         """
-        self._batch = batch  # keeps the tensors alive whose addresses follow
+        self._batch, self._masks = batch, _masks(batch)  # keeps alive what has the addresses that follow
         places = (tensor.data_ptr() for tensor in (batch.starts, batch.lengths, batch.tables, batch.slots))
-        self._planned = _Batch(*places, *batch.tables.shape, torch.get_num_threads())
+        masks = (array.ctypes.data for array in self._masks) if self._masks else (None,) * 4
+        self._planned = _Batch(*places, *masks, *batch.tables.shape, torch.get_num_threads())
         self._query_shape = (len(batch.slots), self.shape.heads, self.shape.head_dim)
         self._key_shape = (len(batch.slots), self.shape.kv_heads, self.shape.head_dim)
         self._tokens = _Tokens()
@@ -97,6 +100,27 @@ class NativeCache(PagedCache):
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
         self._memory[:, targets] = self._memory[:, sources]
+
+    def move(self, sources: list[int], targets: list[int]) -> None:
+        keys, values = self._memory.unflatten(2, (self.shape.kv_heads, 2, -1)).unbind(3)
+        keys = keys.unflatten(3, (self.shape.head_dim, self.shape.block_size))
+        values = values.unflatten(3, (self.shape.block_size, self.shape.head_dim))
+        (block, place), (to_block, to_place) = (
+            map(torch.from_numpy, np.divmod(np.array(slots, np.int64), self.shape.block_size))
+            for slots in (sources, targets)
+        )
+        keys[:, to_block, :, :, to_place] = keys[:, block, :, :, place]
+        values[:, to_block, :, to_place] = values[:, block, :, place]
+
+
+def _masks(batch: PagedBatch) -> tuple[np.ndarray, ...]:
+    """What the kernel takes of masks; nothing where there are none."""
+    masks = batch.masks
+    if masks is None:
+        return ()
+    before, offsets = batch.lengths.numpy().astype(np.int64), np.zeros(len(batch.lengths), np.int64)
+    before[masks.sequences], offsets[masks.sequences] = masks.before, masks.offsets[:-1]
+    return masks.positions, before, offsets, masks.seen
 
 
 @policy("attention.paged", "cpu", papers=[441])
