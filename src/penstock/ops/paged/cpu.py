@@ -36,7 +36,7 @@ class _Batch(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("starts", "lengths", "tables", "slots")),
         *((name, ctypes.c_void_p) for name in ("positions", "before", "offsets", "seen")),
-        *((name, ctypes.c_int64) for name in ("sequences", "table_width", "threads")),
+        *((name, ctypes.c_int64) for name in ("sequences", "table_width", "threads", "whole_tiles")),
     ]
 
 
@@ -49,10 +49,16 @@ class _Tokens(ctypes.Structure):
 
 class NativeCache(PagedCache):
     """Keys and values as [layers, blocks, K, 2, block_size * D]: a head's keys transposed, [D, block_size], and its
-    values, [block_size, D], so that the kernel fetches both in one piece and needs no sums across vector lanes."""
+    values, [block_size, D], so that the kernel fetches both in one piece and needs no sums across vector lanes.
 
-    def __init__(self, shape: CacheShape) -> None:
+    Args:
+        whole_tiles: no tile of work is cut between threads. It does not matter to a row's bits then what else there is
+            to compute.
+    """
+
+    def __init__(self, shape: CacheShape, whole_tiles: bool = False) -> None:
         super().__init__(shape)
+        self._whole_tiles = whole_tiles
         per_block = shape.block_bytes // shape.layers // shape.dtype.itemsize
         count = shape.layers * shape.blocks * per_block
         padded = torch.zeros(count + PADDING // shape.dtype.itemsize, dtype=shape.dtype)
@@ -74,7 +80,7 @@ class NativeCache(PagedCache):
         self._batch, self._masks = batch, _masks(batch)  # keeps alive what has the addresses that follow
         places = (tensor.data_ptr() for tensor in (batch.starts, batch.lengths, batch.tables, batch.slots))
         masks = (array.ctypes.data for array in self._masks) if self._masks else (None,) * 4
-        self._planned = _Batch(*places, *masks, *batch.tables.shape, torch.get_num_threads())
+        self._planned = _Batch(*places, *masks, *batch.tables.shape, torch.get_num_threads(), self._whole_tiles)
         self._query_shape = (len(batch.slots), self.shape.heads, self.shape.head_dim)
         self._key_shape = (len(batch.slots), self.shape.kv_heads, self.shape.head_dim)
         self._tokens = _Tokens()

@@ -9,6 +9,10 @@
 // Rows are ordered by token, and within a token by head. All work is laid end to end, tile after tile, in units of a
 // tile's rows times a chunk of keys, and dealt to the threads in equal shares, whatever tiles the cuts go through
 // (stream-K). A tile that was cut is put together from its parts by the first thread that had one.
+//
+// Where no tile is cut, each row's bits depend on its own keys and values alone: chunks begin at the same places for all
+// rows, every sum over a row's numbers is in the same order however many rows are computed together, and keys that a row
+// does not see add exactly nothing.
 
 #include <omp.h>
 
@@ -131,32 +135,22 @@ template <class T, int R, int N>
 void multiply(const sum_t<T> *a, long a_row, const T *const *b, const T *const *ahead, long b_row, int depth,
               sum_t<T> *c, long c_row, bool add) {
     using A = sum_t<T>;
-    constexpr int UNROLL = std::max(1, 8 / (R * N));  // enough sums at a time to hide how long an addition takes
-    vector<A> sums[UNROLL][R][N] = {};
-    auto step = [&](int i, auto &into) __attribute__((always_inline)) {
+    vector<A> sums[R][N] = {};
+    for (int i = 0; i < depth; ++i) {
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
             __builtin_prefetch(ahead[n] + i * b_row, 0, 2);
             const vector<A> row = load(b[n] + i * b_row);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) into[r][n] += a[r * a_row + i] * row;
+            for (int r = 0; r < R; ++r) sums[r][n] += a[r * a_row + i] * row;
         }
-    };
-    int i = 0;
-    for (; i + UNROLL <= depth; i += UNROLL) {
-#pragma GCC unroll 8
-        for (int u = 0; u < UNROLL; ++u) step(i + u, sums[u]);
     }
-    for (; i < depth; ++i) step(i, sums[0]);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
             A *to = c + r * c_row + n * WIDTH<A>;
-            vector<A> total = add ? load(to) : vector<A>{};
-#pragma GCC unroll 8
-            for (int u = 0; u < UNROLL; ++u) total += sums[u][r][n];
-            store(to, total);
+            store(to, add ? load(to) + sums[r][n] : sums[r][n]);
         }
     }
 }
@@ -186,7 +180,7 @@ struct Batch {  // as in PagedBatch
     // are before its mask (all of them, where it has none), where the mask's rows begin, and all those rows.
     const int64_t *positions, *before, *offsets;
     const uint8_t *seen;
-    int64_t sequences, table_width, threads;
+    int64_t sequences, table_width, threads, whole_tiles;
 };
 
 struct Tokens {  // the numbers of a head are contiguous; tokens and heads are so many numbers apart
@@ -337,7 +331,7 @@ template <class T> struct Attention {
                 int low = low_of(tile, 0);
                 if (tile.masked())
                     for (int t = 1; t < tokens; ++t) low = std::min(low, low_of(tile, t));
-                tile.first_vector = vector_of(std::max(0, low));
+                tile.first_vector = vector_of(std::max(0, low)) / CHUNK * CHUNK;
                 tile.last_vector = vector_of(high_of(tile, tokens - 1) - 1);
                 tile.chunks = (tile.last_vector - tile.first_vector) / CHUNK + 1;
                 const int64_t unit = UNIT_ROWS + tile.tokens * groups;
@@ -352,6 +346,7 @@ template <class T> struct Attention {
         worker.has_begun = worker.has_cut = false;
         each_tile([&](const Tile &tile, int64_t begin, int64_t unit) {
             auto units_before = [&](int64_t end) {
+                if (batch.whole_tiles) return end <= begin ? 0 : tile.chunks;
                 return int(std::clamp<int64_t>((end - begin + unit - 1) / unit, 0, tile.chunks));
             };
             const int first = from <= begin ? 0 : units_before(from), last = to <= begin ? 0 : units_before(to);
