@@ -41,6 +41,19 @@ def test_rows_of_a_product_have_the_same_bits_in_any_number(dtype: torch.dtype, 
     assert torch.equal(invariant_linear(x.flip(0), weight, bias).flip(0), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_tiles_agree_on_every_bit(dtype: torch.dtype, scale: float) -> None:
+    """Large and small numbers in one sum, and rows at every place of a tile."""
+    from penstock.ops.invariant_kernel import MANY, NARROW, WIDE, multiply
+
+    x, weight = normal(256, 3000, dtype=dtype), normal(512, 3000, dtype=dtype, seed=1)
+    x = (x.float().sinh() * scale / 10).to(dtype)
+    found = [multiply(x, weight, None, None, tile) for tile in (NARROW, WIDE, MANY)]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def test_rows_of_a_grouped_product_are_those_of_products() -> None:
     sizes = [64, 0, 40, 1, 0, 200, 3, 0]
     x, weight = normal(sum(sizes), 256, dtype=torch.bfloat16), normal(8, 96, 256, dtype=torch.bfloat16, seed=1)

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Rows, columns and depth of a product's tile, the same for every number of rows: the bits of a row depend on it.
-ROWS, COLUMNS, DEPTH = 64, 64, 64
+class Tile(NamedTuple):
+    """What a program of a product works on: rows and columns of the result, and how much of each sum at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+#: For up to so many rows, where it matters how fast the weight is read, of a narrow weight and of a wide one; and for
+#: more. Measured on an H200. Matrix units add up in the same order in all of them, which is checked on each device.
+NARROW, WIDE, MANY = Tile(64, 32, 128, 4, 5), Tile(64, 64, 128, 4, 4), Tile(128, 128, 64, 8, 3)
+
+#: For float32, which no matrix unit multiplies exactly.
+EXACT = Tile(64, 64, 32, 4, 2)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -53,14 +70,43 @@ def product_kernel(  # type: ignore[no-untyped-def]
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor | None = None) -> Tensor:
     """[N, M] from ``x`` [N, K] and ``weight`` [M, K], or [G, M, K] with the ``ends`` int32 [G] of the groups of rows,
     and ``bias`` [M]; all contiguous."""
+    return multiply(x, weight, bias, ends, _tile(x, weight, 1 if ends is None else len(ends)))
+
+
+def _tile(x: Tensor, weight: Tensor, groups: int) -> Tile:
+    if x.dtype.itemsize > 2:
+        return EXACT
+    if not tiles_agree(x.device, x.dtype):
+        return WIDE
+    if x.shape[0] > NARROW.rows * groups:
+        return MANY
+    return NARROW if weight.shape[-2] <= NARROW.columns * _processors(x.device) else WIDE
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+@functools.cache
+def tiles_agree(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product has the same bits by all tiles: their choice may depend on the number of rows then."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(count, 5000, generator=draw).to(device, dtype) for count in (200, 400))
+    found = [multiply(x, weight, None, None, tile) for tile in (NARROW, WIDE, MANY)]
+    return all(torch.equal(found[0], other) for other in found[1:])
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor | None, tile: Tile) -> Tensor:
+    """:func:`product` by such tiles."""
     (count, size), height = x.shape, weight.shape[-2]
     groups = 0 if ends is None else len(ends)
     out = torch.empty((count, height), dtype=x.dtype, device=x.device)
-    narrow = x.dtype.itemsize < 4
-    product_kernel[(triton.cdiv(count, ROWS) + groups, triton.cdiv(height, COLUMNS))](
+    product_kernel[(triton.cdiv(count, tile.rows) + groups, triton.cdiv(height, tile.columns))](
         x, weight, x if bias is None else bias, out, x if ends is None else ends, count, height, size,
-        ROWS, COLUMNS, DEPTH if narrow else DEPTH // 2, groups, triton.next_power_of_2(groups) if groups else 1,
-        bias is not None, num_warps=4, num_stages=4 if narrow else 2,
+        tile.rows, tile.columns, tile.depth, groups, triton.next_power_of_2(groups) if groups else 1, bias is not None,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 

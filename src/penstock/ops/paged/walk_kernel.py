@@ -76,11 +76,12 @@ def walk_kernel(  # type: ignore[no-untyped-def]
             scores = tl.dot(q, k, input_precision="ieee") * scale
             visible = (other[None, :] < end[:, None]) & (other[None, :] >= low[:, None])
             if masked:
-                both = (here >= before)[:, None] & (other >= before)[None, :] & visible
-                cell = offset + (here - before)[:, None] * (length - before) + (other - before)[None, :]
-                their = tl.load(positions + token + other - place, known & (other >= before), 0)
-                near = tl.abs(position[:, None] - their[None, :]) < window
-                visible = visible & (~both | (near & (tl.load(seen + cell, both, 0) != 0)))
+                if begin + keys > before:
+                    both = (here >= before)[:, None] & (other >= before)[None, :] & visible
+                    cell = offset + (here - before)[:, None] * (length - before) + (other - before)[None, :]
+                    their = tl.load(positions + token + other - place, known & (other >= before), 0)
+                    near = tl.abs(position[:, None] - their[None, :]) < window
+                    visible = visible & (~both | (near & (tl.load(seen + cell, both, 0) != 0)))
             scores = tl.where(visible, scores, float("-inf"))
             new = tl.maximum(top, tl.max(scores, 1))
             base = tl.where(new == float("-inf"), 0.0, new)
