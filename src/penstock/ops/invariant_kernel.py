@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+
 class Tile(NamedTuple):
     """What a program of a product works on: rows and columns of the result, and how much of each sum at a time."""
 

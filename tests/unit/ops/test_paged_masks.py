@@ -17,7 +17,9 @@ def batch(counts, cached, parents=None, opened=None) -> PagedBatch:
     starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
     lengths = torch.tensor([new + old for new, old in zip(counts, cached, strict=True)], dtype=torch.int32)
     given_ = (None if each is None else torch.tensor(each, dtype=torch.int32) for each in (parents, opened))
-    return PagedBatch(starts, lengths, torch.zeros(len(counts), 1, dtype=torch.int32), torch.zeros(sum(counts)), *given_)
+    return PagedBatch(
+        starts, lengths, torch.zeros(len(counts), 1, dtype=torch.int32), torch.zeros(sum(counts)), *given_
+    )
 
 
 @st.composite

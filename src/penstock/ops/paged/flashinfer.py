@@ -25,6 +25,7 @@ WORKSPACE = 256 * 2**20
 #: Head sizes that the kernels are built for.
 HEAD_DIMS = (64, 128, 256)
 
+
 class Section(NamedTuple):
     """Rows of a flat batch that one kernel attends for, by their numbers where they are not neighbours: its wrapper for
     each window, and whether that is FlashInfer's for decodes."""

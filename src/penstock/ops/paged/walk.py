@@ -161,7 +161,9 @@ def _tiles(batch: PagedBatch, sequences: np.ndarray, per_tile: int, masks: Masks
     return np.stack([owner, token, tokens, place, lengths[owner], before[owner], offsets[owner]], 1)
 
 
-def _items(tiles: np.ndarray, each: np.ndarray, pieces: np.ndarray, even: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def _items(
+    tiles: np.ndarray, each: np.ndarray, pieces: np.ndarray, even: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """The items and the shared tiles of a walk where tile i has ``each[i]`` items: all its ``pieces`` in one, or one
     for each. ``even`` shares those of a single piece too."""
     owner = np.repeat(np.arange(len(tiles)), each)

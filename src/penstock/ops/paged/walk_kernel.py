@@ -75,7 +75,7 @@ def walk_kernel(  # type: ignore[no-untyped-def]
             k = tl.load(source[None, :] + lane[:, None], known[None, :] & (lane < dim)[:, None], 0.0)
             scores = tl.dot(q, k, input_precision="ieee") * scale
             visible = (other[None, :] < end[:, None]) & (other[None, :] >= low[:, None])
-            if masked:
+            if masked:  # noqa: SIM102 (known when the kernel is compiled)
                 if begin + keys > before:
                     both = (here >= before)[:, None] & (other >= before)[None, :] & visible
                     cell = offset + (here - before)[:, None] * (length - before) + (other - before)[None, :]
