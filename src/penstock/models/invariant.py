@@ -26,13 +26,12 @@ def make_invariant(model: Decoder) -> Decoder:
     it; returns the model itself, whose modules keep their weights.
 
     Promised, for inference in eager mode (or in CUDA graphs of it, but not after ``torch.compile``), with the attention
-    ``attention.paged/invariant`` and the same dtype, device and versions of software: the logits after a token depend on
-    the tokens before it alone. Not on what else is in the batch, on how a prompt was cut into chunks, on whether keys
-    and values were computed in a prompt or while decoding, now, for another request or once more after a preemption;
-    nor, on CPUs, on the number of threads.
+    ``attention.paged/invariant`` and the same dtype, device and versions of software: the logits after a token depend
+    on the tokens before it alone. Not on what else is in the batch, on how a prompt was cut into chunks, on whether
+    keys and values were computed in a prompt or while decoding, now, for another request or once more after a
+    preemption; nor, on CPUs, on the number of threads.
 
-    It costs the choice of the fastest kernel for each number of rows; docs/benchmarks.md has the figures. There are no
-    gradients.
+    It costs the choice of the fastest kernel for each number of rows. There are no gradients.
     """
     for module in model.modules():
         kind = KINDS.get(type(module))

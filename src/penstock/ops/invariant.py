@@ -75,7 +75,7 @@ def in_pieces(function: Callable[..., tuple[Tensor, ...]], *rows: Tensor, size: 
     up with zeros: however many rows there are, it sees tensors of one shape. For what libraries compute row by row.
 
     With pieces of 64 rows all numbers of elementwise operations are in whole vectors on CPUs, as long as a piece has
-    less than 2**15 numbers, beyond which threads share it; with pieces of one row nothing matters at all."""
+    less than 2**15 numbers, beyond which threads share it; with pieces of one row only the number of threads may matter."""
     count = len(rows[0])
     full = [torch.cat([x, x.new_zeros(-count % size, *x.shape[1:])]).split(size) for x in rows]
     done = [function(*pieces) for pieces in zip(*full, strict=True)]

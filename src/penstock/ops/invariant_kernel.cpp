@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 namespace {
@@ -211,16 +212,16 @@ void norm(const T *x, int64_t step, const T *weight, T *out, int64_t rows, int64
     }
 }
 
-// e to the power of x, of all lanes by the same instructions. The polynomial, for |f| <= 1/2, is a Chebyshev fit of the
+// e to the power of x, of all lanes by the same instructions; infinite from 2^127 on. The polynomial, for |f| <= 1/2, is a Chebyshev fit of the
 // power of two, whose own error is 5e-9.
 inline vector<float> exponential(vector<float> x) {
     typedef Traits<float>::integers integers;
     const vector<float> low = vector<float>{} - 126.0f, high = vector<float>{} + 127.0f;
-    // In two steps: the exponent is large where the rounding of the product would show.
     const vector<float> y = x * 1.44269504f;
     const float magic = 12582912;  // 1.5 * 2^23: when it is added, the nearest integer is left in the low bits
     const vector<float> bounded = y < low ? low : y > high ? high : y, shifted = bounded + magic;
     const vector<float> whole = shifted - magic;
+    // In two steps: where the exponent is large, the rounding of one product would show.
     vector<float> f = (x - whole * 0.693145752f) - whole * 1.42860677e-6f;
     f = y < low || y > high ? vector<float>{} : f * 1.44269504f;
     vector<float> p = f * 1.54614478e-4f + 1.33908668e-3f;
@@ -231,6 +232,7 @@ inline vector<float> exponential(vector<float> x) {
     p = p * f + 1.0f;
     const integers exponent = reinterpret_cast<integers>(shifted) - (0x4b400000 - 127);
     p = p * reinterpret_cast<vector<float>>(exponent << 23);
+    p = y > high ? vector<float>{} + std::numeric_limits<float>::infinity() : p;
     return x == x ? p : x;
 }
 inline vector<double> exponential(vector<double> x) {

@@ -36,8 +36,8 @@ def product_kernel(  # type: ignore[no-untyped-def]
     groups: tl.constexpr, groups_padded: tl.constexpr, biased: tl.constexpr,
 ):  # fmt: skip
     """out [count, height] = x [count, size] times the transpose of weight [height, size]; or, of several ``groups``,
-    the rows up to ends[g] times that of weight[g]. One program for a tile of the result; sums go over ``size`` in order.
-    Programs beside each other have the same part of the weight."""
+    the rows up to ends[g] times that of weight[g]. One program for a tile of the result; sums go over ``size`` in
+    order. Programs beside each other have the same part of the weight."""
     tile, column = tl.program_id(0), tl.program_id(1) * columns + tl.arange(0, columns)
     if groups:
         group = tl.arange(0, groups_padded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +68,8 @@ class Invariant(PagedAttention):
     the native kernel, which here cuts no tile between threads; on CUDA devices a kernel of our own, for bf16, fp16 and
     fp32, with tiles and pieces of fixed size. One long sequence on many cores has no more threads than key heads then.
     """
+
+    rank: ClassVar[int] = 5
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type == "cpu":

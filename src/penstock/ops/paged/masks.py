@@ -96,7 +96,7 @@ def _check(
     wrong = np.flatnonzero((opened < 0) | (opened > counts))
     if wrong.size:
         raise ValueError(f"sequence {wrong[0]} has {counts[wrong[0]]} new tokens, and {opened[wrong[0]]} of them open")
-    branching = parents != places - 1
+    branching: np.ndarray = parents != places - 1
     both = np.flatnonzero(branching & (opened[owner] > 1))
     if both.size:
         raise ValueError(f"sequence {owner[both[0]]} has both a tree and open tokens")

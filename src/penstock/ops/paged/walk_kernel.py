@@ -13,7 +13,7 @@ ROWS, KEYS, PIECE = 64, 64, 1024
 FIELDS = 10
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def merged(top, weight, total, other_top, other_weight, other_total):  # type: ignore[no-untyped-def]
     """Softmax over two disjoint sets of keys, from its state over each. A set without keys changes nothing at all."""
     new = tl.maximum(top, other_top)
