@@ -120,7 +120,7 @@ class MixtureOfExperts(nn.Module):
         # Each token gathers what its experts gave, and adds it up in the router's order: the same sum every time, which
         # adding to the tokens from the experts' side is not on CUDA.
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        own = found[back].unflatten(0, routing.experts.shape)
+        own = found[back].view(*routing.experts.shape, -1)
         out = (own * routing.weights.unsqueeze(-1).to(flat.dtype)).sum(1)
         if self.shared is not None:
             extra = self.shared(flat)

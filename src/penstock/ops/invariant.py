@@ -24,8 +24,11 @@ from penstock.ops import native
 SOURCE = Path(__file__).with_name("invariant_kernel.cpp")
 
 _library = Library("penstock", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("invariant_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? ends) -> Tensor")  # type: ignore[no-untyped-call]
-_library.define("invariant_norm(Tensor x, Tensor weight, float eps) -> Tensor")  # type: ignore[no-untyped-call]
+for _schema in (
+    "invariant_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? ends) -> Tensor",
+    "invariant_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+):
+    _library.define(_schema)  # type: ignore[no-untyped-call]
 
 
 def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -75,9 +78,12 @@ def in_pieces(function: Callable[..., tuple[Tensor, ...]], *rows: Tensor, size: 
     up with zeros: however many rows there are, it sees tensors of one shape. For what libraries compute row by row.
 
     With pieces of 64 rows all numbers of elementwise operations are in whole vectors on CPUs, as long as a piece has
-    less than 2**15 numbers, beyond which threads share it; with pieces of one row only the number of threads may matter."""
+    less than 2**15 numbers, beyond which threads share it; with pieces of one row only the number of threads may
+    matter.
+    """
     count = len(rows[0])
-    full = [torch.cat([x, x.new_zeros(-count % size, *x.shape[1:])]).split(size) for x in rows]
+    padded = (torch.cat([x, x.new_zeros(-count % size, *x.shape[1:])]) for x in rows)
+    full = [torch.split(x, size) for x in padded]
     done = [function(*pieces) for pieces in zip(*full, strict=True)]
     return tuple(torch.cat(parts)[:count] for parts in zip(*done, strict=True))
 
@@ -119,14 +125,16 @@ _library.impl("invariant_norm", _norm_cpu, "CPU")  # type: ignore[no-untyped-cal
 _library.impl("invariant_norm", _norm_cuda, "CUDA")  # type: ignore[no-untyped-call]
 
 
-@register_fake("penstock::invariant_linear", lib=_library)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor | None) -> Tensor:
+def _linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[-2])
 
 
-@register_fake("penstock::invariant_norm", lib=_library)
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _norm_shape(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
+
+
+register_fake("penstock::invariant_linear", _linear_shape, lib=_library)
+register_fake("penstock::invariant_norm", _norm_shape, lib=_library)
 
 
 @functools.cache

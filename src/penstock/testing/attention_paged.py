@@ -199,7 +199,13 @@ class Scene:
             got = self._cache.attend(layer, query, key, value, scale=scale, window=window)
             assert got.shape == query.shape and got.dtype == query.dtype
             wanted = [
-                attention(own, *member.record[layer], sees(member.length, len(own), mask, window), scale=scale)
+                attention(
+                    own,
+                    member.record[layer, 0],
+                    member.record[layer, 1],
+                    sees(member.length, len(own), mask, window),
+                    scale=scale,
+                )
                 for own, member, mask in zip(torch.split(query.double().cpu(), counts), members, own_masks, strict=True)
             ]
             where = f"layer {layer}, (length before, new tokens) = {lengths}, masks = {own_masks}"

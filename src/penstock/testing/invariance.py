@@ -73,6 +73,6 @@ def paged_logits(
         tokens = torch.tensor([token for text, start, stop in spans for token in texts[text][start:stop]])
         context = Tokens(places.to(weight.device), cache)
         logits = model.logits(model(tokens.to(weight.device), context).hidden).cpu()
-        for (text, start, stop), rows in zip(spans, logits.split([count for _, count in one]), strict=True):
+        for (text, start, stop), rows in zip(spans, torch.split(logits, [count for _, count in one]), strict=True):
             out[text][start:stop], done[text] = rows, stop
     return out

@@ -108,12 +108,11 @@ class NativeCache(PagedCache):
         self._memory[:, targets] = self._memory[:, sources]
 
     def move(self, sources: list[int], targets: list[int]) -> None:
-        keys, values = self._memory.unflatten(2, (self.shape.kv_heads, 2, -1)).unbind(3)
-        keys = keys.unflatten(3, (self.shape.head_dim, self.shape.block_size))
-        values = values.unflatten(3, (self.shape.block_size, self.shape.head_dim))
+        size, dim = self.shape.block_size, self.shape.head_dim
+        keys, values = self._memory.view(*self._memory.shape[:2], self.shape.kv_heads, 2, size * dim).unbind(3)
+        keys, values = keys.view(*keys.shape[:3], dim, size), values.view(*values.shape[:3], size, dim)
         (block, place), (to_block, to_place) = (
-            map(torch.from_numpy, np.divmod(np.array(slots, np.int64), self.shape.block_size))
-            for slots in (sources, targets)
+            map(torch.from_numpy, np.divmod(np.array(slots, np.int64), size)) for slots in (sources, targets)
         )
         keys[:, to_block, :, :, to_place] = keys[:, block, :, :, place]
         values[:, to_block, :, to_place] = values[:, block, :, place]

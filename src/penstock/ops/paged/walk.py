@@ -85,11 +85,13 @@ def walk_of(batch: PagedBatch, shape: CacheShape, sequences: np.ndarray | None =
     tables = batch.tables.numpy()
     packed = upload(np.concatenate([items.ravel(), shared.ravel(), tables.ravel()]).astype(np.int32), shape.device)
     on_device = packed.split_with_sizes([items.size, shared.size, tables.size])
-    masked = (None, None) if masks is None else _masked(masks, shape.device)
+    positions, seen = (None, None) if masks is None else _masked(masks, shape.device)
     slots = int(shared[:, 3].sum())
+    items_there, shared_there, tables_there = on_device
     return Walk(
-        on_device[0].view(-1, FIELDS), on_device[1].view(-1, 4), on_device[2].view(tables.shape), *masked, slots, most
-    )
+        items_there.view(-1, FIELDS), shared_there.view(-1, 4), tables_there.view(tables.shape), positions, seen, slots,
+        most,
+    )  # fmt: skip
 
 
 class FixedWalk:
