@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from penstock.testing.enrolled import enrolled, rebuilt
-from penstock.testing.speculate_drafter import check_distribution, check_engine, check_proposals
+from penstock.testing.speculate_drafter import check_distribution, check_engine, check_loops, check_proposals
 
 POLICIES = enrolled("speculate.drafter")
 
@@ -18,6 +18,7 @@ def test_the_distribution_is_the_models_exactly(name):
 @pytest.mark.parametrize("name", POLICIES)
 def test_tokens_are_those_of_an_engine_that_drafts_nothing(name):
     check_engine(POLICIES[name])
+    check_loops(POLICIES[name])
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch
-from penstock.testing.attention_paged import Fork, Release, Scene, Step
+from penstock.testing.attention_paged import Fork, Keep, Open, Release, Scene, Step, Tree
 from penstock.testing.enrolled import enrolled
 
 pytestmark = pytest.mark.gpu
@@ -26,6 +26,10 @@ SCRIPT = (
     Release(0),
     Step(((5, 1), (3, 1), (4, 1))),
     Step(((5, 500), (3, 1), (1, 3))),
+    Step(((3, 1), (4, 40), (1, 7), (5, 63)), ((4, Open(32)), (5, Tree(tuple((n - 1) // 2 for n in range(63)))))),
+    Keep(5, (0, 2, 5, 12)),
+    Step(((5, 9), (4, 20)), ((5, Tree((-1, -1, 0, 1, 1, -1, 5, 2, 6))),)),
+    Step(((5, 1), (3, 1), (4, 2))),
 )
 
 

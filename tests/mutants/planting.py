@@ -105,7 +105,9 @@ def verdict(mutant: Mutant) -> str:
     policy = enrolled(mutant.contract)[mutant.policy]
     try:
         check(policy)
-    except (AssertionError, PenstockError) as error:
+    except (NameError, SyntaxError, ImportError):
+        raise  # the mutant itself is no program
+    except (AssertionError, PenstockError, LookupError, ValueError, RuntimeError) as error:
         assert mutant.module in sys.modules, f"the law of {mutant.contract} does not import {mutant.module}"
         return str(error).strip() or type(error).__name__
     assert mutant.module in sys.modules, f"the law of {mutant.contract} does not import {mutant.module}"

@@ -7,7 +7,7 @@ which tokens belong together. Nothing here knows about devices, caches, packing 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
 import torch
@@ -18,6 +18,7 @@ from penstock.core.randomness import torch_generator
 from penstock.models.attention import AttentionContext
 from penstock.models.config import DecoderConfig, MoEConfig
 from penstock.models.rotary import Rotary
+from penstock.models.routers.contract import Routing
 from penstock.ops.grouped import grouped_linear
 from penstock.ops.linear import linear
 from penstock.ops.rotary import rotate_heads
@@ -68,12 +69,16 @@ class Attention(nn.Module):
         """What tokens [*T, hidden] take from each other, [*T, H * D]; ``output`` brings it back to [*T, hidden]."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), -2)
+        query, key = self.rotate(query, key, rotary)
+        out = context.attend(self.layer, query, key, value, scale=self.head_dim**-0.5, window=self.window)
+        return out.flatten(-2)
+
+    def rotate(self, query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries [*T, H, D] and keys [*T, K, D], normed if the model norms them, turned by their positions."""
         scales, eps = None, 0.0
         if self.query_norm is not None and self.key_norm is not None:
             scales, eps = (self.query_norm.weight, self.key_norm.weight), self.query_norm.eps
-        query, key = rotate_heads(query, key, *rotary, scales, eps)
-        out = context.attend(self.layer, query, key, value, scale=self.head_dim**-0.5, window=self.window)
-        return out.flatten(-2)
+        return rotate_heads(query, key, *rotary, scales, eps)
 
 
 class FeedForward(nn.Module):
@@ -120,25 +125,39 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output, shaped as ``x``, and its loss for balance, summed over the tokens."""
         flat = x.flatten(0, -2)
-        logits = self.router(flat)
-        routing = self.policy.route(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.selection_bias)
+        routing = self.route(flat)
         chosen = routing.experts.flatten()
         order = chosen.argsort(stable=True)
         assigned = F.one_hot(chosen, self.experts).sum(0)
         ends = assigned.cumsum(0).to(torch.int32)
-        tokens = order // routing.experts.shape[1]
-        gate, up = grouped_linear(flat[tokens], self.gate_up.to(flat.dtype), ends).chunk(2, -1)
-        expert_out = grouped_linear(F.silu(gate) * up, self.down.to(flat.dtype), ends)
-        weighted = expert_out * routing.weights.flatten()[order].unsqueeze(-1).to(flat.dtype)
-        out = torch.zeros_like(flat).index_add(0, tokens, weighted)
+        found = self.expert_outputs(flat[order // routing.experts.shape[1]], ends)
+        # Each token gathers what its experts gave, and adds it up in the router's order: the same sum every time, which
+        # adding to the tokens from the experts' side is not on CUDA.
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        own = found[back].view(*routing.experts.shape, -1)
+        out = (own * routing.weights.unsqueeze(-1).to(flat.dtype)).sum(1)
         if self.shared is not None:
             extra = self.shared(flat)
-            out = out + (extra if self.shared_gate is None else extra * self.shared_gate(flat).sigmoid())
+            out = out + (extra if self.shared_gate is None else extra * self.share(flat, self.shared_gate))
         if self.counts is not None:
             self.counts.add_(assigned)
         wanted = routing.probabilities.sum(0)
         load = assigned.to(wanted.dtype) / chosen.numel() if self.load is None else self.load
         return out.view_as(x), self.experts * (load * wanted).sum()
+
+    def route(self, flat: Tensor) -> Routing:
+        """Where the tokens [N, hidden] go."""
+        logits = self.router(flat)
+        return self.policy.route(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.selection_bias)
+
+    def expert_outputs(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """What experts make of ``rows`` [M, hidden], those up to ``ends[e]`` (int32) of expert e: [M, hidden]."""
+        gate, up = grouped_linear(rows, self.gate_up.to(rows.dtype), ends).chunk(2, -1)
+        return grouped_linear(F.silu(gate) * up, self.down.to(rows.dtype), ends)
+
+    def share(self, flat: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+        """The weight of the shared expert for each token: [N, 1]."""
+        return gate(flat).sigmoid()
 
 
 class Layer(nn.Module):

@@ -33,8 +33,12 @@ class Rotary(nn.Module):
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [*T, 1, head_dim / 2] in ``dtype``, for ``positions`` [*T]."""
         angles = positions.unsqueeze(-1).float() * self.frequencies
-        cos, sin = angles.cos() * self.magnitude, angles.sin() * self.magnitude
+        cos, sin = (turn * self.magnitude for turn in self.turns(angles))
         return cos.unsqueeze(-2).to(dtype), sin.unsqueeze(-2).to(dtype)
+
+    def turns(self, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """The cosines and sines of ``angles``."""
+        return angles.cos(), angles.sin()
 
 
 def scaled_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:

@@ -22,7 +22,12 @@ from pathlib import Path
 from penstock.core.errors import PenstockError
 from penstock.core.files import explain_os_errors, write_atomic
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fopenmp")
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fopenmp"),
+    # For some processors GCC would split a multiplication from its addition in loops with one sum, and not in those
+    # with several: a row's bits would depend on how many are computed together.
+    "--param=avoid-fma-max-bits=0",
+)
 
 
 @functools.cache

@@ -18,10 +18,35 @@ from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch
 
 
 @dataclasses.dataclass(frozen=True)
+class Tree:
+    """The new tokens of a sequence branch: of each, the place of the one before it among them, or -1."""
+
+    parents: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Open:
+    """The last ``count`` new tokens of a sequence see each other."""
+
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Step:
-    """One forward pass: pairs of a sequence, by a number that may be new, and how many tokens it gains."""
+    """One forward pass: pairs of a sequence, by a number that may be new, and how many tokens it gains; and pairs of
+    those sequences and what they have of masks."""
 
     gains: tuple[tuple[int, int], ...]
+    masks: tuple[tuple[int, Tree | Open], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Of the tokens that the sequence gained last, those in ``path`` (places, ascending) move up to follow what was
+    before them, and the others are forgotten, as when a path through a tree is accepted."""
+
+    sequence: int
+    path: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +64,16 @@ class Release:
     sequence: int
 
 
-Action = Step | Fork | Release
+Action = Step | Fork | Release | Keep
 
 
 @dataclasses.dataclass
 class _Sequence:
-    """Its blocks, and its keys and values so far: float64 [layers, 2, length, K, D]."""
+    """Its blocks, its keys and values so far: float64 [layers, 2, length, K, D], and how many it gained last."""
 
     blocks: list[int]
     record: Tensor
+    gained: int = 0
 
     @property
     def length(self) -> int:
@@ -88,14 +114,16 @@ class Scene:
         """Plays a script, then lets each sequence that is left gain a token, so that all of its memory is read."""
         for action in script:
             match action:
-                case Step(gains):
-                    self._step(gains)
+                case Step(gains, masks):
+                    self._step(gains, dict(masks))
                 case Fork(source, target):
                     self._fork(source, target)
                 case Release(sequence):
-                    self._release(self._live.pop(sequence))
+                    self._release(self._live.pop(sequence).blocks)
+                case Keep(sequence, path):
+                    self._keep(self._live[sequence], path)
         for number in self._live:
-            self._step(((number, 1),))
+            self._step(((number, 1),), {})
 
     def _fill(self, stale: float) -> None:
         """Writes ``stale`` to every slot, by short sequences that together take the whole pool."""
@@ -122,14 +150,29 @@ class Scene:
             self._holders[block] += 1
         self._live[target] = _Sequence(blocks, original.record.clone())
 
-    def _release(self, sequence: _Sequence) -> None:
-        for block in sequence.blocks:
+    def _keep(self, sequence: _Sequence, path: tuple[int, ...]) -> None:
+        before = sequence.length - sequence.gained
+        sources, targets = (
+            [self._slot(sequence, before + place) for place in places] for places in (path, range(len(path)))
+        )
+        self._cache.move(sources, targets)
+        record = sequence.record
+        sequence.record = torch.cat([record[:, :, :before], record[:, :, [before + place for place in path]]], 2)
+        count = -(-sequence.length // self.shape.block_size)
+        self._release(sequence.blocks[count:])
+        del sequence.blocks[count:]
+
+    def _slot(self, sequence: _Sequence, place: int) -> int:
+        return sequence.blocks[place // self.shape.block_size] * self.shape.block_size + place % self.shape.block_size
+
+    def _release(self, blocks: list[int]) -> None:
+        for block in blocks:
             self._holders[block] -= 1
             if not self._holders[block]:
                 at = int(torch.randint(len(self._free) + 1, (), generator=self._draw))
                 self._free.insert(at, block)
 
-    def _step(self, gains: tuple[tuple[int, int], ...]) -> None:
+    def _step(self, gains: tuple[tuple[int, int], ...], masks: dict[int, Tree | Open]) -> None:
         shape, size = self.shape, self.shape.block_size
         slots: list[int] = []
         for number, gain in gains:
@@ -141,9 +184,11 @@ class Scene:
             while len(sequence.blocks) * size < after:
                 sequence.blocks.append(self._free.pop())
                 self._holders[sequence.blocks[-1]] += 1
-            slots += [sequence.blocks[p // size] * size + p % size for p in range(sequence.length, after)]
+            slots += [self._slot(sequence, place) for place in range(sequence.length, after)]
+            sequence.gained = gain
         members, counts = [self._live[number] for number, _ in gains], [gain for _, gain in gains]
-        self._cache.plan(self._batch(members, counts, slots))
+        own_masks = [masks.get(number) for number, _ in gains]
+        self._cache.plan(self._batch(members, own_masks, slots))
         lengths = [(member.length, count) for member, count in zip(members, counts, strict=True)]
         new = [self._tokens(len(slots)) for _ in range(shape.layers)]
         rows = torch.stack([torch.stack([key, value]) for _, key, value in new]).double().cpu()
@@ -154,19 +199,43 @@ class Scene:
             got = self._cache.attend(layer, query, key, value, scale=scale, window=window)
             assert got.shape == query.shape and got.dtype == query.dtype
             wanted = [
-                softmax_attention(own, *member.record[layer], scale=scale, window=window)
-                for own, member in zip(torch.split(query.double().cpu(), counts), members, strict=True)
+                attention(
+                    own,
+                    member.record[layer, 0],
+                    member.record[layer, 1],
+                    sees(member.length, len(own), mask, window),
+                    scale=scale,
+                )
+                for own, member, mask in zip(torch.split(query.double().cpu(), counts), members, own_masks, strict=True)
             ]
-            self._compare(got, torch.cat(wanted), f"layer {layer}, (length before, new tokens) = {lengths}")
+            where = f"layer {layer}, (length before, new tokens) = {lengths}, masks = {own_masks}"
+            self._compare(got, torch.cat(wanted), where)
 
-    def _batch(self, members: list[_Sequence], gains: list[int], slots: list[int]) -> PagedBatch:
+    def _batch(self, members: list[_Sequence], masks: list[Tree | Open | None], slots: list[int]) -> PagedBatch:
         """Tables are as wide as the longest and one more; what is behind a sequence's last block is nonsense."""
+        gains = [member.gained for member in members]
         starts = torch.tensor([0, *gains]).cumsum(0)
-        lengths = [member.length + gain for member, gain in zip(members, gains, strict=True)]
+        lengths = [member.length + member.gained for member in members]
         tables = torch.full((len(members), max(len(m.blocks) for m in members) + 1), 2**30, dtype=torch.int32)
         for row, member in zip(tables, members, strict=True):
             row[: len(member.blocks)] = torch.tensor(member.blocks, dtype=torch.int32)
-        return PagedBatch(starts.to(torch.int32), torch.tensor(lengths, dtype=torch.int32), tables, torch.tensor(slots))
+        parents, opened = None, None
+        if any(isinstance(mask, Tree) for mask in masks):
+            of = [
+                mask.parents if isinstance(mask, Tree) else range(-1, gain - 1)
+                for mask, gain in zip(masks, gains, strict=True)
+            ]
+            parents = torch.tensor([parent for each in of for parent in each], dtype=torch.int32)
+        if any(isinstance(mask, Open) for mask in masks):
+            opened = torch.tensor([mask.count if isinstance(mask, Open) else 0 for mask in masks], dtype=torch.int32)
+        return PagedBatch(
+            starts.to(torch.int32),
+            torch.tensor(lengths, dtype=torch.int32),
+            tables,
+            torch.tensor(slots),
+            parents,
+            opened,
+        )
 
     def _tokens(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Random query, key and value of ``count`` tokens: views of one tensor, as a model's projection gives them, or,
@@ -184,12 +253,36 @@ class Scene:
         assert error <= self.tolerance, f"an error of {error:.2e} in {where}"
 
 
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
-    """Causal attention by its definition: the queries [n, H, D] are of the last n of the tokens key [T, K, D]."""
+def sees(length: int, new: int, mask: Tree | Open | None, window: int | None) -> Tensor:
+    """Which of the ``length`` tokens of a sequence each of its ``new`` last ones sees, by the definition: bool
+    [new, length]."""
+    before = length - new
+    chains = [[*range(token + 1)] for token in range(new)]
+    if isinstance(mask, Tree):
+        for token, parent in enumerate(mask.parents):
+            chains[token] = [*(chains[parent] if parent >= 0 else []), token]
+    position = [*range(before), *(before + len(chain) - 1 for chain in chains)]
+    if isinstance(mask, Open):
+        chains[new - mask.count :] = [[*range(new)]] * mask.count
+    seen = torch.zeros(new, length, dtype=torch.bool)
+    for token, chain in enumerate(chains):
+        for other in [*range(before), *(before + place for place in chain)]:
+            seen[token, other] = window is None or abs(position[before + token] - position[other]) < window
+    return seen
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, *, scale: float) -> Tensor:
+    """Attention by its definition: the queries [n, H, D] over the tokens key and value [T, K, D] that are ``seen``
+    (bool [n, T])."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = scale * torch.einsum("qhd,khd->hqk", query, key)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), value)
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
+    """The same where the queries are of the last n of the tokens, and causal."""
     own = torch.arange(len(key) - len(query), len(key)).unsqueeze(1)
     other = torch.arange(len(key)).unsqueeze(0)
-    hidden = other > own if window is None else (other > own) | (other <= own - window)
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), value)
+    seen = other <= own if window is None else (other <= own) & (other > own - window)
+    return attention(query, key, value, seen, scale=scale)

@@ -31,6 +31,7 @@ from penstock.serve.decode.momentum import Momentum
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Delta, Request
 from penstock.speculate.contract import Drafter
+from penstock.testing.reference import greedy
 from penstock.testing.serve_model import SHAPE, small_model
 
 #: Chances, in eighths, of the token (column) after the token (row): a model that likes to repeat itself.
@@ -43,6 +44,7 @@ def check(drafter: Drafter) -> None:
     check_proposals(drafter, seed=0)
     check_distribution(drafter)
     check_engine(drafter)
+    check_loops(drafter)
 
 
 def check_distribution(drafter: Drafter, length: int = 3) -> None:
@@ -116,6 +118,38 @@ def check_engine(drafter: Drafter, seed: int = 0) -> Engine:
         assert all(abs(one - other) < 1e-4 for one, other in zip(told, right, strict=True))
     assert drafting.snapshot().held == 0
     return drafting
+
+
+#: What requests ask for whose text goes round in circles.
+CIRCLING: list[dict[str, Any]] = [
+    {},
+    {"frequency_penalty": 0.05},
+    {"rule": Momentum(alpha=0.02)},
+    {"rule": Momentum(alpha=0.1), "repetition_penalty": 1.05},
+]
+
+
+def check_loops(drafter: Drafter) -> None:
+    """Asserts the same where much is accepted at a time: prompts in the midst of a greedy circle, with an end within
+    what may be drafted."""
+    drafting, plain = engine_with(drafter), engine_with(None)
+    for start in range(6):
+        text = [start, *greedy(small_model(), [start], 70)]
+        ahead = text[50:58]
+        place = next((place for place in (3, 2, 1) if ahead[place] not in ahead[:place]), None)
+        ends = (ahead[place],) if place is not None else ()
+        for number, kind in enumerate(CIRCLING):
+            sampling = SamplingParams.model_validate(
+                {"temperature": 0, "max_tokens": 20, "stop_tokens": () if number % 2 else ends, **kind}
+            )
+            found = []
+            for engine in (drafting, plain):
+                engine.add(Request("1", text[:50], sampling))
+                deltas: dict[tuple[str, int], list[Delta]] = {}
+                while engine.busy:
+                    _gather(engine, deltas)
+                found.append((_tokens(deltas["1", 0]), deltas["1", 0][-1].finish))
+            assert found[0] == found[1], f"drafts change a text that circles, with {kind}"
 
 
 def engine_with(drafter: Drafter | None) -> Engine:

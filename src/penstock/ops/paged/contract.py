@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.ops.paged.masks import Masks, masks_of
 from penstock.policy import Policy, contract
 
 
@@ -72,7 +73,8 @@ class StepShape(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class PagedBatch:
     """Where the tokens of a flat batch belong. Sequence b's new tokens are [starts[b], starts[b + 1]); they are the
-    last of its ``lengths[b]`` tokens, and each sees those before it and itself.
+    last of its ``lengths[b]`` tokens. Each sees those before it and itself, unless ``parents`` or ``open`` say
+    otherwise for its sequence; a sequence has one or the other.
 
     All tensors lie on the CPU, contiguous: a backend moves what it needs.
 
@@ -81,6 +83,11 @@ class PagedBatch:
         lengths: int32 [B], tokens of each sequence with the new ones.
         tables: int32 [B, M], the blocks of each sequence; what is behind its last block is not looked at.
         slots: int64 [N], block * block_size + offset, where each new token's key and value go.
+        parents: int32 [N], for trees: the place, among its own sequence's new tokens, of the token before each new one;
+            -1 where that is the last one in the cache. A token sees what was in the cache, its ancestors and itself.
+            None is places in a row.
+        open: int32 [B], for masked blocks: so many of the last new tokens of each sequence see each other whatever
+            their order, besides all that is before them. None is 0 everywhere.
         shape: that the batch was given for a plan that was made to be replayed; see :meth:`PagedCache.fix`.
     """
 
@@ -88,7 +95,22 @@ class PagedBatch:
     lengths: Tensor
     tables: Tensor
     slots: Tensor
+    parents: Tensor | None = None
+    open: Tensor | None = None
     shape: StepShape | None = None
+
+    @functools.cached_property
+    def masks(self) -> Masks | None:
+        """The masks of those sequences that are not causal; None where all are.
+
+        Raises:
+            ValueError: ``parents`` or ``open`` contradict themselves or the batch.
+        """
+        if self.parents is None and self.open is None:
+            return None
+        given = (None if each is None else each.numpy() for each in (self.parents, self.open))
+        found = masks_of(self.starts.numpy(), self.lengths.numpy(), *given)
+        return found if len(found.sequences) else None
 
     @functools.cached_property
     def own_shape(self) -> StepShape:
@@ -123,7 +145,9 @@ class PagedCache:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
     ) -> Tensor:
         """Stores the new tokens' keys and values of ``layer``, then attends: query [N, H, D], key and value
-        [N, K, D], result [N, H, D]. A ``window`` lets a token see itself and the window - 1 tokens before it."""
+        [N, K, D], result [N, H, D]. A ``window`` lets a token see itself and, of those that it would see, the ones less
+        than ``window`` positions away. A token's position is its place in the sequence; in a tree, it is one more than
+        that of the token before it."""
         raise NotImplementedError
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
@@ -131,11 +155,16 @@ class PagedCache:
         that was copied and then let go of may be a target too. No target comes twice."""
         raise NotImplementedError
 
+    def move(self, sources: list[int], targets: list[int]) -> None:
+        """Copies the keys and values of single tokens in all layers, from the slots ``sources[i]`` to ``targets[i]``
+        (slots as in :attr:`PagedBatch.slots`). All are read before any is written. No target comes twice."""
+        raise NotImplementedError
+
 
 @contract(
     "attention.paged",
-    law="equal to plain attention over each sequence's own tokens, for any lengths, block tables and shared blocks; "
-    "writes go to the slots of the new tokens and nowhere else",
+    law="equal to plain attention over each sequence's own tokens, for any lengths, block tables, shared blocks and "
+    "masks; writes go to the slots of the new tokens and nowhere else",
 )
 class PagedAttention(Policy):
     """Makes the memory of keys and values, and computes attention over it."""

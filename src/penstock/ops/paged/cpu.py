@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +21,8 @@ SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 #: The longest vector of any processor, in bytes: the kernel reads so far past the end of a row.
 PADDING = 64
 
-#: Stands for no window.
-UNBOUNDED = 2**31 - 1
+#: Stands for no window; the kernel adds places to it and takes them away, in 32 bits.
+UNBOUNDED = 2**30
 
 
 class _Memory(ctypes.Structure):
@@ -34,7 +35,8 @@ class _Memory(ctypes.Structure):
 class _Batch(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("starts", "lengths", "tables", "slots")),
-        *((name, ctypes.c_int64) for name in ("sequences", "table_width", "threads")),
+        *((name, ctypes.c_void_p) for name in ("positions", "before", "offsets", "seen")),
+        *((name, ctypes.c_int64) for name in ("sequences", "table_width", "threads", "whole_tiles")),
     ]
 
 
@@ -47,10 +49,16 @@ class _Tokens(ctypes.Structure):
 
 class NativeCache(PagedCache):
     """Keys and values as [layers, blocks, K, 2, block_size * D]: a head's keys transposed, [D, block_size], and its
-    values, [block_size, D], so that the kernel fetches both in one piece and needs no sums across vector lanes."""
+    values, [block_size, D], so that the kernel fetches both in one piece and needs no sums across vector lanes.
 
-    def __init__(self, shape: CacheShape) -> None:
+    Args:
+        whole_tiles: no tile of work is cut between threads. It does not matter to a row's bits then what else there is
+            to compute.
+    """
+
+    def __init__(self, shape: CacheShape, whole_tiles: bool = False) -> None:
         super().__init__(shape)
+        self._whole_tiles = whole_tiles
         per_block = shape.block_bytes // shape.layers // shape.dtype.itemsize
         count = shape.layers * shape.blocks * per_block
         padded = torch.zeros(count + PADDING // shape.dtype.itemsize, dtype=shape.dtype)
@@ -69,9 +77,10 @@ class NativeCache(PagedCache):
         """Raises:
         IndexError: a block or slot of the batch lies outside the memory, or the batch contradicts itself.
         """
-        self._batch = batch  # keeps the tensors alive whose addresses follow
+        self._batch, self._masks = batch, _masks(batch)  # keeps alive what has the addresses that follow
         places = (tensor.data_ptr() for tensor in (batch.starts, batch.lengths, batch.tables, batch.slots))
-        self._planned = _Batch(*places, *batch.tables.shape, torch.get_num_threads())
+        masks = (array.ctypes.data for array in self._masks) if self._masks else (None,) * 4
+        self._planned = _Batch(*places, *masks, *batch.tables.shape, torch.get_num_threads(), self._whole_tiles)
         self._query_shape = (len(batch.slots), self.shape.heads, self.shape.head_dim)
         self._key_shape = (len(batch.slots), self.shape.kv_heads, self.shape.head_dim)
         self._tokens = _Tokens()
@@ -97,6 +106,26 @@ class NativeCache(PagedCache):
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
         self._memory[:, targets] = self._memory[:, sources]
+
+    def move(self, sources: list[int], targets: list[int]) -> None:
+        size, dim = self.shape.block_size, self.shape.head_dim
+        keys, values = self._memory.view(*self._memory.shape[:2], self.shape.kv_heads, 2, size * dim).unbind(3)
+        keys, values = keys.view(*keys.shape[:3], dim, size), values.view(*values.shape[:3], size, dim)
+        (block, place), (to_block, to_place) = (
+            map(torch.from_numpy, np.divmod(np.array(slots, np.int64), size)) for slots in (sources, targets)
+        )
+        keys[:, to_block, :, :, to_place] = keys[:, block, :, :, place]
+        values[:, to_block, :, to_place] = values[:, block, :, place]
+
+
+def _masks(batch: PagedBatch) -> tuple[np.ndarray, ...]:
+    """What the kernel takes of masks; nothing where there are none."""
+    masks = batch.masks
+    if masks is None:
+        return ()
+    before, offsets = batch.lengths.numpy().astype(np.int64), np.zeros(len(batch.lengths), np.int64)
+    before[masks.sequences], offsets[masks.sequences] = masks.before, masks.offsets[:-1]
+    return masks.positions, before, offsets, masks.seen
 
 
 @policy("attention.paged", "cpu", papers=[441])

@@ -9,6 +9,10 @@
 // Rows are ordered by token, and within a token by head. All work is laid end to end, tile after tile, in units of a
 // tile's rows times a chunk of keys, and dealt to the threads in equal shares, whatever tiles the cuts go through
 // (stream-K). A tile that was cut is put together from its parts by the first thread that had one.
+//
+// Where no tile is cut, each row's bits depend on its own keys and values alone: chunks begin at the same places for all
+// rows, every sum over a row's numbers is in the same order however many rows are computed together, and keys that a row
+// does not see add exactly nothing.
 
 #include <omp.h>
 
@@ -131,32 +135,22 @@ template <class T, int R, int N>
 void multiply(const sum_t<T> *a, long a_row, const T *const *b, const T *const *ahead, long b_row, int depth,
               sum_t<T> *c, long c_row, bool add) {
     using A = sum_t<T>;
-    constexpr int UNROLL = std::max(1, 8 / (R * N));  // enough sums at a time to hide how long an addition takes
-    vector<A> sums[UNROLL][R][N] = {};
-    auto step = [&](int i, auto &into) __attribute__((always_inline)) {
+    vector<A> sums[R][N] = {};
+    for (int i = 0; i < depth; ++i) {
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
             __builtin_prefetch(ahead[n] + i * b_row, 0, 2);
             const vector<A> row = load(b[n] + i * b_row);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) into[r][n] += a[r * a_row + i] * row;
+            for (int r = 0; r < R; ++r) sums[r][n] += a[r * a_row + i] * row;
         }
-    };
-    int i = 0;
-    for (; i + UNROLL <= depth; i += UNROLL) {
-#pragma GCC unroll 8
-        for (int u = 0; u < UNROLL; ++u) step(i + u, sums[u]);
     }
-    for (; i < depth; ++i) step(i, sums[0]);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
             A *to = c + r * c_row + n * WIDTH<A>;
-            vector<A> total = add ? load(to) : vector<A>{};
-#pragma GCC unroll 8
-            for (int u = 0; u < UNROLL; ++u) total += sums[u][r][n];
-            store(to, total);
+            store(to, add ? load(to) + sums[r][n] : sums[r][n]);
         }
     }
 }
@@ -182,7 +176,11 @@ struct Memory {
 struct Batch {  // as in PagedBatch
     const int32_t *starts, *lengths, *tables;
     const int64_t *slots;
-    int64_t sequences, table_width, threads;
+    // Of masks, null where all sequences are causal: the position of each new token, how many tokens of each sequence
+    // are before its mask (all of them, where it has none), where the mask's rows begin, and all those rows.
+    const int64_t *positions, *before, *offsets;
+    const uint8_t *seen;
+    int64_t sequences, table_width, threads, whole_tiles;
 };
 
 struct Tokens {  // the numbers of a head are contiguous; tokens and heads are so many numbers apart
@@ -196,8 +194,11 @@ namespace {
 // A query tile of one KV head, and the chunks of keys that its rows see.
 struct Tile {
     int sequence, head, first_token, tokens;
-    int position;  // of the first token in its sequence
+    int place;  // of the first token in its sequence
     int first_vector, last_vector, chunks;
+    int before;  // what is behind so many tokens of the sequence is seen by the leave of its mask alone
+
+    bool masked() const { return place + tokens > before; }
 };
 
 // A running softmax over part of a tile's keys. The output is not yet divided by its weight.
@@ -278,6 +279,29 @@ template <class T> struct Attention {
     T *slab(int64_t block, int head) const { return slabs + (block * kv_heads + head) * 2 * size * dim; }
     int vector_of(int position) const { return position / size * block_vectors + position % size / W; }
 
+    // The places of the first token that token t of a tile may see, and behind the last.
+    int low_of(const Tile &tile, int t) const {
+        return (tile.masked() ? int(batch.positions[tile.first_token + t]) : tile.place + t) + 1 - window;
+    }
+    int high_of(const Tile &tile, int t) const {
+        return tile.place + t >= tile.before ? batch.lengths[tile.sequence] : tile.place + t + 1;
+    }
+
+    // Takes away the scores of what token t of a tile does not see of the tokens that are under a mask.
+    void hide(const Tile &tile, int t, const int *first, const int *end, int count, A *scores) const {
+        const int length = batch.lengths[tile.sequence], size = length - tile.before, row = tile.place + t - tile.before;
+        if (row < 0) return;
+        const uint8_t *seen = batch.seen + batch.offsets[tile.sequence] + int64_t(row) * size;
+        const int64_t *positions = batch.positions + batch.starts[tile.sequence + 1] - size;
+        for (int v = 0; v < count; ++v) {
+            for (int place = std::max(first[v], tile.before); place < std::min(end[v], length); ++place) {
+                const int other = place - tile.before;
+                if (!seen[other] || std::abs(positions[row] - positions[other]) >= window)
+                    scores[v * W + place - first[v]] = NOTHING<A>;
+            }
+        }
+    }
+
     // Stores the keys and values of the tokens from `from` up to `to`.
     void write(int64_t from, int64_t to) const {
         for (int64_t token = from; token < to; ++token) {
@@ -301,10 +325,15 @@ template <class T> struct Attention {
         for (int sequence = 0; sequence < batch.sequences; ++sequence) {
             const int stop = batch.starts[sequence + 1], length = batch.lengths[sequence];
             for (int token = batch.starts[sequence]; token < stop; token += most) {
-                const int tokens = std::min(most, stop - token), position = length - (stop - token);
-                const int first = vector_of(std::max(0, position - window + 1));
-                const int last = vector_of(position + tokens - 1);
-                Tile tile{sequence, 0, token, tokens, position, first, last, (last - first) / CHUNK + 1};
+                const int tokens = std::min(most, stop - token), place = length - (stop - token);
+                Tile tile{sequence, 0, token, tokens, place, 0, 0, 0, length};
+                if (batch.before) tile.before = batch.before[sequence];
+                int low = low_of(tile, 0);
+                if (tile.masked())
+                    for (int t = 1; t < tokens; ++t) low = std::min(low, low_of(tile, t));
+                tile.first_vector = vector_of(std::max(0, low)) / CHUNK * CHUNK;
+                tile.last_vector = vector_of(high_of(tile, tokens - 1) - 1);
+                tile.chunks = (tile.last_vector - tile.first_vector) / CHUNK + 1;
                 const int64_t unit = UNIT_ROWS + tile.tokens * groups;
                 for (; tile.head < kv_heads; ++tile.head, work += tile.chunks * unit) visit(tile, work, unit);
             }
@@ -317,6 +346,7 @@ template <class T> struct Attention {
         worker.has_begun = worker.has_cut = false;
         each_tile([&](const Tile &tile, int64_t begin, int64_t unit) {
             auto units_before = [&](int64_t end) {
+                if (batch.whole_tiles) return end <= begin ? 0 : tile.chunks;
                 return int(std::clamp<int64_t>((end - begin + unit - 1) / unit, 0, tile.chunks));
             };
             const int first = from <= begin ? 0 : units_before(from), last = to <= begin ? 0 : units_before(to);
@@ -375,7 +405,10 @@ template <class T> struct Attention {
     template <int R>
     void attend_rows(const Tile &tile, const Chunk<T> &chunk, const Chunk<T> &ahead, State<A> &state, int row) const {
         constexpr int ACROSS = CHUNK * W;
-        const int high = tile.position + (row + R - 1) / groups + 1, low = tile.position + row / groups + 1 - window;
+        int low = low_of(tile, row / groups);
+        const int high = high_of(tile, (row + R - 1) / groups);
+        if (tile.masked())
+            for (int t = row / groups + 1; t <= (row + R - 1) / groups; ++t) low = std::min(low, low_of(tile, t));
         int from = 0, to = chunk.count;
         while (from < to && chunk.end[from] <= low) ++from;
         while (from < to && chunk.first[to - 1] >= high) --to;
@@ -385,9 +418,11 @@ template <class T> struct Attention {
         multiply_all<T, R>(state.query + row * dim, dim, chunk.keys + from, ahead.keys + from, size, to - from, dim,
                            scores, ACROSS, false);
         for (int r = 0; r < R; ++r) {
-            const int seen = tile.position + (row + r) / groups + 1;
-            const A factor = reweigh(scores + r * ACROSS, chunk.first + from, chunk.end + from, to - from,
-                                     seen - window, seen, state.top[row + r], state.weight[row + r]);
+            const int t = (row + r) / groups;
+            A *own = scores + r * ACROSS;
+            if (tile.masked()) hide(tile, t, chunk.first + from, chunk.end + from, to - from, own);
+            const A factor = reweigh(own, chunk.first + from, chunk.end + from, to - from, low_of(tile, t),
+                                     high_of(tile, t), state.top[row + r], state.weight[row + r]);
             A *out = state.out + (row + r) * padded;
             if (factor != 1)
                 for (int d = 0; d < padded; ++d) out[d] *= factor;

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import itertools
-import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from penstock.core.devices import pinned, upload
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache, StepShape
+from penstock.ops.paged.cuda import CudaCache, store
 from penstock.policy import policy
+
+if TYPE_CHECKING:
+    from penstock.ops.paged.walk import Walk
 
 #: Bytes that the kernels keep partial results in.
 WORKSPACE = 256 * 2**20
@@ -24,26 +25,12 @@ WORKSPACE = 256 * 2**20
 #: Head sizes that the kernels are built for.
 HEAD_DIMS = (64, 128, 256)
 
-_caches: weakref.WeakValueDictionary[int, FlashInferCache] = weakref.WeakValueDictionary()
-_handles = itertools.count()
-
-
-@custom_op("penstock::attend_flashinfer", mutates_args=())
-def _attend(query: Tensor, key: Tensor, value: Tensor, cache: int, layer: int, window: int) -> Tensor:
-    # One opaque operator to torch.compile: what it does to the cache is nobody else's business.
-    return _caches[cache].compute(query, key, value, layer, window)
-
-
-@_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, cache: int, layer: int, window: int) -> Tensor:
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
-
 
 class Section(NamedTuple):
-    """Neighbouring rows of a flat batch that one kernel attends for: its wrapper for each window, and whether that is
-    FlashInfer's for decodes."""
+    """Rows of a flat batch that one kernel attends for, by their numbers where they are not neighbours: its wrapper for
+    each window, and whether that is FlashInfer's for decodes."""
 
-    rows: slice
+    rows: slice | Tensor
     wrappers: dict[int, Any]
     decode: bool = False
 
@@ -61,10 +48,12 @@ class Pages(NamedTuple):
 
 @dataclasses.dataclass
 class Planned:
-    """What the kernels need of a batch: where new keys and values go, and who attends for which rows."""
+    """What the kernels need of a batch: where new keys and values go, who attends for which rows, and the walk of the
+    sequences that have masks."""
 
     slots: Tensor
     sections: list[Section]
+    masked: Walk | None = None
 
 
 @dataclasses.dataclass
@@ -78,24 +67,18 @@ class Lane:
     copied: torch.cuda.Event
 
 
-class FlashInferCache(PagedCache):
-    """Keys and values as [layers, blocks, 2, block_size, K, D]."""
+class FlashInferCache(CudaCache):
+    """Attention by FlashInfer's kernels, and by ours where a sequence has a mask: FlashInfer wants a mask over all of
+    the keys, and waits for the device while it packs it."""
 
     def __init__(self, shape: CacheShape) -> None:
         super().__init__(shape)
-        self._memory = torch.zeros(
-            (shape.layers, shape.blocks, 2, shape.block_size, shape.kv_heads, shape.head_dim),
-            dtype=shape.dtype,
-            device=shape.device,
-        )
         self._windows = {-1 if window is None else window - 1 for window in shape.windows}
         self._lanes = [self._lane()]
         self._fixed: dict[StepShape, Planned] = {}
         self._fixed_decode: dict[int, dict[int, Any]] = {}
         self._fixed_prefill: dict[tuple[int, int], dict[int, Any]] = {}
         self._planned: Planned | None = None
-        self._handle = next(_handles)
-        _caches[self._handle] = self
 
     def _lane(self) -> Lane:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -175,13 +158,16 @@ class FlashInferCache(PagedCache):
         # The copies of the lane's last plan leave from memory that this one writes to.
         own.copied.synchronize()
         fixed = None if batch.shape is None else self._fixed[batch.shape]
-        sections = self._sections(batch, own) if fixed is None else fixed.sections
-        pages = [self._pages(batch, section) for section in sections]
+        if fixed is not None and batch.masks is not None:
+            raise ValueError("a batch with masks cannot be one of a fixed shape")
+        members = self._members(batch)
+        sections = self._sections(batch, members, own) if fixed is None else fixed.sections
+        pages = [self._pages(batch, sequences) for sequences in members]
         slots, *blocks = _together(
             upload, [batch.slots.numpy().view(np.int32), *(each.blocks for each in pages)], self.shape.device
         )
         if fixed is None:
-            self._planned = Planned(slots.view(torch.int64), sections)
+            self._planned = Planned(slots.view(torch.int64), sections, self._walk(batch))
         else:
             fixed.slots.copy_(slots.view(torch.int64))
             self._planned = fixed
@@ -189,11 +175,32 @@ class FlashInferCache(PagedCache):
             self._plan_section(section, each, own_blocks)
         own.copied.record()
 
-    def _sections(self, batch: PagedBatch, lane: Lane) -> list[Section]:
-        """The leading sequences with one new token each, for the kernel that splits their keys, and the others."""
-        singles, _, tokens = batch.own_shape
-        sections = [Section(slice(0, singles), lane.decode), Section(slice(singles, singles + tokens), lane.prefill)]
-        return [section for section in sections if section.rows.start < section.rows.stop]
+    def _members(self, batch: PagedBatch) -> list[np.ndarray]:
+        """The sequences of each section: the leading ones with one new token each, for the kernel that splits their
+        keys, and the others that have no mask."""
+        singles, count = batch.own_shape.singles, len(batch.lengths)
+        others = np.arange(singles, count)
+        if batch.masks is not None:
+            others = np.setdiff1d(others, batch.masks.sequences)
+        return [sequences for sequences in (np.arange(singles), others) if sequences.size]
+
+    def _sections(self, batch: PagedBatch, members: list[np.ndarray], lane: Lane) -> list[Section]:
+        starts, sections = batch.starts.numpy(), []
+        for sequences in members:
+            first, last = sequences[0], sequences[-1]
+            rows: slice | Tensor = slice(int(starts[first]), int(starts[last + 1]))
+            if last - first >= len(sequences):
+                own = [np.arange(starts[each], starts[each + 1]) for each in sequences]
+                rows = upload(np.concatenate(own), self.shape.device)
+            sections.append(Section(rows, lane.decode if first < batch.own_shape.singles else lane.prefill))
+        return sections
+
+    def _walk(self, batch: PagedBatch) -> Walk | None:
+        if batch.masks is None:
+            return None
+        from penstock.ops.paged.walk import walk_of
+
+        return walk_of(batch, self.shape, batch.masks.sequences)
 
     def _plan_section(self, section: Section, pages: Pages, blocks: Tensor) -> None:
         """Plans the ``pages``, whose ``blocks`` are on the device already."""
@@ -218,45 +225,45 @@ class FlashInferCache(PagedCache):
         for window, wrapper in section.wrappers.items():
             wrapper.plan(*where, window_left=window, **given)
 
-    def _pages(self, batch: PagedBatch, section: Section) -> Pages:
-        starts = batch.starts.numpy()
-        first, behind = np.searchsorted(starts, [section.rows.start, section.rows.stop])
-        own, size = slice(first, behind), self.shape.block_size
-        lengths, tables = batch.lengths.numpy()[own], batch.tables.numpy()[own]
+    def _pages(self, batch: PagedBatch, sequences: np.ndarray) -> Pages:
+        size = self.shape.block_size
+        lengths, tables = batch.lengths.numpy()[sequences], batch.tables.numpy()[sequences]
         counts = -(-lengths // size)
         return Pages(
-            starts=starts[first : behind + 1] - starts[first],
-            ends=np.concatenate([[0], counts.cumsum()]).astype(np.int32),
+            starts=_edges(np.diff(batch.starts.numpy())[sequences]),
+            ends=_edges(counts),
             blocks=tables[np.arange(tables.shape[1]) < counts[:, None]],
             last=lengths - (counts - 1) * size,
             lengths=lengths,
         )
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    def compute(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None
     ) -> Tensor:
-        usual = self.shape.head_dim**-0.5
-        if scale != usual:
-            query = query * (scale / usual)
-        out: Tensor = _attend(query, key, value, self._handle, layer, -1 if window is None else window - 1)
-        return out
-
-    def compute(self, query: Tensor, key: Tensor, value: Tensor, layer: int, window: int) -> Tensor:
-        """:meth:`attend`, as the operator calls it."""
         planned = self._planned
         if planned is None:
             raise RuntimeError("attend() before plan()")
-        memory = self._memory[layer]
+        memory = self.memory[layer]
         store(key, value, memory, planned.slots)
         query = query.contiguous()
         out = torch.empty_like(query)
+        if planned.masked is not None:
+            planned.masked.attend(query, memory, out, scale=scale, window=window)
+        usual = self.shape.head_dim**-0.5
+        if scale != usual:
+            query = query * (scale / usual)
         for section in planned.sections:
-            section.wrappers[window].run(query[section.rows], memory, out=out[section.rows])
+            wrapper = section.wrappers[-1 if window is None else window - 1]
+            if isinstance(section.rows, slice):
+                wrapper.run(query[section.rows], memory, out=out[section.rows])
+            else:
+                out[section.rows] = wrapper.run(query[section.rows], memory)
         return out
 
-    def copy(self, sources: list[int], targets: list[int]) -> None:
-        source, target = (upload(np.array(blocks), self.shape.device) for blocks in (sources, targets))
-        self._memory[:, target] = self._memory[:, source]
+
+def _edges(counts: np.ndarray) -> np.ndarray:
+    """Where pieces of such sizes start, and behind the last: int32."""
+    return np.concatenate([[0], counts.cumsum()]).astype(np.int32)
 
 
 def _together(
@@ -264,18 +271,6 @@ def _together(
 ) -> Sequence[Tensor]:
     """Copies of the ``pieces``, by one ``copy``: what that costs hardly depends on the size of such lists."""
     return copy(np.concatenate(pieces), device).split_with_sizes([len(piece) for piece in pieces])
-
-
-def store(key: Tensor, value: Tensor, memory: Tensor, slots: Tensor) -> None:
-    """Writes ``key`` and ``value`` [N, K, D] to the ``slots`` int64 [N] of ``memory`` [blocks, 2, block_size, K, D]."""
-    from penstock.ops.paged.store import store_kernel
-
-    # Views, where the heads of a token lie side by side.
-    key, value = key.flatten(1), value.flatten(1)
-    width = key.shape[1]
-    store_kernel[(key.shape[0],)](
-        key, value, memory, slots, key.stride(0), value.stride(0), memory.shape[2], width, 1 << (width - 1).bit_length()
-    )
 
 
 @policy("attention.paged", "flashinfer")

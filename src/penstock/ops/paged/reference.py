@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,16 +39,34 @@ class ReferenceCache(PagedCache):
         starts, out = self._batch.starts.tolist(), torch.empty_like(query)
         for index, length in enumerate(self._batch.lengths.tolist()):
             own = slice(starts[index], starts[index + 1])
-            position = torch.arange(length)
-            block = self._batch.tables[index].long()[position // self.shape.block_size]
-            where = (block * self.shape.block_size + position % self.shape.block_size).to(key.device)
-            mask = causal_mask(position[length - (own.stop - own.start) :], position, window).to(key.device)
+            place = torch.arange(length)
+            block = self._batch.tables[index].long()[place // self.shape.block_size]
+            where = (block * self.shape.block_size + place % self.shape.block_size).to(key.device)
+            mask = self._mask(index, own, place, window).to(key.device)
             rows = (x.unsqueeze(0) for x in (query[own], keys[where], values[where]))
             out[own] = attend_rows(*rows, scale=scale, mask=mask[None, None])[0]
         return out
 
+    def _mask(self, sequence: int, own: slice, place: Tensor, window: int | None) -> Tensor:
+        """Which tokens of a sequence, at all its places [S], its new ones see: bool [T, S]."""
+        first, masks = len(place) - (own.stop - own.start), self._batch.masks
+        if masks is None or sequence not in masks.sequences:
+            return causal_mask(place[first:], place, window)
+        index = int(np.searchsorted(masks.sequences, sequence))
+        before, position = int(masks.before[index]), place.clone()
+        position[first:] = torch.from_numpy(masks.positions[own])
+        seen = causal_mask(place[first:], place)
+        seen[before - first :, before:] = torch.from_numpy(masks.matrix(index))
+        if window is not None:
+            seen &= (position[first:, None] - position).abs() < window
+        return seen
+
     def copy(self, sources: list[int], targets: list[int]) -> None:
         self._memory[:, :, targets] = self._memory[:, :, sources]
+
+    def move(self, sources: list[int], targets: list[int]) -> None:
+        tokens = self._memory.flatten(2, 3)
+        tokens[:, :, targets] = tokens[:, :, sources]
 
 
 @policy("attention.paged", "reference")

@@ -1,0 +1,114 @@
+"""Decoding whose bits do not depend on the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from penstock.models.decoder import Attention, Decoder, FeedForward, Linear, MixtureOfExperts, RMSNorm
+from penstock.models.rotary import Rotary
+from penstock.models.routers.contract import Routing
+from penstock.ops.invariant import (
+    in_pieces,
+    invariant_grouped_linear,
+    invariant_linear,
+    invariant_rms_norm,
+    invariant_swiglu,
+    invariant_turns,
+)
+from penstock.ops.rotary import rotate
+
+
+def make_invariant(model: Decoder) -> Decoder:
+    """Makes ``model`` compute each token's hidden states and logits with the same bits whatever else is computed with
+    it; returns the model itself, whose modules keep their weights.
+
+    Promised, for inference in eager mode (or in CUDA graphs of it, but not after ``torch.compile``), with the attention
+    ``attention.paged/invariant`` and the same dtype, device and versions of software: the logits after a token depend
+    on the tokens before it alone. Not on what else is in the batch, on how a prompt was cut into chunks, on whether
+    keys and values were computed in a prompt or while decoding, now, for another request or once more after a
+    preemption; nor, on CPUs, on the number of threads.
+
+    It costs the choice of the fastest kernel for each number of rows. There are no gradients.
+    """
+    for module in model.modules():
+        kind = KINDS.get(type(module))
+        if kind is not None:
+            module.__class__ = kind
+    return model
+
+
+class InvariantLinear(Linear):
+    """A linear layer with sums in one order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return invariant_linear(x, self.weight, self.bias)
+
+
+class InvariantRMSNorm(RMSNorm):
+    """A norm with sums in one order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return invariant_rms_norm(x, self.weight.to(x.dtype), self.eps)
+
+
+class InvariantRotary(Rotary):
+    """Cosines and sines by the same instructions for every position."""
+
+    def turns(self, angles: Tensor) -> tuple[Tensor, Tensor]:
+        return invariant_turns(angles)
+
+
+class InvariantAttention(Attention):
+    """Attention whose norms of queries and keys have sums in one order."""
+
+    def rotate(self, query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if query.is_cuda:  # one kernel, with a program for each token
+            return super().rotate(query, key, rotary)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return rotate(query, *rotary), rotate(key, *rotary)
+
+
+class InvariantFeedForward(FeedForward):
+    """SwiGLU by the same instructions for every row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(invariant_swiglu(self.gate_up(x)))
+        return out
+
+
+class InvariantExperts(MixtureOfExperts):
+    """Experts with sums in one order; tokens are routed in pieces of one shape."""
+
+    def route(self, flat: Tensor) -> Routing:
+        of_piece: list[Routing] = []
+
+        def route(rows: Tensor) -> tuple[Tensor, Tensor]:
+            of_piece.append(self.policy.route(rows, self.selection_bias))
+            return of_piece[-1].experts, of_piece[-1].weights
+
+        logits = self.router(flat)
+        experts, weights = in_pieces(route, logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        return Routing(experts, weights, of_piece[0].balance)
+
+    def expert_outputs(self, rows: Tensor, ends: Tensor) -> Tensor:
+        hidden = invariant_swiglu(invariant_grouped_linear(rows, self.gate_up.to(rows.dtype), ends))
+        return invariant_grouped_linear(hidden, self.down.to(rows.dtype), ends)
+
+    def share(self, flat: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+        return in_pieces(lambda rows: (rows.sigmoid(),), gate(flat))[0]
+
+
+#: What each module becomes.
+KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: InvariantLinear,
+    Linear: InvariantLinear,
+    RMSNorm: InvariantRMSNorm,
+    Rotary: InvariantRotary,
+    Attention: InvariantAttention,
+    FeedForward: InvariantFeedForward,
+    MixtureOfExperts: InvariantExperts,
+}

@@ -1,0 +1,83 @@
+"""What the backends for CUDA devices have in common: how keys and values lie in memory."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from penstock.core.devices import upload
+from penstock.ops.paged.contract import CacheShape, PagedCache
+
+_caches: weakref.WeakValueDictionary[int, CudaCache] = weakref.WeakValueDictionary()
+_handles = itertools.count()
+
+
+@custom_op("penstock::attend_paged", mutates_args=())
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, cache: int, layer: int, scale: float, window: int | None
+) -> Tensor:
+    # One opaque operator to torch.compile: what it does to the cache is nobody else's business.
+    return _caches[cache].compute(query, key, value, layer, scale, window)
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, cache: int, layer: int, scale: float, window: int | None) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+class CudaCache(PagedCache):
+    """Keys and values as [layers, blocks, 2, block_size, K, D].
+
+    Attributes:
+        memory: the tensor.
+    """
+
+    def __init__(self, shape: CacheShape) -> None:
+        super().__init__(shape)
+        self.memory = torch.zeros(
+            (shape.layers, shape.blocks, 2, shape.block_size, shape.kv_heads, shape.head_dim),
+            dtype=shape.dtype,
+            device=shape.device,
+        )
+        self._handle = next(_handles)
+        _caches[self._handle] = self
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        out: Tensor = _attend(query, key, value, self._handle, layer, scale, window)
+        return out
+
+    def compute(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None
+    ) -> Tensor:
+        """:meth:`attend`, as the operator calls it."""
+        raise NotImplementedError
+
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        source, target = (upload(np.array(blocks, np.int64), self.shape.device) for blocks in (sources, targets))
+        self.memory[:, target] = self.memory[:, source]
+
+    def move(self, sources: list[int], targets: list[int]) -> None:
+        (block, place), (to_block, to_place) = (
+            upload(np.stack(np.divmod(np.array(slots, np.int64), self.shape.block_size)), self.shape.device)
+            for slots in (sources, targets)
+        )
+        self.memory[:, to_block, :, to_place] = self.memory[:, block, :, place]
+
+
+def store(key: Tensor, value: Tensor, memory: Tensor, slots: Tensor) -> None:
+    """Writes ``key`` and ``value`` [N, K, D] to the ``slots`` int64 [N] of ``memory`` [blocks, 2, block_size, K, D]."""
+    from penstock.ops.paged.store_kernel import store_kernel
+
+    # Views, where the heads of a token lie side by side.
+    key, value = key.flatten(1), value.flatten(1)
+    width = key.shape[1]
+    store_kernel[(key.shape[0],)](
+        key, value, memory, slots, key.stride(0), value.stride(0), memory.shape[2], width, 1 << (width - 1).bit_length()
+    )

@@ -1,0 +1,90 @@
+"""Paged attention whose bits do not depend on the batch."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from penstock.core.devices import upload
+from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache, StepShape
+from penstock.ops.paged.cpu import Native, NativeCache
+from penstock.ops.paged.cuda import CudaCache, store
+from penstock.policy import policy
+
+if TYPE_CHECKING:
+    from penstock.ops.paged.walk import FixedWalk, Walk
+
+
+class WalkedCache(CudaCache):
+    """Attention by the kernels of :mod:`~penstock.ops.paged.walk`."""
+
+    def __init__(self, shape: CacheShape) -> None:
+        super().__init__(shape)
+        self._fixed: dict[StepShape, tuple[Tensor, FixedWalk]] = {}
+        self._planned: tuple[Tensor, Walk] | None = None
+
+    def fix(self, shapes: list[StepShape], pages: int) -> bool:
+        from penstock.ops.paged.walk import FixedWalk
+
+        for shape in shapes:
+            slots = torch.zeros(shape.rows, dtype=torch.int64, device=self.shape.device)
+            self._fixed[shape] = slots, FixedWalk(shape, self.shape, pages)
+        return True
+
+    def plan(self, batch: PagedBatch, lane: int = 0) -> None:
+        from penstock.ops.paged.walk import walk_of
+
+        slots = upload(batch.slots.numpy(), self.shape.device)
+        if batch.shape is None:
+            self._planned = slots, walk_of(batch, self.shape)
+            return
+        own_slots, fixed = self._fixed[batch.shape]
+        own_slots.copy_(slots)
+        fixed.fill(batch)
+        self._planned = own_slots, fixed.walk
+
+    def compute(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None
+    ) -> Tensor:
+        if self._planned is None:
+            raise RuntimeError("attend() before plan()")
+        slots, walk = self._planned
+        store(key, value, self.memory[layer], slots)
+        query = query.contiguous()
+        out = torch.empty_like(query)
+        walk.attend(query, self.memory[layer], out, scale=scale, window=window)
+        return out
+
+
+@policy("attention.paged", "invariant")
+class Invariant(PagedAttention):
+    """Attention whose every output has the same bits alone and in any batch, in a prompt of any chunks and when
+    decoded, on any number of threads.
+
+    Each query row walks its keys from the first on, in an order that depends on nothing but their places. On CPUs it is
+    the native kernel, which here cuts no tile between threads; on CUDA devices a kernel of our own, for bf16, fp16 and
+    fp32, with tiles and pieces of fixed size. One long sequence on many cores has no more threads than key heads then.
+    """
+
+    rank: ClassVar[int] = 5
+
+    def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if device.type == "cpu":
+            return Native().serves(device, dtype, head_dim)
+        if device.type != "cuda":
+            return "it needs the CPU or a CUDA device"
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return "it needs bf16, fp16 or fp32"
+        if head_dim > 256:
+            return "its tiles hold heads of 256 numbers at most"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        return None
+
+    def open(self, shape: CacheShape) -> PagedCache:
+        if shape.device.type == "cpu":
+            return NativeCache(shape, whole_tiles=True)
+        return WalkedCache(shape)

@@ -1,0 +1,183 @@
+"""Attention in which each query walks its keys in pieces of fixed size: what its kernels are told of a batch.
+
+Tokens of a sequence come in tiles, and their keys in pieces. An item of work is a tile against all of its pieces, or,
+where there are too few tiles to keep the device busy, against one of them. Both give the same bits: a piece's softmax
+begins anew, and states are merged in order by the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.core.devices import upload
+from penstock.ops.paged.contract import CacheShape, PagedBatch, StepShape
+from penstock.ops.paged.masks import Masks
+from penstock.ops.paged.walk_kernel import FIELDS, KEYS, PIECE, ROWS, merge_kernel, walk_kernel
+
+#: Stands for no window; places are added to it, in 32 bits.
+UNBOUNDED = 2**30
+
+#: Items of work, with those of other key heads, from which on a device is busy.
+ENOUGH = 512
+
+#: Numbers, in all, that states of items are kept in at most.
+MOST_PARTS = 2**26
+
+
+class Walk(NamedTuple):
+    """A batch as the kernels take it, int32, on the device.
+
+    Attributes:
+        items: [I, FIELDS]: the row of the table; the first token, and how many, 0 for no item; the place of the first
+            in its sequence; the sequence's length; the pieces, and the one behind; where the state goes, or -1; how
+            many tokens are before the mask; and where its matrix begins.
+        tiles: [T, 4], of those whose pieces are items of their own: the first token, how many, the first state, and how
+            many of them.
+        tables: [B, M].
+        positions: [N], and ``seen``, uint8, as of :class:`Masks`; None without any.
+        slots: how many states there are.
+        most: rows of a tile whose state is kept.
+    """
+
+    items: Tensor
+    tiles: Tensor
+    tables: Tensor
+    positions: Tensor | None
+    seen: Tensor | None
+    slots: int
+    most: int
+
+    def attend(self, query: Tensor, memory: Tensor, out: Tensor, *, scale: float, window: int | None) -> None:
+        """Attention of the walk's tokens: query and out [N, H, D], over memory [blocks, 2, block_size, K, D]."""
+        dim, heads, block = memory.shape[-1], memory.shape[-2], memory.shape[2]
+        groups, padded = query.shape[1] // heads, max(16, 1 << (dim - 1).bit_length())
+        states = torch.empty((self.slots, heads, 2, self.most), dtype=torch.float32, device=out.device)
+        parts = torch.empty((self.slots, heads, self.most, dim), dtype=torch.float32, device=out.device)
+        positions, seen = (self.items if each is None else each for each in (self.positions, self.seen))
+        # What is multiplied and added is never fused: whether it is could differ from one variant to another.
+        options = {"num_warps": 4, "num_stages": 2 if out.dtype.itemsize < 4 else 1, "enable_fp_fusion": False}
+        walk_kernel[(len(self.items), heads)](
+            query, memory, out, parts, states, self.items, self.tables, positions, seen,
+            scale * math.log2(math.e), UNBOUNDED if window is None else window, self.tables.shape[1], self.most,
+            heads, groups, dim, padded, block, ROWS, KEYS, PIECE, FIELDS, self.positions is not None, **options,
+        )  # fmt: skip
+        if len(self.tiles):
+            merge_kernel[(len(self.tiles), heads)](
+                out, parts, states, self.tiles, self.most, heads, groups, dim, padded,
+                max(16, 1 << (self.most - 1).bit_length()), num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+
+
+def walk_of(batch: PagedBatch, shape: CacheShape, sequences: np.ndarray | None = None) -> Walk:
+    """The walk of ``batch``, or of some of its ``sequences``."""
+    sequences = np.arange(len(batch.lengths)) if sequences is None else sequences
+    per_tile, masks = _per_tile(shape), batch.masks
+    tiles = _tiles(batch, sequences, per_tile, masks)
+    pieces = -(-tiles[:, 4] // PIECE)
+    most = _most(tiles[:, 2], shape)
+    split = len(tiles) * shape.kv_heads < ENOUGH and _room(int(pieces.sum()), most, shape)
+    items, shared = _items(tiles, np.where(split, pieces, 1), pieces)
+    tables = batch.tables.numpy()
+    packed = upload(np.concatenate([items.ravel(), shared.ravel(), tables.ravel()]).astype(np.int32), shape.device)
+    on_device = packed.split_with_sizes([items.size, shared.size, tables.size])
+    positions, seen = (None, None) if masks is None else _masked(masks, shape.device)
+    slots = int(shared[:, 3].sum())
+    items_there, shared_there, tables_there = on_device
+    return Walk(
+        items_there.view(-1, FIELDS), shared_there.view(-1, 4), tables_there.view(tables.shape), positions, seen, slots,
+        most,
+    )  # fmt: skip
+
+
+class FixedWalk:
+    """Walks of batches of one ``shape``, without masks, that lie in the same memory each time.
+
+    Args:
+        shape: of the batches.
+        cache: of the memory of keys and values.
+        pages: most blocks of a sequence.
+    """
+
+    def __init__(self, shape: StepShape, cache: CacheShape, pages: int) -> None:
+        self._cache = cache
+        self._tiles = shape.singles + shape.others + shape.tokens // _per_tile(cache)
+        most, pieces = _per_tile(cache) * cache.heads // cache.kv_heads, -(-pages * cache.block_size // PIECE)
+        if not shape.others:
+            most = cache.heads // cache.kv_heads
+        busy = self._tiles * cache.kv_heads >= ENOUGH
+        self._pieces = pieces if not busy and _room(self._tiles * pieces, most, cache) else 1
+        shared = self._tiles if self._pieces > 1 else 0
+        sizes = [self._tiles * self._pieces * FIELDS, shared * 4, (shape.singles + shape.others) * pages]
+        self._memory = torch.zeros(sum(sizes), dtype=torch.int32, device=cache.device)
+        self._parts = self._memory.split_with_sizes(sizes)
+        tables = self._parts[2].view(-1, pages)
+        items, tiles = self._parts[0].view(-1, FIELDS), self._parts[1].view(-1, 4)
+        self.walk = Walk(items, tiles, tables, None, None, shared * self._pieces, most)
+
+    def fill(self, batch: PagedBatch) -> None:
+        """Writes the walk of ``batch`` in place of the last one."""
+        host = np.zeros(len(self._memory), np.int32)
+        items, shared, tables = np.split(host, np.cumsum([part.numel() for part in self._parts[:2]]))
+        tiles = _tiles(batch, np.arange(len(batch.lengths)), _per_tile(self._cache), None)
+        pieces = -(-tiles[:, 4] // PIECE)
+        own_items, own_tiles = _items(tiles, np.where(self._pieces > 1, pieces, 1), pieces, even=self._pieces > 1)
+        items[: own_items.size], shared[: own_tiles.size] = own_items.ravel(), own_tiles.ravel()
+        width = batch.tables.shape[1]
+        tables.reshape(self.walk.tables.shape)[: len(batch.lengths), :width] = batch.tables.numpy()
+        self._memory.copy_(upload(host, self._cache.device))
+
+
+def _per_tile(shape: CacheShape) -> int:
+    """Tokens of a tile."""
+    return max(1, ROWS // (shape.heads // shape.kv_heads))
+
+
+def _most(tokens: np.ndarray, shape: CacheShape) -> int:
+    return int(tokens.max(initial=1)) * (shape.heads // shape.kv_heads)
+
+
+def _room(slots: int, most: int, shape: CacheShape) -> bool:
+    """Whether states of so many items, of so many rows each, may be kept."""
+    return slots * most * shape.kv_heads * shape.head_dim <= MOST_PARTS
+
+
+def _tiles(batch: PagedBatch, sequences: np.ndarray, per_tile: int, masks: Masks | None) -> np.ndarray:
+    """Of each tile: the sequence, its first token, how many it has, the place of the first, the sequence's length, how
+    many tokens are before its mask, and where that begins; int64 [T, 7]."""
+    starts, lengths = batch.starts.numpy().astype(np.int64), batch.lengths.numpy().astype(np.int64)
+    before, offsets = lengths.copy(), np.zeros_like(lengths)
+    if masks is not None:
+        before[masks.sequences], offsets[masks.sequences] = masks.before, masks.offsets[:-1]
+    counts = np.diff(starts)[sequences]
+    each = -(-counts // per_tile)
+    owner = np.repeat(sequences, each)
+    number = np.arange(each.sum()) - np.repeat(each.cumsum() - each, each)
+    token = starts[owner] + number * per_tile
+    tokens = np.minimum(per_tile, starts[owner + 1] - token)
+    place = lengths[owner] - (starts[owner + 1] - token)
+    return np.stack([owner, token, tokens, place, lengths[owner], before[owner], offsets[owner]], 1)
+
+
+def _items(
+    tiles: np.ndarray, each: np.ndarray, pieces: np.ndarray, even: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The items and the shared tiles of a walk where tile i has ``each[i]`` items: all its ``pieces`` in one, or one
+    for each. ``even`` shares those of a single piece too."""
+    owner = np.repeat(np.arange(len(tiles)), each)
+    first = np.arange(len(owner)) - np.repeat(each.cumsum() - each, each)
+    split = (each > 1) | even
+    slot = np.where(split[owner], np.cumsum(split[owner]) - 1, -1)
+    last = np.where(split[owner], first + 1, pieces[owner])
+    items = np.column_stack([tiles[owner, :5], first, last, slot, tiles[owner, 5:]])
+    counts = each[split]
+    shared = np.column_stack([tiles[split][:, 1:3], counts.cumsum() - counts, counts])
+    return items, shared
+
+
+def _masked(masks: Masks, device: torch.device) -> tuple[Tensor, Tensor]:
+    return upload(masks.positions.astype(np.int32), device), upload(masks.seen.view(np.uint8), device)
