@@ -8,6 +8,8 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from penstock.testing.enrolled import enrolled
 from penstock.testing.serve_batching import (
+    check_crowding,
+    check_forks,
     check_no_starvation,
     check_priority,
     check_progress,
@@ -35,6 +37,13 @@ def test_nobody_starves_and_the_urgent_go_first(name):
     check_no_starvation(POLICIES[name])
     check_priority(POLICIES[name])
     check_progress(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_crowd_is_served_right_and_forks_leave_others_alone(name):
+    for seed in range(3):
+        check_crowding(POLICIES[name], seed)
+    check_forks(POLICIES[name])
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ class InvariantExperts(MixtureOfExperts):
 
         logits = self.router(flat)
         experts, weights = in_pieces(route, logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        return Routing(experts, weights, of_piece[0].balance)
+        return Routing(experts, weights, torch.cat([each.probabilities for each in of_piece]))
 
     def expert_outputs(self, rows: Tensor, ends: Tensor) -> Tensor:
         hidden = invariant_swiglu(invariant_grouped_linear(rows, self.gate_up.to(rows.dtype), ends))

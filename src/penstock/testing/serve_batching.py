@@ -10,6 +10,7 @@ batch, and no block is held. What each clause is there to catch:
 - budgets and books: a batch that is too large, blocks that are lost, held twice or given back too early;
 - who is thrown out, and who comes back first: the least urgent that came last goes; one that was thrown out returns
   before anybody of the same priority and key who has not run yet; what it had found in the cache is counted once;
+- forks and cuts: a block that is written to although somebody else holds it, or the prefix tree offers it;
 - nobody waits for ever: see :func:`check_no_starvation`; the urgent go first: see :func:`check_priority`.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import defaultdict
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
@@ -45,7 +47,7 @@ from penstock.serve.engine.loops.plain import Plain
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.speculate.contract import Drafter
 from penstock.testing.enrolled import enrolled
-from penstock.testing.reference import continued, prompt_logprobs
+from penstock.testing.reference import continued, greedy, prompt_logprobs
 from penstock.testing.serve_model import SHAPE, small_model
 from penstock.testing.serve_simulation import simulated_engine
 
@@ -354,9 +356,81 @@ def check(batching: Batching, examples: int = 20, steps: int = 20) -> None:
         suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(machine_of(batching), settings=chosen)
+    for seed in range(8):
+        check_crowding(batching, seed)
+    check_forks(batching)
     check_no_starvation(batching)
     check_priority(batching)
     check_progress(batching)
+
+
+def check_crowding(batching: Batching, seed: int) -> None:
+    """Asserts what the machine does, for a crowd that must be thrown out again and again, also amidst its prompts."""
+    draw, machine = numpy_generator(seed, "testing/crowding"), machine_of(batching)()
+    machine.open(
+        loop=seed,
+        tokens=int(draw.choice([10, 24])),
+        sequences=int(draw.choice([4, 10])),
+        block_size=int(draw.choice([2, 4])),
+        cache=int(draw.choice([36, 48, 60])),
+        drafter=seed,
+    )
+    for number in range(10):
+        for _ in range(int(draw.integers(3))):
+            prompt = PREFIXES[int(draw.integers(2))][: int(draw.integers(24))] + TAILS[int(draw.integers(3))]
+            sampling = SamplingParams(
+                temperature=float(draw.integers(2)),
+                seed=number,
+                max_tokens=MOST,
+                prompt_logprobs=int(draw.integers(2)) or None,
+            )
+            machine.arrive(asked=[(prompt[: machine.engine.context - 1], sampling)], deadline=None)
+        machine.step(times=int(draw.integers(1, 5)))
+    machine.teardown()
+
+
+def check_forks(batching: Batching) -> None:
+    """Asserts that forks and cuts leave alone what others hold or may find, wherever in a block they are: after a
+    parent and its children have gone their own ways, and one was cut back and fed, later requests find the keys and
+    values of each text where the prefix tree says."""
+    config = EngineConfig(
+        batching=batching, attention=Reference(), tokens=64, sequences=8, block_size=4, cache_tokens=800, check=True
+    )
+    for back in range(6):
+        engine, told = build_engine(small_model(), config), defaultdict[str, list[int]](list)
+        prompt = numbers(f"fork {back}", 6)
+        engine.add(Request("parent", prompt, SamplingParams(temperature=0, max_tokens=30)))
+        while len(told["parent"]) < 9:
+            _hear(engine, told)
+        start = [*prompt, *told["parent"]][: len(prompt) + len(told["parent"]) - back]
+        for seed in range(2):
+            sampling = SamplingParams(seed=seed, max_tokens=8, temperature=1.0)
+            engine.fork("parent", Request(f"child {seed}", start, sampling))
+        engine.abort("parent")
+        while engine.busy:
+            _hear(engine, told)
+        for seed in range(2):
+            sampling = Sampling(seed=seed, temperature=1.0, max_tokens=len(start) - len(prompt) + 8)
+            wanted = continued(small_model(), start, len(prompt), sampling)
+            assert told[f"child {seed}"] == wanted, "a fork's tokens are not those of its text"
+        engine.add(Request("cut", [*prompt, *told["parent"]], SamplingParams(temperature=0, max_tokens=20)))
+        for _ in range(8):
+            _hear(engine, told)
+        engine.truncate("cut", len(prompt) + 9 + back % 3)
+        engine.feed("cut", [1, 2, 3])
+        while engine.busy:
+            _hear(engine, told)
+        for text in ([*prompt, *told["parent"]], *([*start, *told[f"child {seed}"]] for seed in range(2))):
+            engine.add(Request("again", text, SamplingParams(temperature=0, max_tokens=4)))
+            told["again"].clear()
+            while engine.busy:
+                _hear(engine, told)
+            assert told["again"] == greedy(small_model(), text, 4), "the tree offers what somebody has overwritten"
+
+
+def _hear(engine: Engine, told: dict[str, list[int]]) -> None:
+    for delta in engine.step():
+        told[delta.id] += delta.tokens
 
 
 def check_progress(batching: Batching) -> None:
