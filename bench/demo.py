@@ -20,7 +20,7 @@ def main(bench: Bench) -> None:
     minutes = 0.1 if bench.quick else 3
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "demo"
-        command = [sys.executable, "-m", "penstock", "demo", "--minutes", str(minutes), "--run", str(run)]
+        command = [sys.executable, "-m", "penstock", "demo", "--minutes", str(minutes), "--out", str(run)]
         whole = bench.seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
         summary = json.loads((run / "summary.json").read_text())
         if not bench.quick:

@@ -11,7 +11,9 @@ PROMPTS = 3
 
 def demo(
     minutes: float = typer.Option(3.0, "--minutes", min=0.05, help="Minutes of training."),
-    run: Path = typer.Option(Path("runs/demo"), "--run", help="The folder that the run fills, emptied first."),
+    out: Path = typer.Option(
+        Path("runs/demo"), "--out", "-o", metavar="RUN", help="The folder that the run fills, emptied first."
+    ),
 ) -> None:
     """Train a small code model on this machine's own Python library and let it write.
 
@@ -32,24 +34,24 @@ def demo(
 
     path = presets.path_of("demo")
     config = build(TrainConfig, apply_overrides(read_toml(path), [f"minutes={minutes}"]), str(path))
-    clear(run)
-    with stoppable(run, World()):
-        work = Run.create(config, run, report=show)
+    clear(out)
+    with stoppable(out, World()):
+        work = Run.create(config, out, report=show)
         summary = train_to_the_end(work, show)
         if summary is None:
             return
         summary = compare_with_xz(work, summary)
         samples = []
-        for sample in completions(run, work.store.split("held_out"), PROMPTS):
+        for sample in completions(out, work.store.split("held_out"), PROMPTS):
             typer.secho(f"\n{sample.name}", dim=True)
             typer.echo(sample.prompt, nl=False)
             typer.secho(sample.completion, fg="cyan")
             samples.append(str(sample))
-        write_atomic(run / "samples.txt", "\n".join(samples))
+        write_atomic(out / "samples.txt", "\n".join(samples))
         typer.echo(
             f"\n{summary['bits_per_byte']:.3f} bits per byte on held-out files; xz -9 on each of them needs "
             f"{summary['xz_bits_per_byte']:.3f}.\n\nNext:\n"
-            f"  penstock generate {run} --prompt 'def main('\n"
-            f"  penstock train --preset demo --set minutes=30 --run runs/longer\n"
+            f"  penstock generate {out} --prompt 'def main('\n"
+            f"  penstock train --preset demo --set minutes=30 --out runs/longer\n"
             f"  penstock papers"
         )

@@ -49,7 +49,7 @@ def clear(folder: Path) -> None:
                 with explain_os_errors(f"cannot empty {folder}"):
                     shutil.rmtree(folder)
                 return
-    raise UsageError(f"{folder} exists and is not a run", hint="Choose another folder with --run.")
+    raise UsageError(f"{folder} exists and is not a run", hint="Choose another folder with --out.")
 
 
 def compare_with_xz(run: Run, summary: dict[str, Any]) -> dict[str, Any]:

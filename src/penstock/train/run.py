@@ -259,7 +259,7 @@ def _new_folder(folder: Path, world: World) -> Iterator[None]:
     if taken:
         raise UsageError(
             f"{folder} already holds a training run",
-            hint=f"Continue it with '{resume_command(folder)}', or choose another folder with --run.",
+            hint=f"Continue it with '{resume_command(folder)}', or choose another folder with --out.",
         )
     try:
         yield
