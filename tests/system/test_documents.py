@@ -118,9 +118,7 @@ def free_port() -> int:
 
 
 def run(words: list[str], place: Path) -> None:
-    done = subprocess.run(
-        words, cwd=place, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=280
-    )
+    done = subprocess.run(words, cwd=place, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "Traceback" not in done.stderr
 

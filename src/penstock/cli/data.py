@@ -21,7 +21,12 @@ def build(
     tokenizer: Path | None = typer.Option(
         None, "--tokenizer", help="Use the tokenizer.json in this folder instead of a new one.", metavar="FOLDER"
     ),
-    end_of_text: str = typer.Option("<|endoftext|>", "--end-of-text", help="The token that ends each document."),
+    begin_of_text: str = typer.Option(
+        "auto", "--begin-of-text", help="The token before each document; auto: what the tokenizer puts there; '': none."
+    ),
+    end_of_text: str = typer.Option(
+        "auto", "--end-of-text", help="The token after each document; auto: the tokenizer's own end of text."
+    ),
     held_out: float = typer.Option(0.02, "--held-out", help="Share of documents kept from training."),
     seed: int = typer.Option(0, "--seed", help="Of the order of the documents."),
     options: list[str] = typer.Option([], "--set", help="An option of the corpus.", metavar="KEY=VALUE"),
@@ -36,16 +41,32 @@ def build(
     from penstock.core.progress import show as bar
     from penstock.data.building import training_texts
     from penstock.data.store import TokenStore
-    from penstock.data.tokenizer import load_tokenizer, train_tokenizer
+    from penstock.data.tokenizer import AUTO, END_OF_TEXT, declared, load_tokenizer, train_tokenizer
 
     if out.exists() and not replace:
         raise UsageError(f"{out} is there already", hint="Choose another folder, or add --replace.")
     source = _corpus(corpus, options)
     if tokenizer is None:
         chosen = train_tokenizer(training_texts(source, held_out, progress=bar), vocabulary)
+        end: str | None = END_OF_TEXT
     else:
-        chosen = load_tokenizer(tokenizer)
-    TokenStore.build(source, chosen, out, held_out=held_out, seed=seed, end_of_text=end_of_text, progress=bar)
+        chosen, end = load_tokenizer(tokenizer), declared(tokenizer, "eos_token")
+    if end_of_text != AUTO:
+        end = end_of_text
+    if end is None:
+        raise UsageError(f"the tokenizer in {tokenizer} names no token that ends a text", hint="Give --end-of-text.")
+    TokenStore.build(
+        source,
+        chosen,
+        out,
+        held_out=held_out,
+        seed=seed,
+        begin_of_text=begin_of_text,
+        end_of_text=end,
+        beside=tokenizer,
+        vocabulary_asked=vocabulary if tokenizer is None else None,
+        progress=bar,
+    )
     show(out, names=5)
 
 
@@ -72,6 +93,8 @@ def show(
     console = Console()
     console.print(Text(f"{folder}: {manifest.corpus['name']} ({options}), by {manifest.written_by}"))
     console.print(Text(f"vocabulary {manifest.vocabulary}, tokenizer {manifest.tokenizer[:12]}, seed {manifest.seed}"))
+    begin = manifest.begin_of_text or "nothing"
+    console.print(Text(f"each document begins with {begin} and ends with {manifest.end_of_text}"))
     table = Table("Split", "Documents", "Tokens", "Text", "Bytes/token", "Such as")
     for name in SPLITS:
         split = store.split(name)

@@ -14,7 +14,12 @@ def train(
         None, "--set", metavar="KEY=VALUE", help="Override a key, such as optim.lr=3e-4. May be given again."
     ),
     out: Path | None = typer.Option(
-        None, "--out", "-o", metavar="RUN", help="The folder that the run fills; runs/train if not given.", show_default=False
+        None,
+        "--out",
+        "-o",
+        metavar="RUN",
+        help="The folder that the run fills; runs/train if not given.",
+        show_default=False,
     ),
     resume: Path | None = typer.Option(None, "--resume", metavar="RUN", help="Continue the run in this folder."),
     branch: Path | None = typer.Option(
@@ -66,7 +71,7 @@ def train(
             work = Run.branch(branch, folder, world, changes, report)
         else:
             work = Run.reopen(folder, world, changes, report)
-        for fault in work.faults if world.leads else []:
-            typer.secho(f"passed over: {fault.what}", fg="yellow", err=True)
+        for note in work.notes if world.leads else []:
+            typer.secho(note, fg="yellow", err=True)
         train_to_the_end(work, report)
     world.end()

@@ -26,7 +26,8 @@ from penstock.core.progress import Reporter, silent
 from penstock.data.ahead import map_ahead
 from penstock.data.corpora.contract import Corpus, Document
 from penstock.data.manifest import MANIFEST, SPLITS, Counts, Manifest, StoredFile, map_file
-from penstock.data.tokenizer import fingerprint, save_tokenizer
+from penstock.data.tokenizer import Around, fingerprint, save_tokenizer, size_of
+from penstock.models.companions import copy_companions
 
 #: Tokens a shard, characters a batch, and batches under way where nothing else is asked.
 SHARD_TOKENS = 1 << 30
@@ -83,7 +84,9 @@ def build_store(
     *,
     held_out: float,
     seed: int,
-    end_of_text: str,
+    around: Around,
+    beside: Path | None,
+    vocabulary_asked: int | None,
     workers: int | None,
     progress: Reporter,
 ) -> None:
@@ -91,7 +94,7 @@ def build_store(
     _require_share(held_out)
     if folder.exists() and not _replaceable(folder):
         raise UsageError(f"{folder} exists and is not a token store", hint="Choose a folder that does not exist.")
-    encoder = _Encoder(tokenizer, end_of_text, held_out, seed)
+    encoder = _Encoder(tokenizer, around, held_out, seed)
     workers = workers or WORKERS
     with atomic_folder(folder) as partial:
         with tempfile.TemporaryDirectory(dir=partial) as scratch, _Spill(Path(scratch), encoder.dtype) as spill:
@@ -106,7 +109,10 @@ def build_store(
                 for name, chosen in sides.items():
                     for count in _write_split(partial / name, chosen, spill):
                         bar.advance(count)
-        save_tokenizer(tokenizer, partial / "tokenizer", end_of_text)
+        if beside is None:
+            save_tokenizer(tokenizer, partial / "tokenizer", around.end_of_text)
+        else:
+            copy_companions(beside, partial / "tokenizer")
         manifest = Manifest(
             written_by=f"penstock {__version__}, Python {platform.python_version()}",
             corpus=corpus.describe(),
@@ -114,7 +120,10 @@ def build_store(
             held_out=held_out,
             tokenizer=fingerprint(tokenizer),
             vocabulary=encoder.vocabulary,
-            end_of_text=end_of_text,
+            vocabulary_asked=vocabulary_asked,
+            begin_of_text=around.begin_of_text,
+            begin_of_text_ids=encoder.beginning,
+            end_of_text=around.end_of_text,
             end_of_text_id=encoder.end_of_text_id,
             dtype=encoder.dtype,
             shard_tokens=SHARD_TOKENS,
@@ -163,12 +172,9 @@ class _Entry:
 class _Encoder:
     """Encodes batches of documents. Several threads may call it."""
 
-    def __init__(self, tokenizer: Tokenizer, end_of_text: str, held_out: float, seed: int) -> None:
-        found = tokenizer.token_to_id(end_of_text)
-        if found is None:
-            raise UsageError(f"the tokenizer has no token {end_of_text!r} to mark the end of a document")
-        self.end_of_text_id: int = found
-        self.vocabulary: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    def __init__(self, tokenizer: Tokenizer, around: Around, held_out: float, seed: int) -> None:
+        self.beginning, self.end_of_text_id = around.beginning, around.end
+        self.vocabulary = size_of(tokenizer)
         self.dtype: Literal["<u2", "<u4"] = "<u2" if self.vocabulary <= 1 << 16 else "<u4"
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self._tokenizer.no_padding()
@@ -188,7 +194,7 @@ class _Encoder:
         order = hashlib.blake2b(b"%d/%b/%b" % (self._seed, digest, name), digest_size=8).digest()
         return _Entry(
             name=name,
-            tokens=np.array([*encoding.ids, self.end_of_text_id], dtype=self.dtype),
+            tokens=np.array([*self.beginning, *encoding.ids, self.end_of_text_id], dtype=self.dtype),
             bytes=len(payload),
             held_out=_uniform(digest) < self._held_out,
             order=int.from_bytes(order, "little"),

@@ -23,6 +23,7 @@ from torch import Tensor
 from penstock.core.errors import CheckpointError, PenstockError, UsageError
 from penstock.core.files import atomic_folder, checksum, explain_os_errors, read_json, write_json
 from penstock.models import hub
+from penstock.models.companions import copy_companions
 from penstock.models.decoder import Decoder
 
 SCHEMA = 1
@@ -55,7 +56,7 @@ def save(folder: Path, step: int, model: Decoder, tokenizer: Path, state: Traine
         folder: the run's folder of checkpoints.
         step: updates done.
         model: saved in its own dtype.
-        tokenizer: a folder with the tokenizer's files, copied along.
+        tokenizer: a folder with the tokenizer and what else lies beside the weights, copied along.
         state: the trainer's.
         keep: how many checkpoints stay.
 
@@ -65,8 +66,7 @@ def save(folder: Path, step: int, model: Decoder, tokenizer: Path, state: Traine
     target = folder / f"step-{step:08d}"
     with atomic_folder(target) as temporary:
         hub.save(model, temporary)
-        for file in sorted(tokenizer.iterdir()):
-            shutil.copyfile(file, temporary / file.name)
+        copy_companions(tokenizer, temporary)
         trainer = temporary / "trainer"
         trainer.mkdir()
         for group, tensors in state.tensors.items():

@@ -9,9 +9,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from penstock.core.config import Config
 from penstock.data.corpora.contract import Corpus
-from penstock.data.corpora.stdlib import StandardLibrary
 from penstock.data.samplers.contract import Sampler
 from penstock.data.samplers.shuffle import Shuffle
+from penstock.data.tokenizer import AUTO
 from penstock.models.config import DecoderConfig
 from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.pipeline.schedules.one_f_one_b import OneForwardOneBackward
@@ -25,18 +25,27 @@ from penstock.train.optim.contract import Optimizer
 from penstock.train.schedules.contract import Schedule
 from penstock.train.schedules.linear import LinearDecay
 
+#: What a new token store has where the configuration leaves it open: tokens, and the share of documents held out.
+VOCABULARY, HELD_OUT = 4096, 0.02
+
 
 class DataConfig(Config):
     """What is trained on.
 
-    ``store`` is a token store; if it is None, or a path where none is yet, one is made from ``corpus`` with a new
-    tokenizer of ``vocabulary`` tokens (at ``store``, or in the run folder).
+    ``store`` is a token store; if it is None, or a path where none is yet, one is made (at ``store``, or in the run
+    folder) from ``corpus`` (None: stdlib) with a new tokenizer of ``vocabulary`` tokens (None: 4,096), or with that of
+    ``start_from``, and with the share ``held_out`` of the documents set aside (None: 0.02). ``begin_of_text`` and
+    ``end_of_text`` are the special tokens around each document; ``auto`` is what the tokenizer puts before a text by
+    itself (BOS, for some models), and its own end-of-text token; an empty ``begin_of_text`` is nothing. Where a store
+    is there, what is said here must be true of it.
     """
 
-    corpus: Annotated[Corpus, Choice("data.corpus", "stdlib")] = StandardLibrary()
+    corpus: Annotated[Corpus, Choice("data.corpus", "stdlib")] | None = None
     store: Path | None = None
-    vocabulary: PositiveInt = 4096
-    held_out: float = Field(0.02, gt=0, lt=1)
+    vocabulary: PositiveInt | None = None
+    held_out: float | None = Field(None, ge=0, lt=1)
+    begin_of_text: str = AUTO
+    end_of_text: str = Field(AUTO, min_length=1)
     sampler: Annotated[Sampler, Choice("data.sampler", "shuffle")] = Shuffle()
 
 
@@ -145,7 +154,7 @@ class TrainConfig(Config):
         if isinstance(tree, dict) and isinstance(tree.get("model"), dict) and "vocabulary" not in tree["model"]:
             data = tree.get("data", {})
             given = data if isinstance(data, dict) else {"vocabulary": getattr(data, "vocabulary", None)}
-            vocabulary = given.get("vocabulary") or DataConfig.model_fields["vocabulary"].default
+            vocabulary = given.get("vocabulary") or VOCABULARY
             return {**tree, "model": {**tree["model"], "vocabulary": vocabulary}}
         return tree
 
@@ -155,7 +164,7 @@ class TrainConfig(Config):
             raise ValueError("give either a [model] section or start_from, not both")
         if self.steps is None and self.minutes is None:
             raise ValueError("say when to stop: steps or minutes")
-        if self.model is not None and self.data.store is None and self.data.vocabulary > self.model.vocabulary:
+        if self.model is not None and (self.data.vocabulary or 0) > self.model.vocabulary:
             raise ValueError(
                 f"data.vocabulary ({self.data.vocabulary}) is larger than model.vocabulary ({self.model.vocabulary})"
             )

@@ -30,6 +30,9 @@ class Documents(Protocol):
     def tokens(self) -> int: ...
 
     @property
+    def prefix(self) -> int: ...
+
+    @property
     def bytes(self) -> int: ...
 
     def document(self, index: int) -> NDArray[np.integer]: ...
@@ -41,9 +44,10 @@ def bits_per_byte(
 ) -> float:
     """Bits that ``model`` needs for each UTF-8 byte of ``documents``, every document on its own.
 
-    All tokens of a document are predicted, the end-of-text token after it too; the first, which has nothing before it,
-    is charged log2(vocabulary) bits. Windows of ``window`` tokens advance by half their length, and each token is
-    predicted once, so all but a document's first tokens see at least half a window before them.
+    All tokens of a document are predicted, the end-of-text token after it too. What begins every document (BOS) is no
+    part of it, and costs nothing; where nothing does, the first token is charged log2(vocabulary) bits. Windows of
+    ``window`` tokens advance by half their length, and each token is predicted once, so all but a document's first
+    tokens see at least half a window before them.
 
     Args:
         model: the model.
@@ -54,9 +58,9 @@ def bits_per_byte(
     """
     device = model.embedding.weight.device
     context = CausalRows.of(window, device)
-    nats = documents.documents * math.log(model.config.vocabulary)
+    nats = 0.0 if documents.prefix else documents.documents * math.log(model.config.vocabulary)
     with report("evaluating", documents.tokens, "tok") as bar:
-        bar.advance(documents.documents)
+        bar.advance(documents.documents * max(1, documents.prefix))
         for tokens, targets in _batches(documents, window, rows):
             hidden = model(torch.from_numpy(tokens).to(device), context).hidden
             wanted = torch.from_numpy(targets).to(device).flatten()
@@ -65,8 +69,10 @@ def bits_per_byte(
     return nats / math.log(2) / documents.bytes
 
 
-def _windows(document: NDArray[np.integer], window: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """(tokens, targets), each [window]; the targets that an earlier window predicted are ignored."""
+def _windows(
+    document: NDArray[np.integer], window: int, prefix: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """(tokens, targets), each [window]; targets in the prefix, or that an earlier window predicted, are ignored."""
     last = len(document) - 1
     done, start = 0, 0
     while done < last:
@@ -74,6 +80,7 @@ def _windows(document: NDArray[np.integer], window: int) -> Iterator[tuple[NDArr
         tokens, targets = np.zeros(window, np.int64), np.full(window, IGNORE, np.int64)
         tokens[: end - start] = document[start:end]
         targets[done - start : end - start] = document[done + 1 : end + 1]
+        targets[: max(0, prefix - 1 - start)] = IGNORE
         yield tokens, targets
         done, start = end, start + max(1, window // 2)
 
@@ -82,7 +89,7 @@ def _batches(documents: Documents, window: int, rows: int) -> Iterator[tuple[NDA
     waiting: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
     empty = np.zeros(window, np.int64), np.full(window, IGNORE, np.int64)
     for index in range(documents.documents):
-        for pair in _windows(documents.document(index), window):
+        for pair in _windows(documents.document(index), window, documents.prefix):
             waiting.append(pair)
             if len(waiting) == rows:
                 yield np.stack([t for t, _ in waiting]), np.stack([y for _, y in waiting])

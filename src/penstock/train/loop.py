@@ -28,7 +28,7 @@ from penstock.models.decoder import Decoder
 from penstock.ops.cross_entropy import IGNORE
 from penstock.parallel.world import World
 from penstock.train import checkpoint
-from penstock.train.config import TrainConfig
+from penstock.train.config import BatchConfig, TrainConfig
 from penstock.train.pipelined import Pipeline
 from penstock.train.precision import Weights
 
@@ -91,13 +91,12 @@ class Trainer:
         config: the run's configuration.
         model: on its device, fp32; cast here as ``config.precision`` says.
         loader: windows of ``config.batch.length`` tokens.
-        tokenizer: the folder of its tokenizer, copied into every checkpoint.
+        tokenizer: the folder with its tokenizer and what else lies beside the weights, copied into every checkpoint.
         folder: the run folder.
         world: this process's place among those of the run.
         pipeline: where processes hold parts of the model, of which ``model`` is this one's.
 
     Raises:
-        ConfigError: the processes cannot share a batch evenly.
         ModelError: no checkpoint could hold the model.
     """
 
@@ -116,12 +115,6 @@ class Trainer:
         self.device = next(model.parameters()).device
         hub.family_of(model)  # a shape that no checkpoint could hold is refused before the work, not after it
         self.rows = config.batch.tokens // config.batch.length
-        sharing, what = (pipeline.grid.pipelines, "pipelines") if pipeline else (self.world.size, "processes")
-        if self.rows % sharing:
-            raise ConfigError(
-                f"{sharing} {what} cannot share {self.rows} rows of {config.batch.length} tokens evenly",
-                hint=f"Make batch.tokens a multiple of {sharing * config.batch.length}.",
-            )
         self.weights = Weights(model, config.precision)
         self.masters = list(self.weights.masters.values())
         self.optimizer = config.optim.build(self.weights.masters)
@@ -452,6 +445,21 @@ class Trainer:
         """Puts the averaged weights into the model, for evaluation and export; training is over then."""
         if self.averages:
             self.weights.load(dict(zip(self.weights.masters, self.averages, strict=True)))
+
+
+def rows_of_each(batch: BatchConfig, sharing: int, what: str) -> int:
+    """The rows of a batch that each of ``sharing`` processes or pipelines gets.
+
+    Raises:
+        ConfigError: they cannot share it evenly.
+    """
+    rows = batch.tokens // batch.length
+    if rows % sharing:
+        raise ConfigError(
+            f"{sharing} {what} cannot share {rows} rows of {batch.length} tokens evenly",
+            hint=f"Make batch.tokens a multiple of {sharing * batch.length}.",
+        )
+    return rows // sharing
 
 
 def resume_command(folder: Path) -> str:

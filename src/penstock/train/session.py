@@ -52,11 +52,17 @@ def train_to_the_end(run: Run, report: Reporter) -> dict[str, Any] | None:
         if run.world.leads:
             draw_loss(run.folder)
             print(
-                f"{summary['bits_per_byte']:.3f} bits per byte on held-out documents after {summary['steps']} steps "
+                f"{_measured(summary['bits_per_byte'])} after {summary['steps']} steps "
                 f"({quantity(summary['tokens'], 'tok')}, {quantity(summary['tokens_per_s'], 'tok')}/s)\n"
                 f"model: {run.folder / 'model'}   loss curve: {run.folder / 'loss.png'}"
             )
         return summary
+
+
+def _measured(bits_per_byte: float | None) -> str:
+    if bits_per_byte is None:
+        return "not evaluated, since no documents are held out,"
+    return f"{bits_per_byte:.3f} bits per byte on held-out documents"
 
 
 def _train(run: Run, report: Reporter) -> bool:

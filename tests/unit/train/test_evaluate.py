@@ -27,6 +27,7 @@ class Listed:
     """Documents of the given lengths in random tokens, of 3 bytes each."""
 
     lengths: tuple[int, ...]
+    prefix: int = 0
 
     @property
     def documents(self) -> int:
