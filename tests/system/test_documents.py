@@ -138,7 +138,8 @@ def of(document: str) -> list[Command]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("document", sorted({command.document for command in blocks()}))
-def test_the_commands_of_a_document_run_in_their_order(place, document):
+def test_the_commands_of_a_document_run_in_their_order(place, tmp_path, document):
+    place = shutil.copytree(place, tmp_path / "place", ignore=shutil.ignore_patterns("runs", "store"))
     served = None
     try:
         for words in (command.words for command in of(document)):

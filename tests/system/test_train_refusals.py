@@ -98,7 +98,7 @@ USAGE = {
     "no folder to resume": (["--resume", "nowhere"], "nowhere holds no training run"),
     "no checkpoint to branch from": (["--branch", "finished", "--out", "x"], "finished is not a checkpoint"),
     "no such model to start from": (
-        ["good.toml", "--set", "start_from=none"],
+        ["good.toml", "--set", "start_from=nothing"],
         "give either a [model] section or start",
     ),
     "no such corpus": (["good.toml", *(o.replace("PATH", "nowhere") for o in OWN)], "nowhere does not exist"),

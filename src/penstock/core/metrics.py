@@ -34,22 +34,26 @@ class MetricsLog:
         kept = [record for record in read_metrics(path) if record["step"] <= step]
         write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
         with explain_os_errors(f"cannot write {path}"):
-            self._file = path.open("a", encoding="utf-8", buffering=1)
+            self._file = path.open("ab", buffering=0)  # with nothing kept back, closing cannot fail a second time
         self._board = _tensorboard(folder, step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records ``values`` for ``step``."""
         with explain_os_errors(f"cannot write {self._file.name}"):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            line = (json.dumps({"step": step, **values}) + "\n").encode()
+            while line:
+                line = line[self._file.write(line) :]
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            with explain_os_errors("cannot write for TensorBoard"):
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Closes the files."""
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            with explain_os_errors("cannot write for TensorBoard"):
+                self._board.close()
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

@@ -183,6 +183,13 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     return decoder
 
 
+def dtype_of(source: str | Path) -> torch.dtype:
+    """The dtype that a model folder states, or else that of its stored tensors; ``source`` as in :func:`resolve`."""
+    folder = resolve(source)
+    _, _, hub = _read(folder)
+    return _dtype(folder, hub, _scan(folder))
+
+
 class _Uninitialized(TorchFunctionMode):
     """Skips torch's initializers, which on the meta device load torch's compiler: most of a second for nothing."""
 

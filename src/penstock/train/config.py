@@ -119,10 +119,11 @@ class PipelineConfig(Config):
 class TrainConfig(Config):
     """A training run.
 
-    ``steps`` or ``minutes`` end it (the earlier one; ``minutes`` counts time in steps, and makes the schedule follow
-    the clock). ``precision``: ``fp32``; ``autocast`` keeps fp32 weights and multiplies in bf16; ``bf16`` keeps all
-    weights and activations in bf16 and updates fp32 masters. ``start_from`` names a model whose weights and shape are
-    the beginning, instead of ``model``.
+    ``steps``, ``tokens``, ``epochs`` or ``minutes`` end it (the earliest; ``minutes`` counts time in steps, and makes
+    the schedule follow the clock). ``precision``: ``fp32``; ``autocast`` keeps fp32 weights and multiplies in bf16;
+    ``bf16`` keeps all weights and activations in bf16 and updates fp32 masters. ``start_from`` names a model whose
+    weights and shape are the beginning, instead of ``model``. ``export_dtype`` is that of the finished model's weights;
+    None is that of ``start_from``, or else the one of the training. Checkpoints keep the weights in full.
     """
 
     seed: int = 0
@@ -132,14 +133,17 @@ class TrainConfig(Config):
     batch: BatchConfig = BatchConfig()
     objective: Annotated[Objective, Choice("train.objective", "next_token")] = NextToken()
     optim: Annotated[Optimizer, Choice("optim.optimizer", "adamw")] = AdamW()
-    schedule: Annotated[Schedule, Choice("train.schedule", "linear")] = LinearDecay(warmup_steps=100)
+    schedule: Annotated[Schedule, Choice("train.schedule", "linear")] = LinearDecay(warmup=0.05)
     average: Annotated[Average, Choice("train.average", "ema")] | None = None
     parallel: ParallelConfig = ParallelConfig()
     pipeline: PipelineConfig = PipelineConfig()
     steps: PositiveInt | None = None
+    tokens: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
     minutes: PositiveFloat | None = None
     clip: PositiveFloat | None = 1.0
     precision: Literal["fp32", "autocast", "bf16"] = "autocast"
+    export_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     compile: bool = True
     activation_checkpointing: bool = False
     device: str = "auto"
@@ -162,8 +166,8 @@ class TrainConfig(Config):
     def _complete(self) -> Self:
         if (self.model is None) == (self.start_from is None):
             raise ValueError("give either a [model] section or start_from, not both")
-        if self.steps is None and self.minutes is None:
-            raise ValueError("say when to stop: steps or minutes")
+        if (self.steps, self.tokens, self.epochs, self.minutes) == (None,) * 4:
+            raise ValueError("say when to stop: steps, tokens, epochs or minutes")
         if self.model is not None and (self.data.vocabulary or 0) > self.model.vocabulary:
             raise ValueError(
                 f"data.vocabulary ({self.data.vocabulary}) is larger than model.vocabulary ({self.model.vocabulary})"

@@ -29,6 +29,8 @@ from penstock.ops.cross_entropy import IGNORE
 from penstock.parallel.world import World
 from penstock.train import checkpoint
 from penstock.train.config import BatchConfig, TrainConfig
+from penstock.train.length import updates
+from penstock.train.order import carry_on
 from penstock.train.pipelined import Pipeline
 from penstock.train.precision import Weights
 
@@ -115,6 +117,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         hub.family_of(model)  # a shape that no checkpoint could hold is refused before the work, not after it
         self.rows = config.batch.tokens // config.batch.length
+        self.steps = updates(config, loader.samples)
         self.weights = Weights(model, config.precision)
         self.masters = list(self.weights.masters.values())
         self.optimizer = config.optim.build(self.weights.masters)
@@ -122,6 +125,7 @@ class Trainer:
         self._names = {id(parameter): name for name, parameter in self.weights.masters.items()}
         self.averages = [m.detach().clone() for m in self.masters] if config.average else []
         self.position = Position()
+        self.note = ""  # what the user should know of how the run goes on
         if config.activation_checkpointing:
             # Only each layer's input is kept for the backward pass, which computes the rest again.
             for layer in model.layers:
@@ -210,15 +214,15 @@ class Trainer:
         return self._progress_at(self.position.step)
 
     def _progress_at(self, step: int) -> float:
-        by_step = step / self.config.steps if self.config.steps else 0.0
+        by_step = step / self.steps if self.steps else 0.0
         by_time = self.position.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
         return min(1.0, max(by_step, by_time))
 
     def _total_steps(self) -> float:
         """Updates in the whole run; with a time budget, an estimate from the pace so far."""
-        known = float(self.config.steps) if self.config.steps else float("inf")
+        known = float(self.steps or "inf")
         if not self.config.minutes or self.position.seconds == 0.0:
-            return known if self.config.steps else 1e9
+            return known if self.steps else 1e9
         return min(known, self.position.step * 60 * self.config.minutes / self.position.seconds)
 
     def train(self, on_step: Callable[[Report], None] = lambda report: None) -> bool:
@@ -424,6 +428,7 @@ class Trainer:
             for average, name in zip(self.averages, self.weights.masters, strict=True):
                 average.copy_(state.tensors["average"][name])
         self.position = Position(**state.position)
+        self.position.samples, self.note = carry_on(self.position.samples, state.description["config"], self.config)
         if folder.parent == self.checkpoints:
             self._saved = self.position.step
 

@@ -33,11 +33,15 @@ from penstock.parallel.world import World
 from penstock.train import checkpoint, store
 from penstock.train.config import TrainConfig
 from penstock.train.evaluate import bits_per_byte
+from penstock.train.length import unfinished_warmup
 from penstock.train.loop import Trainer, resume_command, rows_of_each
 from penstock.train.pipelined import Pipeline
 
 CONFIG, SUMMARY = "run.json", "summary.json"
 CHECKPOINTS, MODEL, STORE, TOKENIZER = "checkpoints", "model", "store", "tokenizer"
+
+#: What the weights of a finished model can be stored in.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Run:
@@ -63,6 +67,10 @@ class Run:
         parent = found or config.start_from
         shape = config.model or hub.read_config(hub.resolve(str(parent)))
         self._check(shape, parent)
+        if found is None and config.start_from and config.export_dtype is None:
+            stored = hub.dtype_of(config.start_from)
+            named = next((name for name, dtype in DTYPES.items() if dtype == stored), None)
+            config = config.model_copy(update={"export_dtype": named})
         pipeline = Pipeline(config, shape, folder, world) if config.parallel.pipeline > 1 else None
         rank, size = (pipeline.grid.pipeline, pipeline.grid.pipelines) if pipeline else (world.rank, world.size)
         rows_of_each(config.batch, size, "pipelines" if pipeline else "processes")
@@ -79,6 +87,7 @@ class Run:
         self.trainer = Trainer(config, model, loader, self.tokenizer, folder, world, pipeline)
         if found is not None:
             self.trainer.resume(found)
+        self.notes += filter(None, (self.trainer.note, unfinished_warmup(config, self.trainer.steps)))
 
     @classmethod
     def create(cls, config: TrainConfig, folder: Path, world: World | None = None, report: Reporter = silent) -> Run:
@@ -216,7 +225,7 @@ class Run:
         model, position = self.trainer.whole(), self.trainer.position
         if model is not None:
             with atomic_folder(self.folder / MODEL) as folder:
-                hub.save(model, folder)
+                hub.save(model, folder, dtype=DTYPES.get(self.config.export_dtype or ""))
                 copy_companions(self.tokenizer, folder)
         summary = {
             "bits_per_byte": self._evaluate(model, report),

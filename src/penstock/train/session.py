@@ -54,9 +54,15 @@ def train_to_the_end(run: Run, report: Reporter) -> dict[str, Any] | None:
             print(
                 f"{_measured(summary['bits_per_byte'])} after {summary['steps']} steps "
                 f"({quantity(summary['tokens'], 'tok')}, {quantity(summary['tokens_per_s'], 'tok')}/s)\n"
-                f"model: {run.folder / 'model'}   loss curve: {run.folder / 'loss.png'}"
+                f"model: {run.folder / 'model'} ({_dtype(run)})   loss curve: {run.folder / 'loss.png'}"
             )
         return summary
+
+
+def _dtype(run: Run) -> str:
+    """What the finished model is stored in, and why."""
+    stored = run.config.export_dtype or str(next(run.trainer.model.parameters()).dtype).removeprefix("torch.")
+    return f"{stored}, like {run.config.start_from}" if run.config.start_from else stored
 
 
 def _measured(bits_per_byte: float | None) -> str:

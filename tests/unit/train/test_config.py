@@ -43,7 +43,7 @@ def made(**changes) -> TrainConfig:
         (["batch.stages=[{length=32,share=0}]"], r"batch\.stages\.0\.share: .*greater than 0"),
         (["batch.tokens=128", "batch.stages=[{length=128}]"], r"128 tokens are longer than the model's context \(64\)"),
         (["data.vocabulary=512", "model.vocabulary=500"], r"data\.vocabulary \(512\) is larger than model\.vocabulary"),
-        (["data.held_out=0"], r"data\.held_out: .*greater than 0"),
+        (["data.held_out=-1"], r"data\.held_out: .*greater than or equal to 0"),
         (["data.held_out=1"], r"data\.held_out: .*less than 1"),
         (["precision=fp8"], "precision: .*'fp32', 'autocast' or 'bf16'"),
         (["steps=0"], "steps: .*greater than 0"),
