@@ -23,6 +23,7 @@ from penstock import __version__
 from penstock.core.errors import DataError, UsageError
 from penstock.core.files import atomic_folder, write_json
 from penstock.core.progress import Reporter, silent
+from penstock.data import pieces
 from penstock.data.ahead import map_ahead
 from penstock.data.corpora.contract import Corpus, Document
 from penstock.data.manifest import MANIFEST, SPLITS, Counts, Manifest, StoredFile, map_file
@@ -176,25 +177,30 @@ class _Encoder:
         self.beginning, self.end_of_text_id = around.beginning, around.end
         self.vocabulary = size_of(tokenizer)
         self.dtype: Literal["<u2", "<u4"] = "<u2" if self.vocabulary <= 1 << 16 else "<u4"
-        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
         # A special token's name in a document is text like any other: only our own end-of-text tokens end documents.
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer = pieces.plain(tokenizer)
         self._held_out, self._seed = held_out, seed
 
     def __call__(self, documents: list[Document]) -> list[_Entry]:
-        texts = [document.text for document in documents]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [self._entry(*pair) for pair in zip(documents, encodings, strict=True)]
+        short = [document.text for document in documents if len(document.text) <= pieces.PIECE]
+        encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False))
+        return [
+            self._entry(document, [next(encodings).ids] if len(document.text) <= pieces.PIECE else self._long(document))
+            for document in documents
+        ]
 
-    def _entry(self, document: Document, encoding: Any) -> _Entry:
+    def _long(self, document: Document) -> Iterator[list[int]]:
+        return pieces.encode(self._tokenizer, document.text)
+
+    def _entry(self, document: Document, parts: Iterable[list[int]]) -> _Entry:
         payload, name = document.text.encode(), document.name.encode()
         digest = _digest(payload)
         order = hashlib.blake2b(b"%d/%b/%b" % (self._seed, digest, name), digest_size=8).digest()
         return _Entry(
             name=name,
-            tokens=np.array([*self.beginning, *encoding.ids, self.end_of_text_id], dtype=self.dtype),
+            tokens=np.concatenate(
+                [np.array(part, self.dtype) for part in (self.beginning, *parts, (self.end_of_text_id,))]
+            ),
             bytes=len(payload),
             held_out=_uniform(digest) < self._held_out,
             order=int.from_bytes(order, "little"),

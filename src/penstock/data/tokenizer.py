@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from penstock.core.errors import DataError, UsageError
 from penstock.core.files import read_json, write_atomic, write_json
+from penstock.data.pieces import lines
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -64,7 +65,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(chosen, trainer)
+    tokenizer.train_from_iterator((part for text in chosen for part in lines(text)), trainer)
     return tokenizer
 
 

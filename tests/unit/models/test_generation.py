@@ -187,8 +187,6 @@ def test_a_prompt_that_cannot_be_continued(tokenizer, prompt, message):
 
 
 def test_a_token_beyond_the_embedding_is_refused():
-    model = Decoder(
-        DecoderConfig(vocabulary=40, hidden=16, layers=1, heads=1, kv_heads=1, head_dim=16, ffn=16, context=8)
-    )
+    model = Decoder(DecoderConfig(**{**SHAPE, "vocabulary": 40}))
     with pytest.raises(ModelError, match=r"the token 40, and the model's embedding ends at 39\n.*tokenizer"):
         generate(model.initialize(0), [1, 40], Sampling(max_tokens=1), frozenset())

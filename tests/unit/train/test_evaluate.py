@@ -107,7 +107,7 @@ def test_what_begins_every_document_costs_nothing(prefix):
         tokens = torch.from_numpy(documents.document(number)).long()
         logits = decoder.logits(decoder(tokens[None, :-1], CausalRows.of(len(tokens) - 1)).hidden[0])
         chosen = logits.log_softmax(-1).gather(1, tokens[1:, None])[prefix - 1 :]
-        bits -= float(chosen.sum()) / math.log(2)
+        bits -= chosen.sum().item() / math.log(2)
     assert bits_per_byte(decoder, documents, window=30) == pytest.approx(bits / documents.bytes, rel=1e-12)
 
 

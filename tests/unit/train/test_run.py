@@ -124,7 +124,7 @@ def test_a_corpus_that_is_too_small(tmp_path, texts, error, message):
 
 def test_a_store_that_took_long_to_build_stays_when_the_run_cannot_start(tmp_path, monkeypatch):
     """The next attempt finds it there."""
-    data = {"corpus": small_corpus(tmp_path / "corpus", "short"), "vocabulary": 300, "held_out": 0}
+    data = {"corpus": small_corpus(tmp_path / "corpus", "a short text"), "vocabulary": 258, "held_out": 0}
     with pytest.raises(DataError, match="too few for a row"):
         Run.create(config(tmp_path, data=data), tmp_path / "run")
     assert contents(tmp_path / "run") == {"store"}
@@ -437,7 +437,7 @@ def test_a_full_disk_while_metrics_are_written_is_one_error(store, tmp_path, mon
     def on_a_full_disk(self, *arguments):
         opened(self, *arguments)
         self._file.close()
-        self._file = Path("/dev/full").open("ab", buffering=0)
+        self._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115 (the log closes it)
 
     monkeypatch.setattr(MetricsLog, "__init__", on_a_full_disk)
     with pytest.raises(PenstockError, match="cannot write /dev/full: No space left on device") as caught:
