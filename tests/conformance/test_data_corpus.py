@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -36,12 +37,38 @@ def rows(path: Path) -> dict[str, Any]:
     return {"path": path}
 
 
+def listed(path: Path) -> dict[str, Any]:
+    (path / "a.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
+    return {"path": path}
+
+
+def mixed(path: Path) -> dict[str, Any]:
+    for make in (folder, jsonl, rows, listed):
+        (path / make.__name__).mkdir()
+        make(path / make.__name__)
+    return {"path": path}
+
+
+def mixture(path: Path) -> dict[str, Any]:
+    whole = {"corpus": {"name": "folder", **folder(path)}, "weight": 2.5}
+    return {"parts": [whole, {"corpus": {"name": "folder", "path": str(path)}, "weight": 0.7}]}
+
+
+def saved(path: Path) -> dict[str, Any]:
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(path / "set")
+    return {"path": str(path / "set")}
+
+
 #: What makes a corpus of each kind, and the options that find it.
 EXAMPLES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "folder": folder,
+    "folder": mixed,
+    "hf": saved,
+    "json": listed,
     "jsonl": jsonl,
+    "mixture": mixture,
     "parquet": rows,
     "stdlib": lambda _: {},
+    "text": folder,
 }
 
 

@@ -59,7 +59,31 @@ def is_held_out(text: str, share: float) -> bool:
     return _uniform(_digest(text.encode())) < share
 
 
-def training_texts(corpus: Corpus, held_out: float, progress: Reporter = silent) -> Iterator[str]:
+@dataclasses.dataclass
+class Skipped:
+    """Documents that were damaged and left out: how many, and what was wrong with the first."""
+
+    count: int = 0
+    first: str = ""
+
+    def reading(self, corpus: Corpus) -> Iterator[Document]:
+        """The other documents."""
+        for item in corpus.items():
+            if isinstance(item, Document):
+                yield item
+            else:
+                self.count += 1
+                self.first = self.first or item.what
+
+
+def readable(corpus: Corpus, skipped: Skipped | None) -> Iterator[Document]:
+    """The documents of a corpus, without those that are damaged if they are to be counted in ``skipped``."""
+    return corpus.documents() if skipped is None else skipped.reading(corpus)
+
+
+def training_texts(
+    corpus: Corpus, held_out: float, progress: Reporter = silent, skip_bad: bool = False
+) -> Iterator[str]:
     """The texts of ``corpus`` that are not held out: those that a tokenizer may learn from.
 
     Raises:
@@ -69,7 +93,7 @@ def training_texts(corpus: Corpus, held_out: float, progress: Reporter = silent)
     _require_share(held_out)
     found = kept = 0
     with progress("reading", corpus.size(), "B") as bar:
-        for document in corpus.documents():
+        for document in readable(corpus, Skipped() if skip_bad else None):
             found += 1
             bar.advance(len(document.text))
             if not is_held_out(document.text, held_out):
@@ -88,6 +112,7 @@ def build_store(
     around: Around,
     beside: Path | None,
     vocabulary_asked: int | None,
+    skip_bad: bool,
     workers: int | None,
     progress: Reporter,
 ) -> None:
@@ -97,10 +122,12 @@ def build_store(
         raise UsageError(f"{folder} exists and is not a token store", hint="Choose a folder that does not exist.")
     encoder = _Encoder(tokenizer, around, held_out, seed)
     workers = workers or WORKERS
+    skipped = Skipped()
+    documents = readable(corpus, skipped if skip_bad else None)
     with atomic_folder(folder) as partial:
         with tempfile.TemporaryDirectory(dir=partial) as scratch, _Spill(Path(scratch), encoder.dtype) as spill:
             with progress("tokenizing", corpus.size(), "B") as bar:
-                for batch in map_ahead(encoder, _batches(corpus.documents()), threads=workers, depth=workers):
+                for batch in map_ahead(encoder, _batches(documents), threads=workers, depth=workers):
                     spill.add(batch)
                     bar.advance(sum(entry.bytes for entry in batch))
             records = spill.records()
@@ -126,6 +153,8 @@ def build_store(
             begin_of_text_ids=encoder.beginning,
             end_of_text=around.end_of_text,
             end_of_text_id=encoder.end_of_text_id,
+            skipped=skipped.count,
+            first_skipped=skipped.first,
             dtype=encoder.dtype,
             shard_tokens=SHARD_TOKENS,
             splits={name: _count(chosen) for name, chosen in sides.items()},

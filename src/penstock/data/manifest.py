@@ -76,7 +76,7 @@ class Manifest(Config):
 
     ``tokenizer`` is the fingerprint; ``vocabulary`` exceeds every token id, and ``vocabulary_asked`` is how many tokens
     a new tokenizer was to have (it has fewer where there is little text). ``begin_of_text`` and ``end_of_text`` are the
-    special tokens around each document.
+    special tokens around each document. ``skipped`` documents were damaged and left out, the first as it says.
     """
 
     token_store: int = VERSION
@@ -87,6 +87,8 @@ class Manifest(Config):
     tokenizer: str
     vocabulary: PositiveInt
     vocabulary_asked: PositiveInt | None = None
+    skipped: NonNegativeInt = 0
+    first_skipped: str = ""
     begin_of_text: str = ""
     begin_of_text_ids: tuple[NonNegativeInt, ...] = ()
     end_of_text: str

@@ -32,6 +32,15 @@ class Word(NamedTuple):
     character: int
 
 
+class Piece(NamedTuple):
+    """A part of a text: its first character, its tokens and words, and the first token that is new."""
+
+    begin: int
+    ids: list[int]
+    words: list[Word]
+    first: int
+
+
 def plain(tokenizer: Tokenizer) -> Tokenizer:
     """A copy that encodes texts alone: no padding, no truncation, nothing added, and special tokens' names in a text
     are text like any other."""
@@ -56,41 +65,37 @@ def encode(tokenizer: Tokenizer, text: str, size: int = PIECE) -> Iterator[list[
         found = _from(tokenizer, text, done, done + width, before)
         if found is None:
             break
-        begin, encoding, first = found
-        words = _words(encoding)
+        begin, ids, words, first = found
         ends = [word for word in words[1:-TAIL] if word.token > first and _divides(text, begin + word.character)]
         if not ends:
             width *= 2
             continue
         end = ends[-1]
-        yield encoding.ids[first : end.token]
+        yield ids[first : end.token]
         inner = [word for word in words if word.token < end.token and _divides(text, begin + word.character)]
-        before = [
-            (begin + inner[-n].character, encoding.ids[inner[-n].token : end.token]) for n in OVERLAPS if len(inner) > n
-        ]
+        before = [(begin + inner[-n].character, ids[inner[-n].token : end.token]) for n in OVERLAPS if len(inner) > n]
         done, given, width = begin + end.character, given + end.token - first, size
     found = _from(tokenizer, text, done, len(text), before)
     if found is None:
         yield tokenizer.encode(text, add_special_tokens=False).ids[given:]
     else:
-        yield found[1].ids[found[2] :]
+        yield found.ids[found.first :]
 
 
-def _from(
-    tokenizer: Tokenizer, text: str, done: int, end: int, before: list[tuple[int, list[int]]]
-) -> tuple[int, Encoding, int] | None:
-    """The piece of the text that goes on from the character ``done`` to ``end``: where it begins, its encoding, and the
-    first token that is new. None where no beginning of those in ``before`` leads to the same tokens."""
+def _from(tokenizer: Tokenizer, text: str, done: int, end: int, before: list[tuple[int, list[int]]]) -> Piece | None:
+    """The piece of the text that goes on from the character ``done`` to ``end``. None where no beginning of those in
+    ``before`` leads to the same tokens."""
     if not done:
-        return 0, tokenizer.encode(text[:end], add_special_tokens=False), 0
+        encoding = tokenizer.encode(text[:end], add_special_tokens=False)
+        return Piece(0, encoding.ids, _words(encoding), 0)
     for begin, known in before:
         encoding = tokenizer.encode(text[begin:end], add_special_tokens=False)
-        words = _words(encoding)
+        ids, words = encoding.ids, _words(encoding)
         first = next((word.token for word in words if begin + word.character == done), None)
         second = words[1].token if len(words) > 1 else 0
         # The first word stands at the beginning of a text here, and did not there: only the others must be alike.
-        if first is not None and second < first and encoding.ids[second:first] == known[len(known) - first + second :]:
-            return begin, encoding, first
+        if first is not None and second < first and ids[second:first] == known[len(known) - first + second :]:
+            return Piece(begin, ids, words, first)
     return None
 
 

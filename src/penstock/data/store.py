@@ -42,6 +42,7 @@ class TokenStore:
         end_of_text: str = END_OF_TEXT,
         beside: Path | None = None,
         vocabulary_asked: int | None = None,
+        skip_bad: bool = False,
         workers: int | None = None,
         progress: Reporter = silent,
     ) -> TokenStore:
@@ -59,6 +60,7 @@ class TokenStore:
                 an empty name is none.
             end_of_text: the token after each document.
             beside: the folder that the tokenizer came from, whose files go into the store as they are.
+            skip_bad: leave out documents that are damaged, and count them in the manifest, instead of giving up.
             vocabulary_asked: how many tokens a new tokenizer was to have, for the record.
             workers: batches encoded at a time (None: 2). The tokenizer spreads each over all cores by itself.
             progress: told of bytes of text tokenized, then of tokens written.
@@ -77,6 +79,7 @@ class TokenStore:
             around=Around.of(tokenizer, begin_of_text, end_of_text),
             beside=beside,
             vocabulary_asked=vocabulary_asked,
+            skip_bad=skip_bad,
             workers=workers,
             progress=progress,
         )

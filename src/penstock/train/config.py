@@ -36,7 +36,8 @@ class DataConfig(Config):
     folder) from ``corpus`` (None: stdlib) with a new tokenizer of ``vocabulary`` tokens (None: 4,096), or with that of
     ``start_from``, and with the share ``held_out`` of the documents set aside (None: 0.02). ``begin_of_text`` and
     ``end_of_text`` are the special tokens around each document; ``auto`` is what the tokenizer puts before a text by
-    itself (BOS, for some models), and its own end-of-text token; an empty ``begin_of_text`` is nothing. Where a store
+    itself (BOS, for some models), and its own end-of-text token; an empty ``begin_of_text`` is nothing. With
+    ``skip_bad``, damaged documents are left out and counted, instead of ending the run. Where a store
     is there, what is said here must be true of it.
     """
 
@@ -44,6 +45,7 @@ class DataConfig(Config):
     store: Path | None = None
     vocabulary: PositiveInt | None = None
     held_out: float | None = Field(None, ge=0, lt=1)
+    skip_bad: bool = False
     begin_of_text: str = AUTO
     end_of_text: str = Field(AUTO, min_length=1)
     sampler: Annotated[Sampler, Choice("data.sampler", "shuffle")] = Shuffle()

@@ -68,7 +68,7 @@ def build(data: DataConfig, folder: Path, parent: str | Path | None, vocabulary:
     asked, beside = None, None
     if parent is None:
         asked = data.vocabulary or min(VOCABULARY, vocabulary)
-        tokenizer = train_tokenizer(training_texts(corpus, held_out, report), asked)
+        tokenizer = train_tokenizer(training_texts(corpus, held_out, report, data.skip_bad), asked)
         around = Around.of(tokenizer, data.begin_of_text, END_OF_TEXT if data.end_of_text == AUTO else data.end_of_text)
     else:
         tokenizer, around = _of_model(data, parent)
@@ -82,6 +82,7 @@ def build(data: DataConfig, folder: Path, parent: str | Path | None, vocabulary:
         end_of_text=around.end_of_text,
         beside=beside,
         vocabulary_asked=asked,
+        skip_bad=data.skip_bad,
         progress=report,
     )
 

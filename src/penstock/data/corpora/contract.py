@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import ClassVar
 
-from penstock.core.errors import DataError, UsageError
+from penstock.core.errors import DataError
 from penstock.policy import Policy, contract
 
 
@@ -31,9 +30,12 @@ class Document:
 
 @contract("data.corpus", law="every pass gives the same documents in the same order, none empty, no name twice")
 class Corpus(Policy):
-    """A collection of documents. Empty texts are left out."""
+    """A collection of documents. Empty texts are left out.
 
-    #: Endings of the file names that hold such a corpus, where a file can.
+    A policy gives :meth:`items` where single documents can be damaged, else :meth:`documents`.
+    """
+
+    #: Endings of the file names that hold such a corpus, where a file can; it has options ``path`` and ``field`` then.
     suffixes: ClassVar[tuple[str, ...]] = ()
 
     def documents(self) -> Iterator[Document]:
@@ -43,24 +45,15 @@ class Corpus(Policy):
             UsageError: a path is not there.
             DataError: the contents are not what the corpus expects; the message names the place.
         """
-        raise NotImplementedError
+        for item in self.items():
+            if isinstance(item, DataError):
+                raise item
+            yield item
+
+    def items(self) -> Iterator[Document | DataError]:
+        """The documents, and in the place of each that is damaged what is wrong with it: who reads on skips it."""
+        yield from self.documents()
 
     def size(self) -> int | None:
         """About how many bytes of text there are, for the time left; None where only reading it all would tell."""
         return None
-
-
-def source_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """``path`` itself if it is a file, else the files below that folder whose names end so, sorted.
-
-    Raises:
-        UsageError: there is no such path, or no such file below it.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UsageError(f"there is no file or folder {path}")
-    found = sorted(file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file())
-    if not found:
-        raise UsageError(f"there is no {' or '.join(suffixes)} file below {path}")
-    return found
