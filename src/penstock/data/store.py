@@ -184,6 +184,11 @@ class Split:
         start, stop = self._span(self._starts, number)
         return self.read(start, stop - start)[0]
 
+    def length(self, number: int) -> int:
+        """The tokens of a document, with those around it."""
+        start, stop = self._span(self._starts, number)
+        return stop - start
+
     def document_bytes(self, number: int) -> int:
         """UTF-8 bytes of a document's text."""
         start, stop = self._span(self._byte_starts, number)

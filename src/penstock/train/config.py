@@ -118,6 +118,16 @@ class PipelineConfig(Config):
     timeout: PositiveFloat = 300.0
 
 
+class ValidationConfig(Config):
+    """Validation while a run is under way: after ``every`` so many updates (None: never), on held-out documents of
+    ``tokens`` in all at most. With ``keep_best``, the checkpoint of the best weights so far stays.
+    """
+
+    every: PositiveInt | None = None
+    tokens: PositiveInt = 262_144
+    keep_best: bool = True
+
+
 class TrainConfig(Config):
     """A training run.
 
@@ -126,6 +136,12 @@ class TrainConfig(Config):
     ``bf16`` keeps all weights and activations in bf16 and updates fp32 masters. ``start_from`` names a model whose
     weights and shape are the beginning, instead of ``model``. ``export_dtype`` is that of the finished model's weights;
     None is that of ``start_from``, or else the one of the training. Checkpoints keep the weights in full.
+
+    The newest ``keep_checkpoints`` stay, and those of steps that ``keep_every`` divides; with ``checkpoint_background``
+    they are written from a copy in main memory while training goes on. ``on_bad_update`` says what becomes of an update
+    whose loss or gradient is not finite, or, with ``spike``, whose gradient norm is more than so many times the typical
+    one: it ends the run (``stop``; spikes are let pass), or is skipped and counted (``skip``). ``wandb`` is a project
+    of W&B that the metrics are sent to.
     """
 
     seed: int = 0
@@ -136,6 +152,7 @@ class TrainConfig(Config):
     objective: Annotated[Objective, Choice("train.objective", "next_token")] = NextToken()
     optim: Annotated[Optimizer, Choice("optim.optimizer", "adamw")] = AdamW()
     schedule: Annotated[Schedule, Choice("train.schedule", "linear")] = LinearDecay(warmup=0.05)
+    validation: ValidationConfig = ValidationConfig()
     average: Annotated[Average, Choice("train.average", "ema")] | None = None
     parallel: ParallelConfig = ParallelConfig()
     pipeline: PipelineConfig = PipelineConfig()
@@ -151,7 +168,12 @@ class TrainConfig(Config):
     device: str = "auto"
     checkpoint_minutes: PositiveFloat = 10.0
     checkpoint_steps: PositiveInt | None = None
+    checkpoint_background: bool = False
     keep_checkpoints: PositiveInt = 2
+    keep_every: PositiveInt | None = None
+    on_bad_update: Literal["stop", "skip"] = "stop"
+    spike: PositiveFloat | None = None
+    wandb: str | None = None
 
     @model_validator(mode="before")
     @classmethod

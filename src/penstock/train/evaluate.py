@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import lzma
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from penstock.core.progress import Reporter, silent
+from penstock.data.store import Split
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
 from penstock.ops.cross_entropy import IGNORE, linear_cross_entropy
@@ -36,6 +38,33 @@ class Documents(Protocol):
     def bytes(self) -> int: ...
 
     def document(self, index: int) -> NDArray[np.integer]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Some documents of a split, by their ``numbers`` there; counts are those of :class:`Documents`."""
+
+    split: Split
+    numbers: Sequence[int]
+
+    @property
+    def documents(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def prefix(self) -> int:
+        return self.split.prefix
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.split.length(number) for number in self.numbers)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.split.document_bytes(number) for number in self.numbers)
+
+    def document(self, index: int) -> NDArray[np.integer]:
+        return self.split.document(self.numbers[index])
 
 
 @torch.no_grad()

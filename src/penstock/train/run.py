@@ -36,6 +36,7 @@ from penstock.train.evaluate import bits_per_byte
 from penstock.train.length import unfinished_warmup
 from penstock.train.loop import Trainer, resume_command, rows_of_each
 from penstock.train.pipelined import Pipeline
+from penstock.train.validation import Validation, beginning_of
 
 CONFIG, SUMMARY = "run.json", "summary.json"
 CHECKPOINTS, MODEL, STORE, TOKENIZER = "checkpoints", "model", "store", "tokenizer"
@@ -85,6 +86,8 @@ class Run:
             train, length=config.batch.length, sampler=config.data.sampler, seed=config.seed, rank=rank, world=size
         )
         self.trainer = Trainer(config, model, loader, self.tokenizer, folder, world, pipeline)
+        documents = beginning_of(self.store.split("held_out"), config.validation.tokens)
+        self.trainer.validation = Validation(config.validation, documents, config.batch.length, world)
         if found is not None:
             self.trainer.resume(found)
         self.notes += filter(None, (self.trainer.note, unfinished_warmup(config, self.trainer.steps)))
@@ -234,6 +237,9 @@ class Run:
             "steps": position.step,
             "tokens": position.tokens,
             "seconds": position.seconds,
+            "skipped_updates": position.guard.skipped,
+            "best_step": position.best_step,
+            "best_bits_per_byte": position.best,
         }
         if self.world.leads:
             write_json(self.folder / SUMMARY, summary)

@@ -95,7 +95,8 @@ class _Ticker:
 
     def __call__(self, report: Report) -> None:
         rate = quantity(report.flops_per_s, "FLOP/s") if report.mfu is None else f"MFU {report.mfu:.1%}"
-        note = f"step {report.step}, loss {report.loss:.3f}, {quantity(report.tokens_per_s, 'tok')}/s, {rate}"
+        loss = "skipped" if report.skipped else f"loss {report.loss:.3f}"
+        note = f"step {report.step}, {loss}, {quantity(report.tokens_per_s, 'tok')}/s, {rate}"
         self._bar.advance(100 * (report.progress - self._seen), note)
         self._seen = report.progress
 
@@ -107,12 +108,18 @@ def draw_loss(folder: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = read_metrics(folder / "metrics.jsonl")
+    every = read_metrics(folder / "metrics.jsonl")
+    records = [record for record in every if "loss" in record]
+    validated = [record for record in every if "validation_bits_per_byte" in record]
     steps = [record["step"] for record in records]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, [record["loss"] for record in records], linewidth=1, color="tab:blue")
     axes.set(xlabel="step", ylabel="training loss (nats per token)", title=f"{folder.name}: training loss")
     axes.grid(alpha=0.3)
+    if validated:
+        measured = [record["validation_bits_per_byte"] for record in validated]
+        axes.plot([r["step"] for r in validated], measured, "o-", color="tab:green", label="validation (bits per byte)")
+        axes.legend(loc="upper right")
     rates = axes.twinx()
     rates.plot(steps, [record["lr_factor"] for record in records], linewidth=1, color="tab:orange", alpha=0.6)
     rates.set(ylabel="learning-rate factor", ylim=(0, 1.05))
