@@ -14,7 +14,8 @@ from penstock.core.metrics import read_metrics
 from penstock.core.progress import Bar, Reporter, quantity
 from penstock.core.signals import termination_interrupts
 from penstock.parallel.world import World
-from penstock.train.loop import Report, resume_command
+from penstock.train.loop import resume_command
+from penstock.train.report import Report
 from penstock.train.run import CHECKPOINTS, CONFIG, Run
 
 
