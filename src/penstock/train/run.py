@@ -237,10 +237,11 @@ class Run:
             "steps": position.step,
             "tokens": position.tokens,
             "seconds": position.seconds,
-            "skipped_updates": position.guard.skipped,
-            "best_step": position.best_step,
-            "best_bits_per_byte": position.best,
         }
+        if position.best is not None:
+            summary |= {"best_step": position.best_step, "best_bits_per_byte": position.best}
+        if self.config.on_bad_update == "skip":
+            summary["skipped_updates"] = position.guard.skipped
         if self.world.leads:
             write_json(self.folder / SUMMARY, summary)
         self.world.barrier()
