@@ -137,11 +137,12 @@ class TrainConfig(Config):
     weights and shape are the beginning, instead of ``model``. ``export_dtype`` is that of the finished model's weights;
     None is that of ``start_from``, or else the one of the training. Checkpoints keep the weights in full.
 
-    The newest ``keep_checkpoints`` stay, and those of steps that ``keep_every`` divides; with ``checkpoint_background``
-    they are written from a copy in main memory while training goes on. ``on_bad_update`` says what becomes of an update
-    whose loss or gradient is not finite, or, with ``spike``, whose gradient norm is more than so many times the typical
-    one: it ends the run (``stop``; spikes are let pass), or is skipped and counted (``skip``). ``wandb`` is a project
-    of W&B that the metrics are sent to.
+    ``evaluation_minutes`` is about how long the evaluation at the end may take: it takes a random part of the held-out
+    documents then, if need be. The newest ``keep_checkpoints`` stay, and those of steps that ``keep_every`` divides;
+    with ``checkpoint_background`` they are written from a copy in main memory while training goes on.
+    ``on_bad_update`` says what becomes of an update whose loss or gradient is not finite, or, with ``spike``, whose
+    gradient norm is more than so many times the typical one: it ends the run (``stop``; spikes are let pass), or is
+    skipped and counted (``skip``). ``wandb`` is a project of W&B that the metrics are sent to.
     """
 
     seed: int = 0
@@ -153,6 +154,7 @@ class TrainConfig(Config):
     optim: Annotated[Optimizer, Choice("optim.optimizer", "adamw")] = AdamW()
     schedule: Annotated[Schedule, Choice("train.schedule", "linear")] = LinearDecay(warmup=0.05)
     validation: ValidationConfig = ValidationConfig()
+    evaluation_minutes: PositiveFloat | None = None
     average: Annotated[Average, Choice("train.average", "ema")] | None = None
     parallel: ParallelConfig = ParallelConfig()
     pipeline: PipelineConfig = PipelineConfig()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import lzma
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -12,7 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from penstock.core.devices import synchronize
 from penstock.core.progress import Reporter, silent
+from penstock.core.randomness import numpy_generator
 from penstock.data.store import Split
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
@@ -65,6 +68,32 @@ class Sample:
 
     def document(self, index: int) -> NDArray[np.integer]:
         return self.split.document(self.numbers[index])
+
+
+@torch.no_grad()
+def affordable(model: Decoder, split: Split, *, window: int, rows: int = 8, seconds: float) -> Sample:
+    """As many documents of ``split`` as :func:`bits_per_byte` can do in about ``seconds``: all, or a random choice.
+
+    One batch is timed for it; one document, the shortest, is always there.
+    """
+    device = model.embedding.weight.device
+    tokens, context = torch.zeros(rows, window, dtype=torch.int64, device=device), CausalRows.of(window, device)
+    took = math.inf
+    for _ in range(2):  # the first one warms up
+        synchronize(device)
+        began = time.monotonic()
+        hidden = model(tokens, context).hidden
+        linear_cross_entropy(hidden.flatten(0, 1), model.head.weight, tokens.flatten()).item()
+        took = min(took, time.monotonic() - began)
+    room = seconds / took * rows
+    chosen = []
+    for number in numpy_generator(0, "evaluate/sample").permutation(split.documents).tolist():
+        cost = max(1, math.ceil((split.length(number) - 1) / max(1, window // 2)))
+        if cost <= room:
+            room -= cost
+            chosen.append(number)
+    shortest = min(range(split.documents), key=split.document_bytes)
+    return Sample(split, sorted(chosen) or [shortest])
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from penstock.models.decoder import Decoder
 from penstock.parallel.world import World
 from penstock.train import checkpoint, store
 from penstock.train.config import TrainConfig
-from penstock.train.evaluate import bits_per_byte
+from penstock.train.evaluate import Sample, affordable, bits_per_byte
 from penstock.train.length import unfinished_warmup
 from penstock.train.loop import Trainer, resume_command, rows_of_each
 from penstock.train.pipelined import Pipeline
@@ -52,6 +52,7 @@ class Run:
 
     Attributes:
         config, folder, world, device, store: what the names say.
+        evaluated: the documents that :meth:`finish` evaluates.
         tokenizer: the folder of the store's tokenizer.
         trainer: at the beginning, or at the checkpoint that the run goes on from.
         notes: what the user should know before the run begins, such as newer checkpoints that were passed over.
@@ -79,6 +80,8 @@ class Run:
         hub.family_of(model)  # a shape that no folder could hold is refused before the work, not after it
         self.store = self._open_store(parent, shape, report)
         self.config = config = config.model_copy(update={"data": store.settled(config.data, self.store.manifest)})
+        held_out = self.store.split("held_out")
+        self.evaluated = Sample(held_out, range(held_out.documents))
         self.tokenizer = folder / TOKENIZER
         self._provide_tokenizer(parent)
         train = self.store.split("train")
@@ -86,7 +89,7 @@ class Run:
             train, length=config.batch.length, sampler=config.data.sampler, seed=config.seed, rank=rank, world=size
         )
         self.trainer = Trainer(config, model, loader, self.tokenizer, folder, world, pipeline)
-        documents = beginning_of(self.store.split("held_out"), config.validation.tokens)
+        documents = beginning_of(held_out, config.validation.tokens)
         self.trainer.validation = Validation(config.validation, documents, config.batch.length, world)
         if found is not None:
             self.trainer.resume(found)
@@ -232,6 +235,7 @@ class Run:
                 copy_companions(self.tokenizer, folder)
         summary = {
             "bits_per_byte": self._evaluate(model, report),
+            "documents": self.evaluated.documents,
             "tokens_per_s": position.tokens / max(position.seconds, 1e-9),
             "parameters": self.trainer.parameters,
             "steps": position.step,
@@ -257,12 +261,11 @@ class Run:
         if whole is not None:
             precise = self.device.type != "cuda"
             with contextlib.nullcontext() if precise else self.trainer.weights.arithmetic(self.device):
-                measured = bits_per_byte(
-                    whole.to(self.device).eval(),
-                    held_out,
-                    window=self.config.batch.length,
-                    report=report,
-                )
+                whole, window = whole.to(self.device).eval(), self.config.batch.length
+                if self.config.evaluation_minutes is not None:
+                    seconds = 60 * self.config.evaluation_minutes
+                    self.evaluated = affordable(whole, held_out, window=window, seconds=seconds)
+                measured = bits_per_byte(whole, self.evaluated, window=window, report=report)
         return self.world.largest(measured)[0]
 
 

@@ -46,7 +46,7 @@ def test_what_a_run_leaves(finished, store):
     assert contents(finished) == names
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((finished / "summary.json").read_text())
-    assert set(summary) == {"bits_per_byte", "tokens_per_s", "parameters", "steps", "tokens", "seconds"}
+    assert set(summary) == {"bits_per_byte", "documents", "tokens_per_s", "parameters", "steps", "tokens", "seconds"}
     assert (summary["steps"], summary["tokens"]) == (20, 2560)
     assert summary["tokens_per_s"] == pytest.approx(2560 / summary["seconds"])
     model = hub.load(finished)

@@ -84,3 +84,13 @@ def test_a_validated_run_resumes_bit_for_bit(store, tmp_path):
     ours, theirs = (tmp_path / name / "checkpoints" / "step-00000012" for name in ("run", "whole"))
     assert_same_bits(ours, theirs)
     assert validated(tmp_path / "run") == validated(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("minutes", "all_of_them"), [(1e-9, False), (60.0, True)])
+def test_the_final_evaluation_has_a_budget_of_time(store, tmp_path, minutes, all_of_them):
+    run = Run.create(config(store, steps=2, evaluation_minutes=minutes), tmp_path / "run")
+    held_out = run.store.split("held_out")
+    summary = train_to_the_end(run, silent)
+    assert summary["documents"] == (held_out.documents if all_of_them else 1)
+    measured = bits_per_byte(hub.load(tmp_path / "run"), run.evaluated, window=32)
+    assert summary["bits_per_byte"] == pytest.approx(measured, rel=1e-6)
