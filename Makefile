@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo check test test-slow test-gpu docs clean
+.PHONY: install demo check test test-plain test-slow test-gpu docs clean
 
 install: .venv/installed
 
@@ -21,6 +21,12 @@ check: install
 
 test: install
 	$(BIN)/pytest
+
+# What depends on the processor, as on one with AVX2 alone: a plainer kind can be made of a richer one.
+test-plain: install
+	DNNL_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/pytest \
+	  tests/unit/core/test_processor.py tests/unit/train/test_machine.py tests/unit/train/test_precision.py \
+	  tests/conformance/test_optim_optimizer.py
 
 test-slow: install
 	$(BIN)/pytest -m slow

@@ -396,10 +396,15 @@ def main(arguments: Sequence[str] | None = None, root: Path = Path(__file__).par
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         if after != before:
             stale += 1
-            print(f"{path.relative_to(root)} is stale: run make docs" if check else f"wrote {path}")
+            print(f"{path.relative_to(root)} is stale" if check else f"wrote {path}")
             if not check:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, after)
+    if check and stale:
+        print(
+            "These documents list the policies, the laws of their contracts, the papers and the results, and one of "
+            "those is new or has changed. Run 'make docs', and commit what it writes."
+        )
     return 1 if check and stale else 0
 
 

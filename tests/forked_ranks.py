@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,40 +19,9 @@ import torch.distributed
 
 from penstock.core.errors import PenstockError
 from penstock.parallel.world import World
+from penstock.testing.ranks import ranks
 from penstock.train.config import TrainConfig
 from penstock.train.run import Run
-
-
-def ranks(size: int, work: Callable[[World], Any]) -> list[dict[str, Any]]:
-    """What ``work`` returned or raised in each of ``size`` processes, in order of their ranks, and when, in seconds.
-
-    Nothing of one that was killed.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pipes, children, began = [], [], time.monotonic()
-    for rank in range(size):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in place.items()}
-            result: dict[str, Any] = {}
-            try:
-                world = World.join()
-                result["returned"] = work(world)
-                world.leave()
-            except BaseException as error:
-                result["raised"] = [type(error).__name__, str(error)]
-            os.write(writer, json.dumps(result | {"after": time.monotonic() - began}).encode())
-            os._exit(0)
-        os.close(writer)
-        pipes.append(reader)
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
-    return [json.loads(os.read(pipe, 1 << 20) or "{}") for pipe in pipes]
 
 
 def weights(run: Run) -> str:

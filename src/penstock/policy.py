@@ -64,6 +64,21 @@ class Policy(BaseModel):
 P = TypeVar("P", bound=type[Policy])
 
 
+def unwritten(cls: type[Policy], method: str, what: str) -> PenstockError:
+    """The error of a method that every policy of a contract must give for its law to be tested, where one does not.
+
+    Args:
+        cls: the policy.
+        method: as it is called, such as ``example()``.
+        what: what it must do, as an imperative clause.
+    """
+    name = getattr(cls, "policy_name", cls.__name__)
+    return PenstockError(
+        f"the {cls.contract_name} {name!r} has no {method}, and its law is tested with that",
+        hint=f"Write the class method {cls.__name__}.{method}: {what}.",
+    )
+
+
 def contract(name: str, *, law: str, simulated: bool = False) -> Callable[[P], P]:
     """Declares a contract. ``law`` says, in a sentence, what the conformance suite checks for every policy of it.
 

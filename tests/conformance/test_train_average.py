@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from penstock.testing.enrolled import enrolled
-from penstock.testing.train_average import check_average
+from penstock.testing.train_average import check
 
 POLICIES = enrolled("train.average")
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_law_of_averages_holds(name: str) -> None:
-    check_average(POLICIES[name])
+    check(POLICIES[name])

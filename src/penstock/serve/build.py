@@ -11,6 +11,7 @@ import torch
 
 from penstock.core.devices import can_compile, pick
 from penstock.core.errors import PenstockError, UsageError
+from penstock.core.processor import fast_dtype
 from penstock.core.progress import Reporter, silent
 from penstock.models import hub
 from penstock.models.decoder import Decoder
@@ -47,7 +48,8 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
 def dtype_of(config: EngineConfig, device: torch.device) -> torch.dtype:
     """The dtype of weights and cache on ``device``."""
     named = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return named.get(config.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    # On a CPU answers do not depend on which kind it is: fp32 everywhere, unless asked for.
+    return named.get(config.dtype, fast_dtype(device).choice if device.type == "cuda" else torch.float32)
 
 
 def build_engine(

@@ -25,7 +25,7 @@ class EngineConfig(Config):
         batching: forms the batch of each step.
         loop: in which order scheduling, computing and publishing follow each other.
         attention: attention over the cache; None picks the best that serves the device.
-        dtype: of weights and cache; ``auto`` is bf16 on CUDA, fp32 on the CPU.
+        dtype: of weights and cache; ``auto`` is bf16 on CUDA devices that have units for it, else fp32.
         tokens: the token budget of a step, at least ``sequences``, so that all of them can go on in one; None is 8,192
             on CUDA, which such a step keeps busy, and 2,048 on the CPU.
         sequences: most sequences that run at a time.

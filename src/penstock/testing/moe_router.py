@@ -1,4 +1,13 @@
-"""The law of ``moe.router``."""
+"""The law of ``moe.router``.
+
+Bugs that its clauses are there to catch:
+
+- the example: weights that are not normalised, or of other experts; scores of another kind; a bias in the weights.
+- routing: an expert twice; tokens that influence each other; a bias that does not choose, or that changes weights.
+- block: tokens that go to another expert than their weight, gradients that do not reach router or experts.
+- balance: a loss that falls as the load collapses, that is cut off from the router, or whose size depends on the number
+  of experts or tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +23,29 @@ from penstock.models.routers.contract import Router, Routing
 EXPERTS, HIDDEN, TOKENS = 5, 12, 17
 
 
-def check_router(router: Router) -> None:
-    """Asserts the law of ``moe.router`` for every number of experts that a token may go to."""
+def check(router: Router) -> None:
+    """Asserts the law of ``moe.router`` on its example, and for every number of experts that a token may go to."""
+    check_example(router)
     for top_k in range(1, EXPERTS + 1):
         candidate = router.model_copy(update={"top_k": top_k})
         check_routing(candidate)
         check_block(candidate)
+        check_balance(candidate)
+
+
+def check_example(router: Router) -> None:
+    """For some tokens the weights are those that the policy gives."""
+    example, logits, weights, bias = router.example()
+    wanted = torch.tensor(weights, dtype=torch.float64)
+    assert example.top_k < wanted.shape[1], "the example leaves nothing to choose"
+    shift = None if bias is None else torch.tensor(bias, dtype=torch.float64)
+    found = _dense(example.route(torch.tensor(logits, dtype=torch.float64), shift), wanted.shape[1])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 def check_routing(router: Router) -> None:
-    """Experts are distinct and exist, weights are not negative, each token is routed on its own, and an even load
-    has the balance loss 1. A selection bias, where the router keeps one, moves the choice alone."""
+    """Experts are distinct and exist, weights are not negative, probabilities sum to 1, and each token is routed on its
+    own. A selection bias, where the router keeps one, moves the choice alone."""
     logits = _normal("logits", TOKENS, EXPERTS)
     routing = router.route(logits)
     assert routing.experts.shape == routing.weights.shape == (TOKENS, router.top_k)
@@ -35,9 +56,10 @@ def check_routing(router: Router) -> None:
     alone = [router.route(row.unsqueeze(0)) for row in logits]
     torch.testing.assert_close(torch.cat([r.weights for r in alone]), routing.weights, rtol=0, atol=1e-12)
     assert torch.equal(torch.cat([r.experts for r in alone]), routing.experts)
-    # Token i scores its experts as token 0 does, shifted by i: every expert gets as much as any other.
-    even = router.route(torch.stack([logits[0].roll(i) for i in range(EXPERTS)]))
-    torch.testing.assert_close(even.balance, torch.ones((), dtype=torch.float64), rtol=0, atol=1e-12)
+    assert (routing.probabilities >= 0).all()
+    assert routing.probabilities.shape == logits.shape
+    one = torch.ones(TOKENS, dtype=torch.float64)
+    torch.testing.assert_close(routing.probabilities.sum(1), one, rtol=0, atol=1e-12)
     favourite = torch.zeros(EXPERTS, dtype=torch.float64)
     favourite[2] = 100.0
     biased = router.route(logits, favourite)
@@ -60,6 +82,43 @@ def check_block(router: Router) -> None:
     ours = _gradients(block, x, probe, block(x)[0])
     theirs = _gradients(block, x, probe, dense_block(block, x))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+def check_balance(router: Router) -> None:
+    """The loss for balance is 1 a token for an even load, more for one that collapses, and falls along its gradient."""
+    block = small_block(router)
+    block.router.weight.data = torch.eye(EXPERTS, HIDDEN, dtype=torch.float64)  # the logits are the first of the inputs
+    if block.selection_bias is not None:
+        block.selection_bias.data.zero_()
+    row = _normal("balance", HIDDEN)
+
+    def loss(x: Tensor) -> Tensor:
+        balance: Tensor = block(x)[1] / len(x)
+        return balance
+
+    # Token i scores its experts as token 0 does, shifted by i: every expert gets as much as any other.
+    even = torch.stack([torch.cat([row[:EXPERTS].roll(i), row[EXPERTS:]]) for i in range(EXPERTS)])
+    torch.testing.assert_close(loss(even), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-12)
+    if router.top_k == EXPERTS:  # the load is always even
+        return
+    collapsed = row.expand(TOKENS, HIDDEN).clone().requires_grad_()
+    before = loss(collapsed)
+    assert before > 1, f"the loss for balance of a collapsed load is {before}"
+    assert before.requires_grad, "the loss for balance has no gradient"
+    (gradient,) = torch.autograd.grad(before, collapsed, allow_unused=True)
+    assert gradient is not None, "the gradient of the loss for balance does not reach the router"
+    assert loss(collapsed - 0.1 * gradient / gradient.abs().max()) < before, "the loss for balance rises"
+
+
+def check_compiles(router: Router) -> None:
+    """The block compiles to one graph, forward and backward, with eager's numbers."""
+    results = []
+    for compiled in (False, True):
+        block, x = small_block(router), _normal("compiled", TOKENS, HIDDEN)
+        out, balance = (torch.compile(block, fullgraph=True, backend="aot_eager") if compiled else block)(x)
+        (out.square().sum() + balance).backward()
+        results.append([out, balance, *(p.grad for p in block.parameters() if p.requires_grad)])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 def small_block(router: Router) -> MixtureOfExperts:

@@ -1,14 +1,44 @@
-"""The law of ``pipeline.route``."""
+"""The law of ``pipeline.route``.
+
+Bugs that its clauses are there to catch:
+
+- the example: other paths than the paper's, such as half of a swap, or every microbatch swapped where half should be.
+- paths: a stage twice or none at all, too short a path, more or fewer paths than microbatches.
+- service: partial stages of which some do most of the work.
+- schedule: tasks of stages that are not on the path; devices that wait for each other; times that are not the earliest.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 
+from penstock.core.errors import UsageError
+from penstock.core.randomness import numpy_generator
 from penstock.pipeline.ir.refusal import RefusalError
 from penstock.pipeline.ir.validate import validate
 from penstock.pipeline.routes.contract import PipelineRoute
 from penstock.testing.enrolled import rebuilt
 from penstock.testing.pipeline_schedule import check_complete, check_simulation, run_by_rounds
+from penstock.testing.refusals import refused
+
+
+def check(policy: PipelineRoute) -> None:
+    """Asserts the law of ``pipeline.route`` on its example, and for many numbers of devices and microbatches."""
+    check_example(policy)
+    for devices, microbatches in ((1, 1), (1, 3), (2, 1), (3, 5), (4, 8), (8, 16)):
+        check_route(policy, devices, microbatches)
+    draw = numpy_generator(0, "testing/pipeline.route")
+    for _ in range(50):
+        check_route(policy, int(draw.integers(1, 10)), int(draw.integers(1, 25)))
+    with refused(UsageError, "does nothing"):
+        policy.build(0, 4)
+
+
+def check_example(policy: PipelineRoute) -> None:
+    """For one pair of numbers the paths are those that the policy gives."""
+    example, stages, paths = policy.example()
+    found = example.build(stages, len(paths)).paths
+    assert found == paths, f"the paths are {found}, and {paths} in the example"
 
 
 def check_route(policy: PipelineRoute, devices: int, microbatches: int) -> None:
@@ -20,13 +50,13 @@ def check_route(policy: PipelineRoute, devices: int, microbatches: int) -> None:
         devices, microbatches = refusal.devices, refusal.microbatches
         schedule = policy.build(devices, microbatches)
     assert rebuilt(policy).build(devices, microbatches) == schedule, "the paths depend on more than the options"
-    assert len(schedule.paths) == microbatches
+    assert len(schedule.paths) == microbatches, f"there are {len(schedule.paths)} paths for {microbatches} microbatches"
     for path in schedule.paths:
-        assert len(path) == len(set(path)) == policy.length(devices)
-        assert set(path) <= set(range(devices))
+        assert len(path) == len(set(path)) == policy.length(devices), f"a path passes {path} of {devices} stages"
+        assert set(path) <= set(range(devices)), f"a path passes {path} of {devices} stages"
     served = Counter(stage for path in schedule.paths for stage in path)
     sometimes = [served[stage] for stage in range(devices) if served[stage] < microbatches]
-    assert not sometimes or max(sometimes) - min(sometimes) <= 2, served
+    assert not sometimes or max(sometimes) - min(sometimes) <= 2, f"stages serve unevenly: {served}"
     check_complete(schedule)
     assert run_by_rounds(schedule) == [], "deadlock"
     validate(schedule)

@@ -1,4 +1,5 @@
-"""The law of ``pipeline.schedule`` at run time: what any number of processes compute is what one computes."""
+"""The part of the laws of ``pipeline.schedule`` and ``pipeline.transform`` that needs processes: what any number of
+them compute is what one computes."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from penstock.models.attention import PackedRows
 from penstock.models.config import DecoderConfig, MoEConfig
 from penstock.models.decoder import Decoder
 from penstock.ops.cross_entropy import linear_cross_entropy
+from penstock.parallel.world import World
 from penstock.pipeline.ir.refusal import RefusalError
 from penstock.pipeline.ir.schedule import Schedule, WeightRule
 from penstock.pipeline.partition.balanced import cut
@@ -25,6 +27,7 @@ from penstock.pipeline.run.vocabulary import Shard, shard_rows
 from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.pipeline.simulate.simulator import Costs, simulate
 from penstock.testing.enrolled import rebuilt
+from penstock.testing.ranks import agreed
 
 #: Relative to the largest entry of a tensor: sums of fp64 numbers in another order.
 TOLERANCE = 1e-12
@@ -115,6 +118,29 @@ def delayed(config: DecoderConfig, stages: int, microbatches: int, device: torch
     return Work(batches, total, history[-1])
 
 
+def check_on_ranks(policies: Mapping[str, PipelineSchedule], size: int, microbatches: int) -> None:
+    """Asserts the law of each of ``policies`` on ``size`` processes that are forked for it, one after another.
+
+    Those that refuse an odd number of devices are let off; an even one is to be tried as well.
+    """
+
+    def work(world: World) -> dict[str, object]:
+        grid = Grid(world, world.size)
+        found: dict[str, object] = {}
+        for name, policy in policies.items():
+            try:
+                found[name] = check_runtime(policy, grid, microbatches)
+            except AssertionError as error:
+                found[name] = str(error)
+        return found
+
+    verdicts = agreed(size, work)
+    told = sorted({(name, found) for verdict in verdicts for name, found in verdict.items() if isinstance(found, str)})
+    assert not told, "\n".join(f"{name}: {found}" for name, found in told)
+    skipped = [name for name, found in verdicts[0].items() if found is False]
+    assert size % 2 == 1 or not skipped, f"{skipped} refuse {size} devices"
+
+
 def check_runtime(policy: PipelineSchedule, grid: Grid, microbatches: int, device: torch.device = CPU) -> bool:
     """Asserts the law on the processes of ``grid``, all of which call this: loss and every gradient equal to those of
     one device in fp64, for a dense Decoder and, twice in a row, for a sparse one; and the counted peak of live
@@ -192,7 +218,7 @@ def check_equal(
             faults.append(f"{step.peak_activations} activations were held, not the simulated {peak}")
         # All processes fail together: one that failed alone would leave the others waiting for it.
         if grid.world.largest(float(bool(faults)))[0]:
-            raise AssertionError("; ".join(faults) or "another device is at fault")
+            raise AssertionError("; ".join(faults[:5]) or "another device is at fault")
 
 
 @functools.cache

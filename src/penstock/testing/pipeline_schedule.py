@@ -1,10 +1,23 @@
-"""The law of ``pipeline.schedule``."""
+"""The law of ``pipeline.schedule``.
+
+Bugs that its clauses are there to catch:
+
+- complete: a task that is lost, doubled, on another device than its stage or on another replica than its forward.
+- deadlock: an order in which devices wait for each other, at any numbers of devices and microbatches.
+- refusal: numbers that are named as working, and do not; no refusal of none.
+- simulation: a time that is not the earliest one, with latency and bandwidth of each link forgotten or counted twice; a
+  peak that counts activations at the wrong moments.
+- versions: weights that are newer than those of the forward, or counted when they are held no longer.
+- several processes: gradients that are missing, doubled, or of other weights; more activations held than simulated.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
 
+from penstock.core.errors import UsageError
+from penstock.core.randomness import numpy_generator
 from penstock.pipeline.ir.refusal import RefusalError
 from penstock.pipeline.ir.schedule import VOCABULARY, Kind, Schedule, Task, WeightRule
 from penstock.pipeline.ir.validate import validate
@@ -12,6 +25,33 @@ from penstock.pipeline.ir.versions import peak_versions, versions
 from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.pipeline.simulate.simulator import Costs, Link, Simulation, simulate
 from penstock.testing.enrolled import P, rebuilt
+from penstock.testing.pipeline_runtime import check_on_ranks
+from penstock.testing.refusals import refused
+
+#: Numbers of devices and of microbatches.
+SHAPES = ((1, 1), (1, 3), (2, 1), (2, 4), (3, 2), (3, 9), (4, 4), (4, 8), (5, 7), (8, 16))
+
+
+def check(policy: PipelineSchedule) -> None:
+    """Asserts the law of ``pipeline.schedule``, with two and three processes."""
+    check_orders(policy)
+    for size in (2, 3):
+        check_on_ranks({policy.policy_name: policy}, size, microbatches=5)
+
+
+def check_orders(policy: PipelineSchedule) -> None:
+    """What can be said without running: for many numbers of devices and microbatches, and variants of the options."""
+    candidates = list(variants(policy))
+    for devices, microbatches in SHAPES:
+        for variant in candidates:
+            check_schedule(variant, devices, microbatches)
+    draw = numpy_generator(0, "testing/pipeline.schedule")
+    for _ in range(20):
+        variant = candidates[draw.integers(len(candidates))]
+        check_schedule(variant, int(draw.integers(1, 10)), int(draw.integers(1, 25)))
+    for devices, microbatches in ((0, 4), (4, 0), (-1, 1)):
+        with refused(UsageError, "does nothing"):
+            policy.build(devices, microbatches)
 
 
 def check_schedule(policy: PipelineSchedule, devices: int, microbatches: int) -> None:
@@ -126,11 +166,14 @@ def check_simulation(schedule: Schedule) -> None:
         deferred=tuple(1.0 for _ in stages),
         weights=tuple(1.0 for _ in stages),
         shards={Kind.S: 2.0, Kind.N: 0.5, Kind.T: 1.5},
-        link=Link(latency=0.5),
+        message=3.0,
+        link=Link(latency=0.5, bandwidth=12.0),
+        links={(0, 1): Link(latency=1.25), (1, 0): Link(latency=0.25, bandwidth=1.5)},
     )
     simulation = simulate(schedule, costs)
     check_earliest(simulation)
-    assert simulation.peak_activations == [count_peak(simulation, device) for device in range(schedule.devices)]
+    counted = [count_peak(simulation, device) for device in range(schedule.devices)]
+    assert simulation.peak_activations == counted, f"the peaks are {simulation.peak_activations}, counted {counted}"
 
 
 def check_earliest(simulation: Simulation) -> None:
@@ -144,11 +187,16 @@ def check_earliest(simulation: Simulation) -> None:
                 shards[task.kind, task.microbatch].append(end)
             elif task.kind is not Kind.W:
                 ends[task.kind is Kind.F, task.stage, task.microbatch] = end, device
-    delay = costs.link.seconds(costs.message)
 
-    def came_from(kind: Kind, microbatch: int) -> float:
-        """When what all shards make is there."""
-        return max(shards[kind, microbatch]) + (delay if schedule.devices > 1 else 0.0) if schedule.barriers else 0.0
+    def delay(source: int, target: int) -> float:
+        """Of a message, by definition."""
+        link = costs.links.get((source, target), costs.link)
+        return 0.0 if source == target else link.latency + costs.message / link.bandwidth
+
+    def came_from(kind: Kind, microbatch: int, device: int) -> float:
+        """When what all shards make is on ``device``: after the last of them, by the longest way."""
+        farthest = max(delay(source, device) for source in range(schedule.devices))
+        return max(shards[kind, microbatch]) + farthest if schedule.barriers else 0.0
 
     def came_to(task: Task, device: int) -> float:
         """When what ``task`` reads is there."""
@@ -157,23 +205,31 @@ def check_earliest(simulation: Simulation) -> None:
         if task.kind in (Kind.W, Kind.E):
             return 0.0
         if task.kind in (Kind.N, Kind.T):
-            return came_from(Kind.N if task.kind is Kind.T and schedule.barriers == 3 else Kind.S, task.microbatch)
+            kind = Kind.N if task.kind is Kind.T and schedule.barriers == 3 else Kind.S
+            return came_from(kind, task.microbatch, device)
         if task.kind in (Kind.S, Kind.G):
             source = path[-1] if forward else path[0]
         else:
             place = path.index(task.stage) + (-1 if forward else 1)
             if not 0 <= place < len(path):
                 kind = Kind.E if forward else Kind.S if schedule.barriers == 1 else Kind.T
-                return came_from(kind, task.microbatch)
+                return came_from(kind, task.microbatch, device)
             source = path[place]
         made, where = ends[forward, source, task.microbatch]
-        return made + (delay if where != device else 0.0)
+        return made + delay(where, device)
+
+    def duration(task: Task) -> float:
+        """Of its kind on its stage, by definition."""
+        if task.kind in VOCABULARY:
+            return costs.shards.get(task.kind, 0.0)
+        parts = {Kind.F: (costs.forward,), Kind.I: (costs.input_grad,), Kind.W: (costs.weight_grad,)}
+        return sum(part[task.stage] for part in parts.get(task.kind, (costs.input_grad, costs.weight_grad)))
 
     for device, order in enumerate(schedule.orders):
         free = 0.0
         for task, start, end in zip(order, simulation.starts[device], simulation.ends[device], strict=True):
             assert start == max(free, came_to(task, device)), f"{task} starts at {start}"
-            assert end == start + costs.durations(task.kind)[task.stage]
+            assert end == start + duration(task), f"{task} takes {end - start}"
             free = end
 
 
@@ -212,4 +268,4 @@ def check_versions(schedule: Schedule) -> None:
             forward = next(task for task in before if (task.stage, task.microbatch) == (stage, microbatch))
             expected = updated.count(stage) if kind is Kind.F else seen[before.index(forward)]
             assert seen[position] == expected, f"{order[position]} sees version {seen[position]}"
-        assert peak == max(held)
+        assert peak == max(held), f"{peak} versions are said to be held, and {max(held)} are"

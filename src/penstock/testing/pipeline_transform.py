@@ -1,24 +1,95 @@
-"""The law of ``pipeline.transform``."""
+"""The law of ``pipeline.transform``.
+
+Bugs that its clauses are there to catch:
+
+- work: a task that is lost, doubled or moved to another device; passes of a sharded vocabulary that are missing.
+- deadlock: W before I, a pass of the vocabulary before what it needs.
+- time: a "better" schedule that takes longer at the times that it was made for.
+- memory: activations that return before they have left, or too late; two copies at a time on one way; bytes that do
+  not add up.
+- several processes: gradients that differ from those of one.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
 
-from penstock.pipeline.ir.schedule import Kind, Schedule
+import numpy as np
+
+from penstock.core.errors import UsageError
+from penstock.core.randomness import numpy_generator
+from penstock.parallel.world import World
+from penstock.pipeline.ir.schedule import Kind, Schedule, WeightRule
 from penstock.pipeline.ir.validate import validate
+from penstock.pipeline.run.grid import Grid
+from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.pipeline.simulate.simulator import Simulation, simulate
 from penstock.pipeline.simulate.times import Times
 from penstock.pipeline.transforms.contract import PipelineTransform
-from penstock.testing.enrolled import rebuilt
-from penstock.testing.pipeline_schedule import check_complete, check_simulation, check_versions, run_by_rounds
+from penstock.testing.enrolled import enrolled, rebuilt
+from penstock.testing.pipeline_runtime import check_schedule_runs
+from penstock.testing.pipeline_schedule import check_complete, check_simulation, check_versions, run_by_rounds, variants
+from penstock.testing.ranks import agreed
+from penstock.testing.refusals import refused
+
+
+def check(policy: PipelineTransform) -> None:
+    """Asserts the law of ``pipeline.transform`` on all schedules with a flush, for random times, and on three
+    processes."""
+    schedules = _schedules()
+    flushing = [made for made in schedules.values() if made.build(2, 2).weights is WeightRule.FLUSH]
+    candidates = list(variants(policy))
+    for schedule in flushing:
+        for variant in candidates:
+            given = getattr(variant, "times", Times())
+            for devices, microbatches in ((2, 2), (4, 8)):
+                check_transform(variant, schedule.build(devices, microbatches), given)
+    draw = numpy_generator(0, "testing/pipeline.transform")
+    for _ in range(40):
+        built = flushing[draw.integers(len(flushing))].build(4, 4 * int(draw.integers(1, 4)))
+        check_any_times(candidates[draw.integers(len(candidates))], built, draw)
+    with refused(UsageError, "stashes several"):
+        policy.apply(schedules["pipedream"].build(2, 4))
+    check_on_processes(policy, 3)
+
+
+def _schedules() -> dict[str, PipelineSchedule]:
+    made = enrolled("pipeline.schedule").items()
+    return {name: policy for name, policy in made if isinstance(policy, PipelineSchedule)}
+
+
+def check_any_times(policy: PipelineTransform, schedule: Schedule, draw: np.random.Generator) -> None:
+    """The law for random times, uneven between the stages."""
+
+    def seconds(count: int) -> tuple[float, ...]:
+        return tuple((draw.integers(0, 7, count) / 2).tolist())
+
+    each = {field: seconds(schedule.stages) for field in ("forward", "input_grad", "weight_grad")}
+    transfer, host, output = seconds(3)
+    times = Times(**each, transfer=transfer, host=5 * host, output=output)  # so that some copies do not hide
+    if "times" in type(policy).model_fields:
+        policy = policy.model_copy(update={"times": times})
+    check_transform(policy, schedule, times)
+
+
+def check_on_processes(policy: PipelineTransform, size: int) -> None:
+    """Schedules that were transformed compute the same: one with several stages on a device, and one with I and W."""
+    schedules = _schedules()
+
+    def work(world: World) -> None:
+        for name in ("interleaved_1f1b", "zb_h1"):
+            for variant in variants(policy):
+                check_schedule_runs(variant.apply(schedules[name].build(world.size, 6)), Grid(world, world.size))
+
+    agreed(size, work)
 
 
 def check_transform(policy: PipelineTransform, schedule: Schedule, times: Times) -> None:
     """Asserts the law for one schedule; ``times`` are what the policy was made for, if it has that option."""
     done = policy.apply(schedule)
     assert rebuilt(policy).apply(schedule) == done, "the schedule depends on more than the options"
-    assert _work(done) == _work(schedule)
+    assert _work(done) == _work(schedule), "the work is another"
     assert (done.placement, done.microbatches, done.weights) == (
         schedule.placement,
         schedule.microbatches,
@@ -31,7 +102,7 @@ def check_transform(policy: PipelineTransform, schedule: Schedule, times: Times)
     if not done.offloaded:
         check_simulation(done)
     before, after = (simulate(either, times.costs(either)) for either in (schedule, done))
-    assert after.makespan <= before.makespan * (1 + 1e-9)
+    assert after.makespan <= before.makespan * (1 + 1e-9), f"{before.makespan} become {after.makespan}"
     check_memory(after)
 
 
@@ -58,18 +129,18 @@ def check_memory(simulation: Simulation) -> None:
                 held[key] = [(start, 0.0)]
                 if key in schedule.offloaded:
                     gone, back = simulation.away[key]
-                    assert gone >= end + copy - 1e-9
-                    assert back >= gone - 1e-9
+                    assert gone >= end + copy - 1e-9, f"{key} has left before it was there"
+                    assert back >= gone - 1e-9, f"{key} returns before it has left"
                     leaving.append((gone - copy, gone))
                     returning.append((back, back + copy))
                     held[key] = [(start, gone), (back, 0.0)]
             elif task.kind in (Kind.I, Kind.B) and key in schedule.offloaded:
-                assert start >= simulation.away[key][1] + copy - 1e-9
+                assert start >= simulation.away[key][1] + copy - 1e-9, f"{task} begins before {key} is back"
             if task.kind in (Kind.B, Kind.W):
                 held[key][-1] = held[key][-1][0], end
         for copies in (leaving, returning):
             copies.sort()
-            assert all(end <= begin + 1e-9 for (_, end), (begin, _) in itertools.pairwise(copies))
+            assert all(end <= begin + 1e-9 for (_, end), (begin, _) in itertools.pairwise(copies)), "two copies at once"
         for time, size in dict(simulation.memory(device)).items():  # of several steps at one time, the last
             counted = sum(
                 costs.activation[stage]

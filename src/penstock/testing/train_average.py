@@ -1,6 +1,17 @@
-"""The law of ``train.average``."""
+"""The law of ``train.average``.
+
+Bugs that its clauses are there to catch:
+
+- the example: another rule than the paper's, such as a copy of the last weights; a count that is off by one; a filter
+  that lets through what it should keep.
+- mixture: shares that do not sum to 1, or differ between tensors; negative ones; an update of the weights themselves.
+- constant: rounding that moves an average of equal numbers, as a sum of shares in bf16 does.
+- resume: memory in the policy, which a checkpoint does not hold.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -10,11 +21,26 @@ from penstock.testing.enrolled import rebuilt
 from penstock.train.averages.contract import Average
 
 
-def check_average(average: Average, updates: int = 30) -> None:
-    """Asserts the law of ``train.average`` on random walks."""
+def check(average: Average, updates: int = 30) -> None:
+    """Asserts the law of ``train.average`` on its example and on random walks."""
+    check_example(average)
     check_mixture(average, updates)
     check_constant(average)
     check_resume(average, updates)
+
+
+def check_example(average: Average) -> None:
+    """Along one run the averages are those that the policy gives."""
+    example, weights, expected = average.example()
+    assert len(weights) == len(expected) + 1 >= 4, "an example has three updates or more, and one weight before them"
+    (first, *later) = (torch.tensor([weight], dtype=torch.float64) for weight in weights)
+    running = [first.clone()]
+    for count, (weight, wanted) in enumerate(zip(later, expected, strict=True), 1):
+        example.update(running, [weight], count)
+        found = running[0].item()
+        assert math.isclose(found, wanted, rel_tol=1e-9, abs_tol=1e-12), (
+            f"after update {count} the average is {found}, and {wanted} in the example"
+        )
 
 
 def check_mixture(average: Average, updates: int) -> None:

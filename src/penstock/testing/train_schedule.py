@@ -1,10 +1,19 @@
-"""The law of ``train.schedule``."""
+"""The law of ``train.schedule``.
+
+Bugs that its clauses are there to catch:
+
+- the example: another curve than the paper's, a constant one too; a floor, a decay or a total that is off by one.
+- range: a factor below 0 or above 1 once the run is longer than its total, or the total less than an update.
+- purity: state that a call leaves behind, or that an option does not hold, so that a resumed run sees other factors.
+- warm-up: a jump at its end; a slope that depends on the total, so that runs of other lengths begin differently.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 
+from penstock.core.randomness import numpy_generator
 from penstock.testing.enrolled import rebuilt
 from penstock.train.schedules.contract import Schedule
 
@@ -12,8 +21,9 @@ from penstock.train.schedules.contract import Schedule
 TOTALS = (1, 2, 7.5, 100, 1000, 1e9)
 
 
-def check_schedule(schedule: Schedule) -> None:
+def check(schedule: Schedule) -> None:
     """Asserts the law of ``train.schedule``, with and without a warm-up."""
+    check_example(schedule)
     for warmup_steps in (0, 1, 10, 200):
         candidate = schedule.model_copy(update={"warmup_steps": warmup_steps})
         check_range_and_purity(candidate)
@@ -23,6 +33,19 @@ def check_schedule(schedule: Schedule) -> None:
         counted = schedule.model_copy(update={"warmup_steps": round(share * total)})
         for step in {0, 1, 9, int(share * total), int(total) - 1}:
             assert relative.factor(step, total) == counted.factor(step, total), f"a share of {share} at {(step, total)}"
+    check_any_numbers(schedule)
+
+
+def check_example(schedule: Schedule) -> None:
+    """Over one run the factors are those that the policy gives."""
+    example, factors = schedule.example()
+    total = len(factors) - 1
+    assert total >= 3, f"the example is a run of {total} updates, and so short a one says little"
+    for step, factor in enumerate(factors):
+        found = example.factor(step, total)
+        assert math.isclose(found, factor, rel_tol=1e-9, abs_tol=1e-12), (
+            f"the factor at step {step} of {total} is {found}, and {factor} in the example"
+        )
 
 
 def check_range_and_purity(schedule: Schedule) -> None:
@@ -38,11 +61,21 @@ def check_range_and_purity(schedule: Schedule) -> None:
         assert schedule.factor(*question) == again.factor(*question) == first[question], f"at {question}"
 
 
+def check_any_numbers(schedule: Schedule) -> None:
+    """The factor lies within [0, 1] for numbers of any size."""
+    draw = numpy_generator(0, "testing/train.schedule")
+    for _ in range(200):
+        step, total = int(10 ** draw.uniform(0, 12)) - 1, 10 ** draw.uniform(-3, 12)
+        candidate = schedule.model_copy(update={"warmup_steps": int(10 ** draw.uniform(0, 6)) - 1})
+        factor = candidate.factor(step, total)
+        assert 0 <= factor <= 1, f"the factor of {candidate!r} at step {step} of {total} is {factor}"
+
+
 def check_warmup(schedule: Schedule) -> None:
     """The warm-up does not depend on the total, and is a straight line that would reach 1 at step ``warmup_steps``."""
     steps = range(schedule.warmup_steps)
     for step, (total, other) in itertools.product(steps, itertools.pairwise(TOTALS)):
-        assert schedule.factor(step, total) == schedule.factor(step, other)
+        assert schedule.factor(step, total) == schedule.factor(step, other), f"step {step} depends on the total"
     if not steps:
         return
     slope = (1 - schedule.factor(0, 1000)) / schedule.warmup_steps

@@ -131,10 +131,13 @@ class ValidationConfig(Config):
 class TrainConfig(Config):
     """A training run.
 
-    ``steps``, ``tokens``, ``epochs`` or ``minutes`` end it (the earliest; ``minutes`` counts time in steps, and makes
-    the schedule follow the clock). ``precision``: ``fp32``; ``autocast`` keeps fp32 weights and multiplies in bf16;
-    ``bf16`` keeps all weights and activations in bf16 and updates fp32 masters. ``start_from`` names a model whose
-    weights and shape are the beginning, instead of ``model``. ``export_dtype`` is that of the finished model's weights;
+    ``steps``, ``tokens``, ``epochs`` or ``minutes`` end it (the earliest; ``minutes`` counts time in steps and in
+    compiling, and makes the schedule follow the clock). ``precision``: ``fp32``; ``autocast`` keeps fp32 weights and
+    multiplies in bf16; ``bf16`` keeps all weights and activations in bf16 and updates fp32 masters; ``auto`` is
+    ``bf16`` where that is faster on the device, else ``fp32``. ``compile``: with ``torch.compile``; ``auto`` does where
+    a run is long enough to win back what that takes. ``chosen`` is written by the run: what became of each ``auto``,
+    and why. ``start_from`` names a model whose weights and shape are the beginning, instead of ``model``.
+    ``export_dtype`` is that of the finished model's weights;
     None is that of ``start_from``, or else the one of the training. Checkpoints keep the weights in full.
 
     ``evaluation_minutes`` is about how long the evaluation at the end may take: it takes a random part of the held-out
@@ -163,9 +166,9 @@ class TrainConfig(Config):
     epochs: PositiveFloat | None = None
     minutes: PositiveFloat | None = None
     clip: PositiveFloat | None = 1.0
-    precision: Literal["fp32", "autocast", "bf16"] = "autocast"
+    precision: Literal["auto", "fp32", "autocast", "bf16"] = "auto"
     export_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    compile: bool = True
+    compile: bool | Literal["auto"] = "auto"
     activation_checkpointing: bool = False
     device: str = "auto"
     checkpoint_minutes: PositiveFloat = 10.0
@@ -176,6 +179,7 @@ class TrainConfig(Config):
     on_bad_update: Literal["stop", "skip"] = "stop"
     spike: PositiveFloat | None = None
     wandb: str | None = None
+    chosen: dict[str, str] = Field({})
 
     @model_validator(mode="before")
     @classmethod

@@ -32,9 +32,11 @@ from penstock.train import checkpoint
 from penstock.train.config import BatchConfig, TrainConfig
 from penstock.train.guard import Guard
 from penstock.train.length import updates
+from penstock.train.loads import Loads
+from penstock.train.machine import fast_precision, worth_compiling
 from penstock.train.order import carry_on
 from penstock.train.pipelined import Pipeline
-from penstock.train.precision import Weights
+from penstock.train.precision import Precision, Weights
 from penstock.train.report import Position, Report
 from penstock.train.saving import Saver
 from penstock.train.validation import Validation
@@ -58,8 +60,8 @@ class Trainer:
     rather than ``minutes``, which follow the clock).
 
     Args:
-        config: the run's configuration.
-        model: on its device, fp32; cast here as ``config.precision`` says.
+        config: the run's configuration; what it leaves to the machine is chosen here, and when compiling.
+        model: on its device, fp32; cast here as the precision says.
         loader: windows of ``config.batch.length`` tokens.
         tokenizer: the folder with its tokenizer and what else lies beside the weights, copied into every checkpoint.
         folder: the run folder.
@@ -86,14 +88,15 @@ class Trainer:
         hub.family_of(model)  # a shape that no checkpoint could hold is refused before the work, not after it
         self.rows = config.batch.tokens // config.batch.length
         self.steps = updates(config, loader.samples if config.epochs else 0)
-        self.weights = Weights(model, config.precision)
+        self.weights = Weights(model, self._precision())
         self.masters = list(self.weights.masters.values())
         self.optimizer = config.optim.build(self.weights.masters)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self._names = {id(parameter): name for name, parameter in self.weights.masters.items()}
+        self.loads = Loads(model)
         self.averages = [m.detach().clone() for m in self.masters] if config.average else []
         self.position = Position()
-        self.note = ""  # what the user should know of how the run goes on
+        self.order_note = ""  # what the user should know of how the run goes on
         if config.activation_checkpointing:
             # Only each layer's input is kept for the backward pass, which computes the rest again.
             for layer in model.layers:
@@ -106,7 +109,57 @@ class Trainer:
         self.validation: Validation | None = None  # of the run, which has the held-out documents
         self._saver = Saver(self.checkpoints, tokenizer, config.checkpoint_background, resume_command(folder))
         self._saved: int | None = None
-        self._clock = 0.0
+        self._clock = self._compiling = 0.0
+
+    # What the configuration leaves to the machine.
+
+    def _precision(self) -> Precision:
+        precision = self.config.precision
+        if precision != "auto":
+            return precision
+        answer = fast_precision(self.device, self.world)
+        self._choose("precision", answer.choice, answer.reason)
+        return answer.choice
+
+    def _choose(self, key: str, value: object, reason: str) -> None:
+        """Puts a choice into the configuration, with its reason; run.json and checkpoints keep both."""
+        self.config = self.config.model_copy(update={key: value})
+        self.note(key, f"{str(value).lower()}: {reason}")
+
+    def note(self, key: str, choice: str) -> None:
+        """Adds a choice and its reason to those that are written down."""
+        self.config = self.config.model_copy(update={"chosen": {**self.config.chosen, key: choice}})
+
+    def choose_compile(self) -> None:
+        """Whether to compile, where the configuration leaves that open: by how long the run will take without."""
+        if self.config.compile != "auto":
+            return
+        if obstacle := self._obstacle():
+            self._choose("compile", False, obstacle)
+            return
+        limits = [60 * self.config.minutes - self.position.seconds] if self.config.minutes else []
+        if self.steps:
+            limits.append((self.steps - self.position.step) * self.eager_seconds())
+        seconds = self.world.largest(min(limits))[0]
+        answer = worth_compiling(self.device, self.weights.precision, seconds)
+        self._choose("compile", answer.choice, answer.reason)
+
+    def eager_seconds(self) -> float:
+        """How long the passes of an update take without compiling: those of a microbatch are timed, after others."""
+        length = self.config.batch.length_at(self.progress)
+        micros = list(self._microbatches(self.loader.batch(0, self.rows), length))
+        seconds = 0.0
+        for micro, context in (micros[0],) * 2:
+            synchronize(self.device)
+            began = time.monotonic()
+            with _explain_memory(self.device):
+                with self.weights.arithmetic(self.device):
+                    loss = self._loss(self.model, micro, context)
+                loss.backward()  # type: ignore[no-untyped-call]
+            synchronize(self.device)
+            seconds = time.monotonic() - began
+            self.model.zero_grad()
+        return seconds * len(micros)
 
     # One update.
 
@@ -137,7 +190,9 @@ class Trainer:
         if self.pipeline:
             predicted /= self.pipeline.grid.devices  # all of which have counted the same batch
         predicted.clamp_(min=1)
+        self.loads.begin()
         total, norms = self._gradients(batch, length, predicted)
+        self.loads.end(self.world)
         if not self._good(total, norms["grad_norm"]):
             self.optimizer.zero_grad()
             return {"loss": total, **norms, "skipped": torch.ones(())}
@@ -194,15 +249,20 @@ class Trainer:
 
     def _progress_at(self, step: int) -> float:
         by_step = step / self.steps if self.steps else 0.0
-        by_time = self.position.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
+        by_time = self.position.seconds / self._seconds if self.config.minutes else 0.0
         return min(1.0, max(by_step, by_time))
+
+    @property
+    def _seconds(self) -> float:
+        """What ``minutes`` leaves for steps; at least one is made."""
+        return max(60 * (self.config.minutes or 0.0) - self._compiling, 1e-3)
 
     def _total_steps(self) -> float:
         """Updates in the whole run; with a time budget, an estimate from the pace so far."""
         known = float(self.steps or "inf")
         if not self.config.minutes or self.position.seconds == 0.0:
             return known if self.steps else 1e9
-        return min(known, self.position.step * 60 * self.config.minutes / self.position.seconds)
+        return min(known, self.position.step * self._seconds / self.position.seconds)
 
     def train(self, on_step: Callable[[Report], None] = lambda report: None) -> bool:
         """Trains to the end, or until Ctrl-C or SIGTERM. Saves a checkpoint either way.
@@ -333,12 +393,12 @@ class Trainer:
         Returns:
             Why the run goes on without compiling although its configuration asks for it, or nothing.
         """
+        began = time.monotonic()
+        self.choose_compile()
         if not self.config.compile:
             return ""
-        if self.pipeline:
-            return "the stages of a pipeline are not compiled"
-        if not can_compile(self.device):
-            return "there is no C++ compiler (g++ or clang++)" if self.device.type == "cpu" else "Triton is missing"
+        if obstacle := self._obstacle():
+            return obstacle
         self._loss = torch.compile(self.config.objective.loss, dynamic=False)
         try:
             for length in {stage.length for stage in self.config.batch.stages}:
@@ -354,7 +414,16 @@ class Trainer:
             return f"the compiler failed ({type(error).__name__})"
         finally:
             self.model.zero_grad()
-        synchronize(self.device)
+            synchronize(self.device)
+            self._compiling = time.monotonic() - began
+        return ""
+
+    def _obstacle(self) -> str:
+        """Why nothing can be compiled here, or nothing."""
+        if self.pipeline:
+            return "the stages of a pipeline are not compiled"
+        if not can_compile(self.device):
+            return "there is no C++ compiler (g++ or clang++)" if self.device.type == "cpu" else "Triton is missing"
         return ""
 
     # Checkpoints.
@@ -395,6 +464,8 @@ class Trainer:
             tensors["average"] = dict(zip(self.weights.masters, self.averages, strict=True))
         if self.weights.separate:
             tensors["masters"] = dict(self.weights.masters)
+        if self.model.config.moe is not None:
+            tensors["loads"] = self.loads.tensors()
         if self.pipeline:
             tensors = {group: self.pipeline.collect(parts) for group, parts in tensors.items()}
         description = {"config": self.config.model_dump(mode="json"), "version": __version__}
@@ -421,8 +492,10 @@ class Trainer:
         if self.averages:
             for average, name in zip(self.averages, self.weights.masters, strict=True):
                 average.copy_(state.tensors["average"][name])
+        self.loads.restore(state.tensors.get("loads", {}))
         self.position = Position(**{**state.position, "guard": Guard(**state.position.get("guard", {}))})
-        self.position.samples, self.note = carry_on(self.position.samples, state.description["config"], self.config)
+        former = state.description["config"]
+        self.position.samples, self.order_note = carry_on(self.position.samples, former, self.config)
         if folder.parent == self.checkpoints:
             self._saved = self.position.step
 

@@ -193,7 +193,7 @@ class Pipeline:
         hidden, balance = self.part.run(self.stages[stage], batch.tokens if x is None else x, context)
         losses: list[Tensor] = []
         if balance is not None:
-            losses.append(objective.balance_loss(self.part.config, balance, batch))
+            losses.append(objective.balance_loss(self.part.config, balance))
         last = stage == self.schedule.stages - 1
         if last:
             losses.append(objective.hidden_loss(self.part, hidden, batch))

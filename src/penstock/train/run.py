@@ -93,7 +93,7 @@ class Run:
         self.trainer.validation = Validation(config.validation, documents, config.batch.length, world)
         if found is not None:
             self.trainer.resume(found)
-        self.notes += filter(None, (self.trainer.note, unfinished_warmup(config, self.trainer.steps)))
+        self.notes += filter(None, (self.trainer.order_note, unfinished_warmup(config, self.trainer.steps)))
 
     @classmethod
     def create(cls, config: TrainConfig, folder: Path, world: World | None = None, report: Reporter = silent) -> Run:
@@ -162,9 +162,14 @@ class Run:
         """The run, whose configuration is written down when it is seen to work."""
         run = cls(config, folder, world, report)
         if world.leads:
-            write_json(folder / CONFIG, run.config.model_dump(mode="json"))
+            run.write_config()
         world.barrier()
         return run
+
+    def write_config(self) -> None:
+        """Writes down the configuration, with what the machine chose."""
+        self.config = self.trainer.config
+        write_json(self.folder / CONFIG, self.config.model_dump(mode="json"))
 
     def _model(self, found: Path | None) -> Decoder:
         """The model at the beginning, or one of the same shape for the weights of the checkpoint ``found``."""
@@ -225,8 +230,13 @@ class Run:
                     end_with(folder, manifest.end_of_text_id, others)
         self.world.barrier()
 
-    def finish(self, report: Reporter = silent) -> dict[str, Any]:
-        """Exports the finished model to ``model/``, evaluates it, and writes and returns ``summary.json``."""
+    def finish(self, report: Reporter = silent, seconds: float | None = None) -> dict[str, Any]:
+        """Exports the finished model to ``model/``, evaluates it, and writes and returns ``summary.json``.
+
+        Args:
+            report: shows the progress.
+            seconds: for the evaluation, of part of the held-out documents if need be; None: as the configuration says.
+        """
         self.trainer.use_average()
         model, position = self.trainer.whole(), self.trainer.position
         if model is not None:
@@ -234,7 +244,7 @@ class Run:
                 hub.save(model, folder, dtype=DTYPES.get(self.config.export_dtype or ""))
                 copy_companions(self.tokenizer, folder)
         summary = {
-            "bits_per_byte": self._evaluate(model, report),
+            "bits_per_byte": self._evaluate(model, report, seconds),
             "documents": self.evaluated.documents,
             "tokens_per_s": position.tokens / max(position.seconds, 1e-9),
             "parameters": self.trainer.parameters,
@@ -251,19 +261,20 @@ class Run:
         self.world.barrier()
         return summary
 
-    def _evaluate(self, whole: Decoder | None, report: Reporter) -> float | None:
+    def _evaluate(self, whole: Decoder | None, report: Reporter, seconds: float | None) -> float | None:
         """Bits per byte on the held-out documents, if there are any. The leading process measures, on its own device;
         all know then."""
         held_out = self.store.split("held_out")
         if not held_out.documents:
             return None
+        if seconds is None and self.config.evaluation_minutes is not None:
+            seconds = 60 * self.config.evaluation_minutes
         measured = 0.0
         if whole is not None:
             precise = self.device.type != "cuda"
             with contextlib.nullcontext() if precise else self.trainer.weights.arithmetic(self.device):
                 whole, window = whole.to(self.device).eval(), self.config.batch.length
-                if self.config.evaluation_minutes is not None:
-                    seconds = 60 * self.config.evaluation_minutes
+                if seconds is not None:
                     self.evaluated = affordable(whole, held_out, window=window, seconds=seconds)
                 measured = bits_per_byte(whole, self.evaluated, window=window, report=report)
         return self.world.largest(measured)[0]

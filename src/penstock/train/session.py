@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from penstock.core.files import claim, sweep, write_atomic
 from penstock.core.metrics import read_metrics
+from penstock.core.processor import free_threads
 from penstock.core.progress import Bar, Reporter, quantity
 from penstock.core.signals import termination_interrupts
 from penstock.parallel.world import World
@@ -34,8 +37,9 @@ def stoppable(folder: Path, world: World) -> Iterator[None]:
                 print(f"stopped; {what}")
 
 
-def train_to_the_end(run: Run, report: Reporter) -> dict[str, Any] | None:
-    """Trains, exports and evaluates ``run``; returns its summary, or None when it was stopped before its end.
+def train_to_the_end(run: Run, report: Reporter, evaluation: float | None = None) -> dict[str, Any] | None:
+    """Trains, exports and evaluates ``run``, the last in ``evaluation`` seconds if given; returns its summary, or None
+    when it was stopped before its end.
 
     Raises:
         UsageError: another process is training in the run's folder.
@@ -49,7 +53,7 @@ def train_to_the_end(run: Run, report: Reporter) -> dict[str, Any] | None:
             if run.world.leads:
                 print(f"stopped after {run.trainer.position.step} steps; continue with: {resume_command(run.folder)}")
             return None
-        summary = run.finish(report)
+        summary = run.finish(report, evaluation)
         if run.world.leads:
             draw_loss(run.folder)
             print(
@@ -75,16 +79,33 @@ def _measured(bits_per_byte: float | None) -> str:
 def _train(run: Run, report: Reporter) -> bool:
     """Whether the run was trained to its end."""
     trainer = run.trainer
-    if run.config.compile and trainer.progress < 1.0:
+    if trainer.progress < 1.0:
+        choose_threads(run)
+        trainer.choose_compile()
+    if trainer.config.compile and trainer.progress < 1.0:
         with report("compiling", None, "s") as bar:
             began = time.monotonic()
             obstacle = trainer.compile()
             bar.advance(time.monotonic() - began)
         if obstacle and run.world.leads:
             print(f"training without torch.compile, which is slower: {obstacle}")
+    if run.world.leads:
+        run.write_config()
+        for key, choice in run.config.chosen.items():
+            print(f"{key} {choice}")
     label = f"training {quantity(trainer.parameters, '')}parameters"
     with report(label, 100.0, "%") as bar:
         return trainer.train(_Ticker(bar, trainer.progress))
+
+
+def choose_threads(run: Run) -> None:
+    """Leaves alone the cores that other work holds, in a run that follows the clock.
+
+    One that follows steps is to have the same bits at any time, and so as many threads at any time.
+    """
+    if run.config.minutes and run.world.size == 1 and run.device.type == "cpu" and torch.get_num_threads() > 1:
+        answer = free_threads(torch.get_num_threads())
+        run.trainer.note("threads", f"{answer.choice}: {answer.reason}")
 
 
 class _Ticker:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from durability import durable
 from penstock.core import files
 from penstock.core.errors import PenstockError
 
@@ -42,6 +43,24 @@ def test_a_file_is_replaced(tmp_path):
     assert path.read_bytes() == b"\x00second"
     assert names(path.parent) == ["file"]
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_file_is_synced_before_it_is_renamed_and_its_folder_after_it(tmp_path):
+    path = tmp_path / "file"
+    for text in ("first", "second"):
+        with durable() as placed:
+            files.write_atomic(path, text)
+        assert placed == [path]
+
+
+def test_a_folder_is_synced_before_it_is_renamed_and_the_one_around_it_after_that(old_folder):
+    """With all that is in it; also where it takes another's place."""
+    for target in (old_folder, old_folder.parent / "other"):
+        with durable() as placed, files.atomic_folder(target) as folder:
+            (folder / "deep").mkdir()
+            (folder / "deep" / "part").write_text("new")
+            (folder / "part").write_text("new")
+        assert placed == [target]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -41,13 +41,15 @@ def distribution(tmp_path):
 
 def test_the_policy_of_the_document_works_as_a_plug_in_and_passes_its_test(distribution):
     done = subprocess.run(
-        [sys.executable, "-c", "import test_staircase as t; t.test_each_stair_is_as_long_and_halves_the_rate()"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_staircase.py"],
+        cwd=distribution,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(distribution)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(distribution), str(repository() / "src")])},
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
+    assert "2 passed" in done.stdout
 
 
 def test_the_benchmark_of_the_document_runs(tmp_path, monkeypatch):

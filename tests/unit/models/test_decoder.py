@@ -12,7 +12,7 @@ from penstock.models import hub
 from penstock.models.attention import CausalRows
 from penstock.models.config import DecoderConfig, MoEConfig
 from penstock.models.decoder import Decoder
-from transformers_peer import double, expected, peer, prompt, stepwise, whole
+from penstock.testing.transformers_peer import double, expected, peer, prompt, stepwise, whole
 
 ROPE = {"rope_theta": 500.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}

@@ -22,11 +22,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
+from durability import durable
 from penstock.core.errors import DataError, ModelError, PenstockError, UsageError
 from penstock.models import hub
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from transformers_peer import peer, published
+from penstock.testing.transformers_peer import peer, published
 
 SHAPE = DecoderConfig(vocabulary=31, hidden=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn=20, context=32)
 
@@ -433,7 +434,9 @@ def test_family_is_the_one_asked_for_or_loaded_from_or_the_first_that_fits(tmp_p
 def test_saving_into_an_existing_folder(tmp_path: Path) -> None:
     """Adds its files to what is there, and never mixes with another model."""
     (tmp_path / "trainer.json").write_text("{}")
-    hub.save(tiny(), tmp_path, shard_bytes=3000)
+    with durable() as placed:
+        hub.save(tiny(), tmp_path, shard_bytes=3000)
+    assert placed[-1] == tmp_path / "config.json"  # without which the folder is no model
     assert (tmp_path / "trainer.json").read_text() == "{}"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert same(hub.load(tmp_path), tiny())

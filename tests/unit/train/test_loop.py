@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from penstock.core.config import build
 from penstock.core.errors import CheckpointError, ConfigError, ModelError, PenstockError
 from penstock.core.metrics import read_metrics
-from penstock.data.loader import Loader
+from penstock.data.loader import Batch, Loader
 from penstock.data.samplers.shuffle import Shuffle
 from penstock.data.store import TokenStore
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
+from penstock.ops.cross_entropy import IGNORE
 from penstock.train.config import TrainConfig
 from penstock.train.loop import Report, Trainer, rows_of_each
 from penstock.train.run import Run
@@ -166,9 +167,19 @@ def gradients(trainer: Trainer, length: int = 32) -> tuple[dict[str, torch.Tenso
     def catch(*_) -> None:
         caught.update({name: master.grad.clone() for name, master in trainer.weights.masters.items()})
 
-    trainer.optimizer.register_step_pre_hook(catch)
-    measured = trainer.update(trainer.loader.batch(0, trainer.rows), length, 1.0)
+    hook = trainer.optimizer.register_step_pre_hook(catch)
+    measured = trainer.update(masked_batch(trainer), length, 1.0)
+    hook.remove()
     return measured, caught
+
+
+def masked_batch(trainer: Trainer) -> Batch:
+    """A batch of which some targets are not predicted, unequally many in its rows."""
+    whole = trainer.loader.batch(0, trainer.rows)
+    targets = whole.targets.clone()
+    targets[0, :20] = IGNORE
+    targets[-1, 5] = IGNORE
+    return Batch(whole.tokens, targets, whole.documents)
 
 
 @pytest.mark.parametrize("length", [32, 8])
@@ -179,7 +190,7 @@ def test_an_update_follows_the_gradient_of_the_mean_loss(store, tmp_path, micro_
     trainer = double_trainer(store, tmp_path, batch=batch, clip=None)
     plain = Decoder(trainer.model.config).initialize(0).double()
     measured, caught = gradients(trainer, length)
-    whole = trainer.loader.batch(0, 4)
+    whole = masked_batch(trainer)
     losses = []
     for tokens, targets, documents in zip(
         *(x.reshape(-1, length) for x in (whole.tokens, whole.targets, whole.documents)), strict=True
@@ -196,6 +207,26 @@ def test_an_update_follows_the_gradient_of_the_mean_loss(store, tmp_path, micro_
     flat = torch.cat([gradient.flatten() for gradient in wanted.values()])
     torch.testing.assert_close(measured["grad_norm"].double(), flat.norm())
     torch.testing.assert_close(measured["grad_l1"].double(), flat.abs().sum())
+
+
+def test_experts_are_balanced_over_the_whole_update(store, tmp_path):
+    """However the batch is cut, also where activations are computed twice: the loads are those of the update before."""
+
+    def caught(weight: float, micro_tokens: int | None, recomputes: bool = False) -> dict[str, torch.Tensor]:
+        model = {**MOE, "moe": {**MOE["moe"], "balance_weight": weight}}
+        batch = {"tokens": 128, "micro_tokens": micro_tokens, "stages": [{"length": 32}]}
+        trainer = double_trainer(
+            store, tmp_path, model=model, batch=batch, clip=None, activation_checkpointing=recomputes
+        )
+        gradients(trainer)
+        assert all(load.sum() == pytest.approx(1) and load.std() > 0 for load in trainer.loads.tensors().values())
+        return gradients(trainer)[1]
+
+    whole = caught(1.0, None)
+    for micro_tokens, recomputes in ((32, False), (64, True)):
+        torch.testing.assert_close(caught(1.0, micro_tokens, recomputes), whole, rtol=0, atol=1e-12)
+    router = "layers.0.mlp.router.weight"
+    assert (whole[router] - caught(0.0, None)[router]).abs().max() > 0.1 * whole[router].abs().max()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])

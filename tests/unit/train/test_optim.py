@@ -91,7 +91,7 @@ def test_muon_updates_are_as_large_as_adams():
     """A matrix's first update has entries of about 0.2 lr in the root mean square, whatever its shape (Liu et al.)."""
     shapes = {"layers.0.a": (64, 64), "layers.0.b": (16, 64), "layers.0.c": (2, 64, 32)}
     own, before = parameters(shapes), parameters(shapes)
-    run(Muon(lr=0.01, weight_decay=0.0).build(own), own, 1)
+    run([Muon(lr=0.01, weight_decay=0.0).build(own)], own, 1)
     for name, parameter in own.items():
         moved = (parameter - before[name]).square().mean().sqrt().item()
         assert moved == pytest.approx(0.2 * 0.01, rel=0.25), name
@@ -103,7 +103,7 @@ def test_a_schedule_reaches_all_groups_of_muon():
     optimizer = Muon().build(own)
     for group in optimizer.param_groups[1:]:
         group["lr"] = 0.0
-    run(optimizer, own, 2)
+    run([optimizer], own, 2)
     for name, parameter in own.items():
         moved = not torch.equal(parameter, before[name])
         assert moved == (name.startswith("layers.") and parameter.dim() > 1), name

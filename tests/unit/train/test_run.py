@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -23,7 +24,7 @@ from penstock.data.tokenizer import load_tokenizer, train_tokenizer
 from penstock.models import hub
 from penstock.parallel.world import World
 from penstock.train import demo
-from penstock.train.evaluate import bits_per_byte
+from penstock.train.evaluate import Sample, affordable, bits_per_byte
 from penstock.train.run import Run
 from penstock.train.session import train_to_the_end
 from tiny_runs import MODEL, VOCABULARY, assert_same_bits, config, make_corpus, tensors
@@ -46,7 +47,9 @@ def test_what_a_run_leaves(finished, store):
     assert contents(finished) == names
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((finished / "summary.json").read_text())
-    assert set(summary) == {"bits_per_byte", "documents", "tokens_per_s", "parameters", "steps", "tokens", "seconds"}
+    wanted = {"bits_per_byte", "documents", "tokens_per_s", "parameters", "steps", "tokens", "seconds"}
+    assert set(summary) == wanted
+    assert summary["documents"] == TokenStore.open(store).split("held_out").documents
     assert (summary["steps"], summary["tokens"]) == (20, 2560)
     assert summary["tokens_per_s"] == pytest.approx(2560 / summary["seconds"])
     model = hub.load(finished)
@@ -510,10 +513,23 @@ def test_a_demonstration_compares_the_held_out_texts_with_xz(store, tmp_path, fi
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
 
 
+def test_an_evaluation_within_a_budget_takes_some_documents(finished, store):
+    """All where the time suffices, one where there is none; bits are those of the documents taken."""
+    split, model = TokenStore.open(store).split("held_out"), hub.load(finished).eval()
+    assert list(affordable(model, split, window=32, seconds=1e6).numbers) == list(range(split.documents))
+    least = affordable(model, split, window=32, seconds=0.0)
+    assert (least.documents, least.bytes) == (1, min(map(split.document_bytes, range(split.documents))))
+    each = [bits_per_byte(model, Sample(split, [n]), window=32) * split.document_bytes(n) for n in (0, 1)]
+    both = Sample(split, [0, 1])
+    assert bits_per_byte(model, both, window=32) * both.bytes == pytest.approx(sum(each), rel=1e-5)
+
+
 def test_a_demonstration_completes_held_out_documents(finished, store):
-    held_out = TokenStore.open(store).split("held_out")
-    samples = list(demo.completions(finished, held_out, 2))
+    split = TokenStore.open(store).split("held_out")
+    held_out = Sample(split, range(split.documents))
+    samples = list(demo.completions(finished, held_out, 2, math.inf))
     assert len(samples) == 2
+    assert list(demo.completions(finished, held_out, 2, 0.0)) == samples[:1], "one, however late it is"
     for sample in samples:
         whole = (store.parent / "corpus" / sample.name).read_text()
         assert sample.prompt in whole

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar, Self
 
 from penstock.core.errors import DataError
-from penstock.policy import Policy, contract
+from penstock.policy import Policy, contract, unwritten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +29,16 @@ class Document:
             raise DataError(f"{self.name} is not valid Unicode: {error.reason} at character {error.start}") from error
 
 
-@contract("data.corpus", law="every pass gives the same documents in the same order, none empty, no name twice")
+@contract(
+    "data.corpus",
+    law="the documents are the texts that were written, in their order, but for the empty ones; every pass gives the "
+    "same, streamed, no name twice; the size is about theirs",
+)
 class Corpus(Policy):
     """A collection of documents. Empty texts are left out.
 
-    A policy gives :meth:`items` where single documents can be damaged, else :meth:`documents`.
+    A policy gives :meth:`items` where single documents can be damaged, else :meth:`documents`; mostly :meth:`size`; and
+    :meth:`example` for its law.
     """
 
     #: Endings of the file names that hold such a corpus, where a file can; it has options ``path`` and ``field`` then.
@@ -57,3 +63,13 @@ class Corpus(Policy):
     def size(self) -> int | None:
         """About how many bytes of text there are, for the time left; None where only reading it all would tell."""
         return None
+
+    @classmethod
+    def example(cls, folder: Path, texts: Sequence[str]) -> Self | None:
+        """Writes ``texts`` as a corpus of this kind below the empty ``folder``, and returns that corpus. The law is
+        that its documents are these texts, in their order, without the empty ones.
+
+        None where the kind has one corpus that nobody writes, such as the source of the standard library; then the law
+        is that of this corpus with its default options.
+        """
+        raise unwritten(cls, "example(folder, texts)", "write the texts below the folder, and return the corpus")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import cast
+from typing import Self, cast
+
+from pydantic import Field
 
 from penstock.core.errors import DataError, UsageError
 from penstock.data.corpora.contract import Corpus, Document
@@ -24,7 +26,7 @@ class Folder(Corpus):
     text is an error, or left out where ``skip_binary`` is set. Line ends stay as they are.
     """
 
-    path: Path
+    path: Path = Field(examples=["texts"])
     patterns: tuple[str, ...] = ("**/*",)
     field: str = "text"
     skip_binary: bool = False
@@ -49,6 +51,12 @@ class Folder(Corpus):
     def size(self) -> int | None:
         files = self._files()
         return None if any(map(is_compressed, files)) else sum(path.stat().st_size for path in files)
+
+    @classmethod
+    def example(cls, folder: Path, texts: Sequence[str]) -> Self:
+        for number, text in enumerate(texts):
+            (folder / f"{number:03}.txt").write_bytes(text.encode())
+        return cls(path=folder)
 
     def _files(self) -> list[Path]:
         if not self.path.is_dir():

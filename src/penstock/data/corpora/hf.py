@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from pydantic import Field
 
 from penstock.core.errors import DataError, UsageError, nearest
 from penstock.data.corpora.contract import Corpus, Document
@@ -22,7 +24,7 @@ class HuggingFace(Corpus):
     document is named after its split and row, counted from 0.
     """
 
-    path: str
+    path: str = Field(examples=["org/name"])
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -33,6 +35,13 @@ class HuggingFace(Corpus):
         rows = enumerate(self._rows(self._open()))
         named = ((f"{self.split}:{i}", f"{self.path}, row {i} of {self.split}", row) for i, row in rows)
         yield from documents_of(named, self.field)
+
+    @classmethod
+    def example(cls, folder: Path, texts: Sequence[str]) -> Self:
+        import datasets
+
+        datasets.Dataset.from_dict({"body": list(texts), "text": ["another"] * len(texts)}).save_to_disk(folder / "set")
+        return cls(path=str(folder / "set"), field="body")
 
     def _open(self) -> Any:
         try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
+
+from pydantic import Field
 
 from penstock.core.errors import DataError
 from penstock.data.corpora.contract import Corpus, Document
@@ -24,7 +26,7 @@ class JsonFiles(Corpus):
 
     suffixes: ClassVar[tuple[str, ...]] = (".json",)
 
-    path: Path
+    path: Path = Field(examples=["texts"])
     field: str = "text"
 
     def items(self) -> Iterator[Document | DataError]:
@@ -42,6 +44,13 @@ class JsonFiles(Corpus):
 
     def size(self) -> int | None:
         return sizes(source_files(self.path, self.suffixes))
+
+    @classmethod
+    def example(cls, folder: Path, texts: Sequence[str]) -> Self:
+        half = len(texts) // 2
+        for name, part in (("a", texts[:half]), ("b", texts[half:])):
+            (folder / f"{name}.json").write_text(json.dumps([{"body": text, "text": "another"} for text in part]))
+        return cls(path=folder, field="body")
 
 
 def parsed(payload: bytes, path: Path) -> Any:

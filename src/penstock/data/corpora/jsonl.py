@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
+
+from pydantic import Field
 
 from penstock.core.errors import DataError
 from penstock.data.corpora.contract import Corpus, Document
@@ -24,7 +27,7 @@ class JsonLines(Corpus):
 
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".ndjson")
 
-    path: Path
+    path: Path = Field(examples=["texts"])
     field: str = "text"
 
     def items(self) -> Iterator[Document | DataError]:
@@ -38,6 +41,17 @@ class JsonLines(Corpus):
             except DataError as fault:
                 yield fault
 
+    def size(self) -> int | None:
+        return sizes(source_files(self.path, self.suffixes))
+
+    @classmethod
+    def example(cls, folder: Path, texts: Sequence[str]) -> Self:
+        lines = [json.dumps({"body": text, "text": "another"}).encode() + b"\n" for text in texts]
+        half = len(lines) // 2
+        (folder / "a.jsonl").write_bytes(b"\n".join(lines[:half]))
+        (folder / "b.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[half:])))
+        return cls(path=folder, field="body")
+
     def _document(self, line: bytes, name: str, where: str) -> Iterator[Document | DataError]:
         try:
             record = json.loads(line)
@@ -45,6 +59,3 @@ class JsonLines(Corpus):
             yield DataError(f"{where} is not JSON: {error}")
         else:
             yield from documents_of([(name, where, record)], self.field)
-
-    def size(self) -> int | None:
-        return sizes(source_files(self.path, self.suffixes))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Self
 
 from pydantic import Field, PositiveFloat
 
 from penstock.core.config import Config
 from penstock.core.errors import DataError
 from penstock.data.corpora.contract import Corpus, Document
+from penstock.data.corpora.jsonl import JsonLines
 from penstock.policy import Choice, policy
 
 
@@ -30,7 +32,7 @@ class Mixture(Corpus):
     document's name begins with the place of its corpus.
     """
 
-    parts: tuple[Weighted, ...] = Field(min_length=1)
+    parts: tuple[Weighted, ...] = Field(min_length=1, examples=[[{"corpus": "stdlib"}]])
 
     def items(self) -> Iterator[Document | DataError]:
         for place, part in enumerate(self.parts):
@@ -46,6 +48,15 @@ class Mixture(Corpus):
         sizes = [(part.corpus.size(), part.weight) for part in self.parts]
         known = [size * weight for size, weight in sizes if size is not None]
         return round(sum(known)) if len(known) == len(sizes) else None
+
+    @classmethod
+    def example(cls, folder: Path, texts: Sequence[str]) -> Self:
+        half = len(texts) // 2
+        parts = []
+        for name, part in (("a", texts[:half]), ("b", texts[half:])):
+            (folder / name).mkdir()
+            parts.append(Weighted(corpus=JsonLines.example(folder / name, part)))
+        return cls(parts=tuple(parts))
 
 
 def _copies(text: str, weight: float) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
+
+from pydantic import Field
 
 from penstock.core.errors import DataError, nearest
 from penstock.core.files import explain_os_errors
@@ -28,7 +30,7 @@ class Parquet(Corpus):
 
     suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
 
-    path: Path
+    path: Path = Field(examples=["texts"])
     field: str = "text"
 
     def items(self) -> Iterator[Document | DataError]:
@@ -56,6 +58,17 @@ class Parquet(Corpus):
                 columns = (group.column(i) for group in groups for i in range(group.num_columns))
                 total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self.field)
         return total
+
+    @classmethod
+    def example(cls, folder: Path, texts: Sequence[str]) -> Self:
+        import pyarrow
+        from pyarrow import parquet
+
+        half = len(texts) // 2
+        for name, part in (("a", texts[:half]), ("b", texts[half:])):
+            table = pyarrow.table({"body": list(part), "text": ["another"] * len(part)})
+            parquet.write_table(table, folder / f"{name}.parquet", row_group_size=2)
+        return cls(path=folder, field="body")
 
     def _open(self, path: Path) -> Any:
         import pyarrow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from penstock.core.errors import DataError
@@ -41,6 +41,10 @@ class StandardLibrary(Corpus):
 
     def size(self) -> int:
         return sum(path.stat().st_size for path in self._files(library_root()))
+
+    @classmethod
+    def example(cls, folder: Path, texts: Sequence[str]) -> None:
+        """There is one standard library, and nobody writes it."""
 
     def _files(self, root: Path) -> list[Path]:
         excluded = INSTALLED if self.tests else INSTALLED | TESTS

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
+
+from pydantic import Field
 
 from penstock.core.errors import DataError
 from penstock.data.corpora.contract import Corpus, Document
@@ -20,7 +22,7 @@ class Text(Corpus):
 
     suffixes: ClassVar[tuple[str, ...]] = (".txt", ".md")
 
-    path: Path
+    path: Path = Field(examples=["texts"])
 
     def items(self) -> Iterator[Document | DataError]:
         for path in source_files(self.path, self.suffixes):
@@ -28,6 +30,12 @@ class Text(Corpus):
 
     def size(self) -> int | None:
         return sizes(source_files(self.path, self.suffixes))
+
+    @classmethod
+    def example(cls, folder: Path, texts: Sequence[str]) -> Self:
+        for number, text in enumerate(texts):
+            (folder / f"{number:03}.md").write_bytes(text.encode())
+        return cls(path=folder)
 
 
 def text_document(path: Path, name: str) -> Iterator[Document | DataError]:

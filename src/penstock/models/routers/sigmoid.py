@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from penstock.models.routers.contract import Router, Routing
-from penstock.models.routers.softmax import balance_loss
+from penstock.models.routers.contract import Example, Router, Routing
 from penstock.policy import policy
 
 
@@ -28,4 +29,11 @@ class SigmoidRouter(Router):
         experts = (scores if bias is None else scores + bias).topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, experts)
         weights = self.scale * weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return Routing(experts, weights, balance_loss(scores / scores.sum(-1, keepdim=True), experts))
+        return Routing(experts, weights, scores / scores.sum(-1, keepdim=True))
+
+    @classmethod
+    def example(cls) -> Example:
+        # Scores 1/2, 3/4, 1/4 and 4/5; with its bias the first expert comes before the second, with its own weight.
+        row = [0.0, math.log(3), -math.log(3), math.log(4)]
+        weights = [2 * 0.5 / 1.3, 0.0, 0.0, 2 * 0.8 / 1.3]
+        return Example(cls(top_k=2, scale=2), [row], [weights], bias=[0.26, 0.0, 0.0, 0.0])

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import math
+
 from torch import Tensor
 
-from penstock.models.routers.contract import Router, Routing
+from penstock.models.routers.contract import Example, Router, Routing
 from penstock.policy import policy
-
-
-def balance_loss(probabilities: Tensor, experts: Tensor) -> Tensor:
-    """E sum_e f_e P_e, f_e the share of assignments and P_e the mean probability of expert e; 1 when even.
-
-    The loss of Switch Transformers (Fedus et al., 2021), for k assignments a token.
-    """
-    count = probabilities.shape[-1]
-    share = F.one_hot(experts, count).to(probabilities.dtype).mean((0, 1))
-    return count * (share * probabilities.mean(0)).sum()
 
 
 @policy("moe.router", "softmax")
@@ -31,7 +22,12 @@ class SoftmaxRouter(Router):
     def route(self, logits: Tensor, bias: Tensor | None = None) -> Routing:
         probabilities = logits.softmax(-1)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
-        balance = balance_loss(probabilities, experts)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        return Routing(experts, weights, balance)
+        return Routing(experts, weights, probabilities)
+
+    @classmethod
+    def example(cls) -> Example:
+        # Probabilities 1/8, 1/8, 1/4, 1/2, and the same the other way round.
+        row = [0.0, 0.0, math.log(2), math.log(4)]
+        return Example(cls(top_k=2), [row, row[::-1]], [[0.0, 0.0, 1 / 3, 2 / 3], [2 / 3, 1 / 3, 0.0, 0.0]])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from penstock.core.errors import UsageError
 from penstock.pipeline.simulate.simulator import Simulation
-from penstock.policy import Policy, contract
+from penstock.policy import Policy, contract, unwritten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +26,27 @@ class Filler:
     end: float
 
 
+class Example(NamedTuple):
+    """A policy, with what it puts in the gaps of one device.
+
+    Attributes:
+        filler: the policy.
+        gaps: pairs (start, end) of which the last has no end.
+        frozen: seconds of each frozen layer.
+        packed: the fillers.
+    """
+
+    filler: BubbleFiller
+    gaps: list[tuple[float, float]]
+    frozen: list[float]
+    packed: list[Filler]
+
+
 @contract(
     "pipeline.filler",
     law="every sample passes every frozen layer once and in order; no two tasks of a device overlap and none of the "
-    "pipeline's moves; idle time within the step falls by exactly the work that was put there",
+    "pipeline's moves; idle time within the step falls by exactly the work that was put there; on one device what the "
+    "policy gives, worked out by hand",
     simulated=True,
 )
 class BubbleFiller(Policy):
@@ -36,6 +54,8 @@ class BubbleFiller(Policy):
 
     Nothing waits for it in the same step: it prepares the inputs of the next one. Each device encodes its own equal
     part of the next batch, as in data parallelism.
+
+    A policy gives :meth:`pack`, and :meth:`example` for its law.
     """
 
     def fill(self, simulation: Simulation, frozen: Sequence[float]) -> list[list[Filler]]:
@@ -59,3 +79,11 @@ class BubbleFiller(Policy):
     def pack(self, gaps: Sequence[tuple[float, float]], frozen: Sequence[float]) -> list[Filler]:
         """What a policy gives: all work of one device, in its ``gaps``, pairs (start, end); the last has no end."""
         raise NotImplementedError
+
+    @classmethod
+    def example(cls) -> Example:
+        """A policy of this kind, and what it puts in the gaps of one device.
+
+        Work it out by hand, or take it from the paper: the law holds the code against it.
+        """
+        raise unwritten(cls, "example()", "return Example(filler, gaps, frozen, packed) for one device")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from penstock.pipeline.fillers.contract import BubbleFiller, Filler
+from penstock.pipeline.fillers.contract import BubbleFiller, Example, Filler
 from penstock.policy import policy
 
 
@@ -40,3 +40,9 @@ class DiffusionPipe(BubbleFiller):
                 if done == self.parts:
                     layer, done, number = layer + 1, 0, 0
         return fillers
+
+    @classmethod
+    def example(cls) -> Example:
+        # A whole layer of two seconds and half of the next one fit into three; its other half follows the last task.
+        packed = [Filler(0, 0, 1, 1, 3), Filler(1, 0, 0.5, 3, 4), Filler(1, 1, 0.5, 6, 7)]
+        return Example(cls(parts=4), [(1, 4), (6, float("inf"))], [2, 2], packed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from penstock.pipeline.ir.refusal import RefusalError
 from penstock.pipeline.routes.contract import PipelineRoute
 from penstock.policy import policy
@@ -27,3 +29,8 @@ class CheckFree(PipelineRoute):
         straight = tuple(range(stages))
         swapped = (1, 0, *straight[2:-2], stages - 1, stages - 2)
         return tuple(swapped if microbatch % 2 else straight for microbatch in range(microbatches))
+
+    @classmethod
+    def example(cls) -> tuple[Self, int, tuple[tuple[int, ...], ...]]:
+        straight, swapped = (0, 1, 2, 3, 4, 5), (1, 0, 2, 3, 5, 4)
+        return cls(), 6, (straight, swapped, straight)

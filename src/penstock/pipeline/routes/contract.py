@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from penstock.pipeline.ir.refusal import check_positive
 from penstock.pipeline.ir.schedule import Schedule, looped
 from penstock.pipeline.ordering.list_scheduling import list_schedule
-from penstock.policy import Policy, contract
+from penstock.policy import Policy, contract, unwritten
 
 
 @contract(
     "pipeline.route",
     law="every path has as many stages as the policy says, none twice; stages that only some microbatches pass serve "
-    "equally many, to within two; the schedule is complete along the paths, and free of deadlock",
+    "equally many, to within two; for one pair of numbers the paths that the policy gives, worked out by hand; the "
+    "schedule is complete along the paths and free of deadlock, its simulation equal to a count by brute force",
     simulated=True,
 )
 class PipelineRoute(Policy):
@@ -19,6 +22,8 @@ class PipelineRoute(Policy):
 
     The model that is trained so is another one than with full paths: layers learn to do without their neighbours, or in
     another order.
+
+    A policy gives :meth:`paths`, :meth:`length` where it is not the number of stages, and :meth:`example` for its law.
     """
 
     def build(self, devices: int, microbatches: int) -> Schedule:
@@ -39,3 +44,11 @@ class PipelineRoute(Policy):
     def paths(self, stages: int, microbatches: int) -> tuple[tuple[int, ...], ...]:
         """What a policy gives: for each microbatch the stages that it passes, in order."""
         raise NotImplementedError
+
+    @classmethod
+    def example(cls) -> tuple[Self, int, tuple[tuple[int, ...], ...]]:
+        """Paths of this kind, a number of stages, and the path of each of some microbatches through them.
+
+        Work them out by hand, or take them from the paper: the law holds the code against them.
+        """
+        raise unwritten(cls, "example()", "return a route, a number of stages, and the paths of some microbatches")

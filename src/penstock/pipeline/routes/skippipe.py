@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Self
 
 from pydantic import Field
 
@@ -46,6 +47,11 @@ class SkipPipe(PipelineRoute):
                 taken.add((stage, time))
                 served[stage] += 1
         return tuple(paths)
+
+    @classmethod
+    def example(cls) -> tuple[Self, int, tuple[tuple[int, ...], ...]]:
+        # The two stages between the ends take turns, so that each follows the other without meeting it.
+        return cls(skip=0.25), 4, ((0, 1, 3), (0, 2, 3), (0, 1, 3), (0, 2, 3))
 
 
 def _best(

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from penstock.core.errors import UsageError
-from penstock.plan.batch.contract import Advice, BatchAdvisor, Curve
+from penstock.plan.batch.contract import Advice, BatchAdvisor, Curve, Example
 from penstock.policy import policy
 
 
@@ -43,3 +43,8 @@ class Knee(BatchAdvisor):
         batch = 1 + bisect_left(range(1, allowed + 1), self.share * ceiling, key=throughput)
         batch = min(batch, allowed)  # with a share of 1, rounding may leave none that reaches it
         return Advice(batch, throughput(batch), curve.seconds(batch), ceiling)
+
+    @classmethod
+    def example(cls) -> Example:
+        # 1, 2, 3, 3.2, 3.33 and 3.5 tokens/s, of which the last is too slow: three quarters of 3.33 are 2.5.
+        return Example(cls(share=0.75), [1.0, 1.0, 1.0, 1.25, 1.5, 12 / 7], slowest=1.6, batch=3)

@@ -116,29 +116,31 @@ class Memory:
 
     # Growing and shrinking
 
-    def missing(self, pieces: Iterable[tuple[Sequence, int]]) -> int:
-        """How many blocks more than are available it takes for each running sequence to have as many more tokens as the
-        ``pieces`` say."""
-        needed = sum(self._fresh(each.held, count) + self._frozen(each.held) for each, count in pieces if each.held)
-        return needed - self.pool.available
+    def reserve(self, pieces: Iterable[tuple[Sequence, int]]) -> int:
+        """Blocks for as many more tokens of each running sequence as the ``pieces`` say. Where the next token goes to a
+        block that is not the sequence's alone, it gets a copy of that, see :meth:`copies`.
 
-    def grow(self, pieces: Iterable[tuple[Sequence, int]]) -> None:
-        """Blocks for so many more tokens of each running sequence; there must be none missing. Where the next token
-        goes to a block that is not the sequence's alone, it gets a copy of that, see :meth:`copies`."""
-        for sequence, count in pieces:
-            held = sequence.held
-            assert held is not None
-            more = self._fresh(held, count)
-            if self._frozen(held):
+        Returns:
+            0, or how many blocks more than are available it takes; then nothing was done.
+        """
+        needs = [(held, self._fresh(held, count), self._frozen(held)) for each, count in pieces if (held := each.held)]
+        missing = sum(fresh + frozen for _, fresh, frozen in needs) - self.pool.available
+        if missing > 0:
+            return missing
+        for held, fresh, frozen in needs:
+            if frozen:
                 self._own(held)
-            if more:
-                self._append(held, self.pool.take(more))
+            if fresh:
+                self._append(held, self.pool.take(fresh))
+        return 0
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """``count`` more tokens of ``sequence`` are about to be computed."""
-        assert sequence.held is not None
-        sequence.held.computed += count
-        self.commit(sequence)
+        held = sequence.held
+        assert held is not None
+        held.computed += count
+        if held.computed // self.pool.block_size > held.committed:
+            self.commit(sequence)
 
     def copies(self) -> list[tuple[int, int]]:
         """Blocks (from, to) that have to be copied before anything else is computed. They are told once."""

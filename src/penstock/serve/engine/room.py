@@ -72,10 +72,10 @@ class StepRoom:
     def _enter(self, sequence: Sequence, count: int, scored: int, window: tuple[int, ...]) -> None:
         held = sequence.held
         assert held is not None
-        start = held.computed
-        last = min(start + count, len(sequence.request.prompt) - 1)
-        first = max(start, sequence.rated_from - 1)
-        rated = max(0, last - first) if sequence.rated is not None else 0
+        start, first, rated = held.computed, held.computed, 0
+        if sequence.rated is not None:
+            first = max(start, sequence.rated_from - 1)
+            rated = max(0, min(start + count, len(sequence.request.prompt) - 1) - first)
         scored += len(window)
         self.entries.append(Entry(sequence, held.slot, start, count, scored, rated, first - start, window))
         self.tokens -= count
@@ -96,19 +96,18 @@ class StepRoom:
         if sequence.matcher is not None:
             window = window[: sequence.matcher.allowed(window)]
         if window:
-            self._memory.grow([(sequence, sequence.remaining + len(window))])
+            self._memory.reserve([(sequence, sequence.remaining + len(window))])
         return tuple(window)
 
     def _reserve(self, sequence: Sequence, shares: list[int]) -> bool:
         """Blocks for as many more tokens of a running sequence and its companions as ``shares`` says, at others'
         expense where there are none."""
         pieces = [(each, count) for each, count in zip(sequence.members, shares, strict=True) if count]
-        while (missing := self._memory.missing(pieces)) > 0:
+        while (missing := self._memory.reserve(pieces)) > 0:
             victim = next(each for each in reversed(self._memory.running) if id(each) not in self._taken)
             self._preempt(victim, sequence, missing)
             if victim is sequence:
                 return False
-        self._memory.grow(pieces)
         return True
 
     def _preempt(self, victim: Sequence, winner: Sequence, missing: int) -> None:

@@ -88,16 +88,16 @@ class EngineSteps:
         batch.sampled.wait()
         _rate(batch)
         entries = [entry for entry in batch.entries if entry.scored]
-        rows = [entry.sequence.sampling.alternatives for entry in entries for _ in range(entry.scored)]
-        told, tokens = batch.sampled.told(rows), batch.sampled.tokens.tolist()
-        counts = batch.sampled.settled(len(entries))
+        rows = (entry.sequence.sampling.alternatives for entry in entries for _ in range(entry.scored))
+        told = batch.sampled.told(list(rows)) if batch.sampled.logprobs is not None else []
+        tokens, counts = batch.sampled.tokens.tolist(), batch.sampled.settled(len(entries))
         deltas = []
         first = 0
         for entry, count in zip(entries, counts, strict=True):
-            own, logprobs = tokens[first : first + count], told[first : first + count]
-            first += entry.scored
             if entry.sequence.finish is None and entry.sequence.leader is None:
-                deltas.append(self._settle(entry, own, [each for each in logprobs if each is not None] or None))
+                logprobs = [each for each in told[first : first + count] if each is not None] or None
+                deltas.append(self._settle(entry, tokens[first : first + count], logprobs))
+            first += entry.scored
         return deltas
 
     def _settle(self, entry: Entry, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> Delta:

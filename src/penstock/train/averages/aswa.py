@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,3 +22,7 @@ class AggressiveAverage(Average):
 
     def update(self, averages: Sequence[Tensor], weights: Sequence[Tensor], count: int) -> None:
         torch._foreach_lerp_(list(averages), list(weights), 1 / count)
+
+    @classmethod
+    def example(cls) -> tuple[Self, list[float], list[float]]:
+        return cls(), [8.0, 0.0, 3.0, 9.0, 8.0], [0.0, 1.5, 4.0, 5.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from pydantic import Field
@@ -30,3 +31,8 @@ class ExponentialMovingAverage(Average):
 
     def update(self, averages: Sequence[Tensor], weights: Sequence[Tensor], count: int) -> None:
         torch._foreach_lerp_(list(averages), list(weights), 1 - self.decay_at(count))
+
+    @classmethod
+    def example(cls) -> tuple[Self, list[float], list[float]]:
+        # The decays are 2/11, 3/12, which is the highest, and that again.
+        return cls(decay=0.25), [11.0, 0.0, 10.0, 4.0], [2.0, 8.0, 5.0]

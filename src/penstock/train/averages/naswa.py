@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from pydantic import NonNegativeFloat
@@ -35,3 +35,8 @@ class NormFilteredAverage(Average):
         share = (distance > self.threshold * size).to(distance.dtype) / count
         torch._foreach_mul_(change, share)
         torch._foreach_add_(averages, change)
+
+    @classmethod
+    def example(cls) -> tuple[Self, list[float], list[float]]:
+        # 9 is near 8, which counts twice; 2 is not.
+        return cls(threshold=0.5), [4.0, 8.0, 9.0, 2.0], [8.0, 8.0, 6.0]

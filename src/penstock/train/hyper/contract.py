@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from penstock.core.config import Config
-from penstock.policy import Choice, Policy, contract
+from penstock.policy import Choice, Policy, contract, unwritten
 from penstock.train.schedules.contract import Schedule
 
 #: Positive, and far from where floating point ends.
@@ -52,10 +52,14 @@ class Settings(Config):
 
 @contract(
     "train.hyper",
-    law="settings are finite, spend the tokens to within an update, and stay the same when their batch is asked for",
+    law="settings are finite, spend the tokens to within an update, and stay the same when their batch is asked for; "
+    "at one scale equal to the settings that the policy gives, worked out by hand",
 )
 class HyperRule(Policy):
-    """A rule that sets hyperparameters from the scale of a run, from settings that are known to be good elsewhere."""
+    """A rule that sets hyperparameters from the scale of a run, from settings that are known to be good elsewhere.
+
+    A policy gives :meth:`settings`, and :meth:`example` for its law.
+    """
 
     def settings(self, scale: Scale) -> Settings:
         """The settings for a run of ``scale``.
@@ -64,3 +68,11 @@ class HyperRule(Policy):
             UsageError: the rule cannot serve that scale.
         """
         raise NotImplementedError
+
+    @classmethod
+    def example(cls) -> tuple[Self, Scale, Settings]:
+        """A rule of this kind, a scale, and the settings that the rule has for it.
+
+        Work them out by hand, or take them from the paper: the law holds the code against them.
+        """
+        raise unwritten(cls, "example()", "return a rule, a scale, and the settings for it")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from penstock.policy import policy
@@ -35,3 +37,16 @@ class LinearScaling(HyperRule):
             schedule=GradualWarmup(growth=max(1.0, growth), warmup_steps=round(self.warmup * steps)),
             findings={"batch_growth": growth},
         )
+
+    @classmethod
+    def example(cls) -> tuple[Self, Scale, Settings]:
+        rule = cls(base_lr=1e-3, base_batch=1024, weight_decay=0.2, warmup=0.1)
+        settings = Settings(
+            batch=4096,
+            steps=250,
+            lr=4e-3,
+            weight_decay=0.2,
+            schedule=GradualWarmup(growth=4, warmup_steps=25),
+            findings={"batch_growth": 4},
+        )
+        return rule, Scale(parameters=1e6, tokens=1_024_000, batch=4000), settings

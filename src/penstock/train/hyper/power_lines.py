@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Self
 
 from pydantic import Field
 
@@ -71,3 +72,24 @@ class PowerLines(HyperRule):
                 "critical_batch": self.critical_batch(scale.tokens),
             },
         )
+
+    @classmethod
+    def example(cls) -> tuple[Self, Scale, Settings]:
+        # 64 tokens for each parameter, and 6,400 in all.
+        rule = cls(
+            lr=1e-2,
+            timescale=PowerLaw(coefficient=2, exponent=-0.5),
+            optimal_batch=PowerLaw(coefficient=4, exponent=0.5),
+            critical_batch=PowerLaw(coefficient=0.5, exponent=1),
+            warmup=0.5,
+            longest_warmup=1280,
+        )
+        settings = Settings(
+            batch=320,
+            steps=20,
+            lr=1e-2,
+            weight_decay=20.0,
+            schedule=LinearDecay(warmup_steps=4),
+            findings={"timescale": 0.25, "optimal_batch": 320, "critical_batch": 3200},
+        )
+        return rule, Scale(parameters=100, tokens=6400, length=32), settings

@@ -2,35 +2,68 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from penstock.data.loader import Batch
 from penstock.models.attention import AttentionContext
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.ops.cross_entropy import IGNORE
-from penstock.policy import Policy, contract
+from penstock.policy import Policy, contract, unwritten
 
 
-@contract("train.objective", law="the gradients of microbatches add up to the gradient of their whole")
+class Example(NamedTuple):
+    """An objective, with what it makes of the scores of some tokens.
+
+    Attributes:
+        objective: the objective.
+        scores: for each token, the scores of its next one before the softmax.
+        targets: for each token, its next one; ``IGNORE`` is not predicted.
+        loss: the summed loss, in nats.
+    """
+
+    objective: Objective
+    scores: list[list[float]]
+    targets: list[int]
+    loss: float
+
+
+@contract(
+    "train.objective",
+    law="losses and gradients of microbatches add up to those of their whole, for dense and for sparse models; "
+    "gradients equal differences of the loss; what is not predicted counts nothing; for a few tokens equal to the loss "
+    "that the policy gives, worked out by hand",
+)
 class Objective(Policy):
-    """What training minimises: a sum over the predicted tokens of a batch."""
+    """What training minimises: a sum over the predicted tokens of a batch.
+
+    A policy gives :meth:`hidden_loss`, and :meth:`example` for its law.
+    """
 
     def loss(self, model: Decoder, batch: Batch, context: AttentionContext) -> Tensor:
         """The summed loss of ``batch``, a scalar in nats; the loop divides by the predicted tokens of the step."""
         hidden, balance = model(batch.tokens, context)
         loss = self.hidden_loss(model, hidden, batch)
-        return loss if balance is None else loss + self.balance_loss(model.config, balance, batch)
+        return loss if balance is None else loss + self.balance_loss(model.config, balance)
 
     def hidden_loss(self, model: Decoder, hidden: Tensor, batch: Batch) -> Tensor:
         """What a policy gives: the loss of the last hidden states [*T, hidden]. Of ``model`` only the head is used."""
         raise NotImplementedError
 
-    def balance_loss(self, config: DecoderConfig, balance: Tensor, batch: Batch) -> Tensor:
+    @classmethod
+    def example(cls) -> Example:
+        """An objective of this kind, and its loss for the scores of a few tokens, of which one is not predicted.
+
+        Work it out by hand, or take it from the paper: the law holds the code against it.
+        """
+        raise unwritten(cls, "example()", "return Example(objective, scores, targets, loss) for a few tokens")
+
+    def balance_loss(self, config: DecoderConfig, balance: Tensor) -> Tensor:
         """What the ``balance`` loss of sparse layers adds, weighted as the model says.
 
-        It counts once for each predicted token, so that its weight does not depend on the batch size; and it is linear,
-        so that stages of a pipeline can add it for their own layers.
+        It is a sum over the batch's tokens, so that its weight does not depend on the batch size; and it is linear, so
+        that stages of a pipeline can add it for their own layers.
         """
         weight = config.moe.balance_weight if config.moe is not None else 0.0
-        return weight * balance * (batch.targets != IGNORE).sum()
+        return weight * balance

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import PositiveInt
 from torch import Tensor
 
 from penstock.data.loader import Batch
 from penstock.models.decoder import Decoder
-from penstock.ops.cross_entropy import linear_cross_entropy
+from penstock.ops.cross_entropy import IGNORE, linear_cross_entropy
 from penstock.policy import policy
-from penstock.train.objectives.contract import Objective
+from penstock.train.objectives.contract import Example, Objective
 
 
 @policy("train.objective", "next_token")
@@ -23,3 +25,9 @@ class NextToken(Objective):
 
     def hidden_loss(self, model: Decoder, hidden: Tensor, batch: Batch) -> Tensor:
         return linear_cross_entropy(hidden.flatten(0, -2), model.head.weight, batch.targets.flatten(), chunk=self.chunk)
+
+    @classmethod
+    def example(cls) -> Example:
+        # Probabilities 1/4, 1/4 and 1/2, and then 1/8, 3/8 and 1/2; of the token between, nothing is asked.
+        scores = [[0.0, 0.0, math.log(2)], [5.0, -5.0, 0.0], [0.0, math.log(3), math.log(4)]]
+        return Example(cls(), scores, [2, IGNORE, 0], math.log(16))

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import nn
 
-from penstock.policy import Policy, contract
+from penstock.policy import Policy, contract, unwritten
 
 
-@contract("optim.optimizer", law="in its limiting case, equal to a known optimizer bit for bit")
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """A limiting case: options with which a new optimizer is a known one.
+
+    Attributes:
+        optimizer: the new one, with these options.
+        known: builds the known one of the same parameters; where it is several, each for some of them, they step in
+            turn.
+    """
+
+    optimizer: Optimizer
+    known: Callable[[Mapping[str, nn.Parameter]], Sequence[torch.optim.Optimizer]]
+
+
+@contract(
+    "optim.optimizer",
+    law="in the limiting case that the policy gives, equal to a known optimizer bit for bit; nothing moves at the rate "
+    "0, nor a parameter without a gradient; parameters do not depend on each other, nor the matrices of a stack; all "
+    "state survives a checkpoint bit for bit",
+)
 class Optimizer(Policy):
-    """An optimizer: the peak learning rate ``lr``, decoupled ``weight_decay``, and how to build it."""
+    """An optimizer: the peak learning rate ``lr``, decoupled ``weight_decay``, and how to build it.
+
+    A policy gives :meth:`build`, and :meth:`limit` for its law.
+    """
 
     lr: PositiveFloat
     weight_decay: NonNegativeFloat = 0.1
@@ -25,6 +48,17 @@ class Optimizer(Policy):
         ``optimizer.state[parameter]`` as tensors, so that checkpoints can name it.
         """
         raise NotImplementedError
+
+    @classmethod
+    def limit(cls) -> Limit:
+        """Options with which an optimizer of this kind is a known one, and that one: PyTorch's, or one written down
+        without any of the code that makes this one fast. Their updates must be equal bit for bit, of parameters named
+        as in the Decoder, no two of one shape.
+
+        A new method mostly is a known one where its new part is switched off: without momentum, for instance, or with
+        a threshold of 0.
+        """
+        raise unwritten(cls, "limit()", "return Limit(optimizer, known), options and the known optimizer of that case")
 
 
 def is_matrix(parameter: nn.Parameter) -> bool:

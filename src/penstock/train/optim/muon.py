@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from penstock.core.processor import fast_dtype
 from penstock.policy import policy
 from penstock.train.optim.adamw import AdamW, Beta
-from penstock.train.optim.contract import Optimizer, is_matrix
+from penstock.train.optim.contract import Limit, Optimizer, is_matrix
 
 #: Coefficients of the quintic Newton-Schulz iteration (Jordan et al., 2024).
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -24,11 +26,15 @@ class Muon(Optimizer):
     The update of a matrix [m, n] is scaled by 0.2 sqrt(max(m, n)), so that its entries are as large as AdamW's usually
     are and one learning rate fits both (Liu et al., 2025). ``lr`` is the rate of the matrices; ``adam_lr`` that of the
     rest, which decay by ``adam_weight_decay``.
+
+    bf16 is precise enough for the orthogonalisation; ``precision`` "auto" is the dtype in which the device multiplies
+    fastest.
     """
 
     lr: PositiveFloat = 3e-3
     momentum: float = Field(0.95, ge=0, lt=1)
     iterations: PositiveInt = 5
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     adam_lr: PositiveFloat = 3e-3
     adam_weight_decay: NonNegativeFloat = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -39,6 +45,19 @@ class Muon(Optimizer):
         chosen = {id(p) for p in hidden}
         rest = [p for p in parameters.values() if id(p) not in chosen]
         return MuonWithAdam(self, hidden, rest)
+
+    @classmethod
+    def limit(cls) -> Limit:
+        # With AdamW's scale PyTorch's own Muon is the same, in bf16, for matrices that are not batched.
+        def known(parameters: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+            matrices = {name: p for name, p in parameters.items() if name.startswith("layers.") and p.dim() == 2}
+            rest = [p for name, p in parameters.items() if name not in matrices]
+            return [
+                torch.optim.Muon(matrices.values(), 0.02, 0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+                torch.optim.AdamW(rest, 0.003, (0.9, 0.95), weight_decay=0.0, fused=True),
+            ]
+
+        return Limit(cls(lr=0.02, momentum=0.9, weight_decay=0.1, adam_lr=0.003, precision="bf16"), known)
 
 
 class MuonWithAdam(torch.optim.Optimizer):
@@ -76,20 +95,26 @@ class MuonWithAdam(torch.optim.Optimizer):
         gradients = [p.grad for p in members if p.grad is not None]
         torch._foreach_lerp_(momenta, gradients, 1 - self.options.momentum)
         nesterov = torch._foreach_lerp(gradients, momenta, self.options.momentum)
-        updates = orthogonalize(torch.stack(tuple(nesterov)).flatten(0, -3), self.options.iterations)
+        stacked = torch.stack(tuple(nesterov)).flatten(0, -3)
+        updates = orthogonalize(stacked.to(self._dtype(stacked.device)), self.options.iterations)
         scale = 0.2 * max(members[0].shape[-2:]) ** 0.5
         torch._foreach_mul_(members, 1 - lr * weight_decay)
         shaped = updates.to(members[0].dtype).view(len(members), *members[0].shape)
         torch._foreach_add_(members, list(shaped), alpha=-lr * scale)
 
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        named = {"fp32": torch.float32, "bf16": torch.bfloat16}
+        return named.get(self.options.precision) or fast_dtype(device).choice
+
 
 def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
-    """Moves every singular value of a batch of matrices [n, rows, columns] near 1 (about 0.7 to 1.2), in bf16.
+    """Moves every singular value of a batch of matrices [n, rows, columns] near 1 (about 0.7 to 1.2).
 
-    The quintic Newton-Schulz iteration X <- aX + (bA + cA^2)X with A = X X^T, on the smaller side.
+    The quintic Newton-Schulz iteration X <- aX + (bA + cA^2)X with A = X X^T, on the smaller side, in the dtype of the
+    matrices.
     """
     a, b, c = QUINTIC
-    x = matrices.to(torch.bfloat16)
+    x = matrices
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from penstock.policy import policy
 from penstock.train.schedules.contract import Schedule
 
@@ -12,3 +14,7 @@ class Constant(Schedule):
 
     def shape(self, step: int, total: float) -> float:
         return 1.0
+
+    @classmethod
+    def example(cls) -> tuple[Self, list[float]]:
+        return cls(warmup_steps=1), [0.5, 1.0, 1.0, 1.0, 1.0]

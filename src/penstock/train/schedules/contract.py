@@ -6,12 +6,13 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from penstock.policy import Policy, contract
+from penstock.policy import Policy, contract, unwritten
 
 
 @contract(
     "train.schedule",
-    law="a pure function of step and total within [0, 1]; the warm-up a straight line to 1; equal to its closed form",
+    law="a pure function of step and total within [0, 1]; the warm-up a straight line to 1 that does not depend on the "
+    "total; over one run equal to the factors that the policy gives, worked out by hand",
 )
 class Schedule(Policy):
     """A learning-rate schedule: the factor on every group's peak rate.
@@ -19,6 +20,8 @@ class Schedule(Policy):
     A warm-up rises linearly before the schedule proper, in all policies alike. ``warmup`` is its share of the run,
     which suits a run of any length; ``warmup_steps`` counts updates, so that runs of different length can share their
     beginning. One of them is given.
+
+    A policy gives :meth:`shape`, and :meth:`example` for its law.
     """
 
     warmup: float = Field(0.0, ge=0, lt=1)
@@ -50,3 +53,11 @@ class Schedule(Policy):
     def shape(self, step: int, total: float) -> float:
         """The factor after the warm-up of ``warmup_steps``, between 0 and 1."""
         raise NotImplementedError
+
+    @classmethod
+    def example(cls) -> tuple[Self, list[float]]:
+        """A schedule of this kind, and its factors at the steps 0, 1, ..., T of a run of T >= 3 updates.
+
+        Work them out by hand, or take them from the paper: the law holds the code against them.
+        """
+        raise unwritten(cls, "example()", "return a schedule, and its factors at steps 0 to T of a run of T updates")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Self
 
 from pydantic import Field
 
@@ -24,3 +25,10 @@ class CosineDecay(Schedule):
         decaying = total - self.warmup_steps
         done = min(1.0, (step - self.warmup_steps) / decaying) if decaying > 0 else 1.0
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * done)) / 2
+
+    @classmethod
+    def example(cls) -> tuple[Self, list[float]]:
+        # Three steps of the warm-up, then half a cosine over six updates: 0, 30, ..., 180 degrees.
+        high, low = (2 + math.sqrt(3)) / 4, (2 - math.sqrt(3)) / 4
+        shape = [1.0, high, 0.75, 0.5, 0.25, low, 0.0]
+        return cls(floor=0.2, warmup_steps=3), [0.25, 0.5, 0.75, *(0.2 + 0.8 * factor for factor in shape)]

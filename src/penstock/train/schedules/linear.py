@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from penstock.policy import policy
 from penstock.train.schedules.contract import Schedule
 
@@ -15,3 +17,7 @@ class LinearDecay(Schedule):
 
     def shape(self, step: int, total: float) -> float:
         return min(1.0, max(0.0, 1 - step / total))
+
+    @classmethod
+    def example(cls) -> tuple[Self, list[float]]:
+        return cls(warmup_steps=1), [0.5, 0.75, 0.5, 0.25, 0.0]

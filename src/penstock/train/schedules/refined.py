@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,11 @@ class Refined(Refinement):
 
     metric: ClassVar[str] = "grad_l1"
     power: ClassVar[float] = 1.0
+
+    @classmethod
+    def example(cls) -> tuple[Self, list[float]]:
+        # The weights are 1/4, 1/2, 1 and 1; their products with the sums of those after them 5/8, 1, 1 and 0.
+        return cls(norms=(4.0, 2.0, 1.0)), [0.625, 1.0, 1.0, 0.0]
 
 
 @functools.lru_cache(maxsize=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Self
 
 from pydantic import Field
 
@@ -31,3 +32,8 @@ class WarmupStableDecay(Schedule):
     def shape(self, step: int, total: float) -> float:
         done = (step - self.decay_start(total)) / (self.decay * total)
         return math.pow(self.floor, min(1.0, max(0.0, done)))
+
+    @classmethod
+    def example(cls) -> tuple[Self, list[float]]:
+        # 1/16 over half of the run: a half for each update.
+        return cls(decay=0.5, floor=0.0625), [1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.25, 0.125, 0.0625]

@@ -10,15 +10,20 @@ from torch import nn
 
 from penstock.core.errors import UsageError
 from penstock.ops.cross_entropy import IGNORE
+from penstock.parallel.world import World
 from penstock.pipeline.draw.page import page
 from penstock.pipeline.draw.svg import svg
 from penstock.pipeline.draw.terminal import legend, timeline
-from penstock.pipeline.ir.schedule import Kind, Task
+from penstock.pipeline.ir.schedule import Kind, Schedule, Task
 from penstock.pipeline.ir.torch_csv import to_csv
+from penstock.pipeline.run.grid import Grid
 from penstock.pipeline.run.vocabulary import STATISTICS, Shard, shard_rows, width
 from penstock.pipeline.simulate.simulator import Simulation, simulate
 from penstock.pipeline.simulate.times import Times
+from penstock.pipeline.transforms.vocabulary import shard as with_shards
 from penstock.policy import create
+from penstock.testing.pipeline_runtime import check_schedule_runs
+from penstock.testing.ranks import agreed
 
 
 def sharded(name: str, p: int, m: int, barriers: int, output: float) -> Simulation:
@@ -146,3 +151,21 @@ def test_the_shards_together_are_the_whole(barriers, devices, seed, spread):
     found = through_shards(barriers, devices, hidden, embedding, head, tokens, targets, 1 / 7)
     for ours, theirs in zip(found, (expected, *(x.grad for x in whole), looked_up), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("barriers", [1, 2, 3])
+def test_several_processes_compute_what_one_does(barriers):
+    """Also where a stage has replicas, one device turns the pipeline round, and activations wait on the host."""
+    offload = create("pipeline.transform", "pipeoffload", times={"host": 0.01})
+
+    def built(name: str, world: World) -> Schedule:
+        return with_shards(create("pipeline.schedule", name).build(world.size, 6), barriers, Times(), 1.0)
+
+    def work(world: World) -> None:
+        for name in ("chimera", "v_half"):
+            check_schedule_runs(built(name, world), Grid(world, world.size))
+        both = offload.apply(built("1f1b", world))
+        assert both.offloaded
+        check_schedule_runs(both, Grid(world, world.size))
+
+    agreed(2, work)

@@ -63,11 +63,12 @@ def double(family: str, **keys: Any) -> PreTrainedModel:
     return model
 
 
-def _norm(self: nn.Module, x: Tensor) -> Tensor:
-    return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+def _norm(self: Any, x: Tensor) -> Tensor:
+    normed: Tensor = self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+    return normed
 
 
-def _route(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _route(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scores = F.linear(x.reshape(-1, self.hidden_dim), self.weight)
     weights, experts = scores.softmax(-1).topk(self.top_k, dim=-1)
     if getattr(self, "norm_topk_prob", True):
@@ -90,7 +91,7 @@ def whole(decoder: Decoder, tokens: Tensor) -> Tensor:
 def stepwise(decoder: Decoder, tokens: Tensor, first: int = 4) -> Tensor:
     """The same logits with a cache: ``first`` tokens, then one by one."""
     cache = CachedRows()
-    pieces = (tokens[:, :first], *tokens[:, first:].split(1, dim=1))
+    pieces = (tokens[:, :first], *torch.split(tokens[:, first:], 1, dim=1))
     return torch.cat([decoder.logits(decoder(piece, cache.extend(piece.shape[1])).hidden) for piece in pieces], 1)
 
 
@@ -106,4 +107,5 @@ def published(folder: Path) -> PreTrainedModel:
 @torch.no_grad()
 def expected(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """transformers' logits of the prompt at once."""
-    return model(tokens, use_cache=False).logits
+    logits: Tensor = model(tokens, use_cache=False).logits
+    return logits

@@ -1,0 +1,53 @@
+"""Every law finds the bugs that it is there to catch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from planting import HERE, mutants
+
+from penstock.policy import index
+
+#: Contracts that have no mutants yet. This list only ever gets shorter.
+WITHOUT = {"attention.paged", "decode.rule", "serve.batching", "serve.loop", "speculate.drafter"}
+
+CONTRACTS = sorted(index().contracts.keys() - WITHOUT)
+
+
+@pytest.mark.parametrize("contract", CONTRACTS)
+def test_mutants_can_be_planted(contract):
+    """Four or more, of policies that there are, each with a text that occurs once, and another one that is Python."""
+    listed = mutants(contract)
+    assert len(listed) >= 4, f"plant more bugs in tests/mutants/{contract}.toml: it has {len(listed)} of at least four"
+    assert len({mutant.bug for mutant in listed}) == len(listed)
+    for mutant in listed:
+        assert mutant.policy in index().names(contract), f"there is no {contract} {mutant.policy!r}"
+        assert mutant.new != mutant.old
+        compile(mutant.planted(), mutant.file, "exec")
+
+
+def test_contracts_without_mutants_are_listed():
+    files = {path.stem for path in HERE.glob("*.toml")}
+    assert not files & WITHOUT, "take it off the list"
+    assert files | WITHOUT == index().contracts.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("contract", CONTRACTS)
+def test_the_law_finds_every_mutant(contract):
+    done = subprocess.run(
+        [sys.executable, str(Path(HERE) / "planting.py"), contract],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [result["bug"] for result in results] == [mutant.bug for mutant in mutants(contract)]
+    missed = [f"{result['bug']}: {result['missed']}" for result in results if "found" not in result]
+    assert not missed, "\n".join(missed)
