@@ -20,7 +20,7 @@ def main(bench: Bench) -> None:
     minutes = 0.5 if bench.quick else 5
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "demo"
-        command = [sys.executable, "-m", "penstock", "demo", "--minutes", str(minutes), "--run", str(run)]
+        command = [sys.executable, "-m", "penstock", "demo", "--minutes", str(minutes), "--out", str(run)]
         whole = bench.seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
         summary = json.loads((run / "summary.json").read_text())
         precision = json.loads((run / "run.json").read_text())["precision"]

@@ -33,9 +33,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, core_schema
 
+from penstock.core.config import unset
 from penstock.core.errors import ConfigError, PenstockError, UsageError, nearest
 
 ENTRY_POINTS = "penstock.policies"
@@ -45,6 +46,11 @@ class Policy(BaseModel):
     """Base of all policies: an immutable record of options. See the module's docstring."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unset(cls, tree: Any) -> Any:
+        return unset(cls, tree)
 
     contract_name: ClassVar[str]
     policy_name: ClassVar[str]

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def demo(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "penstock", "demo", "--run", "demo", *arguments]
+    command = [sys.executable, "-m", "penstock", "demo", "--out", "demo", *arguments]
     environment = {key: value for key, value in ENVIRONMENT.items() if key != "OMP_NUM_THREADS"} | environment
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment

@@ -108,7 +108,7 @@ def test_the_command_line_with_two_processes(store, tmp_path):
         outputs = [process.communicate(timeout=120) for process in processes]
         return [subprocess.CompletedProcess((), p.returncode, *o) for p, o in zip(processes, outputs, strict=True)]
 
-    leader, other = started(path, "--run", tmp_path / "run")
+    leader, other = started(path, "--out", tmp_path / "run")
     assert (leader.returncode, other.returncode) == (0, 0), leader.stderr + other.stderr
     assert "after 6 steps" in leader.stdout
     assert other.stdout == ""

@@ -72,7 +72,7 @@ OWN = ["--set", "data={corpus={name='folder',path='PATH'},vocabulary=300}", "--s
 USAGE = {
     "nothing to train": ([], "say what to train: one of a configuration file, --preset, --resume or --branch"),
     "two things to train": (["good.toml", "--preset", "demo"], "say what to train"),
-    "a run of its own for --resume": (["--resume", "finished", "--run", "x"], "--run names the folder of a new run"),
+    "a run of its own for --resume": (["--resume", "finished", "--out", "x"], "--out names the folder of a new run"),
     "a configuration of a resumed run": (["--resume", "finished", "--show-config"], "--show-config goes with"),
     "no such file": (["none.toml"], "there is no file none.toml"),
     "a folder as configuration": (["empty"], "cannot read empty: Is a directory"),
@@ -93,12 +93,12 @@ USAGE = {
     "no GPU": (["good.toml", "--set", "device=cuda:9"], "CUDA device"),
     "no such device": (["good.toml", "--set", "device=tpu"], "there is no device called 'tpu'"),
     "vocabulary too large": (["good.toml", "--set", "model.vocabulary=299"], "has 320 tokens, the model only 299"),
-    "a run that is there": (["good.toml", "--run", "finished"], "finished already holds a training run"),
+    "a run that is there": (["good.toml", "--out", "finished"], "finished already holds a training run"),
     "no run to resume": (["--resume", "empty"], "empty holds no training run"),
     "no folder to resume": (["--resume", "nowhere"], "nowhere holds no training run"),
-    "no checkpoint to branch from": (["--branch", "finished", "--run", "x"], "finished is not a checkpoint"),
+    "no checkpoint to branch from": (["--branch", "finished", "--out", "x"], "finished is not a checkpoint"),
     "no such model to start from": (
-        ["good.toml", "--set", "start_from=none"],
+        ["good.toml", "--set", "start_from=nothing"],
         "give either a [model] section or start",
     ),
     "no such corpus": (["good.toml", *(o.replace("PATH", "nowhere") for o in OWN)], "nowhere does not exist"),
@@ -110,7 +110,7 @@ FAILURES = {
     "checkpoint of another optimizer": (["--resume", "finished", "--set", "optim.name=muon"], "was written with adamw"),
     "only damaged checkpoints": (["--resume", "damaged"], "there is no whole checkpoint in damaged/checkpoints:\n"),
     "a branch of a damaged checkpoint": (
-        ["--branch", "damaged/checkpoints/step-00000004", "--run", "x"],
+        ["--branch", "damaged/checkpoints/step-00000004", "--out", "x"],
         "step-00000004 is damaged: model.safetensors is not what was written",
     ),
 }
@@ -148,7 +148,7 @@ def test_a_tokenizer_of_another_model(folder, command, finished):
 
 def test_a_loss_that_is_not_finite(folder, command):
     """It ends the run with the step, and no checkpoint holds it."""
-    options = ["--set", "optim.lr=1e30", "--set", "clip=1e30", "--set", "checkpoint_steps=1", "--run", "run"]
+    options = ["--set", "optim.lr=1e30", "--set", "clip=1e30", "--set", "checkpoint_steps=1", "--out", "run"]
     status, _, errors = command("train", "good.toml", *options)
     assert status == 1
     assert "is nan at step" in errors or "is inf at step" in errors
@@ -186,7 +186,7 @@ def test_a_demonstration_of_no_time(folder, command, minutes):
 
 def test_a_demonstration_spares_what_is_not_a_run(folder, command):
     before = tree(folder)
-    status, _, errors = command("demo", "--run", "pictures")
+    status, _, errors = command("demo", "--out", "pictures")
     assert (status, tree(folder)) == (2, before)
     assert "pictures exists and is not a run" in errors
 

@@ -49,7 +49,7 @@ def until(folder: Path, step: int) -> None:
 def test_a_run_that_is_stopped_goes_on_by_the_line_that_it_printed(store, straight, tmp_path, number):
     """With a blank in its name. Killed, it prints nothing, and the same line would do."""
     folder = tmp_path / "my run"
-    process = start("train", write_config(tmp_path / "config.toml", store, steps=200), "--run", folder)
+    process = start("train", write_config(tmp_path / "config.toml", store, steps=200), "--out", folder)
     until(folder, 25)
     process.send_signal(number)
     out, errors = process.communicate(timeout=30)

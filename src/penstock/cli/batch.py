@@ -18,6 +18,9 @@ def batch(
     overrides: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="Set an engine option, such as batching=sarathi. May be given again."
     ),
+    chat_template: Path | None = typer.Option(
+        None, "--chat-template", metavar="FILE", help="A Jinja file that writes chats, in place of the model's own."
+    ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
 ) -> None:
     """Answer the requests of an OpenAI batch file. Run again, it goes on where it was stopped or killed.
@@ -31,6 +34,7 @@ def batch(
     from penstock.core.progress import show
     from penstock.models import hub
     from penstock.serve.build import open_engine
+    from penstock.serve.chat import take_template
     from penstock.serve.config import EngineConfig
     from penstock.serve.http.text import Tokens
     from penstock.serve.offline.batch_file import BatchRun
@@ -44,6 +48,8 @@ def batch(
         raise UsageError(f"input and output are the same file, {source}")
     folder = hub.resolve(model)
     tokenizer = hub.load_tokenizer(folder)
+    if chat_template is not None:
+        take_template(tokenizer, chat_template)
     gatherer = Gatherer(open_engine(folder, config, device), tokenizer)
     settle()
     summary = BatchRun(

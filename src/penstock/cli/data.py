@@ -15,14 +15,22 @@ app = typer.Typer(help="Build, show and verify token stores.", no_args_is_help=T
 
 @app.command()
 def build(
-    corpus: str = typer.Argument(help="A folder of text, a .jsonl, .jsonl.gz or .parquet file, or a corpus by name."),
+    corpus: str = typer.Argument(
+        help="A folder, a .txt, .jsonl, .ndjson, .json or .parquet file (.gz and .zst too), or a corpus by name."
+    ),
     out: Path = typer.Option(..., "--out", help="The folder of the new store.", metavar="FOLDER"),
     vocabulary: int = typer.Option(4096, "--vocabulary", help="Tokens of the new tokenizer."),
     tokenizer: Path | None = typer.Option(
         None, "--tokenizer", help="Use the tokenizer.json in this folder instead of a new one.", metavar="FOLDER"
     ),
-    end_of_text: str = typer.Option("<|endoftext|>", "--end-of-text", help="The token that ends each document."),
+    begin_of_text: str = typer.Option(
+        "auto", "--begin-of-text", help="The token before each document; auto: what the tokenizer puts there; '': none."
+    ),
+    end_of_text: str = typer.Option(
+        "auto", "--end-of-text", help="The token after each document; auto: the tokenizer's own end of text."
+    ),
     held_out: float = typer.Option(0.02, "--held-out", help="Share of documents kept from training."),
+    skip_bad: bool = typer.Option(False, "--skip-bad", help="Leave out what is damaged, and count it."),
     seed: int = typer.Option(0, "--seed", help="Of the order of the documents."),
     options: list[str] = typer.Option([], "--set", help="An option of the corpus.", metavar="KEY=VALUE"),
     replace: bool = typer.Option(False, "--replace", help="Replace the store that is in that folder."),
@@ -36,16 +44,33 @@ def build(
     from penstock.core.progress import show as bar
     from penstock.data.building import training_texts
     from penstock.data.store import TokenStore
-    from penstock.data.tokenizer import load_tokenizer, train_tokenizer
+    from penstock.data.tokenizer import AUTO, END_OF_TEXT, declared, load_tokenizer, train_tokenizer
 
     if out.exists() and not replace:
         raise UsageError(f"{out} is there already", hint="Choose another folder, or add --replace.")
     source = _corpus(corpus, options)
     if tokenizer is None:
-        chosen = train_tokenizer(training_texts(source, held_out, progress=bar), vocabulary)
+        chosen = train_tokenizer(training_texts(source, held_out, bar, skip_bad), vocabulary)
+        end: str | None = END_OF_TEXT
     else:
-        chosen = load_tokenizer(tokenizer)
-    TokenStore.build(source, chosen, out, held_out=held_out, seed=seed, end_of_text=end_of_text, progress=bar)
+        chosen, end = load_tokenizer(tokenizer), declared(tokenizer, "eos_token")
+    if end_of_text != AUTO:
+        end = end_of_text
+    if end is None:
+        raise UsageError(f"the tokenizer in {tokenizer} names no token that ends a text", hint="Give --end-of-text.")
+    TokenStore.build(
+        source,
+        chosen,
+        out,
+        held_out=held_out,
+        seed=seed,
+        begin_of_text=begin_of_text,
+        end_of_text=end,
+        beside=tokenizer,
+        vocabulary_asked=vocabulary if tokenizer is None else None,
+        skip_bad=skip_bad,
+        progress=bar,
+    )
     show(out, names=5)
 
 
@@ -72,6 +97,10 @@ def show(
     console = Console()
     console.print(Text(f"{folder}: {manifest.corpus['name']} ({options}), by {manifest.written_by}"))
     console.print(Text(f"vocabulary {manifest.vocabulary}, tokenizer {manifest.tokenizer[:12]}, seed {manifest.seed}"))
+    if manifest.skipped:
+        console.print(Text(f"{manifest.skipped:,} documents were skipped, the first since {manifest.first_skipped}"))
+    begin = manifest.begin_of_text or "nothing"
+    console.print(Text(f"each document begins with {begin} and ends with {manifest.end_of_text}"))
     table = Table("Split", "Documents", "Tokens", "Text", "Bytes/token", "Such as")
     for name in SPLITS:
         split = store.split(name)
@@ -103,6 +132,8 @@ def _corpus(text: str, options: list[str]) -> Corpus:
     from penstock.core.config import apply_overrides
     from penstock.core.errors import UsageError, nearest
     from penstock.data.corpora.contract import Corpus
+    from penstock.data.corpora.files import plain_name
+    from penstock.data.corpora.folder import kinds_by_suffix
     from penstock.policy import create, index
 
     contract = Corpus.contract_name
@@ -114,9 +145,11 @@ def _corpus(text: str, options: list[str]) -> Corpus:
         raise UsageError(f"{text!r} is neither a path nor a corpus: {nearest(text, index().names(contract))}")
     if path.is_dir():
         return cast(Corpus, create(contract, "folder", path=path, **given))
-    kinds = {entry.name: cast(type[Corpus], entry.load()).suffixes for entry in index().entries(contract)}
-    for kind, suffixes in kinds.items():
-        if text.endswith(suffixes):
+    kinds = kinds_by_suffix()
+    for suffix, kind in kinds.items():
+        if plain_name(path).endswith(suffix):
             return cast(Corpus, create(contract, kind, path=path, **given))
-    known = ", ".join(suffix for suffixes in kinds.values() for suffix in suffixes)
-    raise UsageError(f"cannot tell what kind of corpus {text} is; known: {known}", hint="Or give a folder of text.")
+    raise UsageError(
+        f"cannot tell what kind of corpus {text} is; known: {', '.join(kinds)}",
+        hint="A text of another name: penstock data build text --set path=FILE.",
+    )

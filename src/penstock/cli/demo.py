@@ -12,7 +12,9 @@ PROMPTS = 3
 
 def demo(
     minutes: float = typer.Option(5.0, "--minutes", min=0.05, help="Minutes that all of it may take."),
-    run: Path = typer.Option(Path("runs/demo"), "--run", help="The folder that the run fills, emptied first."),
+    out: Path = typer.Option(
+        Path("runs/demo"), "--out", "-o", metavar="RUN", help="The folder that the run fills, emptied first."
+    ),
 ) -> None:
     """Train a small code model on this machine's own Python library and let it write.
 
@@ -36,24 +38,24 @@ def demo(
 
     path = presets.path_of("demo")
     config = build(TrainConfig, read_toml(path), str(path))
-    clear(run)
-    with stoppable(run, World()):
-        work = begin(config, run, began + 60 * minutes, show)
+    clear(out)
+    with stoppable(out, World()):
+        work = begin(config, out, began + 60 * minutes, show)
         summary = train_to_the_end(work, show, EVALUATION * 60 * minutes)
         if summary is None:
             return
         summary = compare_with_xz(work, summary)
         samples = []
-        for sample in completions(run, work.evaluated, PROMPTS, began + 60 * minutes):
+        for sample in completions(out, work.evaluated, PROMPTS, began + 60 * minutes):
             typer.secho(f"\n{sample.name}", dim=True)
             typer.echo(sample.prompt, nl=False)
             typer.secho(sample.completion, fg="cyan")
             samples.append(str(sample))
-        write_atomic(run / "samples.txt", "\n".join(samples))
+        write_atomic(out / "samples.txt", "\n".join(samples))
         typer.echo(
             f"\n{summary['bits_per_byte']:.3f} bits per byte on {summary['documents']} held-out files; xz -9 on each "
             f"of them needs {summary['xz_bits_per_byte']:.3f}.\n\nNext:\n"
-            f"  penstock generate {run} --prompt 'def main('\n"
-            f"  penstock train --preset demo --set minutes=30 --run runs/longer\n"
+            f"  penstock generate {out} --prompt 'def main('\n"
+            f"  penstock train --preset demo --set minutes=30 --out runs/longer\n"
             f"  penstock papers"
         )

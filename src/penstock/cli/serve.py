@@ -32,6 +32,9 @@ def serve(
     overrides: list[str] | None = typer.Option(
         None, "--set", metavar="KEY=VALUE", help="Set an engine option, such as batching=orca. May be given again."
     ),
+    chat_template: Path | None = typer.Option(
+        None, "--chat-template", metavar="FILE", help="A Jinja file that writes chats, in place of the model's own."
+    ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     queue: int = typer.Option(1024, "--queue", min=0, help="Most continuations that wait; more get status 429."),
     deadline: float = typer.Option(600.0, "--deadline", help="Most seconds that a request may take."),
@@ -49,8 +52,10 @@ def serve(
     import asyncio
 
     from penstock.core.config import apply_overrides, build
+    from penstock.core.files import read_text
     from penstock.core.garbage import settle
     from penstock.models import hub
+    from penstock.serve.chat import NO_TEMPLATE
     from penstock.serve.config import EngineConfig
     from penstock.serve.http.server import bind
     from penstock.serve.http.server import serve as run
@@ -62,12 +67,16 @@ def serve(
     limits = build(Limits, given, "the server's limits")
     keys = _keys(api_key or [], api_key_file)
     _check_exposure(host, keys, no_key)
+    if chat_template is not None:
+        read_text(chat_template)  # that it cannot be read is said before the model is loaded
     listener = bind(host, port)
     called = name or hub.name_of(model)
     typer.echo(f"Loading {model} ...", err=True)
 
     def started(service: Service) -> None:
         settle()
+        if not service.tokens.templated:
+            typer.secho(f"Note: {NO_TEMPLATE}.", fg="yellow", err=True)
         typer.echo(_greeting(service, listener, keys))
 
     with listener:
@@ -81,6 +90,7 @@ def serve(
                 keys=keys,
                 local=not keys and not no_key,
                 limits=limits,
+                chat_template=chat_template,
                 started=started,
             )
         )

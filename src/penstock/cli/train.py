@@ -13,8 +13,13 @@ def train(
     overrides: list[str] | None = typer.Option(
         None, "--set", metavar="KEY=VALUE", help="Override a key, such as optim.lr=3e-4. May be given again."
     ),
-    run: Path | None = typer.Option(
-        None, "--run", help="The folder that the run fills; runs/train if not given.", show_default=False
+    out: Path | None = typer.Option(
+        None,
+        "--out",
+        "-o",
+        metavar="RUN",
+        help="The folder that the run fills; runs/train if not given.",
+        show_default=False,
     ),
     resume: Path | None = typer.Option(None, "--resume", metavar="RUN", help="Continue the run in this folder."),
     branch: Path | None = typer.Option(
@@ -27,7 +32,7 @@ def train(
     Under `torchrun`, all processes train one model, each on its part of every batch; or, with parallel.pipeline=P, P of
     them hold a part of the model each and work on it by pipeline.schedule, after pipeline.transforms.
 
-    Examples: `penstock train --preset demo --set optim.lr=3e-3 --run runs/try`,
+    Examples: `penstock train --preset demo --set optim.lr=3e-3 --out runs/try`,
     `penstock train --resume runs/try`, `torchrun --nproc-per-node 8 -m penstock train config.toml`,
     `torchrun --nproc-per-node 4 -m penstock train config.toml --set parallel.pipeline=4 --set pipeline.schedule=zb-h1`,
     `... --set parallel.pipeline=4 --set 'pipeline.transforms=[2bp, pipeoffload]'`
@@ -49,8 +54,8 @@ def train(
             "say what to train: one of a configuration file, --preset, --resume or --branch",
             hint=f"Presets: {', '.join(presets.names())}. Try: penstock train --preset demo",
         )
-    if resume is not None and run is not None:
-        raise UsageError("--run names the folder of a new run", hint="With --resume, leave it out.")
+    if resume is not None and out is not None:
+        raise UsageError("--out names the folder of a new run", hint="With --resume, leave it out.")
     if show_config and (resume is not None or branch is not None):
         raise UsageError("--show-config goes with a configuration file or --preset")
     changes = overrides or []
@@ -61,7 +66,7 @@ def train(
         return
     world = World.join()
     report = show if world.leads else silent
-    folder = resume or run or Path("runs/train")
+    folder = resume or out or Path("runs/train")
     with stoppable(folder, world):
         if wanted is not None:
             work = Run.create(wanted, folder, world, report)
@@ -69,7 +74,7 @@ def train(
             work = Run.branch(branch, folder, world, changes, report)
         else:
             work = Run.reopen(folder, world, changes, report)
-        for fault in work.faults if world.leads else []:
-            typer.secho(f"passed over: {fault.what}", fg="yellow", err=True)
+        for note in work.notes if world.leads else []:
+            typer.secho(note, fg="yellow", err=True)
         train_to_the_end(work, report)
     world.end()

@@ -14,16 +14,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from penstock.core.errors import ConfigError, UsageError, nearest
 
 
 class Config(BaseModel):
     """Base of all configuration sections: unknown keys and infinite numbers are refused, and values cannot change after
-    loading."""
+    loading. The word ``none`` unsets a key that may be unset, in a file and on the command line: TOML has no null."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unset(cls, tree: Any) -> Any:
+        return unset(cls, tree)
+
+
+def unset(cls: type[BaseModel], tree: Any) -> Any:
+    """``tree`` with None for the word ``none``, at the keys of ``cls`` that may be None."""
+    if not isinstance(tree, Mapping):
+        return tree
+    optional = {name for name, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
+    return {key: None if value == "none" and key in optional else value for key, value in tree.items()}
 
 
 C = TypeVar("C", bound=BaseModel)

@@ -1,13 +1,14 @@
-"""Metrics of a run: one JSON object a line, and TensorBoard where it is installed."""
+"""Metrics of a run: one JSON object a line, and wherever else they are shown."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from penstock.core.files import explain_os_errors, write_atomic
+from penstock.core.trackers import Tracker, tensorboard
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -29,33 +30,25 @@ class MetricsLog:
     So the file of a resumed run reads as if the run had never stopped.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
+    def __init__(self, folder: Path, step: int = 0, trackers: Sequence[Tracker] = ()) -> None:
         path = folder / "metrics.jsonl"
         kept = [record for record in read_metrics(path) if record["step"] <= step]
         write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
         with explain_os_errors(f"cannot write {path}"):
-            self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._board = _tensorboard(folder, step)
+            self._file = path.open("ab", buffering=0)  # with nothing kept back, closing cannot fail a second time
+        self._trackers = [*tensorboard(folder, step), *trackers]
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records ``values`` for ``step``."""
         with explain_os_errors(f"cannot write {self._file.name}"):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            line = (json.dumps({"step": step, **values}) + "\n").encode()
+            while line:
+                line = line[self._file.write(line) :]
+        for tracker in self._trackers:
+            tracker.write(step, values)
 
     def close(self) -> None:
         """Closes the files."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    # What an earlier process wrote of the steps to come is not shown.
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        for tracker in self._trackers:
+            tracker.close()

@@ -23,10 +23,12 @@ from penstock import __version__
 from penstock.core.errors import DataError, UsageError
 from penstock.core.files import atomic_folder, write_json
 from penstock.core.progress import Reporter, silent
+from penstock.data import pieces
 from penstock.data.ahead import map_ahead
 from penstock.data.corpora.contract import Corpus, Document
 from penstock.data.manifest import MANIFEST, SPLITS, Counts, Manifest, StoredFile, map_file
-from penstock.data.tokenizer import fingerprint, save_tokenizer
+from penstock.data.tokenizer import Around, fingerprint, save_tokenizer, size_of
+from penstock.models.companions import copy_companions
 
 #: Tokens a shard, characters a batch, and batches under way where nothing else is asked.
 SHARD_TOKENS = 1 << 30
@@ -57,7 +59,31 @@ def is_held_out(text: str, share: float) -> bool:
     return _uniform(_digest(text.encode())) < share
 
 
-def training_texts(corpus: Corpus, held_out: float, progress: Reporter = silent) -> Iterator[str]:
+@dataclasses.dataclass
+class Skipped:
+    """Documents that were damaged and left out: how many, and what was wrong with the first."""
+
+    count: int = 0
+    first: str = ""
+
+    def reading(self, corpus: Corpus) -> Iterator[Document]:
+        """The other documents."""
+        for item in corpus.items():
+            if isinstance(item, Document):
+                yield item
+            else:
+                self.count += 1
+                self.first = self.first or item.what
+
+
+def readable(corpus: Corpus, skipped: Skipped | None) -> Iterator[Document]:
+    """The documents of a corpus, without those that are damaged if they are to be counted in ``skipped``."""
+    return corpus.documents() if skipped is None else skipped.reading(corpus)
+
+
+def training_texts(
+    corpus: Corpus, held_out: float, progress: Reporter = silent, skip_bad: bool = False
+) -> Iterator[str]:
     """The texts of ``corpus`` that are not held out: those that a tokenizer may learn from.
 
     Raises:
@@ -67,7 +93,7 @@ def training_texts(corpus: Corpus, held_out: float, progress: Reporter = silent)
     _require_share(held_out)
     found = kept = 0
     with progress("reading", corpus.size(), "B") as bar:
-        for document in corpus.documents():
+        for document in readable(corpus, Skipped() if skip_bad else None):
             found += 1
             bar.advance(len(document.text))
             if not is_held_out(document.text, held_out):
@@ -83,7 +109,10 @@ def build_store(
     *,
     held_out: float,
     seed: int,
-    end_of_text: str,
+    around: Around,
+    beside: Path | None,
+    vocabulary_asked: int | None,
+    skip_bad: bool,
     workers: int | None,
     progress: Reporter,
 ) -> None:
@@ -91,12 +120,14 @@ def build_store(
     _require_share(held_out)
     if folder.exists() and not _replaceable(folder):
         raise UsageError(f"{folder} exists and is not a token store", hint="Choose a folder that does not exist.")
-    encoder = _Encoder(tokenizer, end_of_text, held_out, seed)
+    encoder = _Encoder(tokenizer, around, held_out, seed)
     workers = workers or WORKERS
+    skipped = Skipped()
+    documents = readable(corpus, skipped if skip_bad else None)
     with atomic_folder(folder) as partial:
         with tempfile.TemporaryDirectory(dir=partial) as scratch, _Spill(Path(scratch), encoder.dtype) as spill:
             with progress("tokenizing", corpus.size(), "B") as bar:
-                for batch in map_ahead(encoder, _batches(corpus.documents()), threads=workers, depth=workers):
+                for batch in map_ahead(encoder, _batches(documents), threads=workers, depth=workers):
                     spill.add(batch)
                     bar.advance(sum(entry.bytes for entry in batch))
             records = spill.records()
@@ -106,7 +137,10 @@ def build_store(
                 for name, chosen in sides.items():
                     for count in _write_split(partial / name, chosen, spill):
                         bar.advance(count)
-        save_tokenizer(tokenizer, partial / "tokenizer", end_of_text)
+        if beside is None:
+            save_tokenizer(tokenizer, partial / "tokenizer", around.end_of_text)
+        else:
+            copy_companions(beside, partial / "tokenizer")
         manifest = Manifest(
             written_by=f"penstock {__version__}, Python {platform.python_version()}",
             corpus=corpus.describe(),
@@ -114,8 +148,13 @@ def build_store(
             held_out=held_out,
             tokenizer=fingerprint(tokenizer),
             vocabulary=encoder.vocabulary,
-            end_of_text=end_of_text,
+            vocabulary_asked=vocabulary_asked,
+            begin_of_text=around.begin_of_text,
+            begin_of_text_ids=encoder.beginning,
+            end_of_text=around.end_of_text,
             end_of_text_id=encoder.end_of_text_id,
+            skipped=skipped.count,
+            first_skipped=skipped.first,
             dtype=encoder.dtype,
             shard_tokens=SHARD_TOKENS,
             splits={name: _count(chosen) for name, chosen in sides.items()},
@@ -163,32 +202,34 @@ class _Entry:
 class _Encoder:
     """Encodes batches of documents. Several threads may call it."""
 
-    def __init__(self, tokenizer: Tokenizer, end_of_text: str, held_out: float, seed: int) -> None:
-        found = tokenizer.token_to_id(end_of_text)
-        if found is None:
-            raise UsageError(f"the tokenizer has no token {end_of_text!r} to mark the end of a document")
-        self.end_of_text_id: int = found
-        self.vocabulary: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    def __init__(self, tokenizer: Tokenizer, around: Around, held_out: float, seed: int) -> None:
+        self.beginning, self.end_of_text_id = around.beginning, around.end
+        self.vocabulary = size_of(tokenizer)
         self.dtype: Literal["<u2", "<u4"] = "<u2" if self.vocabulary <= 1 << 16 else "<u4"
-        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
         # A special token's name in a document is text like any other: only our own end-of-text tokens end documents.
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer = pieces.plain(tokenizer)
         self._held_out, self._seed = held_out, seed
 
     def __call__(self, documents: list[Document]) -> list[_Entry]:
-        texts = [document.text for document in documents]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [self._entry(*pair) for pair in zip(documents, encodings, strict=True)]
+        short = [document.text for document in documents if len(document.text) <= pieces.PIECE]
+        encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False))
+        return [
+            self._entry(document, [next(encodings).ids] if len(document.text) <= pieces.PIECE else self._long(document))
+            for document in documents
+        ]
 
-    def _entry(self, document: Document, encoding: Any) -> _Entry:
+    def _long(self, document: Document) -> Iterator[list[int]]:
+        return pieces.encode(self._tokenizer, document.text)
+
+    def _entry(self, document: Document, parts: Iterable[list[int]]) -> _Entry:
         payload, name = document.text.encode(), document.name.encode()
         digest = _digest(payload)
         order = hashlib.blake2b(b"%d/%b/%b" % (self._seed, digest, name), digest_size=8).digest()
         return _Entry(
             name=name,
-            tokens=np.array([*encoding.ids, self.end_of_text_id], dtype=self.dtype),
+            tokens=np.concatenate(
+                [np.array(part, self.dtype) for part in (self.beginning, *parts, (self.end_of_text_id,))]
+            ),
             bytes=len(payload),
             held_out=_uniform(digest) < self._held_out,
             order=int.from_bytes(order, "little"),

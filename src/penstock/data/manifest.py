@@ -5,7 +5,8 @@ A store is a folder, read-only once built::
     manifest.json            what it was built from, counts, and the size and checksum of every other file
     tokenizer/               the tokenizer, as transformers reads it
     train/, held_out/        the two splits
-        tokens-00000.bin     token ids, little-endian uint16 or uint32, every document followed by an end-of-text token
+        tokens-00000.bin     token ids, little-endian uint16 or uint32, each document as the tokenizer begins a
+                             text (with BOS, or nothing), and an end-of-text token after it
         index.bin            int64 [3, documents + 1]: where each document's tokens, text bytes and name bytes start
         names.bin            the documents' names, UTF-8, end to end
 
@@ -63,7 +64,7 @@ class StoredFile(Config):
 
 
 class Counts(Config):
-    """Size of a split. ``tokens`` include one end-of-text token a document; ``bytes`` are UTF-8 bytes of text."""
+    """Size of a split. ``tokens`` include those around each document; ``bytes`` are UTF-8 bytes of text."""
 
     documents: NonNegativeInt
     tokens: NonNegativeInt
@@ -71,7 +72,12 @@ class Counts(Config):
 
 
 class Manifest(Config):
-    """The contents of ``manifest.json``. ``tokenizer`` is the fingerprint; ``vocabulary`` exceeds every token id."""
+    """The contents of ``manifest.json``.
+
+    ``tokenizer`` is the fingerprint; ``vocabulary`` exceeds every token id, and ``vocabulary_asked`` is how many tokens
+    a new tokenizer was to have (it has fewer where there is little text). ``begin_of_text`` and ``end_of_text`` are the
+    special tokens around each document. ``skipped`` documents were damaged and left out, the first as it says.
+    """
 
     token_store: int = VERSION
     written_by: str
@@ -80,6 +86,11 @@ class Manifest(Config):
     held_out: float
     tokenizer: str
     vocabulary: PositiveInt
+    vocabulary_asked: PositiveInt | None = None
+    skipped: NonNegativeInt = 0
+    first_skipped: str = ""
+    begin_of_text: str = ""
+    begin_of_text_ids: tuple[NonNegativeInt, ...] = ()
     end_of_text: str
     end_of_text_id: NonNegativeInt
     dtype: Literal["<u2", "<u4"]

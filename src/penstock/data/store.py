@@ -14,7 +14,7 @@ from penstock.core.progress import Reporter, silent
 from penstock.data.building import build_store
 from penstock.data.corpora.contract import Corpus
 from penstock.data.manifest import SPLITS, Manifest, SplitName, damaged, map_file, read_manifest
-from penstock.data.tokenizer import END_OF_TEXT, fingerprint, load_tokenizer
+from penstock.data.tokenizer import AUTO, END_OF_TEXT, Around, fingerprint, load_tokenizer
 
 
 class TokenStore:
@@ -38,7 +38,11 @@ class TokenStore:
         *,
         held_out: float = 0.02,
         seed: int = 0,
+        begin_of_text: str = AUTO,
         end_of_text: str = END_OF_TEXT,
+        beside: Path | None = None,
+        vocabulary_asked: int | None = None,
+        skip_bad: bool = False,
         workers: int | None = None,
         progress: Reporter = silent,
     ) -> TokenStore:
@@ -52,7 +56,12 @@ class TokenStore:
             folder: the store's folder.
             held_out: the share of documents that :func:`~penstock.data.building.is_held_out` sets aside.
             seed: of the order of the documents.
+            begin_of_text: the token before each document; ``auto`` is what the tokenizer puts there by itself, and
+                an empty name is none.
             end_of_text: the token after each document.
+            beside: the folder that the tokenizer came from, whose files go into the store as they are.
+            skip_bad: leave out documents that are damaged, and count them in the manifest, instead of giving up.
+            vocabulary_asked: how many tokens a new tokenizer was to have, for the record.
             workers: batches encoded at a time (None: 2). The tokenizer spreads each over all cores by itself.
             progress: told of bytes of text tokenized, then of tokens written.
 
@@ -67,7 +76,10 @@ class TokenStore:
             folder,
             held_out=held_out,
             seed=seed,
-            end_of_text=end_of_text,
+            around=Around.of(tokenizer, begin_of_text, end_of_text),
+            beside=beside,
+            vocabulary_asked=vocabulary_asked,
+            skip_bad=skip_bad,
             workers=workers,
             progress=progress,
         )
@@ -124,13 +136,15 @@ class Split:
 
     Attributes:
         documents: how many documents.
-        tokens: how many tokens, with the one end-of-text token after each document.
+        prefix: how many tokens begin each document that are no text, such as BOS.
+        tokens: how many tokens, with those around each document.
         bytes: how many UTF-8 bytes of text.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, name: SplitName) -> None:
         counts = manifest.splits[name]
         self.documents, self.tokens, self.bytes = counts.documents, counts.tokens, counts.bytes
+        self.prefix = len(manifest.begin_of_text_ids)
         self._shard_tokens = manifest.shard_tokens
         shards = sorted(file.path for file in manifest.files if file.path.startswith(f"{name}/tokens-"))
         self._shards = [map_file(folder / shard, manifest.dtype) for shard in shards]
@@ -169,6 +183,11 @@ class Split:
         """The tokens of a document, its end-of-text token the last."""
         start, stop = self._span(self._starts, number)
         return self.read(start, stop - start)[0]
+
+    def length(self, number: int) -> int:
+        """The tokens of a document, with those around it."""
+        start, stop = self._span(self._starts, number)
+        return stop - start
 
     def document_bytes(self, number: int) -> int:
         """UTF-8 bytes of a document's text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import heapq
 import json
@@ -11,9 +12,13 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from penstock.core.errors import DataError, UsageError
-from penstock.core.files import write_atomic, write_json
+from penstock.core.files import read_json, write_atomic, write_json
+from penstock.data.pieces import lines
 
 END_OF_TEXT = "<|endoftext|>"
+
+#: In place of a special token's name: the one that the tokenizer itself would take.
+AUTO = "auto"
 
 #: How text is cut before merging, first match first; a token never crosses a cut. Beside GPT-2's rule, an indented
 #: new line is one piece (any whitespace with a line break in it), and numbers come in pieces of three digits at most.
@@ -60,7 +65,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(chosen, trainer)
+    tokenizer.train_from_iterator((part for text in chosen for part in lines(text)), trainer)
     return tokenizer
 
 
@@ -109,6 +114,63 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise DataError(f"{path} is not a tokenizer: {error}") from error
+
+
+def size_of(tokenizer: Tokenizer) -> int:
+    """One more than the largest token id."""
+    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """The special tokens before and after each document, by name and by id. ``begin_of_text`` is empty, or several
+    names in a row, where the tokenizer puts none or several there."""
+
+    begin_of_text: str
+    beginning: tuple[int, ...]
+    end_of_text: str
+    end: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, begin_of_text: str = AUTO, end_of_text: str = END_OF_TEXT) -> Around:
+        """Those called so. :data:`AUTO` at the beginning is what the tokenizer itself puts before a text, and an empty
+        name is nothing.
+
+        Raises:
+            UsageError: the tokenizer has no such token.
+        """
+        if begin_of_text == AUTO:
+            begins = beginning(tokenizer)
+        else:
+            begins = (_id(tokenizer, begin_of_text, "begin"),) if begin_of_text else ()
+        names = "".join(str(tokenizer.id_to_token(token)) for token in begins)
+        return cls(names, begins, end_of_text, _id(tokenizer, end_of_text, "end"))
+
+
+def _id(tokenizer: Tokenizer, token: str, place: str) -> int:
+    found: int | None = tokenizer.token_to_id(token)
+    if found is None:
+        raise UsageError(f"the tokenizer has no token {token!r} to mark the {place} of a document")
+    return found
+
+
+def declared(folder: Path, token: str) -> str | None:
+    """The special token, such as ``eos_token``, that the files of the tokenizer in ``folder`` name."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        stored = read_json(folder / name) if (folder / name).is_file() else {}
+        found = stored.get(token) if isinstance(stored, dict) else None
+        text = found.get("content") if isinstance(found, dict) else found
+        if isinstance(text, str):
+            return text
+    return None
+
+
+def beginning(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that the tokenizer puts before a text by itself: BOS for Llama, nothing for GPT-2 and Qwen."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").ids
+    starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return tuple(whole[: next(starts, 0)])
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

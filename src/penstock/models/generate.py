@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from penstock.core.errors import UsageError
+from penstock.core.errors import ModelError, UsageError
 from penstock.core.randomness import derive, uniforms
 from penstock.models.attention import CachedRows
 from penstock.models.decoder import Decoder
@@ -21,6 +21,7 @@ def generate(model: Decoder, prompt: Sequence[int], sampling: Sampling, stop: fr
 
     Raises:
         UsageError: the prompt is empty, or does not fit the model's context.
+        ModelError: the prompt has a token that the model has no embedding for.
     """
     if not prompt:
         raise UsageError("the prompt is empty", hint="Give at least one token to continue.")
@@ -28,6 +29,12 @@ def generate(model: Decoder, prompt: Sequence[int], sampling: Sampling, stop: fr
         raise UsageError(
             f"the prompt has {len(prompt)} tokens, and the model's context is {model.config.context}",
             hint="Shorten the prompt.",
+        )
+    foreign = [token for token in prompt if not 0 <= token < model.config.vocabulary]
+    if foreign:
+        raise ModelError(
+            f"the prompt has the token {foreign[0]}, and the model's embedding ends at {model.config.vocabulary - 1}",
+            hint="The tokenizer beside the model is not its own: it has more tokens.",
         )
     return _generate(model, prompt, sampling, stop)
 

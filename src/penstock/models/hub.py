@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from penstock.core.errors import DataError, ModelError, PenstockError, UsageError, nearest
 from penstock.core.files import atomic_folder, explain_os_errors, fsync_directory, fsync_file, read_json, write_json
+from penstock.models.companions import GENERATION
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family, effective
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTRACT = "model.family"
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG = "config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 DOWNLOADS = ("*.json", "model*.safetensors", "tokenizer*", "merges.txt", "vocab.txt", "*.jinja")
@@ -180,6 +181,13 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     # Kept on the instance and not declared by Decoder, which knows nothing of folders.
     vars(decoder)["origin"] = Origin(family.policy_name, {key: hub[key] for key in TOKEN_IDS if key in hub})
     return decoder
+
+
+def dtype_of(source: str | Path) -> torch.dtype:
+    """The dtype that a model folder states, or else that of its stored tensors; ``source`` as in :func:`resolve`."""
+    folder = resolve(source)
+    _, _, hub = _read(folder)
+    return _dtype(folder, hub, _scan(folder))
 
 
 class _Uninitialized(TorchFunctionMode):
@@ -441,12 +449,17 @@ def end_tokens(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozen
         UsageError: there is no such model.
         PenstockError: one of the files is damaged.
     """
-    found = {tokenizer.eos_token_id}
-    for path in (resolve(source) / name for name in (CONFIG, GENERATION)):
+    return frozenset({tokenizer.eos_token_id, *config_end_tokens(resolve(source))} - {None})
+
+
+def config_end_tokens(folder: Path) -> set[int]:
+    """Those of a folder's tokens that config.json and generation_config.json name as ends of a text."""
+    found: set[int] = set()
+    for path in (folder / CONFIG, folder / GENERATION):
         stored = read_json(path) if path.is_file() else {}
         named = stored.get("eos_token_id") if isinstance(stored, dict) else None
         found |= {token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)}
-    return frozenset(found - {None})
+    return found
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

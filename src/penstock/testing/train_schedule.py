@@ -28,6 +28,11 @@ def check(schedule: Schedule) -> None:
         candidate = schedule.model_copy(update={"warmup_steps": warmup_steps})
         check_range_and_purity(candidate)
         check_warmup(candidate)
+    for share, total in itertools.product((0.01, 0.1, 0.5), TOTALS):
+        relative = schedule.model_copy(update={"warmup": share, "warmup_steps": 0})
+        counted = schedule.model_copy(update={"warmup_steps": round(share * total)})
+        for step in {0, 1, 9, int(share * total), int(total) - 1}:
+            assert relative.factor(step, total) == counted.factor(step, total), f"a share of {share} at {(step, total)}"
     check_any_numbers(schedule)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from penstock.core.errors import CheckpointError, PenstockError, UsageError
 from penstock.core.files import atomic_folder, checksum, explain_os_errors, read_json, write_json
 from penstock.models import hub
+from penstock.models.companions import copy_companions
 from penstock.models.decoder import Decoder
 
 SCHEMA = 1
@@ -45,8 +46,24 @@ class TrainerState:
     tensors: dict[str, dict[str, Tensor]]
 
 
-def save(folder: Path, step: int, model: Decoder, tokenizer: Path, state: TrainerState, *, keep: int) -> Path:
-    """Writes the checkpoint of ``step`` below ``folder`` and removes all but the newest ``keep`` up to it.
+@dataclasses.dataclass(frozen=True)
+class Keeping:
+    """Which checkpoints stay: the newest ``newest``, those of steps that ``every`` divides, and that of ``best``."""
+
+    newest: int
+    every: int | None = None
+    best: int | None = None
+
+    def kept(self, steps: Sequence[int]) -> set[int]:
+        """Those of ``steps``, in ascending order, that stay."""
+        return {
+            *steps[-self.newest :],
+            *(step for step in steps if (self.every and step % self.every == 0) or step == self.best),
+        }
+
+
+def save(folder: Path, step: int, model: Decoder, tokenizer: Path, state: TrainerState, *, keeping: Keeping) -> Path:
+    """Writes the checkpoint of ``step`` below ``folder`` and removes those up to it that need not be kept.
 
     One of the same step is replaced, and those of later steps are removed: only damaged ones are there, which a resumed
     run has passed over.
@@ -55,9 +72,9 @@ def save(folder: Path, step: int, model: Decoder, tokenizer: Path, state: Traine
         folder: the run's folder of checkpoints.
         step: updates done.
         model: saved in its own dtype.
-        tokenizer: a folder with the tokenizer's files, copied along.
+        tokenizer: a folder with the tokenizer and what else lies beside the weights, copied along.
         state: the trainer's.
-        keep: how many checkpoints stay.
+        keeping: which checkpoints stay.
 
     Raises:
         PenstockError: the disk is full or not writable; older checkpoints are untouched.
@@ -65,8 +82,7 @@ def save(folder: Path, step: int, model: Decoder, tokenizer: Path, state: Traine
     target = folder / f"step-{step:08d}"
     with atomic_folder(target) as temporary:
         hub.save(model, temporary)
-        for file in sorted(tokenizer.iterdir()):
-            shutil.copyfile(file, temporary / file.name)
+        copy_companions(tokenizer, temporary)
         trainer = temporary / "trainer"
         trainer.mkdir()
         for group, tensors in state.tensors.items():
@@ -77,9 +93,9 @@ def save(folder: Path, step: int, model: Decoder, tokenizer: Path, state: Traine
         )
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         write_json(temporary / MANIFEST, {path.relative_to(temporary).as_posix(): _entry(path) for path in files})
-    kept = [path for path in checkpoints(folder) if step_of(path) <= step][-keep:]
+    kept = keeping.kept([found for found in map(step_of, checkpoints(folder)) if found <= step])
     for path in checkpoints(folder):
-        if path not in kept:
+        if step_of(path) not in kept:
             with explain_os_errors(f"cannot remove {path}"):
                 shutil.rmtree(path)
     return target

@@ -9,9 +9,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from penstock.core.config import Config
 from penstock.data.corpora.contract import Corpus
-from penstock.data.corpora.stdlib import StandardLibrary
 from penstock.data.samplers.contract import Sampler
 from penstock.data.samplers.shuffle import Shuffle
+from penstock.data.tokenizer import AUTO
 from penstock.models.config import DecoderConfig
 from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.pipeline.schedules.one_f_one_b import OneForwardOneBackward
@@ -25,18 +25,29 @@ from penstock.train.optim.contract import Optimizer
 from penstock.train.schedules.contract import Schedule
 from penstock.train.schedules.linear import LinearDecay
 
+#: What a new token store has where the configuration leaves it open: tokens, and the share of documents held out.
+VOCABULARY, HELD_OUT = 4096, 0.02
+
 
 class DataConfig(Config):
     """What is trained on.
 
-    ``store`` is a token store; if it is None, or a path where none is yet, one is made from ``corpus`` with a new
-    tokenizer of ``vocabulary`` tokens (at ``store``, or in the run folder).
+    ``store`` is a token store; if it is None, or a path where none is yet, one is made (at ``store``, or in the run
+    folder) from ``corpus`` (None: stdlib) with a new tokenizer of ``vocabulary`` tokens (None: 4,096), or with that of
+    ``start_from``, and with the share ``held_out`` of the documents set aside (None: 0.02). ``begin_of_text`` and
+    ``end_of_text`` are the special tokens around each document; ``auto`` is what the tokenizer puts before a text by
+    itself (BOS, for some models), and its own end-of-text token; an empty ``begin_of_text`` is nothing. With
+    ``skip_bad``, damaged documents are left out and counted, instead of ending the run. Where a store
+    is there, what is said here must be true of it.
     """
 
-    corpus: Annotated[Corpus, Choice("data.corpus", "stdlib")] = StandardLibrary()
+    corpus: Annotated[Corpus, Choice("data.corpus", "stdlib")] | None = None
     store: Path | None = None
-    vocabulary: PositiveInt = 4096
-    held_out: float = Field(0.02, gt=0, lt=1)
+    vocabulary: PositiveInt | None = None
+    held_out: float | None = Field(None, ge=0, lt=1)
+    skip_bad: bool = False
+    begin_of_text: str = AUTO
+    end_of_text: str = Field(AUTO, min_length=1)
     sampler: Annotated[Sampler, Choice("data.sampler", "shuffle")] = Shuffle()
 
 
@@ -107,15 +118,34 @@ class PipelineConfig(Config):
     timeout: PositiveFloat = 300.0
 
 
+class ValidationConfig(Config):
+    """Validation while a run is under way: after ``every`` so many updates (None: never), on held-out documents of
+    ``tokens`` in all at most. With ``keep_best``, the checkpoint of the best weights so far stays.
+    """
+
+    every: PositiveInt | None = None
+    tokens: PositiveInt = 262_144
+    keep_best: bool = True
+
+
 class TrainConfig(Config):
     """A training run.
 
-    ``steps`` or ``minutes`` end it (the earlier one; ``minutes`` counts time in steps and in compiling, and makes the
-    schedule follow the clock). ``precision``: ``fp32``; ``autocast`` keeps fp32 weights and multiplies in bf16;
-    ``bf16`` keeps all weights and activations in bf16 and updates fp32 masters; ``auto`` is ``bf16`` where that is
-    faster on the device, else ``fp32``. ``compile``: with ``torch.compile``; ``auto`` does where a run is long enough
-    to win back what that takes. ``start_from`` names a model whose weights and shape are the beginning, instead of
-    ``model``. ``chosen`` is written by the run: what became of each ``auto``, and why.
+    ``steps``, ``tokens``, ``epochs`` or ``minutes`` end it (the earliest; ``minutes`` counts time in steps and in
+    compiling, and makes the schedule follow the clock). ``precision``: ``fp32``; ``autocast`` keeps fp32 weights and
+    multiplies in bf16; ``bf16`` keeps all weights and activations in bf16 and updates fp32 masters; ``auto`` is
+    ``bf16`` where that is faster on the device, else ``fp32``. ``compile``: with ``torch.compile``; ``auto`` does where
+    a run is long enough to win back what that takes. ``chosen`` is written by the run: what became of each ``auto``,
+    and why. ``start_from`` names a model whose weights and shape are the beginning, instead of ``model``.
+    ``export_dtype`` is that of the finished model's weights;
+    None is that of ``start_from``, or else the one of the training. Checkpoints keep the weights in full.
+
+    ``evaluation_minutes`` is about how long the evaluation at the end may take: it takes a random part of the held-out
+    documents then, if need be. The newest ``keep_checkpoints`` stay, and those of steps that ``keep_every`` divides;
+    with ``checkpoint_background`` they are written from a copy in main memory while training goes on.
+    ``on_bad_update`` says what becomes of an update whose loss or gradient is not finite, or, with ``spike``, whose
+    gradient norm is more than so many times the typical one: it ends the run (``stop``; spikes are let pass), or is
+    skipped and counted (``skip``). ``wandb`` is a project of W&B that the metrics are sent to.
     """
 
     seed: int = 0
@@ -125,20 +155,30 @@ class TrainConfig(Config):
     batch: BatchConfig = BatchConfig()
     objective: Annotated[Objective, Choice("train.objective", "next_token")] = NextToken()
     optim: Annotated[Optimizer, Choice("optim.optimizer", "adamw")] = AdamW()
-    schedule: Annotated[Schedule, Choice("train.schedule", "linear")] = LinearDecay(warmup_steps=100)
+    schedule: Annotated[Schedule, Choice("train.schedule", "linear")] = LinearDecay(warmup=0.05)
+    validation: ValidationConfig = ValidationConfig()
+    evaluation_minutes: PositiveFloat | None = None
     average: Annotated[Average, Choice("train.average", "ema")] | None = None
     parallel: ParallelConfig = ParallelConfig()
     pipeline: PipelineConfig = PipelineConfig()
     steps: PositiveInt | None = None
+    tokens: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
     minutes: PositiveFloat | None = None
     clip: PositiveFloat | None = 1.0
     precision: Literal["auto", "fp32", "autocast", "bf16"] = "auto"
+    export_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     compile: bool | Literal["auto"] = "auto"
     activation_checkpointing: bool = False
     device: str = "auto"
     checkpoint_minutes: PositiveFloat = 10.0
     checkpoint_steps: PositiveInt | None = None
+    checkpoint_background: bool = False
     keep_checkpoints: PositiveInt = 2
+    keep_every: PositiveInt | None = None
+    on_bad_update: Literal["stop", "skip"] = "stop"
+    spike: PositiveFloat | None = None
+    wandb: str | None = None
     chosen: dict[str, str] = Field({})
 
     @model_validator(mode="before")
@@ -148,7 +188,7 @@ class TrainConfig(Config):
         if isinstance(tree, dict) and isinstance(tree.get("model"), dict) and "vocabulary" not in tree["model"]:
             data = tree.get("data", {})
             given = data if isinstance(data, dict) else {"vocabulary": getattr(data, "vocabulary", None)}
-            vocabulary = given.get("vocabulary") or DataConfig.model_fields["vocabulary"].default
+            vocabulary = given.get("vocabulary") or VOCABULARY
             return {**tree, "model": {**tree["model"], "vocabulary": vocabulary}}
         return tree
 
@@ -156,9 +196,9 @@ class TrainConfig(Config):
     def _complete(self) -> Self:
         if (self.model is None) == (self.start_from is None):
             raise ValueError("give either a [model] section or start_from, not both")
-        if self.steps is None and self.minutes is None:
-            raise ValueError("say when to stop: steps or minutes")
-        if self.model is not None and self.data.store is None and self.data.vocabulary > self.model.vocabulary:
+        if (self.steps, self.tokens, self.epochs, self.minutes) == (None,) * 4:
+            raise ValueError("say when to stop: steps, tokens, epochs or minutes")
+        if self.model is not None and (self.data.vocabulary or 0) > self.model.vocabulary:
             raise ValueError(
                 f"data.vocabulary ({self.data.vocabulary}) is larger than model.vocabulary ({self.model.vocabulary})"
             )

@@ -64,7 +64,7 @@ def clear(folder: Path) -> None:
                 with explain_os_errors(f"cannot empty {folder}"):
                     shutil.rmtree(folder)
                 return
-    raise UsageError(f"{folder} exists and is not a run", hint="Choose another folder with --run.")
+    raise UsageError(f"{folder} exists and is not a run", hint="Choose another folder with --out.")
 
 
 def begin(config: TrainConfig, folder: Path, end: float, report: Reporter) -> Run:

@@ -35,6 +35,9 @@ class Documents(Protocol):
     def tokens(self) -> int: ...
 
     @property
+    def prefix(self) -> int: ...
+
+    @property
     def bytes(self) -> int: ...
 
     def document(self, index: int) -> NDArray[np.integer]: ...
@@ -52,8 +55,12 @@ class Sample:
         return len(self.numbers)
 
     @property
+    def prefix(self) -> int:
+        return self.split.prefix
+
+    @property
     def tokens(self) -> int:
-        return sum(len(self.split.document(number)) for number in self.numbers)
+        return sum(self.split.length(number) for number in self.numbers)
 
     @property
     def bytes(self) -> int:
@@ -81,7 +88,7 @@ def affordable(model: Decoder, split: Split, *, window: int, rows: int = 8, seco
     room = seconds / took * rows
     chosen = []
     for number in numpy_generator(0, "evaluate/sample").permutation(split.documents).tolist():
-        cost = max(1, math.ceil((len(split.document(number)) - 1) / max(1, window // 2)))
+        cost = max(1, math.ceil((split.length(number) - 1) / max(1, window // 2)))
         if cost <= room:
             room -= cost
             chosen.append(number)
@@ -95,9 +102,10 @@ def bits_per_byte(
 ) -> float:
     """Bits that ``model`` needs for each UTF-8 byte of ``documents``, every document on its own.
 
-    All tokens of a document are predicted, the end-of-text token after it too; the first, which has nothing before it,
-    is charged log2(vocabulary) bits. Windows of ``window`` tokens advance by half their length, and each token is
-    predicted once, so all but a document's first tokens see at least half a window before them.
+    All tokens of a document are predicted, the end-of-text token after it too. What begins every document (BOS) is no
+    part of it, and costs nothing; where nothing does, the first token is charged log2(vocabulary) bits. Windows of
+    ``window`` tokens advance by half their length, and each token is predicted once, so all but a document's first
+    tokens see at least half a window before them.
 
     Args:
         model: the model.
@@ -108,9 +116,9 @@ def bits_per_byte(
     """
     device = model.embedding.weight.device
     context = CausalRows.of(window, device)
-    nats = documents.documents * math.log(model.config.vocabulary)
+    nats = 0.0 if documents.prefix else documents.documents * math.log(model.config.vocabulary)
     with report("evaluating", documents.tokens, "tok") as bar:
-        bar.advance(documents.documents)
+        bar.advance(documents.documents * max(1, documents.prefix))
         for tokens, targets in _batches(documents, window, rows):
             hidden = model(torch.from_numpy(tokens).to(device), context).hidden
             wanted = torch.from_numpy(targets).to(device).flatten()
@@ -119,8 +127,10 @@ def bits_per_byte(
     return nats / math.log(2) / documents.bytes
 
 
-def _windows(document: NDArray[np.integer], window: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """(tokens, targets), each [window]; the targets that an earlier window predicted are ignored."""
+def _windows(
+    document: NDArray[np.integer], window: int, prefix: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """(tokens, targets), each [window]; targets in the prefix, or that an earlier window predicted, are ignored."""
     last = len(document) - 1
     done, start = 0, 0
     while done < last:
@@ -128,6 +138,7 @@ def _windows(document: NDArray[np.integer], window: int) -> Iterator[tuple[NDArr
         tokens, targets = np.zeros(window, np.int64), np.full(window, IGNORE, np.int64)
         tokens[: end - start] = document[start:end]
         targets[done - start : end - start] = document[done + 1 : end + 1]
+        targets[: max(0, prefix - 1 - start)] = IGNORE
         yield tokens, targets
         done, start = end, start + max(1, window // 2)
 
@@ -136,7 +147,7 @@ def _batches(documents: Documents, window: int, rows: int) -> Iterator[tuple[NDA
     waiting: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
     empty = np.zeros(window, np.int64), np.full(window, IGNORE, np.int64)
     for index in range(documents.documents):
-        for pair in _windows(documents.document(index), window):
+        for pair in _windows(documents.document(index), window, documents.prefix):
             waiting.append(pair)
             if len(waiting) == rows:
                 yield np.stack([t for t, _ in waiting]), np.stack([y for _, y in waiting])

@@ -21,6 +21,7 @@ from penstock.core.devices import can_compile, peak_flops, synchronize
 from penstock.core.errors import CheckpointError, ConfigError, PenstockError
 from penstock.core.metrics import MetricsLog
 from penstock.core.signals import StopRequest
+from penstock.core.trackers import Tracker, WeightsAndBiases
 from penstock.data.loader import Batch, Loader
 from penstock.models import hub
 from penstock.models.attention import CausalRows, PackedRows, rows_of
@@ -28,48 +29,17 @@ from penstock.models.decoder import Decoder
 from penstock.ops.cross_entropy import IGNORE
 from penstock.parallel.world import World
 from penstock.train import checkpoint
-from penstock.train.config import TrainConfig
+from penstock.train.config import BatchConfig, TrainConfig
+from penstock.train.guard import Guard
+from penstock.train.length import updates
 from penstock.train.loads import Loads
 from penstock.train.machine import fast_precision, worth_compiling
+from penstock.train.order import carry_on
 from penstock.train.pipelined import Pipeline
 from penstock.train.precision import Precision, Weights
-
-
-@dataclasses.dataclass
-class Position:
-    """How far a run has come. ``seconds`` are those spent in steps; ``samples`` are windows over all processes."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What one update looked like.
-
-    Attributes:
-        step: updates done.
-        progress: of the run, 0 to 1.
-        loss: mean nats for a predicted token, over all processes.
-        grad_norm, grad_l1: norms of the whole gradient before clipping, 2 and 1.
-        lr_factor: the schedule's.
-        length: of the sequences.
-        tokens_per_s, flops_per_s: over all processes, forward and backward counted, recomputation not.
-        mfu: share of the device's data-sheet bf16 rate, or None where none is known.
-    """
-
-    step: int
-    progress: float
-    loss: float
-    grad_norm: float
-    grad_l1: float
-    lr_factor: float
-    length: int
-    tokens_per_s: float
-    flops_per_s: float
-    mfu: float | None
+from penstock.train.report import Position, Report
+from penstock.train.saving import Saver
+from penstock.train.validation import Validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +63,12 @@ class Trainer:
         config: the run's configuration; what it leaves to the machine is chosen here, and when compiling.
         model: on its device, fp32; cast here as the precision says.
         loader: windows of ``config.batch.length`` tokens.
-        tokenizer: the folder of its tokenizer, copied into every checkpoint.
+        tokenizer: the folder with its tokenizer and what else lies beside the weights, copied into every checkpoint.
         folder: the run folder.
         world: this process's place among those of the run.
         pipeline: where processes hold parts of the model, of which ``model`` is this one's.
 
     Raises:
-        ConfigError: the processes cannot share a batch evenly.
         ModelError: no checkpoint could hold the model.
     """
 
@@ -118,12 +87,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         hub.family_of(model)  # a shape that no checkpoint could hold is refused before the work, not after it
         self.rows = config.batch.tokens // config.batch.length
-        sharing, what = (pipeline.grid.pipelines, "pipelines") if pipeline else (self.world.size, "processes")
-        if self.rows % sharing:
-            raise ConfigError(
-                f"{sharing} {what} cannot share {self.rows} rows of {config.batch.length} tokens evenly",
-                hint=f"Make batch.tokens a multiple of {sharing * config.batch.length}.",
-            )
+        self.steps = updates(config, loader.samples if config.epochs else 0)
         self.weights = Weights(model, self._precision())
         self.masters = list(self.weights.masters.values())
         self.optimizer = config.optim.build(self.weights.masters)
@@ -132,6 +96,7 @@ class Trainer:
         self.loads = Loads(model)
         self.averages = [m.detach().clone() for m in self.masters] if config.average else []
         self.position = Position()
+        self.order_note = ""  # what the user should know of how the run goes on
         if config.activation_checkpointing:
             # Only each layer's input is kept for the backward pass, which computes the rest again.
             for layer in model.layers:
@@ -141,6 +106,8 @@ class Trainer:
         if pipeline:
             pipeline.attach(self.weights, self.device)
         self._loss = config.objective.loss
+        self.validation: Validation | None = None  # of the run, which has the held-out documents
+        self._saver = Saver(self.checkpoints, tokenizer, config.checkpoint_background, resume_command(folder))
         self._saved: int | None = None
         self._clock = self._compiling = 0.0
 
@@ -171,8 +138,8 @@ class Trainer:
             self._choose("compile", False, obstacle)
             return
         limits = [60 * self.config.minutes - self.position.seconds] if self.config.minutes else []
-        if self.config.steps:
-            limits.append((self.config.steps - self.position.step) * self.eager_seconds())
+        if self.steps:
+            limits.append((self.steps - self.position.step) * self.eager_seconds())
         seconds = self.world.largest(min(limits))[0]
         answer = worth_compiling(self.device, self.weights.precision, seconds)
         self._choose("compile", answer.choice, answer.reason)
@@ -226,6 +193,9 @@ class Trainer:
         self.loads.begin()
         total, norms = self._gradients(batch, length, predicted)
         self.loads.end(self.world)
+        if not self._good(total, norms["grad_norm"]):
+            self.optimizer.zero_grad()
+            return {"loss": total, **norms, "skipped": torch.ones(())}
         if self.config.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.masters, self.config.clip, norms["grad_norm"])
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
@@ -237,6 +207,12 @@ class Trainer:
             with torch.no_grad():
                 self.config.average.update(self.averages, self.masters, self.position.step + 1)
         return {"loss": total, **norms}
+
+    def _good(self, loss: Tensor, norm: Tensor) -> bool:
+        """Whether to make an update with this gradient."""
+        if self.config.on_bad_update == "stop":
+            return True
+        return self.position.guard.admits(loss.item(), norm.item(), self.config.spike)
 
     def _gradients(self, batch: Batch, length: int, predicted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Leaves the gradients over all processes in the masters; returns the loss over all, and the norms."""
@@ -272,7 +248,7 @@ class Trainer:
         return self._progress_at(self.position.step)
 
     def _progress_at(self, step: int) -> float:
-        by_step = step / self.config.steps if self.config.steps else 0.0
+        by_step = step / self.steps if self.steps else 0.0
         by_time = self.position.seconds / self._seconds if self.config.minutes else 0.0
         return min(1.0, max(by_step, by_time))
 
@@ -283,9 +259,9 @@ class Trainer:
 
     def _total_steps(self) -> float:
         """Updates in the whole run; with a time budget, an estimate from the pace so far."""
-        known = float(self.config.steps) if self.config.steps else float("inf")
+        known = float(self.steps or "inf")
         if not self.config.minutes or self.position.seconds == 0.0:
-            return known if self.config.steps else 1e9
+            return known if self.steps else 1e9
         return min(known, self.position.step * self._seconds / self.position.seconds)
 
     def train(self, on_step: Callable[[Report], None] = lambda report: None) -> bool:
@@ -306,7 +282,7 @@ class Trainer:
             batches = stack.enter_context(contextlib.closing(self.loader.prefetch(self.position.samples, self.rows)))
             log: MetricsLog | None = None
             if self.world.leads:
-                log = stack.enter_context(contextlib.closing(MetricsLog(self.folder, self.position.step)))
+                log = stack.enter_context(contextlib.closing(self._open_log()))
             unread: deque[_Reading] = deque()
             self._clock = saved = time.monotonic()
             stopped = False
@@ -314,13 +290,38 @@ class Trainer:
                 unread.append(self._step(next(batches)))
                 while len(unread) > self._behind:
                     self._report(unread.popleft(), log, on_step)
+                validate = self.validation is not None and self.validation.due(self.position.step)
+                if validate:
+                    while unread:
+                        self._report(unread.popleft(), log, on_step)
+                improved = validate and self._validate(log)
                 stopped, due = self._agree(stop.wanted, saved)
-                if due or stopped or self.progress >= 1.0:
+                if due or improved or stopped or self.progress >= 1.0:
                     while unread:
                         self._report(unread.popleft(), log, on_step)
                     self.save()
                     self._clock = saved = time.monotonic()
+            self._saver.wait()
+            self.world.barrier()
         return self.progress >= 1.0
+
+    def _open_log(self) -> MetricsLog:
+        trackers: list[Tracker] = []
+        if self.config.wandb is not None:
+            trackers.append(WeightsAndBiases(self.folder, self.config.wandb, self.config.model_dump(mode="json")))
+        return MetricsLog(self.folder, self.position.step, trackers)
+
+    def _validate(self, log: MetricsLog | None) -> bool:
+        """Validates the weights; whether they are the best so far, and to be kept."""
+        assert self.validation is not None
+        measured = self.validation.measure(self.whole(), self.weights, self.device)
+        if log is not None:
+            log.write(self.position.step, {"validation_bits_per_byte": measured})
+        self._clock = time.monotonic()  # validation is no part of the time in steps
+        if self.position.best is not None and measured >= self.position.best:
+            return False
+        self.position.best, self.position.best_step = measured, self.position.step
+        return self.validation.config.keep_best
 
     @property
     def _behind(self) -> int:
@@ -346,8 +347,10 @@ class Trainer:
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         self.position.seconds += seconds
-        self._require_finite(loss, "the loss", reading.step)
-        self._require_finite(grad_norm, "the gradient's norm", reading.step)
+        skipped = "skipped" in reading.measured
+        if not skipped:
+            self._require_finite(loss, "the loss", reading.step)
+            self._require_finite(grad_norm, "the gradient's norm", reading.step)
         speed = self.config.batch.tokens / max(seconds, 1e-9)
         flops = 3 * self.model.config.flops_per_token(reading.length) * speed
         peak = peak_flops(self.device)
@@ -362,10 +365,10 @@ class Trainer:
             tokens_per_s=speed,
             flops_per_s=flops,
             mfu=None if peak is None else flops / (peak * self.world.size),
+            skipped=skipped,
         )
         if log is not None:
-            record = {k: v for k, v in dataclasses.asdict(report).items() if k != "step" and v is not None}
-            log.write(report.step, record)
+            log.write(report.step, report.record())
             on_step(report)
 
     def _agree(self, stop: bool, saved: float) -> tuple[bool, bool]:
@@ -443,21 +446,9 @@ class Trainer:
         self._require_finite(size, "the norm of the weights", self.position.step)
         model, state = self.whole(), self._state()
         if model is not None:
-            try:
-                checkpoint.save(
-                    self.checkpoints,
-                    self.position.step,
-                    model,
-                    self.tokenizer,
-                    state,
-                    keep=self.config.keep_checkpoints,
-                )
-            except PenstockError as error:
-                raise CheckpointError(
-                    f"no checkpoint could be saved at step {self.position.step}: {error.what}",
-                    hint="Those before it are intact. Remedy that, free some space perhaps, and continue with: "
-                    f"{resume_command(self.folder)}",
-                ) from error
+            config, best = self.config, self.position.best_step if self.config.validation.keep_best else None
+            keeping = checkpoint.Keeping(config.keep_checkpoints, config.keep_every, best)
+            self._saver.save(self.position.step, model, state, keeping)
         self._saved = self.position.step
         self.world.barrier()
 
@@ -502,7 +493,9 @@ class Trainer:
             for average, name in zip(self.averages, self.weights.masters, strict=True):
                 average.copy_(state.tensors["average"][name])
         self.loads.restore(state.tensors.get("loads", {}))
-        self.position = Position(**state.position)
+        self.position = Position(**{**state.position, "guard": Guard(**state.position.get("guard", {}))})
+        former = state.description["config"]
+        self.position.samples, self.order_note = carry_on(self.position.samples, former, self.config)
         if folder.parent == self.checkpoints:
             self._saved = self.position.step
 
@@ -524,6 +517,21 @@ class Trainer:
         """Puts the averaged weights into the model, for evaluation and export; training is over then."""
         if self.averages:
             self.weights.load(dict(zip(self.weights.masters, self.averages, strict=True)))
+
+
+def rows_of_each(batch: BatchConfig, sharing: int, what: str) -> int:
+    """The rows of a batch that each of ``sharing`` processes or pipelines gets.
+
+    Raises:
+        ConfigError: they cannot share it evenly.
+    """
+    rows = batch.tokens // batch.length
+    if rows % sharing:
+        raise ConfigError(
+            f"{sharing} {what} cannot share {rows} rows of {batch.length} tokens evenly",
+            hint=f"Make batch.tokens a multiple of {sharing * batch.length}.",
+        )
+    return rows // sharing
 
 
 def resume_command(folder: Path) -> str:

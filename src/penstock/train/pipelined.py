@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from penstock.core.devices import synchronize
 from penstock.core.errors import ConfigError
@@ -35,6 +35,7 @@ from penstock.pipeline.simulate.times import Times
 from penstock.policy import Policy
 from penstock.train.config import TrainConfig
 from penstock.train.precision import Weights
+from penstock.train.saving import assembled
 
 #: The update of a session that is profiled: the ones before it warm up. Where the schedule is then made anew from what
 #: was measured, so is the update that comes as long after it.
@@ -238,17 +239,7 @@ class Pipeline:
         weights = self.collect(dict(self.part.named_parameters()))
         if not self._world.leads:
             return None
-        with torch.device("meta"):
-            model = Decoder(self.part.config)
-        named = {
-            name: nn.Parameter(weights[name], requires_grad=blank.requires_grad)
-            for name, blank in model.named_parameters()
-        }
-        if self.part.config.tied:
-            named["head.weight"] = named["embedding.weight"]
-        model.load_state_dict(named, assign=True)
-        vars(model).update({key: value for key, value in vars(self.part).items() if key == "origin"})
-        return model
+        return assembled(self.part, weights)
 
     # What the first steps took.
 

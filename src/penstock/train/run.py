@@ -1,6 +1,7 @@
 """A run folder: what a training run reads and leaves.
 
 ``run.json`` is the complete configuration; ``store/`` the token store, unless the configuration names another;
+``tokenizer/`` what goes beside the weights into every model folder that the run writes;
 ``metrics.jsonl`` a record for each update; ``checkpoints/`` the newest checkpoints; ``model/`` the finished model, a
 Hugging Face folder; ``loss.png`` the loss curve; ``summary.json`` what came out. A pipeline adds ``pipeline.json``,
 what its stages cost, and ``pipeline-trace.json``, the timeline of an update, measured and simulated.
@@ -15,27 +16,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from penstock.core.config import apply_overrides, build
 from penstock.core.devices import pick
-from penstock.core.errors import ConfigError, DataError, UsageError
+from penstock.core.errors import ConfigError, UsageError
 from penstock.core.files import atomic_folder, read_json, write_json
 from penstock.core.progress import Reporter, silent
-from penstock.data.building import training_texts
 from penstock.data.loader import Loader
 from penstock.data.store import TokenStore
-from penstock.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
+from penstock.data.tokenizer import declared
 from penstock.models import hub
+from penstock.models.companions import copy_companions, end_with
+from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.parallel.world import World
-from penstock.train import checkpoint
+from penstock.train import checkpoint, store
 from penstock.train.config import TrainConfig
 from penstock.train.evaluate import Sample, affordable, bits_per_byte
-from penstock.train.loop import Trainer, resume_command
+from penstock.train.length import unfinished_warmup
+from penstock.train.loop import Trainer, resume_command, rows_of_each
 from penstock.train.pipelined import Pipeline
+from penstock.train.validation import Validation, beginning_of
 
-CONFIG, SUMMARY, CHECKPOINTS, MODEL = "run.json", "summary.json", "checkpoints", "model"
+CONFIG, SUMMARY = "run.json", "summary.json"
+CHECKPOINTS, MODEL, STORE, TOKENIZER = "checkpoints", "model", "store", "tokenizer"
+
+#: What the weights of a finished model can be stored in.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Run:
@@ -48,7 +55,7 @@ class Run:
         evaluated: the documents that :meth:`finish` evaluates.
         tokenizer: the folder of the store's tokenizer.
         trainer: at the beginning, or at the checkpoint that the run goes on from.
-        faults: what is wrong with newer checkpoints that were passed over.
+        notes: what the user should know before the run begins, such as newer checkpoints that were passed over.
     """
 
     def __init__(self, config: TrainConfig, folder: Path, world: World, report: Reporter) -> None:
@@ -57,25 +64,36 @@ class Run:
         self.device = pick(f"cuda:{world.local_rank}" if any_cuda else config.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # pinned memory and libraries belong to the current one
-        found, self.faults = checkpoint.newest(folder / CHECKPOINTS)
-        pipeline = self._pipeline(found) if config.parallel.pipeline > 1 else None
+        found, faults = checkpoint.newest(folder / CHECKPOINTS)
+        self.notes = [f"passed over: {fault.what}" for fault in faults]
+        parent = found or config.start_from
+        shape = config.model or hub.read_config(hub.resolve(str(parent)))
+        self._check(shape, parent)
+        if found is None and config.start_from and config.export_dtype is None:
+            stored = hub.dtype_of(config.start_from)
+            named = next((name for name, dtype in DTYPES.items() if dtype == stored), None)
+            config = config.model_copy(update={"export_dtype": named})
+        pipeline = Pipeline(config, shape, folder, world) if config.parallel.pipeline > 1 else None
+        rank, size = (pipeline.grid.pipeline, pipeline.grid.pipelines) if pipeline else (world.rank, world.size)
+        rows_of_each(config.batch, size, "pipelines" if pipeline else "processes")
         model = self._part(pipeline, found) if pipeline else self._model(found)
-        self.store = self._open_store(found, report)
+        hub.family_of(model)  # a shape that no folder could hold is refused before the work, not after it
+        self.store = self._open_store(parent, shape, report)
+        self.config = config = config.model_copy(update={"data": store.settled(config.data, self.store.manifest)})
         held_out = self.store.split("held_out")
         self.evaluated = Sample(held_out, range(held_out.documents))
-        self.tokenizer = self.store.folder / "tokenizer"
-        self._check(model)
+        self.tokenizer = folder / TOKENIZER
+        self._provide_tokenizer(parent)
+        train = self.store.split("train")
         loader = Loader(
-            self.store.split("train"),
-            length=config.batch.length,
-            sampler=config.data.sampler,
-            seed=config.seed,
-            rank=pipeline.grid.pipeline if pipeline else world.rank,
-            world=pipeline.grid.pipelines if pipeline else world.size,
+            train, length=config.batch.length, sampler=config.data.sampler, seed=config.seed, rank=rank, world=size
         )
         self.trainer = Trainer(config, model, loader, self.tokenizer, folder, world, pipeline)
+        documents = beginning_of(held_out, config.validation.tokens)
+        self.trainer.validation = Validation(config.validation, documents, config.batch.length, world)
         if found is not None:
             self.trainer.resume(found)
+        self.notes += filter(None, (self.trainer.order_note, unfinished_warmup(config, self.trainer.steps)))
 
     @classmethod
     def create(cls, config: TrainConfig, folder: Path, world: World | None = None, report: Reporter = silent) -> Run:
@@ -111,7 +129,7 @@ class Run:
             if world.leads:
                 checkpoint.copy(found, folder / CHECKPOINTS)
             world.barrier()
-            stored = dict(checkpoint.load_state(found).description["config"])
+            stored = store.moved(checkpoint.load_state(found).description["config"], overrides)
             if stored["data"]["store"] is None:
                 stored["data"] = {**stored["data"], "store": str((found.parent.parent / "store").resolve())}
             config = build(TrainConfig, apply_overrides(stored, overrides), f"the configuration of {found}")
@@ -136,7 +154,7 @@ class Run:
         path = folder / CONFIG
         if not path.is_file():
             raise UsageError(f"{folder} holds no training run", hint="Name a folder with a run.json, or start a run.")
-        config = build(TrainConfig, apply_overrides(read_json(path), overrides), str(path))
+        config = build(TrainConfig, apply_overrides(store.moved(read_json(path), overrides), overrides), str(path))
         return cls._with_config(config, folder, world or World(), report)
 
     @classmethod
@@ -160,10 +178,6 @@ class Run:
             return hub.load(found or str(self.config.start_from), device=self.device, dtype=torch.float32)
         return (Decoder(shape) if found else Decoder(shape).initialize(self.config.seed)).to(self.device)
 
-    def _pipeline(self, found: Path | None) -> Pipeline:
-        shape = self.config.model or hub.read_config(hub.resolve(found or str(self.config.start_from)))
-        return Pipeline(self.config, shape, self.folder, self.world)
-
     def _part(self, pipeline: Pipeline, found: Path | None) -> Decoder:
         """This process's part of the model at the beginning; at a checkpoint, the trainer fills it."""
         if self.config.model is None:
@@ -172,58 +186,63 @@ class Run:
             pipeline.part.initialize(self.config.seed)
         return pipeline.part.to(self.device)
 
-    def _open_store(self, found: Path | None, report: Reporter) -> TokenStore:
-        folder = self.config.data.store or self.folder / "store"
-        if self.world.leads and not folder.exists():
-            self._build_store(folder, report)
-        self.world.barrier()
-        parent = found or self.config.start_from
-        return TokenStore.open(folder, tokenizer=load_tokenizer(hub.resolve(parent)) if parent else None)
-
-    def _build_store(self, folder: Path, report: Reporter) -> None:
-        data, parent = self.config.data, self.config.start_from
-        if parent is None:
-            tokenizer = train_tokenizer(training_texts(data.corpus, data.held_out, report), data.vocabulary)
-            end_of_text = END_OF_TEXT
-        else:
-            tokenizer, end_of_text = _tokenizer_of(parent)
-        TokenStore.build(
-            data.corpus, tokenizer, folder, held_out=data.held_out, end_of_text=end_of_text, progress=report
-        )
-
-    def _check(self, model: Decoder) -> None:
-        """Whether model, store and batch fit together."""
-        vocabulary, shape = self.store.manifest.vocabulary, model.config
-        if vocabulary > shape.vocabulary:
-            raise ConfigError(
-                f"the token store has {vocabulary} tokens, the model only {shape.vocabulary}",
-                hint="Set model.vocabulary, or use a store that was made with the model's tokenizer.",
-            )
+    def _check(self, shape: DecoderConfig, parent: Path | str | None) -> None:
+        """Whether batch, model and tokenizer fit together, as far as that can be told before the corpus is read."""
         if self.config.batch.length > shape.context:
             raise ConfigError(
                 f"sequences of {self.config.batch.length} tokens are longer than the model's context ({shape.context})",
                 hint="Shorten the stages of [batch].",
             )
-        if not self.store.split("held_out").documents:
-            raise DataError(
-                f"the token store {self.store.folder} has no held-out documents, so the model could not be evaluated",
-                hint="Raise data.held_out: a small corpus needs a larger share.",
+        if parent is not None and not self._store_folder.exists():
+            store.check_tokenizer(self.config.data, parent, shape.vocabulary)
+
+    @property
+    def _store_folder(self) -> Path:
+        return self.config.data.store or self.folder / STORE
+
+    def _open_store(self, parent: Path | str | None, shape: DecoderConfig, report: Reporter) -> TokenStore:
+        folder = self._store_folder
+        if self.world.leads and not folder.exists():
+            store.build(self.config.data, folder, parent, shape.vocabulary, report)
+        self.world.barrier()
+        opened = store.open_store(self.config.data, folder, parent)
+        if opened.manifest.vocabulary > shape.vocabulary:
+            raise ConfigError(
+                f"the token store has {opened.manifest.vocabulary} tokens, the model only {shape.vocabulary}",
+                hint="Set model.vocabulary, or use a store that was made with the model's tokenizer.",
             )
+        if not opened.split("held_out").documents:
+            self.notes.append(
+                f"the token store {folder} has no held-out documents, so the model will not be evaluated; "
+                "to have some, build it with a larger share (data.held_out, or --held-out)"
+            )
+        return opened
+
+    def _provide_tokenizer(self, parent: Path | str | None) -> None:
+        """Fills ``tokenizer/``: from the model that the run goes on from, or with the store's tokenizer."""
+        if self.world.leads and not self.tokenizer.exists():
+            manifest = self.store.manifest
+            with atomic_folder(self.tokenizer) as folder:
+                source = hub.resolve(parent) if parent else self.store.folder / "tokenizer"
+                copy_companions(source, folder)
+                if declared(folder, "eos_token") != manifest.end_of_text:
+                    others = hub.config_end_tokens(source) if parent else []
+                    end_with(folder, manifest.end_of_text_id, others)
+        self.world.barrier()
 
     def finish(self, report: Reporter = silent, seconds: float | None = None) -> dict[str, Any]:
         """Exports the finished model to ``model/``, evaluates it, and writes and returns ``summary.json``.
 
         Args:
             report: shows the progress.
-            seconds: for the evaluation, of part of the held-out documents if need be; None takes all of them.
+            seconds: for the evaluation, of part of the held-out documents if need be; None: as the configuration says.
         """
         self.trainer.use_average()
         model, position = self.trainer.whole(), self.trainer.position
         if model is not None:
             with atomic_folder(self.folder / MODEL) as folder:
-                hub.save(model, folder)
-                for file in sorted(self.tokenizer.iterdir()):
-                    shutil.copyfile(file, folder / file.name)
+                hub.save(model, folder, dtype=DTYPES.get(self.config.export_dtype or ""))
+                copy_companions(self.tokenizer, folder)
         summary = {
             "bits_per_byte": self._evaluate(model, report, seconds),
             "documents": self.evaluated.documents,
@@ -233,50 +252,53 @@ class Run:
             "tokens": position.tokens,
             "seconds": position.seconds,
         }
+        if position.best is not None:
+            summary |= {"best_step": position.best_step, "best_bits_per_byte": position.best}
+        if self.config.on_bad_update == "skip":
+            summary["skipped_updates"] = position.guard.skipped
         if self.world.leads:
             write_json(self.folder / SUMMARY, summary)
         self.world.barrier()
         return summary
 
-    def _evaluate(self, whole: Decoder | None, report: Reporter, seconds: float | None) -> float:
-        """Bits per byte on the held-out documents. The leading process measures, on its own device; all know then."""
+    def _evaluate(self, whole: Decoder | None, report: Reporter, seconds: float | None) -> float | None:
+        """Bits per byte on the held-out documents, if there are any. The leading process measures, on its own device;
+        all know then."""
+        held_out = self.store.split("held_out")
+        if not held_out.documents:
+            return None
+        if seconds is None and self.config.evaluation_minutes is not None:
+            seconds = 60 * self.config.evaluation_minutes
         measured = 0.0
         if whole is not None:
             precise = self.device.type != "cuda"
             with contextlib.nullcontext() if precise else self.trainer.weights.arithmetic(self.device):
                 whole, window = whole.to(self.device).eval(), self.config.batch.length
                 if seconds is not None:
-                    self.evaluated = affordable(whole, self.store.split("held_out"), window=window, seconds=seconds)
+                    self.evaluated = affordable(whole, held_out, window=window, seconds=seconds)
                 measured = bits_per_byte(whole, self.evaluated, window=window, report=report)
         return self.world.largest(measured)[0]
 
 
-def _tokenizer_of(model: str) -> tuple[Tokenizer, str]:
-    """The tokenizer of a model, and the token that ends its texts."""
-    end_of_text = hub.load_tokenizer(model).eos_token
-    if end_of_text is None:
-        raise DataError(
-            f"the tokenizer of {model} has no token that ends a text",
-            hint="Build a store with 'penstock data build --tokenizer --end-of-text', and name it in data.store.",
-        )
-    return load_tokenizer(hub.resolve(model)), end_of_text
-
-
 @contextlib.contextmanager
 def _new_folder(folder: Path, world: World) -> Iterator[None]:
-    """Within the block a new run comes to be in ``folder``; if that fails, nothing of it stays."""
+    """Within the block a new run comes to be in ``folder``; if that fails, nothing of it stays but a finished store,
+    which took long to build: the next attempt finds it there."""
     taken = any((folder / name).exists() for name in (CONFIG, CHECKPOINTS, MODEL))
     fresh = not folder.exists()
     world.barrier()  # All have looked before the first of them writes.
     if taken:
         raise UsageError(
             f"{folder} already holds a training run",
-            hint=f"Continue it with '{resume_command(folder)}', or choose another folder with --run.",
+            hint=f"Continue it with '{resume_command(folder)}', or choose another folder with --out.",
         )
     try:
         yield
     except BaseException:
         if world.leads:
-            shutil.rmtree(folder if fresh else folder / CHECKPOINTS, ignore_errors=True)
+            for name in (CHECKPOINTS, TOKENIZER):
+                shutil.rmtree(folder / name, ignore_errors=True)
             (folder / CONFIG).unlink(missing_ok=True)
+            if fresh and not (folder / STORE).exists():
+                shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -17,7 +17,8 @@ from penstock.core.processor import free_threads
 from penstock.core.progress import Bar, Reporter, quantity
 from penstock.core.signals import termination_interrupts
 from penstock.parallel.world import World
-from penstock.train.loop import Report, resume_command
+from penstock.train.loop import resume_command
+from penstock.train.report import Report
 from penstock.train.run import CHECKPOINTS, CONFIG, Run
 
 
@@ -56,11 +57,23 @@ def train_to_the_end(run: Run, report: Reporter, evaluation: float | None = None
         if run.world.leads:
             draw_loss(run.folder)
             print(
-                f"{summary['bits_per_byte']:.3f} bits per byte on held-out documents after {summary['steps']} steps "
+                f"{_measured(summary['bits_per_byte'])} after {summary['steps']} steps "
                 f"({quantity(summary['tokens'], 'tok')}, {quantity(summary['tokens_per_s'], 'tok')}/s)\n"
-                f"model: {run.folder / 'model'}   loss curve: {run.folder / 'loss.png'}"
+                f"model: {run.folder / 'model'} ({_dtype(run)})   loss curve: {run.folder / 'loss.png'}"
             )
         return summary
+
+
+def _dtype(run: Run) -> str:
+    """What the finished model is stored in, and why."""
+    stored = run.config.export_dtype or str(next(run.trainer.model.parameters()).dtype).removeprefix("torch.")
+    return f"{stored}, like {run.config.start_from}" if run.config.start_from else stored
+
+
+def _measured(bits_per_byte: float | None) -> str:
+    if bits_per_byte is None:
+        return "not evaluated, since no documents are held out,"
+    return f"{bits_per_byte:.3f} bits per byte on held-out documents"
 
 
 def _train(run: Run, report: Reporter) -> bool:
@@ -104,7 +117,8 @@ class _Ticker:
 
     def __call__(self, report: Report) -> None:
         rate = quantity(report.flops_per_s, "FLOP/s") if report.mfu is None else f"MFU {report.mfu:.1%}"
-        note = f"step {report.step}, loss {report.loss:.3f}, {quantity(report.tokens_per_s, 'tok')}/s, {rate}"
+        loss = "skipped" if report.skipped else f"loss {report.loss:.3f}"
+        note = f"step {report.step}, {loss}, {quantity(report.tokens_per_s, 'tok')}/s, {rate}"
         self._bar.advance(100 * (report.progress - self._seen), note)
         self._seen = report.progress
 
@@ -116,12 +130,18 @@ def draw_loss(folder: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = read_metrics(folder / "metrics.jsonl")
+    every = read_metrics(folder / "metrics.jsonl")
+    records = [record for record in every if "loss" in record]
+    validated = [record for record in every if "validation_bits_per_byte" in record]
     steps = [record["step"] for record in records]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, [record["loss"] for record in records], linewidth=1, color="tab:blue")
     axes.set(xlabel="step", ylabel="training loss (nats per token)", title=f"{folder.name}: training loss")
     axes.grid(alpha=0.3)
+    if validated:
+        measured = [record["validation_bits_per_byte"] for record in validated]
+        axes.plot([r["step"] for r in validated], measured, "o-", color="tab:green", label="validation (bits per byte)")
+        axes.legend(loc="upper right")
     rates = axes.twinx()
     rates.plot(steps, [record["lr_factor"] for record in records], linewidth=1, color="tab:orange", alpha=0.6)
     rates.set(ylabel="learning-rate factor", ylim=(0, 1.05))

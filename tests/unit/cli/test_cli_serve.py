@@ -46,6 +46,7 @@ def test_strangers_without_a_key(refused, host):
         (["--deadline", "nan"], "deadline: "),
         (["--body-limit", "-1"], "body: Input should be greater than 0"),
         (["--drain", "inf"], "drain: "),
+        (["--chat-template", "nowhere.jinja"], "cannot read nowhere.jinja"),
         (["--host", "127.0.0.1.nowhere.invalid", "--no-key"], "cannot listen at 127.0.0.1.nowhere.invalid"),
     ],
 )

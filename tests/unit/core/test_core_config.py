@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tomllib
 from typing import Annotated, Literal
 
 import pytest
@@ -80,6 +81,23 @@ def test_overrides_set_their_keys_and_nothing_else(tree, pairs, random):
     random.shuffle(overrides)
     assert apply_overrides(tree, overrides) == expected
     assert tree == before
+
+
+class Optional(Config):
+    clip: float | None = 1.0
+    steps: int | None = None
+    name: str = "some"
+    rate: Annotated[float, Field(gt=0)] | None = 0.5
+
+
+def test_none_unsets_what_may_be_unset():
+    """On the command line and in a file alike, and nowhere else."""
+    tree = {"clip": 2.0, "steps": 3, "rate": 0.1}
+    wanted = Optional(clip=None, steps=None, name="none", rate=None)
+    assert build(Optional, apply_overrides(tree, ["clip=none", "steps=none", "name=none", "rate=none"])) == wanted
+    assert build(Optional, tomllib.loads('clip = "none"\nrate = "none"\nname = "none"')) == wanted
+    with pytest.raises(ConfigError, match="name: Input should be a valid string"):
+        build(Optional, {"name": None})
 
 
 @given(st.dictionaries(st.sampled_from(["lr", "warmup", "floor"]), VALUES, min_size=1), st.permutations(range(4)))

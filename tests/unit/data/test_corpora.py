@@ -187,7 +187,7 @@ class TestJsonLines:
     def test_a_missing_path_is_named(self, tmp_path):
         with pytest.raises(UsageError, match="no file or folder"):
             read(JsonLines(path=tmp_path / "a.jsonl"))
-        with pytest.raises(UsageError, match=r"no \.jsonl or \.jsonl\.gz file below"):
+        with pytest.raises(UsageError, match=r"no \.jsonl or \.ndjson file below"):
             read(JsonLines(path=tmp_path))
 
 

@@ -81,7 +81,7 @@ def test_a_store_is_replaced_only_if_asked(penstock, texts, tmp_path):
     [
         (["build", "stdlip"], 2, "neither a path nor a corpus: did you mean 'stdlib'?"),
         (["build", "README"], 2, "neither a path nor a corpus"),
-        (["build", "notes.txt"], 2, "cannot tell what kind of corpus notes.txt is"),
+        (["build", "notes.xyz"], 2, "cannot tell what kind of corpus notes.xyz is"),
         (["build", "empty"], 1, "the corpus is empty"),
         (["build", "texts", "--vocabulary", "20"], 2, "a vocabulary of 20 is too small"),
         (["build", "texts", "--held-out", "1.5"], 2, "cannot hold out 1.5"),
@@ -94,7 +94,7 @@ def test_a_store_is_replaced_only_if_asked(penstock, texts, tmp_path):
 )
 def test_bad_input_is_one_message(penstock, texts, tmp_path, monkeypatch, arguments, code, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "notes.xyz").write_text("notes")
     (tmp_path / "empty").mkdir()
     out = ["--out", "store"] if arguments[0] == "build" else []
     exit_code, _, told = penstock(*arguments, *out)

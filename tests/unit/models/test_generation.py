@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from penstock.core.errors import UsageError
+from penstock.core.errors import ModelError, UsageError
 from penstock.data.tokenizer import END_OF_TEXT, train_tokenizer
 from penstock.models.config import DecoderConfig, LinearScaling, RopeConfig
 from penstock.models.decoder import Decoder
@@ -184,3 +184,9 @@ def test_the_end_of_text_ends_it(tokenizer):
 def test_a_prompt_that_cannot_be_continued(tokenizer, prompt, message):
     with pytest.raises(UsageError, match=message):
         stream_text(model(), tokenizer, prompt, Sampling())
+
+
+def test_a_token_beyond_the_embedding_is_refused():
+    model = Decoder(DecoderConfig(**{**SHAPE, "vocabulary": 40}))
+    with pytest.raises(ModelError, match=r"the token 40, and the model's embedding ends at 39\n.*tokenizer"):
+        generate(model.initialize(0), [1, 40], Sampling(max_tokens=1), frozenset())

@@ -43,7 +43,7 @@ def made(**changes) -> TrainConfig:
         (["batch.stages=[{length=32,share=0}]"], r"batch\.stages\.0\.share: .*greater than 0"),
         (["batch.tokens=128", "batch.stages=[{length=128}]"], r"128 tokens are longer than the model's context \(64\)"),
         (["data.vocabulary=512", "model.vocabulary=500"], r"data\.vocabulary \(512\) is larger than model\.vocabulary"),
-        (["data.held_out=0"], r"data\.held_out: .*greater than 0"),
+        (["data.held_out=-1"], r"data\.held_out: .*greater than or equal to 0"),
         (["data.held_out=1"], r"data\.held_out: .*less than 1"),
         (["precision=fp8"], "precision: .*'fp32', 'autocast' or 'bf16'"),
         (["steps=0"], "steps: .*greater than 0"),
@@ -67,7 +67,7 @@ def test_a_wrong_value_is_named(overrides, message):
 def test_a_run_has_a_beginning_and_an_end():
     with pytest.raises(ConfigError, match=r"give either a \[model\] section or start_from, not both"):
         build(TrainConfig, {"steps": 1})
-    with pytest.raises(ConfigError, match="say when to stop: steps or minutes"):
+    with pytest.raises(ConfigError, match="say when to stop: steps, tokens, epochs or minutes"):
         build(TrainConfig, {key: value for key, value in SHAPE.items() if key != "steps"})
 
 

@@ -27,6 +27,7 @@ class Listed:
     """Documents of the given lengths in random tokens, of 3 bytes each."""
 
     lengths: tuple[int, ...]
+    prefix: int = 0
 
     @property
     def documents(self) -> int:
@@ -95,6 +96,19 @@ def test_a_uniform_model_needs_the_logarithm_of_its_vocabulary(dtype):
     torch.nn.init.zeros_(decoder.head.weight)
     wanted = documents.tokens * math.log2(VOCABULARY) / documents.bytes
     assert bits_per_byte(decoder, documents, window=16) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("prefix", [1, 2, 3])
+def test_what_begins_every_document_costs_nothing(prefix):
+    """Bits of the tokens after it, from a pass over each document at once."""
+    documents, decoder = Listed((5, 30, 11), prefix), model()
+    bits = 0.0
+    for number in range(3):
+        tokens = torch.from_numpy(documents.document(number)).long()
+        logits = decoder.logits(decoder(tokens[None, :-1], CausalRows.of(len(tokens) - 1)).hidden[0])
+        chosen = logits.log_softmax(-1).gather(1, tokens[1:, None])[prefix - 1 :]
+        bits -= chosen.sum().item() / math.log(2)
+    assert bits_per_byte(decoder, documents, window=30) == pytest.approx(bits / documents.bytes, rel=1e-12)
 
 
 def test_progress_ends_at_every_token():

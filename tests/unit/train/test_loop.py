@@ -18,12 +18,10 @@ from penstock.data.loader import Batch, Loader
 from penstock.data.samplers.shuffle import Shuffle
 from penstock.data.store import TokenStore
 from penstock.models.attention import CausalRows
-from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.ops.cross_entropy import IGNORE
-from penstock.parallel.world import World
 from penstock.train.config import TrainConfig
-from penstock.train.loop import Report, Trainer
+from penstock.train.loop import Report, Trainer, rows_of_each
 from penstock.train.run import Run
 from tiny_runs import MODEL, VOCABULARY, assert_same_bits, config, tensors
 
@@ -446,16 +444,11 @@ def test_a_bf16_run_can_go_on_in_fp32_from_its_masters(store, tmp_path):
     assert trainer.train()
 
 
-def test_processes_that_cannot_share_a_batch_are_refused(store, tmp_path):
+def test_processes_that_cannot_share_a_batch_are_refused(store):
+    batch = config(store).batch
+    assert rows_of_each(batch, 2, "processes") == 2
     with pytest.raises(ConfigError, match=r"3 processes cannot share 4 rows of 32 .*\n.* multiple of 96"):
-        Trainer(
-            config(store),
-            Decoder(DecoderConfig(**MODEL, vocabulary=VOCABULARY)),
-            Loader(TokenStore.open(store).split("train"), length=32, sampler=Shuffle(), seed=0),
-            store / "tokenizer",
-            tmp_path,
-            World(rank=0, size=3),
-        )
+        rows_of_each(batch, 3, "processes")
 
 
 def test_a_model_that_no_folder_can_hold_is_refused_before_the_work(store, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ from penstock.data.corpora.folder import Folder
 from penstock.data.store import TokenStore
 from penstock.data.tokenizer import load_tokenizer, train_tokenizer
 from penstock.models import hub
+from penstock.parallel.world import World
 from penstock.train import demo
 from penstock.train.evaluate import Sample, affordable, bits_per_byte
 from penstock.train.run import Run
@@ -41,7 +43,7 @@ def contents(folder: Path) -> set[str]:
 
 
 def test_what_a_run_leaves(finished, store):
-    names = {"run.json", "metrics.jsonl", "checkpoints", "model", "loss.png", "summary.json"}
+    names = {"run.json", "metrics.jsonl", "tokenizer", "checkpoints", "model", "loss.png", "summary.json"}
     assert contents(finished) == names
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((finished / "summary.json").read_text())
@@ -113,15 +115,69 @@ def small_corpus(folder: Path, *texts: str) -> dict[str, str]:
     [
         ((), DataError, "the corpus is empty"),
         (("",), DataError, "the corpus is empty"),
-        (("short",), DataError, "too few for a row|has no held-out documents|all 1 documents are held out"),
-        (("one document that is long enough " * 90,), DataError, "no held-out documents|are held out"),
+        (("text",), DataError, "all 1 documents are held out"),
     ],
 )
 def test_a_corpus_that_is_too_small(tmp_path, texts, error, message):
-    data = {"corpus": small_corpus(tmp_path / "corpus", *texts), "vocabulary": 300}
+    data = {"corpus": small_corpus(tmp_path / "corpus", *texts), "vocabulary": 300, "held_out": 0.999999}
     with pytest.raises(error, match=message):
         Run.create(config(tmp_path, data=data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_store_that_took_long_to_build_stays_when_the_run_cannot_start(tmp_path, monkeypatch):
+    """The next attempt finds it there."""
+    data = {"corpus": small_corpus(tmp_path / "corpus", "a short text"), "vocabulary": 258, "held_out": 0}
+    with pytest.raises(DataError, match="too few for a row"):
+        Run.create(config(tmp_path, data=data), tmp_path / "run")
+    assert contents(tmp_path / "run") == {"store"}
+    built = TokenStore.open(tmp_path / "run" / "store", verify=True)
+    monkeypatch.setattr(Folder, "documents", None)  # read no more
+    shorter = {"tokens": 4, "stages": [{"length": 2}]}
+    run = Run.create(config(tmp_path, data=data, batch=shorter), tmp_path / "run")
+    assert run.store.manifest == built.manifest
+
+
+@pytest.mark.parametrize("asked", [0, 0.001])
+def test_a_run_without_held_out_documents_trains_and_is_not_evaluated(tmp_path, asked, capsys):
+    corpus = {"name": "folder", "path": str(make_corpus(tmp_path / "corpus"))}
+    data = {"corpus": corpus, "vocabulary": 300, "held_out": asked}
+    run = Run.create(config(tmp_path, data=data, steps=2), tmp_path / "run")
+    assert [note for note in run.notes if "has no held-out documents, so the model will not be evaluated" in note]
+    summary = train_to_the_end(run, silent)
+    assert (summary["bits_per_byte"], summary["steps"]) == (None, 2)
+    assert "not evaluated, since no documents are held out" in capsys.readouterr().out
+
+
+def test_what_cannot_fit_is_refused_before_the_corpus_is_read(finished, tmp_path, monkeypatch):
+    """Sequences beyond the context, more tokens than embeddings, processes that cannot share a batch."""
+    read = []
+    monkeypatch.setattr(Folder, "documents", lambda self: read.append(1))
+    data = {"corpus": small_corpus(tmp_path / "corpus", "text"), "vocabulary": 300}
+    narrow = shutil.copytree(finished / "model", tmp_path / "narrow")
+    tokenizer = load_tokenizer(narrow)
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save(str(narrow / "tokenizer.json"))
+    own = {"model": None, "data": {"corpus": data["corpus"]}}
+    for changes, world, message in (
+        ({**own, "start_from": str(finished), "batch": {"tokens": 128, "stages": [{"length": 128}]}}, 1, "context"),
+        ({**own, "start_from": str(narrow)}, 1, f"has {VOCABULARY + 1} tokens, the model only {VOCABULARY}"),
+        ({**own, "start_from": str(finished), "data": data}, 1, f"300, and the tokenizer of .* has {VOCABULARY}"),
+        ({"data": data}, 3, "3 processes cannot share 4 rows"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Run.create(
+                config(tmp_path, **changes), tmp_path / "run", World(0, world) if world == 1 else Alone(0, world)
+            )
+    assert not read
+    assert not (tmp_path / "run").exists()
+
+
+class Alone(World):
+    """One of several processes, the others of which agree with everything."""
+
+    def largest(self, *values: float) -> list[float]:
+        return list(values)
 
 
 def test_a_corpus_that_is_not_text(tmp_path):
@@ -227,6 +283,53 @@ def test_windows_longer_than_the_context_of_the_model_to_start_from(finished, st
         Run.create(config(store, model=None, start_from=str(finished), batch=batch), tmp_path / "run")
 
 
+DIFFERING = {
+    "corpus": ({"corpus": "stdlib"}, "data.corpus is"),
+    "vocabulary": ({"vocabulary": 301}, "data.vocabulary is 301, and it has 300 tokens"),
+    "held_out": ({"held_out": 0.1}, "data.held_out is 0.1, and it was built with 0.2"),
+    "end_of_text": ({"end_of_text": "</s>"}, "data.end_of_text is '</s>', and it was built with '<|endoftext|>'"),
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> tuple[dict[str, object], Path]:
+    """What a store was built from, and the store."""
+    place = tmp_path_factory.mktemp("shared")
+    corpus = {"name": "folder", "path": str(make_corpus(place / "corpus"))}
+    data = {"corpus": corpus, "vocabulary": 300, "held_out": 0.2, "store": str(place / "store")}
+    Run.create(config(place, data=data), place / "first")
+    return data, place / "store"
+
+
+@pytest.mark.parametrize("key", DIFFERING)
+def test_a_store_that_differs_from_the_configuration_is_refused(shared, tmp_path, key):
+    data, _ = shared
+    change, message = DIFFERING[key]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Run.create(config(tmp_path, data={**data, **change}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_records_what_it_read(shared, tmp_path):
+    """Where the configuration names a store alone, the record has what the store was built from."""
+    data, built = shared
+    run = Run.create(config(built), tmp_path / "run")
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert recorded["corpus"]["path"] == data["corpus"]["path"]
+    assert (recorded["vocabulary"], recorded["held_out"]) == (300, 0.2)
+    assert Run.create(config(built, data=data), tmp_path / "again").store.manifest == run.store.manifest
+    with pytest.raises(ConfigError, match=r"data\.held_out is 0\.3"):
+        Run.reopen(tmp_path / "run", overrides=["data.held_out=0.3"])
+
+
+def test_a_run_can_go_on_with_another_store(shared, store, tmp_path):
+    _, built = shared
+    Run.create(config(built), tmp_path / "run")
+    again = Run.reopen(tmp_path / "run", overrides=[f"data.store={store}"])
+    assert again.store.folder == store
+    assert again.config.data.vocabulary == VOCABULARY
+
+
 # Branches.
 
 
@@ -328,6 +431,23 @@ def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     MetricsLog(tmp_path, 8).close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 8, "loss": 2.5, "length": 32}]
+
+
+def test_a_full_disk_while_metrics_are_written_is_one_error(store, tmp_path, monkeypatch):
+    """Also when the log is closed after it."""
+    opened = MetricsLog.__init__
+
+    def on_a_full_disk(self, *arguments):
+        opened(self, *arguments)
+        self._file.close()
+        self._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115 (the log closes it)
+
+    monkeypatch.setattr(MetricsLog, "__init__", on_a_full_disk)
+    with pytest.raises(PenstockError, match="cannot write /dev/full: No space left on device") as caught:
+        train_to_the_end(Run.create(config(store, steps=2), tmp_path / "run"), silent)
+    assert "free some space" in caught.value.hint
+    assert isinstance(caught.value.__context__, OSError)
+    assert caught.value.__context__.__context__ is None
 
 
 # Signals.

@@ -19,6 +19,7 @@ from penstock.core.randomness import numpy_generator
 from penstock.policy import create
 from penstock.testing.train_schedule import check_branch
 from penstock.train.config import TrainConfig
+from penstock.train.schedules.constant import Constant
 from penstock.train.schedules.cosine import CosineDecay
 from penstock.train.schedules.gradual import GradualWarmup
 from penstock.train.schedules.linear import LinearDecay
@@ -286,3 +287,22 @@ def test_refined_is_no_worse_on_convex_stochastic_problems(noise: str, tmp_path:
     run = write_run(tmp_path, grad_norm=norms.tolist())
     refined, _ = best(create("train.schedule", "refined_sgd", norms=run))
     assert refined <= min(linear, cosine) * (1.01 if noise == "even" else 0.7)
+
+
+def test_a_constant_rate_stays_at_the_peak():
+    assert {Constant(warmup_steps=3).factor(step, 10) for step in range(3, 10)} == {1.0}
+
+
+@pytest.mark.parametrize("total", [60, 1000, 10**6])
+def test_a_warmup_is_a_share_of_the_run_by_default(total):
+    """However short the run, its rate reaches the peak."""
+    schedule = TrainConfig(start_from="x", steps=total).schedule
+    factors = [schedule.factor(step, total) for step in range(0, total, max(1, total // 1000))]
+    assert max(factors) > 0.93
+    assert schedule.factor(0, total) < 0.5
+    assert schedule.warmup_updates(total) == total // 20
+
+
+def test_two_measures_of_a_warmup_are_refused():
+    with pytest.raises(ConfigError, match="either warmup, a share of the run, or warmup_steps"):
+        create("train.schedule", "linear", warmup=0.1, warmup_steps=3)

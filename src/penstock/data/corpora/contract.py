@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Self
 
-from penstock.core.errors import DataError, UsageError
+from penstock.core.errors import DataError
 from penstock.policy import Policy, contract, unwritten
 
 
@@ -37,10 +37,11 @@ class Document:
 class Corpus(Policy):
     """A collection of documents. Empty texts are left out.
 
-    A policy gives :meth:`documents`, mostly :meth:`size`, and :meth:`example` for its law.
+    A policy gives :meth:`items` where single documents can be damaged, else :meth:`documents`; mostly :meth:`size`; and
+    :meth:`example` for its law.
     """
 
-    #: Endings of the file names that hold such a corpus, where a file can.
+    #: Endings of the file names that hold such a corpus, where a file can; it has options ``path`` and ``field`` then.
     suffixes: ClassVar[tuple[str, ...]] = ()
 
     def documents(self) -> Iterator[Document]:
@@ -50,7 +51,14 @@ class Corpus(Policy):
             UsageError: a path is not there.
             DataError: the contents are not what the corpus expects; the message names the place.
         """
-        raise NotImplementedError
+        for item in self.items():
+            if isinstance(item, DataError):
+                raise item
+            yield item
+
+    def items(self) -> Iterator[Document | DataError]:
+        """The documents, and in the place of each that is damaged what is wrong with it: who reads on skips it."""
+        yield from self.documents()
 
     def size(self) -> int | None:
         """About how many bytes of text there are, for the time left; None where only reading it all would tell."""
@@ -65,19 +73,3 @@ class Corpus(Policy):
         is that of this corpus with its default options.
         """
         raise unwritten(cls, "example(folder, texts)", "write the texts below the folder, and return the corpus")
-
-
-def source_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """``path`` itself if it is a file, else the files below that folder whose names end so, sorted.
-
-    Raises:
-        UsageError: there is no such path, or no such file below it.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UsageError(f"there is no file or folder {path}")
-    found = sorted(file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file())
-    if not found:
-        raise UsageError(f"there is no {' or '.join(suffixes)} file below {path}")
-    return found

@@ -10,7 +10,9 @@ from pydantic import Field
 
 from penstock.core.errors import DataError, nearest
 from penstock.core.files import explain_os_errors
-from penstock.data.corpora.contract import Corpus, Document, source_files
+from penstock.data.corpora.contract import Corpus, Document
+from penstock.data.corpora.files import source_files
+from penstock.data.corpora.records import documents_of
 from penstock.policy import policy
 
 #: Rows decoded at a time (few, because one may be a whole book), and bytes read at a time.
@@ -20,31 +22,33 @@ BUFFER_BYTES = 1 << 20
 
 @policy("data.corpus", "parquet")
 class Parquet(Corpus):
-    """The strings of ``column`` in a ``.parquet`` file, or in all those below a folder, read a few rows at a time.
+    """The strings of the column ``field`` in a ``.parquet`` file, or in all those below a folder, a few rows at a time.
 
-    Empty and null strings are left out. A document is named after its file and row, counted from 0.
+    ``meta.text`` is the field ``text`` of a column ``meta`` of structures. Empty and null strings are left out. A
+    document is named after its file and row, counted from 0.
     """
 
     suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
 
     path: Path = Field(examples=["texts"])
-    column: str = "text"
+    field: str = "text"
 
-    def documents(self) -> Iterator[Document]:
+    def items(self) -> Iterator[Document | DataError]:
         import pyarrow
 
         for path in source_files(self.path, self.suffixes):
             name = path.name if path == self.path else path.relative_to(self.path).as_posix()
             row = 0
-            with explain_os_errors(f"cannot read {path}"), self._open(path) as file:
-                try:
-                    for batch in file.iter_batches(batch_size=ROWS, columns=[self.column], use_threads=False):
-                        for text in batch.column(0).to_pylist():
-                            if text:
-                                yield Document(f"{name}:{row}", text)
+            try:
+                with explain_os_errors(f"cannot read {path}"), self._open(path) as file:
+                    for batch in file.iter_batches(batch_size=ROWS, columns=[self.field], use_threads=False):
+                        for record in batch.to_pylist():
+                            yield from documents_of([(f"{name}:{row}", f"{path}, row {row}", record)], self.field)
                             row += 1
-                except pyarrow.ArrowException as error:
-                    raise DataError(f"{path}, near row {row}, cannot be decoded: {error}") from error
+            except pyarrow.ArrowException as error:
+                yield DataError(f"{path}, near row {row}, cannot be decoded: {error}")
+            except DataError as fault:
+                yield fault
 
     def size(self) -> int:
         total = 0
@@ -52,7 +56,7 @@ class Parquet(Corpus):
             with self._open(path) as file:
                 groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
                 columns = (group.column(i) for group in groups for i in range(group.num_columns))
-                total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self.column)
+                total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self.field)
         return total
 
     @classmethod
@@ -64,7 +68,7 @@ class Parquet(Corpus):
         for name, part in (("a", texts[:half]), ("b", texts[half:])):
             table = pyarrow.table({"body": list(part), "text": ["another"] * len(part)})
             parquet.write_table(table, folder / f"{name}.parquet", row_group_size=2)
-        return cls(path=folder, column="body")
+        return cls(path=folder, field="body")
 
     def _open(self, path: Path) -> Any:
         import pyarrow
@@ -75,13 +79,15 @@ class Parquet(Corpus):
             file = parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
         except pyarrow.ArrowException as error:
             raise DataError(f"{path} is not a Parquet file: {error}") from error
-        names = file.schema_arrow.names
-        if self.column not in names:
-            file.close()
-            raise DataError(f"{path} has no column {self.column!r}: {nearest(self.column, names)}")
-        kind = file.schema_arrow.field(self.column).type
+        kind: Any = file.schema_arrow
+        for part in [self.field] if self.field in kind.names else self.field.split("."):
+            names = [field.name for field in kind] if hasattr(kind, "names") or pyarrow.types.is_struct(kind) else []
+            if part not in names:
+                file.close()
+                raise DataError(f"{path} has no column {self.field!r}: {nearest(part, names)}")
+            kind = kind.field(part).type
         plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if plain not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
             file.close()
-            raise DataError(f"{path}: the column {self.column!r} is of type {kind}, not string")
+            raise DataError(f"{path}: the column {self.field!r} is of type {kind}, not string")
         return file

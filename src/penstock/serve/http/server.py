@@ -8,11 +8,13 @@ import math
 import signal
 import socket
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 
 import uvicorn
 
 from penstock.core.errors import UsageError
 from penstock.models import hub
+from penstock.serve.chat import take_template
 from penstock.serve.config import EngineConfig
 from penstock.serve.http.app import make_app
 from penstock.serve.http.errors import ApiError
@@ -68,6 +70,7 @@ async def serve(
     keys: Collection[str],
     local: bool,
     limits: Limits,
+    chat_template: Path | None,
     started: Callable[[Service], None],
 ) -> None:
     """Serves ``model`` on ``listener``, a bound socket, until a signal ends it.
@@ -75,6 +78,7 @@ async def serve(
     Args:
         name: what clients call it.
         keys, local: see :class:`~penstock.serve.http.guard.Guard`.
+        chat_template: a file to take in place of the model's own.
         started: is called when it takes requests.
 
     Raises:
@@ -86,6 +90,8 @@ async def serve(
         EngineClient.open(str(folder), engine, device, limits.patience), asyncio.to_thread(hub.load_tokenizer, folder)
     )
     try:
+        if chat_template is not None:
+            take_template(tokenizer, chat_template)
         service = Service(name, Tokens(tokenizer, hub.end_tokens(folder, tokenizer)), client, limits)
         app = make_app(service, keys, local)
         server = Server(

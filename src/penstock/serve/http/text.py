@@ -21,13 +21,15 @@ class Tokens:
     Attributes:
         backend: the tokenizer proper.
         ends: the model's own end-of-text tokens.
+        templated: whether the model brings a chat template.
         turn_stops: stop strings that every chat needs besides its own.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> None:
         self._tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
         self.ends = ends
-        self.turn_stops = () if tokenizer.chat_template else (NEXT_TURN,)
+        self.templated = bool(tokenizer.chat_template)
+        self.turn_stops = () if self.templated else (NEXT_TURN,)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The tokens of ``text``; with ``special``, those that the model wants around a text are added.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from penstock.policy import Policy, contract, unwritten
 
@@ -17,26 +17,41 @@ from penstock.policy import Policy, contract, unwritten
 class Schedule(Policy):
     """A learning-rate schedule: the factor on every group's peak rate.
 
-    ``warmup_steps`` rise linearly before the schedule proper, in all policies alike; they count steps, not a share of
-    the run, so that runs of different length can share their beginning.
+    A warm-up rises linearly before the schedule proper, in all policies alike. ``warmup`` is its share of the run,
+    which suits a run of any length; ``warmup_steps`` counts updates, so that runs of different length can share their
+    beginning. One of them is given.
 
     A policy gives :meth:`shape`, and :meth:`example` for its law.
     """
 
+    warmup: float = Field(0.0, ge=0, lt=1)
     warmup_steps: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if self.warmup and self.warmup_steps:
+            raise ValueError("give either warmup, a share of the run, or warmup_steps, not both")
+        return self
+
+    def warmup_updates(self, total: float) -> int:
+        """The updates of the warm-up in a run of ``total``."""
+        return round(self.warmup * total) if self.warmup else self.warmup_steps
 
     def factor(self, step: int, total: float) -> float:
         """The factor for update number ``step`` (from 0) of a run of ``total`` updates.
 
-        Update s of the warm-up has the factor (s + 1) / (warmup_steps + 1); after it, :meth:`shape` is asked. ``total``
-        may be an estimate that changes from step to step (runs with a time budget).
+        Update s of the warm-up of w updates has the factor (s + 1) / (w + 1); after it, :meth:`shape` is asked.
+        ``total`` may be an estimate that changes from step to step (runs with a time budget).
         """
+        if self.warmup:
+            counted = {"warmup": 0.0, "warmup_steps": self.warmup_updates(total)}
+            return self.model_copy(update=counted).factor(step, total)
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         return self.shape(step, total)
 
     def shape(self, step: int, total: float) -> float:
-        """The factor after the warm-up, between 0 and 1."""
+        """The factor after the warm-up of ``warmup_steps``, between 0 and 1."""
         raise NotImplementedError
 
     @classmethod

@@ -25,11 +25,13 @@ class GradualWarmup(Schedule):
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
-        if self.after.warmup_steps:
-            raise ValueError("set warmup_steps beside 'growth', not in 'after': there is one warm-up")
+        if self.after.warmup_steps or self.after.warmup:
+            raise ValueError("set warmup or warmup_steps beside 'growth', not in 'after': there is one warm-up")
         return self
 
     def factor(self, step: int, total: float) -> float:
+        if self.warmup:
+            return super().factor(step, total)
         if step < self.warmup_steps:
             return 1 / self.growth + (1 - 1 / self.growth) * step / self.warmup_steps
         return self.shape(step, total)

@@ -1,0 +1,93 @@
+"""When a checkpoint is written, in the run's own time or beside it.
+
+In the background, the weights and the trainer's state are copied first, into main memory, so that what is written is of
+one moment, however long the disk takes. One checkpoint is written at a time: the next one waits for it. A process that
+ends waits too; one that is killed leaves the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penstock.core.errors import CheckpointError, PenstockError
+from penstock.models.decoder import Decoder
+from penstock.train import checkpoint
+from penstock.train.checkpoint import Keeping, TrainerState
+
+
+def assembled(like: Any, weights: Mapping[str, Tensor]) -> Decoder:
+    """A Decoder of the shape of ``like`` and from the same folder (see ``models/hub.py``), with ``weights`` by name."""
+    with torch.device("meta"):
+        model = Decoder(like.config)
+    named = {
+        name: nn.Parameter(weights[name], requires_grad=blank.requires_grad) for name, blank in model.named_parameters()
+    }
+    if like.config.tied:
+        named["head.weight"] = named["embedding.weight"]
+    model.load_state_dict(named, assign=True)
+    vars(model).update({key: value for key, value in vars(like).items() if key == "origin"})
+    return model
+
+
+class Saver:
+    """Writes checkpoints into ``folder``.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        tokenizer: the folder with what lies beside the weights.
+        background: beside the run.
+        resume: the command that goes on with the run, for messages.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Path, background: bool, resume: str) -> None:
+        self._folder, self._tokenizer, self._resume = folder, tokenizer, resume
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="penstock-checkpoint") if background else None
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, model: Decoder, state: TrainerState, keeping: Keeping) -> None:
+        """Writes the checkpoint of ``step``, or begins to.
+
+        Raises:
+            CheckpointError: this one, or the one before that was under way, cannot be written.
+        """
+        if self._pool is None:
+            self._write(step, model, state, keeping)
+            return
+        self.wait()
+        model = assembled(model, {name: _copied(p) for name, p in model.named_parameters()})
+        tensors = {group: {name: _copied(t) for name, t in named.items()} for group, named in state.tensors.items()}
+        state = TrainerState(copy.deepcopy(state.position), state.description, tensors)
+        self._pending = self._pool.submit(self._write, step, model, state, keeping)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more.
+
+        Raises:
+            CheckpointError: what was being written cannot be.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, model: Decoder, state: TrainerState, keeping: Keeping) -> None:
+        try:
+            checkpoint.save(self._folder, step, model, self._tokenizer, state, keeping=keeping)
+        except PenstockError as error:
+            raise CheckpointError(
+                f"no checkpoint could be saved at step {step}: {error.what}",
+                hint="Those before it are intact. Remedy that, free some space perhaps, and continue with: "
+                f"{self._resume}",
+            ) from error
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy in main memory, which nothing else changes."""
+    here = tensor.detach()
+    return here.clone() if here.device.type == "cpu" else here.cpu()

@@ -1,0 +1,190 @@
+"""The commands that the documents print: each is read by the programs' own parsers, and each runs, at a small size."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from penstock.cli import build_app
+from penstock.models import hub
+from printed_commands import PROGRAMS, ROOT, Command, blocks, inline
+from tiny_runs import ENVIRONMENT, MODEL, make_corpus, write_config
+
+TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+
+
+def parse_penstock(words: list[str]) -> None:
+    """Reads a command line of penstock down to its verb, without running anything."""
+    command: click.Command = typer.main.get_command(build_app())
+    while isinstance(command, click.Group) and words:
+        with command.make_context(command.name, words, resilient_parsing=True) as context:
+            rest = [*context.protected_args, *context.args] if hasattr(context, "protected_args") else context.args
+            _, command, words = command.resolve_command(context, rest)
+    with contextlib.suppress(click.exceptions.Exit, typer.Exit):  # --help and --version are answered at once
+        command.make_context(command.name, words).close()
+
+
+def parse_torchrun(words: list[str]) -> list[str]:
+    """What torchrun passes on to penstock."""
+    from torch.distributed.run import parse_args
+
+    read = parse_args(words)
+    assert (read.module, read.training_script) == (True, "penstock")
+    return read.training_script_args
+
+
+def parse(words: list[str]) -> None:
+    if words[0] == "torchrun":
+        passed_on = parse_torchrun(words[1:])
+        assert words[-len(passed_on) :] == passed_on  # to the last word: torchrun has kept none for itself
+        parse_penstock(passed_on)
+    elif words[0] == "penstock":
+        parse_penstock(words[1:])
+    elif words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+    elif words[0] == "curl":
+        assert isinstance(json.loads(words[words.index("-d") + 1]), dict)
+
+
+@pytest.mark.parametrize("command", [*blocks(), *inline()], ids=str)
+def test_a_printed_command_is_read_by_its_parser(command):
+    assert command.words[0] in PROGRAMS
+    parse([word.removesuffix("...") for word in command.words if word != "..."])
+
+
+def test_no_option_of_train_is_one_of_torchrun():
+    """Whose parser takes any beginning of its own options for one, wherever it stands."""
+    train = typer.main.get_command(build_app()).commands["train"]
+    names = {name for parameter in train.params for name in parameter.opts if name.startswith("-")}
+    assert {"--out", "--set", "--resume"} <= names
+    for name in sorted(names):
+        assert parse_torchrun(["--nproc-per-node", "2", "-m", "penstock", "train", name, "x"]) == ["train", name, "x"]
+
+
+# What the documents take for granted: a configuration, texts, a model of one's own, finished runs.
+
+SMALL_DATA = "data={corpus={name='folder',path='texts'},vocabulary=300,held_out=0.2}"
+SMALL = {
+    ("train", "--preset"): ["--set", SMALL_DATA, "--set", "compile=false", "--set", "minutes=0.02"],
+    ("train", "--resume"): ["--set", "minutes=0.02"],
+    ("data", "build"): ["--held-out", "0.2"],
+}
+#: These need a GPU, hours, or a name of one's own; they are only parsed.
+NOT_HERE = ("cuda", "MODEL")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A working directory with all of that."""
+    folder = tmp_path_factory.mktemp("documents")
+    make_corpus(folder / "texts")
+    texts = [path.read_text() for path in sorted((folder / "texts").iterdir())]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    shutil.copytree(hub.BOXED / "python-1m", folder / "path" / "to" / "model")
+    tokenizer = folder / "path" / "to" / "model" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<|endoftext|>", "</s>"))
+    question = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 2}}
+    (folder / "in.jsonl").write_text(json.dumps(question) + "\n")
+    data = {"corpus": {"name": "folder", "path": "texts"}, "vocabulary": 300, "held_out": 0.2, "store": "store"}
+    model = {**MODEL, "layers": 8, "vocabulary": 300}
+    batch = {"tokens": 1024, "micro_tokens": 128, "stages": [{"length": 32}]}
+    write_config(folder / "my.toml", folder, model=model, data=data, batch=batch, steps=2)
+    return folder
+
+
+def shrunk(words: list[str]) -> list[str]:
+    """The command with options that make it small."""
+    more = [option for verb, options in SMALL.items() if set(verb) <= set(words) for option in options]
+    if words[0] == "torchrun":
+        return [TORCHRUN, "--master-port", str(free_port()), *words[1:], *more]
+    return [sys.executable, "-m", *words, *more]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run(words: list[str], place: Path) -> None:
+    done = subprocess.run(words, cwd=place, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "Traceback" not in done.stderr
+
+
+def test_two_processes_train_as_printed(place):
+    """With torchrun itself; the documents' eight processes are for ``-m slow``."""
+    printed = next(c.words for c in blocks() if c.words[0] == "torchrun" and "--out" in c.words)
+    two = ["2" if word == "8" else word for word in printed]
+    run(shrunk([word.replace("runs/third", "runs/two") for word in two]), place)
+    assert json.loads((place / "runs" / "two" / "summary.json").read_text())["steps"] == 2
+
+
+def of(document: str) -> list[Command]:
+    return [c for c in blocks() if c.document == document and not any(word in c.words for word in NOT_HERE)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("document", sorted({command.document for command in blocks()}))
+def test_the_commands_of_a_document_run_in_their_order(place, tmp_path, document):
+    place = shutil.copytree(place, tmp_path / "place", ignore=shutil.ignore_patterns("runs", "store"))
+    served = None
+    try:
+        for words in (command.words for command in of(document)):
+            if words[0] == "make":
+                continue  # this suite, and a demonstration that has tests of its own
+            for given in ("runs/train", "runs/third") if words[0] == "torchrun" else ():
+                shutil.rmtree(place / given, ignore_errors=True)
+            _provide(words, place)
+            if words[:2] == ["penstock", "serve"]:
+                served = start_server(words, place)
+            elif words[0] == "curl":
+                run(["curl", "--fail", "--silent", "--show-error", *words[1:]], place)
+            else:
+                run(shrunk(words), place)
+    finally:
+        if served is not None:
+            served.terminate()
+            served.communicate(timeout=60)
+
+
+def _provide(words: list[str], place: Path) -> None:
+    """Makes what a command takes for granted and no command before it has made."""
+    for folder in ("runs/demo", "runs/first"):
+        if folder in words and not (place / folder).exists() and "--out" not in words:
+            shutil.copytree(hub.BOXED / "python-1m", place / folder / "model")
+    if "--costs" in words:
+        described = re.search(r'`(\{"forward".*?\})`', (ROOT / "docs" / "pipeline.md").read_text(), re.DOTALL)
+        assert described is not None
+        (place / "costs.json").write_text(described[1])
+    shutil.rmtree(place / "runs" / "train", ignore_errors=True)
+
+
+def start_server(words: list[str], place: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words],
+        cwd=place,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    until = time.monotonic() + 120
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Try:"):
+            return process
+        assert time.monotonic() < until
+    raise AssertionError("the server ended before it had begun")
