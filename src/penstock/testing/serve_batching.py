@@ -266,8 +266,13 @@ class EngineMachine(RuleBasedStateMachine):
     def _step(self) -> None:
         for delta in self.engine.step():
             self._receive(delta)
+        taken = {(each.sequence.request.id, each.sequence.index) for each in self.engine.steps.last.entries}
+        left = {(each.request.id, each.index) for each in self.engine.memory.running} - taken
         for event in self.engine.events.fresh():
             self._hear(event)
+            if event.kind == "preempted":
+                later = [name for name in left if self._rank(name) > self._rank((event.id, event.index))]
+                assert not later, "one who came later keeps memory that he has no use for now"
         now, limits = self.engine.snapshot(), self.engine.limits
         assert now.batch_tokens <= limits.tokens
         assert now.batch_sequences <= now.batch_tokens
@@ -359,6 +364,7 @@ def check(batching: Batching, examples: int = 20, steps: int = 20) -> None:
     for seed in range(8):
         check_crowding(batching, seed)
     check_forks(batching)
+    check_rated(batching)
     check_no_starvation(batching)
     check_priority(batching)
     check_progress(batching)
@@ -389,6 +395,27 @@ def check_crowding(batching: Batching, seed: int) -> None:
     machine.teardown()
 
 
+def check_rated(batching: Batching) -> None:
+    """Asserts that log-probabilities of a prompt are told once and are the model's, also where the sequence was thrown
+    out amidst its prompt, as it is here wherever a policy lets the others go on beside it."""
+    config = EngineConfig(
+        batching=batching, attention=Reference(), tokens=4, sequences=3, block_size=2, cache_tokens=60, check=True
+    )
+    engine, prompt = build_engine(small_model(), config), numbers("rated", 30)
+    for id in ("one", "other"):
+        engine.add(Request(id, numbers(id, 4), SamplingParams(temperature=0, max_tokens=30)))
+    for _ in range(3):
+        engine.step()
+    engine.add(Request("rated", prompt, SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=0)))
+    told: list[float] = []
+    while engine.busy:
+        for delta in engine.step():
+            told += [each.logprob for each in delta.prompt_logprobs or []]
+    wanted = rated(tuple(prompt))
+    assert len(told) == len(wanted), f"{len(told)} log-probabilities of {len(wanted)} tokens"
+    assert all(abs(one - other) < 1e-3 for one, other in zip(told, wanted, strict=True))
+
+
 def check_forks(batching: Batching) -> None:
     """Asserts that forks and cuts leave alone what others hold or may find, wherever in a block they are: after a
     parent and its children have gone their own ways, and one was cut back and fed, later requests find the keys and
@@ -410,8 +437,8 @@ def check_forks(batching: Batching) -> None:
         while engine.busy:
             _hear(engine, told)
         for seed in range(2):
-            sampling = Sampling(seed=seed, temperature=1.0, max_tokens=len(start) - len(prompt) + 8)
-            wanted = continued(small_model(), start, len(prompt), sampling)
+            drawn = Sampling(seed=seed, temperature=1.0, max_tokens=len(start) - len(prompt) + 8)
+            wanted = continued(small_model(), start, len(prompt), drawn)
             assert told[f"child {seed}"] == wanted, "a fork's tokens are not those of its text"
         engine.add(Request("cut", [*prompt, *told["parent"]], SamplingParams(temperature=0, max_tokens=20)))
         for _ in range(8):
