@@ -1,0 +1,44 @@
+"""Events in plain sentences."""
+
+from __future__ import annotations
+
+from penstock.core.events import Event
+
+
+def sentence(event: Event, waited: float | None = None) -> str:
+    """What ``event`` says, in a sentence without a subject; ``waited`` seconds passed before it, where that matters."""
+    told = event.detail
+    match event.kind:
+        case "arrived":
+            return f"arrived with {count(told['tokens'], 'token')}, when {told['waiting']} others waited"
+        case "admitted":
+            after = "" if waited is None else f" after waiting {seconds(waited)}"
+            found = f"{told['cached']} of its {count(told['tokens'], 'token')} were in the cache"
+            shared = f", shared with {told['forked']}" if "forked" in told else ""
+            return f"got memory{after}: {found}{shared}"
+        case "first":
+            return "its first token came"
+        case "preempted":
+            missing, computed = count(told["missing"], "block"), count(told["computed"], "token")
+            lost = f"what was computed of it, {computed}, goes"
+            if (told["by"], told["by_index"]) == (event.id, event.index):
+                return f"preempted: it needed {missing} more, and nobody behind it had any to give; {lost}"
+            other = f"{told['by']}" + (f" (continuation {told['by_index']})" if told["by_index"] else "")
+            return f"preempted by {other}, which needed {missing} more; {lost}"
+        case "settled":
+            return f"{count(told['drafted'], 'token')} drafted, {told['accepted']} accepted"
+        case "forked":
+            return f"forked into {told['into']}"
+        case "finished":
+            return f"ended after {count(told['generated'], 'token')}: {told['reason']}"
+    return event.kind
+
+
+def count(number: int | float | str, of: str) -> str:
+    """``number`` of something: 1 token, 2 tokens."""
+    return f"{number} {of}{'' if number == 1 else 's'}"
+
+
+def seconds(duration: float) -> str:
+    """A duration as people read it."""
+    return f"{1000 * duration:.1f} ms" if duration < 1 else f"{duration:.2f} s"
