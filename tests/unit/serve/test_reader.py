@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ END = TOKENIZER.eos_token_id
 def deltas(tokens: list[int], sizes: list[int], finish: Finish) -> list[Delta]:
     """``tokens`` dealt out in groups of ``sizes``, the rest in the last one, which ends."""
     cuts = [min(sum(sizes[:place]), len(tokens)) for place in range(len(sizes) + 1)] + [len(tokens)]
-    groups = [tokens[begin:end] for begin, end in zip(cuts, cuts[1:], strict=False) if begin < end]
+    groups = [tokens[begin:end] for begin, end in itertools.pairwise(cuts) if begin < end]
     return [
         Delta("a", 0, group, [TokenLogprobs(t, -1.0, 1, []) for t in group], None, finish if last else None)
         for group, last in zip(groups, [False] * (len(groups) - 1) + [True], strict=True)
@@ -31,10 +33,8 @@ def deltas(tokens: list[int], sizes: list[int], finish: Finish) -> list[Delta]:
 
 def read(sampling: SamplingParams, news: list[Delta]) -> tuple[str, list[int], Reading]:
     """Text, tokens and the last reading; what comes behind the end is not read."""
-    reader, readings = Reader(Request("a", PROMPT, sampling), TOKENIZER.backend_tokenizer), []
-    for delta in news:
-        if reader.finish is None:
-            readings.append(reader.read(delta))
+    reader = Reader(Request("a", PROMPT, sampling), TOKENIZER.backend_tokenizer)
+    readings = [reader.read(delta) for delta in news if reader.finish is None]
     tokens = [token for reading in readings for token in reading.tokens]
     assert tokens == [each.token for reading in readings for each in reading.logprobs]
     return "".join(reading.text for reading in readings), tokens, readings[-1]

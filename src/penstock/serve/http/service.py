@@ -25,6 +25,8 @@ from penstock.serve.http.protocol import Generate
 from penstock.serve.http.text import Tokens
 from penstock.serve.link.client import EngineClient
 from penstock.serve.messages import Delta, Finish, Request
+from penstock.serve.observe.log import EventLines
+from penstock.serve.observe.record import Course, Record
 from penstock.serve.reader import Reader
 
 
@@ -200,11 +202,15 @@ class Service:
         tokens: its tokenizer.
         engine: where it runs.
         limits: what is taken on.
+
+    Attributes:
+        record: what became of the newest requests.
     """
 
     def __init__(self, name: str, tokens: Tokens, engine: EngineClient, limits: Limits) -> None:
         self.name, self.tokens, self.engine, self.limits = name, tokens, engine, limits
-        self.metrics = ServerMetrics(lambda: engine.snapshot)
+        self.metrics, self.record = ServerMetrics(lambda: engine.snapshot), Record()
+        engine.watchers += [self.record, self.metrics, EventLines()]
         self.created = int(time.time())
         self.draining = False
         self._seed, self._seeds = secrets.randbits(63), 0
@@ -220,6 +226,18 @@ class Service:
             raise ApiError(
                 404, f"there is no model {name!r} here; this is {self.name!r}", param="model", code="model_not_found"
             )
+
+    def courses(self, id: str) -> list[Course]:
+        """What became of the continuations of the response ``id``."""
+        found = self.record.of(id)
+        if not found:
+            raise ApiError(
+                404,
+                f"nothing is known of a request {id[:80]!r}: give the id of a response, such as cmpl-... or "
+                "chatcmpl-...; GET /v1/requests has the newest, and the oldest are forgotten",
+                code="request_not_found",
+            )
+        return found
 
     def admit(self, continuations: int) -> None:
         """Refuses so many more continuations where they would not fit the queue."""

@@ -137,8 +137,8 @@ class Record:
             courses = self._responses.get(response)
             if event.kind == "arrived":
                 courses = self._responses.setdefault(response, {})
+                self._count += (number or 0, event.index) not in courses
                 courses[number or 0, event.index] = Course(number or 0, event)
-                self._count += 1
                 while self._count > self._kept and len(self._responses) > 1:
                     self._count -= len(self._responses.pop(next(iter(self._responses))))
             if courses is not None and (course := courses.get((number or 0, event.index))) is not None:
@@ -159,5 +159,7 @@ class Record:
 
 def _parts(id: str) -> tuple[str, int | None]:
     """The response's id, and which of its prompts an engine's ``id`` is about."""
-    response, _, number = id.partition("/")
-    return response, int(number) if number.isascii() and number.isdigit() else None
+    response, slash, number = id.partition("/")
+    if not slash:
+        return id, None
+    return (response, int(number)) if number.isascii() and number.isdigit() and len(number) < 10 else (id, None)

@@ -10,7 +10,7 @@ def sentence(event: Event, waited: float | None = None) -> str:
     told = event.detail
     match event.kind:
         case "arrived":
-            return f"arrived with {count(told['tokens'], 'token')}, when {told['waiting']} others waited"
+            return f"arrived with {count(told['tokens'], 'token')}; {count(told['waiting'], 'other')} waited"
         case "admitted":
             after = "" if waited is None else f" after waiting {seconds(waited)}"
             found = f"{told['cached']} of its {count(told['tokens'], 'token')} were in the cache"
@@ -19,12 +19,12 @@ def sentence(event: Event, waited: float | None = None) -> str:
         case "first":
             return "its first token came"
         case "preempted":
-            missing, computed = count(told["missing"], "block"), count(told["computed"], "token")
-            lost = f"what was computed of it, {computed}, goes"
+            missing, computed = count(told["missing"], "more block"), count(told["computed"], "computed token")
+            lost = f"the memory of its {computed} is taken"
             if (told["by"], told["by_index"]) == (event.id, event.index):
-                return f"preempted: it needed {missing} more, and nobody behind it had any to give; {lost}"
+                return f"preempted: it needed {missing}, and nobody behind it had any to give; {lost}"
             other = f"{told['by']}" + (f" (continuation {told['by_index']})" if told["by_index"] else "")
-            return f"preempted by {other}, which needed {missing} more; {lost}"
+            return f"preempted by {other}, which needed {missing}; {lost}"
         case "settled":
             return f"{count(told['drafted'], 'token')} drafted, {told['accepted']} accepted"
         case "forked":

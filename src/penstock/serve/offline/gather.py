@@ -127,7 +127,11 @@ class Gatherer:
 
     def _take(self, found: _Open, delta: Delta) -> None:
         """Adds what ``delta`` says to the result."""
-        result, output, reading = found.result, found.result.outputs[delta.index], found.readers[delta.index].read(delta)
+        result, output, reading = (
+            found.result,
+            found.result.outputs[delta.index],
+            found.readers[delta.index].read(delta),
+        )
         result.num_cached_tokens = max(result.num_cached_tokens, delta.cached)
         if reading.prompt_logprobs is not None:
             result.prompt_logprobs = [self._named(each) for each in reading.prompt_logprobs]
