@@ -83,7 +83,7 @@ def test_who_was_preempted_by_whom_and_for_how_long(crowded):
     )
     # The log has each decision, the trace what it leads to.
     lines = [json.loads(line) for line in server.said().splitlines() if line.startswith("{")]
-    logged = [line["event"] for line in lines if line["logger"].endswith("observe.log")]
+    logged = [line["event"] for line in lines if line["logger"] == "penstock.events"]
     assert sum(event["kind"] == "preempted" and event["id"] in told for event in logged) == len(preemptions)
     assert all(line["level"] and line["time"] and line["message"] for line in lines)
     drawn = json.loads(trace.read_text() + "]")

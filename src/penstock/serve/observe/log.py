@@ -10,9 +10,9 @@ import msgspec
 
 from penstock.core.events import Event
 from penstock.serve.messages import Snapshot
-from penstock.serve.observe.words import sentence
+from penstock.serve.observe.words import called, sentence
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("penstock.events")
 
 
 class JsonLines(logging.Formatter):
@@ -46,4 +46,4 @@ class EventLines:
     def see(self, events: Sequence[Event], snapshot: Snapshot | None) -> None:
         if log.isEnabledFor(logging.DEBUG):
             for event in events:
-                log.debug("%s (%d) %s", event.id, event.index, sentence(event), extra={"event": event})
+                log.debug("%s: %s", called(event.id, event.index), sentence(event), extra={"event": event})

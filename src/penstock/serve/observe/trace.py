@@ -19,7 +19,7 @@ import msgspec
 from penstock.core.events import Event
 from penstock.core.files import explain_os_errors
 from penstock.serve.messages import Snapshot
-from penstock.serve.observe.words import sentence
+from penstock.serve.observe.words import called, sentence
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +89,7 @@ class Trace:
         if event.kind == "arrived":
             self._count += 1
             self._tracks[key] = self._count
-            name = f"{event.id} ({event.index})" if event.index else event.id
-            records.append(_name("thread", REQUESTS, self._count, name))
+            records.append(_name("thread", REQUESTS, self._count, called(*key)))
         track = self._tracks.get(key)
         if track is None:
             return []

@@ -23,8 +23,7 @@ def sentence(event: Event, waited: float | None = None) -> str:
             lost = f"the memory of its {computed} is taken"
             if (told["by"], told["by_index"]) == (event.id, event.index):
                 return f"preempted: it needed {missing}, and nobody behind it had any to give; {lost}"
-            other = f"{told['by']}" + (f" (continuation {told['by_index']})" if told["by_index"] else "")
-            return f"preempted by {other}, which needed {missing}; {lost}"
+            return f"preempted by {called(told['by'], told['by_index'])}, which needed {missing}; {lost}"
         case "settled":
             return f"{count(told['drafted'], 'token')} drafted, {told['accepted']} accepted"
         case "forked":
@@ -32,6 +31,11 @@ def sentence(event: Event, waited: float | None = None) -> str:
         case "finished":
             return f"ended after {count(told['generated'], 'token')}: {told['reason']}"
     return event.kind
+
+
+def called(id: int | float | str, index: int | float | str) -> str:
+    """What a continuation is called: the first by the request's id alone."""
+    return f"{id} (continuation {index})" if index else str(id)
 
 
 def count(number: int | float | str, of: str) -> str:

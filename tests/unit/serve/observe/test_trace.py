@@ -63,7 +63,7 @@ def test_spans_marks_and_curves(tmp_path):
                 ("preempted", 13_000_000, 15_000_000),
                 ("running", 15_000_000, 16_000_000),
             ],
-            "cmpl-b/0 (1)": [("waiting", 12_000_000, 13_500_000), ("running", 13_500_000, None)],
+            "cmpl-b/0 (continuation 1)": [("waiting", 12_000_000, 13_500_000), ("running", 13_500_000, None)],
         }
         assert marks == ["first", "preempted", "settled", "finished"]
         assert curves["sequences"] == [{"running": 2, "waiting": 3}] * len(COURSE)
