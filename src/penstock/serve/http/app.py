@@ -21,7 +21,7 @@ from penstock.serve.http.guard import Guard
 from penstock.serve.http.protocol import Chat, Completion, Detokenize, Tokenize
 from penstock.serve.http.responses import Chats, Completions, Shapes
 from penstock.serve.http.service import Generation, Piece, Service
-from penstock.serve.observe.record import Course
+from penstock.serve.observe.history import Course
 
 R = TypeVar("R")
 router = APIRouter(responses={"4XX": {"description": "The request is at fault."}, "5XX": {"description": "We are."}})
@@ -250,7 +250,7 @@ async def events(service: Here) -> Response:
 @router.get("/v1/requests")
 async def requests(service: Here, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> dict[str, Any]:
     """The newest requests, the newest first, and what became of each."""
-    return {"object": "list", "data": [_brief(id, service.record.of(id)) for id in service.record.newest(limit)]}
+    return {"object": "list", "data": [_brief(id, service.history.of(id)) for id in service.history.newest(limit)]}
 
 
 def _brief(id: str, courses: list[Course]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from penstock.serve.http.protocol import Generate
 from penstock.serve.http.text import Tokens
 from penstock.serve.link.client import EngineClient
 from penstock.serve.messages import Delta, Finish, Request
+from penstock.serve.observe.history import Course, History
 from penstock.serve.observe.log import EventLines
-from penstock.serve.observe.record import Course, Record
 from penstock.serve.reader import Reader
 
 
@@ -204,13 +204,13 @@ class Service:
         limits: what is taken on.
 
     Attributes:
-        record: what became of the newest requests.
+        history: what became of the newest requests.
     """
 
     def __init__(self, name: str, tokens: Tokens, engine: EngineClient, limits: Limits) -> None:
         self.name, self.tokens, self.engine, self.limits = name, tokens, engine, limits
-        self.metrics, self.record = ServerMetrics(lambda: engine.snapshot), Record()
-        engine.watchers += [self.record, self.metrics, EventLines()]
+        self.metrics, self.history = ServerMetrics(lambda: engine.snapshot), History()
+        engine.watchers += [self.history, self.metrics, EventLines()]
         self.created = int(time.time())
         self.draining = False
         self._seed, self._seeds = secrets.randbits(63), 0
@@ -229,7 +229,7 @@ class Service:
 
     def courses(self, id: str) -> list[Course]:
         """What became of the continuations of the response ``id``."""
-        found = self.record.of(id)
+        found = self.history.of(id)
         if not found:
             raise ApiError(
                 404,

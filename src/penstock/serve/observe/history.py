@@ -118,7 +118,7 @@ class Course:
         }
 
 
-class Record:
+class History:
     """The courses of the newest requests. The engine's ids are a response's id, a slash and the prompt's number; here
     they are asked for by the response's id, or by both.
 

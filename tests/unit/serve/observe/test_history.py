@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from penstock.core.events import Event
-from penstock.serve.observe.record import EACH, Record
+from penstock.serve.observe.history import EACH, History
 from penstock.serve.observe.words import sentence
 
 
@@ -21,11 +21,11 @@ def preempted(time: float, id: str = "cmpl-a/0", by: str = "cmpl-b/1", by_index:
     return event(time, "preempted", id, by=by, by_index=by_index, missing=2, computed=40)
 
 
-def seen(*events: Event, kept: int = 100) -> Record:
-    record = Record(kept)
+def seen(*events: Event, kept: int = 100) -> History:
+    history = History(kept)
     for each in events:
-        record.see([each], None)
-    return record
+        history.see([each], None)
+    return history
 
 
 def admitted(time: float, cached: int = 0) -> Event:
@@ -100,33 +100,33 @@ def test_one_that_ended_without_memory_waited_until_then():
 
 def test_prompts_and_continuations_are_found_by_the_id_that_clients_see():
     ids = [(number, index) for number in (1, 0, 10) for index in (1, 0)]
-    record = seen(*(arrived(1.0, f"chatcmpl-x/{number}", index) for number, index in ids), arrived(2.0, "plain"))
-    assert [(each.prompt, each.index) for each in record.of("chatcmpl-x")] == sorted(ids)
-    assert [(each.prompt, each.index) for each in record.of("chatcmpl-x/10")] == [(10, 0), (10, 1)]
-    assert len(record.of("plain")) == 1
+    history = seen(*(arrived(1.0, f"chatcmpl-x/{number}", index) for number, index in ids), arrived(2.0, "plain"))
+    assert [(each.prompt, each.index) for each in history.of("chatcmpl-x")] == sorted(ids)
+    assert [(each.prompt, each.index) for each in history.of("chatcmpl-x/10")] == [(10, 0), (10, 1)]
+    assert len(history.of("plain")) == 1
     for unknown in ("chatcmpl", "chatcmpl-x/2", "chatcmpl-x/", "chatcmpl-x/0/0", "chatcmpl-x/" + "9" * 5000, "/", ""):
-        assert record.of(unknown) == []
-    assert record.newest(1) == ["plain"]
-    assert record.newest(9) == ["plain", "chatcmpl-x"]
+        assert history.of(unknown) == []
+    assert history.newest(1) == ["plain"]
+    assert history.newest(9) == ["plain", "chatcmpl-x"]
 
 
 def test_an_id_that_comes_again_is_a_new_request():
-    record = seen(*COURSE, arrived(200.0))
-    assert [each.state for each in record.of("cmpl-a")] == ["waiting"]
+    history = seen(*COURSE, arrived(200.0))
+    assert [each.state for each in history.of("cmpl-a")] == ["waiting"]
 
 
 def test_the_oldest_are_forgotten_and_what_is_kept_is_bounded():
-    record = Record(kept=10)
+    history = History(kept=10)
     for number in range(500):
-        record.see([arrived(float(number), f"cmpl-{number}/{part}") for part in range(number % 3 + 1)], None)
-        kept = [len(record.of(id)) for id in record.newest(100)]
+        history.see([arrived(float(number), f"cmpl-{number}/{part}") for part in range(number % 3 + 1)], None)
+        kept = [len(history.of(id)) for id in history.newest(100)]
         assert sum(kept) <= 10
-        assert record.newest(1) == [f"cmpl-{number}"]
-    record.see([arrived(1.0, "cmpl-big/0", index) for index in range(40)], None)
-    assert len(record.of("cmpl-big")) == 40  # what is under way is never cut in two
+        assert history.newest(1) == [f"cmpl-{number}"]
+    history.see([arrived(1.0, "cmpl-big/0", index) for index in range(40)], None)
+    assert len(history.of("cmpl-big")) == 40  # what is under way is never cut in two
     # News of what was forgotten is nothing.
-    record.see([preempted(9.0, "cmpl-0/0")], None)
-    assert record.of("cmpl-0") == []
+    history.see([preempted(9.0, "cmpl-0/0")], None)
+    assert history.of("cmpl-0") == []
 
 
 def test_many_preemptions_add_up_though_the_first_are_not_told():
