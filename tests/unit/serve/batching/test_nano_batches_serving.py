@@ -234,7 +234,9 @@ def test_no_part_reads_what_another_writes(data):
 
 
 def written(entries: list[Entry]) -> set[int]:
-    return {b for each in entries for b in each.sequence.held.blocks[each.start // 2 : -(-(each.start + each.count) // 2)]}
+    return {
+        b for each in entries for b in each.sequence.held.blocks[each.start // 2 : -(-(each.start + each.count) // 2)]
+    }
 
 
 def touched(entries: list[Entry]) -> set[int]:
