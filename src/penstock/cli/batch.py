@@ -56,9 +56,7 @@ def batch(
         take_template(tokenizer, chat_template)
     gatherer = Gatherer(open_engine(folder, config, device), tokenizer)
     settle()
-    summary = BatchRun(
-        gatherer, Tokens(tokenizer, hub.end_tokens(folder, tokenizer)), name or hub.name_of(model), window
-    ).run(source, target, show)
+    summary = BatchRun(gatherer, Tokens(tokenizer), name or hub.name_of(model), window).run(source, target, show)
     refused = f", of which {summary.refused:,} are refused" if summary.refused else ""
     earlier = f" ({summary.before:,} were there before)" if summary.before else ""
     typer.echo(f"answered {summary.done:,} lines{refused}{earlier}: {target}")

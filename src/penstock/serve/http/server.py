@@ -94,7 +94,7 @@ async def serve(
     try:
         if chat_template is not None:
             take_template(tokenizer, chat_template)
-        service = Service(name, Tokens(tokenizer, hub.end_tokens(folder, tokenizer)), client, limits)
+        service = Service(name, Tokens(tokenizer), client, limits)
         client.watchers += watchers
         app = make_app(service, keys, local)
         server = Server(
