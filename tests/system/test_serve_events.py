@@ -44,9 +44,10 @@ def test_every_prompt_and_continuation_is_told(server):
 
 def test_a_chat_a_stream_and_one_that_was_left(server):
     messages = [{"role": "user", "content": "x"}]
-    body = {"messages": messages, "max_completion_tokens": 2000, "ignore_eos": True, "stream": True}
+    body = {"messages": messages, "max_tokens": 2000, "min_tokens": 2000, "stream": True}
     with server.http.stream("POST", "/v1/chat/completions", json=body) as stream:
-        first = json.loads(next(stream.iter_lines()).removeprefix("data: "))
+        lines = stream.iter_lines()  # closes the stream when it is forgotten
+        first = json.loads(next(lines).removeprefix("data: "))
         assert story(server, first["id"])[0]["state"] in ("waiting", "running")
     server.until_idle()
     assert story(server, first["id"])[0]["story"][-1].endswith(": abort")
