@@ -31,7 +31,7 @@ def live(llm: LLM, source: Path, target: Path) -> None:
     """What a child does: begins or continues the batch, to its end."""
     BatchRun(
         Gatherer(llm.engine, llm.tokenizer),
-        Tokens(llm.tokenizer, frozenset({llm.tokenizer.eos_token_id})),
+        Tokens(llm.tokenizer),
         "python-1m",
         16,
     ).run(source, target)

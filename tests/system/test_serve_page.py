@@ -64,12 +64,33 @@ def test_stop_ends_a_request(server, page):
     server.until_idle()
 
 
+def test_what_became_of_a_request_is_told_by_a_click_or_by_its_id(server, page):
+    answer = server.post("/v1/completions", prompt="x", n=2, max_tokens=3, ignore_eos=True).json()
+    use_key(page, "secret-1")
+    page.until(f"at('newest').children.length && at('newest').children[0].dataset.id === {answer['id']!r}")
+    page.run("at('newest').children[0].click()")
+    page.until("at('course').querySelectorAll('ol').length === 2")
+    told = server.http.get(f"/v1/requests/{answer['id']}/events").json()["continuations"][0]
+    shown = page.run("[...at('course').querySelector('ol').children].map(e => e.textContent)")
+    assert shown == [line.replace("  ", "") for line in told["story"]]
+    assert page.run("at('course').querySelector('p').textContent") == told["summary"]
+    assert page.run("at('newest').children[0].getAttribute('aria-pressed')") == "true"
+    page.complaints.clear()
+    page.run("at('request').value = 'no <b>such'; at('find').requestSubmit()")
+    assert "no <b>such" in page.until("at('course').querySelector('.fault')?.textContent")
+
+
 @pytest.mark.parametrize("colours", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 420])
-def test_what_people_need_to_use_it(page, colours, width):
+def test_what_people_need_to_use_it(server, page, colours, width):
     """Every control has a name, text stands out from its ground by 4.5 to 1, and nothing hangs over the edge."""
+    server.post("/v1/completions", prompt="x", max_tokens=1)
     page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": colours}])
     page.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+    page.run("key.value = 'secret-1'; at('access').requestSubmit()")
+    page.until("at('newest').children.length")
+    page.run("at('newest').children[0].click()")
+    page.until("at('course').querySelectorAll('li').length")
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]
     controls = [
         node
@@ -85,8 +106,8 @@ def test_what_people_need_to_use_it(page, colours, width):
           return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
       const ground = e => { const c = getComputedStyle(e).backgroundColor;
           return /rgba\\(.*, 0\\)/.test(c) && e.parentElement ? ground(e.parentElement) : c; };
-      return [...document.querySelectorAll("h1, h1 span, h2, dt, dd, dd small, label, .note, button:not(:disabled)")]
-        .map(e => [light(getComputedStyle(e).color), light(ground(e))])
+      return [...document.querySelectorAll("h1, h1 span, h2, h3, li, time, dt, dd, dd small, label, .note, " +
+        "button:not(:disabled)")].map(e => [light(getComputedStyle(e).color), light(ground(e))])
         .map(([a, b]) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)); })()""")
     assert len(contrasts) > 20
     assert min(contrasts) >= 4.5

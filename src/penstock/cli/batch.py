@@ -21,6 +21,9 @@ def batch(
     chat_template: Path | None = typer.Option(
         None, "--chat-template", metavar="FILE", help="A Jinja file that writes chats, in place of the model's own."
     ),
+    speculate: str | None = typer.Option(
+        None, "--speculate", metavar="DRAFTER", help="Draft tokens ahead and check them together, as with ngram."
+    ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
 ) -> None:
     """Answer the requests of an OpenAI batch file. Run again, it goes on where it was stopped or killed.
@@ -40,7 +43,8 @@ def batch(
     from penstock.serve.offline.batch_file import BatchRun
     from penstock.serve.offline.gather import Gatherer
 
-    config = build(EngineConfig, apply_overrides({"batching": "batchllm"}, overrides), "the engine's options")
+    base = {"batching": "batchllm", "drafter": speculate}
+    config = build(EngineConfig, apply_overrides(base, overrides), "the engine's options")
     for path, there in ((source, source.is_file()), (target.parent, target.parent.is_dir())):
         if not there:
             raise UsageError(f"there is no {path}")
@@ -52,9 +56,7 @@ def batch(
         take_template(tokenizer, chat_template)
     gatherer = Gatherer(open_engine(folder, config, device), tokenizer)
     settle()
-    summary = BatchRun(
-        gatherer, Tokens(tokenizer, hub.end_tokens(folder, tokenizer)), name or hub.name_of(model), window
-    ).run(source, target, show)
+    summary = BatchRun(gatherer, Tokens(tokenizer), name or hub.name_of(model), window).run(source, target, show)
     refused = f", of which {summary.refused:,} are refused" if summary.refused else ""
     earlier = f" ({summary.before:,} were there before)" if summary.before else ""
     typer.echo(f"answered {summary.done:,} lines{refused}{earlier}: {target}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,15 @@ if TYPE_CHECKING:
 
 #: The environment variable that may hold a key.
 KEY = "PENSTOCK_API_KEY"
+
+
+class Level(enum.StrEnum):
+    """What goes into the log, and all that is graver."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
+    DEBUG = "debug"
 
 
 def serve(
@@ -35,6 +45,9 @@ def serve(
     chat_template: Path | None = typer.Option(
         None, "--chat-template", metavar="FILE", help="A Jinja file that writes chats, in place of the model's own."
     ),
+    speculate: str | None = typer.Option(
+        None, "--speculate", metavar="DRAFTER", help="Draft tokens ahead and check them together, as with ngram."
+    ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     queue: int = typer.Option(1024, "--queue", min=0, help="Most continuations that wait; more get status 429."),
     deadline: float = typer.Option(600.0, "--deadline", help="Most seconds that a request may take."),
@@ -44,12 +57,21 @@ def serve(
         None, "--record", metavar="FILE", help="Write all steps there, for `penstock replay`: prompts and answers too."
     ),
     patience: float = typer.Option(300.0, "--patience", help="Seconds of silence after which a busy engine is dead."),
+    trace: Path | None = typer.Option(
+        None, "--trace", metavar="FILE", help="Write what each request waits for, as a trace that Perfetto opens."
+    ),
+    log_level: Level = typer.Option(
+        Level.WARNING, "--log-level", help="What the log on standard error has; debug has every decision of the engine."
+    ),
 ) -> None:
     """Serve a model: OpenAI's HTTP interface, metrics, and a page to chat and watch.
 
     Example: `penstock serve python-6m --port 8000 --set sequences=64`
+
+    With drafted tokens, and a trace of every request: `penstock serve python-6m --speculate ngram --trace trace.json`
     """
     import asyncio
+    import contextlib
 
     from penstock.core.config import apply_overrides, build
     from penstock.core.files import read_text
@@ -60,8 +82,10 @@ def serve(
     from penstock.serve.http.server import bind
     from penstock.serve.http.server import serve as run
     from penstock.serve.http.service import Limits
+    from penstock.serve.observe.log import start
+    from penstock.serve.observe.trace import Trace
 
-    chosen = {"record": str(record)} if record is not None else {}
+    chosen = {"drafter": speculate, "record": None if record is None else str(record)}
     engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
     given = {"body": body_limit, "queue": queue, "deadline": deadline, "drain": drain, "patience": patience}
     limits = build(Limits, given, "the server's limits")
@@ -71,7 +95,6 @@ def serve(
         read_text(chat_template)  # that it cannot be read is said before the model is loaded
     listener = bind(host, port)
     called = name or hub.name_of(model)
-    typer.echo(f"Loading {model} ...", err=True)
 
     def started(service: Service) -> None:
         settle()
@@ -79,7 +102,11 @@ def serve(
             typer.secho(f"Note: {NO_TEMPLATE}.", fg="yellow", err=True)
         typer.echo(_greeting(service, listener, keys))
 
-    with listener:
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(listener)
+        watchers = [opened.enter_context(Trace(trace))] if trace is not None else []
+        start(log_level.value)
+        typer.echo(f"Loading {model} ...", err=True)
         asyncio.run(
             run(
                 model,
@@ -92,6 +119,7 @@ def serve(
                 limits=limits,
                 chat_template=chat_template,
                 started=started,
+                watchers=watchers,
             )
         )
 

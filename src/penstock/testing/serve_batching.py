@@ -216,7 +216,9 @@ class EngineMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject, one: bool) -> None:
         id, index = data.draw(st.sampled_from(self._alive()))
         for name, account in self.accounts.items():
-            account.aborted |= name == (id, index) or (name[0] == id and not one and account.finish is None)
+            meant = name == (id, index) or (name[0] == id and not one and account.finish is None)
+            # One that has ended, and whose last news is still to be told, is not aborted any more.
+            account.aborted |= meant and self._lives(name)
         self.engine.abort(id, index if one else None)
         self.engine.abort("unknown")
 
@@ -241,11 +243,12 @@ class EngineMachine(RuleBasedStateMachine):
             self._judge(account)
 
     def _enter(self, request: Request, given: int, of: Name | None = None) -> None:
-        """Adds or forks ``request``, which the engine refuses exactly where it cannot fit."""
+        """Adds or forks ``request``, which the engine refuses exactly where it cannot fit, or where the parent
+        has ended and its last news is still to be told."""
         try:
             self.engine.add(request) if of is None else self.engine.fork(of[0], request, of[1])
         except UsageError:
-            assert self._left(request, given) < 1
+            assert self._left(request, given) < 1 or (of is not None and not self._lives(of))
             return
         left = self._left(request, given)
         assert left >= 1

@@ -42,6 +42,8 @@ def test_strangers_without_a_key(refused, host):
         (["--api-key-file", "nowhere"], "cannot read nowhere"),
         (["--set", "sequenes=4"], "sequenes: unknown key; did you mean 'sequences'"),
         (["--set", "batching=nothing"], "batching"),
+        (["--speculate", "ngrm"], "did you mean 'ngram'"),
+        (["--speculate", "ngram", "--set", "drafter.tokens=0"], "'ngram': tokens: Input should be greater than"),
         (["--deadline", "0"], "deadline: Input should be greater than 0"),
         (["--deadline", "nan"], "deadline: "),
         (["--body-limit", "-1"], "body: Input should be greater than 0"),

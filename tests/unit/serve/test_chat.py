@@ -23,7 +23,7 @@ def test_a_chat_without_a_template_warns_and_says_how_to_give_one(tokenizer):
     with pytest.warns(UserWarning, match=r"no chat template.*--chat-template FILE"):
         tokens = chat_tokens(tokenizer, HELLO)
     assert tokenizer.decode(tokens) == "user: Hello\nassistant:"
-    assert not Tokens(tokenizer, frozenset()).templated
+    assert not Tokens(tokenizer).templated
 
 
 def test_a_template_from_a_file_writes_the_chats(tokenizer, tmp_path):
@@ -34,7 +34,7 @@ def test_a_template_from_a_file_writes_the_chats(tokenizer, tmp_path):
         warnings.simplefilter("error")
         take_template(tokenizer, tmp_path / "chat.jinja")
         assert tokenizer.decode(chat_tokens(tokenizer, HELLO)) == "<user>Hello<answer>"
-    tokens = Tokens(tokenizer, frozenset())
+    tokens = Tokens(tokenizer)
     assert (tokens.templated, tokens.turn_stops) == (True, ())
 
 

@@ -121,6 +121,8 @@ class EngineSteps:
                 self._memory.truncate(sequence, entry.start + entry.count - len(window) + len(tokens) - 1)
         if sequence.draft is not None:
             sequence.draft.extend(tokens[:kept])
+        if len(sequence.tokens) - kept == len(sequence.request.prompt):
+            self._events.add("first", sequence.request.id, sequence.index)
         rated, sequence.rated = sequence.rated, None
         if finish is not None:
             self._end(sequence, finish)

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Send
 
@@ -21,6 +21,7 @@ from penstock.serve.http.guard import Guard
 from penstock.serve.http.protocol import Chat, Completion, Detokenize, Tokenize
 from penstock.serve.http.responses import Chats, Completions, Shapes
 from penstock.serve.http.service import Generation, Piece, Service
+from penstock.serve.observe.history import Course
 
 R = TypeVar("R")
 router = APIRouter(responses={"4XX": {"description": "The request is at fault."}, "5XX": {"description": "We are."}})
@@ -244,6 +245,32 @@ async def events(service: Here) -> Response:
                 yield event(snapshot)
 
     return EventStream(states())
+
+
+@router.get("/v1/requests")
+async def requests(service: Here, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> dict[str, Any]:
+    """The newest requests, the newest first, and what became of each."""
+    return {"object": "list", "data": [_brief(id, service.history.of(id)) for id in service.history.newest(limit)]}
+
+
+def _brief(id: str, courses: list[Course]) -> dict[str, Any]:
+    return {
+        "id": id,
+        "object": "request",
+        "arrived": courses[0].arrived,
+        "states": [course.state for course in courses],
+        "preemptions": sum(course.preemptions for course in courses),
+    }
+
+
+@router.get("/v1/requests/{id:path}/events")
+async def request_events(id: str, service: Here) -> dict[str, Any]:
+    """What became of a request, and why it took its time: a record for each of its continuations."""
+    return {
+        "id": id,
+        "object": "request.events",
+        "continuations": [course.record() for course in service.courses(id)],
+    }
 
 
 @router.get("/", include_in_schema=False)

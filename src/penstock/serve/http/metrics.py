@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from penstock.core.events import Event
 from penstock.serve.messages import Snapshot
 
+QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 TTFT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TPOT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1)
 WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -43,6 +45,8 @@ class EngineCollector(Collector):
             "cached_prompt_tokens": ("Tokens of prompts that were in the cache already.", now.cached_tokens),
             "output_tokens": ("Tokens that were generated.", now.output_tokens),
             "preemptions": ("Sequences that lost their memory and were computed again.", now.preemptions),
+            "drafted_tokens": ("Tokens that were drafted.", now.drafted_tokens),
+            "accepted_tokens": ("Tokens that were drafted and accepted.", now.accepted_tokens),
         }
         for name, (help, value) in gauges.items():
             yield GaugeMetricFamily(f"penstock_{name}", help, value)
@@ -54,6 +58,7 @@ class ServerMetrics:
     """What a server measures.
 
     Attributes:
+        queue: from a continuation's arrival at the engine until it first had memory.
         ttft: from a request's arrival, its prompt in tokens, to its first token.
         tpot: between tokens, the mean of each continuation.
         duration: from a request's arrival to the end of each continuation.
@@ -68,6 +73,7 @@ class ServerMetrics:
         def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"penstock_{name}_seconds", help, buckets=buckets, registry=self._registry)
 
+        self.queue = histogram("queue", "From arrival until there was memory.", QUEUE)
         self.ttft = histogram("time_to_first_token", "From arrival to the first token.", TTFT)
         self.tpot = histogram("time_per_output_token", "Between tokens, the mean of each continuation.", TPOT)
         self.duration = histogram("request_duration", "From arrival to the end.", WHOLE)
@@ -75,6 +81,19 @@ class ServerMetrics:
             "penstock_finished", "Continuations by how they ended.", ["outcome"], registry=self._registry
         )
         self.refused = Counter("penstock_refused", "Requests turned away: the queue was full.", registry=self._registry)
+
+        #: When those continuations arrived that have had no memory yet.
+        self._queued: dict[tuple[str, int], float] = {}
+
+    def see(self, events: Sequence[Event], snapshot: Snapshot | None) -> None:
+        """Measures what was decided."""
+        for event in events:
+            if event.kind == "arrived":
+                self._queued[event.id, event.index] = event.time
+            elif event.kind in ("admitted", "finished"):
+                since = self._queued.pop((event.id, event.index), None)
+                if since is not None:
+                    self.queue.observe(event.time - since)
 
     def text(self) -> bytes:
         """All figures in Prometheus' text format."""

@@ -61,6 +61,8 @@ class Generate(Body):
     ignore_eos: bool | None = None
     #: A decoding rule: its name, or a table with the name and options.
     rule: str | dict[str, Any] | None = None
+    #: Whether the engine may draft tokens ahead, where it does so.
+    drafts: bool | None = None
     #: A request can stand back behind others, but never push ahead of them.
     priority: Annotated[int, Field(ge=0, le=1000)] = 0
 
@@ -98,6 +100,7 @@ class Generate(Body):
             "stop_tokens": self.stop_token_ids and tuple(self.stop_token_ids),
             "ignore_eos": self.ignore_eos,
             "rule": self.rule,
+            "drafts": self.drafts,
         }
         return {name: value for name, value in given.items() if value is not None}
 

@@ -7,7 +7,7 @@ import contextlib
 import math
 import signal
 import socket
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -20,7 +20,7 @@ from penstock.serve.http.app import make_app
 from penstock.serve.http.errors import ApiError
 from penstock.serve.http.service import Limits, Service
 from penstock.serve.http.text import Tokens
-from penstock.serve.link.client import EngineClient
+from penstock.serve.link.client import EngineClient, Watcher
 
 #: Seconds for answers that are on their way when the engine dies, or the time to drain is over.
 LAST_WORDS = 1.0
@@ -72,6 +72,7 @@ async def serve(
     limits: Limits,
     chat_template: Path | None,
     started: Callable[[Service], None],
+    watchers: Sequence[Watcher] = (),
 ) -> None:
     """Serves ``model`` on ``listener``, a bound socket, until a signal ends it.
 
@@ -80,6 +81,7 @@ async def serve(
         keys, local: see :class:`~penstock.serve.http.guard.Guard`.
         chat_template: a file to take in place of the model's own.
         started: is called when it takes requests.
+        watchers: see the engine's decisions.
 
     Raises:
         PenstockError: the model cannot be had, or does not fit.
@@ -92,7 +94,8 @@ async def serve(
     try:
         if chat_template is not None:
             take_template(tokenizer, chat_template)
-        service = Service(name, Tokens(tokenizer, hub.end_tokens(folder, tokenizer)), client, limits)
+        service = Service(name, Tokens(tokenizer), client, limits)
+        client.watchers += watchers
         app = make_app(service, keys, local)
         server = Server(
             uvicorn.Config(

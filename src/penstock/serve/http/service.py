@@ -17,7 +17,6 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from penstock.core.config import Config, build
 from penstock.core.errors import PenstockError, UsageError
 from penstock.core.randomness import derive
-from penstock.models.text import TextStream
 from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams, best
 from penstock.serve.http.errors import ApiError
@@ -26,9 +25,9 @@ from penstock.serve.http.protocol import Generate
 from penstock.serve.http.text import Tokens
 from penstock.serve.link.client import EngineClient
 from penstock.serve.messages import Delta, Finish, Request
-
-#: Tokens of a prompt that decide how the first character after it is read; more than any tokenizer looks at.
-LEFT = 64
+from penstock.serve.observe.history import Course, History
+from penstock.serve.observe.log import EventLines
+from penstock.serve.reader import Reader
 
 
 class Limits(Config):
@@ -102,12 +101,14 @@ class Choice:
     """One continuation on its way to a client."""
 
     def __init__(self, place: int, request: Request, tokens: Tokens) -> None:
-        self.place, sampling = place, request.sampling
-        self.text = TextStream(tokens.backend, request.prompt[-LEFT:], sampling.stop, sampling.min_tokens)
-        self.ends = tokens.ends | frozenset(sampling.stop_tokens)
+        self.place, self.reader = place, Reader(request, tokens.backend)
         self.count = self.cached = 0
         self.first = 0.0
-        self.outcome: str | None = None
+
+    @property
+    def outcome(self) -> str | None:
+        """How it ended; None before."""
+        return None if self.reader.finish is None else self.reader.finish.value
 
 
 class Generation:
@@ -166,30 +167,22 @@ class Generation:
         return [dataclasses.replace(p, choice=place) for place, p in enumerate(itertools.chain.from_iterable(groups))]
 
     def _piece(self, choice: Choice, delta: Delta) -> Piece:
-        tokens, finish = delta.tokens, delta.finish
-        self._count(choice, delta)
-        if finish is Finish.STOP and tokens and tokens[-1] in choice.ends:
-            tokens = tokens[:-1]
-        text = choice.text.push(tokens)
-        if finish is not None:
-            text += choice.text.end()
-        elif choice.text.stopped is not None:
+        reading = choice.reader.read(delta)
+        self._count(choice, delta, len(reading.tokens))
+        if reading.early:
             self._service.engine.abort(delta.id, delta.index)
-        if choice.text.stopped is not None:
-            finish = Finish.STOP
-        if finish is not None:
-            choice.outcome = finish.value
+        if reading.finish is not None:
             self._time(choice)
         # Clients know two ends of a text: it is complete, or it is cut off.
-        reason = None if finish is None else "stop" if finish is Finish.STOP else "length"
-        return Piece(choice.place, text, tokens, delta.logprobs, reason, delta.prompt_logprobs)
+        reason = None if reading.finish is None else "stop" if reading.finish is Finish.STOP else "length"
+        return Piece(choice.place, reading.text, reading.shown, reading.logprobs, reason, reading.prompt_logprobs)
 
-    def _count(self, choice: Choice, delta: Delta) -> None:
-        if delta.tokens and not choice.count:
+    def _count(self, choice: Choice, delta: Delta, tokens: int) -> None:
+        if tokens and not choice.count:
             choice.first = time.monotonic()
             self._service.metrics.ttft.observe(choice.first - self._begun)
-        choice.count += len(delta.tokens)
-        self.usage.completion += len(delta.tokens)
+        choice.count += tokens
+        self.usage.completion += tokens
         if delta.cached > choice.cached:
             self.usage.cached += (delta.cached - choice.cached) if delta.index == 0 else 0
             choice.cached = delta.cached
@@ -209,11 +202,15 @@ class Service:
         tokens: its tokenizer.
         engine: where it runs.
         limits: what is taken on.
+
+    Attributes:
+        history: what became of the newest requests.
     """
 
     def __init__(self, name: str, tokens: Tokens, engine: EngineClient, limits: Limits) -> None:
         self.name, self.tokens, self.engine, self.limits = name, tokens, engine, limits
-        self.metrics = ServerMetrics(lambda: engine.snapshot)
+        self.metrics, self.history = ServerMetrics(lambda: engine.snapshot), History()
+        engine.watchers += [self.history, self.metrics, EventLines()]
         self.created = int(time.time())
         self.draining = False
         self._seed, self._seeds = secrets.randbits(63), 0
@@ -229,6 +226,18 @@ class Service:
             raise ApiError(
                 404, f"there is no model {name!r} here; this is {self.name!r}", param="model", code="model_not_found"
             )
+
+    def courses(self, id: str) -> list[Course]:
+        """What became of the continuations of the response ``id``."""
+        found = self.history.of(id)
+        if not found:
+            raise ApiError(
+                404,
+                f"nothing is known of a request {id[:80]!r}: give the id of a response, such as cmpl-... or "
+                "chatcmpl-...; GET /v1/requests has the newest, and the oldest are forgotten",
+                code="request_not_found",
+            )
+        return found
 
     def admit(self, continuations: int) -> None:
         """Refuses so many more continuations where they would not fit the queue."""

@@ -20,14 +20,12 @@ class Tokens:
 
     Attributes:
         backend: the tokenizer proper.
-        ends: the model's own end-of-text tokens.
         templated: whether the model brings a chat template.
         turn_stops: stop strings that every chat needs besides its own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
-        self.ends = ends
         self.templated = bool(tokenizer.chat_template)
         self.turn_stops = () if self.templated else (NEXT_TURN,)
 

@@ -8,10 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator
-from typing import Self
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol, Self
 
 from penstock.core.errors import PenstockError, UsageError
+from penstock.core.events import Event
 from penstock.serve.config import EngineConfig
 from penstock.serve.link.wire import HEADER, Failed, Message, News, Open, Ready, Refused, frame, length, parse
 from penstock.serve.messages import Abort, Delta, Request, Snapshot
@@ -24,12 +25,20 @@ class EngineDiedError(PenstockError):
     """The engine's process ended, or had to be ended, while it was needed."""
 
 
+class Watcher(Protocol):
+    """Somebody who looks on."""
+
+    def see(self, events: Sequence[Event], snapshot: Snapshot | None) -> None:
+        """Takes in what was decided since the last call, and the engine's newest state where it is new."""
+
+
 class EngineClient:
     """Talks to an engine's process. Made by :meth:`open`; used in one event loop.
 
     Attributes:
         ready: what the engine said of itself.
         snapshot: its newest state.
+        watchers: they see its decisions, as they are told.
         failure: why it is dead; None while it lives.
         dead: set once it is.
         pid: of the process.
@@ -43,6 +52,7 @@ class EngineClient:
         self._heard = time.monotonic()
         self._closing = False
         self._tasks: list[asyncio.Task[None]] = []
+        self.watchers: list[Watcher] = []
         self.failure: EngineDiedError | None = None
         self.dead = asyncio.Event()
         self.ready: Ready
@@ -180,6 +190,9 @@ class EngineClient:
     async def _listen(self) -> None:
         while (message := await self._receive()) is not None:
             if isinstance(message, News):
+                if message.events or message.snapshot is not None:
+                    for watcher in self.watchers:
+                        watcher.see(message.events, message.snapshot)
                 for delta in message.deltas:
                     self._hand(delta.id, delta)
                 if message.snapshot is not None:

@@ -80,7 +80,7 @@ def serve(engine: Engine, channel: Channel) -> None:
         if now - told >= SNAPSHOTS or not engine.busy:
             snapshot, told = engine.snapshot(), now
         if deltas or snapshot is not None:
-            channel.send(News(deltas, snapshot))
+            channel.send(News(deltas, snapshot, engine.events.fresh()))
 
 
 def _take(engine: Engine, message: Message, channel: Channel) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from penstock.core.events import Event
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.messages import Abort, Delta, Request, Snapshot
 
@@ -54,10 +55,12 @@ class Refused:
 
 @dataclasses.dataclass(frozen=True)
 class News:
-    """What one step made known, and every now and then the engine's state after it."""
+    """What one step made known, every now and then the engine's state after it, and what was decided about requests
+    since the last news."""
 
     deltas: list[Delta]
     snapshot: Snapshot | None = None
+    events: list[Event] = dataclasses.field(default_factory=list)
 
 
 Message = Open | Ready | Failed | Request | Abort | Refused | News

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from penstock.models.text import TextStream
 from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import best
 from penstock.serve.engine.engine import Engine
-from penstock.serve.messages import Delta, Finish, Request
+from penstock.serve.messages import Delta, Request
+from penstock.serve.reader import Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,10 +97,9 @@ class Gatherer:
             UsageError: the engine refuses it.
         """
         self.engine.add(request)
-        sampling, backend = request.sampling, self._tokenizer.backend_tokenizer
-        outputs = [CompletionOutput(index) for index in range(sampling.continuations)]
-        texts = [TextStream(backend, request.prompt, sampling.stop, sampling.min_tokens) for _ in outputs]
-        self._open[request.id] = _Open(request, RequestOutput(request.id, prompt, request.prompt, outputs), texts)
+        outputs = [CompletionOutput(index) for index in range(request.sampling.continuations)]
+        readers = [Reader(request, self._tokenizer.backend_tokenizer) for _ in outputs]
+        self._open[request.id] = _Open(request, RequestOutput(request.id, prompt, request.prompt, outputs), readers)
 
     def step(self) -> list[RequestOutput]:
         """Does one step of the engine; returns the requests that finished in it."""
@@ -108,7 +107,7 @@ class Gatherer:
         for delta in self.engine.step():
             found = self._open.get(delta.id)
             # Of what was ended from here, the engine's last word comes late.
-            if found is not None and found.result.outputs[delta.index].finish_reason is None:
+            if found is not None and found.readers[delta.index].finish is None:
                 self._take(found, delta)
                 if found.result.finished:
                     ended.append(_chosen(self._open.pop(delta.id)))
@@ -128,30 +127,23 @@ class Gatherer:
 
     def _take(self, found: _Open, delta: Delta) -> None:
         """Adds what ``delta`` says to the result."""
-        result, sampling = found.result, found.request.sampling
-        output, text = result.outputs[delta.index], found.texts[delta.index]
+        result, output, reading = (
+            found.result,
+            found.result.outputs[delta.index],
+            found.readers[delta.index].read(delta),
+        )
         result.num_cached_tokens = max(result.num_cached_tokens, delta.cached)
-        if delta.prompt_logprobs is not None:
-            result.prompt_logprobs = [self._named(each) for each in delta.prompt_logprobs]
-        for place, token in enumerate(delta.tokens):
-            output.token_ids.append(token)
-            if delta.logprobs is not None:
-                output.logprobs = output.logprobs or []
-                output.logprobs.append(self._named(delta.logprobs[place]))
-            # A token that ended the text is not a part of it.
-            if delta.finish is not Finish.STOP or place < len(delta.tokens) - 1:
-                output.text += text.push([token])
-            if text.stopped is not None:
-                break
-        if delta.finish is not None:
-            output.text += text.end()
-            output.finish_reason = delta.finish.value
-            if delta.finish is Finish.STOP and output.token_ids[-1] in sampling.stop_tokens:
-                output.stop_reason = output.token_ids[-1]
-        if text.stopped is not None:
-            output.finish_reason, output.stop_reason = Finish.STOP.value, text.stopped
-            if delta.finish is None:
-                self.engine.abort(delta.id, delta.index)
+        if reading.prompt_logprobs is not None:
+            result.prompt_logprobs = [self._named(each) for each in reading.prompt_logprobs]
+        output.text += reading.text
+        output.token_ids += reading.tokens
+        if reading.logprobs is not None:
+            output.logprobs = output.logprobs or []
+            output.logprobs += [self._named(each) for each in reading.logprobs]
+        output.stop_reason = reading.stopped
+        output.finish_reason = None if reading.finish is None else reading.finish.value
+        if reading.early:
+            self.engine.abort(delta.id, delta.index)
 
     def _named(self, scores: TokenLogprobs) -> dict[int, Logprob]:
         found = {token: (logprob, rank) for rank, (token, logprob) in enumerate(scores.top, start=1)}
@@ -162,11 +154,11 @@ class Gatherer:
 
 @dataclasses.dataclass
 class _Open:
-    """A request under way: what is known of its result, and the text of each continuation."""
+    """A request under way: what is known of its result, and who reads the news of each continuation."""
 
     request: Request
     result: RequestOutput
-    texts: list[TextStream]
+    readers: list[Reader]
 
 
 def _chosen(found: _Open) -> RequestOutput:

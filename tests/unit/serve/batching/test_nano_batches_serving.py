@@ -234,11 +234,13 @@ def test_no_part_reads_what_another_writes(data):
 
 
 def written(entries: list[Entry]) -> set[int]:
-    return {b for each in entries for b in each.sequence.blocks[each.start // 2 : -(-(each.start + each.count) // 2)]}
+    return {
+        b for each in entries for b in each.sequence.held.blocks[each.start // 2 : -(-(each.start + each.count) // 2)]
+    }
 
 
 def touched(entries: list[Entry]) -> set[int]:
-    return {block for each in entries for block in each.sequence.blocks[: -(-(each.start + each.count) // 2)]}
+    return {block for each in entries for block in each.sequence.held.blocks[: -(-(each.start + each.count) // 2)]}
 
 
 # The policy

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.core.events import Event
 from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.link import wire
@@ -25,6 +26,14 @@ DELTAS = st.builds(
     st.none() | st.lists(SCORES, max_size=3),
     st.none() | st.sampled_from(Finish),
     TOKENS,
+)
+EVENTS = st.builds(
+    Event,
+    NUMBERS,
+    st.text(),
+    st.text(),
+    TOKENS,
+    st.dictionaries(st.text(), TOKENS | st.floats(allow_nan=False) | st.text()),
 )
 REQUESTS = st.builds(
     Request,
@@ -47,7 +56,7 @@ REQUESTS = st.builds(
 MESSAGES = st.one_of(
     REQUESTS,
     st.builds(Abort, st.text(), st.none() | TOKENS),
-    st.builds(wire.News, st.lists(DELTAS, max_size=3)),
+    st.builds(wire.News, st.lists(DELTAS, max_size=3), st.none(), st.lists(EVENTS, max_size=3)),
     st.builds(wire.Refused, st.text(), st.text()),
     st.builds(wire.Open, st.text(), st.text(), st.text()),
 )

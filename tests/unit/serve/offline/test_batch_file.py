@@ -33,7 +33,7 @@ def answer(llm, tmp_path):
         (tmp_path / "in.jsonl").write_bytes(raw)
         runner = BatchRun(
             Gatherer(llm.engine, llm.tokenizer),
-            Tokens(llm.tokenizer, frozenset({llm.tokenizer.eos_token_id})),
+            Tokens(llm.tokenizer),
             "python-1m",
             window,
         )

@@ -1,0 +1,76 @@
+"""What an engine's deltas say, read in one way: text, tokens, log-probabilities, and why a continuation ended."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tokenizers import Tokenizer
+
+from penstock.models.text import TextStream
+from penstock.serve.choose.logprobs import TokenLogprobs
+from penstock.serve.messages import Delta, Finish, Request
+
+#: Tokens of a prompt that decide how the first character after it is read; more than any tokenizer looks at.
+LEFT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a delta adds to its continuation.
+
+    Attributes:
+        text: what can be shown now; the beginning of what may become a stop string is held back.
+        tokens: the new tokens, up to the one that ended the text, which is among them.
+        shown: those of them that are in the text: all but a stop token.
+        logprobs: one for each of ``tokens``, where they were asked for.
+        prompt_logprobs: once, where they were asked for.
+        finish: why it ended; None while it goes on.
+        stopped: the stop string or the request's own stop token that ended it; None where it was the model's own end of
+            text, or something else.
+        early: the text has ended, and the engine, which knows no strings, would go on: it must be told.
+    """
+
+    text: str
+    tokens: list[int]
+    shown: list[int]
+    logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[TokenLogprobs] | None
+    finish: Finish | None
+    stopped: str | int | None
+    early: bool
+
+
+class Reader:
+    """Reads the deltas of one continuation of ``request``, in order.
+
+    A delta may hold several tokens, and a stop string may end in the midst of them: those behind it are dropped.
+
+    Attributes:
+        finish: why the continuation ended; None before. Deltas that come later say nothing.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        sampling = request.sampling
+        self._text = TextStream(tokenizer, request.prompt[-LEFT:], sampling.stop, sampling.min_tokens)
+        self._stop_tokens = frozenset(sampling.stop_tokens)
+        self.finish: Finish | None = None
+
+    def read(self, delta: Delta) -> Reading:
+        """What ``delta`` adds."""
+        text, tokens, finish = "", delta.tokens, delta.finish
+        stop_token = tokens[-1] if tokens and finish is Finish.STOP else None
+        shown = tokens if stop_token is None else tokens[:-1]
+        for count, token in enumerate(shown, start=1):
+            text += self._text.push([token])
+            if self._text.stopped is not None:
+                tokens = shown = shown[:count]
+                break
+        if finish is not None:
+            text += self._text.end()
+        stopped: str | int | None = stop_token if stop_token in self._stop_tokens else None
+        if self._text.stopped is not None:
+            finish, stopped = Finish.STOP, self._text.stopped
+        self.finish = finish
+        logprobs = None if delta.logprobs is None else delta.logprobs[: len(tokens)]
+        early = finish is not None and delta.finish is None
+        return Reading(text, tokens, shown, logprobs, delta.prompt_logprobs, finish, stopped, early)

@@ -1,0 +1,57 @@
+"""Several tokens a step: results with drafted tokens are those without."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock import LLM, SamplingParams
+from penstock.core.progress import silent
+
+PROMPTS = ["x = [1, 2, 3, 1, 2, 3, 1,", "import os\nimport sys\nimport", "def add(a, b):\n"]
+OPTIONS = {"device": "cpu", "sequences": 4, "tokens": 64, "cache_tokens": 1024, "check": True}
+
+
+@pytest.fixture(scope="module")
+def plain() -> LLM:
+    return LLM("python-1m", **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def drafting() -> LLM:
+    return LLM("python-1m", drafter="ngram", **OPTIONS)
+
+
+def told(llm: LLM, sampling: SamplingParams) -> tuple[list[tuple], list[float]]:
+    """What is said of each continuation, and the log-probabilities of all their tokens."""
+    results = llm.generate(PROMPTS, sampling, progress=silent)
+    assert not llm.engine.busy
+    outputs = [output for result in results for output in result.outputs]
+    scores = [told[t].logprob for o in outputs for t, told in zip(o.token_ids, o.logprobs, strict=True)]
+    return [(o.text, o.token_ids, o.finish_reason, o.stop_reason) for o in outputs], scores
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_texts_tokens_and_log_probabilities_are_the_same(plain, drafting, temperature):
+    sampling = SamplingParams(temperature=temperature, max_tokens=48, n=2, seed=3, logprobs=0, ignore_eos=True)
+    before = drafting.engine.snapshot().accepted_tokens
+    (ours, scores), (expected, wanted) = told(drafting, sampling), told(plain, sampling)
+    assert ours == expected
+    assert scores == pytest.approx(wanted, abs=1e-4)
+    assert drafting.engine.snapshot().accepted_tokens > before
+
+
+def test_a_stop_string_in_the_midst_of_a_step_s_tokens(plain, drafting):
+    (whole, *_) = plain.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=48), progress=silent)
+    text = whole.outputs[0].text
+    for start in range(4, len(text) - 3, 17):
+        sampling = SamplingParams(temperature=0, max_tokens=48, stop=text[start : start + 3], logprobs=0)
+        (ours, scores), (expected, wanted) = told(drafting, sampling), told(plain, sampling)
+        assert ours == expected
+        assert scores == pytest.approx(wanted, abs=1e-4)
+        assert ours[0][2:4] == ("stop", text[start : start + 3])
+
+
+def test_a_request_can_do_without(drafting):
+    before = drafting.engine.snapshot().drafted_tokens
+    drafting.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24, drafts=False), progress=silent)
+    assert drafting.engine.snapshot().drafted_tokens == before
