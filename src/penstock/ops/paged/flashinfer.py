@@ -177,8 +177,8 @@ class FlashInferCache(CudaCache):
 
     def _members(self, batch: PagedBatch) -> list[np.ndarray]:
         """The sequences of each section: the leading ones with one new token each, for the kernel that splits their
-        keys, and the others that have no mask."""
-        singles, count = batch.own_shape.singles, len(batch.lengths)
+        keys, and the others that have no mask. A batch of a fixed shape has as many of the former as that says."""
+        singles, count = (batch.shape or batch.own_shape).singles, len(batch.lengths)
         others = np.arange(singles, count)
         if batch.masks is not None:
             others = np.setdiff1d(others, batch.masks.sequences)
