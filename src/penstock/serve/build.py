@@ -15,10 +15,14 @@ from penstock.core.processor import fast_dtype
 from penstock.core.progress import Reporter, silent
 from penstock.models import hub
 from penstock.models.decoder import Decoder
+from penstock.models.invariant import make_invariant
 from penstock.ops.linear import FEW
 from penstock.ops.paged.contract import CacheShape, PagedAttention
+from penstock.ops.paged.invariant import Invariant
 from penstock.policy import index
 from penstock.serve.choose.grammar import Grammars
+from penstock.serve.choose.invariant import InvariantSampler
+from penstock.serve.choose.sampler import Sampler
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
@@ -74,14 +78,17 @@ def build_engine(
 
 
 def build_runner(model: Decoder, config: EngineConfig, report: Reporter = silent) -> Runner:
-    """The model with its cache, warmed up.
+    """The model with its cache, warmed up. Where ``config`` is deterministic, the model's layers are replaced.
 
     Raises:
         PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
     """
     weight, shape = model.embedding.weight, model.config
     context = min(config.context or shape.context, shape.context)
-    backend = config.attention or _best(weight.device, weight.dtype, shape.head_dim)
+    if config.deterministic:
+        make_invariant(model)
+    named = Invariant() if config.deterministic else config.attention
+    backend = named or _best(weight.device, weight.dtype, shape.head_dim)
     reason = backend.serves(weight.device, weight.dtype, shape.head_dim)
     if reason is not None:
         raise UsageError(f"the attention backend {backend.policy_name!r} does not serve here: {reason}")
@@ -99,8 +106,10 @@ def build_runner(model: Decoder, config: EngineConfig, report: Reporter = silent
     blocks = _blocks(config, cache, context)
     # One more than sequences use: the runner's own.
     memory = backend.open(dataclasses.replace(cache, blocks=blocks + 1))
-    runner = Runner(model, memory, config.sequences, context, config.drafter.most if config.drafter else 0)
-    if config.compile and weight.device.type == "cuda" and can_compile(weight.device):
+    sampler = InvariantSampler if config.deterministic else Sampler
+    runner = Runner(model, memory, config.sequences, context, config.drafter.most if config.drafter else 0, sampler)
+    # Compiled code chooses its kernels by the batch.
+    if config.compile and not config.deterministic and weight.device.type == "cuda" and can_compile(weight.device):
         runner.warm_up(config.budget(weight.device), report)
         _rehearse(Engine(config, runner))
     return runner

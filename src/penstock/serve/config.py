@@ -36,6 +36,9 @@ class EngineConfig(Config):
         drafter: drafts tokens ahead, which one pass then checks together; None computes one token a sequence a step.
         compile: on CUDA, compile the model and capture steps as graphs at the start, those that decode and those whose
             prompts the device computes as fast as the host queues them: tens of seconds that make every step shorter.
+        deterministic: compute each request with the same bits whatever else is in the batch, however its prompt is cut
+            and shared, and also after a preemption. It costs the choice of the fastest kernel for each batch, and on
+            CUDA the compiled pass and its graphs.
         record: a file for all steps, for bug reports and benchmarks; it holds the tokens of all requests. See
             :mod:`penstock.serve.run.record`.
         check: compare the cache's books with the sequences after every step.
@@ -53,6 +56,7 @@ class EngineConfig(Config):
     context: PositiveInt | None = None
     drafter: Annotated[Drafter, Choice("speculate.drafter")] | None = None
     compile: bool = True
+    deterministic: bool = False
     record: Path | None = None
     check: bool = False
 
@@ -60,6 +64,12 @@ class EngineConfig(Config):
     def _all_can_go_on(self) -> EngineConfig:
         if self.tokens is not None and self.tokens < self.sequences:
             raise ValueError(f"a budget of {self.tokens} tokens a step cannot serve {self.sequences} sequences")
+        return self
+
+    @model_validator(mode="after")
+    def _invariant(self) -> EngineConfig:
+        if self.deterministic and self.attention is not None and self.attention.policy_name != "invariant":
+            raise ValueError(f"deterministic needs the attention 'invariant', not {self.attention.policy_name!r}")
         return self
 
     def budget(self, device: torch.device) -> int:

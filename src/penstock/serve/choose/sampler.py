@@ -105,7 +105,10 @@ class Sampler:
         if not told.size:
             return Sampled(tokens, counts=counts), newest
         index, most = self._of(told), int(rows["alternatives"].max())
-        return Sampled(tokens, Logprobs.of(logits[index], tokens[index], most), counts=counts), newest
+        return Sampled(tokens, self._told(logits[index], tokens[index], most), counts=counts), newest
+
+    def _told(self, logits: Tensor, tokens: Tensor, most: int) -> Logprobs:
+        return Logprobs.of(logits, tokens, most)
 
     def _choose(self, scores: Tensor, asked: Asked) -> Tensor:
         """A token for each row of ``scores`` [R, V]."""

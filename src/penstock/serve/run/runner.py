@@ -60,15 +60,24 @@ class Runner:
         slots: most sequences at a time.
         context: most tokens of a sequence.
         window: most tokens that are drafted for a sequence at a time.
+        sampler: chooses tokens.
     """
 
-    def __init__(self, model: Decoder, cache: PagedCache, slots: int, context: int, window: int = 0) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        cache: PagedCache,
+        slots: int,
+        context: int,
+        window: int = 0,
+        sampler: type[Sampler] = Sampler,
+    ) -> None:
         self.model, self.cache = model, cache
         self.device, self.shape = cache.shape.device, model.config
         self.blocks, self.block_size = cache.shape.blocks - 1, cache.shape.block_size
         self._slots, self._pages, self._window = slots, -(-context // self.block_size), window
         self._planner = Planner(slots, self.block_size)
-        self._sampler = Sampler(slots, model.config.vocabulary, self.device)
+        self._sampler = sampler(slots, model.config.vocabulary, self.device)
         # Of slot s at s + 1; what stands at 0 is of no meaning.
         self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
         self._trunk: Callable[[Tensor, AttentionContext], tuple[Tensor, Tensor]] = model.trunk

@@ -1,0 +1,23 @@
+"""Choosing tokens with bits that do not depend on the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.serve.choose.logprobs import Logprobs
+from penstock.serve.choose.sampler import Sampler
+
+
+class InvariantSampler(Sampler):
+    """Draws, and looks up log-probabilities, for one row after the other: libraries may compute the last numbers of a
+    tensor by other instructions than the rest, and where those are depends on how many rows it has."""
+
+    def _drawn(self, scores: Tensor, rows: np.ndarray, uniform: np.ndarray) -> Tensor:
+        alone = [slice(row, row + 1) for row in range(len(rows))]
+        return torch.cat([super(InvariantSampler, self)._drawn(scores[one], rows[one], uniform[one]) for one in alone])
+
+    def _told(self, logits: Tensor, tokens: Tensor, most: int) -> Logprobs:
+        pairs = zip(logits.split(1), tokens.split(1), strict=True)
+        return Logprobs.joined([Logprobs.of(row, token, most) for row, token in pairs])
