@@ -55,7 +55,7 @@ def test_every_bit_is_the_same_alone_and_in_any_batch() -> None:
         prompt = prefix[: draw.randrange(200)] + [draw.randrange(4000) for _ in range(draw.randrange(1, 60))]
         sampling = SamplingParams(temperature=0.9 * (number % 2), seed=number, max_tokens=32, logprobs=2)
         todo.append(Request(str(number), prompt, sampling))
-    crowd = engine(cache=2400, tokens=96)
+    crowd = engine(cache=900, tokens=96)
     together = answers(crowd, todo)
     assert crowd.snapshot().preemptions > 0 and crowd.snapshot().cached_tokens > 0
     for request in todo[::5]:
