@@ -19,5 +19,5 @@ class InvariantSampler(Sampler):
         return torch.cat([super(InvariantSampler, self)._drawn(scores[one], rows[one], uniform[one]) for one in alone])
 
     def _told(self, logits: Tensor, tokens: Tensor, most: int) -> Logprobs:
-        pairs = zip(logits.split(1), tokens.split(1), strict=True)
+        pairs = zip(torch.split(logits, 1), torch.split(tokens, 1), strict=True)
         return Logprobs.joined([Logprobs.of(row, token, most) for row, token in pairs])
