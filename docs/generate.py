@@ -21,6 +21,7 @@ A generated part stands between two lines, of which the first names the generato
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import itertools
 import math
@@ -38,11 +39,12 @@ from penstock.core.files import read_text, write_atomic
 from penstock.core.results import HEADINGS, Result, Row, cells, read_results
 from penstock.papers.catalogue import Bibliography, Standing, Status, bibliography, standings
 from penstock.policy import Entry, Index, create, index
+from penstock.testing.house import ROWS, imports, row
 
 BLOCK = re.compile(
     r"^<!-- (?P<name>[a-z]+)(?:: (?P<argument>\S+))? -->\n(?P<body>.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL
 )
-PICTURE = re.compile(r"\]\(\S*images/(pipeline|bars)/([^()\s]+)\.svg\)")
+PICTURE = re.compile(r"\]\(\S*images/((?:pipeline|bars)/[^()\s]+|rooms)\.svg\)")
 MARKER = re.compile(r"^<!-- (?:[a-z]+(?:: \S+)?|end) -->$", re.MULTILINE)
 
 
@@ -146,10 +148,16 @@ def timelines(sources: Sources, document: Path, names: str) -> str:
 
 
 def pictures(sources: Sources, texts: Iterable[str]) -> Iterator[tuple[Path, str]]:
-    """The generated pictures that documents show: timelines, and bars."""
-    for folder, name in sorted({found for text in texts for found in PICTURE.findall(text)}):
-        path = sources.root / "docs" / "images" / folder / f"{name}.svg"
-        yield path, picture(name.split("-")) if folder == "pipeline" else drawn_bars(sources, f"docs/{name}.toml")
+    """The generated pictures that documents show: timelines, bars, and the house."""
+    for shown in sorted({found for text in texts for found in PICTURE.findall(text)}):
+        path = sources.root / "docs" / "images" / f"{shown}.svg"
+        folder, _, name = shown.rpartition("/")
+        if folder == "pipeline":
+            yield path, picture(name.split("-"))
+        elif folder == "bars":
+            yield path, drawn_bars(sources, f"docs/{name}.toml")
+        else:
+            yield path, drawn_house(sources)
 
 
 def picture(names: Sequence[str]) -> str:
@@ -305,8 +313,8 @@ def bars(sources: Sources, document: Path, name: str) -> str:
     return f"![How many times faster Penstock was measured to be, and beside whom]({target}.svg)\n"
 
 
-#: Pixels: of a picture of bars, of its rows, of the labels left of the bars, and of the scale from 0.5 to 8.
-WIDTH, ROW, LEFT, SCALE = 960, 22, 330, 560
+#: Pixels: of a picture, of a line of bars, of the labels left of the bars, and of the scale from 0.5 to 8.
+WIDTH, LINE, LEFT, SCALE = 960, 22, 330, 560
 LEAST, MOST = 0.5, 8.0
 
 
@@ -324,10 +332,10 @@ def drawn_bars(sources: Sources, name: str) -> str:
         lines.append(
             f'<text x="{WIDTH - 16}" y="{top + 16}" text-anchor="end" fill="#666">{escape(claim.beside)}</text>'
         )
-        top += ROW
+        top += LINE
         for bar in claim.rows:
             lines += _bar(bar.label, bar.gain(sources), top)
-            top += ROW
+            top += LINE
         top += 8
     marks = []
     for ratio in (0.5, 1, 2, 4, 8):
@@ -335,13 +343,18 @@ def drawn_bars(sources: Sources, name: str) -> str:
         stroke = "#888" if ratio == 1 else "#e4e4e4"
         marks.append(f'<line x1="{x:.1f}" y1="28" x2="{x:.1f}" y2="{top}" stroke="{stroke}"/>')
         marks.append(f'<text x="{x:.1f}" y="20" text-anchor="middle" fill="#666">{ratio:g}×</text>')
-    height = top + 8
+    return _svg(WIDTH, top + 8, [*marks, *lines])
+
+
+def _svg(width: int, height: float, lines: Iterable[str]) -> str:
+    """A picture of this size with a white ground."""
+    size = f'width="{width}" height="{height:g}"'
     opening = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:g}" {size} '
         'font-family="system-ui, sans-serif" font-size="13">',
-        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
+        f'<rect {size} fill="#fff"/>',
     ]
-    return "\n".join([*opening, *marks, *lines, "</svg>"]) + "\n"
+    return "\n".join([*opening, *lines, "</svg>"]) + "\n"
 
 
 def _bar(label: str, gain: float, top: int) -> Iterator[str]:
@@ -349,8 +362,111 @@ def _bar(label: str, gain: float, top: int) -> Iterator[str]:
     start, end = sorted((place(1), place(gain)))
     colour = "#2f7fc1" if gain >= 1 else "#c9872f"
     yield f'<text x="{LEFT - 12}" y="{top + 16}" text-anchor="end">{escape(label)}</text>'
-    yield f'<rect x="{start:.1f}" y="{top + 4}" width="{max(end - start, 1):.1f}" height="{ROW - 7}" fill="{colour}"/>'
+    yield f'<rect x="{start:.1f}" y="{top + 4}" width="{max(end - start, 1):.1f}" height="{LINE - 7}" fill="{colour}"/>'
     yield f'<text x="{max(end, place(1)) + 6:.1f}" y="{top + 16}">{gain:.2f}×</text>'
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """A row of the house: its name, the first paragraph of its docstring, and those of the rooms in it by name."""
+
+    name: str
+    says: str
+    rooms: dict[str, str]
+
+
+def packages_in(sources: Sources) -> list[Package]:
+    """The rows of the house that are there, from top to bottom; ``__main__``, which only starts the last, left out."""
+    source = sources.root / "src" / "penstock"
+    found = []
+    for name in ROWS:
+        rooms = {
+            ".".join(path.parent.relative_to(source / name).parts): _says(path)
+            for path in sorted((source / name).rglob("*/__init__.py"))
+        }
+        path = source / name / "__init__.py" if (source / name).is_dir() else source / f"{name}.py"
+        if path.exists() and name != "__main__":
+            found.append(Package(name, _says(path), rooms))
+    return found
+
+
+def _says(path: Path) -> str:
+    """The first paragraph of a module's docstring, without its full stop."""
+    text = ast.get_docstring(ast.parse(read_text(path))) or ""
+    return unmarked(" ".join(text.partition("\n\n")[0].split())).rstrip(".")
+
+
+@generator
+def rooms(sources: Sources, document: Path, _: str) -> str:
+    """A line for each package of the source, those within one below it, linked to its folder or file."""
+    source = Path(os.path.relpath(sources.root / "src" / "penstock", document.parent)).as_posix()
+    parts = []
+    for package in packages_in(sources):
+        inside = (sources.root / "src" / "penstock" / package.name).is_dir()
+        path = f"{source}/{package.name}" if inside else f"{source}/{package.name}.py"
+        parts.append(wrapped(f"- [`{package.name}`]({path}): {package.says}.", "  "))
+        for name, says in package.rooms.items():
+            parts.append(wrapped(f"  - [`{name}`]({path}/{name.replace('.', '/')}): {says}.", "    "))
+    return "".join(parts)
+
+
+@generator
+def house(sources: Sources, document: Path, _: str) -> str:
+    """A picture of the packages, and of who imports whom."""
+    target = Path(os.path.relpath(sources.root / "docs" / "images" / "rooms.svg", document.parent)).as_posix()
+    return f"![The packages from top to bottom, the rooms in each, and who imports whom]({target})\n"
+
+
+#: Pixels of the picture of the house: the boxes' width, from where the names' column ends; a cell of the table of
+#: imports; a character of a room's name; a line of text.
+BOX, NAMES, CELL, LETTER, TEXT = 540, 96, 28, 6.7, 17
+
+
+def drawn_house(sources: Sources) -> str:
+    """A box for each row, the rooms in it, and a table of imports to the right: a column for each row, below its name,
+    with a mark beside each row that imports it."""
+    packages = packages_in(sources)
+    source = sources.root / "src" / "penstock"
+    pairs = {(row(one), row(other)) for one, other in imports(source)}
+    lines, middles, top = [], [], 12.0
+    for package in packages:
+        drawn, height = _row(package, top)
+        lines += drawn
+        middles.append(top + height / 2)
+        top += height + 6
+    for place, package in enumerate(packages):
+        x, middle = BOX + 36 + place * CELL, middles[place]
+        lines.append(f'<text x="{x - 5}" y="{middle + 4:g}" font-weight="600">{package.name}</text>')
+        users = [other for other in range(place + 1, len(packages)) if (packages[other].name, package.name) in pairs]
+        if users:
+            end = middles[users[-1]]
+            lines.append(f'<line x1="{x}" y1="{middle + 9:g}" x2="{x}" y2="{end:g}" stroke="#c3d5e4"/>')
+        for other in users:
+            title = f"<title>{packages[other].name} imports {package.name}</title>"
+            lines.append(f'<circle cx="{x}" cy="{middles[other]:g}" r="5" fill="#2f7fc1">{title}</circle>')
+    return _svg(BOX + 36 + len(packages) * CELL + 60, top + 6, lines)
+
+
+def _row(package: Package, top: float) -> tuple[list[str], float]:
+    """The box of a row at ``top``, with what is in it, and its height."""
+    lines, left = [], 8 + NAMES
+    y = top + 21.0
+    lines.append(f'<text x="18" y="{y:g}" font-weight="600">{package.name}</text>')
+    for line in textwrap.wrap(package.says.replace("`", ""), 62):
+        lines.append(f'<text x="{left}" y="{y:g}" fill="#666" font-size="12">{escape(line)}</text>')
+        y += TEXT
+    names = [name for name in package.rooms if "." not in name]
+    x, y = float(left), y - 9 if names else y - TEXT
+    for name in names:
+        width = LETTER * len(name) + 14
+        if x + width > BOX:
+            x, y = float(left), y + 26
+        lines.append(f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="21" rx="4" fill="#dce9f5"/>')
+        lines.append(f'<text x="{x + 7:g}" y="{y + 15:g}" font-family="monospace" font-size="11">{name}</text>')
+        x += width + 6
+    height = y + (29 if names else 11) - top
+    box = f'<rect x="8" y="{top:g}" width="{BOX}" height="{height:g}" rx="6" fill="#f6f6f4" stroke="#d8d8d4"/>'
+    return [box, *lines], height
 
 
 @generator

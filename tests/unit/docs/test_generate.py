@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -264,6 +265,69 @@ def test_bars_start_at_one_and_end_at_the_ratio(sources):
     assert float(fast.get("width")) == pytest.approx((end - start) * math.log2(2.5), abs=0.2)
     assert slow.get("fill") != fast.get("fill")
     assert {"Cutting & sawing", "slow", "0.50×", "2.50×"} <= {text.text for text in picture.findall(f"{svg}text")}
+
+
+SOURCES = {
+    "__init__.py": '"""The whole, which is no row."""\nimport penstock.cli',
+    "core/__init__.py": '"""Small & plain.\n\nMore of it."""',
+    "core/files.py": "",
+    "ops/__init__.py": '"""Operators."""',
+    "ops/paged/__init__.py": '"""Blocks of ``ops``."""\nfrom penstock.core.files import read',
+    "ops/paged/deep/__init__.py": '"""Deeper."""',
+    "policy.py": '"""The registry."""',
+    "cli/__init__.py": '"""Verbs."""\ndef late():\n    from penstock.ops import paged',
+    "__main__.py": '"""Starts."""\nfrom penstock.cli import main',
+}
+
+
+@pytest.fixture
+def packages(sources):
+    """The same, with four rows of a house: ``cli`` imports ``ops``, and a room of that imports ``core``."""
+    for name, text in SOURCES.items():
+        path = sources.root / "src" / "penstock" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return sources
+
+
+def test_rooms_are_listed_in_the_order_of_the_house(packages):
+    assert block(packages, "rooms") == [
+        "- [`core`](../src/penstock/core): Small & plain.",
+        "- [`policy`](../src/penstock/policy.py): The registry.",
+        "- [`ops`](../src/penstock/ops): Operators.",
+        "  - [`paged`](../src/penstock/ops/paged): Blocks of `ops`.",
+        "  - [`paged.deep`](../src/penstock/ops/paged/deep): Deeper.",
+        "- [`cli`](../src/penstock/cli): Verbs.",
+    ]
+    assert "](src/penstock/core)" in block(packages, "rooms", "README.md")[0]
+
+
+def test_the_house_is_drawn_with_its_rooms_and_imports(packages):
+    shown = block(packages, "house")
+    assert shown[0].endswith("](images/rooms.svg)")
+    ((path, drawn),) = generate.pictures(packages, shown)
+    assert path == packages.root / "docs" / "images" / "rooms.svg"
+    svg = "{http://www.w3.org/2000/svg}"
+    picture = ElementTree.fromstring(drawn)
+    boxes = [rect for rect in picture.findall(f"{svg}rect") if rect.get("rx") == "6"]
+    ends = [(float(box.get("y")), float(box.get("y")) + float(box.get("height"))) for box in boxes]
+    assert all(end < begin for (_, end), (begin, _) in itertools.pairwise(ends))
+
+    def inside(text):
+        return next(place for place, (begin, end) in enumerate(ends) if begin < float(text.get("y")) < end)
+
+    texts = picture.findall(f"{svg}text")
+    assert [inside(text) for text in texts if text.text in ("core", "policy", "ops", "cli")] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert [inside(text) for text in texts if text.text in ("paged", "Small & plain")] == [0, 2]
+    assert [text.text for text in texts if text.get("font-family")] == ["paged"]
+    marks = picture.findall(f"{svg}circle")
+    columns = {text.text: float(text.get("x")) for text in texts if float(text.get("x")) > generate.BOX}
+    assert {mark.find(f"{svg}title").text for mark in marks} == {"ops imports core", "cli imports ops"}
+    for mark in marks:
+        user, used = mark.find(f"{svg}title").text.split(" imports ")
+        begin, end = ends[["core", "policy", "ops", "cli"].index(user)]
+        assert begin < float(mark.get("cy")) < end
+        assert abs(float(mark.get("cx")) - columns[used]) < generate.CELL / 2
 
 
 @pytest.mark.parametrize(
