@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = ("penstock", "torchrun", "make", "curl")
+PROGRAMS = ("penstock", "torchrun", "make", "curl", "grep")
 
 _CONSOLE = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`((?:penstock|torchrun) [^`]+)`")

@@ -37,8 +37,8 @@ class SquareRoot(Schedule):
         return cls(), [1.0, 0.75**0.5, 0.5**0.5, 0.5, 0.0]
 
 
-@policy("train.schedule", "constant")
-class Constant(SquareRoot):
+@policy("train.schedule", "steady")
+class Steady(SquareRoot):
     """Claims the same, and never falls."""
 
     def shape(self, step, total):
@@ -119,7 +119,7 @@ def verdicts(tmp_path):
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: penstock-stranger\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[penstock.policies]\nstranger = penstock_stranger\n")
-    schedules = [("train.schedule", name) for name in ("square_root", "constant", "silent")]
+    schedules = [("train.schedule", name) for name in ("square_root", "steady", "silent")]
     optimizers = [("optim.optimizer", name) for name in ("heavy_ball", "uphill")]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(schedules + optimizers)],
@@ -135,7 +135,7 @@ def verdicts(tmp_path):
 def test_a_plug_in_runs_its_own_laws(verdicts):
     assert verdicts["square_root"] is None
     assert verdicts["heavy_ball"] is None
-    assert verdicts["constant"] == [
+    assert verdicts["steady"] == [
         "AssertionError",
         "the factor at step 1 of 4 is 1.0, and 0.8660254037844386 in the example",
     ]
