@@ -269,13 +269,10 @@ class EngineMachine(RuleBasedStateMachine):
     def _step(self) -> None:
         for delta in self.engine.step():
             self._receive(delta)
-        taken = {(each.sequence.request.id, each.sequence.index) for each in self.engine.steps.last.entries}
-        left = {(each.request.id, each.index) for each in self.engine.memory.running} - taken
         for event in self.engine.events.fresh():
             self._hear(event)
             if event.kind == "preempted":
-                later = [name for name in left if self._rank(name) > self._rank((event.id, event.index))]
-                assert not later, "one who came later keeps memory that he has no use for now"
+                self._judge_preemption((event.id, event.index), int(event.detail["taken"]))
         now, limits = self.engine.snapshot(), self.engine.limits
         assert now.batch_tokens <= limits.tokens
         assert now.batch_sequences <= now.batch_tokens
@@ -312,6 +309,14 @@ class EngineMachine(RuleBasedStateMachine):
             self.thrown.discard(name)
         elif event.kind == "finished":
             self.thrown.discard(name)
+
+    def _judge_preemption(self, victim: Name, taken: int) -> None:
+        """Those who had their turn in the step after it, behind so many entries, could have been thrown out too."""
+        entries = self.engine.steps.last.entries
+        if not any(each.window for each in entries):
+            after = [each.sequence for each in entries[taken:] if each.sequence.leader is None]
+            later = [each for each in after if self._rank((each.request.id, each.index)) > self._rank(victim)]
+            assert not later, "one who came later keeps his memory"
 
     def _rank(self, name: Name) -> tuple[int, int]:
         """Priority, then arrival."""

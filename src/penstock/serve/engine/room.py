@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left
 
-from penstock.core.events import EventLog
+from penstock.core.events import Detail, EventLog
 from penstock.serve.engine.batch import Entry
 from penstock.serve.engine.memory import Memory
 from penstock.serve.engine.sequence import Sequence
@@ -116,10 +116,8 @@ class StepRoom:
         self._memory.release(victim)
         victim.preempted = True
         self.preempted.append(victim)
-        id, index = winner.request.id, winner.index
-        self._events.add(
-            "preempted", victim.request.id, victim.index, by=id, by_index=index, missing=missing, computed=computed
-        )
+        detail: Detail = {"by": winner.request.id, "by_index": winner.index, "missing": missing, "computed": computed}
+        self._events.add("preempted", victim.request.id, victim.index, **detail, taken=len(self.entries))
 
     def split(self, *counts: int, lead: int = 0) -> None:
         if min(counts, default=0) < 1 or sum(counts) != len(self.entries) or not 0 <= lead < len(counts):
