@@ -12,6 +12,7 @@ What each clause is there to catch:
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from penstock.core.randomness import numpy_generator
+from penstock.models.decoder import Decoder
 from penstock.ops.draw import draw_softmax
 from penstock.ops.paged.reference import Reference
 from penstock.serve.build import build_engine
@@ -126,15 +128,27 @@ CIRCLING: list[dict[str, Any]] = [
     {"frequency_penalty": 0.05},
     {"rule": Momentum(alpha=0.02)},
     {"rule": Momentum(alpha=0.1), "repetition_penalty": 1.05},
+    {"rule": Momentum(alpha=0.3)},
 ]
+
+
+@functools.cache
+def circling_model() -> Decoder:
+    """A small model that looks at little but the last token, so that its greedy text soon goes round in circles."""
+    model = Decoder(SHAPE).initialize(0).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("attention.output.weight", "mlp.down.weight")):
+                parameter.mul_(0.02)
+    return model
 
 
 def check_loops(drafter: Drafter) -> None:
     """Asserts the same where much is accepted at a time: prompts in the midst of a greedy circle, with an end within
     what may be drafted."""
-    drafting, plain = engine_with(drafter), engine_with(None)
+    drafting, plain = engine_with(drafter, circling_model()), engine_with(None, circling_model())
     for start in range(6):
-        text = [start, *greedy(small_model(), [start], 70)]
+        text = [start, *greedy(circling_model(), [start], 70)]
         ahead = text[50:58]
         place = next((place for place in (3, 2, 1) if ahead[place] not in ahead[:place]), None)
         ends = (ahead[place],) if place is not None else ()
@@ -152,11 +166,11 @@ def check_loops(drafter: Drafter) -> None:
             assert found[0] == found[1], f"drafts change a text that circles, with {kind}"
 
 
-def engine_with(drafter: Drafter | None) -> Engine:
+def engine_with(drafter: Drafter | None, model: Decoder | None = None) -> Engine:
     """A small engine that drafts."""
     sizes = {"tokens": 40, "sequences": 8, "block_size": 4, "cache_tokens": 400}
     config = EngineConfig(attention=Reference(), drafter=drafter, check=True, **sizes)
-    return build_engine(small_model(), config)
+    return build_engine(model or small_model(), config)
 
 
 def played(engine: Engine, seed: int) -> dict[tuple[str, int], list[Delta]]:
