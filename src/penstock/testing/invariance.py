@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from penstock.models.decoder import Decoder
-from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """The context of a flat batch over a paged cache, for which it is planned.
-
-    Attributes:
-        positions: int64 [N].
-    """
-
-    positions: Tensor
-    cache: PagedCache
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
-        return self.cache.attend(layer, query, key, value, scale=scale, window=window)
+from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch
+from penstock.serve.run.context import PagedTokens
 
 
 @torch.inference_mode()
@@ -71,7 +54,7 @@ def paged_logits(
         lengths = torch.tensor([stop for _, _, stop in spans], dtype=torch.int32)
         cache.plan(PagedBatch(starts, lengths, tables[members].contiguous(), slots))
         tokens = torch.tensor([token for text, start, stop in spans for token in texts[text][start:stop]])
-        context = Tokens(places.to(weight.device), cache)
+        context = PagedTokens(places.to(weight.device), cache)
         logits = model.logits(model(tokens.to(weight.device), context).hidden).cpu()
         for (text, start, stop), rows in zip(spans, torch.split(logits, [count for _, count in one]), strict=True):
             out[text][start:stop], done[text] = rows, stop
