@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 
 def calls(work: Callable[[], object]) -> int:
@@ -20,6 +22,24 @@ def calls(work: Callable[[], object]) -> int:
         work()
     finally:
         sys.setprofile(None)
+    return count
+
+
+def lines(work: Callable[[], object]) -> int:
+    """How many lines of Python ``work`` runs: the same number on every machine."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
     return count
 
 

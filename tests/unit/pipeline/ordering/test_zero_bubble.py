@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ortools.sat.python import cp_model
 
-from counted import lines
+from effort import lines
 from penstock.core.errors import UsageError
 from penstock.pipeline.ordering.zero_bubble import Problem
 from penstock.pipeline.simulate.simulator import simulate

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from counted import lines
+from effort import lines
 from penstock.core.errors import UsageError
 from penstock.pipeline.partition.pipedream import Layer, Partition, Stage, partition
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from counted import lines
+from effort import lines
 from penstock.core.errors import UsageError
 from penstock.pipeline.ir.schedule import Kind, Schedule, ScheduleError, Task, looped
 from penstock.pipeline.schedules.contract import PipelineSchedule
