@@ -33,8 +33,8 @@ class Config(BaseModel):
 
 def unset(cls: type[BaseModel], tree: Any) -> Any:
     """``tree`` with None for the word ``none``, at the keys of ``cls`` that may be None."""
-    if not isinstance(tree, Mapping):
-        return tree
+    if not isinstance(tree, Mapping) or not any(isinstance(value, str) and value == "none" for value in tree.values()):
+        return tree  # most are: a server makes configurations by the request
     optional = {name for name, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
     return {key: None if value == "none" and key in optional else value for key, value in tree.items()}
 

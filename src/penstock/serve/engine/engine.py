@@ -204,7 +204,7 @@ class Engine:
 
     def _known(self, tokens: List[int], what: str) -> None:
         vocabulary = self.limits.model.vocabulary
-        if not all(0 <= token < vocabulary for token in tokens):
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
             raise UsageError(f"{what} is outside of the vocabulary of {vocabulary}")
 
     def _limit(self, request: Request, given: int) -> int:
@@ -269,8 +269,9 @@ class Engine:
     def _companions(self, request: Request, limit: int, given: int) -> Iterable[Sequence]:
         """Sequences with the rule's prompts, which go on with what the request's prompt has behind its ``given``
         tokens."""
-        plain, generated = SamplingParams(temperature=0), request.prompt[given:]
+        generated = request.prompt[given:]
         for prompt in request.sampling.companions:
+            plain = SamplingParams(temperature=0)
             own = dataclasses.replace(request, prompt=list(prompt), sampling=plain)
             most = limit - given + len(prompt)
             yield Sequence(own, -1, plain, [*prompt, *generated], most, self._arrivals, prompt=len(prompt))

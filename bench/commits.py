@@ -1,0 +1,205 @@
+"""This tree beside an earlier one, in turn: serving, the host's share of a step, and sampling.
+
+``PENSTOCK_BEFORE`` names the folder of the earlier tree, by default ``.before``::
+
+    mkdir -p .before && git archive COMMIT pyproject.toml src bench | tar x -C .before
+    penstock bench commits
+
+Each tree is a process of its own that runs its own ``bench/serve.py``, ``scheduler.py`` and ``sampler.py``. The two
+take turns, so that only one works at a time. On CUDA both lie in the memory together, with fewer cached tokens than
+``bench serve`` has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from penstock.core.bench import load
+from penstock.core.errors import PenstockError, UsageError
+
+if TYPE_CHECKING:
+    from penstock.core.bench import Bench
+    from penstock.serve.engine.engine import Engine
+
+ANSWER = "figure: "
+#: Of the requests of mixed lengths so many are taken on CUDA.
+FEW = 64
+#: Cached tokens of each tree on CUDA.
+CACHE = {"Qwen3-0.6B shape": 294_912, "Qwen3-8B shape": 98_304}
+
+
+class Tree:
+    """The process of a tree: measures what it is asked for with the scripts of that tree.
+
+    Raises:
+        UsageError: the folder has no sources.
+        PenstockError: the process ended; what it wrote is above.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        if not (folder / "src" / "penstock").is_dir():
+            raise UsageError(
+                f"there is no earlier tree in {folder}",
+                hint=f"mkdir -p {folder} && git archive COMMIT pyproject.toml src bench | tar x -C {folder}",
+            )
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(device)],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder.absolute() / "src"), *sys.path[1:]])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def figure(self, name: str, *given: object) -> float:
+        """What ``name`` of :data:`FIGURES` gives in this tree."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps([name, *given]) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith(ANSWER):
+                return float(line.removeprefix(ANSWER))
+        raise PenstockError(f"the process of the tree ended while it measured {name} {given}")
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+
+
+class Figures:
+    """In the process of a tree: its figures by name, each made with that tree's own scripts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._engines: dict[str, Engine] = {}
+
+    def serving(self, shape: str, workload: str) -> float:
+        """Tokens a second."""
+        engine = self._engine(shape)
+        return float(load("serve").run(engine, self._workload(engine, workload)))
+
+    def stepping(self, policy: str, waiting: int) -> float:
+        """Milliseconds of the host for a step with 64 sequences that decode."""
+        from penstock.testing.enrolled import enrolled
+
+        scheduler = load("scheduler")
+        return 1e3 * float(scheduler.step_seconds(scheduler.loaded(enrolled("serve.batching")[policy], waiting)))
+
+    def sampling(self, kind: str, vocabulary: int) -> float:
+        """Microseconds of a step of sampling."""
+        sampler, draw = load("sampler"), torch.Generator().manual_seed(0)
+        rank = 1 + torch.stack([torch.randperm(vocabulary, generator=draw) for _ in range(sampler.ROWS)])
+        texts = torch.randint(vocabulary, (sampler.ROWS, sampler.LENGTH), generator=draw)
+        logits = (-1.2 * rank.float().log()).to(self._device)
+        step = sampler.ours(sampler.KINDS[kind][0], logits, texts.to(self._device))
+        step()
+        begun = time.perf_counter()
+        for _ in range(20):
+            step()
+        return 1e6 * (time.perf_counter() - begun) / 20
+
+    def _engine(self, shape: str) -> Engine:
+        """The engine of ``shape``, which stays until another is asked for."""
+        from penstock.models import hub
+        from penstock.models.decoder import Decoder
+        from penstock.serve.build import build_engine
+        from penstock.serve.config import EngineConfig
+
+        serve = load("serve")
+        if shape not in self._engines:
+            self._engines.clear()
+            gc.collect()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+                model = serve.random_model(serve.SHAPES[shape], self._device)
+                engine = build_engine(model, serve.OFFLINE.model_copy(update={"cache_tokens": CACHE[shape]}))
+            else:
+                model = hub.load(shape) if shape == "python-6m" else Decoder(serve.SMALL).initialize(0)
+                engine = build_engine(model.eval(), EngineConfig(sequences=64))
+            self._engines[shape] = engine
+        return self._engines[shape]
+
+    def _workload(self, engine: Engine, name: str) -> Any:
+        works = load("serve").cuda_workloads()
+        if self._device.type == "cuda":
+            work = next(work for work in works if work.name == name)
+            kept = slice(FEW if work is works[1] else None)
+            prompts, outputs = work.prompts[kept], work.outputs[kept]
+            counted = sum(outputs) if work is works[1] else work.counted
+            return dataclasses.replace(work, prompts=prompts, outputs=outputs, counted=counted)
+        draw, vocabulary = random.Random(0), engine.executor.model.config.vocabulary
+        prompts = [[draw.randrange(3, vocabulary) for _ in range(draw.randint(32, 256))] for _ in range(64)]
+        outputs = [draw.randint(32, 256) for _ in range(64)]
+        return dataclasses.replace(works[0], prompts=prompts, outputs=outputs, counted=sum(outputs), temperature=0)
+
+
+@contextlib.contextmanager
+def trees(device: torch.device) -> Iterator[tuple[Tree, Tree]]:
+    """The processes of the earlier tree and of this one."""
+    before = Tree(Path(os.environ.get("PENSTOCK_BEFORE", ".before")), device)
+    now = Tree(Path(__file__).parents[1], device)
+    try:
+        yield before, now
+    finally:
+        before.close()
+        now.close()
+
+
+def main(bench: Bench) -> None:
+    """Measures every figure of both trees in turn."""
+    on_cuda, serve = bench.device.type == "cuda", load("serve")
+    if on_cuda:
+        works = [(shape, work.name) for shape in serve.SHAPES for work in serve.cuda_workloads()]
+    else:
+        works = [(shape, "64 requests, 32 to 256 in and out, fp32") for shape in ("python-6m", "120 M, random")]
+    kinds = [(kind, size) for size in (4096, 151_936) for kind in load("sampler").KINDS]
+    waits = [] if on_cuda else [(name, count) for name in ("sarathi", "orca", "batchllm") for count in (10, 10_000)]
+    with trees(bench.device) as (before, now):
+
+        def beside(figure: str, given: tuple[Any, ...], **fields: Any) -> None:
+            runs: dict[str, Callable[[], float]] = {
+                "peer_run": lambda: before.figure(figure, *given),
+                "run": lambda: now.figure(figure, *given),
+            }
+            bench.compare(subject="this tree", peer="the tree before", **runs, **fields)
+
+        for shape, name in works[:1] if bench.quick else works:
+            setting = f"{shape}: {name}".replace("256 requests", f"{FEW} requests")
+            beside(
+                "serving", (shape, name), setting=setting, metric="throughput", unit="tokens/s",
+                repetitions=5 if name.startswith("one") else 3,
+            )  # fmt: skip
+        for kind, size in kinds[:1] if bench.quick else kinds:
+            setting = f"64 rows, vocabulary {size:,}, {kind}"
+            beside("sampling", (kind, size), setting=setting, metric="a step of sampling", unit="us", better="lower")
+        for policy, count in waits[:1] if bench.quick else waits:
+            setting = f"{policy}: 64 decoding, {count:,} waiting"
+            beside(
+                "stepping", (policy, count), setting=setting, metric="host time of a step", unit="ms", better="lower"
+            )
+
+
+def answer(device: str) -> None:
+    """The loop of a tree's process: each line of the input names a figure, each answer is a line."""
+    figures = Figures(torch.device(device))
+    for line in sys.stdin:
+        name, *given = json.loads(line)
+        print(f"{ANSWER}{getattr(figures, name)(*given)}", flush=True)
+
+
+if __name__ == "__main__":
+    answer(sys.argv[1])
