@@ -1,7 +1,8 @@
 """Training throughput against transformers' Llama of the same shape.
 
-On the CPU: about 15 M parameters, against a plain PyTorch loop, in fp32, and in bf16 where products are faster in it. On
-CUDA: about 1.2 B parameters on sequences of 4,096 tokens in bf16, against the compiled model with its default attention.
+On the CPU: about 15 M parameters, against a plain PyTorch loop, in fp32, and in bf16 where products are faster in it.
+On CUDA: about 1.2 B parameters on sequences of 4,096 tokens in bf16, against the compiled model with its default
+attention.
 """
 
 from __future__ import annotations
