@@ -258,7 +258,7 @@ def main(bench: Bench) -> None:
         model = common.random_model(common.SHAPES[name], bench.device)
     else:
         name, sizes = "python-1m", QUICK if bench.quick else CPU
-        model = hub.load(name).eval()
+        model = hub.load(name, dtype=torch.float32).eval()
     loads, engines = Loads(sizes, min(model.config.vocabulary, 10_000)), Engines(bench, model, sizes)
     contest(
         bench,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+import torch
 
 from penstock.core.bench import Bench
 from penstock.data.building import is_held_out
@@ -34,7 +35,7 @@ def main(bench: Bench) -> None:
     texts = texts[:5] if bench.quick else texts
     xz = functools.cache(lambda: xz_bits_per_byte([text.encode() for text in texts]))
     for name in ("python-6m", "python-1m"):
-        model = hub.load(name, device=bench.device).eval()
+        model = hub.load(name, device=bench.device, dtype=torch.float32).eval()
         documents = HeldOut(texts, hub.load_tokenizer(name))
         measured = functools.cache(
             functools.partial(bits_per_byte, model, documents, window=model.config.context, rows=4)

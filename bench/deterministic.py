@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import random
 
+import torch
+
 from penstock.core.bench import Bench, load
 from penstock.core.garbage import settled
 from penstock.core.progress import show
@@ -21,7 +23,10 @@ SHAPE = "Qwen3-0.6B shape"
 def main(bench: Bench) -> None:
     """Measures the two in turn: one request, many of mixed lengths, and groups with a common prefix."""
     serve, on_cuda = load("serve"), bench.device.type == "cuda"
-    model = serve.random_model(serve.SHAPES[SHAPE], bench.device) if on_cuda else hub.load("python-6m").eval()
+    if on_cuda:
+        model = serve.random_model(serve.SHAPES[SHAPE], bench.device)
+    else:
+        model = hub.load("python-6m", dtype=torch.float32).eval()
     common = EngineConfig(batching="batchllm", sequences=64, cache_tokens=131_072 if on_cuda else 32_768)
     free, deterministic = (
         build_engine(model, common.model_copy(update={"deterministic": each}), report=show) for each in (False, True)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 import time
 
+import torch
+
 from penstock.core.bench import Bench, load
 from penstock.core.garbage import settled
 from penstock.core.progress import show
@@ -48,7 +50,10 @@ def rates(engine: Engine, waiting: int, prompt: int, count: int) -> tuple[float,
 def main(bench: Bench) -> None:
     """Measures both loops in turn."""
     serve, on_cuda = load("serve"), bench.device.type == "cuda"
-    model = serve.random_model(serve.SHAPES[SHAPE], bench.device) if on_cuda else hub.load("python-6m").eval()
+    if on_cuda:
+        model = serve.random_model(serve.SHAPES[SHAPE], bench.device)
+    else:
+        model = hub.load("python-6m", dtype=torch.float32).eval()
     prompt, count = (256, 256) if on_cuda else (64, 64)
     engines = {
         loop.policy_name: build_engine(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from penstock import cli
 from penstock.core.progress import silent
@@ -53,6 +54,16 @@ def test_the_text_is_that_of_the_reference(model, command):
     arguments = [model, "--prompt", "def f(", "-n", 20, "-t", 0.8, "--top-k", 50, "--top-p", 0.9, "--seed", 4]
     options = Sampling(temperature=0.8, top_k=50, top_p=0.9, max_tokens=20, seed=4)
     assert command(*arguments) == (0, wanted(model, "def f(", options), "")
+
+
+def test_on_a_cpu_a_model_in_bf16_computes_in_fp32(model, tmp_path, command, monkeypatch):
+    """Products in bf16 are up to a hundred times slower on processors without instructions for them."""
+    hub.save(hub.load(model).to(torch.bfloat16), tmp_path / "stored")
+    hub.load_tokenizer(model).save_pretrained(tmp_path / "stored")
+    loaded, load = [], hub.load
+    monkeypatch.setattr(hub, "load", lambda *given, **named: loaded.append(load(*given, **named)) or loaded[-1])
+    assert command(tmp_path / "stored", "--prompt", "def f(", "-n", 2, "--device", "cpu")[0] == 0
+    assert {parameter.dtype for parameter in loaded[0].parameters()} == {torch.float32}
 
 
 def test_any_folder_with_a_model_will_do(model, command):

@@ -26,7 +26,7 @@ def generate(
     import sys
 
     from penstock.core.config import build
-    from penstock.core.devices import pick
+    from penstock.core.devices import inference_dtype, pick
     from penstock.core.errors import UsageError
     from penstock.core.files import read_text
     from penstock.models import hub
@@ -49,7 +49,7 @@ def generate(
         text = read_text(prompt_file)
     else:
         text = sys.stdin.read() if prompt == "-" else str(prompt)
-    decoder = hub.load(model, device=where).eval()
+    decoder = hub.load(model, device=where, dtype=inference_dtype(where)).eval()
     tokenizer = hub.load_tokenizer(model)
     pieces = stream_text(decoder, tokenizer, text, sampling, hub.end_tokens(model, tokenizer))
     typer.echo(text, nl=False)

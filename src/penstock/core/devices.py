@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from penstock.core.errors import UsageError
-from penstock.core.processor import kind
+from penstock.core.processor import fast_dtype, kind
 
 
 def pick(name: str = "auto") -> torch.device:
@@ -41,6 +41,12 @@ def label(device: torch.device) -> str:
         return f"cpu-{torch.get_num_threads()}-{kind().lower().replace(', ', '-').replace(' ', '-')}"
     name = torch.cuda.get_device_name(device).lower()
     return next((chip for chip in ("h100", "h200", "a100", "b200") if chip in name), name.replace(" ", "-"))
+
+
+def inference_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which a model computes on ``device`` where nobody asks for another: on a CUDA device the one that is
+    fast there, on a CPU fp32, so that answers do not depend on which kind of processor it is."""
+    return fast_dtype(device).choice if device.type == "cuda" else torch.float32
 
 
 def can_compile(device: torch.device) -> bool:

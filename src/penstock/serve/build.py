@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from penstock.core.devices import can_compile, pick
+from penstock.core.devices import can_compile, inference_dtype, pick
 from penstock.core.errors import PenstockError, UsageError
-from penstock.core.processor import fast_dtype
 from penstock.core.progress import Reporter, silent
 from penstock.models import hub
 from penstock.models.decoder import Decoder
@@ -52,8 +51,7 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
 def dtype_of(config: EngineConfig, device: torch.device) -> torch.dtype:
     """The dtype of weights and cache on ``device``."""
     named = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    # On a CPU answers do not depend on which kind it is: fp32 everywhere, unless asked for.
-    return named.get(config.dtype, fast_dtype(device).choice if device.type == "cuda" else torch.float32)
+    return named.get(config.dtype, inference_dtype(device))
 
 
 def build_engine(

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from penstock.core.errors import UsageError
 from penstock.core.files import claim, explain_os_errors, sweep, write_json
 from penstock.core.progress import Reporter
@@ -121,7 +123,7 @@ def completions(run: Path, documents: Sample, count: int, end: float) -> Iterato
 
     One is always made; no other is begun after ``end`` on the clock ``time.monotonic``.
     """
-    model, tokenizer = hub.load(run).eval(), hub.load_tokenizer(run)
+    model, tokenizer = hub.load(run, dtype=torch.float32).eval(), hub.load_tokenizer(run)
     split = documents.split
     long_enough = [i for i in range(split.documents) if len(split.document(i)) > 4 * PROMPT_TOKENS]
     for made, number in enumerate(long_enough[:count]):

@@ -9,6 +9,7 @@ import re
 import jsonschema
 import numpy as np
 import pytest
+import torch
 
 import effort
 from penstock.core.errors import UsageError
@@ -48,7 +49,7 @@ def grammars(tokenizer) -> Grammars:
 
 @pytest.fixture(scope="module")
 def model() -> Decoder:
-    return hub.load("python-1m").eval()
+    return hub.load("python-1m", dtype=torch.float32).eval()
 
 
 def engine(model: Decoder, tokenizer, grammars: Grammars | None, loop: str = "overlapped") -> Engine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from penstock.core.errors import UsageError
@@ -31,7 +32,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(params=["plain", "overlapped"])
 def writer(tokenizer, request) -> Engine:
     """An engine with a real tokenizer and grammars."""
-    model = hub.load("python-1m").eval()
+    model = hub.load("python-1m", dtype=torch.float32).eval()
     ends = frozenset({tokenizer.eos_token_id})
     config = EngineConfig.model_validate({"attention": Reference(), "loop": request.param, **SIZES})
     return build_engine(model, config, ends, grammars=Grammars(tokenizer, len(tokenizer), ends))

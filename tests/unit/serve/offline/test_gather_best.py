@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from penstock.models import hub
 from penstock.ops.paged.reference import Reference
@@ -16,7 +17,9 @@ from penstock.serve.offline.gather import Gatherer
 @pytest.mark.parametrize("logprobs", [None, 1])
 def test_the_best_continuations_are_those_of_the_highest_mean(logprobs):
     tokenizer = hub.load_tokenizer("python-1m")
-    engine = build_engine(hub.load("python-1m").eval(), EngineConfig(attention=Reference(), cache_tokens=2048))
+    engine = build_engine(
+        hub.load("python-1m", dtype=torch.float32).eval(), EngineConfig(attention=Reference(), cache_tokens=2048)
+    )
     gatherer, results = Gatherer(engine, tokenizer), {}
     for id, wanted in (("all", {"n": 5, "logprobs": 0}), ("best", {"n": 2, "best_of": 5, "logprobs": logprobs})):
         sampling = SamplingParams(seed=3, max_tokens=8, temperature=1.5, **wanted)
