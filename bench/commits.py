@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from penstock.serve.engine.engine import Engine
 
 ANSWER = "figure: "
+#: Steps of sampling that are timed together.
+STEPS = 5
 #: The larger of the models on the CPU; the other one lies in the package.
 LARGE = "120 M, random"
 #: Of the requests of mixed lengths so many are taken on CUDA.
@@ -92,7 +94,7 @@ class Figures:
     def serving(self, shape: str, workload: str) -> float:
         """Tokens a second."""
         engine = self._engine(shape)
-        return float(load("serve").run(engine, self._workload(workload)))
+        return float(load("serve").run(engine, self._workload(shape, workload)))
 
     def stepping(self, policy: str, waiting: int) -> float:
         """Milliseconds of the host for a step with 64 sequences that decode."""
@@ -110,9 +112,9 @@ class Figures:
         step = sampler.ours(sampler.KINDS[kind][0], logits, texts.to(self._device))
         step()
         begun = time.perf_counter()
-        for _ in range(20):
+        for _ in range(STEPS):
             step()
-        return 1e6 * (time.perf_counter() - begun) / 20
+        return 1e6 * (time.perf_counter() - begun) / STEPS
 
     def _engine(self, shape: str) -> Engine:
         """The engine of ``shape``, which stays until another is asked for."""
@@ -135,17 +137,17 @@ class Figures:
             self._engines[shape] = engine
         return self._engines[shape]
 
-    def _workload(self, name: str) -> Any:
+    def _workload(self, shape: str, name: str) -> Any:
         works = load("serve").cuda_workloads()
         if self._device.type == "cuda":
             work = next(work for work in works if work.name == name)
-            kept = slice(FEW if work is works[1] else None)
-            prompts, outputs = work.prompts[kept], work.outputs[kept]
-            counted = sum(outputs) if work is works[1] else work.counted
-            return dataclasses.replace(work, prompts=prompts, outputs=outputs, counted=counted)
-        draw = random.Random(0)
-        prompts = [[draw.randrange(3, 4096) for _ in range(draw.randint(32, 256))] for _ in range(64)]
-        outputs = [draw.randint(32, 256) for _ in range(64)]
+            if work is not works[1]:
+                return work
+            prompts, outputs = work.prompts[:FEW], work.outputs[:FEW]
+            return dataclasses.replace(work, prompts=prompts, outputs=outputs, counted=sum(outputs))
+        draw, count = random.Random(0), 16 if shape == LARGE else FEW
+        prompts = [[draw.randrange(3, 4096) for _ in range(draw.randint(32, 256))] for _ in range(count)]
+        outputs = [draw.randint(32, 256) for _ in range(count)]
         return dataclasses.replace(works[0], prompts=prompts, outputs=outputs, counted=sum(outputs), temperature=0)
 
 
@@ -167,9 +169,9 @@ def main(bench: Bench) -> None:
     if on_cuda:
         works = [(shape, work.name) for shape in serve.SHAPES for work in serve.cuda_workloads()]
     else:
-        works = [(shape, "64 requests, 32 to 256 in and out, fp32") for shape in ("python-6m", LARGE)]
+        works = [(shape, f"{n} requests, 32 to 256 in and out, fp32") for shape, n in (("python-6m", FEW), (LARGE, 16))]
     kinds = [(kind, size) for size in (4096, 151_936) for kind in load("sampler").KINDS]
-    waits = [] if on_cuda else [(name, count) for name in ("sarathi", "orca", "batchllm") for count in (10, 10_000)]
+    waits = [] if on_cuda else [(name, count) for name in ("sarathi", "orca", "batchllm") for count in (10, 1000)]
     with trees(bench.device) as (before, now):
 
         def beside(figure: str, given: tuple[Any, ...], **fields: Any) -> None:
