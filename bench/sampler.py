@@ -46,8 +46,8 @@ def ours(params: SamplingParams, logits: Tensor, texts: Tensor) -> Callable[[], 
     for slot, tokens in enumerate(texts.tolist()):
         own = params.model_copy(update={"seed": slot})
         sampler.add(slot, Sequence(Request("", tokens[:PROMPT], own), 0, own, tokens, 2 * LENGTH, 0, prompt=PROMPT))
-    slots, counts = list(range(ROWS)), [LENGTH - PROMPT] * ROWS
-    return torch.inference_mode()(lambda: sampler.sample(logits, sampler.ask(slots, counts)).to_host().wait())
+    entries = sampler.entries(list(range(ROWS)), [LENGTH - PROMPT] * ROWS)
+    return torch.inference_mode()(lambda: sampler.sample(logits, sampler.asked(entries)).to_host().wait())
 
 
 def theirs(greedy: bool, processors: LogitsProcessorList, logits: Tensor, texts: Tensor) -> Callable[[], object]:

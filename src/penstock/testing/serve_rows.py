@@ -33,14 +33,22 @@ class Rows:
         self._sequences[slot] = sequence
         sequence.held = Held(slot)
 
-    def ask(self, slots: List[int], counts: List[int], windows: List[tuple[int, ...]] | None = None) -> Asked:
-        """What the sequences in ``slots`` want, which have ``counts`` tokens after their prompts and, behind those,
-        the tentative ones of ``windows``."""
+    def entries(self, slots: List[int], counts: List[int], windows: List[tuple[int, ...]] | None = None) -> list[Entry]:
+        """Those of a batch in which the sequences in ``slots`` go on, which have ``counts`` tokens after their prompts
+        and, behind those, the tentative ones of ``windows``."""
         entries = []
         for place, (slot, count) in enumerate(zip(slots, counts, strict=True)):
             sequence, window = self._sequences[slot], windows[place] if windows else ()
             width = 1 + len(window)
             entries.append(Entry(sequence, slot, sequence.prompt + count - 1, width, width, window=window))
+        return entries
+
+    def ask(self, slots: List[int], counts: List[int], windows: List[tuple[int, ...]] | None = None) -> Asked:
+        """What the sequences of such :meth:`entries` want."""
+        return self.asked(self.entries(slots, counts, windows))
+
+    def asked(self, entries: list[Entry]) -> Asked:
+        """What the sequences of ``entries`` want."""
         placed, asked = self.planner.ask(entries)
         for each in placed:
             self.sampler.place(each.slot, each.tokens, each.prompt)

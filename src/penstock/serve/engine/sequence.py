@@ -140,7 +140,7 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         """Whether only its newest token remains to be computed, and its companions'."""
-        return all(member.remaining == 1 for member in self.members)
+        return self.remaining == 1 and all(member.remaining == 1 for member in self.companions)
 
     @property
     def rank(self) -> tuple[int, int]:
