@@ -16,7 +16,8 @@ from penstock.models.sampling import Sampling
 from penstock.testing import reference
 from penstock.train.run import Run
 from penstock.train.session import train_to_the_end
-from tiny_runs import config, make_store, penstock
+from programs import penstock
+from tiny_runs import config, make_store
 
 
 @pytest.fixture(scope="module")
