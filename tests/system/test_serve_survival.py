@@ -77,7 +77,7 @@ def test_an_engine_that_hangs_is_noticed():
 def test_sigterm_drains():
     with Served("--deadline", "60") as server, ThreadPoolExecutor(2) as pool:
         engine = server.engine
-        body = LONG | {"max_tokens": 400}
+        body = LONG | {"max_tokens": 200}
         work = [pool.submit(answer_of, server, body | {"stream": stream}) for stream in (True, False)]
         server.until(lambda now: now["running"] == 2)
         # The live page's stream must not keep the server.
@@ -122,7 +122,7 @@ def test_the_engine_dies_with_its_server_and_a_deadline_ends_a_request():
         assert gone(engine)
 
 
-@pytest.mark.parametrize("requests", [150, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_short_requests_and_random_departures_leave_every_block_free(server, requests):
     before = server.until_idle()
     draw = random.Random(requests)
