@@ -18,6 +18,8 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -104,6 +106,7 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # which OpenMP reads when it is loaded
     function(*arguments)
 
 
@@ -123,3 +126,9 @@ def start(*arguments: object, folder: Path | None = None, **environment: str) ->
 def penstock(*arguments: object, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs ``penstock`` to its end."""
     return start(*arguments, folder=folder, **environment).completed()
+
+
+def in_a_shell(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same as a shell does it, with Python and all imports from the beginning: for one test of a verb."""
+    command = [sys.executable, "-m", "penstock", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=280)
