@@ -22,8 +22,8 @@ from penstock.train.config import TrainConfig
 from penstock.train.run import Run
 from penstock.train.session import train_to_the_end
 
-#: The longest life, in times of the first one, which lasts until an update is made.
-LIFE = 3.0
+#: Most updates of a life.
+LIFE = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,28 +57,36 @@ def born(config: TrainConfig, folder: Path) -> int:
     return child
 
 
+def reported(folder: Path) -> int:
+    """The last update that the run has reported."""
+    records = read_metrics(folder / "metrics.jsonl")
+    return records[-1]["step"] if records else 0
+
+
 def kill(config: TrainConfig, folder: Path, deaths: int) -> list[Death]:
-    """Kills ``deaths`` children, the first after an update and the others at instants drawn uniformly; then one ends
-    by itself.
+    """Kills ``deaths`` children, a third of them while they begin and the others after a few updates, at any instant
+    of one; then one ends by itself.
     """
     draw = numpy_generator(0, "deaths")
     birth, told = 0.0, []
-    for _ in range(deaths):
+    for number in range(deaths):
+        before = reported(folder)
         child, began = born(config, folder), time.monotonic()
-        if birth:
-            time.sleep(draw.uniform(0, LIFE * birth))
+        if number % 3 == 2:
+            time.sleep(draw.uniform(0, birth))
         else:
-            while not read_metrics(folder / "metrics.jsonl"):
+            until = min(before + int(draw.integers(1, LIFE + 1)), config.steps or before)
+            while reported(folder) < until:
                 time.sleep(0.001)
-            birth = time.monotonic() - began
+            birth = birth or time.monotonic() - began
+            time.sleep(draw.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        records = read_metrics(folder / "metrics.jsonl")
         found, faults = checkpoint.newest(folder / "checkpoints")
         told.append(
             Death(
                 killed=os.waitstatus_to_exitcode(status) == -signal.SIGKILL,
-                reported=records[-1]["step"] if records else 0,
+                reported=reported(folder),
                 saved=0 if found is None else checkpoint.step_of(found),
                 faults=[fault.what for fault in faults],
             )

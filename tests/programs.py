@@ -24,7 +24,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch._dynamo", "matplotlib.pyplot", "transformers", "penstock.train.session", "penstock.serve.http.server"]
+    ["torch._dynamo", "matplotlib.figure", "transformers", "penstock.train.session", "penstock.serve.http.server"]
 )
 
 
