@@ -33,7 +33,7 @@ def texts(path: Path) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize(("deaths", "lines"), [(6, 100), pytest.param(24, 400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("deaths", "lines"), [(6, 100), pytest.param(12, 200, marks=pytest.mark.slow)])
 def test_killed_at_any_instant_no_finished_line_is_lost_or_repeated(tmp_path, deaths, lines):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write_lines(source, lines, max_tokens=12)
