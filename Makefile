@@ -1,6 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# A process for each core that may be used; a file's tests stay together, so that they share what it sets up.
+PYTEST := $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+# Each of the tests' many processes would compile Penstock anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: install demo check test test-plain test-slow test-gpu docs clean
 
 install: .venv/installed
@@ -20,16 +25,16 @@ check: install
 	$(BIN)/python docs/generate.py --check
 
 test: install
-	$(BIN)/pytest
+	$(PYTEST)
 
 # What depends on the processor, as on one with AVX2 alone: a plainer kind can be made of a richer one.
 test-plain: install
-	DNNL_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/pytest \
+	DNNL_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) \
 	  tests/unit/core/test_processor.py tests/unit/train/test_machine.py tests/unit/train/test_precision.py \
 	  tests/conformance/test_optim_optimizer.py
 
 test-slow: install
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 test-gpu: install
 	$(BIN)/pytest -m gpu

@@ -1,14 +1,8 @@
-"""The processes of a run, forked from one that has imported everything already.
-
-As a script: trains the configuration given as JSON with several processes, and prints a JSON object for each of them:
-its exit code, what it raised, and a hash of the weights that it ended with.
-"""
+"""The processes of a run, forked from one that has imported everything already."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +13,6 @@ import torch.distributed
 
 from penstock.core.errors import PenstockError
 from penstock.parallel.world import World
-from penstock.testing.ranks import ranks
 from penstock.train.config import TrainConfig
 from penstock.train.run import Run
 
@@ -52,11 +45,3 @@ def trained(config: TrainConfig, folder: Path, failing: int | None) -> Callable[
         return [complete, weights(run), summary["bits_per_byte"], run.trainer.position.seconds]
 
     return work
-
-
-if __name__ == "__main__":
-    config_path, folder, size, failing = sys.argv[1:]
-    config = TrainConfig.model_validate_json(Path(config_path).read_text())
-    work = trained(config, Path(folder), int(failing) if failing != "none" else None)
-    for result in ranks(int(size), work):
-        print(json.dumps(result))

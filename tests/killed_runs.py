@@ -1,16 +1,13 @@
 """Trains in child processes that are killed at random instants, until enough have died; then lets one finish.
 
-Children are forked from this process, which has imported everything, so that a life costs milliseconds. Prints a JSON
-object a line for each death: the last update that was reported, and the newest whole checkpoint with the faults of
-newer ones.
+Children are forked from this process, which has imported everything, so that a life costs milliseconds.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -25,8 +22,19 @@ from penstock.train.config import TrainConfig
 from penstock.train.run import Run
 from penstock.train.session import train_to_the_end
 
-#: The longest life, in times of the first one, which lasts until an update is made.
-LIFE = 5.0
+#: Most updates of a life.
+LIFE = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Death:
+    """Whether a child was ``killed``, or had ended before that; the last update that was ``reported``; that of the
+    newest whole checkpoint; and the ``faults`` of newer ones."""
+
+    killed: bool
+    reported: int
+    saved: int
+    faults: list[str]
 
 
 def live(config: TrainConfig, folder: Path) -> None:
@@ -49,33 +57,40 @@ def born(config: TrainConfig, folder: Path) -> int:
     return child
 
 
-def main(config_path: str, folder: Path, deaths: int) -> None:
-    """Kills ``deaths`` children, the first after an update and the others at instants drawn uniformly."""
-    config = TrainConfig.model_validate_json(Path(config_path).read_text())
+def reported(folder: Path) -> int:
+    """The last update that the run has reported."""
+    records = read_metrics(folder / "metrics.jsonl")
+    return records[-1]["step"] if records else 0
+
+
+def kill(config: TrainConfig, folder: Path, deaths: int) -> list[Death]:
+    """Kills ``deaths`` children, a third of them while they begin and the others after a few updates, at any instant
+    of one; then one ends by itself.
+    """
     draw = numpy_generator(0, "deaths")
-    birth = 0.0
-    for _ in range(deaths):
+    birth, told = 0.0, []
+    for number in range(deaths):
+        before = reported(folder)
         child, began = born(config, folder), time.monotonic()
-        if birth:
-            time.sleep(draw.uniform(0, LIFE * birth))
+        if number % 3 == 2:
+            time.sleep(draw.uniform(0, birth))
         else:
-            while not read_metrics(folder / "metrics.jsonl"):
+            until = min(before + int(draw.integers(1, LIFE + 1)), config.steps or before)
+            while reported(folder) < until:
                 time.sleep(0.001)
-            birth = time.monotonic() - began
+            birth = birth or time.monotonic() - began
+            time.sleep(draw.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        records = read_metrics(folder / "metrics.jsonl")
         found, faults = checkpoint.newest(folder / "checkpoints")
-        death = {
-            "killed": os.waitstatus_to_exitcode(status) == -signal.SIGKILL,
-            "reported": records[-1]["step"] if records else 0,
-            "saved": 0 if found is None else checkpoint.step_of(found),
-            "faults": [fault.what for fault in faults],
-        }
-        print(json.dumps(death), flush=True)
+        told.append(
+            Death(
+                killed=os.waitstatus_to_exitcode(status) == -signal.SIGKILL,
+                reported=reported(folder),
+                saved=0 if found is None else checkpoint.step_of(found),
+                faults=[fault.what for fault in faults],
+            )
+        )
     _, status = os.waitpid(born(config, folder), 0)
-    sys.exit(os.waitstatus_to_exitcode(status))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    assert status == 0, "the run that nobody killed has failed"
+    return told

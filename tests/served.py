@@ -6,8 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from tiny_runs import ENVIRONMENT
+from programs import start
 
 MODEL = "python-1m"
 SMALL = ("--set", "sequences=8", "--set", "tokens=256", "--set", "cache_tokens=8192", "--set", "check=true")
@@ -25,19 +23,11 @@ class Served:
     """A server on a free loopback port; ends with the ``with`` block."""
 
     def __init__(self, *arguments: str, key: str | None = None) -> None:
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on leaving)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "penstock", "serve", MODEL, "--port", "0", *SMALL, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env=ENVIRONMENT | ({"PENSTOCK_API_KEY": key} if key else {}),
-        )
-        self.greeting = ""
-        for line in self.process.stdout:
-            self.greeting += line
-            if line.startswith("Try:"):
-                break
+        given = {"PENSTOCK_API_KEY": key} if key else {}
+        self.process = start("serve", MODEL, "--port", 0, *SMALL, *arguments, **given)
+        while "\nTry: " not in self.process.out() and self.process.poll() is None:
+            time.sleep(0.01)
+        self.greeting = self.process.out()
         found = re.search(r"http://\S+", self.greeting)
         assert found, self.said()
         self.url = found[0]
@@ -56,8 +46,6 @@ class Served:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        self.process.stdout.close()
-        self.errors.close()
 
     @property
     def engine(self) -> int:
@@ -67,8 +55,7 @@ class Served:
 
     def said(self) -> str:
         """What it wrote to standard error."""
-        self.errors.seek(0)
-        return self.errors.read()
+        return self.process.errors()
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(path, json=body)

@@ -1,13 +1,10 @@
-"""Training runs that are small enough for tests: a corpus, configurations, and penstock as a process."""
+"""Training runs that are small enough for tests: a corpus, and configurations."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,6 @@ from penstock.train.config import TrainConfig
 
 VOCABULARY = 320
 MODEL = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "ffn": 48, "context": 64}
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 def make_corpus(folder: Path) -> Path:
@@ -80,29 +76,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value)
-
-
-def penstock(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs penstock in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "penstock", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT | environment,
-        check=False,
-        timeout=280,
-    )
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """Starts penstock, and leaves it running."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "penstock", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -12,4 +12,10 @@ POLICIES = enrolled("pipeline.transform")
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_law_of_transforms_holds(name: str) -> None:
-    check(POLICIES[name])
+    check(POLICIES[name], draws=15, processes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_law_holds_for_many_times_and_on_more_processes(name: str) -> None:
+    check(POLICIES[name], draws=150, processes=4)

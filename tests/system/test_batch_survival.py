@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import killed_batches
-from tiny_runs import ENVIRONMENT, penstock, start
+from programs import penstock, start
 
 
 def write_lines(path: Path, count: int, max_tokens: int) -> None:
@@ -35,46 +33,40 @@ def texts(path: Path) -> dict[str, str]:
     return found
 
 
-def test_killed_at_any_instant_no_finished_line_is_lost_or_repeated(tmp_path):
+@pytest.mark.parametrize(("deaths", "lines"), [(6, 100), pytest.param(12, 200, marks=pytest.mark.slow)])
+def test_killed_at_any_instant_no_finished_line_is_lost_or_repeated(tmp_path, deaths, lines):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    write_lines(source, 200, max_tokens=12)
-    done = subprocess.run(
-        [sys.executable, killed_batches.__file__, source, target, "12"],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    counts = [int(line) for line in done.stdout.split()]
+    write_lines(source, lines, max_tokens=12)
+    llm = killed_batches.engine()
+    counts = killed_batches.kill(llm, source, target, deaths)
     assert counts == sorted(counts)
-    assert counts[-1] < 200, "the last life had nothing left to do"
+    assert counts[-1] < lines, "the last life had nothing left to do"
     found = texts(target)
-    assert set(found) == {f"batch_req_{number}" for number in range(200)}
-    killed_batches.live(killed_batches.engine(), source, tmp_path / "straight.jsonl")
+    assert set(found) == {f"batch_req_{number}" for number in range(lines)}
+    killed_batches.live(llm, source, tmp_path / "straight.jsonl")
     assert found == texts(tmp_path / "straight.jsonl")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_the_command_goes_on_where_it_was(tmp_path, number):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    write_lines(source, 120, max_tokens=32)
+    write_lines(source, 60, max_tokens=24)
     command = ["batch", "python-1m", source, target, "--device", "cpu", "--set", "sequences=4"]
     process = start(*command)
     deadline = time.monotonic() + 60
     while not target.exists() or target.stat().st_size == 0:
-        assert time.monotonic() < deadline, process.communicate(timeout=5)
+        assert time.monotonic() < deadline, process.errors()
         time.sleep(0.01)
     process.send_signal(number)
-    out, errors = process.communicate(timeout=30)
-    assert "Traceback" not in errors
+    stopped = process.completed(30)
+    assert "Traceback" not in stopped.stderr
     if number == signal.SIGINT:
-        assert process.returncode == 130
-        assert "run the same command to go on" in out
+        assert stopped.returncode == 130
+        assert "run the same command to go on" in stopped.stdout
     kept = target.read_bytes()
     kept = kept[: kept.rindex(b"\n") + 1] if b"\n" in kept else b""
     done = penstock(*command)
     assert done.returncode == 0, done.stderr
     assert "lines" in done.stdout
     assert target.read_bytes().startswith(kept)
-    assert len(texts(target)) == 120
+    assert len(texts(target)) == 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from penstock.cli import build_app
+from programs import in_a_shell
 
 VERBS = sorted(command.name or command.callback.__name__ for command in build_app().registered_commands)
 GROUPED = [
@@ -39,10 +41,6 @@ def made(how: str) -> None:
             for _ in range(100_000):
                 print("a line of some length")
 '''
-
-
-def penstock(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "penstock", *arguments], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -99,28 +97,30 @@ def test_a_reader_that_goes_away_is_no_traceback(made):
 
 @pytest.mark.parametrize("arguments", [[], ["--nonsense"], ["nonsense"], ["papers", "three"], ["papers", "--nonsense"]])
 def test_a_malformed_command_line_is_usage(arguments):
-    done = penstock(*arguments)
+    done = in_a_shell(*arguments)
     assert done.returncode == 2
     assert "Usage: penstock" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["papers", "99999"], ["papers", "--family", "x"], ["bench", "no-such-thing"]])
+@pytest.mark.parametrize(
+    "arguments", [["papers", "99999"], ["papers", "--family", "x"], ["bench", "no-such-thing"], ["serve", "nowhere"]]
+)
 def test_wrong_requests_exit_with_2(arguments):
-    done = penstock(*arguments)
+    done = in_a_shell(*arguments)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: there is no ")
+    assert re.search("^error: there is no ", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
 
 
 def test_version():
     from penstock import __version__
 
-    assert penstock("--version").stdout == f"penstock {__version__}\n"
+    assert in_a_shell("--version").stdout == f"penstock {__version__}\n"
 
 
 def test_help_lists_every_verb():
-    done = penstock("--help")
+    done = in_a_shell("--help")
     assert done.returncode == 0
     assert {"papers", "bench"} <= set(VERBS)
     for verb in (*VERBS, *(group for group, _ in GROUPED)):

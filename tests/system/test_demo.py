@@ -14,7 +14,7 @@ import pytest
 from penstock.core.metrics import read_metrics
 from penstock.data.store import TokenStore
 from penstock.models import hub
-from tiny_runs import ENVIRONMENT
+from programs import ENVIRONMENT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -19,7 +19,8 @@ import typer
 from penstock.cli import build_app
 from penstock.models import hub
 from printed_commands import PROGRAMS, ROOT, Command, blocks, inline
-from tiny_runs import ENVIRONMENT, MODEL, make_corpus, write_config
+from programs import ENVIRONMENT
+from tiny_runs import MODEL, make_corpus, write_config
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 

@@ -16,7 +16,8 @@ from penstock.models.sampling import Sampling
 from penstock.testing import reference
 from penstock.train.run import Run
 from penstock.train.session import train_to_the_end
-from tiny_runs import config, make_store, penstock
+from programs import in_a_shell
+from tiny_runs import config, make_store
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,6 @@ def test_a_model_that_is_not_there(command, tmp_path, monkeypatch, source, messa
 
 def test_as_a_process(model):
     """The same, seen from a shell."""
-    done = penstock("generate", model, "--prompt", "class", "-n", 6, "-t", 0)
+    done = in_a_shell("generate", model, "--prompt", "class", "-n", 6, "-t", 0)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == wanted(model, "class", Sampling(temperature=0, max_tokens=6))

@@ -77,7 +77,7 @@ def test_an_engine_that_hangs_is_noticed():
 def test_sigterm_drains():
     with Served("--deadline", "60") as server, ThreadPoolExecutor(2) as pool:
         engine = server.engine
-        body = LONG | {"max_tokens": 400}
+        body = LONG | {"max_tokens": 200}
         work = [pool.submit(answer_of, server, body | {"stream": stream}) for stream in (True, False)]
         server.until(lambda now: now["running"] == 2)
         # The live page's stream must not keep the server.
@@ -122,7 +122,7 @@ def test_the_engine_dies_with_its_server_and_a_deadline_ends_a_request():
         assert gone(engine)
 
 
-@pytest.mark.parametrize("requests", [150, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_short_requests_and_random_departures_leave_every_block_free(server, requests):
     before = server.until_idle()
     draw = random.Random(requests)
@@ -156,9 +156,8 @@ def test_short_requests_and_random_departures_leave_every_block_free(server, req
     with ThreadPoolExecutor(8) as pool:
         outcomes = list(pool.map(visit, plans))
     after = server.until_idle()
-    assert set(outcomes) <= {0, 200}
-    assert outcomes.count(200) >= requests * 0.7
-    assert outcomes.count(0) > requests * 0.05
+    assert set(outcomes) == {0, 200}
+    assert all(outcome == 200 for outcome, plan in zip(outcomes, plans, strict=True) if not plan["leave"])
     finished = {name: after[name] - before.get(name, 0) for name in after if name.startswith("finished_total")}
     assert sum(finished.values()) == sum(plan["body"]["n"] for plan in plans)
     assert after["cache_blocks_held"] == 0

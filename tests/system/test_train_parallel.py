@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,12 @@ import torch
 
 import forked_ranks
 from penstock.core.metrics import read_metrics
+from penstock.testing.ranks import ranks
 from penstock.train import checkpoint
+from penstock.train.config import TrainConfig
 from penstock.train.run import Run
-from tiny_runs import ENVIRONMENT, config, make_store, tensors, write_config
+from programs import ENVIRONMENT, Program, run_penstock, start
+from tiny_runs import config, make_store, tensors, write_config
 
 STAGES = {"tokens": 192, "micro_tokens": 64, "stages": [{"length": 16}, {"length": 32}]}
 
@@ -37,11 +39,8 @@ def alone(store, tmp_path_factory) -> Run:
     return run
 
 
-def trained(tmp_path: Path, config, size: int, failing: str = "none") -> list[dict[str, Any]]:
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    command = [sys.executable, forked_ranks.__file__, tmp_path / "config.json", tmp_path / "run", str(size), failing]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=True, timeout=120)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def trained(tmp_path: Path, config: TrainConfig, size: int, failing: int | None = None) -> list[dict[str, Any]]:
+    return ranks(size, forked_ranks.trained(config, tmp_path / "run", failing))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -77,7 +76,7 @@ def test_all_processes_follow_one_clock(store, tmp_path):
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_process_that_fails_does_not_keep_the_others(store, tmp_path, failing):
     """They end, long before the hour that they wait for one that is busy, and say that another one is at fault."""
-    results = trained(tmp_path, options(store, checkpoint_steps=2), 2, str(failing))
+    results = trained(tmp_path, options(store, checkpoint_steps=2), 2, failing)
     assert results[failing]["raised"] == ["PenstockError", "this process has failed"]
     kind, message = results[1 - failing]["raised"]
     assert kind == "PenstockError"
@@ -95,18 +94,8 @@ def test_the_command_line_with_two_processes(store, tmp_path):
 
     def started(*arguments: object) -> list[subprocess.CompletedProcess[str]]:
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "penstock", "train", *map(str, arguments)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
-            for rank in range(2)
-        ]
-        outputs = [process.communicate(timeout=120) for process in processes]
-        return [subprocess.CompletedProcess((), p.returncode, *o) for p, o in zip(processes, outputs, strict=True)]
+        processes = [start("train", *arguments, **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+        return [process.completed(120) for process in processes]
 
     leader, other = started(path, "--out", tmp_path / "run")
     assert (leader.returncode, other.returncode) == (0, 0), leader.stderr + other.stderr
@@ -119,14 +108,9 @@ def test_the_command_line_with_two_processes(store, tmp_path):
 
 
 def test_processes_that_do_not_find_each_other(tmp_path, store):
-    done = subprocess.run(
-        [sys.executable, "-m", "penstock", "train", write_config(tmp_path / "config.toml", store)],
-        capture_output=True,
-        text=True,
-        env={k: v for k, v in ENVIRONMENT.items() if not k.startswith("MASTER")} | {"WORLD_SIZE": "2", "RANK": "0"},
-        cwd=tmp_path,
-        check=False,
-    )
+    path = write_config(tmp_path / "config.toml", store)
+    place = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("MASTER")} | {"WORLD_SIZE": "2", "RANK": "0"}
+    done = Program(run_penstock, "train", str(path), environment=place, folder=tmp_path).completed()
     assert done.returncode == 1
     assert "error: cannot join the 2 processes of the run: " in done.stderr
     assert "Traceback" not in done.stderr

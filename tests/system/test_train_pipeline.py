@@ -15,6 +15,7 @@ from penstock.core.files import read_json
 from penstock.core.metrics import read_metrics
 from penstock.models import hub
 from penstock.parallel.world import World
+from penstock.testing.ranks import ranks
 from penstock.train import checkpoint
 from penstock.train.run import Run
 from tiny_runs import MODEL, VOCABULARY, config, make_store, tensors
@@ -47,7 +48,7 @@ def alone(store, tmp_path_factory) -> Run:
 
 
 def trained(options, folder: Path, size: int) -> None:
-    results = forked_ranks.ranks(size, forked_ranks.trained(options, folder, None))
+    results = ranks(size, forked_ranks.trained(options, folder, None))
     assert [result.get("raised") for result in results] == [None] * size
     assert all(result["returned"][0] for result in results)
     assert len({result["returned"][2] for result in results}) == 1
@@ -59,7 +60,7 @@ def resumed(folder: Path, size: int, *overrides: str) -> None:
     def work(world: World) -> bool:
         return Run.reopen(folder, world, overrides).trainer.train()
 
-    results = forked_ranks.ranks(size, work)
+    results = ranks(size, work)
     assert [result.get("returned") for result in results] == [True] * size, results
 
 
@@ -187,6 +188,6 @@ def test_refusals(store, tmp_path, changes, message):
         Run.create(options(store, **everything), tmp_path / "run", world)
 
     size = 1 if changes.get("parallel") else 2
-    for result in forked_ranks.ranks(size, work):
+    for result in ranks(size, work):
         assert message in result["raised"][1], json.dumps(result)
     assert not (tmp_path / "run").exists()

@@ -15,7 +15,8 @@ from penstock.core.progress import silent
 from penstock.train import checkpoint
 from penstock.train.run import Run
 from penstock.train.session import train_to_the_end
-from tiny_runs import MODEL, VOCABULARY, config, make_store, penstock, tensors, write_config
+from programs import penstock
+from tiny_runs import MODEL, VOCABULARY, config, make_store, tensors, write_config
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import resource
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +18,10 @@ from penstock.parallel.world import World
 from penstock.train import checkpoint
 from penstock.train.run import Run
 from penstock.train.session import stoppable, train_to_the_end
-from tiny_runs import ENVIRONMENT, assert_same_bits, config, make_store, penstock, start, write_config
+from programs import Program, penstock, run_penstock, start
+from tiny_runs import assert_same_bits, config, make_store, write_config
+
+STEPS = 120
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,10 @@ def store(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(store, tmp_path_factory) -> Path:
-    """The last checkpoint of 200 updates that nothing disturbed."""
+    """The run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    assert Run.create(config(store, steps=200), folder).trainer.train()
-    return folder / "checkpoints" / "step-00000200"
+    assert Run.create(config(store, steps=STEPS, checkpoint_steps=None), folder).trainer.train()
+    return folder
 
 
 def until(folder: Path, step: int) -> None:
@@ -45,32 +45,39 @@ def until(folder: Path, step: int) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def last(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:08}"
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGKILL))],
+)
 def test_a_run_that_is_stopped_goes_on_by_the_line_that_it_printed(store, straight, tmp_path, number):
     """With a blank in its name. Killed, it prints nothing, and the same line would do."""
     folder = tmp_path / "my run"
-    process = start("train", write_config(tmp_path / "config.toml", store, steps=200), "--out", folder)
+    process = start("train", write_config(tmp_path / "config.toml", store, steps=STEPS), "--out", folder)
     until(folder, 25)
     process.send_signal(number)
-    out, errors = process.communicate(timeout=30)
-    assert "Traceback" not in errors
+    stopped = process.completed(30)
+    assert "Traceback" not in stopped.stderr
     found, faults = checkpoint.newest(folder / "checkpoints")
     assert faults == []
     if number == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
+        assert stopped.returncode == -signal.SIGKILL
         command = ["penstock", "train", "--resume", str(folder)]
     else:
-        assert process.returncode == 0
-        steps, line = re.fullmatch(r"stopped after (\d+) steps; continue with: (.*)\n", out).groups()
+        assert stopped.returncode == 0
+        steps, line = re.fullmatch(r"stopped after (\d+) steps; continue with: (.*)\n", stopped.stdout).groups()
         assert checkpoint.step_of(found) == int(steps)
         command = shlex.split(line)
-    assert 20 <= checkpoint.step_of(found) < 200
+    assert 20 <= checkpoint.step_of(found) < STEPS
     assert command[:2] == ["penstock", "train"]
     done = penstock(*command[1:])
     assert done.returncode == 0, done.stderr
-    assert "bits per byte on held-out documents after 200 steps" in done.stdout
-    assert_same_bits(folder / "checkpoints" / "step-00000200", straight)
-    assert [record["step"] for record in read_metrics(folder / "metrics.jsonl")] == [*range(1, 201)]
+    assert f"bits per byte on held-out documents after {STEPS} steps" in done.stdout
+    assert_same_bits(last(folder, STEPS), last(straight, STEPS))
+    assert [record["step"] for record in read_metrics(folder / "metrics.jsonl")] == [*range(1, STEPS + 1)]
     assert not list(folder.rglob("*.partial"))
 
 
@@ -91,45 +98,35 @@ def test_a_stop_outside_the_updates_says_what_to_do_too(tmp_path, capsys, number
     assert wanted in capsys.readouterr().out
 
 
-def test_killed_at_any_instant_a_run_loses_no_more_than_an_interval(store, tmp_path):
-    """Sixty times; each time there is a whole checkpoint, and the end is that of the run that nobody killed."""
-    (tmp_path / "config.json").write_text(config(store, steps=450, checkpoint_steps=2).model_dump_json())
-    done = subprocess.run(
-        [sys.executable, killed_runs.__file__, tmp_path / "config.json", tmp_path / "run", "60"],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    deaths = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(deaths) == 60
-    for death in deaths:
-        assert death["faults"] == []
-        assert death["reported"] - 2 <= death["saved"] <= death["reported"]
-    alive = [death for death in deaths if death["killed"]]
-    assert len(alive) >= 50
-    assert len({death["saved"] for death in alive}) > 10
-    straight = config(store, steps=450, checkpoint_steps=None)
-    assert Run.create(straight, tmp_path / "straight").trainer.train()
-    ends = [tmp_path / name / "checkpoints" / "step-00000450" for name in ("run", "straight")]
-    assert_same_bits(*ends)
+@pytest.mark.parametrize("deaths", [12, pytest.param(60, marks=pytest.mark.slow)])
+def test_killed_at_any_instant_a_run_loses_no_more_than_an_interval(store, straight, tmp_path, deaths):
+    """Each time there is a whole checkpoint, and the end is that of the run that nobody killed, however much longer."""
+    steps = STEPS * deaths // 12
+    told = killed_runs.kill(config(store, steps=steps, checkpoint_steps=2), tmp_path / "run", deaths)
+    for death in told:
+        assert death.faults == []
+        assert death.reported - 2 <= death.saved <= death.reported
+    alive = [death for death in told if death.killed]
+    assert len(alive) >= deaths * 5 / 6
+    assert len({death.saved for death in alive}) > deaths / 6
+    if steps > STEPS:
+        straight = tmp_path / "straight"
+        assert Run.create(config(store, steps=steps, checkpoint_steps=None), straight).trainer.train()
+    assert_same_bits(last(tmp_path / "run", steps), last(straight, steps))
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.endswith((".partial", ".old"))]
 
 
+def short_of_disk(*arguments: str) -> None:
+    """``penstock`` where files may grow to 200 kB: the weights fit, the optimizer's state does not."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    run_penstock(*arguments)
+
+
 def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(store, tmp_path):
-    """Files may grow to 200 kB: the weights fit, the optimizer's state does not."""
     folder = tmp_path / "run"
     assert train_to_the_end(Run.create(config(store, steps=10), folder), silent)
     before = {path: path.read_bytes() for path in (folder / "checkpoints").rglob("*") if path.is_file()}
-    done = subprocess.run(
-        [sys.executable, "-m", "penstock", "train", "--resume", folder, "--set", "steps=20"],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
-    )
+    done = Program(short_of_disk, "train", "--resume", str(folder), "--set", "steps=20").completed()
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "error: no checkpoint could be saved at step 20: " in done.stderr

@@ -34,9 +34,9 @@ from penstock.testing.ranks import agreed
 from penstock.testing.refusals import refused
 
 
-def check(policy: PipelineTransform) -> None:
-    """Asserts the law of ``pipeline.transform`` on all schedules with a flush, for random times, and on three
-    processes."""
+def check(policy: PipelineTransform, draws: int = 40, processes: int = 3) -> None:
+    """Asserts the law of ``pipeline.transform`` on all schedules with a flush, for so many draws of random times, and
+    on so many processes."""
     schedules = _schedules()
     flushing = [made for made in schedules.values() if made.build(2, 2).weights is WeightRule.FLUSH]
     candidates = list(variants(policy))
@@ -46,12 +46,12 @@ def check(policy: PipelineTransform) -> None:
             for devices, microbatches in ((2, 2), (4, 8)):
                 check_transform(variant, schedule.build(devices, microbatches), given)
     draw = numpy_generator(0, "testing/pipeline.transform")
-    for _ in range(40):
+    for _ in range(draws):
         built = flushing[draw.integers(len(flushing))].build(4, 4 * int(draw.integers(1, 4)))
         check_any_times(candidates[draw.integers(len(candidates))], built, draw)
     with refused(UsageError, "stashes several"):
         policy.apply(schedules["pipedream"].build(2, 4))
-    check_on_processes(policy, 3)
+    check_on_processes(policy, processes)
 
 
 def _schedules() -> dict[str, PipelineSchedule]:

@@ -124,7 +124,8 @@ class Account:
         """What follows the text."""
         sampling = self.request.sampling
         rule = CONTRAST if sampling.rule is not None else None
-        follows = expected(tuple(self.text), self.given, sampling.temperature, sampling.seed + self.index, rule)
+        seed = sampling.seed + self.index if sampling.temperature else 0  # greedy ones are all the same
+        follows = expected(tuple(self.text), self.given, sampling.temperature, seed, rule)
         follows = follows[: self.limit - len(self.text)]
         return follows[: follows.index(STOP) + 1] if STOP in sampling.stop_tokens and STOP in follows else follows
 

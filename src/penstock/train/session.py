@@ -125,16 +125,14 @@ class _Ticker:
 
 def draw_loss(folder: Path) -> Path:
     """Draws ``folder/loss.png`` from its metrics: the loss in nats a token, and the learning-rate factor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # pyplot takes longer to import, and keeps figures for the whole process
 
     every = read_metrics(folder / "metrics.jsonl")
     records = [record for record in every if "loss" in record]
     validated = [record for record in every if "validation_bits_per_byte" in record]
     steps = [record["step"] for record in records]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     axes.plot(steps, [record["loss"] for record in records], linewidth=1, color="tab:blue")
     axes.set(xlabel="step", ylabel="training loss (nats per token)", title=f"{folder.name}: training loss")
     axes.grid(alpha=0.3)
@@ -147,6 +145,5 @@ def draw_loss(folder: Path) -> Path:
     rates.set(ylabel="learning-rate factor", ylim=(0, 1.05))
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
-    plt.close(figure)
     write_atomic(folder / "loss.png", picture.getvalue())
     return folder / "loss.png"

@@ -19,7 +19,7 @@ if (reason := Native().serves(CPU, torch.float64, 16)) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     lengths=st.lists(st.integers(1, 700), min_size=1, max_size=4),
     threads=st.integers(2, 9),

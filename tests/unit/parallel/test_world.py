@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-import forked_ranks
 from penstock.core.errors import PenstockError
-from penstock.parallel.world import World
-from tiny_runs import ENVIRONMENT
-
-SCRIPT = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from forked_ranks import ranks
 from penstock.core.randomness import torch_generator
+from penstock.parallel.world import World
+from penstock.testing.ranks import agreed
 
-def work(world):
+
+def exchange(world: World) -> list[object]:
+    """Tensors of all kinds, summed, and three votes."""
     draw = torch_generator(0, "exchange", world.rank)
-    tensors = [torch.randn(3, 5, generator=draw), torch.randn(7, generator=draw, dtype=torch.float64).t(),
-               torch.randn(4, 6, generator=draw).t(), torch.tensor(float(world.rank)),
-               torch.arange(3, dtype=torch.bfloat16) + world.rank]
+    tensors = [
+        torch.randn(3, 5, generator=draw),
+        torch.randn(7, generator=draw, dtype=torch.float64).t(),
+        torch.randn(4, 6, generator=draw).t(),
+        torch.tensor(float(world.rank)),
+        torch.arange(3, dtype=torch.bfloat16) + world.rank,
+    ]
     world.sum_(tensors)
     world.sum_([])
     world.barrier()
     votes = world.largest(world.rank == 1, -world.rank, world.rank / 3)
-    return [world.rank, world.size, world.leads, [t.double().tolist() for t in tensors], votes]
-
-print(json.dumps(ranks(3, work)))
-"""
+    return [world.rank, world.size, world.leads, [tensor.double().tolist() for tensor in tensors], votes]
 
 
 def test_sums_and_votes_of_three_processes():
     """The same bits in each, by shapes and dtypes of all kinds, and the values that one process computes."""
-    from penstock.core.randomness import torch_generator
-
-    command = [sys.executable, "-c", SCRIPT, str(Path(forked_ranks.__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=True)
-    results = [result["returned"] for result in json.loads(done.stdout)]
+    results = agreed(3, exchange)
     assert [result[:3] for result in results] == [[0, 3, True], [1, 3, False], [2, 3, False]]
     assert results[0][3] == results[1][3] == results[2][3]
     draws = [torch_generator(0, "exchange", rank) for rank in range(3)]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import forked_ranks
 from penstock.core.errors import ConfigError, UsageError
 from penstock.core.files import read_json
 from penstock.core.randomness import torch_generator
@@ -20,6 +19,7 @@ from penstock.ops.cross_entropy import IGNORE
 from penstock.parallel.world import World
 from penstock.pipeline.ir.schedule import Kind
 from penstock.pipeline.run.offload import HostLink
+from penstock.testing.ranks import ranks
 from penstock.train.config import TrainConfig
 from penstock.train.loop import Trainer
 from penstock.train.pipelined import PROFILED, Pipeline
@@ -93,7 +93,7 @@ def test_transforms_change_nothing_but_the_order(alone, tmp_path):
             found.append([seen, error, sorted(kinds), len(pipeline.schedule.offloaded)])
         return found
 
-    for result in forked_ranks.ranks(2, work):
+    for result in ranks(2, work):
         assert "returned" in result, result
         for (_, transforms), (seen, error, kinds, offloaded) in zip(COMBINATIONS, result["returned"], strict=True):
             assert seen == pytest.approx(losses, rel=1e-6)  # which the trainer reports in fp32

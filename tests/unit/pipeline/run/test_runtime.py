@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
-import time
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-import forked_ranks
 from penstock.core.errors import PenstockError, UsageError
 from penstock.parallel.world import World
 from penstock.pipeline.ir.schedule import Kind, Schedule, ScheduleError, Task, looped
@@ -23,6 +20,7 @@ from penstock.pipeline.run.runtime import Runtime
 from penstock.pipeline.run.transfers import Routes
 from penstock.policy import create
 from penstock.testing.pipeline_runtime import check_equal, dense, sparse
+from penstock.testing.ranks import ranks
 
 MICROBATCHES = 4
 
@@ -54,7 +52,7 @@ def run_scales(schedule: Schedule) -> list[dict[str, Any]]:
         gradients = {name: p.grad.item() for name, p in parameters.items()}
         return {"loss": step.loss.item(), "gradients": gradients, "spans": step.spans, "peak": step.peak_activations}
 
-    results = forked_ranks.ranks(schedule.devices, work)
+    results = ranks(schedule.devices, work)
     assert [result.get("raised") for result in results] == [None] * schedule.devices
     return [result["returned"] for result in results]
 
@@ -119,7 +117,7 @@ def test_several_pipelines_share_the_batch():
         runtime.step(scaling(runtime, parameters), [(3,)] * 3)
         return [runtime.grid.pipeline, runtime.grid.device, *(p.grad.item() for p in parameters.values())]
 
-    results = forked_ranks.ranks(4, work)
+    results = ranks(4, work)
     assert [result["returned"] for result in results] == [[0, 0, 36], [0, 1, 36], [1, 0, 36], [1, 1, 36]]
 
 
@@ -156,23 +154,27 @@ def test_a_lost_process_is_named_by_all_others(lost, how):
     One that is killed is noticed at once: nobody here waits for the hour after which it would count as lost.
     """
     schedule = create("pipeline.schedule", "1f1b").build(3, MICROBATCHES)
+    ended, ends = os.pipe()
 
     def work(world: World) -> None:
         runtime, parameters = scale_pipeline(world, schedule, timeout=2.0 if how == signal.SIGSTOP else 3600.0)
 
         def before(task: tuple[int, int]) -> None:
             if task == (lost, 2):
-                if os.fork() == 0:  # so that one that is only stopped does not outlive the test
-                    time.sleep(20 if how == signal.SIGSTOP else 0)
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(stopped, signal.SIGKILL)
+                if how == signal.SIGSTOP and os.fork() == 0:  # the stopped one ends once the other two have
+                    for _ in range(2):
+                        os.read(ended, 1)
+                    os.kill(stopped, signal.SIGKILL)
                     os._exit(0)
                 os.kill(stopped, how)
 
         stopped = os.getpid()
-        runtime.step(scaling(runtime, parameters, before), [(3,)] * MICROBATCHES)
+        try:
+            runtime.step(scaling(runtime, parameters, before), [(3,)] * MICROBATCHES)
+        finally:
+            os.write(ends, b".")
 
-    results = forked_ranks.ranks(3, work)
+    results = ranks(3, work)
     assert results[lost] == {}
     for rank in {0, 1, 2} - {lost}:
         kind, message = results[rank]["raised"]

@@ -89,7 +89,7 @@ def passes(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("policy", [AlwaysSplit(), Singles()])
 def test_the_law_of_batching_holds_in_parts_in_any_order(policy, passes):
-    some = settings(max_examples=8, stateful_step_count=15, derandomize=True, suppress_health_check=list(HealthCheck))
+    some = settings(max_examples=4, stateful_step_count=15, derandomize=True, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(machine_of(policy), settings=some)
     assert passes
 
