@@ -1,9 +1,10 @@
-"""This tree beside an earlier one, in turn: serving, the host's share of a step, and sampling.
+"""This tree beside an earlier one, in turn: serving, and the host's share of a step.
 
 ``PENSTOCK_BEFORE`` names the folder of the earlier tree, by default ``.before``::
 
     mkdir -p .before && git archive COMMIT pyproject.toml src bench | tar x -C .before
     penstock bench commits
+    penstock bench commits_sampling
 
 Each tree is a process of its own that runs its own ``bench/serve.py``, ``scheduler.py`` and ``sampler.py``. The two
 take turns, so that only one works at a time. On CUDA both lie in the memory together, with fewer cached tokens than
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 ANSWER = "figure: "
 #: Steps of sampling that are timed together.
-STEPS = 5
+STEPS = 20
 #: The larger of the models on the CPU; the other one lies in the package.
 LARGE = "120 M, random"
 #: Of the requests of mixed lengths so many are taken on CUDA.
@@ -163,6 +164,16 @@ def trees(device: torch.device) -> Iterator[tuple[Tree, Tree]]:
         now.close()
 
 
+def beside(bench: Bench, both: tuple[Tree, Tree], figure: str, given: tuple[Any, ...], **fields: Any) -> None:
+    """A row of what ``figure`` gives in this tree, beside the tree before."""
+    before, now = both
+    runs: dict[str, Callable[[], float]] = {
+        "peer_run": lambda: before.figure(figure, *given),
+        "run": lambda: now.figure(figure, *given),
+    }
+    bench.compare(subject="this tree", peer="the tree before", **runs, **fields)
+
+
 def main(bench: Bench) -> None:
     """Measures every figure of both trees in turn."""
     on_cuda, serve = bench.device.type == "cuda", load("serve")
@@ -170,31 +181,20 @@ def main(bench: Bench) -> None:
         works = [(shape, work.name) for shape in serve.SHAPES for work in serve.cuda_workloads()]
     else:
         works = [(shape, f"{n} requests, 32 to 256 in and out, fp32") for shape, n in (("python-6m", FEW), (LARGE, 16))]
-    kinds = [(kind, size) for size in (4096, 151_936) for kind in load("sampler").KINDS]
     waits = [] if on_cuda else [(name, count) for name in ("sarathi", "orca", "batchllm") for count in (10, 1000)]
-    with trees(bench.device) as (before, now):
-
-        def beside(figure: str, given: tuple[Any, ...], **fields: Any) -> None:
-            runs: dict[str, Callable[[], float]] = {
-                "peer_run": lambda: before.figure(figure, *given),
-                "run": lambda: now.figure(figure, *given),
-            }
-            bench.compare(subject="this tree", peer="the tree before", **runs, **fields)
-
+    with trees(bench.device) as both:
         for shape, name in works[:1] if bench.quick else works:
             setting = f"{shape}: {name}".replace("256 requests", f"{FEW} requests")
             beside(
-                "serving", (shape, name), setting=setting, metric="throughput", unit="tokens/s",
+                bench, both, "serving", (shape, name), setting=setting, metric="throughput", unit="tokens/s",
                 repetitions=5 if name.startswith("one") else 3,
             )  # fmt: skip
-        for kind, size in kinds[:1] if bench.quick else kinds:
-            setting = f"64 rows, vocabulary {size:,}, {kind}"
-            beside("sampling", (kind, size), setting=setting, metric="a step of sampling", unit="us", better="lower")
         for policy, count in waits[:1] if bench.quick else waits:
             setting = f"{policy}: 64 decoding, {count:,} waiting"
             beside(
-                "stepping", (policy, count), setting=setting, metric="host time of a step", unit="ms", better="lower"
-            )
+                bench, both, "stepping", (policy, count), setting=setting, metric="host time of a step", unit="ms",
+                better="lower",
+            )  # fmt: skip
 
 
 def answer(device: str) -> None:
