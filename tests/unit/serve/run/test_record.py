@@ -25,7 +25,7 @@ def recording(request, tmp_path_factory):
     config = EngineConfig.model_validate({**SIZES, "loop": request.param, "record": str(path), "drafter": Ngram()})
     engine = build_engine(small_model(), config, source="small")
     played(engine, 0)
-    engine.executor.close()
+    engine.close()
     return path
 
 
