@@ -106,7 +106,7 @@ class Planter(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader
 
 @contextlib.contextmanager
 def planted(mutant: Mutant) -> Iterator[Callable[[], bool]]:
-    """Whoever imports the module, or loads the kernel, has the bug from now on; gives a question whether anybody has."""
+    """From now on whoever imports the module, or loads the kernel, has the bug; yields the question whether any has."""
     if not mutant.native:
         sys.meta_path.insert(0, Planter(mutant))
         yield lambda: mutant.module in sys.modules

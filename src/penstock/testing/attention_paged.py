@@ -252,7 +252,8 @@ def _scripts(draw: st.DrawFn) -> tuple[Action, ...]:
             live += [n for n in gains if n not in live]
             for n, mask in masks.items():
                 if isinstance(mask, Tree) and draw(st.booleans()):
-                    path, token = [], draw(st.integers(0, gains[n] - 1))
+                    path: list[int] = []
+                    token = draw(st.integers(0, gains[n] - 1))
                     while token >= 0:
                         path, token = [token, *path], mask.parents[token]
                     script.append(Keep(n, tuple(path)))
