@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from penstock.core.errors import PenstockError
 from penstock.ops.paged.contract import PagedAttention
 from penstock.testing import check
-from penstock.testing.attention_paged import TOLERANCES, Place, check_course, courses, places
+from penstock.testing.attention_paged import (
+    TOLERANCES,
+    Place,
+    check_course,
+    check_large_scores,
+    check_long_courses,
+    check_nan,
+    courses,
+    places,
+)
 from penstock.testing.enrolled import enrolled
 
 POLICIES = enrolled("attention.paged")
@@ -26,6 +35,16 @@ def on_cpu(name: str) -> tuple[PagedAttention, list[Place]]:
     return policy, found
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_long_sequences_large_scores_and_nan(name):
+    policy, found = on_cpu(name)
+    for place in found:
+        check_long_courses(policy, place)
+        check_large_scores(policy, place)
+        check_nan(policy, place)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_law_holds(name):
     policy, _ = on_cpu(name)
