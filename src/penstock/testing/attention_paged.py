@@ -73,7 +73,7 @@ def check(policy: PagedAttention) -> None:
 
 
 def check_place(policy: PagedAttention, place: Place) -> None:
-    """Asserts the law in one place. Courses of all kinds, the same each time, are played on CPUs alone: on other devices
+    """Asserts the law in one place. Courses of all kinds, the same each time, are played on CPUs alone: elsewhere
     a kernel may be compiled for every shape."""
     if place.device.type == "cpu":
         _check_courses(policy, place, examples=40)
