@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from penstock.serve.run.record import read_steps
 from served import Served, alive
 
 LONG = {"prompt": "import", "max_tokens": 2000, "ignore_eos": True}
@@ -59,6 +60,23 @@ def test_a_killed_engine_is_told_and_ends_the_server(deaths):
             assert server.process.wait(20) == 1
             assert "error: the engine's process was killed by signal 9" in server.said()
             assert "Traceback" not in server.said()
+
+
+def test_a_recording_ends_with_the_server(tmp_path):
+    """Also in the midst of an answer, all steps are there with the tokens that came out of them."""
+    path = tmp_path / "steps.bin"
+    with Served("--record", str(path)) as server, ThreadPoolExecutor(1) as pool:
+        answer_of(server, LONG | {"max_tokens": 5})
+        work = pool.submit(answer_of, server, LONG)
+        server.until(lambda now: now["running"] == 1)
+        engine = server.engine
+        server.process.kill()
+        with pytest.raises(httpx.TransportError):
+            work.result(30)
+        assert gone(engine)
+    steps = list(read_steps(path))
+    assert len(steps) > 5
+    assert all(tokens is not None for _, tokens in steps)
 
 
 def test_an_engine_that_hangs_is_noticed():

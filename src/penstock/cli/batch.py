@@ -31,6 +31,8 @@ def batch(
     Example: `penstock batch python-6m in.jsonl out.jsonl`, where a line of the input is
     `{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "def add(", "max_tokens": 32}}`
     """
+    import contextlib
+
     from penstock.core.config import apply_overrides, build
     from penstock.core.errors import UsageError
     from penstock.core.garbage import settle
@@ -54,9 +56,10 @@ def batch(
     tokenizer = hub.load_tokenizer(folder)
     if chat_template is not None:
         take_template(tokenizer, chat_template)
-    gatherer = Gatherer(open_engine(folder, config, device), tokenizer)
-    settle()
-    summary = BatchRun(gatherer, Tokens(tokenizer), name or hub.name_of(model), window).run(source, target, show)
+    with contextlib.closing(open_engine(folder, config, device)) as engine:
+        settle()
+        run = BatchRun(Gatherer(engine, tokenizer), Tokens(tokenizer), name or hub.name_of(model), window)
+        summary = run.run(source, target, show)
     refused = f", of which {summary.refused:,} are refused" if summary.refused else ""
     earlier = f" ({summary.before:,} were there before)" if summary.before else ""
     typer.echo(f"answered {summary.done:,} lines{refused}{earlier}: {target}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -20,6 +21,13 @@ def hyper(
     length: int = typer.Option(512, "--length", help="Tokens of a sequence; batches are whole sequences."),
     policy: str = typer.Option("power_lines", "--policy", help="The rule, a policy of train.hyper."),
     overrides: list[str] = typer.Option([], "--set", help="An option of the rule, as key=value.", metavar="KEY=VALUE"),
+    trials: Path | None = typer.Option(
+        None,
+        "--trials",
+        metavar="RUNS.csv",
+        help="Finished runs to fit the laws of power_lines to: parameters, tokens, batch, lr, weight_decay, loss.",
+        show_default=False,
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Recommend batch, learning rate, weight decay and warm-up for a run of a given scale.
@@ -38,6 +46,8 @@ def hyper(
     options = apply_overrides({}, overrides)
     if "name" in options:
         raise UsageError("choose the rule with --policy, not with --set name=...")
+    if trials is not None:
+        options = {**_laws(policy, trials), **options}
     rule = create("train.hyper", policy, **options)
     assert isinstance(rule, HyperRule)
     settings = rule.settings(scale)
@@ -45,6 +55,21 @@ def hyper(
         typer.echo(json.dumps(settings.model_dump(mode="json"), indent=2))
     else:
         _show(policy, scale, settings)
+
+
+def _laws(policy: str, trials: Path) -> dict[str, Any]:
+    """The laws of ``power_lines`` that finished runs show, as its options; says which those are."""
+    from penstock.core.errors import UsageError
+    from penstock.policy import lookup
+    from penstock.train.hyper.fitting import fit_laws, read_trials
+    from penstock.train.hyper.power_lines import PowerLines
+
+    if not issubclass(lookup("train.hyper", policy), PowerLines):
+        raise UsageError(f"--trials fits the laws of power_lines, and {policy} has none")
+    laws = fit_laws(read_trials(trials))
+    for name, law in laws.items():
+        typer.echo(f"fitted {name}: {law.coefficient:.4g} x^{law.exponent:.4g}", err=True)
+    return dict(laws)
 
 
 @app.command()

@@ -38,27 +38,20 @@ class Permutation:
 
     def __call__(self, index: npt.ArrayLike) -> Indices:
         """Images of ``index``, integers in [0, n) of any shape; int64 of that shape."""
-        return self._walk(index, range(ROUNDS))
-
-    def inverse(self, image: npt.ArrayLike) -> Indices:
-        """The integers whose images are ``image``; int64 of that shape."""
-        return self._walk(image, range(ROUNDS - 1, -1, -1))
-
-    def _walk(self, index: npt.ArrayLike, rounds: range) -> Indices:
         given = np.asarray(index, dtype=np.int64)
         if given.size and (given.min() < 0 or given.max() >= self.n):
             raise IndexError(f"an index outside [0, {self.n})")
         values = given.ravel().astype(np.uint64)
         outside = np.arange(values.size)
         while outside.size:
-            values[outside] = self._network(values[outside], rounds)
+            values[outside] = self._network(values[outside])
             outside = outside[values[outside] >= self.n]
         return values.astype(np.int64).reshape(given.shape)
 
-    def _network(self, values: Words, rounds: range) -> Words:
-        """Even rounds change the low bits by the high ones, odd rounds the other way: each is its own inverse."""
+    def _network(self, values: Words) -> Words:
+        """Even rounds change the low bits by the high ones, odd rounds the other way: each can be undone."""
         halves = [values & self._masks[0], values >> self._low]
-        for turn in rounds:
+        for turn in range(ROUNDS):
             side = turn % 2
             halves[side] = halves[side] ^ (_mix(halves[1 - side], self._keys[turn]) & self._masks[side])
         return halves[0] | halves[1] << self._low

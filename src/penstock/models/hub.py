@@ -352,14 +352,6 @@ def _origin(decoder: Decoder) -> Origin | None:
     return cast("Origin | None", vars(decoder).get("origin"))
 
 
-def export_state(decoder: Decoder, family: str | None = None) -> dict[str, Tensor]:
-    """The decoder's weights by their names in the folder that :func:`save` writes, without a tied head.
-
-    The tensors are detached views of the parameters. Errors are those of :func:`family_of`.
-    """
-    return views_on(decoder, family_of(decoder, family))
-
-
 def save(
     decoder: Decoder,
     folder: Path,

@@ -1,288 +1,276 @@
 """The law of ``attention.paged``.
 
-A :class:`Scene` plays a script of steps, forks and releases on a memory, as an engine would, and keeps every sequence's
-own keys and values beside it in float64. After each step it compares what the memory gives with plain softmax
-attention over that record. Blocks are dealt out in a scrambled order, and hold another sequence's values from before.
+It is checked on every device of this machine, and for every type of numbers, that the policy serves; the answers are
+those of plain softmax attention in float64 over each sequence's own tokens, see
+:class:`~penstock.testing.paged_scene.Scene`. What each clause is there to catch:
+
+- courses of prompts, chunks, decodes, trees and open tokens: a block or a place that is another sequence's, padding
+  that is read, a window that is off by one, a mask, a parent or a scale that is forgotten, parts of the keys that are
+  put together with wrong weights, numbers that follow others' in memory in another way than was thought;
+- forks, kept paths and releases among them: a copy or a move that is not of all layers, of keys as of values, or that
+  reads what it has written; a write to another slot;
+- large scores: overflow, or weights that vanish;
+- NaN: numbers of one sequence that touch another's, if only by a weight of 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from penstock.core.randomness import torch_generator
-from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch
+from penstock.core.errors import PenstockError
+from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache
+from penstock.testing.paged_scene import Action, Fork, Keep, Open, Release, Scene, Step, Tree
+
+#: Of the error's root mean square, by the type of numbers; their variance is 1.
+TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+#: Sizes of heads that are tried. On a GPU a kernel may be compiled for each.
+HEAD_DIMS = {"cpu": (2, 16, 20, 32, 64, 80, 128), "cuda": (64, 128)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Tree:
-    """The new tokens of a sequence branch: of each, the place of the one before it among them, or -1."""
+class Place(NamedTuple):
+    """A device of this machine and a type of numbers, and the sizes of heads that a policy serves there."""
 
-    parents: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Open:
-    """The last ``count`` new tokens of a sequence see each other."""
-
-    count: int
+    device: torch.device
+    dtype: torch.dtype
+    head_dims: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One forward pass: pairs of a sequence, by a number that may be new, and how many tokens it gains; and pairs of
-    those sequences and what they have of masks."""
-
-    gains: tuple[tuple[int, int], ...]
-    masks: tuple[tuple[int, Tree | Open], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Keep:
-    """Of the tokens that the sequence gained last, those in ``path`` (places, ascending) move up to follow what was
-    before them, and the others are forgotten, as when a path through a tree is accepted."""
-
-    sequence: int
-    path: tuple[int, ...]
+def places(policy: PagedAttention) -> list[Place]:
+    """Where the policy works on this machine. float16 counts where bfloat16 is not served: compiling takes minutes."""
+    found: list[Place] = []
+    for name in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        device = torch.device(name)
+        for dtype in TOLERANCES:
+            dims = tuple(dim for dim in HEAD_DIMS[name] if policy.serves(device, dtype, dim) is None)
+            if dims and not (dtype == torch.float16 and Place(device, torch.bfloat16, dims) in found):
+                found.append(Place(device, dtype, dims))
+    return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Fork:
-    """Sequence ``target`` begins as a copy of ``source``: it shares the full blocks and copies the last one."""
+def check(policy: PagedAttention) -> None:
+    """Asserts the law wherever the policy works on this machine.
 
-    source: int
-    target: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Release:
-    """The sequence ends; its blocks, where no other has them, are dealt out again."""
-
-    sequence: int
-
-
-Action = Step | Fork | Release | Keep
-
-
-@dataclasses.dataclass
-class _Sequence:
-    """Its blocks, its keys and values so far: float64 [layers, 2, length, K, D], and how many it gained last."""
-
-    blocks: list[int]
-    record: Tensor
-    gained: int = 0
-
-    @property
-    def length(self) -> int:
-        return self.record.shape[2]
-
-
-class Scene:
-    """Sequences on one memory, and the record of what they should see.
-
-    Args:
-        policy: what is tested; it serves the shape.
-        shape: the memory; ``blocks`` must suffice for the script.
-        windows: the sliding window of each layer, or None; ``shape.windows`` has them too.
-        seed: of all random values, and of the order of blocks.
-        stale: what every slot holds before the script begins. A policy must not let it through, not even NaN.
-        tolerance: of the error's root mean square; values are drawn with variance 1.
+    Raises:
+        PenstockError: it does nowhere.
     """
-
-    def __init__(
-        self,
-        policy: PagedAttention,
-        shape: CacheShape,
-        windows: tuple[int | None, ...],
-        *,
-        seed: int = 0,
-        stale: float = math.nan,
-        tolerance: float,
-    ) -> None:
-        self.shape, self.windows, self.tolerance = shape, windows, tolerance
-        self._cache = policy.open(shape)
-        self._draw = torch_generator(seed, "testing/attention_paged")
-        self._free = torch.randperm(shape.blocks, generator=self._draw).tolist()
-        self._holders = [0] * shape.blocks
-        self._live: dict[int, _Sequence] = {}
-        self._fill(stale)
-
-    def play(self, script: tuple[Action, ...]) -> None:
-        """Plays a script, then lets each sequence that is left gain a token, so that all of its memory is read."""
-        for action in script:
-            match action:
-                case Step(gains, masks):
-                    self._step(gains, dict(masks))
-                case Fork(source, target):
-                    self._fork(source, target)
-                case Release(sequence):
-                    self._release(self._live.pop(sequence).blocks)
-                case Keep(sequence, path):
-                    self._keep(self._live[sequence], path)
-        for number in self._live:
-            self._step(((number, 1),), {})
-
-    def _fill(self, stale: float) -> None:
-        """Writes ``stale`` to every slot, by short sequences that together take the whole pool."""
-        shape = self.shape
-        blocks = torch.arange(shape.blocks, dtype=torch.int32)
-        tables = torch.nn.functional.pad(blocks, (0, -shape.blocks % 8)).view(-1, 8)
-        count = shape.blocks * shape.block_size
-        starts = (torch.arange(len(tables) + 1) * 8 * shape.block_size).clamp(max=count).to(torch.int32)
-        self._cache.plan(PagedBatch(starts, starts.diff(), tables, torch.arange(count)))
-        for layer, window in enumerate(self.windows):
-            query, key, value = (
-                torch.full((count, heads, shape.head_dim), stale, dtype=shape.dtype, device=shape.device)
-                for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
-            )
-            self._cache.attend(layer, query, key, value, scale=1.0, window=window)
-
-    def _fork(self, source: int, target: int) -> None:
-        original = self._live[source]
-        blocks = list(original.blocks)
-        if original.length % self.shape.block_size:
-            blocks[-1] = self._free.pop()
-            self._cache.copy([original.blocks[-1]], [blocks[-1]])
-        for block in blocks:
-            self._holders[block] += 1
-        self._live[target] = _Sequence(blocks, original.record.clone())
-
-    def _keep(self, sequence: _Sequence, path: tuple[int, ...]) -> None:
-        before = sequence.length - sequence.gained
-        sources, targets = (
-            [self._slot(sequence, before + place) for place in places] for places in (path, range(len(path)))
+    served = places(policy)
+    if not served:
+        reason = policy.serves(torch.device("cpu"), torch.float32, 64)
+        raise PenstockError(
+            f"{policy.contract_name} {policy.policy_name!r} serves no device of this machine: {reason}",
+            hint="Check its law on a machine that it serves.",
         )
-        self._cache.move(sources, targets)
-        record = sequence.record
-        sequence.record = torch.cat([record[:, :, :before], record[:, :, [before + place for place in path]]], 2)
-        count = -(-sequence.length // self.shape.block_size)
-        self._release(sequence.blocks[count:])
-        del sequence.blocks[count:]
-
-    def _slot(self, sequence: _Sequence, place: int) -> int:
-        return sequence.blocks[place // self.shape.block_size] * self.shape.block_size + place % self.shape.block_size
-
-    def _release(self, blocks: list[int]) -> None:
-        for block in blocks:
-            self._holders[block] -= 1
-            if not self._holders[block]:
-                at = int(torch.randint(len(self._free) + 1, (), generator=self._draw))
-                self._free.insert(at, block)
-
-    def _step(self, gains: tuple[tuple[int, int], ...], masks: dict[int, Tree | Open]) -> None:
-        shape, size = self.shape, self.shape.block_size
-        slots: list[int] = []
-        for number, gain in gains:
-            if number not in self._live:
-                empty = torch.empty(shape.layers, 2, 0, shape.kv_heads, shape.head_dim, dtype=torch.float64)
-                self._live[number] = _Sequence([], empty)
-            sequence = self._live[number]
-            after = sequence.length + gain
-            while len(sequence.blocks) * size < after:
-                sequence.blocks.append(self._free.pop())
-                self._holders[sequence.blocks[-1]] += 1
-            slots += [self._slot(sequence, place) for place in range(sequence.length, after)]
-            sequence.gained = gain
-        members, counts = [self._live[number] for number, _ in gains], [gain for _, gain in gains]
-        own_masks = [masks.get(number) for number, _ in gains]
-        self._cache.plan(self._batch(members, own_masks, slots))
-        lengths = [(member.length, count) for member, count in zip(members, counts, strict=True)]
-        new = [self._tokens(len(slots)) for _ in range(shape.layers)]
-        rows = torch.stack([torch.stack([key, value]) for _, key, value in new]).double().cpu()
-        for member, own in zip(members, torch.split(rows, counts, 2), strict=True):
-            member.record = torch.cat([member.record, own], 2)
-        for layer, (query, key, value) in enumerate(new):
-            scale, window = 0.7 * shape.head_dim**-0.5, self.windows[layer]
-            got = self._cache.attend(layer, query, key, value, scale=scale, window=window)
-            assert got.shape == query.shape and got.dtype == query.dtype
-            wanted = [
-                attention(
-                    own,
-                    member.record[layer, 0],
-                    member.record[layer, 1],
-                    sees(member.length, len(own), mask, window),
-                    scale=scale,
-                )
-                for own, member, mask in zip(torch.split(query.double().cpu(), counts), members, own_masks, strict=True)
-            ]
-            where = f"layer {layer}, (length before, new tokens) = {lengths}, masks = {own_masks}"
-            self._compare(got, torch.cat(wanted), where)
-
-    def _batch(self, members: list[_Sequence], masks: list[Tree | Open | None], slots: list[int]) -> PagedBatch:
-        """Tables are as wide as the longest and one more; what is behind a sequence's last block is nonsense."""
-        gains = [member.gained for member in members]
-        starts = torch.tensor([0, *gains]).cumsum(0)
-        lengths = [member.length + member.gained for member in members]
-        tables = torch.full((len(members), max(len(m.blocks) for m in members) + 1), 2**30, dtype=torch.int32)
-        for row, member in zip(tables, members, strict=True):
-            row[: len(member.blocks)] = torch.tensor(member.blocks, dtype=torch.int32)
-        parents, opened = None, None
-        if any(isinstance(mask, Tree) for mask in masks):
-            of = [
-                mask.parents if isinstance(mask, Tree) else range(-1, gain - 1)
-                for mask, gain in zip(masks, gains, strict=True)
-            ]
-            parents = torch.tensor([parent for each in of for parent in each], dtype=torch.int32)
-        if any(isinstance(mask, Open) for mask in masks):
-            opened = torch.tensor([mask.count if isinstance(mask, Open) else 0 for mask in masks], dtype=torch.int32)
-        return PagedBatch(
-            starts.to(torch.int32),
-            torch.tensor(lengths, dtype=torch.int32),
-            tables,
-            torch.tensor(slots),
-            parents,
-            opened,
-        )
-
-    def _tokens(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random query, key and value of ``count`` tokens: views of one tensor, as a model's projection gives them, or,
-        where the count is odd, with the tokens of a head side by side."""
-        shape = self.shape
-        heads = [shape.heads, shape.kv_heads, shape.kv_heads]
-        drawn = torch.randn(count, sum(heads), shape.head_dim, generator=self._draw, dtype=torch.float64)
-        if count % 2:
-            drawn = drawn.transpose(0, 1).contiguous().transpose(0, 1)
-        query, key, value = torch.split(drawn.to(shape.device, shape.dtype), heads, 1)
-        return query, key, value
-
-    def _compare(self, got: Tensor, wanted: Tensor, where: str) -> None:
-        error = (got.double().cpu() - wanted).square().mean().sqrt()
-        assert error <= self.tolerance, f"an error of {error:.2e} in {where}"
+    for place in served:
+        check_place(policy, place)
 
 
-def sees(length: int, new: int, mask: Tree | Open | None, window: int | None) -> Tensor:
-    """Which of the ``length`` tokens of a sequence each of its ``new`` last ones sees, by the definition: bool
-    [new, length]."""
-    before = length - new
-    chains = [[*range(token + 1)] for token in range(new)]
-    if isinstance(mask, Tree):
-        for token, parent in enumerate(mask.parents):
-            chains[token] = [*(chains[parent] if parent >= 0 else []), token]
-    position = [*range(before), *(before + len(chain) - 1 for chain in chains)]
-    if isinstance(mask, Open):
-        chains[new - mask.count :] = [[*range(new)]] * mask.count
-    seen = torch.zeros(new, length, dtype=torch.bool)
-    for token, chain in enumerate(chains):
-        for other in [*range(before), *(before + place for place in chain)]:
-            seen[token, other] = window is None or abs(position[before + token] - position[other]) < window
-    return seen
+def check_place(policy: PagedAttention, place: Place) -> None:
+    """Asserts the law in one place. Courses of all kinds, the same each time, are played on CPUs alone: elsewhere
+    a kernel may be compiled for every shape."""
+    if place.device.type == "cpu":
+        _check_courses(policy, place, examples=40)
+    check_long_courses(policy, place)
+    check_large_scores(policy, place)
+    check_nan(policy, place)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, *, scale: float) -> Tensor:
-    """Attention by its definition: the queries [n, H, D] over the tokens key and value [T, K, D] that are ``seen``
-    (bool [n, T])."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = scale * torch.einsum("qhd,khd->hqk", query, key)
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), value)
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """A script, and the memory that it is played on; ``seed`` and ``windows`` as in
+    :class:`~penstock.testing.paged_scene.Scene`, ``threads`` of the CPU."""
+
+    script: tuple[Action, ...]
+    kv_heads: int
+    groups: int
+    head_dim: int
+    block_size: int
+    windows: tuple[int | None, ...]
+    seed: int = 0
+    threads: int = 1
 
 
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
-    """The same where the queries are of the last n of the tokens, and causal."""
-    own = torch.arange(len(key) - len(query), len(key)).unsqueeze(1)
-    other = torch.arange(len(key)).unsqueeze(0)
-    seen = other <= own if window is None else (other <= own) & (other > own - window)
-    return attention(query, key, value, seen, scale=scale)
+#: A tree whose every token is followed by two.
+BUSHY = Tree(tuple((token - 1) // 2 for token in range(63)))
+
+#: Prefills, chunks and decodes in one batch; shared blocks; blocks that are dealt out again; masks.
+LONG: tuple[Action, ...] = (
+    Step(((0, 300), (1, 5), (2, 33))),
+    Step(((0, 1), (1, 1), (2, 1))),
+    Fork(0, 3),
+    Step(((3, 1), (0, 1), (1, 100))),
+    Release(2),
+    Step(((4, 77), (3, 6), (1, 1))),
+    Release(0),
+    Step(((5, 1), (3, 1), (4, 1))),
+    Step(((5, 500), (3, 1), (1, 3))),
+    Step(((3, 1), (4, 40), (1, 7), (5, 63)), ((4, Open(32)), (5, BUSHY))),
+    Keep(5, (0, 2, 5, 12)),
+    Step(((5, 9), (4, 20)), ((5, Tree((-1, -1, 0, 1, 1, -1, 5, 2, 6))),)),
+    Step(((5, 1), (3, 1), (4, 2))),
+)
+
+#: A long prompt in chunks beside many decodes.
+CROWDED: tuple[Action, ...] = (
+    Step((*((number, 20 + 17 * number) for number in range(8)), (100, 400))),
+    Step((*((number, 1) for number in range(8)), (100, 1))),
+    Step(((100, 150), *((number, 1) for number in range(8))), ((100, Open(32)),)),
+    Step(((0, 1), (100, 63), (1, 40), (2, 1)), ((100, BUSHY), (1, Open(40)))),
+    Keep(100, (0, 2, 5, 12)),
+    Step(((100, 1),)),
+)
+
+
+def check_long_courses(policy: PagedAttention, place: Place) -> None:
+    """Asserts it for long sequences beside many others; on other devices than CPUs, for several shapes of heads."""
+    check_course(policy, place, Course(CROWDED, 2, 2, place.head_dims[-1], 16, (None, 100), threads=2))
+    if place.device.type == "cpu":
+        return
+    for windows in ((None,), (50,), (None, 50)):
+        for kv_heads, groups in ((4, 1), (2, 4), (1, 7)):
+            for head_dim in place.head_dims:
+                check_course(policy, place, Course(LONG, kv_heads, groups, head_dim, 16, windows))
+
+
+def check_course(policy: PagedAttention, place: Place, course: Course) -> None:
+    """Asserts that every token sees what it should, on a memory with room for all tokens of the script, and for two
+    blocks more for each of its sequences."""
+    gains = [gain for action in course.script if isinstance(action, Step) for gain in action.gains]
+    sequences = len(gains) + sum(isinstance(action, Fork) for action in course.script)
+    shape = CacheShape(
+        layers=len(course.windows),
+        heads=course.groups * course.kv_heads,
+        kv_heads=course.kv_heads,
+        head_dim=course.head_dim,
+        blocks=sum(gain for _, gain in gains) // course.block_size + 2 * sequences,
+        block_size=course.block_size,
+        dtype=place.dtype,
+        device=place.device,
+        windows=frozenset(course.windows),
+    )
+    scene = Scene(policy, shape, course.windows, seed=course.seed, tolerance=TOLERANCES[place.dtype])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(course.threads)
+    try:
+        scene.play(course.script)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_large_scores(policy: PagedAttention, place: Place) -> None:
+    """Asserts that with scores of thousands all weight is on the nearest keys, and nothing is NaN."""
+    dim, rounding = place.head_dims[-1], TOLERANCES[place.dtype]
+    cache = policy.open(CacheShape(1, 1, 1, dim, 4, 16, place.dtype, place.device))
+    query, key = torch.full((40, 1, dim), 100.0), torch.zeros(40, 1, dim)
+    key[7], key[30] = 10.0, -10.0
+    value = torch.arange(40.0).reshape(40, 1, 1).expand(40, 1, dim)
+    out = _prefill(cache, [40], query, key, value, scale=16 / dim)[:, 0]
+    wanted = torch.tensor([p / 2 if p < 7 else 7.0 for p in range(40)]).unsqueeze(1).expand(40, dim)
+    torch.testing.assert_close(out.float(), wanted, rtol=rounding, atol=rounding)
+
+
+def check_nan(policy: PagedAttention, place: Place) -> None:
+    """Asserts that a sequence that went wrong says so in its output, and in no other's."""
+    dim = place.head_dims[-1]
+    cache = policy.open(CacheShape(1, 2, 1, dim, 4, 16, place.dtype, place.device))
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(40, heads, dim, generator=draw) for heads in (2, 1, 1))
+    clean = _prefill(cache, [20, 20], query, key, value)
+    key[21] = math.nan
+    dirty = _prefill(cache, [20, 20], query, key, value)
+    assert torch.equal(dirty[:20], clean[:20]), "one sequence's NaN changes another's output"
+    assert dirty[21:].isnan().all(), "a NaN among a sequence's keys does not show in its output"
+
+
+def _prefill(
+    cache: PagedCache, lengths: list[int], query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Whole sequences in one step, in consecutive blocks."""
+    size = cache.shape.block_size
+    widths = [-(-length // size) for length in lengths]
+    firsts = [sum(widths[:b]) for b in range(len(widths))]
+    tables = torch.tensor([[first + i for i in range(max(widths))] for first in firsts], dtype=torch.int32)
+    slots = torch.cat([torch.arange(length) + first * size for first, length in zip(firsts, lengths, strict=True)])
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    cache.plan(PagedBatch(starts, torch.tensor(lengths, dtype=torch.int32), tables, slots))
+    query, key, value = (x.to(cache.shape.device, cache.shape.dtype) for x in (query, key, value))
+    return cache.attend(0, query, key, value, scale=scale, window=None).cpu()
+
+
+def _check_courses(policy: PagedAttention, place: Place, examples: int) -> None:
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        report_multiple_bugs=False,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(course=courses(place.head_dims))
+    def play(course: Course) -> None:
+        check_course(policy, place, course)
+
+    play()
+
+
+def courses(head_dims: tuple[int, ...]) -> st.SearchStrategy[Course]:
+    """Courses of all kinds, on small memories with heads of one of these sizes."""
+    return st.builds(
+        Course,
+        script=_scripts(),
+        kv_heads=st.integers(1, 3),
+        groups=st.sampled_from([1, 2, 3, 4, 7]),
+        head_dim=st.sampled_from(head_dims),
+        block_size=st.sampled_from([1, 2, 5, 8, 16, 24, 32]),
+        windows=st.lists(st.one_of(st.none(), st.integers(1, 90)), min_size=1, max_size=3).map(tuple),
+        seed=st.integers(0, 2**32),
+        threads=st.integers(1, 3),
+    )
+
+
+@st.composite
+def _scripts(draw: st.DrawFn) -> tuple[Action, ...]:
+    """What six sequences go through: prefills, chunks, decodes, forks and releases, in any order."""
+    live: list[int] = []
+    script: list[Action] = []
+    for number in range(draw(st.integers(1, 7))):
+        kind = draw(st.sampled_from(["step", "step", "step", "fork", "release"])) if live else "step"
+        if kind == "release":
+            script.append(Release(live.pop(draw(st.integers(0, len(live) - 1)))))
+        elif kind == "fork":
+            script.append(Fork(draw(st.sampled_from(live)), 10 + number))
+            live.append(10 + number)
+        else:
+            chosen = draw(st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True))
+            chosen += draw(st.lists(st.sampled_from(live), max_size=3, unique=True)) if live else []
+            gains = {n: draw(st.one_of(st.just(1), st.integers(1, 5), st.integers(1, 70))) for n in chosen}
+            masks = {n: draw(_masks_over(gain)) for n, gain in gains.items() if draw(st.booleans())}
+            script.append(Step(tuple(gains.items()), tuple(masks.items())))
+            live += [n for n in gains if n not in live]
+            for n, mask in masks.items():
+                if isinstance(mask, Tree) and draw(st.booleans()):
+                    path: list[int] = []
+                    token = draw(st.integers(0, gains[n] - 1))
+                    while token >= 0:
+                        path, token = [token, *path], mask.parents[token]
+                    script.append(Keep(n, tuple(path)))
+    return tuple(script)
+
+
+@st.composite
+def _masks_over(draw: st.DrawFn, count: int) -> Tree | Open:
+    """A mask over so many new tokens: they branch now and then, or at random, or some are open."""
+    if draw(st.booleans()):
+        return Open(draw(st.integers(0, count)))
+    parents = list(range(-1, count - 1))
+    for token in draw(st.lists(st.integers(0, count - 1), max_size=5)):
+        parents[token] = draw(st.integers(-1, token - 1))
+    return Tree(tuple(parents))

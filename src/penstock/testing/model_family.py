@@ -141,7 +141,7 @@ def check_shape(family: Family, changed: dict[str, Any], folder: Path) -> None:
     shape = family.config_from_hub(AutoConfig.for_model(name, **SHAPE).to_dict())
     config = DecoderConfig.model_validate({**shape.model_dump(), **changed})
     decoder = randomize(Decoder(config))
-    if not family.expresses(config):
+    if family.losses(config):
         with refused(ModelError, name):
             hub.save(decoder, folder, family=name)
         assert not folder.exists(), f"{changed} is refused, and written nevertheless"

@@ -47,6 +47,9 @@ class SimulatedRunner:
         self.launched, self.batch = self.launched + 1, batch
         return Sampled(torch.zeros(sum(entry.scored for entry in batch.entries), dtype=torch.int64))
 
+    def close(self) -> None:
+        """Nothing is under way."""
+
 
 def simulated_engine(config: EngineConfig) -> Engine:
     """An engine whose model takes no time. ``cache_tokens`` must be set."""

@@ -6,7 +6,8 @@ What each clause is there to catch:
   little, takes the wrong row's token, or draws with the wrong number shifts a probability, and nothing shifts unseen;
 - :func:`check_engine` compares an engine that drafts with one that does not, over requests of every kind: keys and
   values of rejected tokens that are read later or shared, penalties, grammars and rules that do not follow the
-  tentative tokens, draws and log-probabilities that belong to another place, a text that goes on behind its end;
+  tentative tokens, draws and log-probabilities that belong to another place, a text that goes on behind its end, a
+  neighbour that is not drafted for and gets another's token;
 - :func:`check_proposals`: more tokens than were asked for, or a draft that a text's growth by pieces changes.
 """
 
@@ -104,6 +105,7 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0, "rule": Momentum(alpha=0.02)},
     {"temperature": 0, "stop_tokens": (7,), "min_tokens": 6},
     {"temperature": 0, "prompt_logprobs": 1},
+    {"temperature": 0.6, "drafts": False},
 ]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import tomllib
 
 import pytest
@@ -10,7 +12,7 @@ from typer.testing import CliRunner
 
 from penstock.cli import build_app
 from penstock.core.config import build
-from penstock.core.errors import UsageError
+from penstock.core.errors import DataError, UsageError
 from penstock.policy import index
 from penstock.train.config import TrainConfig
 from penstock.train.hyper.contract import Scale, Settings
@@ -78,3 +80,39 @@ def test_bad_requests_are_usage_errors(arguments: tuple[str, ...], complaint: st
 @pytest.mark.parametrize("arguments", [(), ("--parameters", "1e9"), ("--parameters", "many", "--tokens", "2e10")])
 def test_malformed_command_lines_exit_with_2(arguments: tuple[str, ...]):
     assert CliRunner().invoke(build_app(), ["plan", "hyper", *arguments]).exit_code == 2
+
+
+def test_laws_are_fitted_to_finished_runs(tmp_path):
+    """Losses that are least at the timescale 2 (D / N)^-0.5: the weight decay is that law's, and the others stay."""
+    rows = ["name,parameters,tokens,batch,lr,weight_decay,loss"]
+    for ratio, decay in itertools.product((16, 64, 256), [0.01 * 2**n for n in range(12)]):
+        tau = 1e5 / (1e-3 * decay * ratio * 1e8)
+        rows.append(f"x,1e8,{ratio * 1e8},1e5,1e-3,{decay},{2 + math.log(tau / (2 * ratio**-0.5)) ** 2}")
+    table = tmp_path / "runs.csv"
+    table.write_text("\n".join(rows))
+    done = CliRunner().invoke(build_app(), ["plan", "hyper", *SCALE, "--trials", str(table), "--json"])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.startswith("fitted timescale: 2 x^-0.5")
+    found, paper = (
+        Settings.model_validate(json.loads(done.stdout)),
+        PowerLines().settings(Scale(parameters=1e9, tokens=2e10)),
+    )
+    assert found.findings["timescale"] == pytest.approx(2 * 20**-0.5, rel=1e-3)
+    assert found.findings["optimal_batch"] == pytest.approx(paper.findings["optimal_batch"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("parameters,tokens\n1,2", "line 2 of .* is no finished run"),
+        ("parameters,tokens,batch,lr,weight_decay,loss\n1,1,1,1,1,nan", "line 2 of .* is no finished run"),
+        ("parameters,tokens,batch,lr,weight_decay,loss\n1,1,1,1,1,1", "shows none of the laws"),
+    ],
+)
+def test_a_table_that_shows_nothing_is_refused(tmp_path, text, words):
+    table = tmp_path / "runs.csv"
+    table.write_text(text)
+    with pytest.raises(DataError, match=words):
+        plan(*SCALE, "--trials", str(table))
+    with pytest.raises(UsageError, match="has none"):
+        plan(*SCALE, "--trials", str(table), "--policy", "linear_scaling")

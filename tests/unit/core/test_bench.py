@@ -128,8 +128,15 @@ def test_a_wrong_row_is_named(run):
         run.measure(**NAMES, run=lambda: float("nan"), repetitions=1)
 
 
-def test_seconds_are_seconds(run):
-    assert 0.02 <= run.seconds(lambda: time.sleep(0.02)) < 0.5
+def test_seconds_are_what_the_clock_says_between_start_and_end(run, monkeypatch):
+    now = 5.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    def work():
+        nonlocal now
+        now += 2.5
+
+    assert run.seconds(work) == 2.5
 
 
 def test_the_result_is_written_and_read_back(run, results, monkeypatch, capsys):

@@ -28,17 +28,15 @@ def test_is_a_bijection(n, seed, epoch):
     images = permutation(every)
     assert images.dtype == np.int64
     assert (np.sort(images) == every).all()
-    assert (permutation.inverse(images) == every).all()
 
 
 @given(data=st.data(), n=st.integers(1, 2**62), seed=SEEDS)
-def test_inverse_undoes_it_on_huge_domains(data, n, seed):
-    index = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)))
+def test_stays_within_huge_domains_and_maps_no_two_to_one(data, n, seed):
+    start = data.draw(st.integers(0, max(0, n - 1000)))
     permutation = Permutation(n, seed)
-    images = permutation(index)
+    images = permutation(np.arange(start, min(n, start + 1000)))
     assert ((images >= 0) & (images < n)).all()
-    assert (permutation.inverse(images) == index).all()
-    assert (permutation(permutation.inverse(index)) == index).all()
+    assert len(np.unique(images)) == len(images)
 
 
 def test_does_not_depend_on_how_it_is_called():
@@ -92,5 +90,3 @@ def test_refuses_a_size_out_of_range(n):
 def test_refuses_an_index_out_of_range(index):
     with pytest.raises(IndexError):
         Permutation(10, 0)(np.array([0, index]))
-    with pytest.raises(IndexError):
-        Permutation(10, 0).inverse(np.array([index]))

@@ -349,15 +349,12 @@ def test_loading_takes_the_memory_of_the_model_and_one_shard(tmp_path: Path) -> 
     assert size < int(run.stdout) < size + shard + 12e6
 
 
-def test_export_and_import_in_place(folder: Path) -> None:
-    """The exported tensors are the decoder's own memory, and importing keeps the parameters that an optimizer holds."""
+def test_import_in_place(folder: Path) -> None:
+    """Importing keeps the parameters that an optimizer holds."""
     decoder, before = tiny(), tiny()
-    state = hub.export_state(decoder)
-    assert state.keys() == load_file(folder / "model.safetensors").keys()
-    for tensor in state.values():
-        assert not tensor.requires_grad
-        tensor.zero_()
-    assert all(not parameter.any() for parameter in decoder.parameters())
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.zero_()
     held = list(decoder.parameters())
     hub.import_state(decoder, folder)
     assert same(decoder, before)

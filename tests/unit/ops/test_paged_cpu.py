@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from penstock.ops.paged.contract import CacheShape, PagedBatch
 from penstock.ops.paged.cpu import Native, NativeCache
-from penstock.testing.attention_paged import Scene, Step, softmax_attention
+from penstock.testing.paged_scene import Scene, Step, softmax_attention
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.ops.paged.contract import PagedBatch
-from penstock.testing.attention_paged import Open, Tree, sees
+from penstock.testing.paged_scene import Open, Tree, sees
 
 
 def batch(counts, cached, parents=None, opened=None) -> PagedBatch:

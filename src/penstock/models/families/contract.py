@@ -40,19 +40,15 @@ class Family(Policy):
     def config_to_hub(self, config: DecoderConfig) -> dict[str, Any]:
         """The contents of a config.json for ``config``, token ids and dtype aside.
 
-        Only meaningful where the family :meth:`expresses` it.
+        Only meaningful where nothing of it is among the family's :meth:`losses`.
 
         Raises:
             ModelError: the family has no place for something in ``config``.
         """
         raise NotImplementedError
 
-    def expresses(self, config: DecoderConfig) -> bool:
-        """Whether a folder of this family can hold a model of this shape."""
-        return not self.losses(config)
-
     def losses(self, config: DecoderConfig) -> list[str]:
-        """The parts of ``config`` that do not survive the way to disk and back; none where the family expresses it."""
+        """The parts of ``config`` that do not survive the way to disk and back; none where a folder can hold it."""
         try:
             back = effective(self.config_from_hub(self.config_to_hub(config)))
         except ModelError as error:

@@ -73,8 +73,9 @@ class Batcher(Protocol):
 
 @contract(
     "serve.batching",
-    law="greedy tokens of each request identical to the request decoded alone, for any arrivals, lengths, shared "
-    "prefixes, aborts and preemptions; token budget and blocks never exceeded; every request finishes; no block lost",
+    law="where no two choices are within rounding of each other (played in float32 on a CPU), tokens of each request, "
+    "greedy and drawn, identical to the request decoded alone, for any arrivals, lengths, shared prefixes, aborts and "
+    "preemptions; token budget and blocks never exceeded; every request finishes; no block lost",
 )
 class Batching(Policy):
     """Forms the batch of each step."""

@@ -321,6 +321,11 @@ class Engine:
             if sequence.finish is None:
                 self._end(sequence, Finish.DEADLINE)
 
+    def close(self) -> None:
+        """Ends the engine: what is on its way is computed to its end, and told to nobody."""
+        self._loop.drain()
+        self.executor.close()
+
     def snapshot(self) -> Snapshot:
         """The engine's state now."""
         last = self.steps.last

@@ -37,3 +37,8 @@ class Executor(Protocol):
     def launch(self, batch: Batch) -> Sampled | None:
         """Queues the work of ``batch``; what comes out is there once it was waited for. None where nothing does."""
         ...
+
+    def close(self) -> None:
+        """Nothing more will be launched: returns once what was launched has been computed, and written where it is to
+        be."""
+        ...

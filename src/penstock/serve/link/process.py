@@ -1,11 +1,13 @@
 """The engine in a process of its own.
 
 The process that starts it keeps the other end of a socket pair, and nobody else can have it. When that end closes,
-for whatever reason, this process ends at once: no engine outlives its front end.
+for whatever reason, this process ends after the step that it is in, and after some seconds whatever it does: no engine
+outlives its front end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -26,6 +28,9 @@ from penstock.serve.messages import Abort, Request
 #: Seconds between two snapshots of a busy engine.
 SNAPSHOTS = 0.1
 
+#: Seconds that the step may take in which the front end leaves.
+LAST_STEP = 2.0
+
 
 class Channel:
     """This process's end of the socket pair."""
@@ -33,21 +38,19 @@ class Channel:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._file = connection.makefile("rb")
-        self._inbox: SimpleQueue[Message] = SimpleQueue()
+        self._inbox: SimpleQueue[Message | None] = SimpleQueue()
 
-    def receive(self) -> Message:
-        """The next message, waited for; does not return once the other end is closed."""
-        header = self._file.read(HEADER.size)
-        body = self._file.read(length(header)) if len(header) == HEADER.size else b""
-        if not body:
-            os._exit(0)
-        return parse(body)
+    def receive(self) -> Message | None:
+        """The next message, waited for; None once the other end is closed."""
+        with contextlib.suppress(ConnectionError):
+            header = self._file.read(HEADER.size)
+            body = self._file.read(length(header)) if len(header) == HEADER.size else b""
+            return parse(body) if body else None
+        return None
 
     def send(self, message: Message) -> None:
-        try:
+        with contextlib.suppress(ConnectionError):  # whoever receives notices the end
             self._connection.sendall(frame(message))
-        except (BrokenPipeError, ConnectionResetError):
-            os._exit(0)
 
     def listen(self) -> None:
         """From now on messages gather by themselves: :meth:`pending` has them. A thread reads, so that the end of the
@@ -55,11 +58,14 @@ class Channel:
         threading.Thread(target=self._gather, daemon=True).start()
 
     def _gather(self) -> None:
-        while True:
-            self._inbox.put(self.receive())
+        while (message := self.receive()) is not None:
+            self._inbox.put(message)
+        self._inbox.put(None)
+        time.sleep(LAST_STEP)
+        os._exit(0)
 
-    def pending(self, wait: bool) -> list[Message]:
-        """What has come since the last call; with ``wait``, at least one message."""
+    def pending(self, wait: bool) -> list[Message | None]:
+        """What has come since the last call; with ``wait``, at least one message. None is the other end's end."""
         messages = [self._inbox.get()] if wait else []
         while True:
             try:
@@ -69,10 +75,13 @@ class Channel:
 
 
 def serve(engine: Engine, channel: Channel) -> None:
-    """Steps ``engine`` while it has anything to do, and takes messages in between; never returns."""
+    """Steps ``engine`` while it has anything to do, and takes messages in between, until the other end closes."""
     told = 0.0
     while True:
         for message in channel.pending(wait=not engine.busy):
+            if message is None:
+                engine.close()
+                return
             _take(engine, message, channel)
         deltas = engine.step()
         now = time.monotonic()
@@ -100,6 +109,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     wanted = channel.receive()
+    if wanted is None:
+        return
     assert isinstance(wanted, Open)
     channel.listen()
     config = EngineConfig.model_validate_json(wanted.config)

@@ -67,10 +67,10 @@ class Recorder:
         return sampled
 
     def close(self) -> None:
-        """Waits for what is under way, and closes the file."""
         while self._pending:
             self._tell(self._pending.popleft())
         self._file.close()
+        self._runner.close()
 
     def _tell(self, sampled: Sampled | None) -> None:
         tokens = np.zeros(0, np.int64)

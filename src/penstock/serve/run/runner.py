@@ -143,6 +143,10 @@ class Runner:
         """The step that computes ``batch``, as data."""
         return self._planner.plan(batch)
 
+    def close(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     @torch.inference_mode()
     def execute(self, step: Step) -> Sampled | None:
         """Queues the forward passes and the sampling of ``step``; what is known then, once it was waited for."""

@@ -1,10 +1,13 @@
-"""The laws of ``power_lines`` from tables of finished runs."""
+"""The laws of ``power_lines`` from tables of finished runs: ``penstock plan hyper --trials runs.csv``."""
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,51 @@ class Trial:
     def timescale(self) -> float:
         """AdamW's timescale B / (lr * weight_decay * D), a share of the run."""
         return self.batch / (self.lr * self.weight_decay * self.tokens)
+
+
+def read_trials(path: Path) -> list[Trial]:
+    """The rows of a CSV file whose first line names the columns: those of :class:`Trial`, in any order, and others.
+
+    Raises:
+        DataError: it cannot be read, a column is missing, or a value is no positive number.
+    """
+    names = [field.name for field in dataclasses.fields(Trial)]
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    trials = []
+    for line, row in enumerate(rows, 2):
+        try:
+            values = [float(row[name]) for name in names]
+        except (KeyError, TypeError, ValueError):
+            values = []
+        if not values or not all(0 < value < np.inf for value in values):
+            raise DataError(
+                f"line {line} of {path} is no finished run",
+                hint=f"It must have positive numbers in the columns {', '.join(names)}.",
+            )
+        trials.append(Trial(*values))
+    return trials
+
+
+def fit_laws(trials: list[Trial]) -> dict[str, PowerLaw]:
+    """Those of the rule's laws that the table shows, by the names of its options.
+
+    Raises:
+        DataError: it shows none.
+    """
+    fits = {"timescale": fit_timescale, "optimal_batch": fit_optimal_batch, "critical_batch": fit_critical_batch}
+    laws = {}
+    for name, fit in fits.items():
+        with contextlib.suppress(DataError):
+            laws[name] = fit(trials)
+    if not laws:
+        raise DataError(
+            f"a table of {len(trials)} runs shows none of the laws of power_lines",
+            hint="Vary the weight decay, or the batch, at two scales or more, to both sides of the best setting.",
+        )
+    return laws
 
 
 def fit_power_law(points: Iterable[tuple[float, float]]) -> PowerLaw:
@@ -91,9 +139,11 @@ def fit_critical_batch(trials: Iterable[Trial]) -> PowerLaw:
         for batch, members in _groups(runs, lambda t: t.batch):
             lengths = [(_tuned(equal), np.log(tokens)) for tokens, equal in _groups(members, lambda t: t.tokens)]
             curves[batch] = np.array(sorted(lengths)).T
+        if len(curves) < 2:
+            continue
         lowest = max(losses[0] for losses, _ in curves.values())
         highest = min(losses[-1] for losses, _ in curves.values())
-        if len(curves) < 2 or lowest >= highest:
+        if lowest >= highest:
             continue
         for loss in np.linspace(lowest, highest, 8):
             needed = [np.exp(np.interp(loss, losses, lengths)) for losses, lengths in curves.values()]

@@ -9,6 +9,8 @@ from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
+from penstock.serve.engine.memory import Memory
+from penstock.serve.engine.sequence import Sequence
 from penstock.serve.kv.pool import ROOT, BlockPool, InvariantError
 from penstock.serve.messages import Finish, Request
 from penstock.testing.reference import greedy
@@ -126,6 +128,45 @@ def test_a_prefix_is_taken_from_the_cache_and_the_oldest_is_evicted_first():
     pool.take(2)
     assert pool.match([1, 2, 3, 4, 5, 6], 6) == blocks[:2], "the leaf went first"
     pool.check([[block] for block in range(4) if block not in blocks[:2]])
+
+
+def test_what_hung_under_an_evicted_node_is_found_under_no_other():
+    """A sequence's own first block stays out of the tree where a twin's is there: when the twin is evicted, what
+    follows in the tree hangs under nobody, whatever is put there later."""
+    pool = BlockPool(8, 1)
+    twin, other, *own = pool.take(4)
+    node, gone = pool.commit(ROOT, (1,), twin), pool.commit(ROOT, (2,), other)
+    below = pool.commit(node, (3,), own[0])
+    pool.commit(below, (4,), own[1])
+    pool.release([twin])
+    pool.release([other])
+    fresh = pool.take(6)
+    assert {twin, other} <= set(fresh) and not pool.known(twin) and gone != node
+    for token, block in enumerate(fresh[:3], 5):
+        pool.commit(ROOT, (token,), block)
+        for child in (3, 4):
+            assert pool.match([token, child], 2) == [block]
+
+
+def test_idle_blocks_of_a_prefix_are_not_counted_as_room_for_the_rest():
+    """Of ten blocks, somebody holds four and four more are an idle prefix: who begins with it cannot have three
+    besides, though six are available before its own prefix is held. Somebody with two besides would leave no block
+    in hand for the one who runs."""
+    memory = Memory(slots=4, blocks=10, block_size=2, context=40)
+
+    def waiting(tokens: list[int]) -> Sequence:
+        return Sequence(Request("x", tokens, GREEDY), 0, GREEDY, tokens, 40, 0)
+
+    prefix = [*range(8)]
+    first, other = waiting([*prefix, 9]), waiting([20, *range(7)])
+    assert memory.admit(first) and memory.reserve([(first, 9)]) == 0
+    memory.advance(first, 9)
+    memory.release(first)
+    assert memory.admit(other) and memory.reserve([(other, 8)]) == 0
+    assert (memory.pool.held, memory.pool.available) == (4, 6)
+    assert not memory.admit(waiting([*prefix, *range(30, 36)]))
+    assert not memory.admit(waiting([*prefix, *range(30, 34)]))
+    assert memory.admit(waiting([*prefix, 30, 31]))
 
 
 @pytest.mark.parametrize("harm", ["_holders", "_free", "_idle", "_tree"])

@@ -199,6 +199,28 @@ def test_min_tokens_hold_back_the_end(model):
     assert len(tokens) > 5 and not {likely, 8} & set(tokens[:5])
 
 
+def test_the_end_may_come_right_behind_min_tokens(model):
+    """Beside the definition, with ends that are the most probable token as soon as they are allowed."""
+
+    def defined(end: int, least: int) -> list[int]:
+        text = [3, 4]
+        while len(text) < 14 and (len(text) == 2 or text[-1] != end):
+            scores = next_logits(model, text).clone()
+            if len(text) - 2 < least:
+                scores[end] = -torch.inf
+            text.append(int(scores.argmax()))
+        return text[2:]
+
+    at_once = 0
+    for least in range(6):
+        for end in sorted({*greedy(model, [3, 4], 8)}):
+            wanted = defined(end, least)
+            at_once += len(wanted) == least + 1
+            asked = SamplingParams(temperature=0, min_tokens=least, stop_tokens=(end,), max_tokens=12)
+            assert tokens_of(run(engine(model), [Request("1", [3, 4], asked)])["1", 0]) == wanted
+    assert at_once > 1
+
+
 @pytest.mark.parametrize("options", [{"logit_bias": {50: 1.0}}, {"stop_tokens": (99,)}])
 def test_tokens_that_the_model_does_not_have_are_refused(model, options):
     subject = engine(model)

@@ -79,7 +79,7 @@ def test_what_is_fed_must_be_in_the_grammar_and_what_is_cut_can_be_written_anew(
     writer.feed("1", tokenizer("ab12")["input_ids"])
     rest = [token for delta in run_out(writer) for token in delta.tokens]
     text = "ab12" + tokenizer.decode(rest[:-1])
-    assert re.search(PATTERN + "$", text), text
+    assert re.fullmatch(PATTERN, text), text
 
 
 def run_out(engine: Engine) -> list:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -25,7 +27,7 @@ def recording(request, tmp_path_factory):
     config = EngineConfig.model_validate({**SIZES, "loop": request.param, "record": str(path), "drafter": Ngram()})
     engine = build_engine(small_model(), config, source="small")
     played(engine, 0)
-    engine.executor.close()
+    engine.close()
     return path
 
 
@@ -42,8 +44,8 @@ def test_other_weights_compute_the_same_steps(recording):
 
 
 def test_a_step_is_what_it_was_written_as(recording):
-    for step, _ in read_steps(recording):
-        arrays, more = flatten(step)
+    for number, (step, _) in enumerate(read_steps(recording)):
+        arrays, more = flatten(dataclasses.replace(step, lead=number % 2))
         again, rest = flatten(unflatten(arrays, more))
         assert rest == more and again.keys() == arrays.keys()
         assert all(np.array_equal(again[name], arrays[name]) for name in arrays)
