@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.errors import PenstockError, UsageError
 from penstock.serve.link.client import EngineDiedError
@@ -62,9 +63,16 @@ def content(error: Exception) -> tuple[int, dict[str, Any]]:
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def told(error: Exception) -> tuple[int, dict[str, Any]]:
+    """The same. What is no client's fault goes to the log, with all that the client does not learn."""
+    if not isinstance(error, (PenstockError, RequestValidationError, HTTPException)):
+        log.error("a request failed", exc_info=error)
+    return content(error)
+
+
 def response(error: Exception) -> JSONResponse:
     """The response that tells of ``error``."""
-    status, body = content(error)
+    status, body = told(error)
     return JSONResponse(body, status, headers=getattr(error, "headers", None))
 
 
@@ -84,10 +92,28 @@ def install(app: FastAPI) -> None:
     async def answer(_: Request, error: Exception) -> Response:
         return response(error)
 
-    async def defect(_: Request, error: Exception) -> Response:
-        log.error("a request failed", exc_info=error)
-        return response(error)
-
     for kind in (PenstockError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
-    app.add_exception_handler(Exception, defect)
+    app.add_middleware(Defects)
+
+
+class Defects:
+    """Answers whatever else ``app`` raises: no exception goes through to the connection, where other requests wait."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noted(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as error:
+            if started:  # the client must see that its answer is cut off: the connection ends
+                raise
+            await response(error)(scope, receive, send)
