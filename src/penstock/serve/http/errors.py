@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.errors import PenstockError, UsageError
+from penstock.core.faults import faults
 from penstock.serve.link.client import EngineDiedError
 
 log = logging.getLogger(__name__)
@@ -77,19 +78,25 @@ def response(error: Exception) -> JSONResponse:
 
 
 def _first_fault(error: RequestValidationError) -> tuple[str, str | None]:
-    """What is wrong, and with which field. Of a union's faults the first is told."""
-    fault = error.errors()[0]
-    where = [str(part) for part in fault["loc"][1:]] if fault["type"] != "json_invalid" else []
-    if fault["type"] == "json_invalid":
-        return f"the body is not JSON: {fault.get('ctx', {}).get('error', fault['msg'])}", None
-    name = ".".join(where)
-    return f"{name or 'the body'}: {fault['msg']}", where[0] if where else None
+    """What is wrong, and with which field."""
+    found = error.errors()
+    if found[0]["type"] == "json_invalid":
+        return f"the body is not JSON: {found[0].get('ctx', {}).get('error', found[0]['msg'])}", None
+    if found[0]["loc"][0] == "body":
+        place, fault = faults([each | {"loc": each["loc"][1:]} for each in found], error.body)[0]
+    else:
+        place, fault = found[0]["loc"][1:], found[0]
+    name = ".".join(map(str, place))
+    return f"{name or 'the body'}: {fault['msg'].removeprefix('Value error, ')}", str(place[0]) if place else None
 
 
 def install(app: FastAPI) -> None:
     """Lets ``app`` answer every error in this shape."""
 
-    async def answer(_: Request, error: Exception) -> Response:
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            what = f"there is no {request.method} {request.url.path[:200]} here; GET /openapi.json has what there is"
+            return response(ApiError(error.status_code, what, headers=error.headers))
         return response(error)
 
     for kind in (PenstockError, RequestValidationError, HTTPException):

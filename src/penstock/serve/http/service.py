@@ -38,6 +38,7 @@ class Limits(Config):
         queue: most continuations that wait, besides those that the engine can run at a time.
         deadline: most seconds that a request may take; it ends then with what it has.
         drain: most seconds that requests under way may take once the server is told to end.
+        reading: most seconds that a client may take for a request's head, or for a part of its body.
         patience: seconds after which an engine that has work, and says nothing, is taken for dead.
     """
 
@@ -45,6 +46,7 @@ class Limits(Config):
     queue: NonNegativeInt = 1024
     deadline: PositiveFloat = 600.0
     drain: NonNegativeFloat = 30.0
+    reading: PositiveFloat = 30.0
     patience: PositiveFloat = 300.0
 
 
