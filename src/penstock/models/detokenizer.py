@@ -31,6 +31,10 @@ class Detokenizer(Protocol):
     def pending(self) -> str:
         """What :meth:`end` would add to the text now, unfinished characters apart; tokens to come may change it."""
 
+    @property
+    def waiting(self) -> int:
+        """How many characters wait to be settled, those apart that are not finished."""
+
     def push(self, token: int) -> str:
         """The text that is settled with ``token``: whatever follows, it stays."""
 
@@ -48,7 +52,7 @@ def detokenizer(tokenizer: Tokenizer, prompt: Sequence[int]) -> Detokenizer:
 class ByteLevel:
     """Tokens are strings of bytes."""
 
-    pending = ""  # a character that is whole is settled
+    pending, waiting = "", 0  # a character that is whole is settled
 
     def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int]) -> None:
         self._vocabulary = vocabulary
@@ -93,6 +97,10 @@ class Pieces:
     @property
     def pending(self) -> str:
         return self._run.whole
+
+    @property
+    def waiting(self) -> int:
+        return self._run.length
 
     def push(self, token: int) -> str:
         said, byte = self._vocabulary.says(token), self._vocabulary.byte(token)
@@ -171,6 +179,15 @@ class _Run:
             return ""
         return self._characters[max(self._given_characters, self._lost) :]
 
+    @property
+    def length(self) -> int:
+        """Of the text, in characters: those that are whole, or replacements once there is no way that all become."""
+        if self._broken:
+            return len(self.tokens) - self._given_bytes
+        if self._lost is None:
+            return 0
+        return len(self._characters) - max(self._given_characters, self._lost)
+
     def text(self) -> str:
         """The text of the run, which ends here."""
         if not self.tokens:
@@ -198,6 +215,10 @@ class Whole:
     @property
     def pending(self) -> str:
         return self._text().rstrip(REPLACEMENT)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.pending)
 
     def push(self, token: int) -> str:
         self._tokens.append(token)

@@ -73,7 +73,7 @@ class TextStream:
     @property
     def position(self) -> int:
         """The length of the text so far, in characters: where that of the next token begins."""
-        return self._settled + len(self._detokenizer.pending)
+        return self._settled + self._detokenizer.waiting
 
     def push(self, tokens: Iterable[int]) -> str:
         """The text that ``tokens`` add. What could be the beginning of a stop string is held back, and so is what a

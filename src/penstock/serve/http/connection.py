@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import http
 import json
 import logging
 import resource
@@ -85,7 +86,7 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         error = sys.exc_info()[1]
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        self._refuse(status, f"this is not a request in HTTP/1.1: {error or msg}")
+        self._refuse(status, f"this is not a request in HTTP/1.1: {str(error or msg)[:200]}")
 
     def _unsupported_upgrade_warning(self) -> None:
         """A request for another protocol is answered as if it had asked for none, as it should be."""
@@ -121,7 +122,7 @@ class Connection(H11Protocol):
                 ("connection", "close"),
             ]
             for event in (
-                h11.Response(status_code=status, headers=headers),
+                h11.Response(status_code=status, headers=headers, reason=http.HTTPStatus(status).phrase.encode()),
                 h11.Data(data=body),
                 h11.EndOfMessage(),
             ):
