@@ -59,29 +59,31 @@ class Completions:
             stream.push([token])
         offsets += [length + offset for offset in piece.offsets or []]
         first = self._echoes[piece.choice][0]
-        told = self._logprobs([*(piece.prompt_logprobs or []), *_shown(piece)], offsets[1:])
+        prompt = piece.prompt_logprobs or []
+        told = self._logprobs([*prompt, *_shown(piece)], offsets[1:], given=len(prompt))
         # Nothing predicts the first token.
         start = {"tokens": self._name(first), "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
         return {name: [value, *told[name]] for name, value in start.items()}
 
-    def _logprobs(self, positions: list[TokenLogprobs], offsets: list[int]) -> dict[str, Any]:
+    def _logprobs(self, positions: list[TokenLogprobs], offsets: list[int], given: int = 0) -> dict[str, Any]:
+        """The first ``given`` of ``positions`` are the prompt's."""
         return {
             "tokens": [self._name(position.token) for position in positions],
             "token_logprobs": [max(position.logprob, LEAST) for position in positions],
-            "top_logprobs": [self._top(position) for position in positions],
+            "top_logprobs": [self._top(position, place >= given) for place, position in enumerate(positions)],
             "text_offset": offsets[: len(positions)],
         }
 
-    def _top(self, position: TokenLogprobs) -> dict[str, float]:
-        """The most probable tokens and, behind them where it is none of them, the one that is there. Where two have one
-        name, the token that is there keeps it, and else the more probable one."""
+    def _top(self, position: TokenLogprobs, sampled: bool) -> dict[str, float]:
+        """The most probable tokens, and the one that was sampled. Where two have one name, the token that is there
+        keeps it, and else the more probable one."""
         own = self._name(position.token)
         top: dict[str, float] = {}
         for token, logprob in position.top:
             name = self._name(token)
             taken = name in top or (name == own and token != position.token)
             top[f"token_id:{token}" if taken else name] = max(logprob, LEAST)
-        return top | {own: max(position.logprob, LEAST)}
+        return top | {own: max(position.logprob, LEAST)} if sampled else top
 
     def _name(self, token: int) -> str:
         said = self._tokens.vocabulary.name(token)
