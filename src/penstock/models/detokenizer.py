@@ -33,7 +33,7 @@ class Detokenizer(Protocol):
 
     @property
     def waiting(self) -> int:
-        """How many characters wait to be settled, those apart that are not finished."""
+        """How many whole characters are read that are not settled yet."""
 
     def push(self, token: int) -> str:
         """The text that is settled with ``token``: whatever follows, it stays."""
@@ -181,7 +181,7 @@ class _Run:
 
     @property
     def length(self) -> int:
-        """Of the text, in characters: those that are whole, or replacements once there is no way that all become."""
+        """Characters so far: those that are whole or, once the run can no longer become UTF-8, a replacement a byte."""
         if self._broken:
             return len(self.tokens) - self._given_bytes
         if self._lost is None:

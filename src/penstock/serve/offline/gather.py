@@ -111,7 +111,8 @@ class Gatherer:
         self._open[request.id] = _Open(request, RequestOutput(request.id, prompt, request.prompt, outputs), readers)
 
     def step(self) -> list[RequestOutput]:
-        """Does one step of the engine; returns the requests that finished in it."""
+        """Does one step of the engine; returns the requests that finished in it. One that cannot be read, whatever the
+        reason, is finished too, with its ``error``."""
         ended = []
         for delta in self.engine.step():
             found = self._open.get(delta.id)
