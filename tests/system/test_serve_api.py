@@ -115,6 +115,28 @@ def test_logprobs_are_the_models_own(client):
     assert given.text_offset == [len("".join(given.tokens[:place])) for place in range(len(tokens))]
 
 
+def test_text_offsets_of_a_stream_are_those_of_the_whole(client):
+    options = {"model": MODEL, "prompt": PROMPT, "max_tokens": 20, "seed": 3, "logprobs": 2}
+    whole = client.completions.create(**options).choices[0].logprobs
+    chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**options, stream=True)]
+    assert len(chunks) > 10
+    assert [offset for chunk in chunks for offset in chunk.text_offset] == whole.text_offset
+    assert whole.text_offset == [len("".join(whole.tokens[:place])) for place in range(len(whole.tokens))]
+
+
+def test_the_sampled_token_is_always_among_the_alternatives(client):
+    options = {"model": MODEL, "max_tokens": 30, "temperature": 1.5, "seed": 7, "extra_body": {"ignore_eos": True}}
+    told = client.completions.create(**options, prompt=PROMPT, logprobs=2).choices[0].logprobs
+    for name, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+        assert top[name] == logprob
+        assert len(top) in (2, 3)
+    assert any(len(top) == 3 for top in told.top_logprobs)
+    messages = [{"role": "user", "content": "x"}]
+    answer = client.chat.completions.create(**options, messages=messages, logprobs=True, top_logprobs=2)
+    for position in answer.choices[0].logprobs.content:
+        assert (position.token, position.logprob) in [(each.token, each.logprob) for each in position.top_logprobs]
+
+
 def test_the_best_of_several_is_the_most_probable_on_average(client):
     options = {
         "model": MODEL,
@@ -150,7 +172,7 @@ def test_a_chat_as_a_stream_with_logprobs(client):
     )
     for position in whole.logprobs.content:
         assert len(position.top_logprobs) == 2
-        assert position.bytes is None or bytes(position.bytes).decode() == position.token
+        assert bytes(position.bytes).decode(errors="backslashreplace") == position.token
 
 
 def test_an_answer_takes_the_form_that_is_wanted(client):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -122,6 +124,31 @@ def test_chats_refuse(server, body):
 
 
 @pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}, "images are not supported"),
+        ({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}, "sounds are not supported"),
+        ({"type": "text"}, "messages.0.content.1.text: Field required"),
+        ({"type": "text", "text": "x", "cache": 1}, "messages.0.content.1: unknown field 'cache'"),
+        ("x", "messages.0.content.1: "),
+    ],
+)
+def test_errors_name_the_branch_that_was_meant(server, part, message):
+    content = [{"type": "text", "text": "What is this?"}, part]
+    body = {"messages": [{"role": "user", "content": content}]}
+    status, told = send(server, CHAT, json.dumps(body).encode())
+    assert status == 400
+    assert message in told
+
+
+def test_errors_are_not_of_a_branch_that_nobody_meant(server):
+    body = {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}
+    error = server.http.post(CHAT, json=body).json()["error"]
+    assert error["param"] == "messages"
+    assert error["message"] == "messages.0.content.0: images are not supported: a message is text"
+
+
+@pytest.mark.parametrize(
     "form",
     [
         {"type": "regex", "regex": "(((a{999}){999}){999})"},
@@ -190,10 +217,29 @@ def test_what_is_hardly_http(server, text):
         try:
             connection.sendall(text)
             connection.shutdown(socket.SHUT_WR)
-            answer = connection.recv(1000)
+            answer = b"".join(iter(lambda: connection.recv(1000), b""))
         except OSError:  # the server hung up before it had read everything
             return
     assert not answer or answer.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4"))
+    if answer:
+        assert b'{"error":' in answer
+
+
+def test_a_server_out_of_descriptors_says_so_seldom_and_comes_back():
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("the limits of another process cannot be set here")
+    with Served() as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        opened = len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (opened + 4, opened + 4))
+        connections = [socket.create_connection((host, int(port))) for _ in range(64)]
+        time.sleep(3)
+        assert 1 <= server.said().count("new connections have to wait") < 20
+        assert len(server.said()) < 20_000
+        for connection in connections:
+            connection.close()
+        assert server.http.get("/health").status_code == 200
 
 
 def test_nobody_without_a_key_learns_anything(server):

@@ -53,6 +53,9 @@ def serve(
     deadline: float = typer.Option(600.0, "--deadline", help="Most seconds that a request may take."),
     body_limit: float = typer.Option(4.0, "--body-limit", help="Largest request, in MiB."),
     drain: float = typer.Option(30.0, "--drain", help="Seconds for requests under way after SIGTERM or Ctrl-C."),
+    read_timeout: float = typer.Option(
+        30.0, "--read-timeout", help="Seconds for a request's head, or a part of its body, to arrive."
+    ),
     record: Path | None = typer.Option(
         None, "--record", metavar="FILE", help="Write all steps there, for `penstock replay`: prompts and answers too."
     ),
@@ -87,7 +90,14 @@ def serve(
 
     chosen = {"drafter": speculate, "record": None if record is None else str(record)}
     engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
-    given = {"body": body_limit, "queue": queue, "deadline": deadline, "drain": drain, "patience": patience}
+    given = {
+        "body": body_limit,
+        "queue": queue,
+        "deadline": deadline,
+        "drain": drain,
+        "reading": read_timeout,
+        "patience": patience,
+    }
     limits = build(Limits, given, "the server's limits")
     keys = _keys(api_key or [], api_key_file)
     _check_exposure(host, keys, no_key)

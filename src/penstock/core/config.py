@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from penstock.core.errors import ConfigError, UsageError, nearest
+from penstock.core.faults import Place, faults
 
 
 class Config(BaseModel):
@@ -116,7 +117,7 @@ def build(cls: type[C], tree: Mapping[str, Any], source: str = "the configuratio
     try:
         return cls.model_validate(dict(tree))
     except ValidationError as error:
-        lines = [_explain(cls, fault) for fault in error.errors()]
+        lines = [_explain(cls, place, fault) for place, fault in faults(error.errors(), tree)]
         raise ConfigError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from error
 
 
@@ -125,8 +126,8 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 
 
-def _explain(cls: type[BaseModel], fault: Any) -> str:
-    keys = [str(part) for part in fault["loc"]]
+def _explain(cls: type[BaseModel], place: Place, fault: Any) -> str:
+    keys = [str(part) for part in place]
     where = ".".join(keys)
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key; {nearest(keys[-1], _fields_at(cls, keys[:-1]))}"

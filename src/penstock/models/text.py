@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from penstock.models.decoder import Decoder
+from penstock.models.detokenizer import detokenizer
 from penstock.models.generate import generate
 from penstock.models.sampling import Sampling
 
@@ -63,47 +63,54 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = (), least: int = 0) -> None:
-        # The stream holds back a token until its bytes make whole characters.
-        self._tokenizer, self._stream = tokenizer, DecodeStream(ids=list(prompt), skip_special_tokens=True)
-        self._tokens, self._length = list(prompt), len(tokenizer.decode(list(prompt)))
+        self._detokenizer = detokenizer(tokenizer, prompt)
         self._stop, self._early = tuple(stop), least
-        self._held = ""
+        self._settled = 0
+        #: Text that is settled and not shown yet, and what was searched for stop strings, from the same place on.
+        self._held = self._searched = ""
         self.stopped: str | None = None
 
+    @property
+    def position(self) -> int:
+        """The length of the text so far, in characters: where that of the next token begins."""
+        return self._settled + self._detokenizer.waiting
+
     def push(self, tokens: Iterable[int]) -> str:
-        """The text that ``tokens`` add. What could be the beginning of a stop string is held back."""
+        """The text that ``tokens`` add. What could be the beginning of a stop string is held back, and so is what a
+        token to come may change (see :mod:`penstock.models.detokenizer`)."""
         shown = []
         for token in tokens:
-            self._tokens.append(token)
             self._early -= 1
-            piece = self._stream.step(self._tokenizer, token)
-            if piece:
-                self._length += len(piece)
-                shown.append(self._show(piece))
+            shown.append(self._show(self._detokenizer.push(token), self._early < 0))
         return "".join(shown)
 
     def end(self) -> str:
         """The rest of the text; its last character may be one that the model left unfinished."""
-        if self.stopped is not None:
-            return ""
-        shown = self._show(self._tokenizer.decode(self._tokens)[self._length :])
+        shown = self._show(self._detokenizer.end(), self._early < 0)
         rest, self._held = self._held, ""
         return shown + rest
 
-    def _show(self, fresh: str) -> str:
+    def _show(self, fresh: str, may_stop: bool) -> str:
+        """What can be shown once ``fresh`` is settled."""
+        self._settled += len(fresh)
         if self.stopped is not None:
             return ""
-        text, before = self._held + fresh, len(self._held)
-        # One that is whole in what was held came too early.
+        settled = self._held + fresh
+        if not self._stop:
+            return settled
+        text = settled + self._detokenizer.pending
+        # A stop string that was there already came too early, unless what it was found in has changed.
+        before = len(self._searched) if text.startswith(self._searched) else len(self._held)
         places = {stop: text.find(stop, max(before - len(stop) + 1, 0)) for stop in self._stop}
         found = [(place, stop) for stop, place in places.items() if place >= 0]
-        if found and self._early < 0:
+        if found and may_stop:
             place, self.stopped = min(found)
             self._held = ""
             return text[:place]
-        kept = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - kept :]
-        return text[: len(text) - kept]
+        kept = max(max(_overlap(settled, stop), _overlap(text, stop) - len(text) + len(settled)) for stop in self._stop)
+        cut = len(settled) - max(kept, 0)
+        self._held, self._searched = settled[cut:], text[cut:]
+        return settled[:cut]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -10,9 +10,6 @@ from penstock.models.text import TextStream
 from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.messages import Delta, Finish, Request
 
-#: Tokens of a prompt that decide how the first character after it is read; more than any tokenizer looks at.
-LEFT = 64
-
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
@@ -21,6 +18,7 @@ class Reading:
     Attributes:
         text: what can be shown now; the beginning of what may become a stop string is held back.
         tokens: the new tokens, up to the one that ended the text, which is among them.
+        offsets: where in the text each of ``tokens`` begins, in characters, where log-probabilities were asked for.
         shown: those of them that are in the text: all but a stop token.
         logprobs: one for each of ``tokens``, where they were asked for.
         prompt_logprobs: once, where they were asked for.
@@ -32,6 +30,7 @@ class Reading:
 
     text: str
     tokens: list[int]
+    offsets: list[int] | None
     shown: list[int]
     logprobs: list[TokenLogprobs] | None
     prompt_logprobs: list[TokenLogprobs] | None
@@ -51,26 +50,31 @@ class Reader:
 
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         sampling = request.sampling
-        self._text = TextStream(tokenizer, request.prompt[-LEFT:], sampling.stop, sampling.min_tokens)
+        self._text = TextStream(tokenizer, request.prompt, sampling.stop, sampling.min_tokens)
         self._stop_tokens = frozenset(sampling.stop_tokens)
         self.finish: Finish | None = None
 
     def read(self, delta: Delta) -> Reading:
         """What ``delta`` adds."""
         text, tokens, finish = "", delta.tokens, delta.finish
+        offsets: list[int] | None = None if delta.logprobs is None else []
         stop_token = tokens[-1] if tokens and finish is Finish.STOP else None
         shown = tokens if stop_token is None else tokens[:-1]
         for count, token in enumerate(shown, start=1):
+            if offsets is not None:
+                offsets.append(self._text.position)
             text += self._text.push([token])
             if self._text.stopped is not None:
                 tokens = shown = shown[:count]
                 break
         if finish is not None:
             text += self._text.end()
+        if offsets is not None and len(offsets) < len(tokens):  # a stop token has no text
+            offsets.append(self._text.position)
         stopped: str | int | None = stop_token if stop_token in self._stop_tokens else None
         if self._text.stopped is not None:
             finish, stopped = Finish.STOP, self._text.stopped
         self.finish = finish
         logprobs = None if delta.logprobs is None else delta.logprobs[: len(tokens)]
         early = finish is not None and delta.finish is None
-        return Reading(text, tokens, shown, logprobs, delta.prompt_logprobs, finish, stopped, early)
+        return Reading(text, tokens, offsets, shown, logprobs, delta.prompt_logprobs, finish, stopped, early)

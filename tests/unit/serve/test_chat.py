@@ -44,3 +44,52 @@ def test_a_file_that_is_no_template_is_refused(tokenizer, tmp_path, text, messag
         (tmp_path / "chat.jinja").write_text(text)
     with pytest.raises(UsageError, match=message):
         take_template(tokenizer, tmp_path / "chat.jinja")
+
+
+#: As Qwen's: roles that it does not know are left out.
+SILENT = (
+    "{%- for m in messages %}{%- if m.role in ('system', 'user', 'assistant') %}<{{ m.role }}>{{ m.content }}"
+    "{%- elif m.role == 'tool' %}<result>{{ m.content }}{%- endif %}{%- endfor %}<answer>"
+)
+#: It knows developers, and nothing of systems.
+MODERN = "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content | trim }}{% endif %}{% endfor %}"
+#: As Gemma's.
+STRICT = "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('only users') }}{% endif %}{% endfor %}"
+BRIEF = {"role": "developer", "content": " Be brief. "}
+
+
+def written(tokenizer, template: str, *messages: dict) -> str:
+    tokenizer.chat_template = template
+    return tokenizer.decode(chat_tokens(tokenizer, list(messages)))
+
+
+def test_a_developer_is_the_system_where_the_template_does_not_know_it(tokenizer):
+    assert written(tokenizer, SILENT, BRIEF, *HELLO) == "<system> Be brief. <user>Hello<answer>"
+    assert written(tokenizer, MODERN, BRIEF, *HELLO) == "<developer>Be brief.<user>Hello"
+    # Also where the same words stand in another message.
+    assert written(tokenizer, SILENT, {**BRIEF, "content": "Hello"}, *HELLO) == "<system>Hello<user>Hello<answer>"
+    with pytest.raises(UsageError, match="refuses the conversation: only users"):
+        written(tokenizer, STRICT, BRIEF, *HELLO)
+
+
+@pytest.mark.parametrize(
+    ("template", "role", "place"), [(SILENT, "function", 2), (MODERN, "system", 2), (SILENT, "king", 2)]
+)
+def test_a_role_that_the_template_drops_is_an_error_that_names_it(tokenizer, template, role, place):
+    with pytest.raises(UsageError, match=f"leaves out message {place}, of the role '{role}'"):
+        written(tokenizer, template, *HELLO, {"role": role, "content": "Hello"})
+
+
+def test_what_says_nothing_may_be_left_out(tokenizer):
+    call = {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "look"}}]}
+    template = (
+        "{% for m in messages %}{% if m.tool_calls %}<call>{% else %}"
+        "<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+    )
+    assert written(tokenizer, template, *HELLO, call) == "<user>Hello<call>"
+    assert written(tokenizer, SILENT, {"role": "function", "content": ""}, *HELLO) == "<user>Hello<answer>"
+
+
+def test_a_template_that_reads_the_content_is_taken_at_its_word(tokenizer):
+    template = "{% for m in messages %}{{ m.content.split('|')[1] + '' }}{% endfor %}"
+    assert written(tokenizer, template, {"role": "user", "content": "a|b"}) == "b"

@@ -14,7 +14,6 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.types import Send
 
 from penstock import __version__
-from penstock.core.errors import PenstockError
 from penstock.serve.http import errors, responses
 from penstock.serve.http.errors import ApiError
 from penstock.serve.http.guard import Guard
@@ -165,8 +164,9 @@ async def _chunks(
                 if piece.text or piece.finish or piece.tokens:
                     yield event(head | {"choices": [shapes.delta(piece)]})
                 piece = await anext(pieces, None)
-        except PenstockError as error:
-            yield event(errors.content(error)[1])
+        except Exception as error:  # whatever it is, the client learns that its answer ends here, and is none
+            generation.outcome = "error"
+            yield event(errors.told(error)[1])
             return
     if usage:
         yield event(head | {"choices": [], "usage": generation.usage.record()})

@@ -10,8 +10,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.errors import PenstockError, UsageError
+from penstock.core.faults import faults
 from penstock.serve.link.client import EngineDiedError
 
 log = logging.getLogger(__name__)
@@ -62,32 +64,63 @@ def content(error: Exception) -> tuple[int, dict[str, Any]]:
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def told(error: Exception) -> tuple[int, dict[str, Any]]:
+    """The same. What is no client's fault goes to the log, with all that the client does not learn."""
+    if not isinstance(error, (PenstockError, RequestValidationError, HTTPException)):
+        log.error("a request failed", exc_info=error)
+    return content(error)
+
+
 def response(error: Exception) -> JSONResponse:
     """The response that tells of ``error``."""
-    status, body = content(error)
+    status, body = told(error)
     return JSONResponse(body, status, headers=getattr(error, "headers", None))
 
 
 def _first_fault(error: RequestValidationError) -> tuple[str, str | None]:
-    """What is wrong, and with which field. Of a union's faults the first is told."""
-    fault = error.errors()[0]
-    where = [str(part) for part in fault["loc"][1:]] if fault["type"] != "json_invalid" else []
-    if fault["type"] == "json_invalid":
-        return f"the body is not JSON: {fault.get('ctx', {}).get('error', fault['msg'])}", None
-    name = ".".join(where)
-    return f"{name or 'the body'}: {fault['msg']}", where[0] if where else None
+    """What is wrong, and with which field."""
+    found = error.errors()
+    if found[0]["type"] == "json_invalid":
+        return f"the body is not JSON: {found[0].get('ctx', {}).get('error', found[0]['msg'])}", None
+    if found[0]["loc"][0] == "body":
+        place, fault = faults([each | {"loc": each["loc"][1:]} for each in found], error.body)[0]
+    else:
+        place, fault = found[0]["loc"][1:], found[0]
+    name = ".".join(map(str, place))
+    return f"{name or 'the body'}: {fault['msg'].removeprefix('Value error, ')}", str(place[0]) if place else None
 
 
 def install(app: FastAPI) -> None:
     """Lets ``app`` answer every error in this shape."""
 
-    async def answer(_: Request, error: Exception) -> Response:
-        return response(error)
-
-    async def defect(_: Request, error: Exception) -> Response:
-        log.error("a request failed", exc_info=error)
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            what = f"there is no {request.method} {request.url.path[:200]} here; GET /openapi.json has what there is"
+            return response(ApiError(error.status_code, what, headers=error.headers))
         return response(error)
 
     for kind in (PenstockError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
-    app.add_exception_handler(Exception, defect)
+    app.add_middleware(Defects)
+
+
+class Defects:
+    """Answers whatever else ``app`` raises: no exception goes through to the connection, where other requests wait."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noted(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as error:
+            if started:  # the client must see that its answer is cut off: the connection ends
+                raise
+            await response(error)(scope, receive, send)

@@ -132,11 +132,33 @@ class Completion(Generate):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
+#: What the parts of a message may be that is no text.
+OTHER_PARTS = {
+    "image": "images",
+    "image_url": "images",
+    "input_image": "images",
+    "audio_url": "sounds",
+    "input_audio": "sounds",
+    "video_url": "videos",
+    "file": "files",
+    "input_file": "files",
+}
+
+
 class Part(Body):
     """A piece of a message: text is the only kind."""
 
     type: Literal["text"]
     text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, fields: Any) -> Any:
+        kind = fields.get("type") if isinstance(fields, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            what = OTHER_PARTS.get(kind, f"parts of the type {kind[:50]!r}")
+            raise ValueError(f"{what} are not supported: a message is text")
+        return fields
 
 
 class ChatMessage(BaseModel):

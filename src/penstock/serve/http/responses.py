@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
+from penstock.models.text import TextStream
 from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.http.service import Generation, Piece
 from penstock.serve.http.text import Tokens
@@ -35,34 +35,62 @@ class Completions:
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         """A choice of a chunk."""
-        logprobs = self._logprobs(_shown(piece)) if self._wanted else None
+        logprobs = self._logprobs(_shown(piece), piece.offsets or []) if self._wanted else None
         return {"index": piece.choice, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
 
     def choice(self, piece: Piece) -> dict[str, Any]:
         """A whole choice."""
         record = self.delta(piece)
         if self._echoes:
-            record["text"] = self._echo(piece.choice) + piece.text
+            echo = self._echo(piece.choice)
+            record["text"] = echo + piece.text
             if self._wanted:
-                first = self._echoes[piece.choice][0]
-                record["logprobs"] = self._logprobs([*(piece.prompt_logprobs or []), *_shown(piece)], first)
+                record["logprobs"] = self._echoed_logprobs(piece, len(echo))
         return record
 
     def _echo(self, choice: int) -> str:
         return self._tokens.decode(self._echoes[choice], True)
 
-    def _logprobs(self, positions: list[TokenLogprobs], first: int | None = None) -> dict[str, Any]:
-        """Of ``positions``, and before them of a ``first`` token, which nothing predicts."""
-        start = [] if first is None else [first]
-        nothing: list[None] = [None] * len(start)
-        names = [self._tokens.decode([token]) for token in start + [position.token for position in positions]]
-        top = [{self._tokens.decode([t]): max(p, LEAST) for t, p in position.top} for position in positions]
+    def _echoed_logprobs(self, piece: Piece, length: int) -> dict[str, Any]:
+        """The same of prompt and text; ``length`` is that of the prompt, in characters."""
+        stream, offsets = TextStream(self._tokens.backend, []), []
+        for token in self._echoes[piece.choice]:
+            offsets.append(stream.position)
+            stream.push([token])
+        offsets += [length + offset for offset in piece.offsets or []]
+        first = self._echoes[piece.choice][0]
+        prompt = piece.prompt_logprobs or []
+        told = self._logprobs([*prompt, *_shown(piece)], offsets[1:], given=len(prompt))
+        # Nothing predicts the first token.
+        start = {"tokens": self._name(first), "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
+        return {name: [value, *told[name]] for name, value in start.items()}
+
+    def _logprobs(self, positions: list[TokenLogprobs], offsets: list[int], given: int = 0) -> dict[str, Any]:
+        """The first ``given`` of ``positions`` are the prompt's."""
         return {
-            "tokens": names,
-            "token_logprobs": [*nothing, *(max(position.logprob, LEAST) for position in positions)],
-            "top_logprobs": [*nothing, *top],
-            "text_offset": [0, *itertools.accumulate(map(len, names))][: len(names)],
+            "tokens": [self._name(position.token) for position in positions],
+            "token_logprobs": [max(position.logprob, LEAST) for position in positions],
+            "top_logprobs": [self._top(position, place >= given) for place, position in enumerate(positions)],
+            "text_offset": offsets[: len(positions)],
         }
+
+    def _top(self, position: TokenLogprobs, sampled: bool) -> dict[str, float]:
+        """The most probable tokens, and the one that was sampled. Where two have one name, the token that is there
+        keeps it, and else the more probable one."""
+        own = self._name(position.token)
+        top: dict[str, float] = {}
+        for token, logprob in position.top:
+            name = self._name(token)
+            taken = name in top or (name == own and token != position.token)
+            top[f"token_id:{token}" if taken else name] = max(logprob, LEAST)
+        return top | {own: max(position.logprob, LEAST)} if sampled else top
+
+    def _name(self, token: int) -> str:
+        said = self._tokens.vocabulary.name(token)
+        try:
+            return said.decode()
+        except UnicodeDecodeError:  # a part of a character, written as OpenAI writes it
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in said)
 
 
 class Chats:
@@ -100,19 +128,24 @@ class Chats:
         return {
             "content": [
                 self._token(position.token, position.logprob)
-                | {"top_logprobs": [self._token(token, logprob) for token, logprob in position.top]}
+                | {"top_logprobs": [self._token(token, logprob) for token, logprob in _with_own(position)]}
                 for position in positions
             ]
         }
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        name = self._tokens.decode([token])
-        # A token may be a part of a character: then its own text does not say which bytes it is.
-        return {
-            "token": name,
-            "logprob": max(logprob, LEAST),
-            "bytes": None if "\ufffd" in name else list(name.encode()),
-        }
+        said = self._tokens.vocabulary.name(token)
+        # Of a part of a character, the name has the bytes as escapes: \\xf0.
+        name = said.decode(errors="backslashreplace")
+        return {"token": name, "logprob": max(logprob, LEAST), "bytes": list(said)}
+
+
+def _with_own(position: TokenLogprobs) -> list[tuple[int, float]]:
+    """The alternatives of ``position``; the token that is there takes the last place where it has none."""
+    top = position.top
+    if not top or any(token == position.token for token, _ in top):
+        return top
+    return [*top[:-1], (position.token, position.logprob)]
 
 
 def _shown(piece: Piece) -> list[TokenLogprobs]:

@@ -17,10 +17,17 @@ from penstock.models import hub
 from penstock.serve.chat import take_template
 from penstock.serve.config import EngineConfig
 from penstock.serve.http.app import make_app
+from penstock.serve.http.connection import Connection, quietly, room
 from penstock.serve.http.errors import ApiError
 from penstock.serve.http.service import Limits, Service
 from penstock.serve.http.text import Tokens
 from penstock.serve.link.client import EngineClient, Watcher
+
+#: Connections that wait to be accepted.
+QUEUE = 2048
+
+#: Seconds after which a peer that does not answer is gone, with and without data on the way to it.
+VANISHED = 120
 
 #: Seconds for answers that are on their way when the engine dies, or the time to drain is over.
 LAST_WORDS = 1.0
@@ -36,6 +43,9 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listener in sockets or ():
+            # Of several that asyncio accepts in a row, each that fails would be one more to try again.
+            listener.listen(QUEUE)
         self._announce()
 
     @contextlib.contextmanager
@@ -97,9 +107,13 @@ async def serve(
         service = Service(name, Tokens(tokenizer), client, limits)
         client.watchers += watchers
         app = make_app(service, keys, local)
+        asyncio.get_running_loop().set_exception_handler(quietly)
         server = Server(
             uvicorn.Config(
                 app,
+                http=type("Connection", (Connection,), {"reading": limits.reading, "most": room()}),
+                ws="none",
+                backlog=1,
                 log_config=None,
                 lifespan="off",
                 timeout_graceful_shutdown=math.ceil(limits.drain + LAST_WORDS),
@@ -133,7 +147,23 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _notice_vanished_peers(listener)
         listener.bind(address)
     except (OSError, OverflowError, UnicodeError) as error:
         raise UsageError(f"cannot listen at {host} port {port}: {error}", hint="Choose another --port.") from error
     return listener
+
+
+def _notice_vanished_peers(listener: socket.socket) -> None:
+    """Lets the system close connections whose other end is gone without a word; they inherit this of ``listener``."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    tries = 4
+    options = {
+        "TCP_KEEPIDLE": VANISHED // 2,
+        "TCP_KEEPINTVL": VANISHED // 2 // tries,
+        "TCP_KEEPCNT": tries,
+        "TCP_USER_TIMEOUT": VANISHED * 1000,
+    }
+    for name, value in options.items():
+        if hasattr(socket, name):  # what the system knows of them
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from penstock.core.config import Config, build
-from penstock.core.errors import PenstockError, UsageError
+from penstock.core.errors import UsageError
 from penstock.core.randomness import derive
 from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams, best
@@ -38,6 +38,7 @@ class Limits(Config):
         queue: most continuations that wait, besides those that the engine can run at a time.
         deadline: most seconds that a request may take; it ends then with what it has.
         drain: most seconds that requests under way may take once the server is told to end.
+        reading: most seconds that a client may take for a request's head, or for a part of its body.
         patience: seconds after which an engine that has work, and says nothing, is taken for dead.
     """
 
@@ -45,18 +46,21 @@ class Limits(Config):
     queue: NonNegativeInt = 1024
     deadline: PositiveFloat = 600.0
     drain: NonNegativeFloat = 30.0
+    reading: PositiveFloat = 30.0
     patience: PositiveFloat = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
     """News of one choice of a response: its new text and tokens, and why it ended, if it did. ``logprobs`` are there
-    where they are needed: of ``tokens``, then of one that ended the text; those of the prompt in the first piece."""
+    where they are needed: of ``tokens``, then of one that ended the text; those of the prompt in the first piece.
+    ``offsets`` are with them: where in the choice's text each of the tokens begins, in characters."""
 
     choice: int
     text: str
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None
+    offsets: list[int] | None
     finish: str | None
     prompt_logprobs: list[TokenLogprobs] | None = None
 
@@ -90,6 +94,7 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
             "".join(piece.text for piece in own),
             [token for piece in own for token in piece.tokens],
             [position for piece in own for position in piece.logprobs or []],
+            [offset for piece in own for offset in piece.offsets or []],
             own[-1].finish,
             next((piece.prompt_logprobs for piece in own if piece.prompt_logprobs is not None), None),
         )
@@ -119,11 +124,12 @@ class Generation:
         created: when, in seconds since 1970.
         sampling: how its tokens are chosen.
         usage: so far.
+        outcome: how the choices end that have not ended by themselves: ``disconnect`` unless something fails.
     """
 
     def __init__(self, service: Service, kind: str, prompts: list[list[int]], body: Generate, key: str, **extra: Any):
         self.id, self.created = f"{kind}-{uuid.uuid4().hex}", int(time.time())
-        self.usage = Usage(sum(map(len, prompts)))
+        self.usage, self.outcome = Usage(sum(map(len, prompts))), "disconnect"
         self._service = service
         self._begun = time.monotonic()
         options = {"seed": service.fresh_seed()} | body.options() | extra
@@ -142,19 +148,18 @@ class Generation:
             for number, request in enumerate(self.requests)
             for index in range(each)
         }
-        outcome = "disconnect"
         try:
             async with aclosing(service.engine.stream(*self.requests)) as news:
                 async for delta in news:
                     choice = choices[delta.id, delta.index]
                     if choice.outcome is None:
                         yield self._piece(choice, delta)
-        except PenstockError:
-            outcome = "error"
+        except Exception:
+            self.outcome = "error"
             raise
         finally:
             for choice in choices.values():
-                service.metrics.outcomes.labels(choice.outcome or outcome).inc()
+                service.metrics.outcomes.labels(choice.outcome or self.outcome).inc()
 
     def chosen(self, pieces: list[Piece]) -> list[Piece]:
         """The choices of the whole response, a piece each: of ``best_of`` continuations of a prompt the best ``n``."""
@@ -175,7 +180,15 @@ class Generation:
             self._time(choice)
         # Clients know two ends of a text: it is complete, or it is cut off.
         reason = None if reading.finish is None else "stop" if reading.finish is Finish.STOP else "length"
-        return Piece(choice.place, reading.text, reading.shown, reading.logprobs, reason, reading.prompt_logprobs)
+        return Piece(
+            choice.place,
+            reading.text,
+            reading.shown,
+            reading.logprobs,
+            reading.offsets,
+            reason,
+            reading.prompt_logprobs,
+        )
 
     def _count(self, choice: Choice, delta: Delta, tokens: int) -> None:
         if tokens and not choice.count:

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from penstock.core.errors import UsageError
+from penstock.models.vocabulary import Vocabulary
 from penstock.serve.chat import chat_tokens
 
 if TYPE_CHECKING:
@@ -20,12 +21,14 @@ class Tokens:
 
     Attributes:
         backend: the tokenizer proper.
+        vocabulary: what each token says by itself.
         templated: whether the model brings a chat template.
         turn_stops: stop strings that every chat needs besides its own.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
+        self.vocabulary = Vocabulary(self.backend)
         self.templated = bool(tokenizer.chat_template)
         self.turn_stops = () if self.templated else (NEXT_TURN,)
 

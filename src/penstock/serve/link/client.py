@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from penstock.core.events import Event
 from penstock.serve.config import EngineConfig
 from penstock.serve.link.wire import HEADER, Failed, Message, News, Open, Ready, Refused, frame, length, parse
 from penstock.serve.messages import Abort, Delta, Request, Snapshot
+
+log = logging.getLogger(__name__)
 
 #: Seconds that a dying process may take to end by itself.
 GRACE = 5.0
@@ -191,8 +194,7 @@ class EngineClient:
         while (message := await self._receive()) is not None:
             if isinstance(message, News):
                 if message.events or message.snapshot is not None:
-                    for watcher in self.watchers:
-                        watcher.see(message.events, message.snapshot)
+                    self._show(message)
                 for delta in message.deltas:
                     self._hand(delta.id, delta)
                 if message.snapshot is not None:
@@ -200,8 +202,16 @@ class EngineClient:
                     async with self._changed:
                         self._changed.notify_all()
             elif isinstance(message, Refused):
-                self._hand(message.id, UsageError(message.what))
+                self._hand(message.id, (PenstockError if message.defect else UsageError)(message.what))
         await self._die(await self._post_mortem())
+
+    def _show(self, news: News) -> None:
+        """Shows ``news`` to the watchers; one that fails keeps nobody from the answers."""
+        for watcher in self.watchers:
+            try:
+                watcher.see(news.events, news.snapshot)
+            except Exception:
+                log.exception("%s cannot take in what the engine decided", type(watcher).__name__)
 
     def _hand(self, id: str, news: Delta | PenstockError) -> None:
         # Nobody listens any more to a request that was aborted meanwhile.

@@ -8,6 +8,7 @@ outlives its front end.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -24,6 +25,8 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.link.wire import HEADER, Failed, Message, News, Open, Ready, Refused, frame, length, parse
 from penstock.serve.messages import Abort, Request
+
+log = logging.getLogger(__name__)
 
 #: Seconds between two snapshots of a busy engine.
 SNAPSHOTS = 0.1
@@ -100,6 +103,10 @@ def _take(engine: Engine, message: Message, channel: Channel) -> None:
             engine.add(message)
         except PenstockError as error:
             channel.send(Refused(message.id, str(error)))
+        except Exception as error:  # nobody foresaw it; other requests go on
+            log.exception("the request %s cannot be taken in", message.id)
+            engine.abort(message.id)
+            channel.send(Refused(message.id, f"{type(error).__name__}: {error}", defect=True))
 
 
 def main() -> None:

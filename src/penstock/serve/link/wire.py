@@ -47,10 +47,11 @@ class Failed:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """A request that the engine does not take."""
+    """A request that the engine does not take; with ``defect`` that is the engine's fault."""
 
     id: str
     what: str
+    defect: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import time
 import zlib
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from penstock.core.config import build
-from penstock.core.errors import UsageError
+from penstock.core.errors import PenstockError, UsageError
 from penstock.core.files import claim, explain_os_errors, fsync_directory
 from penstock.core.progress import Bar, Reporter, silent
 from penstock.core.randomness import derive
@@ -31,6 +32,8 @@ from penstock.serve.http.service import Piece, Usage
 from penstock.serve.http.text import Tokens
 from penstock.serve.messages import Finish, Request
 from penstock.serve.offline.gather import CompletionOutput, Gatherer, Logprobs, RequestOutput
+
+log = logging.getLogger(__name__)
 
 #: What every output line begins with.
 HEAD = '{"id": "batch_req_'
@@ -211,13 +214,14 @@ class BatchRun:
                 place, raw = next(lines, (-1, b""))
                 more = place >= 0
                 if more and (refusal := self._begin(place, raw)) is not None:
-                    refused += 1
-                    reason = reason or _reason(refusal)
                     records.append(refusal)
             for result in self._gatherer.step():
                 records += self._end(result)
             ledger.write(records)
             done += len(records)
+            reasons = [_reason(record) for record in records if record["error"] or _status(record) != 200]
+            refused += len(reasons)
+            reason = reason or next(iter(reasons), "")
             bar.advance(len(records))
         return Summary(before, done, refused, more or bool(self._tasks), reason)
 
@@ -230,9 +234,8 @@ class BatchRun:
             return _record(place, _custom_id(raw), None, fault)
         try:
             self._submit(place, line)
-        except (ApiError, UsageError) as error:
-            status, body = content(error)
-            return _record(place, line.custom_id, _response(place, status, body), None)
+        except Exception as error:
+            return _failure(place, line.custom_id, error)
         return None
 
     def _submit(self, place: int, line: Line) -> None:
@@ -257,7 +260,7 @@ class BatchRun:
                 request = Request(f"{place}/{number}", prompt, sampling, body.priority)
                 self._gatherer.submit(request)
                 task.results[request.id] = None
-        except UsageError:
+        except Exception:
             for id in task.results:
                 self._gatherer.cancel(id)
             raise
@@ -283,10 +286,15 @@ class BatchRun:
         results = [each for each in task.results.values() if each is not None]
         if len(results) == len(task.results):
             del self._tasks[place]
-            body = self._body(task, results)
-            yield _record(place, task.custom_id, _response(place, 200, body), None)
+            try:
+                yield _record(place, task.custom_id, _response(place, 200, self._body(task, results)), None)
+            except Exception as error:
+                yield _failure(place, task.custom_id, error)
 
     def _body(self, task: _Task, results: list[RequestOutput]) -> dict[str, Any]:
+        error = next((result.error for result in results if result.error is not None), None)
+        if error is not None:
+            raise ApiError(500, f"the request failed: {error}")
         outputs = [(result, output) for result in results for output in result.outputs]
         usage = Usage(
             prompt=sum(len(result.prompt_token_ids) for result in results),
@@ -351,6 +359,7 @@ def _piece(choice: int, result: RequestOutput, output: CompletionOutput, samplin
         output.text,
         shown,
         _positions(output.token_ids, output.logprobs, sampling.logprobs),
+        output.text_offsets,
         "stop" if stopped else "length",
         _positions(result.prompt_token_ids[1:], result.prompt_logprobs, sampling.prompt_logprobs),
     )
@@ -376,6 +385,20 @@ def _record(
 ) -> dict[str, Any]:
     """A line of the output."""
     return {"id": f"batch_req_{place}", "custom_id": custom_id, "response": response, "error": error}
+
+
+def _failure(place: int, custom_id: str, error: Exception) -> dict[str, Any]:
+    """The output's line of a request that ``error`` ended. One that nobody foresaw ends no more than its line."""
+    if not isinstance(error, PenstockError):
+        log.error("line %d failed", place + 1, exc_info=error)
+        error = ApiError(500, f"the request failed: {type(error).__name__}: {error}")
+    status, body = content(error)
+    return _record(place, custom_id, _response(place, status, body), None)
+
+
+def _status(record: dict[str, Any]) -> int:
+    status: int = record["response"]["status_code"]
+    return status
 
 
 def _reason(record: dict[str, Any]) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING
 
+from penstock.models.vocabulary import Vocabulary
 from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import best
 from penstock.serve.engine.engine import Engine
-from penstock.serve.messages import Delta, Request
+from penstock.serve.messages import Delta, Finish, Request
 from penstock.serve.reader import Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +40,10 @@ class CompletionOutput:
         index: which of the request's continuations.
         text: without the stop string or token that ended it.
         token_ids: all tokens, with a stop token.
-        finish_reason: ``stop``, ``length``, ``abort`` or ``deadline``; None while it goes on.
+        finish_reason: ``stop``, ``length``, ``abort``, ``deadline`` or ``error``; None while it goes on.
         stop_reason: the stop string or token that ended it, None where it was the model's own end of text or none.
         logprobs: for each of ``token_ids``, where they were asked for.
+        text_offsets: where in the text each of ``token_ids`` begins, in characters, where log-probabilities were.
     """
 
     index: int
@@ -47,6 +52,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     logprobs: Logprobs | None = None
+    text_offsets: list[int] | None = None
 
 
 @dataclasses.dataclass
@@ -60,6 +66,7 @@ class RequestOutput:
         outputs: its continuations, by index.
         prompt_logprobs: for each prompt token but the first, where they were asked for.
         num_cached_tokens: prompt tokens that were in the cache already.
+        error: what failed where a continuation's ``finish_reason`` is ``error``; other requests go on.
     """
 
     request_id: str
@@ -68,6 +75,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: Logprobs | None = None
     num_cached_tokens: int = 0
+    error: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -83,6 +91,7 @@ class Gatherer:
 
     def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
         self.engine, self._tokenizer = engine, tokenizer
+        self._vocabulary = Vocabulary(tokenizer.backend_tokenizer)
         self._open: dict[str, _Open] = {}
 
     @property
@@ -102,15 +111,21 @@ class Gatherer:
         self._open[request.id] = _Open(request, RequestOutput(request.id, prompt, request.prompt, outputs), readers)
 
     def step(self) -> list[RequestOutput]:
-        """Does one step of the engine; returns the requests that finished in it."""
+        """Does one step of the engine; returns the requests that finished in it. One that cannot be read, whatever the
+        reason, is finished too, with its ``error``."""
         ended = []
         for delta in self.engine.step():
             found = self._open.get(delta.id)
             # Of what was ended from here, the engine's last word comes late.
             if found is not None and found.readers[delta.index].finish is None:
-                self._take(found, delta)
-                if found.result.finished:
-                    ended.append(_chosen(self._open.pop(delta.id)))
+                try:
+                    self._take(found, delta)
+                    finished = _chosen(found) if found.result.finished else None
+                except Exception as error:  # whatever it is, it is this request's alone
+                    finished = self._failed(found, error)
+                if finished is not None:
+                    ended.append(finished)
+                    del self._open[delta.id]
         return ended
 
     def cancel(self, id: str) -> None:
@@ -124,6 +139,17 @@ class Gatherer:
             self.cancel(id)
         while self.engine.busy:
             self.engine.step()
+
+    def _failed(self, found: _Open, error: Exception) -> RequestOutput:
+        """The result of a request that fails with ``error``: with what it has."""
+        result = found.result
+        log.error("the request %s failed", result.request_id, exc_info=error)
+        self.engine.abort(result.request_id)
+        result.error = f"{type(error).__name__}: {error}"
+        result.outputs = result.outputs[: found.request.sampling.n]
+        for output in result.outputs:
+            output.finish_reason = Finish.ERROR.value
+        return result
 
     def _take(self, found: _Open, delta: Delta) -> None:
         """Adds what ``delta`` says to the result."""
@@ -140,6 +166,7 @@ class Gatherer:
         if reading.logprobs is not None:
             output.logprobs = output.logprobs or []
             output.logprobs += [self._named(each) for each in reading.logprobs]
+            output.text_offsets = (output.text_offsets or []) + (reading.offsets or [])
         output.stop_reason = reading.stopped
         output.finish_reason = None if reading.finish is None else reading.finish.value
         if reading.early:
@@ -148,8 +175,8 @@ class Gatherer:
     def _named(self, scores: TokenLogprobs) -> dict[int, Logprob]:
         found = {token: (logprob, rank) for rank, (token, logprob) in enumerate(scores.top, start=1)}
         found[scores.token] = (scores.logprob, scores.rank)
-        decode = self._tokenizer.decode
-        return {token: Logprob(logprob, rank, decode([token])) for token, (logprob, rank) in found.items()}
+        name = self._vocabulary.name
+        return {token: Logprob(*told, name(token).decode(errors="replace")) for token, told in found.items()}
 
 
 @dataclasses.dataclass

@@ -56,7 +56,8 @@ class LLM:
         *,
         progress: Reporter = show,
     ) -> list[RequestOutput]:
-        """Continues ``prompts``, one or several; the results come in their order.
+        """Continues ``prompts``, one or several; the results come in their order. A request that fails on the way has
+        an ``error``, and its continuations the ``finish_reason`` "error"; the others are as if it had not been there.
 
         Args:
             sampling_params: for all of them, or one for each.

@@ -14,9 +14,11 @@ from penstock import LLM, SamplingParams
 from penstock.core.errors import UsageError
 from penstock.core.files import claim
 from penstock.core.progress import silent
+from penstock.serve.http.responses import Completions
 from penstock.serve.http.text import Tokens
 from penstock.serve.offline.batch_file import BatchRun, Summary
 from penstock.serve.offline.gather import Gatherer
+from penstock.serve.reader import Reader
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +149,33 @@ def test_a_request_that_is_refused_is_answered_as_the_server_answers(answer, bod
     assert response["status_code"] == status
     assert message in response["body"]["error"]["message"]
     assert all(by_id(records)[id]["response"]["status_code"] == 200 for id in "ab")
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "poisonous"),
+    [
+        (Tokens, "encode", lambda tokens, text, *_: text == "import os"),
+        (Reader, "read", lambda reader, delta: delta.id == "1/0"),
+        (Completions, "choice", lambda shapes, piece: shapes._echoes),
+    ],
+)
+def test_a_line_that_fails_in_a_way_that_nobody_foresaw_ends_alone(answer, monkeypatch, place, name, poisonous):
+    """At any stage; and it is answered, so that the next run does not meet it again."""
+    whole = getattr(place, name)
+
+    def failing(*given):
+        if poisonous(*given):
+            raise RuntimeError("Invalid prefix")
+        return whole(*given)
+
+    monkeypatch.setattr(place, name, failing)
+    lines = [completion("a"), completion("x", prompt="import os", echo=True), completion("b")]
+    summary, records = answer(*lines)
+    assert (summary.done, summary.refused, summary.reason) == (3, 1, "the request failed: RuntimeError: Invalid prefix")
+    response = by_id(records)["x"]["response"]
+    assert (response["status_code"], response["body"]["error"]["message"]) == (500, summary.reason)
+    assert all(by_id(records)[id]["response"]["status_code"] == 200 for id in "ab")
+    assert answer(*lines)[0].done == 0
 
 
 def test_blank_lines_are_passed_over(answer):

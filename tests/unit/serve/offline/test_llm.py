@@ -18,6 +18,7 @@ from penstock.core.errors import ConfigError, UsageError
 from penstock.core.progress import silent
 from penstock.models import hub
 from penstock.models.text import stream_text
+from penstock.serve.reader import Reader
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 PROMPTS = ["def fibonacci(n):\n", "import os\n\nclass Walker:\n", "x = [", "def fibonacci(n):\n    "]
@@ -211,3 +212,39 @@ def test_a_rules_prompt_may_be_text(llm):
     (plain_one,) = texts(llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=8), progress=silent))
     assert one == other != plain_one
     assert idle(llm)
+
+
+def test_a_request_that_fails_loses_no_others(llm, plain, monkeypatch):
+    poison = llm.tokenizer(PROMPTS[1])["input_ids"]
+    read = Reader.read
+
+    def failing(self, delta):
+        if self.prompt == poison:
+            raise RuntimeError("Invalid prefix")
+        return read(self, delta)
+
+    begin = Reader.__init__
+
+    def remembering(self, request, tokenizer):
+        begin(self, request, tokenizer)
+        self.prompt = request.prompt
+
+    monkeypatch.setattr(Reader, "__init__", remembering)
+    monkeypatch.setattr(Reader, "read", failing)
+    results = llm.generate(PROMPTS, GREEDY, progress=silent)
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        output = result.outputs[0]
+        if prompt == PROMPTS[1]:
+            assert (output.finish_reason, result.error) == ("error", "RuntimeError: Invalid prefix")
+        else:
+            assert (output.text, result.error) == (plain(prompt, GREEDY), None)
+    assert idle(llm)
+
+
+def test_log_probabilities_have_the_token_and_its_text(llm):
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=30, logprobs=2)
+    (result,) = llm.generate(PROMPTS[0], params, progress=silent)
+    output = result.outputs[0]
+    pairs = zip(output.token_ids, output.logprobs, strict=True)
+    assert "".join(told[token].decoded_token for token, told in pairs) == output.text
+    assert output.text_offsets == [len(llm.tokenizer.decode(output.token_ids[:place])) for place in range(30)]
