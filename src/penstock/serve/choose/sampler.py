@@ -172,16 +172,20 @@ class Sampler:
         own = np.flatnonzero(asked.rows["penalized"])
         if not own.size:
             return
-        slots, lengths, depths = asked.slots[own], asked.lengths[own], asked.depths[own]
+        slots, lengths, charges = asked.slots[own], asked.lengths[own], asked.rows["charges"][own]
         longest = int(lengths.max())
+        if asked.window is None:
+            self._penalties.apply(scores, self._of(own), slots, longest, charges)
+            return
+        depths = asked.depths[own]
         for depth in range(int(depths.max()) + 1):
             at = depths == depth
-            if depth and asked.window is not None:
+            if depth:
                 tokens = self._of(asked.window[asked.owners[own[at]], depth - 1])
                 self._penalties.append(slots[at], lengths[at] - 1, tokens)
-            self._penalties.apply(scores, self._of(own[at]), slots[at], longest, asked.rows["charges"][own[at]])
+            self._penalties.apply(scores, self._of(own[at]), slots[at], longest, charges[at])
         at = depths > 0
-        if at.any() and asked.window is not None:
+        if at.any():
             tokens = self._of(asked.window[asked.owners[own[at]], depths[at] - 1])
             self._penalties.retract(slots[at], lengths[at] - 1, tokens)
 

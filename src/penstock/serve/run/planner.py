@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,32 @@ from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.memory import Held
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.run.step import Part, Placed, Step
+
+
+class Fields(NamedTuple):
+    """The numbers of a batch's entries, one array int64 [E] each; ``drafted`` are tentative tokens, ``given`` those of
+    the prompt."""
+
+    slots: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    scored: np.ndarray
+    rated_from: np.ndarray
+    rated: np.ndarray
+    drafted: np.ndarray
+    given: np.ndarray
+
+    @classmethod
+    def of(cls, entries: list[Entry]) -> Fields:
+        rows = [
+            (
+                *(each.slot, each.start, each.count, each.scored),
+                *(each.rated_from, each.rated, len(each.window), each.sequence.prompt),
+            )
+            for each in entries
+        ]
+        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int64, 8 * len(rows))
+        return cls(*np.ascontiguousarray(flat.reshape(-1, 8).T))
 
 
 class Planner:
@@ -40,13 +66,14 @@ class Planner:
     def plan(self, batch: Batch) -> Step:
         """The step that computes ``batch``."""
         batch = _singles_first(batch)
-        placed, asked = self.ask(batch.entries)
+        fields = Fields.of(batch.entries)
+        placed, asked = tuple(self._placed(batch.entries)), self._asked(batch.entries, fields)
         rated = [entry for entry in batch.entries if entry.rated]
         following = [_following(entry) for entry in rated]
         return Step(
             copies=np.array(batch.copies, np.int64).reshape(-1, 2).T,
             placed=placed,
-            parts=tuple(self._parts(batch, asked)),
+            parts=tuple(self._parts(batch, fields, asked)),
             lead=batch.lead,
             asked=asked,
             rated=np.array(list(itertools.chain(*following)), np.int64),
@@ -56,8 +83,7 @@ class Planner:
     def ask(self, entries: list[Entry]) -> tuple[tuple[Placed, ...], Asked]:
         """The sequences of ``entries`` that have taken their slots since the last call, as far as penalties have to be
         kept for them, and what the scored entries ask for."""
-        placed = tuple(self._placed(entries))
-        return placed, self._asked([entry for entry in entries if entry.scored])
+        return tuple(self._placed(entries)), self._asked(entries, Fields.of(entries))
 
     # Slots
 
@@ -92,37 +118,38 @@ class Planner:
 
     # What rows ask for
 
-    def _asked(self, entries: list[Entry]) -> Asked:
-        """What the scored ``entries`` ask for."""
-        fields = [
-            (entry.slot, entry.start + entry.count - len(entry.window) - entry.sequence.prompt, entry.scored)
-            for entry in entries
-        ]
-        slots, counts, widths = np.array(fields, np.int64).reshape(-1, 3).T
+    def _asked(self, entries: list[Entry], fields: Fields) -> Asked:
+        """What the scored ones of ``entries`` ask for."""
+        if not fields.scored.all():
+            scored = fields.scored > 0
+            entries, fields = [entry for entry in entries if entry.scored], Fields(*(each[scored] for each in fields))
+        slots, widths = fields.slots, fields.scored
+        counts = fields.starts + fields.counts - fields.drafted - fields.given
         first = widths.cumsum() - widths
         window = _window(entries, int(widths.max()) - 1) if len(widths) and widths.max() > 1 else None
         if window is not None:
             owners = np.repeat(np.arange(len(entries)), widths)
             slots, counts = slots[owners], counts[owners] + np.arange(len(owners)) - first[owners]
         rows = self._table[slots]
-        looked = np.flatnonzero(rows["rule"])
-        sources = list(_rows(entries)) if rows["rescored"].any() or looked.size or rows["led"].any() else []
+        asked = Asked(first, slots, counts, rows, uniforms(rows["key"], counts), window=window)
+        if rows["biased"].any():
+            asked = dataclasses.replace(asked, biases=self._scattered(slots, np.flatnonzero(rows["biased"])))
+        if (rows["rule"] | rows["grammar"] | rows["led"] | (counts < rows["least"])).any():
+            asked = dataclasses.replace(asked, **self._special(asked, list(_rows(entries))))
+        return asked
+
+    def _special(self, asked: Asked, sources: list[tuple[Sequence, int]]) -> dict[str, Any]:
+        """What is not in the slots' numbers, but in the sequences: for each row, its sequence and how many tentative
+        tokens are before it are in ``sources``. A rule's own options are written to the rows."""
+        rows = asked.rows
+        looked, banned = np.flatnonzero(rows["rule"]), np.flatnonzero(asked.counts < rows["least"])
         for place in looked:
             sampling = sources[place][0].sampling
             if sampling.rule is not None:
-                _set_options(rows[place], sampling.rule.options(sampling, int(counts[place])))
-        asked = Asked(first, slots, counts, rows, uniforms(rows["key"], counts), window=window)
-        return dataclasses.replace(asked, **self._special(asked, sources)) if sources else asked
-
-    def _special(self, asked: Asked, sources: list[tuple[Sequence, int]]) -> dict[str, Any]:
-        """What goes beyond a row's own numbers: for each row, its sequence and how many tentative tokens are before
-        it are in ``sources``."""
-        rows = asked.rows
-        biased, banned = np.flatnonzero(rows["biased"]), np.flatnonzero(asked.counts < rows["least"])
-        ruled = [int(place) for place in np.flatnonzero(rows["rule"]) if sources[place][0].leader is None]
+                _set_options(rows[place], sampling.rule.options(sampling, int(asked.counts[place])))
+        ruled = [int(place) for place in looked if sources[place][0].leader is None]
         places = {(id(sequence), depth): place for place, (sequence, depth) in enumerate(sources)}
         return {
-            "biases": self._scattered(asked.slots, biased) if biased.size else None,
             "bans": _bans(sources, banned),
             "masks": _masks(sources, np.flatnonzero(rows["grammar"]), asked),
             "rules": tuple(self._ruled(asked, sources, ruled, places)),
@@ -155,15 +182,11 @@ class Planner:
 
     # Passes
 
-    def _parts(self, batch: Batch, asked: Asked) -> Iterator[Part]:
+    def _parts(self, batch: Batch, fields: Fields, asked: Asked) -> Iterator[Part]:
         """The passes that compute ``batch``, whose scored entries ``asked`` for their next tokens."""
         entries = batch.entries
-        fields = (
-            (entry.slot, entry.start, entry.count, entry.scored, entry.rated_from, entry.rated_from + entry.rated)
-            for entry in entries
-        )
-        slots, starts, counts, scored, rated_from, rated_to = np.array(list(fields), np.int64).T
-        ends = counts.cumsum()
+        slots, starts, counts, scored = fields.slots, fields.starts, fields.counts, fields.scored
+        rated_from, rated_to, ends = fields.rated_from, fields.rated_from + fields.rated, counts.cumsum()
         rows = np.repeat(np.arange(len(entries)), counts)
         offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
         positions = offsets + np.repeat(starts, counts)
