@@ -16,7 +16,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 
-from penstock.pipeline.ir.schedule import Kind, Placement, Schedule, Task, zigzag
+from penstock.pipeline.ir.schedule import Kind, Schedule, Task, zigzag
 
 #: T at unit times: F, I and W of two chunks.
 INTERVAL = 6
@@ -81,17 +81,22 @@ def _turning(devices: int, pace: Sequence[int], waits: Sequence[int]) -> Block:
 
 
 def repeat(block: Block, microbatches: int) -> Schedule:
-    """The schedule that repeats ``block``, squeezed, with W where there is nothing else to do.
+    """The schedule that repeats ``block``, reordered where it begins and ends, and squeezed, as the paper does it.
 
-    Each device follows the block's order of F and I. When the next of them has not got its input yet at unit times, or
-    is an F for which there is no memory, the device runs the W that has waited longest, or else an F ahead of its turn.
-    Memory is what the repeated block needs with each W in the first free unit after its I, and an F goes ahead only if
-    it leaves room for all that it overtakes; so there is no deadlock. This is our way to do what the paper calls
-    squeezing, and reordering of warm-up and cool-down.
+    The block is repeated on a grid of units of time, each W in the first free unit after its I. In the warm-up, until
+    device 0 is done with the first microbatch, and in the cool-down, once a device then has the last one, each pass
+    moves to the earliest free unit that its inputs and the peak of memory allow. All run as early as that order
+    permits. Then the passes of the cool-down move once more, without their W, which take what is free in the end.
     """
-    placement = zigzag(block.devices, 2)
-    passes = [_passes(block.at(device), microbatches) for device in range(block.devices)]
-    return Schedule(placement, _fill(passes, placement, block.peak), microbatches)
+    rows = [_Row(block.at(device), microbatches) for device in range(block.devices)]
+    for row in rows:
+        row.weights = row.free_units()
+    _reorder(rows, _WARMUP | _COOLDOWN)
+    _squeeze(rows)
+    for row in rows:
+        row.weights = []
+    _reorder(rows, _COOLDOWN)
+    return Schedule(zigzag(block.devices, 2), tuple(row.order() for row in rows), microbatches)
 
 
 def _steady_peak(passes: Sequence[tuple[int, Kind]]) -> int:
@@ -112,63 +117,119 @@ def _steady_peak(passes: Sequence[tuple[int, Kind]]) -> int:
     return peak
 
 
-def _passes(block: tuple[tuple[int, Kind, int], ...], microbatches: int) -> list[Task]:
-    """F and I of all microbatches in the order of the repeated block."""
-    timed = sorted(
-        (time + INTERVAL * microbatch, kind, stage, microbatch)
-        for time, kind, stage in block
-        for microbatch in range(microbatches)
-    )
-    return [Task(kind, stage, microbatch) for _, kind, stage, microbatch in timed]
+#: The number of W among a device's passes of a microbatch: F and F, I and I, and the W of both stages.
+_WEIGHT = 4
+_WARMUP, _STEADY, _COOLDOWN = 1, 2, 4
 
 
-def _fill(passes: Sequence[Sequence[Task]], placement: Placement, memory: int) -> tuple[tuple[Task, ...], ...]:
-    """Runs ``passes`` at unit times, and adds W to each device's list; see :func:`repeat`."""
-    last = len(placement) - 1
-    made: dict[tuple[bool, int, int], int] = {}  # (forward, stage, microbatch) -> when its output is there
-    queues = [collections.deque(own) for own in passes]
-    pending: list[collections.deque[Task]] = [collections.deque() for _ in passes]
-    held = [0] * len(passes)
-    orders: list[list[Task]] = [[] for _ in passes]
+class _Row:
+    """One device's units of time.
 
-    def ready(task: Task, time: int) -> bool:
-        forward = task.kind is Kind.F
-        if task.stage == (0 if forward else last):
-            return True
-        return made.get((forward, task.stage - 1 if forward else task.stage + 1, task.microbatch), time + 1) <= time
+    Attributes:
+        passes: (kind, stage) of the four passes of a microbatch, in the order in which they follow each other.
+        units: for each of the four passes the units of all microbatches, and those of W, of whichever stage; none where
+            W are still to take what is free.
+    """
 
-    def choose(device: int, time: int) -> Task | None:
-        """Takes the next task of ``device`` from its queues; None where it must idle."""
-        queue = queues[device]
-        if queue and ready(queue[0], time) and (queue[0].kind is Kind.I or held[device] < memory):
-            return queue.popleft()
-        if pending[device]:
-            return pending[device].popleft()
-        most = count = held[device]  # what the device will hold while it works through the queue
-        for position, task in enumerate(queue):
-            if most == memory:
-                break
-            if task.kind is Kind.F and ready(task, time):
-                del queue[position]
-                return task
-            count += 1 if task.kind is Kind.F else -1
-            most = max(most, count)
-        return None
+    def __init__(self, block: tuple[tuple[int, Kind, int], ...], microbatches: int) -> None:
+        self.passes = [(kind, stage) for _, kind, stage in block]
+        self.units = [[first + INTERVAL * k for k in range(microbatches)] for first, *_ in block] + [[]]
 
-    for time in itertools.count():
-        if not any(queues) and not any(pending):
-            break
-        for device in range(len(passes)):
-            task = choose(device, time)
+    @property
+    def weights(self) -> list[int]:
+        """The units of W."""
+        return self.units[_WEIGHT]
+
+    @weights.setter
+    def weights(self, units: list[int]) -> None:
+        self.units[_WEIGHT] = units
+
+    def free_units(self) -> list[int]:
+        """The first free unit after each I, for its W."""
+        taken = set(itertools.chain(*self.units[:_WEIGHT]))
+        found: list[int] = []
+        for unit in sorted(self.units[2] + self.units[3]):
+            while unit in taken:
+                unit += 1
+            taken.add(unit)
+            found.append(unit)
+        return sorted(found)
+
+    @property
+    def peak(self) -> int:
+        """The most activations that are held at once."""
+        changes = [(unit, 1) for unit in self.units[0] + self.units[1]]
+        changes += [(unit, -1) for unit in self.weights or self.free_units()]
+        return max(itertools.accumulate(change for _, change in sorted(changes)))
+
+    def order(self) -> tuple[Task, ...]:
+        """The tasks in their order. Of the W that wait for a free unit, the later stage's oldest comes first."""
+        timed: list[tuple[int, Task | None]] = [(unit, None) for unit in self.free_units()]
+        for (kind, stage), units in zip(self.passes, self.units, strict=False):
+            timed += [(unit, Task(kind, stage, number)) for number, unit in enumerate(units)]
+        order: list[Task] = []
+        pending: tuple[collections.deque[Task], ...] = (collections.deque(), collections.deque())
+        for _, task in sorted(timed, key=lambda pair: pair[0]):
             if task is None:
-                continue
-            orders[device].append(task)
-            if task.kind is Kind.W:
-                held[device] -= 1
-                continue
-            made[task.kind is Kind.F, task.stage, task.microbatch] = time + 1
-            if task.kind is Kind.F:
-                held[device] += 1
+                task = (pending[0] or pending[1]).popleft()
+            elif task.kind is Kind.I:
+                pending[(task.kind, task.stage) == self.passes[3]].append(task._replace(kind=Kind.W))
+            order.append(task)
+        return tuple(order)
+
+
+def _in_order(rows: Sequence[_Row]) -> list[tuple[int, int, int, int]]:
+    """(unit, device, pass, number) of all, in time."""
+    return sorted(
+        (unit, device, kind, number)
+        for device, row in enumerate(rows)
+        for kind, units in enumerate(row.units)
+        for number, unit in enumerate(units)
+    )
+
+
+def _earliest(rows: Sequence[_Row], device: int, kind: int, number: int) -> int:
+    """The unit in which the inputs of a pass are there, and the one before of its kind is done."""
+    own = rows[device].units
+    after = [own[kind][number - 1]] if number else []
+    if kind == _WEIGHT:
+        after.append(sorted(own[2] + own[3])[number])
+    else:
+        source = device - 1 if kind in (0, 2) else device + 1
+        if 0 <= source < len(rows):
+            after.append(rows[source].units[kind][number])
+        if kind:
+            after.append(own[kind - 1][number])
+    return max(after, default=-1) + 1
+
+
+def _reorder(rows: Sequence[_Row], phases: int) -> None:
+    """Moves each pass of the given ``phases`` to the earliest unit that is free and leaves the peak as it is."""
+    peak = max(row.peak for row in rows)
+    taken = [set(itertools.chain(*row.units)) for row in rows]
+    microbatches, phase = len(rows[0].units[0]), _WARMUP
+    for unit, device, kind, number in _in_order(rows):
+        if phase == _WARMUP and (device, kind) == (0, 3):
+            phase = _STEADY
+        if phase & phases:
+            own = rows[device].units[kind]
+            for own[number] in range(_earliest(rows, device, kind, number), unit):
+                if own[number] in taken[device]:
+                    continue
+                if (kind > 1 and rows[device].weights) or rows[device].peak <= peak:  # only F adds to what is held
+                    break
             else:
-                pending[device].append(task._replace(kind=Kind.W))
-    return tuple(map(tuple, orders))
+                own[number] = unit
+            taken[device].remove(unit)
+            taken[device].add(own[number])
+        if phase == _STEADY and (kind, number) == (0, microbatches - 1):
+            phase = _COOLDOWN
+
+
+def _squeeze(rows: Sequence[_Row]) -> None:
+    """Lets all run as early as their order and inputs permit."""
+    free = [0] * len(rows)
+    for _, device, kind, number in _in_order(rows):
+        unit = max(free[device], 0 if kind == _WEIGHT else _earliest(rows, device, kind, number))
+        rows[device].units[kind][number] = unit
+        free[device] = unit + 1
