@@ -55,6 +55,7 @@ class Block:
         return max(_steady_peak([(time, kind) for time, kind, _ in self.at(device)]) for device in range(self.devices))
 
 
+@functools.cache
 def v_shaped_block(devices: int, pace: tuple[int, int, int, int]) -> Block:
     """The shortest block whose four passes go from device to device at the given ``pace``, free of collisions.
 

@@ -1,99 +1,141 @@
-"""Hill climbing over words: what is on the critical path moves a few places, as long as that lowers the cost."""
+"""Iterated local search over words.
+
+Only what lies on the critical path, a chain of tasks that each begin when the one before ends, can make a schedule
+shorter. So hill climbing moves tasks near the ends of the path's stretches on a device; where that finds nothing more,
+a few random moves give it a new start. All is counted in tasks that are timed, not in seconds, and drawn from a fixed
+seed, so that a result can be had again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 
-from penstock.pipeline.ordering.words import Cost, Problem, Run, Word
+import numpy as np
 
+from penstock.core.randomness import numpy_generator
+from penstock.pipeline.ordering.words import IMPOSSIBLE, Problem, Run, Word
+
+#: Tasks that may be timed.
+WORK = 200_000
+#: What a move costs besides, in tasks.
+OVERHEAD = 20
+#: From how many of its starts the search climbs.
+STARTS = 3
 #: How many places a task moves at once.
 REACH = 6
+#: Random moves of a new start.
+KICKS = 3
+
+Move = tuple[int, int, int]  # device, from, to
 
 
-def improve(problem: Problem, words: list[Word], work: int) -> tuple[Cost, list[Word], int]:
-    """The best words found from ``words`` within ``work``, the tasks that may be timed; their cost, and what is left.
+def search(problem: Problem, starts: Sequence[list[Word]], work: int = WORK) -> list[Word]:
+    """The best words found from ``starts``, which are possible and fit, within ``work``.
 
-    The critical path is a chain of tasks that each begin when the one before ends, on the same device or on the one
-    that their input comes from. Only a move within one of its stretches on a device, to or over the stretch's end, can
-    shorten it. What is kept is the makespan, then the longest span, then the sum of ends.
+    What counts is the makespan, then the longest span of a device, then the sum of ends.
     """
-    words = [list(word) for word in words]
-    tasks = sum(map(len, words))
-    run = Run(problem, words)
-    moved = True
-    while moved:
-        moved = False
-        for device, source, target in list(_moves(run)):
-            if work < tasks:
-                return run.cost, words, work
-            word = words[device]
-            if not _possible(problem, word, source, target):
-                continue
-            words[device] = changed = list(word)
-            changed.insert(target, changed.pop(source))
-            work -= tasks
-            found = Run(problem, words, run.cost[0])
-            if found.cost < run.cost:
-                run, moved = found, True
-                break
-            words[device] = word
-    return run.cost, words, work
+    climb = _Climb(problem, work)
+    runs = sorted((Run(problem, words) for words in starts), key=lambda run: run.cost)
+    runs = [run for run, before in zip(runs, [None, *runs], strict=False) if before is None or run.cost > before.cost]
+    current = best = min((climb.up(run) for run in runs[:STARTS]), key=lambda run: run.cost)
+    while climb.work > 0 and best.cost[0] > problem.bound + 1e-9:
+        run = climb.up(climb.kicked(current))
+        if run.cost[0] <= current.cost[0]:
+            current = run
+        best = min(best, run, key=lambda found: found.cost)
+    return best.words
 
 
-def _moves(run: Run) -> Iterator[tuple[int, int, int]]:
-    """(device, from, to) of the moves near the ends of the stretches of a critical path."""
+class _Climb:
+    """Hill climbing with ``work`` left."""
+
+    def __init__(self, problem: Problem, work: int) -> None:
+        self.problem, self.work = problem, work
+        self._rng = numpy_generator(0, "pipeline/ordering")
+
+    def up(self, run: Run) -> Run:
+        """Moves one task of the critical path at a time, as long as that lowers the cost."""
+        better: Run | None = run
+        while better is not None:
+            run, better = better, None
+            for move in critical_moves(run):
+                found = self._moved(run, move, limit=run.cost[0])
+                if found is not None and found.cost < run.cost:
+                    better = found
+                    break
+                if self.work <= 0:
+                    return run
+        return run
+
+    def kicked(self, run: Run) -> Run:
+        """``run`` after a few random moves, none of which makes it impossible."""
+        for _ in range(KICKS):
+            device = int(self._rng.integers(len(run.words)))
+            source = int(self._rng.integers(len(run.words[device])))
+            target = int(np.clip(source + self._rng.integers(-REACH, REACH, endpoint=True), 0, len(run.words[device]) - 1))
+            found = self._moved(run, (device, source, target))
+            if found is not None and found.cost < IMPOSSIBLE:
+                run = found
+        return run
+
+    def _moved(self, run: Run, move: Move, limit: float = math.inf) -> Run | None:
+        """After ``move``; None where the device's word has no such move."""
+        self.work -= OVERHEAD
+        if not _possible(run, move):
+            return None
+        device, source, target = move
+        words = run.words.copy()
+        words[device] = words[device].copy()
+        words[device].insert(target, words[device].pop(source))
+        found = Run(self.problem, words, limit)
+        self.work -= found.tasks
+        return found
+
+
+def critical_moves(run: Run) -> Iterator[Move]:
+    """Moves to the ends of the stretches of a critical path from nearby."""
     for device, first, last in stretches(run):
-        for position in range(first + 1, min(last, first + REACH) + 1):
-            if run.words[device][position] != run.words[device][first]:
-                yield device, position, first
-        for position in range(max(first, last - REACH), last):
-            if run.words[device][position] != run.words[device][last]:
-                yield device, position, last
+        word = run.words[device]
+        for near in range(first + 1, min(last, first + REACH) + 1):
+            if word[near] != word[first]:
+                yield device, near, first
+        for near in range(max(first, last - REACH), last):
+            if word[near] != word[last]:
+                yield device, near, last
 
 
 def stretches(run: Run) -> Iterator[tuple[int, int, int]]:
-    """(device, first, last) of the stretches of a critical path, from the end to the beginning."""
-    problem, v = run.problem, run.problem.chunks
-    timed = []
-    for word, ends in zip(run.words, run.ends, strict=True):
-        counts = [0] * (3 * v)
-        own = []
-        for letter in word:
-            own.append((ends[letter][counts[letter]], counts[letter]))
-            counts[letter] += 1
-        timed.append(own)
-    device = max(range(len(timed)), key=lambda d: timed[d][-1][0])
-    last = len(timed[device]) - 1
-    while last >= 0:
+    """(device, first place, last place) of what a critical path has on one device at a time, from its end."""
+    problem, words = run.problem, run.words
+    device = max(range(len(words)), key=lambda d: run.timed[d][-1][1])
+    last = len(words[device]) - 1
+    while True:
+        word, timed, seconds = words[device], run.timed[device], problem.seconds[device]
         first = last
-        times, own = problem.seconds[device], timed[device]
-        while first and own[first][0] - times[run.words[device][first]] <= own[first - 1][0] + 1e-9:
+        while first and timed[first][1] - seconds[word[first]] <= timed[first - 1][1] + 1e-9:
             first -= 1
         yield device, first, last
-        letter, number = run.words[device][first], own[first][1]
-        source = problem.sources[device][letter] if letter < 2 * v else None
+        number = timed[first][0]
+        source = problem.sources[device][word[first]] if word[first] < 2 * problem.chunks else None
         if source is None:
             return
-        device, made, _ = source
-        last = next(at for at, (x, (_, n)) in enumerate(zip(run.words[device], timed[device], strict=True)) if (x, n) == (made, number))
+        device, letter, _ = source
+        last = next(itertools.islice((place for place, x in enumerate(words[device]) if x == letter), number, None))
 
 
-def _possible(problem: Problem, word: Word, source: int, target: int) -> bool:
-    """Whether after the move F comes before I before W, and memory suffices."""
-    low, high = min(source, target), max(source, target)
-    changed = word[low : high + 1]
-    changed.insert(target - low, changed.pop(source - low))
-    v = problem.chunks
-    counts = [0] * (3 * v)
-    held = 0.0
-    for letter in word[:low]:
-        counts[letter] += 1
-        held += problem.changes[letter]
-    for letter in changed:
-        counts[letter] += 1
-        held += problem.changes[letter]
-        if letter >= v and counts[letter] > counts[letter - v]:
-            return False
-        if not problem.fits(held):
-            return False
-    return True
+def _possible(run: Run, move: Move) -> bool:
+    """Whether the device can do so: F before I before W of each microbatch, within its memory."""
+    device, source, target = move
+    problem, word, timed, v = run.problem, run.words[device], run.timed[device], run.problem.chunks
+    letter, number, change = word[source], timed[source][0], run.problem.changes[word[source]]
+    if target < source:
+        passed = range(target, source)
+        other, change, held = letter - v, change, run.held[device][target : source + 1]
+    else:
+        passed = range(source + 1, target + 1)
+        other, change, held = letter + v, -change, run.held[device][source + 1 : target + 2]
+    if any(word[place] == other and timed[place][0] == number for place in passed):
+        return False
+    return problem.fits(max(held) + change)

@@ -111,6 +111,10 @@ class Problem:
             arrivals.append(arrivals[-1] + self.forward[stage] + (0.0 if near == far else self.transfer))
         return max(arrivals[own[0]] + work for own, work in zip(self.stages, self.work, strict=True))
 
+    def peak(self, words: Sequence[Word]) -> float:
+        """The most that a device holds at once."""
+        return max(max(itertools.accumulate(self.changes[letter] for letter in word)) for word in words)
+
     def fits(self, held: float) -> bool:
         """Whether ``held`` is within the memory, up to rounding."""
         return held <= self.memory + 1e-9
@@ -143,12 +147,12 @@ class Run:
     """The words, timed: each task runs as soon as its device and its input are there.
 
     Attributes:
-        cost: of the words; :data:`IMPOSSIBLE` where they deadlock, or take longer than ``limit``.
+        cost: of the words; :data:`IMPOSSIBLE` where they deadlock, or are found to take longer than ``limit``.
         ends: for each device the ends of each letter's tasks.
     """
 
     def __init__(self, problem: Problem, words: Sequence[Word], limit: float = math.inf) -> None:
-        self.problem, self.words = problem, words
+        self.problem, self.words = problem, list(words)
         self.ends: list[list[list[float]]] = [[[] for _ in range(3 * problem.chunks)] for _ in words]
         self.cost = self._run(limit)
 
@@ -189,6 +193,26 @@ class Run:
                 waiting[d] = []
         if any(position < len(word) for position, word in zip(positions, words, strict=True)):
             return IMPOSSIBLE
-        starts = (own[word[0]][0] - times[word[0]] for own, word, times in zip(ends, words, problem.seconds, strict=True))
-        spans = (clock - start for clock, start in zip(clocks, starts, strict=True))
-        return max(clocks), max(spans), sum(clocks)
+        firsts = (own[word[0]][0] - own_seconds[word[0]] for own, word, own_seconds in zip(ends, words, problem.seconds))
+        return max(clocks), max(clock - first for clock, first in zip(clocks, firsts, strict=True)), sum(clocks)
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks were timed."""
+        return sum(len(times) for own in self.ends for times in own)
+
+    @functools.cached_property
+    def timed(self) -> list[list[tuple[int, float]]]:
+        """For each device and place in its word: how many of the same letter come before, and the task's end."""
+        found = []
+        for word, ends in zip(self.words, self.ends, strict=True):
+            counters = [itertools.count() for _ in ends]
+            numbers = [next(counters[letter]) for letter in word]
+            found.append([(number, ends[letter][number]) for letter, number in zip(word, numbers, strict=True)])
+        return found
+
+    @functools.cached_property
+    def held(self) -> list[list[float]]:
+        """For each device what it holds before each place of its word, and at the end."""
+        changes = self.problem.changes
+        return [list(itertools.accumulate((changes[letter] for letter in word), initial=0.0)) for word in self.words]

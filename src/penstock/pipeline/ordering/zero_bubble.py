@@ -1,293 +1,154 @@
-"""Search for the order of F, I and W on each device of a pipeline with one stage a device.
+"""The zero-bubble paper's greedy scheduler and its binary choices, for one stage on each device.
 
-Microbatches are alike, so each device may take them in turn for each kind without loss: exchanging two of them changes
-no time and no memory. What is left to choose is one word over F, I and W for each device.
-
-From the zero-bubble paper: the greedy scheduler (forwards of the warm-up up to the memory limit, then F and I in turns,
-W in gaps and where memory is full), its binary choices, and the grid search over them. Ours: the bounds on microbatches
-in flight in place of its choice to skip an F, the plain "fill every gap" in place of its count of cumulative bubbles,
-and the local search over the words at the end.
+It goes through the microbatches: each device runs an F, if it is to, from the first one to the last, and then each runs
+an I, from the last one to the first. W go where a device waits. This is the heuristic of the paper's implementation.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import heapq
 import itertools
 import math
 from collections.abc import Iterator
 
-from penstock.pipeline.ir.schedule import Kind, Schedule, Task, looped
-
-Word = list[Kind]
-#: Makespan, longest span of a device, and the sum of ends, by which the local search sees its way on plateaus.
-Cost = tuple[float, float, float]
-
-#: Tasks that the grid search may place, and that the local search may time from each of its starts.
-GREEDY_TASKS = 150_000
-LOCAL_TASKS = 200_000
-LOCAL_STARTS = 3
-#: How many places the local search moves a task at once.
-REACH = 6
+from penstock.pipeline.ir.schedule import Kind
+from penstock.pipeline.ordering.words import Problem, Word
 
 _F, _I, _W = Kind.F, Kind.I, Kind.W
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A pipeline to be ordered.
-
-    Attributes:
-        forward, input_grad, weight_grad: seconds of F, I and W for each stage.
-        transfer: seconds between neighbours.
-        memory: the activations of one microbatch on a stage that a device may hold at once, 1 or more.
-        deferred: of an activation, the share that I leaves for W.
-        microbatches: m.
-    """
-
-    forward: tuple[float, ...]
-    input_grad: tuple[float, ...]
-    weight_grad: tuple[float, ...]
-    transfer: float
-    memory: float
-    deferred: float
-    microbatches: int
-
-    @property
-    def devices(self) -> int:
-        """p."""
-        return len(self.forward)
-
-    @functools.cached_property
-    def durations(self) -> tuple[tuple[float, ...], ...]:
-        """Seconds of F, I and W."""
-        return self.forward, self.input_grad, self.weight_grad
-
-    @functools.cached_property
-    def changes(self) -> tuple[float, ...]:
-        """What F, I and W add to the memory that is held."""
-        return 1.0, self.deferred - 1.0, -self.deferred
-
-    @property
-    def bound(self) -> float:
-        """No order is faster: a device works without a break as of the first arrival."""
-        arrival = latest = 0.0
-        for f, i, w in zip(*self.durations, strict=True):
-            latest = max(latest, arrival + self.microbatches * (f + i + w))
-            arrival += f + self.transfer
-        return latest
-
-    def fits(self, held: float) -> bool:
-        """Whether ``held`` is within the memory, up to rounding."""
-        return held <= self.memory + 1e-9
-
-
-@dataclasses.dataclass(frozen=True)
-class Choices:
-    """One point of the grid.
-
-    Attributes:
-        in_flight: for each device, the most microbatches between F and I.
-        fill: put a W into a gap that is shorter than it.
-        extend: in the warm-up, run an F even where it delays the first I.
-        alternate: after an I, prefer an F to the next I.
-    """
-
-    in_flight: tuple[int, ...]
-    fill: bool
-    extend: bool
-    alternate: bool
-
-
-def search(problem: Problem) -> Schedule:
-    """The best schedule found for ``problem`` within its memory, by makespan."""
-    words = best_words(problem)
-    orders = []
-    for device, word in enumerate(words):
-        counters = {kind: itertools.count() for kind in (_F, _I, _W)}
-        orders.append(tuple(Task(kind, device, next(counters[kind])) for kind in word))
-    return Schedule(looped(problem.devices), tuple(orders), problem.microbatches)
-
-
-def best_words(problem: Problem) -> list[Word]:
-    """The best of the grid, after a local search from the best few; the latter only where it is small enough."""
-    tasks = 3 * problem.devices * problem.microbatches
-    found: list[tuple[Cost, list[Word]]] = []
-    for choices in itertools.islice(_grid(problem), max(1, GREEDY_TASKS // tasks)):
-        words = _Greedy(problem, choices).run()
-        if all(words != known for _, known in found):
-            found.append((cost(problem, words), words))
-        if found[-1][0][0] <= problem.bound:
-            return words
-    found.sort(key=lambda pair: pair[0])
-    evaluations = LOCAL_TASKS // tasks
-    if evaluations >= tasks:  # fewer would not try one move of each task
-        found = [_improve(problem, words, evaluations) for _, words in found[:LOCAL_STARTS]]
-    return min(found, key=lambda pair: pair[0])[1]
-
-
-def cost(problem: Problem, words: list[Word]) -> Cost:
-    """What the words cost; infinite where they deadlock."""
-    p, transfer = problem.devices, problem.transfer
-    forwards: list[list[float]] = [[] for _ in words]  # ends of F of each device
-    backwards: list[list[float]] = [[] for _ in words]  # ends of I
-    clocks, positions, runnable = [0.0] * p, [0] * p, list(range(p))[::-1]
-    while runnable:
-        d = runnable.pop()
-        word, clock, done = words[d], clocks[d], positions[d]
-        ends = forwards[d], backwards[d]
-        sources = forwards[d - 1] if d else None, backwards[d + 1] if d < p - 1 else None
-        f, i, w = (times[d] for times in problem.durations)
-        while done < len(word):
-            kind = word[done]
-            if kind is _W:
-                clock += w
-            else:
-                own, source = ends[kind], sources[kind]
-                if source is not None:
-                    if len(source) <= len(own):
-                        break
-                    clock = max(clock, source[len(own)] + transfer)
-                clock += f if kind is _F else i
-                own.append(clock)
-            done += 1
-        if done > positions[d]:
-            runnable += [near for near in (d - 1, d + 1) if 0 <= near < p and near not in runnable]
-        clocks[d], positions[d] = clock, done
-    if any(done < len(word) for done, word in zip(positions, words, strict=True)):
-        return math.inf, math.inf, math.inf
-    spans = (clock - ends[0] + f for clock, ends, f in zip(clocks, forwards, problem.forward, strict=True))
-    return max(clocks), max(spans), sum(clocks)
-
-
-def _grid(problem: Problem) -> Iterator[Choices]:
-    """All choices, the more promising for long pipelines first; bounds as in ZB-H2, as in 1F1B, and by memory alone."""
-    p = problem.devices
-    bounds = (
-        tuple(2 * (p - device) - 1 for device in range(p)),
-        tuple(p - device for device in range(p)),
-        (problem.microbatches,) * p,
-    )
-    for alternate, extend, in_flight, fill in itertools.product((True, False), (True, False), bounds, (False, True)):
-        yield Choices(in_flight, fill, extend, alternate)
+def variants(problem: Problem) -> Iterator[list[Word]]:
+    """The words of all choices; those that run out of memory are left out."""
+    for wait, skip, fill in itertools.product((True, False), repeat=3):
+        words = _Greedy(problem, wait, skip, fill).run()
+        if words is not None:
+            yield words
 
 
 class _Greedy:
-    """One run of the greedy scheduler: a device decides when it gets free, and whenever an input arrives.
+    """One run of the scheduler.
 
-    What a device knows of arrivals is what its neighbours have begun to send by then.
+    Args:
+        problem: with one stage on each device.
+        wait: in the warm-up, rather wait for the first I than delay it with an F.
+        skip: leave an F out where the next device is behind, and this one idles less than others.
+        fill: put a W into a gap that is shorter than it, even on a device that idles less than others.
     """
 
-    def __init__(self, problem: Problem, choices: Choices) -> None:
-        devices = range(problem.devices)
-        self.problem, self.choices = problem, choices
-        self.words: list[Word] = [[] for _ in devices]
-        self.arrived: tuple[list[list[float]], list[list[float]]] = ([[] for _ in devices], [[] for _ in devices])
-        self.arrived[_F][0] = [0.0] * problem.microbatches
-        self.counts = [[0, 0, 0] for _ in devices]
-        self.held = [0.0] * problem.devices
-        self.free = [0.0] * problem.devices
-        self.events = [(0.0, device) for device in devices]
+    def __init__(self, problem: Problem, wait: bool, skip: bool, fill: bool) -> None:
+        p = problem.devices
+        self.problem, self.wait, self.skip, self.fill = problem, wait, skip, fill
+        self.words: list[Word] = [[] for _ in range(p)]
+        self.ends: list[list[list[float]]] = [[[], [], []] for _ in range(p)]  # of F, I and W
+        self.clocks, self.held, self.idle = [0.0] * p, [0.0] * p, [0.0] * p
 
-    def run(self) -> list[Word]:
-        """The words."""
-        for _ in range(3 * self.problem.devices * self.problem.microbatches):
-            kind = None
-            while kind is None:
-                time, device = heapq.heappop(self.events)
-                if time >= self.free[device]:
-                    kind = self._choose(device, time)
-            self._perform(device, kind, time)
+    def run(self) -> list[Word] | None:
+        """The words; None where an F finds no memory."""
+        devices = range(self.problem.devices)
+        self._warm_up()
+        for _ in range(1, self.problem.microbatches):
+            for device in (device for device, forward in enumerate(self._forwards()) if forward):
+                if not self._make_room(device):
+                    return None
+                self._fill_gap(device, _F)
+                self._put(device, _F)
+            for device in reversed(devices):
+                self._fill_gap(device, _I)
+                if device == 0 and self._count(0, _F) == self.problem.microbatches:
+                    self._put_weights(0)
+                self._put(device, _I)
+        for device in devices:
+            self._put_weights(device)
         return self.words
 
-    def _choose(self, device: int, time: float) -> Kind | None:
-        """What ``device`` begins at ``time``; None where it waits for the next event."""
-        forwards, backwards, weights = self.counts[device]
-        next_f, next_i = math.inf, math.inf
-        roomy = self.problem.fits(self.held[device] + 1)
-        if roomy and forwards - backwards < self.choices.in_flight[device]:
-            next_f = _item(self.arrived[_F][device], forwards)
-        if backwards < forwards:
-            next_i = _item(self.arrived[_I][device], backwards)
-        if next_i <= time:
-            if next_f <= time and (self._forward_first(device) if backwards else self.choices.extend):
-                return _F
-            return _I
-        delays = not backwards and time + self.problem.forward[device] > next_i
-        if next_f <= time and (self.choices.extend or not delays):
-            return _F
-        if weights < backwards:
-            gap = min(next_f, next_i) - time
-            if self.choices.fill or gap >= self.problem.weight_grad[device] or gap == math.inf:
-                return _W
-        return None
+    def _warm_up(self) -> None:
+        """The first F and I of all devices, and between them as many F as there is time and memory for, though on each
+        device fewer than on the one before."""
+        p, problem = self.problem.devices, self.problem
+        for device in range(p):
+            self._put(device, _F)
+        extra = [0] * p
+        due = self.clocks[-1] + problem.seconds[-1][_I]  # when the next device has made the first gradient
+        for device in reversed(range(p - 1)):
+            arrival, clock, seconds = due + problem.transfer, self.clocks[device], problem.seconds[device][_F]
+            most = problem.microbatches - 1
+            while extra[device] < most and problem.fits(self.held[device] + extra[device] + 1):
+                if (clock + seconds > arrival) if self.wait else (clock >= arrival):
+                    break
+                clock += seconds
+                extra[device] += 1
+            due = max(clock, arrival) + problem.seconds[device][_I]
+        for device in range(1, p):
+            if extra[device] < problem.microbatches - 1:
+                extra[device] = max(0, min(extra[device], extra[device - 1] - 1))
+        for device, count in enumerate(extra):
+            for _ in range(count):
+                self._put(device, _F)
+        for device in reversed(range(p)):
+            self._put(device, _I)
 
-    def _forward_first(self, device: int) -> bool:
-        """Whether the last F or I was an I, and they alternate."""
-        return self.choices.alternate and next(kind for kind in reversed(self.words[device]) if kind is not _W) is _I
+    def _forwards(self) -> list[bool]:
+        """Which devices run an F: none before one that does not."""
+        wanted = [self._wants_forward(device) for device in range(self.problem.devices)]
+        return [all(wanted[device:]) for device in range(len(wanted))]
 
-    def _perform(self, device: int, kind: Kind, time: float) -> None:
-        end = time + self.problem.durations[kind][device]
-        self.free[device] = end
-        self.words[device].append(kind)
-        self.counts[device][kind] += 1
-        self.held[device] += self.problem.changes[kind]
-        heapq.heappush(self.events, (end, device))
-        if kind is _W:
-            return
-        target, arrival = device + (1 if kind is _F else -1), end + self.problem.transfer
-        if target == self.problem.devices:  # the last stage turns around by itself
-            target, arrival, kind = device, end, _I
-        if target >= 0:
-            self.arrived[kind][target].append(arrival)
-            heapq.heappush(self.events, (arrival, target))
-
-
-def _item(times: list[float], index: int) -> float:
-    return times[index] if index < len(times) else math.inf
-
-
-def _improve(problem: Problem, words: list[Word], evaluations: int) -> tuple[Cost, list[Word]]:
-    """Hill climbing: moves one task of one device a few places, as long as that lowers the cost."""
-    words = [list(word) for word in words]
-    best = cost(problem, words)
-    moved = True
-    while moved:
-        moved = False
-        for device, source, target in _moves(problem):
-            word = words[device]
-            if word[source] is word[target]:
-                continue
-            if evaluations <= 0:
-                return best, words
-            words[device] = changed = list(word)
-            changed.insert(target, changed.pop(source))
-            if _possible(problem, changed):
-                evaluations -= 1
-                found = cost(problem, words)
-                if found < best:
-                    best, moved = found, True
-                    continue
-            words[device] = word
-    return best, words
-
-
-def _moves(problem: Problem) -> Iterator[tuple[int, int, int]]:
-    """(device, from, to) of all moves of the local search."""
-    length = 3 * problem.microbatches
-    for device, source, way in itertools.product(range(problem.devices), range(length), range(1, REACH + 1)):
-        if source + way < length:
-            yield device, source, source + way
-            yield device, source + way, source
-
-
-def _possible(problem: Problem, word: Word) -> bool:
-    """Whether F comes before I before W, and memory suffices."""
-    counts, held = [0, 0, 0], 0.0
-    for kind in word:
-        counts[kind] += 1
-        held += problem.changes[kind]
-        if counts[_W] > counts[_I] or counts[_I] > counts[_F] or not problem.fits(held):
+    def _wants_forward(self, device: int) -> bool:
+        done, after = self._count(device, _F), device + 1
+        if done == self.problem.microbatches:
             return False
-    return True
+        if not self.skip or after == self.problem.devices or done < self._count(after, _F) + 2:
+            return True
+        clock, seconds, problem = self.clocks[device], self.problem.seconds, self.problem
+        due = self.clocks[after] + seconds[after][_F] + seconds[after][_I] + problem.transfer
+        if clock >= due:
+            return False
+        room, pending = self.held[device] + 1, self._count(device, _I) - self._count(device, _W)
+        weights = 0
+        while not problem.fits(room - weights * problem.deferred) and weights < pending:
+            weights += 1
+        if clock + seconds[device][_F] + weights * seconds[device][_W] <= due:
+            return True
+        return due - clock > max(self.idle) - self.idle[device]
+
+    def _make_room(self, device: int) -> bool:
+        """Runs W until there is memory for an F; False where these do not suffice."""
+        while not self.problem.fits(self.held[device] + 1):
+            if self._count(device, _W) == self._count(device, _I):
+                return False
+            self._put(device, _W)
+        return True
+
+    def _fill_gap(self, device: int, kind: Kind) -> None:
+        """Runs W until the input of the next F or I is there."""
+        arrival, seconds = self._arrival(device, kind), self.problem.seconds[device][_W]
+        while self._count(device, _W) < self._count(device, _I) and self.clocks[device] + seconds <= arrival:
+            self._put(device, _W)
+        gap = arrival - self.clocks[device]
+        if self._count(device, _W) < self._count(device, _I) and gap > 0:
+            if self.fill or gap > max(self.idle) - self.idle[device]:
+                self._put(device, _W)
+
+    def _put_weights(self, device: int) -> None:
+        """Runs all W of the I so far."""
+        while self._count(device, _W) < self._count(device, _I):
+            self._put(device, _W)
+
+    def _put(self, device: int, kind: Kind) -> None:
+        """Runs the next task of ``kind``."""
+        start = max(self.clocks[device], self._arrival(device, kind))
+        if self.words[device]:
+            self.idle[device] += start - self.clocks[device]
+        self.clocks[device] = start + self.problem.seconds[device][kind]
+        self.ends[device][kind].append(self.clocks[device])
+        self.words[device].append(kind)
+        self.held[device] += self.problem.changes[kind]
+
+    def _arrival(self, device: int, kind: Kind) -> float:
+        """When the input of the next task of ``kind`` is there."""
+        source = None if kind is _W else self.problem.sources[device][kind]
+        if source is None or source[0] == device:
+            return 0.0
+        made, number = self.ends[source[0]][source[1]], self._count(device, kind)
+        return made[number] + source[2] if number < len(made) else math.inf
+
+    def _count(self, device: int, kind: Kind) -> int:
+        return len(self.ends[device][kind])

@@ -1,75 +1,31 @@
-"""The search behind zb_auto, against exact optima found by OR-Tools' CP-SAT and against the simulator."""
+"""The search behind zb_auto, against exact optima, the authors' greedy scheduler and the simulator."""
 
 from __future__ import annotations
 
+import math
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ortools.sat.python import cp_model
 
 from effort import lines
+from optimal_orders import optimum, random_problem
 from penstock.core.errors import UsageError
-from penstock.pipeline.ordering.zero_bubble import Problem
+from penstock.pipeline.ir.schedule import looped
+from penstock.pipeline.ir.torch_csv import from_csv
+from penstock.pipeline.ordering import zero_bubble
+from penstock.pipeline.ordering.words import Problem, Run, to_words
 from penstock.pipeline.simulate.simulator import simulate
 from penstock.pipeline.simulate.times import Times
 from penstock.policy import create
 
 
-def optimum(problem: Problem) -> float:
-    """The least makespan of whole-numbered times, by constraint programming; ``deferred`` in hundredths."""
-    model = cp_model.CpModel()
-    p, m = problem.devices, problem.microbatches
-    transfer, kept = round(problem.transfer), round(100 * problem.deferred)
-    durations = [[round(seconds) for seconds in times] for times in problem.durations]
-    horizon = m * sum(map(sum, durations)) + 2 * p * transfer
-    starts = {
-        (kind, s, j): model.new_int_var(0, horizon, f"{kind}{s},{j}")
-        for kind in range(3)
-        for s in range(p)
-        for j in range(m)
-    }
-    ends = {(kind, s, j): start + durations[kind][s] for (kind, s, j), start in starts.items()}
-    makespan = model.new_int_var(0, horizon, "makespan")
-    for s in range(p):
-        tasks = [(kind, s, j) for kind in range(3) for j in range(m)]
-        model.add_no_overlap([model.new_fixed_size_interval_var(starts[t], durations[t[0]][s], "") for t in tasks])
-        lives = []
-        for j in range(m):
-            for kind in range(3):
-                if j:
-                    model.add(starts[kind, s, j] >= ends[kind, s, j - 1])  # microbatches are alike
-                if kind:
-                    model.add(starts[kind, s, j] >= ends[kind - 1, s, j])
-            if s:
-                model.add(starts[0, s, j] >= ends[0, s - 1, j] + transfer)
-            if s < p - 1:
-                model.add(starts[1, s, j] >= ends[1, s + 1, j] + transfer)
-            for last, size in ((1, 100 - kept), (2, kept)):
-                length = model.new_int_var(0, horizon, "")
-                lives.append((model.new_interval_var(starts[0, s, j], length, ends[last, s, j], ""), size))
-        model.add_cumulative([life for life, _ in lives], [size for _, size in lives], round(100 * problem.memory))
-        model.add(makespan >= ends[2, s, m - 1])
-    model.minimize(makespan)
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.max_time_in_seconds = 120
-    assert solver.solve(model) == cp_model.OPTIMAL
-    return solver.objective_value
-
-
-def random_problem(rng: random.Random, p: int, m: int) -> Problem:
-    """Whole-numbered times, equal or different for each stage, with a memory limit."""
-    uneven = rng.random() < 0.5
-    times = [tuple(rng.randint(4, 20) for _ in range(p)) for _ in range(3)]
-    return Problem(
-        *(own if uneven else (own[0],) * p for own in times),
-        transfer=rng.choice([0, 1, 2, 5]),
-        memory=rng.randint(1 if rng.random() < 0.5 else p, 2 * p),
-        deferred=rng.choice([1.0, 1.0, 0.5, 0.25]),
-        microbatches=m,
-    )
+def problem_of_random_times(rng: random.Random, p: int, m: int) -> Problem:
+    """With a memory limit."""
+    memory = rng.randint(1 if rng.random() < 0.5 else p, 2 * p)
+    return random_problem(rng, looped(p), memory, m)
 
 
 def solve(problem: Problem) -> float:
@@ -91,7 +47,7 @@ def solve(problem: Problem) -> float:
 def excesses(shapes: list[tuple[int, int]], seed: int) -> list[float]:
     """How much longer than the optimum, for one random problem of each shape."""
     rng = random.Random(seed)
-    problems = [random_problem(rng, p, m) for p, m in shapes]
+    problems = [problem_of_random_times(rng, p, m) for p, m in shapes]
     return [solve(problem) / optimum(problem) - 1 for problem in problems]
 
 
@@ -117,6 +73,33 @@ def test_close_to_the_optimum_of_many_problems():
     assert max(found) <= 0.05
 
 
+ORDERS = Path(__file__).parents[1] / "orders"
+
+#: Random cases for which the authors' program gave an order: p, m, F, I, W, transfer, memory, and its makespan.
+AUTHORS = {
+    "authors_zb_3_6": (3, 6, 1, 2, 3, 1, 3, 44),
+    "authors_zb_8_9": (8, 9, 676, 789, 1269, 500, 8, 39_978),
+}
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_the_variants_hold_the_authors_orders_and_the_search_is_no_worse(name):
+    p, m, f, i, w, transfer, memory, makespan = AUTHORS[name]
+    problem = Problem(looped(p), (f,) * p, (i,) * p, (w,) * p, transfer, memory, 1.0, m)
+    theirs = to_words(problem, from_csv((ORDERS / f"{name}.csv").read_text(), name))
+    assert Run(problem, theirs).cost[0] == makespan
+    assert theirs in list(zero_bubble.variants(problem))
+    assert solve(problem) <= makespan
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_longer_than_any_variant_of_the_authors(seed):
+    rng = random.Random(seed)
+    problem = problem_of_random_times(rng, rng.randint(2, 9), rng.randint(2, 24))
+    runs = [Run(problem, words) for words in zero_bubble.variants(problem)]
+    assert solve(problem) <= min((run.cost[0] for run in runs), default=math.inf)
+
+
 @pytest.mark.parametrize(("p", "m"), [(1, 1), (2, 3), (4, 8), (5, 5), (8, 24), (32, 128)])
 @pytest.mark.parametrize("name", ["zb_h1", "1f1b"])
 def test_no_longer_than_the_handmade_schedules_within_their_memory(name, p, m):
@@ -128,12 +111,12 @@ def test_no_longer_than_the_handmade_schedules_within_their_memory(name, p, m):
 
 @given(p=st.integers(1, 5), m=st.integers(1, 7), seed=st.integers(0, 2**32))
 def test_memory_is_kept_and_the_bound_is_one(p, m, seed):
-    problem = random_problem(random.Random(seed), p, m)
+    problem = problem_of_random_times(random.Random(seed), p, m)
     assert solve(problem) >= problem.bound - 1e-9
 
 
 def test_more_memory_takes_no_more_time():
-    makespans = [solve(Problem((3, 2, 4, 3), (4,) * 4, (2, 3, 2, 4), 1, memory, 1, 8)) for memory in range(1, 9)]
+    makespans = [solve(Problem(looped(4), (3, 2, 4, 3), (4,) * 4, (2, 3, 2, 4), 1, memory, 1, 8)) for memory in range(1, 9)]
     assert makespans == sorted(makespans, reverse=True)
     assert makespans[0] > 1.5 * makespans[-1]
 
@@ -145,7 +128,7 @@ def test_work_grows_with_the_tasks():
 
     def problem(devices: int, microbatches: int) -> Problem:
         own = [each[:devices] for each in times]
-        return Problem(*own, transfer=0.1, memory=devices, deferred=1, microbatches=microbatches)
+        return Problem(looped(devices), *own, transfer=0.1, memory=devices, deferred=1, microbatches=microbatches)
 
     solve(problem(2, 2))  # imports
     few = lines(lambda: solve(problem(4, 64)))
