@@ -35,7 +35,8 @@ COST = typer.Option(
     "F=1,I=1,W=1,comm=0",
     "--cost",
     help="Times of F, I and W of a p-th of the model, of a transfer (comm), of its activation to the host's memory "
-    "(host, by default 1), and of a product of the output layer on one device (output, by default 0).",
+    "(host, by default 1), and of a product of the output layer on one device (output, by default 0); overlap, by "
+    "default 1, is the time of an overlapped F and B as a share of what they take after each other.",
     metavar="COST",
 )
 TRANSFORMS = typer.Option(
@@ -317,24 +318,32 @@ def _times(text: str, file: Path | None) -> Times:
 
     if file is not None:
         return build(Times, read_json(file), source=str(file))
-    values = {"F": 1.0, "I": 1.0, "W": 1.0, "comm": 0.0, "host": 1.0, "output": 0.0}
+    fields = {
+        "F": "forward",
+        "I": "input_grad",
+        "W": "weight_grad",
+        "comm": "transfer",
+        "host": "host",
+        "output": "output",
+        "overlap": "overlap",
+    }
+    values: dict[str, float] = {}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
-        if key.strip() not in values:
-            raise UsageError(f"--cost: there is no cost {key.strip()!r}: {nearest(key.strip(), values)}")
+        if key.strip() not in fields:
+            raise UsageError(f"--cost: there is no cost {key.strip()!r}: {nearest(key.strip(), fields)}")
         try:
-            values[key.strip()] = float(value)
+            values[fields[key.strip()]] = float(value)
         except ValueError:
             raise UsageError(f"--cost: {part!r} is not of the form F=1.5") from None
-    named = zip(("forward", "input_grad", "weight_grad", "transfer", "host", "output"), values.values(), strict=True)
-    return build(Times, dict(named), source="--cost")
+    return build(Times, values, source="--cost")
 
 
 def _figures(simulation: Simulation) -> str:
     peaks = simulation.peak_activations
     return (
-        f"makespan {simulation.makespan:.6g}   bubble {simulation.bubble_share:.1%}   "
-        f"transfers {simulation.transfers:,}\n"
+        f"makespan {simulation.makespan:.6g}   longest span of a device {simulation.longest_span:.6g}   "
+        f"bubble {simulation.bubble_share:.1%}   transfers {simulation.transfers:,}\n"
         f"most activations of a device {min(peaks)} to {max(peaks)}, each 1/{simulation.schedule.stages} of the model's"
     )
 

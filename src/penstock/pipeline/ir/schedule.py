@@ -78,6 +78,8 @@ class Schedule:
         offloaded: (stage, microbatch) of the activations that wait in host memory between F and the backward.
         barriers: 0 where the first stage has the input embedding and the last one the output layer. Else every device
             has a shard of both, and after that many passes of all shards the last stage has its gradient.
+        overlapped: forwards that run together with the backward that follows them in their device's list (B or I of
+            another stage or microbatch), as in DualPipe: both begin when the inputs of both are there.
     """
 
     placement: Placement
@@ -87,6 +89,7 @@ class Schedule:
     paths: tuple[tuple[int, ...], ...] = ()
     offloaded: frozenset[tuple[int, int]] = frozenset()
     barriers: int = 0
+    overlapped: frozenset[Task] = frozenset()
 
     @property
     def stages(self) -> int:
@@ -106,6 +109,10 @@ class Schedule:
     def path(self, microbatch: int) -> Sequence[int]:
         """The stages that ``microbatch`` passes, in order."""
         return self.paths[microbatch] if self.paths else range(self.stages)
+
+    def pairs(self, device: int) -> list[tuple[Task, Task]]:
+        """The forwards and backwards that a device runs together, in order."""
+        return [pair for pair in itertools.pairwise(self.orders[device]) if pair[0] in self.overlapped]
 
     @functools.cached_property
     def neighbours(self) -> tuple[list[int], list[int]]:

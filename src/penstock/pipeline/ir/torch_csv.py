@@ -1,6 +1,10 @@
 """The CSV format of ``torch.distributed.pipelining``: a line for each device, a cell such as ``2F0`` for each task.
 
-PyTorch's runtime and torchtitan (``pipeline_parallel_schedule_csv``) read it in their format "compute_only".
+PyTorch's runtime and torchtitan (``pipeline_parallel_schedule_csv``) read it in their format "compute_only". A pair of F
+and B that overlap is ``(0F7;7B3)OVERLAP_F_B``, which PyTorch writes and does not read. A stage with several replicas is
+beyond it: here ``r1:2F0`` is on replica 1, which PyTorch's reader refuses. In the format "compute_comms", cells also say
+what is sent, received, gathered and reduced (``0SEND_F0``, ``0UNSHARD``): that follows from the order and the placement,
+and is dropped here.
 """
 
 from __future__ import annotations
@@ -14,15 +18,18 @@ from penstock.core.errors import UsageError
 from penstock.pipeline.ir.schedule import Kind, Schedule, ScheduleError, Task, WeightRule
 from penstock.pipeline.ir.validate import validate
 
-_CELL = re.compile(r"(\d{1,9})([FIWB])(\d{1,9})")
+_TASK = r"(?:r(\d{1,9}):)?(\d{1,9})([FIWB])(\d{1,9})"
+_CELL = re.compile(_TASK)
+_PAIR = re.compile(rf"\({_TASK};{_TASK}\)OVERLAP_F_B")
+_COMMUNICATION = re.compile(r"\d{1,9}(?:(?:SEND|RECV)_[FB]\d{1,9}|UNSHARD|RESHARD|REDUCE_GRAD)")
 
 
 def to_csv(schedule: Schedule) -> str:
     """The schedule as CSV.
 
     Raises:
-        UsageError: it has replicas, stashed weights, offloaded activations, paths or a sharded vocabulary, for which
-            the format has no word.
+        UsageError: it has stashed weights, offloaded activations, paths or a sharded vocabulary, for which the format
+            has no word.
     """
     if schedule.paths:
         raise UsageError(
@@ -44,14 +51,26 @@ def to_csv(schedule: Schedule) -> str:
             "PyTorch's runtime keeps one version of the weights, and this schedule stashes several",
             hint="Export 1f1b, which has the order of pipedream and one update a step.",
         )
-    if schedule.replicas > 1:
-        raise UsageError(
-            "PyTorch's CSV cannot say that a stage has several replicas",
-            hint="Export a schedule with one copy of the model, such as zb_h1, v_zb or hanayo.",
-        )
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([map(str, order) for order in schedule.orders])
+    csv.writer(text, lineterminator="\n").writerows(_cells(schedule, device) for device in range(schedule.devices))
     return text.getvalue()
+
+
+def _cells(schedule: Schedule, device: int) -> list[str]:
+    """A device's line."""
+    cells: list[str] = []
+    paired = dict(schedule.pairs(device))
+    backwards = set(paired.values())
+    for task in schedule.orders[device]:
+        if task in paired:
+            cells.append(f"({_word(task)};{_word(paired[task])})OVERLAP_F_B")
+        elif task not in backwards:
+            cells.append(_word(task))
+    return cells
+
+
+def _word(task: Task) -> str:
+    return f"{f'r{task.replica}:' if task.replica else ''}{task._replace(replica=0)}"
 
 
 def from_csv(text: str, source: str) -> Schedule:
@@ -62,11 +81,12 @@ def from_csv(text: str, source: str) -> Schedule:
             the message names the line.
     """
     rows = list(csv.reader(io.StringIO(text)))
-    orders = tuple(tuple(_tasks(row, f"{source}, line {number}")) for number, row in enumerate(rows, 1))
-    homes: dict[int, int] = {}
+    overlapped: set[Task] = set()
+    orders = tuple(tuple(_tasks(row, f"{source}, line {number}", overlapped)) for number, row in enumerate(rows, 1))
+    homes: dict[tuple[int, int], int] = {}
     for device, order in enumerate(orders):
         for task in order:
-            home = homes.setdefault(task.stage, device)
+            home = homes.setdefault((task.stage, task.replica), device)
             if home != device:
                 raise UsageError(
                     f"{source}, line {device + 1}: {task} is of stage {task.stage}, which line {home + 1} has already",
@@ -74,7 +94,9 @@ def from_csv(text: str, source: str) -> Schedule:
                 )
     stages = _count((task.stage for order in orders for task in order), "stage", source)
     microbatches = _count((task.microbatch for order in orders for task in order), "microbatch", source)
-    schedule = Schedule(tuple((homes[stage],) for stage in range(stages)), orders, microbatches)
+    replicas = [_count((r for s, r in homes if s == stage), f"stage {stage}, replica", source) for stage in range(stages)]
+    placement = tuple(tuple(homes[s, r] for r in range(count)) for s, count in enumerate(replicas))
+    schedule = Schedule(placement, orders, microbatches, overlapped=frozenset(overlapped))
     try:
         validate(schedule)
     except ScheduleError as error:
@@ -83,18 +105,26 @@ def from_csv(text: str, source: str) -> Schedule:
     return schedule
 
 
-def _tasks(row: list[str], where: str) -> Iterable[Task]:
-    for column, cell in enumerate(row, 1):
-        if not cell.strip():
+def _tasks(row: list[str], where: str, overlapped: set[Task]) -> Iterable[Task]:
+    """The tasks of a line; adds the forwards of its pairs to ``overlapped``."""
+    for column, cell in enumerate(map(str.strip, row), 1):
+        if not cell or _COMMUNICATION.fullmatch(cell):
             continue
-        found = _CELL.fullmatch(cell.strip())
-        if found is None:
+        if pair := _PAIR.fullmatch(cell):
+            first, second = _task(*pair.groups()[:4]), _task(*pair.groups()[4:])
+            overlapped.add(first)
+            yield from (first, second)
+        elif found := _CELL.fullmatch(cell):
+            yield _task(*found.groups())
+        else:
             raise UsageError(
                 f"{where}, column {column}: {cell!r} is no task",
-                hint="A task is a stage, F, I, W or B, and a microbatch, such as 2F0; transfers are not written.",
+                hint="A task is a stage, F, I, W or B, and a microbatch, such as 2F0; a pair is (0F7;7B3)OVERLAP_F_B.",
             )
-        stage, kind, microbatch = found.groups()
-        yield Task(Kind[kind], int(stage), int(microbatch))
+
+
+def _task(replica: str | None, stage: str, kind: str, microbatch: str) -> Task:
+    return Task(Kind[kind], int(stage), int(microbatch), int(replica or 0))
 
 
 def _count(numbers: Iterable[int], what: str, source: str) -> int:

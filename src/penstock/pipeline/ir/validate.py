@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
@@ -17,7 +18,8 @@ def validate(schedule: Schedule) -> None:
     """Checks a schedule in time linear in its tasks.
 
     For each stage on the path of each microbatch there must be one F followed, on the same replica, by one B or by an I
-    and then a W; where the vocabulary is sharded, each device must have each of its passes for each microbatch once.
+    and then a W; where the vocabulary is sharded, each device must have each of its passes for each microbatch once. An
+    overlapped forward must have a backward beside it that does not wait for it.
     All devices running their lists in order must come to an end.
 
     Raises:
@@ -26,6 +28,7 @@ def validate(schedule: Schedule) -> None:
     _check_placement(schedule)
     _check_tasks(schedule)
     _check_shards(schedule)
+    _check_pairs(schedule)
     for _ in walk(schedule):
         pass
 
@@ -33,7 +36,8 @@ def validate(schedule: Schedule) -> None:
 def walk(schedule: Schedule) -> Iterator[tuple[int, Task]]:
     """Yields (device, task) in an order that keeps every device's list and every dependency between stages.
 
-    Each device runs until it meets a task whose input is missing, and goes on once that has been made.
+    Each device runs until it meets a task whose input is missing, and goes on once that has been made. The two of a
+    pair follow each other at once.
 
     Raises:
         ScheduleError: the devices wait for each other; the message names the cycle.
@@ -42,12 +46,15 @@ def walk(schedule: Schedule) -> Iterator[tuple[int, Task]]:
     waiting: defaultdict[int, list[int]] = defaultdict(list)  # output -> the devices that wait for it
     positions = [0] * schedule.devices
     runnable = list(range(schedule.devices))[::-1]
+    overlapped = schedule.overlapped
     while runnable:
         device = runnable.pop()
         order = schedule.orders[device]
         for position in range(positions[device], len(order)):
             task = order[position]
             needed = schedule.read_by(task)
+            if overlapped and task in overlapped and not (needed >= 0 and missing[needed]):
+                needed = schedule.read_by(order[position + 1])
             if needed >= 0 and missing[needed]:
                 positions[device] = position
                 waiting[needed].append(device)
@@ -133,6 +140,22 @@ def _check_shards(schedule: Schedule) -> None:
             raise ScheduleError(f"{min(wanted.difference(passes))} is missing", device=device)
 
 
+def _check_pairs(schedule: Schedule) -> None:
+    """Every overlapped forward has a backward after it that may run beside it."""
+    found = 0
+    for device, order in enumerate(schedule.orders):
+        for task, following in itertools.zip_longest(order, order[1:]):
+            if task not in schedule.overlapped:
+                continue
+            found += 1
+            if task.kind is not Kind.F or following is None or following.kind not in (Kind.I, Kind.B):
+                raise ScheduleError(f"{task} overlaps with no backward after it, but with {following}", device=device)
+            if task[1:] == following[1:]:
+                raise ScheduleError(f"{following} waits for {task}, and cannot overlap with it", device=device)
+    if found < len(schedule.overlapped):
+        raise ScheduleError(f"{len(schedule.overlapped) - found} overlapped forwards are on no device")
+
+
 def _out_of_order(task: Task, device: int, state: int) -> ScheduleError:
     if state >= _AFTER[task.kind] or (task.kind is Kind.B and state == _INPUT):
         what = f"{task} comes after that work was done: every task must come once"
@@ -153,6 +176,9 @@ def _deadlock(schedule: Schedule, positions: list[int]) -> ScheduleError:
     while device not in seen:
         head = schedule.orders[device][positions[device]]
         wanted = schedule.read_by(head)
+        if head in schedule.overlapped and wanted not in producers:
+            head = schedule.orders[device][positions[device] + 1]
+            wanted = schedule.read_by(head)
         if wanted not in producers:
             return ScheduleError(f"{head} waits for a task that no device has", device=device)
         producer, task = producers[wanted]

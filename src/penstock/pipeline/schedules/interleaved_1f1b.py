@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
-from penstock.pipeline.ir.refusal import RefusalError
 from penstock.pipeline.ir.schedule import Kind, Schedule, Task, looped
 from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.policy import policy
@@ -15,36 +16,37 @@ class Interleaved1F1B(PipelineSchedule):
     """1F1B over v = ``chunks`` stages a device, in rounds of p microbatches through one chunk (Megatron-LM).
 
     The bubble shrinks v-fold, to (p-1)/v times the forward and backward of a microbatch on a p-th of the model, for v
-    times the transfers. Device d starts with 2(p-1-d) + (v-1)p forwards. As in the paper, m must be a multiple of p.
+    times the transfers. Device d starts with 2(p-1-d) + (v-1)p forwards. The paper wants m to be a multiple of p. Where
+    it is not, the m // p rounds (one, where m < p) are larger, as in PyTorch, and as even as they can be, which is ours
+    where PyTorch refuses.
     """
 
     chunks: int = Field(2, ge=2)
 
     def arrange(self, devices: int, microbatches: int) -> Schedule:
-        if microbatches % devices:
-            raise RefusalError(
-                f"interleaved_1f1b runs microbatches in rounds of one for each device: {microbatches} are no multiple "
-                f"of {devices}",
-                devices=devices,
-                microbatches=-(-microbatches // devices) * devices,
-            )
-        orders = tuple(self._order(device, devices, microbatches) for device in range(devices))
+        rounds = even_rounds(microbatches, max(1, microbatches // devices))
+        orders = tuple(
+            interleaved(devices, device, self.chunks, rounds, warmup=2 * (devices - 1 - device))
+            for device in range(devices)
+        )
         return Schedule(looped(devices, self.chunks), orders, microbatches)
 
-    def _order(self, device: int, devices: int, microbatches: int) -> tuple[Task, ...]:
-        total = microbatches * self.chunks
 
-        def task(kind: Kind, step: int) -> Task:
-            rounds, within = divmod(step, devices * self.chunks)
-            chunk, slot = divmod(within, devices)
-            if kind is Kind.B:
-                chunk = self.chunks - 1 - chunk
-            return Task(kind, chunk * devices + device, rounds * devices + slot)
+def even_rounds(microbatches: int, count: int) -> list[range]:
+    """The microbatches in ``count`` rounds, the larger ones first."""
+    bounds = [-(-microbatches * k // count) for k in range(count + 1)]
+    return [range(first, last) for first, last in zip(bounds, bounds[1:], strict=False)]
 
-        warmup = min(total, 2 * (devices - 1 - device) + (self.chunks - 1) * devices)
-        order = [task(Kind.F, step) for step in range(warmup)]
-        for step in range(total):
-            if warmup + step < total:
-                order.append(task(Kind.F, warmup + step))
-            order.append(task(Kind.B, step))
-        return tuple(order)
+
+def interleaved(devices: int, device: int, chunks: int, rounds: Sequence[range], warmup: int) -> tuple[Task, ...]:
+    """A device's order: each of ``rounds`` through each of its ``chunks``, forward from the first and backward from the
+    last; F until the first round has come to the last chunk and ``warmup`` more, then F and B in turns."""
+    forwards, backwards = (
+        [Task(kind, chunk * devices + device, k) for own in rounds for chunk in order for k in own]
+        for kind, order in ((Kind.F, range(chunks)), (Kind.B, range(chunks)[::-1]))
+    )
+    first = warmup + (chunks - 1) * len(rounds[0])
+    order = forwards[:first]
+    for step, backward in enumerate(backwards):
+        order += [*forwards[first + step : first + step + 1], backward]
+    return tuple(order)

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from penstock.core.errors import UsageError
@@ -47,6 +47,7 @@ class Costs:
         shards: seconds of each pass of a shard of the vocabulary, where it is sharded; 0 where it is not said.
         link: the way between any two devices; ``links`` says which (from, to) are different.
         host: the way of offloaded activations between each device and its host's memory, both ways at once.
+        overlap: the time of an overlapped pair, as a share of what its forward and its backward take after each other.
     """
 
     forward: tuple[float, ...]
@@ -60,6 +61,7 @@ class Costs:
     link: Link = Link()
     links: Mapping[tuple[int, int], Link] = dataclasses.field(default_factory=dict)
     host: Link = Link()
+    overlap: float = 1.0
 
     @classmethod
     def even(
@@ -93,6 +95,8 @@ class Costs:
         )
 
     def __post_init__(self) -> None:
+        if not 0 < self.overlap <= 1:
+            raise UsageError(f"an overlapped pair takes a share of its time, above 0 and up to 1, not {self.overlap}")
         lengths = {len(getattr(self, name)) for name in self._per_stage()}
         if len(lengths) > 1:
             raise UsageError(f"the costs speak of different numbers of stages: {sorted(lengths)}")
@@ -142,7 +146,13 @@ class Simulation:
     def busy(self) -> list[float]:
         """For each device, the seconds of its tasks."""
         durations = [self.costs.durations(kind) for kind in Kind]
-        return [sum(durations[task.kind][task.stage] for task in order) for order in self.schedule.orders]
+
+        def seconds(tasks: Iterable[Task]) -> float:
+            return sum(durations[task.kind][task.stage] for task in tasks)
+
+        gain = 1 - self.costs.overlap
+        pairs = [itertools.chain(*self.schedule.pairs(device)) for device in range(self.schedule.devices)]
+        return [seconds(order) - gain * seconds(own) for order, own in zip(self.schedule.orders, pairs, strict=True)]
 
     @property
     def bubble_share(self) -> float:
@@ -159,6 +169,12 @@ class Simulation:
         """
         spans = zip(self.starts, self.ends, self.busy, strict=True)
         return max((ends[-1] - starts[0] - busy for starts, ends, busy in spans if ends), default=0.0)
+
+    @property
+    def longest_span(self) -> float:
+        """The longest time of a device from the start of its first task to the end of its last: what a step takes where
+        no device waits for others at its end."""
+        return max((ends[-1] - starts[0] for starts, ends in zip(self.starts, self.ends, strict=True) if ends), default=0.0)
 
     @functools.cached_property
     def gaps(self) -> list[list[tuple[float, float]]]:
@@ -241,6 +257,7 @@ class Simulation:
             "stages": self.schedule.stages,
             "microbatches": self.schedule.microbatches,
             "makespan": self.makespan,
+            "longest_span": self.longest_span,
             "bubble_share": self.bubble_share,
             "bubble_time": self.bubble_time,
             "peak_activations": self.peak_activations,
@@ -258,7 +275,8 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
 
     Transfers overlap with work and with each other. What all shards of the vocabulary make together is there when the
     last of them is done and the longest way from any of them has passed. An offloaded activation leaves after its F and
-    returns in time for its backward; see :class:`_HostLink`. Time and memory are linear in the number of tasks.
+    returns in time for its backward; see :class:`_HostLink`. Of an overlapped pair, what either makes is there at the
+    end of both; its time is shown as if one came after the other. Time and memory are linear in the number of tasks.
 
     Raises:
         UsageError: the costs are of another number of stages.
@@ -277,24 +295,31 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
     starts: tuple[list[float], ...] = tuple([] for _ in devices)
     ends: tuple[list[float], ...] = tuple([] for _ in devices)
     hosts = [_HostLink(schedule, costs, device, starts[device]) for device in devices] if schedule.offloaded else []
-    for device, task in walk(schedule):
+    tasks = walk(schedule)
+    for device, task in tasks:
+        together, share = (task,), 1.0
+        if task in schedule.overlapped:
+            together, share = (task, next(tasks)[1]), costs.overlap
         start = clocks[device]
-        needed = schedule.read_by(task)
-        if needed >= 0:
-            delay = delays[origins[needed]][device] if needed < shared else farthest[device]
-            start = max(start, finished[needed] + delay)
-        if hosts and task.kind in (Kind.I, Kind.B):
-            start = max(start, hosts[device].returned(task))
-        end = start + durations[task.kind][task.stage]
-        output = schedule.made_by(task)
-        if output >= 0:
-            finished[output] = max(finished[output], end)
-            origins[output] = device
-        if hosts and task.kind is Kind.F:
-            hosts[device].leaves(task, end)
-        clocks[device] = end
-        starts[device].append(start)
-        ends[device].append(end)
+        for each in together:
+            needed = schedule.read_by(each)
+            if needed >= 0:
+                delay = delays[origins[needed]][device] if needed < shared else farthest[device]
+                start = max(start, finished[needed] + delay)
+            if hosts and each.kind in (Kind.I, Kind.B):
+                start = max(start, hosts[device].returned(each))
+        for each in together:
+            starts[device].append(start)
+            start += share * durations[each.kind][each.stage]
+            ends[device].append(start)
+        for each in together:
+            output = schedule.made_by(each)
+            if output >= 0:
+                finished[output] = max(finished[output], start)
+                origins[output] = device
+            if hosts and each.kind is Kind.F:
+                hosts[device].leaves(each, start)
+        clocks[device] = start
     return Simulation(schedule, costs, starts, ends, {key: span for host in hosts for key, span in host.away.items()})
 
 

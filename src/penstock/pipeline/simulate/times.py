@@ -24,6 +24,7 @@ class Times(Config):
         output: of one product with the vocabulary's matrix on one device. F, I and W of the whole output layer take one
             each, on top of the last stage's. Looking up embeddings takes no time.
         deferred: of the activation of a microbatch, the share that W still needs after I.
+        overlap: the time of an overlapped pair of F and B, as a share of what both take after each other.
     """
 
     forward: float | tuple[float, ...] = 1.0
@@ -33,6 +34,7 @@ class Times(Config):
     host: float = Field(1.0, ge=0)
     output: float = Field(0.0, ge=0)
     deferred: float = Field(1.0, ge=0, le=1)
+    overlap: float = Field(1.0, gt=0, le=1)
 
     @field_validator("forward", "input_grad", "weight_grad")
     @classmethod
@@ -79,4 +81,5 @@ class Times(Config):
             weights=(share,) * stages,
             link=Link(latency=self.transfer),
             host=Link(latency=self.host * share),
+            overlap=self.overlap,
         )
