@@ -17,7 +17,7 @@ def optimum(problem: Problem) -> float:
     transfer, kept = round(problem.transfer), round(100 * problem.deferred)
     times = (problem.forward, problem.input_grad, problem.weight_grad)
     durations = [[round(seconds) for seconds in each] for each in times]
-    horizon = m * sum(map(sum, durations)) + 2 * len(stages) * transfer
+    horizon = m * (sum(map(sum, durations)) + 2 * len(stages) * transfer)
     starts = {
         (kind, s, j): model.new_int_var(0, horizon, f"{kind}{s},{j}")
         for kind in range(3)

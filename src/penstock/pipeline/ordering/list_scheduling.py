@@ -1,7 +1,8 @@
-"""Schedules from one unit of p microbatches, ordered by list scheduling and concatenated.
+"""Schedules from units of p microbatches, ordered by list scheduling and concatenated, or from a repeated block.
 
 Papers that draw a schedule rather than define it are read so here: the placement and the unit of p microbatches are
-theirs, and the order is what a list scheduler makes of it that prefers backwards, at their F = 1 and B = 2.
+theirs, and the order is what a list scheduler makes of it that prefers backwards, at their F = 1 and B = 2. A unit has
+bubbles, which each further one repeats; so for more microbatches there is :mod:`penstock.pipeline.ordering.periodic`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,18 @@ import heapq
 from collections.abc import Sequence
 
 from penstock.pipeline.ir.schedule import Kind, Placement, Schedule, Task
+from penstock.pipeline.ordering.periodic import periodic
 from penstock.pipeline.simulate.simulator import Costs, simulate
+
+
+def fastest(placement: Placement, devices: int, replicas: Sequence[int], microbatches: int) -> Schedule:
+    """Of units and a repeated block, what takes less time at F = 1 and B = 2; of equals, what holds less."""
+    candidates = (
+        schedule_in_units(placement, devices, replicas, microbatches),
+        periodic(placement, microbatches),
+    )
+    runs = (simulate(found, Costs.even(found)) for found in candidates)
+    return min(runs, key=lambda run: (round(run.makespan, 9), max(run.peak_activations))).schedule
 
 
 def schedule_in_units(placement: Placement, devices: int, replicas: Sequence[int], microbatches: int) -> Schedule:

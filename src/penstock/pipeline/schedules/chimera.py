@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from penstock.pipeline.ir.refusal import RefusalError
 from penstock.pipeline.ir.schedule import Placement, Schedule, looped, mirrored
-from penstock.pipeline.ordering.list_scheduling import schedule_in_units
+from penstock.pipeline.ordering.list_scheduling import fastest
 from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.policy import policy
 
@@ -35,4 +35,4 @@ def bidirectional(name: str, placement: Placement, devices: int, microbatches: i
             microbatches=microbatches,
         )
     replicas = [microbatch % 2 for microbatch in range(devices)]
-    return schedule_in_units(mirrored(placement, devices), devices, replicas, microbatches)
+    return fastest(mirrored(placement, devices), devices, replicas, microbatches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from penstock.pipeline.ir.schedule import Schedule, zigzag
-from penstock.pipeline.ordering.list_scheduling import schedule_in_units
+from penstock.pipeline.ordering.list_scheduling import fastest
 from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.policy import policy
 
@@ -22,4 +22,4 @@ class Hanayo(PipelineSchedule):
     waves: int = Field(2, ge=1)
 
     def arrange(self, devices: int, microbatches: int) -> Schedule:
-        return schedule_in_units(zigzag(devices, 2 * self.waves), devices, [0] * devices, microbatches)
+        return fastest(zigzag(devices, 2 * self.waves), devices, [0] * devices, microbatches)
