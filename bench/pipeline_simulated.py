@@ -66,22 +66,45 @@ def controllable_memory(bench: Bench, p: int, m: int) -> None:
             span=True,
         )
         memory(bench, name, found, "1f1b", peer, TRANSFORMER, paper=21, claim=PARITY if name == "v_zb" else GAIN)
+    blocks_by_times(bench, p, m)
+    whole_backwards(bench, p, m)
+
+
+def blocks_by_times(bench: Bench, p: int, m: int) -> None:
+    """The block that is chosen by times, within the memory of each named one."""
+    for name in ("v_min", "v_half"):
+        peer = run(name, p, m, TRANSFORMER)
+        limit = max(peer.peak_bytes)
+        found = run("v_auto", p, m, TRANSFORMER, times=TRANSFORMER.model_dump(), memory=limit)
+        throughput(bench, f"v_auto in the memory of {name}", found, name, peer, TRANSFORMER)
+
+
+def whole_backwards(bench: Bench, p: int, m: int) -> None:
+    """What a V and small groups save of the memory of 1F1B and interleaved 1F1B, and what time that takes."""
+    for name, other, paper in (("1f1b_v", "1f1b", 21), ("grouped_interleaving", "interleaved_1f1b", 170)):
+        found, peer = run(name, p, m, PLAIN), run(other, p, m, PLAIN)
+        throughput(bench, name, found, other, peer, PLAIN, paper=paper, claim=PARITY)
+        memory(bench, name, found, other, peer, PLAIN, paper=paper)
+
+
+#: Microbatches for each device. The papers' pictures and most of their claims are of one unit.
+UNITS = (1, 2, 4, 8)
 
 
 def waves(bench: Bench, p: int) -> None:
-    """Hanayo on one unit of p microbatches."""
-    for other in ("chimera", "1f1b"):
-        peer = run(other, p, p, PLAIN)
-        for count in (1, 2, 4):
-            found = run("hanayo", p, p, PLAIN, waves=count)
+    """Hanayo on one unit of p microbatches and on more."""
+    for units, other in itertools.product(UNITS, ("chimera", "1f1b")):
+        peer = run(other, p, units * p, PLAIN)
+        for count in (1, 2, 4) if units == 1 else (2,):
+            found = run("hanayo", p, units * p, PLAIN, waves=count)
             throughput(bench, f"hanayo, {count} waves", found, other, peer, PLAIN, paper=7)
 
 
 def both_ways(bench: Bench, p: int) -> None:
-    """BitPipe on one unit of p microbatches, without the exchange of gradients between its two copies."""
-    for other in ("interleaved_1f1b", "chimera", "1f1b"):
-        found = run("bitpipe", p, p, PLAIN)
-        throughput(bench, "bitpipe", found, other, run(other, p, p, PLAIN), PLAIN, paper=0)
+    """BitPipe on one unit of p microbatches and on more, without the exchange of gradients between its two copies."""
+    for units, other in itertools.product(UNITS, ("interleaved_1f1b", "chimera", "1f1b")):
+        found = run("bitpipe", p, units * p, PLAIN)
+        throughput(bench, "bitpipe", found, other, run(other, p, units * p, PLAIN), PLAIN, paper=0)
 
 
 def offload(bench: Bench, p: int, m: int) -> None:
@@ -143,17 +166,19 @@ def throughput(
     other: Simulation,
     times: Times,
     *,
-    paper: int,
+    paper: int | None = None,
     claim: str = GAIN,
     span: bool = False,
 ) -> None:
-    """A row of microbatches in the time of a forward, for synchronous steps or, with ``span``, for unsynchronised."""
+    """A row of microbatches in the time of a forward, for synchronous steps or, with ``span``, for unsynchronised;
+    without ``paper``, it is no evidence for one."""
     value, peer_value = (
-        simulation.schedule.microbatches / (longest_span(simulation) if span else simulation.makespan)
+        simulation.schedule.microbatches / (simulation.longest_span if span else simulation.makespan)
         for simulation in (found, other)
     )
     shown = {"metric": "simulated throughput", "unit": "microbatches/F", "better": "higher"}
-    row(bench, subject, found, peer, times, value=value, peer_value=peer_value, papers=(paper,), claim=claim, **shown)
+    papers = () if paper is None else (paper,)
+    row(bench, subject, found, peer, times, value=value, peer_value=peer_value, papers=papers, claim=claim, **shown)
 
 
 def memory(
@@ -172,11 +197,6 @@ def memory(
     papers = () if paper is None else (paper,)
     shown = {"metric": "simulated peak memory", "unit": "activations", "better": "lower"}
     row(bench, subject, found, peer, times, value=value, peer_value=peer_value, papers=papers, claim=claim, **shown)
-
-
-def longest_span(simulation: Simulation) -> float:
-    """The longest time from the first task to the last of a device."""
-    return max(ends[-1] - starts[0] for starts, ends in zip(simulation.starts, simulation.ends, strict=True))
 
 
 def row(

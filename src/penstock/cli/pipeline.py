@@ -205,7 +205,12 @@ def export(
 
     times = _times(cost, costs)
     schedule = _schedule(name, stages, microbatches, chunks, overrides, times)
-    text = to_csv(_transformed(schedule, transforms, times))
+    schedule = _transformed(schedule, transforms, times)
+    text = to_csv(schedule)
+    if schedule.replicas > 1:
+        typer.echo(
+            "PyTorch does not read what has several replicas of a stage, such as r1:2F0; Penstock does.", err=True
+        )
     if csv == Path("-"):
         typer.echo(text, nl=False)
     else:

@@ -14,7 +14,7 @@ Bugs that its clauses are there to catch:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from penstock.core.errors import UsageError
 from penstock.core.randomness import numpy_generator
@@ -148,11 +148,17 @@ def run_by_rounds(schedule: Schedule) -> list[Task]:
     while moved:
         moved = False
         for queue in queues:
-            while queue and needs(schedule, queue[0], done):
-                task = queue.pop(0)
-                done.add((task.kind, task.replica if task.kind in VOCABULARY else task.stage, task.microbatch))
+            while queue and all(needs(schedule, task, done) for task in together(schedule, queue)):
+                now = together(schedule, queue)
+                del queue[: len(now)]
+                done |= {(t.kind, t.replica if t.kind in VOCABULARY else t.stage, t.microbatch) for t in now}
                 moved = True
     return [task for queue in queues for task in queue]
+
+
+def together(schedule: Schedule, queue: Sequence[Task]) -> Sequence[Task]:
+    """What a device begins next: one task, or an overlapped pair."""
+    return queue[: 2 if queue[0] in schedule.overlapped else 1]
 
 
 def check_simulation(schedule: Schedule) -> None:
@@ -169,6 +175,7 @@ def check_simulation(schedule: Schedule) -> None:
         message=3.0,
         link=Link(latency=0.5, bandwidth=12.0),
         links={(0, 1): Link(latency=1.25), (1, 0): Link(latency=0.25, bandwidth=1.5)},
+        overlap=0.75,
     )
     simulation = simulate(schedule, costs)
     check_earliest(simulation)
@@ -177,12 +184,20 @@ def check_simulation(schedule: Schedule) -> None:
 
 
 def check_earliest(simulation: Simulation) -> None:
-    """Every task starts exactly when its device is free and its input has come, and takes its time."""
+    """Every task starts exactly when its device is free and its input has come, and takes its time.
+
+    Those of an overlapped pair do when both inputs have come, and what they make is there at the end of both.
+    """
     schedule, costs = simulation.schedule, simulation.costs
     ends: dict[tuple[bool, int, int], tuple[float, int]] = {}
     shards: dict[tuple[Kind, int], list[float]] = defaultdict(list)
     for device, order in enumerate(schedule.orders):
-        for task, end in zip(order, simulation.ends[device], strict=True):
+        own = simulation.ends[device]
+        made_at = [
+            following if task in schedule.overlapped else end
+            for task, end, following in zip(order, own, [*own[1:], 0.0], strict=True)
+        ]
+        for task, end in zip(order, made_at, strict=True):
             if task.kind in VOCABULARY:
                 shards[task.kind, task.microbatch].append(end)
             elif task.kind is not Kind.W:
@@ -227,9 +242,12 @@ def check_earliest(simulation: Simulation) -> None:
 
     for device, order in enumerate(schedule.orders):
         free = 0.0
-        for task, start, end in zip(order, simulation.starts[device], simulation.ends[device], strict=True):
-            assert start == max(free, came_to(task, device)), f"{task} starts at {start}"
-            assert end == start + duration(task), f"{task} takes {end - start}"
+        for place, (start, end) in enumerate(zip(simulation.starts[device], simulation.ends[device], strict=True)):
+            task, second = order[place], place and order[place - 1] in schedule.overlapped
+            now = () if second else together(schedule, order[place:])
+            assert start == max([free, *(came_to(each, device) for each in now)]), f"{task} starts at {start}"
+            share = costs.overlap if second or len(now) > 1 else 1.0
+            assert end == start + share * duration(task), f"{task} takes {end - start}"
             free = end
 
 

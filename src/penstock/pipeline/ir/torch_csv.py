@@ -1,10 +1,9 @@
 """The CSV format of ``torch.distributed.pipelining``: a line for each device, a cell such as ``2F0`` for each task.
 
 PyTorch's runtime and torchtitan (``pipeline_parallel_schedule_csv``) read it in their format "compute_only". A pair of F
-and B that overlap is ``(0F7;7B3)OVERLAP_F_B``, which PyTorch writes and does not read. A stage with several replicas is
-beyond it: here ``r1:2F0`` is on replica 1, which PyTorch's reader refuses. In the format "compute_comms", cells also say
-what is sent, received, gathered and reduced (``0SEND_F0``, ``0UNSHARD``): that follows from the order and the placement,
-and is dropped here.
+and B that overlap is ``(0F7;7B3)OVERLAP_F_B``. A stage with several replicas is beyond PyTorch: here ``r1:2F0`` is on
+replica 1, which PyTorch refuses. In the format "compute_comms", cells also say what is sent, received, gathered and
+reduced (``0SEND_F0``, ``0UNSHARD``); that follows from the order and the placement, and is dropped here.
 """
 
 from __future__ import annotations
@@ -94,7 +93,9 @@ def from_csv(text: str, source: str) -> Schedule:
                 )
     stages = _count((task.stage for order in orders for task in order), "stage", source)
     microbatches = _count((task.microbatch for order in orders for task in order), "microbatch", source)
-    replicas = [_count((r for s, r in homes if s == stage), f"stage {stage}, replica", source) for stage in range(stages)]
+    replicas = [
+        _count((r for s, r in homes if s == stage), f"stage {stage}, replica", source) for stage in range(stages)
+    ]
     placement = tuple(tuple(homes[s, r] for r in range(count)) for s, count in enumerate(replicas))
     schedule = Schedule(placement, orders, microbatches, overlapped=frozenset(overlapped))
     try:

@@ -7,22 +7,44 @@ bubbles, which each further one repeats; so for more microbatches there is :mod:
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Sequence
 
 from penstock.pipeline.ir.schedule import Kind, Placement, Schedule, Task
+from penstock.pipeline.ordering import local_search
 from penstock.pipeline.ordering.periodic import periodic
+from penstock.pipeline.ordering.words import Problem, to_schedule, to_words
 from penstock.pipeline.simulate.simulator import Costs, simulate
+
+#: Tasks that the local search may time.
+WORK = 400_000
+
+
+def _candidates(
+    placement: Placement, devices: int, replicas: Sequence[int], microbatches: int
+) -> tuple[Schedule, Schedule]:
+    return schedule_in_units(placement, devices, replicas, microbatches), periodic(placement, microbatches)
 
 
 def fastest(placement: Placement, devices: int, replicas: Sequence[int], microbatches: int) -> Schedule:
     """Of units and a repeated block, what takes less time at F = 1 and B = 2; of equals, what holds less."""
-    candidates = (
-        schedule_in_units(placement, devices, replicas, microbatches),
-        periodic(placement, microbatches),
-    )
+    candidates = _candidates(placement, devices, replicas, microbatches)
     runs = (simulate(found, Costs.even(found)) for found in candidates)
     return min(runs, key=lambda run: (round(run.makespan, 9), max(run.peak_activations))).schedule
+
+
+@functools.lru_cache(maxsize=64)
+def improved(placement: Placement, devices: int, replicas: tuple[int, ...], microbatches: int) -> Schedule:
+    """:func:`fastest`, and a local search from both within the memory of that one, at F = 1 and B = 2."""
+    units, block = _candidates(placement, devices, replicas, microbatches)
+    start = fastest(placement, devices, replicas, microbatches)
+    memory = max(simulate(start, Costs.even(start)).peak_activations)
+    problem = Problem.whole(placement, memory, microbatches)
+    starts = [
+        words for words in (to_words(problem, found) for found in (units, block)) if problem.peak(words) <= memory
+    ]
+    return to_schedule(problem, local_search.search(problem, starts, WORK))
 
 
 def schedule_in_units(placement: Placement, devices: int, replicas: Sequence[int], microbatches: int) -> Schedule:

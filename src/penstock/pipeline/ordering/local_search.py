@@ -27,6 +27,8 @@ STARTS = 3
 REACH = 6
 #: Random moves of a new start.
 KICKS = 3
+#: New starts in a row that may find nothing better.
+PATIENCE = 60
 
 Move = tuple[int, int, int]  # device, from, to
 
@@ -40,10 +42,12 @@ def search(problem: Problem, starts: Sequence[list[Word]], work: int = WORK) -> 
     runs = sorted((Run(problem, words) for words in starts), key=lambda run: run.cost)
     runs = [run for run, before in zip(runs, [None, *runs], strict=False) if before is None or run.cost > before.cost]
     current = best = min((climb.up(run) for run in runs[:STARTS]), key=lambda run: run.cost)
-    while climb.work > 0 and best.cost[0] > problem.bound + 1e-9:
+    patience = PATIENCE
+    while climb.work > 0 and patience and best.cost[0] > problem.bound + 1e-9:
         run = climb.up(climb.kicked(current))
         if run.cost[0] <= current.cost[0]:
             current = run
+        patience = PATIENCE if run.cost[0] < best.cost[0] else patience - 1
         best = min(best, run, key=lambda found: found.cost)
     return best.words
 
@@ -74,7 +78,9 @@ class _Climb:
         for _ in range(KICKS):
             device = int(self._rng.integers(len(run.words)))
             source = int(self._rng.integers(len(run.words[device])))
-            target = int(np.clip(source + self._rng.integers(-REACH, REACH, endpoint=True), 0, len(run.words[device]) - 1))
+            target = int(
+                np.clip(source + self._rng.integers(-REACH, REACH, endpoint=True), 0, len(run.words[device]) - 1)
+            )
             found = self._moved(run, (device, source, target))
             if found is not None and found.cost < IMPOSSIBLE:
                 run = found

@@ -2,7 +2,7 @@
 
 Where all microbatches pass the same stages, they are alike: each device may take them in turn for each stage and kind,
 without loss, since exchanging two of them changes no time and no memory. What is left to choose is one word for each
-device, over the letters F, I and W of each of its stages.
+device, over the letters F, I and W of each of its stages. Where backwards are whole, I stands for B, and there is no W.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from penstock.pipeline.ir.schedule import Kind, Placement, Schedule, Task
 
-#: A device's letters in order. A letter is v times a kind (F, I or W) plus the number of one of its v stages.
+#: A device's letters in order. A letter is v times a kind (F, I or W) plus the number of one of its v stages, or of one
+#: of the replicas of stages that it has.
 Word = list[int]
 #: Makespan, longest span of a device, and the sum of ends, by which a search sees its way on plateaus.
 Cost = tuple[float, float, float]
@@ -25,10 +26,10 @@ IMPOSSIBLE: Cost = (math.inf, math.inf, math.inf)
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A pipeline to be ordered, each device of which has v stages.
+    """A pipeline to be ordered, each device of which has v stages or replicas of stages.
 
     Attributes:
-        placement: the one device of each stage.
+        placement: the devices of each stage; microbatches take its replicas in turn.
         forward, input_grad, weight_grad: seconds of F, I and W for each stage.
         transfer: seconds between two devices.
         memory: the activations, of one microbatch on a stage each, that a device may hold at once: v or more.
@@ -45,11 +46,25 @@ class Problem:
     deferred: float
     microbatches: int
 
+    @classmethod
+    def whole(cls, placement: Placement, memory: float, microbatches: int) -> Problem:
+        """One of F = 1 and B = 2 of a stage, without W."""
+        each = len(placement)
+        return cls(placement, (1.0,) * each, (2.0,) * each, (0.0,) * each, 0.0, memory, 0.0, microbatches)
+
     @functools.cached_property
-    def stages(self) -> list[list[int]]:
-        """For each device its stages, from the first to the last."""
-        devices = 1 + max(device for (device,) in self.placement)
-        return [[stage for stage, (home,) in enumerate(self.placement) if home == device] for device in range(devices)]
+    def stages(self) -> list[list[tuple[int, int]]]:
+        """For each device its (stage, replica), from the first to the last."""
+        found: list[list[tuple[int, int]]] = [[] for _ in range(1 + max(map(max, self.placement)))]
+        for stage, devices in enumerate(self.placement):
+            for replica, device in enumerate(devices):
+                found[device].append((stage, replica))
+        return found
+
+    @property
+    def replicas(self) -> int:
+        """Of each stage."""
+        return len(self.placement[0])
 
     @property
     def devices(self) -> int:
@@ -65,33 +80,24 @@ class Problem:
     def seconds(self) -> list[list[float]]:
         """For each device, what each letter takes."""
         kinds = self.forward, self.input_grad, self.weight_grad
-        return [[kind[stage] for kind in kinds for stage in own] for own in self.stages]
+        return [[kind[stage] for kind in kinds for stage, _ in own] for own in self.stages]
 
     @functools.cached_property
     def sources(self) -> list[list[tuple[int, int, float] | None]]:
         """For each device and each F and I: the device and the letter that it waits for, and the delay between."""
         last, v = len(self.placement) - 1, self.chunks
 
-        def source(kind: Kind, stage: int) -> tuple[int, int, float] | None:
+        def source(kind: Kind, stage: int, replica: int) -> tuple[int, int, float] | None:
             if kind is Kind.F and stage == 0:
                 return None
             made, before = (Kind.F, stage - 1) if kind is Kind.F else (Kind.I, stage + 1)
             if kind is Kind.I and stage == last:
                 made, before = Kind.F, last
-            (here,), (there,) = self.placement[stage], self.placement[before]
-            return there, made * v + self.stages[there].index(before), 0.0 if there == here else self.transfer
+            here, there = self.placement[stage][replica], self.placement[before][replica]
+            delay = 0.0 if there == here else self.transfer
+            return there, made * v + self.stages[there].index((before, replica)), delay
 
-        return [[source(kind, stage) for kind in (Kind.F, Kind.I) for stage in own] for own in self.stages]
-
-    @functools.cached_property
-    def targets(self) -> list[list[list[tuple[int, int, float]]]]:
-        """For each device and each F and I: who waits for it, in the form of :attr:`sources`."""
-        found: list[list[list[tuple[int, int, float]]]] = [[[] for _ in own] for own in self.sources]
-        for device, own in enumerate(self.sources):
-            for letter, source in enumerate(own):
-                if source is not None:
-                    found[source[0]][source[1]].append((device, letter, source[2]))
-        return found
+        return [[source(kind, *home) for kind in (Kind.F, Kind.I) for home in own] for own in self.stages]
 
     @functools.cached_property
     def changes(self) -> list[float]:
@@ -101,15 +107,21 @@ class Problem:
     @functools.cached_property
     def work(self) -> list[float]:
         """The seconds of all of a device's tasks."""
-        return [self.microbatches * sum(own) for own in self.seconds]
+        counts = [len(range(replica, self.microbatches, self.replicas)) for replica in range(self.replicas)]
+        kinds = self.forward, self.input_grad, self.weight_grad
+        return [sum(counts[r] * kind[stage] for kind in kinds for stage, r in own) for own in self.stages]
 
     @functools.cached_property
     def bound(self) -> float:
         """No order is faster: a device works without a break as of the first arrival."""
-        arrivals = [0.0]
+        arrivals = [[0.0] * self.replicas]
         for stage, (near, far) in enumerate(itertools.pairwise(self.placement)):
-            arrivals.append(arrivals[-1] + self.forward[stage] + (0.0 if near == far else self.transfer))
-        return max(arrivals[own[0]] + work for own, work in zip(self.stages, self.work, strict=True))
+            ways = (0.0 if here == there else self.transfer for here, there in zip(near, far, strict=True))
+            arrivals.append(
+                [arrival + self.forward[stage] + way for arrival, way in zip(arrivals[-1], ways, strict=True)]
+            )
+        first = (min(arrivals[stage][replica] for stage, replica in own) for own in self.stages)
+        return max(arrival + work for arrival, work in zip(first, self.work, strict=True))
 
     def peak(self, words: Sequence[Word]) -> float:
         """The most that a device holds at once."""
@@ -121,24 +133,26 @@ class Problem:
 
 
 def to_schedule(problem: Problem, words: Sequence[Word]) -> Schedule:
-    """The schedule that the words say."""
+    """The schedule that the words say; without W, backwards are whole."""
+    split = any(letter >= 2 * problem.chunks for word in words for letter in word)
+    kinds = (Kind.F, Kind.I, Kind.W) if split else (Kind.F, Kind.B)
     orders = []
     for own, word in zip(problem.stages, words, strict=True):
-        counters = [itertools.count() for _ in range(3 * problem.chunks)]
-        split = (divmod(letter, problem.chunks) for letter in word)
-        orders.append(
-            tuple(
-                Task(Kind(kind), own[chunk], next(counters[letter]))
-                for letter, (kind, chunk) in zip(word, split, strict=True)
-            )
-        )
+        counters = [itertools.count(replica, problem.replicas) for _ in kinds for _, replica in own]
+        order = []
+        for letter in word:
+            kind, home = divmod(letter, problem.chunks)
+            stage, replica = own[home]
+            order.append(Task(kinds[kind], stage, next(counters[letter]), replica))
+        orders.append(tuple(order))
     return Schedule(problem.placement, tuple(orders), problem.microbatches)
 
 
 def to_words(problem: Problem, schedule: Schedule) -> list[Word]:
-    """The words of a schedule with F, I and W on the same placement."""
+    """The words of a schedule on the same placement whose devices take microbatches in turn."""
+    places = {Kind.F: 0, Kind.I: 1, Kind.B: 1, Kind.W: 2}
     return [
-        [task.kind * problem.chunks + own.index(task.stage) for task in order]
+        [places[task.kind] * problem.chunks + own.index((task.stage, task.replica)) for task in order]
         for own, order in zip(problem.stages, schedule.orders, strict=True)
     ]
 
@@ -193,7 +207,9 @@ class Run:
                 waiting[d] = []
         if any(position < len(word) for position, word in zip(positions, words, strict=True)):
             return IMPOSSIBLE
-        firsts = (own[word[0]][0] - own_seconds[word[0]] for own, word, own_seconds in zip(ends, words, problem.seconds))
+        firsts = (
+            own[word[0]][0] - own_seconds[word[0]] for own, word, own_seconds in zip(ends, words, problem.seconds)
+        )
         return max(clocks), max(clock - first for clock, first in zip(clocks, firsts, strict=True)), sum(clocks)
 
     @property

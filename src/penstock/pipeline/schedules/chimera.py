@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from penstock.pipeline.ir.refusal import RefusalError
-from penstock.pipeline.ir.schedule import Placement, Schedule, looped, mirrored
+from penstock.pipeline.ir.schedule import Schedule, looped, mirrored
 from penstock.pipeline.ordering.list_scheduling import fastest
 from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.policy import policy
@@ -15,15 +15,18 @@ class Chimera(PipelineSchedule):
 
     Li & Hoefler (2021), the baseline of BitPipe and Hanayo. Each device holds two stages' weights, whose gradients the
     copies exchange at the end. With B = 2F, a unit of p microbatches idles for (p-2)/(3p/2+p-2) of its time. Even p
-    only, as there. The order within a unit is our reading.
+    only, as there. The order within a unit is our reading. Units in a row repeat their bubbles; where it is faster, a
+    block without bubbles is repeated in their place, which is ours.
     """
 
     def arrange(self, devices: int, microbatches: int) -> Schedule:
-        return bidirectional("chimera", looped(devices), devices, microbatches)
+        check_even("chimera", devices, microbatches)
+        replicas = tuple(microbatch % 2 for microbatch in range(devices))
+        return fastest(mirrored(looped(devices), devices), devices, replicas, microbatches)
 
 
-def bidirectional(name: str, placement: Placement, devices: int, microbatches: int) -> Schedule:
-    """Odd microbatches take ``placement`` mirrored, from the last device to the first.
+def check_even(name: str, devices: int, microbatches: int) -> None:
+    """Refuses an odd number of devices.
 
     Raises:
         RefusalError: p is odd.
@@ -34,5 +37,3 @@ def bidirectional(name: str, placement: Placement, devices: int, microbatches: i
             devices=devices + 1,
             microbatches=microbatches,
         )
-    replicas = [microbatch % 2 for microbatch in range(devices)]
-    return fastest(mirrored(placement, devices), devices, replicas, microbatches)

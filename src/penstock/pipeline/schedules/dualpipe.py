@@ -36,7 +36,9 @@ class DualPipe(PipelineSchedule):
             order = []
             for step in passes(devices // 2, place, microbatches // 2):
                 direction = step.stream ^ far
-                task = Task(step.kind, devices - 1 - device if direction else device, 2 * step.number + direction, direction)
+                task = Task(
+                    step.kind, devices - 1 - device if direction else device, 2 * step.number + direction, direction
+                )
                 order.append(task)
                 if step.overlapped:
                     overlapped.add(task)

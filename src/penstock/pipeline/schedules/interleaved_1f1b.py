@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from pydantic import Field
@@ -35,7 +36,7 @@ class Interleaved1F1B(PipelineSchedule):
 def even_rounds(microbatches: int, count: int) -> list[range]:
     """The microbatches in ``count`` rounds, the larger ones first."""
     bounds = [-(-microbatches * k // count) for k in range(count + 1)]
-    return [range(first, last) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [range(first, last) for first, last in itertools.pairwise(bounds)]
 
 
 def interleaved(devices: int, device: int, chunks: int, rounds: Sequence[range], warmup: int) -> tuple[Task, ...]:

@@ -24,7 +24,7 @@ BLOCK_TASKS = 10_000
 
 @policy("pipeline.schedule", "v_auto", papers=[21])
 class VAuto(PipelineSchedule):
-    """Of all V-shaped blocks, the one that is fastest at the given ``times`` within ``memory``, and improved from there.
+    """The V-shaped block that is fastest at the given ``times`` within ``memory``, improved by a local search.
 
     ``memory`` is the most that a device may hold, in activations of one microbatch on a p-th of the model (two of its
     stages); by default p, what 1F1B's first device holds. Blocks differ in the pace at which passes go down and up the
@@ -69,7 +69,9 @@ def _flushing(problem: Problem) -> list[Word]:
         for count in range(min(problem.microbatches, 2 * problem.devices), 0, -1)
         if problem.fits(problem.peak(_words(problem, NAMED[0], count)))
     )
-    rounds = [_words(problem, NAMED[0], min(size, problem.microbatches - k)) for k in range(0, problem.microbatches, size)]
+    rounds = [
+        _words(problem, NAMED[0], min(size, problem.microbatches - k)) for k in range(0, problem.microbatches, size)
+    ]
     return [list(itertools.chain(*own)) for own in zip(*rounds, strict=True)]
 
 

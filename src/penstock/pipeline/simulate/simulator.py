@@ -174,7 +174,9 @@ class Simulation:
     def longest_span(self) -> float:
         """The longest time of a device from the start of its first task to the end of its last: what a step takes where
         no device waits for others at its end."""
-        return max((ends[-1] - starts[0] for starts, ends in zip(self.starts, self.ends, strict=True) if ends), default=0.0)
+        return max(
+            (ends[-1] - starts[0] for starts, ends in zip(self.starts, self.ends, strict=True) if ends), default=0.0
+        )
 
     @functools.cached_property
     def gaps(self) -> list[list[tuple[float, float]]]:
@@ -297,9 +299,8 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
     hosts = [_HostLink(schedule, costs, device, starts[device]) for device in devices] if schedule.offloaded else []
     tasks = walk(schedule)
     for device, task in tasks:
-        together, share = (task,), 1.0
-        if task in schedule.overlapped:
-            together, share = (task, next(tasks)[1]), costs.overlap
+        paired = task in schedule.overlapped
+        together, share = ([task, next(tasks)[1]], costs.overlap) if paired else ([task], 1.0)
         start = clocks[device]
         for each in together:
             needed = schedule.read_by(each)

@@ -116,7 +116,9 @@ def test_memory_is_kept_and_the_bound_is_one(p, m, seed):
 
 
 def test_more_memory_takes_no_more_time():
-    makespans = [solve(Problem(looped(4), (3, 2, 4, 3), (4,) * 4, (2, 3, 2, 4), 1, memory, 1, 8)) for memory in range(1, 9)]
+    makespans = [
+        solve(Problem(looped(4), (3, 2, 4, 3), (4,) * 4, (2, 3, 2, 4), 1, memory, 1, 8)) for memory in range(1, 9)
+    ]
     assert makespans == sorted(makespans, reverse=True)
     assert makespans[0] > 1.5 * makespans[-1]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 from effort import lines
 from penstock.core.errors import UsageError
 from penstock.pipeline.ir.schedule import Kind, Schedule, ScheduleError, Task, looped
+from penstock.pipeline.ir.validate import validate
 from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.pipeline.simulate.simulator import Costs, Link, Simulation, collectives, simulate
+from penstock.pipeline.simulate.times import Times
 from penstock.policy import create, index
 
 PAIRS = [(1, 1), (2, 2), (2, 8), (3, 6), (4, 4), (4, 12), (5, 10), (8, 32)]
@@ -84,7 +88,8 @@ def test_replicas_exchange_their_gradients():
 )
 def test_makespan_is_the_longest_path(name, devices, rounds, seconds, comm):
     """For any times: relaxing all constraints until nothing changes gives the simulated times, exactly."""
-    schedule = build(name, devices, rounds * devices)
+    schedule = build(name, devices, 2 * rounds * devices if name.startswith("dualpipe") else rounds * devices)
+    schedule = dataclasses.replace(schedule, overlapped=frozenset())
     count = schedule.stages
     even = Costs.even(schedule, link=Link(latency=comm))
     given_times = {
@@ -202,3 +207,42 @@ def test_work_grows_linearly():
     few = _work(16, 4)
     assert _work(128, 4) < 9 * few
     assert _work(128, 32) < 9 * _work(128, 4)
+
+
+def test_an_overlapped_pair_by_hand():
+    """F of microbatch 1 beside B of microbatch 0: both wait for both inputs, take 0.5 of F + B, and end together."""
+    orders = (
+        (
+            Task(Kind.F, 0, 0),
+            Task(Kind.F, 0, 1),
+            Task(Kind.F, 0, 2),
+            Task(Kind.B, 0, 0),
+            Task(Kind.B, 0, 1),
+            Task(Kind.B, 0, 2),
+        ),
+        (
+            Task(Kind.F, 1, 0),
+            Task(Kind.F, 1, 1),
+            Task(Kind.B, 1, 0),
+            Task(Kind.B, 1, 1),
+            Task(Kind.F, 1, 2),
+            Task(Kind.B, 1, 2),
+        ),
+    )
+    schedule = Schedule(looped(2), orders, 3, overlapped=frozenset({Task(Kind.F, 1, 1), Task(Kind.F, 0, 2)}))
+    validate(schedule)
+    times = Times(forward=2.0, input_grad=1.0, weight_grad=1.0, overlap=0.5)
+    simulation = simulate(schedule, times.costs(schedule))
+    assert list(zip(simulation.starts[1], simulation.ends[1], strict=True))[:4] == [(2, 4), (4, 5), (5, 6), (6, 8)]
+    # Its pair of F2 and B0 begins when B0 of the second device has ended with its own pair, and F2 is there at its end.
+    assert list(zip(simulation.starts[0], simulation.ends[0], strict=True)) == [
+        (0, 2),
+        (2, 4),
+        (6, 7),
+        (7, 8),
+        (8, 10),
+        (12, 14),
+    ]
+    assert simulation.starts[1][4] == 8
+    assert simulation.busy == [10, 10]
+    assert simulation.longest_span == 14
