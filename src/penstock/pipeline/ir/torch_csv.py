@@ -1,7 +1,7 @@
 """The CSV format of ``torch.distributed.pipelining``: a line for each device, a cell such as ``2F0`` for each task.
 
-PyTorch's runtime and torchtitan (``pipeline_parallel_schedule_csv``) read it in their format "compute_only". A pair of F
-and B that overlap is ``(0F7;7B3)OVERLAP_F_B``. A stage with several replicas is beyond PyTorch: here ``r1:2F0`` is on
+PyTorch's runtime and torchtitan (``pipeline_parallel_schedule_csv``) read it in their format "compute_only". A pair of
+F and B that overlap is ``(0F7;7B3)OVERLAP_F_B``. A stage with several replicas is beyond PyTorch: here ``r1:2F0`` is on
 replica 1, which PyTorch refuses. In the format "compute_comms", cells also say what is sent, received, gathered and
 reduced (``0SEND_F0``, ``0UNSHARD``); that follows from the order and the placement, and is dropped here.
 """

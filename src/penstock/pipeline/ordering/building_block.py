@@ -163,6 +163,15 @@ class _Row:
         changes += [(unit, -1) for unit in self.weights or self.free_units()]
         return max(itertools.accumulate(change for _, change in sorted(changes)))
 
+    def peak_with(self, unit: int, kind: int, number: int) -> int:
+        """The peak, were that pass in an earlier ``unit``."""
+        if kind > 1 and self.weights:
+            return 0  # where W have their units, only F adds to what is held
+        before, self.units[kind][number] = self.units[kind][number], unit
+        peak = self.peak
+        self.units[kind][number] = before
+        return peak
+
     def order(self) -> tuple[Task, ...]:
         """The tasks in their order. Of the W that wait for a free unit, the later stage's oldest comes first."""
         timed: list[tuple[int, Task | None]] = [(unit, None) for unit in self.free_units()]
@@ -213,16 +222,17 @@ def _reorder(rows: Sequence[_Row], phases: int) -> None:
         if phase == _WARMUP and (device, kind) == (0, 3):
             phase = _STEADY
         if phase & phases:
-            own = rows[device].units[kind]
-            for own[number] in range(_earliest(rows, device, kind, number), unit):
-                if own[number] in taken[device]:
-                    continue
-                if (kind > 1 and rows[device].weights) or rows[device].peak <= peak:  # only F adds to what is held
-                    break
-            else:
-                own[number] = unit
+            row = rows[device]
+            row.units[kind][number] = next(
+                (
+                    earlier
+                    for earlier in range(_earliest(rows, device, kind, number), unit)
+                    if earlier not in taken[device] and row.peak_with(earlier, kind, number) <= peak
+                ),
+                unit,
+            )
             taken[device].remove(unit)
-            taken[device].add(own[number])
+            taken[device].add(row.units[kind][number])
         if phase == _STEADY and (kind, number) == (0, microbatches - 1):
             phase = _COOLDOWN
 

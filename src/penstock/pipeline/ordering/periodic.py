@@ -2,7 +2,8 @@
 
 A block places the passes of one microbatch for each replica on a grid of units of time, F in one and B in two of them.
 The schedule repeats it as often as a device can do that work, so that in the steady state nobody idles. Papers with a
-V-shaped block (1F1B-V) have it so; for those that draw one unit of p microbatches (Chimera, BitPipe, Hanayo) it is ours.
+V-shaped block (1F1B-V) have it so; for those that draw one unit of p microbatches (Chimera, BitPipe, Hanayo) it is
+ours.
 """
 
 from __future__ import annotations

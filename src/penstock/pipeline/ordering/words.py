@@ -208,7 +208,7 @@ class Run:
         if any(position < len(word) for position, word in zip(positions, words, strict=True)):
             return IMPOSSIBLE
         firsts = (
-            own[word[0]][0] - own_seconds[word[0]] for own, word, own_seconds in zip(ends, words, problem.seconds)
+            own[word[0]][0] - times[word[0]] for own, word, times in zip(ends, words, problem.seconds, strict=True)
         )
         return max(clocks), max(clock - first for clock, first in zip(clocks, firsts, strict=True)), sum(clocks)
 

@@ -123,9 +123,9 @@ class _Greedy:
         while self._count(device, _W) < self._count(device, _I) and self.clocks[device] + seconds <= arrival:
             self._put(device, _W)
         gap = arrival - self.clocks[device]
-        if self._count(device, _W) < self._count(device, _I) and gap > 0:
-            if self.fill or gap > max(self.idle) - self.idle[device]:
-                self._put(device, _W)
+        worthwhile = self.fill or gap > max(self.idle) - self.idle[device]
+        if gap > 0 and worthwhile and self._count(device, _W) < self._count(device, _I):
+            self._put(device, _W)
 
     def _put_weights(self, device: int) -> None:
         """Runs all W of the I so far."""

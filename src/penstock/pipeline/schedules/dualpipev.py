@@ -26,13 +26,15 @@ class DualPipeV(PipelineSchedule):
     In the steady state each device runs F of one leg together with B of the other, so that the communication within one
     (of experts, say) hides behind the computation of the other; the simulator's ``overlap`` says what that gains. The
     runtime runs the two of a pair after each other. The order is that of DeepSeek's program, and so of PyTorch's
-    ScheduleDualPipeV. With B = 2F and no gain, a device idles for about (p-1)/2 of F and B less W. It needs m >= 2p.
+    ScheduleDualPipeV. Where a pair gains nothing, and F takes as long as I, a device idles for (p-1)(F + 2B - 3W) of
+    one of its two stages. It needs m >= 2p.
     """
 
     def arrange(self, devices: int, microbatches: int) -> Schedule:
         if microbatches < 2 * devices:
             raise RefusalError(
-                f"dualpipev fills its pipeline with two microbatches a device: {microbatches} are too few for {devices}",
+                f"dualpipev fills its pipeline with two microbatches a device: {microbatches} are too few for "
+                f"{devices}",
                 devices=devices,
                 microbatches=2 * devices,
             )

@@ -1,4 +1,4 @@
-"""Grouped interleaving: several chunks of the model on each device, in small groups of microbatches, for less memory."""
+"""Grouped interleaving: interleaved 1F1B in smaller groups of microbatches, for less memory."""
 
 from __future__ import annotations
 
