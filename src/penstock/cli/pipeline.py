@@ -356,6 +356,8 @@ def _figures(simulation: Simulation) -> str:
 def _comparison(simulated: dict[str, Simulation], title: str) -> Table:
     from rich.table import Table
 
+    from penstock.policy import index
+
     table = Table(
         "Schedule",
         *("Makespan", "Bubble", "Idle in span", "Peak memory", "Traffic"),
@@ -364,7 +366,7 @@ def _comparison(simulated: dict[str, Simulation], title: str) -> Table:
         "device, in microbatches' activations on a p-th of the model. Traffic: messages, and gradients of replicas, in "
         "messages and p-ths of the model. pipedream is asynchronous: only the ends of a run idle.",
     )
-    table.columns[0].overflow = "fold"
+    table.columns[0].overflow, table.columns[0].width = "fold", max(map(len, index().names("pipeline.schedule")))
     for column in table.columns[1:]:
         column.justify, column.min_width = "right", 7
     for name, simulation in simulated.items():

@@ -69,7 +69,9 @@ def test_offload_is_free_where_copies_hide(name):
         found = transformed("pipeoffload", schedule, Times(host=1.0))
         assert found.makespan == plain.makespan
         assert len(found.schedule.offloaded) >= schedule.stages * schedule.microbatches * 3 / 4
-        assert max(found.peak_bytes) < max(plain.peak_bytes)
+        assert max(found.peak_bytes) <= max(plain.peak_bytes)
+        if p > 2:  # on two devices, what V-Half holds at once it also works on
+            assert max(found.peak_bytes) < max(plain.peak_bytes)
 
 
 def test_offload_makes_memory_fall_with_the_number_of_stages():
