@@ -73,6 +73,14 @@ def check_schedule(policy: PipelineSchedule, devices: int, microbatches: int) ->
     check_versions(schedule)
 
 
+def built(policy: PipelineSchedule, devices: int, microbatches: int) -> Schedule:
+    """The schedule for these numbers or, where the policy refuses them, for those that it names."""
+    try:
+        return policy.build(devices, microbatches)
+    except RefusalError as refusal:
+        return policy.build(refusal.devices, refusal.microbatches)
+
+
 def variants(policy: P) -> Iterator[P]:
     """The policy, and the policy with each of its whole-number options one larger."""
     yield policy
@@ -195,7 +203,7 @@ def check_earliest(simulation: Simulation) -> None:
         own = simulation.ends[device]
         made_at = [
             following if task in schedule.overlapped else end
-            for task, end, following in zip(order, own, [*own[1:], 0.0], strict=True)
+            for task, end, following in zip(order, own, [*own, 0.0][1:], strict=True)
         ]
         for task, end in zip(order, made_at, strict=True):
             if task.kind in VOCABULARY:

@@ -29,7 +29,14 @@ from penstock.pipeline.simulate.times import Times
 from penstock.pipeline.transforms.contract import PipelineTransform
 from penstock.testing.enrolled import enrolled, rebuilt
 from penstock.testing.pipeline_runtime import check_schedule_runs
-from penstock.testing.pipeline_schedule import check_complete, check_simulation, check_versions, run_by_rounds, variants
+from penstock.testing.pipeline_schedule import (
+    built,
+    check_complete,
+    check_simulation,
+    check_versions,
+    run_by_rounds,
+    variants,
+)
 from penstock.testing.ranks import agreed
 from penstock.testing.refusals import refused
 
@@ -38,17 +45,17 @@ def check(policy: PipelineTransform, draws: int = 40, processes: int = 3) -> Non
     """Asserts the law of ``pipeline.transform`` on all schedules with a flush, for so many draws of random times, and
     on so many processes."""
     schedules = _schedules()
-    flushing = [made for made in schedules.values() if made.build(2, 2).weights is WeightRule.FLUSH]
+    flushing = [made for made in schedules.values() if built(made, 2, 2).weights is WeightRule.FLUSH]
     candidates = list(variants(policy))
     for schedule in flushing:
         for variant in candidates:
             given = getattr(variant, "times", Times())
             for devices, microbatches in ((2, 2), (4, 8)):
-                check_transform(variant, schedule.build(devices, microbatches), given)
+                check_transform(variant, built(schedule, devices, microbatches), given)
     draw = numpy_generator(0, "testing/pipeline.transform")
     for _ in range(draws):
-        built = flushing[draw.integers(len(flushing))].build(4, 4 * int(draw.integers(1, 4)))
-        check_any_times(candidates[draw.integers(len(candidates))], built, draw)
+        drawn = built(flushing[draw.integers(len(flushing))], 4, 4 * int(draw.integers(1, 4)))
+        check_any_times(candidates[draw.integers(len(candidates))], drawn, draw)
     with refused(UsageError, "stashes several"):
         policy.apply(schedules["pipedream"].build(2, 4))
     check_on_processes(policy, processes)

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from penstock.core.randomness import numpy_generator
 from penstock.pipeline.ordering.words import IMPOSSIBLE, Problem, Run, Word
 
 #: Tasks that may be timed.
@@ -57,7 +55,7 @@ class _Climb:
 
     def __init__(self, problem: Problem, work: int) -> None:
         self.problem, self.work = problem, work
-        self._rng = numpy_generator(0, "pipeline/ordering")
+        self._rng = random.Random(0)
 
     def up(self, run: Run) -> Run:
         """Moves one task of the critical path at a time, as long as that lowers the cost."""
@@ -76,15 +74,18 @@ class _Climb:
     def kicked(self, run: Run) -> Run:
         """``run`` after a few random moves, none of which makes it impossible."""
         for _ in range(KICKS):
-            device = int(self._rng.integers(len(run.words)))
-            source = int(self._rng.integers(len(run.words[device])))
-            target = int(
-                np.clip(source + self._rng.integers(-REACH, REACH, endpoint=True), 0, len(run.words[device]) - 1)
-            )
+            device = self._draw(len(run.words))
+            source = self._draw(len(run.words[device]))
+            near = range(max(0, source - REACH), min(len(run.words[device]), source + REACH + 1))
+            target = near[self._draw(len(near))]
             found = self._moved(run, (device, source, target))
             if found is not None and found.cost < IMPOSSIBLE:
                 run = found
         return run
+
+    def _draw(self, count: int) -> int:
+        """A whole number below ``count``; of the generator's methods, only this one is the same in all versions."""
+        return int(count * self._rng.random())
 
     def _moved(self, run: Run, move: Move, limit: float = math.inf) -> Run | None:
         """After ``move``; None where the device's word has no such move."""
