@@ -15,48 +15,49 @@ from penstock.pipeline.ir.schedule import Kind, Placement, Schedule, Task
 from penstock.pipeline.ordering import local_search
 from penstock.pipeline.ordering.periodic import periodic
 from penstock.pipeline.ordering.words import Problem, to_schedule, to_words
-from penstock.pipeline.simulate.simulator import Costs, simulate
+from penstock.pipeline.simulate.simulator import Costs, Simulation, simulate
 
 #: Tasks that the local search may time.
 WORK = 400_000
 
 
-def _candidates(
-    placement: Placement, devices: int, replicas: Sequence[int], microbatches: int
-) -> tuple[Schedule, Schedule]:
-    return schedule_in_units(placement, devices, replicas, microbatches), periodic(placement, microbatches)
-
-
 def fastest(placement: Placement, devices: int, replicas: Sequence[int], microbatches: int) -> Schedule:
-    """Of units and a repeated block, what takes less time at F = 1 and B = 2; of equals, what holds less."""
-    candidates = _candidates(placement, devices, replicas, microbatches)
-    runs = (simulate(found, Costs.even(found)) for found in candidates)
-    return min(runs, key=lambda run: (round(run.makespan, 9), max(run.peak_activations))).schedule
+    """Of units of ``replicas`` (see :func:`list_schedule`) and a repeated block, what takes less time at F = 1 and
+    B = 2; of equals, what holds less."""
+    unit = list_schedule(placement, devices, replicas)
+    return _fastest(in_units(unit, microbatches), periodic(placement, microbatches))
 
 
 @functools.lru_cache(maxsize=64)
 def improved(placement: Placement, devices: int, replicas: tuple[int, ...], microbatches: int) -> Schedule:
-    """:func:`fastest`, and a local search from both within the memory of that one, at F = 1 and B = 2."""
-    units, block = _candidates(placement, devices, replicas, microbatches)
-    start = fastest(placement, devices, replicas, microbatches)
-    memory = max(simulate(start, Costs.even(start)).peak_activations)
-    problem = Problem.whole(placement, memory, microbatches)
-    starts = [
-        words for words in (to_words(problem, found) for found in (units, block)) if problem.peak(words) <= memory
-    ]
-    return to_schedule(problem, local_search.search(problem, starts, WORK))
+    """Like :func:`fastest`, with a local search for the unit, and then for all microbatches from what is fastest,
+    within its memory."""
+    unit = list_schedule(placement, devices, replicas)
+    if microbatches > len(replicas):
+        unit = improved(placement, devices, replicas, len(replicas))
+    start = _fastest(in_units(unit, microbatches), periodic(placement, microbatches))
+    problem = Problem.whole(placement, max(_run(start).peak_activations), microbatches)
+    return to_schedule(problem, local_search.search(problem, [to_words(problem, start)], WORK))
 
 
-def schedule_in_units(placement: Placement, devices: int, replicas: Sequence[int], microbatches: int) -> Schedule:
-    """Repeats the unit of ``replicas`` (see :func:`list_schedule`) until all ``microbatches`` are done.
+def _fastest(*candidates: Schedule) -> Schedule:
+    return min(map(_run, candidates), key=lambda run: (round(run.makespan, 9), max(run.peak_activations))).schedule
+
+
+def _run(schedule: Schedule) -> Simulation:
+    """At F = 1 and B = 2 of a stage."""
+    return simulate(schedule, Costs.even(schedule, forward=1, input_grad=1, weight_grad=1))
+
+
+def in_units(unit: Schedule, microbatches: int) -> Schedule:
+    """Repeats the schedule ``unit`` until all ``microbatches`` are done.
 
     A unit begins as many units of time after the one before as a device works on one unit, so that it fills the bubbles
     of its neighbours. Each device runs the tasks of all units in the order of the times thus given. A last unit with
     fewer microbatches leaves the rest of its tasks out.
     """
-    unit = list_schedule(placement, devices, replicas)
-    run = simulate(unit, Costs.even(unit, forward=1, input_grad=1, weight_grad=1))
-    size, interval = len(replicas), max(run.busy)
+    run = _run(unit)
+    size, interval = unit.microbatches, max(run.busy)
     orders = []
     for order, starts in zip(unit.orders, run.starts, strict=True):
         timed = [
@@ -66,7 +67,7 @@ def schedule_in_units(placement: Placement, devices: int, replicas: Sequence[int
             if task.microbatch + repeat * size < microbatches
         ]
         orders.append(tuple(task for _, task in sorted(timed, key=lambda pair: pair[0])))
-    return Schedule(placement, tuple(orders), microbatches)
+    return Schedule(unit.placement, tuple(orders), microbatches)
 
 
 def list_schedule(

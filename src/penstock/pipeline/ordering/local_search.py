@@ -28,6 +28,9 @@ KICKS = 3
 #: New starts in a row that may find nothing better.
 PATIENCE = 60
 
+#: Of the random moves.
+SEED = 1
+
 Move = tuple[int, int, int]  # device, from, to
 
 
@@ -55,7 +58,7 @@ class _Climb:
 
     def __init__(self, problem: Problem, work: int) -> None:
         self.problem, self.work = problem, work
-        self._rng = random.Random(0)
+        self._rng = random.Random(SEED)
 
     def up(self, run: Run) -> Run:
         """Moves one task of the critical path at a time, as long as that lowers the cost."""
