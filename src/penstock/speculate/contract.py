@@ -15,7 +15,9 @@ from penstock.policy import Policy, contract
 
 
 class Draft(Protocol):
-    """What a drafter knows of one sequence."""
+    """What a drafter knows of one sequence. It proposes by the text alone: asked twice behind the same text, also after
+    a preemption, it proposes the same. It is asked on the host while a batch is formed, so what it takes is part of
+    each step."""
 
     def extend(self, tokens: List[int]) -> None:
         """The sequence goes on by ``tokens``."""
@@ -29,10 +31,17 @@ class Draft(Protocol):
 @contract(
     "speculate.drafter",
     law="the tokens that come out are those of plain decoding, draw for draw: greedy ones identical, sampled ones of "
-    "exactly the same distribution; at most as many tokens are drafted as were asked for",
+    "exactly the same distribution; at most as many tokens are drafted as were asked for, and behind the same text the "
+    "same ones",
 )
 class Drafter(Policy):
-    """Drafts tokens for the sequences of an engine."""
+    """Drafts tokens for the sequences of an engine: out of their text, without a model.
+
+    The engine starts a draft when a request comes, extends it by the tokens that were settled
+    (``serve/engine/steps.py``), and asks it where the budget and the cache have room (``serve/engine/room.py``). A
+    sequence that drafts takes part in every second of the steps that overlap, since its next step begins with its
+    newest token. Requests whose rule has companions draft nothing.
+    """
 
     @property
     def most(self) -> int:

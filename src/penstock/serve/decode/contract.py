@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Annotated, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -37,13 +37,27 @@ class Limit:
 class DecodeRule(Policy):
     """Changes sequences' scores, or how tokens are drawn from them, at each position.
 
-    A policy gives :meth:`limit` for its law, and of the other methods those that it needs. A rule has no state: what it
-    needs to know are the tokens so far, or what the model says after other prompts. It is asked once a step for all
-    sequences whose rules are computed alike.
+    A policy gives :meth:`limit` for its law, and of the other methods those that it needs, :meth:`rescore` or
+    :meth:`combine`, not both. A rule has no state: what it needs to know are the tokens so far, or what the model says
+    after other prompts. It is asked once a step for all sequences whose rules are computed alike, with the scores as
+    penalties, bans and grammars left them; temperature and cuts come after it. A step is planned on the host
+    (``serve/run/planner.py`` calls :meth:`options` and :meth:`read`) and chooses on the device
+    (``serve/choose/sampler.py`` calls the others).
+
+    Attributes:
+        follows: whether it looks at the text, which is to say: gives :meth:`rescore`. Each token must be known to the
+            host then before the next one is chosen, so that the sequence takes part in every second of the steps that
+            overlap.
     """
 
-    #: Whether :meth:`rescore` is called. Each token must be known to the host then before the next one is chosen.
     follows: ClassVar[bool] = False
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.follows = cls.rescore is not DecodeRule.rescore
+        if cls.follows and cls.combine is not DecodeRule.combine:
+            raise TypeError(f"{cls.__name__} gives rescore() and combine(), of which only one can choose")
 
     @classmethod
     def limit(cls) -> Limit:
@@ -79,7 +93,8 @@ class DecodeRule(Policy):
         return sampling
 
     def read(self, texts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-        """What :meth:`rescore` has to know of the tokens so far of R sequences, prompts included, as arrays."""
+        """What :meth:`rescore` has to know of the tokens so far of R sequences, prompts included, as arrays. Behind
+        those there may be tentative ones, drafted and not settled yet."""
         return {}
 
     def rescore(self, scores: Tensor, **known: Tensor) -> Tensor:

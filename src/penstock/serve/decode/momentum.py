@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -45,8 +45,6 @@ class Momentum(DecodeRule):
         5.0,
     )
     candidates: Annotated[int, Field(ge=1, le=1024)] = 5
-
-    follows: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _grows(self) -> Momentum:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.resources
+import time
 from collections.abc import AsyncGenerator, Awaitable, Collection
 from contextlib import aclosing
 from typing import Annotated, Any, TypeVar
@@ -269,7 +270,7 @@ async def request_events(id: str, service: Here) -> dict[str, Any]:
     return {
         "id": id,
         "object": "request.events",
-        "continuations": [course.record() for course in service.courses(id)],
+        "continuations": [course.record(time.time()) for course in service.courses(id)],
     }
 
 

@@ -25,7 +25,7 @@ class Course:
         state: ``waiting``, ``running``, ``preempted`` or ``finished``.
         arrived, admitted, first, finished: when it came, first got memory, had its first token, and ended.
         preemptions: how often it lost its memory.
-        outside: seconds that it waited for memory after that.
+        outside: seconds that it waited for memory after that, until it got some.
         drafted, accepted: tokens that were drafted for it, and those of them that it took.
         events: the newest but those of drafts, each with the seconds that were waited before it, where they matter.
         forgotten: events before those.
@@ -68,8 +68,12 @@ class Course:
         self.forgotten += len(self.events) == EACH
         self.events.append((event, waited))
 
-    def summary(self) -> str:
-        """The answer to: why did it take so long?"""
+    def preempted_seconds(self, now: float) -> float:
+        """Seconds that it waited for memory after it was preempted, until ``now`` where it still does."""
+        return self.outside + (max(0.0, now - self._since) if self.state == "preempted" else 0.0)
+
+    def summary(self, now: float) -> str:
+        """The answer, at ``now``, to: why did it take so long?"""
         if self.admitted is None:
             ended = " until it ended" if self.finished else ", and still does"
             return f"It waited for memory from its arrival on{ended}."
@@ -78,7 +82,8 @@ class Course:
             said.append(f"its first token came {seconds(self.first - self.arrived)} after its arrival")
         if self.preemptions:
             times = count(self.preemptions, "time")
-            said.append(f"it was preempted {times} and waited {seconds(self.outside)} for memory then")
+            waited = seconds(self.preempted_seconds(now))
+            said.append(f"it was preempted {times} and waited {waited} for memory then")
         if self.drafted:
             said.append(f"{self.accepted} of {count(self.drafted, 'drafted token')} were accepted")
         said.append(
@@ -93,8 +98,8 @@ class Course:
         told = [f"+{event.time - self.arrived:.3f} s  {sentence(event, waited)}" for event, waited in self.events]
         return [f"{self.forgotten} earlier events are not kept", *told] if self.forgotten else told
 
-    def record(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+    def record(self, now: float) -> dict[str, Any]:
+        """All of it at ``now``, for JSON."""
 
         def after(time: float | None) -> float | None:
             return None if time is None else round(time - self.arrived, 6)
@@ -103,14 +108,14 @@ class Course:
             "prompt": self.prompt,
             "index": self.index,
             "state": self.state,
-            "summary": self.summary(),
+            "summary": self.summary(now),
             "story": self.story(),
             "arrived": self.arrived,
             "queue_seconds": after(self.admitted),
             "first_token_seconds": after(self.first),
             "seconds": after(self.finished),
             "preemptions": self.preemptions,
-            "preempted_seconds": round(self.outside, 6),
+            "preempted_seconds": round(self.preempted_seconds(now), 6),
             "drafted_tokens": self.drafted,
             "accepted_tokens": self.accepted,
             "events": [{"time": each.time, "kind": each.kind, **each.detail} for each, _ in self.events],

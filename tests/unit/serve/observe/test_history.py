@@ -48,7 +48,7 @@ COURSE = (
 
 def test_the_questions_have_answers():
     (course,) = seen(*COURSE).of("cmpl-a")
-    told = course.record()
+    told = course.record(now=107.0)
     assert (told["queue_seconds"], told["first_token_seconds"], told["seconds"]) == (0.5, 1.0, 6.0)
     assert (told["preemptions"], told["preempted_seconds"]) == (2, 2.25)
     assert (told["drafted_tokens"], told["accepted_tokens"], told["state"]) == (12, 7, "finished")
@@ -82,20 +82,20 @@ def test_the_questions_have_answers():
     [
         (1, "waiting", "It waited for memory from its arrival on, and still does."),
         (2, "running", "It queued 500.0 ms; it is running."),
-        (4, "preempted", "it was preempted 1 time and waited 0.0 ms for memory then; it is preempted."),
+        (4, "preempted", "it was preempted 1 time and waited 5.00 s for memory then; it is preempted."),
     ],
 )
 def test_one_that_is_under_way(events, state, summary):
     (course,) = seen(*COURSE[:events]).of("cmpl-a")
     assert course.state == state
-    assert summary in course.summary()
+    assert summary in course.summary(now=107.0)
 
 
 def test_one_that_ended_without_memory_waited_until_then():
     (course,) = seen(arrived(1.0), event(3.0, "finished", reason="abort", generated=0)).of("cmpl-a")
-    assert course.summary() == "It waited for memory from its arrival on until it ended."
+    assert course.summary(now=107.0) == "It waited for memory from its arrival on until it ended."
     (course,) = seen(*COURSE[:4], event(109.0, "finished", reason="abort", generated=9)).of("cmpl-a")
-    assert course.record()["preempted_seconds"] == 7.0
+    assert course.record(now=107.0)["preempted_seconds"] == 7.0
 
 
 def test_prompts_and_continuations_are_found_by_the_id_that_clients_see():
@@ -132,7 +132,7 @@ def test_the_oldest_are_forgotten_and_what_is_kept_is_bounded():
 def test_many_preemptions_add_up_though_the_first_are_not_told():
     events = [each for n in range(EACH) for each in (admitted(2 * n + 1.0), preempted(2 * n + 2.0))]
     (course,) = seen(arrived(0.0), *events).of("cmpl-a")
-    told = course.record()
+    told = course.record(now=2.0 * EACH)
     assert (told["preemptions"], told["preempted_seconds"]) == (EACH, EACH - 1.0)
     assert told["events_forgotten"] == EACH + 1
     assert told["story"][0] == f"{EACH + 1} earlier events are not kept"
