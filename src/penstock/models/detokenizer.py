@@ -112,7 +112,9 @@ class Pieces:
         before = self.end()
         if self._head is None:
             return before + said.decode()
-        return before + self._first([token])
+        before += self._first([token])
+        self._run = _Run(self._vocabulary, self._head)
+        return before
 
     def end(self) -> str:
         """The run's text; a new run begins."""

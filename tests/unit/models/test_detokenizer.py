@@ -61,6 +61,15 @@ def test_a_prompt_may_be_cut_anywhere(kind, data):
         assert whole[max(len(each) for each in beginnings if whole.startswith(each)) :] == text
 
 
+@pytest.mark.parametrize("first", ["▁", "▁def"])
+def test_a_space_as_a_byte_is_lost_at_the_beginning_alone(first):
+    """Llama 2's decoder strips one space where a text begins, and none behind its first token."""
+    tokenizer = made("byte fallback, strip")
+    tokens = [tokenizer.token_to_id(first), tokenizer.token_to_id("<0x20>")]
+    stream = TextStream(tokenizer, [])
+    assert stream.push(tokens) + stream.end() == tokenizer.decode(tokens) != tokenizer.decode(tokens[:1])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), stop=st.lists(st.text("\n adef漢🎉\ufffd", min_size=1, max_size=3), min_size=1, max_size=2))
