@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from penstock.core.errors import UsageError
 from penstock.models.config import DecoderConfig
@@ -13,11 +13,11 @@ from penstock.models.config import DecoderConfig
 def balanced(costs: Sequence[float], stages: int, *, first: float = 0.0, last: float = 0.0) -> list[range]:
     """Cuts layers into contiguous stages of one layer or more whose most expensive one costs as little as possible.
 
-    Exact, by dynamic programming. Of equally good cuts, the one whose last stages are smaller, since the head's loss
-    comes on top of them.
+    Of equally good cuts, one that needs the least memory where it needs most: as in 1F1B, stage s of S holds the
+    activations of S - s microbatches, each for all of its layers. Exact, by dynamic programming.
 
     Args:
-        costs: of each layer, in any unit.
+        costs: of each layer, in any unit; what a layer's activations take is proportional to it.
         stages: S >= 1.
         first: what the first stage costs besides its layers: the embedding.
         last: what the last one does: norm, head and loss.
@@ -32,24 +32,36 @@ def balanced(costs: Sequence[float], stages: int, *, first: float = 0.0, last: f
             hint=f"Use a schedule with 1 to {layers} stages in all, or a model with {max(stages, 1)} layers.",
         )
     before = [0.0, *itertools.accumulate(costs)]
-    best = [first + cost for cost in before]  # best[n]: the most expensive of the stages so far, over the layers 0..n-1
-    best[0] = math.inf
+
+    def cost(stage: int, start: int, stop: int) -> float:
+        return before[stop] - before[start] + first * (stage == 0) + last * (stage == stages - 1)
+
+    most, _ = _least_of_the_most(layers, stages, cost)
+
+    def held(stage: int, start: int, stop: int) -> float:
+        return math.inf if cost(stage, start, stop) > most else (stages - stage) * (before[stop] - before[start])
+
+    _, found = _least_of_the_most(layers, stages, held)
+    return found
+
+
+def _least_of_the_most(layers: int, stages: int, value: Callable[[int, int, int], float]) -> tuple[float, list[range]]:
+    """The cut of ``layers`` whose largest ``value`` of a stage, given its number, first layer and end, is the smallest,
+    after that value."""
+    best = [math.inf, *(value(0, 0, stop) for stop in range(1, layers + 1))]  # of the stages so far, by their end
     starts: list[list[int]] = []
     for stage in range(1, stages):
-        extra = last if stage == stages - 1 else 0.0
-        chosen = [0] * (layers + 1)
-        worst = [math.inf] * (layers + 1)
+        chosen, worst = [0] * (layers + 1), [math.inf] * (layers + 1)
         for stop in range(stage + 1, layers + 1):
-            worst[stop], negative = min(
-                (max(best[start], before[stop] - before[start] + extra), -start) for start in range(stage, stop)
+            worst[stop], chosen[stop] = min(
+                (max(best[start], value(stage, start, stop)), start) for start in range(stage, stop)
             )
-            chosen[stop] = -negative
         best = worst
         starts.append(chosen)
     stops = [layers]
     for chosen in reversed(starts):
         stops.append(chosen[stops[-1]])
-    return [range(start, stop) for start, stop in itertools.pairwise([0, *reversed(stops)])]
+    return best[layers], [range(start, stop) for start, stop in itertools.pairwise([0, *reversed(stops)])]
 
 
 def counted_costs(config: DecoderConfig, length: int) -> tuple[list[float], float]:

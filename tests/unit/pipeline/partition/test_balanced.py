@@ -20,6 +20,11 @@ def most_expensive(costs, stages, first, last):
     return max(sums)
 
 
+def most_held(costs, stages):
+    """What the stages of 1F1B hold of activations, each as much for a layer as it costs."""
+    return max((len(stages) - s) * sum(costs[i] for i in stage) for s, stage in enumerate(stages))
+
+
 @given(
     costs=st.lists(st.integers(0, 20), min_size=1, max_size=8),
     first=st.integers(0, 20),
@@ -34,9 +39,15 @@ def test_no_cut_is_better(costs, first, last, data):
     assert len(stages) == count
     assert all(stages)
     cuts = itertools.combinations(range(1, layers), count - 1)
-    every = ([range(a, b) for a, b in itertools.pairwise((0, *inner, layers))] for inner in cuts)
-    best = min(most_expensive(costs, found, first, last) for found in every)
-    assert most_expensive(costs, stages, first, last) == best
+    every = [[range(a, b) for a, b in itertools.pairwise((0, *inner, layers))] for inner in cuts]
+    best = min((most_expensive(costs, found, first, last), most_held(costs, found)) for found in every)
+    assert (most_expensive(costs, stages, first, last), most_held(costs, stages)) == best
+
+
+def test_of_equal_cuts_the_one_that_holds_least():
+    stages = balanced([1.0] * 42, 16)
+    assert max(map(len, stages)) == 3
+    assert most_held([1] * 42, stages) == 32  # two layers in each of the first stages, of 16, 15, ... microbatches
 
 
 @pytest.mark.parametrize("stages", [0, 4])
