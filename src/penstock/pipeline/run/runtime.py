@@ -295,7 +295,9 @@ class _Work:
         else:
             gradient = _sum(given)
         torch.autograd.backward(live.roots, [g for g in (gradient, live.weight) if g is not None])
-        return None if live.x is None else live.x.grad
+        if live.x is None:
+            return None
+        return torch.zeros_like(live.x) if live.x.grad is None else live.x.grad  # a stage may ignore its input
 
     def _run_shard(self, task: Task, given: Sequence[Tensor]) -> Tensor | None:
         shard, microbatch = self._shard, task.microbatch

@@ -121,6 +121,22 @@ def test_several_pipelines_share_the_batch():
     assert [result["returned"] for result in results] == [[0, 0, 36], [0, 1, 36], [1, 0, 36], [1, 1, 36]]
 
 
+@pytest.mark.parametrize("name", ["1f1b", "zb_h1"])
+def test_a_stage_that_ignores_its_input_sends_back_a_gradient_of_zero(name):
+    schedule = create("pipeline.schedule", name).build(2, 2)
+
+    def work(world: World) -> float:
+        runtime, parameters = scale_pipeline(world, schedule)
+        forward = scaling(runtime, parameters)
+        runtime.step(
+            lambda stage, microbatch, x: forward(stage, microbatch, None if x is None else torch.ones(3)),
+            [(3,)] * 2,
+        )
+        return next(iter(parameters.values())).grad.item()
+
+    assert [result["returned"] for result in ranks(2, work)] == [0, 6]
+
+
 def test_one_device_needs_no_other():
     for config in (dense(3), sparse(3)):
         schedule = create("pipeline.schedule", "zb_h1").build(1, 2)
