@@ -9,11 +9,12 @@ from hypothesis import settings
 from penstock.core.processor import cores
 
 torch.set_num_threads(1)
-settings.register_profile("suite", deadline=None, max_examples=30)
+settings.register_profile("suite", deadline=None, max_examples=20)
 settings.load_profile("suite")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """What ``-n auto`` means: the cores that may be used, up to eight, as each process takes more than a gigabyte."""
-    return min(8, cores().choice)
+    """What ``-n auto`` means: one more than the cores that may be used, since some tests wait for servers and other
+    processes most of the time; up to eight, as each process takes more than a gigabyte."""
+    return min(8, cores().choice + 1)

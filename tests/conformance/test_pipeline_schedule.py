@@ -16,7 +16,7 @@ def test_the_law_of_schedules_holds(name: str) -> None:
     check_orders(POLICIES[name])
 
 
-@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_compute_what_one_does(size: int) -> None:
     """Those that refuse an odd number of devices are checked with an even one."""
     check_on_ranks(POLICIES, size, 5)
