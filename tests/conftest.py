@@ -15,6 +15,5 @@ settings.load_profile("suite")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """What ``-n auto`` means: one more than the cores that may be used, since some tests wait for servers and other
-    processes most of the time; up to eight, as each process takes more than a gigabyte."""
-    return min(8, cores().choice + 1)
+    """What ``-n auto`` means: the cores that may be used, up to eight, as each process takes more than a gigabyte."""
+    return min(8, cores().choice)
