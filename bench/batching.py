@@ -27,7 +27,6 @@ from penstock.core.bench import Bench, load
 from penstock.core.config import build
 from penstock.core.garbage import settled
 from penstock.core.progress import show
-from penstock.models import hub
 from penstock.models.decoder import Decoder
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
@@ -252,13 +251,8 @@ def contest(
 
 def main(bench: Bench) -> None:
     """Measures on the device of ``bench``."""
-    if bench.device.type == "cuda":
-        common = load("serve")
-        name, sizes = "Qwen3-0.6B shape", CUDA
-        model = common.random_model(common.SHAPES[name], bench.device)
-    else:
-        name, sizes = "python-1m", QUICK if bench.quick else CPU
-        model = hub.load(name, dtype=torch.float32).eval()
+    name, model = load("serve").served(bench.device, "python-1m")
+    sizes = CUDA if bench.device.type == "cuda" else QUICK if bench.quick else CPU
     loads, engines = Loads(sizes, min(model.config.vocabulary, 10_000)), Engines(bench, model, sizes)
     contest(
         bench,

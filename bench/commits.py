@@ -70,7 +70,7 @@ class Tree:
         )
 
     def figure(self, name: str, *given: object) -> float:
-        """What ``name`` of :data:`FIGURES` gives in this tree."""
+        """What ``name`` of :class:`Figures` gives in this tree."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps([name, *given]) + "\n")
         self._process.stdin.flush()

@@ -8,25 +8,17 @@ from __future__ import annotations
 
 import random
 
-import torch
-
 from penstock.core.bench import Bench, load
 from penstock.core.garbage import settled
 from penstock.core.progress import show
-from penstock.models import hub
 from penstock.serve.build import build_engine
 from penstock.serve.config import EngineConfig
-
-SHAPE = "Qwen3-0.6B shape"
 
 
 def main(bench: Bench) -> None:
     """Measures the two in turn: one request, many of mixed lengths, and groups with a common prefix."""
     serve, on_cuda = load("serve"), bench.device.type == "cuda"
-    if on_cuda:
-        model = serve.random_model(serve.SHAPES[SHAPE], bench.device)
-    else:
-        model = hub.load("python-6m", dtype=torch.float32).eval()
+    shape, model = serve.served(bench.device)
     common = EngineConfig(batching="batchllm", sequences=64, cache_tokens=131_072 if on_cuda else 32_768)
     free, deterministic = (
         build_engine(model, common.model_copy(update={"deterministic": each}), report=show) for each in (False, True)
@@ -37,7 +29,7 @@ def main(bench: Bench) -> None:
             bench.compare(
                 subject="deterministic",
                 peer="free",
-                setting=f"{SHAPE if on_cuda else 'python-6m'}: {name}",
+                setting=f"{shape}: {name}",
                 metric="throughput",
                 unit="tokens/s",
                 run=lambda w=work: serve.run(deterministic, w),

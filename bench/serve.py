@@ -278,6 +278,15 @@ def random_model(shape: DecoderConfig, device: torch.device) -> Decoder:
     return model
 
 
+def served(device: torch.device, small: str = "python-6m") -> tuple[str, Decoder]:
+    """The model that a benchmark of the engine serves, by name: on CUDA random weights in the first of :data:`SHAPES`,
+    on the CPU the ``small`` one of the package in fp32."""
+    if device.type == "cuda":
+        name = next(iter(SHAPES))
+        return name, random_model(SHAPES[name], device)
+    return small, hub.load(small, dtype=torch.float32).eval()
+
+
 def on_cpu(bench: Bench) -> None:
     """Greedy requests, beside transformers' two ways of generating."""
     models = {"python-6m": hub.load("python-6m", dtype=torch.float32), "120 M, random": Decoder(SMALL).initialize(0)}

@@ -10,12 +10,9 @@ from __future__ import annotations
 import random
 import time
 
-import torch
-
 from penstock.core.bench import Bench, load
 from penstock.core.garbage import settled
 from penstock.core.progress import show
-from penstock.models import hub
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
@@ -25,7 +22,7 @@ from penstock.serve.engine.loops.overlapped import Overlapped
 from penstock.serve.engine.loops.plain import Plain
 from penstock.serve.messages import Request
 
-SHAPE, REQUESTS = "Qwen3-0.6B shape", 32
+REQUESTS = 32
 
 
 def rates(engine: Engine, waiting: int, prompt: int, count: int) -> tuple[float, float]:
@@ -49,12 +46,8 @@ def rates(engine: Engine, waiting: int, prompt: int, count: int) -> tuple[float,
 
 def main(bench: Bench) -> None:
     """Measures both loops in turn."""
-    serve, on_cuda = load("serve"), bench.device.type == "cuda"
-    if on_cuda:
-        model = serve.random_model(serve.SHAPES[SHAPE], bench.device)
-    else:
-        model = hub.load("python-6m", dtype=torch.float32).eval()
-    prompt, count = (256, 256) if on_cuda else (64, 64)
+    shape, model = load("serve").served(bench.device)
+    prompt, count = (256, 256) if bench.device.type == "cuda" else (64, 64)
     engines = {
         loop.policy_name: build_engine(
             model, EngineConfig(loop=loop, sequences=REQUESTS, cache_tokens=REQUESTS * 1024), report=show
@@ -63,7 +56,7 @@ def main(bench: Bench) -> None:
     }
     with settled():
         for waiting in (0, 1, REQUESTS):
-            setting = f"{SHAPE if on_cuda else 'python-6m'}: {REQUESTS} requests, {waiting} of them wait"
+            setting = f"{shape}: {REQUESTS} requests, {waiting} of them wait"
             runs = {name: lambda e=engine, w=waiting: rates(e, w, prompt, count) for name, engine in engines.items()}
             values = bench.turns(runs, setting, 5)
             for place, whose in enumerate(("those that wait", "the others")):

@@ -20,12 +20,13 @@ import math
 from typing import NamedTuple
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from penstock.core.errors import PenstockError
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache
+from penstock.testing.alike import alike
 from penstock.testing.paged_scene import Action, Fork, Keep, Open, Release, Scene, Step, Tree
 
 #: Of the error's root mean square, by the type of numbers; their variance is 1.
@@ -205,15 +206,7 @@ def _prefill(
 
 
 def _check_courses(policy: PagedAttention, place: Place, examples: int) -> None:
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        report_multiple_bugs=False,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @alike(examples)
     @given(course=courses(place.head_dims))
     def play(course: Course) -> None:
         check_course(policy, place, course)

@@ -21,7 +21,6 @@ import functools
 from collections import defaultdict
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -46,6 +45,7 @@ from penstock.serve.engine.loops.contract import Loop
 from penstock.serve.engine.loops.plain import Plain
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.speculate.contract import Drafter
+from penstock.testing.alike import alike
 from penstock.testing.enrolled import enrolled
 from penstock.testing.reference import continued, greedy, prompt_logprobs
 from penstock.testing.serve_model import SHAPE, small_model
@@ -359,16 +359,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 def check(batching: Batching, examples: int = 20, steps: int = 20) -> None:
     """Asserts the law: the machine plays so many courses of events, the same each time."""
-    chosen = settings(
-        max_examples=examples,
-        stateful_step_count=steps,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        report_multiple_bugs=False,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    chosen = alike(examples, stateful_step_count=steps)
     run_state_machine_as_test(machine_of(batching), settings=chosen)
     for seed in range(8):
         check_crowding(batching, seed)

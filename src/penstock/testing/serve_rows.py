@@ -12,7 +12,7 @@ from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Entry
 from penstock.serve.engine.memory import Held
 from penstock.serve.engine.sequence import Sequence
-from penstock.serve.run.planner import Planner
+from penstock.serve.run.planner import Fields, Planner
 
 
 class Rows:
@@ -49,7 +49,7 @@ class Rows:
 
     def asked(self, entries: list[Entry]) -> Asked:
         """What the sequences of ``entries`` want."""
-        placed, asked = self.planner.ask(entries)
+        placed, asked = self.planner.ask(entries, Fields.of(entries))
         for each in placed:
             self.sampler.place(each.slot, each.tokens, each.prompt)
         return asked

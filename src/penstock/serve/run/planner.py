@@ -67,7 +67,7 @@ class Planner:
         """The step that computes ``batch``."""
         batch = _singles_first(batch)
         fields = Fields.of(batch.entries)
-        placed, asked = tuple(self._placed(batch.entries)), self._asked(batch.entries, fields)
+        placed, asked = self.ask(batch.entries, fields)
         rated = [entry for entry in batch.entries if entry.rated]
         following = [_following(entry) for entry in rated]
         return Step(
@@ -80,10 +80,10 @@ class Planner:
             alternatives=max((entry.sequence.sampling.prompt_logprobs or 0 for entry in rated), default=0),
         )
 
-    def ask(self, entries: list[Entry]) -> tuple[tuple[Placed, ...], Asked]:
-        """The sequences of ``entries`` that have taken their slots since the last call, as far as penalties have to be
-        kept for them, and what the scored entries ask for."""
-        return tuple(self._placed(entries)), self._asked(entries, Fields.of(entries))
+    def ask(self, entries: list[Entry], fields: Fields) -> tuple[tuple[Placed, ...], Asked]:
+        """The sequences of ``entries``, whose numbers are ``fields``, that have taken their slots since the last call,
+        as far as penalties have to be kept for them, and what the scored entries ask for."""
+        return tuple(self._placed(entries)), self._asked(entries, fields)
 
     # Slots
 
