@@ -14,6 +14,7 @@ from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -32,6 +33,10 @@ KINDS: dict[str, tuple[SamplingParams, LogitsProcessorList]] = {
     "temperature 0.8, top-p 0.9": (
         SamplingParams(temperature=0.8, top_p=0.9),
         LogitsProcessorList([TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.9)]),
+    ),
+    "temperature 0.8, top-k 40, top-p 0.95": (
+        SamplingParams(temperature=0.8, top_k=40, top_p=0.95),
+        LogitsProcessorList([TemperatureLogitsWarper(0.8), TopKLogitsWarper(40), TopPLogitsWarper(0.95)]),
     ),
     "temperature 0.8, repetition 1.1": (
         SamplingParams(temperature=0.8, repetition_penalty=1.1),

@@ -19,7 +19,7 @@ from penstock.models.attention import AttentionContext
 from penstock.models.config import DecoderConfig, MoEConfig
 from penstock.models.rotary import Rotary
 from penstock.models.routers.contract import Routing
-from penstock.ops.grouped import grouped_linear
+from penstock.ops.experts import mixed_experts
 from penstock.ops.linear import linear
 from penstock.ops.rotary import rotate_heads
 
@@ -126,23 +126,15 @@ class MixtureOfExperts(nn.Module):
         """The block's output, shaped as ``x``, and its loss for balance, summed over the tokens."""
         flat = x.flatten(0, -2)
         routing = self.route(flat)
-        chosen = routing.experts.flatten()
-        order = chosen.argsort(stable=True)
-        assigned = F.one_hot(chosen, self.experts).sum(0)
-        ends = assigned.cumsum(0).to(torch.int32)
-        found = self.expert_outputs(flat[order // routing.experts.shape[1]], ends)
-        # Each token gathers what its experts gave, and adds it up in the router's order: the same sum every time, which
-        # adding to the tokens from the experts' side is not on CUDA.
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        own = found[back].view(*routing.experts.shape, -1)
-        out = (own * routing.weights.unsqueeze(-1).to(flat.dtype)).sum(1)
+        out = self.mixed(flat, routing)
         if self.shared is not None:
             extra = self.shared(flat)
             out = out + (extra if self.shared_gate is None else extra * self.share(flat, self.shared_gate))
+        assigned = F.one_hot(routing.experts.flatten(), self.experts).sum(0)
         if self.counts is not None:
             self.counts.add_(assigned)
         wanted = routing.probabilities.sum(0)
-        load = assigned.to(wanted.dtype) / chosen.numel() if self.load is None else self.load
+        load = assigned.to(wanted.dtype) / routing.experts.numel() if self.load is None else self.load
         return out.view_as(x), self.experts * (load * wanted).sum()
 
     def route(self, flat: Tensor) -> Routing:
@@ -150,10 +142,9 @@ class MixtureOfExperts(nn.Module):
         logits = self.router(flat)
         return self.policy.route(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.selection_bias)
 
-    def expert_outputs(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """What experts make of ``rows`` [M, hidden], those up to ``ends[e]`` (int32) of expert e: [M, hidden]."""
-        gate, up = grouped_linear(rows, self.gate_up.to(rows.dtype), ends).chunk(2, -1)
-        return grouped_linear(F.silu(gate) * up, self.down.to(rows.dtype), ends)
+    def mixed(self, flat: Tensor, routing: Routing) -> Tensor:
+        """What their experts make of the tokens [N, hidden], added up."""
+        return mixed_experts(flat, routing.experts, routing.weights, self.gate_up, self.down)
 
     def share(self, flat: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
         """The weight of the shared expert for each token: [N, 1]."""

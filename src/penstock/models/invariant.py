@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from penstock.models.decoder import Attention, Decoder, FeedForward, Linear, MixtureOfExperts, RMSNorm
 from penstock.models.rotary import Rotary
 from penstock.models.routers.contract import Routing
+from penstock.ops.experts import by_expert, gathered
 from penstock.ops.invariant import (
     in_pieces,
     invariant_grouped_linear,
@@ -94,9 +95,11 @@ class InvariantExperts(MixtureOfExperts):
         experts, weights = in_pieces(route, logits.to(torch.promote_types(logits.dtype, torch.float32)))
         return Routing(experts, weights, torch.cat([each.probabilities for each in of_piece]))
 
-    def expert_outputs(self, rows: Tensor, ends: Tensor) -> Tensor:
+    def mixed(self, flat: Tensor, routing: Routing) -> Tensor:
+        order, ends = by_expert(routing.experts, self.experts)
+        rows = flat[order // routing.experts.shape[1]]
         hidden = invariant_swiglu(invariant_grouped_linear(rows, self.gate_up.to(rows.dtype), ends))
-        return invariant_grouped_linear(hidden, self.down.to(rows.dtype), ends)
+        return gathered(invariant_grouped_linear(hidden, self.down.to(rows.dtype), ends), order, routing.weights)
 
     def share(self, flat: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
         return in_pieces(lambda rows: (rows.sigmoid(),), gate(flat))[0]

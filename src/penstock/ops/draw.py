@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +16,17 @@ CHUNK = 512
 TINY = torch.finfo(torch.float32).tiny
 
 
-def draw_softmax(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
-    """A token int64 [R] from softmax(logits / temperature) of each row: the first at which the cumulated probability
-    exceeds ``uniform``, up to rounding.
+class Floor(NamedTuple):
+    """What cuts leave of R rows: the scores above ``score`` float32 [R], and the first ``ties`` int64 [R] of those that
+    equal it, which may be more than there are."""
+
+    score: Tensor
+    ties: Tensor
+
+
+def draw_softmax(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Floor | None = None) -> Tensor:
+    """A token int64 [R] from softmax(logits / temperature) of each row, or of what is left of it above a ``floor``: the
+    first at which the cumulated probability exceeds ``uniform``, up to rounding.
 
     The weights are summed by chunks, the chunk is found from the sums, and the token within its chunk, so that nothing
     of the vocabulary's size is cumulated. On CUDA the whole is compiled, and reads the logits once and writes nothing.
@@ -27,31 +36,42 @@ def draw_softmax(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor
         temperature: float64 [R], 0 or above. One of 0 leaves the most probable tokens, and a ``uniform`` of 0 takes the
             first of those.
         uniform: float64 [R], in [0, 1).
+        floor: of each row; None where nothing is cut.
     """
-    return (_compiled() if logits.is_cuda else _draw)(logits, temperature, uniform)
+    return (_compiled() if logits.is_cuda else _draw)(logits, temperature, uniform, floor)
 
 
 @functools.cache
-def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _compiled() -> Callable[[Tensor, Tensor, Tensor, Floor | None], Tensor]:
     return torch.compile(_draw, dynamic=True)
 
 
-def _draw(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
+def _draw(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Floor | None) -> Tensor:
     size, heat = logits.shape[-1], temperature.clamp(min=TINY).float().unsqueeze(-1)
     whole = size // CHUNK * CHUNK
     pieces = [logits[:, :whole].reshape(len(logits), -1, CHUNK)] if whole else []
     if whole < size:
         pieces.append(logits[:, whole:].unsqueeze(1))
-    tops, sums = (torch.cat(parts, 1) for parts in zip(*(_summed(each, heat) for each in pieces), strict=True))
+    parts = zip(*(_summed(each, heat, floor) for each in pieces), strict=True)
+    tops, sums, ties = (torch.cat(part, 1) for part in parts)
     # Counted from the largest, scores stay numbers however small the temperature is.
     top = tops.amax(-1, keepdim=True)
-    reached = (sums * ((tops - top) / heat).exp()).double().cumsum(-1)
+    sums = sums * ((tops - top) / heat).exp()
+    if floor is not None:
+        before = ties.cumsum(-1) - ties
+        stay = (floor.ties.unsqueeze(-1) - before).clamp(min=0).minimum(ties)
+        sums = sums + stay * ((floor.score.unsqueeze(-1) - top) / heat).exp()
+    reached = sums.double().cumsum(-1)
     # Rounding may lift an aim to the sum itself, which nothing exceeds.
     aim = (uniform.unsqueeze(-1) * reached[:, -1:]).minimum(_below(reached[:, -1:]))
     chunk = torch.searchsorted(reached, aim, right=True)
     passed = torch.where(chunk > 0, reached.gather(1, (chunk - 1).clamp(min=0)), 0)
     index = chunk * CHUNK + torch.arange(CHUNK, device=logits.device)
     scores = logits.gather(1, index.clamp(max=size - 1)).float().masked_fill(index >= size, -torch.inf)
+    if floor is not None:
+        least, tied = floor.score.unsqueeze(-1), scores.eq(floor.score.unsqueeze(-1))
+        late = before.gather(1, chunk.clamp(max=before.shape[1] - 1)) + tied.cumsum(-1) > floor.ties.unsqueeze(-1)
+        scores = scores.masked_fill((scores < least) | (tied & late), -torch.inf)
     inside = ((scores - top) / heat).exp().double().cumsum(-1)
     rest = (aim - passed).minimum(_below(inside[:, -1:]))
     token = chunk * CHUNK + torch.searchsorted(inside, rest, right=True)
@@ -59,11 +79,17 @@ def _draw(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
     return token.squeeze(-1).clamp(max=size - 1)
 
 
-def _summed(scores: Tensor, heat: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each chunk of ``scores`` [R, C, n]: the largest, and the sum of the weights counted from it; [R, C] each."""
+def _summed(scores: Tensor, heat: Tensor, floor: Floor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each chunk of ``scores`` [R, C, n]: the largest, the sum of the weights above the ``floor`` counted from it,
+    and how many are at the floor; [R, C] each."""
     top = scores.amax(-1, keepdim=True).float()
     finite = torch.where(top > -torch.inf, top, 0.0)  # nothing is left of a chunk that is forbidden as a whole
-    return top.squeeze(-1), ((scores.float() - finite) / heat.unsqueeze(-1)).exp().sum(-1)
+    weights = ((scores.float() - finite) / heat.unsqueeze(-1)).exp()
+    if floor is None:
+        return top.squeeze(-1), weights.sum(-1), torch.zeros_like(top).squeeze(-1)
+    least = floor.score.view(-1, 1, 1)
+    above = torch.where(scores.float() > least, weights, 0.0).sum(-1)
+    return top.squeeze(-1), above, (scores.float() == least).sum(-1)
 
 
 def _below(total: Tensor) -> Tensor:

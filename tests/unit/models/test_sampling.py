@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from penstock.core.config import build
 from penstock.core.errors import ConfigError
-from penstock.core.randomness import torch_generator
-from penstock.models.sampling import SHORTLIST, Sampling, probabilities
+from penstock.models.sampling import Sampling, probabilities
 from penstock.testing.reference import distribution
 
 ROUND = st.integers(-8, 8).map(lambda n: n / 4)
@@ -135,21 +134,3 @@ def test_a_share_that_is_reached_exactly_needs_no_further_token(top_p, kept):
 def test_options_out_of_range(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         build(Sampling, options)
-
-
-@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.99, 0.9999])
-@pytest.mark.parametrize("steepness", [0.0, 0.3, 1.5, 5.0])
-@pytest.mark.parametrize("step", [0.0, 0.5])
-def test_a_share_of_a_large_vocabulary(top_p, steepness, step):
-    """Peaked, flat, and full of ties: whether a short list of tokens is enough, or all have to be sorted."""
-    size = 2 * SHORTLIST + 17
-    rank = torch.randperm(size, generator=torch_generator(0, "ranks")) + 1
-    scores = -steepness * rank.double().log()
-    logits = (scores / step).round() * step if step else scores
-    options = Sampling(top_p=top_p)
-    alone, beside = probabilities(logits, options), probabilities(torch.stack([logits, torch.zeros(size)]), options)[0]
-    assert torch.equal(alone, beside), "a flat neighbour makes a difference"
-    if is_decided(logits, options):
-        wanted = torch.tensor(distribution(logits, options), dtype=torch.float64)
-        torch.testing.assert_close(alone, wanted, rtol=1e-10, atol=0)
-        assert torch.equal(alone > 0, wanted > 0)

@@ -8,6 +8,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from penstock.models.routers.contract import Example, Router, Routing
+from penstock.ops.experts import top_few
 from penstock.policy import policy
 
 
@@ -26,7 +27,7 @@ class SigmoidRouter(Router):
 
     def route(self, logits: Tensor, bias: Tensor | None = None) -> Routing:
         scores = logits.sigmoid()
-        experts = (scores if bias is None else scores + bias).topk(self.top_k, dim=-1).indices
+        _, experts = top_few(scores if bias is None else scores + bias, self.top_k)
         weights = scores.gather(-1, experts)
         weights = self.scale * weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts, weights, scores / scores.sum(-1, keepdim=True))

@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from penstock.models.routers.contract import Example, Router, Routing
+from penstock.ops.experts import top_few
 from penstock.policy import policy
 
 
@@ -21,7 +22,7 @@ class SoftmaxRouter(Router):
 
     def route(self, logits: Tensor, bias: Tensor | None = None) -> Routing:
         probabilities = logits.softmax(-1)
-        weights, experts = probabilities.topk(self.top_k, dim=-1)
+        weights, experts = top_few(probabilities, self.top_k)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         return Routing(experts, weights, probabilities)

@@ -86,24 +86,18 @@ class Asked:
     followers: np.ndarray | None = None
     window: np.ndarray | None = None
 
-    @functools.cached_property
-    def kinds(self) -> np.ndarray:
-        """int64 [R]: 0 for the most probable token, 1 for one of all; where some are cut off, more, by what does it."""
-        rows = self.rows
-        cuts = 1 + 2 * (rows["top_k"] > 0) + 4 * (rows["top_p"] < 1) + 8 * (rows["min_p"] > 0)
-        return np.where(rows["temperature"] > 0, cuts, 0)
-
     @property
     def plain(self) -> bool:
-        """Whether all tokens come from the logits as they are, by :attr:`draws`."""
-        return not (self.rows["rescored"].any() or self.rows["led"].any()) and bool((self.kinds < 2).all())
+        """Whether all tokens are drawn from the logits as they are."""
+        return not (self.rows["rescored"].any() or self.rows["led"].any())
 
-    @property
+    @functools.cached_property
     def draws(self) -> np.ndarray:
-        """float64 [2, R]: temperature and uniform number of each, as :func:`draw_softmax` wants them, where none of the
-        tokens is cut off."""
-        temperature = self.rows["temperature"]
-        return np.stack([temperature, np.where(temperature > 0, self.uniform, 0)])
+        """float64 [5, R]: temperature and cuts of each, in the order of OPTIONS, and the number by which it is drawn:
+        0 for the first of the most probable tokens."""
+        rows = self.rows
+        uniform = np.where(rows["temperature"] > 0, self.uniform, 0)
+        return np.stack([*(rows[name].astype(np.float64) for name, _ in OPTIONS), uniform])
 
     @functools.cached_property
     def owners(self) -> np.ndarray:

@@ -14,9 +14,9 @@ class InvariantSampler(Sampler):
     """Draws, and looks up log-probabilities, for one row after the other: libraries may compute the last numbers of a
     tensor by other instructions than the rest, and where those are depends on how many rows it has."""
 
-    def _drawn(self, scores: Tensor, rows: np.ndarray, uniform: np.ndarray) -> Tensor:
-        alone = [slice(row, row + 1) for row in range(len(rows))]
-        return torch.cat([super(InvariantSampler, self)._drawn(scores[one], rows[one], uniform[one]) for one in alone])
+    def _drawn(self, scores: Tensor, draws: np.ndarray) -> Tensor:
+        alone = [slice(row, row + 1) for row in range(len(scores))]
+        return torch.cat([super(InvariantSampler, self)._drawn(scores[one], draws[:, one]) for one in alone])
 
     def _told(self, logits: Tensor, tokens: Tensor, most: int) -> Logprobs:
         pairs = zip(torch.split(logits, 1), torch.split(tokens, 1), strict=True)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.devices import upload
-from penstock.models.sampling import draw, probabilities_of
-from penstock.ops.draw import draw_softmax
+from penstock.ops.cuts import draw_cut
 from penstock.serve.choose.asked import Asked, Ruled
 from penstock.serve.choose.logprobs import Logprobs, TokenLogprobs
 from penstock.serve.choose.penalties import Penalties
@@ -66,7 +65,7 @@ class Sampled:
 
 class Sampler:
     """Chooses tokens for the sequences in an engine's slots. What a row is given does not depend on the others, not
-    even by rounding: rows are computed together only where they ask for the same cuts.
+    even by rounding.
 
     Args:
         slots: how many there are.
@@ -112,33 +111,19 @@ class Sampler:
 
     def _choose(self, scores: Tensor, asked: Asked) -> Tensor:
         """A token for each row of ``scores`` [R, V]."""
-        rows, kinds = asked.rows, asked.kinds
-        distinct = np.unique(kinds)
-        if len(distinct) == 1:
-            return self._drawn(scores, rows, asked.uniform)
-        tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
-        for kind in distinct:
-            own = np.flatnonzero(kinds == kind)
-            index = self._of(own)
-            tokens[index] = self._drawn(scores[index], rows[own], asked.uniform[own])
+        greedy = asked.rows["temperature"] == 0
+        if greedy.all():
+            return scores.argmax(-1)
+        if scores.is_cuda or not greedy.any():
+            return self._drawn(scores, asked.draws)
+        # On a CPU, the largest is found much faster than a token is drawn.
+        tokens, others = scores.argmax(-1), self._of(np.flatnonzero(~greedy))
+        tokens[others] = self._drawn(scores[others], asked.draws[:, ~greedy])
         return tokens
 
-    def _drawn(self, scores: Tensor, rows: np.ndarray, uniform: np.ndarray) -> Tensor:
-        """The same for rows that all ask for the same cuts, or are all greedy."""
-        first = rows[0]
-        if first["temperature"] == 0:
-            return scores.argmax(-1)
-        if not first["top_k"] and first["top_p"] == 1 and not first["min_p"]:
-            return draw_softmax(scores, *self._of(np.stack([rows["temperature"], uniform])).unbind())
-        chances = probabilities_of(
-            scores.float(),
-            temperature=self._of(rows["temperature"]),
-            top_k=self._of(rows["top_k"]) if first["top_k"] else None,
-            top_p=self._of(rows["top_p"]) if first["top_p"] < 1 else None,
-            min_p=self._of(rows["min_p"]) if first["min_p"] else None,
-            widest=int(rows["top_k"].max()),
-        )
-        return draw(chances, self._of(uniform))
+    def _drawn(self, scores: Tensor, draws: np.ndarray) -> Tensor:
+        """Tokens that are drawn from ``scores`` [R, V], as ``draws`` [5, R] say."""
+        return draw_cut(scores, self._of(draws))
 
     def _rescored(self, logits: Tensor, asked: Asked) -> Tensor:
         """The scores after bias, penalties, bans, grammars and rules. The logits stay as they are."""

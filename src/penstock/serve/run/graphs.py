@@ -27,16 +27,17 @@ BESIDE = (8, 32, 64, 128, 192, 256, 384, 512, 768)
 SLACK = 1.2
 
 
-def decode_shapes(sequences: int) -> list[StepShape]:
+def decode_shapes(sequences: int, fewest: int = 2) -> list[StepShape]:
     """Batches of up to ``sequences`` that decode: dense where few do, a quarter apart at most where many do.
 
-    There is none below 2: a compiled pass treats a batch of one as a case of its own, and two cost the same.
+    A compiled pass treats a batch of one as a case of its own, so there is one for it only where a second row costs
+    more, as it does where it needs other weights.
     """
-    sizes, size = [], 2
+    sizes, size = [size for size in range(fewest, 2) if size < sequences], 2
     while size < sequences:
         sizes.append(size)
         size += max(2, 1 << max(size.bit_length() - 3, 0))
-    return [StepShape(size) for size in (*sizes, max(sequences, 2))]
+    return [StepShape(size) for size in (*sizes, max(sequences, fewest))]
 
 
 def prompt_shapes(sequences: int, tokens: int) -> list[StepShape]:

@@ -17,7 +17,7 @@ from penstock.core.garbage import settled
 from penstock.core.progress import Reporter, silent
 from penstock.models.attention import AttentionContext
 from penstock.models.decoder import Decoder
-from penstock.ops.draw import draw_softmax
+from penstock.ops.cuts import draw_cut
 from penstock.ops.paged.contract import PagedCache
 from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.sampler import Sampled, Sampler
@@ -100,9 +100,9 @@ class Runner:
         common: dict[str, Any] = {"pages": self._pages, "padding": self.blocks, "pool": torch.cuda.graph_pool_handle()}
         # A step with windows is one with prompts: some tokens each, of which several are scored.
         prompts = StepGraphs(self._begun_in_place, 3, self.cache, **common)
-        decodes = StepGraphs(self._decoded, 6, self.cache, **common)
+        decodes = StepGraphs(self._decoded, 9, self.cache, **common)
         timed = functools.partial(seconds, self._begun, 3, self.cache, self.blocks)
-        alone = decode_shapes(sequences)
+        alone = decode_shapes(sequences, fewest=1 if self.shape.moe else 2)
         with report("compiling", 1, "model") as bar:
             # Kernels are chosen for the first size that they meet.
             timed(alone[-1])
@@ -129,11 +129,11 @@ class Runner:
         return tuple(place[: len(new)].copy_(new) for place, new in zip(self._place, begun, strict=True))
 
     def _decoded(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits, and the tokens that are drawn from them, of sequences that decode. ``inputs`` int64 [6, N] are a
+        """The logits, and the tokens that are drawn from them, of sequences that decode. ``inputs`` int64 [9, N] are a
         part's and its draws. The tokens are put where the next step finds them."""
         logits = self.model.logits(self._tip(*self._begun(inputs[:3])))
-        tokens = draw_softmax(logits, *inputs[3:5].view(torch.float64))
-        self._newest.index_copy_(0, inputs[5], tokens)
+        tokens = draw_cut(logits, inputs[3:8].view(torch.float64))
+        self._newest.index_copy_(0, inputs[8], tokens)
         return logits, tokens
 
     def launch(self, batch: Batch) -> Sampled | None:

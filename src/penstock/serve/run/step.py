@@ -23,8 +23,8 @@ class Part:
         plan: where they belong.
         scored: rows after which the scores of the next token are wanted.
         rated: rows after which the log-probability of the prompt's next token is.
-        draws: int64 [3, S], of the S scored ones: how the next token would be drawn, as float64, if its sequence asked
-            for nothing special; and where it belongs in the list of newest ones.
+        draws: int64 [6, S], of the S scored ones: how the next token is drawn where nothing changes the scores, as
+            float64 (see :attr:`Asked.draws`); and where it belongs in the list of newest ones.
     """
 
     inputs: np.ndarray

@@ -1,0 +1,89 @@
+"""The feed-forward of a mixture of experts, and the choice of the experts: what inference on CUDA computes in kernels
+of its own, and everything else by operators."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import custom_op
+
+from penstock.ops.grouped import grouped_linear
+
+
+def top_few(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest of each row of ``scores`` [N, E], from the largest down, and their places, int64:
+    [N, count] each. Of equals the first on CUDA, where a kernel finds them; there are no more than a few hundred."""
+    if scores.is_cuda and not _wants_grad(scores):
+        values, places = _top_few(scores, count)
+        return values, places
+    found = scores.topk(count, -1)
+    return found.values, found.indices
+
+
+def by_expert(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The assignments of N tokens to ``experts`` int64 [N, k] in the order of the ``count`` experts, those of an expert
+    as they come: int64 [N * k]; and where each expert's end, int32 [count]."""
+    chosen = experts.flatten()
+    return chosen.argsort(stable=True), F.one_hot(chosen, count).sum(0).cumsum(0).to(torch.int32)
+
+
+def mixed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """What the experts of each token make of it, added up with their weights, in the router's order: the same sum every
+    time, which adding from the experts' side is not on CUDA.
+
+    Args:
+        x: [N, hidden].
+        experts: int64 [N, k], of each token.
+        weights: [N, k], of each of these.
+        gate_up: [E, 2 * ffn, hidden].
+        down: [E, hidden, ffn].
+
+    Returns:
+        [N, hidden].
+    """
+    gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
+    if x.is_cuda and x.dtype == torch.bfloat16 and not _wants_grad(x, weights, gate_up, down):
+        each: Tensor = _weighted(x, experts, weights, gate_up, down)
+        return each.sum(1)
+    order, ends = by_expert(experts, len(gate_up))
+    gate, up = grouped_linear(x[order // experts.shape[1]], gate_up, ends).chunk(2, -1)
+    return gathered(grouped_linear(F.silu(gate) * up, down, ends), order, weights)
+
+
+def gathered(found: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Each token's sum [N, hidden] of what was ``found`` [N * k, hidden] by its experts, with ``weights`` [N, k]; it is
+    in such an ``order`` as :func:`by_expert` gives."""
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    own = found[back].view(*weights.shape, -1)
+    return (own * weights.unsqueeze(-1).to(found.dtype)).sum(1)
+
+
+def _wants_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+
+
+@custom_op("penstock::top_few", mutates_args=())
+def _top_few(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    from penstock.ops.experts_kernel import largest
+
+    return largest(scores.contiguous(), count)
+
+
+@_top_few.register_fake
+def _(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    shape = (scores.shape[0], count)
+    return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)
+
+
+@custom_op("penstock::weighted_experts", mutates_args=())
+def _weighted(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """[N, k, hidden]: what each expert of each token makes of it, times its weight."""
+    from penstock.ops.experts_kernel import weighted
+
+    return weighted(x.contiguous(), experts.contiguous(), weights.contiguous(), gate_up, down)
+
+
+@_weighted.register_fake
+def _(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return x.new_empty(*experts.shape, x.shape[1])

@@ -1,0 +1,209 @@
+"""Kernels for a mixture of experts on CUDA: choosing, ordering, and the two products.
+
+Decoding reads the weights of all experts that are chosen, for a few rows each; so what counts is how fast they are
+read, and that nothing stands between. Every sum is added up in one order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Assignments that are looked at together while they are ordered.
+PIECE = 2048
+
+
+class Tile(NamedTuple):
+    """What a program of a product works on: rows and columns of the result, and how much of each sum at a time; and
+    how many tiles in a row share their columns' weights before the next columns come."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+#: By how many rows an expert has on average, at most: tiles for gate and up, and for down. Measured on an H100.
+TILES = [
+    (4, Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)),
+    (24, Tile(16, 64, 64, 4, 4), Tile(16, 128, 64, 4, 4)),
+    (48, Tile(32, 64, 64, 4, 4), Tile(32, 128, 64, 4, 4)),
+    (96, Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)),
+]
+MANY = Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def largest_kernel(  # type: ignore[no-untyped-def]
+    scores, values, places, size, few: tl.constexpr, padded: tl.constexpr
+):  # fmt: skip
+    """values, places [N, few] of scores [N, size]: one program a row, which takes out one largest after the other."""
+    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, padded)
+    left = tl.load(scores + row * size + lane, lane < size, -float("inf")).to(tl.float32)
+    # Where a score is not a number, or nothing above -inf is left, places must be distinct all the same.
+    left = tl.where(left == left, left, -float("inf"))
+    free = lane < size
+    for rank in range(few):
+        top = tl.max(tl.where(free, left, -float("inf")), 0)
+        place = tl.min(tl.where(free & (left == top), lane, padded), 0)
+        tl.store(values + row * few + rank, top.to(values.dtype.element_ty))
+        tl.store(places + row * few + rank, place.to(tl.int64))
+        free = free & (lane != place)
+
+
+def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest of each row of contiguous ``scores`` [N, E], in order, and their places."""
+    rows, size = scores.shape
+    values = scores.new_empty(rows, count)
+    places = torch.empty(rows, count, dtype=torch.int64, device=scores.device)
+    if rows:
+        largest_kernel[(rows,)](scores, values, places, size, count, triton.next_power_of_2(size), num_warps=1)
+    return values, places
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def order_kernel(  # type: ignore[no-untyped-def]
+    experts, order, ends, count, piece: tl.constexpr
+):  # fmt: skip
+    """order [count]: the assignments to experts [count] sorted by expert, and where the last of each expert is. One
+    program for an expert, which looks at all assignments: how many are before its own, and which are its own."""
+    own = tl.program_id(0)
+    lane = tl.arange(0, piece)
+    before = tl.zeros((piece,), tl.int32)
+    for start in range(0, count, piece):
+        chosen = tl.load(experts + start + lane, start + lane < count, own).to(tl.int32)
+        before += (chosen < own).to(tl.int32)
+    first = tl.sum(before, 0)
+    for start in range(0, count, piece):
+        inside = start + lane < count
+        chosen = tl.load(experts + start + lane, inside, -1).to(tl.int32)
+        mine = (chosen == own).to(tl.int32)
+        place = first + tl.cumsum(mine, 0) - 1
+        tl.store(order + place, (start + lane).to(tl.int32), mine > 0)
+        first += tl.sum(mine, 0)
+    tl.store(ends + own, first)
+
+
+def ordered(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As :func:`penstock.ops.experts.by_expert`, both int32."""
+    order = torch.empty(experts.numel(), dtype=torch.int32, device=experts.device)
+    ends = torch.empty(count, dtype=torch.int32, device=experts.device)
+    piece = min(triton.next_power_of_2(max(experts.numel(), 32)), PIECE)
+    order_kernel[(count,)](experts, order, ends, experts.numel(), piece, num_warps=4)
+    return order, ends
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile_of(  # type: ignore[no-untyped-def]
+    ends, tile, rows: tl.constexpr, groups: tl.constexpr, padded: tl.constexpr
+):  # fmt: skip
+    """Which expert the ``tile`` of so many rows belongs to, its first row, and where the expert's rows end; ``groups``
+    for a tile behind the last."""
+    group = tl.arange(0, padded)
+    stop = tl.load(ends + group, group < groups, 0)
+    start = tl.load(ends + group - 1, (group > 0) & (group < groups), 0)
+    tiles = tl.where(group < groups, (stop - start + rows - 1) // rows, 0)
+    reached = tl.cumsum(tiles, 0)
+    own = tl.sum((reached <= tile).to(tl.int32), 0)
+    first = tl.sum(tl.where(group == own, start + (tile - (reached - tiles)) * rows, 0), 0)
+    return tl.where(own < groups, own, groups), first, tl.sum(tl.where(group == own, stop, 0), 0)
+
+
+@triton.jit(do_not_specialize=["tiles"])  # type: ignore[untyped-decorator]
+def gated_kernel(  # type: ignore[no-untyped-def]
+    x, weight, out, order, ends, tiles, ffn, size,
+    few: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, depth: tl.constexpr,
+    groups: tl.constexpr, padded: tl.constexpr,
+):  # fmt: skip
+    """out [M, ffn] = silu(gate) * up of assignments in ``order``, where gate and up are x [N, size] times transposed
+    halves of weight [groups, 2 * ffn, size]. One program for a tile of the result."""
+    tile, column = tl.program_id(0) % tiles, tl.program_id(0) // tiles * columns + tl.arange(0, columns)
+    own, first, stop = _tile_of(ends, tile, rows, groups, padded)
+    if own >= groups:
+        return
+    row, lane = first + tl.arange(0, rows), tl.arange(0, depth)
+    inside_rows, inside_columns = row < stop, column < ffn
+    token = tl.load(order + row, inside_rows, 0) // few
+    from_x = x + token.to(tl.int64)[:, None] * size + lane[None, :]
+    from_gate = weight + own.to(tl.int64) * 2 * ffn * size + column.to(tl.int64)[None, :] * size + lane[:, None]
+    from_up = from_gate + ffn.to(tl.int64) * size
+    gate = tl.zeros((rows, columns), tl.float32)
+    up = tl.zeros((rows, columns), tl.float32)
+    for at in range(0, size, depth):
+        inside = at + lane < size
+        a = tl.load(from_x + at, inside_rows[:, None] & inside[None, :], 0.0)
+        b = tl.load(from_gate + at, inside_columns[None, :] & inside[:, None], 0.0)
+        c = tl.load(from_up + at, inside_columns[None, :] & inside[:, None], 0.0)
+        gate = tl.dot(a, b, gate)
+        up = tl.dot(a, c, up)
+    kind = out.dtype.element_ty
+    # Rounded where two products and operators between them would round.
+    gate, up = gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32)
+    value = (gate / (1 + tl.exp(-gate))).to(kind).to(tl.float32) * up
+    to = out + row.to(tl.int64)[:, None] * ffn + column[None, :]
+    tl.store(to, value.to(kind), inside_rows[:, None] & inside_columns[None, :])
+
+
+@triton.jit(do_not_specialize=["tiles"])  # type: ignore[untyped-decorator]
+def down_kernel(  # type: ignore[no-untyped-def]
+    x, weight, out, order, shares, ends, tiles, height, size,
+    rows: tl.constexpr, columns: tl.constexpr, depth: tl.constexpr, groups: tl.constexpr, padded: tl.constexpr,
+):  # fmt: skip
+    """out [M, height], each row where its assignment belongs, = x [M, size], in ``order``, times the transpose of its
+    expert's weight [groups, height, size], and its share [M]."""
+    tile, column = tl.program_id(0) % tiles, tl.program_id(0) // tiles * columns + tl.arange(0, columns)
+    own, first, stop = _tile_of(ends, tile, rows, groups, padded)
+    if own >= groups:
+        return
+    row, lane = first + tl.arange(0, rows), tl.arange(0, depth)
+    inside_rows, inside_columns = row < stop, column < height
+    place = tl.load(order + row, inside_rows, 0)
+    from_x = x + row.to(tl.int64)[:, None] * size + lane[None, :]
+    from_weight = weight + own.to(tl.int64) * height * size + column.to(tl.int64)[None, :] * size + lane[:, None]
+    total = tl.zeros((rows, columns), tl.float32)
+    for at in range(0, size, depth):
+        inside = at + lane < size
+        a = tl.load(from_x + at, inside_rows[:, None] & inside[None, :], 0.0)
+        b = tl.load(from_weight + at, inside_columns[None, :] & inside[:, None], 0.0)
+        total = tl.dot(a, b, total)
+    kind = out.dtype.element_ty
+    share = tl.load(shares + place, inside_rows, 0.0).to(tl.float32)
+    value = total.to(kind).to(tl.float32) * share[:, None]
+    to = out + place.to(tl.int64)[:, None] * height + column[None, :]
+    tl.store(to, value.to(kind), inside_rows[:, None] & inside_columns[None, :])
+
+
+def weighted(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """What each of its ``experts`` [N, k] makes of each token ``x`` [N, hidden], times its share: [N, k, hidden]."""
+    groups, height, _ = down.shape
+    out = torch.empty(*experts.shape, height, dtype=x.dtype, device=x.device)
+    if not experts.numel():
+        return out
+    wide, narrow = next(((wide, narrow) for most, wide, narrow in TILES if experts.numel() <= most * groups), MANY)
+    return multiply(x, experts, shares, gate_up, down, out, wide, narrow)
+
+
+def multiply(
+    x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor, out: Tensor, wide: Tile, narrow: Tile
+) -> Tensor:
+    """:func:`weighted` by such tiles, in ``out``."""
+    (groups, height, ffn), few, count = down.shape, experts.shape[1], experts.numel()
+    order, ends = ordered(experts, groups)
+    hidden = torch.empty(count, ffn, dtype=x.dtype, device=x.device)
+    padded = triton.next_power_of_2(groups)
+    tiles = min(count, triton.cdiv(count, wide.rows) + groups)
+    gated_kernel[(tiles * triton.cdiv(ffn, wide.columns),)](
+        x, gate_up, hidden, order, ends, tiles, ffn, x.shape[1],
+        few, wide.rows, wide.columns, wide.depth, groups, padded, num_warps=wide.warps, num_stages=wide.stages,
+    )  # fmt: skip
+    tiles = min(count, triton.cdiv(count, narrow.rows) + groups)
+    down_kernel[(tiles * triton.cdiv(height, narrow.columns),)](
+        hidden, down, out, order, shares, ends, tiles, height, ffn,
+        narrow.rows, narrow.columns, narrow.depth, groups, padded, num_warps=narrow.warps, num_stages=narrow.stages,
+    )  # fmt: skip
+    return out
