@@ -78,9 +78,10 @@ def _floor(scores: Tensor, cuts: Cuts, by_k: bool, by_p: bool) -> Floor:
         score = ranked.gather(-1, limit - 1).squeeze(-1)
         if by_p:
             ranked = ranked.masked_fill(ranked < score.unsqueeze(-1), -torch.inf)
-            above = _weights(ranked, top, heat).masked_fill(ranked <= score.unsqueeze(-1), 0).cumsum(-1)[:, -1]
+            above = _weights(ranked, top, heat).masked_fill(ranked <= score.unsqueeze(-1), 0)
             tied = (scores == score.unsqueeze(-1)).sum(-1)
-            whole = above + tied * _weights(score.unsqueeze(-1), top, heat).squeeze(-1)
+            # Cumulated, since a plain sum may depend on how many zeros are behind.
+            whole = above.double().cumsum(-1)[:, -1] + tied * _weights(score.unsqueeze(-1), top, heat).squeeze(-1)
             score, ties = _reached(ranked, top, heat, cuts.top_p * whole)
     elif by_p:
         score, ties = _share(scores, top, heat, cuts.top_p)
@@ -92,13 +93,13 @@ def _share(scores: Tensor, top: Tensor, heat: Tensor, share: Tensor) -> tuple[Te
     """The floor under the tokens that reach a ``share`` [R] of the probability together, of all of ``scores`` [R, V]:
     as a score [R], and how many that tie with it stay [R]."""
     size = scores.shape[-1]
-    aim = share * _weights(scores, top, heat).sum(-1)
+    aim = share * _weights(scores, top, heat).sum(-1, dtype=torch.float64)
     if size <= 2 * SHORTLIST:
         return _reached(scores.sort(-1, descending=True).values, top, heat, aim)
     # Of a large vocabulary, a small part nearly always reaches the share.
     ranked = scores.topk(SHORTLIST, -1).values
     score, ties = _reached(ranked, top, heat, aim)
-    short = (_weights(ranked, top, heat).cumsum(-1)[:, -1] < aim).nonzero().squeeze(-1)
+    short = (_weights(ranked, top, heat).double().cumsum(-1)[:, -1] < aim).nonzero().squeeze(-1)
     if len(short):
         whole = scores[short].sort(-1, descending=True).values
         score[short], ties[short] = _reached(whole, top[short], heat[short], aim[short])
@@ -108,7 +109,7 @@ def _share(scores: Tensor, top: Tensor, heat: Tensor, share: Tensor) -> tuple[Te
 def _reached(ranked: Tensor, top: Tensor, heat: Tensor, aim: Tensor) -> tuple[Tensor, Tensor]:
     """Where the weights of ``ranked`` scores [R, K], from the best one down, reach ``aim`` [R] together, at the latest
     at the last: that score, and how many of its ties it takes, which may be more than are ranked."""
-    each = _weights(ranked, top, heat)
+    each = _weights(ranked, top, heat).double()
     before = F.pad(each.cumsum(-1)[:, :-1], (1, 0))
     # A token stays if those before it do not reach the aim yet, so that the first always stays.
     last = (before < aim.unsqueeze(-1)).sum(-1, keepdim=True).clamp(min=1) - 1
@@ -120,6 +121,6 @@ def _reached(ranked: Tensor, top: Tensor, heat: Tensor, aim: Tensor) -> tuple[Te
 
 
 def _weights(scores: Tensor, top: Tensor, heat: Tensor) -> Tensor:
-    """What the probabilities of ``scores`` [R, n] are proportional to, in fp64. Counted from the largest score ``top``
-    [R], they stay numbers however small the temperature ``heat`` [R] is."""
-    return ((scores - top.unsqueeze(-1)).double() / heat.unsqueeze(-1)).exp()
+    """What the probabilities of ``scores`` [R, n] are proportional to. Counted from the largest score ``top`` [R], they
+    stay numbers however small the temperature ``heat`` [R] is."""
+    return ((scores - top.unsqueeze(-1)) / heat.float().unsqueeze(-1)).exp()

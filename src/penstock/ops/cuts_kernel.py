@@ -9,6 +9,8 @@ from torch import Tensor
 
 #: Scores that lie side by side in a piece of a row, how many such lines a piece has, and warps of a program.
 LANES, LINES, WARPS = 4096, 4, 16
+#: Lanes that are kept in registers, where so few have all that top-k leaves.
+FEW = 128
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -34,45 +36,124 @@ def _piece(row, start, size, lanes: tl.constexpr, lines: tl.constexpr):  # type:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _counts(  # type: ignore[no-untyped-def]
-    row, size, a, b, c, narrow: tl.constexpr, lanes: tl.constexpr, lines: tl.constexpr
+def _quarters(low, high):  # type: ignore[no-untyped-def]
+    """Three keys that divide the interval [low, high)."""
+    return low + (high - low) // 4, low + (high - low) // 2, low + 3 * (high - low) // 4
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _thirds(low, high, narrow: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Three keys inside the interval [low, high): its middle, and by value a third and two, in order. Scores are more
+    even in value; but where a few lie far off, half of the keys is gone each time all the same."""
+    down, up, half = _score(low, narrow), _score(high - 1, narrow), low + (high - low) // 2
+    one = tl.minimum(tl.maximum(_key(down + (up - down) * 0.333, narrow).to(tl.int64), low + 1), high - 1)
+    two = tl.minimum(tl.maximum(_key(down + (up - down) * 0.667, narrow).to(tl.int64), low + 1), high - 1)
+    least, most = tl.minimum(one, two), tl.maximum(one, two)
+    return tl.minimum(least, half), tl.maximum(least, tl.minimum(most, half)), tl.maximum(most, half)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _narrowed(low, high, a, b, c, at_a, at_b, at_c, wanted):  # type: ignore[no-untyped-def]
+    """The part of [low, high) in which what is above falls below what is ``wanted``. Also where scores are not numbers,
+    it is smaller."""
+    end = tl.where(at_a < wanted, a, tl.where(at_b < wanted, b, tl.where(at_c < wanted, c, high)))
+    return tl.where(at_a < wanted, low, tl.where(at_b < wanted, a, tl.where(at_c < wanted, b, c))), end
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _count_floor(keys, low, high, wanted):  # type: ignore[no-untyped-def]
+    """The largest key in [low, high) that ``wanted`` of ``keys`` reach."""
+    while high - low > 1:
+        a, b, c = _quarters(low, high)
+        at_a = tl.sum((keys >= a.to(tl.int32)).to(tl.int32))
+        at_b = tl.sum((keys >= b.to(tl.int32)).to(tl.int32))
+        at_c = tl.sum((keys >= c.to(tl.int32)).to(tl.int32))
+        low, high = _narrowed(low, high, a, b, c, at_a, at_b, at_c, wanted)
+    return low
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _count_floor_of_row(  # type: ignore[no-untyped-def]
+    row, size, low, high, wanted, narrow: tl.constexpr, lanes: tl.constexpr, lines: tl.constexpr
 ):  # fmt: skip
-    """How many scores have a key of at least ``a``, ``b``, ``c``, each int32 [lanes] to be summed."""
-    above_a = tl.zeros((lanes,), tl.int32)
-    above_b, above_c = above_a, above_a
-    for start in range(0, size, lanes * lines):
-        key = _key(_piece(row, start, size, lanes, lines), narrow)
-        above_a += tl.sum((key >= a).to(tl.int32), 0)
-        above_b += tl.sum((key >= b).to(tl.int32), 0)
-        above_c += tl.sum((key >= c).to(tl.int32), 0)
-    return tl.sum(above_a, 0), tl.sum(above_b, 0), tl.sum(above_c, 0)
+    """The same of all scores of a ``row``, or a smaller key that exactly as many reach."""
+    exact = 0
+    while (high - low > 1) & (exact == 0):
+        a, b, c = _quarters(low, high)
+        above_a = tl.zeros((lanes,), tl.int32)
+        above_b, above_c = above_a, above_a
+        for start in range(0, size, lanes * lines):
+            key = _key(_piece(row, start, size, lanes, lines), narrow)
+            above_a += tl.sum((key >= a.to(tl.int32)).to(tl.int32), 0)
+            above_b += tl.sum((key >= b.to(tl.int32)).to(tl.int32), 0)
+            above_c += tl.sum((key >= c.to(tl.int32)).to(tl.int32), 0)
+        at_a, at_b, at_c = tl.sum(above_a, 0), tl.sum(above_b, 0), tl.sum(above_c, 0)
+        exact = ((at_a == wanted) | (at_b == wanted) | (at_c == wanted)).to(tl.int32)
+        low, high = _narrowed(low, high, a, b, c, at_a, at_b, at_c, wanted)
+    return low
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _mass_floor(keys, weights, low, high, aim):  # type: ignore[no-untyped-def]
+    """The largest key in [low, high) at which ``weights`` reach ``aim`` together, and what those above it have."""
+    above = 0.0 * aim
+    while high - low > 1:
+        a, b, c = _quarters(low, high)
+        at_a = tl.sum(tl.where(keys >= a.to(tl.int32), weights, 0.0)).to(tl.float64)
+        at_b = tl.sum(tl.where(keys >= b.to(tl.int32), weights, 0.0)).to(tl.float64)
+        at_c = tl.sum(tl.where(keys >= c.to(tl.int32), weights, 0.0)).to(tl.float64)
+        above = tl.where(at_a < aim, at_a, tl.where(at_b < aim, at_b, tl.where(at_c < aim, at_c, above)))
+        low, high = _narrowed(low, high, a, b, c, at_a, at_b, at_c, aim)
+    return low, above
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _masses(  # type: ignore[no-untyped-def]
-    row, size, top, cold, a, b, c, narrow: tl.constexpr, lanes: tl.constexpr, lines: tl.constexpr
+    row, size, top, cold, a, b, c, lanes: tl.constexpr, lines: tl.constexpr
 ):  # fmt: skip
-    """The weight of the scores whose keys are at least ``a``, ``b``, ``c``, counted from ``top``: float64."""
+    """The weight of the scores of a ``row`` that reach the scores ``a``, ``b``, ``c``, counted from ``top``: float64.
+    Scores are compared, not keys, which would have to be made of all."""
     above_a = tl.zeros((lanes,), tl.float32)
     above_b, above_c = above_a, above_a
     for start in range(0, size, lanes * lines):
         score = _piece(row, start, size, lanes, lines)
-        key, weight = _key(score, narrow), tl.exp((score - top) * cold)
-        above_a += tl.sum(tl.where(key >= a, weight, 0.0), 0)
-        above_b += tl.sum(tl.where(key >= b, weight, 0.0), 0)
-        above_c += tl.sum(tl.where(key >= c, weight, 0.0), 0)
+        weight = tl.exp2((score - top) * cold)
+        above_a += tl.sum(tl.where(score >= a, weight, 0.0), 0)
+        above_b += tl.sum(tl.where(score >= b, weight, 0.0), 0)
+        above_c += tl.sum(tl.where(score >= c, weight, 0.0), 0)
     return tl.sum(above_a.to(tl.float64), 0), tl.sum(above_b.to(tl.float64), 0), tl.sum(above_c.to(tl.float64), 0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _mass_floor_of_row(  # type: ignore[no-untyped-def]
+    row, size, top, cold, low, high, aim, narrow: tl.constexpr, lanes: tl.constexpr, lines: tl.constexpr
+):  # fmt: skip
+    """As :func:`_mass_floor`, of all scores of a ``row``."""
+    above = 0.0 * aim
+    while high - low > 1:
+        a, b, c = _thirds(low, high, narrow)
+        at_a, at_b, at_c = _masses(
+            row, size, top, cold, _score(a, narrow), _score(b, narrow), _score(c, narrow), lanes, lines
+        )
+        above = tl.where(at_a < aim, at_a, tl.where(at_b < aim, at_b, tl.where(at_c < aim, at_c, above)))
+        low, high = _narrowed(low, high, a, b, c, at_a, at_b, at_c, aim)
+    return low, above
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def floor_kernel(  # type: ignore[no-untyped-def]
-    scores, cuts, floors, ties, count, size,
-    narrow: tl.constexpr, lanes: tl.constexpr, lines: tl.constexpr, many: tl.constexpr,
+    scores, cuts, floors, ties, picked, count, size,
+    narrow: tl.constexpr, lanes: tl.constexpr, lines: tl.constexpr, depth: tl.constexpr,
+    few: tl.constexpr, many: tl.constexpr,
 ):  # fmt: skip
     """floors, ties [count] of scores [count, size] under cuts float64 [4, count]: temperature, top-k, top-p and min-p.
+    ``picked`` [count, few] is room for notes.
+
     One program a row, which looks for the floor among the keys: it keeps an interval [low, high) in which it lies, and
-    asks at three places inside how much is above, until nothing is left to be asked."""
-    own = tl.program_id(0)
+    asks at three places inside how much is above, until nothing is left to be asked. Score s is in lane s % lanes. The
+    best of each lane are as many tokens, so what the k-th best of these does not reach, top-k cuts; and what reaches
+    it is in k lanes, or a few more that tie, which registers can hold."""
+    own, lane = tl.program_id(0), tl.arange(0, lanes)
     row = scores + own.to(tl.int64) * size
     temperature, top_k = tl.load(cuts + own), tl.load(cuts + count + own)
     top_p, min_p = tl.load(cuts + 2 * count + own), tl.load(cuts + 3 * count + own)
@@ -80,62 +161,54 @@ def floor_kernel(  # type: ignore[no-untyped-def]
     tl.store(ties + own, many)
     if (temperature <= 0) | ((top_k <= 0) & (top_p >= 1) & (min_p <= 0)):
         return
-    lowest = _key(tl.full((lanes,), -float("inf"), tl.float32), narrow)
+    lowest = tl.full((lanes,), -float("inf"), tl.float32)
     best = lowest
     for start in range(0, size, lanes * lines):
-        best = tl.maximum(best, tl.max(_key(_piece(row, start, size, lanes, lines), narrow), 0))
-    least = tl.min(lowest, 0).to(tl.int64)
-    end = tl.max(best, 0).to(tl.int64) + 1
+        best = tl.maximum(best, tl.max(_piece(row, start, size, lanes, lines), 0))
+    best = _key(best, narrow)
+    low, end = tl.min(_key(lowest, narrow), 0).to(tl.int64), tl.max(best, 0).to(tl.int64) + 1
     heat = tl.maximum(temperature, 1e-30)
-    top, cold = _score(end - 1, narrow), (1 / heat).to(tl.float32)
-    low, left = least, many
+    top, cold = _score(end - 1, narrow), (1.4426950408889634 / heat).to(tl.float32)
+    left, above, aim, share = many, 0.0 * heat, 0.0 * heat, top_p < 1
     if (top_k > 0) & (top_k < size):
         wanted = top_k.to(tl.int32)
         if wanted <= lanes:
-            # The best of each lane are as many tokens: with k of them above it, a score is not above the k-th best.
-            high = end
-            while high - low > 1:
-                middle = low + (high - low) // 2
-                enough = tl.sum((best >= middle.to(tl.int32)).to(tl.int32), 0) >= wanted
-                low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
-        high, exact = end, 0
-        while (high - low > 1) & (exact == 0):
-            a = low + (high - low) // 4
-            b = low + (high - low) // 2
-            c = low + 3 * (high - low) // 4
-            above_a, above_b, above_c = _counts(
-                row, size, a.to(tl.int32), b.to(tl.int32), c.to(tl.int32), narrow, lanes, lines
-            )
-            exact = ((above_a == wanted) | (above_b == wanted) | (above_c == wanted)).to(tl.int32)
-            high = tl.where(above_a < wanted, a, tl.where(above_b < wanted, b, tl.where(above_c < wanted, c, high)))
-            low = tl.where(above_a < wanted, low, tl.where(above_b < wanted, a, tl.where(above_c < wanted, b, c)))
-    if top_p < 1:
-        base = low.to(tl.int32)
-        whole, _, _ = _masses(row, size, top, cold, base, base, base, narrow, lanes, lines)
+            low = _count_floor(best, low, end, wanted)
+        mine = (best >= low.to(tl.int32)).to(tl.int32)
+        number = tl.sum(mine, 0)
+        if number <= few:
+            tl.store(picked + own * few + tl.cumsum(mine, 0) - 1, lane, mine > 0)
+            tl.debug_barrier()
+            place = tl.arange(0, few)
+            which = tl.load(picked + own * few + place, place < number, 0)
+            at = which[:, None] + tl.arange(0, depth)[None, :] * lanes
+            kept = tl.load(row + at, (place < number)[:, None] & (at < size), -float("inf")).to(tl.float32)
+            keys = _key(kept, narrow)
+            low = _count_floor(keys, low, end, wanted)
+            if share:
+                weights = tl.where(keys >= low.to(tl.int32), tl.exp2((kept - top) * cold), 0.0)
+                aim = top_p * tl.sum(weights).to(tl.float64)
+                low, above = _mass_floor(keys, weights, low, end, aim)
+                share = top_p > 1
+                left = 0
+        else:
+            low = _count_floor_of_row(row, size, low, end, wanted, narrow, lanes, lines)
+    if share:
+        least = _score(low, narrow)
+        whole, _, _ = _masses(row, size, top, cold, least, least, least, lanes, lines)
         aim = top_p * whole
         # Tokens below this score do not have the rest of the probability even if all are there.
         rest = top.to(tl.float64) + heat * tl.log(0.5 * (1 - top_p) * whole / size)
         low = tl.maximum(low, tl.minimum(_key(rest.to(tl.float32), narrow).to(tl.int64), end - 1))
-        high, above = end, 0.0 * whole
-        while high - low > 1:
-            a = low + (high - low) // 4
-            b = low + (high - low) // 2
-            c = low + 3 * (high - low) // 4
-            above_a, above_b, above_c = _masses(
-                row, size, top, cold, a.to(tl.int32), b.to(tl.int32), c.to(tl.int32), narrow, lanes, lines
-            )
-            above = tl.where(
-                above_a < aim, above_a, tl.where(above_b < aim, above_b, tl.where(above_c < aim, above_c, above))
-            )
-            high = tl.where(above_a < aim, a, tl.where(above_b < aim, b, tl.where(above_c < aim, c, high)))
-            # Also where scores are not numbers, the interval gets smaller.
-            low = tl.where(above_a < aim, low, tl.where(above_b < aim, a, tl.where(above_c < aim, b, c)))
-        weight = tl.exp((_score(low, narrow) - top) * cold).to(tl.float64)
-        left = tl.where(weight > 0, tl.minimum(tl.maximum(tl.ceil((aim - above) / weight), 1), many), 1).to(tl.int32)
+        low, above = _mass_floor_of_row(row, size, top, cold, low, end, aim, narrow, lanes, lines)
+        left = 0
     floor = _score(low, narrow)
-    share = (top.to(tl.float64) + heat * tl.log(min_p)).to(tl.float32) if min_p > 0 else floor
-    tl.store(floors + own, tl.maximum(floor, share))
-    tl.store(ties + own, tl.where(share > floor, many, left))
+    if left == 0:
+        weight = tl.exp2((floor - top) * cold).to(tl.float64)
+        left = tl.where(weight > 0, tl.minimum(tl.maximum(tl.ceil((aim - above) / weight), 1), many), 1).to(tl.int32)
+    shortest = (top.to(tl.float64) + heat * tl.log(min_p)).to(tl.float32) if min_p > 0 else floor
+    tl.store(floors + own, tl.maximum(floor, shortest))
+    tl.store(ties + own, tl.where(shortest > floor, many, left))
 
 
 def floors(scores: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +219,10 @@ def floors(scores: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor]:
     count, size = scores.shape
     score = torch.empty(count, dtype=torch.float32, device=scores.device)
     ties = torch.empty(count, dtype=torch.int64, device=scores.device)
+    picked = torch.empty(count, FEW, dtype=torch.int32, device=scores.device)
     floor_kernel[(count,)](
-        scores, cuts, score, ties, count, size, scores.dtype == torch.bfloat16, LANES, LINES, MANY, num_warps=WARPS
-    )
+        scores, cuts, score, ties, picked, count, size,
+        scores.dtype == torch.bfloat16, LANES, LINES, triton.next_power_of_2(triton.cdiv(size, LANES)), FEW, MANY,
+        num_warps=WARPS,
+    )  # fmt: skip
     return score, ties

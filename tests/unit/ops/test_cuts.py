@@ -49,9 +49,9 @@ def is_decided(logits: torch.Tensor, options: Sampling) -> bool:
     """Whether no cut runs so close to a token that rounding alone says on which side it falls."""
     chances = distribution(logits.double(), options.model_copy(update={"top_p": 1.0, "min_p": 0.0}))
     ordered = torch.tensor(sorted(chances, reverse=True), dtype=torch.float64)
-    near_p = options.top_p < 1 and (ordered.cumsum(0) - options.top_p).abs().min() < 1e-12
-    # Scores are compared in float32, whose steps a low temperature makes large.
+    # Weights are float32, as scores are, whose steps a low temperature makes large.
     step = 1e-6 * (1 + float(logits[logits > -math.inf].abs().max()) / max(options.temperature, 1e-9))
+    near_p = options.top_p < 1 and (ordered.cumsum(0) - options.top_p).abs().min() < step
     near_m = 0 < options.min_p < 1 and ((ordered / ordered[0]).log() - math.log(options.min_p)).abs().min() < step
     return not near_p and not near_m
 
@@ -67,8 +67,8 @@ def test_what_stays_is_what_the_reference_keeps(rows):
         assume(is_decided(scores, options))
         if options.temperature > 0:
             chances = torch.tensor(distribution(scores.double(), options))
-            weighty = ((scores.double() - scores.max()) / options.temperature).exp() > 0
-            assert torch.equal(own & weighty, chances > 0)
+            weighty = ((scores.double() - scores.max()) / options.temperature).exp() > 1e-37
+            assert torch.equal(own & weighty, (chances > 0) & weighty)
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.99, 0.9999])
@@ -122,3 +122,13 @@ def test_a_row_has_the_same_token_whatever_the_others_ask_for():
     together = draw_cut(logits, draws(options, uniform))
     alone = [int(draw_cut(logits[row : row + 1], draws([options[row]], uniform[row]))) for row in range(40)]
     assert together.tolist() == alone
+
+
+@pytest.mark.parametrize(("top_p", "count"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.76, 4)])
+@pytest.mark.parametrize("top_k", [None, 1, 4, 9])
+def test_a_share_that_is_reached_exactly_needs_no_further_token(top_p, count, top_k):
+    """Four that tie, of a weight that no rounding blurs; those that tie with the k-th stay, so that top-k says
+    nothing. The others have none."""
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf, 0.0, 0.0]])
+    found = kept(logits, [Sampling(top_p=top_p, top_k=top_k)])
+    assert found.nonzero()[:, 1].tolist() == [1, 2, 4, 5][:count]
