@@ -15,7 +15,9 @@ from penstock.train.evaluate import bits_per_byte, xz_bits_per_byte
 
 
 class HeldOut:
-    """The documents that the presets ``python-6m`` and ``python-1m`` hold out, as token ids."""
+    """The documents that the presets ``python-6m`` and ``python-1m`` hold out, as token ids; nothing is put before."""
+
+    prefix = 0
 
     def __init__(self, texts: list[str], tokenizer: object) -> None:
         encoded = tokenizer(texts)["input_ids"]

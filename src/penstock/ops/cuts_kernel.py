@@ -35,7 +35,7 @@ def _piece(row, start, size, lanes: tl.constexpr, lines: tl.constexpr):  # type:
     return tl.load(row + at, at < size, -float("inf")).to(tl.float32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _quarters(low, high):  # type: ignore[no-untyped-def]
     """Three keys that divide the interval [low, high)."""
     return low + (high - low) // 4, low + (high - low) // 2, low + 3 * (high - low) // 4
@@ -52,7 +52,7 @@ def _thirds(low, high, narrow: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.minimum(least, half), tl.maximum(least, tl.minimum(most, half)), tl.maximum(most, half)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _narrowed(low, high, a, b, c, at_a, at_b, at_c, wanted):  # type: ignore[no-untyped-def]
     """The part of [low, high) in which what is above falls below what is ``wanted``. Also where scores are not numbers,
     it is smaller."""
@@ -60,7 +60,7 @@ def _narrowed(low, high, a, b, c, at_a, at_b, at_c, wanted):  # type: ignore[no-
     return tl.where(at_a < wanted, low, tl.where(at_b < wanted, a, tl.where(at_c < wanted, b, c))), end
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _count_floor(keys, low, high, wanted):  # type: ignore[no-untyped-def]
     """The largest key in [low, high) that ``wanted`` of ``keys`` reach."""
     while high - low > 1:
@@ -93,7 +93,7 @@ def _count_floor_of_row(  # type: ignore[no-untyped-def]
     return low
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _mass_floor(keys, weights, low, high, aim):  # type: ignore[no-untyped-def]
     """The largest key in [low, high) at which ``weights`` reach ``aim`` together, and what those above it have."""
     above = 0.0 * aim
