@@ -12,13 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penstock.ops.draw import TINY, Floor, draw_softmax
+from penstock.ops.draw import MANY, TINY, Floor, draw_softmax
 
 #: Of a vocabulary more than twice as large, so many tokens are looked at first where a share of probability is cut.
 SHORTLIST = 1024
-
-#: More ties than any vocabulary has.
-MANY = 2**31 - 1
 
 
 class Cuts(NamedTuple):

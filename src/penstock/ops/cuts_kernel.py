@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.ops.draw import MANY
+
 #: Scores that lie side by side in a piece of a row, how many such lines a piece has, and warps of a program.
 LANES, LINES, WARPS = 4096, 4, 16
 #: Lanes that are kept in registers, where so few have all that top-k leaves.
@@ -214,8 +216,6 @@ def floor_kernel(  # type: ignore[no-untyped-def]
 def floors(scores: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor]:
     """Of contiguous ``scores`` [R, V] under ``cuts`` float64 [4, R], the floor float32 [R], and how many that tie with
     it stay, int64 [R]."""
-    from penstock.ops.cuts import MANY
-
     count, size = scores.shape
     score = torch.empty(count, dtype=torch.float32, device=scores.device)
     ties = torch.empty(count, dtype=torch.int64, device=scores.device)

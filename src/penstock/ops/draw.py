@@ -15,6 +15,9 @@ CHUNK = 512
 #: Stands for a temperature of 0: the smallest by which a float32 can be divided without losing accuracy.
 TINY = torch.finfo(torch.float32).tiny
 
+#: More ties than any vocabulary has.
+MANY = 2**31 - 1
+
 
 class Floor(NamedTuple):
     """What cuts leave of R rows: the scores above ``score`` float32 [R], and the first ``ties`` int64 [R] of those that
