@@ -27,7 +27,7 @@ from penstock.pipeline.partition.balanced import cut
 from penstock.pipeline.run.grid import Grid
 from penstock.pipeline.run.profile import gathered, measured
 from penstock.pipeline.run.runtime import Step
-from penstock.pipeline.run.stages import Part
+from penstock.pipeline.run.stages import Part, Stage
 from penstock.pipeline.simulate.simulator import Simulation, simulate
 from penstock.policy import create
 from penstock.testing.pipeline_peer import ours, theirs
@@ -59,13 +59,13 @@ PATIENCE = 90.0
 class StageModule(nn.Module):
     """A stage as a function of one tensor."""
 
-    def __init__(self, part: Part, stage: range, context: CausalRows) -> None:
+    def __init__(self, part: Part, stage: Stage, context: CausalRows) -> None:
         super().__init__()
         self.part, self.stage, self.context = part, stage, context
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states from tokens or hidden states."""
-        return self.part.run(self.stage, x, self.context).hidden
+        return self.part.run(self.stage.layers, x, self.context, last=self.stage.ends).hidden
 
 
 class Subjects:
@@ -144,7 +144,8 @@ class Subjects:
         return ours(self.schedule, self.grid, modules, loss, self.tokens, self.tokens, message, self.dtype)
 
     def _modules(self, count: int, held: list[int]) -> dict[int, nn.Module]:
-        stages = cut(self.config, count, self.length)
+        cuts = cut(self.config, count, self.length)
+        stages = [Stage(layers, number == 0, number == count - 1) for number, layers in enumerate(cuts)]
         context = CausalRows.of(self.length, self.device)
         with self.device:
             parts = {stage: Part(self.config, [stages[stage]]).to(self.device, self.dtype) for stage in held}

@@ -16,7 +16,7 @@ from penstock.models.attention import CausalRows
 from penstock.models.config import DecoderConfig
 from penstock.ops.cross_entropy import linear_cross_entropy
 from penstock.pipeline.partition.pipedream import Layer
-from penstock.pipeline.run.stages import Part
+from penstock.pipeline.run.stages import Part, Stage
 
 #: Passes of each layer: the first warms up, and the median of the others counts.
 PASSES = 4
@@ -51,7 +51,7 @@ def profile(
     found = []
     with reporter("profiling", config.layers, "layer") as bar:
         for number in range(config.layers):
-            part = Part(config, [range(number, number + 1)])
+            part = Part(config, [Stage(range(number, number + 1), number == 0, number == config.layers - 1)])
             part.initialize(0).to(device, dtype)
             for run, parameters, hands_over in _pieces(part, number, tokens, context):
                 weights = sum(p.numel() * p.element_size() for p in parameters)
