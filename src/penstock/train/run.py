@@ -35,7 +35,7 @@ from penstock.train.config import TrainConfig
 from penstock.train.evaluate import Sample, affordable, bits_per_byte
 from penstock.train.length import unfinished_warmup
 from penstock.train.loop import Trainer, resume_command, rows_of_each
-from penstock.train.pipelined import Pipeline
+from penstock.train.pipeline.pipeline import Pipeline
 from penstock.train.validation import Validation, beginning_of
 
 CONFIG, SUMMARY = "run.json", "summary.json"

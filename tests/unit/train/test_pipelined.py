@@ -22,7 +22,7 @@ from penstock.pipeline.run.offload import HostLink
 from penstock.testing.ranks import ranks
 from penstock.train.config import TrainConfig
 from penstock.train.loop import Trainer
-from penstock.train.pipelined import PROFILED, Pipeline
+from penstock.train.pipeline.pipeline import PROFILED, Pipeline
 from tiny_runs import MODEL, VOCABULARY, config
 
 SHAPE = {**MODEL, "layers": 4, "vocabulary": VOCABULARY, "init_std": 0.08, "tied": True}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 from penstock.pipeline.ir.refusal import check_positive
 from penstock.pipeline.ir.schedule import Schedule, looped
@@ -23,8 +23,14 @@ class PipelineRoute(Policy):
     The model that is trained so is another one than with full paths: layers learn to do without their neighbours, or in
     another order.
 
-    A policy gives :meth:`paths`, :meth:`length` where it is not the number of stages, and :meth:`example` for its law.
+    A policy gives :meth:`paths`, :meth:`length` where it is not the number of stages, and :meth:`example` for its law;
+    :meth:`neighbours` where a stage that is lost can be made anew from others.
+
+    Attributes:
+        recovers: whether it can.
     """
+
+    recovers: ClassVar[bool] = False
 
     def build(self, devices: int, microbatches: int) -> Schedule:
         """The schedule along the paths: a device runs, of what has arrived, backwards first.
@@ -43,6 +49,10 @@ class PipelineRoute(Policy):
 
     def paths(self, stages: int, microbatches: int) -> tuple[tuple[int, ...], ...]:
         """What a policy gives: for each microbatch the stages that it passes, in order."""
+        raise NotImplementedError
+
+    def neighbours(self, stage: int, stages: int) -> tuple[int, ...]:
+        """What a policy that :attr:`recovers` gives: the stages that a lost ``stage`` is averaged from."""
         raise NotImplementedError
 
     @classmethod

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -20,20 +20,23 @@ from penstock.data.loader import Batch
 from penstock.models.attention import CausalRows, PackedRows
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.ops.cross_entropy import IGNORE
 from penstock.parallel.world import World
 from penstock.pipeline.draw.trace import trace_events
-from penstock.pipeline.ir.schedule import Kind, Schedule, WeightRule
-from penstock.pipeline.partition.balanced import cut
+from penstock.pipeline.ir.schedule import WeightRule
 from penstock.pipeline.run.grid import Grid
 from penstock.pipeline.run.offload import HostLink
 from penstock.pipeline.run.profile import Activations, gathered, measured
 from penstock.pipeline.run.replicas import holders
-from penstock.pipeline.run.runtime import Runtime, Step
-from penstock.pipeline.run.stages import Part, parameter_names
+from penstock.pipeline.run.runtime import Runtime, Step, require_supported
+from penstock.pipeline.run.stages import Part, parameter_names, stages_of
+from penstock.pipeline.run.vocabulary import Shard, shard_rows
 from penstock.pipeline.simulate.simulator import Link, Simulation, simulate
 from penstock.pipeline.simulate.times import Times
-from penstock.policy import Policy
 from penstock.train.config import TrainConfig
+from penstock.train.pipeline.arrangement import Arrangement
+from penstock.train.pipeline.cutting import ranges_of
+from penstock.train.pipeline.post_validated import PostValidated
 from penstock.train.precision import Weights
 from penstock.train.saving import assembled
 
@@ -41,7 +44,8 @@ from penstock.train.saving import assembled
 #: was measured, so is the update that comes as long after it.
 PROFILED = 3
 
-P = TypeVar("P", bound=Policy)
+#: The microbatches of an update, and the attention contexts of their forward passes.
+Micros = Sequence[tuple[Batch, CausalRows | PackedRows]]
 
 COSTS, TRACE = "pipeline.json", "pipeline-trace.json"
 
@@ -51,7 +55,7 @@ class Pipeline:
 
     Parameters and all that belongs to them are known by the names that they have in the whole Decoder; of those that
     several processes hold, the one with the lowest rank is the owner, who counts them in norms and sends them to be
-    saved. So neither results nor checkpoints depend on the layout.
+    saved; of a sharded matrix each process owns its rows. So neither results nor checkpoints depend on the layout.
 
     Schedules and transforms that plan by times, such as zb_auto and pipeoffload, begin with those that they are given.
     Where these are the defaults, the schedule is made anew from the times of the first updates.
@@ -74,18 +78,29 @@ class Pipeline:
 
     def __init__(self, config: TrainConfig, shape: DecoderConfig, folder: Path, world: World) -> None:
         self._config, self._folder, self._world = config, folder, world
-        self._policy, self._transforms = config.pipeline.schedule, config.pipeline.transforms
-        self._plans = any(map(_plans_anew, (self._policy, *self._transforms)))
+        self._arrangement = Arrangement.of(config)
+        self._arrangement.check_post_validation(sparse=shape.moe is not None)
         self._require_elementwise()
         self.grid = Grid(world, config.parallel.pipeline, config.pipeline.timeout)
-        self.schedule = self._arranged(self._microbatches())
-        self.stages = cut(shape, self.schedule.stages, config.batch.length)
-        held = [s for s, devices in enumerate(self.schedule.placement) if self.grid.device in devices]
-        self.part = Part(shape, [self.stages[stage] for stage in held])
-        named = parameter_names(shape, self.stages)
+        self.schedule = self._arrangement.build(self.grid.devices, self._microbatches())
+        self.stages = stages_of(self.schedule, ranges_of(config, shape, self.schedule))
+        named = parameter_names(shape, self.stages, sharded=bool(self.schedule.barriers))
         self._trained = [[name for name, trained in stage.items() if trained] for stage in named]
+        require_supported(self.schedule, self._trained, self.grid)
+        held = [s for s, devices in enumerate(self.schedule.placement) if self.grid.device in devices]
+        rows = shard_rows(shape.vocabulary, self.grid.devices)[self.grid.device] if self.schedule.barriers else None
+        self.part = Part(shape, [self.stages[stage] for stage in held], rows)
         owners = {name: ranks[0] for name, ranks in holders(self.schedule, named, self.grid).items()}
-        self._owned = {name for name, rank in owners.items() if rank == world.rank}
+        self._owned = {name for name, _ in self.part.named_parameters() if owners.get(name, world.rank) == world.rank}
+        # Those that no device before this one of the same pipeline has.
+        first = {name: ranks[0] % self.grid.devices for name, ranks in holders(self.schedule, named, self.grid).items()}
+        self._counted = {
+            n for n, _ in self.part.named_parameters() if first.get(n, self.grid.device) == self.grid.device
+        }
+        grid = self.grid
+        self._twins = [tuple(grid.rank(d, k) for k in range(grid.pipelines)) for d in range(grid.devices)]
+        for ranks in self._twins if grid.pipelines > 1 else ():
+            grid.group("twins", ranks)
         with torch.device("meta"):
             self.parameters = Decoder(shape).parameter_count()
         self._updates = 0
@@ -108,35 +123,10 @@ class Pipeline:
                 hint="Choose another average, such as ema, or parallel.pipeline=1.",
             )
 
-    def _arranged(self, microbatches: int) -> Schedule:
-        """The schedule after all transforms."""
-        schedule = self._policy.build(self.grid.devices, microbatches)
-        self._require_trainable(schedule, self._policy, "pipeline.schedule=1f1b")
-        for transform in self._transforms:
-            schedule = transform.apply(schedule)
-            self._require_trainable(schedule, transform, f"leave {transform.policy_name} out of pipeline.transforms")
-        return schedule
-
-    def _require_trainable(self, schedule: Schedule, made_by: Policy, instead: str) -> None:
-        """Refuses what the trainer cannot follow; ``instead`` says what to do without ``made_by``."""
-        name = made_by.policy_name
-        if schedule.weights is not WeightRule.FLUSH:
-            raise ConfigError(
-                f"{name} updates weights after each microbatch, and the trainer after each batch",
-                hint=f"Set {instead}, which has the order of pipedream and one update a step.",
-            )
-        if schedule.barriers:
-            raise ConfigError(
-                f"{name} cuts the embedding and the head into rows, and the trainer keeps matrices whole",
-                hint=f"To train, {instead}.",
-            )
-        splits = any(task.kind is Kind.W for order in schedule.orders for task in order)
-        if splits and self._config.activation_checkpointing:
-            raise ConfigError(
-                f"{name} defers weight gradients, which needs the activations "
-                "that activation_checkpointing does not keep",
-                hint=f"Turn one of them off: activation_checkpointing=false, or {instead}.",
-            )
+    @property
+    def flushes(self) -> bool:
+        """Whether weights are updated once a batch, and not by each stage after each microbatch."""
+        return self.schedule.weights is WeightRule.FLUSH
 
     def attach(self, weights: Weights, device: torch.device) -> None:
         """Makes the runtime for the part, which is on ``device`` now. All processes at the same time."""
@@ -149,63 +139,142 @@ class Pipeline:
             self._trained,
             dtype=self._dtype,
             device=device,
-            staying=self.part.parameters(),
+            weights=dict(self.part.named_parameters()),
         )
 
     # One update.
 
-    def backward(self, micros: Sequence[tuple[Batch, CausalRows | PackedRows]], predicted: Tensor) -> Tensor:
+    def predicted(self, batch: Batch) -> Tensor:
+        """How many tokens an update predicts over all pipelines, of which ``batch`` is this one's part: float32, on the
+        device. Devices of one pipeline do not wait for each other."""
+        count = (batch.targets != IGNORE).sum().float()
+        if self.grid.pipelines > 1:
+            ranks = self._twins[self.grid.device]
+            with self.grid.explained(ranks[0] if ranks[0] != self._world.rank else ranks[1], "its part of a batch"):
+                dist.all_reduce(count, group=self.grid.group("twins", ranks))
+        return count.to(self._device)
+
+    def backward(self, micros: Micros, predicted: Tensor, confirm: Callable[[], bool] | None = None) -> Tensor:
         """Leaves the gradients over all pipelines in the masters; returns this process's share of the loss.
 
         Args:
             micros: the microbatches of this pipeline, the same in all of its processes.
             predicted: tokens that the update predicts, over all pipelines.
+            confirm: see :meth:`~penstock.pipeline.run.runtime.Runtime.step`.
         """
+        return self._run(micros, [predicted] * len(micros), confirm=confirm)
+
+    def post_validated(self, optimizer: torch.optim.Optimizer) -> PostValidated:
+        """The updates of this process by ``optimizer``, for which no device waits. All processes at the same time."""
+        counted = {name: master for name, master in self._weights.masters.items() if name in self._counted}
+        return PostValidated(self.grid, optimizer, counted, self._config.clip)
+
+    def stream(self, micros: Micros, step: Callable[[], None]) -> dict[str, Tensor]:
+        """Updates the weights of each stage after each microbatch, by the mean over the tokens that this one predicts.
+
+        Args:
+            micros: the microbatches.
+            step: makes an update of this process's weights by the gradients in the masters, and clears them.
+
+        Returns:
+            The ``loss``, the mean over the microbatches; ``grad_norm`` and ``grad_l1`` of their gradients, in the root
+            of the mean square and in the mean.
+        """
+        square, absolute = (torch.zeros((), device=self._device) for _ in range(2))
+
+        def update(_: int) -> None:
+            norms = self._norms_of_owned()
+            square.add_(norms[0].square())
+            absolute.add_(norms[1])
+            step()
+
+        predicted = [(batch.targets != IGNORE).sum().clamp(min=1) for batch, _ in micros]
+        loss = self._run(micros, predicted, update)
+        self._world.sum_([loss, square, absolute])
+        count = len(micros)
+        return {"loss": loss / count, "grad_norm": (square / count).sqrt(), "grad_l1": absolute / count}
+
+    def _run(
+        self,
+        micros: Micros,
+        predicted: Sequence[Tensor],
+        update: Callable[[int], None] | None = None,
+        confirm: Callable[[], bool] | None = None,
+    ) -> Tensor:
+        """A step of the runtime, profiled if it is time for that; returns this process's share of the loss."""
         self._updates += 1
         recorded: dict[int, Activations] = {}
-        record = self._updates == PROFILED or (self._plans and self._updates == 2 * PROFILED)
+        record = self._updates == PROFILED or (self._arrangement.plans and self._updates == 2 * PROFILED)
 
         def forward(stage: int, microbatch: int, x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             batch, context = micros[microbatch]
+            last = stage == self.schedule.path(microbatch)[-1]
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self._weights.arithmetic(self._device))
                 if record and stage not in recorded:
                     recorded[stage] = stack.enter_context(Activations(self.part.parameters()))
-                return self._run_stage(stage, batch, context, x, predicted)
+                return self._run_stage(stage, batch, context, x, predicted[microbatch], last)
 
         shapes = [(*batch.tokens.shape, self.part.config.hidden) for batch, _ in micros]
         if record:
             synchronize(self._device)
             self._world.barrier()  # so that the clocks of all devices start together
-        step = self._runtime.step(forward, shapes, self._weights.collect_gradients)
+        shard = self._shard(micros, predicted[0])
+        collect = self._weights.collect_gradients
+        step = self._runtime.step(forward, shapes, collect, update=update, shard=shard, confirm=confirm)
+        self._weights.collect_gradients()  # of a sharded vocabulary, whose passes are no stage's
         if record:
             real = self._profiled(step, {stage: found.bytes for stage, found in recorded.items()}, shapes[0])
             if self._world.leads:
                 self._write(real)
-            if self._plans and self._updates == PROFILED:
+            if self._arrangement.plans and self._updates == PROFILED:
                 self._plan(real)
         return step.loss.float()
 
     def _run_stage(
-        self, stage: int, batch: Batch, context: CausalRows | PackedRows, x: Tensor | None, predicted: Tensor
+        self,
+        stage: int,
+        batch: Batch,
+        context: CausalRows | PackedRows,
+        x: Tensor | None,
+        predicted: Tensor,
+        last: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         objective = self._config.objective
-        hidden, balance = self.part.run(self.stages[stage], batch.tokens if x is None else x, context)
+        layers = self.stages[stage].layers
+        hidden, balance = self.part.run(layers, batch.tokens if x is None else x, context, last=last)
         losses: list[Tensor] = []
         if balance is not None:
             losses.append(objective.balance_loss(self.part.config, balance))
-        last = stage == self.schedule.stages - 1
-        if last:
+        predicts = last and not self.schedule.barriers
+        if predicts:
             losses.append(objective.hidden_loss(self.part, hidden, batch))
-        return None if last else hidden, torch.stack(losses).sum() / predicted if losses else None
+        return None if predicts else hidden, torch.stack(losses).sum() / predicted if losses else None
+
+    def _shard(self, micros: Micros, predicted: Tensor) -> Shard | None:
+        """This process's rows of the vocabulary for an update, where it is sharded."""
+        if self.part.rows is None:
+            return None
+
+        def given(microbatch: int) -> tuple[Tensor, Tensor]:
+            batch, _ = micros[microbatch]
+            return batch.tokens, batch.targets
+
+        embedding, head = self.part.embedding.weight, self.part.head.weight
+        return Shard(self.schedule.barriers, self.part.rows, embedding, head, given, 1 / predicted)
 
     def norms(self) -> dict[str, Tensor]:
         """The norms of the whole gradient, 2 and 1, of which each parameter is counted by its owner."""
-        owned = [m.grad for name, m in self._weights.masters.items() if name in self._owned and m.grad is not None]
-        square = torch.nn.utils.get_total_norm(owned).to(self._device).square()
-        absolute = torch.nn.utils.get_total_norm(owned, norm_type=1.0).to(self._device)
+        norm, absolute = self._norms_of_owned()
+        square = norm.square()
         self._world.sum_([square, absolute])
         return {"grad_norm": square.sqrt(), "grad_l1": absolute}
+
+    def _norms_of_owned(self) -> tuple[Tensor, Tensor]:
+        owned = [m.grad for name, m in self._weights.masters.items() if name in self._owned and m.grad is not None]
+        norm, absolute = (torch.nn.utils.get_total_norm(owned, norm_type=order) for order in (2.0, 1.0))
+        dtype = next(iter(self._weights.masters.values())).dtype  # also where this process owns nothing
+        return norm.to(self._device, dtype), absolute.to(self._device, dtype)
 
     # Whole and part.
 
@@ -225,14 +294,26 @@ class Pipeline:
                 dist.send(torch.tensor([data.numel()]), 0)
                 dist.send(data, 0)
             return {}
+        parts = {name: [tensor] for name, tensor in owned.items()}
         for rank in range(1, self._world.size):
             with self.grid.explained(rank, "its part of a checkpoint"):
                 size = torch.zeros(1, dtype=torch.int64)
                 dist.recv(size, rank)
                 data = torch.empty(int(size), dtype=torch.uint8)
                 dist.recv(data, rank)
-            owned |= safetensors.torch.load(data.numpy().tobytes())
-        return owned
+            for name, tensor in safetensors.torch.load(data.numpy().tobytes()).items():
+                parts.setdefault(name, []).append(tensor)
+        # Several processes own rows of a sharded matrix, in order of their ranks; of a scalar beside it, each has one.
+        return {name: torch.cat(found) if found[0].dim() else found[0] for name, found in parts.items()}
+
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of the whole model's ``tensors``, named as in :meth:`collect`, belongs to parameters that are here."""
+        named = {name: name.split("/")[0] for name in tensors}
+        return {
+            name: self.part.own(named[name], tensor)
+            for name, tensor in tensors.items()
+            if named[name] in self._weights.masters
+        }
 
     def whole(self) -> Decoder | None:
         """The whole model in the leading process, on the CPU; None in the others. All processes call this."""
@@ -261,7 +342,7 @@ class Pipeline:
         )
 
     def _plan(self, real: Simulation) -> None:
-        """Makes the schedule anew from what was measured; placements do not depend on times."""
+        """Makes the schedule anew from what was measured; what is where does not change with it."""
         costs = real.costs
         times = Times(
             forward=costs.forward,
@@ -270,20 +351,17 @@ class Pipeline:
             transfer=costs.link.latency,
             host=_host_seconds(real),
         )
-
-        def planned(policy: P) -> P:
-            return policy.model_copy(update={"times": times}) if _plans_anew(policy) else policy
-
-        self._policy, self._transforms = planned(self._policy), tuple(map(planned, self._transforms))
-        schedule = self._arranged(self.schedule.microbatches)
-        assert schedule.placement == self.schedule.placement
+        self._arrangement = self._arrangement.planned(times)
+        schedule = self._arrangement.build(self.grid.devices, self.schedule.microbatches)
+        if (schedule.placement, schedule.barriers) != (self.schedule.placement, self.schedule.barriers):
+            return
         self.schedule = schedule
         self.attach(self._weights, self._device)
 
     def _write(self, real: Simulation) -> None:
         """Writes the profile and the timeline of an update, measured and simulated."""
         write_json(self._folder / COSTS, self._profile(real))
-        title = f"{self._policy.policy_name}, measured"
+        title = f"{self._arrangement.policy.policy_name}, measured"
         trace = trace_events(real, title)
         beside = trace_events(simulate(self.schedule, real.costs), title.replace("measured", "simulated"))
         trace["traceEvents"] += [{**event, "pid": 1} for event in beside["traceEvents"]]
@@ -294,11 +372,11 @@ class Pipeline:
         share = sum(costs.forward), sum(costs.input_grad), sum(costs.weight_grad)
         f, i, w = (f"{seconds / schedule.devices:.6g}" for seconds in share)
         return {
-            "schedule": self._policy.describe(),
-            "transforms": [transform.describe() for transform in self._transforms],
+            "schedule": self._arrangement.policy.describe(),
+            "transforms": [transform.describe() for transform in self._arrangement.transforms],
             "devices": schedule.devices,
             "microbatches": schedule.microbatches,
-            "layers": [[stage.start, stage.stop] for stage in self.stages],
+            "layers": [[stage.layers.start, stage.layers.stop] for stage in self.stages],
             "seconds": {"forward": costs.forward, "input_grad": costs.input_grad, "weight_grad": costs.weight_grad},
             "activation_bytes": costs.activation,
             "weight_bytes": costs.weights,
@@ -308,12 +386,6 @@ class Pipeline:
             "makespan": {"measured": real.makespan, "simulated": simulate(schedule, costs).makespan},
             "cost": f"F={f},I={i},W={w},comm={costs.link.latency:.6g},host={_host_seconds(real):.6g}",
         }
-
-
-def _plans_anew(policy: Policy) -> bool:
-    """Whether it plans by times, and was given none."""
-    field = type(policy).model_fields.get("times")
-    return field is not None and getattr(policy, "times", None) == field.default
 
 
 def _host_seconds(real: Simulation) -> float:
