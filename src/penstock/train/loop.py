@@ -158,14 +158,21 @@ class Trainer:
         for micro, context in (micros[0],) * 2:
             synchronize(self.device)
             began = time.monotonic()
-            with _explain_memory(self.device):
+            self._rehearse(micro, context)
+            synchronize(self.device)
+            seconds = time.monotonic() - began
+        return seconds * len(micros)
+
+    def _rehearse(self, micro: Batch, context: CausalRows | PackedRows) -> None:
+        """Forward and backward of a microbatch by what is here of the model, without the other processes."""
+        with _explain_memory(self.device):
+            if self.pipeline:
+                self.pipeline.rehearse(micro, context)
+            else:
                 with self.weights.arithmetic(self.device):
                     loss = self._loss(self.model, micro, context)
                 loss.backward()  # type: ignore[no-untyped-call]
-            synchronize(self.device)
-            seconds = time.monotonic() - began
-            self.model.zero_grad()
-        return seconds * len(micros)
+                self.model.zero_grad()
 
     # One update.
 
@@ -461,7 +468,10 @@ class Trainer:
             return ""
         if obstacle := self._obstacle():
             return obstacle
-        self._loss = torch.compile(self.config.objective.loss, dynamic=False)
+        if self.pipeline:
+            self.pipeline.compile()
+        else:
+            self._loss = torch.compile(self.config.objective.loss, dynamic=False)
         try:
             for length in {stage.length for stage in self.config.batch.stages}:
                 micro, _ = next(self._microbatches(self.loader.batch(0, self.rows), length))
@@ -469,10 +479,11 @@ class Trainer:
                 if self.device.type == "cuda":
                     contexts.append(CausalRows.of(length, self.device))
                 for context in contexts:
-                    with _explain_memory(self.device), self.weights.arithmetic(self.device):
-                        self._loss(self.model, micro, context).backward()  # type: ignore[no-untyped-call]
+                    self._rehearse(micro, context)
         except RuntimeError as error:  # from PyTorch's compiler, which leans on tools outside it, such as C++ headers
             self._loss = self.config.objective.loss
+            if self.pipeline:
+                self.pipeline.use_eager()
             return f"the compiler failed ({type(error).__name__})"
         finally:
             self.model.zero_grad()
@@ -482,8 +493,8 @@ class Trainer:
 
     def _obstacle(self) -> str:
         """Why nothing can be compiled here, or nothing."""
-        if self.pipeline:
-            return "the stages of a pipeline are not compiled"
+        if self.pipeline and self.config.activation_checkpointing:
+            return "layers of a pipeline that are computed twice are not compiled"
         if not can_compile(self.device):
             return "there is no C++ compiler (g++ or clang++)" if self.device.type == "cpu" else "Triton is missing"
         return ""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from penstock.core.errors import UsageError
-from penstock.models.config import DecoderConfig
+
+if TYPE_CHECKING:  # it needs PyTorch, which plans do without
+    from penstock.models.config import DecoderConfig
 
 
 def balanced(

@@ -6,7 +6,6 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -23,20 +22,21 @@ from penstock.models.decoder import Decoder
 from penstock.ops.cross_entropy import IGNORE
 from penstock.parallel.world import World
 from penstock.pipeline.draw.trace import trace_events
-from penstock.pipeline.ir.schedule import WeightRule
+from penstock.pipeline.ir.schedule import Kind, WeightRule
+from penstock.pipeline.run.compiled import compile_layers, compiled, use_eager
 from penstock.pipeline.run.grid import Grid
 from penstock.pipeline.run.offload import HostLink
 from penstock.pipeline.run.profile import Activations, gathered, measured
 from penstock.pipeline.run.replicas import holders
 from penstock.pipeline.run.runtime import Runtime, Step, require_supported
-from penstock.pipeline.run.stages import Part, parameter_names, stages_of
+from penstock.pipeline.run.stages import Part, Stage, parameter_names, stages_of
 from penstock.pipeline.run.vocabulary import Shard, shard_rows
 from penstock.pipeline.simulate.simulator import Link, Simulation, simulate
-from penstock.pipeline.simulate.times import Times
 from penstock.train.config import TrainConfig
 from penstock.train.pipeline.arrangement import Arrangement
 from penstock.train.pipeline.cutting import ranges_of
 from penstock.train.pipeline.post_validated import PostValidated
+from penstock.train.pipeline.profiling import alone, described, halves_of, pieces_here, times_of
 from penstock.train.precision import Weights
 from penstock.train.saving import assembled
 
@@ -79,6 +79,7 @@ class Pipeline:
     def __init__(self, config: TrainConfig, shape: DecoderConfig, folder: Path, world: World) -> None:
         self._config, self._folder, self._world = config, folder, world
         self._arrangement = Arrangement.of(config)
+        self._plans = self._arrangement.plans
         self._arrangement.check_post_validation(sparse=shape.moe is not None)
         self._require_elementwise()
         self.grid = Grid(world, config.parallel.pipeline, config.pipeline.timeout)
@@ -103,6 +104,7 @@ class Pipeline:
             grid.group("twins", ranks)
         with torch.device("meta"):
             self.parameters = Decoder(shape).parameter_count()
+        self._hidden_loss: Callable[[Decoder, Tensor, Batch], Tensor] = config.objective.hidden_loss
         self._updates = 0
 
     def _microbatches(self) -> int:
@@ -141,6 +143,40 @@ class Pipeline:
             device=device,
             weights=dict(self.part.named_parameters()),
         )
+
+    def compile(self) -> None:
+        """Compiles the layers of this part and the loss, from their next passes on; see :meth:`rehearse`."""
+        compile_layers(self.part)
+        self._hidden_loss = compiled(self._config.objective.hidden_loss)
+
+    def use_eager(self) -> None:
+        """Undoes :meth:`compile`."""
+        use_eager(self.part)
+        self._hidden_loss = self._config.objective.hidden_loss
+
+    def rehearse(self, batch: Batch, context: CausalRows | PackedRows) -> None:
+        """The passes of this process's stages on one microbatch, without the others: whole and split ones, so that what
+        a run needs is compiled now. Leaves no gradients."""
+        hidden = torch.randn(*batch.tokens.shape, self.part.config.hidden, dtype=self._dtype, device=self._device)
+        one = torch.ones((), device=self._device)
+        kinds = {(task.stage, task.kind) for task in self.schedule.orders[self.grid.device]}
+        for stage in sorted({stage for stage, kind in kinds if kind is Kind.F}):
+            begins, ends = self.stages[stage].begins and not self.schedule.barriers, self.stages[stage].ends
+
+            def run(x: Tensor, stage: int = stage, begins: bool = begins, ends: bool = ends) -> list[Tensor]:
+                made = self._run_stage(stage, batch, context, None if begins else x, one, ends)
+                return [root for root in made if root is not None]
+
+            for split in (False, True):
+                if (stage, Kind.I if split else Kind.B) in kinds or (split and self._measures_halves):
+                    x = hidden.detach().requires_grad_()
+                    alone(run, x, self._weights.arithmetic(self._device), split=split)
+        self.part.zero_grad()
+
+    @property
+    def _measures_halves(self) -> bool:
+        """Whether I and W are measured by themselves: not where layers are computed again in the backward pass."""
+        return not self._config.activation_checkpointing
 
     # One update.
 
@@ -204,7 +240,7 @@ class Pipeline:
         """A step of the runtime, profiled if it is time for that; returns this process's share of the loss."""
         self._updates += 1
         recorded: dict[int, Activations] = {}
-        record = self._updates == PROFILED or (self._arrangement.plans and self._updates == 2 * PROFILED)
+        record = self._updates == PROFILED or (self._plans and self._updates == 2 * PROFILED)
 
         def forward(stage: int, microbatch: int, x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             batch, context = micros[microbatch]
@@ -216,7 +252,9 @@ class Pipeline:
                 return self._run_stage(stage, batch, context, x, predicted[microbatch], last)
 
         shapes = [(*batch.tokens.shape, self.part.config.hidden) for batch, _ in micros]
+        pieces: list[list[float]] = []
         if record:
+            pieces = self._pieces(*micros[0])
             synchronize(self._device)
             self._world.barrier()  # so that the clocks of all devices start together
         shard = self._shard(micros, predicted[0])
@@ -224,10 +262,11 @@ class Pipeline:
         step = self._runtime.step(forward, shapes, collect, update=update, shard=shard, confirm=confirm)
         self._weights.collect_gradients()  # of a sharded vocabulary, whose passes are no stage's
         if record:
-            real = self._profiled(step, {stage: found.bytes for stage, found in recorded.items()}, shapes[0])
+            kept = {stage: found.bytes for stage, found in recorded.items()}
+            real = self._profiled(step, kept, shapes[0], pieces)
             if self._world.leads:
-                self._write(real)
-            if self._arrangement.plans and self._updates == PROFILED:
+                self._write(real, pieces)
+            if self._plans and self._updates == PROFILED:
                 self._plan(real)
         return step.loss.float()
 
@@ -248,7 +287,7 @@ class Pipeline:
             losses.append(objective.balance_loss(self.part.config, balance))
         predicts = last and not self.schedule.barriers
         if predicts:
-            losses.append(objective.hidden_loss(self.part, hidden, batch))
+            losses.append(self._hidden_loss(self.part, hidden, batch))
         return None if predicts else hidden, torch.stack(losses).sum() / predicted if losses else None
 
     def _shard(self, micros: Micros, predicted: Tensor) -> Shard | None:
@@ -324,7 +363,22 @@ class Pipeline:
 
     # What the first steps took.
 
-    def _profiled(self, step: Step, activations: Mapping[int, int], message: Sequence[int]) -> Simulation:
+    @property
+    def _ranges(self) -> list[range]:
+        return [stage.layers for stage in self.stages]
+
+    def _pieces(self, batch: Batch, context: CausalRows | PackedRows) -> list[list[float]]:
+        """What each piece of the model takes by itself, the same in all processes; nothing where that is not known."""
+        if not self._measures_halves:
+            return []
+        here = pieces_here(self.part, batch, context, self._hidden_loss, lambda: self._weights.arithmetic(self._device))
+        numbers = range(self.part.config.layers + 2)
+        flat = self._world.largest(*(seconds for number in numbers for seconds in here.get(number, [0.0] * 3)))
+        return [flat[3 * number : 3 * number + 3] for number in numbers]
+
+    def _profiled(
+        self, step: Step, activations: Mapping[int, int], message: Sequence[int], pieces: list[list[float]]
+    ) -> Simulation:
         """What an update took that all processes have just made; the same in all of them."""
         stages = range(self.schedule.stages)
         activation = self._world.largest(*(float(activations.get(stage, 0)) for stage in stages))
@@ -339,55 +393,34 @@ class Pipeline:
             weights=[float(size * element) for size in sizes],
             message=float(element * torch.Size(message).numel()),
             host=Link(bandwidth=slowest),
+            halves=halves_of(self._ranges, pieces) if pieces else None,
         )
 
     def _plan(self, real: Simulation) -> None:
         """Makes the schedule anew from what was measured; what is where does not change with it."""
-        costs = real.costs
-        times = Times(
-            forward=costs.forward,
-            input_grad=costs.input_grad,
-            weight_grad=costs.weight_grad,
-            transfer=costs.link.latency,
-            host=_host_seconds(real),
-        )
-        self._arrangement = self._arrangement.planned(times)
+        self._arrangement = self._arrangement.planned(times_of(real, self._ranges, [], []))
         schedule = self._arrangement.build(self.grid.devices, self.schedule.microbatches)
         if (schedule.placement, schedule.barriers) != (self.schedule.placement, self.schedule.barriers):
             return
         self.schedule = schedule
         self.attach(self._weights, self._device)
 
-    def _write(self, real: Simulation) -> None:
+    def _write(self, real: Simulation, pieces: list[list[float]]) -> None:
         """Writes the profile and the timeline of an update, measured and simulated."""
-        write_json(self._folder / COSTS, self._profile(real))
+        element = torch.empty((), dtype=self._dtype).element_size()
+        layers = self.part.config.layers
+        singles = [Stage(range(0), True, False), *(Stage(range(n, n + 1), False, False) for n in range(layers))]
+        with torch.device("meta"):
+            parts = [Part(self.part.config, [stage]) for stage in (*singles, Stage(range(0), False, True))]
+        weights = [float(element * part.parameter_count()) for part in parts]
+        profile = {
+            "schedule": self._arrangement.policy.describe(),
+            "transforms": [transform.describe() for transform in self._arrangement.transforms],
+            **described(real, self._ranges, times_of(real, self._ranges, pieces, weights)),
+        }
+        write_json(self._folder / COSTS, profile)
         title = f"{self._arrangement.policy.policy_name}, measured"
         trace = trace_events(real, title)
         beside = trace_events(simulate(self.schedule, real.costs), title.replace("measured", "simulated"))
         trace["traceEvents"] += [{**event, "pid": 1} for event in beside["traceEvents"]]
         write_atomic(self._folder / TRACE, json.dumps(trace))
-
-    def _profile(self, real: Simulation) -> dict[str, Any]:
-        costs, schedule = real.costs, self.schedule
-        share = sum(costs.forward), sum(costs.input_grad), sum(costs.weight_grad)
-        f, i, w = (f"{seconds / schedule.devices:.6g}" for seconds in share)
-        return {
-            "schedule": self._arrangement.policy.describe(),
-            "transforms": [transform.describe() for transform in self._arrangement.transforms],
-            "devices": schedule.devices,
-            "microbatches": schedule.microbatches,
-            "layers": [[stage.layers.start, stage.layers.stop] for stage in self.stages],
-            "seconds": {"forward": costs.forward, "input_grad": costs.input_grad, "weight_grad": costs.weight_grad},
-            "activation_bytes": costs.activation,
-            "weight_bytes": costs.weights,
-            "message_bytes": costs.message,
-            "transfer_seconds": costs.link.latency,
-            "host_bandwidth": costs.host.bandwidth,
-            "makespan": {"measured": real.makespan, "simulated": simulate(schedule, costs).makespan},
-            "cost": f"F={f},I={i},W={w},comm={costs.link.latency:.6g},host={_host_seconds(real):.6g}",
-        }
-
-
-def _host_seconds(real: Simulation) -> float:
-    """Of the activation of a microbatch on a p-th of the model, on its way to the host."""
-    return sum(map(real.costs.host.seconds, real.costs.activation)) / real.schedule.devices
