@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import forked_ranks
-from penstock.cli import app
+from penstock.cli import build_app
 from penstock.core.files import read_json
 from penstock.core.metrics import read_metrics
 from penstock.models import hub
@@ -144,7 +146,7 @@ def test_the_costs_of_a_run_flow_back(store, tmp_path):
     assert [(way["source"], way["target"]) for way in times["ways"]] == [(0, 1), (1, 0)]
 
     def printed(*arguments: str) -> Any:
-        result = CliRunner().invoke(app, ["pipeline", *arguments, "--costs", str(costs), "--json"])
+        result = CliRunner().invoke(build_app(), ["pipeline", *arguments, "--costs", str(costs), "--json"])
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)
 
@@ -152,8 +154,11 @@ def test_the_costs_of_a_run_flow_back(store, tmp_path):
     compared = {row["name"]: row for row in printed("compare", *numbers)}
     work = sum(sum(times[kind]) for kind in ("forward", "input_grad", "weight_grad"))
     for name in ("1f1b", "v_half", "interleaved_1f1b"):  # of two stages, and of four
-        assert 6 * work / 2 <= compared[name]["makespan"] <= 6 * work + 12 * max(way["seconds"] for way in times["ways"])
-    assert {row["name"] for row in printed("search", "--memory", "4", *numbers)} & {"zb_auto", "zb_h1", "1f1b"}
+        assert (
+            6 * work / 2 <= compared[name]["makespan"] <= 6 * work + 12 * max(way["seconds"] for way in times["ways"])
+        )
+    searched = {row["name"] for row in printed("search", "--memory", "4", "--top", "100", *numbers)}
+    assert {"zb_auto", "zb_h1", "1f1b", "v_half"} <= searched
     partition = tmp_path / "partition.json"
     found = printed("partition", "--stages", "2", "--straight", "--out", str(partition))
     assert found == read_json(partition)
@@ -199,6 +204,50 @@ def test_rows_of_the_vocabulary_are_one_matrix_in_checkpoints(store, alone, tmp_
     assert_same_curve(folder, alone)
     one, other = (tensors(path / "checkpoints" / "step-00000012") for path in (folder, alone.folder))
     assert {name: tensor.shape for name, tensor in one.items()} == {n: t.shape for n, t in other.items()}
+
+
+def test_a_lost_stage_is_made_anew_without_a_checkpoint(store, tmp_path):
+    """One of four processes is killed before any checkpoint: the run goes on with a copy of the stage that it swaps
+    with, and all others as they were."""
+    route = {"parallel": {"pipeline": 4}, "pipeline": {"route": "checkfree"}}
+    chosen = options(store, **route, steps=12, checkpoint_steps=100, average="ema")
+    folder = tmp_path / "run"
+
+    def work(world: World) -> None:
+        torch.set_num_threads(1)
+        run = Run.create(chosen, folder, world)
+        update = run.trainer.update
+
+        def dies(*arguments: Any) -> Any:
+            if world.rank == 2 and run.trainer.position.step == 5:
+                os._exit(1)
+            return update(*arguments)
+
+        run.trainer.update = dies  # type: ignore[method-assign]
+        run.trainer.train()
+
+    results = ranks(4, work)
+    assert ["raised" in result for result in results] == [True, True, False, True]
+    left = sorted((folder / "survivors").iterdir())
+    assert [path.name for path in left] == [f"rank-{rank:05}.safetensors" for rank in (0, 1, 3)]
+    held = {name: tensor for path in left for name, tensor in load_file(path).items()}
+
+    def again(world: World) -> list[Any]:
+        torch.set_num_threads(1)
+        run = Run.reopen(folder, world)
+        weights = {name: p.detach().clone() for name, p in run.trainer.model.named_parameters()}
+        copied = {name: name.replace("layers.2.", "layers.3.") for name in weights}
+        same = all(torch.equal(weights[name], held[f"model/{copied[name]}"]) for name in weights)
+        fresh = world.rank == 2 or bool(run.trainer.optimizer.state)
+        return [run.trainer.position.step, same, fresh, run.notes, run.trainer.train()]
+
+    found = [result["returned"] for result in ranks(4, again)]
+    assert [answer[:3] + answer[4:] for answer in found] == [[5, True, True, True]] * 4
+    assert found[0][3] == ["goes on after 5 steps from what the processes held when one was lost: stage 2 anew from 3"]
+    assert not (folder / "survivors").exists()
+    losses = [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
+    assert len(losses) == 12
+    assert losses[-1] < losses[4] - 0.1
 
 
 def test_a_schedule_is_planned_from_the_first_updates(store, alone, tmp_path):

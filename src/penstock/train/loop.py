@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -337,6 +338,7 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
+            stack.enter_context(self._leaving())
             batches = stack.enter_context(contextlib.closing(self.loader.prefetch(self.position.samples, self.rows)))
             log: MetricsLog | None = None
             if self.world.leads:
@@ -360,6 +362,18 @@ class Trainer:
             self._saver.wait()
             self.world.barrier()
         return self.progress >= 1.0
+
+    @contextlib.contextmanager
+    def _leaving(self) -> Iterator[None]:
+        """Where a failure in the ``with`` block ends the run, a pipeline may leave what it needs to go on."""
+        try:
+            yield
+        except PenstockError:
+            if self.pipeline:
+                position, groups = dataclasses.asdict(self.position), self._groups()
+                with contextlib.suppress(PenstockError):  # the failure is what has to be told
+                    self.pipeline.leave(position, self._description(), groups)
+            raise
 
     def _open_log(self) -> MetricsLog:
         trackers: list[Tracker] = []
@@ -531,7 +545,8 @@ class Trainer:
             return self.pipeline.whole()
         return self.model if self.world.leads else None
 
-    def _state(self) -> checkpoint.TrainerState:
+    def _groups(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint beside the model's, as far as they are here."""
         tensors = {"optimizer": checkpoint.optimizer_tensors(self.optimizer, self._names)}
         if self.averages:
             tensors["average"] = dict(zip(self.weights.masters, self.averages, strict=True))
@@ -539,10 +554,16 @@ class Trainer:
             tensors["masters"] = dict(self.weights.masters)
         if self.model.config.moe is not None:
             tensors["loads"] = self.loads.tensors()
+        return tensors
+
+    def _description(self) -> dict[str, Any]:
+        return {"config": self.config.model_dump(mode="json"), "version": __version__}
+
+    def _state(self) -> checkpoint.TrainerState:
+        tensors = self._groups()
         if self.pipeline:
             tensors = {group: self.pipeline.collect(parts) for group, parts in tensors.items()}
-        description = {"config": self.config.model_dump(mode="json"), "version": __version__}
-        return checkpoint.TrainerState(dataclasses.asdict(self.position), description, tensors)
+        return checkpoint.TrainerState(dataclasses.asdict(self.position), self._description(), tensors)
 
     def resume(self, folder: Path) -> None:
         """Continues from a verified checkpoint.

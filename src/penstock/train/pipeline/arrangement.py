@@ -44,6 +44,11 @@ class Arrangement:
         if not self.config.pipeline.post_validation:
             return
         for found, what, instead in (
+            (
+                isinstance(self.policy, PipelineRoute) and self.policy.recovers,
+                f"{self.policy.policy_name} recovers lost stages from updates that are final",
+                "set pipeline.route=none",
+            ),
             (sparse, "the loads of experts are summed over all processes", "use a dense model"),
             (
                 self.config.on_bad_update == "skip",

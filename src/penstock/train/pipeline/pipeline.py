@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -33,10 +34,12 @@ from penstock.pipeline.run.stages import Part, Stage, parameter_names, stages_of
 from penstock.pipeline.run.vocabulary import Shard, shard_rows
 from penstock.pipeline.simulate.simulator import Link, Simulation, simulate
 from penstock.train.config import TrainConfig
+from penstock.train.pipeline import recovery
 from penstock.train.pipeline.arrangement import Arrangement
 from penstock.train.pipeline.cutting import ranges_of
 from penstock.train.pipeline.post_validated import PostValidated
 from penstock.train.pipeline.profiling import alone, described, halves_of, pieces_here, times_of
+from penstock.train.pipeline.recovery import Left
 from penstock.train.precision import Weights
 from penstock.train.saving import assembled
 
@@ -104,6 +107,7 @@ class Pipeline:
             grid.group("twins", ranks)
         with torch.device("meta"):
             self.parameters = Decoder(shape).parameter_count()
+        self._norm = torch.zeros(())
         self._hidden_loss: Callable[[Decoder, Tensor, Batch], Tensor] = config.objective.hidden_loss
         self._updates = 0
 
@@ -261,6 +265,7 @@ class Pipeline:
         collect = self._weights.collect_gradients
         step = self._runtime.step(forward, shapes, collect, update=update, shard=shard, confirm=confirm)
         self._weights.collect_gradients()  # of a sharded vocabulary, whose passes are no stage's
+        self._note_norm()
         if record:
             kept = {stage: found.bytes for stage, found in recorded.items()}
             real = self._profiled(step, kept, shapes[0], pieces)
@@ -269,6 +274,32 @@ class Pipeline:
             if self._plans and self._updates == PROFILED:
                 self._plan(real)
         return step.loss.float()
+
+    def _note_norm(self) -> None:
+        """Keeps the norm of this update's gradient of the layers here, by which lost neighbours are made anew."""
+        route = self._config.pipeline.route
+        if route is not None and route.recovers:
+            masters = self._weights.masters.items()
+            own = [m.grad for name, m in masters if name.startswith("layers.") and m.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(own)
+
+    def leave(
+        self, position: dict[str, Any], description: dict[str, Any], groups: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        """Where lost stages can be made anew, writes what this process holds; see
+        :mod:`penstock.train.pipeline.recovery`."""
+        route = self._config.pipeline.route
+        whole = all(bool(p.isfinite().all()) for p in self.part.parameters())
+        if route is None or not route.recovers or not whole:
+            return
+        left = Left(
+            stages=tuple((own.start, own.stop) for own in self._ranges),
+            stage=self.grid.device,
+            norm=float(self._norm),
+            position=position,
+            description=description,
+        )
+        recovery.leave(self._folder, self._world.rank, left, {"model": dict(self.part.named_parameters()), **groups})
 
     def _run_stage(
         self,
