@@ -14,8 +14,8 @@ from penstock.policy import Policy, contract, unwritten
     "pipeline.route",
     law="every path has as many stages as the policy says, none twice; stages that only some microbatches pass serve "
     "equally many, to within two; for one pair of numbers the paths that the policy gives, worked out by hand; the "
-    "schedule is complete along the paths and free of deadlock, its simulation equal to a count by brute force",
-    simulated=True,
+    "schedule is complete along the paths and free of deadlock, its simulation equal to a count by brute force; "
+    "updates of the trainer on several processes equal to those of one device along the same paths",
 )
 class PipelineRoute(Policy):
     """Sends microbatches through a pipeline of one stage a device on paths of their own: partial, or in another order.

@@ -13,7 +13,6 @@ back copies of parameters and optimizer state, bit for bit, which costs their me
 
 from __future__ import annotations
 
-import copy
 import enum
 from collections.abc import Iterable
 from typing import Any
@@ -51,8 +50,8 @@ def squared_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
 
     Sums of it over stages never fall, so a partial norm above the limit means a whole norm above it.
     """
-    squares = [parameter.grad.double().square().sum() for parameter in parameters if parameter.grad is not None]
-    return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters if p.grad is not None]
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
 
 class PendingStep:
@@ -70,7 +69,7 @@ class PendingStep:
         self._before: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] | None = None
         if self._verdict(partial) is _Verdict.PLAIN:
             self._before = [
-                (parameter, parameter.detach().clone(), copy.deepcopy(optimizer.state.get(parameter, {})))
+                (parameter, parameter.detach().clone(), _copied(optimizer.state.get(parameter, {})))
                 for parameter in self._parameters()
             ]
             optimizer.step()
@@ -110,3 +109,8 @@ class PendingStep:
         for parameter, values, state in before:
             parameter.copy_(values)
             self._optimizer.state[parameter] = state
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state of one parameter: tensors and numbers."""
+    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()}

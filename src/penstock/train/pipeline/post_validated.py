@@ -55,14 +55,18 @@ class PostValidated:
         """
         device = self._grid.device
         square = squared_norm(self._owned.values())
-        absolute = [p.grad.abs().sum(dtype=torch.float64) for p in self._owned.values() if p.grad is not None]
-        own = torch.stack([square, torch.stack(absolute).sum() if absolute else square * 0, loss.double()]).cpu()
+        gradients = [p.grad for p in self._owned.values() if p.grad is not None]
+        absolute = [torch.linalg.vector_norm(gradient, 1, dtype=torch.float64) for gradient in gradients]
+        total = torch.stack(absolute).sum() if absolute else torch.zeros(())
+        own = torch.stack([number.cpu().double() for number in (square, total, loss)])
         known = own + self._receive(device - 1, "what it and those before it know of the gradient") if device else own
-        self._pending = PendingStep(self._optimizer, known[0], self._clip)
+        # The others are told first, and work while this one takes its step.
         if device + 1 < self._grid.devices:
             self._send(device + 1, known)
         else:
             self._whole = known
+            self._pass_back()
+        self._pending = PendingStep(self._optimizer, known[0], self._clip)
 
     def settle(self) -> Settled | None:
         """Makes the update that was proposed the right one; None where there is none."""
@@ -71,12 +75,15 @@ class PostValidated:
         device = self._grid.device
         if device + 1 < self._grid.devices:
             self._whole = self._receive(device + 1, "the whole gradient's norm")
-        if device:
-            self._send(device - 1, self._whole)
+            self._pass_back()
         kept = self._pending.settle(self._whole[0])
         self._pending = None
         square, absolute, loss = self._whole
         return Settled(kept, {"loss": loss.float(), "grad_norm": square.sqrt().float(), "grad_l1": absolute.float()})
+
+    def _pass_back(self) -> None:
+        if self._grid.device:
+            self._send(self._grid.device - 1, self._whole)
 
     def _send(self, device: int, numbers: Tensor) -> None:
         self._sent = [work for work in self._sent if not work.is_completed()]
