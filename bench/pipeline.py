@@ -9,6 +9,7 @@ costs of the step before. Without several GPUs, tiny shapes over gloo show that 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -37,6 +38,7 @@ from penstock.pipeline.simulate.simulator import Simulation, simulate
 from penstock.policy import create
 from penstock.testing.pipeline_peer import ours, theirs
 from penstock.testing.workers import Workers, serve
+from penstock.train.pipeline.profiling import alone
 
 #: With the head, 31 layers are 4 units of work for each of 8 stages: no schedule has to wait for the largest one.
 LARGE = {"hidden": 3072, "layers": 31, "heads": 24, "kv_heads": 8, "head_dim": 128, "ffn": 8192, "vocabulary": 32000}
@@ -171,9 +173,25 @@ class Subjects:
         with self.device:
             parts = {stage: Part(self.config, [stages[stage]]).to(self.device, self.dtype) for stage in held}
         self.parameters = [parameter for part in parts.values() for parameter in part.parameters()]
-        for part in parts.values() if self.compiles else ():
-            compile_layers(part)
-        return {stage: StageModule(part, stages[stage], context) for stage, part in parts.items()}
+        modules = {stage: StageModule(part, stages[stage], context) for stage, part in parts.items()}
+        if self.compiles:
+            self._compile(modules)
+            self.grid.world.barrier()  # which waits longer than a pipeline does
+        return modules
+
+    def _compile(self, modules: dict[int, StageModule]) -> None:
+        """Compiles and runs each stage by itself, whole and split: in a schedule the others would wait too long."""
+        loss = self._loss(modules)
+        hidden = torch.randn(1, self.length, self.config.hidden, dtype=self.dtype, device=self.device)
+        for module in modules.values():
+            compile_layers(module.part)
+
+            def run(x: Tensor, module: StageModule = module) -> list[Tensor]:
+                out = module(self.tokens[0] if module.stage.begins else x)
+                return [loss(out, self.tokens[0]) if module.stage.ends else out]
+
+            for split in (False, True):
+                alone(run, hidden.detach().requires_grad_(), contextlib.nullcontext(), split=split)
 
     def _loss(self, modules: dict[int, nn.Module]):
         heads = [module.part.head.weight for module in modules.values() if hasattr(module.part, "head")]

@@ -122,17 +122,23 @@ def _check(section: dict[str, Any], world: World, folder: Path) -> list[str]:
     return check_config(config, world, folder, PLANNED if planned else UPDATES)
 
 
-def check_config(config: TrainConfig, world: World, folder: Path, updates: int = UPDATES) -> list[str]:
-    """What differs from one device in some updates of the trainer with ``config``; all processes call this.
+def check_config(
+    config: TrainConfig, world: World, folder: Path, updates: int = UPDATES, *, compiled: bool = False
+) -> list[str]:
+    """What differs from one device in some updates of the trainer with ``config``, its stages ``compiled`` or not; all
+    processes call this.
 
     The model of the configuration is drawn in fp64.
     """
-    shape = config.model
+    shape, rows = config.model, config.batch.tokens // LENGTH
     assert shape is not None
     pipeline = Pipeline(config, shape, folder, world)
     pipeline.part.initialize(0).double()
     trainer = Trainer(config, pipeline.part, None, None, folder, world, pipeline)  # type: ignore[arg-type]
-    rows = config.batch.tokens // LENGTH
+    if compiled:
+        pipeline.compile()
+        pipeline.rehearse(*next(trainer._microbatches(batch(0, rows), LENGTH)))
+        world.barrier()
     mine = rows // pipeline.grid.pipelines
     own = slice(pipeline.grid.pipeline * mine, (pipeline.grid.pipeline + 1) * mine)
     reports = []

@@ -476,12 +476,15 @@ class Trainer:
         Returns:
             Why the run goes on without compiling although its configuration asks for it, or nothing.
         """
-        began = time.monotonic()
         self.choose_compile()
         if not self.config.compile:
             return ""
-        if obstacle := self._obstacle():
-            return obstacle
+        obstacle = self._obstacle() or self._compile()
+        self.world.barrier()  # which waits longer for a slow compiler than a pipeline would
+        return obstacle
+
+    def _compile(self) -> str:
+        began = time.monotonic()
         if self.pipeline:
             self.pipeline.compile()
         else:
