@@ -16,13 +16,13 @@ def policies(contract: str):
 
 
 @pytest.mark.parametrize("contract", CONTRACTS)
-def test_what_is_registered_trains_as_one_device_does(contract, tmp_path):
+def test_what_is_registered_trains_as_one_device_does(contract):
     """With default options; routes on four devices, which all of them can have."""
-    check_trains(enrolled(contract), 4 if contract == "pipeline.route" else 2, tmp_path)
+    check_trains(enrolled(contract), 4 if contract == "pipeline.route" else 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("contract", CONTRACTS)
-def test_every_option_trains_as_one_device_does(contract, size, tmp_path):
-    check_trains(policies(contract), size, tmp_path)
+def test_every_option_trains_as_one_device_does(contract, size):
+    check_trains(policies(contract), size)

@@ -9,6 +9,7 @@ one that the schedule's list of tasks says.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +39,7 @@ from penstock.train.pipeline.pipeline import PROFILED, Pipeline
 #: in float32.
 TOLERANCE, LOSS_TOLERANCE = 1e-9, 1e-6
 LENGTH, VOCABULARY = 8, 24
+CPU = torch.device("cpu")
 #: Updates that are compared; of what is planned anew from the first ones, so many that the new schedule runs too.
 UPDATES, PLANNED = 3, 2 * PROFILED + 1
 
@@ -76,21 +78,21 @@ def options(devices: int, microbatches: int, layers: int, pipeline: Mapping[str,
     return build(TrainConfig, tree, "a test")
 
 
-def check_trains(policies: Mapping[str, Trained], size: int, folder: Path) -> None:
-    """Asserts that each of ``policies`` trains on ``size`` processes, forked for it, as one device does; ``folder`` is
-    an empty one for what runs write. Where one refuses that many, it is tried on as many as the refusal names, if these
-    are not more."""
+def check_trains(policies: Mapping[str, Trained], size: int) -> None:
+    """Asserts that each of ``policies`` trains on ``size`` processes, forked for it, as one device does. Those that
+    refuse that many are let off."""
+    with tempfile.TemporaryDirectory() as folder:
 
-    def work(world: World) -> dict[str, list[str]]:
-        torch.set_num_threads(1)
-        return {name: check_policy(policy, world, folder) for name, policy in policies.items()}
+        def work(world: World) -> dict[str, list[str]]:
+            torch.set_num_threads(1)
+            return {name: check_policy(policy, world, Path(folder)) for name, policy in policies.items()}
 
-    verdicts = agreed(size, work)
+        verdicts = agreed(size, work)
     faults = sorted({f"{name}: {fault}" for found in verdicts for name, told in found.items() for fault in told})
     assert not faults, "\n".join(faults)
 
 
-def check_policy(policy: Trained, world: World, folder: Path) -> list[str]:
+def check_policy(policy: Trained, world: World, folder: Path, device: torch.device = CPU) -> list[str]:
     """What differs from one device in some updates of the trainer that follow ``policy``."""
     sections: list[dict[str, Any]]
     match policy:
@@ -100,10 +102,10 @@ def check_policy(policy: Trained, world: World, folder: Path) -> list[str]:
             sections = [{"route": policy.describe()}]
         case _:
             sections = [{"schedule": policy.describe()}]
-    return [fault for section in sections for fault in _check(section, world, folder)]
+    return [fault for section in sections for fault in _check(section, world, folder, device)]
 
 
-def _check(section: dict[str, Any], world: World, folder: Path) -> list[str]:
+def _check(section: dict[str, Any], world: World, folder: Path, device: torch.device) -> list[str]:
     devices, microbatches = world.size, 2 * world.size
     probe = options(devices, microbatches, 1, section, clip=None).pipeline
     policy = probe.route or probe.schedule
@@ -119,21 +121,27 @@ def _check(section: dict[str, Any], world: World, folder: Path) -> list[str]:
         changes = {"clip": None, "model": {"tied": False}}
     planned = any("times" in type(part).model_fields for part in (policy, *probe.transforms))
     config = options(devices, microbatches, schedule.stages, section, **changes)
-    return check_config(config, world, folder, PLANNED if planned else UPDATES)
+    return check_config(config, world, folder, PLANNED if planned else UPDATES, device=device)
 
 
 def check_config(
-    config: TrainConfig, world: World, folder: Path, updates: int = UPDATES, *, compiled: bool = False
+    config: TrainConfig,
+    world: World,
+    folder: Path,
+    updates: int = UPDATES,
+    *,
+    compiled: bool = False,
+    device: torch.device = CPU,
 ) -> list[str]:
     """What differs from one device in some updates of the trainer with ``config``, its stages ``compiled`` or not; all
-    processes call this.
+    processes call this, each with its ``device`` of one kind.
 
     The model of the configuration is drawn in fp64.
     """
     shape, rows = config.model, config.batch.tokens // LENGTH
     assert shape is not None
     pipeline = Pipeline(config, shape, folder, world)
-    pipeline.part.initialize(0).double()
+    pipeline.part.initialize(0).double().to(device)
     trainer = Trainer(config, pipeline.part, None, None, folder, world, pipeline)  # type: ignore[arg-type]
     if compiled:
         pipeline.compile()
@@ -146,7 +154,7 @@ def check_config(
         given = Batch(*(part[own] for part in _parts(batch(step, rows))))
         reports.append(trainer.update(given, LENGTH, 1.0))
     trainer.settle()
-    expected = alone(config, pipeline.schedule, tuple(pipeline.stages), updates)
+    expected = alone(config, pipeline.schedule, pipeline.stages, updates, device)
     faults = []
     for step, (report, (loss, norm)) in enumerate(zip(reports, expected.reports, strict=True)):
         for key, ours, theirs in (("loss", report["loss"].item(), loss), ("gradient's norm", _norm(report), norm)):
@@ -176,15 +184,18 @@ class Alone:
     weights: dict[str, Tensor]
 
 
-def alone(config: TrainConfig, schedule: Schedule, stages: Sequence[Stage], updates: int) -> Alone:
+def alone(
+    config: TrainConfig, schedule: Schedule, stages: Sequence[Stage], updates: int, device: torch.device = CPU
+) -> Alone:
     """The updates of one device, microbatches along the paths of ``schedule`` through ``stages``."""
     assert config.model is not None
-    model = Decoder(config.model).initialize(0).double()
+    model = Decoder(config.model).initialize(0).double().to(device)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = config.optim.build(parameters)
     one = _one_update if schedule.weights is WeightRule.FLUSH else _delayed_updates
     rows = config.batch.tokens // LENGTH
-    reports = [one(model, batch(step, rows), schedule, stages, optimizer, config.clip) for step in range(updates)]
+    batches = [batch(step, rows).to(device) for step in range(updates)]
+    reports = [one(model, given, schedule, stages, optimizer, config.clip) for given in batches]
     return Alone(reports, {name: p.detach() for name, p in parameters.items()})
 
 
