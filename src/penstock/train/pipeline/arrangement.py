@@ -117,7 +117,7 @@ class Arrangement:
 def _check_stashing(config: TrainConfig, name: str) -> None:
     """Where each stage updates its weights by itself, nothing can wait for the whole gradient."""
     for key, wanted, what in (
-        ("clip", config.clip is not None, "clips by the norm of the whole gradient"),
+        ("clip", config.clip is not None, "needs the norm of the whole gradient"),
         ("on_bad_update", config.on_bad_update == "skip", "looks at the whole gradient first"),
         ("pipeline.post_validation", config.pipeline.post_validation, "validates one update a batch"),
     ):
