@@ -244,7 +244,7 @@ class Trainer:
         micros, predicted = list(self._microbatches(batch, length)), self._predicted(batch)
         loss = self.pipeline.backward(micros, predicted, confirm=self.settle)
         self._set_rates(factor)  # the update before this one is settled: it may have needed its own until then
-        self._validated.propose(loss)
+        self._validated.propose(self.pipeline.over_pipelines(loss))
         self.weights.publish()
         self._proposed = {}
         return self._proposed

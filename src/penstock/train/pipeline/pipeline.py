@@ -94,13 +94,12 @@ class Pipeline:
         held = [s for s, devices in enumerate(self.schedule.placement) if self.grid.device in devices]
         rows = shard_rows(shape.vocabulary, self.grid.devices)[self.grid.device] if self.schedule.barriers else None
         self.part = Part(shape, [self.stages[stage] for stage in held], rows)
-        owners = {name: ranks[0] for name, ranks in holders(self.schedule, named, self.grid).items()}
-        self._owned = {name for name, _ in self.part.named_parameters() if owners.get(name, world.rank) == world.rank}
+        first = {name: ranks[0] for name, ranks in holders(self.schedule, named, self.grid).items()}
+        here = [name for name, _ in self.part.named_parameters()]  # of which rows of a vocabulary are nobody else's
+        self._owned = {name for name in here if first.get(name, world.rank) == world.rank}
         # Those that no device before this one of the same pipeline has.
-        first = {name: ranks[0] % self.grid.devices for name, ranks in holders(self.schedule, named, self.grid).items()}
-        self._counted = {
-            n for n, _ in self.part.named_parameters() if first.get(n, self.grid.device) == self.grid.device
-        }
+        device, devices = self.grid.device, self.grid.devices
+        self._counted = {name for name in here if first.get(name, device) % devices == device}
         grid = self.grid
         self._twins = [tuple(grid.rank(d, k) for k in range(grid.pipelines)) for d in range(grid.devices)]
         for ranks in self._twins if grid.pipelines > 1 else ():
@@ -186,13 +185,17 @@ class Pipeline:
 
     def predicted(self, batch: Batch) -> Tensor:
         """How many tokens an update predicts over all pipelines, of which ``batch`` is this one's part: float32, on the
-        device. Devices of one pipeline do not wait for each other."""
-        count = (batch.targets != IGNORE).sum().float()
+        device."""
+        return self.over_pipelines((batch.targets != IGNORE).sum().float()).to(self._device)
+
+    def over_pipelines(self, number: Tensor) -> Tensor:
+        """The sum of a number over all pipelines, on the CPU. Devices of one pipeline do not wait for each other."""
+        total = number.detach().cpu().clone()
         if self.grid.pipelines > 1:
             ranks = self._twins[self.grid.device]
             with self.grid.explained(ranks[0] if ranks[0] != self._world.rank else ranks[1], "its part of a batch"):
-                dist.all_reduce(count, group=self.grid.group("twins", ranks))
-        return count.to(self._device)
+                dist.all_reduce(total, group=self.grid.group("twins", ranks))
+        return total
 
     def backward(self, micros: Micros, predicted: Tensor, confirm: Callable[[], bool] | None = None) -> Tensor:
         """Leaves the gradients over all pipelines in the masters; returns this process's share of the loss.
@@ -258,6 +261,8 @@ class Pipeline:
         shapes = [(*batch.tokens.shape, self.part.config.hidden) for batch, _ in micros]
         pieces: list[list[float]] = []
         if record:
+            if confirm is not None:
+                confirm()  # now, as passes that are measured leave no gradients
             pieces = self._pieces(*micros[0])
             synchronize(self._device)
             self._world.barrier()  # so that the clocks of all devices start together

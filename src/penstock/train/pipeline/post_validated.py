@@ -51,7 +51,7 @@ class PostValidated:
         """Takes the update by what the devices before this one and this one know, and tells the next one.
 
         Args:
-            loss: this process's share.
+            loss: this device's share of that of all pipelines.
         """
         device = self._grid.device
         square = squared_norm(self._owned.values())
