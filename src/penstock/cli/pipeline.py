@@ -253,7 +253,7 @@ def partition(
     from penstock.core.errors import UsageError
     from penstock.core.files import write_json
     from penstock.pipeline.partition import pipedream
-    from penstock.pipeline.partition.file import PartitionFile, measured_layers
+    from penstock.pipeline.partition.file import PartitionFile
 
     if (model is None) is (costs is None):
         raise UsageError(
@@ -261,6 +261,8 @@ def partition(
             hint="For example: penstock pipeline partition runs/first --stages 4",
         )
     if costs is not None:
+        from penstock.pipeline.run.layers import measured_layers
+
         layers, known = measured_layers(costs)
     else:
         layers, known = _profiled(str(model), rows, length, dtype, device), 10e9
@@ -300,7 +302,7 @@ def _profiled(model: str, rows: int, length: int, dtype: Precision, device: str)
     from penstock.core.devices import pick
     from penstock.core.progress import show as progress
     from penstock.models import hub
-    from penstock.pipeline.partition.profiler import profile
+    from penstock.pipeline.run.layers import profile
 
     config = hub.read_config(hub.resolve(model))
     kind = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[dtype]

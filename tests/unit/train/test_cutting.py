@@ -103,6 +103,20 @@ def test_one_device_for_each_stage():
         partition(layers, 5, 1e9, 1)
 
 
+def test_a_sharded_vocabulary_has_the_work_of_the_head_that_was_measured():
+    layers = [Piece(forward=1.0, input_grad=1.0, weight_grad=1.0)] * 2
+    head = Piece(forward=6.0, input_grad=0.0, weight_grad=0.0)
+    nothing = Piece(forward=0.0, input_grad=0.0, weight_grad=0.0)
+    times = Times(forward=(1.0, 7.0), input_grad=1.0, weight_grad=1.0, pieces=(nothing, *layers, head))
+    schedule = create("pipeline.schedule", "1f1b").build(2, 4)
+    sharded = create("pipeline.transform", "vocabulary", barriers=2, times=times).apply(schedule)
+    assert sharded.barriers == 2
+    costs = times.costs(sharded)
+    assert costs.forward == (1.0, 1.0)
+    assert {kind.name: seconds for kind, seconds in costs.shards.items()} == {"S": 1.0, "T": 2.0}  # 6 on two devices
+    assert times.costs(schedule).forward == (1.0, 7.0)
+
+
 def test_times_of_other_numbers_of_stages_are_put_together_from_pieces():
     """The embedding with the first stage, the head with the last one; the slowest as fast as it can be."""
     layers = [Piece(forward=1.0, input_grad=2.0, weight_grad=1.0)] * 4

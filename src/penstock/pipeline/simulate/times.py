@@ -105,6 +105,23 @@ class Times(Config):
         cut[-1] = (*cut[-1], head)
         return cut
 
+    @property
+    def product(self) -> float:
+        """Of one product with the vocabulary's matrix: ``output``, or a third of the head where pieces are known."""
+        return self.output or (self.pieces[-1].seconds / 3 if self.pieces else 0.0)
+
+    def without_output(self) -> Times:
+        """The times of a model without its output layer."""
+        if self.output or not self.pieces:
+            return self.model_copy(update={"output": 0.0})
+        head, changes = self.pieces[-1], {}
+        for field in ("forward", "input_grad", "weight_grad"):
+            value = getattr(self, field)
+            if isinstance(value, tuple):
+                changes[field] = (*value[:-1], max(0.0, value[-1] - getattr(head, field)))
+        nothing = Piece(forward=0.0, input_grad=0.0, weight_grad=0.0)
+        return self.model_copy(update={**changes, "pieces": (*self.pieces[:-1], nothing)})
+
     def costs(self, schedule: Schedule) -> Costs:
         """The simulator's costs of ``schedule``; activations and weights are those of a p-th of the model.
 
@@ -113,9 +130,9 @@ class Times(Config):
         """
         stages = schedule.stages
         share = schedule.devices / stages
-        layers = self.model_copy(update={"output": 0.0}) if schedule.barriers else self
+        layers = self.without_output() if schedule.barriers else self
         # With one barrier, S has the product for the gradient too, and T is left with that for the weights.
-        product, first = self.output / schedule.devices, 2 if schedule.barriers == 1 else 1
+        product, first = self.product / schedule.devices, 2 if schedule.barriers == 1 else 1
         return Costs(
             forward=layers.each("forward", stages, share),
             input_grad=layers.each("input_grad", stages, share),
