@@ -176,10 +176,10 @@ def test_the_costs_of_a_run_flow_back(store, tmp_path):
 @pytest.mark.parametrize(
     ("cut", "layers"),
     [
-        ({"cuts": [1]}, [[0, 1], [1, 4]]),
+        pytest.param({"cuts": [1]}, [[0, 1], [1, 4]], marks=pytest.mark.slow),
         ({"cuts": [0]}, [[0, 0], [0, 4]]),
         ({"speeds": [1.0, 9.0]}, [[0, 1], [1, 4]]),
-        ({"speeds": [9.0, 1.0]}, [[0, 3], [3, 4]]),
+        pytest.param({"speeds": [9.0, 1.0]}, [[0, 3], [3, 4]], marks=pytest.mark.slow),
     ],
 )
 def test_cuts_by_hand(store, alone, tmp_path, cut, layers):

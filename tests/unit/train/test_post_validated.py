@@ -33,7 +33,7 @@ def test_what_can_be_done_before_the_last_device_has_told():
     ("size", "devices", "schedule", "clip"),
     [
         (3, 3, "zb_h2", 3.0),
-        (3, 3, "1f1b", 1e-3),
+        pytest.param(3, 3, "1f1b", 1e-3, marks=pytest.mark.slow),
         pytest.param(3, 3, "1f1b", None, marks=pytest.mark.slow),
         pytest.param(2, 2, "v_half", 3.0, marks=pytest.mark.slow),
         pytest.param(2, 2, "chimera", 3.0, marks=pytest.mark.slow),
