@@ -1,12 +1,17 @@
 """Pipeline schedules on the GPUs of one host, against torch.distributed.pipelining with the same stages.
 
 A Llama shape of about 3 B parameters in bf16 on sequences of 4,096 tokens; forward and backward without an optimizer.
-Other rows say what each held at its peak, how long its devices idled, and how far the simulator is from the measured
-time of a step, at the costs of the step before. Without several GPUs, tiny shapes over gloo show that it works.
+Each schedule of ours runs with its layers and loss as they are, and compiled; PyTorch's as they are, and compiled where
+they do not split the backward pass, which it cannot do with compiled stages. All take turns. Other rows say what each
+held at its peak, how long its devices idled, and how far the simulator is from the measured time of a step, at the
+costs of the step before. Without several GPUs, tiny shapes over gloo show that it works.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import gc
 import statistics
 import time
@@ -24,14 +29,16 @@ from penstock.models.attention import CausalRows
 from penstock.models.config import DecoderConfig
 from penstock.parallel.world import World
 from penstock.pipeline.partition.balanced import cut
+from penstock.pipeline.run.compiled import compile_layers, compiled
 from penstock.pipeline.run.grid import Grid
 from penstock.pipeline.run.profile import gathered, measured
 from penstock.pipeline.run.runtime import Step
-from penstock.pipeline.run.stages import Part
+from penstock.pipeline.run.stages import Part, Stage
 from penstock.pipeline.simulate.simulator import Simulation, simulate
 from penstock.policy import create
 from penstock.testing.pipeline_peer import ours, theirs
 from penstock.testing.workers import Workers, serve
+from penstock.train.pipeline.profiling import alone
 
 #: With the head, 31 layers are 4 units of work for each of 8 stages: no schedule has to wait for the largest one.
 LARGE = {"hidden": 3072, "layers": 31, "heads": 24, "kv_heads": 8, "head_dim": 128, "ffn": 8192, "vocabulary": 32000}
@@ -47,25 +54,39 @@ PAIRS = {
 }
 #: Schedules that papers set beside 1F1B in throughput. All of them are claimed to be faster in a step.
 CLAIMS = {"interleaved_1f1b": (6,), "zb_h1": (3,), "v_zb": (3, 21), "v_half": (21,)}
+#: PyTorch's schedules that do not split the backward pass.
+WHOLE = ("Schedule1F1B", "ScheduleInterleaved1F1B")
+#: What is said after the name of a subject whose layers and loss are compiled.
+COMPILED = ", compiled"
 #: How many stages PyTorch's schedules have on a device.
 CHUNKS = {"Schedule1F1B": 1}
 
 #: Steps of a repetition, which is their median: to make a subject anew takes longer.
-STEPS, REPETITIONS = 3, 3
-#: Seconds after which an order counts as hanging; the first one waits for the processes to start.
-PATIENCE = 90.0
+STEPS, REPETITIONS = 2, 3
+#: Seconds after which an order counts as hanging; the first one waits for the processes to start, and the first of what
+#: is compiled for the compiler.
+PATIENCE, COMPILING = 90.0, 400.0
+
+
+def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """By PyTorch's own operators: its runtime cannot split the backward pass of others."""
+    logits = F.linear(hidden.flatten(0, 1), weight).float()
+    return F.cross_entropy(logits, targets.flatten(), reduction="sum")
+
+
+COMPILED_LOSS = compiled(summed_loss)
 
 
 class StageModule(nn.Module):
     """A stage as a function of one tensor."""
 
-    def __init__(self, part: Part, stage: range, context: CausalRows) -> None:
+    def __init__(self, part: Part, stage: Stage, context: CausalRows) -> None:
         super().__init__()
         self.part, self.stage, self.context = part, stage, context
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states from tokens or hidden states."""
-        return self.part.run(self.stage, x, self.context).hidden
+        return self.part.run(self.stage.layers, x, self.context, last=self.stage.ends).hidden
 
 
 class Subjects:
@@ -118,7 +139,9 @@ class Subjects:
         gc.collect()
         if self.on_cuda:
             torch.cuda.empty_cache()
-        self.step = self._peer(order) if order.startswith("Schedule") else self._own(order)
+        name = order.removesuffix(COMPILED)
+        self.compiles = name != order
+        self.step = self._peer(name) if name.startswith("Schedule") else self._own(name)
         self.prepared = order
         self._timed()
         if self.on_cuda:
@@ -144,22 +167,36 @@ class Subjects:
         return ours(self.schedule, self.grid, modules, loss, self.tokens, self.tokens, message, self.dtype)
 
     def _modules(self, count: int, held: list[int]) -> dict[int, nn.Module]:
-        stages = cut(self.config, count, self.length)
+        cuts = cut(self.config, count, self.length)
+        stages = [Stage(layers, number == 0, number == count - 1) for number, layers in enumerate(cuts)]
         context = CausalRows.of(self.length, self.device)
         with self.device:
             parts = {stage: Part(self.config, [stages[stage]]).to(self.device, self.dtype) for stage in held}
         self.parameters = [parameter for part in parts.values() for parameter in part.parameters()]
-        return {stage: StageModule(part, stages[stage], context) for stage, part in parts.items()}
+        modules = {stage: StageModule(part, stages[stage], context) for stage, part in parts.items()}
+        if self.compiles:
+            self._compile(modules)
+            self.grid.world.barrier()  # which waits longer than a pipeline does
+        return modules
+
+    def _compile(self, modules: dict[int, StageModule]) -> None:
+        """Compiles and runs each stage by itself, whole and split: in a schedule the others would wait too long."""
+        loss = self._loss(modules)
+        hidden = torch.randn(1, self.length, self.config.hidden, dtype=self.dtype, device=self.device)
+        for module in modules.values():
+            compile_layers(module.part)
+
+            def run(x: Tensor, module: StageModule = module) -> list[Tensor]:
+                out = module(self.tokens[0] if module.stage.begins else x)
+                return [loss(out, self.tokens[0]) if module.stage.ends else out]
+
+            for split in (False, True):
+                alone(run, hidden.detach().requires_grad_(), contextlib.nullcontext(), split=split)
 
     def _loss(self, modules: dict[int, nn.Module]):
         heads = [module.part.head.weight for module in modules.values() if hasattr(module.part, "head")]
-
-        def loss(hidden: Tensor, targets: Tensor) -> Tensor:
-            # PyTorch's own operators: its runtime cannot split the backward pass of others.
-            logits = F.linear(hidden.flatten(0, 1), heads[0]).float()
-            return F.cross_entropy(logits, targets.flatten(), reduction="sum") / self.tokens.numel()
-
-        return loss
+        sum_of = COMPILED_LOSS if self.compiles else summed_loss
+        return lambda hidden, targets: sum_of(hidden, heads[0], targets) / self.tokens.numel()
 
     def _measured(self, step: Step) -> Simulation:
         """The step of all processes; no bytes, since the time does not depend on them."""
@@ -172,18 +209,35 @@ class Subjects:
             torch.cuda.synchronize(self.device)
 
 
+@dataclasses.dataclass
+class Pair:
+    """A schedule of ours and one of PyTorch's, and what of them is left to be measured."""
+
+    name: str
+    peer: str
+    orders: list[str]
+    asked: str = ""
+
+
 def main(bench: Bench) -> None:
-    """Measures in a process for each GPU, or in two. After a pair that fails, the others go on in new processes."""
+    """Measures in a process for each GPU, or in two. After a subject that fails, the others go on in new processes."""
     devices = torch.cuda.device_count()
     size = devices if devices > 1 else 2
-    left = list(PAIRS.items())
+    left = [
+        Pair(name, peer, [name, peer, name + COMPILED, *([peer + COMPILED] if peer in WHOLE else [])])
+        for name, peer in PAIRS.items()
+    ]
     while left:
         with Workers(Path(__file__), size) as workers:
             try:
                 while left:
-                    compare(bench, workers, size, *left.pop(0), real=devices > 1)
+                    compare(bench, workers, size, left[0], real=devices > 1)
+                    left.pop(0)
             except PenstockError as error:
-                bench.console.print(f"left out: {error}", style="red")
+                bench.console.print(f"left out, {left[0].asked}: {error}", style="red")
+                left[0].orders.remove(left[0].asked)
+                if not left[0].asked.endswith(COMPILED):
+                    left.pop(0)
     if devices > 1:
         compare_within_memory(bench)
         compare_with_1f1b(bench)
@@ -193,7 +247,7 @@ def compare_with_1f1b(bench: Bench) -> None:
     """Sets each schedule beside 1F1B on the same runtime, as its paper does: the medians of this run, so that the ratio
     has no range."""
     rates, peaks = (
-        {row.subject: row for row in bench.rows if row.metric == metric}
+        {row.subject: row for row in bench.rows if row.metric == metric and row.subject in PAIRS}
         for metric in ("throughput", "peak memory of a device")
     )
     compared = [(rates, papers, name) for name, papers in CLAIMS.items()]
@@ -208,7 +262,7 @@ def compare_with_1f1b(bench: Bench) -> None:
 
 def compare_within_memory(bench: Bench) -> None:
     """Sets each of our schedules beside the fastest of PyTorch's that takes no more memory; a fiftieth more is none."""
-    rates = [row for row in bench.rows if row.metric == "throughput"]
+    rates = [row for row in bench.rows if row.metric == "throughput" and (row.peer or "").startswith("torch")]
     peaks = {row.subject: row for row in bench.rows if row.metric == "peak memory of a device"}
     for own in rates:
         most = 1.02 * peaks[own.subject].value
@@ -229,38 +283,47 @@ def compare_within_memory(bench: Bench) -> None:
         )
 
 
-def compare(bench: Bench, workers: Workers, size: int, name: str, peer: str, *, real: bool) -> None:
-    """Measures one pair."""
-    answers: dict[str, list[dict[str, Any]]] = {name: [], peer: []}
+def compare(bench: Bench, workers: Workers, size: int, pair: Pair, *, real: bool) -> None:
+    """Measures a pair, all of its subjects in turn."""
+    answers: dict[str, list[dict[str, Any]]] = {order: [] for order in pair.orders}
 
     def rate(order: str) -> float:
-        found = [workers.ask(order, PATIENCE) for _ in range(STEPS)]
+        pair.asked = order
+        patience = COMPILING if order.endswith(COMPILED) else PATIENCE
+        found = [workers.ask(order, patience) for _ in range(STEPS)]
         answers[order] += [{**ranks[0], "peak": max(rank["peak"] for rank in ranks)} for ranks in found]
         return 4 * size * (4096 if real else 32) / statistics.median(ranks[0]["seconds"] for ranks in found)
 
     setting = f"{size} devices, {4 * size} microbatches, " + ("3 B parameters" if real else "tiny shapes, gloo")
-    pair = {"subject": name, "peer": f"torch.distributed.pipelining, {peer}", "setting": setting}
-    bench.compare(
-        **pair,
-        metric="throughput",
-        unit="tokens/s",
-        run=lambda: rate(name),
-        peer_run=lambda: rate(peer),
-        repetitions=REPETITIONS,
-    )
-    if real:
-        own, theirs = (max(answer["peak"] for answer in answers[order]) / 1e9 for order in (name, peer))
-        bench.row(
-            **pair,
-            metric="peak memory of a device",
-            unit="GB",
-            better="lower",
-            value=own,
-            peer_value=theirs,
-            ratio=own / theirs,
-        )
-    idle = [100 * answer["idle"] for answer in answers[name]]
-    errors = [100 * abs(answer["simulated"] - 1) for answer in answers[name]]
+    rates = bench.turns({order: functools.partial(rate, order) for order in pair.orders}, setting, REPETITIONS)
+    throughput: dict[str, Any] = {"setting": setting, "metric": "throughput", "unit": "tokens/s"}
+    compiled_name = pair.name + COMPILED
+    for own in (order for order in (pair.name, compiled_name) if order in rates):
+        other = pair.peer + COMPILED if own == compiled_name and pair.peer + COMPILED in rates else pair.peer
+        names = {"subject": own, "peer": f"torch.distributed.pipelining, {other}"}
+        bench.compared(**names, **throughput, values=rates[own], peer_values=rates[other])
+        if real:
+            held, theirs_held = (max(answer["peak"] for answer in answers[order]) / 1e9 for order in (own, other))
+            bench.row(
+                **names,
+                setting=setting,
+                metric="peak memory of a device",
+                unit="GB",
+                better="lower",
+                value=held,
+                peer_value=theirs_held,
+                ratio=held / theirs_held,
+            )
+        describe(bench, own, setting, answers[own])
+    if compiled_name in rates:
+        names = {"subject": compiled_name, "peer": f"{pair.name}, not compiled"}
+        bench.compared(**names, **throughput, values=rates[compiled_name], peer_values=rates[pair.name])
+
+
+def describe(bench: Bench, name: str, setting: str, answers: list[dict[str, Any]]) -> None:
+    """How long the devices idled, and how far the simulator was off."""
+    idle = [100 * answer["idle"] for answer in answers]
+    errors = [100 * abs(answer["simulated"] - 1) for answer in answers]
     for metric, shares in (("idle share of the devices", idle), ("error of the simulated makespan", errors)):
         bench.row(
             subject=name,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import forked_ranks
+from penstock.cli import build_app
 from penstock.core.files import read_json
 from penstock.core.metrics import read_metrics
 from penstock.models import hub
@@ -116,8 +120,8 @@ def test_the_profile_of_the_first_updates(store, tmp_path):
     profile = read_json(tmp_path / "run" / "pipeline.json")
     assert (profile["devices"], profile["microbatches"], profile["layers"]) == (2, 6, [[0, 3], [3, 4]])
     for kind in ("forward", "input_grad", "weight_grad"):
-        assert len(profile["seconds"][kind]) == 2
-        assert all(seconds > 0 for seconds in profile["seconds"][kind])
+        assert len(profile["times"][kind]) == 2
+        assert all(seconds > 0 for seconds in profile["times"][kind])
     assert all(size > 32 * 32 * 4 for size in profile["activation_bytes"])
     assert profile["message_bytes"] == 32 * 32 * 4
     events = read_json(tmp_path / "run" / "pipeline-trace.json")["traceEvents"]
@@ -126,6 +130,124 @@ def test_the_profile_of_the_first_updates(store, tmp_path):
     ends = [max(e["ts"] + e["dur"] for e in events if e["ph"] == "X" and e["pid"] == pid) for pid in (0, 1)]
     assert ends == pytest.approx([1e6 * profile["makespan"][which] for which in ("measured", "simulated")])
     assert {"0F0", "1I5", "0W5"} <= {name for _, name in drawn}
+
+
+def test_the_costs_of_a_run_flow_back(store, tmp_path):
+    """I and W are measured though the schedule has B only; search, compare and partition read what a run wrote, for
+    other numbers of stages too; and a run takes the partition."""
+    trained(pipelined(store, 2, "1f1b", steps=4, average=None), tmp_path / "run", 2)
+    costs = tmp_path / "run" / "pipeline.json"
+    times = read_json(costs)["times"]
+    assert len(times["pieces"]) == 6
+    for stage, pieces in enumerate((times["pieces"][:4], times["pieces"][4:])):
+        for kind in ("forward", "input_grad", "weight_grad"):
+            assert sum(piece[kind] for piece in pieces) == pytest.approx(times[kind][stage])
+    assert times["input_grad"] != pytest.approx(times["weight_grad"])
+    assert [(way["source"], way["target"]) for way in times["ways"]] == [(0, 1), (1, 0)]
+
+    def printed(*arguments: str) -> Any:
+        result = CliRunner().invoke(build_app(), ["pipeline", *arguments, "--costs", str(costs), "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    numbers = ("--stages", "2", "--microbatches", "6")
+    compared = {row["name"]: row for row in printed("compare", *numbers)}
+    work = sum(sum(times[kind]) for kind in ("forward", "input_grad", "weight_grad"))
+    for name in ("1f1b", "v_half", "interleaved_1f1b"):  # of two stages, and of four
+        assert (
+            6 * work / 2 <= compared[name]["makespan"] <= 6 * work + 12 * max(way["seconds"] for way in times["ways"])
+        )
+    searched = {row["name"] for row in printed("search", "--memory", "4", "--top", "100", *numbers)}
+    assert {"zb_auto", "zb_h1", "1f1b", "v_half"} <= searched
+    partition = tmp_path / "partition.json"
+    found = printed("partition", "--stages", "2", "--straight", "--out", str(partition))
+    assert found == read_json(partition)
+    (first, second) = found["stages"]
+    assert (first["first"], first["last"], second["last"]) == (0, second["first"], 6)
+
+    cut = {"schedule": "1f1b", "partition": str(partition)}
+    trained(options(store, parallel={"pipeline": 2}, pipeline=cut, steps=4, average=None), tmp_path / "cut", 2)
+    edge = min(max(first["last"] - 1, 0), 4)
+    assert read_json(tmp_path / "cut" / "pipeline.json")["layers"] == [[0, edge], [edge, 4]]
+    ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("cut", "run"))
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("cut", "layers"),
+    [
+        pytest.param({"cuts": [1]}, [[0, 1], [1, 4]], marks=pytest.mark.slow),
+        ({"cuts": [0]}, [[0, 0], [0, 4]]),
+        ({"speeds": [1.0, 9.0]}, [[0, 1], [1, 4]]),
+        pytest.param({"speeds": [9.0, 1.0]}, [[0, 3], [3, 4]], marks=pytest.mark.slow),
+    ],
+)
+def test_cuts_by_hand(store, alone, tmp_path, cut, layers):
+    """Stages of the layers that were asked for, of none but the embedding even, on the same curve."""
+    trained(options(store, parallel={"pipeline": 2}, pipeline=cut), tmp_path / "run", 2)
+    assert_same_curve(tmp_path / "run", alone)
+    assert read_json(tmp_path / "run" / "pipeline.json")["layers"] == layers
+
+
+def test_rows_of_the_vocabulary_are_one_matrix_in_checkpoints(store, alone, tmp_path):
+    """Sharded over two processes, then over one that has all, then over two again: one curve, weights, averages and
+    optimizer state those of a run with whole matrices."""
+    folder = tmp_path / "run"
+    sharded = {"transforms": [{"name": "vocabulary", "times": {"output": 2.0}}]}
+    pipeline = {"parallel": {"pipeline": 2}, "pipeline": sharded}
+    trained(options(store, **pipeline, checkpoint_steps=4, keep_checkpoints=3), folder, 2)
+    for step, devices in ((4, 1), (8, 2)):
+        for found in checkpoint.checkpoints(folder / "checkpoints"):
+            if checkpoint.step_of(found) > step:
+                shutil.rmtree(found)
+        resumed(folder, devices, f"parallel.pipeline={devices}")
+    assert_same_curve(folder, alone)
+    one, other = (tensors(path / "checkpoints" / "step-00000012") for path in (folder, alone.folder))
+    assert {name: tensor.shape for name, tensor in one.items()} == {n: t.shape for n, t in other.items()}
+
+
+def test_a_lost_stage_is_made_anew_without_a_checkpoint(store, tmp_path):
+    """One of four processes is killed before any checkpoint: the run goes on with a copy of the stage that it swaps
+    with, and all others as they were."""
+    route = {"parallel": {"pipeline": 4}, "pipeline": {"route": "checkfree"}}
+    chosen = options(store, **route, steps=12, checkpoint_steps=100, average="ema")
+    folder = tmp_path / "run"
+
+    def work(world: World) -> None:
+        torch.set_num_threads(1)
+        run = Run.create(chosen, folder, world)
+        update = run.trainer.update
+
+        def dies(*arguments: Any) -> Any:
+            if world.rank == 2 and run.trainer.position.step == 5:
+                os._exit(1)
+            return update(*arguments)
+
+        run.trainer.update = dies  # type: ignore[method-assign]
+        run.trainer.train()
+
+    results = ranks(4, work)
+    assert ["raised" in result for result in results] == [True, True, False, True]
+    left = sorted((folder / "survivors").iterdir())
+    assert [path.name for path in left] == [f"rank-{rank:05}.safetensors" for rank in (0, 1, 3)]
+    held = {name: tensor for path in left for name, tensor in load_file(path).items()}
+
+    def again(world: World) -> list[Any]:
+        torch.set_num_threads(1)
+        run = Run.reopen(folder, world)
+        weights = {name: p.detach().clone() for name, p in run.trainer.model.named_parameters()}
+        copied = {name: name.replace("layers.2.", "layers.3.") for name in weights}
+        same = all(torch.equal(weights[name], held[f"model/{copied[name]}"]) for name in weights)
+        fresh = world.rank == 2 or bool(run.trainer.optimizer.state)
+        return [run.trainer.position.step, same, fresh, run.notes, run.trainer.train()]
+
+    found = [result["returned"] for result in ranks(4, again)]
+    assert [answer[:3] + answer[4:] for answer in found] == [[5, True, True, True]] * 4
+    assert found[0][3] == ["goes on after 5 steps from what the processes held when one was lost: stage 2 anew from 3"]
+    assert not (folder / "survivors").exists()
+    losses = [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
+    assert len(losses) == 12
+    assert losses[-1] < losses[4] - 0.1
 
 
 def test_a_schedule_is_planned_from_the_first_updates(store, alone, tmp_path):
@@ -138,7 +260,7 @@ def test_a_schedule_is_planned_from_the_first_updates(store, alone, tmp_path):
     for kind in ("forward", "input_grad", "weight_grad"):
         assert len(times[kind]) == 2
         assert all(seconds > 0 for seconds in times[kind])
-        assert times[kind] != profile["seconds"][kind]  # those of a later update
+        assert times[kind] != profile["times"][kind]  # those of a later update
     assert times["transfer"] >= 0
     events = read_json(tmp_path / "run" / "pipeline-trace.json")["traceEvents"]
     assert max(event["args"]["held"] for event in events if event["ph"] == "C") <= max(profile["activation_bytes"])
@@ -174,7 +296,11 @@ def test_from_a_model_in_bf16_with_experts(store, tmp_path):
     [
         ({"batch": {**BATCH, "micro_tokens": None}}, "batch.micro_tokens is not set"),
         ({"average": "naswa"}, "'naswa' looks at all weights together"),
-        ({"pipeline": {"schedule": "pipedream"}}, "pipedream updates weights after each microbatch"),
+        ({"pipeline": {"schedule": "pipedream"}}, "each stage after each microbatch, and clip needs the norm"),
+        ({"pipeline": {"schedule": "pipedream"}, "clip": None}, "is on several devices"),
+        ({"pipeline": {"cuts": [1, 2]}}, "do not cut 4 layers into the 2 stages"),
+        ({"pipeline": {"speeds": [1.0]}}, "pipeline.speeds has 1 numbers, and a pipeline has 2 devices"),
+        ({"pipeline": {"route": "checkfree"}}, "it needs four stages, not 2"),
         ({"activation_checkpointing": True}, "zb_h1 defers weight gradients"),
         ({"parallel": {"pipeline": 3}}, "1 processes do not make whole pipelines of 3"),
         ({"model": {**SHAPE, "layers": 1}}, "1 layers cannot be cut into 2 stages"),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from penstock.pipeline.ir.schedule import Schedule
+    from penstock.pipeline.partition.pipedream import Layer
     from penstock.pipeline.simulate.simulator import Simulation
     from penstock.pipeline.simulate.times import Times
 
@@ -48,8 +49,8 @@ TRANSFORMS = typer.Option(
 COSTS = typer.Option(
     None,
     "--costs",
-    help="A JSON file of times in place of --cost: forward, input_grad and weight_grad, each a number or a list with "
-    "one for each stage, and transfer.",
+    help="A JSON file of times in place of --cost: the pipeline.json of a run, or one with forward, input_grad and "
+    "weight_grad, each a number or a list with one for each stage, and transfer.",
     metavar="FILE",
 )
 
@@ -219,9 +220,20 @@ def export(
 
 @app.command()
 def partition(
-    model: str = typer.Argument(..., help="A run folder, or any other model; its shape counts.", metavar="RUN"),
+    model: str | None = typer.Argument(
+        None, help="A run folder, or any other model; its shape counts.", metavar="RUN", show_default=False
+    ),
     stages: int = STAGES,
-    bandwidth: float = typer.Option(10.0, "--bandwidth", help="GB/s between two devices.", min=1e-6),
+    bandwidth: float | None = typer.Option(
+        None, "--bandwidth", help="GB/s between two devices; 10, or what --costs measured.", min=1e-6
+    ),
+    straight: bool = typer.Option(False, "--straight", help="One device for each stage, as most schedules have it."),
+    out: Path | None = typer.Option(
+        None, "--out", help="Write a file that training takes as pipeline.partition.", metavar="FILE"
+    ),
+    costs: Path | None = typer.Option(
+        None, "--costs", help="The pipeline.json of a run, in place of RUN: what its layers took there.", metavar="FILE"
+    ),
     rows: int = typer.Option(1, "--rows", help="Sequences in a microbatch.", min=1),
     length: int = typer.Option(512, "--length", help="Tokens in a sequence.", min=1),
     dtype: Precision = typer.Option(Precision.fp32, "--dtype", help="Of weights and activations."),
@@ -230,33 +242,42 @@ def partition(
 ) -> None:
     """Profile the layers of a model, and cut it as PipeDream does: into stages, on one or more of the devices each.
 
-    Example: `penstock pipeline partition runs/first --stages 4 --bandwidth 25 --rows 4`
+    Examples: `penstock pipeline partition runs/first --stages 4 --bandwidth 25 --rows 4`,
+    `penstock pipeline partition --costs runs/first/pipeline.json --stages 4 --straight --out partition.json`
     """
-    import dataclasses
     import json
 
-    import torch
     from rich.console import Console
     from rich.table import Table
 
-    from penstock.core.devices import pick
-    from penstock.core.progress import show as progress
-    from penstock.models import hub
+    from penstock.core.errors import UsageError
+    from penstock.core.files import write_json
     from penstock.pipeline.partition import pipedream
-    from penstock.pipeline.partition.profiler import profile
+    from penstock.pipeline.partition.file import PartitionFile
 
-    config = hub.read_config(hub.resolve(model))
-    kind = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[dtype]
-    layers = profile(config, rows, length, device=pick(device), dtype=kind, reporter=progress)
-    found = pipedream.partition(layers, stages, 1e9 * bandwidth)
-    names = ["embedding", *(f"layer {number}" for number in range(config.layers)), "head"]
-    if as_json:
-        described = [dataclasses.asdict(layer) for layer in layers]
-        typer.echo(
-            json.dumps({"layers": dict(zip(names, described, strict=True)), **dataclasses.asdict(found)}, indent=2)
+    if (model is None) is (costs is None):
+        raise UsageError(
+            "say what to cut: a model, or --costs with the pipeline.json of a run",
+            hint="For example: penstock pipeline partition runs/first --stages 4",
         )
+    if costs is not None:
+        from penstock.pipeline.run.layers import measured_layers
+
+        layers, known = measured_layers(costs)
+    else:
+        layers, known = _profiled(str(model), rows, length, dtype, device), 10e9
+    speed = known if bandwidth is None else 1e9 * bandwidth
+    found = pipedream.partition(layers, stages, speed, 1 if straight else None)
+    names = ["embedding", *(f"layer {number}" for number in range(len(layers) - 2)), "head"]
+    described = PartitionFile(
+        layers=dict(zip(names, layers, strict=True)), stages=found.stages, seconds=found.seconds
+    ).model_dump(mode="json")
+    if out is not None:
+        write_json(out, described)
+    if as_json:
+        typer.echo(json.dumps(described, indent=2))
         return
-    table = Table("Stage", "From", "To", "Devices", "Work", title=f"{stages} devices, {bandwidth:g} GB/s")
+    table = Table("Stage", "From", "To", "Devices", "Work", title=f"{stages} devices, {speed / 1e9:.3g} GB/s")
     for number, stage in enumerate(found.stages):
         work = sum(layer.seconds for layer in layers[stage.first : stage.last]) / stage.replicas
         table.add_row(
@@ -270,6 +291,22 @@ def partition(
         f"penstock pipeline show pipedream --stages {stages} --set 'replicas=[{replicas}]'",
         highlight=False,
     )
+    if out is not None:
+        console.print(f"To train so: penstock train CONFIG --set pipeline.partition={out}", highlight=False)
+
+
+def _profiled(model: str, rows: int, length: int, dtype: Precision, device: str) -> list[Layer]:
+    """The layers of a model on this machine."""
+    import torch
+
+    from penstock.core.devices import pick
+    from penstock.core.progress import show as progress
+    from penstock.models import hub
+    from penstock.pipeline.run.layers import profile
+
+    config = hub.read_config(hub.resolve(model))
+    kind = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[dtype]
+    return profile(config, rows, length, device=pick(device), dtype=kind, reporter=progress)
 
 
 def _schedule(
@@ -322,7 +359,9 @@ def _times(text: str, file: Path | None) -> Times:
     from penstock.pipeline.simulate.times import Times
 
     if file is not None:
-        return build(Times, read_json(file), source=str(file))
+        tree = read_json(file)
+        measured = isinstance(tree, dict) and "times" in tree  # the profile of a run
+        return build(Times, tree["times"] if measured else tree, source=str(file))
     fields = {
         "F": "forward",
         "I": "input_grad",

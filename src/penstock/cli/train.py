@@ -30,12 +30,16 @@ def train(
     """Train a model: from a file, from a preset, or from where a run was stopped.
 
     Under `torchrun`, all processes train one model, each on its part of every batch; or, with parallel.pipeline=P, P of
-    them hold a part of the model each and work on it by pipeline.schedule, after pipeline.transforms.
+    them hold a part of the model each and work on it by pipeline.schedule, after pipeline.transforms, or along the
+    paths of pipeline.route. Layers are cut evenly, or as pipeline.cuts, pipeline.speeds or pipeline.partition say.
 
     Examples: `penstock train --preset demo --set optim.lr=3e-3 --out runs/try`,
     `penstock train --resume runs/try`, `torchrun --nproc-per-node 8 -m penstock train config.toml`,
     `torchrun --nproc-per-node 4 -m penstock train config.toml --set parallel.pipeline=4 --set pipeline.schedule=zb-h1`,
-    `... --set parallel.pipeline=4 --set 'pipeline.transforms=[2bp, pipeoffload]'`
+    `... --set parallel.pipeline=4 --set 'pipeline.transforms=[2bp, pipeoffload]'`,
+    `... --set parallel.pipeline=4 --set pipeline.schedule=zb-h2 --set pipeline.post_validation=true`,
+    `... --set parallel.pipeline=4 --set pipeline.schedule=pipedream --set clip=none`,
+    `... --set parallel.pipeline=4 --set pipeline.route=checkfree`
     """
     from penstock.core.processor import share_cores
 

@@ -257,15 +257,18 @@ class Decoder(nn.Module):
         """Fills the weights: normal with ``config.init_std``, projections into the residual stream smaller by
         sqrt(2 layers) (GPT-2's rule), norms one and biases zero. Each tensor depends on the seed and its own name only.
         """
-        std = self.config.init_std
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             elif parameter.dim() == 1:
                 parameter.zero_()
             else:
-                residual = name.endswith(("attention.output.weight", "down.weight", "mlp.down"))
-                scale = std / math.sqrt(2 * self.config.layers) if residual else std
-                draw = torch.randn(parameter.shape, generator=torch_generator(seed, f"init/{name}"))
-                parameter.copy_(draw * scale)
+                parameter.copy_(self._drawn(name, parameter.shape, seed))
         return self
+
+    def _drawn(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """The initial values of a matrix."""
+        std = self.config.init_std
+        if name.endswith(("attention.output.weight", "down.weight", "mlp.down")):
+            std /= math.sqrt(2 * self.config.layers)
+        return std * torch.randn(shape, generator=torch_generator(seed, f"init/{name}"))

@@ -7,7 +7,7 @@ import dataclasses
 import datetime
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -94,12 +94,22 @@ class World:
 
     def largest(self, *values: float) -> list[float]:
         """The largest of each value over all processes. On the CPU: no device waits for it."""
+        return self.begin_largest(*values)()
+
+    def begin_largest(self, *values: float) -> Callable[[], list[float]]:
+        """Begins to ask for the largest of each value; what it returns waits for the answer."""
         if self.size == 1:
-            return list(values)
+            return lambda: list(values)
         votes = torch.tensor(values, dtype=torch.float64)
         with _explained():
-            dist.all_reduce(votes, dist.ReduceOp.MAX)
-        return votes.tolist()
+            work = dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True)
+
+        def answer() -> list[float]:
+            with _explained():
+                work.wait()
+            return votes.tolist()
+
+        return answer
 
     def barrier(self) -> None:
         """Waits for all processes."""

@@ -5,6 +5,7 @@ Bugs that its clauses are there to catch:
 - the example: other paths than the paper's, such as half of a swap, or every microbatch swapped where half should be.
 - paths: a stage twice or none at all, too short a path, more or fewer paths than microbatches.
 - service: partial stages of which some do most of the work.
+- training: a path that begins without the embedding, or ends without a loss; copies of both that drift apart.
 - schedule: tasks of stages that are not on the path; devices that wait for each other; times that are not the earliest.
 """
 
@@ -19,11 +20,18 @@ from penstock.pipeline.ir.validate import validate
 from penstock.pipeline.routes.contract import PipelineRoute
 from penstock.testing.enrolled import rebuilt
 from penstock.testing.pipeline_schedule import check_complete, check_simulation, run_by_rounds
+from penstock.testing.pipeline_training import check_trains
 from penstock.testing.refusals import refused
 
 
 def check(policy: PipelineRoute) -> None:
-    """Asserts the law of ``pipeline.route`` on its example, and for many numbers of devices and microbatches."""
+    """Asserts the law of ``pipeline.route``; it is trained along with four processes."""
+    check_paths(policy)
+    check_trains({policy.policy_name: policy}, 4)
+
+
+def check_paths(policy: PipelineRoute) -> None:
+    """What can be said without running: on its example, and for many numbers of devices and microbatches."""
     check_example(policy)
     for devices, microbatches in ((1, 1), (1, 3), (2, 1), (3, 5), (4, 8), (8, 16)):
         check_route(policy, devices, microbatches)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from penstock.core.randomness import torch_generator
 from penstock.models.attention import PackedRows
@@ -22,7 +22,7 @@ from penstock.pipeline.ir.schedule import Schedule, WeightRule
 from penstock.pipeline.partition.balanced import cut
 from penstock.pipeline.run.grid import Grid
 from penstock.pipeline.run.runtime import Runtime
-from penstock.pipeline.run.stages import Part, parameter_names
+from penstock.pipeline.run.stages import Part, Stage, parameter_names, stages_of
 from penstock.pipeline.run.vocabulary import Shard, shard_rows
 from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.pipeline.simulate.simulator import Costs, simulate
@@ -100,7 +100,8 @@ def delayed(config: DecoderConfig, stages: int, microbatches: int, device: torch
     are the weights of stage s of n, one microbatch after another in one process."""
     model = Decoder(config).double().initialize(0).to(device)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    named = parameter_names(config, cut(config, stages, LENGTH))
+    ranges = cut(config, stages, LENGTH)
+    named = parameter_names(config, [Stage(own, own.start == 0, own.stop == config.layers) for own in ranges])
     stage_of = {name: stage for stage, names in enumerate(named) for name in names}
     history = [{name: p.detach().clone() for name, p in parameters.items()}]
     batches = [batch(microbatch, device) for microbatch in range(microbatches)]
@@ -175,24 +176,27 @@ def check_equal(
     stashing = schedule.weights is WeightRule.STASH
     m = schedule.microbatches
     reference = delayed(config, schedule.stages, m, device) if stashing else alone(config, m, device)
-    stages = cut(config, schedule.stages, LENGTH)
+    stages = stages_of(schedule, cut(config, schedule.stages, LENGTH))
     held = [stage for stage, devices in enumerate(schedule.placement) if grid.device in devices]
-    part = Part(config, [stages[stage] for stage in held]).double().to(device)
-    sharded = {"embedding.weight", "head.weight"} if schedule.barriers else set()
-    parameters = {name: p for name, p in part.named_parameters() if p.requires_grad and name not in sharded}
+    rows = shard_rows(config.vocabulary, grid.devices)[grid.device] if schedule.barriers else None
+    part = Part(config, [stages[stage] for stage in held], rows).double().to(device)
+    parameters = {name: p for name, p in part.named_parameters() if p.requires_grad}
     names = [
-        [name for name, trained in stage.items() if trained and name not in sharded]
-        for stage in _names(config, tuple(stages))
+        [name for name, trained in stage.items() if trained]
+        for stage in _names(config, tuple(stages), bool(schedule.barriers))
     ]
     runtime = Runtime(schedule, grid, parameters, names, dtype=torch.float64, device=device)
-    vocabulary = Vocabulary(config, grid, device) if schedule.barriers else None
 
     def forward(stage: int, microbatch: int, x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         tokens, targets, context = reference.batches[microbatch]
-        hidden, balance = part.run(stages[stage], tokens if x is None else x, context)
-        ends = stage == schedule.stages - 1 and not schedule.barriers
+        last = stage == schedule.path(microbatch)[-1]
+        hidden, balance = part.run(stages[stage].layers, tokens if x is None else x, context, last=last)
+        ends = last and not schedule.barriers
         loss = loss_of(part, hidden if ends else None, balance, targets, m)
         return None if ends else hidden, loss if loss.requires_grad else None
+
+    def given(microbatch: int) -> tuple[Tensor, Tensor]:
+        return reference.batches[microbatch][:2]
 
     @torch.no_grad()
     def update(stage: int) -> None:
@@ -204,14 +208,12 @@ def check_equal(
     peak = simulate(schedule, Costs.even(schedule)).peak_activations[grid.device]
     for _ in range(steps):
         part.initialize(0).zero_grad()
-        shard = vocabulary.shard(schedule.barriers, m) if vocabulary else None
+        shard = Shard(schedule.barriers, rows, part.embedding.weight, part.head.weight, given, 1 / m) if rows else None
         step = runtime.step(forward, shapes, update=update if stashing else None, shard=shard)
         loss = step.loss.clone()
         grid.world.sum_([loss])
         found = {name: p.detach() if stashing else p.grad for name, p in parameters.items()}
-        faults = differences(reference.results, found)
-        if vocabulary:
-            faults += differences(vocabulary.rows_of(reference.results), vocabulary.gradients())
+        faults = differences({name: part.own(name, whole) for name, whole in reference.results.items()}, found)
         if not abs(loss.item() - reference.loss) <= TOLERANCE * abs(reference.loss):
             faults.append(f"the loss is {loss}, not {reference.loss}")
         if step.peak_activations != peak:
@@ -222,44 +224,8 @@ def check_equal(
 
 
 @functools.cache
-def _names(config: DecoderConfig, stages: tuple[range, ...]) -> list[dict[str, bool]]:
-    return parameter_names(config, stages)
-
-
-class Vocabulary:
-    """One device's rows of the embedding and the head of a Decoder."""
-
-    def __init__(self, config: DecoderConfig, grid: Grid, device: torch.device) -> None:
-        self._device = device
-        self.rows = shard_rows(config.vocabulary, grid.devices)[grid.device]
-        whole = dict(Decoder(config).double().initialize(0).named_parameters())
-        names = ("embedding.weight",) if config.tied else ("embedding.weight", "head.weight")
-        self.parameters = {
-            n: nn.Parameter(rows.detach().clone().to(device)) for n, rows in self.rows_of(whole).items() if n in names
-        }
-
-    def rows_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The rows of the whole matrices that are here."""
-        return {
-            n: whole[n][self.rows.start : self.rows.stop] for n in whole if n in ("embedding.weight", "head.weight")
-        }
-
-    def shard(self, barriers: int, microbatches: int) -> Shard:
-        """A shard for a step, without gradients yet."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        embedding = self.parameters["embedding.weight"]
-        head = self.parameters.get("head.weight", embedding)
-
-        def given(microbatch: int) -> tuple[Tensor, Tensor]:
-            tokens, targets, _ = batch(microbatch, self._device)
-            return tokens, targets
-
-        return Shard(barriers, self.rows, embedding, head, given, 1 / microbatches)
-
-    def gradients(self) -> dict[str, Tensor | None]:
-        """Of its rows."""
-        return {name: parameter.grad for name, parameter in self.parameters.items()}
+def _names(config: DecoderConfig, stages: tuple[Stage, ...], sharded: bool) -> list[dict[str, bool]]:
+    return parameter_names(config, stages, sharded=sharded)
 
 
 def differences(reference: Mapping[str, Tensor], found: Mapping[str, Tensor | None]) -> list[str]:

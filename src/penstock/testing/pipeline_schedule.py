@@ -9,6 +9,7 @@ Bugs that its clauses are there to catch:
   peak that counts activations at the wrong moments.
 - versions: weights that are newer than those of the forward, or counted when they are held no longer.
 - several processes: gradients that are missing, doubled, or of other weights; more activations held than simulated.
+- training: losses of other tokens or weights, updates by other gradients than those of one device.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.pipeline.simulate.simulator import Costs, Link, Simulation, simulate
 from penstock.testing.enrolled import P, rebuilt
 from penstock.testing.pipeline_runtime import check_on_ranks
+from penstock.testing.pipeline_training import check_trains
 from penstock.testing.refusals import refused
 
 #: Numbers of devices and of microbatches.
@@ -37,6 +39,7 @@ def check(policy: PipelineSchedule) -> None:
     check_orders(policy)
     for size in (2, 3):
         check_on_ranks({policy.policy_name: policy}, size, microbatches=5)
+    check_trains({policy.policy_name: policy}, 2)
 
 
 def check_orders(policy: PipelineSchedule) -> None:

@@ -8,6 +8,7 @@ Bugs that its clauses are there to catch:
 - memory: activations that return before they have left, or too late; two copies at a time on one way; bytes that do
   not add up.
 - several processes: gradients that differ from those of one.
+- training: updates that differ from those of one device.
 """
 
 from __future__ import annotations
@@ -37,13 +38,20 @@ from penstock.testing.pipeline_schedule import (
     run_by_rounds,
     variants,
 )
+from penstock.testing.pipeline_training import check_trains
 from penstock.testing.ranks import agreed
 from penstock.testing.refusals import refused
 
 
-def check(policy: PipelineTransform, draws: int = 40, processes: int = 3) -> None:
-    """Asserts the law of ``pipeline.transform`` on all schedules with a flush, for so many draws of random times, and
-    on so many processes."""
+def check(policy: PipelineTransform) -> None:
+    """Asserts the law of ``pipeline.transform``."""
+    check_schedules(policy)
+    check_trains({policy.policy_name: policy}, 2)
+
+
+def check_schedules(policy: PipelineTransform, draws: int = 40, processes: int = 3) -> None:
+    """Asserts the law but for training: on all schedules with a flush, for so many draws of random times, and on so
+    many processes."""
     schedules = _schedules()
     flushing = [made for made in schedules.values() if built(made, 2, 2).weights is WeightRule.FLUSH]
     candidates = list(variants(policy))

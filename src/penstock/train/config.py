@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from penstock.core.config import Config
 from penstock.data.corpora.contract import Corpus
@@ -13,6 +13,7 @@ from penstock.data.samplers.contract import Sampler
 from penstock.data.samplers.shuffle import Shuffle
 from penstock.data.tokenizer import AUTO
 from penstock.models.config import DecoderConfig
+from penstock.pipeline.routes.contract import PipelineRoute
 from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.pipeline.schedules.one_f_one_b import OneForwardOneBackward
 from penstock.pipeline.transforms.contract import PipelineTransform
@@ -109,13 +110,31 @@ class ParallelConfig(Config):
 class PipelineConfig(Config):
     """How a pipeline works on the microbatches of a batch (``batch.micro_tokens`` each).
 
-    ``transforms`` make a better schedule of it, one after another. A process that does not answer for ``timeout``
-    seconds counts as lost.
+    ``transforms`` make a better schedule of it, one after another. A ``route`` sends microbatches on paths of their
+    own, and orders them itself, in place of ``schedule``. Layers are cut into stages of equal counted work, over
+    ``speeds`` of the devices (relative; in the order of their ranks) where they differ; or at ``cuts``, the first
+    layers of all stages but the first; or as a ``partition`` says, a file of ``penstock pipeline partition``. With
+    ``post_validation`` no stage waits for the whole gradient before it updates its weights: where that was wrong, it
+    takes the update back in the next one. A process that does not answer for ``timeout`` seconds counts as lost.
     """
 
     schedule: Annotated[PipelineSchedule, Choice("pipeline.schedule", "1f1b")] = OneForwardOneBackward()
+    route: Annotated[PipelineRoute, Choice("pipeline.route")] | None = None
     transforms: tuple[Annotated[PipelineTransform, Choice("pipeline.transform")], ...] = ()
+    cuts: tuple[NonNegativeInt, ...] | None = None
+    speeds: tuple[PositiveFloat, ...] | None = None
+    partition: Path | None = None
+    post_validation: bool = False
     timeout: PositiveFloat = 300.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = [key for key in ("cuts", "speeds", "partition") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} each say where to cut: give one of them")
+        if self.route is not None and self.schedule != OneForwardOneBackward():
+            raise ValueError("a route orders the microbatches itself: give a route or a schedule, not both")
+        return self
 
 
 class ValidationConfig(Config):
@@ -198,6 +217,11 @@ class TrainConfig(Config):
             raise ValueError("give either a [model] section or start_from, not both")
         if (self.steps, self.tokens, self.epochs, self.minutes) == (None,) * 4:
             raise ValueError("say when to stop: steps, tokens, epochs or minutes")
+        if self.pipeline.route is not None and self.parallel.pipeline == 1:
+            raise ValueError(
+                f"the route {self.pipeline.route.policy_name} leads through the stages of a pipeline, and "
+                "parallel.pipeline is 1: set that to their number, or pipeline.route=none"
+            )
         if self.model is not None and (self.data.vocabulary or 0) > self.model.vocabulary:
             raise ValueError(
                 f"data.vocabulary ({self.data.vocabulary}) is larger than model.vocabulary ({self.model.vocabulary})"

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ from penstock.train.length import updates
 from penstock.train.loads import Loads
 from penstock.train.machine import fast_precision, worth_compiling
 from penstock.train.order import carry_on
-from penstock.train.pipelined import Pipeline
+from penstock.train.pipeline.pipeline import Pipeline
+from penstock.train.pipeline.post_validated import PostValidated
 from penstock.train.precision import Precision, Weights
 from penstock.train.report import Position, Report
 from penstock.train.saving import Saver
@@ -103,12 +105,17 @@ class Trainer:
                 layer.forward = functools.partial(
                     recompute, layer.forward, use_reentrant=False, preserve_rng_state=False
                 )
+        self._validated: PostValidated | None = None
         if pipeline:
             pipeline.attach(self.weights, self.device)
+            if config.pipeline.post_validation:
+                self._proposed: dict[str, Tensor] = {}  # what the last update measured, once it is settled
+                self._validated = pipeline.post_validated(self.optimizer)
         self._loss = config.objective.loss
         self.validation: Validation | None = None  # of the run, which has the held-out documents
         self._saver = Saver(self.checkpoints, tokenizer, config.checkpoint_background, resume_command(folder))
         self._saved: int | None = None
+        self._votes: Callable[[], list[float]] = lambda: [0.0, 0.0, self.position.seconds]
         self._clock = self._compiling = 0.0
 
     # What the configuration leaves to the machine.
@@ -152,14 +159,21 @@ class Trainer:
         for micro, context in (micros[0],) * 2:
             synchronize(self.device)
             began = time.monotonic()
-            with _explain_memory(self.device):
+            self._rehearse(micro, context)
+            synchronize(self.device)
+            seconds = time.monotonic() - began
+        return seconds * len(micros)
+
+    def _rehearse(self, micro: Batch, context: CausalRows | PackedRows) -> None:
+        """Forward and backward of a microbatch by what is here of the model, without the other processes."""
+        with _explain_memory(self.device):
+            if self.pipeline:
+                self.pipeline.rehearse(micro, context)
+            else:
                 with self.weights.arithmetic(self.device):
                     loss = self._loss(self.model, micro, context)
                 loss.backward()  # type: ignore[no-untyped-call]
-            synchronize(self.device)
-            seconds = time.monotonic() - began
-            self.model.zero_grad()
-        return seconds * len(micros)
+                self.model.zero_grad()
 
     # One update.
 
@@ -185,28 +199,73 @@ class Trainer:
         Returns:
             Scalars on the device, over all processes: ``loss``, ``grad_norm`` and ``grad_l1`` of :class:`Report`.
         """
-        predicted = (batch.targets != IGNORE).sum().to(self.device, torch.float32)
-        self.world.sum_([predicted])
-        if self.pipeline:
-            predicted /= self.pipeline.grid.devices  # all of which have counted the same batch
-        predicted.clamp_(min=1)
+        if self._validated is not None:
+            return self._optimistic(batch, length, factor)
+        predicted = self._predicted(batch)
+        self._set_rates(factor)
         self.loads.begin()
-        total, norms = self._gradients(batch, length, predicted)
-        self.loads.end(self.world)
-        if not self._good(total, norms["grad_norm"]):
-            self.optimizer.zero_grad()
-            return {"loss": total, **norms, "skipped": torch.ones(())}
-        if self.config.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.masters, self.config.clip, norms["grad_norm"])
+        if self.pipeline and not self.pipeline.flushes:
+            measured = self.pipeline.stream(list(self._microbatches(batch, length)), self._apply)
+            self.loads.end(self.world)
+        else:
+            total, norms = self._gradients(batch, length, predicted)
+            measured = {"loss": total, **norms}
+            self.loads.end(self.world)
+            if not self._good(total, norms["grad_norm"]):
+                self.optimizer.zero_grad()
+                return {**measured, "skipped": torch.ones(())}
+            if self.config.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.masters, self.config.clip, norms["grad_norm"])
+            self._apply()
+        self._average(self.position.step + 1)
+        return measured
+
+    def _predicted(self, batch: Batch) -> Tensor:
+        """How many tokens the update predicts, over all processes."""
+        if self.pipeline:
+            predicted = self.pipeline.predicted(batch)
+        else:
+            predicted = (batch.targets != IGNORE).sum().to(self.device, torch.float32)
+            self.world.sum_([predicted])
+        return predicted.clamp_(min=1)
+
+    def _set_rates(self, factor: float) -> None:
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
+
+    def _average(self, updates: int) -> None:
+        if self.config.average is not None:
+            with torch.no_grad():
+                self.config.average.update(self.averages, self.masters, updates)
+
+    def _optimistic(self, batch: Batch, length: int, factor: float) -> dict[str, Tensor]:
+        """An update that is settled in the next one, or by :meth:`settle`; only then is in the result what it gave."""
+        assert self.pipeline is not None and self._validated is not None
+        micros, predicted = list(self._microbatches(batch, length)), self._predicted(batch)
+        loss = self.pipeline.backward(micros, predicted, confirm=self.settle)
+        self._set_rates(factor)  # the update before this one is settled: it may have needed its own until then
+        self._validated.propose(self.pipeline.over_pipelines(loss))
+        self.weights.publish()
+        self._proposed = {}
+        return self._proposed
+
+    def settle(self) -> bool:
+        """Makes the last update final where it is not, with post-validation; whether the weights were right already."""
+        settled = None if self._validated is None else self._validated.settle()
+        if settled is None:
+            return True
+        self._proposed.update(settled.measured)
+        self.optimizer.zero_grad()
+        if not settled.kept:
+            self.weights.publish()
+        self._average(self.position.step)
+        return settled.kept
+
+    def _apply(self) -> None:
+        """Updates the weights by the gradients in the masters, and clears these."""
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.weights.publish()
-        if self.config.average is not None:
-            with torch.no_grad():
-                self.config.average.update(self.averages, self.masters, self.position.step + 1)
-        return {"loss": total, **norms}
 
     def _good(self, loss: Tensor, norm: Tensor) -> bool:
         """Whether to make an update with this gradient."""
@@ -279,6 +338,7 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
+            stack.enter_context(self._leaving())
             batches = stack.enter_context(contextlib.closing(self.loader.prefetch(self.position.samples, self.rows)))
             log: MetricsLog | None = None
             if self.world.leads:
@@ -292,18 +352,28 @@ class Trainer:
                     self._report(unread.popleft(), log, on_step)
                 validate = self.validation is not None and self.validation.due(self.position.step)
                 if validate:
-                    while unread:
-                        self._report(unread.popleft(), log, on_step)
+                    self._report_all(unread, log, on_step)
                 improved = validate and self._validate(log)
                 stopped, due = self._agree(stop.wanted, saved)
                 if due or improved or stopped or self.progress >= 1.0:
-                    while unread:
-                        self._report(unread.popleft(), log, on_step)
+                    self._report_all(unread, log, on_step)
                     self.save()
                     self._clock = saved = time.monotonic()
             self._saver.wait()
             self.world.barrier()
         return self.progress >= 1.0
+
+    @contextlib.contextmanager
+    def _leaving(self) -> Iterator[None]:
+        """Where a failure in the ``with`` block ends the run, a pipeline may leave what it needs to go on."""
+        try:
+            yield
+        except PenstockError:
+            if self.pipeline:
+                position, groups = dataclasses.asdict(self.position), self._groups()
+                with contextlib.suppress(PenstockError):  # the failure is what has to be told
+                    self.pipeline.leave(position, self._description(), groups)
+            raise
 
     def _open_log(self) -> MetricsLog:
         trackers: list[Tracker] = []
@@ -329,6 +399,8 @@ class Trainer:
 
         None where the clock says what the next update is, and where nothing runs by itself.
         """
+        if self._validated is not None:
+            return 1  # what an update gave is known in the next one
         return 0 if self.config.minutes or self.device.type == "cpu" else 1
 
     def _step(self, batch: Batch) -> _Reading:
@@ -340,6 +412,11 @@ class Trainer:
         self.position.samples += self.rows
         self.position.tokens += self.config.batch.tokens
         return _Reading(self.position.step, factor, length, measured)
+
+    def _report_all(self, unread: deque[_Reading], log: MetricsLog | None, on_step: Callable[[Report], None]) -> None:
+        self.settle()
+        while unread:
+            self._report(unread.popleft(), log, on_step)
 
     def _report(self, reading: _Reading, log: MetricsLog | None, on_step: Callable[[Report], None]) -> None:
         """Waits for an update, counts its time, and passes on what it measured."""
@@ -372,12 +449,18 @@ class Trainer:
             on_step(report)
 
     def _agree(self, stop: bool, saved: float) -> tuple[bool, bool]:
-        """Whether any process wants to stop, and whether a checkpoint is due; all take the leader's clock."""
+        """Whether any process wants to stop, and whether a checkpoint is due; all take the leader's clock.
+
+        With post-validation none waits for the others: what they wanted an update ago counts.
+        """
         by_step = self.config.checkpoint_steps and self.position.step % self.config.checkpoint_steps == 0
         by_time = time.monotonic() - saved > 60 * self.config.checkpoint_minutes
         seconds = self.position.seconds if self.world.leads else 0.0
-        stopped, due, self.position.seconds = self.world.largest(stop, bool(by_step or by_time), seconds)
-        return bool(stopped), bool(due)
+        asked = self.world.begin_largest(stop, by_time, seconds)
+        if self._validated is not None:
+            asked, self._votes = self._votes, asked
+        stopped, due, self.position.seconds = asked()
+        return bool(stopped), bool(due or by_step)
 
     def _require_finite(self, value: float, what: str, step: int) -> None:
         if not math.isfinite(value):
@@ -393,13 +476,19 @@ class Trainer:
         Returns:
             Why the run goes on without compiling although its configuration asks for it, or nothing.
         """
-        began = time.monotonic()
         self.choose_compile()
         if not self.config.compile:
             return ""
-        if obstacle := self._obstacle():
-            return obstacle
-        self._loss = torch.compile(self.config.objective.loss, dynamic=False)
+        obstacle = self._obstacle() or self._compile()
+        self.world.barrier()  # which waits longer for a slow compiler than a pipeline would
+        return obstacle
+
+    def _compile(self) -> str:
+        began = time.monotonic()
+        if self.pipeline:
+            self.pipeline.compile()
+        else:
+            self._loss = torch.compile(self.config.objective.loss, dynamic=False)
         try:
             for length in {stage.length for stage in self.config.batch.stages}:
                 micro, _ = next(self._microbatches(self.loader.batch(0, self.rows), length))
@@ -407,10 +496,11 @@ class Trainer:
                 if self.device.type == "cuda":
                     contexts.append(CausalRows.of(length, self.device))
                 for context in contexts:
-                    with _explain_memory(self.device), self.weights.arithmetic(self.device):
-                        self._loss(self.model, micro, context).backward()  # type: ignore[no-untyped-call]
+                    self._rehearse(micro, context)
         except RuntimeError as error:  # from PyTorch's compiler, which leans on tools outside it, such as C++ headers
             self._loss = self.config.objective.loss
+            if self.pipeline:
+                self.pipeline.use_eager()
             return f"the compiler failed ({type(error).__name__})"
         finally:
             self.model.zero_grad()
@@ -420,8 +510,8 @@ class Trainer:
 
     def _obstacle(self) -> str:
         """Why nothing can be compiled here, or nothing."""
-        if self.pipeline:
-            return "the stages of a pipeline are not compiled"
+        if self.pipeline and self.config.activation_checkpointing:
+            return "layers of a pipeline that are computed twice are not compiled"
         if not can_compile(self.device):
             return "there is no C++ compiler (g++ or clang++)" if self.device.type == "cpu" else "Triton is missing"
         return ""
@@ -458,7 +548,8 @@ class Trainer:
             return self.pipeline.whole()
         return self.model if self.world.leads else None
 
-    def _state(self) -> checkpoint.TrainerState:
+    def _groups(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint beside the model's, as far as they are here."""
         tensors = {"optimizer": checkpoint.optimizer_tensors(self.optimizer, self._names)}
         if self.averages:
             tensors["average"] = dict(zip(self.weights.masters, self.averages, strict=True))
@@ -466,10 +557,16 @@ class Trainer:
             tensors["masters"] = dict(self.weights.masters)
         if self.model.config.moe is not None:
             tensors["loads"] = self.loads.tensors()
+        return tensors
+
+    def _description(self) -> dict[str, Any]:
+        return {"config": self.config.model_dump(mode="json"), "version": __version__}
+
+    def _state(self) -> checkpoint.TrainerState:
+        tensors = self._groups()
         if self.pipeline:
             tensors = {group: self.pipeline.collect(parts) for group, parts in tensors.items()}
-        description = {"config": self.config.model_dump(mode="json"), "version": __version__}
-        return checkpoint.TrainerState(dataclasses.asdict(self.position), description, tensors)
+        return checkpoint.TrainerState(dataclasses.asdict(self.position), self._description(), tensors)
 
     def resume(self, folder: Path) -> None:
         """Continues from a verified checkpoint.
@@ -483,15 +580,17 @@ class Trainer:
         entries = state.tensors["optimizer"]
         if self.pipeline:
             self.pipeline.part.take(hub.load(folder))
-            entries = {name: value for name, value in entries.items() if name.split("/")[0] in self.weights.masters}
+            entries = self.pipeline.own(entries)
         else:
             hub.import_state(self.model, folder)
         checkpoint.restore_optimizer(self.optimizer, self._names, entries)
+        own = self.pipeline.own if self.pipeline else dict
         if "masters" in state.tensors:
-            self.weights.load(state.tensors["masters"])
+            self.weights.load(own(state.tensors["masters"]))
         if self.averages:
+            averages = own(state.tensors["average"])
             for average, name in zip(self.averages, self.weights.masters, strict=True):
-                average.copy_(state.tensors["average"][name])
+                average.copy_(averages[name])
         self.loads.restore(state.tensors.get("loads", {}))
         self.position = Position(**{**state.position, "guard": Guard(**state.position.get("guard", {}))})
         former = state.description["config"]

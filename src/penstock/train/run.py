@@ -35,7 +35,9 @@ from penstock.train.config import TrainConfig
 from penstock.train.evaluate import Sample, affordable, bits_per_byte
 from penstock.train.length import unfinished_warmup
 from penstock.train.loop import Trainer, resume_command, rows_of_each
-from penstock.train.pipelined import Pipeline
+from penstock.train.pipeline import recovery
+from penstock.train.pipeline.pipeline import Pipeline
+from penstock.train.saving import assembled
 from penstock.train.validation import Validation, beginning_of
 
 CONFIG, SUMMARY = "run.json", "summary.json"
@@ -64,8 +66,9 @@ class Run:
         self.device = pick(f"cuda:{world.local_rank}" if any_cuda else config.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # pinned memory and libraries belong to the current one
+        recovered = self._recover()
         found, faults = checkpoint.newest(folder / CHECKPOINTS)
-        self.notes = [f"passed over: {fault.what}" for fault in faults]
+        self.notes = recovered + [f"passed over: {fault.what}" for fault in faults]
         parent = found or config.start_from
         shape = config.model or hub.read_config(hub.resolve(str(parent)))
         self._check(shape, parent)
@@ -94,6 +97,28 @@ class Run:
         if found is not None:
             self.trainer.resume(found)
         self.notes += filter(None, (self.trainer.order_note, unfinished_warmup(config, self.trainer.steps)))
+
+    def _recover(self) -> list[str]:
+        """Makes a checkpoint of what survivors of a lost process have left, if it is newer than those that are there;
+        what the user should know of it."""
+        route, notes = self.config.pipeline.route, list[str]()
+        if self.world.leads and route is not None and route.recovers:
+            newest, _ = checkpoint.newest(self.folder / CHECKPOINTS)
+            parent = newest or self.config.start_from
+            shape = self.config.model or hub.read_config(hub.resolve(str(parent)))
+            made = recovery.recover(self.folder, route, shape)
+            if isinstance(made, str):
+                notes.append(f"{made}; the newest checkpoint counts")
+            elif made is not None and (newest is None or made.position["step"] > checkpoint.step_of(newest)):
+                like = hub.load(str(parent)) if parent else Decoder(shape)
+                state = checkpoint.TrainerState(made.position, made.description, made.groups)
+                step, keeping = made.position["step"], checkpoint.Keeping(self.config.keep_checkpoints)
+                model = assembled(like, made.weights)
+                checkpoint.save(self.folder / CHECKPOINTS, step, model, self.folder / TOKENIZER, state, keeping=keeping)
+                notes.append(made.note)
+            recovery.forget(self.folder)
+        self.world.barrier()
+        return notes
 
     @classmethod
     def create(cls, config: TrainConfig, folder: Path, world: World | None = None, report: Reporter = silent) -> Run:

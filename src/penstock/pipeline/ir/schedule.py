@@ -110,6 +110,16 @@ class Schedule:
         """The stages that ``microbatch`` passes, in order."""
         return self.paths[microbatch] if self.paths else range(self.stages)
 
+    @functools.cached_property
+    def entrances(self) -> frozenset[int]:
+        """The stages at which the path of a microbatch begins."""
+        return frozenset(path[0] for path in self.paths) if self.paths else frozenset({0})
+
+    @functools.cached_property
+    def exits(self) -> frozenset[int]:
+        """The stages at which the path of a microbatch ends."""
+        return frozenset(path[-1] for path in self.paths) if self.paths else frozenset({self.stages - 1})
+
     def pairs(self, device: int) -> list[tuple[Task, Task]]:
         """The forwards and backwards that a device runs together, in order."""
         return [pair for pair in itertools.pairwise(self.orders[device]) if pair[0] in self.overlapped]

@@ -5,12 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from penstock.core.errors import UsageError
-from penstock.models.config import DecoderConfig
+
+if TYPE_CHECKING:  # it needs PyTorch, which plans do without
+    from penstock.models.config import DecoderConfig
 
 
-def balanced(costs: Sequence[float], stages: int, *, first: float = 0.0, last: float = 0.0) -> list[range]:
+def balanced(
+    costs: Sequence[float],
+    stages: int,
+    *,
+    first: float = 0.0,
+    last: float = 0.0,
+    speeds: Sequence[float] | None = None,
+) -> list[range]:
     """Cuts layers into contiguous stages of one layer or more whose most expensive one costs as little as possible.
 
     Of equally good cuts, one that needs the least memory where it needs most: as in 1F1B, stage s of S holds the
@@ -21,6 +31,7 @@ def balanced(costs: Sequence[float], stages: int, *, first: float = 0.0, last: f
         stages: S >= 1.
         first: what the first stage costs besides its layers: the embedding.
         last: what the last one does: norm, head and loss.
+        speeds: of the device of each stage, relative to the others; all alike if not given.
 
     Raises:
         UsageError: there are fewer layers than stages.
@@ -34,7 +45,8 @@ def balanced(costs: Sequence[float], stages: int, *, first: float = 0.0, last: f
     before = [0.0, *itertools.accumulate(costs)]
 
     def cost(stage: int, start: int, stop: int) -> float:
-        return before[stop] - before[start] + first * (stage == 0) + last * (stage == stages - 1)
+        work = before[stop] - before[start] + first * (stage == 0) + last * (stage == stages - 1)
+        return work if speeds is None else work / speeds[stage]
 
     most, _ = _least_of_the_most(layers, stages, cost)
 
@@ -75,7 +87,7 @@ def counted_costs(config: DecoderConfig, length: int) -> tuple[list[float], floa
     return [after - before for before, after in itertools.pairwise(totals)], totals[0]
 
 
-def cut(config: DecoderConfig, stages: int, length: int) -> list[range]:
+def cut(config: DecoderConfig, stages: int, length: int, speeds: Sequence[float] | None = None) -> list[range]:
     """The stages of a Decoder, balanced by counted FLOPs on sequences of ``length`` tokens. See :func:`balanced`."""
     costs, head = counted_costs(config, length)
-    return balanced(costs, stages, last=head)
+    return balanced(costs, stages, last=head, speeds=speeds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 from penstock.core.errors import UsageError
@@ -58,16 +59,17 @@ def boundary_seconds(layer: Layer, bandwidth: float) -> float:
     return 2 * layer.activation / bandwidth
 
 
-def partition(layers: Sequence[Layer], devices: int, bandwidth: float) -> Partition:
+def partition(layers: Sequence[Layer], devices: int, bandwidth: float, most: int | None = None) -> Partition:
     """The stages that use all ``devices`` with the least time of the slowest stage or boundary.
 
     The paper's dynamic program for one level of links: the best for the first j layers on m devices is one stage, or
     the best for the first i layers on m - r devices, the boundary after layer i, and a stage of the rest on r. Time
-    grows with (layers x devices) squared.
+    grows with (layers x devices) squared. No stage has more than ``most`` devices, if that is given.
 
     Raises:
-        UsageError: there are no layers or no devices, or the bandwidth is not positive.
+        UsageError: there are no layers or no devices, or fewer layers than stages; or the bandwidth is not positive.
     """
+    limit = devices if most is None else most
     if not layers or devices < 1 or not bandwidth > 0:
         raise UsageError(
             f"{len(layers)} layers on {devices} devices at {bandwidth} bytes a second make no pipeline",
@@ -81,8 +83,8 @@ def partition(layers: Sequence[Layer], devices: int, bandwidth: float) -> Partit
     @functools.cache
     def best(last: int, count: int) -> tuple[float, int, int, int]:
         """(seconds, stages, where the last stage begins, its replicas) of the best for the first layers."""
-        options = [(stage(0, last, count), 1, 0, count)]
-        for cut, replicas in itertools.product(range(1, last), range(1, count)):
+        options = [(stage(0, last, count) if count <= limit else math.inf, 1, 0, count)]
+        for cut, replicas in itertools.product(range(1, last), range(1, min(count, limit + 1))):
             seconds, stages, _, _ = best(cut, count - replicas)
             seconds = max(seconds, boundary_seconds(layers[cut - 1], bandwidth), stage(cut, last, replicas))
             options.append((seconds, stages + 1, cut, replicas))
@@ -90,6 +92,11 @@ def partition(layers: Sequence[Layer], devices: int, bandwidth: float) -> Partit
 
     for last in range(1, len(layers) + 1):  # from the bottom up, so that the recursion stays shallow
         seconds, *_ = best(last, devices)
+    if seconds == math.inf:
+        raise UsageError(
+            f"{len(layers)} layers cannot be cut into stages for {devices} devices, at most {limit} each",
+            hint="Use fewer devices, or allow more for a stage.",
+        )
     stages: list[Stage] = []
     last, count = len(layers), devices
     while last:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 from penstock.pipeline.ir.refusal import check_positive
 from penstock.pipeline.ir.schedule import Schedule, looped
@@ -14,8 +14,8 @@ from penstock.policy import Policy, contract, unwritten
     "pipeline.route",
     law="every path has as many stages as the policy says, none twice; stages that only some microbatches pass serve "
     "equally many, to within two; for one pair of numbers the paths that the policy gives, worked out by hand; the "
-    "schedule is complete along the paths and free of deadlock, its simulation equal to a count by brute force",
-    simulated=True,
+    "schedule is complete along the paths and free of deadlock, its simulation equal to a count by brute force; "
+    "updates of the trainer on several processes equal to those of one device along the same paths",
 )
 class PipelineRoute(Policy):
     """Sends microbatches through a pipeline of one stage a device on paths of their own: partial, or in another order.
@@ -23,8 +23,14 @@ class PipelineRoute(Policy):
     The model that is trained so is another one than with full paths: layers learn to do without their neighbours, or in
     another order.
 
-    A policy gives :meth:`paths`, :meth:`length` where it is not the number of stages, and :meth:`example` for its law.
+    A policy gives :meth:`paths`, :meth:`length` where it is not the number of stages, and :meth:`example` for its law;
+    :meth:`neighbours` where a stage that is lost can be made anew from others.
+
+    Attributes:
+        recovers: whether it can.
     """
+
+    recovers: ClassVar[bool] = False
 
     def build(self, devices: int, microbatches: int) -> Schedule:
         """The schedule along the paths: a device runs, of what has arrived, backwards first.
@@ -43,6 +49,10 @@ class PipelineRoute(Policy):
 
     def paths(self, stages: int, microbatches: int) -> tuple[tuple[int, ...], ...]:
         """What a policy gives: for each microbatch the stages that it passes, in order."""
+        raise NotImplementedError
+
+    def neighbours(self, stage: int, stages: int) -> tuple[int, ...]:
+        """What a policy that :attr:`recovers` gives: the stages that a lost ``stage`` is averaged from."""
         raise NotImplementedError
 
     @classmethod

@@ -23,8 +23,7 @@ class SkipPipe(PipelineRoute):
     meets no earlier one on any device at any time, and prefers the stages that have served the fewest. A ratio of
     skipped stages, paths without collisions, and few swaps are the paper's; it finds the paths by a search over
     conflicts and for the times of uneven links, we by planning in turn and for even ones. That the ends are never
-    skipped, as embedding and head are there, is our reading. Not built: training along these paths, and answers from
-    a model whose stages are skipped.
+    skipped, as embedding and head are there, is our reading. Not built: answers from a model whose stages are skipped.
     """
 
     skip: float = Field(0.25, ge=0, lt=1)

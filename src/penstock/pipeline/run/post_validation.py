@@ -1,10 +1,11 @@
 """The optimizer step that waits for nobody: optimistic on a partial norm, validated later, rolled back if it was wrong.
 
 A step that clips by the global norm, or is skipped where a gradient is not finite, makes all stages wait for each other
-just where a zero-bubble schedule has them staggered. Instead the sum of squared gradients is passed down the stages:
-stage d adds its own to what it got from stage d-1, takes its step by that partial sum, and hands it on. The last stage
-knows the whole sum, which travels back during the warm-up of the next iteration; there each stage, before its first
-forward, settles: it keeps the step if the whole sum leads to the same one, else undoes it and takes the right one.
+just where a zero-bubble schedule has them staggered. Instead the sum of squared gradients is passed down the devices:
+device d adds its own to what it got from device d-1, takes its step by that partial sum, and hands it on. The last one
+knows the whole sum, which travels back while the others do the first forwards of the next iteration. Each then settles:
+it keeps the step if the whole sum leads to the same one, else undoes it, takes the right one, and does these forwards
+again. All decide alike: a partial sum below the limit may be followed by a whole one above it, never the other way.
 
 From the zero-bubble paper, but for the rollback: it inverts the update's arithmetic in place, up to rounding; ours puts
 back copies of parameters and optimizer state, bit for bit, which costs their memory until the step is settled.
@@ -12,12 +13,30 @@ back copies of parameters and optimizer state, bit for bit, which costs their me
 
 from __future__ import annotations
 
-import copy
 import enum
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+from penstock.pipeline.ir.schedule import Kind, Schedule
+
+
+def tentative(schedule: Schedule) -> list[int]:
+    """For each device, how many tasks of its list it can do before the step is settled: forwards that wait for no task
+    of the last device, which is the first to know. Of the last device none."""
+    counts, made = [0] * schedule.devices, {-1}
+    waiting = False
+    while not waiting:
+        waiting = True
+        for device, order in enumerate(schedule.orders[:-1]):
+            for task in order[counts[device] :]:
+                if task.kind is not Kind.F or schedule.read_by(task) not in made:
+                    break
+                made.add(schedule.made_by(task))
+                counts[device] += 1
+                waiting = False
+    return counts
 
 
 class _Verdict(enum.Enum):
@@ -31,8 +50,8 @@ def squared_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
 
     Sums of it over stages never fall, so a partial norm above the limit means a whole norm above it.
     """
-    squares = [parameter.grad.double().square().sum() for parameter in parameters if parameter.grad is not None]
-    return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters if p.grad is not None]
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
 
 class PendingStep:
@@ -50,7 +69,7 @@ class PendingStep:
         self._before: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] | None = None
         if self._verdict(partial) is _Verdict.PLAIN:
             self._before = [
-                (parameter, parameter.detach().clone(), copy.deepcopy(optimizer.state.get(parameter, {})))
+                (parameter, parameter.detach().clone(), _copied(optimizer.state.get(parameter, {})))
                 for parameter in self._parameters()
             ]
             optimizer.step()
@@ -90,3 +109,8 @@ class PendingStep:
         for parameter, values, state in before:
             parameter.copy_(values)
             self._optimizer.state[parameter] = state
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state of one parameter: tensors and numbers."""
+    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from penstock.pipeline.ir.schedule import Kind, Schedule
+from penstock.pipeline.ir.schedule import VOCABULARY, Kind, Schedule
 from penstock.pipeline.run.grid import Grid
 from penstock.pipeline.simulate.simulator import Costs, Link, Simulation
 
@@ -66,12 +66,12 @@ def measured(
     weights: Sequence[float],
     message: float,
     host: Link = Link(),
+    halves: Sequence[tuple[float, float]] | None = None,
 ) -> Simulation:
     """A real step as a timeline that can be drawn beside a simulated one; its ``costs`` are what was measured.
 
-    A stage's F, I and W cost the median over its tasks. Where it runs B only, I and W are taken for equal halves. The
-    latency of a link is :func:`transfer_seconds`. What I leaves for W is not measured: ``deferred`` is all of the
-    activation.
+    A stage's F, I and W cost the median over its tasks; of a B, each has the share that ``halves`` say. The latency of
+    a link is :func:`transfer_seconds`. What I leaves for W is not measured: ``deferred`` is all of the activation.
 
     Args:
         schedule: what was run.
@@ -79,6 +79,7 @@ def measured(
         activation, weights: bytes of each stage's activations of a microbatch, and of its gradients.
         message: bytes between stages.
         host: the way of offloaded activations.
+        halves: for each stage, what its I and W take, measured by themselves; equal ones if not given.
     """
     found: dict[tuple[Kind, int], list[float]] = defaultdict(list)
     for order, times in zip(schedule.orders, spans, strict=True):
@@ -86,29 +87,35 @@ def measured(
             found[task.kind, task.stage].append(end - start)
     seconds = {key: statistics.median(times) for key, times in found.items()}
     stages = range(schedule.stages)
-    halves = [seconds.get((Kind.B, stage), 0.0) / 2 for stage in stages]
     starts = tuple([start for start, _ in times] for times in spans)
     ends = tuple([end for _, end in times] for times in spans)
+    shares = [i / (i + w) if i + w else 0.5 for i, w in halves or [(1.0, 1.0)] * schedule.stages]
+    whole = [seconds.get((Kind.B, stage), 0.0) for stage in stages]
+    each = transfer_seconds(schedule, starts, ends)
     costs = Costs(
-        forward=tuple(seconds[Kind.F, stage] for stage in stages),
-        input_grad=tuple(seconds.get((Kind.I, stage), halves[stage]) for stage in stages),
-        weight_grad=tuple(seconds.get((Kind.W, stage), halves[stage]) for stage in stages),
+        forward=tuple(seconds.get((Kind.F, stage), 0.0) for stage in stages),
+        input_grad=tuple(seconds.get((Kind.I, stage), whole[stage] * shares[stage]) for stage in stages),
+        weight_grad=tuple(seconds.get((Kind.W, stage), whole[stage] * (1 - shares[stage])) for stage in stages),
         activation=tuple(activation),
         deferred=tuple(activation),
         weights=tuple(weights),
         message=message,
-        link=Link(latency=transfer_seconds(schedule, starts, ends)),
+        shards={kind: seconds[kind, stage] for kind, stage in seconds if kind in VOCABULARY},
+        link=Link(latency=statistics.median(each.values()) if each else 0.0),
+        links={way: Link(latency=latency) for way, latency in each.items()},
         host=host,
     )
     return Simulation(schedule, costs, starts, ends)
 
 
-def transfer_seconds(schedule: Schedule, starts: Sequence[Sequence[float]], ends: Sequence[Sequence[float]]) -> float:
-    """Seconds of a message from one device to another; 0 where no two exchange messages both ways.
+def transfer_seconds(
+    schedule: Schedule, starts: Sequence[Sequence[float]], ends: Sequence[Sequence[float]]
+) -> dict[tuple[int, int], float]:
+    """Seconds of a message between each two devices that exchange messages both ways, the same for both ways.
 
     A task starts no earlier than its message has come, so of all messages from one device to another the shortest time
     from the end of one task to the start of the next is closest to that of the way. The clocks of two devices do not
-    agree to the last microsecond: the mean of both directions is free of the difference. The median over all pairs.
+    agree to the last microsecond: the mean of both directions is free of the difference.
     """
     made: dict[int, tuple[int, float]] = {}
     for device, order in enumerate(schedule.orders):
@@ -120,5 +127,4 @@ def transfer_seconds(schedule: Schedule, starts: Sequence[Sequence[float]], ends
             if needed >= 0 and made[needed][0] != device:
                 source, end = made[needed]
                 shortest[source, device] = min(shortest.get((source, device), math.inf), start - end)
-    pairs = [(shortest[a, b] + shortest[b, a]) / 2 for a, b in shortest if a < b and (b, a) in shortest]
-    return max(0.0, statistics.median(pairs)) if pairs else 0.0
+    return {(a, b): max(0.0, (shortest[a, b] + shortest[b, a]) / 2) for a, b in sorted(shortest) if (b, a) in shortest}

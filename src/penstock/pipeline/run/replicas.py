@@ -69,7 +69,7 @@ class Replicas:
             if task.kind in (Kind.W, Kind.B):
                 finished[task.stage] = number
         buckets = [Bucket(ranks, stages, tuple(held)) for (ranks, stages), held in grouped.items()]
-        buckets.sort(key=lambda bucket: (max(finished[stage] for stage in bucket.stages), sorted(bucket.stages)))
+        buckets.sort(key=lambda bucket: (max(finished.get(stage, 0) for stage in bucket.stages), sorted(bucket.stages)))
         grid.unite({bucket.ranks for bucket in buckets}, device)
         self._buckets = [bucket for bucket in buckets if grid.world.rank in bucket.ranks]
         self._tasks = Counter(task.stage for task in schedule.orders[grid.device] if task.kind in (Kind.W, Kind.B))

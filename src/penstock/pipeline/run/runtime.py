@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from penstock.pipeline.ir.schedule import VOCABULARY, Kind, Schedule, Task, Weig
 from penstock.pipeline.ir.validate import validate
 from penstock.pipeline.run.grid import Grid
 from penstock.pipeline.run.offload import HostLink, Offloaded
+from penstock.pipeline.run.post_validation import tentative
 from penstock.pipeline.run.replicas import Replicas, holders
 from penstock.pipeline.run.split_backward import Deferral
 from penstock.pipeline.run.stash import Stash
@@ -80,7 +81,8 @@ class Runtime:
         names: those of each stage, on whatever device. A parameter that several devices hold, be it for replicas of a
             stage or because two stages share it, ends with the sum of its gradients on each.
         dtype, device: of the messages between stages.
-        staying: weights that forward passes read, which are never offloaded; ``parameters`` if not given.
+        weights: those that forward passes read, by the same names, which are never offloaded, and of which versions are
+            stashed; ``parameters`` if not given.
 
     Raises:
         ScheduleError: the schedule cannot run.
@@ -98,10 +100,10 @@ class Runtime:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        staying: Iterable[Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         validate(schedule)
-        _require_supported(schedule, names, grid)
+        require_supported(schedule, names, grid)
         self.schedule, self.grid, self.dtype, self.device = schedule, grid, dtype, device
         self.order = schedule.orders[grid.device]
         self._routes = Routes(schedule)
@@ -109,9 +111,10 @@ class Runtime:
         self._replicas = Replicas(schedule, names, grid, parameters, device)
         self._split = {(task.stage, task.microbatch) for task in self.order if task.kind is Kind.W}
         here = {task.stage for task in self.order}
-        self._held = {stage: [parameters[name] for name in names[stage] if name in parameters] for stage in here}
-        self._staying = list(parameters.values() if staying is None else staying)
+        self._weights = parameters if weights is None else weights
+        self._held = {stage: [self._weights[n] for n in names[stage] if n in self._weights] for stage in here}
         self._link = HostLink(device)
+        self._tentative = tentative(schedule)
 
     def step(
         self,
@@ -121,6 +124,7 @@ class Runtime:
         *,
         update: Callable[[int], None] | None = None,
         shard: Shard | None = None,
+        confirm: Callable[[], bool] | None = None,
     ) -> Step:
         """Forward and backward of all microbatches. Leaves the gradients in ``.grad``, which must be empty before.
 
@@ -132,6 +136,9 @@ class Runtime:
             update: for a schedule without a flush: called with the stage after each B, to update the stage's weights by
                 the gradients of this microbatch, and to clear them.
             shard: of the vocabulary, where the schedule shards it.
+            confirm: called once, when this device has done as many forwards as it can before it hears from the last
+                one (see :func:`~penstock.pipeline.run.post_validation.tentative`): whether the weights that they saw
+                were right. Where not, they are done again. All devices get the same answer.
 
         Raises:
             UsageError: there is no ``update`` or no ``shard`` for a schedule that needs it.
@@ -141,31 +148,20 @@ class Runtime:
             raise UsageError("weights are updated within a step by schedules without a flush, and by no others")
         if (shard is None) is bool(self.schedule.barriers):
             raise UsageError("a shard of the vocabulary is for schedules that shard it, and for no others")
-        form = functools.partial(self._form, shapes)
-        transfers = Transfers(self._routes, self.grid, self.order, form, self.device)
-        work = _Work(self, forward, shard)
-        clock = _Clock(self.device)
+        count = 0 if confirm is None else self._tentative[self.grid.device]
+        first, rest = self.order[:count], self.order[count:]
         self._replicas.begin()
-        for number, task in enumerate(self.order):
-            given = [transfers.take(need) for need in self._routes.read.get(task, ())]
-            work.call_back(self.order[number : number + 1 + RETURNING])
-            clock.start()
-            made = work.run(task, given)
-            clock.stop()
-            for need in self._routes.made.get(task, ()):
-                assert made is not None
-                # S has more for some of its readers than for others.
-                transfers.give(need, made[..., : form(need)[0][-1]] if task.kind is Kind.S else made)
-            if task.kind in (Kind.B, Kind.W):
-                collect()
-                self._replicas.done(task.stage)
-                if update is not None:
-                    update(task.stage)
-                    work.stashes[task.stage].updated()
-        transfers.finish()
+        attempt = _Attempt(self, forward, shapes, shard)
+        attempt.run(first)
+        if confirm is not None and not confirm():
+            attempt.drop()
+            attempt = _Attempt(self, forward, shapes, shard)
+            attempt.run(first)
+        attempt.run(rest, collect, update)
+        attempt.transfers.finish()
         self._replicas.finish()
-        self._settle(clock)
-        return Step(work.loss, work.peak, clock.spans())
+        self._settle(attempt.clock)
+        return Step(attempt.work.loss, attempt.work.peak, attempt.clock.spans())
 
     def _form(self, shapes: Sequence[Sequence[int]], need: Need) -> tuple[Sequence[int], torch.dtype]:
         """The shape and dtype of a message; what shards of the vocabulary say of scores is in float32 or wider."""
@@ -188,7 +184,12 @@ class Runtime:
                 time.sleep(1e-4)
 
 
-def _require_supported(schedule: Schedule, names: Sequence[Sequence[str]], grid: Grid) -> None:
+def require_supported(schedule: Schedule, names: Sequence[Sequence[str]], grid: Grid) -> None:
+    """What a runtime of these arguments refuses, before it is made.
+
+    Raises:
+        UsageError: see :class:`Runtime`.
+    """
     if schedule.barriers and grid.pipelines > 1:
         raise UsageError(
             "several pipelines that share a batch have no common shards of the vocabulary",
@@ -213,6 +214,50 @@ def _require_supported(schedule: Schedule, names: Sequence[Sequence[str]], grid:
             "activations wait on the host only in schedules with one version of the weights",
             hint="Offload those of 1f1b, which has the order of pipedream and one update a step.",
         )
+
+
+class _Attempt:
+    """The tasks of this device in a step, from the first on, until they are all done or dropped."""
+
+    def __init__(
+        self, runtime: Runtime, forward: Forward, shapes: Sequence[Sequence[int]], shard: Shard | None
+    ) -> None:
+        self._runtime, self._form = runtime, functools.partial(runtime._form, shapes)
+        self.transfers = Transfers(runtime._routes, runtime.grid, self._form, runtime.device)
+        self.work = _Work(runtime, forward, shard)
+        self.clock = _Clock(runtime.device)
+
+    def run(
+        self,
+        order: Sequence[Task],
+        collect: Callable[[], None] = lambda: None,
+        update: Callable[[int], None] | None = None,
+    ) -> None:
+        """Does the next tasks."""
+        runtime, work, transfers = self._runtime, self.work, self.transfers
+        transfers.expect(order)
+        for number, task in enumerate(order):
+            given = [transfers.take(need) for need in runtime._routes.read.get(task, ())]
+            work.call_back(order[number : number + 1 + RETURNING])
+            self.clock.start()
+            made = work.run(task, given)
+            self.clock.stop()
+            for need in runtime._routes.made.get(task, ()):
+                assert made is not None
+                # S has more for some of its readers than for others.
+                transfers.give(need, made[..., : self._form(need)[0][-1]] if task.kind is Kind.S else made)
+            if task.kind in (Kind.B, Kind.W):
+                collect()
+                runtime._replicas.done(task.stage)
+                if update is not None:
+                    update(task.stage)
+                    work.stashes[task.stage].updated()
+
+    def drop(self) -> None:
+        """Forgets the first tasks of all devices and what they have sent."""
+        runtime = self._runtime
+        firsts = zip(runtime.schedule.orders, runtime._tentative, strict=True)
+        self.transfers.drop({task for order, count in firsts for task in order[:count]})
 
 
 class _Work:
@@ -266,7 +311,7 @@ class _Work:
         runtime, (stage, _) = self._runtime, key
         deferral = Deferral() if key in runtime._split else None
         away = key in runtime.schedule.offloaded
-        offloaded = Offloaded(runtime._link, runtime._staying) if away else None
+        offloaded = Offloaded(runtime._link, runtime._weights.values()) if away else None
         if x is not None:
             x = x.detach().requires_grad_()
         with contextlib.ExitStack() as stack:

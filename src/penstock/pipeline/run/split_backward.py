@@ -12,8 +12,9 @@ gradient the fused cross-entropy computes in the forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,9 +50,33 @@ class Deferral(TorchFunctionMode):
     ordinary backward pass, in any dtype and under autocast.
     """
 
+    _stack: ClassVar[list[Deferral]] = []
+
     def __init__(self) -> None:
         super().__init__()
         self._owed: list[_Owed] = []
+        self._expected: list[tuple[list[Tensor], list[Tensor | None]]] = []
+
+    def __enter__(self) -> Deferral:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._stack.append(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.pop()
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def active(cls) -> Deferral | None:
+        """The one whose ``with`` block we are in."""
+        return cls._stack[-1] if cls._stack else None
+
+    @classmethod
+    @contextlib.contextmanager
+    def suspended(cls) -> Iterator[None]:
+        """Nothing that is computed in the ``with`` block is deferred."""
+        with contextlib.nullcontext() if cls.active() is None else torch._C.DisableTorchFunction():
+            yield
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rule = _RULES.get(func)
@@ -68,13 +93,23 @@ class Deferral(TorchFunctionMode):
         out: Tensor = _Deferred.apply(x, weight, bias, ends, product, self._owed)  # type: ignore[no-untyped-call]
         return out
 
+    def expect(self, weights: list[Tensor], caught: list[Tensor | None]) -> None:
+        """Defers the gradients of ``weights`` of a compiled layer, whose backward pass will put into ``caught``, for
+        each in turn, the activation and the gradient of the output."""
+        self._expected.append((weights, caught))
+
     @property
     def held(self) -> list[Tensor]:
         """The activations and gradients that are kept for W."""
-        return [tensor for owed in self._owed for tensor in (owed.x, owed.gradient)]
+        caught = [tensor for _, found in self._expected for tensor in found if tensor is not None]
+        return caught + [tensor for owed in self._owed for tensor in (owed.x, owed.gradient)]
 
     def run(self) -> None:
         """W: adds the deferred gradients to ``.grad`` of the weights, and frees what they were computed from."""
+        for weights, caught in self._expected:
+            found = zip(weights, caught[::2], caught[1::2], strict=True)
+            self._owed += [_Owed(_LINEAR, w, x, g, None) for w, x, g in found if x is not None and g is not None]
+        self._expected = []
         while self._owed:
             product, weight, x, gradient, ends = self._owed.pop()
             with torch.no_grad():

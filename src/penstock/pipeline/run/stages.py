@@ -1,12 +1,14 @@
 """A Decoder cut into the stages of a pipeline.
 
-A stage is a range of layers. The first begins with the embedding; the last ends with the norm, the head and the loss.
-A device holds a :class:`Part`: the layers of all its stages, under the names that they have in the whole Decoder.
+A stage is a range of layers. Where the path of a microbatch begins, a stage begins with the embedding; where one ends,
+it ends with the norm, the head and the loss. A device holds a :class:`Part`: the layers of all its stages, under the
+names that they have in the whole Decoder; where the vocabulary is sharded, also some rows of both of its matrices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,33 +18,64 @@ from penstock.models.attention import AttentionContext
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder, Layer, Linear, Output, RMSNorm
 from penstock.models.rotary import Rotary
+from penstock.pipeline.ir.schedule import Schedule
+
+#: The matrices of which each device holds some rows where the vocabulary is sharded.
+SHARDED = ("embedding.weight", "head.weight")
+
+
+class Stage(NamedTuple):
+    """What a stage consists of.
+
+    Attributes:
+        layers: may be none, for a stage that is the embedding or the head alone.
+        begins, ends: whether it has the embedding; the norm and the head.
+    """
+
+    layers: range
+    begins: bool
+    ends: bool
+
+
+def stages_of(schedule: Schedule, cut: Sequence[range]) -> list[Stage]:
+    """The stages of a schedule whose layers are ``cut``: several have the embedding, or the head, where microbatches
+    begin or end their paths at several."""
+    return [
+        Stage(layers, stage in schedule.entrances, stage in schedule.exits)
+        for stage, layers in zip(range(schedule.stages), cut, strict=True)
+    ]
 
 
 class Part(Decoder):
     """What one device holds of a Decoder: the layers of its stages, and the embedding and the head with their stages.
 
     Parameters have the names of the whole Decoder, so that optimizer state and checkpoints do not depend on the cut;
-    stages of one device share what both use. A tied embedding is with the first stage and with the last one: where
-    these are on different devices, whoever trains must sum its gradients. Built under ``torch.device("meta")`` it takes
-    no memory; :meth:`initialize` draws the same weights as in the whole Decoder.
+    stages of one device share what both use. A tied embedding is with the stages that begin and with those that end:
+    where these are on different devices, whoever trains must sum its gradients. Built under ``torch.device("meta")`` it
+    takes no memory; :meth:`initialize` draws the same weights as in the whole Decoder.
 
-    Attributes:
-        stages: the ranges of layers that are here.
+    Args:
+        config: of the whole Decoder.
+        stages: those of this device.
+        rows: of a sharded vocabulary, which rows of :data:`SHARDED` are here, in place of whole matrices.
     """
 
-    def __init__(self, config: DecoderConfig, stages: Sequence[range]) -> None:
+    def __init__(self, config: DecoderConfig, stages: Sequence[Stage], rows: range | None = None) -> None:
         nn.Module.__init__(self)  # not the Decoder's, which would make all of it
-        self.config = config
+        self.config, self.rows = config, rows
         self.stages = tuple(stages)
-        held = {layer for stage in stages for layer in stage}
-        begins, ends = 0 in held, config.layers - 1 in held
-        if begins or (ends and config.tied):
-            self.embedding = nn.Embedding(config.vocabulary, config.hidden)
+        held = {layer for stage in stages for layer in stage.layers}
+        ends = any(stage.ends for stage in stages)
+        embeds, predicts = (rows is not None or any(s.begins for s in stages)), (rows is not None or ends)
+        vocabulary = config.vocabulary if rows is None else len(rows)
+        if embeds or (predicts and config.tied):
+            self.embedding = nn.Embedding(vocabulary, config.hidden)
         # Placeholders without parameters keep the numbers of those between.
         self.layers = nn.ModuleList(Layer(config, i) if i in held else nn.Identity() for i in range(config.layers))
         if ends:
             self.norm = RMSNorm(config.hidden, config.norm_eps)
-            self.head = Linear(config.hidden, config.vocabulary, bias=False)
+        if predicts:
+            self.head = Linear(config.hidden, vocabulary, bias=False)
             if config.tied:
                 self.head.weight = self.embedding.weight
         self.rotary = Rotary(config)
@@ -55,28 +88,41 @@ class Part(Decoder):
         """
         raise UsageError("a part of a Decoder has no forward pass of its own", hint="Run its stages.")
 
-    def run(self, stage: range, x: Tensor, context: AttentionContext) -> Output:
+    def run(self, layers: range, x: Tensor, context: AttentionContext, *, last: bool) -> Output:
         """The layers of one stage.
 
         Args:
-            stage: one of :attr:`stages`.
-            x: tokens, integers [*T], for the first stage; hidden states [*T, hidden] for the others, and for the first
-                one where the embedding is sharded over all devices.
+            layers: of one of :attr:`stages`.
+            x: tokens, integers [*T], where a path begins; hidden states [*T, hidden] elsewhere, and at the beginning
+                where the embedding is sharded over all devices.
             context: as for the whole Decoder.
+            last: whether the path ends here.
 
         Returns:
-            Hidden states [*T, hidden], after the last norm for the last stage, and the summed balance loss of the
+            Hidden states [*T, hidden], after the last norm where the path ends, and the summed balance loss of the
             stage's own sparse layers.
         """
         if not x.is_floating_point():
             x = self.embedding(x)
         rotary = self.rotary(context.positions, x.dtype)
         balance: Tensor | None = None
-        for layer in stage:
+        for layer in layers:
             x, extra = self.layers[layer](x, rotary, context)
             if extra is not None:
                 balance = extra if balance is None else balance + extra
-        return Output(self.norm(x) if stage.stop == self.config.layers else x, balance)
+        return Output(self.norm(x) if last else x, balance)
+
+    def own(self, name: str, whole: Tensor) -> Tensor:
+        """What of ``whole``, which belongs to the parameter ``name`` of the whole Decoder, is this part's: its rows,
+        where they are sharded; a scalar is everybody's."""
+        if self.rows is None or name not in SHARDED or not whole.dim():
+            return whole
+        return whole[self.rows.start : self.rows.stop]
+
+    def _drawn(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        if self.rows is not None and name in SHARDED:
+            shape = torch.Size((self.config.vocabulary, self.config.hidden))
+        return self.own(name, super()._drawn(name, shape, seed))
 
     @torch.no_grad()
     def take(self, whole: Decoder) -> Part:
@@ -84,12 +130,14 @@ class Part(Decoder):
         vars(self).update({key: value for key, value in vars(whole).items() if key == "origin"})  # see models/hub.py
         source = dict(whole.named_parameters())
         for name, parameter in self.named_parameters():
-            parameter.copy_(source[name])
+            parameter.copy_(self.own(name, source[name]))
         return self
 
 
-def parameter_names(config: DecoderConfig, stages: Sequence[range]) -> list[dict[str, bool]]:
-    """The names of each stage's parameters, and whether they are trained. Needs no memory."""
+def parameter_names(config: DecoderConfig, stages: Sequence[Stage], *, sharded: bool = False) -> list[dict[str, bool]]:
+    """The names of each stage's parameters, and whether they are trained; without those of a sharded vocabulary, which
+    belong to no stage. Needs no memory."""
     with torch.device("meta"):
         parts = [Part(config, [stage]) for stage in stages]
-    return [{name: p.requires_grad for name, p in part.named_parameters()} for part in parts]
+    left_out = SHARDED if sharded else ()
+    return [{n: p.requires_grad for n, p in part.named_parameters() if n not in left_out} for part in parts]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,27 +73,44 @@ Form = Callable[[Need], tuple[Sequence[int], torch.dtype]]
 
 
 class Transfers:
-    """The messages of one device in one step.
+    """The messages of one device in one step. :meth:`expect` comes before all others.
 
     Args:
         routes: of the schedule, whose links the grid has connected.
         grid: the processes.
-        order: this device's list.
         form: of the messages.
         device: where they are.
     """
 
-    def __init__(self, routes: Routes, grid: Grid, order: Sequence[Task], form: Form, device: torch.device) -> None:
+    def __init__(self, routes: Routes, grid: Grid, form: Form, device: torch.device) -> None:
         self._routes, self._grid, self._form, self._device = routes, grid, form, device
         here = grid.device
         self._queues: Mapping[int, deque[Need]] = {
             source: deque(queue) for (source, target), queue in routes.queues.items() if target == here
         }
-        needs = (need for task in order for need in routes.read.get(task, ()))
-        self._wanted = deque(need for need in needs if routes.sources[need] != here)
+        self._wanted: deque[Need] = deque()
         self._coming: dict[Need, tuple[Tensor, dist.Work]] = {}
         self._kept: dict[Need, Tensor] = {}
         self._sent: deque[tuple[Need, dist.Work]] = deque()
+
+    def expect(self, order: Sequence[Task]) -> None:
+        """Tells of the next tasks of this device, whose messages are asked for ahead of them; before they are done."""
+        needs = (need for task in order for need in self._routes.read.get(task, ()))
+        self._wanted.extend(need for need in needs if self._routes.sources[need] != self._grid.device)
+
+    def drop(self, makers: Container[Task]) -> None:
+        """Receives all that ``makers``, the first tasks of other devices, have sent, and forgets it; waits until all
+        that was sent from here has been received.
+
+        Raises:
+            PenstockError: a process is lost.
+        """
+        for queue in self._queues.values():
+            while queue and queue[0].maker in makers:
+                self._ask(queue[0])
+        for need, (_, work) in self._coming.items():
+            self._wait(need, work, self._grid.rank(self._routes.sources[need]))
+        self.finish()
 
     def give(self, need: Need, tensor: Tensor) -> None:
         """Passes on what meets ``need``: hands it over if that is on this device, else sends it, without waiting."""

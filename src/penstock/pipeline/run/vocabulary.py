@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from penstock.core.errors import UsageError
 from penstock.ops.cross_entropy import IGNORE
@@ -88,10 +88,10 @@ class Shard:
         self,
         barriers: int,
         rows: range,
-        embedding: nn.Parameter,
-        head: nn.Parameter,
+        embedding: Tensor,
+        head: Tensor,
         batch: Callable[[int], tuple[Tensor, Tensor]],
-        scale: float,
+        scale: float | Tensor,
     ) -> None:
         self._barriers, self._rows, self._embedding, self._head = barriers, rows, embedding, head
         self._batch, self._scale = batch, scale

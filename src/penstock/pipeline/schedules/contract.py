@@ -12,7 +12,8 @@ from penstock.policy import Policy, contract
     law="every task once, consistent with the dependencies, free of deadlock; the simulated peak of live activations "
     "and the version of the weights that each task sees equal to a count by brute force; a refusal names numbers that "
     "work; loss and all gradients on several processes equal to one device in fp64 (without a flush, the weights to "
-    "those of the delayed updates); the measured peak of live activations equal to the simulated one",
+    "those of the delayed updates); the measured peak of live activations equal to the simulated one; updates of the "
+    "trainer on several processes equal to those of one device",
 )
 class PipelineSchedule(Policy):
     """Orders the work of one training step on a pipeline of devices.

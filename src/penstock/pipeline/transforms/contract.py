@@ -12,7 +12,8 @@ from penstock.policy import Policy, contract
 @contract(
     "pipeline.transform",
     law="the same forwards and backwards on the same devices, complete and free of deadlock, in no more time at the "
-    "times that it was made for; loss and all gradients on several processes equal to one device in fp64",
+    "times that it was made for; loss and all gradients on several processes equal to one device in fp64; updates of "
+    "the trainer on several processes equal to those of one device",
 )
 class PipelineTransform(Policy):
     """Makes a better schedule of any schedule with a flush."""

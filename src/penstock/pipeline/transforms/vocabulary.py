@@ -44,7 +44,7 @@ class VocabularyParallelism(PipelineTransform):
     def transform(self, schedule: Schedule) -> Schedule:
         if schedule.barriers:
             raise UsageError("the vocabulary of this schedule is sharded already", hint="Transform it once.")
-        if not self.times.output:
+        if not self.times.product:
             return schedule
         candidates = [schedule, *(shard(schedule, self.barriers, self.times, part) for part in SHIFTS)]
         runs = [simulate(found, self.times.costs(found)) for found in candidates]
@@ -58,7 +58,7 @@ def shard(schedule: Schedule, barriers: int, times: Times, part: float) -> Sched
     microbatch's time later. No task is due before what it needs, so the order of dues cannot deadlock.
     """
     sharded = dataclasses.replace(schedule, barriers=barriers)
-    run = simulate(schedule, times.model_copy(update={"output": 0.0}).costs(schedule))
+    run = simulate(schedule, times.without_output().costs(schedule))
     shift = part * max(run.busy) / schedule.microbatches
     number = {task: position for position, (_, task) in enumerate(walk(schedule))}
     of_stages, of_shards = _dues(run, shift, barriers)

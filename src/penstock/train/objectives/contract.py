@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -39,7 +39,13 @@ class Objective(Policy):
     """What training minimises: a sum over the predicted tokens of a batch.
 
     A policy gives :meth:`hidden_loss`, and :meth:`example` for its law.
+
+    Attributes:
+        cross_entropy: whether :meth:`hidden_loss` is the plain cross-entropy of the targets, which can be computed from
+            rows of the vocabulary on several devices.
     """
+
+    cross_entropy: ClassVar[bool] = False
 
     def loss(self, model: Decoder, batch: Batch, context: AttentionContext) -> Tensor:
         """The summed loss of ``batch``, a scalar in nats; the loop divides by the predicted tokens of the step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from pydantic import PositiveInt
 from torch import Tensor
@@ -20,6 +21,8 @@ class NextToken(Objective):
 
     ``chunk`` tokens' logits exist at a time.
     """
+
+    cross_entropy: ClassVar[bool] = True
 
     chunk: PositiveInt = 2048
 

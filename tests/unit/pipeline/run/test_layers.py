@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from penstock.cli import build_app
 from penstock.models.decoder import Decoder
-from penstock.pipeline.partition.profiler import profile
+from penstock.pipeline.run.layers import profile
 from penstock.testing.pipeline_runtime import dense, sparse, untied
 
 CPU = torch.device("cpu")

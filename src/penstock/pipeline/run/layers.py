@@ -1,22 +1,29 @@
-"""PipeDream's profiler: what each layer of a Decoder takes on one device."""
+"""What each layer of a Decoder takes by itself: PipeDream's profiler on this machine, or a run's own profile."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
+from penstock.core.config import Config, build
 from penstock.core.devices import synchronize
+from penstock.core.errors import UsageError
+from penstock.core.files import read_json
 from penstock.core.progress import Reporter, silent
 from penstock.core.randomness import torch_generator
 from penstock.models.attention import CausalRows
 from penstock.models.config import DecoderConfig
 from penstock.ops.cross_entropy import linear_cross_entropy
 from penstock.pipeline.partition.pipedream import Layer
-from penstock.pipeline.run.stages import Part
+from penstock.pipeline.run.stages import Part, Stage
+from penstock.pipeline.simulate.times import Times
 
 #: Passes of each layer: the first warms up, and the median of the others counts.
 PASSES = 4
@@ -51,7 +58,7 @@ def profile(
     found = []
     with reporter("profiling", config.layers, "layer") as bar:
         for number in range(config.layers):
-            part = Part(config, [range(number, number + 1)])
+            part = Part(config, [Stage(range(number, number + 1), number == 0, number == config.layers - 1)])
             part.initialize(0).to(device, dtype)
             for run, parameters, hands_over in _pieces(part, number, tokens, context):
                 weights = sum(p.numel() * p.element_size() for p in parameters)
@@ -90,3 +97,31 @@ def _seconds(run: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Te
         synchronize(device)
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:])
+
+
+class _Profile(Config):
+    """What of a run's ``pipeline.json`` a partition needs."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    times: Times
+    message_bytes: float = Field(ge=0)
+
+
+def measured_layers(path: Path) -> tuple[list[Layer], float]:
+    """The embedding, the layers and the head as a run measured them, and bytes a second between its devices.
+
+    Raises:
+        UsageError: the file does not say what single layers took.
+    """
+    profile = build(_Profile, read_json(path), source=str(path))
+    pieces, message = profile.times.pieces, profile.message_bytes
+    if not pieces:
+        raise UsageError(
+            f"{path} does not say what each layer took",
+            hint="A run with activation_checkpointing does not measure it: name the model in place of --costs.",
+        )
+    handed = [message] * (len(pieces) - 1) + [0.0]
+    layers = [Layer(p.seconds, activation, p.weights) for p, activation in zip(pieces, handed, strict=True)]
+    transfer = profile.times.transfer
+    return layers, message / transfer if transfer else math.inf
