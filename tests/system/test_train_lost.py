@@ -15,7 +15,7 @@ from programs import ENVIRONMENT, Program, run_penstock
 from tiny_runs import make_store, write_config
 
 BATCH = {"tokens": 128, "micro_tokens": 32, "stages": [{"length": 32}]}
-SIZE, STEPS = 3, 4
+SIZE, STEPS = 3, 2
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +28,18 @@ def configured(tmp_path_factory) -> Path:
         model={**model, "vocabulary": 320},
         batch=BATCH,
         steps=STEPS + 4,
-        checkpoint_steps=2,
+        checkpoint_steps=1,
         parallel={"pipeline": SIZE},
         pipeline={"schedule": "1f1b", "timeout": 3},
     )
+
+
+def watching(*arguments: str) -> None:
+    """``penstock`` in a process that looks more often whether the others are there."""
+    from penstock.parallel import watch
+
+    watch.BEAT, watch.GRACE = 0.5, 2.0
+    run_penstock(*arguments)
 
 
 def losing(how: str, where: str, *arguments: str) -> None:
@@ -56,7 +64,7 @@ def losing(how: str, where: str, *arguments: str) -> None:
         return true(*given)
 
     setattr(owner, name, fails)
-    run_penstock(*arguments)
+    watching(*arguments)
 
 
 def started(configured: Path, run: Path, lost: int, how: str, where: str) -> list[Program]:
@@ -67,7 +75,7 @@ def started(configured: Path, run: Path, lost: int, how: str, where: str) -> lis
     programs = []
     for rank in range(SIZE):
         own = ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        work = (losing, how, where) if rank == lost else (run_penstock,)
+        work = (losing, how, where) if rank == lost else (watching,)
         programs.append(Program(*work, *arguments, environment=own))
     return programs
 
@@ -110,4 +118,4 @@ def test_one_error_names_the_process_that_was_lost(configured, tmp_path, lost, h
     found, faults = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert faults == []
     assert found is not None
-    assert checkpoint.step_of(found) in (STEPS - 2, STEPS)
+    assert checkpoint.step_of(found) in (STEPS - 1, STEPS)
