@@ -285,8 +285,8 @@ class Pipeline:
         write_json(self._folder / COSTS, self._profile(real))
         title = f"{self._policy.policy_name}, measured"
         trace = trace_events(real, title)
-        beside = trace_events(simulate(self.schedule, real.costs), title.replace("measured", "simulated"))
-        trace["traceEvents"] += [{**event, "pid": 1} for event in beside["traceEvents"]]
+        simulated = simulate(self.schedule, real.costs)
+        trace["traceEvents"] += trace_events(simulated, title.replace("measured", "simulated"), 1)["traceEvents"]
         write_atomic(self._folder / TRACE, json.dumps(trace))
 
     def _profile(self, real: Simulation) -> dict[str, Any]:
