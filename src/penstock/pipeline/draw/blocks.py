@@ -36,11 +36,11 @@ class Message(NamedTuple):
 
 
 def blocks(simulation: Simulation, device: int) -> list[Block]:
-    """Those of ``device``, in the order of its list."""
+    """Those of ``device``, in the order of its list. A pair that a measured run did one after the other is no pair."""
     order, starts, ends = simulation.schedule.orders[device], simulation.starts[device], simulation.ends[device]
     drawn = [Block(*own) for own in zip(order, starts, ends, strict=True)]
     for number, (first, second) in enumerate(pairwise(drawn)):
-        if first.task in simulation.schedule.overlapped:
+        if first.task in simulation.schedule.overlapped and second.start <= first.end:
             drawn[number] = Block(first.task, first.start, second.end, 0)
             drawn[number + 1] = Block(second.task, first.start, second.end, 1)
     return drawn

@@ -196,5 +196,7 @@ def test_a_lost_process_is_named_by_all_others(lost, how):
     for rank in {0, 1, 2} - {lost}:
         kind, message = results[rank]["raised"]
         assert kind == LossError.__name__
-        wanted = "does not answer: its {}[FB]\\d+ was waited for" if how == signal.SIGSTOP else "has ended without a word"
+        wanted = (
+            "does not answer: its {}[FB]\\d+ was waited for" if how == signal.SIGSTOP else "has ended without a word"
+        )
         assert re.match(f"rank {lost} {wanted.format(lost)}\n", message), message
