@@ -108,8 +108,8 @@ def test_one_error_names_the_process_that_was_lost(configured, tmp_path, lost, h
     wanted = {
         "kill": f"error: rank {lost} has ended without a word\n",
         "stop": f"error: rank {lost} does not answer",
-        "raise": "error: the disk is full\nMake room.\n",
-        "defect": "Traceback (most recent call last):\n",
+        "raise": f"error: rank {lost}: the disk is full\nMake room.\n",
+        "defect": f"rank {lost} has failed:\nTraceback (most recent call last):\n",
     }[how]
     assert together.startswith(wanted)
     if how != "defect":

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import secrets
-import select
 import selectors
 import socket
 import threading
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from penstock.core.errors import PenstockError
+from penstock.core.errors import PenstockError, UsageError
 
 #: Seconds between two signs of life on a line.
 BEAT = 5.0
@@ -85,10 +84,12 @@ class Loss:
 
 
 class LossError(PenstockError):
-    """Another process of the run was lost, which one ``loss`` says."""
+    """A process of the run was lost, which one ``loss`` says."""
 
     def __init__(self, loss: Loss) -> None:
-        super().__init__(loss.what, hint=loss.hint)
+        # A wrong request is the same in all of them, and no fault of the one that was the first to say so.
+        named = loss.told and loss.code != UsageError.exit_code
+        super().__init__(f"rank {loss.rank}: {loss.what}" if named else loss.what, hint=loss.hint)
         self.loss = loss
         self.exit_code = loss.code
 
@@ -176,9 +177,10 @@ class Watch:
 
     def _listen(self) -> None:
         """Follows what the desk says."""
-        silent = 0
+        silent, selector = 0, selectors.DefaultSelector()
+        selector.register(self._line.socket, selectors.EVENT_READ)
         while self._loss is None:
-            if not select.select([self._line.socket], [], [], BEAT)[0]:
+            if not selector.select(BEAT):
                 silent += 1
                 if self.too_long(silent):
                     self._loss = Loss.silent(0, 0, self.patience)

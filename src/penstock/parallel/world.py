@@ -93,10 +93,12 @@ class World:
             yield
         except Exception as error:
             loss = error.loss if isinstance(error, LossError) else self.watch.failed(error)
-            if self.watch.tells(loss) and loss.rank != self.rank:
-                tell(LossError(loss))
-            elif self.watch.tells(loss):
-                tell(error) if isinstance(error, PenstockError) else traceback.print_exception(error)
+            if self.watch.tells(loss):
+                if loss.rank == self.rank and not isinstance(error, PenstockError):
+                    print(f"rank {self.rank} has failed:", file=sys.stderr)
+                    traceback.print_exception(error)
+                else:
+                    tell(LossError(loss))
             self._exit(loss.code)
 
     def require_all(self) -> None:

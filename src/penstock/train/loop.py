@@ -279,6 +279,9 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
+            stack.callback(
+                self._saver.settle
+            )  # where another process is lost, this one ends without waiting for threads
             batches = stack.enter_context(contextlib.closing(self.loader.prefetch(self.position.samples, self.rows)))
             log: MetricsLog | None = None
             if self.world.leads:

@@ -7,15 +7,17 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
-from penstock.core.errors import UsageError
+from penstock.core.errors import PenstockError, UsageError
 from penstock.parallel import watch
 from penstock.parallel.watch import Loss, LossError
 from penstock.parallel.world import World
 from penstock.testing.ranks import ranks
+from penstock.train.session import stoppable
 
 
 def watched(world: World) -> watch.Watch:
@@ -88,13 +90,15 @@ def test_who_waits_for_whom_leads_to_the_one_that_does_not_wait():
     assert [result["returned"] for result in ranks(3, work)] == [wanted] * 3
 
 
-def test_of_processes_that_fail_the_first_is_named_to_all():
-    """Its own error, with its hint and exit code, also to one that fails for another reason later."""
+@pytest.mark.parametrize(("error", "wanted"), [(PenstockError, "rank 1: it is wrong"), (UsageError, "it is wrong")])
+def test_of_processes_that_fail_the_first_is_named_to_all(error, wanted):
+    """Its own error, with its hint and exit code, also to one that fails for another reason later; a wrong request,
+    which is the same for all, without a name."""
 
     def work(world: World) -> list[object]:
         own = watched(world)
         if world.rank == 1:
-            loss = own.failed(UsageError("the key is wrong", hint="Use another one."))
+            loss = own.failed(error("it is wrong", hint="Use another one."))
         else:
             while own.loss is None:
                 time.sleep(0.02)
@@ -102,7 +106,7 @@ def test_of_processes_that_fail_the_first_is_named_to_all():
         return [str(LossError(loss)), LossError(loss).exit_code, loss.rank, own.tells(loss)]
 
     told = [result["returned"] for result in ranks(3, work)]
-    assert told == [["the key is wrong\nUse another one.", 2, 1, rank == 1] for rank in range(3)]
+    assert told == [[f"{wanted}\nUse another one.", error.exit_code, 1, rank == 1] for rank in range(3)]
 
 
 def test_an_end_that_was_agreed_upon_is_no_loss():
@@ -131,3 +135,12 @@ def test_an_end_that_was_agreed_upon_is_no_loss():
 def test_one_process_of_each_host_tells(loss, tellers):
     """On three hosts of four processes: the one that failed, else the lowest that is left."""
     assert [loss.teller(host) for host in (0, 4, 8)] == tellers
+
+
+def test_the_end_of_a_run_that_lost_a_process_is_no_wish_of_the_user(tmp_path, capsys):
+    """torchrun sends SIGTERM to all others when one is killed; that is not taken for Ctrl-C."""
+    lost = SimpleNamespace(loss=Loss.ended(1, 0))
+    with pytest.raises(LossError, match="rank 1 has ended without a word"), stoppable(tmp_path, World(0, 2, 0, lost)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    assert capsys.readouterr().out == ""
