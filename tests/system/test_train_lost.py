@@ -84,13 +84,14 @@ def started(configured: Path, run: Path, lost: int, how: str, where: str) -> lis
     ("lost", "how", "where"),
     [
         (0, "kill", "pipeline"),
-        (1, "kill", "update"),
         (2, "kill", "agreement"),
-        (0, "raise", "agreement"),
-        (2, "raise", "pipeline"),
-        (1, "defect", "update"),
-        (0, "stop", "update"),
+        (1, "raise", "update"),
         (2, "stop", "pipeline"),
+        pytest.param(1, "kill", "update", marks=pytest.mark.slow),
+        pytest.param(0, "raise", "agreement", marks=pytest.mark.slow),
+        pytest.param(2, "raise", "pipeline", marks=pytest.mark.slow),
+        pytest.param(1, "defect", "update", marks=pytest.mark.slow),
+        pytest.param(0, "stop", "update", marks=pytest.mark.slow),
     ],
 )
 def test_one_error_names_the_process_that_was_lost(configured, tmp_path, lost, how, where):
