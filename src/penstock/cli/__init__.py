@@ -61,5 +61,10 @@ def main() -> None:
     try:
         build_app()(prog_name="penstock")
     except PenstockError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        tell(error)
         sys.exit(error.exit_code)
+
+
+def tell(error: PenstockError) -> None:
+    """Prints an error for a person."""
+    typer.secho(f"error: {error}", fg="red", err=True)

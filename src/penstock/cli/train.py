@@ -44,6 +44,7 @@ def train(
     from penstock.core.processor import share_cores
 
     share_cores()
+    from penstock.cli import tell
     from penstock.core.config import apply_overrides, build, read_toml
     from penstock.core.errors import UsageError
     from penstock.core.progress import show, silent
@@ -71,7 +72,7 @@ def train(
     world = World.join()
     report = show if world.leads else silent
     folder = resume or out or Path("runs/train")
-    with stoppable(folder, world):
+    with world.together(tell), stoppable(folder, world):
         if wanted is not None:
             work = Run.create(wanted, folder, world, report)
         elif branch is not None:

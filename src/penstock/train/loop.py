@@ -338,6 +338,8 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
+            # Where another process is lost, this one ends without waiting for threads.
+            stack.callback(self._saver.settle)
             stack.enter_context(self._leaving())
             batches = stack.enter_context(contextlib.closing(self.loader.prefetch(self.position.samples, self.rows)))
             log: MetricsLog | None = None

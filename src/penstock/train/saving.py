@@ -7,6 +7,7 @@ ends waits too; one that is killed leaves the checkpoint before.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -75,6 +76,11 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def settle(self) -> None:
+        """Returns when nothing is being written any more, whatever came of it: for a run that fails already."""
+        with contextlib.suppress(Exception):
+            self.wait()
 
     def _write(self, step: int, model: Decoder, state: TrainerState, keeping: Keeping) -> None:
         try:

@@ -29,6 +29,7 @@ def stoppable(folder: Path, world: World) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
+            world.require_all()  # whoever started the processes ends them when one is lost: that is no wish of the user
             if world.leads:
                 started = (folder / CONFIG).is_file()
                 what = (

@@ -41,6 +41,11 @@ def colours(schedule: Schedule) -> dict[tuple[Kind, int, int], str]:
     return shades | {(kind, 0, 0): _lighter(HUES[kind], 0.0) for kind in VOCABULARY}
 
 
+def chunked(placement: Placement) -> bool:
+    """Whether a device has several stages, or replicas of them, which differ in their shades."""
+    return max(_chunks(placement).values()) > 0
+
+
 def key(task: Task) -> tuple[Kind, int, int]:
     """Where :func:`colours` has the colour of ``task``; shards of the vocabulary are alike."""
     return (task.kind, 0, 0) if task.kind in VOCABULARY else (task.kind, task.stage, task.replica)

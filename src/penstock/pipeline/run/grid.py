@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from penstock.core.errors import PenstockError, UsageError
 from penstock.parallel.world import World
-
-#: What failed processes leave in the run's store: whom each was waiting for.
-_WAITS = "penstock/pipeline/waits"
 
 
 class Grid:
@@ -45,6 +40,8 @@ class Grid:
                 f"divisor of {world.size}.",
             )
         self.world, self.devices, self.timeout = world, devices, timeout
+        if world.watch is not None:
+            world.watch.patience = timeout
         self.pipelines = world.size // devices
         self.pipeline, self.device = divmod(world.rank, devices)
         self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
@@ -63,7 +60,8 @@ class Grid:
         if key not in self._groups:
             # NCCL's own watch ends the process without a word about whom it waited for: we, who say it, must be first.
             patience = self.timeout * (2 if torch.cuda.is_available() else 1)
-            self._groups[key] = dist.new_group(sorted(ranks), timeout=datetime.timedelta(seconds=patience))
+            with self.world.explained("a new group of processes"):
+                self._groups[key] = dist.new_group(sorted(ranks), timeout=datetime.timedelta(seconds=patience))
         return self._groups[key]
 
     def connect(self, links: Sequence[tuple[int, int]], device: torch.device) -> None:
@@ -106,35 +104,7 @@ class Grid:
             raise self.lost(peer, what, patience=0.2 * self.timeout if late else 1.0) from error
 
     def lost(self, peer: int, what: str, *, patience: float) -> PenstockError:
-        """The error for ``what`` not coming from ``peer``. Where that one was waiting itself, for whom it waited.
-
-        Every process that gives up says so in the run's store; following that, from one to the next, leads to the one
-        that said nothing. ``patience`` seconds are left for the others to give up too.
-        """
-        found = [(peer, what)]
-        # The store may have died with its process, or hang with it; then the neighbour is all that is known.
-        search = threading.Thread(target=self._follow, args=(found, min(patience, 30.0)), daemon=True)
-        search.start()
-        search.join(min(patience, 30.0) + 2.0)
-        peer, what = found[-1]
-        return PenstockError(
-            f"rank {peer} has ended or does not answer: {what} was waited for",
-            hint=f"Its own message, if it could still write one, says why. A process counts as lost after "
-            f"{self.timeout:g} s (pipeline.timeout).",
-        )
-
-    def _follow(self, found: list[tuple[int, str]], patience: float) -> None:
-        deadline = time.monotonic() + patience
-        with contextlib.suppress(RuntimeError):
-            store = PrefixStore(_WAITS, _get_default_store())
-            store.set(str(self.world.rank), "{} {}".format(*found[0]))
-            seen = {self.world.rank}
-            while (peer := found[-1][0]) not in seen:
-                while not store.check([str(peer)]):
-                    if time.monotonic() > deadline:
-                        return
-                    time.sleep(0.05)
-                seen.add(peer)
-                following, what = store.get(str(peer)).decode().split(" ", 1)
-                if int(following) not in seen:
-                    found.append((int(following), what))
+        """The error for ``what`` not coming from ``peer``: it names the process that was lost first, which may be one
+        that ``peer`` itself waited for. ``patience`` seconds are left for the others to give up too."""
+        assert self.world.watch is not None
+        return self.world.watch.waited(peer, what, min(patience, 30.0))

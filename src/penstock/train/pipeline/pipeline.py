@@ -457,6 +457,6 @@ class Pipeline:
         write_json(self._folder / COSTS, profile)
         title = f"{self._arrangement.policy.policy_name}, measured"
         trace = trace_events(real, title)
-        beside = trace_events(simulate(self.schedule, real.costs), title.replace("measured", "simulated"))
-        trace["traceEvents"] += [{**event, "pid": 1} for event in beside["traceEvents"]]
+        simulated = simulate(self.schedule, real.costs)
+        trace["traceEvents"] += trace_events(simulated, title.replace("measured", "simulated"), 1)["traceEvents"]
         write_atomic(self._folder / TRACE, json.dumps(trace))
