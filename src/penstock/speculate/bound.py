@@ -23,6 +23,9 @@ from penstock.speculate.verifiers.residual import without
 #: A token that rings at a rate r has surely rung at a time of this many 1/r: the chance that it has not is below 1e-16.
 SURE = 37.0
 
+#: One that has rung with less than this probability counts as never: processors multiply denormal numbers slowly.
+NEVER = 1e-25
+
 #: Drafts of a place for which the optimum can be computed; with more, sums of products of exp(SURE) would overflow.
 MOST = 12
 
@@ -78,16 +81,19 @@ def _distinct(drawn: Tensor, most: int) -> Tensor:
     for node, width in zip(*half_line(1.0, slowest, drawn.device), strict=True):
         pace = drawn * node
         sure = pace > SURE
-        open_ = pace.masked_fill(sure, 0)
-        polynomial, rung = torch.ones_like(drawn), []
-        for j in range(most):
-            if j:
-                before = pad(polynomial[:, :-1], (1, 0), value=float(j == 1))  # of no tokens, e_0 is 1
-                polynomial = (open_.expm1() * before).cumsum(-1)
-            rung.append(polynomial)
-        # Of exactly j, for j below ``most``; then of at most j, with those that surely have.
-        exactly = torch.stack(rung, 1) * (-open_.cumsum(-1)).exp().unsqueeze(1)
-        left = needed - sure.cumsum(-1).unsqueeze(1)
-        fewer = exactly.cumsum(1).gather(1, left.clamp(min=0)) * (left >= 0)
-        missing += fewer * (width * outside * (-outside * node).exp()).unsqueeze(1)
+        rung = sure.cumsum(-1)
+        if not ((rung < most) & (outside > 0) & (outside * node < 2 * SURE)).any():
+            break  # nothing is open any more, and later there will be no more
+        pace = pace.masked_fill(sure, 0)
+        none, odds = (-pace.cumsum(-1)).exp(), pace.masked_fill(pace < NEVER, 0).expm1()
+        polynomial, at_most = torch.ones_like(drawn), [none]
+        for j in range(1, most):
+            before = pad(polynomial[:, :-1], (1, 0), value=float(j == 1))  # of no tokens, e_0 is 1
+            polynomial = (odds * before).cumsum(-1)
+            at_most.append(torch.addcmul(at_most[-1], polynomial, none))
+        fewer = torch.stack(at_most, 1)
+        if rung.any():
+            left = needed - rung.unsqueeze(1)
+            fewer = fewer.gather(1, left.clamp(min=0)) * (left >= 0)
+        missing.addcmul_(fewer, (width * outside * (-outside * node).exp()).unsqueeze(1))
     return 1 - missing

@@ -22,7 +22,7 @@ class KSeq(Verifier):
 
     p is the target, q the proposal. A draft passes with probability beta = sum of min(q, p / rho), so x is accepted
     with min(q, p / rho) times s = 1 + (1 - beta) + ... + (1 - beta)^(n - 1). That is no more than p where rho >= s, and
-    the least such rho, found by bisection between 1 and n, accepts the most; else the token is drawn from what p has
+    the least such rho, found by bisection between 1 and n, lets the most pass; else the token is drawn from what p has
     beyond it. At least 1 - (1 - 1/n)^n of the optimal acceptance, so more than 1 - 1/e.
     """
 
