@@ -26,9 +26,9 @@ from penstock.speculate.expected import chain_tokens
 from penstock.speculate.verifiers.contract import Verifier
 
 MOST = 8
-FILES = 64
+FILES = 48
 WINDOW, SPACING = 256, 32  # tokens of a document that are read, and from place to place
-REPETITIONS = 5
+REPETITIONS = 3
 PIECE = 8  # places whose optimum is computed at a time, for what is computed to stay in the processor's cache
 TEMPERATURES = (1.0, 0.6)
 

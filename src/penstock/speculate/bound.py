@@ -6,8 +6,10 @@ the acceptance is the minimum over all sets H of tokens of
 
     1 + P(H) - W(H),
 
-P(H) being the target's probability of H, and W(H) that all drafts are in H. For the ways of drafting here the minimum
-is reached by one of the sets that hold the tokens of least p / q, so that a sort and a scan find it.
+P(H) being the target's probability of H, and W(H) that all drafts are in H. For drafts that are drawn from the
+proposal, with or without replacement, one of the sets that hold the tokens of least p / q reaches the minimum (for
+those without it is the paper's, and compared with all sets in the tests): a sort and a scan find it. For greedy drafts
+there is a formula.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ def _distinct(drawn: Tensor, most: int) -> Tensor:
     missing = torch.zeros(len(drawn), most, drawn.shape[-1], dtype=drawn.dtype, device=drawn.device)
     needed = torch.arange(most, device=drawn.device).view(-1, 1)
     slowest = float(drawn.where(drawn > 0, 1).amin())
-    for node, width in zip(*half_line(1.0, slowest, drawn.device), strict=True):
+    for node, width in zip(*half_line(slowest, drawn.device), strict=True):
         pace = drawn * node
         sure = pace > SURE
         rung = sure.cumsum(-1)

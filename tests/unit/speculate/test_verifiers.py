@@ -126,7 +126,7 @@ def test_the_concave_majorant_is_the_least():
 
 
 def test_exponentials_of_all_rates_are_integrated():
-    nodes, weights = half_line(1.0, 1e-9, torch.device("cpu"))
+    nodes, weights = half_line(1e-9, torch.device("cpu"))
     for rate in (1.0, 0.37, 1e-3, 1e-9):
         assert (weights * rate * (-rate * nodes).exp()).sum().item() == pytest.approx(1, abs=1e-13)
     assert (weights * nodes**2 * (-nodes).exp()).sum().item() == pytest.approx(math.factorial(2), abs=1e-12)

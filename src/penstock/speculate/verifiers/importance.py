@@ -61,7 +61,7 @@ class Importance(Verifier):
             for each in (target, proposal)
         )
         choice = fitted(wanted, drawn, counts, self.rounds)
-        chosen = proposal * choice.gain.gather(-1, level).to(proposal.dtype)
+        chosen = proposal * choice.gain.to(proposal.dtype).gather(-1, level)
         # Of the drafts in the highest block, one by weight.
         own = level.gather(-1, drafted.clamp(min=0))
         block = choice.block.gather(-1, own).where(drafted >= 0, -1)
@@ -146,7 +146,7 @@ def gains(weight: Tensor, drawn: Tensor, block: Tensor, counts: Tensor) -> tuple
     is the integral of w exp(-w s) exp(-S s) over s > 0, in which the expectation of exp(-S s) is a power. Drafts of
     lower blocks weigh nothing, those of higher ones all.
     """
-    nodes, widths = half_line(1.0, LEAST, weight.device)
+    nodes, widths = half_line(LEAST, weight.device)
     decay = (-weight.unsqueeze(-1) * nodes).exp()
     same = (block.unsqueeze(-1) == block.unsqueeze(-2)) * drawn.unsqueeze(-2)
     below = ((block.unsqueeze(-1) > block.unsqueeze(-2)) * drawn.unsqueeze(-2)).sum(-1, keepdim=True)

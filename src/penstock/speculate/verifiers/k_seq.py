@@ -12,9 +12,6 @@ from penstock.speculate.drafting import Drafting
 from penstock.speculate.verifiers.contract import Example, Verifier
 from penstock.speculate.verifiers.residual import at, leftover, mixed
 
-#: Bisections of the factor: as many as a float64 has bits.
-BISECTIONS = 53
-
 
 @policy("speculate.verifier", "k_seq", papers=[306])
 class KSeq(Verifier):
@@ -58,7 +55,7 @@ def least_factor(target: Tensor, proposal: Tensor, counts: Tensor) -> Tensor:
     """The least rho [R, 1] for ``counts`` int64 [R, 1] drafts, from above, so that it is never too small."""
     low = torch.ones_like(target[:, :1])
     high = counts.to(target.dtype)
-    for _ in range(BISECTIONS):
+    for _ in range(bits(target.dtype)):
         middle = (low + high) / 2
         beta = torch.minimum(proposal, target / middle).sum(-1, keepdim=True)
         enough = middle >= attempts(beta, counts)
@@ -71,3 +68,8 @@ def attempts(beta: Tensor, counts: Tensor) -> Tensor:
     [R, 1]: (1 - (1 - beta)^counts) / beta."""
     any_passes = -(counts * (-beta.clamp(max=1)).log1p()).expm1()
     return torch.where(beta > 0, any_passes / beta, counts)
+
+
+def bits(dtype: torch.dtype) -> int:
+    """How often an interval can be halved before its ends are neighbours in ``dtype``."""
+    return round(1 - math.log2(torch.finfo(dtype).eps))
