@@ -1,7 +1,8 @@
 """Acceptance of 1 to 8 drafts by every verifier, beside the optimum: python-1m drafts for python-6m on held-out Python.
 
 Nothing is timed. At each place the acceptance is the probability, given what was drafted, that the token that comes out
-is one of the drafts; a repetition draws anew at all places.
+is one of the drafts; a repetition draws anew at all places. Verifiers work in float32, as in an engine, the optimum is
+computed in float64.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ def measure(bench: Bench, temperature: float, target: Tensor, proposal: Tensor, 
             name = f"optimum, {drafting} drafts"
             found[name, count] = [value] * repetitions
             bench.row(subject=name, setting=drafts(count), value=value, **common)
+    target, proposal = target.float(), proposal.float()
     for name in index().names("speculate.verifier"):
         verifier = create("speculate.verifier", name)
         assert isinstance(verifier, Verifier)
