@@ -11,12 +11,10 @@ from penstock.policy import index
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+def rows():
     """What it measures of 8 places with a vocabulary of 20."""
     script = load("speculate_verifiers")
-    bench = Bench(
-        "speculate_verifiers", torch.device("cpu"), quick=True, out=tmp_path_factory.mktemp("out") / "out.json"
-    )
+    bench = Bench("speculate_verifiers", torch.device("cpu"), quick=True)
     bench.console.quiet = True
     generator = torch_generator(0, "test/bench_verifiers")
     both, one, other = torch.randn(3, 8, 20, generator=generator, dtype=torch.float64)
