@@ -4,6 +4,7 @@ A generated part stands between two lines, of which the first names the generato
 
     <!-- figures: NAME -->      the results of a benchmark or of a peer, or of one device's file (NAME-DEVICE)
     <!-- comparisons: NAME -->  those of them that stand beside a peer's; NAME,METRIC is of one metric
+    <!-- grid: NAME,METRIC -->  one metric of them: subjects down, settings across
     <!-- policies: CONTRACT --> the policies of a contract
     <!-- timelines -->          a picture of each pipeline schedule, which is drawn anew too
     <!-- timelines: A,B -->     one picture of some of them
@@ -36,7 +37,7 @@ from xml.sax.saxutils import escape
 from penstock.core.config import Config, build, read_toml
 from penstock.core.errors import PenstockError, UsageError, nearest
 from penstock.core.files import read_text, write_atomic
-from penstock.core.results import HEADINGS, Result, Row, cells, read_results
+from penstock.core.results import HEADINGS, Result, Row, cells, format_number, read_results
 from penstock.papers.catalogue import Bibliography, Standing, Status, bibliography, standings
 from penstock.policy import Entry, Index, create, index
 from penstock.testing.house import ROWS, imports, row
@@ -100,23 +101,54 @@ def comparisons(sources: Sources, document: Path, wanted: str) -> str:
     return tabulated(sources, name, lambda row: row.peer is not None and metric in ("", row.metric.replace(" ", "-")))
 
 
-def tabulated(sources: Sources, name: str, shown: Callable[[Row], bool]) -> str:
-    """The rows of a benchmark's results that are ``shown``, a table for each device.
+@generator
+def grid(sources: Sources, document: Path, wanted: str) -> str:
+    """One metric of a benchmark's figures (hyphens for spaces), subjects down and settings across, for each device.
 
     Raises:
-        UsageError: there are no results of that name.
+        UsageError: there are no results of that name, or none has the metric.
+    """
+    name, _, metric = wanted.partition(",")
+    parts = []
+    for result in named(sources, name):
+        rows = [row for row in result.rows if row.metric.replace(" ", "-") == metric]
+        if not rows:
+            known = {row.metric.replace(" ", "-") for row in result.rows}
+            raise UsageError(f"{name!r} has no metric {metric!r}: {nearest(metric, known)}")
+        values = {(row.subject, row.setting): f"{format_number(row.value)} {row.unit}".strip() for row in rows}
+        settings = list(dict.fromkeys(row.setting for row in rows))
+        subjects = dict.fromkeys(row.subject for row in rows)
+        lines = ((subject, *(values.get((subject, setting), "") for setting in settings)) for subject in subjects)
+        parts.append(f"{table((rows[0].metric, *settings), lines)}\n{note(result)}")
+    return "\n".join(parts)
+
+
+def named(sources: Sources, name: str) -> list[Result]:
+    """The results of a benchmark, or of one device's file.
+
+    Raises:
+        UsageError: there are none of that name.
     """
     found = [r for r in sources.results if name in (r.name, f"{r.name}-{r.device}")]
     if not found:
         known = {r.name for r in sources.results} | {f"{r.name}-{r.device}" for r in sources.results}
         raise UsageError(f"bench/results has no figures called {name!r}: {nearest(name, known)}")
-    parts = []
-    for result in found:
-        used = ", ".join(f"{package} {version}" for package, version in result.versions.items())
-        note = f"{result.hardware}; {result.date}, commit {result.commit}; {used}."
-        source = f"\n{wrapped(result.source)}" if result.source else ""
-        parts.append(f"{table(HEADINGS, (cells(row) for row in result.rows if shown(row)))}\n{note}\n{source}")
-    return "\n".join(parts)
+    return found
+
+
+def note(result: Result) -> str:
+    """What figures stand for: hardware, date, commit, versions, and where they come from if not from here."""
+    used = ", ".join(f"{package} {version}" for package, version in result.versions.items())
+    source = f"\n{wrapped(result.source)}" if result.source else ""
+    return f"{result.hardware}; {result.date}, commit {result.commit}; {used}.\n{source}"
+
+
+def tabulated(sources: Sources, name: str, shown: Callable[[Row], bool]) -> str:
+    """The rows of a benchmark's results that are ``shown``, a table for each device."""
+    return "\n".join(
+        f"{table(HEADINGS, (cells(row) for row in result.rows if shown(row)))}\n{note(result)}"
+        for result in named(sources, name)
+    )
 
 
 @generator

@@ -131,6 +131,17 @@ def with_row(sources, row: Row):
     return dataclasses.replace(sources, results=more)
 
 
+def test_a_grid_has_subjects_down_and_settings_across(sources):
+    iron = Row(subject="bent", setting="iron", metric="speed", value=1, unit="m/s", repetitions=1)
+    other = Row(subject="bent", setting="wood", metric="depth", value=1, unit="m", repetitions=1)
+    lines = block(with_row(with_row(sources, iron), other), "grid: cutting-h100,speed")
+    assert lines[0] == "| speed | wood | iron |"
+    assert lines[2:4] == ["| slanted | 50.00 m/s |  |", "| bent |  | 1.000 m/s |"]
+    assert lines[4].startswith("h100 in full")
+    with pytest.raises(UsageError, match="no metric 'sped'"):
+        block(sources, "grid: cutting,sped")
+
+
 def test_comparisons_leave_out_what_has_no_peer(sources):
     alone = Row(subject="bent", setting="wood", metric="speed", value=1, unit="m/s", repetitions=1)
     sources = with_row(sources, alone)

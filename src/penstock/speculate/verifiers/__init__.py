@@ -1,0 +1,1 @@
+"""Policies of the contract ``speculate.verifier``: how drafted tokens become the one that comes out."""
