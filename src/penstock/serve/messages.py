@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from penstock.serve.choose.logprobs import TokenLogprobs
+from penstock.serve.choose.logprobs import LogprobRows
 from penstock.serve.choose.sampling import SamplingParams
 
 
@@ -65,8 +65,8 @@ class Delta:
     id: str
     index: int
     tokens: list[int]
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None
+    logprobs: LogprobRows | None = None
+    prompt_logprobs: LogprobRows | None = None
     finish: Finish | None = None
     cached: int = 0
 

@@ -8,7 +8,7 @@ import itertools
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -59,10 +59,10 @@ class Piece:
     choice: int
     text: str
     tokens: list[int]
-    logprobs: list[TokenLogprobs] | None
+    logprobs: Sequence[TokenLogprobs] | None
     offsets: list[int] | None
     finish: str | None
-    prompt_logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
 
 
 @dataclasses.dataclass

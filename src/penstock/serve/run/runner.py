@@ -158,7 +158,7 @@ class Runner:
         logits = _joined([each.logits for each in passed])
         prompt = self._rated(step, _joined([each.rated for each in passed]))
         if logits is None:
-            return None if prompt is None else Sampled(prompt.tokens[:0], prompt=prompt).to_host()
+            return None if prompt is None else Sampled(self._newest[:0], prompt=prompt).to_host()
         ready = all(each.drawn is not None for each in passed)
         drawn = _joined([each.drawn for each in passed]) if ready else None
         asked = step.asked
