@@ -95,15 +95,11 @@ class Sampler:
         told = np.flatnonzero(rows["alternatives"] >= 0)
         if not told.size:
             return Sampled(tokens, counts=counts), newest
-        logprobs = self._told(*self._picked(told, logits, tokens), int(rows["alternatives"].max()))
-        return Sampled(tokens, logprobs, counts=counts), newest
-
-    def _picked(self, rows: np.ndarray, *given: Tensor) -> tuple[Tensor, ...]:
-        """These ``rows`` of each of the tensors ``given``, which are not copied where all rows are wanted."""
-        if len(rows) == len(given[0]):
-            return given
-        index = self._of(rows)
-        return tuple(each[index] for each in given)
+        most, own = int(rows["alternatives"].max()), tokens
+        if told.size < len(rows):  # else there is nothing to copy
+            index = self._of(told)
+            logits, own = logits[index], tokens[index]
+        return Sampled(tokens, self._told(logits, own, most), counts=counts), newest
 
     def _told(self, logits: Tensor, tokens: Tensor, most: int) -> Logprobs:
         return Logprobs.of(logits, tokens, most)
