@@ -41,6 +41,7 @@ class SimulatedRunner:
         one = {"hidden": 2, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 2, "ffn": 1}
         self.shape = DecoderConfig.model_validate({"vocabulary": VOCABULARY, "context": blocks * block_size, **one})
         self.device = torch.device("cpu")
+        self.memory: dict[str, int] = {}
         self.launched = 0
         self.batch: Batch | None = None
 

@@ -222,7 +222,7 @@ class Service:
 
     def __init__(self, name: str, tokens: Tokens, engine: EngineClient, limits: Limits) -> None:
         self.name, self.tokens, self.engine, self.limits = name, tokens, engine, limits
-        self.metrics, self.history = ServerMetrics(lambda: engine.snapshot), History()
+        self.metrics, self.history = ServerMetrics(lambda: engine.snapshot, engine.ready.memory), History()
         engine.watchers += [self.history, self.metrics, EventLines()]
         self.created = int(time.time())
         self.draining = False

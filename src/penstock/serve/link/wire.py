@@ -34,11 +34,13 @@ class Open:
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """The engine stands: ``context`` is the most tokens of a sequence, ``sequences`` the most that run at a time."""
+    """The engine stands: ``context`` is the most tokens of a sequence, ``sequences`` the most that run at a time, and
+    ``memory`` has bytes of the device's by what they are for."""
 
     context: int
     sequences: int
     vocabulary: int
+    memory: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)

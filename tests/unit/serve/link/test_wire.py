@@ -68,6 +68,7 @@ MESSAGES = st.one_of(
     st.builds(wire.News, st.lists(DELTAS, max_size=3), st.none(), st.lists(EVENTS, max_size=3)),
     st.builds(wire.Refused, st.text(), st.text()),
     st.builds(wire.Open, st.text(), st.text(), st.text()),
+    st.builds(wire.Ready, TOKENS, TOKENS, TOKENS, st.dictionaries(st.text(), st.integers(0, 2**50))),
 )
 
 

@@ -27,9 +27,10 @@ def warm(monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(ReferenceCache, "fix", lambda *_: True)
     monkeypatch.setattr("penstock.serve.run.runner.StepGraphs", RehearsedGraphs)
-    monkeypatch.setattr("penstock.serve.run.runner.worth_replaying", lambda shapes, seconds: shapes)
+    monkeypatch.setattr("penstock.serve.run.runner.chosen", lambda *_: 10**9)
     engine = build_engine(small_model(), CONFIG)
-    engine.executor.warm_up(CONFIG.tokens)
+    engine.executor.compile(CONFIG.tokens)
+    engine.executor.capture()
     return engine
 
 
