@@ -31,8 +31,8 @@ class EngineConfig(Config):
         sequences: most sequences that run at a time.
         block_size: tokens of a block of the cache.
         cache_tokens: tokens for which the cache has room; None sizes it by ``memory``.
-        memory: share of the device's memory that may be in use, by weights, cache, graphs, the largest steps and whoever
-            else is there; on the CPU, of what is free, half of it for the cache.
+        memory: share of the device's memory that may be in use, by weights, cache, graphs, the largest steps, and
+            whoever else is there; on the CPU, half as large a share of what is free is for the cache.
         context: most tokens of a sequence; None takes the model's own limit.
         drafter: drafts tokens ahead, which one pass then checks together; None computes one token a sequence a step.
         compile: on CUDA, compile the model and capture steps as graphs at the start, those that decode and those whose

@@ -76,7 +76,7 @@ Message = Open | Ready | Failed | Request | Abort | Refused | News
 
 def _plain(value: Any) -> Any:
     if isinstance(value, LogprobRows):
-        return value.table.shape[1], value.table.astype(WORD).tobytes()
+        return value.table.shape[1], value.table.astype(WORD, copy=False).tobytes()
     if isinstance(value, SamplingParams):
         return value.model_dump(mode="json", exclude_defaults=True)
     raise NotImplementedError(f"{type(value).__name__} cannot travel between processes")

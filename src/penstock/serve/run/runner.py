@@ -19,7 +19,6 @@ from penstock.core.progress import Reporter, silent
 from penstock.models.attention import AttentionContext
 from penstock.models.decoder import Decoder
 from penstock.ops.cuts import draw_cut
-from penstock.ops.paged.contract import PagedCache
 from penstock.ops.paged.contract import PagedCache, StepShape
 from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.sampler import Sampled, Sampler
@@ -95,7 +94,7 @@ class Runner:
         self.memory: dict[str, int] = {}
 
     def forget(self) -> None:
-        """No slot has a sequence."""
+        """No slot has a sequence any more, and nothing is kept for one."""
         self._planner = Planner(self._slots, self.block_size)
         self._sampler = self._kind(self._slots, self.shape.vocabulary, self.device)
         # Of slot s at s + 1; what stands at 0 is of no meaning.
