@@ -23,8 +23,8 @@ def rehearse_first_uses(engine: Engine) -> None:
     """Answers a long prompt, then some short ones at a time: what is compiled or loaded on first use, such as how one
     token is drawn and how several are, and products of each small number of rows, is there before anybody waits for
     it."""
-    longest = min(engine.limits.tokens, engine.context - 1)
-    for lengths in ([longest], *([2] + [1] * more for more in range(FEW))):
+    longest, short = (min(most, engine.context - 1) for most in (engine.limits.tokens, SHORT))
+    for lengths in ([longest], *([short] + [1] * more for more in range(FEW))):
         for place, length in enumerate(lengths):
             engine.add(Request(str(place), [0] * length, SamplingParams(temperature=1, max_tokens=2)))
         while engine.busy:
@@ -67,14 +67,14 @@ def rehearse_largest_steps(config: EngineConfig, executor: Executor) -> None:
     them a prompt that fills the budget of a step. Where ``config`` drafts, as many tokens are drafted as can be."""
     drafter = Zeros(tokens=config.drafter.most) if config.drafter else None
     engine = Engine(config.model_copy(update={"drafter": drafter}), executor)
-    room = engine.context - SHORT
+    prompt = [0] * min(SHORT, engine.context - 1)
     # The bias makes a text of zeros, so that what is drafted is accepted.
     often = {"temperature": 1, "top_p": 0.9, "presence_penalty": 0.01, "logit_bias": {0: 100.0}, "ignore_eos": True}
     short = SamplingParams.model_validate(
-        {**often, "max_tokens": min(STEPS * config.rows, room), "logprobs": MOST_LOGPROBS}
+        {**often, "max_tokens": min(STEPS * config.rows, engine.context - len(prompt)), "logprobs": MOST_LOGPROBS}
     )
     for place in range(engine.limits.sequences - 1):
-        engine.add(Request(str(place), [0] * SHORT, short))
+        engine.add(Request(str(place), prompt, short))
     for _ in range(2):
         engine.step()
     longest = min(engine.limits.tokens, engine.context - 1)

@@ -36,9 +36,9 @@ def test_a_rehearsal_meets_a_full_step_and_each_small_number_of_rows(batching):
     assert engine.memory.pool.held == 0 and not engine.busy
 
 
-@pytest.mark.parametrize("block_size", [1, 16])
-def test_an_engine_for_one_short_sequence_at_a_time_can_rehearse(block_size):
-    config = EngineConfig(tokens=2, sequences=1, context=16, cache_tokens=64, block_size=block_size)
+@pytest.mark.parametrize(("block_size", "context"), [(1, 16), (16, 16), (16, 2)])
+def test_an_engine_for_one_short_sequence_at_a_time_can_rehearse(block_size, context):
+    config = EngineConfig(tokens=2, sequences=1, context=context, cache_tokens=64, block_size=block_size)
     engine = build_engine(small_model(), config)
     rehearse_largest_steps(config, engine.executor)
     rehearse_first_uses(engine)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from penstock.core.choices import chosen, circumstances
 from penstock.core.devices import upload
+from penstock.core.errors import UsageError
 from penstock.core.garbage import settled
 from penstock.core.progress import Reporter, silent
 from penstock.models.attention import AttentionContext
@@ -113,7 +114,11 @@ class Runner:
 
     def compile(self, tokens: int, report: Reporter = silent) -> None:
         """Compiles the pass, and chooses which steps will be graphs: those that decode, and those with up to ``tokens``
-        tokens of prompts that are computed as fast as they are queued. Without it, everything runs eagerly."""
+        tokens of prompts that are computed as fast as they are queued. Without it, everything runs eagerly.
+
+        Raises:
+            UsageError: the cache's plans cannot be replayed.
+        """
         self._trunk = torch.compile(self.model.trunk, dynamic=True)
         self._tip = torch.compile(self.model.tip, dynamic=True)
         timed = functools.partial(seconds, self._begun, 3, self.cache, self.blocks)
@@ -136,7 +141,11 @@ class Runner:
         )
         # A step with windows is one with prompts: some tokens each, of which several are scored.
         self._beside = [shape for shape in beside if shape.rows <= most] + window_shapes(self._slots, self._window)
-        self.cache.fix([*self._beside, *self._alone], self._pages)
+        if not self.cache.fix([*self._beside, *self._alone], self._pages):
+            raise UsageError(
+                "this attention backend cannot be part of graphs",
+                hint="Set engine.compile=false, or choose another engine.attention.",
+            )
 
     def _graphs(self) -> tuple[StepGraphs, StepGraphs]:
         """Of prompts and of decodes; nothing is captured yet."""
