@@ -65,8 +65,8 @@ def told_seconds(logprobs: int | None) -> float:
 def main(bench: Bench) -> None:
     """Measures the batching policies; the slope is that of the time of a step over the number of those that wait."""
     bench.compare(
-        subject=f"logprobs={ALTERNATIVES}",
-        peer="none",
+        subject=f"with {ALTERNATIVES} log-probabilities",
+        peer="without",
         setting=f"{TOLD} decoding, news of a step as bytes",
         metric="host time of a step",
         unit="ms",
