@@ -17,6 +17,7 @@ from penstock.testing.attention_paged import (
     check_large_scores,
     check_long_courses,
     check_nan,
+    check_sizes,
     courses,
     places,
 )
@@ -42,6 +43,7 @@ def test_long_sequences_large_scores_and_nan(name):
         check_long_courses(policy, place)
         check_large_scores(policy, place)
         check_nan(policy, place)
+        check_sizes(policy, place)
 
 
 @pytest.mark.slow

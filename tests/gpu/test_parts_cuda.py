@@ -110,7 +110,7 @@ def test_parts_give_the_logits_of_the_whole(compile: bool) -> None:
 def test_replayed_steps_give_the_logits_of_queued_ones(
     windows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("penstock.serve.run.runner.worth_replaying", lambda shapes, seconds: shapes)
+    monkeypatch.setattr("penstock.serve.run.runner.chosen", lambda *_: 10**9)
     engine = engine_of(compile=True, shape=SHAPE.model_copy(update=windows), temperatures=(0, 0.8))
     runner, replayed = engine.executor, set()
     graphs = runner._prompts, runner._decodes

@@ -56,7 +56,7 @@ def batch(
     tokenizer = hub.load_tokenizer(folder)
     if chat_template is not None:
         take_template(tokenizer, chat_template)
-    with contextlib.closing(open_engine(folder, config, device)) as engine:
+    with contextlib.closing(open_engine(folder, config, device, show)) as engine:
         settle()
         run = BatchRun(Gatherer(engine, tokenizer), Tokens(tokenizer), name or hub.name_of(model), window)
         summary = run.run(source, target, show)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -70,6 +71,35 @@ def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
     """A copy of ``values`` on ``device``; on CUDA it is only queued. One of many values costs the host no more time
     than one of a few does."""
     return pinned(values, device).to(device, non_blocking=True)
+
+
+class DeviceMemory:
+    """The memory of a CUDA ``device``, as its driver and PyTorch's allocator count it, in bytes.
+
+    Attributes:
+        total: of the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.total = torch.cuda.mem_get_info(device)[1]
+
+    def free(self) -> int:
+        """What nobody has, once the allocator has given back what it keeps for later."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0]
+
+    def peak(self, run: Callable[[], object]) -> int:
+        """What ``run`` takes at its peak, beside what was taken before: by the allocator, whose pieces may not fit
+        exactly, and by libraries beside it."""
+        before, kept = self.free(), torch.cuda.memory_reserved(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        run()
+        torch.cuda.synchronize(self._device)
+        taken = before - torch.cuda.mem_get_info(self._device)[0]
+        allocator = torch.cuda.memory_reserved(self._device) - kept
+        return torch.cuda.max_memory_reserved(self._device) - kept + max(taken - allocator, 0)
 
 
 def synchronize(device: torch.device) -> None:

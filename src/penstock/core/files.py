@@ -153,6 +153,21 @@ def claim(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def cache_folder(name: str) -> Path:
+    """Where files are kept that can be made again, of the kind ``name``; it need not exist.
+
+    Raises:
+        PenstockError: the user has no home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "penstock", name)
+    except RuntimeError as error:
+        raise PenstockError(
+            f"{name} are kept in the home folder, and this user has none",
+            hint="Name a folder for them in the variable XDG_CACHE_HOME.",
+        ) from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2) + "\n")

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from penstock.core.errors import PenstockError
-from penstock.core.files import explain_os_errors, write_atomic
+from penstock.core.files import cache_folder, explain_os_errors, write_atomic
 
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fopenmp"),
@@ -42,7 +42,7 @@ def load(source: Path) -> ctypes.CDLL:
     compiler = _compiler()
     with explain_os_errors(f"cannot keep the kernel {source.stem}"):
         identity = "\n".join([compiler, *FLAGS, _processor()]).encode() + source.read_bytes()
-        library = _folder() / f"{source.stem}-{hashlib.blake2b(identity, digest_size=12).hexdigest()}.so"
+        library = cache_folder("kernels") / f"{source.stem}-{hashlib.blake2b(identity, digest_size=12).hexdigest()}.so"
         if not library.is_file():
             write_atomic(library, _compile(compiler, source))
     try:
@@ -79,17 +79,6 @@ def _compile(compiler: str, source: Path) -> bytes:
                     hint="It must be GCC, of version 12 or near it; name another in the variable CXX.",
                 )
         return linked.read_bytes()
-
-
-def _folder() -> Path:
-    """Where compiled kernels are kept."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "penstock", "kernels")
-    except RuntimeError as error:
-        raise PenstockError(
-            "native kernels are kept in the home folder, and this user has none",
-            hint="Name a folder for them in the variable XDG_CACHE_HOME.",
-        ) from error
 
 
 def _processor() -> str:

@@ -9,25 +9,24 @@ from pathlib import Path
 
 import torch
 
-from penstock.core.devices import can_compile, inference_dtype, pick
+from penstock.core.devices import DeviceMemory, can_compile, inference_dtype, pick
 from penstock.core.errors import PenstockError, UsageError
 from penstock.core.progress import Reporter, silent
 from penstock.models import hub
 from penstock.models.decoder import Decoder
 from penstock.models.invariant import make_invariant
-from penstock.ops.linear import FEW
 from penstock.ops.paged.contract import CacheShape, PagedAttention
 from penstock.ops.paged.invariant import Invariant
 from penstock.policy import index
 from penstock.serve.choose.grammar import Grammars
 from penstock.serve.choose.invariant import InvariantSampler
 from penstock.serve.choose.sampler import Sampler
-from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
-from penstock.serve.messages import Request
+from penstock.serve.rehearsal import rehearsal_blocks, rehearse_first_uses
 from penstock.serve.run.record import Recorder
 from penstock.serve.run.runner import Runner
+from penstock.serve.sizing import blocks_in, explained_shortage, settle_memory, weight_bytes
 
 #: Tokens for which a CPU's cache has room at most, unless the configuration says otherwise.
 MOST_CPU_TOKENS = 1 << 18
@@ -101,28 +100,28 @@ def build_runner(model: Decoder, config: EngineConfig, report: Reporter = silent
         device=weight.device,
         windows=frozenset(shape.window_of(layer) for layer in range(shape.layers)),
     )
-    blocks = _blocks(config, cache, context)
-    # One more than sequences use: the runner's own.
-    memory = backend.open(dataclasses.replace(cache, blocks=blocks + 1))
+    backend.prepare(cache, report)
+    on_cuda = weight.device.type == "cuda"
+    if config.cache_tokens is not None:
+        blocks = -(-config.cache_tokens // config.block_size)
+    else:
+        blocks = _rehearsal_blocks(config, cache, context) if on_cuda else _cpu_blocks(config, cache, context)
     sampler = InvariantSampler if config.deterministic else Sampler
-    runner = Runner(model, memory, config.sequences, context, config.drafter.most if config.drafter else 0, sampler)
-    # Compiled code chooses its kernels by the batch.
-    if config.compile and not config.deterministic and weight.device.type == "cuda" and can_compile(weight.device):
-        runner.warm_up(config.budget(weight.device), report)
-        _rehearse(Engine(config, runner))
+    with explained_shortage():
+        # One more than sequences use: the runner's own.
+        memory = backend.open(dataclasses.replace(cache, blocks=blocks + 1))
+        runner = Runner(model, memory, config.sequences, context, config.rows - 1, sampler)
+        # Compiled code chooses its kernels by the batch.
+        compiled = config.compile and not config.deterministic and on_cuda and can_compile(weight.device)
+        if compiled:
+            runner.compile(config.budget(weight.device), report)
+        if on_cuda:
+            settle_memory(runner, config, DeviceMemory(weight.device), compiled, report)
+        else:
+            runner.memory = {"weights": weight_bytes(model), "cache": (blocks + 1) * cache.block_bytes}
+        if compiled:
+            rehearse_first_uses(Engine(config, runner))
     return runner
-
-
-def _rehearse(engine: Engine) -> None:
-    """Answers a long prompt, then some short ones at a time: what is compiled or loaded on first use, such as how one
-    token is drawn and how several are, and products of each small number of rows, is there before anybody waits for it.
-    The engine is of no further use."""
-    longest = min(engine.limits.tokens, engine.context - 1)
-    for lengths in ([longest], *([2] + [1] * more for more in range(FEW))):
-        for place, length in enumerate(lengths):
-            engine.add(Request(str(place), [0] * length, SamplingParams(temperature=1, max_tokens=2)))
-        while engine.busy:
-            engine.step()
 
 
 def _best(device: torch.device, dtype: torch.dtype, head_dim: int) -> PagedAttention:
@@ -134,23 +133,17 @@ def _best(device: torch.device, dtype: torch.dtype, head_dim: int) -> PagedAtten
     raise PenstockError(f"no attention backend serves {device} with {dtype}")
 
 
-def _blocks(config: EngineConfig, cache: CacheShape, context: int) -> int:
-    """How many blocks the cache has."""
-    if config.cache_tokens is not None:
-        return -(-config.cache_tokens // config.block_size)
-    if cache.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(cache.device)
-        # What a step's activations take is set aside: the logits in fp32 and a few hidden states are the largest.
-        room = free - (1 - config.memory) * total
-    else:
-        room = min(_free_memory() * config.memory / 2, MOST_CPU_TOKENS * cache.block_bytes / cache.block_size)
-    blocks = int(room // cache.block_bytes)
-    if blocks * config.block_size < min(context, 64):
-        raise PenstockError(
-            f"there is room for {max(blocks, 0)} blocks of {cache.block_bytes / 2**20:.1f} MiB only",
-            hint="Free memory, raise engine.memory, or set engine.cache_tokens.",
-        )
-    return blocks
+def _rehearsal_blocks(config: EngineConfig, cache: CacheShape, context: int) -> int:
+    """How many blocks the cache has while it is found out how many it can have; with fewer than are wanted, the largest
+    steps are those that these allow."""
+    room = DeviceMemory(cache.device).free() / 2
+    return min(rehearsal_blocks(config, cache.device, context), blocks_in(room, cache, context))
+
+
+def _cpu_blocks(config: EngineConfig, cache: CacheShape, context: int) -> int:
+    """How many blocks the cache has in main memory."""
+    room = min(_free_memory() * config.memory / 2, MOST_CPU_TOKENS * cache.block_bytes / cache.block_size)
+    return blocks_in(room, cache, context)
 
 
 def _free_memory() -> int:

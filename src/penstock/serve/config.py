@@ -31,7 +31,8 @@ class EngineConfig(Config):
         sequences: most sequences that run at a time.
         block_size: tokens of a block of the cache.
         cache_tokens: tokens for which the cache has room; None sizes it by ``memory``.
-        memory: share of the device's memory that weights and cache may take together (of what is free, on the CPU).
+        memory: share of the device's memory that may be in use, by weights, cache, graphs, the largest steps, and
+            whoever else is there; on the CPU, half as large a share of what is free is for the cache.
         context: most tokens of a sequence; None takes the model's own limit.
         drafter: drafts tokens ahead, which one pass then checks together; None computes one token a sequence a step.
         compile: on CUDA, compile the model and capture steps as graphs at the start, those that decode and those whose
@@ -71,6 +72,11 @@ class EngineConfig(Config):
         if self.deterministic and self.attention is not None and self.attention.policy_name != "invariant":
             raise ValueError(f"deterministic needs the attention 'invariant', not {self.attention.policy_name!r}")
         return self
+
+    @property
+    def rows(self) -> int:
+        """The most rows of a sequence that goes on that are scored in a step: its newest token, and what is drafted."""
+        return 1 + (self.drafter.most if self.drafter else 0)
 
     def budget(self, device: torch.device) -> int:
         """``tokens``, or what it is on ``device`` where it is not set."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 
-from penstock.serve.choose.logprobs import TokenLogprobs
+from penstock.core.progress import quantity
+from penstock.serve.choose.logprobs import LogprobRows
 from penstock.serve.choose.sampling import SamplingParams
 
 
@@ -65,10 +67,15 @@ class Delta:
     id: str
     index: int
     tokens: list[int]
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None
+    logprobs: LogprobRows | None = None
+    prompt_logprobs: LogprobRows | None = None
     finish: Finish | None = None
     cached: int = 0
+
+
+def described(memory: Mapping[str, int]) -> str:
+    """Bytes of a device's memory, by what they are for, in words: ``weights 16.4 GB, cache 48 GB, left 12 GB``."""
+    return ", ".join(f"{name} {quantity(size, 'B')}" for name, size in memory.items())
 
 
 @dataclasses.dataclass(frozen=True)

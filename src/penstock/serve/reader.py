@@ -7,7 +7,7 @@ import dataclasses
 from tokenizers import Tokenizer
 
 from penstock.models.text import TextStream
-from penstock.serve.choose.logprobs import TokenLogprobs
+from penstock.serve.choose.logprobs import LogprobRows
 from penstock.serve.messages import Delta, Finish, Request
 
 
@@ -32,8 +32,8 @@ class Reading:
     tokens: list[int]
     offsets: list[int] | None
     shown: list[int]
-    logprobs: list[TokenLogprobs] | None
-    prompt_logprobs: list[TokenLogprobs] | None
+    logprobs: LogprobRows | None
+    prompt_logprobs: LogprobRows | None
     finish: Finish | None
     stopped: str | int | None
     early: bool
@@ -75,6 +75,8 @@ class Reader:
         if self._text.stopped is not None:
             finish, stopped = Finish.STOP, self._text.stopped
         self.finish = finish
-        logprobs = None if delta.logprobs is None else delta.logprobs[: len(tokens)]
+        logprobs = delta.logprobs
+        if logprobs is not None and len(logprobs) > len(tokens):
+            logprobs = logprobs[: len(tokens)]
         early = finish is not None and delta.finish is None
         return Reading(text, tokens, offsets, shown, logprobs, delta.prompt_logprobs, finish, stopped, early)

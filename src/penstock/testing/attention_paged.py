@@ -10,6 +10,7 @@ those of plain softmax attention in float64 over each sequence's own tokens, see
 - forks, kept paths and releases among them: a copy or a move that is not of all layers, of keys as of values, or that
   reads what it has written; a write to another slot;
 - large scores: overflow, or weights that vanish;
+- sizes: a memory that is not what it is said to be once its size changes;
 - NaN: numbers of one sequence that touch another's, if only by a weight of 0.
 """
 
@@ -81,6 +82,7 @@ def check_place(policy: PagedAttention, place: Place) -> None:
     check_long_courses(policy, place)
     check_large_scores(policy, place)
     check_nan(policy, place)
+    check_sizes(policy, place)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +190,25 @@ def check_nan(policy: PagedAttention, place: Place) -> None:
     dirty = _prefill(cache, [20, 20], query, key, value)
     assert torch.equal(dirty[:20], clean[:20]), "one sequence's NaN changes another's output"
     assert dirty[21:].isnan().all(), "a NaN among a sequence's keys does not show in its output"
+
+
+def check_sizes(policy: PagedAttention, place: Place) -> None:
+    """Asserts that a memory whose size was changed, to more blocks or fewer, answers as one that was made so."""
+    dim, draw = place.head_dims[-1], torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(70, heads, dim, generator=draw) for heads in (2, 1, 1))
+
+    def opened(blocks: int) -> PagedCache:
+        return policy.open(CacheShape(1, 2, 1, dim, blocks, 16, place.dtype, place.device))
+
+    cache = opened(2)
+    for blocks, lengths in ((6, [50, 20]), (3, [30])):
+        cache.resize(blocks)
+        assert cache.shape.blocks == blocks
+        count = sum(lengths)
+        found, wanted = (
+            _prefill(each, lengths, query[:count], key[:count], value[:count]) for each in (cache, opened(blocks))
+        )
+        assert torch.equal(found, wanted), f"a memory of {blocks} blocks is not what one made with as many is"
 
 
 def _prefill(

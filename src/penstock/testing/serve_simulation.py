@@ -6,6 +6,7 @@ For what a batching policy does over thousands of steps, which no model is neede
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from collections.abc import Sequence as List
 import torch
 
 from penstock.models.config import DecoderConfig
+from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.sampler import Sampled
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.batch import Batch
@@ -39,16 +41,27 @@ class SimulatedRunner:
         one = {"hidden": 2, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 2, "ffn": 1}
         self.shape = DecoderConfig.model_validate({"vocabulary": VOCABULARY, "context": blocks * block_size, **one})
         self.device = torch.device("cpu")
+        self.memory: dict[str, int] = {}
         self.launched = 0
         self.batch: Batch | None = None
 
     def launch(self, batch: Batch) -> Sampled:
         """Knows the tokens at once."""
         self.launched, self.batch = self.launched + 1, batch
-        return Sampled(torch.zeros(sum(entry.scored for entry in batch.entries), dtype=torch.int64))
+        rows = sum(entry.scored for entry in batch.entries)
+        wanted = [each.sequence.sampling.alternatives for each in batch.entries for _ in range(each.scored)]
+        most = [each for each in wanted if each is not None]
+        logprobs = None if not most else _logprobs(len(most), max(most))
+        return Sampled(torch.zeros(rows, dtype=torch.int64), logprobs)
 
     def close(self) -> None:
         """Nothing is under way."""
+
+
+@functools.cache
+def _logprobs(rows: int, most: int) -> Logprobs:
+    """Of ``rows`` tokens 0, which are as probable as some others."""
+    return Logprobs.of(torch.zeros(rows, most + 1), torch.zeros(rows, dtype=torch.int64), most)
 
 
 def simulated_engine(config: EngineConfig) -> Engine:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.models import hub
-from penstock.serve.choose.logprobs import TokenLogprobs
+from penstock.serve.choose.logprobs import LogprobRows, TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.serve.reader import Reader, Reading
@@ -26,7 +26,9 @@ def deltas(tokens: list[int], sizes: list[int], finish: Finish) -> list[Delta]:
     cuts = [min(sum(sizes[:place]), len(tokens)) for place in range(len(sizes) + 1)] + [len(tokens)]
     groups = [tokens[begin:end] for begin, end in itertools.pairwise(cuts) if begin < end]
     return [
-        Delta("a", 0, group, [TokenLogprobs(t, -1.0, 1, []) for t in group], None, finish if last else None)
+        Delta(
+            "a", 0, group, LogprobRows.of(TokenLogprobs(t, -1.0, 1, []) for t in group), None, finish if last else None
+        )
         for group, last in zip(groups, [False] * (len(groups) - 1) + [True], strict=True)
     ]
 

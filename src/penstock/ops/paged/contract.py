@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.core.progress import Reporter, silent
 from penstock.ops.paged.masks import Masks, masks_of
 from penstock.policy import Policy, contract
 
@@ -126,6 +127,21 @@ class PagedCache:
 
     def __init__(self, shape: CacheShape) -> None:
         self.shape = shape
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Takes memory for :attr:`shape`, and lets go of what there was before."""
+        raise NotImplementedError
+
+    def resize(self, blocks: int) -> None:
+        """Gives the pool so many blocks; what it held is lost, and graphs that were captured with it are void. What
+        :meth:`fix` fixed stays.
+
+        Raises:
+            torch.OutOfMemoryError, RuntimeError: the memory is not there.
+        """
+        self.shape = dataclasses.replace(self.shape, blocks=blocks)
+        self.allocate()
 
     def plan(self, batch: PagedBatch, lane: int = 0) -> None:
         """Prepares the attention of ``batch`` in all layers; called once before each forward pass. What is attended to
@@ -138,7 +154,7 @@ class PagedCache:
     def fix(self, shapes: list[StepShape], pages: int) -> bool:
         """Makes plans of batches that name one of these ``shapes``, in lane 0, touch the same memory each time, so that
         a captured CUDA graph of the pass can be replayed after a plan; False where that cannot be had. ``pages`` is the
-        most blocks of a sequence."""
+        most blocks of a sequence. A shape that is fixed already stays as it is."""
         return False
 
     def attend(
@@ -176,6 +192,14 @@ class PagedAttention(Policy):
         """None where the policy works for these on this machine, else the reason why it does not, as a clause:
         ``"it needs a CUDA device"``."""
         raise NotImplementedError
+
+    def prepare(self, shape: CacheShape, report: Reporter = silent) -> None:
+        """Builds what :meth:`open` and passes over its cache would build at their first use on a machine, where that
+        takes long, and reports it; the number of blocks does not matter. What is built is kept for later starts.
+
+        Raises:
+            PenstockError: something cannot be built.
+        """
 
     def open(self, shape: CacheShape) -> PagedCache:
         """The memory, for a shape that the policy serves.

@@ -59,6 +59,15 @@ class NativeCache(PagedCache):
     def __init__(self, shape: CacheShape, whole_tiles: bool = False) -> None:
         super().__init__(shape)
         self._whole_tiles = whole_tiles
+        library = native.load(SOURCE)
+        self._attend: Callable[..., Any] = getattr(library, f"attend_{shape.dtype}".replace("torch.", ""))
+        self._attend.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_double, ctypes.c_int]
+        self._attend.restype = None
+        self._stray: Callable[..., int] = library.stray
+        self._stray.argtypes, self._stray.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
+
+    def allocate(self) -> None:
+        shape = self.shape
         per_block = shape.block_bytes // shape.layers // shape.dtype.itemsize
         count = shape.layers * shape.blocks * per_block
         padded = torch.zeros(count + PADDING // shape.dtype.itemsize, dtype=shape.dtype)
@@ -66,12 +75,6 @@ class NativeCache(PagedCache):
         self._described = _Memory(
             self._memory.data_ptr(), shape.heads, shape.kv_heads, shape.head_dim, shape.blocks, shape.block_size
         )
-        library = native.load(SOURCE)
-        self._attend: Callable[..., Any] = getattr(library, f"attend_{shape.dtype}".replace("torch.", ""))
-        self._attend.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_double, ctypes.c_int]
-        self._attend.restype = None
-        self._stray: Callable[..., int] = library.stray
-        self._stray.argtypes, self._stray.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
 
     def plan(self, batch: PagedBatch, lane: int = 0) -> None:
         """Raises:

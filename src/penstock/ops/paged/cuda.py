@@ -39,13 +39,20 @@ class CudaCache(PagedCache):
 
     def __init__(self, shape: CacheShape) -> None:
         super().__init__(shape)
+        # It stays when the memory changes its size: compiled code knows it.
+        self._handle = next(_handles)
+        _caches[self._handle] = self
+
+    def allocate(self) -> None:
+        shape = self.shape
+        # What there was goes first, and not into the allocator's keeping: both may not fit.
+        self.memory = torch.empty(0)
+        torch.cuda.empty_cache()
         self.memory = torch.zeros(
             (shape.layers, shape.blocks, 2, shape.block_size, shape.kv_heads, shape.head_dim),
             dtype=shape.dtype,
             device=shape.device,
         )
-        self._handle = next(_handles)
-        _caches[self._handle] = self
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None

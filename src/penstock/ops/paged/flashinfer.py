@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from penstock.core.devices import pinned, upload
+from penstock.core.progress import Reporter, silent
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache, StepShape
 from penstock.ops.paged.cuda import CudaCache, store
+from penstock.ops.paged.flashinfer_kernels import build_kernels
 from penstock.policy import policy
 
 if TYPE_CHECKING:
@@ -98,6 +100,8 @@ class FlashInferCache(CudaCache):
 
     def fix(self, shapes: list[StepShape], pages: int) -> bool:
         for shape in shapes:
+            if shape in self._fixed:
+                continue
             singles, others, tokens = shape
             sections = []
             if singles:
@@ -292,6 +296,9 @@ class FlashInfer(PagedAttention):
         if importlib.util.find_spec("flashinfer") is None:
             return "flashinfer is not installed (pip install 'penstock[cuda]')"
         return None
+
+    def prepare(self, shape: CacheShape, report: Reporter = silent) -> None:
+        build_kernels(shape, report)
 
     def open(self, shape: CacheShape) -> PagedCache:
         return FlashInferCache(shape)

@@ -30,6 +30,8 @@ class WalkedCache(CudaCache):
         from penstock.ops.paged.walk import FixedWalk
 
         for shape in shapes:
+            if shape in self._fixed:
+                continue
             slots = torch.zeros(shape.rows, dtype=torch.int64, device=self.shape.device)
             self._fixed[shape] = slots, FixedWalk(shape, self.shape, pages)
         return True

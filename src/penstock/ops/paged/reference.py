@@ -14,8 +14,8 @@ from penstock.policy import policy
 class ReferenceCache(PagedCache):
     """Keys and values as [layers, 2, blocks, block_size, K, D]."""
 
-    def __init__(self, shape: CacheShape) -> None:
-        super().__init__(shape)
+    def allocate(self) -> None:
+        shape = self.shape
         self._memory = torch.zeros(
             shape.layers,
             2,

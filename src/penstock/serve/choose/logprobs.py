@@ -1,12 +1,18 @@
-"""Log-probabilities of tokens, as they are told to those who ask."""
+"""Log-probabilities of tokens: one array a step, from which records are made where somebody reads them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as List
+from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor
+
+#: Columns before the alternatives: the token, its rank, and its log-probability.
+FIXED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,47 +26,117 @@ class TokenLogprobs:
     top: list[tuple[int, float]]
 
 
+class LogprobRows(List[TokenLogprobs]):
+    """Log-probabilities at n positions, as rows of an array: records are made of those that are asked for. A slice is a
+    view.
+
+    Args:
+        table: int32 [n, 3 + 2k]: a token, its rank, and the bits of its log-probability as fp32; behind them the same
+            of the k most probable tokens, a token and its log-probability each.
+    """
+
+    __slots__ = ("table",)
+
+    def __init__(self, table: np.ndarray) -> None:
+        self.table = table
+
+    @staticmethod
+    def of(records: Iterable[TokenLogprobs]) -> LogprobRows:
+        """The rows of ``records``, which have equally many alternatives."""
+        rows = [
+            (each.token, each.rank, _bits(each.logprob), *(part for t, p in each.top for part in (t, _bits(p))))
+            for each in records
+        ]
+        return LogprobRows.stacked([np.array(row, np.int32) for row in rows])
+
+    @staticmethod
+    def stacked(rows: List[np.ndarray]) -> LogprobRows:
+        """Those with these ``rows``, int32 [3 + 2k] each."""
+        return LogprobRows(np.stack(rows) if rows else np.zeros((0, FIXED), np.int32))
+
+    @staticmethod
+    def joined(parts: List[LogprobRows]) -> LogprobRows:
+        """Those of all ``parts``, which have equally many alternatives, one behind the other."""
+        return LogprobRows(np.concatenate([part.table for part in parts])) if parts else LogprobRows.stacked([])
+
+    def cut(self, start: int, stop: int, alternatives: int) -> LogprobRows:
+        """The rows from ``start`` to ``stop``, with no more than so many ``alternatives``."""
+        return LogprobRows(self.table[start:stop, : FIXED + 2 * alternatives])
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Of the tokens themselves."""
+        chosen: list[float] = _floats(self.table[:, 2:FIXED])[:, 0].tolist()
+        return chosen
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, place: int) -> TokenLogprobs: ...
+    @overload
+    def __getitem__(self, place: slice) -> LogprobRows: ...
+    def __getitem__(self, place: int | slice) -> TokenLogprobs | LogprobRows:
+        if isinstance(place, slice):
+            return LogprobRows(self.table[place])
+        return _record(self.table[place])
+
+    def __iter__(self) -> Iterator[TokenLogprobs]:
+        return map(_record, self.table)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, List) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
+def _record(row: np.ndarray) -> TokenLogprobs:
+    names, values = row.tolist(), _floats(row).tolist()
+    top = list(zip(names[FIXED::2], values[FIXED + 1 :: 2], strict=True))
+    return TokenLogprobs(names[0], values[2], names[1], top)
+
+
+def _floats(table: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(table).view(np.float32)
+
+
+def _bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
+
+
 @dataclasses.dataclass(frozen=True)
 class Logprobs:
     """Log-probabilities under the model itself, for R tokens at their positions.
 
     Attributes:
-        tokens: int64 [R].
-        chosen: float32 [R], of the tokens.
-        rank: int64 [R], 1 for the most probable token.
-        values, names: float32 and int64 [R, k], the most probable tokens at each position.
+        packed: int32 [R, 3 + 2k], the table of :class:`LogprobRows`: one array, so that one copy brings it to the host.
     """
 
-    tokens: Tensor
-    chosen: Tensor
-    rank: Tensor
-    values: Tensor
-    names: Tensor
+    packed: Tensor
 
     @staticmethod
     def of(logits: Tensor, tokens: Tensor, most: int) -> Logprobs:
         """Those of ``tokens`` [R], given ``logits`` [R, vocabulary], with ``most`` alternatives."""
         scores = logits.float().log_softmax(-1)
         chosen = scores.gather(-1, tokens.unsqueeze(-1))
+        rank = (scores > chosen).sum(-1, keepdim=True) + 1
         top = scores.topk(min(most, scores.shape[-1]), -1)
-        return Logprobs(tokens, chosen.squeeze(-1), (scores > chosen).sum(-1) + 1, top.values, top.indices)
+        pairs = torch.stack([top.indices.int(), top.values.view(torch.int32)], -1).flatten(1)
+        return Logprobs(torch.cat([tokens.unsqueeze(-1).int(), rank.int(), chosen.view(torch.int32), pairs], -1))
 
     @staticmethod
-    def joined(parts: Sequence[Logprobs]) -> Logprobs:
+    def joined(parts: List[Logprobs]) -> Logprobs:
         """Those of all ``parts``, which have equally many alternatives, one behind the other."""
-        return Logprobs(*map(torch.cat, zip(*(part._parts() for part in parts), strict=True)))
+        return Logprobs(torch.cat([part.packed for part in parts]))
 
     def to_host(self) -> Logprobs:
         """The same on the host, once what is queued on the device now is done."""
-        return Logprobs(*(each.to("cpu", non_blocking=True) for each in self._parts()))
+        return Logprobs(self.packed.to("cpu", non_blocking=True))
 
-    def records(self, alternatives: Sequence[int]) -> list[TokenLogprobs]:
-        """What is told of each token, with so many ``alternatives`` [R]."""
-        parts = (each.tolist() for each in self._parts())
-        return [
-            TokenLogprobs(token, logprob, rank, list(zip(names[:most], values[:most], strict=True)))
-            for token, logprob, rank, values, names, most in zip(*parts, alternatives, strict=True)
-        ]
-
-    def _parts(self) -> tuple[Tensor, ...]:
-        return self.tokens, self.chosen, self.rank, self.values, self.names
+    @property
+    def rows(self) -> LogprobRows:
+        """The same as rows; it must be on the host."""
+        return LogprobRows(self.packed.numpy())

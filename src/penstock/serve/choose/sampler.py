@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence as List
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from penstock.core.devices import upload
 from penstock.ops.cuts import draw_cut
 from penstock.serve.choose.asked import Asked, Ruled
-from penstock.serve.choose.logprobs import Logprobs, TokenLogprobs
+from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.penalties import Penalties
 from penstock.serve.choose.window import accept_prefix, last_of
 
@@ -45,13 +44,6 @@ class Sampled:
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
         return Sampled(tokens, logprobs, prompt, counts, ready)
-
-    def told(self, alternatives: List[int | None]) -> list[TokenLogprobs | None]:
-        """The log-probabilities of each of the R tokens with so many ``alternatives`` [R]; None where not wanted."""
-        if self.logprobs is None:
-            return [None] * len(alternatives)
-        records = iter(self.logprobs.records([most for most in alternatives if most is not None]))
-        return [None if most is None else next(records) for most in alternatives]
 
     def settled(self, sequences: int) -> list[int]:
         """How many tokens each of so many ``sequences`` takes."""
@@ -103,8 +95,11 @@ class Sampler:
         told = np.flatnonzero(rows["alternatives"] >= 0)
         if not told.size:
             return Sampled(tokens, counts=counts), newest
-        index, most = self._of(told), int(rows["alternatives"].max())
-        return Sampled(tokens, self._told(logits[index], tokens[index], most), counts=counts), newest
+        most, own = int(rows["alternatives"].max()), tokens
+        if told.size < len(rows):  # else there is nothing to copy
+            index = self._of(told)
+            logits, own = logits[index], tokens[index]
+        return Sampled(tokens, self._told(logits, own, most), counts=counts), newest
 
     def _told(self, logits: Tensor, tokens: Tensor, most: int) -> Logprobs:
         return Logprobs.of(logits, tokens, most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -32,6 +33,11 @@ class Executor(Protocol):
     @property
     def block_size(self) -> int:
         """Tokens of a block."""
+        ...
+
+    @property
+    def memory(self) -> Mapping[str, int]:
+        """Bytes of the device's memory by what they are for, as far as it is known."""
         ...
 
     def launch(self, batch: Batch) -> Sampled | None:

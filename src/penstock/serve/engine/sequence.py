@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from penstock.serve.choose.logprobs import TokenLogprobs
+import numpy as np
+
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.messages import Finish, Request
 
@@ -36,8 +37,8 @@ class Sequence:
         matcher: where it stands in its grammar; None without one.
         draft: proposes what may follow; None where nothing is drafted for it.
         waits: whether the host must know all of its tokens before the next one can be chosen.
-        rated: log-probabilities of its prompt's tokens from ``rated_from`` on, as far as known; None where they are not
-            wanted, or told already.
+        rated: log-probabilities of its prompt's tokens from ``rated_from`` on, as far as known, a row of
+            :class:`~penstock.serve.choose.logprobs.LogprobRows` each; None where they are not wanted, or told already.
         rated_from: the first token of the prompt whose log-probability is wanted.
         companions: sequences with other prompts that go on with the same tokens, in the same steps, for the rule of
             this one to combine their scores with its own. They are no continuations of their own.
@@ -109,7 +110,7 @@ class Sequence:
         self.members = (self, *companions)
         # The prompt is the same for all continuations: one of them tells.
         told = sampling.prompt_logprobs is not None and index == 0
-        self.rated: list[TokenLogprobs] | None = [] if told else None
+        self.rated: list[np.ndarray] | None = [] if told else None
         self.rated_from = max(1, sampling.prompt_logprobs_from)
 
     @property

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from penstock.core.events import EventLog
-from penstock.serve.choose.logprobs import TokenLogprobs
+from penstock.serve.choose.logprobs import LogprobRows
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.executor import Executor
 from penstock.serve.engine.memory import Memory
@@ -88,19 +87,20 @@ class EngineSteps:
         batch.sampled.wait()
         _rate(batch)
         entries = [entry for entry in batch.entries if entry.scored]
-        rows = (entry.sequence.sampling.alternatives for entry in entries for _ in range(entry.scored))
-        told = batch.sampled.told(list(rows)) if batch.sampled.logprobs is not None else []
+        rows = None if batch.sampled.logprobs is None else batch.sampled.logprobs.rows
         tokens, counts = batch.sampled.tokens.tolist(), batch.sampled.settled(len(entries))
         deltas = []
-        first = 0
+        first = row = 0
         for entry, count in zip(entries, counts, strict=True):
+            most = None if rows is None else entry.sequence.sampling.alternatives
             if entry.sequence.finish is None and entry.sequence.leader is None:
-                logprobs = [each for each in told[first : first + count] if each is not None] or None
+                logprobs = None if rows is None or most is None else rows.cut(row, row + count, most)
                 deltas.append(self._settle(entry, tokens[first : first + count], logprobs))
             first += entry.scored
+            row += 0 if most is None else entry.scored  # others have no rows there
         return deltas
 
-    def _settle(self, entry: Entry, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> Delta:
+    def _settle(self, entry: Entry, tokens: list[int], logprobs: LogprobRows | None) -> Delta:
         """Hands the ``tokens`` that a step settled to their sequence, up to one that ends it."""
         sequence, window = entry.sequence, entry.window
         kept, finish = 0, None
@@ -130,8 +130,8 @@ class EngineSteps:
             sequence.request.id,
             sequence.index,
             tokens[:kept],
-            logprobs and logprobs[:kept],
-            rated,
+            logprobs if logprobs is None or kept == len(logprobs) else logprobs[:kept],
+            None if rated is None else LogprobRows.stacked(rated),
             finish,
             max(sequence.cached, 0),
         )
@@ -155,10 +155,10 @@ def _rate(batch: Batch) -> None:
     rated = [entry for entry in batch.entries if entry.rated]
     if batch.sampled is None or batch.sampled.prompt is None:
         return
-    most = [entry.sequence.sampling.prompt_logprobs or 0 for entry in rated for _ in range(entry.rated)]
-    records = iter(batch.sampled.prompt.records(most))
+    rows, first = batch.sampled.prompt.rows, 0
     for entry in rated:
-        own = list(itertools.islice(records, entry.rated))
+        own = rows.cut(first, first + entry.rated, entry.sequence.sampling.prompt_logprobs or 0).table
+        first += entry.rated
         if entry.sequence.rated is not None:
             # After preemption, what is known already comes again.
             place = entry.start + entry.rated_from + 1 - entry.sequence.rated_from

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,10 +18,10 @@ WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class EngineCollector(Collector):
-    """An engine's newest state, as figures."""
+    """An engine's newest state, and what the ``memory`` of its device is used for, as figures."""
 
-    def __init__(self, newest: Callable[[], Snapshot]) -> None:
-        self._newest = newest
+    def __init__(self, newest: Callable[[], Snapshot], memory: Mapping[str, int]) -> None:
+        self._newest, self._memory = newest, memory
 
     def collect(self) -> Iterator[Metric]:
         now = self._newest()
@@ -52,6 +52,14 @@ class EngineCollector(Collector):
             yield GaugeMetricFamily(f"penstock_{name}", help, value)
         for name, (help, value) in counters.items():
             yield CounterMetricFamily(f"penstock_{name}", help, value)
+        parts = GaugeMetricFamily(
+            "penstock_memory_bytes",
+            "Memory of the device, by what it is for, as measured at the start.",
+            labels=["use"],
+        )
+        for use, size in self._memory.items():
+            parts.add_metric([use], size)
+        yield parts
 
 
 class ServerMetrics:
@@ -66,9 +74,9 @@ class ServerMetrics:
         refused: requests that were turned away since the queue was full.
     """
 
-    def __init__(self, newest: Callable[[], Snapshot]) -> None:
+    def __init__(self, newest: Callable[[], Snapshot], memory: Mapping[str, int]) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(EngineCollector(newest))
+        self._registry.register(EngineCollector(newest, memory))
 
         def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"penstock_{name}_seconds", help, buckets=buckets, registry=self._registry)

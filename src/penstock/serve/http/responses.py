@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from penstock.models.text import TextStream
@@ -65,7 +66,7 @@ class Completions:
         start = {"tokens": self._name(first), "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
         return {name: [value, *told[name]] for name, value in start.items()}
 
-    def _logprobs(self, positions: list[TokenLogprobs], offsets: list[int], given: int = 0) -> dict[str, Any]:
+    def _logprobs(self, positions: Sequence[TokenLogprobs], offsets: list[int], given: int = 0) -> dict[str, Any]:
         """The first ``given`` of ``positions`` are the prompt's."""
         return {
             "tokens": [self._name(position.token) for position in positions],
@@ -124,7 +125,7 @@ class Chats:
             "finish_reason": piece.finish,
         }
 
-    def _logprobs(self, positions: list[TokenLogprobs]) -> dict[str, Any]:
+    def _logprobs(self, positions: Sequence[TokenLogprobs]) -> dict[str, Any]:
         return {
             "content": [
                 self._token(position.token, position.logprob)
@@ -150,7 +151,7 @@ def _with_own(position: TokenLogprobs) -> list[tuple[int, float]]:
 
 def _shown(piece: Piece) -> list[TokenLogprobs]:
     """Those of the tokens in the text: one that ended it is left out."""
-    return (piece.logprobs or [])[: len(piece.tokens)]
+    return list((piece.logprobs or [])[: len(piece.tokens)])
 
 
 Shapes = Completions | Chats

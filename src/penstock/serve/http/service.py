@@ -8,7 +8,7 @@ import itertools
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -59,10 +59,10 @@ class Piece:
     choice: int
     text: str
     tokens: list[int]
-    logprobs: list[TokenLogprobs] | None
+    logprobs: Sequence[TokenLogprobs] | None
     offsets: list[int] | None
     finish: str | None
-    prompt_logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
 
 
 @dataclasses.dataclass
@@ -222,7 +222,7 @@ class Service:
 
     def __init__(self, name: str, tokens: Tokens, engine: EngineClient, limits: Limits) -> None:
         self.name, self.tokens, self.engine, self.limits = name, tokens, engine, limits
-        self.metrics, self.history = ServerMetrics(lambda: engine.snapshot), History()
+        self.metrics, self.history = ServerMetrics(lambda: engine.snapshot, engine.ready.memory), History()
         engine.watchers += [self.history, self.metrics, EventLines()]
         self.created = int(time.time())
         self.draining = False

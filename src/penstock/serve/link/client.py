@@ -16,7 +16,7 @@ from penstock.core.errors import PenstockError, UsageError
 from penstock.core.events import Event
 from penstock.serve.config import EngineConfig
 from penstock.serve.link.wire import HEADER, Failed, Message, News, Open, Ready, Refused, frame, length, parse
-from penstock.serve.messages import Abort, Delta, Request, Snapshot
+from penstock.serve.messages import Abort, Delta, Request, Snapshot, described
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ class EngineClient:
         if not isinstance(first, Ready) or not isinstance(second, News) or second.snapshot is None:
             raise await self._post_mortem()
         self.ready, self.snapshot = first, second.snapshot
+        log.info("the engine's memory: %s", described(first.memory))
 
     # Requests
 

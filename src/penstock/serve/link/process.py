@@ -127,7 +127,8 @@ def main() -> None:
         channel.send(Failed(error.what, error.hint, error.exit_code))
         return
     settle()
-    channel.send(Ready(engine.context, engine.limits.sequences, engine.limits.model.vocabulary))
+    limits = engine.limits
+    channel.send(Ready(engine.context, limits.sequences, limits.model.vocabulary, dict(engine.executor.memory)))
     channel.send(News([], engine.snapshot()))
     serve(engine, channel)
 

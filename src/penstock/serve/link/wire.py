@@ -10,12 +10,17 @@ import struct
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from penstock.core.events import Event
+from penstock.serve.choose.logprobs import LogprobRows
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.messages import Abort, Delta, Request, Snapshot
 
 HEADER = struct.Struct(">I")
+
+#: Of arrays.
+WORD = np.dtype("<i4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +34,13 @@ class Open:
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """The engine stands: ``context`` is the most tokens of a sequence, ``sequences`` the most that run at a time."""
+    """The engine stands: ``context`` is the most tokens of a sequence, ``sequences`` the most that run at a time, and
+    ``memory`` has bytes of the device's by what they are for."""
 
     context: int
     sequences: int
     vocabulary: int
+    memory: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +72,28 @@ class News:
 
 
 Message = Open | Ready | Failed | Request | Abort | Refused | News
-KINDS: dict[str, Any] = {
-    kind.__name__: msgspec.msgpack.Decoder(kind, dec_hook=lambda kind, value: kind.model_validate(value))
-    for kind in (Open, Ready, Failed, Request, Abort, Refused, News)
-}
-_envelope = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, LogprobRows):
+        return value.table.shape[1], value.table.astype(WORD, copy=False).tobytes()
     if isinstance(value, SamplingParams):
         return value.model_dump(mode="json", exclude_defaults=True)
     raise NotImplementedError(f"{type(value).__name__} cannot travel between processes")
 
+
+def _made(kind: type[Any], value: Any) -> Any:
+    if kind is LogprobRows:
+        columns, rows = value
+        return LogprobRows(np.frombuffer(rows, WORD).reshape(-1, columns))
+    return kind.model_validate(value)
+
+
+KINDS: dict[str, Any] = {
+    kind.__name__: msgspec.msgpack.Decoder(kind, dec_hook=_made)
+    for kind in (Open, Ready, Failed, Request, Abort, Refused, News)
+}
+_envelope = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
 

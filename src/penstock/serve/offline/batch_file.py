@@ -23,7 +23,6 @@ from penstock.core.files import claim, explain_os_errors, fsync_directory
 from penstock.core.progress import Bar, Reporter, silent
 from penstock.core.randomness import derive
 from penstock.core.signals import StopRequest
-from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.http.errors import ApiError, content
 from penstock.serve.http.protocol import Body, Chat, Completion
@@ -31,7 +30,7 @@ from penstock.serve.http.responses import Chats, Completions, Shapes
 from penstock.serve.http.service import Piece, Usage
 from penstock.serve.http.text import Tokens
 from penstock.serve.messages import Finish, Request
-from penstock.serve.offline.gather import CompletionOutput, Gatherer, Logprobs, RequestOutput
+from penstock.serve.offline.gather import CompletionOutput, Gatherer, RequestOutput
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +161,6 @@ class _Task:
 
     place: int
     custom_id: str
-    sampling: SamplingParams
     shapes: Shapes
     results: dict[str, RequestOutput | None]
 
@@ -254,7 +252,7 @@ class BatchRun:
         seed = derive(0, "batch", place) >> 1
         options = {"seed": seed} | body.options() | extra
         sampling = build(SamplingParams, options, "the request").tokenized(self._tokens.encode)
-        task = _Task(place, line.custom_id, sampling, shapes, {})
+        task = _Task(place, line.custom_id, shapes, {})
         try:
             for number, prompt in enumerate(prompts):
                 request = Request(f"{place}/{number}", prompt, sampling, body.priority)
@@ -301,7 +299,7 @@ class BatchRun:
             cached=sum(result.num_cached_tokens for result in results),
             completion=sum(len(output.token_ids) for _, output in outputs),
         )
-        pieces = [_piece(choice, *pair, task.sampling) for choice, pair in enumerate(outputs)]
+        pieces = [_piece(choice, *pair) for choice, pair in enumerate(outputs)]
         return {
             "id": f"{task.shapes.kind}-{task.place}",
             "object": task.shapes.whole,
@@ -349,7 +347,7 @@ def _custom_id(raw: bytes) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _piece(choice: int, result: RequestOutput, output: CompletionOutput, sampling: SamplingParams) -> Piece:
+def _piece(choice: int, result: RequestOutput, output: CompletionOutput) -> Piece:
     """A continuation as the shapes of responses want it."""
     stopped = output.finish_reason == Finish.STOP.value
     # Of a stop string the text knows; a stop token is left out here.
@@ -358,22 +356,11 @@ def _piece(choice: int, result: RequestOutput, output: CompletionOutput, samplin
         choice,
         output.text,
         shown,
-        _positions(output.token_ids, output.logprobs, sampling.logprobs),
+        None if output.logprobs is None else output.logprobs.rows,
         output.text_offsets,
         "stop" if stopped else "length",
-        _positions(result.prompt_token_ids[1:], result.prompt_logprobs, sampling.prompt_logprobs),
+        None if result.prompt_logprobs is None else result.prompt_logprobs.rows,
     )
-
-
-def _positions(tokens: list[int], logprobs: Logprobs | None, most: int | None) -> list[TokenLogprobs] | None:
-    if logprobs is None:
-        return None
-    return [
-        TokenLogprobs(
-            token, told[token].logprob, told[token].rank, [(each, told[each].logprob) for each in list(told)[:most]]
-        )
-        for token, told in zip(tokens, logprobs, strict=True)
-    ]
 
 
 def _response(place: int, status: int, body: dict[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, overload
 
 from penstock.models.vocabulary import Vocabulary
-from penstock.serve.choose.logprobs import TokenLogprobs
+from penstock.serve.choose.logprobs import LogprobRows, TokenLogprobs
 from penstock.serve.choose.sampling import best
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Delta, Finish, Request
@@ -28,8 +29,56 @@ class Logprob:
     decoded_token: str
 
 
-#: For each position, the token that stands there and the most probable ones.
-Logprobs = list[dict[int, Logprob]]
+class Logprobs(Sequence[dict[int, Logprob]]):
+    """For each position, the token that stands there and the most probable ones. They are made when they are read: an
+    engine is not kept waiting for them.
+
+    Args:
+        rows: what the engine said; more may be added.
+        vocabulary: names tokens.
+    """
+
+    def __init__(self, rows: LogprobRows, vocabulary: Vocabulary) -> None:
+        self._parts, self._vocabulary = [rows], vocabulary
+
+    @property
+    def rows(self) -> LogprobRows:
+        """The same, as the engine said it."""
+        self._parts = [LogprobRows.joined(self._parts)] if len(self._parts) > 1 else self._parts
+        return self._parts[0]
+
+    def add(self, rows: LogprobRows) -> None:
+        """Those of more tokens."""
+        self._parts.append(rows)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    @overload
+    def __getitem__(self, place: int) -> dict[int, Logprob]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[dict[int, Logprob]]: ...
+    def __getitem__(self, place: int | slice) -> dict[int, Logprob] | list[dict[int, Logprob]]:
+        if isinstance(place, slice):
+            return [self._named(each) for each in self.rows[place]]
+        return self._named(self.rows[place])
+
+    def __iter__(self) -> Iterator[dict[int, Logprob]]:
+        return map(self._named, self.rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def _named(self, scores: TokenLogprobs) -> dict[int, Logprob]:
+        found = {token: (logprob, rank) for rank, (token, logprob) in enumerate(scores.top, start=1)}
+        found[scores.token] = (scores.logprob, scores.rank)
+        name = self._vocabulary.name
+        return {token: Logprob(*told, name(token).decode(errors="replace")) for token, told in found.items()}
 
 
 @dataclasses.dataclass
@@ -160,23 +209,19 @@ class Gatherer:
         )
         result.num_cached_tokens = max(result.num_cached_tokens, delta.cached)
         if reading.prompt_logprobs is not None:
-            result.prompt_logprobs = [self._named(each) for each in reading.prompt_logprobs]
+            result.prompt_logprobs = Logprobs(reading.prompt_logprobs, self._vocabulary)
         output.text += reading.text
         output.token_ids += reading.tokens
         if reading.logprobs is not None:
-            output.logprobs = output.logprobs or []
-            output.logprobs += [self._named(each) for each in reading.logprobs]
+            if output.logprobs is None:
+                output.logprobs = Logprobs(reading.logprobs, self._vocabulary)
+            else:
+                output.logprobs.add(reading.logprobs)
             output.text_offsets = (output.text_offsets or []) + (reading.offsets or [])
         output.stop_reason = reading.stopped
         output.finish_reason = None if reading.finish is None else reading.finish.value
         if reading.early:
             self.engine.abort(delta.id, delta.index)
-
-    def _named(self, scores: TokenLogprobs) -> dict[int, Logprob]:
-        found = {token: (logprob, rank) for rank, (token, logprob) in enumerate(scores.top, start=1)}
-        found[scores.token] = (scores.logprob, scores.rank)
-        name = self._vocabulary.name
-        return {token: Logprob(*told, name(token).decode(errors="replace")) for token, told in found.items()}
 
 
 @dataclasses.dataclass
@@ -192,10 +237,7 @@ def _chosen(found: _Open) -> RequestOutput:
     """The result with the best ``n`` of its continuations, where more were drawn than are wanted."""
     result, sampling = found.result, found.request.sampling
     if sampling.continuations > sampling.n:
-        scores = [
-            [told[token].logprob for token, told in zip(output.token_ids, output.logprobs or [], strict=True)]
-            for output in result.outputs
-        ]
+        scores = [[] if output.logprobs is None else output.logprobs.rows.logprobs for output in result.outputs]
         result.outputs = [result.outputs[index] for index in best(scores, sampling.n)]
         for index, output in enumerate(result.outputs):
             output.index = index

@@ -35,17 +35,18 @@ class LLM:
     Args:
         model: whatever ``hub.resolve`` takes: a model or run folder, a boxed model, a hub name.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        progress: how to report what takes long at the start, on a GPU; ``core.progress.silent`` is quiet.
         options: those of :class:`~penstock.serve.config.EngineConfig`.
 
     Raises:
         PenstockError: the model cannot be had or does not fit, or an option is wrong.
     """
 
-    def __init__(self, model: str | Path, *, device: str = "auto", **options: Any) -> None:
+    def __init__(self, model: str | Path, *, device: str = "auto", progress: Reporter = show, **options: Any) -> None:
         config = build(EngineConfig, options, "the engine's options")
         folder = hub.resolve(model)
         self.tokenizer = hub.load_tokenizer(folder)
-        self.engine = open_engine(folder, config, device)
+        self.engine = open_engine(folder, config, device, progress)
         self._gatherer = Gatherer(self.engine, self.tokenizer)
         self._count = 0
 

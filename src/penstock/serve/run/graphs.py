@@ -6,6 +6,7 @@ import dataclasses
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,12 @@ BESIDE = (8, 32, 64, 128, 192, 256, 384, 512, 768)
 #: How much longer than the host takes to queue a step the device may compute it, for a graph to be worth its padding:
 #: the host has more to do in a step than to queue it.
 SLACK = 1.2
+#: How far apart the steps are, in rows, that are timed: what a graph gains or loses within that is little.
+APART = 2**0.5
+#: How often each of them is timed.
+ROUNDS = 11
+#: Graphs that are captured to see how much memory all of them take.
+TRIED = 3
 
 
 def decode_shapes(sequences: int, fewest: int = 2) -> list[StepShape]:
@@ -56,19 +63,30 @@ def window_shapes(sequences: int, window: int) -> list[StepShape]:
     return [StepShape(0, size + 1, size * (1 + window) + 1) for size in sizes]
 
 
-def worth_replaying(shapes: list[StepShape], seconds: Callable[[StepShape], tuple[float, float]]) -> list[StepShape]:
-    """Those of ``shapes`` that the device computes about as fast as the host queues them kernel by kernel, up to the
-    first with so many rows that it does not: a graph of that would save nothing, and cost what it pads.
+def rows_worth_replaying(shapes: list[StepShape], seconds: Callable[[StepShape], tuple[float, float]]) -> int:
+    """The most rows that steps of ``shapes`` may have for the device to compute them about as fast as the host queues
+    them kernel by kernel; 0 where none are. A graph of one with more would save nothing, and cost what it pads.
 
-    ``seconds`` gives what queueing a step of a shape takes, and computing it; it is asked for a few.
+    Shapes that lie :data:`APART` are timed, again and again in turns: what disturbs the machine for a while disturbs
+    all of them, and the medians are hardly touched. To queue a step takes as long whatever its rows are.
+
+    Args:
+        seconds: what queueing a step of a shape takes, and computing it.
     """
-    shapes = sorted(shapes, key=lambda shape: shape.rows)
-
-    def waits(shape: StepShape) -> bool:
-        queued, computed = seconds(shape)
-        return computed > SLACK * queued
-
-    return shapes[: bisect_left(shapes, True, key=waits)]
+    tried: list[StepShape] = []
+    for shape in sorted(shapes, key=lambda shape: shape.rows):
+        if not tried or shape.rows >= APART * tried[-1].rows:
+            tried.append(shape)
+    for shape in tried:  # the first of each compiles what it needs
+        seconds(shape)
+    rounds = [[seconds(shape) for shape in tried] for _ in range(ROUNDS)]
+    queued = median(queued for each in rounds for queued, _ in each)
+    most = 0
+    for shape, *times in zip(tried, *rounds, strict=True):
+        if median(computed for _, computed in times) > SLACK * queued:
+            break
+        most = shape.rows
+    return most
 
 
 @torch.inference_mode()
@@ -76,22 +94,16 @@ def seconds(
     run: Callable[[Tensor], Any], fields: int, cache: PagedCache, padding: int, shape: StepShape
 ) -> tuple[float, float]:
     """Seconds until a pass of ``shape`` over the ``padding`` block is queued kernel by kernel, and until it is
-    computed: the quickest of three, after one that compiles what it needs."""
+    computed."""
     device = cache.shape.device
     inputs = torch.zeros(fields, shape.rows, dtype=torch.int64, device=device)
     cache.plan(dataclasses.replace(padded(NOBODY, shape, padding, cache.shape.block_size), shape=None))
-
-    def once() -> tuple[float, float]:
-        torch.cuda.synchronize(device)
-        begun = time.perf_counter()
-        run(inputs)
-        queued = time.perf_counter() - begun
-        torch.cuda.synchronize(device)
-        return time.perf_counter() - begun, queued
-
-    once()
-    computed, queued = min(once() for _ in range(3))
-    return queued, computed
+    torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    run(inputs)
+    queued = time.perf_counter() - begun
+    torch.cuda.synchronize(device)
+    return queued, time.perf_counter() - begun
 
 
 _NONE = torch.zeros(0, dtype=torch.int32)
@@ -137,9 +149,22 @@ class StepGraphs:
         """Captures the pass for batches of each of ``shapes``. Largest first: the others then fit in its memory."""
         if not self._cache.fix(shapes, self._pages):
             raise ValueError("the cache's plans cannot be replayed")
-        for shape in sorted(shapes, key=lambda shape: shape.rows, reverse=True):
+        for shape in _largest_first(shapes):
             self._captured[shape] = self._capture(shape)
             bar.advance()
+
+    def try_out(self, shapes: list[StepShape], free: Callable[[], int]) -> int:
+        """About how many bytes graphs of ``shapes``, for which the cache's plans are fixed, will take: as many as the
+        largest, which brings the memory that all share, and for each other one what the next ones bring. They are
+        captured to be measured, and stay. ``free`` says how many bytes are free."""
+        before, taken = free(), []
+        for shape in _largest_first(shapes)[:TRIED]:
+            self._captured[shape] = self._capture(shape)
+            taken.append(before - free())
+        if not taken:
+            return 0
+        each = (taken[-1] - taken[0]) / max(len(taken) - 1, 1)
+        return max(round(taken[0] + each * (len(shapes) - 1)), 0)
 
     @torch.inference_mode()
     def _capture(self, shape: StepShape) -> Captured:
@@ -173,6 +198,10 @@ class StepGraphs:
         captured.inputs.copy_(pinned(spread, self._cache.shape.device), non_blocking=True)
         captured.graph.replay()
         return captured.output, rows
+
+
+def _largest_first(shapes: list[StepShape]) -> list[StepShape]:
+    return sorted(shapes, key=lambda shape: shape.rows, reverse=True)
 
 
 def taken_as(batch: PagedBatch, shape: StepShape) -> StepShape:

@@ -53,7 +53,7 @@ class Recorder:
     def __init__(self, runner: Runner, path: Path, header: dict[str, Any]) -> None:
         self._runner, self._file = runner, path.open("wb")
         self.shape, self.device = runner.shape, runner.device
-        self.blocks, self.block_size = runner.blocks, runner.block_size
+        self.blocks, self.block_size, self.memory = runner.blocks, runner.block_size, runner.memory
         self._pending: deque[Sampled | None] = deque()
         self._write({}, {"format": FORMAT, **header})
 

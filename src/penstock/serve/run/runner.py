@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.core.choices import chosen, circumstances
 from penstock.core.devices import upload
+from penstock.core.errors import UsageError
 from penstock.core.garbage import settled
 from penstock.core.progress import Reporter, silent
 from penstock.models.attention import AttentionContext
 from penstock.models.decoder import Decoder
 from penstock.ops.cuts import draw_cut
-from penstock.ops.paged.contract import PagedCache
+from penstock.ops.paged.contract import PagedCache, StepShape
 from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Batch
@@ -27,9 +29,9 @@ from penstock.serve.run.graphs import (
     StepGraphs,
     decode_shapes,
     prompt_shapes,
+    rows_worth_replaying,
     seconds,
     window_shapes,
-    worth_replaying,
 )
 from penstock.serve.run.planner import Planner
 from penstock.serve.run.step import Part, Step
@@ -61,6 +63,10 @@ class Runner:
         context: most tokens of a sequence.
         window: most tokens that are drafted for a sequence at a time.
         sampler: chooses tokens.
+
+    Attributes:
+        context: most tokens of a sequence.
+        memory: bytes of the device's memory by what they are for, as far as whoever made the runner knows.
     """
 
     def __init__(
@@ -75,44 +81,96 @@ class Runner:
         self.model, self.cache = model, cache
         self.device, self.shape = cache.shape.device, model.config
         self.blocks, self.block_size = cache.shape.blocks - 1, cache.shape.block_size
+        self.context = context
         self._slots, self._pages, self._window = slots, -(-context // self.block_size), window
-        self._planner = Planner(slots, self.block_size)
-        self._sampler = sampler(slots, model.config.vocabulary, self.device)
-        # Of slot s at s + 1; what stands at 0 is of no meaning.
-        self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
+        self._kind = sampler
+        self.forget()
         self._trunk: Callable[[Tensor, AttentionContext], tuple[Tensor, Tensor]] = model.trunk
         self._tip: Callable[[Tensor, Tensor], Tensor] = model.tip
         self._decodes: StepGraphs | None = None
         self._prompts: StepGraphs | None = None
+        self._alone: list[StepShape] = []
+        self._beside: list[StepShape] = []
         self._place: tuple[Tensor, ...] = ()
+        self.memory: dict[str, int] = {}
+
+    def forget(self) -> None:
+        """No slot has a sequence any more, and nothing is kept for one."""
+        self._planner = Planner(self._slots, self.block_size)
+        self._sampler = self._kind(self._slots, self.shape.vocabulary, self.device)
+        # Of slot s at s + 1; what stands at 0 is of no meaning.
+        self._newest = torch.zeros(self._slots + 1, dtype=torch.int64, device=self.device)
 
     @functools.cached_property
     def _side(self) -> torch.cuda.Stream:
         """Where the part of a batch that leads is computed, beside the others."""
         return torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]
 
-    def warm_up(self, tokens: int, report: Reporter = silent) -> None:
-        """Compiles the pass, and captures steps as graphs: those that decode, and those with up to ``tokens`` tokens of
-        prompts that are computed as fast as they are queued. Without it, everything runs eagerly."""
+    def resize(self, blocks: int) -> None:
+        """Sequences may use so many blocks of the cache from now on. Nothing of what there was is known any more."""
+        self.cache.resize(blocks + 1)
+        self.blocks = blocks
+        self.forget()
+
+    def compile(self, tokens: int, report: Reporter = silent) -> None:
+        """Compiles the pass, and chooses which steps will be graphs: those that decode, and those with up to ``tokens``
+        tokens of prompts that are computed as fast as they are queued. Without it, everything runs eagerly.
+
+        Raises:
+            UsageError: the cache's plans cannot be replayed.
+        """
         self._trunk = torch.compile(self.model.trunk, dynamic=True)
         self._tip = torch.compile(self.model.tip, dynamic=True)
-        sequences = self._slots
-        common: dict[str, Any] = {"pages": self._pages, "padding": self.blocks, "pool": torch.cuda.graph_pool_handle()}
-        # A step with windows is one with prompts: some tokens each, of which several are scored.
-        prompts = StepGraphs(self._begun_in_place, 3, self.cache, **common)
-        decodes = StepGraphs(self._decoded, 9, self.cache, **common)
         timed = functools.partial(seconds, self._begun, 3, self.cache, self.blocks)
-        alone = decode_shapes(sequences, fewest=1 if self.shape.moe else 2)
+        self._alone = decode_shapes(self._slots, fewest=1 if self.shape.moe else 2)
         with report("compiling", 1, "model") as bar:
             # Kernels are chosen for the first size that they meet.
-            timed(alone[-1])
+            timed(self._alone[-1])
             bar.advance()
-        beside = worth_replaying(prompt_shapes(sequences, tokens), timed)
-        beside += window_shapes(sequences, self._window)
-        with report("capturing", len(beside) + len(alone), "graph") as bar, settled():
+        beside = prompt_shapes(self._slots, tokens)
+        most = chosen(
+            "graphs",
+            {
+                **circumstances(self.device),
+                "model": self.shape.model_dump(mode="json"),
+                "dtype": str(self.cache.shape.dtype),
+                "cache": type(self.cache).__name__,
+                "steps": beside,
+            },
+            lambda: rows_worth_replaying(beside, timed),
+        )
+        # A step with windows is one with prompts: some tokens each, of which several are scored.
+        self._beside = [shape for shape in beside if shape.rows <= most] + window_shapes(self._slots, self._window)
+        if not self.cache.fix([*self._beside, *self._alone], self._pages):
+            raise UsageError(
+                "this attention backend cannot be part of graphs",
+                hint="Set engine.compile=false, or choose another engine.attention.",
+            )
+
+    def _graphs(self) -> tuple[StepGraphs, StepGraphs]:
+        """Of prompts and of decodes; nothing is captured yet."""
+        common: dict[str, Any] = {"pages": self._pages, "padding": self.blocks, "pool": torch.cuda.graph_pool_handle()}
+        return (
+            StepGraphs(self._begun_in_place, 3, self.cache, **common),
+            StepGraphs(self._decoded, 9, self.cache, **common),
+        )
+
+    def try_graphs(self, free: Callable[[], int]) -> int:
+        """About how many bytes :meth:`capture` will take; ``free`` says how many are free. The runner must be compiled,
+        and its cache may still change its size."""
+        prompts, decodes = self._graphs()
+        with settled():
+            taken = prompts.try_out(self._beside, free) + decodes.try_out(self._alone, free)
+        self._place = ()  # of those graphs, and counted with them
+        return taken
+
+    def capture(self, report: Reporter = silent) -> None:
+        """Captures the chosen steps as graphs. The cache stays as it is from now on."""
+        prompts, decodes = self._graphs()
+        with report("capturing", len(self._beside) + len(self._alone), "graph") as bar, settled():
             # Every capture makes a full collection.
-            prompts.capture(beside, bar)
-            decodes.capture(alone, bar)
+            prompts.capture(self._beside, bar)
+            decodes.capture(self._alone, bar)
         self._prompts, self._decodes = prompts, decodes
 
     def _begun(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +216,7 @@ class Runner:
         logits = _joined([each.logits for each in passed])
         prompt = self._rated(step, _joined([each.rated for each in passed]))
         if logits is None:
-            return None if prompt is None else Sampled(prompt.tokens[:0], prompt=prompt).to_host()
+            return None if prompt is None else Sampled(self._newest[:0], prompt=prompt).to_host()
         ready = all(each.drawn is not None for each in passed)
         drawn = _joined([each.drawn for each in passed]) if ready else None
         asked = step.asked

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.randomness import derive, torch_generator, uniforms
-from penstock.serve.choose.logprobs import Logprobs
+from penstock.serve.choose.logprobs import Logprobs, TokenLogprobs
 from penstock.serve.choose.penalties import Penalties
+from penstock.serve.choose.sampler import Sampled
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.messages import Request
@@ -59,6 +60,15 @@ PARAMS = st.builds(
 TEXTS = st.lists(st.integers(0, 11), min_size=1, max_size=9)
 
 
+def logprobs_of(sampled: Sampled, alternatives: list[int | None]) -> list[TokenLogprobs | None]:
+    """What is told of each row, with so many ``alternatives``; None where it does not want any."""
+    found = iter(range(len(alternatives)))
+    return [
+        None if most is None else next(iter(sampled.logprobs.rows.cut(place := next(found), place + 1, most)))
+        for most in alternatives
+    ]
+
+
 @given(st.lists(st.tuples(PARAMS, TEXTS), min_size=1, max_size=6), st.integers(0, 2**32))
 def test_each_row_gets_what_it_gets_alone_and_what_the_definitions_say(rows, seed):
     logits = torch.randn(len(rows), 12, generator=torch_generator(seed, "logits")) * 3
@@ -69,13 +79,13 @@ def test_each_row_gets_what_it_gets_alone_and_what_the_definitions_say(rows, see
     for slot, each in zip(slots, sequences, strict=True):
         sampler.add(slot, each)
     sampled = sampler.sample(logits, sampler.ask(slots, counts))
-    told = sampled.told([params.logprobs for params, _ in rows])
+    told = logprobs_of(sampled, [params.logprobs for params, _ in rows])
     for row, (params, tokens) in enumerate(rows):
         alone = Rows(1, 12, CPU)
         alone.add(0, sequences[row])
         again = alone.sample(logits[row : row + 1], alone.ask([0], [counts[row]]))
         assert int(again.tokens[0]) == int(sampled.tokens[row])
-        assert again.told([params.logprobs]) == [told[row]]
+        assert logprobs_of(again, [params.logprobs]) == [told[row]]
         scores = rescored(logits[row].tolist(), params, tokens, 1, (0, 5))
         chances = distribution(torch.tensor(scores, dtype=torch.float64), params)
         uniform = float(uniforms(derive(params.seed, "sample"), np.array([counts[row]]))[0])
@@ -159,7 +169,7 @@ def test_logprobs_are_the_models_own_whatever_the_sampling():
     sampler.add(1, sequence(SamplingParams(), [1], 1))
     sampler.add(2, sequence(SamplingParams(n=1, best_of=2), [1], 1))
     sampled = sampler.sample(logits, sampler.ask([0, 1, 2], [0, 0, 0]))
-    first, none, bare = sampled.told([5, None, 0])
+    first, none, bare = logprobs_of(sampled, [5, None, 0])
     wanted = logits.double().log_softmax(-1)[0].tolist()
     ranked = sorted(range(30), key=lambda token: -wanted[token])
     assert none is None and bare.top == []
@@ -171,7 +181,8 @@ def test_logprobs_are_the_models_own_whatever_the_sampling():
 
 def test_more_alternatives_than_tokens():
     logits = torch.randn(2, 3, generator=torch_generator(3, "logits"))
-    (one, two) = Logprobs.of(logits, torch.tensor([0, 2]), 20).records([20, 1])
+    rows = Logprobs.of(logits, torch.tensor([0, 2]), 20).rows
+    (one,), (two,) = rows.cut(0, 1, 20), rows.cut(1, 2, 1)
     assert len(one.top) == 3 and len(two.top) == 1
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from penstock.serve.choose.logprobs import TokenLogprobs
+from penstock.serve.choose.logprobs import LogprobRows, TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.http.responses import Chats, Completions
 from penstock.serve.http.service import Piece
@@ -44,7 +44,7 @@ def pieces(sizes: list[int]) -> list[Piece]:
     for size in [*sizes, len(ANSWER)]:
         own, rest = rest[:size], rest[size:]
         end = None if rest else Finish.LENGTH
-        reading = reader.read(Delta("a", 0, own, [position(token) for token in own], None, end))
+        reading = reader.read(Delta("a", 0, own, LogprobRows.of(map(position, own)), None, end))
         found.append(Piece(0, reading.text, reading.shown, reading.logprobs, reading.offsets, reading.finish))
         if end:
             return found

@@ -9,21 +9,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.events import Event
-from penstock.serve.choose.logprobs import TokenLogprobs
+from penstock.serve.choose.logprobs import LogprobRows, TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.link import wire
 from penstock.serve.messages import Abort, Delta, Finish, Request
 
 NUMBERS = st.floats(allow_nan=False)
 TOKENS = st.integers(0, 2**31 - 1)
-SCORES = st.builds(TokenLogprobs, TOKENS, NUMBERS, TOKENS, st.lists(st.tuples(TOKENS, NUMBERS), max_size=3))
+LOGPROBS = st.floats(max_value=0, width=32, allow_nan=False)
+
+
+@st.composite
+def scores(draw: st.DrawFn) -> LogprobRows:
+    most = draw(st.integers(0, 3))
+    top = st.lists(st.tuples(TOKENS, LOGPROBS), min_size=most, max_size=most)
+    return LogprobRows.of(draw(st.lists(st.builds(TokenLogprobs, TOKENS, LOGPROBS, TOKENS, top), max_size=3)))
+
+
 DELTAS = st.builds(
     Delta,
     st.text(),
     TOKENS,
     st.lists(TOKENS, max_size=5),
-    st.none() | st.lists(SCORES, max_size=3),
-    st.none() | st.lists(SCORES, max_size=3),
+    st.none() | scores(),
+    st.none() | scores(),
     st.none() | st.sampled_from(Finish),
     TOKENS,
 )
@@ -59,6 +68,7 @@ MESSAGES = st.one_of(
     st.builds(wire.News, st.lists(DELTAS, max_size=3), st.none(), st.lists(EVENTS, max_size=3)),
     st.builds(wire.Refused, st.text(), st.text()),
     st.builds(wire.Open, st.text(), st.text(), st.text()),
+    st.builds(wire.Ready, TOKENS, TOKENS, TOKENS, st.dictionaries(st.text(), st.integers(0, 2**50))),
 )
 
 
@@ -71,8 +81,8 @@ def test_a_message_comes_out_as_it_went_in(message):
 
 
 def test_an_impossible_token_arrives_too():
-    scores = [TokenLogprobs(1, -math.inf, 9, [(0, -math.inf)])]
-    message = wire.News([Delta("a", 0, [1], scores)])
+    told = LogprobRows.of([TokenLogprobs(1, -math.inf, 9, [(0, -math.inf)])])
+    message = wire.News([Delta("a", 0, [1], told)])
     assert wire.parse(wire.frame(message)[wire.HEADER.size :]) == message
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from penstock.ops.paged.contract import StepShape
 from penstock.ops.paged.reference import ReferenceCache
-from penstock.serve.build import build_engine
+from penstock.serve.build import build_engine, build_runner
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
@@ -20,16 +22,22 @@ CONFIG = EngineConfig(attention="reference", cache_tokens=4000, sequences=8, tok
 
 
 @pytest.fixture
-def warm(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """An engine whose steps are all replayed, those too long for it aside."""
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA device would do."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(ReferenceCache, "fix", lambda *_: True)
     monkeypatch.setattr("penstock.serve.run.runner.StepGraphs", RehearsedGraphs)
-    monkeypatch.setattr("penstock.serve.run.runner.worth_replaying", lambda shapes, seconds: shapes)
+
+
+@pytest.fixture
+def warm(stand_ins: None, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine whose steps are all replayed, those too long for it aside."""
+    monkeypatch.setattr("penstock.serve.run.runner.chosen", lambda *_: 10**9)
     engine = build_engine(small_model(), CONFIG)
-    engine.executor.warm_up(CONFIG.tokens)
+    engine.executor.compile(CONFIG.tokens)
+    engine.executor.capture()
     return engine
 
 
@@ -82,3 +90,25 @@ def test_what_a_graph_draws_is_what_is_told(warm: Engine) -> None:
     answers(warm, PLAIN)
     assert given.count("drawn") > 10
     assert given.count("chosen") == given.count("not drawn")
+
+
+def test_the_next_start_captures_the_same_steps_and_times_none(
+    stand_ins: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured = iter([100, 300, 900])  # what is measured differs each time
+    monkeypatch.setattr("penstock.serve.run.runner.rows_worth_replaying", lambda *_: next(measured))
+
+    def captured(**options: Any) -> list[StepShape]:
+        runner = build_runner(small_model(), CONFIG.model_copy(update=options))
+        runner.compile(CONFIG.tokens)
+        runner.capture()
+        return list(runner._prompts._captured)
+
+    first = captured()
+    assert first and max(shape.rows for shape in first) <= 100
+    assert captured() == first
+    other = captured(sequences=200)
+    assert max(shape.rows for shape in other) > 100
+    assert captured(sequences=200) == other
+    assert next(measured) == 900

@@ -1,0 +1,86 @@
+"""Requests that an engine answers before it serves: to see what the largest steps take, and so that nobody waits for
+what happens at the first use. An engine that rehearsed is of no further use; its runner is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+
+import torch
+
+from penstock.ops.linear import FEW
+from penstock.serve.choose.sampling import MOST_LOGPROBS, SamplingParams
+from penstock.serve.config import EngineConfig
+from penstock.serve.engine.engine import Engine
+from penstock.serve.engine.executor import Executor
+from penstock.serve.messages import Request
+from penstock.speculate.contract import Drafter
+
+#: Tokens of the prompts of those that go on beside the longest prompt, and how many steps they go on.
+SHORT, STEPS = 2, 8
+
+
+def rehearse_first_uses(engine: Engine) -> None:
+    """Answers a long prompt, then some short ones at a time: what is compiled or loaded on first use, such as how one
+    token is drawn and how several are, and products of each small number of rows, is there before anybody waits for
+    it."""
+    longest, short = (min(most, engine.context - 1) for most in (engine.limits.tokens, SHORT))
+    for lengths in ([longest], *([short] + [1] * more for more in range(FEW))):
+        for place, length in enumerate(lengths):
+            engine.add(Request(str(place), [0] * length, SamplingParams(temperature=1, max_tokens=2)))
+        while engine.busy:
+            engine.step()
+
+
+def rehearsal_blocks(config: EngineConfig, device: torch.device, context: int) -> int:
+    """The blocks that :func:`rehearse_largest_steps` needs, for sequences of ``context`` tokens at most."""
+    longest = min(config.budget(device), context - 1)
+    each = -(-min(SHORT + STEPS * config.rows, context) // config.block_size)
+    # Nobody is let in where less than a block for each that runs stays in hand.
+    return config.sequences * (each + 1) + -(-(longest + SHORT) // config.block_size)
+
+
+class Zeros(Drafter):
+    """Drafts as much as there may be of a text of zeros, whatever the text is.
+
+    Attributes:
+        tokens: most that are drafted at a time.
+    """
+
+    tokens: int
+
+    @property
+    def most(self) -> int:
+        return self.tokens
+
+    def start(self, tokens: List[int]) -> Zeros:
+        return self
+
+    def extend(self, tokens: List[int]) -> None:
+        pass
+
+    def propose(self, most: int) -> list[int]:
+        return [0] * min(most, self.tokens)
+
+
+def rehearse_largest_steps(config: EngineConfig, executor: Executor) -> None:
+    """Answers as many requests at a time as there can be, all of which ask for what takes the most memory, and beside
+    them a prompt that fills the budget of a step. Where ``config`` drafts, as many tokens are drafted as can be."""
+    drafter = Zeros(tokens=config.drafter.most) if config.drafter else None
+    engine = Engine(config.model_copy(update={"drafter": drafter}), executor)
+    prompt = [0] * min(SHORT, engine.context - 1)
+    # The bias makes a text of zeros, so that what is drafted is accepted.
+    often = {"temperature": 1, "top_p": 0.9, "presence_penalty": 0.01, "logit_bias": {0: 100.0}, "ignore_eos": True}
+    short = SamplingParams.model_validate(
+        {**often, "max_tokens": min(STEPS * config.rows, engine.context - len(prompt)), "logprobs": MOST_LOGPROBS}
+    )
+    for place in range(engine.limits.sequences - 1):
+        engine.add(Request(str(place), prompt, short))
+    for _ in range(2):
+        engine.step()
+    longest = min(engine.limits.tokens, engine.context - 1)
+    long = SamplingParams.model_validate(
+        {**often, "max_tokens": 1, "logprobs": MOST_LOGPROBS, "prompt_logprobs": MOST_LOGPROBS}
+    )
+    engine.add(Request("longest", [0] * longest, long))
+    while engine.busy:
+        engine.step()

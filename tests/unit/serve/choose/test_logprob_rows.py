@@ -1,0 +1,89 @@
+"""Log-probabilities as arrays: records of what somebody reads, and of nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.models import hub
+from penstock.serve.choose import logprobs
+from penstock.serve.choose.logprobs import LogprobRows, TokenLogprobs
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.config import EngineConfig
+from penstock.serve.link import wire
+from penstock.serve.messages import Request
+from penstock.serve.offline.gather import Gatherer
+from penstock.testing.serve_simulation import simulated_engine
+
+TOKENS, NUMBERS = st.integers(0, 2**31 - 1), st.floats(max_value=0, width=32, allow_nan=False)
+
+
+@st.composite
+def records(draw: st.DrawFn) -> list[TokenLogprobs]:
+    most = draw(st.integers(0, 4))
+    top = st.lists(st.tuples(TOKENS, NUMBERS), min_size=most, max_size=most)
+    return draw(st.lists(st.builds(TokenLogprobs, TOKENS, NUMBERS, TOKENS, top), max_size=6))
+
+
+@given(records(), st.integers(0, 6), st.integers(0, 6), st.integers(0, 5))
+def test_rows_are_a_sequence_of_records(wanted, start, stop, most):
+    rows = LogprobRows.of(wanted)
+    assert rows == wanted and len(rows) == len(wanted) and bool(rows) == bool(wanted)
+    assert [rows[place] for place in range(len(wanted))] == wanted
+    assert rows.logprobs == [each.logprob for each in wanted]
+    assert rows[start:stop] == wanted[start:stop]
+    assert LogprobRows.joined([rows[:stop], rows[stop:]]) == wanted
+    assert LogprobRows.stacked(list(rows.table)) == wanted
+    cut = [TokenLogprobs(each.token, each.logprob, each.rank, each.top[:most]) for each in wanted[start:stop]]
+    assert rows.cut(start, stop, most) == cut
+
+
+def test_a_slice_shares_the_array():
+    rows = LogprobRows(np.zeros((4, 7), np.int32))
+    assert np.shares_memory(rows[1:3].table, rows.table)
+    assert np.shares_memory(rows.cut(1, 3, 1).table, rows.table)
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Nobody may read a record until this is undone."""
+
+    def read(row: np.ndarray) -> TokenLogprobs:
+        raise AssertionError("a record was made")
+
+    monkeypatch.setattr(logprobs, "_record", read)
+    return monkeypatch
+
+
+CONFIG = EngineConfig(tokens=64, sequences=4, block_size=16, cache_tokens=1024)
+SAMPLING = SamplingParams(temperature=0, max_tokens=5, logprobs=2)
+
+
+def test_an_engine_s_process_makes_no_records(unread):
+    engine = simulated_engine(CONFIG)
+    for number in range(4):
+        engine.add(Request(str(number), [1, 2, 3], SAMPLING.model_copy(update={"logprobs": number})))
+    sent = []
+    while engine.busy:
+        sent.append(wire.frame(wire.News(engine.step())))
+    unread.undo()
+    told: dict[str, list[TokenLogprobs]] = {}
+    for each in sent:
+        for delta in wire.parse(each[wire.HEADER.size :]).deltas:
+            told.setdefault(delta.id, []).extend(delta.logprobs)
+    assert {id: [len(each.top) for each in own] for id, own in told.items()} == {str(n): [n] * 5 for n in range(4)}
+
+
+def test_offline_results_make_records_when_they_are_read(unread):
+    gatherer = Gatherer(simulated_engine(CONFIG), hub.load_tokenizer("python-1m"))
+    gatherer.submit(Request("1", [1, 2, 3], SAMPLING))
+    results = []
+    while gatherer.pending:
+        results += gatherer.step()
+    unread.undo()
+    (output,) = results[0].outputs
+    assert len(output.logprobs) == 5
+    assert output.logprobs[0] == output.logprobs[-1] == output.logprobs[1:2][0] == list(output.logprobs)[2]
+    assert sorted(output.logprobs[0]) == [0, 1] and output.logprobs[0][0].rank == 1

@@ -1,0 +1,66 @@
+"""What an engine does before it serves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from penstock.ops.linear import FEW
+from penstock.serve.build import build_engine, build_runner
+from penstock.serve.choose.sampling import MOST_LOGPROBS
+from penstock.serve.config import EngineConfig
+from penstock.serve.engine.batch import Batch
+from penstock.serve.engine.executor import Executor
+from penstock.serve.rehearsal import rehearsal_blocks, rehearse_first_uses, rehearse_largest_steps
+from penstock.testing.serve_model import SHAPE, small_model
+
+CPU = torch.device("cpu")
+
+
+def batches_of(executor: Executor) -> list[Batch]:
+    """What it launches from now on."""
+    launch, found = executor.launch, []
+    executor.launch = lambda batch: (found.append(batch), launch(batch))[-1]
+    return found
+
+
+@pytest.mark.parametrize("batching", ["sarathi", "batchllm", "orca"])
+def test_a_rehearsal_meets_a_full_step_and_each_small_number_of_rows(batching):
+    config = EngineConfig(batching=batching, tokens=64, sequences=8, cache_tokens=400, check=True)
+    engine = build_engine(small_model(), config)
+    launched = batches_of(engine.executor)
+    rehearse_first_uses(engine)
+    met = [(batch.tokens, sum(entry.scored for entry in batch.entries)) for batch in launched]
+    assert (64, 1) in met
+    assert {(rows + 1, rows) for rows in range(1, FEW + 1)} <= set(met)
+    assert engine.memory.pool.held == 0 and not engine.busy
+
+
+@pytest.mark.parametrize(("block_size", "context"), [(1, 16), (16, 16), (16, 2)])
+def test_an_engine_for_one_short_sequence_at_a_time_can_rehearse(block_size, context):
+    config = EngineConfig(tokens=2, sequences=1, context=context, cache_tokens=64, block_size=block_size)
+    engine = build_engine(small_model(), config)
+    rehearse_largest_steps(config, engine.executor)
+    rehearse_first_uses(engine)
+    assert engine.memory.pool.held == 0 and not engine.busy
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"block_size": 4, "drafter": "ngram"}, {"loop": "plain", "deterministic": True}]
+)
+def test_the_largest_steps_have_all_sequences_all_tokens_and_all_wishes(options):
+    config = EngineConfig(tokens=48, sequences=8, check=True, **options)
+    blocks = rehearsal_blocks(config, CPU, SHAPE.context)
+    config = config.model_copy(update={"cache_tokens": blocks * config.block_size})
+    runner = build_runner(small_model(), config)
+    launched = batches_of(runner)
+    rehearse_largest_steps(config, runner)
+    preempted = [each for each in launched for entry in each.entries if entry.sequence.preempted]
+    assert not preempted
+    most = max(launched, key=lambda batch: (batch.tokens, len(batch.entries)))
+    assert most.tokens == 48
+    assert max(sum(entry.scored for entry in batch.entries) for batch in launched) >= min(7 * config.rows, 40)
+    assert any(entry.rated for batch in launched for entry in batch.entries)
+    for entry in most.entries:
+        asked = entry.sequence.sampling
+        assert asked.penalized and asked.logit_bias and asked.top_p < 1 and asked.logprobs == MOST_LOGPROBS

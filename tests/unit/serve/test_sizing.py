@@ -1,0 +1,108 @@
+"""How large the cache is made: with a stand-in for a device that counts what is taken of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from penstock.core.errors import PenstockError
+from penstock.ops.paged.reference import ReferenceCache
+from penstock.serve.build import build_runner
+from penstock.serve.config import EngineConfig
+from penstock.serve.run.runner import Runner
+from penstock.serve.sizing import explained_shortage, settle_memory, weight_bytes
+from penstock.testing.rehearsed_graphs import RehearsedGraphs
+from penstock.testing.serve_model import small_model
+
+OTHER, STEPS, EACH = 3_000_000, 700_000, 40_000
+
+
+class Device:
+    """Others hold OTHER bytes of it, a step takes STEPS at its peak, and a graph EACH."""
+
+    def __init__(self, total: int, runner: Runner) -> None:
+        self.total, self._runner, self.graphs = total, runner, 0
+
+    def free(self) -> int:
+        shape = self._runner.cache.shape
+        taken = OTHER + weight_bytes(self._runner.model) + shape.blocks * shape.block_bytes + EACH * self.graphs
+        return self.total - taken
+
+    def peak(self, run: Callable[[], object]) -> int:
+        run()
+        return STEPS
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(ReferenceCache, "fix", lambda *_: True)
+    monkeypatch.setattr("penstock.serve.run.runner.StepGraphs", RehearsedGraphs)
+    monkeypatch.setattr("penstock.serve.run.runner.chosen", lambda *_: 100)
+    return build_runner(small_model(), CONFIG.model_copy(update={"cache_tokens": 400}))
+
+
+CONFIG = EngineConfig(attention="reference", sequences=8, tokens=40, check=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("share", [0.5, 0.85, 1.0])
+def test_all_that_is_taken_is_the_share_to_within_a_block(runner, compiled, share, monkeypatch, caplog):
+    device = Device(20_000_000, runner)
+    capture = RehearsedGraphs._capture
+
+    def counted(self, shape):
+        device.graphs += 1
+        return capture(self, shape)
+
+    monkeypatch.setattr(RehearsedGraphs, "_capture", counted)
+    tried = runner.try_graphs
+
+    def let_go(free):
+        found = tried(free)
+        device.graphs = 0
+        return found
+
+    monkeypatch.setattr(runner, "try_graphs", let_go)
+    if compiled:
+        runner.compile(CONFIG.tokens)
+    with caplog.at_level(logging.INFO):
+        settle_memory(runner, CONFIG.model_copy(update={"memory": share}), device, compiled)
+    block = runner.cache.shape.block_bytes
+    taken = OTHER + runner.memory["weights"] + runner.cache.shape.blocks * block + STEPS + EACH * device.graphs
+    assert share * device.total - block < taken <= share * device.total
+    assert runner.blocks == runner.cache.shape.blocks - 1
+    assert device.graphs == (len(runner._alone) + len(runner._beside) if compiled else 0)
+    assert runner.memory["graphs"] == EACH * device.graphs and runner.memory["other"] == OTHER
+    assert runner.memory["left"] == device.total - taken
+    assert sum(runner.memory.values()) == device.total
+    assert "weights" in caplog.text and "left" in caplog.text
+
+
+def test_a_cache_whose_size_is_given_stays_as_it_is(runner):
+    blocks = runner.blocks
+    settle_memory(runner, CONFIG.model_copy(update={"cache_tokens": 400}), Device(20_000_000, runner), False)
+    assert runner.blocks == blocks
+    assert sum(runner.memory.values()) == 20_000_000
+
+
+def test_no_room_is_an_error_that_says_what_to_do(runner):
+    with pytest.raises(PenstockError, match="there is room for 0 blocks") as raised:
+        settle_memory(runner, CONFIG, Device(4_000_000, runner), False)
+    assert "engine.memory" in raised.value.hint
+
+
+def test_a_device_without_room_for_a_step_is_explained():
+    with pytest.raises(PenstockError, match="too little memory"), explained_shortage():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words.")
+
+
+def test_tied_weights_count_once():
+    model = small_model()
+    wanted = sum(each.numel() * each.element_size() for each in model.parameters())
+    assert weight_bytes(model) == wanted + sum(each.numel() * each.element_size() for each in model.buffers())
