@@ -95,6 +95,12 @@ def test_presets_are_valid_and_survive_being_written_down(preset):
     assert build(TrainConfig, config.model_dump(mode="json")) == config
 
 
+@pytest.mark.parametrize("preset", presets.names())
+def test_presets_leave_to_the_machine_what_depends_on_it(preset):
+    config = build(TrainConfig, read_toml(presets.path_of(preset)))
+    assert (config.precision, config.compile, config.device) == ("auto", "auto", "auto")
+
+
 def test_policies_survive_being_written_down(tmp_path):
     config = made(
         data={"corpus": {"name": "folder", "path": str(tmp_path), "patterns": ["*.py"]}, "sampler": "sequential"},
