@@ -2,29 +2,87 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from programs import start
+from penstock.serve.link import client, process
+from programs import ENVIRONMENT, Program, run_penstock
 
 MODEL = "python-1m"
 SMALL = ("--set", "sequences=8", "--set", "tokens=256", "--set", "cache_tokens=8192", "--set", "check=true")
 
 
-class Served:
-    """A server on a free loopback port; ends with the ``with`` block."""
+class ForkedEngine:
+    """The process of an engine, forked from its front end, which has imported what it needs; to the front end it is a
+    :class:`subprocess.Popen`."""
 
-    def __init__(self, *arguments: str, key: str | None = None) -> None:
-        given = {"PENSTOCK_API_KEY": key} if key else {}
-        self.process = start("serve", MODEL, "--port", 0, *SMALL, *arguments, **given)
+    def __init__(self, end: int) -> None:
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._begin(end)
+        self._status: int | None = None
+
+    def _begin(self, end: int) -> None:
+        """What a new process would be: in a session of its own, with nothing open but ``end`` and the standard files."""
+        status = 1
+        try:
+            os.setsid()
+            os.closerange(3, end)
+            os.closerange(end + 1, os.sysconf("SC_OPEN_MAX"))
+            signal.set_wakeup_fd(-1)
+            sys.argv = ["penstock.serve.link.process", str(end)]
+            process.main()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def wait(self, timeout: float | None = None) -> int:
+        until = None if timeout is None else time.monotonic() + timeout
+        while self._status is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self._status = os.waitstatus_to_exitcode(status)
+            elif until is not None and time.monotonic() > until:
+                raise subprocess.TimeoutExpired("the engine", timeout or 0)
+            else:
+                time.sleep(0.005)
+        return self._status
+
+    def kill(self) -> None:
+        if self._status is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def serve_with_a_forked_engine(*arguments: str) -> None:
+    """What a process runs that is ``penstock serve``."""
+    client.start = ForkedEngine  # type: ignore[assignment]
+    run_penstock("serve", *arguments)
+
+
+class Served:
+    """A server on a free loopback port; ends with the ``with`` block.
+
+    Its engine is a fork of it, for which PyTorch need not be imported anew, unless it is to be started ``as_shipped``.
+    """
+
+    def __init__(self, *arguments: str, key: str | None = None, as_shipped: bool = False) -> None:
+        given = ENVIRONMENT | ({"PENSTOCK_API_KEY": key} if key else {})
+        line = (MODEL, "--port", "0", *SMALL, *arguments)
+        run = functools.partial(run_penstock, "serve") if as_shipped else serve_with_a_forked_engine
+        self.process = Program(run, *line, environment=given)
         while "\nTry: " not in self.process.out() and self.process.poll() is None:
             time.sleep(0.01)
         self.greeting = self.process.out()

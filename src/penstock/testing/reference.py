@@ -1,7 +1,8 @@
 """The oracle: decoding that is too simple to be wrong.
 
 Every token is computed from the whole sequence anew: no cache, no batch. Sampling follows the definitions, in float64.
-Engines are tested against this, so nothing here is shared with them but a rule's own arithmetic.
+Engines are tested against this, so nothing here is shared with them but a rule's own arithmetic. What an engine has
+said may be given as a guess: as far as it turns out right, one pass over the sequence scores every place of it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,36 @@ def next_logits(model: Decoder, tokens: Sequence[int]) -> Tensor:
     row = torch.tensor([list(tokens)], device=device)
     hidden = model(row, CausalRows.of(len(tokens), device)).hidden[0, -1]
     return model.logits(hidden).double().cpu()
+
+
+@torch.no_grad()
+def every_logits(model: Decoder, tokens: Sequence[int]) -> Tensor:
+    """Scores [tokens, vocabulary] of what follows each of ``tokens``, float64, from one forward pass over all of them,
+    in which none sees those behind it."""
+    device = model.embedding.weight.device
+    row = torch.tensor([list(tokens)], device=device)
+    return model.logits(model(row, CausalRows.of(len(tokens), device)).hidden[0]).double().cpu()
+
+
+class Scores:
+    """The scores of the token after a text, for one text after another.
+
+    Args:
+        model: whose they are.
+        likely: what the texts are prefixes of, most of them.
+    """
+
+    def __init__(self, model: Decoder, likely: Sequence[int]) -> None:
+        self._model, self._likely = model, list(likely)
+        self._rows: Tensor | None = None
+
+    def after(self, tokens: Sequence[int]) -> Tensor:
+        """Scores [vocabulary] of the token after ``tokens``, float64."""
+        if list(tokens) != self._likely[: len(tokens)]:
+            return next_logits(self._model, tokens)
+        if self._rows is None:
+            self._rows = every_logits(self._model, self._likely)
+        return self._rows[len(tokens) - 1]
 
 
 def greedy(model: Decoder, prompt: Sequence[int], count: int, stop: frozenset[int] = frozenset()) -> list[int]:
@@ -80,17 +111,25 @@ def pick(chances: Sequence[float], uniform: float) -> int:
 
 
 def continued(
-    model: Decoder, tokens: Sequence[int], given: int, sampling: Sampling, rule: UncertaintyAwareContrast | None = None
+    model: Decoder,
+    tokens: Sequence[int],
+    given: int,
+    sampling: Sampling,
+    rule: UncertaintyAwareContrast | None = None,
+    guess: Sequence[int] = (),
 ) -> list[int]:
     """What follows ``tokens``, of which the first ``given`` are the prompt and the others generated: as ``sampling``
     says, up to ``sampling.max_tokens`` generated ones in all. The draw of a token depends on the seed and on how many
-    were generated before alone. With a ``rule`` the scores are contrasted with those after the rule's own prompt."""
-    text = list(tokens)
+    were generated before alone. With a ``rule`` the scores are contrasted with those after the rule's own prompt. A
+    right ``guess`` of what follows makes it quicker, and a wrong one changes nothing."""
+    text, likely = list(tokens), [*tokens, *guess]
+    scores = Scores(model, likely)
+    beside = [(start, Scores(model, [*start, *likely[given:]])) for start in (rule.companions if rule else ())]
     while len(text) - given < sampling.max_tokens:
         count, generated = len(text) - given, text[given:]
-        logits = next_logits(model, text)
+        logits = scores.after(text)
         if rule is not None:
-            others = [next_logits(model, [*start, *generated]) for start in rule.companions]
+            others = [other.after([*start, *generated]) for start, other in beside]
             logits = rule.combine(torch.stack([logits, *others]).float().unsqueeze(0))[0]
         uniform = float(uniforms(derive(sampling.seed, "sample"), np.array([count]))[0])
         text.append(pick(distribution(logits, sampling), uniform))
@@ -102,12 +141,9 @@ def contrasted(model: Decoder, prompt: Sequence[int], sampling: Sampling, rule: 
     return continued(model, prompt, len(prompt), sampling, rule)
 
 
-@torch.no_grad()
 def prompt_logprobs(model: Decoder, prompt: Sequence[int]) -> list[float]:
     """The log-probability of each token of ``prompt`` but the first, float64, from one forward pass over all of it."""
-    device = model.embedding.weight.device
-    row = torch.tensor([list(prompt)], device=device)
-    scores = model.logits(model(row, CausalRows.of(len(prompt), device)).hidden[0]).double().log_softmax(-1)
+    scores = every_logits(model, prompt).log_softmax(-1)
     return [float(scores[place, token]) for place, token in enumerate(prompt[1:])]
 
 

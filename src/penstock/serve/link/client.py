@@ -35,6 +35,19 @@ class Watcher(Protocol):
         """Takes in what was decided since the last call, and the engine's newest state where it is new."""
 
 
+def start(end: int) -> subprocess.Popen[bytes]:
+    """Starts the process of an engine, which gets the file descriptor ``end`` of a socket pair.
+
+    It has a session of its own: a terminal's Ctrl-C is for the front end, which ends the engine when it is done.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "penstock.serve.link.process", str(end)],
+        pass_fds=[end],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
 class EngineClient:
     """Talks to an engine's process. Made by :meth:`open`; used in one event loop.
 
@@ -78,13 +91,7 @@ class EngineClient:
         """
         ours, theirs = socket.socketpair()
         with theirs:
-            # A session of its own: a terminal's Ctrl-C is for the front end, which ends the engine when it is done.
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "penstock.serve.link.process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            process = start(theirs.fileno())
         client = cls(process, *await asyncio.open_unix_connection(sock=ours))
         try:
             await client._begin(Open(str(model), config.model_dump_json(), device))
