@@ -34,7 +34,7 @@ class ForkedEngine:
         self._status: int | None = None
 
     def _begin(self, end: int) -> None:
-        """What a new process would be: in a session of its own, with nothing open but ``end`` and the standard files."""
+        """As a new process is: in a session of its own, with nothing open but ``end`` and the standard files."""
         status = 1
         try:
             os.setsid()
