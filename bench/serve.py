@@ -29,6 +29,7 @@ from penstock.core.garbage import settled
 from penstock.core.progress import show
 from penstock.core.results import Row, peers_folder, read_results
 from penstock.models import hub
+from penstock.models.blank import without_weights
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.serve.batching.sarathi import Sarathi
@@ -269,7 +270,7 @@ def measure_waiting(bench: Bench, name: str, engine: Engine) -> None:
 
 def random_model(shape: DecoderConfig, device: torch.device) -> Decoder:
     """A model of ``shape`` in bf16 with weights uniform within 1e-3."""
-    with torch.device("meta"):
+    with without_weights():
         model = Decoder(shape).to(torch.bfloat16)
     model = model.to_empty(device=device).eval()
     with torch.no_grad():

@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from penstock.core.errors import DataError, ModelError, PenstockError, UsageError, nearest
 from penstock.core.files import atomic_folder, explain_os_errors, fsync_directory, fsync_file, read_json, write_json
+from penstock.models.blank import without_weights
 from penstock.models.companions import GENERATION
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
@@ -173,7 +173,7 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     folder = resolve(source)
     family, config, hub = _read(folder)
     stored = _scan(folder)
-    with torch.device("meta"), _Uninitialized():
+    with without_weights():
         decoder = Decoder(config)
     _check(folder, stored, views_on(decoder, family), _tied_head(config, family))
     _allocate(decoder, torch.device(device), dtype or _dtype(folder, hub, stored))
@@ -188,15 +188,6 @@ def dtype_of(source: str | Path) -> torch.dtype:
     folder = resolve(source)
     _, _, hub = _read(folder)
     return _dtype(folder, hub, _scan(folder))
-
-
-class _Uninitialized(TorchFunctionMode):
-    """Skips torch's initializers, which on the meta device load torch's compiler: most of a second for nothing."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return None
-        return func(*args, **(kwargs or {}))
 
 
 def import_state(decoder: Decoder, folder: Path) -> None:

@@ -282,19 +282,18 @@ def check_versions(schedule: Schedule) -> None:
         assert len(numbers) == len(whole)
         staged = [(task, version) for task, version in zip(whole, numbers, strict=True) if task.kind not in VOCABULARY]
         order, seen = [task for task, _ in staged], [version for _, version in staged]
-        held = [len({task.stage for task in order})]
-        for position in range(len(order)):
-            before = order[: position + 1]
-            updated = [task.stage for task in before if stashing and task.kind in (Kind.B, Kind.W)]
-            done = {(task.stage, task.microbatch) for task in before if task.kind in (Kind.B, Kind.W)}
-            used = {
-                (task.stage, version)
-                for task, version in zip(before, seen, strict=False)
-                if (task.stage, task.microbatch) not in done
-            }
-            held.append(len(used | {(task.stage, updated.count(task.stage)) for task in order}))
-            kind, stage, microbatch, _ = order[position]
-            forward = next(task for task in before if (task.stage, task.microbatch) == (stage, microbatch))
-            expected = updated.count(stage) if kind is Kind.F else seen[before.index(forward)]
-            assert seen[position] == expected, f"{order[position]} sees version {seen[position]}"
+        updates = {task.stage: 0 for task in order}
+        held = [len(updates)]
+        used: dict[tuple[int, int], set[tuple[int, int]]] = {}  # what each microbatch that is under way has seen
+        first: dict[tuple[int, int], int] = {}
+        for (kind, stage, microbatch, _), version in zip(order, seen, strict=True):
+            cell = stage, microbatch
+            expected = updates[stage] if kind is Kind.F else first[cell]
+            assert version == expected, f"{kind.name} of {cell} sees version {version}"
+            first.setdefault(cell, version)
+            used.setdefault(cell, set()).add((stage, version))
+            if kind in (Kind.B, Kind.W):
+                del used[cell]
+                updates[stage] += stashing
+            held.append(len(set(updates.items()).union(*used.values())))
         assert peak == max(held), f"{peak} versions are said to be held, and {max(held)} are"

@@ -14,10 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from penstock.core.errors import CheckpointError, PenstockError
+from penstock.models.blank import without_weights
 from penstock.models.decoder import Decoder
 from penstock.train import checkpoint
 from penstock.train.checkpoint import Keeping, TrainerState
@@ -25,7 +25,7 @@ from penstock.train.checkpoint import Keeping, TrainerState
 
 def assembled(like: Any, weights: Mapping[str, Tensor]) -> Decoder:
     """A Decoder of the shape of ``like`` and from the same folder (see ``models/hub.py``), with ``weights`` by name."""
-    with torch.device("meta"):
+    with without_weights():
         model = Decoder(like.config)
     named = {
         name: nn.Parameter(weights[name], requires_grad=blank.requires_grad) for name, blank in model.named_parameters()

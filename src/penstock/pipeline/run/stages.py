@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from penstock.core.errors import UsageError
 from penstock.models.attention import AttentionContext
+from penstock.models.blank import without_weights
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder, Layer, Linear, Output, RMSNorm
 from penstock.models.rotary import Rotary
@@ -51,7 +52,7 @@ class Part(Decoder):
 
     Parameters have the names of the whole Decoder, so that optimizer state and checkpoints do not depend on the cut;
     stages of one device share what both use. A tied embedding is with the stages that begin and with those that end:
-    where these are on different devices, whoever trains must sum its gradients. Built under ``torch.device("meta")`` it
+    where these are on different devices, whoever trains must sum its gradients. Built under ``without_weights()`` it
     takes no memory; :meth:`initialize` draws the same weights as in the whole Decoder.
 
     Args:
@@ -137,7 +138,7 @@ class Part(Decoder):
 def parameter_names(config: DecoderConfig, stages: Sequence[Stage], *, sharded: bool = False) -> list[dict[str, bool]]:
     """The names of each stage's parameters, and whether they are trained; without those of a sharded vocabulary, which
     belong to no stage. Needs no memory."""
-    with torch.device("meta"):
+    with without_weights():
         parts = [Part(config, [stage]) for stage in stages]
     left_out = SHARDED if sharded else ()
     return [{n: p.requires_grad for n, p in part.named_parameters() if n not in left_out} for part in parts]

@@ -18,6 +18,7 @@ from penstock.core.errors import ConfigError
 from penstock.core.files import write_atomic, write_json
 from penstock.data.loader import Batch
 from penstock.models.attention import CausalRows, PackedRows
+from penstock.models.blank import without_weights
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.ops.cross_entropy import IGNORE
@@ -104,7 +105,7 @@ class Pipeline:
         self._twins = [tuple(grid.rank(d, k) for k in range(grid.pipelines)) for d in range(grid.devices)]
         for ranks in self._twins if grid.pipelines > 1 else ():
             grid.group("twins", ranks)
-        with torch.device("meta"):
+        with without_weights():
             self.parameters = Decoder(shape).parameter_count()
         self._norm = torch.zeros(())
         self._hidden_loss: Callable[[Decoder, Tensor, Batch], Tensor] = config.objective.hidden_loss
@@ -418,7 +419,7 @@ class Pipeline:
         """What an update took that all processes have just made; the same in all of them."""
         stages = range(self.schedule.stages)
         activation = self._world.largest(*(float(activations.get(stage, 0)) for stage in stages))
-        with torch.device("meta"):
+        with without_weights():
             sizes = [Part(self.part.config, [stage]).parameter_count() for stage in self.stages]
         element = torch.empty((), dtype=self._dtype).element_size()
         slowest = -self._world.largest(-HostLink(self._device).bandwidth())[0]
@@ -446,7 +447,7 @@ class Pipeline:
         element = torch.empty((), dtype=self._dtype).element_size()
         layers = self.part.config.layers
         singles = [Stage(range(0), True, False), *(Stage(range(n, n + 1), False, False) for n in range(layers))]
-        with torch.device("meta"):
+        with without_weights():
             parts = [Part(self.part.config, [stage]) for stage in (*singles, Stage(range(0), False, True))]
         weights = [float(element * part.parameter_count()) for part in parts]
         profile = {

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from penstock.core.config import Config
 from penstock.core.files import write_atomic
+from penstock.models.blank import without_weights
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.pipeline.routes.contract import PipelineRoute
@@ -110,7 +111,7 @@ def recover(folder: Path, route: PipelineRoute, shape: DecoderConfig) -> Recover
         shares = _shares([here[source][0].norm for source in neighbours])
         tensors = [here[source][1] for source in neighbours]
         whole |= _average(tensors, [ranges[source] for source in neighbours], shares, ranges[stage])
-    with torch.device("meta"):
+    with without_weights():
         names = set(dict(Decoder(shape).named_parameters()))
     if not names <= {name.removeprefix("model/") for name in whole if name.startswith("model/")}:
         return "the embedding or the head was lost with all processes that held it"
