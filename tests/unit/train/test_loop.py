@@ -66,8 +66,8 @@ def crash_at(step: int):
 
 
 def short(store: Path, kind: str) -> TrainConfig:
-    """A run of 20 updates, with a checkpoint every 5."""
-    return config(store, steps=20, checkpoint_steps=5, **KINDS[kind])
+    """A run of 10 updates, with a checkpoint every 3."""
+    return config(store, steps=10, checkpoint_steps=3, **KINDS[kind])
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def straight(store, tmp_path_factory):
         if kind not in done:
             folder = tmp_path_factory.mktemp("straight") / "run"
             assert Run.create(short(store, kind), folder).trainer.train()
-            done[kind] = folder / "checkpoints" / "step-00000020"
+            done[kind] = folder / "checkpoints" / "step-00000010"
         return done[kind]
 
     return run
@@ -87,16 +87,16 @@ def straight(store, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stopped_run_goes_on_bit_for_bit(store, tmp_path, straight, kind):
-    """20 updates at once equal 8 and 12, with a crash at 17 that lost 2: weights, averages, optimizer."""
-    assert not Run.create(short(store, kind), tmp_path / "run").trainer.train(stop_at(8))
+    """10 updates at once equal 4 and 6, with a crash at 8 that lost 2: weights, averages, optimizer."""
+    assert not Run.create(short(store, kind), tmp_path / "run").trainer.train(stop_at(4))
     again = Run.reopen(tmp_path / "run")
-    assert again.trainer.position.step == 8
+    assert again.trainer.position.step == 4
     with pytest.raises(ZeroDivisionError):
-        again.trainer.train(crash_at(17))
+        again.trainer.train(crash_at(8))
     last = Run.reopen(tmp_path / "run")
-    assert last.trainer.position.step == 15
+    assert last.trainer.position.step == 6
     assert last.trainer.train()
-    assert_same_bits(tmp_path / "run" / "checkpoints" / "step-00000020", straight(kind))
+    assert_same_bits(tmp_path / "run" / "checkpoints" / "step-00000010", straight(kind))
 
 
 def test_the_kinds_differ(straight):
