@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -39,6 +40,7 @@ class BlockPool:
     def __init__(self, blocks: int, block_size: int) -> None:
         self.blocks, self.block_size = blocks, block_size
         self._holders = [0] * blocks
+        self._once_each = dict.fromkeys(range(blocks), 1)
         self._free = deque(range(blocks))
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._nodes: dict[int, Node] = {}
@@ -143,18 +145,22 @@ class BlockPool:
         Raises:
             InvariantError: a block is lost, counted wrongly, or in two states at once.
         """
-        counted = Counter(block for blocks in holdings for block in blocks)
+        counted = Counter(itertools.chain.from_iterable(holdings))
+        held = {block: count for block, count in enumerate(self._holders) if count}
+        if held != counted:
+            block = next(block for block in held | counted if held.get(block, 0) != counted[block])
+            raise InvariantError(
+                f"block {block} counts {held.get(block, 0)} holders, and {counted[block]} sequences hold it"
+            )
         free, idle = set(self._free), set(self._idle)
-        for block in range(self.blocks):
-            held = self._holders[block]
-            if held != counted[block]:
-                raise InvariantError(f"block {block} counts {held} holders, and {counted[block]} sequences hold it")
-            if (block in free) + (block in idle) + (held > 0) != 1:
-                raise InvariantError(f"block {block} is not in exactly one of the states free, idle and held")
-            if block in idle and block not in self._nodes:
-                raise InvariantError(f"block {block} is idle, but the tree does not know what it holds")
+        states = Counter(itertools.chain(free, idle, held))
+        if states != self._once_each:
+            block = next(block for block in states | self._once_each if states[block] != self._once_each.get(block))
+            raise InvariantError(f"block {block} is not in exactly one of the states free, idle and held")
+        if unknown := idle - self._nodes.keys():
+            raise InvariantError(f"block {min(unknown)} is idle, but the tree does not know what it holds")
         if len(free) != len(self._free) or len(self._tree) != len(self._nodes):
             raise InvariantError("the free list holds a block twice, or the tree and its nodes differ in number")
-        for block, node in self._nodes.items():
-            if self._tree.get(node.key) != block:
+        for key, block in self._tree.items():  # looking keys up would hash the tokens of every block
+            if block not in self._nodes or self._nodes[block].key != key:
                 raise InvariantError(f"the tree does not lead to block {block}")
