@@ -8,7 +8,7 @@ import torch
 from penstock.ops.experts import by_expert, mixed_experts, top_few
 
 pytest.importorskip("triton")
-from penstock.ops import experts_kernel  # noqa: E402
+from penstock.ops import experts_kernel
 
 pytestmark = pytest.mark.gpu
 
