@@ -107,7 +107,7 @@ class Subjects:
         began = time.perf_counter()
         for _ in range(updates):
             self.trainer.update(self.batch, self.length, 1.0)
-        self.trainer.settle()
+        self.trainer.updater.settle()
         self._synchronize()
         return self.world.largest(time.perf_counter() - began)[0]
 

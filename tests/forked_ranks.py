@@ -20,7 +20,7 @@ from penstock.train.run import Run
 def weights(run: Run) -> str:
     """A hash of every bit of a run's weights."""
     digest = hashlib.sha256()
-    for master in run.trainer.masters:
+    for master in run.trainer.weights.masters.values():
         digest.update(master.detach().numpy().tobytes())
     return digest.hexdigest()
 

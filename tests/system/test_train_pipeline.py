@@ -238,7 +238,7 @@ def test_a_lost_stage_is_made_anew_without_a_checkpoint(store, tmp_path):
         weights = {name: p.detach().clone() for name, p in run.trainer.model.named_parameters()}
         copied = {name: name.replace("layers.2.", "layers.3.") for name in weights}
         same = all(torch.equal(weights[name], held[f"model/{copied[name]}"]) for name in weights)
-        fresh = world.rank == 2 or bool(run.trainer.optimizer.state)
+        fresh = world.rank == 2 or bool(run.trainer.updater.optimizer.state)
         return [run.trainer.position.step, same, fresh, run.notes, run.trainer.train()]
 
     found = [result["returned"] for result in ranks(4, again)]

@@ -145,7 +145,7 @@ def check_config(
     trainer = Trainer(config, pipeline.part, None, None, folder, world, pipeline)  # type: ignore[arg-type]
     if compiled:
         pipeline.compile()
-        pipeline.rehearse(*next(trainer._microbatches(batch(0, rows), LENGTH)))
+        pipeline.rehearse(*next(trainer.updater.microbatches(batch(0, rows), LENGTH)))
         world.barrier()
     mine = rows // pipeline.grid.pipelines
     own = slice(pipeline.grid.pipeline * mine, (pipeline.grid.pipeline + 1) * mine)
@@ -153,7 +153,7 @@ def check_config(
     for step in range(updates):
         given = Batch(*(part[own] for part in _parts(batch(step, rows))))
         reports.append(trainer.update(given, LENGTH, 1.0))
-    trainer.settle()
+    trainer.updater.settle()
     expected = alone(config, pipeline.schedule, pipeline.stages, updates, device)
     faults = []
     for step, (report, (loss, norm)) in enumerate(zip(reports, expected.reports, strict=True)):

@@ -61,3 +61,17 @@ class Guard:
                 hint="Lower optim.lr, or look at the data; the newest checkpoint is from before them or among them.",
             )
         return False
+
+
+def require_finite(value: float, what: str, step: int, resume: str) -> None:
+    """Ends a run of which ``what`` is not finite after update ``step``; ``resume`` is the command that goes on with it.
+
+    Raises:
+        PenstockError: it is not.
+    """
+    if not math.isfinite(value):
+        raise PenstockError(
+            f"{what} is {value} at step {step}",
+            hint="No checkpoint was made of it. Continue with a lower learning rate from the newest one: "
+            f"{resume} --set optim.lr=... (or from an older one, with --branch).",
+        )

@@ -1,10 +1,13 @@
-"""How long a run is: in steps, tokens, epochs or minutes, whichever ends first."""
+"""How long a run is: in steps, tokens, epochs or minutes, whichever ends first; and how far it has come."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 from penstock.train.config import TrainConfig
+from penstock.train.report import Position
 
 
 def updates(config: TrainConfig, samples: int) -> int | None:
@@ -32,3 +35,43 @@ def unfinished_warmup(config: TrainConfig, steps: int | None) -> str:
         f"the warm-up of {config.schedule.warmup_updates(steps)} updates does not end in this run of {steps}: "
         f"the highest learning rate is {highest:.3f} of the peak; set schedule.warmup, a share of the run, instead"
     )
+
+
+@dataclasses.dataclass
+class Length:
+    """A run's length, in updates or on the clock, whichever ends first.
+
+    Attributes:
+        steps: updates in the whole run, None where only the clock ends it.
+        minutes: of compiling and of steps, None where the clock does not end it.
+        compiling: seconds that compiling has taken.
+    """
+
+    steps: int | None
+    minutes: float | None
+    compiling: float = 0.0
+
+    @property
+    def _seconds(self) -> float:
+        """What ``minutes`` leaves for steps; at least one is made."""
+        return max(60 * (self.minutes or 0.0) - self.compiling, 1e-3)
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The part of the run that is done, 0 to 1, after ``step`` updates that took ``seconds``."""
+        by_step = step / self.steps if self.steps else 0.0
+        by_time = seconds / self._seconds if self.minutes else 0.0
+        return min(1.0, max(by_step, by_time))
+
+    def total_steps(self, position: Position) -> float:
+        """Updates in the whole run; with a time budget, an estimate from the pace so far."""
+        known = float(self.steps or "inf")
+        if not self.minutes or position.seconds == 0.0:
+            return known if self.steps else 1e9
+        return min(known, position.step * self._seconds / position.seconds)
+
+    def seconds_left(self, position: Position, update: Callable[[], float]) -> float:
+        """How long the rest of the run takes at most, where an update takes ``update()`` seconds."""
+        limits = [60 * self.minutes - position.seconds] if self.minutes else []
+        if self.steps:
+            limits.append((self.steps - position.step) * update())
+        return min(limits)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from torch import Tensor
+
 from penstock.train.guard import Guard
 
 
@@ -56,3 +58,23 @@ class Report:
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         values.pop("step")
         return {name: value for name, value in values.items() if value is not False and math.isfinite(value)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """An update that is made or under way; what was ``measured`` (loss and norms) is still on the device."""
+
+    step: int
+    lr_factor: float
+    length: int
+    measured: dict[str, Tensor]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the update was bad, and left the weights as they were."""
+        return "skipped" in self.measured
+
+    def wait(self) -> tuple[float, float, float]:
+        """The loss and the gradient's norms, 2 and 1, when the update is made."""
+        loss, grad_norm, grad_l1 = (self.measured[name].item() for name in ("loss", "grad_norm", "grad_l1"))
+        return loss, grad_norm, grad_l1

@@ -31,12 +31,14 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.parallel.world import World
 from penstock.train import checkpoint, store
+from penstock.train.batches import rows_of_each
 from penstock.train.config import TrainConfig
 from penstock.train.evaluate import Sample, affordable, bits_per_byte
 from penstock.train.length import unfinished_warmup
-from penstock.train.loop import Trainer, resume_command, rows_of_each
+from penstock.train.loop import Trainer
 from penstock.train.pipeline import recovery
 from penstock.train.pipeline.pipeline import Pipeline
+from penstock.train.resuming import resume_command
 from penstock.train.saving import assembled
 from penstock.train.validation import Validation, beginning_of
 
@@ -96,7 +98,7 @@ class Run:
         self.trainer.validation = Validation(config.validation, documents, config.batch.length, world)
         if found is not None:
             self.trainer.resume(found)
-        self.notes += filter(None, (self.trainer.order_note, unfinished_warmup(config, self.trainer.steps)))
+        self.notes += filter(None, (self.trainer.order_note, unfinished_warmup(config, self.trainer.length.steps)))
 
     def _recover(self) -> list[str]:
         """Makes a checkpoint of what survivors of a lost process have left, if it is newer than those that are there;

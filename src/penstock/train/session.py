@@ -17,8 +17,8 @@ from penstock.core.processor import free_threads
 from penstock.core.progress import Bar, Reporter, quantity
 from penstock.core.signals import termination_interrupts
 from penstock.parallel.world import World
-from penstock.train.loop import resume_command
 from penstock.train.report import Report
+from penstock.train.resuming import resume_command
 from penstock.train.run import CHECKPOINTS, CONFIG, Run
 
 

@@ -20,8 +20,10 @@ from penstock.data.store import TokenStore
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
 from penstock.ops.cross_entropy import IGNORE
+from penstock.train.batches import rows_of_each
 from penstock.train.config import TrainConfig
-from penstock.train.loop import Report, Trainer, rows_of_each
+from penstock.train.loop import Trainer
+from penstock.train.report import Report
 from penstock.train.run import Run
 from tiny_runs import MODEL, VOCABULARY, assert_same_bits, config, tensors
 
@@ -134,7 +136,7 @@ def test_the_average_is_over_the_weights_after_each_update(store, tmp_path):
     train(Run.create(config(store, steps=6, average="aswa", precision="bf16"), tmp_path / "run"), 3)
     again = Run.reopen(tmp_path / "run")
     train(again, 6)
-    torch.testing.assert_close(again.trainer.averages[0], torch.stack(seen).mean(0))
+    torch.testing.assert_close(again.trainer.updater.averages[0], torch.stack(seen).mean(0))
     assert (seen[0] - seen[-1]).abs().max() > 1e-3
 
 
@@ -172,7 +174,7 @@ def gradients(trainer: Trainer, length: int = 32) -> tuple[dict[str, torch.Tenso
     def catch(*_) -> None:
         caught.update({name: master.grad.clone() for name, master in trainer.weights.masters.items()})
 
-    hook = trainer.optimizer.register_step_pre_hook(catch)
+    hook = trainer.updater.optimizer.register_step_pre_hook(catch)
     measured = trainer.update(masked_batch(trainer), length, 1.0)
     hook.remove()
     return measured, caught
@@ -224,7 +226,9 @@ def test_experts_are_balanced_over_the_whole_update(store, tmp_path):
             store, tmp_path, model=model, batch=batch, clip=None, activation_checkpointing=recomputes
         )
         gradients(trainer)
-        assert all(load.sum() == pytest.approx(1) and load.std() > 0 for load in trainer.loads.tensors().values())
+        assert all(
+            load.sum() == pytest.approx(1) and load.std() > 0 for load in trainer.updater.loads.tensors().values()
+        )
         return gradients(trainer)[1]
 
     whole = caught(1.0, None)
@@ -271,7 +275,7 @@ def test_clipping_bounds_the_gradient(store, tmp_path):
 def test_the_rate_is_the_peak_times_the_schedule(store, tmp_path):
     run = Run.create(config(store, optim={"name": "muon", "lr": 0.01, "adam_lr": 0.002}, steps=10), tmp_path / "run")
     seen = []
-    run.trainer.train(lambda _: seen.append([group["lr"] for group in run.trainer.optimizer.param_groups]))
+    run.trainer.train(lambda _: seen.append([group["lr"] for group in run.trainer.updater.optimizer.param_groups]))
     factors = [record["lr_factor"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     peaks = [rate / 0.2 for rate in seen[0]]
@@ -434,10 +438,10 @@ def test_lack_of_memory_is_explained(store, tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_kind_of_run_is_refused(store, tmp_path, changes, error, message):
     Run.create(config(store, steps=2), tmp_path / "run").trainer.train()
     other = Run.create(config(store, **changes), tmp_path / "other").trainer
-    before = [master.detach().clone() for master in other.masters]
+    before = [master.detach().clone() for master in other.updater.masters]
     with pytest.raises(error, match=message):
         other.resume(tmp_path / "run" / "checkpoints" / "step-00000002")
-    assert all(torch.equal(a, b) for a, b in zip(before, other.masters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, other.updater.masters, strict=True))
     assert other.position.step == 0
 
 

@@ -70,16 +70,16 @@ def test_a_short_run_is_not_compiled_and_says_so(store, tmp_path, capsys, monkey
 def test_compiling_is_taken_from_the_time_for_steps(store, tmp_path):
     """Two minutes of which one went into compiling leave one: the schedule spans that."""
     trainer = Run.create(config(store, steps=None, minutes=2.0), tmp_path / "run").trainer
-    trainer._compiling, trainer.position.seconds, trainer.position.step = 60.0, 30.0, 10
+    trainer.length.compiling, trainer.position.seconds, trainer.position.step = 60.0, 30.0, 10
     assert trainer.progress == 0.5
-    assert trainer._total_steps() == 20
+    assert trainer.length.total_steps(trainer.position) == 20
 
 
 def test_timing_an_update_changes_nothing(store, tmp_path):
     trainer = Run.create(config(store, steps=2), tmp_path / "run").trainer
-    before = [master.detach().clone() for master in trainer.masters]
+    before = [master.detach().clone() for master in trainer.updater.masters]
     assert trainer.eager_seconds() > 0
-    assert all(torch.equal(*pair) for pair in zip(before, trainer.masters, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before, trainer.updater.masters, strict=True))
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 

@@ -160,7 +160,7 @@ def test_checkpointed_activations_may_wait_on_the_host(tmp_path):
     for transforms in ([], [QUICK]):
         chosen = options(1, "gpipe", transforms, activation_checkpointing=True)
         trainer, pipeline = pipelined(chosen, tmp_path, World())
-        results.append((updates(trainer), [m.detach() for m in trainer.masters]))
+        results.append((updates(trainer), [m.detach() for m in trainer.weights.masters.values()]))
     assert pipeline.schedule.offloaded
     assert results[0][0] == results[1][0]
     assert all(map(torch.equal, results[0][1], results[1][1]))

@@ -74,7 +74,7 @@ def test_the_first_forwards_are_made_again_only_where_they_saw_wrong_weights(tmp
             monkeypatch.setattr(post_validated.PostValidated, "settle", spied)
             for step in range(3):
                 trainer.update(batch(step, 4), 8, 1.0)
-            trainer.settle()
+            trainer.updater.settle()
             monkeypatch.setattr(post_validated.PostValidated, "settle", settle)
             found.append(kept)
         return found
@@ -95,7 +95,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing(tmp_path):
         if world.rank == 1:
             pipeline.part.head.weight.register_hook(lambda gradient: gradient * float("nan"))
         measured = trainer.update(batch(0, 4), 8, 1.0)
-        trainer.settle()
+        trainer.updater.settle()
         assert not measured["grad_norm"].isfinite()
         return all(torch.equal(m.detach(), before[name]) for name, m in trainer.weights.masters.items())
 

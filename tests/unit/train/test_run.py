@@ -390,7 +390,7 @@ def test_leftovers_of_killed_processes_go_when_the_run_goes_on(store, tmp_path):
 
 
 def test_a_run_without_a_compiler_says_so(store, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("penstock.train.loop.can_compile", lambda device: False)
+    monkeypatch.setattr("penstock.train.compiling.can_compile", lambda device: False)
     assert train_to_the_end(Run.create(config(store, steps=2, compile=True), tmp_path / "run"), silent)
     assert "training without torch.compile, which is slower: there is no C++ compiler" in capsys.readouterr().out
 
@@ -403,7 +403,7 @@ def test_a_run_whose_compiler_fails_goes_on_without(store, tmp_path, monkeypatch
         return call
 
     monkeypatch.setattr(torch, "compile", failing)
-    monkeypatch.setattr("penstock.train.loop.can_compile", lambda device: True)
+    monkeypatch.setattr("penstock.train.compiling.can_compile", lambda device: True)
     assert train_to_the_end(Run.create(config(store, steps=2, compile=True), tmp_path / "run"), silent)
     assert "the compiler failed (BackendCompilerFailed)" in capsys.readouterr().out
 

@@ -13,9 +13,9 @@ from penstock.core.errors import PenstockError
 from penstock.core.metrics import read_metrics
 from penstock.core.progress import silent
 from penstock.train.guard import MOST_IN_A_ROW, SETTLING, Guard
-from penstock.train.loop import Trainer
 from penstock.train.run import Run
 from penstock.train.session import train_to_the_end
+from penstock.train.update import Updater
 from tiny_runs import assert_same_bits, config
 
 
@@ -24,7 +24,7 @@ def poisoned(monkeypatch):
     """Makes the gradients of the given updates bad: infinite, or a thousand times too large."""
 
     def poison(**bad: float) -> None:
-        computed = Trainer._gradients
+        computed = Updater.gradients
 
         def gradients(self, *arguments):
             loss, norms = computed(self, *arguments)
@@ -35,7 +35,7 @@ def poisoned(monkeypatch):
                 norms = {name: norm * factor for name, norm in norms.items()}
             return loss, norms
 
-        monkeypatch.setattr(Trainer, "_gradients", gradients)
+        monkeypatch.setattr(Updater, "gradients", gradients)
 
     return poison
 

@@ -1,0 +1,70 @@
+"""Compiling the loss, and what tells whether that pays: how long the passes of an update take without."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Set
+
+import torch
+
+from penstock.core.devices import can_compile, synchronize
+from penstock.data.loader import Batch
+from penstock.models.attention import CausalRows, PackedRows
+from penstock.train.update import Updater
+
+
+def obstacle(updater: Updater) -> str:
+    """Why nothing can be compiled here, or nothing."""
+    if updater.pipeline and updater.recomputes:
+        return "layers of a pipeline that are computed twice are not compiled"
+    if not can_compile(updater.device):
+        return "there is no C++ compiler (g++ or clang++)" if updater.device.type == "cpu" else "Triton is missing"
+    return ""
+
+
+def eager_seconds(updater: Updater, batch: Batch, length: int) -> float:
+    """How long the passes of an update take without compiling: those of a microbatch are timed, after others."""
+    micros = list(updater.microbatches(batch, length))
+    seconds = 0.0
+    for micro, context in (micros[0],) * 2:
+        synchronize(updater.device)
+        began = time.monotonic()
+        updater.rehearse(micro, context)
+        synchronize(updater.device)
+        seconds = time.monotonic() - began
+    return seconds * len(micros)
+
+
+def compile_loss(updater: Updater, batch: Batch, lengths: Set[int]) -> str:
+    """Compiles the loss for every shape that the run will use, so that no step waits for it.
+
+    Args:
+        updater: whose loss it is, or that of whose pipeline.
+        batch: any.
+        lengths: of the sequences that ``batch`` will be cut to.
+
+    Returns:
+        Why the run goes on without compiling, or nothing.
+    """
+    plain, device = updater.loss, updater.device
+    if updater.pipeline:
+        updater.pipeline.compile()
+    else:
+        updater.loss = torch.compile(plain, dynamic=False)
+    try:
+        for length in lengths:
+            micro, _ = next(updater.microbatches(batch, length))
+            contexts: list[CausalRows | PackedRows] = [PackedRows.of(micro.documents)]
+            if device.type == "cuda":
+                contexts.append(CausalRows.of(length, device))
+            for context in contexts:
+                updater.rehearse(micro, context)
+    except RuntimeError as error:  # from PyTorch's compiler, which leans on tools outside it, such as C++ headers
+        updater.loss = plain
+        if updater.pipeline:
+            updater.pipeline.use_eager()
+        return f"the compiler failed ({type(error).__name__})"
+    finally:
+        updater.model.zero_grad()
+        synchronize(device)
+    return ""

@@ -1,0 +1,221 @@
+"""One update: the gradient of a batch, whether it is to be followed, and what the optimizer makes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+
+from penstock.core.errors import PenstockError
+from penstock.data.loader import Batch
+from penstock.models.attention import CausalRows, PackedRows
+from penstock.models.decoder import Decoder
+from penstock.ops.cross_entropy import IGNORE
+from penstock.parallel.world import World
+from penstock.train.batches import Microbatch, microbatches
+from penstock.train.config import TrainConfig
+from penstock.train.loads import Loads
+from penstock.train.pipeline.pipeline import Pipeline
+from penstock.train.pipeline.post_validated import PostValidated
+from penstock.train.precision import Weights
+from penstock.train.report import Position
+
+
+class Updater:
+    """Makes the updates of a run.
+
+    Args:
+        config: the run's; its precision is chosen.
+        model: on its device; its weights are those of ``weights``.
+        weights: the model's, and those that the optimizer updates.
+        world: this process's place among those of the run.
+        pipeline: where processes hold parts of the model, of which ``model`` is this one's.
+
+    Attributes:
+        position: how far the run is.
+        masters: the parameters that the optimizer updates.
+        optimizer: what the configuration says.
+        names: of the masters, by ``id``.
+        averages: the running average of each master, if there is one.
+        loads: of the experts.
+        loss: the objective's, compiled perhaps.
+    """
+
+    def __init__(
+        self, config: TrainConfig, model: Decoder, weights: Weights, world: World, pipeline: Pipeline | None
+    ) -> None:
+        self.model, self.weights, self.world, self.pipeline = model, weights, world, pipeline
+        self.device = next(model.parameters()).device
+        self.masters = list(weights.masters.values())
+        self.optimizer = config.optim.build(weights.masters)
+        self.names = {id(parameter): name for name, parameter in weights.masters.items()}
+        self.averages = [m.detach().clone() for m in self.masters] if config.average else []
+        self.loads = Loads(model)
+        self.loss = config.objective.loss
+        self.position = Position()
+        self._config = config
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        if config.activation_checkpointing:
+            # Only each layer's input is kept for the backward pass, which computes the rest again.
+            for layer in model.layers:
+                layer.forward = functools.partial(
+                    recompute, layer.forward, use_reentrant=False, preserve_rng_state=False
+                )
+        self._validated: PostValidated | None = None
+        if pipeline:
+            pipeline.attach(weights, self.device)
+            if config.pipeline.post_validation:
+                self._proposed: dict[str, Tensor] = {}  # what the last update measured, once it is settled
+                self._validated = pipeline.post_validated(self.optimizer)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed twice."""
+        return self._config.activation_checkpointing
+
+    @property
+    def settles_later(self) -> bool:
+        """Whether what an update gave is known in the next one."""
+        return self._validated is not None
+
+    def microbatches(self, batch: Batch, length: int) -> Iterator[Microbatch]:
+        """``batch`` cut to sequences of ``length`` tokens, at most ``batch.micro_tokens`` at a time, on the device."""
+        return microbatches(batch, length, self._config.batch.micro_tokens, self.device)
+
+    def rehearse(self, micro: Batch, context: CausalRows | PackedRows) -> None:
+        """Forward and backward of a microbatch by what is here of the model, without the other processes."""
+        with explain_memory(self.device):
+            if self.pipeline:
+                self.pipeline.rehearse(micro, context)
+            else:
+                with self.weights.arithmetic(self.device):
+                    loss = self.loss(self.model, micro, context)
+                loss.backward()  # type: ignore[no-untyped-call]
+                self.model.zero_grad()
+
+    def update(self, batch: Batch, length: int, factor: float) -> dict[str, Tensor]:
+        """Forward, backward and optimizer step on this process's part of a global batch.
+
+        Args:
+            batch: windows of the longest length, cut here to ``length`` tokens.
+            length: of the sequences.
+            factor: the schedule's.
+
+        Returns:
+            Scalars on the device, over all processes: ``loss``, ``grad_norm`` and ``grad_l1`` of :class:`Report`.
+        """
+        if self._validated is not None:
+            return self._optimistic(batch, length, factor)
+        predicted = self._predicted(batch)
+        self._set_rates(factor)
+        self.loads.begin()
+        if self.pipeline and not self.pipeline.flushes:
+            measured = self.pipeline.stream(list(self.microbatches(batch, length)), self._apply)
+            self.loads.end(self.world)
+        else:
+            total, norms = self.gradients(batch, length, predicted)
+            measured = {"loss": total, **norms}
+            self.loads.end(self.world)
+            if not self._good(total, norms["grad_norm"]):
+                self.optimizer.zero_grad()
+                return {**measured, "skipped": torch.ones(())}
+            if self._config.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.masters, self._config.clip, norms["grad_norm"])
+            self._apply()
+        self._average(self.position.step + 1)
+        return measured
+
+    def _predicted(self, batch: Batch) -> Tensor:
+        """How many tokens the update predicts, over all processes."""
+        if self.pipeline:
+            predicted = self.pipeline.predicted(batch)
+        else:
+            predicted = (batch.targets != IGNORE).sum().to(self.device, torch.float32)
+            self.world.sum_([predicted])
+        return predicted.clamp_(min=1)
+
+    def _set_rates(self, factor: float) -> None:
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+
+    def _average(self, updates: int) -> None:
+        if self._config.average is not None:
+            with torch.no_grad():
+                self._config.average.update(self.averages, self.masters, updates)
+
+    def _optimistic(self, batch: Batch, length: int, factor: float) -> dict[str, Tensor]:
+        """An update that is settled in the next one, or by :meth:`settle`; only then is in the result what it gave."""
+        assert self.pipeline is not None and self._validated is not None
+        micros, predicted = list(self.microbatches(batch, length)), self._predicted(batch)
+        loss = self.pipeline.backward(micros, predicted, confirm=self.settle)
+        self._set_rates(factor)  # the update before this one is settled: it may have needed its own until then
+        self._validated.propose(self.pipeline.over_pipelines(loss))
+        self.weights.publish()
+        self._proposed = {}
+        return self._proposed
+
+    def settle(self) -> bool:
+        """Makes the last update final where it is not, with post-validation; whether the weights were right already."""
+        settled = None if self._validated is None else self._validated.settle()
+        if settled is None:
+            return True
+        self._proposed.update(settled.measured)
+        self.optimizer.zero_grad()
+        if not settled.kept:
+            self.weights.publish()
+        self._average(self.position.step)
+        return settled.kept
+
+    def _apply(self) -> None:
+        """Updates the weights by the gradients in the masters, and clears these."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.weights.publish()
+
+    def _good(self, loss: Tensor, norm: Tensor) -> bool:
+        """Whether to make an update with this gradient."""
+        if self._config.on_bad_update == "stop":
+            return True
+        return self.position.guard.admits(loss.item(), norm.item(), self._config.spike)
+
+    def gradients(self, batch: Batch, length: int, predicted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Leaves the gradients over all processes in the masters; returns the loss over all, and the norms."""
+        total = torch.zeros((), device=self.device)
+        micros = self.microbatches(batch, length)
+        if self.pipeline:
+            total += self.pipeline.backward(list(micros), predicted)
+            self.world.sum_([total])
+            return total, self.pipeline.norms()
+        for micro, context in micros:
+            with self.weights.arithmetic(self.device):
+                loss = self.loss(self.model, micro, context) / predicted
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.weights.collect_gradients()
+            total += loss.detach()
+        gradients = [m.grad for m in self.masters if m.grad is not None]
+        self.world.sum_([*gradients, total])
+        return total, {
+            "grad_norm": torch.nn.utils.get_total_norm(gradients),
+            "grad_l1": torch.nn.utils.get_total_norm(gradients, norm_type=1.0),
+        }
+
+    def use_average(self) -> None:
+        """Puts the averaged weights into the model."""
+        if self.averages:
+            self.weights.load(dict(zip(self.weights.masters, self.averages, strict=True)))
+
+
+@contextlib.contextmanager
+def explain_memory(device: torch.device) -> Iterator[None]:
+    """Says what to do where the memory of ``device`` does not suffice for what the block computes."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PenstockError(
+            f"the memory of {device} does not suffice",
+            hint="Lower batch.micro_tokens, which leaves the batch as it is, or set activation_checkpointing = true.",
+        ) from error
