@@ -39,7 +39,7 @@ def compile_loss(updater: Updater, batch: Batch, lengths: Set[int]) -> str:
     """Compiles the loss for every shape that the run will use, so that no step waits for it.
 
     Args:
-        updater: whose loss it is, or that of whose pipeline.
+        updater: whose loss it is; in a pipeline, the layers that are here are compiled as well.
         batch: any.
         lengths: of the sequences that ``batch`` will be cut to.
 

@@ -126,9 +126,9 @@ class Trainer:
         self.choose_compile()
         if not self.config.compile:
             return ""
-        began, lengths = time.monotonic(), {stage.length for stage in self.config.batch.stages}
         why = obstacle(self.updater)
         if not why:
+            began, lengths = time.monotonic(), {stage.length for stage in self.config.batch.stages}
             why = compile_loss(self.updater, self.loader.batch(0, self.rows), lengths)
             self.length.compiling = time.monotonic() - began
         self.world.barrier()  # which waits longer for a slow compiler than a pipeline would
@@ -236,9 +236,9 @@ class Trainer:
         self, unread: deque[Reading], left: int, log: MetricsLog | None, on_step: Callable[[Report], None]
     ) -> None:
         """Waits for updates until ``left`` are unread, counts their time, and passes on what they measured."""
-        if not left:
-            self.updater.settle()
         while len(unread) > left:
+            if len(unread) == 1:
+                self.updater.settle()  # the newest update, which nothing after it has settled
             report = self._read(unread.popleft())
             if log is not None:
                 log.write(report.step, report.record())
