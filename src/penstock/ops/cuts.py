@@ -75,11 +75,12 @@ def _floor(scores: Tensor, cuts: Cuts, by_k: bool, by_p: bool) -> Floor:
         score = ranked.gather(-1, limit - 1).squeeze(-1)
         if by_p:
             ranked = ranked.masked_fill(ranked < score.unsqueeze(-1), -torch.inf)
-            above = _weights(ranked, top, heat).masked_fill(ranked <= score.unsqueeze(-1), 0)
+            weights = _weights(ranked, top, heat).double()
+            above = weights.masked_fill(ranked <= score.unsqueeze(-1), 0)
             tied = (scores == score.unsqueeze(-1)).sum(-1)
             # Cumulated, since a plain sum may depend on how many zeros are behind.
-            whole = above.double().cumsum(-1)[:, -1] + tied * _weights(score.unsqueeze(-1), top, heat).squeeze(-1)
-            score, ties = _reached(ranked, top, heat, cuts.top_p * whole)
+            whole = above.cumsum(-1)[:, -1] + tied * _weights(score.unsqueeze(-1), top, heat).squeeze(-1)
+            score, ties = _reached(ranked, weights, cuts.top_p * whole)
     elif by_p:
         score, ties = _share(scores, top, heat, cuts.top_p)
     least = (top.double() + heat * cuts.min_p.log()).float()
@@ -91,28 +92,27 @@ def _share(scores: Tensor, top: Tensor, heat: Tensor, share: Tensor) -> tuple[Te
     as a score [R], and how many that tie with it stay [R]."""
     size = scores.shape[-1]
     aim = share * _weights(scores, top, heat).sum(-1, dtype=torch.float64)
-    if size <= 2 * SHORTLIST:
-        return _reached(scores.sort(-1, descending=True).values, top, heat, aim)
     # Of a large vocabulary, a small part nearly always reaches the share.
-    ranked = scores.topk(SHORTLIST, -1).values
-    score, ties = _reached(ranked, top, heat, aim)
-    short = (_weights(ranked, top, heat).double().cumsum(-1)[:, -1] < aim).nonzero().squeeze(-1)
-    if len(short):
+    ranked = scores.topk(SHORTLIST if size > 2 * SHORTLIST else size, -1).values
+    weights = _weights(ranked, top, heat).double()
+    score, ties = _reached(ranked, weights, aim)
+    short = (weights.cumsum(-1)[:, -1] < aim).nonzero().squeeze(-1)
+    if len(short) and ranked.shape[-1] < size:
         whole = scores[short].sort(-1, descending=True).values
-        score[short], ties[short] = _reached(whole, top[short], heat[short], aim[short])
+        all_weights = _weights(whole, top[short], heat[short]).double()
+        score[short], ties[short] = _reached(whole, all_weights, aim[short])
     return score, ties
 
 
-def _reached(ranked: Tensor, top: Tensor, heat: Tensor, aim: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the weights of ``ranked`` scores [R, K], from the best one down, reach ``aim`` [R] together, at the latest
-    at the last: that score, and how many of its ties it takes, which may be more than are ranked."""
-    each = _weights(ranked, top, heat).double()
-    before = F.pad(each.cumsum(-1)[:, :-1], (1, 0))
+def _reached(ranked: Tensor, weights: Tensor, aim: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the ``weights`` of ``ranked`` scores [R, K], from the best one down, reach ``aim`` [R] together, at the
+    latest at the last: that score, and how many of its ties it takes, which may be more than are ranked."""
+    before = F.pad(weights.cumsum(-1)[:, :-1], (1, 0))
     # A token stays if those before it do not reach the aim yet, so that the first always stays.
     last = (before < aim.unsqueeze(-1)).sum(-1, keepdim=True).clamp(min=1) - 1
     score = ranked.gather(-1, last)
     first = (ranked > score).sum(-1, keepdim=True)
-    missing = (aim.unsqueeze(-1) - before.gather(-1, first)) / each.gather(-1, last)
+    missing = (aim.unsqueeze(-1) - before.gather(-1, first)) / weights.gather(-1, last)
     ties = missing.ceil().nan_to_num(nan=1, posinf=MANY).clamp(1, MANY)
     return score.squeeze(-1), ties.squeeze(-1).long()
 

@@ -6,25 +6,15 @@ read, and that nothing stands between. Every sum is added up in one order.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.ops.invariant_kernel import Tile
+
 #: Assignments that are looked at together while they are ordered.
 PIECE = 4096
-
-
-class Tile(NamedTuple):
-    """What a program of a product works on: rows and columns of the result, and how much of each sum at a time."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
 
 
 #: By how many rows an expert has on average, at most: tiles for gate and up, and for down. Measured on an H100.
