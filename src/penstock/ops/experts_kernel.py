@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.ops.invariant_kernel import Tile
+from penstock.ops.invariant_kernel import Tile, tile_of
 
 #: Assignments that are looked at together while they are ordered.
 PIECE = 4096
@@ -86,22 +86,6 @@ def ordered(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return order, ends
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _tile_of(  # type: ignore[no-untyped-def]
-    ends, tile, rows: tl.constexpr, groups: tl.constexpr, padded: tl.constexpr
-):  # fmt: skip
-    """Which expert the ``tile`` of so many rows belongs to, its first row, and where the expert's rows end; ``groups``
-    for a tile behind the last."""
-    group = tl.arange(0, padded)
-    stop = tl.load(ends + group, group < groups, 0)
-    start = tl.load(ends + group - 1, (group > 0) & (group < groups), 0)
-    tiles = tl.where(group < groups, (stop - start + rows - 1) // rows, 0)
-    reached = tl.cumsum(tiles, 0)
-    own = tl.sum((reached <= tile).to(tl.int32), 0)
-    first = tl.sum(tl.where(group == own, start + (tile - (reached - tiles)) * rows, 0), 0)
-    return tl.where(own < groups, own, groups), first, tl.sum(tl.where(group == own, stop, 0), 0)
-
-
 @triton.jit(do_not_specialize=["tiles"])  # type: ignore[untyped-decorator]
 def gated_kernel(  # type: ignore[no-untyped-def]
     x, weight, out, order, ends, tiles, ffn, size,
@@ -111,7 +95,7 @@ def gated_kernel(  # type: ignore[no-untyped-def]
     """out [M, ffn] = silu(gate) * up of assignments in ``order``, where gate and up are x [N, size] times transposed
     halves of weight [groups, 2 * ffn, size]. One program for a tile of the result."""
     tile, column = tl.program_id(0) % tiles, tl.program_id(0) // tiles * columns + tl.arange(0, columns)
-    own, first, stop = _tile_of(ends, tile, rows, groups, padded)
+    own, first, stop = tile_of(ends, tile, rows, groups, padded)
     if own >= groups:
         return
     row, lane = first + tl.arange(0, rows), tl.arange(0, depth)
@@ -145,7 +129,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
     """out [M, height], each row where its assignment belongs, = x [M, size], in ``order``, times the transpose of its
     expert's weight [groups, height, size], and its share [M]."""
     tile, column = tl.program_id(0) % tiles, tl.program_id(0) // tiles * columns + tl.arange(0, columns)
-    own, first, stop = _tile_of(ends, tile, rows, groups, padded)
+    own, first, stop = tile_of(ends, tile, rows, groups, padded)
     if own >= groups:
         return
     row, lane = first + tl.arange(0, rows), tl.arange(0, depth)

@@ -30,6 +30,22 @@ EXACT = Tile(64, 64, 32, 4, 2)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def tile_of(  # type: ignore[no-untyped-def]
+    ends, tile, rows: tl.constexpr, groups: tl.constexpr, padded: tl.constexpr
+):  # fmt: skip
+    """Which expert the ``tile`` of so many rows belongs to, its first row, and where the expert's rows end; ``groups``
+    for a tile behind the last."""
+    group = tl.arange(0, padded)
+    stop = tl.load(ends + group, group < groups, 0)
+    start = tl.load(ends + group - 1, (group > 0) & (group < groups), 0)
+    tiles = tl.where(group < groups, (stop - start + rows - 1) // rows, 0)
+    reached = tl.cumsum(tiles, 0)
+    own = tl.sum((reached <= tile).to(tl.int32), 0)
+    first = tl.sum(tl.where(group == own, start + (tile - (reached - tiles)) * rows, 0), 0)
+    return tl.where(own < groups, own, groups), first, tl.sum(tl.where(group == own, stop, 0), 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def product_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, out, ends, count, height, size,
     rows: tl.constexpr, columns: tl.constexpr, depth: tl.constexpr,
@@ -40,16 +56,9 @@ def product_kernel(  # type: ignore[no-untyped-def]
     order. Programs beside each other have the same part of the weight."""
     tile, column = tl.program_id(0), tl.program_id(1) * columns + tl.arange(0, columns)
     if groups:
-        group = tl.arange(0, groups_padded)
-        stop = tl.load(ends + group, group < groups, 0)
-        start = tl.load(ends + group - 1, (group > 0) & (group < groups), 0)
-        tiles = tl.where(group < groups, tl.cdiv(stop - start, rows), 0)
-        reached = tl.cumsum(tiles, 0)
-        own = tl.sum((reached <= tile).to(tl.int32), 0)
+        own, first, behind = tile_of(ends, tile, rows, groups, groups_padded)
         if own >= groups:
             return
-        first = tl.sum(tl.where(group == own, start + (tile - (reached - tiles)) * rows, 0), 0)
-        behind = tl.sum(tl.where(group == own, stop, 0), 0)
         weight += own.to(tl.int64) * height * size
     else:
         first, behind = tile * rows, count
