@@ -2,9 +2,10 @@
 
 A Llama shape of about 3 B parameters in bf16 on sequences of 4,096 tokens; forward and backward without an optimizer.
 Each schedule of ours runs with its layers and loss as they are, and compiled; PyTorch's as they are, and compiled where
-they do not split the backward pass, which it cannot do with compiled stages. All take turns. Other rows say what each
-held at its peak, how long its devices idled, and how far the simulator is from the measured time of a step, at the
-costs of the step before. Without several GPUs, tiny shapes over gloo show that it works.
+they do not split the backward pass, which it cannot do with compiled stages. Those that stand beside one of PyTorch's
+take turns with it. Schedules that are searched for are made for the times that were measured a moment before. Other
+rows say what each held at its peak, how long its devices idled, and how far the simulator is from the measured time of
+a step, at the costs of the step before. Without several GPUs, tiny shapes over gloo show that it works.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from penstock.core.errors import PenstockError
 from penstock.models.attention import CausalRows
 from penstock.models.config import DecoderConfig
 from penstock.parallel.world import World
+from penstock.pipeline.ir.schedule import Schedule
 from penstock.pipeline.partition.balanced import cut
 from penstock.pipeline.run.compiled import compile_layers, compiled
 from penstock.pipeline.run.grid import Grid
 from penstock.pipeline.run.profile import gathered, measured
 from penstock.pipeline.run.runtime import Step
 from penstock.pipeline.run.stages import Part, Stage
-from penstock.pipeline.simulate.simulator import Simulation, simulate
+from penstock.pipeline.simulate.simulator import Costs, Simulation, simulate
+from penstock.pipeline.simulate.times import Times
 from penstock.policy import create
 from penstock.testing.pipeline_peer import ours, theirs
 from penstock.testing.workers import Workers, serve
@@ -44,16 +47,20 @@ from penstock.train.pipeline.profiling import alone
 LARGE = {"hidden": 3072, "layers": 31, "heads": 24, "kv_heads": 8, "head_dim": 128, "ffn": 8192, "vocabulary": 32000}
 TINY = {"hidden": 64, "layers": 8, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 128, "vocabulary": 512}
 
-#: Ours and theirs: the same schedule, or, where we have no schedule of that name, the nearest in placement and memory.
-PAIRS = {
-    "1f1b": "Schedule1F1B",
-    "interleaved_1f1b": "ScheduleInterleaved1F1B",
-    "zb_h1": "ScheduleInterleavedZeroBubble",
-    "v_zb": "ScheduleZBVZeroBubble",
-    "v_half": "ScheduleDualPipeV",
+#: PyTorch's schedules, and those of ours that stand beside each: of the same name first, or else of the nearest memory.
+BESIDE = {
+    "Schedule1F1B": ("1f1b",),
+    "ScheduleInterleaved1F1B": ("interleaved_1f1b",),
+    "ScheduleInterleavedZeroBubble": ("zb_h1", "zb_auto"),
+    "ScheduleZBVZeroBubble": ("v_zb", "v_auto"),
+    "ScheduleDualPipeV": ("dualpipev", "v_half"),
 }
+#: Schedules that are searched for, and those whose measured times they are made for.
+SEARCHED = {"zb_auto": "zb_h1", "v_auto": "v_zb"}
 #: Schedules that papers set beside 1F1B in throughput. All of them are claimed to be faster in a step.
-CLAIMS = {"interleaved_1f1b": (6,), "zb_h1": (3,), "v_zb": (3, 21), "v_half": (21,)}
+CLAIMS = {
+    "interleaved_1f1b": (6,), "zb_h1": (3,), "zb_auto": (3,), "v_zb": (3, 21), "v_half": (21,), "v_auto": (21,),
+}  # fmt: skip
 #: PyTorch's schedules that do not split the backward pass.
 WHOLE = ("Schedule1F1B", "ScheduleInterleaved1F1B")
 #: What is said after the name of a subject whose layers and loss are compiled.
@@ -107,6 +114,8 @@ class Subjects:
         self.tokens = self.tokens.to(self.device)
         world.sum_([torch.zeros(1, device=self.device)])  # NCCL begins with all processes, for PyTorch's schedules too
         self.prepared = ""
+        self.found: dict[str, Costs] = {}
+        self.searched: dict[str, Schedule] = {}
 
     def __call__(self, order: str) -> dict[str, Any]:
         """Answers ``order``, the name of a schedule of either side, with what a step took."""
@@ -118,7 +127,7 @@ class Subjects:
             real = self._measured(step)
             answer["simulated"] = simulate(self.schedule, self.costs).makespan / real.makespan
             answer["idle"] = real.bubble_share
-            self.costs = real.costs
+            self.costs = self.found[order] = real.costs
         return answer
 
     def _timed(self) -> tuple[float, Step | None]:
@@ -141,14 +150,16 @@ class Subjects:
             torch.cuda.empty_cache()
         name = order.removesuffix(COMPILED)
         self.compiles = name != order
-        self.step = self._peer(name) if name.startswith("Schedule") else self._own(name)
+        if name in SEARCHED and order not in self.searched:
+            self.searched[order] = self._search(name, self.found[order.replace(name, SEARCHED[name])])
+        self.step = self._peer(name) if name.startswith("Schedule") else self._own(name, self.searched.get(order))
         self.prepared = order
         self._timed()
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
         _, step = self._timed()
         if step is not None:
-            self.costs = self._measured(step).costs
+            self.costs = self.found[order] = self._measured(step).costs
 
     def _peer(self, order: str) -> Callable[[], None]:
         device, devices = self.grid.device, self.grid.devices
@@ -158,8 +169,18 @@ class Subjects:
         modules = self._modules(count, held)
         return theirs(order, self.grid, modules, count, self._loss(modules), self.tokens, self.tokens)
 
-    def _own(self, order: str) -> Callable[[], Step]:
-        self.schedule = create("pipeline.schedule", order).build(self.grid.devices, self.microbatches)
+    def _search(self, name: str, costs: Costs) -> Schedule:
+        """What the schedule ``name`` is at measured times, which all processes have alike."""
+        times = Times(
+            forward=costs.forward,
+            input_grad=costs.input_grad,
+            weight_grad=costs.weight_grad,
+            transfer=costs.link.latency,
+        )
+        return create("pipeline.schedule", name, times=times).build(self.grid.devices, self.microbatches)
+
+    def _own(self, name: str, searched: Schedule | None) -> Callable[[], Step]:
+        self.schedule = searched or create("pipeline.schedule", name).build(self.grid.devices, self.microbatches)
         held = [stage for stage, where in enumerate(self.schedule.placement) if self.grid.device in where]
         modules = self._modules(self.schedule.stages, held)
         message = (1, self.length, self.config.hidden)
@@ -210,23 +231,31 @@ class Subjects:
 
 
 @dataclasses.dataclass
-class Pair:
-    """A schedule of ours and one of PyTorch's, and what of them is left to be measured."""
+class Group:
+    """One of PyTorch's schedules and those of ours that take turns with it."""
 
-    name: str
     peer: str
-    orders: list[str]
+    names: list[str]
     asked: str = ""
+
+    @property
+    def orders(self) -> list[str]:
+        """All that is measured: as it is, and then compiled."""
+        whole = [self.peer + COMPILED] if self.peer in WHOLE else []
+        return [*self.names, self.peer, *(name + COMPILED for name in self.names), *whole]
+
+    def leave_out_asked(self) -> None:
+        """Without what was asked last, and what would be made for its times; all of them where it is PyTorch's."""
+        failed = self.asked.removesuffix(COMPILED)
+        gone = self.names if failed == self.peer else (failed, *(own for own, of in SEARCHED.items() if of == failed))
+        self.names = [name for name in self.names if name not in gone]
 
 
 def main(bench: Bench) -> None:
-    """Measures in a process for each GPU, or in two. After a subject that fails, the others go on in new processes."""
+    """Measures in a process for each GPU, or in four. After a subject that fails, the others go on in new processes."""
     devices = torch.cuda.device_count()
-    size = devices if devices > 1 else 2
-    left = [
-        Pair(name, peer, [name, peer, name + COMPILED, *([peer + COMPILED] if peer in WHOLE else [])])
-        for name, peer in PAIRS.items()
-    ]
+    size = devices if devices > 1 else 4
+    left = [Group(peer, list(names)) for peer, names in BESIDE.items()]
     while left:
         with Workers(Path(__file__), size) as workers:
             try:
@@ -235,9 +264,8 @@ def main(bench: Bench) -> None:
                     left.pop(0)
             except PenstockError as error:
                 bench.console.print(f"left out, {left[0].asked}: {error}", style="red")
-                left[0].orders.remove(left[0].asked)
-                if not left[0].asked.endswith(COMPILED):
-                    left.pop(0)
+                left[0].leave_out_asked()
+                left = [group for group in left if group.names]
     if devices > 1:
         compare_within_memory(bench)
         compare_with_1f1b(bench)
@@ -247,7 +275,7 @@ def compare_with_1f1b(bench: Bench) -> None:
     """Sets each schedule beside 1F1B on the same runtime, as its paper does: the medians of this run, so that the ratio
     has no range."""
     rates, peaks = (
-        {row.subject: row for row in bench.rows if row.metric == metric and row.subject in PAIRS}
+        {row.subject: row for row in bench.rows if row.metric == metric and COMPILED not in row.subject}
         for metric in ("throughput", "peak memory of a device")
     )
     compared = [(rates, papers, name) for name, papers in CLAIMS.items()]
@@ -283,23 +311,24 @@ def compare_within_memory(bench: Bench) -> None:
         )
 
 
-def compare(bench: Bench, workers: Workers, size: int, pair: Pair, *, real: bool) -> None:
-    """Measures a pair, all of its subjects in turn."""
-    answers: dict[str, list[dict[str, Any]]] = {order: [] for order in pair.orders}
+def compare(bench: Bench, workers: Workers, size: int, group: Group, *, real: bool) -> None:
+    """Measures a group, all of its subjects in turn."""
+    answers: dict[str, list[dict[str, Any]]] = {order: [] for order in group.orders}
 
     def rate(order: str) -> float:
-        pair.asked = order
+        group.asked = order
         patience = COMPILING if order.endswith(COMPILED) else PATIENCE
         found = [workers.ask(order, patience) for _ in range(STEPS)]
         answers[order] += [{**ranks[0], "peak": max(rank["peak"] for rank in ranks)} for ranks in found]
         return 4 * size * (4096 if real else 32) / statistics.median(ranks[0]["seconds"] for ranks in found)
 
     setting = f"{size} devices, {4 * size} microbatches, " + ("3 B parameters" if real else "tiny shapes, gloo")
-    rates = bench.turns({order: functools.partial(rate, order) for order in pair.orders}, setting, REPETITIONS)
+    runs = {order: functools.partial(rate, order) for order in group.orders}
+    rates = bench.turns(runs, setting, REPETITIONS, uncounted=0)  # each subject makes two steps that are not counted
     throughput: dict[str, Any] = {"setting": setting, "metric": "throughput", "unit": "tokens/s"}
-    compiled_name = pair.name + COMPILED
-    for own in (order for order in (pair.name, compiled_name) if order in rates):
-        other = pair.peer + COMPILED if own == compiled_name and pair.peer + COMPILED in rates else pair.peer
+    for own in (order for order in rates if not order.startswith("Schedule")):
+        both = own.endswith(COMPILED) and group.peer in WHOLE
+        other = group.peer + COMPILED if both else group.peer
         names = {"subject": own, "peer": f"torch.distributed.pipelining, {other}"}
         bench.compared(**names, **throughput, values=rates[own], peer_values=rates[other])
         if real:
@@ -315,9 +344,9 @@ def compare(bench: Bench, workers: Workers, size: int, pair: Pair, *, real: bool
                 ratio=held / theirs_held,
             )
         describe(bench, own, setting, answers[own])
-    if compiled_name in rates:
-        names = {"subject": compiled_name, "peer": f"{pair.name}, not compiled"}
-        bench.compared(**names, **throughput, values=rates[compiled_name], peer_values=rates[pair.name])
+    for name in group.names:
+        names = {"subject": name + COMPILED, "peer": f"{name}, not compiled"}
+        bench.compared(**names, **throughput, values=rates[name + COMPILED], peer_values=rates[name])
 
 
 def describe(bench: Bench, name: str, setting: str, answers: list[dict[str, Any]]) -> None:

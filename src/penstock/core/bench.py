@@ -172,18 +172,20 @@ class Bench:
             claim=claim,
         )
 
-    def turns(self, runs: Mapping[str, Callable[[], T]], setting: str, repetitions: int) -> dict[str, list[T]]:
-        """What each run gave over ``repetitions`` rounds in which all take their turn, after a round that is not
-        counted. For runs that give several figures; :meth:`compared` makes rows of them."""
+    def turns(
+        self, runs: Mapping[str, Callable[[], T]], setting: str, repetitions: int, uncounted: int = 1
+    ) -> dict[str, list[T]]:
+        """What each run gave over ``repetitions`` rounds in which all take their turn, after rounds that warm them up
+        and are not counted. For runs that give several figures; :meth:`compared` makes rows of them."""
         rounds = min(repetitions, QUICK_REPETITIONS) if self.quick else repetitions
         values: dict[str, list[T]] = {name: [] for name in runs}
         with self.console.status("") as status:
-            for number in range(rounds + 1):
-                what = f"repetition {number} of {rounds}" if number else "warm-up"
+            for number in range(1 - uncounted, rounds + 1):
+                what = f"repetition {number} of {rounds}" if number > 0 else "warm-up"
                 for name, run in runs.items():
                     status.update(f"{self.name}: {name}, {setting}: {what}")
                     values[name].append(run())
-        return {name: kept[1:] for name, kept in values.items()}
+        return {name: kept[uncounted:] for name, kept in values.items()}
 
     def compared(
         self,

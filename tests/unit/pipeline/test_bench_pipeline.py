@@ -34,3 +34,18 @@ def test_schedules_stand_beside_1f1b_on_the_same_runtime(measured):
         ("v_half", "peak memory of a device"): (0.75, "confirmed", (21,)),
     }
     assert {row.peer for row in found.values()} == {"1f1b"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "left"),
+    [
+        ("zb_h1, compiled", []),  # and what is made for its times
+        ("zb_auto", ["zb_h1"]),
+        ("ScheduleInterleavedZeroBubble", []),
+    ],
+)
+def test_without_a_subject_that_fails_the_rest_of_its_group_is_measured(asked, left):
+    pipeline = load("pipeline")
+    group = pipeline.Group("ScheduleInterleavedZeroBubble", ["zb_h1", "zb_auto"], asked)
+    group.leave_out_asked()
+    assert group.names == left
