@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from penstock.core.randomness import torch_generator
-from penstock.ops.cuts import draw_cut, floor_of
+from penstock.ops.cuts import draw_cut, draw_uncut, floor_of
 from penstock.ops.draw import Floor
 
 pytestmark = pytest.mark.gpu
@@ -89,3 +89,18 @@ def test_scores_that_are_not_numbers_end_all_the_same() -> None:
     options = torch.tensor([[0.7] * 4, [40.0] * 4, [0.9] * 4, [0.1] * 4, [0.5] * 4], dtype=torch.float64, device="cuda")
     tokens = draw_cut(logits, options)
     assert ((tokens >= 0) & (tokens < 5000)).all()
+
+
+@pytest.mark.parametrize("size", [17, 4096, 151_936])
+@torch.inference_mode()
+def test_where_nothing_is_cut_a_draw_is_the_same_to_the_last_bit(size: int) -> None:
+    """Whether others in the batch are cut must not matter."""
+    given = draws().cuda()
+    given[1], given[2], given[3] = 0, 1, 0
+    cut = given.clone()
+    cut[2, ::2] = 0.9
+    for kind in ("flat", "broad", "steep"):
+        logits = scores(kind, size, torch.float32).cuda()
+        found, beside = draw_uncut(logits, given), draw_cut(logits, cut)
+        assert torch.equal(found, draw_cut(logits, given))
+        assert torch.equal(found[1::2], beside[1::2])

@@ -80,14 +80,19 @@ class Penalties:
         else:
             self._tokens[rows, upload(lengths, self._device)] = torch.where(kept, tokens, self._tokens[rows, 0])
             ones *= kept
-        self._counts.index_put_((rows, tokens), ones, accumulate=True)
+        self._count(rows, tokens, ones)
 
     @torch.inference_mode()
     def retract(self, slots: np.ndarray, lengths: np.ndarray, tokens: Tensor) -> None:
         """Undoes what :meth:`append` did with the same arguments."""
         rows, less = upload(self._row[slots], self._device), -torch.ones_like(tokens, dtype=torch.int32)
         self._tokens[rows, upload(lengths, self._device)] = self._tokens[rows, 0]
-        self._counts.index_put_((rows, tokens), less, accumulate=True)
+        self._count(rows, tokens, less)
+
+    def _count(self, rows: Tensor, tokens: Tensor, more: Tensor) -> None:
+        """Counts ``more`` int32 [P] of ``tokens`` [P] in ``rows`` [P], which may come several times: one kernel,
+        where accumulating at two indices would sort them first."""
+        self._counts.view(-1).index_add_(0, rows * self._counts.shape[1] + tokens, more)
 
     def _grow(self) -> None:
         rows = len(self._tokens)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.devices import upload
-from penstock.ops.cuts import draw_cut
+from penstock.ops.cuts import draw_cut, draw_uncut
 from penstock.serve.choose.asked import Asked, Ruled
 from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.penalties import Penalties
@@ -118,7 +118,9 @@ class Sampler:
 
     def _drawn(self, scores: Tensor, draws: np.ndarray) -> Tensor:
         """Tokens that are drawn from ``scores`` [R, V], as ``draws`` [5, R] say."""
-        return draw_cut(scores, self._of(draws))
+        _, top_k, top_p, min_p, _ = draws
+        cut = ((top_k > 0) | (top_p < 1) | (min_p > 0)).any()
+        return (draw_cut if cut else draw_uncut)(scores, self._of(draws))
 
     def _rescored(self, logits: Tensor, asked: Asked) -> Tensor:
         """The scores after bias, penalties, bans, grammars and rules. The logits stay as they are."""
