@@ -71,8 +71,8 @@ def computed(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
     engine.executor._sampler.sample = sample
     if sampled is not None:
         sampled.wait()
-    prompt = sampled.prompt.chosen if sampled is not None and sampled.prompt is not None else torch.zeros(0)
-    return (seen[0].float() if seen else torch.zeros(0, SHAPE.vocabulary)), prompt
+    rated = sampled.prompt.rows.logprobs if sampled is not None and sampled.prompt is not None else []
+    return (seen[0].float() if seen else torch.zeros(0, SHAPE.vocabulary)), torch.tensor(rated)
 
 
 def splits(count: int) -> list[tuple[tuple[int, ...], int]]:

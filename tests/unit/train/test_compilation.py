@@ -121,6 +121,7 @@ def test_a_compiler_that_does_not_work_is_told_and_done_without(store, tmp_path,
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("CXX", str(fake))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(fake),))  # which may have been asked for already
     monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     trainer = Run.create(config(store, compile=True, steps=2), tmp_path / "run").trainer
     assert trainer.compile().startswith("the compiler failed")

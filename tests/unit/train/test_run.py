@@ -44,7 +44,7 @@ def contents(folder: Path) -> set[str]:
 
 def test_what_a_run_leaves(finished, store):
     names = {"run.json", "metrics.jsonl", "tokenizer", "checkpoints", "model", "loss.png", "summary.json"}
-    assert contents(finished) == names
+    assert contents(finished) - {"tensorboard"} == names  # which is there where TensorBoard is installed
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((finished / "summary.json").read_text())
     wanted = {"bits_per_byte", "documents", "tokens_per_s", "parameters", "steps", "tokens", "seconds"}
