@@ -7,6 +7,7 @@ A verb is a module of this package with a function of the same name, or, for a g
 from __future__ import annotations
 
 import importlib
+import io
 import pkgutil
 import sys
 from typing import Any
@@ -58,6 +59,9 @@ def main() -> None:
     Typer itself answers a malformed command line (exit code 2), Ctrl-C (130) and a reader of our output that has gone
     (1), all without a traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where it is not UTF-8, a sign that it lacks is a question mark
     try:
         build_app()(prog_name="penstock")
     except PenstockError as error:

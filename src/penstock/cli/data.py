@@ -97,8 +97,8 @@ def show(
     console = Console()
     console.print(Text(f"{folder}: {manifest.corpus['name']} ({options}), by {manifest.written_by}"))
     console.print(Text(f"vocabulary {manifest.vocabulary}, tokenizer {manifest.tokenizer[:12]}, seed {manifest.seed}"))
-    if manifest.skipped:
-        console.print(Text(f"{manifest.skipped:,} documents were skipped, the first since {manifest.first_skipped}"))
+    if manifest.left_out:
+        console.print(Text(manifest.left_out))
     begin = manifest.begin_of_text or "nothing"
     console.print(Text(f"each document begins with {begin} and ends with {manifest.end_of_text}"))
     table = Table("Split", "Documents", "Tokens", "Text", "Bytes/token", "Such as")

@@ -52,9 +52,11 @@ def demo(
             typer.secho(sample.completion, fg="cyan")
             samples.append(str(sample))
         write_atomic(out / "samples.txt", "\n".join(samples))
+        behind = summary["bits_per_byte"] >= summary["xz_bits_per_byte"]
+        more = " More training would do better: penstock demo --minutes 15." if behind else ""
         typer.echo(
             f"\n{summary['bits_per_byte']:.3f} bits per byte on {summary['documents']} held-out files; xz -9 on each "
-            f"of them needs {summary['xz_bits_per_byte']:.3f}.\n\nNext:\n"
+            f"of them needs {summary['xz_bits_per_byte']:.3f}.{more}\n\nNext:\n"
             f"  penstock generate {out} --prompt 'def main('\n"
             f"  penstock train --preset demo --set minutes=30 --out runs/longer\n"
             f"  penstock papers"

@@ -45,7 +45,7 @@ def train(
 
     share_cores()
     from penstock.cli import tell
-    from penstock.core.config import apply_overrides, build, read_toml
+    from penstock.core.config import apply_overrides, build, overridden, read_toml
     from penstock.core.errors import UsageError
     from penstock.core.progress import show, silent
     from penstock.parallel.world import World
@@ -65,7 +65,11 @@ def train(
         raise UsageError("--show-config goes with a configuration file or --preset")
     changes = overrides or []
     path = config if preset is None else presets.path_of(preset)
-    wanted = None if path is None else build(TrainConfig, apply_overrides(read_toml(path), changes), str(path))
+    wanted = (
+        None
+        if path is None
+        else build(TrainConfig, apply_overrides(read_toml(path), changes), overridden(str(path), changes))
+    )
     if wanted is not None and show_config:
         typer.echo(wanted.model_dump_json(indent=2))
         return

@@ -95,6 +95,11 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
     return result
 
 
+def overridden(source: str, overrides: Sequence[str]) -> str:
+    """What to call a configuration of ``source`` with ``overrides``, in an error."""
+    return f"{source} with {' '.join(f'--set {each}' for each in overrides)}" if overrides else source
+
+
 def _split(override: str) -> tuple[list[str], str]:
     """The path and the text of an override ``a.b=c``."""
     key, separator, text = override.partition("=")
@@ -118,7 +123,7 @@ def build(cls: type[C], tree: Mapping[str, Any], source: str = "the configuratio
         return cls.model_validate(dict(tree))
     except ValidationError as error:
         lines = [_explain(cls, place, fault) for place, fault in faults(error.errors(), tree)]
-        raise ConfigError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from error
+        raise ConfigError(f"{source}: not valid:\n  " + "\n  ".join(lines)) from error
 
 
 #: How a value at fault is shown: a large or deep one in part.

@@ -51,7 +51,7 @@ class CheckpointError(PenstockError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Words for an error about an unknown ``name``: the nearest known names, or all of them when none is near."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "known: " + ", ".join(known) if known else "none is known"

@@ -175,7 +175,8 @@ def _require_share(held_out: float) -> None:
 
 def _require_documents(corpus: Corpus, found: int, kept: int) -> None:
     if not found:
-        raise DataError(f"the corpus is empty: there is no text in {corpus.describe()}")
+        options = ", ".join(f"{key} {value}" for key, value in corpus.describe().items() if key != "name")
+        raise DataError(f"the corpus is empty: there is no text in {corpus.policy_name} ({options})")
     if not kept:
         raise DataError(f"all {found} documents are held out", hint="Hold out a smaller share, or add documents.")
 

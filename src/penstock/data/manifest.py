@@ -98,6 +98,11 @@ class Manifest(Config):
     splits: dict[SplitName, Counts]
     files: tuple[StoredFile, ...]
 
+    @property
+    def left_out(self) -> str:
+        """How many documents were skipped, and why, in words; nothing where none was."""
+        return f"{self.skipped:,} documents were skipped, the first since {self.first_skipped}" if self.skipped else ""
+
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the store in ``folder``.

@@ -213,7 +213,9 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if (self.model is None) == (self.start_from is None):
+        if self.model is None and self.start_from is None:
+            raise ValueError("say what to train: a [model] section, or start_from")
+        if self.model is not None and self.start_from is not None:
             raise ValueError("give either a [model] section or start_from, not both")
         if (self.steps, self.tokens, self.epochs, self.minutes) == (None,) * 4:
             raise ValueError("say when to stop: steps, tokens, epochs or minutes")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from penstock.core.config import apply_overrides, build
+from penstock.core.config import apply_overrides, build, overridden
 from penstock.core.devices import pick
 from penstock.core.errors import ConfigError, UsageError
 from penstock.core.files import atomic_folder, read_json, write_json
@@ -159,7 +159,8 @@ class Run:
             stored = store.moved(checkpoint.load_state(found).description["config"], overrides)
             if stored["data"]["store"] is None:
                 stored["data"] = {**stored["data"], "store": str((found.parent.parent / "store").resolve())}
-            config = build(TrainConfig, apply_overrides(stored, overrides), f"the configuration of {found}")
+            source = overridden(f"the configuration of {found}", overrides)
+            config = build(TrainConfig, apply_overrides(stored, overrides), source)
             return cls._with_config(config, folder, world, report)
 
     @classmethod
@@ -181,7 +182,8 @@ class Run:
         path = folder / CONFIG
         if not path.is_file():
             raise UsageError(f"{folder} holds no training run", hint="Name a folder with a run.json, or start a run.")
-        config = build(TrainConfig, apply_overrides(store.moved(read_json(path), overrides), overrides), str(path))
+        tree = apply_overrides(store.moved(read_json(path), overrides), overrides)
+        config = build(TrainConfig, tree, overridden(str(path), overrides))
         return cls._with_config(config, folder, world or World(), report)
 
     @classmethod
@@ -238,6 +240,8 @@ class Run:
                 f"the token store has {opened.manifest.vocabulary} tokens, the model only {shape.vocabulary}",
                 hint="Set model.vocabulary, or use a store that was made with the model's tokenizer.",
             )
+        if opened.manifest.left_out:
+            self.notes.append(f"of the token store {folder}, {opened.manifest.left_out}")
         if not opened.split("held_out").documents:
             self.notes.append(
                 f"the token store {folder} has no held-out documents, so the model will not be evaluated; "

@@ -122,7 +122,7 @@ def test_a_peer_that_measures_nothing_is_an_error(run):
 
 
 def test_a_wrong_row_is_named(run):
-    with pytest.raises(ConfigError, match=r"(?s)a row of the benchmark 'made' is not valid.*vlaue: unknown key"):
+    with pytest.raises(ConfigError, match=r"(?s)a row of the benchmark 'made': not valid.*vlaue: unknown key"):
         run.row(**NAMES, vlaue=3)
     with pytest.raises(ConfigError, match="finite"):
         run.measure(**NAMES, run=lambda: float("nan"), repetitions=1)

@@ -159,7 +159,7 @@ class Tree(Config):
 @pytest.mark.parametrize(
     ("tree", "fault"),
     [
-        ({"detph": 3}, "detph: unknown key; did you mean 'depth' or"),
+        ({"detph": 3}, "detph: unknown key; did you mean 'depth'?"),
         ({"small": {"widht": 3}}, "small.widht: unknown key; did you mean 'width'?"),
         ({"maybe": {"widht": 3}}, "maybe.widht: unknown key; did you mean 'width'?"),
         ({"either": {"kind": "large", "hieght": 3}}, "either.large.hieght: unknown key; did you mean 'height'?"),
@@ -173,7 +173,7 @@ class Tree(Config):
 def test_every_fault_is_named_with_its_key(tree, fault):
     with pytest.raises(ConfigError) as caught:
         build(Tree, tree, source="run.toml")
-    assert str(caught.value).startswith("run.toml is not valid:\n")
+    assert str(caught.value).startswith("run.toml: not valid:\n")
     assert fault in str(caught.value)
 
 

@@ -95,7 +95,7 @@ def test_results_come_in_order_and_quick_ones_are_left_out(tmp_path):
 def test_a_wrong_result_is_named_with_its_fault(tmp_path, changes, fault):
     with pytest.raises(ConfigError) as caught:
         read_results(write(tmp_path, **changes))
-    assert str(caught.value).startswith(f"{tmp_path / 'train-cpu-2.json'} is not valid")
+    assert str(caught.value).startswith(f"{tmp_path / 'train-cpu-2.json'}: not valid")
     assert fault in str(caught.value)
 
 

@@ -20,12 +20,20 @@ def text_of(record: Any, field: str, where: str) -> str | None:
     found: Any = record
     for name in [field] if field in record else field.split("."):
         if not isinstance(found, Mapping) or name not in found:
-            known = found if isinstance(found, Mapping) else ()
-            raise DataError(f"{where} has no field {field!r}: {nearest(name, known)}")
+            raise DataError(f"{where} has no field {field!r}: {nearest(field, fields_of(record))}")
         found = found[name]
     if found is not None and not isinstance(found, str):
         raise DataError(f"{where}: {field!r} is not a string but a {type(found).__name__}")
     return found
+
+
+def fields_of(record: Mapping[str, Any], inside: str = "") -> Iterator[str]:
+    """The names of a record's fields that are no records themselves, those of inner ones as ``meta.text``."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from fields_of(value, f"{inside}{name}.")
+        else:
+            yield f"{inside}{name}"
 
 
 def documents_of(records: Iterable[tuple[str, str, Any]], field: str) -> Iterator[Document | DataError]:

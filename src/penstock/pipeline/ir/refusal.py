@@ -17,12 +17,21 @@ class RefusalError(UsageError):
         self.microbatches = microbatches
 
 
-def check_positive(devices: int, microbatches: int) -> None:
-    """Refuses what is no pipeline at all.
+#: Microbatches of all devices together, at most: ordering more of them would take hours and all memory.
+LARGEST = 1 << 24
+
+
+def check_size(devices: int, microbatches: int) -> None:
+    """Refuses what is no pipeline at all, and what is too large for anybody.
 
     Raises:
-        UsageError: a number is not positive.
+        UsageError: a number is not positive, or both together are too large.
     """
+    if devices * microbatches > LARGEST:
+        raise UsageError(
+            f"{devices:,} devices with {microbatches:,} microbatches each are more than can be ordered",
+            hint=f"All together may have {LARGEST:,} microbatches.",
+        )
     for what, number in (("devices", devices), ("microbatches", microbatches)):
         if number < 1:
             raise UsageError(f"a pipeline of {number} {what} does nothing", hint=f"Ask for one or more {what}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from penstock.pipeline.ir.refusal import check_positive
+from penstock.pipeline.ir.refusal import check_size
 from penstock.pipeline.ir.schedule import Schedule, looped
 from penstock.pipeline.ordering.list_scheduling import list_schedule
 from penstock.policy import Policy, contract, unwritten
@@ -39,7 +39,7 @@ class PipelineRoute(Policy):
             UsageError: a number is not positive.
             RefusalError: there are no such paths for these numbers; it names the smallest change that would work.
         """
-        check_positive(devices, microbatches)
+        check_size(devices, microbatches)
         paths = self.paths(devices, microbatches)
         return list_schedule(looped(devices), devices, [0] * microbatches, paths)
 

@@ -34,10 +34,14 @@ class Grid:
 
     def __init__(self, world: World, devices: int, timeout: float = 300.0) -> None:
         if world.size % devices:
+            other = (
+                f"set parallel.pipeline to a divisor of {world.size}" if world.size > 1 else "leave the pipeline out"
+            )
             raise UsageError(
-                f"{world.size} processes do not make whole pipelines of {devices}",
-                hint=f"Start {devices} processes or a multiple of it, under torchrun, or set parallel.pipeline to a "
-                f"divisor of {world.size}.",
+                f"{world.size} processes do not make whole pipelines of {devices}"
+                if world.size > 1
+                else f"this is one process, and a pipeline of {devices} stages needs {devices}",
+                hint=f"Start {devices} processes or a multiple of it, under torchrun, or {other}.",
             )
         self.world, self.devices, self.timeout = world, devices, timeout
         if world.watch is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penstock.pipeline.ir.refusal import check_positive
+from penstock.pipeline.ir.refusal import check_size
 from penstock.pipeline.ir.schedule import Schedule
 from penstock.policy import Policy, contract
 
@@ -28,7 +28,7 @@ class PipelineSchedule(Policy):
             UsageError: a number is not positive.
             RefusalError: there is no such schedule for these numbers; it names the smallest change that would work.
         """
-        check_positive(devices, microbatches)
+        check_size(devices, microbatches)
         return self.arrange(devices, microbatches)
 
     def arrange(self, devices: int, microbatches: int) -> Schedule:
