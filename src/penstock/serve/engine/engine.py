@@ -17,11 +17,13 @@ from penstock.serve.engine.executor import Executor
 from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.memory import Memory
 from penstock.serve.engine.sequence import Sequence
+from penstock.serve.engine.speculation import Speculation
 from penstock.serve.engine.steps import Counters, EngineSteps
 from penstock.serve.messages import Delta, Finish, Request, Snapshot
 
 if TYPE_CHECKING:
     from penstock.serve.config import EngineConfig
+    from penstock.serve.run.draft import DraftModel
 
 
 class Engine:
@@ -35,6 +37,7 @@ class Engine:
         executor: the model with its cache.
         stop: the model's own end-of-text tokens.
         grammars: compiles grammars; without it, requests cannot have one.
+        draft: the model that drafts, where the settings name one.
 
     Attributes:
         limits: what a step may hold, and for which model.
@@ -42,11 +45,17 @@ class Engine:
         memory: who runs, and in which blocks.
         events: what was decided about which request.
         executor: who computes.
+        speculation: who drafts; None where nothing is drafted.
         steps: the parts of a step, with the batcher.
     """
 
     def __init__(
-        self, config: EngineConfig, executor: Executor, stop: Iterable[int] = (), grammars: Grammars | None = None
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        stop: Iterable[int] = (),
+        grammars: Grammars | None = None,
+        draft: DraftModel | None = None,
     ) -> None:
         shape, blocks, size = executor.shape, executor.blocks, executor.block_size
         self.context = min(config.context or shape.context, shape.context, blocks * size)
@@ -55,9 +64,10 @@ class Engine:
         self.events = EventLog()
         self._config, self._stop, self._grammars = config, frozenset(stop), grammars
         self.executor, self._counters = executor, Counters()
-        batcher = config.batching.start(self.limits)
+        batcher, tokens = config.batching.start(self.limits), self.limits.tokens
+        self.speculation = Speculation(config.controller, config.draft.most, draft) if config.draft else None
         self.steps = EngineSteps(
-            self.memory, batcher, executor, self.limits.tokens, self._counters, self.events, self._drop
+            self.memory, batcher, executor, tokens, self._counters, self.events, self._drop, self.speculation
         )
         self._loop = config.loop.start(self.steps)
         self._sequences: dict[str, list[Sequence]] = {}
@@ -168,8 +178,8 @@ class Engine:
 
     def _changed(self, sequence: Sequence) -> None:
         """The text of ``sequence`` was changed from outside."""
-        if sequence.draft is not None and self._config.drafter is not None:
-            sequence.draft = self._config.drafter.start(sequence.tokens)
+        if sequence.draft is not None and self._config.draft is not None:
+            sequence.draft = self._config.draft.start(sequence.tokens)
         for member in sequence.members:
             if member.held is not None:
                 self.memory.renew(member)
@@ -242,7 +252,7 @@ class Engine:
         stop = self._stop if not sampling.ignore_eos or matcher is not None else frozenset()
         tokens, companions = list(request.prompt), tuple(self._companions(request, limit, prompt))
         # What a group drafts would have to be checked for all of its members.
-        drafter = self._config.drafter if sampling.drafts and not companions else None
+        drafter = self._config.draft if sampling.drafts and not companions else None
         sequence = Sequence(
             request,
             index,

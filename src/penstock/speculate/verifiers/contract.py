@@ -52,6 +52,11 @@ class Verifier(Policy):
         return None
 
     @property
+    def matches(self) -> bool:
+        """Whether what comes out does not depend on the drafts, nor on what they were drawn from."""
+        return False
+
+    @property
     def guarantee(self) -> float:
         """The share of the optimal acceptance (:mod:`penstock.speculate.bound`) that it reaches at least."""
         return 0.0

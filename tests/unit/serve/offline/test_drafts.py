@@ -18,7 +18,7 @@ def plain() -> LLM:
 
 @pytest.fixture(scope="module")
 def drafting() -> LLM:
-    return LLM("python-1m", drafter="ngram", **OPTIONS)
+    return LLM("python-1m", draft="ngram", **OPTIONS)
 
 
 def told(llm: LLM, sampling: SamplingParams) -> tuple[list[tuple], list[float]]:
