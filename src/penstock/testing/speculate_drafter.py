@@ -8,6 +8,8 @@ What each clause is there to catch:
   values of rejected tokens that are read later or shared, penalties, grammars and rules that do not follow the
   tentative tokens, draws and log-probabilities that belong to another place, a text that goes on behind its end, a
   neighbour that is not drafted for and gets another's token;
+- :func:`check_twin` lets a model draft for itself: whatever it gets wrong of a text, a place, a draw, a penalty, or of
+  keys and values that somebody else wrote, cut back or left out, makes it draft what it does not say itself;
 - :func:`check_proposals`: more tokens than were asked for, or a draft that a text's growth by pieces changes.
 """
 
@@ -55,6 +57,7 @@ def check(drafter: Drafter) -> None:
     check_distribution(drafter)
     check_engine(drafter)
     check_loops(drafter)
+    check_twin(drafter)
 
 
 def check_distribution(drafter: Drafter, length: int = 3) -> None:
@@ -146,6 +149,38 @@ def check_engine(drafter: Drafter, seed: int = 0) -> Engine:
     return drafting
 
 
+def check_twin(drafter: Drafter) -> Engine | None:
+    """Asserts that a model which drafts for itself is right in every place, whatever requests ask for: where prompts
+    are computed in pieces and found in the cache, sequences are thrown out, forked, cut back and fed, and some draft
+    nothing. Returns the engine; None for a drafter without a model."""
+    if drafter.model is None:
+        return None
+    engine = engine_with(drafter, draft=small_model(), cache_tokens=120)
+    played(engine, 0)
+    for number in range(6):
+        prompt = [(3 * place + number // 2) % 11 for place in range(14 + number)]
+        quiet = {"temperature": 0.8, "seed": number, "max_tokens": 40}
+        engine.add(Request(f"parent {number}", prompt, SamplingParams(drafts=bool(number % 3), **quiet)))
+        for _ in range(3):
+            engine.step()
+        parent = next((each for each in engine.memory.running if each.request.id == f"parent {number}"), None)
+        if parent is None:  # it was thrown out
+            continue
+        engine.fork(parent.request.id, Request(f"child {number}", list(parent.tokens), SamplingParams(**quiet)))
+        engine.step()
+        if parent.finish is None and number % 2:
+            engine.truncate(parent.request.id, max(parent.prompt, len(parent.tokens) - 3))
+            engine.feed(parent.request.id, [1, 2])
+    while engine.busy:
+        engine.step()
+    now = engine.snapshot()
+    assert now.preemptions, "nobody was thrown out"
+    assert now.drafted_tokens > now.output_tokens / 3
+    wrong = now.drafted_tokens - now.accepted_tokens
+    assert not wrong, f"{wrong} of {now.drafted_tokens} tokens that a model drafted for itself were not its own"
+    return engine
+
+
 #: What requests ask for whose text goes round in circles.
 CIRCLING: list[dict[str, Any]] = [
     {},
@@ -195,14 +230,16 @@ def engine_with(
     model: Decoder | None = None,
     controller: Controller | None = None,
     verifier: Verifier | None = None,
+    draft: Decoder | None = None,
+    cache_tokens: int = 400,
 ) -> Engine:
     """A small engine that drafts as much as it may, unless it has a ``controller``."""
-    sizes = {"tokens": 40, "sequences": 8, "block_size": 4, "cache_tokens": 400}
+    sizes = {"tokens": 40, "sequences": 8, "block_size": 4, "cache_tokens": cache_tokens}
     config = EngineConfig(attention=Reference(), draft=drafter, controller=controller or Fixed(), check=True, **sizes)
     if verifier is not None:
         config = config.model_copy(update={"verifier": verifier})
     target = model or small_model()
-    return build_engine(target, config, draft=draft_of(target))
+    return build_engine(target, config, draft=draft or draft_of(target))
 
 
 def outcomes(engine: Engine) -> dict[tuple[str, int], list[int]]:

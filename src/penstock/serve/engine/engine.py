@@ -20,10 +20,12 @@ from penstock.serve.engine.sequence import Sequence
 from penstock.serve.engine.speculation import Speculation
 from penstock.serve.engine.steps import Counters, EngineSteps
 from penstock.serve.messages import Delta, Finish, Request, Snapshot
+from penstock.speculate.prediction import Prediction
 
 if TYPE_CHECKING:
     from penstock.serve.config import EngineConfig
     from penstock.serve.run.draft import DraftModel
+    from penstock.speculate.contract import Draft
 
 
 class Engine:
@@ -178,8 +180,8 @@ class Engine:
 
     def _changed(self, sequence: Sequence) -> None:
         """The text of ``sequence`` was changed from outside."""
-        if sequence.draft is not None and self._config.draft is not None:
-            sequence.draft = self._config.draft.start(sequence.tokens)
+        if sequence.draft is not None:
+            sequence.draft = self._draft(sequence.sampling, sequence.tokens, sequence.prompt)
         for member in sequence.members:
             if member.held is not None:
                 self.memory.renew(member)
@@ -203,6 +205,9 @@ class Engine:
         self._known(request.prompt, "the prompt has a token that")
         for prompt in sampling.companions:
             self._known(prompt, "the rule's prompt has a token that")
+        self._known(
+            () if isinstance(sampling.prediction, str) else sampling.prediction, "the prediction has a token that"
+        )
         named = max([*sampling.logit_bias, *sampling.stop_tokens], default=0)
         if named >= vocabulary:
             raise UsageError(
@@ -252,7 +257,6 @@ class Engine:
         stop = self._stop if not sampling.ignore_eos or matcher is not None else frozenset()
         tokens, companions = list(request.prompt), tuple(self._companions(request, limit, prompt))
         # What a group drafts would have to be checked for all of its members.
-        drafter = self._config.draft if sampling.drafts and not companions else None
         sequence = Sequence(
             request,
             index,
@@ -263,7 +267,7 @@ class Engine:
             prompt=prompt,
             stop=stop | set(sampling.stop_tokens),
             matcher=matcher,
-            draft=None if drafter is None else drafter.start(tokens),
+            draft=None if companions else self._draft(sampling, tokens, prompt),
             companions=companions,
         )
         if request.deadline is not None:
@@ -275,6 +279,17 @@ class Engine:
         self.events.add("arrived", request.id, index, tokens=len(tokens), waiting=self.steps.batcher.waiting)
         self.steps.batcher.add(sequence)
         return sequence
+
+    def _draft(self, sampling: SamplingParams, tokens: List[int], prompt: int) -> Draft | None:
+        """What drafts for a sequence of ``tokens``, the first ``prompt`` of which were given."""
+        drafter = self._config.draft
+        if drafter is None or not sampling.drafts:
+            return None
+        if not sampling.prediction or isinstance(sampling.prediction, str):
+            return drafter.start(tokens)
+        draft = Prediction(sampling.prediction, drafter.most)
+        draft.extend(tokens[prompt:])
+        return draft
 
     def _companions(self, request: Request, limit: int, given: int) -> Iterable[Sequence]:
         """Sequences with the rule's prompts, which go on with what the request's prompt has behind its ``given``
@@ -338,7 +353,7 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         """The engine's state now."""
-        last = self.steps.last
+        last, speculation = self.steps.last, self.speculation
         return Snapshot(
             running=len(self.memory.running),
             waiting=self.steps.batcher.waiting,
@@ -347,5 +362,7 @@ class Engine:
             batch_tokens=last.tokens,
             batch_sequences=len(last.entries),
             step_seconds=last.seconds,
+            drafted_at=() if speculation is None else tuple(speculation.drafted),
+            accepted_at=() if speculation is None else tuple(speculation.accepted),
             **dataclasses.asdict(self._counters),
         )

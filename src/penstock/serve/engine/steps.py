@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 @dataclasses.dataclass
 class Counters:
     """What an engine did since its start: steps, sequences thrown out, prompt tokens and those of them that were found
-    in the cache, tokens that came out, and tokens that were drafted and accepted."""
+    in the cache, tokens that came out, tokens that were drafted and accepted, and how often a step brought tokens of a
+    sequence."""
 
     steps: int = 0
     preemptions: int = 0
@@ -32,6 +33,7 @@ class Counters:
     output_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    sequence_steps: int = 0
 
 
 class EngineSteps:
@@ -122,6 +124,7 @@ class EngineSteps:
         for member in sequence.members:
             member.in_flight -= 1
         self._counters.output_tokens += kept
+        self._counters.sequence_steps += 1
         if window:
             self._counters.drafted_tokens += len(window)
             self._counters.accepted_tokens += len(tokens) - 1
@@ -147,6 +150,8 @@ class EngineSteps:
             None if rated is None else LogprobRows.stacked(rated),
             finish,
             max(sequence.cached, 0),
+            len(window),
+            min(len(tokens) - 1, kept),
         )
 
 

@@ -57,10 +57,13 @@ class Measuring(Control):
         return expected
 
     def learn(self, seen: Seen) -> None:
+        if seen.ahead:
+            # Depths that were not tried are forgotten too: they may have become better.
+            self._tried = [self._policy.memory * each for each in self._tried]
+            self._accepted = [self._policy.memory * each for each in self._accepted]
         for depth in range(seen.ahead):
-            came = sum(accepted > depth for accepted in seen.accepted)
-            self._tried[depth] = self._policy.memory * self._tried[depth] + len(seen.accepted)
-            self._accepted[depth] = self._policy.memory * self._accepted[depth] + came
+            self._tried[depth] += len(seen.accepted)
+            self._accepted[depth] += sum(accepted > depth for accepted in seen.accepted)
         if self._since and sum(seen.accepted) > sum(seen.drafted) / 2:
             self._since = self._policy.patience  # a trial that went well is repeated at once
         if not seen.prompts and seen.sequences:
