@@ -55,9 +55,9 @@ def check(drafter: Drafter) -> None:
     """Asserts the law."""
     check_proposals(drafter, seed=0)
     check_distribution(drafter)
+    check_twin(drafter)
     check_engine(drafter)
     check_loops(drafter)
-    check_twin(drafter)
 
 
 def check_distribution(drafter: Drafter, length: int = 3) -> None:

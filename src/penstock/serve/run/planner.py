@@ -289,14 +289,16 @@ def _bans(sources: list[tuple[Sequence, int]], own: np.ndarray) -> np.ndarray | 
 
 
 def _masks(sources: list[tuple[Sequence, int]], own: np.ndarray, asked: Asked) -> Masked | None:
-    """What grammars allow, also behind tentative tokens, which they allow themselves."""
+    """What grammars allow, also behind tentative tokens, which they allow themselves. Behind one that ends the text,
+    nothing is forbidden: nobody will read it, and a grammar cannot go on from there."""
     if not own.size:
         return None
     matchers = [sources[place][0].matcher for place in own]
+    ahead = [_ahead(asked, place) for place in own]
     words = np.full((len(own), max(each.words for each in matchers if each is not None)), -1, np.int32)
-    for row, place, matcher in zip(words, own, matchers, strict=True):
-        if matcher is not None:
-            _write_mask(row, matcher, _ahead(asked, place))
+    for row, place, matcher, tokens in zip(words, own, matchers, ahead, strict=True):
+        if matcher is not None and sources[place][0].stop.isdisjoint(tokens):
+            _write_mask(row, matcher, tokens)
     return Masked(own, words)
 
 
