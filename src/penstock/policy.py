@@ -83,7 +83,8 @@ def contract(name: str, *, law: str, simulated: bool = False) -> Callable[[P], P
     """Declares a contract. ``law`` says, in a sentence, what the conformance suite checks for every policy of it.
 
     A contract is ``simulated`` while no trainer, server or planner takes its policies, only a simulator and pictures:
-    a paper that such a policy names counts as simulated, not as implemented.
+    a paper that such a policy names counts as simulated, not as implemented. Where some are taken, those that are not
+    are simulated themselves.
     """
     if not law:
         raise ValueError(f"contract {name!r} states no law")
@@ -95,8 +96,9 @@ def contract(name: str, *, law: str, simulated: bool = False) -> Callable[[P], P
     return register
 
 
-def policy(contract: str, name: str, *, papers: Sequence[int] = ()) -> Callable[[P], P]:
-    """Registers a policy class under ``contract`` and ``name``. ``papers`` are ids of the catalogue.
+def policy(contract: str, name: str, *, papers: Sequence[int] = (), simulated: bool = False) -> Callable[[P], P]:
+    """Registers a policy class under ``contract`` and ``name``. ``papers`` are ids of the catalogue, and ``simulated``
+    is one that no trainer, server or planner takes, where the contract is none of that kind.
 
     All arguments must be literals, since :func:`index` reads them from the source.
     """
@@ -132,6 +134,7 @@ class Entry:
 
     Attributes:
         summary: the first sentence of ``docstring``, which is the class's own.
+        simulated: whether no trainer, server or planner takes it, though it takes others of the contract.
     """
 
     contract: str
@@ -142,6 +145,7 @@ class Entry:
     qualname: str
     path: Path
     docstring: str = ""
+    simulated: bool = False
 
     def load(self) -> type[Policy]:
         """Imports the policy's module and returns its class."""
@@ -223,6 +227,7 @@ def _declarations(module: str, path: Path) -> Iterator[Contract | Entry]:
                             qualname=node.name,
                             path=path,
                             docstring=docstring,
+                            simulated=given["simulated"],
                         )
 
 

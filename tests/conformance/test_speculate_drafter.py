@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from penstock.testing.enrolled import enrolled, rebuilt
-from penstock.testing.speculate_drafter import check_distribution, check_engine, check_loops, check_proposals
+from penstock.testing.speculate_drafter import (
+    check_distribution,
+    check_engine,
+    check_loops,
+    check_proposals,
+    check_twin,
+)
 
 POLICIES = enrolled("speculate.drafter")
 
@@ -19,6 +25,11 @@ def test_the_distribution_is_the_models_exactly(name):
 def test_tokens_are_those_of_an_engine_that_drafts_nothing(name):
     check_engine(POLICIES[name])
     check_loops(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_model_that_drafts_for_itself_is_always_right(name):
+    check_twin(POLICIES[name])
 
 
 @pytest.mark.parametrize("seed", range(2))

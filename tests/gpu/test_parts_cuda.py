@@ -58,7 +58,7 @@ def computed(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
     """The logits of ``batch`` in its parts, and the log-probabilities of prompts. Tokens that a graph draws are those
     that the sampler draws from the same logits."""
     seen: list[Tensor] = []
-    sample = engine.executor._sampler.sample
+    sample = engine.executor.sampler.sample
 
     def seeing(logits: Tensor, asked: Asked, drawn: Tensor | None):
         seen.append(logits.clone())
@@ -66,9 +66,9 @@ def computed(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
             assert torch.equal(sample(logits, asked)[0].tokens, drawn)
         return sample(logits, asked, drawn)
 
-    engine.executor._sampler.sample = seeing
+    engine.executor.sampler.sample = seeing
     sampled = engine.executor.launch(batch)
-    engine.executor._sampler.sample = sample
+    engine.executor.sampler.sample = sample
     if sampled is not None:
         sampled.wait()
     rated = sampled.prompt.rows.logprobs if sampled is not None and sampled.prompt is not None else []

@@ -59,7 +59,7 @@ def test_replayed_windows_are_queued_windows():
     with torch.device("cuda"):
         model = Decoder(SHAPE)
     model = model.initialize(0).to("cuda", torch.bfloat16).eval()
-    engine = build_engine(model, EngineConfig(sequences=16, cache_tokens=16384, drafter=Ngram(), check=True))
+    engine = build_engine(model, EngineConfig(sequences=16, cache_tokens=16384, draft=Ngram(), check=True))
     compared = Compared(engine.executor)
     for number in range(12):
         prompt = [(7 * number + place % (3 + number)) % SHAPE.vocabulary for place in range(60 + number)]

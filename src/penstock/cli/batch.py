@@ -21,8 +21,8 @@ def batch(
     chat_template: Path | None = typer.Option(
         None, "--chat-template", metavar="FILE", help="A Jinja file that writes chats, in place of the model's own."
     ),
-    speculate: str | None = typer.Option(
-        None, "--speculate", metavar="DRAFTER", help="Draft tokens ahead and check them together, as with ngram."
+    draft: str | None = typer.Option(
+        None, "--draft", metavar="DRAFTER", help="Draft tokens and check them together: ngram, or a smaller model."
     ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
 ) -> None:
@@ -45,7 +45,7 @@ def batch(
     from penstock.serve.offline.batch_file import BatchRun
     from penstock.serve.offline.gather import Gatherer
 
-    base = {"batching": "batchllm", "drafter": speculate}
+    base = {"batching": "batchllm", "draft": draft}
     config = build(EngineConfig, apply_overrides(base, overrides), "the engine's options")
     for path, there in ((source, source.is_file()), (target.parent, target.parent.is_dir())):
         if not there:

@@ -45,8 +45,8 @@ def serve(
     chat_template: Path | None = typer.Option(
         None, "--chat-template", metavar="FILE", help="A Jinja file that writes chats, in place of the model's own."
     ),
-    speculate: str | None = typer.Option(
-        None, "--speculate", metavar="DRAFTER", help="Draft tokens ahead and check them together, as with ngram."
+    draft: str | None = typer.Option(
+        None, "--draft", metavar="DRAFTER", help="Draft tokens and check them together: ngram, or a smaller model."
     ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     queue: int = typer.Option(1024, "--queue", min=0, help="Most continuations that wait; more get status 429."),
@@ -71,7 +71,7 @@ def serve(
 
     Example: `penstock serve python-6m --port 8000 --set sequences=64`
 
-    With drafted tokens, and a trace of every request: `penstock serve python-6m --speculate ngram --trace trace.json`
+    With drafted tokens, and a trace of every request: `penstock serve python-6m --draft python-1m --trace trace.json`
     """
     import asyncio
     import contextlib
@@ -88,7 +88,7 @@ def serve(
     from penstock.serve.observe.log import start
     from penstock.serve.observe.trace import Trace
 
-    chosen = {"drafter": speculate, "record": None if record is None else str(record)}
+    chosen = {"draft": draft, "record": None if record is None else str(record)}
     engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
     given = {
         "body": body_limit,

@@ -69,6 +69,11 @@ def name_of(source: str) -> str:
     return Path(source).resolve().name if Path(source).is_dir() else source
 
 
+def boxed_models() -> list[str]:
+    """The names of the models that come with the package."""
+    return [found.parent.name for found in BOXED.glob(f"*/{CONFIG}")]
+
+
 def resolve(source: str | Path) -> Path:
     """The folder of a model.
 
@@ -85,7 +90,7 @@ def resolve(source: str | Path) -> Path:
             return _model_in(path)
         if path.exists():
             raise UsageError(f"{path} is a file, not a model folder", hint=f"Name the folder that holds {CONFIG}.")
-    boxed = [found.parent.name for found in BOXED.glob(f"*/{CONFIG}")]
+    boxed = boxed_models()
     if str(source) in boxed:
         return BOXED / source
     if isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):

@@ -61,6 +61,20 @@ def _nothing_cut(rows: int, device: torch.device) -> Floor:
     return Floor(score, torch.full((rows,), MANY, device=device))
 
 
+def cut_softmax(logits: Tensor, cuts: Tensor) -> Tensor:
+    """The distributions float32 [R, V] that :func:`draw_cut` draws from, given ``logits`` [R, V] and ``cuts`` float64
+    [4, R], the fields of :class:`Cuts`. With a temperature of 0, tokens that tie for the first place share it."""
+    floor, scores = floor_of(logits, cuts), logits.float()
+    heat = cuts[0].clamp(min=TINY).float().unsqueeze(-1)
+    weights = ((scores - scores.amax(-1, keepdim=True)) / heat).exp()
+    if floor is not None:
+        least = floor.score.unsqueeze(-1)
+        tied = scores == least
+        late = tied.cumsum(-1) > floor.ties.unsqueeze(-1)
+        weights = weights.masked_fill((scores < least) | (tied & late), 0)
+    return weights / weights.sum(-1, keepdim=True)
+
+
 def floor_of(logits: Tensor, cuts: Tensor) -> Floor | None:
     """The floor under the tokens that ``cuts`` [4, R], the fields of :class:`Cuts`, leave of ``logits`` [R, V]; on a
     CPU None where nothing is cut.

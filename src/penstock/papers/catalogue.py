@@ -2,7 +2,7 @@
 
 Only the bibliography is written by hand; nobody types a status. A paper is
 
-- *simulated* when a registered policy names it, but the policy's contract is one that only a simulator takes, or when
+- *simulated* when a registered policy names it, but only a simulator takes it or its contract, or when
   only simulated figures test its claim;
 - *implemented* when a user can run a policy that names it: a trainer, a server or a planner takes its contract;
 - *measured* when a row of ``bench/results``, timed and not simulated, sets it beside its baseline on the same engine;
@@ -162,7 +162,7 @@ class Standing:
     """A paper, the policies that name it, and the figures that test its claim.
 
     Attributes:
-        simulated: contracts of the policies that no trainer, server or planner takes yet.
+        simulated: contracts of the policies none of which a trainer, server or planner takes yet.
     """
 
     paper: Paper
@@ -175,7 +175,7 @@ class Standing:
         """Derived from the policies and figures; the module's docstring says how."""
         if any(not figure.row.simulated for figure in self.figures):
             return Status.MEASURED
-        if any(entry.contract not in self.simulated for entry in self.policies):
+        if any(entry.contract not in self.simulated and not entry.simulated for entry in self.policies):
             return Status.IMPLEMENTED
         return Status.SIMULATED if self.policies or self.figures else Status.PLANNED
 
@@ -206,7 +206,9 @@ class Standing:
     def not_built(self) -> list[str]:
         """What of the paper is missing: by contract, and as the policies' docstrings say."""
         by_contract = [f"No trainer or server takes a policy of {contract} yet." for contract in sorted(self.simulated)]
-        return by_contract + self._sentences(NOT_BUILT)
+        alone = [entry for entry in self.policies if entry.simulated]
+        by_policy = [f"No trainer or server takes {entry.contract} {entry.name!r} yet." for entry in alone]
+        return by_contract + by_policy + self._sentences(NOT_BUILT)
 
     def _sentences(self, marked: re.Pattern[str], without: re.Pattern[str] | None = None) -> list[str]:
         found = (sentence for entry in self.policies for sentence in sentences(entry.docstring))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
+from collections.abc import Sequence as List
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,13 +23,18 @@ from penstock.ops.paged.invariant import Invariant
 from penstock.policy import index
 from penstock.serve.choose.grammar import Grammars
 from penstock.serve.choose.invariant import InvariantSampler
+from penstock.serve.choose.proposals import ProposingSampler
 from penstock.serve.choose.sampler import Sampler
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
-from penstock.serve.rehearsal import rehearsal_blocks, rehearse_first_uses
+from penstock.serve.rehearsal import rehearsal_blocks, rehearse_first_uses, rehearse_largest_steps
+from penstock.serve.run.draft import DraftModel, DraftPlanner
 from penstock.serve.run.record import Recorder
 from penstock.serve.run.runner import Runner
 from penstock.serve.sizing import blocks_in, explained_shortage, settle_memory, weight_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Tokens for which a CPU's cache has room at most, unless the configuration says otherwise.
 MOST_CPU_TOKENS = 1 << 18
@@ -40,11 +48,39 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
     """
     where = pick(device)
     folder = hub.resolve(source)
-    model = hub.load(folder, device=where, dtype=dtype_of(config, where)).eval()
     tokenizer = hub.load_tokenizer(folder)
+    model = hub.load(folder, device=where, dtype=dtype_of(config, where)).eval()
+    named = None if config.draft is None else config.draft.model
+    draft = None if named is None else load_draft(named, folder, tokenizer, where, dtype_of(config, where))
     stop = hub.end_tokens(folder, tokenizer)
     grammars = Grammars(tokenizer, model.config.vocabulary, stop) if tokenizer.is_fast else None
-    return build_engine(model, config, stop, report, grammars, str(source))
+    return build_engine(model, config, stop, report, grammars, str(source), draft)
+
+
+def load_draft(
+    source: str, target: Path, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype
+) -> Decoder:
+    """The model ``source``, which drafts for the one in the folder ``target``, whose tokenizer is given.
+
+    Raises:
+        PenstockError: it cannot be had, or does not speak the same tokens.
+    """
+    folder = hub.resolve(source)
+    own, other = (hub.read_config(each).vocabulary for each in (folder, target))
+    hint = "Draft with a model of the same family, or with `ngram`, which needs none."
+    if own != other:
+        raise UsageError(
+            f"the model {source!r} that is to draft has a vocabulary of {own:,} tokens, and the model that it is to "
+            f"draft for one of {other:,}",
+            hint=hint,
+        )
+    if hub.load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        raise UsageError(
+            f"the tokenizer of the model {source!r} that is to draft numbers its {own:,} tokens otherwise than that of "
+            "the model that it is to draft for",
+            hint=hint,
+        )
+    return hub.load(folder, device=device, dtype=dtype).eval()
 
 
 def dtype_of(config: EngineConfig, device: torch.device) -> torch.dtype:
@@ -60,28 +96,100 @@ def build_engine(
     report: Reporter = silent,
     grammars: Grammars | None = None,
     source: str = "",
+    draft: Decoder | None = None,
 ) -> Engine:
-    """An engine for ``model`` where it lies, in its own dtype. ``source`` is where it came from, for a recording.
+    """An engine for ``model`` where it lies, in its own dtype. ``source`` is where it came from, for a recording, and
+    ``draft`` the model that drafts, where ``config`` has such a drafter.
 
     Raises:
         PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
     """
-    runner = build_runner(model, config, report)
+    runner, drafting = build_runners(model, config, draft, report)
     if config.record is None:
-        return Engine(config, runner, stop, grammars)
+        return Engine(config, runner, stop, grammars, drafting)
     options = {**config.model_dump(mode="json"), "record": None, "cache_tokens": runner.blocks * runner.block_size}
     header = {"model": model.config.model_dump(mode="json"), "source": source, "engine": options}
-    return Engine(config, Recorder(runner, config.record, header), stop, grammars)
+    return Engine(config, Recorder(runner, config.record, header), stop, grammars, drafting)
 
 
 def build_runner(model: Decoder, config: EngineConfig, report: Reporter = silent) -> Runner:
-    """The model with its cache, warmed up. Where ``config`` is deterministic, the model's layers are replaced.
+    """The model with its cache, warmed up, without one that drafts; see :func:`build_runners`."""
+    return build_runners(model, config, None, report)[0]
+
+
+def build_runners(
+    model: Decoder, config: EngineConfig, draft: Decoder | None = None, report: Reporter = silent
+) -> tuple[Runner, DraftModel | None]:
+    """The model with its cache, warmed up, and likewise the one that drafts, with as many blocks. Where ``config`` is
+    deterministic, the models' layers are replaced.
 
     Raises:
         PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
     """
+    device = model.embedding.weight.device
+    on_cuda = device.type == "cuda"
+    # Compiled code chooses its kernels by the batch.
+    compiled = config.compile and not config.deterministic and on_cuda and can_compile(device)
+    drafts = config.draft is not None and config.draft.model is not None
+    models = [model, draft] if drafts and draft is not None else [model]
+    opened = [_opened(each, config, report) for each in models]
+    contexts = [min(config.context or each.config.context, each.config.context) for each in models]
+    block_bytes = sum(shape.block_bytes for _, shape in opened)
+    if config.cache_tokens is not None:
+        blocks = -(-config.cache_tokens // config.block_size)
+    elif on_cuda:
+        # While it is found out how many it can have. With fewer than are wanted, the largest steps are those that these
+        # allow.
+        room = DeviceMemory(device).free() / 2
+        most = blocks_in(room, block_bytes, config.block_size, contexts[0])
+        blocks = min(rehearsal_blocks(config, device, contexts[0]), most)
+    else:
+        blocks = _cpu_blocks(config, block_bytes, contexts[0])
+    kinds: list[dict[str, Any]] = [{"window": config.rows - 1, "sampler": Sampler}]
+    if config.deterministic:
+        kinds[0]["sampler"] = InvariantSampler
+    if len(models) > 1:
+        kinds.append(_drafting_kind(config))
+    runners = []
+    with explained_shortage():
+        for each, (backend, shape), context, kind in zip(models, opened, contexts, kinds, strict=True):
+            # One more than sequences use: the runner's own.
+            memory = backend.open(dataclasses.replace(shape, blocks=blocks + 1))
+            runners.append(Runner(each, memory, config.sequences, context, **kind))
+            if compiled:
+                runners[-1].compile(config.budget(device), report)
+        if on_cuda:
+
+            def rehearse() -> None:
+                rehearse_largest_steps(config, runners[0], _draft(runners, config))
+
+            settle_memory(runners, config, DeviceMemory(device), compiled, rehearse, report)
+        else:
+            runners[0].memory = {"weights": sum(map(weight_bytes, models)), "cache": (blocks + 1) * block_bytes}
+        if compiled:
+            rehearse_first_uses(Engine(config, runners[0], draft=_draft(runners, config)))
+    return runners[0], _draft(runners, config)
+
+
+def _draft(runners: List[Runner], config: EngineConfig) -> DraftModel | None:
+    """The second of ``runners`` as the model that drafts; None where there is one alone."""
+    return DraftModel(runners[1], config.verifier, config.budget(runners[1].device)) if runners[1:] else None
+
+
+def _drafting_kind(config: EngineConfig) -> dict[str, Any]:
+    """How the runner of a model that drafts differs from the other."""
+    # By the draws of the target, where what is drafted has to be what it chooses; else by others, since a verifier
+    # takes drafts for independent of its own draws.
+    stream = "sample" if config.verifier.matches else "draft"
+    told = config.controller.weighs or not config.verifier.matches
+    planner = functools.partial(DraftPlanner, stream=stream)
+    # After a step whose tokens were all accepted, it has two to compute.
+    return {"window": 1, "sampler": ProposingSampler if told else Sampler, "planner": planner}
+
+
+def _opened(model: Decoder, config: EngineConfig, report: Reporter) -> tuple[PagedAttention, CacheShape]:
+    """What a cache for ``model`` is opened by, and its shape but for the number of blocks."""
     weight, shape = model.embedding.weight, model.config
-    context = min(config.context or shape.context, shape.context)
     if config.deterministic:
         make_invariant(model)
     named = Invariant() if config.deterministic else config.attention
@@ -101,27 +209,7 @@ def build_runner(model: Decoder, config: EngineConfig, report: Reporter = silent
         windows=frozenset(shape.window_of(layer) for layer in range(shape.layers)),
     )
     backend.prepare(cache, report)
-    on_cuda = weight.device.type == "cuda"
-    if config.cache_tokens is not None:
-        blocks = -(-config.cache_tokens // config.block_size)
-    else:
-        blocks = _rehearsal_blocks(config, cache, context) if on_cuda else _cpu_blocks(config, cache, context)
-    sampler = InvariantSampler if config.deterministic else Sampler
-    with explained_shortage():
-        # One more than sequences use: the runner's own.
-        memory = backend.open(dataclasses.replace(cache, blocks=blocks + 1))
-        runner = Runner(model, memory, config.sequences, context, config.rows - 1, sampler)
-        # Compiled code chooses its kernels by the batch.
-        compiled = config.compile and not config.deterministic and on_cuda and can_compile(weight.device)
-        if compiled:
-            runner.compile(config.budget(weight.device), report)
-        if on_cuda:
-            settle_memory(runner, config, DeviceMemory(weight.device), compiled, report)
-        else:
-            runner.memory = {"weights": weight_bytes(model), "cache": (blocks + 1) * cache.block_bytes}
-        if compiled:
-            rehearse_first_uses(Engine(config, runner))
-    return runner
+    return backend, cache
 
 
 def _best(device: torch.device, dtype: torch.dtype, head_dim: int) -> PagedAttention:
@@ -133,17 +221,10 @@ def _best(device: torch.device, dtype: torch.dtype, head_dim: int) -> PagedAtten
     raise PenstockError(f"no attention backend serves {device} with {dtype}")
 
 
-def _rehearsal_blocks(config: EngineConfig, cache: CacheShape, context: int) -> int:
-    """How many blocks the cache has while it is found out how many it can have; with fewer than are wanted, the largest
-    steps are those that these allow."""
-    room = DeviceMemory(cache.device).free() / 2
-    return min(rehearsal_blocks(config, cache.device, context), blocks_in(room, cache, context))
-
-
-def _cpu_blocks(config: EngineConfig, cache: CacheShape, context: int) -> int:
-    """How many blocks the cache has in main memory."""
-    room = min(_free_memory() * config.memory / 2, MOST_CPU_TOKENS * cache.block_bytes / cache.block_size)
-    return blocks_in(room, cache, context)
+def _cpu_blocks(config: EngineConfig, block_bytes: int, context: int) -> int:
+    """How many blocks of so many bytes the cache has in main memory."""
+    room = min(_free_memory() * config.memory / 2, MOST_CPU_TOKENS * block_bytes / config.block_size)
+    return blocks_in(room, block_bytes, config.block_size, context)
 
 
 def _free_memory() -> int:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from penstock.core.config import Config
+from penstock.core.errors import UsageError, nearest
+from penstock.models import hub
 from penstock.ops.paged.contract import PagedAttention
-from penstock.policy import Choice
+from penstock.policy import Choice, index
 from penstock.serve.batching.contract import Batching
 from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.engine.loops.contract import Loop
 from penstock.serve.engine.loops.overlapped import Overlapped
 from penstock.speculate.contract import Drafter
+from penstock.speculate.controllers.contract import Controller
+from penstock.speculate.controllers.measured import Measured
+from penstock.speculate.verifiers.contract import Verifier
+from penstock.speculate.verifiers.exact_match import ExactMatch
 
 
 class EngineConfig(Config):
@@ -34,7 +40,10 @@ class EngineConfig(Config):
         memory: share of the device's memory that may be in use, by weights, cache, graphs, the largest steps, and
             whoever else is there; on the CPU, half as large a share of what is free is for the cache.
         context: most tokens of a sequence; None takes the model's own limit.
-        drafter: drafts tokens ahead, which one pass then checks together; None computes one token a sequence a step.
+        draft: drafts tokens ahead, which one pass then checks together: a drafter such as ``ngram``, or a smaller model
+            (a folder, a boxed model, a hub name); None computes one token a sequence a step.
+        verifier: says which drafted tokens stay.
+        controller: decides how many are drafted.
         compile: on CUDA, compile the model and capture steps as graphs at the start, those that decode and those whose
             prompts the device computes as fast as the host queues them: tens of seconds that make every step shorter.
         deterministic: compute each request with the same bits whatever else is in the batch, however its prompt is cut
@@ -55,11 +64,28 @@ class EngineConfig(Config):
     cache_tokens: PositiveInt | None = None
     memory: Annotated[float, Field(gt=0, le=1)] = 0.85
     context: PositiveInt | None = None
-    drafter: Annotated[Drafter, Choice("speculate.drafter")] | None = None
+    draft: Annotated[Drafter, Choice("speculate.drafter")] | None = None
+    verifier: Annotated[Verifier, Choice("speculate.verifier")] = ExactMatch()
+    controller: Annotated[Controller, Choice("speculate.controller")] = Measured()
     compile: bool = True
     deterministic: bool = False
     record: Path | None = None
     check: bool = False
+
+    @field_validator("draft", mode="before")
+    @classmethod
+    def _model_that_drafts(cls, draft: Any) -> Any:
+        """What is no drafter is a model."""
+        if not isinstance(draft, str | Path) or index().find("speculate.drafter", str(draft)) is not None:
+            return draft
+        boxed = hub.boxed_models()
+        if str(draft) in boxed or "/" in str(draft) or Path(draft).exists():
+            return {"name": "model", "source": str(draft)}
+        known = {*boxed, *index().names("speculate.drafter")} - {"model"}
+        raise UsageError(
+            f"nothing drafts that is called {str(draft)!r}: {nearest(str(draft), known)}",
+            hint="Name a drafter such as ngram, or a smaller model: a folder, a boxed model, or org/name.",
+        )
 
     @model_validator(mode="after")
     def _all_can_go_on(self) -> EngineConfig:
@@ -73,10 +99,22 @@ class EngineConfig(Config):
             raise ValueError(f"deterministic needs the attention 'invariant', not {self.attention.policy_name!r}")
         return self
 
+    @model_validator(mode="after")
+    def _verifiable(self) -> EngineConfig:
+        verifier = self.verifier
+        if verifier.matches:
+            return self
+        if verifier.most != 1:
+            raise ValueError(f"the engine drafts one token for a place, and {verifier.policy_name!r} is for several")
+        for option in ("deterministic", "record"):
+            if getattr(self, option):
+                raise ValueError(f"{option} needs the verifier 'exact_match', by which tokens do not depend on drafts")
+        return self
+
     @property
     def rows(self) -> int:
         """The most rows of a sequence that goes on that are scored in a step: its newest token, and what is drafted."""
-        return 1 + (self.drafter.most if self.drafter else 0)
+        return 1 + (self.draft.most if self.draft else 0)
 
     def budget(self, device: torch.device) -> int:
         """``tokens``, or what it is on ``device`` where it is not set."""

@@ -62,6 +62,7 @@ class Delta:
         prompt_logprobs: once, where they were asked for: one for each prompt token but the first.
         finish: why it ended; None while it goes on.
         cached: prompt tokens whose keys and values were in the cache already.
+        drafted, accepted: tokens that were drafted in the step, and those of them that are among ``tokens``.
     """
 
     id: str
@@ -71,6 +72,8 @@ class Delta:
     prompt_logprobs: LogprobRows | None = None
     finish: Finish | None = None
     cached: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 def described(memory: Mapping[str, int]) -> str:
@@ -89,6 +92,8 @@ class Snapshot:
         batch_tokens, batch_sequences: of the last step.
         prompt_tokens, cached_tokens, output_tokens, preemptions: counters since the start.
         drafted_tokens, accepted_tokens: the same of speculation.
+        sequence_steps: how often a step brought tokens of a sequence, one or several.
+        drafted_at, accepted_at: drafted and accepted tokens by their place behind the newest one.
         step_seconds: of the last step.
     """
 
@@ -106,3 +111,6 @@ class Snapshot:
     accepted_tokens: int
     preemptions: int
     step_seconds: float
+    sequence_steps: int = 0
+    drafted_at: tuple[int, ...] = ()
+    accepted_at: tuple[int, ...] = ()

@@ -13,7 +13,9 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.engine.executor import Executor
 from penstock.serve.messages import Request
+from penstock.serve.run.draft import DraftModel
 from penstock.speculate.contract import Drafter
+from penstock.speculate.controllers.fixed import Fixed
 
 #: Tokens of the prompts of those that go on beside the longest prompt, and how many steps they go on.
 SHORT, STEPS = 2, 8
@@ -62,11 +64,12 @@ class Zeros(Drafter):
         return [0] * min(most, self.tokens)
 
 
-def rehearse_largest_steps(config: EngineConfig, executor: Executor) -> None:
+def rehearse_largest_steps(config: EngineConfig, executor: Executor, draft: DraftModel | None = None) -> None:
     """Answers as many requests at a time as there can be, all of which ask for what takes the most memory, and beside
-    them a prompt that fills the budget of a step. Where ``config`` drafts, as many tokens are drafted as can be."""
-    drafter = Zeros(tokens=config.drafter.most) if config.drafter else None
-    engine = Engine(config.model_copy(update={"drafter": drafter}), executor)
+    them a prompt that fills the budget of a step. Where ``config`` drafts, as many tokens are drafted as can be, by the
+    model ``draft`` if it is given."""
+    drafter = config.draft if draft or not config.draft else Zeros(tokens=config.draft.most)
+    engine = Engine(config.model_copy(update={"draft": drafter, "controller": Fixed()}), executor, draft=draft)
     prompt = [0] * min(SHORT, engine.context - 1)
     # The bias makes a text of zeros, so that what is drafted is accepted.
     often = {"temperature": 1, "top_p": 0.9, "presence_penalty": 0.01, "logit_bias": {0: 100.0}, "ignore_eos": True}

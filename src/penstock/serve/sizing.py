@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -12,10 +12,8 @@ import torch
 from penstock.core.errors import PenstockError
 from penstock.core.progress import Reporter, silent
 from penstock.models.decoder import Decoder
-from penstock.ops.paged.contract import CacheShape
 from penstock.serve.config import EngineConfig
 from penstock.serve.messages import described
-from penstock.serve.rehearsal import rehearse_largest_steps
 from penstock.serve.run.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -32,46 +30,61 @@ class Meter(Protocol):
 
 
 def settle_memory(
-    runner: Runner, config: EngineConfig, meter: Meter, compiled: bool, report: Reporter = silent
+    runners: Sequence[Runner],
+    config: EngineConfig,
+    meter: Meter,
+    compiled: bool,
+    rehearse: Callable[[], object],
+    report: Reporter = silent,
 ) -> None:
-    """Gives the cache of ``runner`` the blocks that ``config.memory`` leaves beside weights, graphs, what the largest
-    steps take at their peak, and whatever else is on the device; or those that the configuration names. Where the
-    runner is ``compiled``, its graphs are captured. What goes where is in ``runner.memory`` then, and in the log.
+    """Gives the caches of ``runners`` as many blocks each as ``config.memory`` leaves beside weights, graphs, what the
+    largest steps take at their peak, and whatever else is on the device; or those that the configuration names. Where
+    they are ``compiled``, their graphs are captured. What goes where is in the ``memory`` of the first then, and in the
+    log.
 
     The graphs are measured by some that are captured with a small cache, and the steps by a rehearsal with it.
+
+    Args:
+        runners: of the model, and of the one that drafts for it if there is one.
+        rehearse: does the largest steps.
 
     Raises:
         PenstockError: there is no room for a cache.
     """
-    cache = runner.cache
+    first = runners[0]
+    block = sum(each.cache.shape.block_bytes for each in runners)
     with report("measuring memory", 1 + compiled, "rehearsal") as bar:
         graphs = 0
         if compiled:
-            graphs = runner.try_graphs(meter.free)
+            graphs = sum(each.try_graphs(meter.free) for each in runners)
             bar.advance()
-        before, small = meter.free(), cache.shape.blocks * cache.shape.block_bytes
-        steps = meter.peak(lambda: rehearse_largest_steps(config, runner))
+        before, small = meter.free(), first.cache.shape.blocks * block
+        steps = meter.peak(rehearse)
         bar.advance()
-    runner.forget()
+    for each in runners:
+        each.forget()
     if config.cache_tokens is None:
         room = before + small - steps - graphs - (1 - config.memory) * meter.total
         # One block is the runner's own.
-        runner.resize(blocks_in(room, cache.shape, runner.context) - 1)
+        blocks = blocks_in(room, block, first.block_size, first.context) - 1
+        for each in runners:
+            each.resize(blocks)
     if compiled:
         left = meter.free()
-        runner.capture(report)
+        for each in runners:
+            each.capture(report)
         graphs = left - meter.free()
-    weights = weight_bytes(runner.model)
-    runner.memory = {
+    weights = sum(weight_bytes(each.model) for each in runners)
+    first.memory = {
         "weights": weights,
-        "cache": cache.shape.blocks * cache.shape.block_bytes,
+        "cache": first.cache.shape.blocks * block,
         "steps": steps,
         "graphs": graphs,
         # The driver's context, code, and fixed buffers; and other processes.
         "other": meter.total - before - small - weights,
     }
-    runner.memory["left"] = meter.total - sum(runner.memory.values())
-    log.info("memory: %s", described(runner.memory))
+    first.memory["left"] = meter.total - sum(first.memory.values())
+    log.info("memory: %s", described(first.memory))
 
 
 def weight_bytes(model: Decoder) -> int:
@@ -80,16 +93,16 @@ def weight_bytes(model: Decoder) -> int:
     return sum(each.numel() * each.element_size() for each in tensors.values())
 
 
-def blocks_in(room: float, cache: CacheShape, context: int) -> int:
-    """How many blocks of the ``cache`` fit into ``room`` bytes.
+def blocks_in(room: float, block_bytes: int, block_size: int, context: int) -> int:
+    """How many blocks of ``block_bytes``, for ``block_size`` tokens each, fit into ``room`` bytes.
 
     Raises:
         PenstockError: too few for a sequence.
     """
-    blocks = int(room // cache.block_bytes)
-    if blocks * cache.block_size < min(context, 64):
+    blocks = int(room // block_bytes)
+    if blocks * block_size < min(context, 64):
         raise PenstockError(
-            f"there is room for {max(blocks, 0)} blocks of {cache.block_bytes / 2**20:.1f} MiB only",
+            f"there is room for {max(blocks, 0)} blocks of {block_bytes / 2**20:.1f} MiB only",
             hint="Free memory, raise engine.memory, lower engine.sequences or engine.tokens, which steps take memory "
             "by, or set engine.cache_tokens.",
         )

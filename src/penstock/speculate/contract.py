@@ -1,9 +1,10 @@
 """The contract ``speculate.drafter``: where tokens that may follow come from.
 
-An engine computes a sequence's newest token and, behind it, the drafted ones in one pass. What comes after each of them
-is then chosen as always, by the draw that belongs to its place; drafted tokens stay as long as they are what was chosen
-there. So the tokens of a sequence are those of plain decoding, draw for draw, whatever was drafted: for a draft that is
-one sequence of tokens, and not a distribution, no rule accepts more (its chance to accept a token is the token's own).
+An engine computes a sequence's newest token and, behind it, the drafted ones in one pass. A verifier then says which of
+them stay. By default that is the one that chooses as always what comes after each of them, by the draw that belongs to
+its place, and keeps drafted tokens as long as they are what was chosen there: the tokens of a sequence are those of
+plain decoding, draw for draw, whatever was drafted. For a draft that is tokens, and not a distribution, no rule accepts
+more (its chance to accept a token is the token's own).
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from collections.abc import Sequence as List
 from typing import Protocol
 
 from penstock.policy import Policy, contract
+
+#: Stands for a token that a model drafts once it is known what else is in the batch.
+AWAITED = -1
 
 
 class Draft(Protocol):
@@ -24,7 +28,8 @@ class Draft(Protocol):
         ...
 
     def propose(self, most: int) -> list[int]:
-        """Up to ``most`` tokens that may follow; none where there is nothing to go by."""
+        """Up to ``most`` tokens that may follow; none where there is nothing to go by, and :data:`AWAITED` in place of
+        each that the drafter's model will draft."""
         ...
 
 
@@ -35,7 +40,7 @@ class Draft(Protocol):
     "same ones",
 )
 class Drafter(Policy):
-    """Drafts tokens for the sequences of an engine: out of their text, without a model.
+    """Drafts tokens for the sequences of an engine: out of their text, or with a model.
 
     The engine starts a draft when a request comes, extends it by the tokens that were settled
     (``serve/engine/steps.py``), and asks it where the budget and the cache have room (``serve/engine/room.py``). A
@@ -47,6 +52,12 @@ class Drafter(Policy):
     def most(self) -> int:
         """How many tokens it drafts for a sequence at a time, at most."""
         raise NotImplementedError
+
+    @property
+    def model(self) -> str | None:
+        """The model that drafts, whatever ``hub.resolve`` takes; None without one. It has the target's vocabulary, and
+        drafts for all sequences of a batch together (``serve/run/draft.py``)."""
+        return None
 
     def start(self, tokens: List[int]) -> Draft:
         """A draft for a sequence that has ``tokens`` now."""

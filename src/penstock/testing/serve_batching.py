@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -46,10 +47,11 @@ from penstock.serve.engine.loops.contract import Loop
 from penstock.serve.engine.loops.plain import Plain
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.speculate.contract import Drafter
+from penstock.speculate.controllers.contract import Controller
 from penstock.testing.alike import alike
 from penstock.testing.enrolled import enrolled
 from penstock.testing.reference import continued, greedy, prompt_logprobs
-from penstock.testing.serve_model import SHAPE, small_model
+from penstock.testing.serve_model import SHAPE, small_draft, small_model
 from penstock.testing.serve_simulation import simulated_engine
 
 MOST, STOP = 16, 7
@@ -152,7 +154,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     batching: Batching
     loops: list[Loop]
-    drafters: list[Drafter | None]
+    drafts: list[tuple[Drafter | None, Controller]]
 
     @initialize(
         loop=st.integers(0, 7),
@@ -160,9 +162,10 @@ class EngineMachine(RuleBasedStateMachine):
         sequences=st.sampled_from([1, 4, 10]),
         block_size=st.sampled_from([2, 4]),
         cache=st.sampled_from([36, 60, 400]),
-        drafter=st.integers(0, 7),
+        draft=st.integers(0, 15),
     )
-    def open(self, loop: int, tokens: int, sequences: int, block_size: int, cache: int, drafter: int) -> None:
+    def open(self, loop: int, tokens: int, sequences: int, block_size: int, cache: int, draft: int) -> None:
+        drafter, controller = self.drafts[draft % len(self.drafts)]
         config = EngineConfig(
             batching=self.batching,
             loop=self.loops[loop % len(self.loops)],
@@ -171,10 +174,14 @@ class EngineMachine(RuleBasedStateMachine):
             sequences=sequences,
             block_size=block_size,
             cache_tokens=cache,
-            drafter=self.drafters[drafter % len(self.drafters)],
+            draft=drafter,
+            controller=controller,
             check=True,
         )
-        self.engine: Engine = build_engine(small_model(), config)
+        self.engine: Engine = build_engine(small_model(), config, draft=small_draft())
+        if self.engine.speculation is not None:
+            # By a clock that goes on by itself: a course of events is the same each time.
+            self.engine.speculation.clock = itertools.count().__next__
         self.accounts: dict[Name, Account] = {}
         self.rated: set[str] = set()
         self.found = 0
@@ -331,7 +338,7 @@ class EngineMachine(RuleBasedStateMachine):
     def _judge_preemption(self, victim: Name, taken: int) -> None:
         """Those who had their turn in the step after it, behind so many entries, could have been thrown out too."""
         entries = self.engine.steps.last.entries
-        if not any(each.window for each in entries):
+        if not any(each.sequence.guessed or each.window for each in entries):
             after = [each.sequence for each in entries[taken:] if each.sequence.leader is None]
             later = [each for each in after if self._rank((each.request.id, each.index)) > self._rank(victim)]
             assert not later, "one who came later keeps his memory"
@@ -396,7 +403,7 @@ def check_crowding(batching: Batching, seed: int) -> None:
         sequences=int(draw.choice([4, 10])),
         block_size=int(draw.choice([2, 4])),
         cache=int(draw.choice([36, 48, 60])),
-        drafter=seed,
+        draft=seed,
     )
     for number in range(10):
         for _ in range(int(draw.integers(3))):
@@ -528,10 +535,12 @@ def _small_engine(batching: Batching) -> Engine:
 
 
 def machine_of(batching: Batching) -> type[EngineMachine]:
-    """The machine for a policy, over all registered loops and drafters."""
+    """The machine for a policy, over all registered loops, and drafters with controllers."""
     loops = [loop for loop in enrolled("serve.loop").values() if isinstance(loop, Loop)]
-    drafters = [None, *(each for each in enrolled("speculate.drafter").values() if isinstance(each, Drafter))]
-    fields = {"batching": batching, "loops": loops, "drafters": drafters}
+    drafters = [each for each in enrolled("speculate.drafter").values() if isinstance(each, Drafter)]
+    controllers = [each for each in enrolled("speculate.controller").values() if isinstance(each, Controller)]
+    drafts = [(None, controllers[0]), *itertools.product(drafters, controllers)]
+    fields = {"batching": batching, "loops": loops, "drafts": drafts}
     return type(f"{type(batching).__name__}Machine", (EngineMachine,), fields)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
+import torch
+
+from penstock.core.randomness import torch_generator
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 
@@ -25,3 +29,19 @@ SHAPE = DecoderConfig(
 def small_model() -> Decoder:
     """A decoder with random weights that are large enough for its choices to be clear."""
     return Decoder(SHAPE).initialize(0).eval()
+
+
+def draft_of(model: Decoder, noise: float = 0.1) -> Decoder:
+    """A model that is often, and not always, of the same mind as ``model``: what drafts for it in the suites."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            spread = noise * float(parameter.std()) if parameter.dim() > 1 else 0.0
+            parameter.add_(spread * torch.randn(parameter.shape, generator=torch_generator(1, f"testing/draft/{name}")))
+    return other
+
+
+@functools.cache
+def small_draft() -> Decoder:
+    """A model that drafts for the small one."""
+    return draft_of(small_model())

@@ -8,6 +8,8 @@ What each clause is there to catch:
   values of rejected tokens that are read later or shared, penalties, grammars and rules that do not follow the
   tentative tokens, draws and log-probabilities that belong to another place, a text that goes on behind its end, a
   neighbour that is not drafted for and gets another's token;
+- :func:`check_twin` lets a model draft for itself: whatever it gets wrong of a text, a place, a draw, a penalty, or of
+  keys and values that somebody else wrote, cut back or left out, makes it draft what it does not say itself;
 - :func:`check_proposals`: more tokens than were asked for, or a draft that a text's growth by pieces changes.
 """
 
@@ -21,6 +23,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from penstock.core.randomness import numpy_generator
 from penstock.models.decoder import Decoder
@@ -33,19 +36,26 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.decode.momentum import Momentum
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Delta, Request
-from penstock.speculate.contract import Drafter
+from penstock.speculate.contract import AWAITED, Drafter
+from penstock.speculate.controllers.contract import Controller
+from penstock.speculate.controllers.fixed import Fixed
+from penstock.speculate.verifiers.contract import Verifier
 from penstock.testing.reference import greedy
-from penstock.testing.serve_model import SHAPE, small_model
+from penstock.testing.serve_model import SHAPE, draft_of, small_model
 
 #: Chances, in eighths, of the token (column) after the token (row): a model that likes to repeat itself.
 TABLE = ((1, 5, 1, 1), (1, 0, 6, 1), (5, 1, 1, 1), (2, 2, 2, 2))
 EIGHTHS = 8
+
+#: The same of a model that drafts, and is sometimes wrong.
+DRAFTS = ((2, 4, 1, 1), (0, 2, 6, 0), (5, 0, 3, 0), (1, 3, 2, 2))
 
 
 def check(drafter: Drafter) -> None:
     """Asserts the law."""
     check_proposals(drafter, seed=0)
     check_distribution(drafter)
+    check_twin(drafter)
     check_engine(drafter)
     check_loops(drafter)
 
@@ -71,14 +81,29 @@ def _speculated(drafter: Drafter, prompt: list[int], draws: Sequence[float]) -> 
     """As many tokens as there are ``draws``, decoded on the table as an engine does it."""
     tokens, draft = list(prompt), drafter.start(prompt)
     while (left := len(draws) - (len(tokens) - len(prompt))) > 0:
-        window = draft.propose(left - 1) if left > 1 else []
+        uniform = draws[len(draws) - left :]
+        window = _filled(draft.propose(left - 1) if left > 1 else [], tokens[-1], uniform)
         rows = torch.tensor([TABLE[token] for token in (tokens[-1], *window)]).double().log()
-        uniform = torch.tensor(draws[len(draws) - left :][: len(rows)], dtype=torch.float64)
-        chosen = draw_softmax(rows, torch.ones(len(rows), dtype=torch.float64), uniform)
+        chosen = _drawn(rows, uniform)
         count = int(accept_prefix(chosen, torch.tensor([0]), torch.tensor([[*window, -1]]))[0])
         draft.extend(chosen[:count].tolist())
         tokens += chosen[:count].tolist()
     return tokens[len(prompt) :]
+
+
+def _drawn(rows: Tensor, uniform: Sequence[float]) -> Tensor:
+    """Tokens by the scores of ``rows`` and as many of the first of ``uniform`` numbers."""
+    numbers = torch.tensor(uniform[: len(rows)], dtype=torch.float64)
+    return draw_softmax(rows, torch.ones(len(rows), dtype=torch.float64), numbers)
+
+
+def _filled(window: list[int], last: int, uniform: Sequence[float]) -> list[int]:
+    """``window`` with what a table that drafts says, by the draws of the target, where tokens are awaited."""
+    for place, token in enumerate(window):
+        if token == AWAITED:
+            row = torch.tensor([DRAFTS[window[place - 1] if place else last]]).double().log()
+            window[place] = int(_drawn(row, uniform[place:])[0])
+    return window
 
 
 def check_proposals(drafter: Drafter, seed: int) -> None:
@@ -122,6 +147,38 @@ def check_engine(drafter: Drafter, seed: int = 0) -> Engine:
         assert all(abs(one - other) < 1e-4 for one, other in zip(told, right, strict=True))
     assert drafting.snapshot().held == 0
     return drafting
+
+
+def check_twin(drafter: Drafter) -> Engine | None:
+    """Asserts that a model which drafts for itself is right in every place, whatever requests ask for: where prompts
+    are computed in pieces and found in the cache, sequences are thrown out, forked, cut back and fed, and some draft
+    nothing. Returns the engine; None for a drafter without a model."""
+    if drafter.model is None:
+        return None
+    engine = engine_with(drafter, draft=small_model(), cache_tokens=120)
+    played(engine, 0)
+    for number in range(6):
+        prompt = [(3 * place + number // 2) % 11 for place in range(14 + number)]
+        quiet = {"temperature": 0.8, "seed": number, "max_tokens": 40}
+        engine.add(Request(f"parent {number}", prompt, SamplingParams(drafts=bool(number % 3), **quiet)))
+        for _ in range(3):
+            engine.step()
+        parent = next((each for each in engine.memory.running if each.request.id == f"parent {number}"), None)
+        if parent is None:  # it was thrown out
+            continue
+        engine.fork(parent.request.id, Request(f"child {number}", list(parent.tokens), SamplingParams(**quiet)))
+        engine.step()
+        if parent.finish is None and number % 2:
+            engine.truncate(parent.request.id, max(parent.prompt, len(parent.tokens) - 3))
+            engine.feed(parent.request.id, [1, 2])
+    while engine.busy:
+        engine.step()
+    now = engine.snapshot()
+    assert now.preemptions, "nobody was thrown out"
+    assert now.drafted_tokens > now.output_tokens / 3
+    wrong = now.drafted_tokens - now.accepted_tokens
+    assert not wrong, f"{wrong} of {now.drafted_tokens} tokens that a model drafted for itself were not its own"
+    return engine
 
 
 #: What requests ask for whose text goes round in circles.
@@ -168,18 +225,33 @@ def check_loops(drafter: Drafter) -> None:
             assert found[0] == found[1], f"drafts change a text that circles, with {kind}"
 
 
-def engine_with(drafter: Drafter | None, model: Decoder | None = None) -> Engine:
-    """A small engine that drafts."""
-    sizes = {"tokens": 40, "sequences": 8, "block_size": 4, "cache_tokens": 400}
-    config = EngineConfig(attention=Reference(), drafter=drafter, check=True, **sizes)
-    return build_engine(model or small_model(), config)
+def engine_with(
+    drafter: Drafter | None,
+    model: Decoder | None = None,
+    controller: Controller | None = None,
+    verifier: Verifier | None = None,
+    draft: Decoder | None = None,
+    cache_tokens: int = 400,
+) -> Engine:
+    """A small engine that drafts as much as it may, unless it has a ``controller``."""
+    sizes = {"tokens": 40, "sequences": 8, "block_size": 4, "cache_tokens": cache_tokens}
+    config = EngineConfig(attention=Reference(), draft=drafter, controller=controller or Fixed(), check=True, **sizes)
+    if verifier is not None:
+        config = config.model_copy(update={"verifier": verifier})
+    target = model or small_model()
+    return build_engine(target, config, draft=draft or draft_of(target))
 
 
-def played(engine: Engine, seed: int) -> dict[tuple[str, int], list[Delta]]:
+def outcomes(engine: Engine) -> dict[tuple[str, int], list[int]]:
+    """The tokens of each continuation of a request of each kind."""
+    return {name: _tokens(deltas) for name, deltas in played(engine, 0, times=1).items()}
+
+
+def played(engine: Engine, seed: int, times: int = 2) -> dict[tuple[str, int], list[Delta]]:
     """All deltas of requests of all kinds, whose prompts repeat themselves."""
     draw = numpy_generator(seed, "testing/drafter")
     found: dict[tuple[str, int], list[Delta]] = {}
-    for number, kind in enumerate(KINDS * 2):
+    for number, kind in enumerate(KINDS * times):
         piece = [int(token) for token in draw.integers(SHAPE.vocabulary, size=draw.integers(2, 7))]
         prompt = (piece * 12)[: int(draw.integers(8, 40))]
         sampling = SamplingParams.model_validate({"max_tokens": 24, "seed": number, **kind})

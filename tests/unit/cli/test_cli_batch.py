@@ -18,7 +18,7 @@ from penstock.core.errors import UsageError
         (["python-1m", "in.jsonl", "./in.jsonl"], "the same file"),
         (["python-1m", "in.jsonl", "out.jsonl", "--set", "token=9"], "did you mean 'tokens'"),
         (["python-1m", "in.jsonl", "out.jsonl", "--set", "batching=orka"], "did you mean 'orca'"),
-        (["python-1m", "in.jsonl", "out.jsonl", "--speculate", "ngrm"], "did you mean 'ngram'"),
+        (["python-1m", "in.jsonl", "out.jsonl", "--draft", "ngrm"], "did you mean 'ngram'"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(tmp_path, monkeypatch, arguments, message):

@@ -45,9 +45,7 @@ def test_an_engine_for_one_short_sequence_at_a_time_can_rehearse(block_size, con
     assert engine.memory.pool.held == 0 and not engine.busy
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"block_size": 4, "drafter": "ngram"}, {"loop": "plain", "deterministic": True}]
-)
+@pytest.mark.parametrize("options", [{}, {"block_size": 4, "draft": "ngram"}, {"loop": "plain", "deterministic": True}])
 def test_the_largest_steps_have_all_sequences_all_tokens_and_all_wishes(options):
     config = EngineConfig(tokens=48, sequences=8, check=True, **options)
     blocks = rehearsal_blocks(config, CPU, SHAPE.context)

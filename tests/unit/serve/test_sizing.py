@@ -12,6 +12,7 @@ from penstock.core.errors import PenstockError
 from penstock.ops.paged.reference import ReferenceCache
 from penstock.serve.build import build_runner
 from penstock.serve.config import EngineConfig
+from penstock.serve.rehearsal import rehearse_largest_steps
 from penstock.serve.run.runner import Runner
 from penstock.serve.sizing import explained_shortage, settle_memory, weight_bytes
 from penstock.testing.rehearsed_graphs import RehearsedGraphs
@@ -34,6 +35,10 @@ class Device:
     def peak(self, run: Callable[[], object]) -> int:
         run()
         return STEPS
+
+
+def settle(runner: Runner, config: EngineConfig, device: Device, compiled: bool) -> None:
+    settle_memory([runner], config, device, compiled, lambda: rehearse_largest_steps(config, runner))
 
 
 @pytest.fixture
@@ -72,7 +77,7 @@ def test_all_that_is_taken_is_the_share_to_within_a_block(runner, compiled, shar
     if compiled:
         runner.compile(CONFIG.tokens)
     with caplog.at_level(logging.INFO):
-        settle_memory(runner, CONFIG.model_copy(update={"memory": share}), device, compiled)
+        settle(runner, CONFIG.model_copy(update={"memory": share}), device, compiled)
     block = runner.cache.shape.block_bytes
     taken = OTHER + runner.memory["weights"] + runner.cache.shape.blocks * block + STEPS + EACH * device.graphs
     assert share * device.total - block < taken <= share * device.total
@@ -86,14 +91,14 @@ def test_all_that_is_taken_is_the_share_to_within_a_block(runner, compiled, shar
 
 def test_a_cache_whose_size_is_given_stays_as_it_is(runner):
     blocks = runner.blocks
-    settle_memory(runner, CONFIG.model_copy(update={"cache_tokens": 400}), Device(20_000_000, runner), False)
+    settle(runner, CONFIG.model_copy(update={"cache_tokens": 400}), Device(20_000_000, runner), False)
     assert runner.blocks == blocks
     assert sum(runner.memory.values()) == 20_000_000
 
 
 def test_no_room_is_an_error_that_says_what_to_do(runner):
     with pytest.raises(PenstockError, match="there is room for 0 blocks") as raised:
-        settle_memory(runner, CONFIG, Device(4_000_000, runner), False)
+        settle(runner, CONFIG, Device(4_000_000, runner), False)
     assert "engine.memory" in raised.value.hint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from penstock.serve.choose.asked import Asked, Ruled
 from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.penalties import Penalties
 from penstock.serve.choose.window import accept_prefix, last_of
+
+if TYPE_CHECKING:
+    from penstock.serve.choose.proposals import Proposals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +80,19 @@ class Sampler:
         if len(tokens):
             self._penalties.add(slot, tokens, prompt)
 
-    def sample(self, logits: Tensor, asked: Asked, drawn: Tensor | None = None) -> tuple[Sampled, Tensor]:
+    def sample(
+        self, logits: Tensor, asked: Asked, drawn: Tensor | None = None, proposals: Proposals | None = None
+    ) -> tuple[Sampled, Tensor]:
         """The next tokens, given ``logits`` [R, V] of the rows that ``asked``, or tokens ``drawn`` [R] from them for
-        these draws; and the newest one of each sequence, [S]."""
+        these draws, and what tentative tokens were drawn from; and the newest one of each sequence, [S]."""
         rows = asked.rows
         if drawn is not None and asked.plain:
             tokens = drawn
         else:
-            tokens = self._choose(self._rescored(logits, asked) if rows["rescored"].any() else logits, asked)
+            scores = self._rescored(logits, asked) if rows["rescored"].any() else logits
+            tokens = self._choose(scores, asked)
+            if proposals is not None and asked.window is not None:
+                proposals.settle(scores, asked, tokens)
         if asked.followers is not None:
             followers, leaders = self._of(asked.followers)
             tokens[followers] = tokens[leaders]

@@ -29,6 +29,9 @@ MOST_LOGPROBS = 20
 #: The longest text of a grammar, in characters.
 LONGEST_GRAMMAR = 1 << 16
 
+#: The longest prediction of an answer, in characters.
+LONGEST_PREDICTION = 1 << 20
+
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 Biases = dict[Token, Annotated[float, Field(ge=-100, le=100)]]
@@ -98,7 +101,10 @@ class SamplingParams(Sampling):
             it may come from the cache, so that a text that grows is scored without computing it anew.
         grammar: what the text must be.
         rule: a decoding rule.
-        drafts: let the engine draft tokens ahead, where it does so at all. It changes when tokens come, never which.
+        drafts: let the engine draft tokens ahead, where it does so at all. It changes when tokens come, never how they
+            are distributed.
+        prediction: what the answer is expected to be, as text or tokens: it is drafted from that, where the engine
+            drafts at all.
     """
 
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
@@ -121,6 +127,7 @@ class SamplingParams(Sampling):
     grammar: Grammar | None = None
     rule: Annotated[DecodeRule, Choice("decode.rule")] | None = None
     drafts: bool = True
+    prediction: Annotated[str, Field(max_length=LONGEST_PREDICTION)] | tuple[Token, ...] = ()
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -171,8 +178,13 @@ class SamplingParams(Sampling):
         return () if self.rule is None else self.rule.companions
 
     def tokenized(self, encode: Callable[[str], list[int]]) -> SamplingParams:
-        """The same with the rule's text as tokens."""
-        return self if self.rule is None else self.model_copy(update={"rule": self.rule.tokenized(encode)})
+        """The same with the rule's text, and the prediction, as tokens."""
+        changed: dict[str, Any] = {}
+        if self.rule is not None:
+            changed["rule"] = self.rule.tokenized(encode)
+        if isinstance(self.prediction, str):
+            changed["prediction"] = tuple(encode(self.prediction))
+        return self.model_copy(update=changed) if changed else self
 
     @property
     def waits(self) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled
 from penstock.serve.engine.sequence import Sequence
 
@@ -22,7 +23,8 @@ class Entry:
             prompt, 1 where the sequence goes on from it, 1 + len(window) where tokens were drafted.
         rated: after how many of them, from ``rated_from`` on, the log-probability of the prompt's next token is wanted.
         rated_from: the first of those, counted from ``start``.
-        window: the last of the tokens, where they are tentative: drafted, and not settled yet.
+        window: the last of the tokens, where they are tentative: drafted, and not settled yet; or awaited from a model
+            that drafts, until the batch is launched.
     """
 
     sequence: Sequence
@@ -46,8 +48,11 @@ class Batch:
         parts: how many of the entries, in order, make a nano-batch: a pass of its own, beside the others where the
             device can do two things at a time. No entry reads what an entry of another part writes.
         lead: the part that goes first where two want the same.
+        ahead: how many tokens may be drafted for a sequence in this step.
+        proposals: what the tentative tokens were drawn from, where a verifier asks for it.
         sampled: what came out.
         seconds: what the step took on the host.
+        begun: when it was formed, and ``drafting``, the seconds that drafting for it took, where anything is drafted.
     """
 
     entries: list[Entry]
@@ -55,8 +60,12 @@ class Batch:
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     parts: tuple[int, ...] = ()
     lead: int = 0
+    ahead: int = 0
+    proposals: Proposals | None = None
     sampled: Sampled | None = None
     seconds: float = 0.0
+    begun: float = 0.0
+    drafting: float = 0.0
 
     def __post_init__(self) -> None:
         self.parts = self.parts or (len(self.entries),)

@@ -17,11 +17,15 @@ from penstock.serve.engine.executor import Executor
 from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.memory import Memory
 from penstock.serve.engine.sequence import Sequence
+from penstock.serve.engine.speculation import Speculation
 from penstock.serve.engine.steps import Counters, EngineSteps
 from penstock.serve.messages import Delta, Finish, Request, Snapshot
+from penstock.speculate.prediction import Prediction
 
 if TYPE_CHECKING:
     from penstock.serve.config import EngineConfig
+    from penstock.serve.run.draft import DraftModel
+    from penstock.speculate.contract import Draft
 
 
 class Engine:
@@ -35,6 +39,7 @@ class Engine:
         executor: the model with its cache.
         stop: the model's own end-of-text tokens.
         grammars: compiles grammars; without it, requests cannot have one.
+        draft: the model that drafts, where the settings name one.
 
     Attributes:
         limits: what a step may hold, and for which model.
@@ -42,11 +47,17 @@ class Engine:
         memory: who runs, and in which blocks.
         events: what was decided about which request.
         executor: who computes.
+        speculation: who drafts; None where nothing is drafted.
         steps: the parts of a step, with the batcher.
     """
 
     def __init__(
-        self, config: EngineConfig, executor: Executor, stop: Iterable[int] = (), grammars: Grammars | None = None
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        stop: Iterable[int] = (),
+        grammars: Grammars | None = None,
+        draft: DraftModel | None = None,
     ) -> None:
         shape, blocks, size = executor.shape, executor.blocks, executor.block_size
         self.context = min(config.context or shape.context, shape.context, blocks * size)
@@ -55,9 +66,10 @@ class Engine:
         self.events = EventLog()
         self._config, self._stop, self._grammars = config, frozenset(stop), grammars
         self.executor, self._counters = executor, Counters()
-        batcher = config.batching.start(self.limits)
+        batcher, tokens = config.batching.start(self.limits), self.limits.tokens
+        self.speculation = Speculation(config.controller, config.draft.most, draft) if config.draft else None
         self.steps = EngineSteps(
-            self.memory, batcher, executor, self.limits.tokens, self._counters, self.events, self._drop
+            self.memory, batcher, executor, tokens, self._counters, self.events, self._drop, self.speculation
         )
         self._loop = config.loop.start(self.steps)
         self._sequences: dict[str, list[Sequence]] = {}
@@ -168,8 +180,8 @@ class Engine:
 
     def _changed(self, sequence: Sequence) -> None:
         """The text of ``sequence`` was changed from outside."""
-        if sequence.draft is not None and self._config.drafter is not None:
-            sequence.draft = self._config.drafter.start(sequence.tokens)
+        if sequence.draft is not None:
+            sequence.draft = self._draft(sequence.sampling, sequence.tokens, sequence.prompt)
         for member in sequence.members:
             if member.held is not None:
                 self.memory.renew(member)
@@ -193,6 +205,9 @@ class Engine:
         self._known(request.prompt, "the prompt has a token that")
         for prompt in sampling.companions:
             self._known(prompt, "the rule's prompt has a token that")
+        self._known(
+            () if isinstance(sampling.prediction, str) else sampling.prediction, "the prediction has a token that"
+        )
         named = max([*sampling.logit_bias, *sampling.stop_tokens], default=0)
         if named >= vocabulary:
             raise UsageError(
@@ -242,7 +257,6 @@ class Engine:
         stop = self._stop if not sampling.ignore_eos or matcher is not None else frozenset()
         tokens, companions = list(request.prompt), tuple(self._companions(request, limit, prompt))
         # What a group drafts would have to be checked for all of its members.
-        drafter = self._config.drafter if sampling.drafts and not companions else None
         sequence = Sequence(
             request,
             index,
@@ -253,7 +267,7 @@ class Engine:
             prompt=prompt,
             stop=stop | set(sampling.stop_tokens),
             matcher=matcher,
-            draft=None if drafter is None else drafter.start(tokens),
+            draft=None if companions else self._draft(sampling, tokens, prompt),
             companions=companions,
         )
         if request.deadline is not None:
@@ -265,6 +279,17 @@ class Engine:
         self.events.add("arrived", request.id, index, tokens=len(tokens), waiting=self.steps.batcher.waiting)
         self.steps.batcher.add(sequence)
         return sequence
+
+    def _draft(self, sampling: SamplingParams, tokens: List[int], prompt: int) -> Draft | None:
+        """What drafts for a sequence of ``tokens``, the first ``prompt`` of which were given."""
+        drafter = self._config.draft
+        if drafter is None or not sampling.drafts:
+            return None
+        if not sampling.prediction or isinstance(sampling.prediction, str):
+            return drafter.start(tokens)
+        draft = Prediction(sampling.prediction, drafter.most)
+        draft.extend(tokens[prompt:])
+        return draft
 
     def _companions(self, request: Request, limit: int, given: int) -> Iterable[Sequence]:
         """Sequences with the rule's prompts, which go on with what the request's prompt has behind its ``given``
@@ -328,7 +353,7 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         """The engine's state now."""
-        last = self.steps.last
+        last, speculation = self.steps.last, self.speculation
         return Snapshot(
             running=len(self.memory.running),
             waiting=self.steps.batcher.waiting,
@@ -337,5 +362,7 @@ class Engine:
             batch_tokens=last.tokens,
             batch_sequences=len(last.entries),
             step_seconds=last.seconds,
+            drafted_at=() if speculation is None else tuple(speculation.drafted),
+            accepted_at=() if speculation is None else tuple(speculation.accepted),
             **dataclasses.asdict(self._counters),
         )

@@ -9,6 +9,7 @@ from penstock.core.events import Detail, EventLog
 from penstock.serve.engine.batch import Entry
 from penstock.serve.engine.memory import Memory
 from penstock.serve.engine.sequence import Sequence
+from penstock.speculate.contract import AWAITED
 
 
 class StepRoom:
@@ -18,6 +19,7 @@ class StepRoom:
         memory: of the engine.
         tokens: the budget of the step.
         events: told who is let in and who is thrown out.
+        ahead: how many tokens may be drafted for a sequence.
 
     Attributes:
         tokens: of the budget, left.
@@ -28,8 +30,8 @@ class StepRoom:
         found: prompt tokens that those who were let in found in the cache.
     """
 
-    def __init__(self, memory: Memory, tokens: int, events: EventLog) -> None:
-        self._memory, self._events = memory, events
+    def __init__(self, memory: Memory, tokens: int, events: EventLog, ahead: int = 0) -> None:
+        self._memory, self._events, self._ahead = memory, events, ahead
         self.tokens = tokens
         self.entries: list[Entry] = []
         self.parts: tuple[int, ...] = ()
@@ -41,7 +43,7 @@ class StepRoom:
         self._taken: set[int] = set()
 
     def take(self, sequence: Sequence, most: int | None = None) -> int:
-        if id(sequence) in self._taken or self.tokens == 0 or not sequence.ready:
+        if id(sequence) in self._taken or self.tokens == 0 or not sequence.ready(self._ahead):
             return 0
         begin, waited = len(self.entries), not sequence.running
         budget = self.tokens if most is None else min(most, self.tokens)
@@ -51,7 +53,9 @@ class StepRoom:
         if not any(shares) or not self._reserve(sequence, shares):
             return 0
         scored = int(shares[0] == sequence.remaining)
-        window = self._window(sequence, budget - shares[0]) if scored and sequence.draft is not None else ()
+        window = (
+            self._window(sequence, budget - shares[0]) if scored and self._ahead and sequence.draft is not None else ()
+        )
         for member, count in zip(sequence.members, shares, strict=True):
             if count:
                 self._enter(member, count + len(window), scored, window)
@@ -89,13 +93,14 @@ class StepRoom:
         held, size = sequence.held, self._memory.pool.block_size
         others = sum(len(each.members) for each in self._memory.running if id(each) not in self._taken) - 1
         fit = (len(held.blocks) + max(0, self._memory.pool.available - others)) * size - len(sequence.tokens)
-        most = min(budget - others, sequence.limit - len(sequence.tokens) - 1, fit)
+        most = min(self._ahead, budget - others, sequence.limit - len(sequence.tokens) - 1, fit)
         if most < 1:
             return ()
         window = sequence.draft.propose(most)[:most]
-        if sequence.matcher is not None:
+        if sequence.matcher is not None and window[:1] != [AWAITED]:
             window = window[: sequence.matcher.allowed(window)]
         if window:
+            sequence.guessed = True
             self._memory.reserve([(sequence, sequence.remaining + len(window))])
         return tuple(window)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ class Sequence:
         stop: tokens that end it.
         matcher: where it stands in its grammar; None without one.
         draft: proposes what may follow; None where nothing is drafted for it.
+        guessed: whether tokens were drafted for it that are not settled yet.
         waits: whether the host must know all of its tokens before the next one can be chosen.
         rated: log-probabilities of its prompt's tokens from ``rated_from`` on, as far as known, a row of
             :class:`~penstock.serve.choose.logprobs.LogprobRows` each; None where they are not wanted, or told already.
@@ -53,6 +55,7 @@ class Sequence:
         "deadline",
         "draft",
         "finish",
+        "guessed",
         "held",
         "in_flight",
         "index",
@@ -102,7 +105,8 @@ class Sequence:
         self.stop = frozenset(stop)
         self.matcher = matcher
         self.draft = draft
-        self.waits = sampling.waits or draft is not None
+        self.guessed = False
+        self.waits = sampling.waits
         self.companions = companions
         self.leader: Sequence | None = None
         for each in companions:
@@ -112,6 +116,14 @@ class Sequence:
         told = sampling.prompt_logprobs is not None and index == 0
         self.rated: list[np.ndarray] | None = [] if told else None
         self.rated_from = max(1, sampling.prompt_logprobs_from)
+
+    def tentative(self) -> Sequence:
+        """One that stands where this one does, and goes on by tokens that are drafted, of which this one knows
+        nothing."""
+        other = copy.copy(self)
+        other.tokens, other.members = list(self.tokens), (other,)
+        other.matcher = self.matcher and self.matcher.copy()
+        return other
 
     @property
     def running(self) -> bool:
@@ -133,10 +145,12 @@ class Sequence:
         """Tokens that must be computed before the next one can be sampled; 1 where it decodes."""
         return len(self.tokens) + self.in_flight - (0 if self.held is None else self.held.computed)
 
-    @property
-    def ready(self) -> bool:
-        """Whether its next step can be formed now: nothing that it has to wait for is under way."""
-        return not (self.waits and self.in_flight)
+    def ready(self, ahead: int = 0) -> bool:
+        """Whether its next step, in which up to ``ahead`` tokens may be drafted, can be formed now: nothing that it has
+        to wait for is under way."""
+        if not self.in_flight:
+            return True
+        return not (self.waits or self.guessed or (ahead and self.draft is not None))
 
     @property
     def decoding(self) -> bool:

@@ -13,6 +13,7 @@ from penstock.serve.engine.executor import Executor
 from penstock.serve.engine.memory import Memory
 from penstock.serve.engine.room import StepRoom
 from penstock.serve.engine.sequence import Sequence
+from penstock.serve.engine.speculation import Speculation
 from penstock.serve.messages import Delta, Finish
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 @dataclasses.dataclass
 class Counters:
     """What an engine did since its start: steps, sequences thrown out, prompt tokens and those of them that were found
-    in the cache, tokens that came out, and tokens that were drafted and accepted."""
+    in the cache, tokens that came out, tokens that were drafted and accepted, and how often a step brought tokens of a
+    sequence."""
 
     steps: int = 0
     preemptions: int = 0
@@ -31,6 +33,7 @@ class Counters:
     output_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    sequence_steps: int = 0
 
 
 class EngineSteps:
@@ -43,6 +46,7 @@ class EngineSteps:
         tokens: the token budget of a step.
         counters, events: told what happens.
         end: called with a sequence and the reason when its last token is known.
+        speculation: drafts; None where nothing is drafted.
 
     Attributes:
         batcher: holds those that wait.
@@ -58,15 +62,20 @@ class EngineSteps:
         counters: Counters,
         events: EventLog,
         end: Callable[[Sequence, Finish], None],
+        speculation: Speculation | None = None,
     ) -> None:
         self._memory, self.batcher, self._executor = memory, batcher, executor
         self._tokens, self._counters, self._events, self._end = tokens, counters, events, end
+        self._speculation = speculation
         self.last = Batch([], memory.tables)
 
     def form(self) -> Batch | None:
-        room = StepRoom(self._memory, self._tokens, self._events)
+        begun, ahead = 0.0, 0
+        if self._speculation is not None:
+            begun, ahead = self._speculation.clock(), self._speculation.ahead(self._memory.running)
+        room = StepRoom(self._memory, self._tokens, self._events, ahead)
         # One whose last token is on its way has nothing more to compute; one that waits for a token is left out.
-        running = [each for each in self._memory.running if each.length < each.limit and each.ready]
+        running = [each for each in self._memory.running if each.length < each.limit and each.ready(ahead)]
         self.batcher.form(running, room)
         for victim in room.preempted:
             self.batcher.add(victim)
@@ -74,11 +83,14 @@ class EngineSteps:
         self._counters.cached_tokens += room.found
         if not room.entries:
             return None
-        self.last = Batch(room.entries, self._memory.tables, self._memory.copies(), room.parts, room.lead)
+        tables, copies = self._memory.tables, self._memory.copies()
+        self.last = Batch(room.entries, tables, copies, room.parts, room.lead, ahead, begun=begun)
         return self.last
 
     def launch(self, batch: Batch) -> None:
         self._counters.steps += 1
+        if self._speculation is not None:
+            self._speculation.draft(batch)
         batch.sampled = self._executor.launch(batch)
 
     def publish(self, batch: Batch) -> list[Delta]:
@@ -89,6 +101,8 @@ class EngineSteps:
         entries = [entry for entry in batch.entries if entry.scored]
         rows = None if batch.sampled.logprobs is None else batch.sampled.logprobs.rows
         tokens, counts = batch.sampled.tokens.tolist(), batch.sampled.settled(len(entries))
+        if self._speculation is not None:
+            self._speculation.learn(batch, counts)
         deltas = []
         first = row = 0
         for entry, count in zip(entries, counts, strict=True):
@@ -110,17 +124,19 @@ class EngineSteps:
         for member in sequence.members:
             member.in_flight -= 1
         self._counters.output_tokens += kept
+        self._counters.sequence_steps += 1
         if window:
             self._counters.drafted_tokens += len(window)
             self._counters.accepted_tokens += len(tokens) - 1
             self._events.add(
                 "settled", sequence.request.id, sequence.index, drafted=len(window), accepted=len(tokens) - 1
             )
-            if sequence.held is not None:
-                # Keys and values of drafted tokens that were not accepted are nobody's.
-                self._memory.truncate(sequence, entry.start + entry.count - len(window) + len(tokens) - 1)
         if sequence.draft is not None:
             sequence.draft.extend(tokens[:kept])
+            if sequence.guessed and sequence.held is not None:
+                # Keys and values of drafted tokens that were not accepted are nobody's.
+                self._memory.truncate(sequence, entry.start + entry.count - len(window) + len(tokens) - 1)
+            sequence.guessed = False
         if len(sequence.tokens) - kept == len(sequence.request.prompt):
             self._events.add("first", sequence.request.id, sequence.index)
         rated, sequence.rated = sequence.rated, None
@@ -134,6 +150,8 @@ class EngineSteps:
             None if rated is None else LogprobRows.stacked(rated),
             finish,
             max(sequence.cached, 0),
+            len(window),
+            min(len(tokens) - 1, kept),
         )
 
 

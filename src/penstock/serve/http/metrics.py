@@ -47,11 +47,21 @@ class EngineCollector(Collector):
             "preemptions": ("Sequences that lost their memory and were computed again.", now.preemptions),
             "drafted_tokens": ("Tokens that were drafted.", now.drafted_tokens),
             "accepted_tokens": ("Tokens that were drafted and accepted.", now.accepted_tokens),
+            "sequence_steps": ("Steps that brought tokens, counted for each sequence.", now.sequence_steps),
         }
         for name, (help, value) in gauges.items():
             yield GaugeMetricFamily(f"penstock_{name}", help, value)
         for name, (help, value) in counters.items():
             yield CounterMetricFamily(f"penstock_{name}", help, value)
+        depths = CounterMetricFamily(
+            "penstock_drafts",
+            "Tokens that were drafted, by their place behind the newest one.",
+            labels=["place", "outcome"],
+        )
+        for place, (drafted, accepted) in enumerate(zip(now.drafted_at, now.accepted_at, strict=True), 1):
+            depths.add_metric([str(place), "accepted"], accepted)
+            depths.add_metric([str(place), "rejected"], drafted - accepted)
+        yield depths
         parts = GaugeMetricFamily(
             "penstock_memory_bytes",
             "Memory of the device, by what it is for, as measured at the start.",

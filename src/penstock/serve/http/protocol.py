@@ -36,6 +36,22 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class ExpectedPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Expected(Body):
+    """OpenAI's ``prediction``."""
+
+    type: Literal["content"]
+    content: str | list[ExpectedPart]
+
+    def text(self) -> str:
+        """The whole text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
 class Generate(Body):
     """What completions and chats have in common."""
 
@@ -63,6 +79,8 @@ class Generate(Body):
     rule: str | dict[str, Any] | None = None
     #: Whether the engine may draft tokens ahead, where it does so.
     drafts: bool | None = None
+    #: What the answer is expected to be; it is drafted from that.
+    prediction: Expected | None = None
     #: A request can stand back behind others, but never push ahead of them.
     priority: Annotated[int, Field(ge=0, le=1000)] = 0
 
@@ -101,6 +119,7 @@ class Generate(Body):
             "ignore_eos": self.ignore_eos,
             "rule": self.rule,
             "drafts": self.drafts,
+            "prediction": self.prediction and self.prediction.text(),
         }
         return {name: value for name, value in given.items() if value is not None}
 

@@ -67,11 +67,14 @@ class Piece:
 
 @dataclasses.dataclass
 class Usage:
-    """Tokens of a response so far; ``cached`` of the prompt's were in the cache already."""
+    """Tokens of a response so far; ``cached`` of the prompt's were in the cache already, and ``accepted`` of the tokens
+    that were ``drafted`` are among those of the completion."""
 
     prompt: int
     cached: int = 0
     completion: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     def record(self) -> dict[str, Any]:
         """In OpenAI's shape."""
@@ -80,6 +83,10 @@ class Usage:
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": self.cached},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": self.accepted,
+                "rejected_prediction_tokens": self.drafted - self.accepted,
+            },
         }
 
 
@@ -196,6 +203,8 @@ class Generation:
             self._service.metrics.ttft.observe(choice.first - self._begun)
         choice.count += tokens
         self.usage.completion += tokens
+        self.usage.drafted += delta.drafted
+        self.usage.accepted += delta.accepted
         if delta.cached > choice.cached:
             self.usage.cached += (delta.cached - choice.cached) if delta.index == 0 else 0
             choice.cached = delta.cached

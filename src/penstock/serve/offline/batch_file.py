@@ -298,6 +298,8 @@ class BatchRun:
             prompt=sum(len(result.prompt_token_ids) for result in results),
             cached=sum(result.num_cached_tokens for result in results),
             completion=sum(len(output.token_ids) for _, output in outputs),
+            drafted=sum(result.num_drafted_tokens for result in results),
+            accepted=sum(result.num_accepted_tokens for result in results),
         )
         pieces = [_piece(choice, *pair) for choice, pair in enumerate(outputs)]
         return {

@@ -115,6 +115,7 @@ class RequestOutput:
         outputs: its continuations, by index.
         prompt_logprobs: for each prompt token but the first, where they were asked for.
         num_cached_tokens: prompt tokens that were in the cache already.
+        num_drafted_tokens, num_accepted_tokens: tokens that were drafted, and those of them that were accepted.
         error: what failed where a continuation's ``finish_reason`` is ``error``; other requests go on.
     """
 
@@ -124,6 +125,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: Logprobs | None = None
     num_cached_tokens: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     error: str | None = None
 
     @property
@@ -208,6 +211,8 @@ class Gatherer:
             found.readers[delta.index].read(delta),
         )
         result.num_cached_tokens = max(result.num_cached_tokens, delta.cached)
+        result.num_drafted_tokens += delta.drafted
+        result.num_accepted_tokens += delta.accepted
         if reading.prompt_logprobs is not None:
             result.prompt_logprobs = Logprobs(reading.prompt_logprobs, self._vocabulary)
         output.text += reading.text

@@ -54,10 +54,11 @@ class Planner:
     Args:
         slots: most sequences at a time.
         block_size: tokens of a block of the cache.
+        stream: of the numbers by which tokens are drawn.
     """
 
-    def __init__(self, slots: int, block_size: int) -> None:
-        self._size = block_size
+    def __init__(self, slots: int, block_size: int, stream: str = "sample") -> None:
+        self._size, self._stream = block_size, stream
         self._table = np.zeros(slots, SLOT)
         self._held: list[Held | None] = [None] * slots
         self._biases: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -87,6 +88,10 @@ class Planner:
 
     # Slots
 
+    def forget(self, slot: int) -> None:
+        """Whoever has ``slot`` in the next batch takes it anew."""
+        self._held[slot] = None
+
     def _placed(self, entries: list[Entry]) -> Iterator[Placed]:
         for entry in entries:
             if self._held[entry.slot] is not entry.sequence.held:
@@ -101,7 +106,7 @@ class Planner:
         sampling, row = sequence.sampling, self._table[slot]
         self._held[slot] = sequence.held
         _set_options(row, sampling)
-        row["key"], row["prompt"] = derive(sampling.seed, "sample"), sequence.prompt
+        row["key"], row["prompt"] = derive(sampling.seed, self._stream), sequence.prompt
         row["charges"] = sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
         row["least"] = sampling.min_tokens
         row["alternatives"] = -1 if sampling.alternatives is None else sampling.alternatives
@@ -284,14 +289,16 @@ def _bans(sources: list[tuple[Sequence, int]], own: np.ndarray) -> np.ndarray | 
 
 
 def _masks(sources: list[tuple[Sequence, int]], own: np.ndarray, asked: Asked) -> Masked | None:
-    """What grammars allow, also behind tentative tokens, which they allow themselves."""
+    """What grammars allow, also behind tentative tokens, which they allow themselves. Behind one that ends the text,
+    nothing is forbidden: nobody will read it, and a grammar cannot go on from there."""
     if not own.size:
         return None
     matchers = [sources[place][0].matcher for place in own]
+    ahead = [_ahead(asked, place) for place in own]
     words = np.full((len(own), max(each.words for each in matchers if each is not None)), -1, np.int32)
-    for row, place, matcher in zip(words, own, matchers, strict=True):
-        if matcher is not None:
-            _write_mask(row, matcher, _ahead(asked, place))
+    for row, place, matcher, tokens in zip(words, own, matchers, ahead, strict=True):
+        if matcher is not None and sources[place][0].stop.isdisjoint(tokens):
+            _write_mask(row, matcher, tokens)
     return Masked(own, words)
 
 

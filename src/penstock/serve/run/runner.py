@@ -22,6 +22,7 @@ from penstock.models.decoder import Decoder
 from penstock.ops.cuts import draw_cut
 from penstock.ops.paged.contract import PagedCache, StepShape
 from penstock.serve.choose.logprobs import Logprobs
+from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Batch
 from penstock.serve.run.context import PagedTokens
@@ -63,9 +64,11 @@ class Runner:
         context: most tokens of a sequence.
         window: most tokens that are drafted for a sequence at a time.
         sampler: chooses tokens.
+        planner: makes the one who makes steps of batches, of the slots and the size of a block.
 
     Attributes:
         context: most tokens of a sequence.
+        planner, sampler: make steps of batches, and choose tokens.
         memory: bytes of the device's memory by what they are for, as far as whoever made the runner knows.
     """
 
@@ -77,13 +80,14 @@ class Runner:
         context: int,
         window: int = 0,
         sampler: type[Sampler] = Sampler,
+        planner: Callable[[int, int], Planner] = Planner,
     ) -> None:
         self.model, self.cache = model, cache
         self.device, self.shape = cache.shape.device, model.config
         self.blocks, self.block_size = cache.shape.blocks - 1, cache.shape.block_size
         self.context = context
         self._slots, self._pages, self._window = slots, -(-context // self.block_size), window
-        self._kind = sampler
+        self._kinds = planner, sampler
         self.forget()
         self._trunk: Callable[[Tensor, AttentionContext], tuple[Tensor, Tensor]] = model.trunk
         self._tip: Callable[[Tensor, Tensor], Tensor] = model.tip
@@ -96,8 +100,9 @@ class Runner:
 
     def forget(self) -> None:
         """No slot has a sequence any more, and nothing is kept for one."""
-        self._planner = Planner(self._slots, self.block_size)
-        self._sampler = self._kind(self._slots, self.shape.vocabulary, self.device)
+        planner, sampler = self._kinds
+        self.planner = planner(self._slots, self.block_size)
+        self.sampler = sampler(self._slots, self.shape.vocabulary, self.device)
         # Of slot s at s + 1; what stands at 0 is of no meaning.
         self._newest = torch.zeros(self._slots + 1, dtype=torch.int64, device=self.device)
 
@@ -195,23 +200,24 @@ class Runner:
         return logits, tokens
 
     def launch(self, batch: Batch) -> Sampled | None:
-        return self.execute(self.plan(batch))
+        return self.execute(self.plan(batch), batch.proposals)
 
     def plan(self, batch: Batch) -> Step:
         """The step that computes ``batch``, as data."""
-        return self._planner.plan(batch)
+        return self.planner.plan(batch)
 
     def close(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
-    def execute(self, step: Step) -> Sampled | None:
-        """Queues the forward passes and the sampling of ``step``; what is known then, once it was waited for."""
+    def execute(self, step: Step, proposals: Proposals | None = None) -> Sampled | None:
+        """Queues the forward passes and the sampling of ``step``, whose tentative tokens were drawn from ``proposals``
+        where it matters; what is known then, once it was waited for."""
         if step.copies.size:
             self.cache.copy(*step.copies.tolist())
         for placed in step.placed:
-            self._sampler.place(placed.slot, placed.tokens, placed.prompt)
+            self.sampler.place(placed.slot, placed.tokens, placed.prompt)
         passed = self._pass_all(step.parts, step.lead)
         logits = _joined([each.logits for each in passed])
         prompt = self._rated(step, _joined([each.rated for each in passed]))
@@ -220,7 +226,7 @@ class Runner:
         ready = all(each.drawn is not None for each in passed)
         drawn = _joined([each.drawn for each in passed]) if ready else None
         asked = step.asked
-        sampled, newest = self._sampler.sample(logits, asked, drawn)
+        sampled, newest = self.sampler.sample(logits, asked, drawn, proposals)
         if sampled.tokens is not drawn:
             self._newest.index_copy_(0, self._on_device(asked.slots[asked.first] + 1), newest)
         return dataclasses.replace(sampled, prompt=prompt).to_host()

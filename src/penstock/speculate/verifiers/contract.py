@@ -36,7 +36,6 @@ class Example(NamedTuple):
     "proposal and number of drafts, and so have whole sequences; a token that the target forbids never comes out; the "
     "acceptance is that of the policy's example, worked out by hand, no more than the optimum, at least the share of "
     "it that the policy guarantees, and no less for more drafts; each place is verified on its own",
-    simulated=True,
 )
 class Verifier(Policy):
     """Verifies the drafted tokens of many places at a time."""
@@ -50,6 +49,11 @@ class Verifier(Policy):
     def most(self) -> int | None:
         """How many drafts it verifies for a place, at most; None: any number."""
         return None
+
+    @property
+    def matches(self) -> bool:
+        """Whether what comes out does not depend on the drafts, nor on what they were drawn from."""
+        return False
 
     @property
     def guarantee(self) -> float:

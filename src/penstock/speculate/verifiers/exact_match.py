@@ -22,6 +22,10 @@ class ExactMatch(Verifier):
     def drafting(self) -> Drafting:
         return Drafting.GREEDY
 
+    @property
+    def matches(self) -> bool:
+        return True
+
     def chances(self, target: Tensor, proposal: Tensor, drafted: Tensor) -> Tensor:
         return target
 

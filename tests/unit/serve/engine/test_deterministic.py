@@ -67,7 +67,7 @@ def test_every_bit_is_the_same_alone_and_in_any_batch(dtype):
     crowd = engine(dtype, cache=140, tokens=12)
     together = answers(crowd, todo)
     assert crowd.snapshot().preemptions > 0 and crowd.snapshot().cached_tokens > 0
-    drafted = answers(engine(dtype, cache=600, tokens=40, drafter={"name": "ngram", "shortest": 1}), todo)
+    drafted = answers(engine(dtype, cache=600, tokens=40, draft={"name": "ngram", "shortest": 1}), todo)
     for request in todo:
         alone = answers(engine(dtype, cache=600, tokens=64), [request])[request.id]
         assert alone == together[request.id], request.sampling

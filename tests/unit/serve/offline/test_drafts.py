@@ -18,7 +18,7 @@ def plain() -> LLM:
 
 @pytest.fixture(scope="module")
 def drafting() -> LLM:
-    return LLM("python-1m", drafter="ngram", **OPTIONS)
+    return LLM("python-1m", draft="ngram", controller="fixed", **OPTIONS)
 
 
 def told(llm: LLM, sampling: SamplingParams) -> tuple[list[tuple], list[float]]:
@@ -26,7 +26,9 @@ def told(llm: LLM, sampling: SamplingParams) -> tuple[list[tuple], list[float]]:
     results = llm.generate(PROMPTS, sampling, progress=silent)
     assert not llm.engine.busy
     outputs = [output for result in results for output in result.outputs]
-    scores = [told[t].logprob for o in outputs for t, told in zip(o.token_ids, o.logprobs, strict=True)]
+    scores = [
+        told[t].logprob for o in outputs for t, told in zip(o.token_ids, o.logprobs or [], strict=bool(o.logprobs))
+    ]
     return [(o.text, o.token_ids, o.finish_reason, o.stop_reason) for o in outputs], scores
 
 
@@ -55,3 +57,17 @@ def test_a_request_can_do_without(drafting):
     before = drafting.engine.snapshot().drafted_tokens
     drafting.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24, drafts=False), progress=silent)
     assert drafting.engine.snapshot().drafted_tokens == before
+
+
+@pytest.mark.parametrize("verifier", ["exact_match", "accept_residual"])
+def test_a_drafted_end_of_text_ends_a_grammar(plain, verifier):
+    """The model drafts for itself, so that ends are drafted and accepted; nothing can follow them in a grammar."""
+    drafting = LLM("python-1m", draft="python-1m", controller="fixed", verifier=verifier, **OPTIONS)
+    for temperature in (0.0, 0.8):
+        sampling = SamplingParams(
+            temperature=temperature, max_tokens=60, n=4, grammar={"regex": "[a-z]{3,9}(, [a-z]{3,9}){2}"}
+        )
+        (ours, _), (expected, _) = told(drafting, sampling), told(plain, sampling)
+        assert all(reason == "stop" for _, _, reason, _ in ours)
+        assert ours == expected or (verifier == "accept_residual" and temperature)
+    assert drafting.engine.snapshot().accepted_tokens > 20

@@ -24,7 +24,7 @@ SIZES = {"attention": "reference", "tokens": 40, "sequences": 8, "block_size": 4
 def recording(request, tmp_path_factory):
     """Requests of all kinds, drafted and not."""
     path = tmp_path_factory.mktemp("steps") / "steps.bin"
-    config = EngineConfig.model_validate({**SIZES, "loop": request.param, "record": str(path), "drafter": Ngram()})
+    config = EngineConfig.model_validate({**SIZES, "loop": request.param, "record": str(path), "draft": Ngram()})
     engine = build_engine(small_model(), config, source="small")
     played(engine, 0)
     engine.close()

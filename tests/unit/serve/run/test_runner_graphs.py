@@ -83,7 +83,7 @@ def test_answers_are_those_of_a_cold_runner(warm: Engine, kinds: list[dict[str, 
 
 def test_what_a_graph_draws_is_what_is_told(warm: Engine) -> None:
     """Nothing is drawn a second time where all requests are plain."""
-    sampler, given = warm.executor._sampler, []
+    sampler, given = warm.executor.sampler, []
     sample, choose = sampler.sample, sampler._choose
     sampler._choose = lambda *asked: (given.append("chosen"), choose(*asked))[1]
     sampler.sample = lambda *asked: (given.append("drawn" if asked[2] is not None else "not drawn"), sample(*asked))[1]

@@ -1,0 +1,143 @@
+"""Speculation: tokens a second and accepted tokens a step of drafters and controllers, beside plain decoding.
+
+python-6m continues files of the standard library that it has not seen, greedily, for one, four and sixteen requests at
+a time; python-1m drafts for it, or its own text does. At one request also transformers' assisted generation and its
+prompt look-up, with the same models on the same prompts.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from penstock.core.bench import Bench
+from penstock.data.building import is_held_out
+from penstock.data.corpora.stdlib import StandardLibrary
+from penstock.models import hub
+from penstock.policy import index
+from penstock.serve.build import build_engine
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.config import EngineConfig
+from penstock.serve.engine.engine import Engine
+from penstock.serve.messages import Request
+
+TARGET, DRAFT = "python-6m", "python-1m"
+PROMPT, OUTPUT = 128, 192  # tokens in and out
+CROWDS = (1, 4, 16)
+REPETITIONS = 5
+#: Prompts of a crowd of one, one after the other.
+ALONE = 4
+#: What papers claim of a controller or drafter beside plain decoding: greater speed.
+PAPERS = {"model, bass": (160,), "model, fixed": (63,)}
+
+
+def prompts(count: int) -> list[list[int]]:
+    """The first tokens of ``count`` files that neither model has seen."""
+    tokenizer = hub.load_tokenizer(TARGET)
+    texts = (each.text for each in StandardLibrary(tests=True).documents() if is_held_out(each.text, 0.05))
+    encoded = (tokenizer(text)["input_ids"][:PROMPT] for text in texts)
+    return list(itertools.islice((ids for ids in encoded if len(ids) == PROMPT), count))
+
+
+def settings(quick: bool) -> dict[str, dict[str, Any]]:
+    """The engine's options by what they are called."""
+    drafters = {"ngram": {"draft": "ngram"}, "model": {"draft": DRAFT}}
+    names = ["measured", "fixed"] if quick else index().names("speculate.controller")
+    found: dict[str, dict[str, Any]] = {"plain decoding": {}}
+    for drafter, options in drafters.items():
+        for name in names:
+            if name != "tetris" or drafter == "model":  # it has no say about what comes out of the text
+                found[f"{drafter}, {name}"] = {**options, "controller": name}
+    return found
+
+
+def run(engine: Engine, todo: list[list[int]], crowd: int, output: int) -> float:
+    """Tokens a second, so many requests at a time, from an empty cache."""
+    engine.memory.pool.forget()
+    begun = time.perf_counter()
+    for first in range(0, len(todo), crowd):
+        for number, prompt in enumerate(todo[first : first + crowd]):
+            sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+            engine.add(Request(str(first + number), prompt, sampling))
+        while engine.busy:
+            engine.step()
+    return len(todo) * output / (time.perf_counter() - begun)
+
+
+def peers(todo: list[list[int]], output: int) -> dict[str, Callable[[], float]]:
+    """What transformers does of the same, one request at a time."""
+    from transformers import AutoModelForCausalLM
+
+    target, draft = (
+        AutoModelForCausalLM.from_pretrained(hub.resolve(name), dtype=torch.float32).eval() for name in (TARGET, DRAFT)
+    )
+
+    def speed(**options: Any) -> Callable[[], float]:
+        def generate() -> float:
+            begun = time.perf_counter()
+            for prompt in todo:
+                ids = torch.tensor([prompt])
+                target.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=output,
+                    min_new_tokens=output,
+                    do_sample=False,
+                    pad_token_id=0,
+                    **options,
+                )
+            return len(todo) * output / (time.perf_counter() - begun)
+
+        return generate
+
+    return {
+        "transformers, plain": speed(),
+        "transformers, assisted generation": speed(assistant_model=draft),
+        "transformers, prompt look-up": speed(prompt_lookup_num_tokens=8),
+    }
+
+
+def main(bench: Bench) -> None:
+    """Measures every crowd."""
+    output = 24 if bench.quick else OUTPUT
+    chosen = settings(bench.quick)
+    models = [hub.load(name, device=bench.device, dtype=torch.float32).eval() for name in (TARGET, DRAFT)]
+    engines = {}
+    for name, options in chosen.items():
+        config = EngineConfig.model_validate({"sequences": max(CROWDS), "cache_tokens": 16384, **options})
+        engines[name] = build_engine(models[0], config, draft=models[1])
+    for crowd in CROWDS[: 1 if bench.quick else None]:
+        todo = prompts(max(crowd, 1 if bench.quick else ALONE))
+        runs: dict[str, Callable[[], float]] = {
+            name: functools.partial(run, engine, todo, crowd, output) for name, engine in engines.items()
+        }
+        if crowd == 1:
+            runs |= peers(todo, output)
+        measure(bench, runs, engines, f"{crowd} at a time")
+
+
+def measure(bench: Bench, runs: dict[str, Callable[[], float]], engines: dict[str, Engine], setting: str) -> None:
+    """The rows of one crowd: each beside plain decoding, and those that draft beside the best of transformers."""
+    before = {name: engine.snapshot() for name, engine in engines.items()}
+    values = bench.turns(runs, setting, REPETITIONS)
+    common = {"metric": "decoding speed", "unit": "tokens/s", "setting": setting}
+    others = [name for name in runs if name.startswith("transformers")]
+    best = max(others, key=lambda name: sum(values[name]), default=None)
+    for name in runs:
+        if name == "plain decoding":
+            continue
+        beside = {"subject": name, "values": values[name], **common}
+        papers = PAPERS.get(name, ())
+        bench.compared(peer="plain decoding", peer_values=values["plain decoding"], papers=papers, **beside)
+        if name in engines:
+            if best is not None:
+                bench.compared(peer=best, peer_values=values[best], **beside)
+            now, then = engines[name].snapshot(), before[name]
+            steps = now.sequence_steps - then.sequence_steps
+            tokens = (now.output_tokens - then.output_tokens) / steps
+            bench.row(subject=name, setting=setting, metric="tokens a step of a sequence", unit="", value=tokens)

@@ -1,0 +1,85 @@
+"""What an engine does to draft: decides how much, has it drafted, and learns what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from penstock.serve.engine.batch import Batch
+from penstock.serve.engine.sequence import Sequence
+from penstock.speculate.contract import AWAITED
+from penstock.speculate.controllers.contract import Controller, Seen
+
+if TYPE_CHECKING:
+    from penstock.serve.run.draft import Drafted, DraftModel
+
+
+class Speculation:
+    """Drafting in one engine.
+
+    Args:
+        controller: decides how many tokens are drafted, and verified.
+        most: how many the drafter drafts at a time at most.
+        model: the one that drafts; None where what is drafted comes out of the text.
+
+    Attributes:
+        drafted, accepted: how many tokens at each depth were verified, and accepted.
+        clock: says how many seconds have passed.
+    """
+
+    def __init__(self, controller: Controller, most: int, model: DraftModel | None) -> None:
+        self._control, self._weighs, self._model = controller.start(most), controller.weighs, model
+        self._published = 0.0
+        self.clock: Callable[[], float] = time.perf_counter
+        self.drafted, self.accepted = [0] * most, [0] * most
+
+    def ahead(self, running: list[Sequence]) -> int:
+        """How many tokens may be drafted for a sequence in the next step, where these run."""
+        going = sum(each.draft is not None and each.decoding for each in running)
+        return self._control.ahead(max(1, going))
+
+    def draft(self, batch: Batch) -> None:
+        """Has drafted what the entries of ``batch`` await. They are shorter then where less was drafted or kept."""
+        if self._model is None:
+            return
+        self._model.prepare(batch)
+        if not batch.ahead:
+            return
+        begun = self.clock()
+        drafted = self._model.draft(batch)
+        kept = self._kept(drafted)
+        for place, entry in enumerate(batch.entries):
+            if entry.window[:1] == (AWAITED,):
+                window = tuple(drafted.windows.get(entry.slot, ())[: kept.get(entry.slot)])
+                less = len(entry.window) - len(window)
+                batch.entries[place] = dataclasses.replace(
+                    entry, count=entry.count - less, scored=entry.scored - less, window=window
+                )
+        batch.proposals = self._model.proposals(drafted, len(batch.tables), batch.ahead)
+        batch.drafting = self.clock() - begun
+
+    def _kept(self, drafted: Drafted) -> dict[int, int]:
+        """How many tokens are verified of each slot, where not all are."""
+        if not self._weighs:
+            return {}
+        confidence = drafted.confidence()
+        return dict(zip(confidence, self._control.kept(list(confidence.values())), strict=True))
+
+    def learn(self, batch: Batch, counts: list[int]) -> None:
+        """What came out of ``batch`` is known: so many tokens of each of its scored entries."""
+        now = self.clock()
+        since, self._published = max(batch.begun, self._published), now
+        going = [entry for entry in batch.entries if entry.scored]
+        pairs = zip(going, counts, strict=True)
+        may = [(len(each.window), count - 1) for each, count in pairs if each.sequence.draft is not None]
+        if not may:
+            return
+        drafted, accepted = zip(*may, strict=True)
+        for length, taken in may:
+            for depth in range(length):
+                self.drafted[depth] += 1
+                self.accepted[depth] += depth < taken
+        prompts = batch.tokens - len(going) - sum(len(each.window) for each in going)
+        self._control.learn(Seen(len(going), prompts, batch.ahead, drafted, accepted, batch.drafting, now - since))

@@ -1,0 +1,1 @@
+"""Controllers: how many tokens are drafted, and how many of those are verified."""

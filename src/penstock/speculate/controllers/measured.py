@@ -1,0 +1,96 @@
+"""The length, or none, that brings the most tokens a second as measured."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from statistics import median
+from typing import Annotated
+
+from pydantic import Field
+
+from penstock.policy import policy
+from penstock.speculate.controllers.contract import Control, Controller, Seen
+
+#: The last so many times that a step of a kind was timed count.
+TIMES = 9
+
+
+class Measuring(Control):
+    """See :class:`Measured`."""
+
+    def __init__(self, policy: Measured, most: int) -> None:
+        self._policy = policy
+        self._lengths = [0, *sorted({1, 2, 3, most // 2, most} & set(range(1, most + 1)))]
+        self._seconds: dict[tuple[int, int], deque[float]] = {}
+        #: How often so many tokens were to be drafted, and were accepted, old trials fading.
+        self._tried, self._accepted = [0.0] * most, [0.0] * most
+        self._since = 0  # steps in which nothing was drafted
+
+    def ahead(self, sequences: int) -> int:
+        crowd = sequences.bit_length()
+        known = {length: times for length in self._lengths if (times := self._seconds.get((crowd, length)))}
+        fewest = min(self._lengths, key=lambda length: len(known.get(length, ())))
+        if len(known.get(fewest, ())) < self._policy.trials:
+            return fewest
+        rates = {length: self.tokens(length) / median(times) for length, times in known.items()}
+        best = max(self._lengths, key=lambda length: rates[length])
+        if best:
+            self._since = 0
+            return best
+        self._since += 1
+        if self._since < self._policy.patience:
+            return 0
+        self._since = 1
+        return max(self._lengths[1:], key=lambda length: rates[length])
+
+    def tokens(self, length: int) -> float:
+        """Tokens a step of a sequence for which ``length`` are drafted, by what was accepted lately."""
+        reached, expected, rate = 1.0, 1.0, 0.5
+        for tried, accepted in zip(self._tried[:length], self._accepted[:length], strict=True):
+            # Where a depth was hardly tried, it is as the one before it, and rather better than worse: to try it is how
+            # to know.
+            deeper = (accepted + rate * reached) / (tried + 1)
+            deeper = min(reached, deeper + self._policy.hope * math.sqrt(deeper * (1 - deeper) / (tried + 1)))
+            rate, reached = deeper / max(reached, 1e-9), deeper
+            expected += reached
+        return expected
+
+    def learn(self, seen: Seen) -> None:
+        if seen.ahead:
+            # Depths that were not tried are forgotten too: they may have become better.
+            self._tried = [self._policy.memory * each for each in self._tried]
+            self._accepted = [self._policy.memory * each for each in self._accepted]
+        for depth in range(seen.ahead):
+            self._tried[depth] += len(seen.accepted)
+            self._accepted[depth] += sum(accepted > depth for accepted in seen.accepted)
+        if self._since and sum(seen.accepted) > sum(seen.drafted) / 2:
+            self._since = self._policy.patience  # a trial that went well is repeated at once
+        if not seen.prompts and seen.sequences:
+            key = seen.sequences.bit_length(), seen.ahead
+            self._seconds.setdefault(key, deque(maxlen=TIMES)).append(seen.seconds)
+
+
+@policy("speculate.controller", "measured")
+class Measured(Controller):
+    """Takes the number of drafted tokens that brings the most tokens a second by what was measured here: none where
+    speculation loses.
+
+    What a step takes is timed for a few lengths, by how many sequences go on (to a factor of two); what it brings is
+    reckoned from how often tokens at each depth were accepted lately. Where none are drafted, some are from time to
+    time, to see whether they are accepted by now.
+
+    Attributes:
+        trials: how often each length is timed before one is chosen.
+        patience: steps without drafts after which some are drafted.
+        hope: how many standard errors are added to what is known of a depth.
+        memory: by what the weight of what was accepted is multiplied in each step that drafts.
+    """
+
+    trials: Annotated[int, Field(ge=1, le=9)] = 3
+    patience: Annotated[int, Field(ge=2, le=100_000)] = 96
+    hope: Annotated[float, Field(ge=0, le=4)] = 0.5
+    memory: Annotated[float, Field(gt=0, le=1)] = 0.98
+
+    def start(self, most: int) -> Control:
+        return Measuring(self, most)

@@ -1,0 +1,26 @@
+"""The law of ``speculate.controller``, for every registered policy."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock.testing.enrolled import enrolled, rebuilt
+from penstock.testing.speculate_controller import check_bounds, check_engine
+
+POLICIES = enrolled("speculate.controller")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", POLICIES)
+def test_lengths_stay_within_what_there_is_and_follow_from_what_was_seen(name, seed):
+    check_bounds(POLICIES[name], seed)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_tokens_are_those_of_an_engine_that_drafts_nothing(name):
+    check_engine(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_controller_can_be_made_from_its_description(name):
+    rebuilt(POLICIES[name])

@@ -1,0 +1,38 @@
+"""The benchmark `speculate`, with runs that take no time."""
+
+from __future__ import annotations
+
+import torch
+
+from penstock.core.bench import Bench, load
+from penstock.speculate.drafters.ngram import Ngram
+from penstock.testing.speculate_drafter import engine_with
+
+
+def test_every_setting_stands_beside_plain_decoding_and_the_best_of_transformers():
+    script = load("speculate")
+    bench = Bench("speculate", torch.device("cpu"), quick=True)
+    bench.console.quiet = True
+    engines = {"plain decoding": engine_with(None), "ngram, fixed": engine_with(Ngram(shortest=1))}
+    prompts = [[1, 2, 3] * 4, [4, 5] * 6, [6, 7, 8, 9] * 3]
+    runs = {name: lambda engine=engine: script.run(engine, prompts, 2, 8) for name, engine in engines.items()}
+    runs |= {"transformers, one": lambda: 2.0, "transformers, other": lambda: 3.0}
+    script.measure(bench, runs, engines, "2 at a time")
+    found = {(row.subject, row.peer, row.metric) for row in bench.rows}
+    assert found == {
+        ("ngram, fixed", "plain decoding", "decoding speed"),
+        ("ngram, fixed", "transformers, other", "decoding speed"),
+        ("ngram, fixed", None, "tokens a step of a sequence"),
+        ("transformers, one", "plain decoding", "decoding speed"),
+        ("transformers, other", "plain decoding", "decoding speed"),
+    }
+    (told,) = (row.value for row in bench.rows if row.peer is None)
+    now = engines["ngram, fixed"].snapshot()
+    assert told == now.output_tokens / now.sequence_steps >= 1  # nothing came before the first run
+
+
+def test_all_controllers_are_measured_with_a_model():
+    script = load("speculate")
+    named = {options["controller"] for options in script.settings(quick=False).values() if "controller" in options}
+    assert {"measured", "fixed", "bass", "thompson", "tetris"} <= named
+    assert set(script.settings(quick=True)) < set(script.settings(quick=False))

@@ -1,0 +1,95 @@
+"""What each controller is for: beside worked examples, brute force and the closed form."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from statistics import mean
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.speculate.controllers.bass import Bass
+from penstock.speculate.controllers.contract import Seen
+from penstock.speculate.controllers.fixed import Fixed
+from penstock.speculate.controllers.measured import Measured
+from penstock.speculate.controllers.tetris import Tetris, likeliest
+from penstock.speculate.controllers.thompson import Thompson, best_length
+from penstock.speculate.expected import chain_tokens
+from penstock.testing.speculate_controller import rounds
+
+MOST = 8
+
+
+def rate(acceptance: float, cost: float, length: int) -> float:
+    return chain_tokens(acceptance, length) / (1 + cost * length)
+
+
+def test_fixed_is_cut_to_what_the_drafter_can():
+    assert Fixed(length=9).start(4).ahead(3) == 4
+    assert Fixed(length=2).start(4).ahead(3) == 2
+
+
+def test_bass_grows_where_all_is_accepted_and_shrinks_else():
+    control = Bass(first=7, grow=2, shrink=10).start(12)
+    lengths = []
+    for accepted in ([7, 1], [3, 2], [3, 0], [7, 2], [0, 0]):
+        length = control.ahead(2)
+        control.learn(Seen(2, 0, length, [length, length], accepted, 0.0, 1.0))
+        lengths.append(control.ahead(2))
+    # 7 + 2; 9 - 1; 8 - 1 - 1; all 6 and more accepted: 6 + 2; 8 - 1.
+    assert lengths == [9, 8, 6, 8, 7]
+
+
+def test_bass_never_goes_below_what_the_luckiest_accepted():
+    control = Bass(first=6, shrink=1).start(8)
+    control.learn(Seen(2, 0, 6, [6, 6], [4, 0], 0.0, 1.0))
+    assert control.ahead(2) == 4
+
+
+@given(st.lists(st.lists(st.floats(0, 1), max_size=4), min_size=1, max_size=4), st.integers(0, 10))
+def test_tetris_is_the_best_share_of_a_budget(confidence, budget):
+    kept = likeliest(confidence, budget)
+    assert sum(kept) == min(budget, sum(map(len, confidence)))
+
+    def worth(lengths):
+        pairs = zip(confidence, lengths, strict=True)
+        return sum(math.prod(each[:end]) for each, length in pairs for end in range(1, length + 1))
+
+    shares = itertools.product(*(range(len(each) + 1) for each in confidence))
+    assert worth(kept) == pytest.approx(max(worth(each) for each in shares if sum(each) <= budget), abs=1e-9)
+
+
+def test_tetris_verifies_so_many_in_the_mean():
+    control = Tetris(length=2, extra=2).start(8)
+    assert control.ahead(3) == 4
+    assert control.kept([[0.9, 0.9, 0.9, 0.9], [0.5, 0.1, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1]]) == [4, 1, 1]
+
+
+@pytest.mark.parametrize("acceptance", [0.2, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("cost", [0.1, 0.4])
+def test_thompson_comes_to_the_best_length(acceptance, cost):
+    best = max(range(1, MOST + 1), key=lambda length: rate(acceptance, cost, length))
+    assert best_length(acceptance, cost, MOST) == best
+    lengths = rounds(Thompson(cost=cost, memory=1.0).start(MOST), acceptance, cost, 2000)
+    early, late = (mean(rate(acceptance, cost, length) for length in part) for part in (lengths[:20], lengths[-500:]))
+    assert late >= 0.98 * rate(acceptance, cost, best)
+    assert late >= early - 1e-9
+
+
+@pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("cost", [0.1, 0.5])
+def test_measured_comes_to_the_best_of_its_lengths(acceptance, cost):
+    lengths = rounds(Measured().start(MOST), acceptance, cost, 1500)
+    best = max(rate(acceptance, cost, length) for length in (0, 1, 2, 3, 4, MOST))
+    assert mean(rate(acceptance, cost, length) for length in lengths[-500:]) >= 0.93 * best
+
+
+def test_measured_drafts_nothing_where_that_loses_and_looks_again_now_and_then():
+    lengths = rounds(Measured().start(MOST), 0.3, 1.0, 2000)
+    assert 0 < sum(length > 0 for length in lengths[100:]) <= 0.03 * 1900
+    control = Measured().start(MOST)
+    rounds(control, 0.05, 0.3, 600)
+    assert control.ahead(1) == 0
+    assert mean(rounds(control, 0.95, 0.1, 3000)[-300:]) > 3

@@ -1,0 +1,131 @@
+"""Verifiers at work in an engine: the distribution of what comes out, beside the model's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from penstock.core.config import build
+from penstock.core.errors import ConfigError
+from penstock.models.sampling import Sampling, probabilities
+from penstock.policy import create
+from penstock.serve.build import build_engine
+from penstock.serve.choose.proposals import Proposals
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.config import EngineConfig
+from penstock.serve.engine.sequence import Sequence
+from penstock.serve.messages import Request
+from penstock.speculate.drafters.model import Model
+from penstock.speculate.verifiers.accept_residual import AcceptResidual
+from penstock.testing.reference import next_logits
+from penstock.testing.serve_model import draft_of, small_model
+from penstock.testing.serve_rows import Rows
+from penstock.testing.speculate_drafter import KINDS, engine_with, outcomes
+
+PROMPT = [3, 1, 4, 1, 5]
+MODEL = Model(source="a model", tokens=3)
+
+
+def sequence(sampling: SamplingParams) -> Sequence:
+    return Sequence(Request("0", [0], sampling), 0, sampling, [0, 0], 9, 0, prompt=1)
+
+
+def law(sampling: Sampling, length: int) -> dict[tuple[int, ...], float]:
+    """The chances of all texts of ``length`` tokens after the prompt, of more than none."""
+    found = {(): 1.0}
+    for _ in range(length):
+        ahead = {}
+        for text, chance in found.items():
+            chances = probabilities(next_logits(small_model(), [*PROMPT, *text]).double(), sampling)
+            ahead |= {(*text, token): chance * float(chances[token]) for token in chances.nonzero().flatten().tolist()}
+        found = ahead
+    return found
+
+
+@pytest.mark.parametrize("verifier", ["accept_residual", "exact_match"])
+def test_sampled_texts_have_the_models_distribution(verifier):
+    """A chi-square over the real engine, which drafts, accepts and draws from residuals as it serves."""
+    sampling = Sampling(temperature=1.5, top_k=3)
+    config = EngineConfig(
+        attention="reference", sequences=64, cache_tokens=4096, draft=MODEL, controller="fixed", verifier=verifier
+    )
+    engine = build_engine(small_model(), config, draft=draft_of(small_model(), 0.3))
+    texts: dict[str, list[int]] = {}
+    for seed in range(1000):
+        params = SamplingParams(temperature=1.5, top_k=3, seed=seed, max_tokens=3)
+        engine.add(Request(str(seed), PROMPT, params))
+    while engine.busy:
+        for delta in engine.step():
+            texts.setdefault(delta.id, []).extend(delta.tokens)
+    found, wanted = Counter(tuple(text) for text in texts.values()), law(sampling, 3)
+    assert set(found) <= set(wanted)
+    # Those that are expected less than 5 times are counted together.
+    often = [text for text, chance in wanted.items() if chance * len(texts) >= 5]
+    counts = [found[text] for text in often] + [len(texts) - sum(found[text] for text in often)]
+    expected = [wanted[text] * len(texts) for text in often]
+    expected.append(len(texts) - sum(expected))
+    pairs = [pair for pair in zip(counts, expected, strict=True) if pair[1] >= 1]
+    distance = sum((count - mean) ** 2 / mean for count, mean in pairs)
+    chance = torch.special.gammaincc(torch.tensor((len(pairs) - 1) / 2).double(), torch.tensor(distance / 2).double())
+    assert chance > 1e-3
+    now = engine.snapshot()
+    assert 0 < now.accepted_tokens < now.drafted_tokens
+
+
+def test_a_residual_is_drawn_from_where_a_draft_is_rejected():
+    """All drafts and draws of one place, on a grid that hits every chance exactly."""
+    target, proposal, size = (0.25, 0.75, 0.0), (0.5, 0.25, 0.25), 16
+    found = Counter()
+    for draft, share in enumerate(proposal):
+        rows = Rows(1, 3, torch.device("cpu"))
+        rows.add(0, sequence(SamplingParams(temperature=1)))
+        for place in range(size):
+            asked = rows.ask([0], [1], [(draft,)])
+            asked = dataclasses.replace(asked, uniform=np.full(2, (place + 0.5) / size))
+            proposals = Proposals(AcceptResidual(), torch.tensor([proposal]), np.array([[0]]))
+            logits = torch.tensor([target, target]).log()
+            sampled, _ = rows.sampler.sample(logits, asked, None, proposals)
+            token = int(sampled.tokens[0])
+            assert sampled.settled(1) == [1 + (token == draft)]
+            found[token] += share / size
+    assert found == {0: 0.25, 1: 0.75}
+
+
+def test_greedy_texts_are_the_same_under_every_verifier():
+    plain = outcomes(engine_with(None))
+    greedy = [str(number) for number, kind in enumerate(KINDS) if kind["temperature"] == 0]
+    drafted = outcomes(engine_with(MODEL, verifier=AcceptResidual()))
+    assert {name: drafted[name] for name in drafted if name[0] in greedy} == {
+        name: plain[name] for name in plain if name[0] in greedy
+    }
+
+
+def test_more_is_accepted_than_by_matching_where_texts_are_sampled():
+    shares = []
+    for verifier in ("exact_match", "accept_residual"):
+        engine = engine_with(MODEL, verifier=create("speculate.verifier", verifier))
+        for seed in range(16):
+            params = SamplingParams(temperature=1, seed=seed, max_tokens=20, top_k=20)
+            engine.add(Request(str(seed), PROMPT, params))
+        while engine.busy:
+            engine.step()
+        now = engine.snapshot()
+        shares.append(now.accepted_tokens / now.drafted_tokens)
+    assert shares[1] > shares[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"verifier": "recursive"}, "one token for a place"),
+        ({"verifier": "accept_residual", "deterministic": True}, "deterministic needs the verifier 'exact_match'"),
+        ({"verifier": "accept_residual", "record": "steps"}, "record needs the verifier 'exact_match'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        build(EngineConfig, {"draft": "python-1m", **options}, "the engine's options")
