@@ -15,6 +15,7 @@ import time
 import torch
 
 from penstock.core.bench import Bench, load
+from penstock.core.devices import label
 from penstock.core.errors import UsageError
 from penstock.core.garbage import settled
 from penstock.core.progress import show
@@ -86,10 +87,10 @@ def lognormal(count: int) -> Asking:
     ]
 
 
-def theirs(setting: str) -> dict[str, float | str]:
-    """The peer's figure for a setting, as fields of a row; nothing where it has none."""
+def theirs(bench: Bench, setting: str) -> dict[str, float | str]:
+    """The peer's figure for a setting on such a device, as fields of a row; nothing where it has none."""
     for result in read_results(peers_folder()):
-        for row in result.rows:
+        for row in result.rows if result.device == label(bench.device) else ():
             if row.setting == setting and row.peer and row.peer.startswith(PEER) and row.peer_value:
                 return {"peer": f"{PEER}, measured by itself", "peer_value": row.peer_value}
     return {}
@@ -104,7 +105,7 @@ def measure(bench: Bench, engine: Engine, setting: str, known: str, requests: As
         unit="tokens/s",
         run=lambda: run(engine, requests),
     )
-    beside = theirs(known)
+    beside = theirs(bench, known)
     if beside:
         bench.rows[-1] = row.model_copy(update={**beside, "ratio": row.value / float(beside["peer_value"])})
 

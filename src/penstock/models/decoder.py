@@ -115,12 +115,12 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.policy = moe.router
         self.experts = moe.experts
-        self.router = nn.Linear(config.hidden, moe.experts, bias=False)
+        self.router = Linear(config.hidden, moe.experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(moe.experts, 2 * moe.ffn, config.hidden))
         self.down = nn.Parameter(torch.empty(moe.experts, config.hidden, moe.ffn))
         self.selection_bias = nn.Parameter(torch.zeros(moe.experts), requires_grad=False) if moe.router.biased else None
         self.shared = FeedForward(config.hidden, moe.shared_ffn) if moe.shared_ffn else None
-        self.shared_gate = nn.Linear(config.hidden, 1, bias=False) if moe.shared_gate else None
+        self.shared_gate = Linear(config.hidden, 1, bias=False) if moe.shared_gate else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output, shaped as ``x``, and its loss for balance, summed over the tokens."""
