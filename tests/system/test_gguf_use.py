@@ -34,7 +34,7 @@ def test_it_is_served_by_its_name(file):
         chat = {"model": "tiny", "messages": [{"role": "user", "content": "def"}], "max_tokens": 4, "temperature": 0}
         answer = server.post("/v1/chat/completions", **chat).json()
     tokens = hub.load_tokenizer(file)("<|turn|>def")["input_ids"]
-    [same] = LLM(str(file), progress=silent).generate([tokens], SamplingParams(max_tokens=4, temperature=0))
+    [same] = LLM(str(file), progress=silent, cache_tokens=256, sequences=2, tokens=64).generate([tokens], SamplingParams(max_tokens=4, temperature=0))
     assert answer["choices"][0]["message"]["content"] == same.outputs[0].text
 
 

@@ -9,7 +9,7 @@ import importlib.resources
 import importlib.util
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -23,9 +23,9 @@ from penstock.core.files import atomic_folder, explain_os_errors, fsync_director
 from penstock.models.blank import without_weights
 from penstock.models.companions import GENERATION
 from penstock.models.config import DecoderConfig
-from penstock.models.decoder import Decoder
+from penstock.models.decoder import Decoder, Linear
 from penstock.models.families.contract import Family, effective
-from penstock.models.families.mapping import views_on
+from penstock.models.families.mapping import placed, views_on
 from penstock.models.formats.contract import GGUF, GGUF_INDEX, Weights
 from penstock.models.formats.safetensors import STORED, WEIGHTS, WEIGHTS_INDEX, Safetensors
 from penstock.policy import create, index
@@ -49,6 +49,10 @@ NAMED = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
 
 #: Keys of config.json that a Decoder has no use for, but which it keeps from load to save.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+#: What weights become on disk.
+Compress = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 class Origin(NamedTuple):
@@ -95,7 +99,7 @@ def resolve(source: str | Path) -> Path:
     if isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return _download(source)
     raise UsageError(
-        f"there is no model {str(source)!r}: it is no folder here, and as a boxed model, "
+        f"there is no model {str(source)!r}: it is no folder and no GGUF file here, and as a boxed model, "
         f"{nearest(str(source), [*boxed, *PACKAGED])}",
         hint="Name a Hugging Face folder, a run folder, a GGUF file, a boxed model, or a hub name such as org/name.",
     )
@@ -169,10 +173,6 @@ def _read(folder: Path) -> tuple[Family, DecoderConfig, dict[str, Any]]:
     kind, families = hub.get("model_type"), index().names(CONTRACT)
     if kind not in families:
         raise ModelError(f"{path}: the model_type {kind!r} is not supported", hint=f"Families: {', '.join(families)}.")
-    quantized = hub.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise ModelError(f"{path}: the weights are quantized ({method})", hint="Use the original checkpoint.")
     family = _family(kind)
     try:
         return family, family.config_from_hub(hub), hub
@@ -198,7 +198,7 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     """
     folder = resolve(source)
     family, config, hub = _read(folder)
-    weights = _weights(folder)
+    weights = _weights(folder, hub)
     with without_weights():
         decoder = Decoder(config)
     _check(folder, weights, views_on(decoder, family), _tied_head(config, family))
@@ -213,7 +213,7 @@ def dtype_of(source: str | Path) -> torch.dtype:
     """The dtype that a model folder states, or else that of its stored tensors; ``source`` as in :func:`resolve`."""
     folder = resolve(source)
     _, _, hub = _read(folder)
-    return _dtype(folder, hub, _weights(folder))
+    return _dtype(folder, hub, _weights(folder, hub))
 
 
 def import_state(decoder: Decoder, folder: Path) -> None:
@@ -223,22 +223,31 @@ def import_state(decoder: Decoder, folder: Path) -> None:
         ModelError: the folder is damaged or incomplete, or of another model. The decoder is untouched then, unless
             the damage is to the bytes of a tensor.
     """
-    family, config, _ = _read(folder)
+    family, config, hub = _read(folder)
     there, here = effective(config), effective(decoder.config)
     if there != here:
         differing = ", ".join(sorted(key for key in {*there, *here} if there.get(key) != here.get(key)))
         raise ModelError(f"{folder} holds another model than this one: they differ in {differing}")
-    weights = _weights(folder)
+    weights = _weights(folder, hub)
     _check(folder, weights, views_on(decoder, family), _tied_head(config, family))
     _fill(decoder, family, weights)
 
 
-def _weights(folder: Path) -> Weights:
-    if not (folder / GGUF_INDEX).is_file():
-        return Safetensors(folder)
-    from penstock.models.formats.gguf import Gguf
+def _weights(folder: Path, hub: dict[str, Any]) -> Weights:
+    """The weights of a folder, in whichever format."""
+    if (folder / GGUF_INDEX).is_file():
+        from penstock.models.formats.gguf import Gguf
 
-    return Gguf(folder)
+        return Gguf(folder)
+    config = hub.get("quantization_config")
+    if not config:
+        return Safetensors(folder)
+    from penstock.models.formats.quantized import Quantized, layout_of
+
+    try:
+        return Quantized(Safetensors(folder), layout_of(config))
+    except ModelError as error:
+        raise ModelError(f"{folder / CONFIG}: {error.what}", hint=error.hint) from error
 
 
 def _tied_head(config: DecoderConfig, family: Family) -> str | None:
@@ -257,17 +266,23 @@ def _check(folder: Path, weights: Weights, wanted: Mapping[str, Tensor], optiona
                 hint=f"Its weights are not those of the model that its {CONFIG} describes.",
             )
     for name, (path, shape, dtype) in stored.items():
-        if name in wanted and shape != tuple(wanted[name].shape):
+        if name in wanted and not _fits(shape, wanted[name].shape):
             raise ModelError(f"{name} in {path} is {list(shape)}, but {CONFIG} implies {list(wanted[name].shape)}")
         if dtype not in weights.dtypes:
             known = ", ".join(weights.dtypes)
             raise ModelError(f"{name} in {path} holds {dtype}", hint=f"Weights must be one of {known}.")
 
 
+def _fits(shape: tuple[int, ...], wanted: torch.Size) -> bool:
+    """Whether a weight is of the shape that is ``wanted``, as far as its header tells (-1: it does not)."""
+    known = zip(shape, wanted, strict=False)
+    return len(shape) == len(wanted) and all(size in (-1, other) for size, other in known)
+
+
 def _dtype(folder: Path, hub: dict[str, Any], weights: Weights) -> torch.dtype:
     stated = hub.get("dtype") or hub.get("torch_dtype")
     if stated is None:
-        return STORED[next(iter(weights.headers.values())).dtype]
+        return next((STORED[each.dtype] for each in weights.headers.values() if each.dtype in STORED), torch.float32)
     if stated not in NAMED:
         raise ModelError(f"{folder / CONFIG}: the dtype {stated!r} is none of {', '.join(NAMED)}")
     return NAMED[stated]
@@ -289,6 +304,9 @@ def _fill(decoder: Decoder, family: Family, weights: Weights) -> None:
     """Copies stored weights into the decoder, which they have been checked against."""
     views = views_on(decoder, family)
     for name, tensor in weights.read(views.keys()):
+        if tensor.shape != views[name].shape:
+            there, wanted = list(tensor.shape), list(views[name].shape)
+            raise ModelError(f"{name} in {weights.headers[name].path} is {there}, but {CONFIG} implies {wanted}")
         views[name].copy_(tensor)
     doubled = weights.headers.keys() - views
     for name, head in weights.read(doubled):
@@ -332,6 +350,7 @@ def save(
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5_000_000_000,
     family: str | None = None,
+    scheme: str | None = None,
 ) -> None:
     """Writes config.json and the weights, in shards with an index where they exceed ``shard_bytes``.
 
@@ -344,16 +363,18 @@ def save(
         dtype: of the stored tensors; None leaves each as it is.
         shard_bytes: the most bytes of tensors in a file that holds more than one.
         family: see :func:`family_of`.
+        scheme: in which the matrices of the layers are quantized, by its name in
+            :data:`~penstock.models.formats.schemes.SCHEMES`; None stores them as they are.
 
     Raises:
-        UsageError: the folder holds a model, or there is no such family.
-        ModelError: the family cannot express the model.
+        UsageError: the folder holds a model, or there is no such family or scheme.
+        ModelError: the family cannot express the model, or the scheme does not fit its matrices.
         PenstockError: the disk is full, or the folder cannot be written.
     """
     chosen = family_of(decoder, family)
     if not folder.exists():
         with atomic_folder(folder) as fresh:
-            _write(decoder, chosen, fresh, dtype, shard_bytes)
+            _write(decoder, chosen, fresh, dtype, shard_bytes, scheme)
         return
     for name in (CONFIG, WEIGHTS, WEIGHTS_INDEX):
         if (folder / name).exists():
@@ -362,34 +383,74 @@ def save(
         explain_os_errors(f"cannot write {folder}"),
         tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as staging,
     ):
-        _write(decoder, chosen, Path(staging), dtype, shard_bytes)
+        _write(decoder, chosen, Path(staging), dtype, shard_bytes, scheme)
         for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == CONFIG):
             fsync_file(path)
             path.replace(folder / path.name)
         fsync_directory(folder)
 
 
-def _write(decoder: Decoder, family: Family, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
+def _write(
+    decoder: Decoder, family: Family, folder: Path, dtype: torch.dtype | None, shard_bytes: int, scheme: str | None
+) -> None:
     stated = dtype or decoder.embedding.weight.dtype
     origin = _origin(decoder)
     hub = family.config_to_hub(decoder.config) | {"torch_dtype": str(stated).removeprefix("torch.")}
     # Unknown ids are written as null: where they are absent, transformers invents some.
     hub |= origin.token_ids if origin else dict.fromkeys(TOKEN_IDS)
+    compress: Compress = _as_they_are
+    if scheme is not None:
+        compress, hub["quantization_config"] = _quantizing(decoder, family, scheme)
     shards = _shards(views_on(decoder, family), dtype, shard_bytes)
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     files = files if len(shards) > 1 else [WEIGHTS]
+    places: dict[str, str] = {}
     total = 0
     for file, shard in zip(files, shards, strict=True):
-        tensors = {name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in shard.items()}
+        plain = {name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in shard.items()}
+        tensors = compress(plain)
+        places |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise PenstockError(f"cannot write {folder / file}: {error}", hint="Is the disk full?") from error
     if len(shards) > 1:
-        places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     write_json(folder / CONFIG, hub)
+
+
+def _as_they_are(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors
+
+
+def _quantizing(decoder: Decoder, family: Family, name: str) -> tuple[Compress, dict[str, Any]]:
+    """What quantizes the matrices of the layers among some weights, and the ``quantization_config`` that says so. The
+    embedding, the head and routers stay as they are."""
+    from penstock.models.formats.schemes import described, scheme_of
+
+    linear = {
+        f"{name}.weight" for name, module in decoder.layers.named_modules(prefix="layers") if type(module) is Linear
+    }
+    every = {hub: (ours, view) for ours, hub, view in placed(decoder, family) if view.dim() == 2}
+    inside = {
+        hub: view for hub, (ours, view) in every.items() if ours in linear or decoder.get_parameter(ours).dim() == 3
+    }
+    scheme = scheme_of(name, {view.shape[1] for view in inside.values()})
+
+    def compress(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        written: dict[str, Tensor] = {}
+        for weight, tensor in tensors.items():
+            if weight in inside:
+                module = weight.removesuffix("weight")
+                written |= {f"{module}{part}": stored for part, stored in scheme.compress(tensor).items()}
+            else:
+                written[weight] = tensor
+        return written
+
+    embedding = family.tensors["embedding.weight"][0]
+    kept = every.keys() - inside - {embedding} | {family.tensors["head.weight"][0]}
+    return compress, described(scheme, {weight.removesuffix(".weight") for weight in kept})
 
 
 def _shards(state: Mapping[str, Tensor], dtype: torch.dtype | None, limit: int) -> list[dict[str, Tensor]]:
