@@ -49,7 +49,7 @@ def blocks(draw: np.random.Generator, kind: str, shape: tuple[int, ...]) -> np.n
     numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     raw = draw.integers(0, 256, (*shape[:-1], shape[-1] // numbers, size), np.uint8)
     # Where a block's float16 scales lie: behind its numbers in Q6_K, before them elsewhere.
-    scales = {"Q4_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}.get(kind, [0])
+    scales = {"Q4_1": [0, 2], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}.get(kind, [0])
     for at in scales:
         small = draw.uniform(1e-4, 4e-4, raw.shape[:-1]).astype(np.float16)
         raw[..., at : at + 2] = small[..., None].view(np.uint8)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +21,14 @@ from served import Served
 from tiny_runs import config, make_corpus
 
 
-@pytest.fixture(scope="module", autouse=True)
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gguf")
-    write(folder / "tiny.gguf", peer("llama", **SHAPE), "llama", coded("Q8_0"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        yield folder / "tiny.gguf"
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file, described in the user's cache, where the compiled kernels are too."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write(path, peer("llama", **SHAPE), "llama", coded("Q8_0"))
+    described = hub.resolve(path)
+    yield path
+    shutil.rmtree(described)
 
 
 def test_it_is_served_by_its_name(file):
@@ -34,7 +37,9 @@ def test_it_is_served_by_its_name(file):
         chat = {"model": "tiny", "messages": [{"role": "user", "content": "def"}], "max_tokens": 4, "temperature": 0}
         answer = server.post("/v1/chat/completions", **chat).json()
     tokens = hub.load_tokenizer(file)("<|turn|>def")["input_ids"]
-    [same] = LLM(str(file), progress=silent, cache_tokens=256, sequences=2, tokens=64).generate([tokens], SamplingParams(max_tokens=4, temperature=0))
+    [same] = LLM(str(file), progress=silent, cache_tokens=256, sequences=2, tokens=64).generate(
+        [tokens], SamplingParams(max_tokens=4, temperature=0)
+    )
     assert answer["choices"][0]["message"]["content"] == same.outputs[0].text
 
 

@@ -49,7 +49,7 @@ def generate(
         text = read_text(prompt_file)
     else:
         text = sys.stdin.read() if prompt == "-" else str(prompt)
-    decoder = hub.load(model, device=where, dtype=inference_dtype(where)).eval()
+    decoder = hub.load_for_inference(model, device=where, dtype=inference_dtype(where)).eval()
     tokenizer = hub.load_tokenizer(model)
     pieces = stream_text(decoder, tokenizer, text, sampling, hub.end_tokens(model, tokenizer))
     typer.echo(text, nl=False)

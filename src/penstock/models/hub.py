@@ -28,6 +28,7 @@ from penstock.models.families.contract import Family, effective
 from penstock.models.families.mapping import placed, views_on
 from penstock.models.formats.contract import GGUF, GGUF_INDEX, Weights
 from penstock.models.formats.safetensors import STORED, WEIGHTS, WEIGHTS_INDEX, Safetensors
+from penstock.models.quantized import QuantizedLinear
 from penstock.policy import create, index
 
 if TYPE_CHECKING:
@@ -196,13 +197,27 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
         UsageError: there is no such model.
         ModelError: the folder is damaged or incomplete, or holds a model that the Decoder cannot be.
     """
+    return _load(source, torch.device(device), dtype, packed=False)
+
+
+def load_for_inference(
+    source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Decoder:
+    """Loads a model as :func:`load` does, with two differences: it has no gradients, and on a CPU quantized matrices of
+    its layers and of its head stay as they are stored, where products read them. ``dtype`` is that of the others."""
+    return _load(source, torch.device(device), dtype, packed=torch.device(device).type == "cpu")
+
+
+def _load(source: str | Path, device: torch.device, dtype: torch.dtype | None, packed: bool) -> Decoder:
     folder = resolve(source)
     family, config, hub = _read(folder)
     weights = _weights(folder, hub)
     with without_weights():
         decoder = Decoder(config)
     _check(folder, weights, views_on(decoder, family), _tied_head(config, family))
-    _allocate(decoder, torch.device(device), dtype or _dtype(folder, hub, weights))
+    if packed:
+        _keep_packed(decoder, family, weights)
+    _allocate(decoder, device, dtype or _dtype(folder, hub, weights))
     _fill(decoder, family, weights)
     # Kept on the instance and not declared by Decoder, which knows nothing of folders.
     vars(decoder)["origin"] = Origin(family.policy_name, {key: hub[key] for key in TOKEN_IDS if key in hub})
@@ -294,22 +309,45 @@ def _allocate(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> Non
         name: nn.Parameter(torch.empty(meta.shape, dtype=dtype, device=device), requires_grad=meta.requires_grad)
         for name, meta in decoder.named_parameters()
     }
-    if decoder.config.tied:
+    if decoder.config.tied and isinstance(decoder.head, Linear):
         blank["head.weight"] = blank["embedding.weight"]
     decoder.load_state_dict(blank, assign=True)
     decoder.rotary.to(device)
+
+
+def _keep_packed(decoder: Decoder, family: Family, weights: Weights) -> None:
+    """Replaces those linear layers of a decoder on the meta device whose matrices are quantized, and a tied head."""
+    stacks: dict[str, list[str]] = {}
+    shapes: dict[str, torch.Size] = {}
+    for ours, hub, view in placed(decoder, family):
+        stacks.setdefault(ours.removesuffix(".weight"), []).append(hub)
+        shapes[hub] = view.shape
+    if decoder.config.tied:
+        stacks["head"] = stacks["embedding"]
+    for name, module in list(decoder.named_modules()):
+        stack = stacks.get(name, [])
+        if type(module) is Linear and stack and all(hub in weights.quantized for hub in stack):
+            pieces = dict(weights.packed(stack))
+            for hub in stack:
+                _same_shape(hub, weights, pieces[hub].shape, shapes[hub])
+            decoder.set_submodule(name, QuantizedLinear([pieces[hub] for hub in stack], module.bias))
+
+
+def _same_shape(name: str, weights: Weights, shape: tuple[int, ...], wanted: torch.Size) -> None:
+    if tuple(shape) != tuple(wanted):
+        raise ModelError(
+            f"{name} in {weights.headers[name].path} is {list(shape)}, but {CONFIG} implies {list(wanted)}"
+        )
 
 
 def _fill(decoder: Decoder, family: Family, weights: Weights) -> None:
     """Copies stored weights into the decoder, which they have been checked against."""
     views = views_on(decoder, family)
     for name, tensor in weights.read(views.keys()):
-        if tensor.shape != views[name].shape:
-            there, wanted = list(tensor.shape), list(views[name].shape)
-            raise ModelError(f"{name} in {weights.headers[name].path} is {there}, but {CONFIG} implies {wanted}")
+        _same_shape(name, weights, tensor.shape, views[name].shape)
         views[name].copy_(tensor)
-    doubled = weights.headers.keys() - views
-    for name, head in weights.read(doubled):
+    tied = _tied_head(decoder.config, family)
+    for name, head in weights.read([] if tied is None else [tied]):
         embedding = decoder.embedding.weight
         if not torch.equal(head.to(embedding), embedding):
             raise ModelError(

@@ -40,7 +40,9 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
     """
     where = pick(device)
     folder = hub.resolve(source)
-    model = hub.load(folder, device=where, dtype=dtype_of(config, where)).eval()
+    # Kernels whose bits do not depend on the batch are for plain matrices.
+    load = hub.load if config.deterministic else hub.load_for_inference
+    model = load(folder, device=where, dtype=dtype_of(config, where)).eval()
     tokenizer = hub.load_tokenizer(folder)
     stop = hub.end_tokens(folder, tokenizer)
     grammars = Grammars(tokenizer, model.config.vocabulary, stop) if tokenizer.is_fast else None

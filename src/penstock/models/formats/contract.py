@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from penstock.ops.quantized.contract import Packed
+
 #: The suffix of GGUF files, and the file in a folder that says where in them its weights lie.
 GGUF, GGUF_INDEX = ".gguf", "gguf.json"
 
@@ -27,6 +29,7 @@ class Weights(Protocol):
     Attributes:
         headers: every weight that is there.
         dtypes: what ``Stored.dtype`` may be.
+        quantized: the names of those matrices that :meth:`packed` gives.
     """
 
     @property
@@ -35,9 +38,20 @@ class Weights(Protocol):
     @property
     def dtypes(self) -> Collection[str]: ...
 
+    @property
+    def quantized(self) -> Collection[str]: ...
+
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """The weights ``names``, in the order of the files, a tensor in memory at a time; quantized ones as the numbers
         that they stand for.
+
+        Raises:
+            ModelError: a file is damaged.
+        """
+        ...
+
+    def packed(self, names: Collection[str]) -> Iterator[tuple[str, Packed]]:
+        """The ``quantized`` matrices among ``names``, as they are stored.
 
         Raises:
             ModelError: a file is damaged.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -15,9 +15,12 @@ from torch import Tensor
 from penstock.core.errors import ModelError
 from penstock.core.files import explain_os_errors, read_json, write_json
 from penstock.models.formats.contract import GGUF_INDEX, Stored
+from penstock.ops.quantized.contract import Packed
+from penstock.ops.quantized.ggml import Ggml, Kind
 
-#: The types of tensors that are read, by their names in ggml.
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+#: The types of tensors that are read, by their names in ggml: those that are plain numbers, and all.
+PLAIN = ("F32", "F16", "BF16")
+TYPES = (*PLAIN, *get_args(Kind))
 
 #: Bytes of numbers that a tensor becomes at a time.
 PIECE = 1 << 26
@@ -67,6 +70,9 @@ class Gguf:
         self.headers = {
             name: Stored(self.files[place.file], place.shape, place.kind) for name, place in self.places.items()
         }
+        self.quantized = [
+            name for name, place in self.places.items() if place.kind not in PLAIN and len(place.shape) > 1
+        ]
         for number, file in enumerate(self.files):
             ends = [
                 place.offset + place.rows * place.row_bytes for place in self.places.values() if place.file == number
@@ -81,6 +87,12 @@ class Gguf:
         for _, group in itertools.groupby(in_order, key=lambda item: item[1].file):
             for name, place in group:
                 yield name, _numbers(self.blocks(name), place)
+
+    def packed(self, names: Collection[str]) -> Iterator[tuple[str, Packed]]:
+        for name in self.quantized:
+            if name in names:
+                # A copy: who writes into the file changes no model that is open.
+                yield name, Packed(Ggml(kind=cast(Kind, self.places[name].kind)), {"blocks": self.blocks(name).clone()})
 
     def blocks(self, name: str) -> Tensor:
         """The bytes of a weight, uint8 [rows, bytes of a row], with its rows in the order of Hugging Face. What the

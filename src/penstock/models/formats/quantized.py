@@ -104,19 +104,16 @@ class Quantized:
                 raise ModelError(f"the tensors of {module}weight in {first.path} are of no matrix") from error
             self.headers[f"{module}weight"] = Stored(first.path, shape, "quantized")
         self.dtypes = (*stored.dtypes, "quantized")
+        self.quantized = {f"{module}weight" for module in self._modules}
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        yield from self._stored.read([name for name in names if not self._is_packed(name)])
+        yield from self._stored.read([name for name in names if name not in self.quantized])
         for name, packed in self.packed(names):
             yield name, packed.dequantize()
 
     def packed(self, names: Collection[str]) -> Iterator[tuple[str, Packed]]:
-        """Those of the weights ``names`` that are quantized, as they are stored."""
         for module, parts in self._modules.items():
             if f"{module}weight" in names:
                 found = dict(self._stored.read(parts.values()))
                 tensors = {part: found[name] for part, name in parts.items()}
                 yield f"{module}weight", self._layout.pack(module.rstrip("."), tensors)
-
-    def _is_packed(self, name: str) -> bool:
-        return name.removesuffix("weight") in self._modules

@@ -15,6 +15,7 @@ from torch import Tensor
 from penstock.core.errors import ModelError
 from penstock.core.files import explain_os_errors, read_json
 from penstock.models.formats.contract import Stored
+from penstock.ops.quantized.contract import Packed
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -29,7 +30,7 @@ class Safetensors:
         ModelError: there are none, a file is missing or damaged, or a tensor is in two of them.
     """
 
-    dtypes = tuple(STORED)
+    dtypes, quantized = tuple(STORED), ()
 
     def __init__(self, folder: Path) -> None:
         found: dict[str, Stored] = {}
@@ -49,6 +50,9 @@ class Safetensors:
                 for name, _ in group:
                     if name in names:
                         yield name, file.get_tensor(name)
+
+    def packed(self, names: Collection[str]) -> Iterator[tuple[str, Packed]]:
+        yield from ()
 
 
 def _files(folder: Path) -> list[Path]:

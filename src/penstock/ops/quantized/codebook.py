@@ -8,6 +8,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from penstock.ops.quantized import cpu
 from penstock.ops.quantized.contract import Example, Parts, WeightFormat, spread
 from penstock.ops.quantized.integers import halves
 from penstock.policy import policy
@@ -43,6 +44,12 @@ class Codebook4(WeightFormat):
         values = parts["values"]
         numbers = torch.tensor(TABLES[self.table], device=values.device)[halves(values).int()]
         return numbers * spread(parts["scale"], numbers.shape[1], self.group)
+
+    def product(self, x: Tensor, parts: Parts) -> Tensor:
+        if cpu.serves(x, self.shape(parts)[1], self.group):
+            table = torch.tensor(TABLES[self.table])
+            return cpu.product("table4", x, parts["values"], parts["scale"], table=table, group=self.group)
+        return super().product(x, parts)
 
     @classmethod
     def example(cls) -> Example:

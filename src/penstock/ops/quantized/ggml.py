@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.ops.quantized import cpu
 from penstock.ops.quantized.contract import Example, Parts, WeightFormat
 from penstock.policy import policy
 
@@ -34,6 +35,11 @@ class Ggml(WeightFormat):
 
         blocks = parts["blocks"]
         return torch.from_numpy(dequantize(blocks.cpu().numpy(), GGMLQuantizationType[self.kind])).to(blocks.device)
+
+    def product(self, x: Tensor, parts: Parts) -> Tensor:
+        if cpu.serves(x, x.shape[1], None):
+            return cpu.product(self.kind, x, parts["blocks"])
+        return super().product(x, parts)
 
     @classmethod
     def example(cls) -> Example:

@@ -6,6 +6,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from penstock.ops.quantized import cpu
 from penstock.ops.quantized.contract import Example, Parts, WeightFormat, spread
 from penstock.policy import policy
 
@@ -19,6 +20,12 @@ class Integers(WeightFormat):
     def integers(self, parts: Parts) -> Tensor:
         """The integers [M, K]."""
         raise NotImplementedError
+
+    def product(self, x: Tensor, parts: Parts) -> Tensor:
+        if cpu.serves(x, self.shape(parts)[1], self.group):
+            scale, offset = parts["scale"], parts.get("offset")
+            return cpu.product(self.policy_name, x, parts["values"], scale, offset, group=self.group)
+        return super().product(x, parts)
 
     def dequantize(self, parts: Parts) -> Tensor:
         columns = self.shape(parts)[1]
