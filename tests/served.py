@@ -78,9 +78,9 @@ class Served:
     Its engine is a fork of it, for which PyTorch need not be imported anew, unless it is to be started ``as_shipped``.
     """
 
-    def __init__(self, *arguments: str, key: str | None = None, as_shipped: bool = False) -> None:
+    def __init__(self, *arguments: str, model: str = MODEL, key: str | None = None, as_shipped: bool = False) -> None:
         given = ENVIRONMENT | ({"PENSTOCK_API_KEY": key} if key else {})
-        line = (MODEL, "--port", "0", *SMALL, *arguments)
+        line = (model, "--port", "0", *SMALL, *arguments)
         run = functools.partial(run_penstock, "serve") if as_shipped else serve_with_a_forked_engine
         self.process = Program(run, *line, environment=given)
         while "\nTry: " not in self.process.out() and self.process.poll() is None:

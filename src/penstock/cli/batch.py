@@ -8,7 +8,7 @@ import typer
 
 
 def batch(
-    model: str = typer.Argument(..., help="A model folder, a run folder, a boxed model or a hub name."),
+    model: str = typer.Argument(..., help="A model or run folder, a GGUF file, a boxed model or a hub name."),
     source: Path = typer.Argument(..., metavar="IN.jsonl", help="Requests, one a line."),
     target: Path = typer.Argument(..., metavar="OUT.jsonl", help="Where responses are appended, one a line."),
     name: str | None = typer.Option(

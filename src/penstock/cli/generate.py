@@ -8,7 +8,7 @@ import typer
 
 
 def generate(
-    model: str = typer.Argument("python-6m", help="A model folder, a run folder, a boxed model or a hub name."),
+    model: str = typer.Argument("python-6m", help="A model or run folder, a GGUF file, a boxed model or a hub name."),
     prompt: str | None = typer.Option(None, "--prompt", "-p", help="The text to continue (standard input: -)."),
     prompt_file: Path | None = typer.Option(None, "--prompt-file", help="A file with the text to continue."),
     max_tokens: int = typer.Option(200, "--max-tokens", "-n", help="How many tokens at most."),
@@ -21,7 +21,7 @@ def generate(
 ) -> None:
     """Continue a prompt, streaming to the terminal.
 
-    Example: `penstock generate python-6m --prompt 'def fibonacci('`
+    Examples: `penstock generate python-6m --prompt 'def fibonacci('`, `penstock generate file.gguf --prompt 'Once '`
     """
     import sys
 
@@ -49,7 +49,7 @@ def generate(
         text = read_text(prompt_file)
     else:
         text = sys.stdin.read() if prompt == "-" else str(prompt)
-    decoder = hub.load(model, device=where, dtype=inference_dtype(where)).eval()
+    decoder = hub.load_for_inference(model, device=where, dtype=inference_dtype(where)).eval()
     tokenizer = hub.load_tokenizer(model)
     pieces = stream_text(decoder, tokenizer, text, sampling, hub.end_tokens(model, tokenizer))
     typer.echo(text, nl=False)

@@ -74,7 +74,7 @@ def _laws(policy: str, trials: Path) -> dict[str, Any]:
 
 @app.command()
 def batch(
-    model: str = typer.Argument(..., help="A model folder, a run folder, a boxed model or a hub name."),
+    model: str = typer.Argument(..., help="A model or run folder, a GGUF file, a boxed model or a hub name."),
     device: str = typer.Option("h100", "--device", help="a100, h100, h200 or b200."),
     length: int = typer.Option(1024, "--length", min=1, help="Tokens that a sequence holds on average."),
     width: int = typer.Option(2, "--bytes", min=1, max=8, help="Bytes of a weight and of a cached number."),

@@ -28,7 +28,7 @@ class Level(enum.StrEnum):
 
 
 def serve(
-    model: str = typer.Argument("python-6m", help="A model folder, a run folder, a boxed model or a hub name."),
+    model: str = typer.Argument("python-6m", help="A model or run folder, a GGUF file, a boxed model or a hub name."),
     host: str = typer.Option("127.0.0.1", "--host", help="The address to listen at."),
     port: int = typer.Option(8000, "--port", min=0, max=65535, help="The port; 0 picks a free one."),
     name: str | None = typer.Option(

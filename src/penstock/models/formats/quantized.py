@@ -1,0 +1,119 @@
+"""Quantized weights in safetensors: a matrix lies there in several tensors, which begin with its module's name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from penstock.core.errors import ModelError
+from penstock.models.formats.awq import Awq
+from penstock.models.formats.bitsandbytes import BitsAndBytes
+from penstock.models.formats.compressed_tensors import CompressedTensors
+from penstock.models.formats.contract import Stored
+from penstock.models.formats.fp8 import BlockFp8
+from penstock.models.formats.gptq import Gptq
+from penstock.models.formats.safetensors import Safetensors
+from penstock.ops.quantized.contract import Packed
+
+#: What engines add for activations and caches, and a model without them has no place for.
+ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "k_scale", "v_scale", "output_scale")
+
+
+class Layout(Protocol):
+    """How a quantization method stores a matrix.
+
+    Attributes:
+        marker: the suffix of a tensor that quantized modules have, and others do not.
+        suffixes: of the other tensors that a module may have in place of its matrix.
+    """
+
+    @property
+    def marker(self) -> str: ...
+
+    @property
+    def suffixes(self) -> Collection[str]: ...
+
+    def shape(self, headers: Mapping[str, Stored]) -> tuple[int, int]:
+        """The rows and columns of the matrix, from the ``headers`` of its tensors by suffix; (-1, -1) where they do not
+        tell."""
+        ...
+
+    def pack(self, module: str, tensors: Mapping[str, Tensor]) -> Packed:
+        """The matrix of ``module``, from its ``tensors`` by suffix.
+
+        Raises:
+            ModelError: one is missing, or of the wrong shape.
+        """
+        ...
+
+
+def layout_of(config: Any) -> Layout:
+    """The layout that the ``quantization_config`` of a config.json describes.
+
+    Raises:
+        ModelError: it is of a method that is not supported, or asks for what is not.
+    """
+    methods: dict[str, type] = {
+        "compressed-tensors": CompressedTensors,
+        "fp8": BlockFp8,
+        "awq": Awq,
+        "gptq": Gptq,
+        "bitsandbytes": BitsAndBytes,
+    }
+    name = config.get("quant_method") if isinstance(config, dict) else config
+    if name not in methods:
+        raise ModelError(
+            f"the weights are quantized by {name!r}, which is not supported",
+            hint=f"Methods: {', '.join(methods)}. The original checkpoint works too.",
+        )
+    try:
+        layout: Layout = methods[name](config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"the quantization_config of {name} lacks something or is malformed: {error}") from error
+    return layout
+
+
+class Quantized:
+    """The weights of a folder with a ``quantization_config``; see
+    :class:`~penstock.models.formats.contract.Weights`."""
+
+    def __init__(self, stored: Safetensors, layout: Layout) -> None:
+        self._stored, self._layout = stored, layout
+        headers = {name: header for name, header in stored.headers.items() if not name.endswith(ACTIVATIONS)}
+        ends = [name.removesuffix(layout.marker) for name in headers if name.endswith(f".{layout.marker}")]
+        if not ends:
+            raise ModelError(
+                f"the weights are quantized, it says, but none has a {layout.marker}",
+                hint="Where they are not quantized, remove quantization_config.",
+            )
+        self._modules = {
+            module: {
+                part: f"{module}{part}" for part in (layout.marker, *layout.suffixes) if f"{module}{part}" in headers
+            }
+            for module in ends
+        }
+        owned = {name for parts in self._modules.values() for name in parts.values()}
+        self.headers = {name: header for name, header in headers.items() if name not in owned}
+        for module, parts in self._modules.items():
+            first = headers[parts[layout.marker]]
+            try:
+                shape = layout.shape({part: headers[name] for part, name in parts.items()})
+            except ValueError as error:
+                raise ModelError(f"the tensors of {module}weight in {first.path} are of no matrix") from error
+            self.headers[f"{module}weight"] = Stored(first.path, shape, "quantized")
+        self.dtypes = (*stored.dtypes, "quantized")
+        self.quantized = {f"{module}weight" for module in self._modules}
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        yield from self._stored.read([name for name in names if name not in self.quantized])
+        for name, packed in self.packed(names):
+            yield name, packed.dequantize()
+
+    def packed(self, names: Collection[str]) -> Iterator[tuple[str, Packed]]:
+        for module, parts in self._modules.items():
+            if f"{module}weight" in names:
+                found = dict(self._stored.read(parts.values()))
+                tensors = {part: found[name] for part, name in parts.items()}
+                yield f"{module}weight", self._layout.pack(module.rstrip("."), tensors)

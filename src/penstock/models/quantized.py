@@ -1,0 +1,45 @@
+"""Linear layers whose weights stay in the format that they are stored in."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from penstock.ops.quantized.contract import Packed
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer, for inference alone, whose matrix is stored in pieces: some rows each, in whichever formats.
+
+    Args:
+        pieces: from the first rows on. Neighbours of one format are joined.
+        bias: [M], or None.
+    """
+
+    def __init__(self, pieces: Sequence[Packed], bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self._formats = []
+        for number, (format, same) in enumerate(itertools.groupby(pieces, key=lambda piece: piece.format)):
+            parts = [piece.parts for piece in same]
+            self._formats.append((format, sorted(parts[0])))
+            for name in parts[0]:
+                joined = torch.cat([each[name] for each in parts]) if len(parts) > 1 else parts[0][name]
+                self.register_buffer(f"{name}_{number}", joined, persistent=False)
+        self.bias = bias
+
+    def pieces(self) -> list[Packed]:
+        """The matrix, from the first rows on."""
+        return [
+            Packed(format, {name: getattr(self, f"{name}_{number}") for name in names})
+            for number, (format, names) in enumerate(self._formats)
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        found = [piece.format.product(flat, piece.parts) for piece in self.pieces()]
+        out = found[0] if len(found) == 1 else torch.cat(found, -1)
+        out = out if self.bias is None else out + self.bias
+        return out.view(*x.shape[:-1], out.shape[-1])

@@ -1,0 +1,61 @@
+"""Four-bit numbers from a table."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from penstock.ops.quantized import cpu
+from penstock.ops.quantized.contract import Example, Parts, WeightFormat, spread
+from penstock.ops.quantized.integers import halves
+from penstock.policy import policy
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+#: What the sixteen codes stand for. NF4 (Dettmers et al., 2023, QLoRA) has the quantiles of a normal distribution,
+#: scaled to 1; FP4 is a sign, two bits of the exponent, and one of the mantissa.
+TABLES = {
+    "fp4": (*_E2M1, *(-value for value in _E2M1)),
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+        *(0.7229568362236023, 1.0),
+    ),
+}
+
+
+@policy("weight.format", "codebook4")
+class Codebook4(WeightFormat):
+    """Codes, two in a byte of ``values``, uint8 [M, K / 2], the first in its low bits; each stands for a number of the
+    ``table``, times the ``scale``, float32 [M, k], of its ``group`` of columns."""
+
+    table: Literal["fp4", "nf4"] = "nf4"
+    group: PositiveInt = 64
+
+    def shape(self, parts: Parts) -> tuple[int, int]:
+        rows, size = parts["values"].shape
+        return rows, 2 * size
+
+    def dequantize(self, parts: Parts) -> Tensor:
+        values = parts["values"]
+        numbers = torch.tensor(TABLES[self.table], device=values.device)[halves(values).int()]
+        return numbers * spread(parts["scale"], numbers.shape[1], self.group)
+
+    def product(self, x: Tensor, parts: Parts) -> Tensor:
+        if cpu.serves(x, self.shape(parts)[1], self.group):
+            table = torch.tensor(TABLES[self.table])
+            return cpu.product("table4", x, parts["values"], parts["scale"], table=table, group=self.group)
+        return super().product(x, parts)
+
+    @classmethod
+    def example(cls) -> Example:
+        parts = {
+            "values": torch.tensor([[0x10, 0x97], [0xF2, 0x88], [0x53, 0x64]], dtype=torch.uint8),
+            "scale": torch.tensor([[2.0, 1.0], [1.0, 0.5], [4.0, 8.0]]),
+        }
+        numbers = [[0.0, 1.0, 6.0, -0.5], [1.0, -6.0, 0.0, 0.0], [6.0, 12.0, 16.0, 32.0]]
+        return Example(cls(table="fp4", group=2), parts, numbers)

@@ -1,0 +1,102 @@
+"""The contract ``weight.format``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from penstock.policy import Policy, contract, unwritten
+
+#: The tensors that a format stores a matrix in, by its own names; the first dimension of each counts the matrix's rows.
+Parts = Mapping[str, Tensor]
+
+#: Numbers of a matrix that are dequantized at a time where there is no kernel.
+PIECE = 1 << 22
+
+
+class Example(NamedTuple):
+    """A matrix in a format: its ``parts``, and the ``matrix`` that they stand for, worked out number by number."""
+
+    format: WeightFormat
+    parts: Parts
+    matrix: list[list[float]]
+
+
+@contract(
+    "weight.format",
+    law="a stored matrix stands for the numbers that the format's definition gives; rows can be cut from it; a product "
+    "with it is that with these numbers, within the rounding that the format states",
+)
+class WeightFormat(Policy):
+    """A way to store a matrix of weights [M, K] in few bits.
+
+    A policy gives :meth:`shape` and :meth:`dequantize`, and :meth:`example` for its law; a :meth:`product` of its own
+    where there is a kernel that reads the parts as they are.
+    """
+
+    def shape(self, parts: Parts) -> tuple[int, int]:
+        """The rows and columns of the matrix."""
+        raise NotImplementedError
+
+    def dequantize(self, parts: Parts) -> Tensor:
+        """The matrix, float32 [M, K]."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor, parts: Parts) -> Tensor:
+        """``x`` [N, K] times the transpose of the matrix: [N, M], in the dtype of ``x``.
+
+        Without a kernel, some rows of the matrix are dequantized at a time.
+        """
+        rows, columns = self.shape(parts)
+        out, step = x.new_empty(x.shape[0], rows), max(1, PIECE // columns)
+        for start in range(0, rows, step):
+            piece = self.dequantize(cut(parts, start, start + step)).to(x.dtype)
+            out[:, start : start + step] = F.linear(x, piece)
+        return out
+
+    def rounding(self, x: Tensor, parts: Parts) -> Tensor:
+        """The most that :meth:`product` may differ from that with the dequantized matrix, for each of its numbers,
+        beyond what sums in another order differ by: none, unless its kernel rounds ``x``."""
+        return torch.zeros(())
+
+    @classmethod
+    def example(cls) -> Example:
+        """A matrix of at least three rows for the law."""
+        raise unwritten(cls, "example()", "give parts, and the numbers that they stand for")
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A matrix in a format.
+
+    Attributes:
+        format: how it is stored.
+        parts: its tensors.
+    """
+
+    format: WeightFormat
+    parts: Parts
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.format.shape(self.parts)
+
+    def dequantize(self) -> Tensor:
+        """The matrix, float32 [M, K]."""
+        return self.format.dequantize(self.parts)
+
+
+def cut(parts: Parts, start: int, stop: int) -> Parts:
+    """The parts of the rows from ``start`` to ``stop``, as views."""
+    return {name: part[start:stop] for name, part in parts.items()}
+
+
+def spread(groups: Tensor, columns: int, size: int | None) -> Tensor:
+    """``groups`` [M, k], a number for each ``size`` columns (None: for the whole row), as float32 [M, columns]."""
+    whole = groups.float().repeat_interleave(columns if size is None else size, 1)
+    return whole[:, :columns]

@@ -1,0 +1,86 @@
+"""The native products with quantized matrices; see ``cpu_kernel.cpp``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penstock.core.errors import PenstockError
+from penstock.ops import native
+
+SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
+
+#: Columns that are decoded at a time: all sizes of rows and groups are multiples of it.
+UNIT = 32
+
+#: Up to so many rows of x the native product is the faster one; above, a library multiplies with what is dequantized.
+FEW = 32
+
+
+def serves(x: Tensor, columns: int, group: int | None) -> bool:
+    """Whether ``x`` [N, K] is multiplied natively with a matrix of so many columns, in groups of ``group``."""
+    small = not x.is_cuda and x.shape[0] <= FEW and x.dtype in (torch.float32, torch.bfloat16)
+    return small and columns % UNIT == 0 and (group is None or _fits(group)) and available()
+
+
+def _fits(group: int) -> bool:
+    """Whether a group is of so many whole units that a shift finds it."""
+    return group >= UNIT and group.bit_count() == 1
+
+
+@functools.cache
+def available() -> bool:
+    """Whether there is a compiler for the kernel."""
+    try:
+        native.load(SOURCE)
+    except PenstockError:
+        return False
+    return True
+
+
+def product(
+    kind: str,
+    x: Tensor,
+    values: Tensor,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    table: Tensor | None = None,
+    *,
+    group: int | None = None,
+) -> Tensor:
+    """``x`` [N, K] times the transpose of a matrix [M, K]: [N, M] in the dtype of ``x``, computed in float32.
+
+    Args:
+        kind: the native function, which says how the matrix is stored.
+        values: its rows as they are stored, [M, ...].
+        scale: float32 [M, k] of the groups of columns, where they are not within ``values``.
+        offset: the same, added.
+        table: float32, the numbers that codes stand for.
+        group: columns of a group; None: all of them.
+    """
+    rows = x.float().contiguous()
+    if kind in ("int4", "table4"):  # the kernel decodes the low halves of bytes before the high ones
+        rows = rows.view(-1, UNIT // 2, 2).transpose(1, 2).reshape(rows.shape)
+    height, columns = values.shape[0], x.shape[1]
+    values = values.contiguous().view(torch.uint8)
+    kept = [part if part is None else part.contiguous() for part in (scale, offset, table)]
+    out = torch.empty(rows.shape[0], height)
+    pointers = [None if part is None else part.data_ptr() for part in (rows, values, *kept, out)]
+    groups, shift = (1, 63) if scale is None or group is None else (scale.shape[1], group.bit_length() - 1)
+    sizes = (rows.shape[0], height, columns, values.shape[1], groups, shift, torch.get_num_threads())
+    _function(kind)(*pointers, *sizes)
+    return out.to(x.dtype)
+
+
+@functools.cache
+def _function(kind: str) -> Callable[..., Any]:
+    function = getattr(native.load(SOURCE), f"{kind}_product")
+    function.argtypes, function.restype = [*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 7], None
+    called: Callable[..., Any] = function
+    return called

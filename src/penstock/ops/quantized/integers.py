@@ -1,0 +1,81 @@
+"""Integers of 8 and of 4 bits."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from penstock.ops.quantized import cpu
+from penstock.ops.quantized.contract import Example, Parts, WeightFormat, spread
+from penstock.policy import policy
+
+
+class Integers(WeightFormat):
+    """Integers, each times the ``scale`` of its ``group`` of columns (None: of its row), plus the group's ``offset``
+    where there is one; both float32 [M, k]."""
+
+    group: PositiveInt | None = None
+
+    def integers(self, parts: Parts) -> Tensor:
+        """The integers [M, K]."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor, parts: Parts) -> Tensor:
+        if cpu.serves(x, self.shape(parts)[1], self.group):
+            scale, offset = parts["scale"], parts.get("offset")
+            return cpu.product(self.policy_name, x, parts["values"], scale, offset, group=self.group)
+        return super().product(x, parts)
+
+    def dequantize(self, parts: Parts) -> Tensor:
+        columns = self.shape(parts)[1]
+        numbers = self.integers(parts) * spread(parts["scale"], columns, self.group)
+        return numbers + spread(parts["offset"], columns, self.group) if "offset" in parts else numbers
+
+
+@policy("weight.format", "int8")
+class Int8(Integers):
+    """Integers from -128 to 127 in ``values``, int8 [M, K]; see :class:`Integers` for what they are multiplied with."""
+
+    def shape(self, parts: Parts) -> tuple[int, int]:
+        rows, columns = parts["values"].shape
+        return rows, columns
+
+    def integers(self, parts: Parts) -> Tensor:
+        return parts["values"]
+
+    @classmethod
+    def example(cls) -> Example:
+        parts = {
+            "values": torch.tensor([[1, -2, 3], [127, -128, 0], [4, 5, 6]], dtype=torch.int8),
+            "scale": torch.tensor([[2.0, 0.5], [1.0, 0.25], [-1.0, 1.0]]),
+            "offset": torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 10.0]]),
+        }
+        return Example(cls(group=2), parts, [[2, -4, 1.5], [128, -127, 0], [-4, -5, 16]])
+
+
+@policy("weight.format", "int4")
+class Int4(Integers):
+    """Integers from -8 to 7, stored with 8 added, two in a byte of ``values``, uint8 [M, K / 2], the first in its low
+    bits; see :class:`Integers` for what they are multiplied with."""
+
+    def shape(self, parts: Parts) -> tuple[int, int]:
+        rows, size = parts["values"].shape
+        return rows, 2 * size
+
+    def integers(self, parts: Parts) -> Tensor:
+        return halves(parts["values"]).to(torch.int8) - 8
+
+    @classmethod
+    def example(cls) -> Example:
+        parts = {
+            "values": torch.tensor([[0x98, 0x7A], [0xF0, 0x88], [0x10, 0x32]], dtype=torch.uint8),
+            "scale": torch.tensor([[2.0, 1.0], [1.0, 0.5], [1.0, 1.0]]),
+            "offset": torch.tensor([[0.0, 0.0], [0.0, 3.0], [8.0, 0.0]]),
+        }
+        return Example(cls(group=2), parts, [[0, 2, 2, -1], [-8, 7, 3, 3], [0, 1, -6, -5]])
+
+
+def halves(values: Tensor) -> Tensor:
+    """The two halves of each byte of ``values`` [M, n], low bits first: uint8 [M, 2 n]."""
+    return torch.stack([values & 15, values >> 4], -1).flatten(-2)

@@ -1,0 +1,69 @@
+"""Products with quantized matrices: the native ones equal those with the dequantized matrix, whatever the shape."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from gguf_files import blocks
+from penstock.ops.quantized import cpu
+from penstock.ops.quantized.codebook import Codebook4
+from penstock.ops.quantized.contract import Parts, WeightFormat
+from penstock.ops.quantized.fp8 import Fp8
+from penstock.ops.quantized.ggml import Ggml
+from penstock.ops.quantized.integers import Int4, Int8
+from penstock.testing.weight_format import check_product
+
+KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+
+
+def random(format: WeightFormat, rows: int, columns: int) -> Parts:
+    """Parts of a matrix [rows, columns] of random bits and scales."""
+    draw = torch.Generator().manual_seed(rows)
+    if isinstance(format, Ggml):
+        return {"blocks": torch.from_numpy(blocks(np.random.default_rng(0), format.kind, (rows, columns)))}
+    halved = isinstance(format, Int4 | Codebook4)
+    values = torch.randint(256, (rows, columns // 2 if halved else columns), generator=draw).to(torch.uint8)
+    if isinstance(format, Fp8):  # no NaN
+        values = torch.where(values & 127 == 127, 0, values).to(torch.uint8).view(torch.float8_e4m3fn)
+    if isinstance(format, Int8):
+        values = values.view(torch.int8)
+    shape = (rows, columns // format.group if format.group else 1)
+    parts = {"values": values, "scale": torch.rand(shape, generator=draw)}
+    return parts | ({"offset": torch.randn(shape, generator=draw)} if isinstance(format, Int8 | Int4) else {})
+
+
+FORMATS = [
+    *(Ggml(kind=kind) for kind in KINDS),
+    *(Int8(), Int8(group=64), Int4(group=32), Int4(group=128), Fp8(), Fp8(group=128)),
+    *(Codebook4(table="nf4", group=64), Codebook4(table="fp4", group=32)),
+]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=repr)
+def test_the_native_product_is_that_with_the_dequantized_matrix(format, monkeypatch):
+    """Rows that fill no tile, one row of x and many; and the native one it is."""
+    calls, original = [], cpu.product
+    monkeypatch.setattr(cpu, "product", lambda *given, **named: calls.append(given[0]) or original(*given, **named))
+    for rows, columns in ((1, 256), (7, 512), (37, 768)):
+        for count in (1, 2, 3, 31):
+            check_product(format, random(format, rows, columns), count)
+    assert len(calls) == 3 * 4 * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_ggml_stand_for_what_the_package_gguf_says(kind):
+    parts = random(Ggml(kind=kind), 5, 512)
+    wanted = gguf.dequantize(parts["blocks"].numpy(), gguf.GGMLQuantizationType[kind])
+    found = Ggml(kind=kind).product(torch.eye(512)[:32], parts)
+    np.testing.assert_allclose(found.numpy(), wanted[:, :32].T, rtol=1e-6, atol=1e-7)
+
+
+def test_without_a_compiler_the_product_is_the_same(monkeypatch):
+    format = Int4(group=32)
+    parts, x = random(format, 9, 64), torch.randn(3, 64)
+    native = format.product(x, parts)
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    torch.testing.assert_close(format.product(x, parts), native, rtol=1e-5, atol=1e-4)
