@@ -60,7 +60,8 @@ def copy_rate(device: torch.device) -> float:
 def read_bytes(shape: DecoderConfig, lengths: list[int]) -> tuple[float, float]:
     """Bytes of weights and of keys and values in bf16 that a step reads in which sequences of ``lengths`` decode, their
     experts drawn evenly."""
-    weights = float(shape.stored_parameters())
+    # Of an embedding that is no head, only the rows of the batch are read.
+    weights = float(shape.stored_parameters()) - (0 if shape.tied else shape.vocabulary * shape.hidden)
     if shape.moe is not None:
         experts = shape.layers * shape.moe.experts * 3 * shape.hidden * shape.moe.ffn
         idle = (1 - shape.moe.router.top_k / shape.moe.experts) ** len(lengths)
