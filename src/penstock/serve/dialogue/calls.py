@@ -1,0 +1,68 @@
+"""Calls written as JSON objects: ``{"name": ..., "arguments": {...}}``."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from penstock.serve.dialogue.answer import Arguments, Call, CallStart, Function, as_json, parsed_text
+from penstock.serve.dialogue.contract import Spell
+from penstock.serve.dialogue.lark import arguments_rule
+from penstock.serve.dialogue.scanner import Reading, Scanner
+
+#: What the arguments are called.
+ARGUMENTS = ("arguments", "parameters")
+
+
+def json_call(scan: Scanner, known: Container[str] | None = None) -> Reading[bool]:
+    """Reads a call; whether there is one, of a function that is ``known``. Where there is none, nothing is told or
+    read. What of the object comes behind the arguments, and is no part of a call, is not read."""
+    begin = behind = scan.place
+    name = id = early = None
+    told = whole = False
+    more = yield from scan.take("{")
+    while more:
+        yield from scan.space()
+        key = yield from scan.string()
+        yield from scan.space()
+        if key is None or not (yield from scan.take(":")):
+            break
+        yield from scan.space()
+        if key in ARGUMENTS and name is not None and not told and early is None:
+            yield CallStart(name, id)
+            yield from scan.arguments()
+            told = True
+        else:
+            value = yield from scan.value()
+            if value is None:
+                break
+            if key == "name" and name is None:
+                name = parsed_text(value)
+                if not name or (known is not None and name not in known):
+                    break
+            elif key in ARGUMENTS and early is None and not told:
+                early = value
+            elif key == "id":
+                id = parsed_text(value)
+            elif key != "type":
+                break
+        behind = scan.place
+        yield from scan.space()
+        whole = yield from scan.take("}")
+        more = not whole and (yield from scan.take(","))
+    if not told and whole and name is not None:
+        yield CallStart(name, id)
+        yield Arguments("{}" if early in (None, "null") else early)
+    elif not whole:
+        scan.place = behind if told else begin
+    return told or (whole and name is not None)
+
+
+def written(call: Call, arguments: str = "arguments") -> str:
+    """The text of ``call``."""
+    return f'{{"name": {as_json(call.name)}, "{arguments}": {call.arguments}}}'
+
+
+def call_rule(function: Function, spell: Spell, before: str = "", behind: str = "", arguments: str = "arguments") -> str:
+    """Terminals for a call of ``function``, between two texts."""
+    start = f'{before}{{"name": {as_json(function.name)}, "{arguments}": '
+    return f"{spell(start)} {arguments_rule(function)} {spell('}' + behind)}"

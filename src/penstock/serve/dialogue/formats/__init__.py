@@ -1,0 +1,1 @@
+"""The chat formats, one a file."""

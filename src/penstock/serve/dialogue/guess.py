@@ -1,0 +1,16 @@
+"""Which format a model's chat template has."""
+
+from __future__ import annotations
+
+from penstock.policy import index
+from penstock.serve.dialogue.contract import Dialogue
+from penstock.serve.dialogue.formats.hermes import Hermes
+
+
+def guess(template: str) -> Dialogue:
+    """The format whose signs are all in ``template``; of several, the one with the most. Hermes' where there is none:
+    with the functions written into the conversation, any model may follow it."""
+    known = [entry.load() for entry in index().entries("serve.dialogue")]
+    found = [each for each in known if issubclass(each, Dialogue) and all(sign in template for sign in each.signs)]
+    best = max(found, key=lambda each: (len(each.signs), each.policy_name), default=Hermes)
+    return best()
