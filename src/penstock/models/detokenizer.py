@@ -13,7 +13,7 @@ at its end.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from tokenizers import Tokenizer
@@ -42,11 +42,34 @@ class Detokenizer(Protocol):
         """The rest of the text, unfinished characters included."""
 
 
-def detokenizer(tokenizer: Tokenizer, prompt: Sequence[int]) -> Detokenizer:
-    """Reads what ``tokenizer`` decodes behind ``prompt``."""
+def detokenizer(tokenizer: Tokenizer, prompt: Sequence[int], shown: Mapping[int, str] | None = None) -> Detokenizer:
+    """Reads what ``tokenizer`` decodes behind ``prompt``; special tokens that are ``shown`` are texts of their own."""
     vocabulary = Vocabulary(tokenizer)
     kind = ByteLevel if vocabulary.byte_level else Pieces if vocabulary.local else Whole
-    return kind(vocabulary, prompt)
+    return Shown(kind(vocabulary, prompt), shown) if shown else kind(vocabulary, prompt)
+
+
+class Shown:
+    """Some special tokens, which others leave out, stand as they are written between what others read."""
+
+    def __init__(self, others: Detokenizer, names: Mapping[int, str]) -> None:
+        self._others, self._names = others, names
+
+    @property
+    def pending(self) -> str:
+        return self._others.pending
+
+    @property
+    def waiting(self) -> int:
+        return self._others.waiting
+
+    def push(self, token: int) -> str:
+        if token not in self._names:
+            return self._others.push(token)
+        return self._others.end() + self._names[token]
+
+    def end(self) -> str:
+        return self._others.end()
 
 
 class ByteLevel:

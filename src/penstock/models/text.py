@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
@@ -57,13 +57,21 @@ class TextStream:
         prompt: the tokens before: the left context that some tokenizers need for the first character.
         stop: strings that end the text; none of them is part of it.
         least: tokens that come before a stop string may end the text: one that is there with them is text like any.
+        shown: special tokens that are part of the text, and what they are written as; others are left out.
 
     Attributes:
         stopped: the stop string that ended the text, None before.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = (), least: int = 0) -> None:
-        self._detokenizer = detokenizer(tokenizer, prompt)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        least: int = 0,
+        shown: Mapping[int, str] | None = None,
+    ) -> None:
+        self._detokenizer = detokenizer(tokenizer, prompt, shown)
         self._stop, self._early = tuple(stop), least
         self._settled = 0
         #: Text that is settled and not shown yet, and what was searched for stop strings, from the same place on.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.core.errors import UsageError
 from penstock.core.files import read_text
+from penstock.serve.dialogue.answer import Answer, Call, as_json, parsed
+from penstock.serve.dialogue.contract import Dialogue
+from penstock.serve.dialogue.guess import guess
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, Any]
+Messages = Sequence[Message]
 
 #: For models that bring no template: each message under its role, and a line for the answer.
 DEFAULT_TEMPLATE = (
@@ -39,21 +47,32 @@ def take_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
         raise UsageError(f"{path} is no chat template: {error.what}") from error
 
 
-def chat_tokens(
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A conversation up to where the assistant's next message begins, as text and as tokens."""
+
+    text: str
+    tokens: list[int]
+
+
+def chat_prompt(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Messages,
     tools: Sequence[Mapping[str, Any]] | None = None,
     variables: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """The tokens of a conversation, up to where the assistant's next message begins, by the model's own template or,
-    where it has none, by :data:`DEFAULT_TEMPLATE`, with a warning.
+    dialogue: Dialogue | None = None,
+) -> Prompt:
+    """A conversation up to where the assistant's next message begins, by the model's own template or, where it has
+    none, by :data:`DEFAULT_TEMPLATE`, with a warning.
 
-    Messages of the role ``developer`` are written as those of the ``system`` where the template does not know it.
+    Messages of the role ``developer`` are written as those of the ``system`` where the template does not know it. Where
+    it does not know of functions, they are described in the first message, and calls and results are written as text.
 
     Args:
         messages: each with a ``role`` and a ``content``, as OpenAI's clients write them.
         tools: functions that the assistant may call, as the template wants them.
         variables: more that the template may ask for, such as Qwen3's ``enable_thinking``.
+        dialogue: how the model writes calls; guessed from the template if not given.
 
     Raises:
         UsageError: there is no message, or the template refuses the conversation, or leaves out one of its messages.
@@ -65,6 +84,11 @@ def chat_tokens(
     write = _Writer(tokenizer, tools, variables or {})
     if any(message.get("role") == "developer" for message in messages) and not write.keeps(messages, "developer"):
         messages = [{**each, "role": "system"} if each.get("role") == "developer" else each for each in messages]
+    if (tools or any(map(_of_tools, messages))) and not write.knows_tools(messages):
+        messages = _in_words(messages, tools or [], dialogue or guess(tokenizer.chat_template or ""))
+        write = _Writer(tokenizer, None, variables or {})
+        if tools and not write.keeps(messages, "system"):
+            messages = _without_system(messages)
     text = write(messages)
     dropped = write.dropped(messages)
     if dropped:
@@ -75,7 +99,90 @@ def chat_tokens(
         )
     # The template wrote the special tokens itself.
     tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokens
+    return Prompt(text, tokens)
+
+
+def chat_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The tokens of :func:`chat_prompt`."""
+    return chat_prompt(tokenizer, messages, tools, variables).tokens
+
+
+# Functions in words, for templates that know none
+
+
+def _of_tools(message: Message) -> bool:
+    """Whether a message has calls, or what one returned."""
+    return message.get("role") == "tool" or bool(message.get("tool_calls"))
+
+
+def _in_words(messages: Messages, tools: Sequence[Mapping[str, Any]], dialogue: Dialogue) -> list[Message]:
+    """The conversation with functions, calls and what they returned in ordinary messages."""
+    written: list[Message] = []
+    for message in messages:
+        if message.get("tool_calls"):
+            calls = tuple(Call(name, arguments) for name, arguments in map(_called, message["tool_calls"]))
+            text = dialogue.write(Answer(str(message.get("content") or ""), calls))
+            written.append({"role": message.get("role"), "content": text})
+        elif message.get("role") == "tool":
+            text = f"<tool_response>\n{message.get('content') or ''}\n</tool_response>"
+            if written and written[-1].get("role") == "user":  # roles may have to alternate
+                text = f"{written.pop()['content']}\n{text}"
+            written.append({"role": "user", "content": text})
+        else:
+            written.append(message)
+    if not tools:
+        return written
+    told = _described(tools, dialogue)
+    if written[0].get("role") in ("system", "developer") and isinstance(written[0].get("content"), str):
+        return [{**written[0], "content": f"{written[0]['content']}\n\n{told}"}, *written[1:]]
+    return [{"role": "system", "content": told}, *written]
+
+
+def _described(tools: Sequence[Mapping[str, Any]], dialogue: Dialogue) -> str:
+    functions = "\n".join(as_json(tool.get("function", tool)) for tool in tools)
+    form = dialogue.write(Answer(calls=(Call("NAME", '{"PARAMETER": "VALUE"}'),)))
+    return (
+        f"You can call functions. Each of these lines describes one in JSON:\n{functions}\n\n"
+        f"To call a function, answer in this form:\n{form}"
+    )
+
+
+def _without_system(messages: list[Message]) -> list[Message]:
+    """The same with the first message, of the system, before the text of the user's first."""
+    first, *others = messages
+    place = next((place for place, each in enumerate(others) if each.get("role") == "user"), None)
+    if place is None:
+        return messages
+    others[place] = {**others[place], "content": f"{first['content']}\n\n{others[place].get('content') or ''}"}
+    return others
+
+
+def _called(call: Mapping[str, Any]) -> tuple[str, str]:
+    """Name and arguments, as JSON, of a call in a message."""
+    told = call.get("function")
+    told = told if isinstance(told, Mapping) else {}
+    arguments = told.get("arguments", "{}")
+    return str(told.get("name", "")), arguments if isinstance(arguments, str) else as_json(arguments)
+
+
+def _with_calls(message: Message, name: str | None, as_objects: bool) -> Message:
+    """``message`` with the arguments of its calls as objects or as JSON, and another ``name`` for all functions."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        own, arguments = _called(call)
+        try:
+            made = parsed(arguments or "{}") if as_objects else arguments
+        except ValueError:
+            made = arguments
+        calls.append({**call, "function": {**call.get("function", {}), "name": name or own, "arguments": made}})
+    return {**message, "tool_calls": calls}
 
 
 class _Writer:
@@ -89,16 +196,26 @@ class _Writer:
     ) -> None:
         self._tokenizer, self._tools, self._variables = tokenizer, tools, variables
 
-    def __call__(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def __call__(self, messages: Messages) -> str:
         """The text of a conversation.
 
         Raises:
             UsageError: the template refuses it.
         """
         try:
+            # Most templates write the arguments of calls as JSON; some want them written.
+            return self._written([_with_calls(message, None, True) for message in messages])
+        except UsageError:
+            if not any(message.get("tool_calls") for message in messages):
+                raise
+        return self._written([_with_calls(message, None, False) for message in messages])
+
+    def _written(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        tools = self._tools if tools is None else tools
+        try:
             text: str = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
-                tools=None if self._tools is None else [dict(tool) for tool in self._tools],
+                tools=None if tools is None else [json.loads(json.dumps(tool)) for tool in tools],
                 chat_template=None if self._tokenizer.chat_template else DEFAULT_TEMPLATE,
                 add_generation_prompt=True,
                 tokenize=False,
@@ -108,7 +225,7 @@ class _Writer:
             raise UsageError(f"the model's chat template refuses the conversation: {error}") from error
         return text
 
-    def dropped(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def dropped(self, messages: Messages) -> list[int]:
         """The messages whose content does not come into the text: it is looked for, with a word of its own in its
         place. One with calls may stand for them alone."""
         words = [f"message{place}of{len(messages)}content" for place in range(len(messages))]
@@ -124,10 +241,32 @@ class _Writer:
             return []
         return [place for place in asked if words[place] not in text]
 
-    def keeps(self, messages: Sequence[Mapping[str, Any]], role: str) -> bool:
+    def keeps(self, messages: Messages, role: str) -> bool:
         """Whether the template takes the messages, and writes all those of ``role``."""
         try:
             self(messages)
         except UsageError:
             return False
         return not any(messages[place].get("role") == role for place in self.dropped(messages))
+
+    def knows_tools(self, messages: Messages) -> bool:
+        """Whether the template writes the functions and the calls: their names are looked for, each with a word of its
+        own in its place."""
+        words = [f"tool{place}of{len(self._tools or ())}name" for place in range(len(self._tools or ()))]
+        marked = [
+            {**tool, "function": {**tool["function"], "name": word}} if "function" in tool else {**tool, "name": word}
+            for tool, word in zip(self._tools or (), words, strict=True)
+        ]
+        asked, renamed = list(words), []
+        for place, message in enumerate(messages):
+            word = f"call{place}of{len(messages)}name"
+            asked += [word] if message.get("tool_calls") else []
+            renamed.append(_with_calls(message, word, True))
+        for as_objects in (True, False):
+            try:
+                text = self._written([_with_calls(each, None, as_objects) for each in renamed], marked)
+            except UsageError:
+                continue
+            results = [place for place in self.dropped(messages) if messages[place].get("role") == "tool"]
+            return all(word in text for word in asked) and not results
+        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from tokenizers import Tokenizer
 
@@ -44,13 +45,15 @@ class Reader:
 
     A delta may hold several tokens, and a stop string may end in the midst of them: those behind it are dropped.
 
+    Special tokens that are ``shown`` are part of the text, as they are written there; others are left out.
+
     Attributes:
         finish: why the continuation ended; None before. Deltas that come later say nothing.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer, shown: Mapping[int, str] | None = None) -> None:
         sampling = request.sampling
-        self._text = TextStream(tokenizer, request.prompt, sampling.stop, sampling.min_tokens)
+        self._text = TextStream(tokenizer, request.prompt, sampling.stop, sampling.min_tokens, shown)
         self._stop_tokens = frozenset(sampling.stop_tokens)
         self.finish: Finish | None = None
 

@@ -129,7 +129,9 @@ def drawn_call(draw: np.random.Generator, name: str, dialogue: Dialogue) -> Call
     elif name == "book":
         arguments["guests"] = [drawn_text(draw, dialogue) for _ in range(draw.integers(0, 3))]
         if draw.random() < 0.5:
-            arguments["at"] = {"hour": float(draw.integers(0, 48)) / 2} | ({"late": True} if draw.random() < 0.5 else {})
+            arguments["at"] = {"hour": float(draw.integers(0, 48)) / 2} | (
+                {"late": True} if draw.random() < 0.5 else {}
+            )
         arguments["window"] = bool(draw.random() < 0.5)
     return Call(name, json.dumps(arguments, ensure_ascii=bool(draw.random() < 0.5)))
 
@@ -162,7 +164,9 @@ def check_words(dialogue: Dialogue) -> None:
         assert found == again, f"text {number}, {text!r}, is read as {found}, and in chunks as {again}"
         told = found.content + found.reasoning + "".join(each.name + each.arguments for each in found.calls)
         for word in words:
-            assert told.count(word) == 1, f"of text {number}, {text!r}, the word {word!r} is told {told.count(word)} times"
+            assert told.count(word) == 1, (
+                f"of text {number}, {text!r}, the word {word!r} is told {told.count(word)} times"
+            )
 
 
 def drawn_puzzle(draw: np.random.Generator, pieces: Sequence[str], dialogue: Dialogue) -> tuple[str, list[str]]:
@@ -173,7 +177,7 @@ def drawn_puzzle(draw: np.random.Generator, pieces: Sequence[str], dialogue: Dia
     for place in range(draw.integers(1, 12)):
         word = f"w{place}x"
         words += [word] if draw.random() < 0.5 else []
-        part = words[-1] if words and words[-1] == word else pieces[draw.integers(len(pieces))]
+        part = words[-1] if words and words[-1] == word else pieces[int(draw.integers(len(pieces)))]
         parts.insert(int(draw.integers(0, len(parts) + 1)), part)
     return "".join(parts), words
 
@@ -182,7 +186,7 @@ def drawn_puzzle(draw: np.random.Generator, pieces: Sequence[str], dialogue: Dia
 
 
 def check_grammar(dialogue: Dialogue) -> None:
-    """Asserts that what the rules allow is read as calls that fit their schemas, and that they allow what is written."""
+    """Asserts that what the rules allow is read as calls that fit, and that they allow what is written."""
     draw, tokenizer = numpy_generator(3, "testing/dialogue"), LLTokenizer("byte")
     closings = ['"', "}", "]", ")", *re.findall(r"\n?<[^>]+>", dialogue.example()[1])]
     for several in (False, True):
@@ -234,7 +238,9 @@ def allows(tokenizer: LLTokenizer, grammar: str, text: str) -> bool:
     matcher = LLMatcher(tokenizer, grammar, limits=LIMITS, log_level=0)
     assert not matcher.is_error(), matcher.get_error()
     tokens = tokenizer.tokenize_bytes(text.encode())
-    return bool(matcher.validate_tokens(tokens) == len(tokens) and matcher.consume_tokens(tokens) and matcher.is_accepting())
+    return bool(
+        matcher.validate_tokens(tokens) == len(tokens) and matcher.consume_tokens(tokens) and matcher.is_accepting()
+    )
 
 
 def sentence(draw: np.random.Generator, tokenizer: LLTokenizer, grammar: str, closings: Sequence[str]) -> str:
@@ -252,7 +258,7 @@ def sentence(draw: np.random.Generator, tokenizer: LLTokenizer, grammar: str, cl
             return said.decode()
         # Any letter of ASCII; others where one has been begun.
         plain = [each for each in letters if each < 127] or letters
-        tokens = tokenizer.tokenize_bytes(closings[draw.integers(len(closings))].encode())
+        tokens = tokenizer.tokenize_bytes(closings[int(draw.integers(len(closings)))].encode())
         if draw.random() < 0.6 or matcher.validate_tokens(tokens) < len(tokens):
             tokens = [plain[draw.integers(len(plain))]]
         said += bytes(tokens)
@@ -283,5 +289,3 @@ def _misfits(value: Any, schema: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{name!r} is unknown"
             else:
                 yield from _misfits(each, schema["properties"][name])
-
-

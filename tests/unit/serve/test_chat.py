@@ -83,13 +83,54 @@ def test_a_role_that_the_template_drops_is_an_error_that_names_it(tokenizer, tem
 def test_what_says_nothing_may_be_left_out(tokenizer):
     call = {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "look"}}]}
     template = (
-        "{% for m in messages %}{% if m.tool_calls %}<call>{% else %}"
+        "{% for m in messages %}{% if m.tool_calls %}<{{ m.tool_calls[0].function.name }}>{% else %}"
         "<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
     )
-    assert written(tokenizer, template, *HELLO, call) == "<user>Hello<call>"
+    assert written(tokenizer, template, *HELLO, call) == "<user>Hello<look>"
     assert written(tokenizer, SILENT, {"role": "function", "content": ""}, *HELLO) == "<user>Hello<answer>"
 
 
 def test_a_template_that_reads_the_content_is_taken_at_its_word(tokenizer):
     template = "{% for m in messages %}{{ m.content.split('|')[1] + '' }}{% endfor %}"
     assert written(tokenizer, template, {"role": "user", "content": "a|b"}) == "b"
+
+
+# Functions
+
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {}}}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+CALLED = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+RESULT = [*CALLED, {"role": "tool", "tool_call_id": "1", "content": "2"}]
+#: It knows functions; of arguments it wants the text, as DeepSeek's.
+KNOWING = (
+    "{% for t in tools or [] %}({{ t.function.name }}){% endfor %}{% for m in messages %}<{{ m.role }}>"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name + ' ' + c.function.arguments }}{% endfor %}"
+    "{{ m.content or '' }}{% endfor %}"
+)
+#: As Gemma's: two roles in turns.
+TURNS = (
+    "{% for m in messages %}{% if m.role != ('assistant' if loop.index0 % 2 else 'user') %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+
+
+def test_functions_that_a_template_does_not_know_are_described(tokenizer):
+    for template, role in ((SILENT, "system"), (TURNS, "user")):
+        tokenizer.chat_template = template
+        text = tokenizer.decode(chat_tokens(tokenizer, RESULT, [ADD]))
+        assert text.startswith(f"<{role}>You can call functions.")
+        assert '{"name": "add", "parameters": {"type": "object", "properties": {"a": {}}}}' in text
+        assert text.count("<user>") == 2
+    # What it wrote itself stays as it was, and what was said by the system is still said.
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>' in text
+    assert "<tool_response>\n2\n</tool_response>" in text
+    tokenizer.chat_template = SILENT
+    text = tokenizer.decode(chat_tokens(tokenizer, [{"role": "system", "content": "Be brief."}, *HELLO], [ADD]))
+    assert text.startswith("<system>Be brief.\n\nYou can call functions.")
+
+
+def test_arguments_are_objects_or_text_as_the_template_wants_them(tokenizer):
+    tokenizer.chat_template = KNOWING
+    assert tokenizer.decode(chat_tokens(tokenizer, CALLED, [ADD])) == '(add)<user>Hello<assistant>add {"a": 1}'
+    tokenizer.chat_template = KNOWING.replace("c.function.arguments", "(c.function.arguments | tojson)")
+    assert tokenizer.decode(chat_tokens(tokenizer, RESULT, [ADD])) == ('(add)<user>Hello<assistant>add {"a": 1}<tool>2')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -108,7 +109,7 @@ class Grammars:
 def _compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
     try:
         matcher = LLMatcher(tokenizer, _rules(grammar), limits=LIMITS, log_level=0)
-    except ValueError as error:
+    except (ValueError, LookupError) as error:
         raise _refusal(str(error)) from error
     if not matcher.is_error():
         # The first mask shows whether a step can be done within the limits.
@@ -122,10 +123,19 @@ def _rules(grammar: Grammar) -> str:
     """``grammar`` in the library's own form, not checked yet."""
     if grammar.json_object or grammar.json_schema is not None:
         schema = grammar.json_schema or '{"type": "object"}'
-        return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})
-    if grammar.regex is not None:
-        return grammar_from("regex", grammar.regex)
-    return grammar_from("ebnf", grammar.ebnf or "")
+        answer = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})
+    elif grammar.regex is not None:
+        answer = grammar_from("regex", grammar.regex)
+    else:
+        answer = grammar_from("ebnf", grammar.ebnf or "")
+    return answer if grammar.lead is None else _behind(grammar.lead, answer)
+
+
+def _behind(lead: str, answer: str) -> str:
+    """The grammar of the rule ``lead`` in ``lead``, and then ``answer``."""
+    told = json.loads(answer)["grammars"][0] if answer.startswith('{"grammars"') else {"lark_grammar": answer}
+    first = {"lark_grammar": f"start: lead @answer\n{lead}"}
+    return json.dumps({"grammars": [first, {**told, "name": "answer"}]})
 
 
 def _refusal(reason: str) -> UsageError:

@@ -27,7 +27,7 @@ MOST_TOKENS = 1024
 MOST_LOGPROBS = 20
 
 #: The longest text of a grammar, in characters.
-LONGEST_GRAMMAR = 1 << 16
+LONGEST_GRAMMAR = 1 << 18
 
 #: The longest prediction of an answer, in characters.
 LONGEST_PREDICTION = 1 << 20
@@ -58,16 +58,20 @@ class Grammar(Config):
         regex: a match of this regular expression (Rust's notation: no look-around, no back references).
         ebnf: a text of this grammar, in Lark's notation (``start: ...``) or in GBNF (``root ::= ...``).
         json_object: any JSON object.
+        lead: what comes before that text, as rules in Lark's notation of which one is called ``lead``: a thought, on
+            which a grammar has no hold.
     """
 
     json_schema: Annotated[GrammarText | None, BeforeValidator(_schema_text)] = None
     regex: GrammarText | None = None
     ebnf: GrammarText | None = None
     json_object: bool = False
+    lead: GrammarText | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Grammar:
-        given = [name for name in type(self).model_fields if getattr(self, name) not in (None, False)]
+        forms = ("json_schema", "regex", "ebnf", "json_object")
+        given = [name for name in forms if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             said = " and ".join(given) or "none of them"
             raise ValueError(f"a grammar is exactly one of json_schema, regex, ebnf and json_object, not {said}")

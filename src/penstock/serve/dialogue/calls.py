@@ -62,7 +62,9 @@ def written(call: Call, arguments: str = "arguments") -> str:
     return f'{{"name": {as_json(call.name)}, "{arguments}": {call.arguments}}}'
 
 
-def call_rule(function: Function, spell: Spell, before: str = "", behind: str = "", arguments: str = "arguments") -> str:
+def call_rule(
+    function: Function, spell: Spell, before: str = "", behind: str = "", arguments: str = "arguments"
+) -> str:
     """Terminals for a call of ``function``, between two texts."""
     start = f'{before}{{"name": {as_json(function.name)}, "{arguments}": '
     return f"{spell(start)} {arguments_rule(function)} {spell('}' + behind)}"

@@ -116,6 +116,19 @@ class Dialogue(Policy):
         begin, end = map(spell, self.tags)
         return lead("" if thinking is Thinking.BEGUN else begin, end, budget, thinking is Thinking.MAY)
 
+    def free(self, thinking: Thinking, spell: Spell) -> str:
+        """A grammar in Lark's notation of any text and any token, but for a thought's beginning where one may come
+        first: what :meth:`lead` limits is not to come behind it.
+
+        Raises:
+            UsageError: a thought cannot be told from the rest so.
+        """
+        begin = spell(self.tags[0])
+        if thinking is Thinking.MAY and not begin.startswith("<["):
+            raise UsageError("the model begins its thoughts with ordinary text, so their tokens cannot be limited")
+        others = f"<[^{begin[2:-2]}]>" if thinking is Thinking.MAY else "<[*]>"
+        return f"start: (/(?s:.+)/ | {others})*\n"
+
 
 def lead(begin: str, end: str, budget: int | None, optional: bool, behind: str = "", opening: str = "") -> str:
     """The rules of a thought between the terminals ``begin`` and ``end``, with ``behind`` after it where it is there;

@@ -73,7 +73,6 @@ class Tags:
         else:
             yield Arguments("{}" if opening == "{" else "}")
 
-
     def _json(self, scan: Scanner) -> Reading[str | None]:
         """Reads JSON, in whose strings any tag may stand, and ``end``; None where there is no such thing here."""
         start = scan.place

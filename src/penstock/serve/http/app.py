@@ -16,6 +16,7 @@ from starlette.types import Send
 
 from penstock import __version__
 from penstock.serve.http import errors, responses
+from penstock.serve.http.chats import ask
 from penstock.serve.http.errors import ApiError
 from penstock.serve.http.guard import Guard
 from penstock.serve.http.protocol import Chat, Completion, Detokenize, Tokenize
@@ -113,10 +114,9 @@ async def completions(request: Request, body: Completion, service: Here) -> Resp
 async def chat(request: Request, body: Chat, service: Here) -> Response:
     """Answers a chat."""
     service.check_model(body.model)
-    prompt = service.checked(await asyncio.to_thread(service.tokens.chat, *body.for_template()))
-    extra = body.answer_options(service.tokens.turn_stops, service.engine.ready.context)
-    generation = Generation(service, Chats.kind, [prompt], body, request.state.key, **extra)
-    return await _answer(request, service, generation, Chats(service.tokens, bool(body.logprobs)), body)
+    prompt, extra, form = await asyncio.to_thread(ask, body, service.tokens, service.engine.ready.context)
+    generation = Generation(service, Chats.kind, [service.checked(prompt)], body, request.state.key, **extra)
+    return await _answer(request, service, generation, Chats(service.tokens, bool(body.logprobs), form), body)
 
 
 async def _answer(
@@ -126,7 +126,7 @@ async def _answer(
     shapes: Shapes,
     body: Completion | Chat,
 ) -> Response:
-    pieces = generation.pieces()
+    pieces = generation.pieces(shapes.shown)
     if not body.stream:
 
         async def all_of_it() -> list[Piece]:
@@ -163,7 +163,8 @@ async def _chunks(
                     if opening is not None:
                         yield event(head | {"choices": [opening]})
                 if piece.text or piece.finish or piece.tokens:
-                    yield event(head | {"choices": [shapes.delta(piece)]})
+                    for delta in shapes.deltas(piece):
+                        yield event(head | {"choices": [delta]})
                 piece = await anext(pieces, None)
         except Exception as error:  # whatever it is, the client learns that its answer ends here, and is none
             generation.outcome = "error"
@@ -205,7 +206,7 @@ async def tokenize(body: Tokenize, service: Here) -> dict[str, Any]:
         raise ApiError(400, "give either a prompt or messages", param="prompt")
     if body.messages is not None:
         messages = [message.for_template() for message in body.messages]
-        tokens = await asyncio.to_thread(service.tokens.chat, messages, None, {})
+        tokens = (await asyncio.to_thread(service.tokens.chat, messages, body.tools, {})).tokens
     else:
         tokens = await asyncio.to_thread(service.tokens.encode, body.prompt or "", body.add_special_tokens)
     return {"count": len(tokens), "max_model_len": service.engine.ready.context, "tokens": tokens}

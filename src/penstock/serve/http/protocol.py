@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from penstock.core.errors import nearest
+from penstock.core.errors import UsageError, nearest
 from penstock.serve.choose.sampling import MOST, MOST_LOGPROBS, MOST_STOPS
+from penstock.serve.dialogue.answer import Function, functions_of
 
 #: Larger numbers are refused where a number counts something.
 LARGEST = 2**31 - 1
@@ -230,6 +231,29 @@ class ResponseFormat(Body):
         return {self.type: self.json_schema.schema_ if self.json_schema is not None else self.regex or self.ebnf}
 
 
+class FunctionName(Body):
+    name: str
+
+
+class NamedFunction(Body):
+    """``tool_choice``: this function."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(Body):
+    mode: Literal["auto", "required"]
+    tools: list[NamedFunction]
+
+
+class AllowedFunctions(Body):
+    """``tool_choice``: some of the functions."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class Chat(Generate):
     """``POST /v1/chat/completions``."""
 
@@ -238,16 +262,56 @@ class Chat(Generate):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    #: ``any`` is what some clients say for ``required``.
+    tool_choice: Literal["auto", "none", "required", "any"] | NamedFunction | AllowedFunctions | None = None
     parallel_tool_calls: bool | None = None
+    #: How much the model is to think, where its template has that; ``none`` is not at all.
+    reasoning_effort: str | None = None
+    #: The most tokens of a thought.
+    thinking_token_budget: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
+    #: Whether thoughts are told.
+    include_reasoning: bool = True
     response_format: ResponseFormat | None = None
     #: More variables for the chat template, such as Qwen3's enable_thinking.
     chat_template_kwargs: dict[str, Scalar] | None = None
 
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        if isinstance(self.tool_choice, AllowedFunctions):
+            return self.tool_choice.allowed_tools.mode == "required"
+        return isinstance(self.tool_choice, NamedFunction) or self.tool_choice in ("required", "any")
+
+    def callable(self) -> dict[str, Function]:
+        """The functions that may be called here, by name.
+
+        Raises:
+            UsageError: one that is chosen is none of the tools, or one has to be called and there is none.
+        """
+        functions = functions_of(self.tools)
+        if self.must_call and not functions:
+            raise UsageError("tool_choice wants a call, and there are no tools")
+        if self.tool_choice == "none":
+            return {}
+        if isinstance(self.tool_choice, NamedFunction | AllowedFunctions):
+            one = isinstance(self.tool_choice, NamedFunction)
+            chosen = [self.tool_choice] if one else self.tool_choice.allowed_tools.tools  # type: ignore[union-attr]
+            names = [each.function.name for each in chosen]  # type: ignore[union-attr]
+            unknown = next((name for name in names if name not in functions), None)
+            if unknown is not None:
+                raise UsageError(f"tool_choice names {unknown!r}, which is none of the tools")
+            return {name: functions[name] for name in names}
+        return functions
+
     def for_template(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, dict[str, Any]]:
         """Messages, tools and further variables, as chat templates know them."""
-        tools = None if self.tool_choice == "none" else self.tools
-        return [message.for_template() for message in self.messages], tools, self.chat_template_kwargs or {}
+        tools = None if self.tool_choice == "none" else self.tools or None
+        variables: dict[str, Any] = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            variables.setdefault("reasoning_effort", self.reasoning_effort)
+        if self.reasoning_effort == "none":
+            variables.setdefault("enable_thinking", False)
+        return [message.for_template() for message in self.messages], tools, variables
 
     def answer_options(self, turn_stops: tuple[str, ...], context: int) -> dict[str, Any]:
         """Those of SamplingParams that a chat's answer has besides: ``turn_stops`` end the assistant's turn, and
@@ -257,8 +321,6 @@ class Chat(Generate):
             given["max_tokens"] = self.max_completion_tokens or context
         if self.logprobs:
             given["logprobs"] = self.top_logprobs or 0
-        if self.response_format is not None:
-            given["grammar"] = self.response_format.grammar()
         return given
 
 
@@ -268,6 +330,7 @@ class Tokenize(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    tools: list[dict[str, Any]] | None = None
     add_special_tokens: bool = True
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from penstock.models.text import TextStream
 from penstock.serve.choose.logprobs import TokenLogprobs
+from penstock.serve.http.chats import AnswerReader, Form
 from penstock.serve.http.service import Generation, Piece
 from penstock.serve.http.text import Tokens
 
@@ -34,14 +35,22 @@ class Completions:
             return None
         return {"index": choice, "text": self._echo(choice), "logprobs": None, "finish_reason": None}
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        """A choice of a chunk."""
+    @property
+    def shown(self) -> Mapping[int, str]:
+        """Special tokens that are part of the text, and what they are written as: none."""
+        return {}
+
+    def deltas(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """A choice of each of the chunks that tell of ``piece``."""
+        yield self._delta(piece)
+
+    def _delta(self, piece: Piece) -> dict[str, Any]:
         logprobs = self._logprobs(_shown(piece), piece.offsets or []) if self._wanted else None
         return {"index": piece.choice, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
 
     def choice(self, piece: Piece) -> dict[str, Any]:
         """A whole choice."""
-        record = self.delta(piece)
+        record = self._delta(piece)
         if self._echoes:
             echo = self._echo(piece.choice)
             record["text"] = echo + piece.text
@@ -95,34 +104,52 @@ class Completions:
 
 
 class Chats:
-    """The shapes of ``/v1/chat/completions``; the arguments are as above."""
+    """The shapes of ``/v1/chat/completions``.
+
+    Args:
+        tokens: of the model.
+        logprobs: whether log-probabilities were asked for.
+        form: how an answer is read.
+    """
 
     kind, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokens: Tokens, logprobs: bool) -> None:
-        self._tokens, self._wanted = tokens, logprobs
+    def __init__(self, tokens: Tokens, logprobs: bool, form: Form) -> None:
+        self._tokens, self._wanted, self._form = tokens, logprobs, form
+        self._readers: dict[int, AnswerReader] = {}
+
+    @property
+    def shown(self) -> Mapping[int, str]:
+        """Special tokens that are part of an answer's text, and what they are written as."""
+        return self._tokens.marks if self._form.marked else {}
 
     def opening(self, choice: int) -> dict[str, Any] | None:
         """The first chunk of a choice: who speaks."""
         delta = {"role": "assistant", "content": ""}
         return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        """A choice of a chunk."""
-        return {
-            "index": piece.choice,
-            "delta": {"content": piece.text} if piece.text or piece.finish is None else {},
-            "logprobs": self._logprobs(_shown(piece)) if self._wanted else None,
-            "finish_reason": piece.finish,
-        }
+    def deltas(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """A choice of each of the chunks that tell of ``piece``."""
+        reader = self._readers.setdefault(piece.choice, AnswerReader(self._form))
+        told = reader.read(piece.text, piece.finish is not None)
+        logprobs = self._logprobs(_shown(piece)) if self._wanted else None
+        if not told and piece.finish is None and self._wanted:
+            told = [{"content": ""}]
+        for delta in told:
+            yield {"index": piece.choice, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+            logprobs = None
+        if piece.finish is not None:
+            reason = reader.reason(piece.finish)
+            yield {"index": piece.choice, "delta": {}, "logprobs": logprobs, "finish_reason": reason}
 
     def choice(self, piece: Piece) -> dict[str, Any]:
         """A whole choice."""
+        reader = AnswerReader(self._form)
         return {
             "index": piece.choice,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "message": reader.message(piece.text),
             "logprobs": self._logprobs(_shown(piece)) if self._wanted else None,
-            "finish_reason": piece.finish,
+            "finish_reason": reader.reason(piece.finish),
         }
 
     def _logprobs(self, positions: Sequence[TokenLogprobs]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import itertools
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -112,8 +112,8 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
 class Choice:
     """One continuation on its way to a client."""
 
-    def __init__(self, place: int, request: Request, tokens: Tokens) -> None:
-        self.place, self.reader = place, Reader(request, tokens.backend)
+    def __init__(self, place: int, request: Request, tokens: Tokens, shown: Mapping[int, str]) -> None:
+        self.place, self.reader = place, Reader(request, tokens.backend, shown)
         self.count = self.cached = 0
         self.first = 0.0
 
@@ -146,12 +146,13 @@ class Generation:
             for number, prompt in enumerate(prompts)
         ]
 
-    async def pieces(self) -> AsyncGenerator[Piece]:
-        """The response's text as it comes. Closing the iterator before its end aborts the request."""
+    async def pieces(self, shown: Mapping[int, str]) -> AsyncGenerator[Piece]:
+        """The response's text as it comes, with the special tokens that are ``shown``. Closing the iterator before its
+        end aborts the request."""
         service, each = self._service, self.sampling.continuations
         service.admit(each * len(self.requests))
         choices = {
-            (request.id, index): Choice(number * each + index, request, service.tokens)
+            (request.id, index): Choice(number * each + index, request, service.tokens, shown)
             for number, request in enumerate(self.requests)
             for index in range(each)
         }

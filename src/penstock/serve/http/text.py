@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.core.errors import UsageError
 from penstock.models.vocabulary import Vocabulary
-from penstock.serve.chat import chat_tokens
+from penstock.serve.chat import Prompt, chat_prompt
+from penstock.serve.dialogue.contract import Dialogue, Spell
+from penstock.serve.dialogue.guess import guess
+from penstock.serve.dialogue.lark import speller
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,13 +27,25 @@ class Tokens:
         vocabulary: what each token says by itself.
         templated: whether the model brings a chat template.
         turn_stops: stop strings that every chat needs besides its own.
+        template: the model's chat template, empty where it has none.
+        dialogue: how the model writes thoughts and calls: guessed from the template if not given.
+        marks: the dialogue's markers that are special tokens, which texts leave out otherwise.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue | None = None) -> None:
         self._tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
+        self.template = str(tokenizer.chat_template or "")
+        self.dialogue = dialogue or guess(self.template)
         self.vocabulary = Vocabulary(self.backend)
         self.templated = bool(tokenizer.chat_template)
         self.turn_stops = () if self.templated else (NEXT_TURN,)
+        known = {self.backend.token_to_id(marker): marker for marker in self.dialogue.markers}
+        self.marks = {id: marker for id, marker in known.items() if id is not None and self.vocabulary.says(id) is None}
+
+    @property
+    def spell(self) -> Spell:
+        """Writes texts of the dialogue's format for grammars."""
+        return speller(self.dialogue.markers, self.backend.token_to_id)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The tokens of ``text``; with ``special``, those that the model wants around a text are added.
@@ -49,14 +64,14 @@ class Tokens:
 
     def chat(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]
-    ) -> list[int]:
-        """The tokens of a chat, up to where the assistant's answer begins.
+    ) -> Prompt:
+        """A chat, up to where the assistant's answer begins.
 
         Raises:
             UsageError: the model's template does not take these messages.
         """
         _check_characters(json.dumps([messages, tools, variables], ensure_ascii=False))
-        return chat_tokens(self._tokenizer, messages, tools, variables)
+        return chat_prompt(self._tokenizer, messages, tools, variables, self.dialogue)
 
 
 def _check_characters(text: str) -> None:

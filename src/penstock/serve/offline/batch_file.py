@@ -24,6 +24,7 @@ from penstock.core.progress import Bar, Reporter, silent
 from penstock.core.randomness import derive
 from penstock.core.signals import StopRequest
 from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.http.chats import ask
 from penstock.serve.http.errors import ApiError, content
 from penstock.serve.http.protocol import Body, Chat, Completion
 from penstock.serve.http.responses import Chats, Completions, Shapes
@@ -256,7 +257,7 @@ class BatchRun:
         try:
             for number, prompt in enumerate(prompts):
                 request = Request(f"{place}/{number}", prompt, sampling, body.priority)
-                self._gatherer.submit(request)
+                self._gatherer.submit(request, shown=shapes.shown)
                 task.results[request.id] = None
         except Exception:
             for id in task.results:
@@ -272,9 +273,8 @@ class BatchRun:
 
     def _chat(self, body: Chat) -> tuple[list[list[int]], dict[str, Any], Shapes]:
         """The same for a chat."""
-        prompt = self._tokens.chat(*body.for_template())
-        extra = body.answer_options(self._tokens.turn_stops, self._gatherer.engine.context)
-        return [prompt], extra, Chats(self._tokens, bool(body.logprobs))
+        prompt, extra, form = ask(body, self._tokens, self._gatherer.engine.context)
+        return [prompt], extra, Chats(self._tokens, bool(body.logprobs), form)
 
     def _end(self, result: RequestOutput) -> Iterator[dict[str, Any]]:
         """Takes a prompt's result; yields the answer of a line whose prompts all have theirs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, overload
 
 from penstock.models.vocabulary import Vocabulary
@@ -151,15 +151,16 @@ class Gatherer:
         """Requests that have not finished."""
         return len(self._open)
 
-    def submit(self, request: Request, prompt: str | None = None) -> None:
-        """Adds a request; ``prompt`` is its text where it has one.
+    def submit(self, request: Request, prompt: str | None = None, shown: Mapping[int, str] | None = None) -> None:
+        """Adds a request; ``prompt`` is its text where it has one. Special tokens that are ``shown`` are part of the
+        text, as they are written there.
 
         Raises:
             UsageError: the engine refuses it.
         """
         self.engine.add(request)
         outputs = [CompletionOutput(index) for index in range(request.sampling.continuations)]
-        readers = [Reader(request, self._tokenizer.backend_tokenizer) for _ in outputs]
+        readers = [Reader(request, self._tokenizer.backend_tokenizer, shown) for _ in outputs]
         self._open[request.id] = _Open(request, RequestOutput(request.id, prompt, request.prompt, outputs), readers)
 
     def step(self) -> list[RequestOutput]:

@@ -99,14 +99,14 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event(service, poisoned, ca
 
 
 def test_so_does_one_whose_chunks_cannot_be_written(service, monkeypatch):
-    delta = responses.Completions.delta
+    deltas = responses.Completions.deltas
 
     def failing(self, piece):
         if POISON in piece.tokens:
             raise ValueError("no such shape")
-        return delta(self, piece)
+        return deltas(self, piece)
 
-    monkeypatch.setattr(responses.Completions, "delta", failing)
+    monkeypatch.setattr(responses.Completions, "deltas", failing)
     good, bad = ask(service, {"prompt": [WORD], "stream": True}, {"prompt": [POISON], "stream": True})
     assert good.text.endswith("data: [DONE]\n\n")
     assert '"error"' in bad.text.split("\n\n")[-2]

@@ -8,6 +8,8 @@ import pytest
 
 from penstock.serve.choose.logprobs import LogprobRows, TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.dialogue.contract import Thinking
+from penstock.serve.http.chats import Form
 from penstock.serve.http.responses import Chats, Completions
 from penstock.serve.http.service import Piece
 from penstock.serve.http.text import Tokens
@@ -17,6 +19,10 @@ from small_tokenizers import made
 
 BACKEND = made("byte fallback, strip")
 TOKENS = Tokens(SimpleNamespace(backend_tokenizer=BACKEND, chat_template=None))
+
+
+def chats(tokens: Tokens) -> Chats:
+    return Chats(tokens, True, Form(tokens.dialogue, {}, Thinking.NOT))
 
 
 def ids(*pieces: str) -> list[int]:
@@ -54,7 +60,7 @@ def pieces(sizes: list[int]) -> list[Piece]:
 @pytest.mark.parametrize("sizes", [[], [1] * 11, [2] * 6, [3, 1, 4]])
 def test_text_offsets_are_right_in_every_chunk(sizes):
     shapes = Completions(TOKENS, [], True)
-    chunks = [shapes.delta(piece) for piece in pieces(sizes)]
+    chunks = [delta for piece in pieces(sizes) for delta in shapes.deltas(piece)]
     assert "".join(chunk["text"] for chunk in chunks) == TEXT
     told = [pair for c in chunks for pair in zip(c["logprobs"]["tokens"], c["logprobs"]["text_offset"], strict=True)]
     assert told == [
@@ -84,8 +90,8 @@ def test_an_echo_begins_with_the_prompt():
 def top_of(token: int, *others: int) -> tuple[dict, list]:
     """The alternatives in the shapes of completions and chats."""
     piece = Piece(0, "", [token], [position(token, *others)], [0], None)
-    completion = Completions(TOKENS, [], True).delta(piece)["logprobs"]["top_logprobs"][0]
-    chat = Chats(TOKENS, True).delta(piece)["logprobs"]["content"][0]["top_logprobs"]
+    completion = next(Completions(TOKENS, [], True).deltas(piece))["logprobs"]["top_logprobs"][0]
+    chat = next(chats(TOKENS).deltas(piece))["logprobs"]["content"][0]["top_logprobs"]
     return completion, [(each["token"], each["logprob"], bytes(each["bytes"])) for each in chat]
 
 
@@ -122,6 +128,6 @@ def test_bytes_of_byte_level_tokens_add_up_to_the_text():
     tokens = Tokens(SimpleNamespace(backend_tokenizer=backend, chat_template=None))
     shown = backend.encode("naïve → 🙂 漢字").ids
     piece = Piece(0, "", shown, [position(token) for token in shown], [], None)
-    content = Chats(tokens, True).delta(piece)["logprobs"]["content"]
+    content = next(chats(tokens).deltas(piece))["logprobs"]["content"]
     assert b"".join(bytes(each["bytes"]) for each in content).decode() == "naïve → 🙂 漢字"
     assert any(each["token"].startswith("\\x") for each in content)

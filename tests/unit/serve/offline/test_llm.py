@@ -225,8 +225,8 @@ def test_a_request_that_fails_loses_no_others(llm, plain, monkeypatch):
 
     begin = Reader.__init__
 
-    def remembering(self, request, tokenizer):
-        begin(self, request, tokenizer)
+    def remembering(self, request, *others):
+        begin(self, request, *others)
         self.prompt = request.prompt
 
     monkeypatch.setattr(Reader, "__init__", remembering)

@@ -39,16 +39,15 @@ class DeepSeekV3(Dialogue):
     def calls(self, scan: Scanner, functions: Functions) -> Reading[None]:
         while (marker := (yield from scan.say(Content, CALLS, CALL))) is not None:
             yield from scan.space()
-            if marker == CALLS and not (yield from scan.take(CALL)):
-                yield from scan.back()
-            elif not (yield from self._call(scan)):
-                yield from scan.back()
-            else:
+            opened = marker == CALL or (yield from scan.take(CALL))
+            if opened and (yield from self._call(scan)):
                 start = scan.place
                 yield from scan.space()
                 if not (yield from scan.take(CALLS_END)):
                     scan.place = start
                 scan.trim()
+            else:
+                yield from scan.back()
 
     def _call(self, scan: Scanner) -> Reading[bool]:
         """Reads a call behind its marker; whether there is one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
+from penstock.core.errors import UsageError
 from penstock.policy import policy
 from penstock.serve.dialogue.answer import Answer, Arguments, Call, CallStart, Content, Functions, Reasoning
 from penstock.serve.dialogue.contract import Dialogue, Spell, Thinking, lead
@@ -71,6 +72,9 @@ class Harmony(Dialogue):
         begin, end = spell(f"{CHANNEL}analysis{MESSAGE}"), spell(END)
         opening = "" if called else spell(f"{CHANNEL}final{MESSAGE}")
         return lead(begin, end, budget, True, spell(f"{START}assistant"), opening)
+
+    def free(self, thinking: Thinking, spell: Spell) -> str:
+        raise UsageError("the model's thoughts are limited by reasoning_effort, not by tokens")
 
     def rules(self, functions: Functions, several: bool, spell: Spell) -> str:
         calls = [f"{spell(self._begin(each.name))} {arguments_rule(each)}" for each in functions.values()]

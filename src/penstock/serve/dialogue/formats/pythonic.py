@@ -8,7 +8,17 @@ import warnings
 from typing import Any, ClassVar
 
 from penstock.policy import policy
-from penstock.serve.dialogue.answer import Answer, Arguments, Call, CallStart, Content, Function, Functions, as_json, parsed
+from penstock.serve.dialogue.answer import (
+    Answer,
+    Arguments,
+    Call,
+    CallStart,
+    Content,
+    Function,
+    Functions,
+    as_json,
+    parsed,
+)
 from penstock.serve.dialogue.calls import call_rule, json_call
 from penstock.serve.dialogue.contract import Dialogue, Spell
 from penstock.serve.dialogue.lark import calls_grammar, json_rule
