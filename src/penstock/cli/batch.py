@@ -21,6 +21,9 @@ def batch(
     chat_template: Path | None = typer.Option(
         None, "--chat-template", metavar="FILE", help="A Jinja file that writes chats, in place of the model's own."
     ),
+    dialogue: str | None = typer.Option(
+        None, "--dialogue", metavar="FORMAT", help="How the model writes calls, such as hermes; else guessed."
+    ),
     draft: str | None = typer.Option(
         None, "--draft", metavar="DRAFTER", help="Draft tokens and check them together: ngram, or a smaller model."
     ),
@@ -41,6 +44,7 @@ def batch(
     from penstock.serve.build import open_engine
     from penstock.serve.chat import take_template
     from penstock.serve.config import EngineConfig
+    from penstock.serve.dialogue.guess import named
     from penstock.serve.http.text import Tokens
     from penstock.serve.offline.batch_file import BatchRun
     from penstock.serve.offline.gather import Gatherer
@@ -52,13 +56,14 @@ def batch(
             raise UsageError(f"there is no {path}")
     if target.exists() and source.samefile(target):
         raise UsageError(f"input and output are the same file, {source}")
+    form = None if dialogue is None else named(dialogue)
     folder = hub.resolve(model)
     tokenizer = hub.load_tokenizer(folder)
     if chat_template is not None:
         take_template(tokenizer, chat_template)
     with contextlib.closing(open_engine(folder, config, device, show)) as engine:
         settle()
-        run = BatchRun(Gatherer(engine, tokenizer), Tokens(tokenizer), name or hub.name_of(model), window)
+        run = BatchRun(Gatherer(engine, tokenizer), Tokens(tokenizer, form), name or hub.name_of(model), window)
         summary = run.run(source, target, show)
     refused = f", of which {summary.refused:,} are refused" if summary.refused else ""
     earlier = f" ({summary.before:,} were there before)" if summary.before else ""

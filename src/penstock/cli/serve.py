@@ -45,6 +45,9 @@ def serve(
     chat_template: Path | None = typer.Option(
         None, "--chat-template", metavar="FILE", help="A Jinja file that writes chats, in place of the model's own."
     ),
+    dialogue: str | None = typer.Option(
+        None, "--dialogue", metavar="FORMAT", help="How the model writes calls, such as hermes; else guessed."
+    ),
     draft: str | None = typer.Option(
         None, "--draft", metavar="DRAFTER", help="Draft tokens and check them together: ngram, or a smaller model."
     ),
@@ -82,6 +85,7 @@ def serve(
     from penstock.models import hub
     from penstock.serve.chat import NO_TEMPLATE
     from penstock.serve.config import EngineConfig
+    from penstock.serve.dialogue.guess import named
     from penstock.serve.http.server import bind
     from penstock.serve.http.server import serve as run
     from penstock.serve.http.service import Limits
@@ -101,6 +105,7 @@ def serve(
     limits = build(Limits, given, "the server's limits")
     keys = _keys(api_key or [], api_key_file)
     _check_exposure(host, keys, no_key)
+    form = None if dialogue is None else named(dialogue)
     if chat_template is not None:
         read_text(chat_template)  # that it cannot be read is said before the model is loaded
     listener = bind(host, port)
@@ -128,6 +133,7 @@ def serve(
                 local=not keys and not no_key,
                 limits=limits,
                 chat_template=chat_template,
+                dialogue=form,
                 started=started,
                 watchers=watchers,
             )

@@ -30,6 +30,9 @@ from penstock.serve.dialogue.lark import literal
 #: Letters and marks for strings; the brackets and quotes are there to be mistaken for markup.
 LETTERS = list("abcÖß漢🙂 '\"\\{}[]()<>/=,:;.\n\t`|")
 
+#: Texts that are JSON by themselves.
+JSON_TEXTS = ("5", "-1.5e3", "true", "[]", '{"a": [1]}', '"q"')
+
 #: What texts are made of that are none of the format's, besides its own markers and words.
 PIECES = (
     '{"name": "now", "arguments": {}}', '{"name": "', '", "arguments": {', "}", "{", "[", "]", "(", ")", '"', "'", ",",
@@ -133,11 +136,15 @@ def drawn_call(draw: np.random.Generator, name: str, dialogue: Dialogue) -> Call
                 {"late": True} if draw.random() < 0.5 else {}
             )
         arguments["window"] = bool(draw.random() < 0.5)
+        if draw.random() < 0.5:
+            arguments["note"] = drawn_text(draw, dialogue) if draw.random() < 0.7 else None
     return Call(name, json.dumps(arguments, ensure_ascii=bool(draw.random() < 0.5)))
 
 
 def drawn_text(draw: np.random.Generator, dialogue: Dialogue) -> str:
-    """Any text but one with the format's markers, which a model cannot write as text either."""
+    """Any text but one with the format's markers, which a model cannot write as text either; it may look like JSON."""
+    if draw.random() < 0.15:
+        return JSON_TEXTS[int(draw.integers(len(JSON_TEXTS)))]
     text = "".join(LETTERS[draw.integers(len(LETTERS))] for _ in range(draw.integers(0, 30)))
     for marker in dialogue.markers:
         text = text.replace(marker, "")
@@ -162,6 +169,8 @@ def check_words(dialogue: Dialogue) -> None:
         found = read(dialogue, [text])
         again = read(dialogue, cut(draw, text))
         assert found == again, f"text {number}, {text!r}, is read as {found}, and in chunks as {again}"
+        if not (found.calls or found.reasoning or dialogue.ends or text.lstrip().startswith(dialogue.tags[0])):
+            assert found.content == text, f"text {number}, {text!r}, has no call, and is read as {found.content!r}"
         told = found.content + found.reasoning + "".join(each.name + each.arguments for each in found.calls)
         for word in words:
             assert told.count(word) == 1, (
@@ -272,8 +281,20 @@ def misfit(value: Any, schema: Mapping[str, Any]) -> str | None:
 
 
 def _misfits(value: Any, schema: Mapping[str, Any]) -> Iterator[str]:
-    kinds = {"string": str, "integer": int, "number": int | float, "boolean": bool, "array": list, "object": dict}
+    kinds = {
+        "string": str,
+        "integer": int,
+        "number": int | float,
+        "boolean": bool,
+        "null": type(None),
+        "array": list,
+        "object": dict,
+    }
     kind = schema["type"]
+    if isinstance(kind, list):
+        faults = [misfit(value, {**schema, "type": each}) for each in kind]
+        yield from [fault for fault in faults[:1] if fault and None not in faults]
+        return
     if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "boolean"):
         yield f"{value!r} is no {kind}"
         return

@@ -204,6 +204,7 @@ EXAMPLES: Functions = {
                 "properties": {
                     "guests": {"type": "array", "items": {"type": "string"}},
                     "window": {"type": "boolean"},
+                    "note": {"type": ["string", "null"]},
                     "at": {
                         "type": "object",
                         "properties": {"hour": {"type": "number"}, "late": {"type": "boolean"}},

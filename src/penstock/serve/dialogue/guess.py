@@ -1,10 +1,21 @@
-"""Which format a model's chat template has."""
+"""Which format a model has: by name, or as its chat template tells."""
 
 from __future__ import annotations
 
-from penstock.policy import index
+from penstock.policy import create, index
 from penstock.serve.dialogue.contract import Dialogue
 from penstock.serve.dialogue.formats.hermes import Hermes
+
+
+def named(name: str) -> Dialogue:
+    """The format called ``name``.
+
+    Raises:
+        UsageError: there is none; the message lists the nearest names.
+    """
+    found = create("serve.dialogue", name)
+    assert isinstance(found, Dialogue)
+    return found
 
 
 def guess(template: str) -> Dialogue:

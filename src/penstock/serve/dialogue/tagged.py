@@ -98,7 +98,7 @@ def value_of(text: str, kinds: frozenset[str]) -> str:
     word = text.strip()
     if kinds != {"string"} and (word in WORDS or _is_json(word)):
         value = WORDS[word] if word in WORDS else parsed(word)
-        if "string" not in kinds or _kind(value) in kinds:
+        if "string" not in kinds or _kind(value) in kinds - {"string"}:
             return as_json(value) if word in WORDS else word
     return as_json(text)
 

@@ -16,6 +16,7 @@ from penstock.core.errors import UsageError
 from penstock.models import hub
 from penstock.serve.chat import take_template
 from penstock.serve.config import EngineConfig
+from penstock.serve.dialogue.contract import Dialogue
 from penstock.serve.http.app import make_app
 from penstock.serve.http.connection import Connection, quietly, room
 from penstock.serve.http.errors import ApiError
@@ -81,6 +82,7 @@ async def serve(
     local: bool,
     limits: Limits,
     chat_template: Path | None,
+    dialogue: Dialogue | None,
     started: Callable[[Service], None],
     watchers: Sequence[Watcher] = (),
 ) -> None:
@@ -90,6 +92,7 @@ async def serve(
         name: what clients call it.
         keys, local: see :class:`~penstock.serve.http.guard.Guard`.
         chat_template: a file to take in place of the model's own.
+        dialogue: how the model writes thoughts and calls; guessed from the template if not given.
         started: is called when it takes requests.
         watchers: see the engine's decisions.
 
@@ -104,7 +107,7 @@ async def serve(
     try:
         if chat_template is not None:
             take_template(tokenizer, chat_template)
-        service = Service(name, Tokens(tokenizer), client, limits)
+        service = Service(name, Tokens(tokenizer, dialogue), client, limits)
         client.watchers += watchers
         app = make_app(service, keys, local)
         asyncio.get_running_loop().set_exception_handler(quietly)
