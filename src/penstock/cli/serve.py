@@ -48,6 +48,7 @@ def serve(
     dialogue: str | None = typer.Option(
         None, "--dialogue", metavar="FORMAT", help="How the model writes calls, such as hermes; else guessed."
     ),
+    strict: bool = typer.Option(False, "--strict", help="Refuse requests with fields that are not known here."),
     draft: str | None = typer.Option(
         None, "--draft", metavar="DRAFTER", help="Draft tokens and check them together: ngram, or a smaller model."
     ),
@@ -134,6 +135,7 @@ def serve(
                 limits=limits,
                 chat_template=chat_template,
                 dialogue=form,
+                strict=strict,
                 started=started,
                 watchers=watchers,
             )

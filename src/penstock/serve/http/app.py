@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.resources
 import time
-from collections.abc import AsyncGenerator, Awaitable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Collection, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any, TypeVar
 
@@ -61,9 +61,9 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, source: AsyncGenerator[bytes]) -> None:
+    def __init__(self, source: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> None:
         # No proxy may wait for more of it.
-        super().__init__(source, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(source, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         self._source = source
 
     async def stream_response(self, send: Send) -> None:
@@ -99,6 +99,7 @@ async def unless_gone(request: Request, work: Awaitable[R]) -> R:
 async def completions(request: Request, body: Completion, service: Here) -> Response:
     """Continues one prompt or several."""
     service.check_model(body.model)
+    headers = service.ignored(body)
     if body.stream and body.echo and body.logprobs is not None:
         raise ApiError(400, "a stream cannot echo the prompt with log-probabilities", param="echo")
     if body.stream and body.best_of not in (None, body.n):
@@ -107,16 +108,18 @@ async def completions(request: Request, body: Completion, service: Here) -> Resp
     prompts = [await service.encoded(prompt) for prompt in body.prompts()]
     generation = Generation(service, Completions.kind, prompts, body, request.state.key)
     shapes = Completions(service.tokens, body.echoes(prompts), body.logprobs is not None)
-    return await _answer(request, service, generation, shapes, body)
+    return await _answer(request, service, generation, shapes, body, headers)
 
 
 @router.post("/v1/chat/completions", responses=STREAMED)
 async def chat(request: Request, body: Chat, service: Here) -> Response:
     """Answers a chat."""
     service.check_model(body.model)
+    headers = service.ignored(body)
     prompt, extra, form = await asyncio.to_thread(ask, body, service.tokens, service.engine.ready.context)
     generation = Generation(service, Chats.kind, [service.checked(prompt)], body, request.state.key, **extra)
-    return await _answer(request, service, generation, Chats(service.tokens, bool(body.logprobs), form), body)
+    shapes = Chats(service.tokens, bool(body.logprobs), form)
+    return await _answer(request, service, generation, shapes, body, headers)
 
 
 async def _answer(
@@ -125,6 +128,7 @@ async def _answer(
     generation: Generation,
     shapes: Shapes,
     body: Completion | Chat,
+    headers: Mapping[str, str],
 ) -> Response:
     pieces = generation.pieces(shapes.shown)
     if not body.stream:
@@ -135,12 +139,13 @@ async def _answer(
         whole = generation.chosen(await unless_gone(request, all_of_it()))
         return JSONResponse(
             responses.head(generation, shapes.whole, service.name)
-            | {"choices": [shapes.choice(piece) for piece in whole], "usage": generation.usage.record()}
+            | {"choices": [shapes.choice(piece) for piece in whole], "usage": generation.usage.record()},
+            headers=headers,
         )
     # The first piece is waited for, so that a request that is refused gets a status that says so.
     first = await unless_gone(request, anext(pieces))
     usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(_chunks(service, generation, first, pieces, shapes, usage))
+    return EventStream(_chunks(service, generation, first, pieces, shapes, usage), headers)
 
 
 async def _chunks(
@@ -199,9 +204,10 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 @router.post("/tokenize")
-async def tokenize(body: Tokenize, service: Here) -> dict[str, Any]:
+async def tokenize(body: Tokenize, service: Here, response: Response) -> dict[str, Any]:
     """The tokens of a text, or of a chat as the model would read it."""
     service.check_model(body.model)
+    response.headers.update(service.ignored(body))
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either a prompt or messages", param="prompt")
     if body.messages is not None:
@@ -213,9 +219,10 @@ async def tokenize(body: Tokenize, service: Here) -> dict[str, Any]:
 
 
 @router.post("/detokenize")
-async def detokenize(body: Detokenize, service: Here) -> dict[str, Any]:
+async def detokenize(body: Detokenize, service: Here, response: Response) -> dict[str, Any]:
     """The text of tokens."""
     service.check_model(body.model)
+    response.headers.update(service.ignored(body))
     if body.tokens and max(body.tokens) >= service.engine.ready.vocabulary:
         raise ApiError(400, f"token {max(body.tokens)} is outside of the vocabulary", param="tokens")
     return {"prompt": await asyncio.to_thread(service.tokens.decode, body.tokens)}

@@ -1,7 +1,8 @@
-"""OpenAI's requests, as far as they are understood here. Unknown fields are errors, and no type is bent."""
+"""OpenAI's requests, as far as they are understood here. No type is bent."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -19,18 +20,22 @@ Scalar = bool | int | float | str
 
 
 class Body(BaseModel):
-    """Base of all of them."""
+    """Base of all of them. Fields that are not known are kept apart: :func:`unknown` names them."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, fields: Any) -> Any:
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        unknown = [str(name)[:50] for name in fields if name not in known] if isinstance(fields, dict) else []
-        if unknown:
-            raise ValueError(f"unknown field {unknown[0]!r}; {nearest(unknown[0], known)}")
-        return fields
+
+def unknown(body: BaseModel) -> Iterator[tuple[str, str]]:
+    """The fields of ``body``, and of what is in it, that are not known, each with a word about the nearest that are."""
+    known = {field.alias or name for name, field in type(body).model_fields.items()}
+    if isinstance(body, Body):
+        yield from ((name, nearest(name, known)) for name in body.model_extra or {})
+    for name, field in type(body).model_fields.items():
+        value = getattr(body, name)
+        for place, each in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(each, BaseModel):
+                prefix = f"{field.alias or name}." + ("" if place is None else f"{place}.")
+                yield from ((prefix + inner, near) for inner, near in unknown(each))
 
 
 class StreamOptions(Body):
@@ -184,7 +189,7 @@ class Part(Body):
 class ChatMessage(BaseModel):
     """A message; fields that are not named here go to the chat template as they are."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = None

@@ -83,6 +83,7 @@ async def serve(
     limits: Limits,
     chat_template: Path | None,
     dialogue: Dialogue | None,
+    strict: bool,
     started: Callable[[Service], None],
     watchers: Sequence[Watcher] = (),
 ) -> None:
@@ -93,6 +94,7 @@ async def serve(
         keys, local: see :class:`~penstock.serve.http.guard.Guard`.
         chat_template: a file to take in place of the model's own.
         dialogue: how the model writes thoughts and calls; guessed from the template if not given.
+        strict: refuse requests with fields that are not known.
         started: is called when it takes requests.
         watchers: see the engine's decisions.
 
@@ -107,7 +109,7 @@ async def serve(
     try:
         if chat_template is not None:
             take_template(tokenizer, chat_template)
-        service = Service(name, Tokens(tokenizer, dialogue), client, limits)
+        service = Service(name, Tokens(tokenizer, dialogue), client, limits, strict)
         client.watchers += watchers
         app = make_app(service, keys, local)
         asyncio.get_running_loop().set_exception_handler(quietly)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import logging
 import secrets
 import time
 import uuid
@@ -21,13 +22,18 @@ from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams, best
 from penstock.serve.http.errors import ApiError
 from penstock.serve.http.metrics import ServerMetrics
-from penstock.serve.http.protocol import Generate
+from penstock.serve.http.protocol import Body, Generate, unknown
 from penstock.serve.http.text import Tokens
 from penstock.serve.link.client import EngineClient
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.serve.observe.history import Course, History
 from penstock.serve.observe.log import EventLines
 from penstock.serve.reader import Reader
+
+log = logging.getLogger(__name__)
+
+#: How many fields that are not known are named, and how much of a name is said.
+MOST_NAMED, LONGEST_NAME = 20, 50
 
 
 class Limits(Config):
@@ -225,13 +231,15 @@ class Service:
         tokens: its tokenizer.
         engine: where it runs.
         limits: what is taken on.
+        strict: whether requests with fields that are not known are refused.
 
     Attributes:
         history: what became of the newest requests.
     """
 
-    def __init__(self, name: str, tokens: Tokens, engine: EngineClient, limits: Limits) -> None:
+    def __init__(self, name: str, tokens: Tokens, engine: EngineClient, limits: Limits, strict: bool = False) -> None:
         self.name, self.tokens, self.engine, self.limits = name, tokens, engine, limits
+        self._strict = strict
         self.metrics, self.history = ServerMetrics(lambda: engine.snapshot, engine.ready.memory), History()
         engine.watchers += [self.history, self.metrics, EventLines()]
         self.created = int(time.time())
@@ -249,6 +257,22 @@ class Service:
             raise ApiError(
                 404, f"there is no model {name!r} here; this is {self.name!r}", param="model", code="model_not_found"
             )
+
+    def ignored(self, body: Body) -> dict[str, str]:
+        """A header that names the fields of ``body`` that are not known, where there are any; the log has them too.
+
+        Raises:
+            ApiError: the server is strict.
+        """
+        found = list(itertools.islice(unknown(body), MOST_NAMED))
+        if not found:
+            return {}
+        if self._strict:
+            name, near = found[0]
+            raise ApiError(400, f"unknown field {name[:LONGEST_NAME]!r}; {near}", param=name.partition(".")[0])
+        names = ", ".join(ascii(name[:LONGEST_NAME])[1:-1] for name, _ in found)
+        log.warning("fields of a request are not known, and ignored: %s", names)
+        return {"Penstock-Ignored": names}
 
     def courses(self, id: str) -> list[Course]:
         """What became of the continuations of the response ``id``."""

@@ -15,7 +15,7 @@ import zlib
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeVar
 
 from penstock.core.config import build
 from penstock.core.errors import PenstockError, UsageError
@@ -26,7 +26,7 @@ from penstock.core.signals import StopRequest
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.http.chats import ask
 from penstock.serve.http.errors import ApiError, content
-from penstock.serve.http.protocol import Body, Chat, Completion
+from penstock.serve.http.protocol import Body, Chat, Completion, unknown
 from penstock.serve.http.responses import Chats, Completions, Shapes
 from penstock.serve.http.service import Piece, Usage
 from penstock.serve.http.text import Tokens
@@ -227,7 +227,7 @@ class BatchRun:
     def _begin(self, place: int, raw: bytes) -> dict[str, Any] | None:
         """Submits a line; the answer of one that is refused."""
         try:
-            line = build(Line, _parsed(raw), "the line")
+            line = _known(build(Line, _parsed(raw), "the line"))
         except (UsageError, ValueError) as error:
             fault = {"code": "invalid_line", "message": str(error)}
             return _record(place, _custom_id(raw), None, fault)
@@ -240,10 +240,10 @@ class BatchRun:
     def _submit(self, place: int, line: Line) -> None:
         body: Completion | Chat
         if line.url == "/v1/completions":
-            body = build(Completion, line.body, "the body")
+            body = _known(build(Completion, line.body, "the body"))
             prompts, extra, shapes = self._completion(body)
         else:
-            body = build(Chat, line.body, "the body")
+            body = _known(build(Chat, line.body, "the body"))
             prompts, extra, shapes = self._chat(body)
         if body.model not in (None, self._name):
             what = f"there is no model {body.model!r} here; this is {self._name!r}"
@@ -310,6 +310,21 @@ class BatchRun:
             "choices": [task.shapes.choice(piece) for piece in pieces],
             "usage": usage.record(),
         }
+
+
+B = TypeVar("B", bound=Body)
+
+
+def _known(body: B) -> B:
+    """``body``, if all of its fields are known: nobody reads a warning in the midst of a file.
+
+    Raises:
+        UsageError: one is not.
+    """
+    name, near = next(unknown(body), ("", ""))
+    if name:
+        raise UsageError(f"unknown field {name[:50]!r}; {near}")
+    return body
 
 
 def _unanswered(file: IO[bytes], ledger: Ledger) -> Iterator[tuple[int, bytes]]:

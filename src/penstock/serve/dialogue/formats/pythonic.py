@@ -30,9 +30,6 @@ START, END = "<|python_start|>", "<|python_end|>"
 #: JSON's words, which some models write instead of Python's.
 WORDS = {"true": True, "false": False, "null": None}
 
-#: What is true or false, in a grammar.
-BOOLEAN = '("True" | "False")'
-
 #: The name of an argument.
 PARAMETER = re.compile(r"[^\W\d][\w-]*")
 
@@ -180,7 +177,7 @@ def _rule(function: Function, spell: Spell) -> str | None:
         return None
     definitions = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
     values = {
-        name: f"{spell(name + '=')} {BOOLEAN if own == {'type': 'boolean'} else json_rule({**own, **definitions})}"
+        name: f"{spell(name + '=')} ({json_rule({**own, **definitions})}{_words(function.kinds(name))})"
         for name, own in properties.items()
     }
     comma = spell(", ")
@@ -193,3 +190,10 @@ def _rule(function: Function, spell: Spell) -> str | None:
         rows = [" ".join([value, *behind[place + 1 :]]) for place, value in enumerate(others)]
         inside = f"({' | '.join(rows)})?" if rows else ""
     return f"{spell(function.name + '(')} {inside} {spell(')')}"
+
+
+def _words(kinds: frozenset[str]) -> str:
+    """Python's words for values of ``kinds``, as further choices of a grammar."""
+    if kinds == {"boolean"}:
+        return ' | "True" | "False"'
+    return ' | "None"' if "null" in kinds else ""
