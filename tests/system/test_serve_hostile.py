@@ -71,7 +71,6 @@ def send(server: Served, path: str, content: bytes, kind: str = "application/jso
         b'{"prompt": "x", "stop": ["a","a","a","a","a","a","a","a","a","a","a","a","a","a","a","a","a"]}',
         b'{"prompt": "x", "stop_token_ids": [-1]}',
         b'{"prompt": "x", "priority": -1}',
-        b'{"prompt": "x", "\\u0000": 1}',
         b'{"prompt": "\\ud800"}',
         b'{"prompt": [1, "x"]}',
         b'{"prompt": [-1]}',
@@ -83,7 +82,7 @@ def send(server: Served, path: str, content: bytes, kind: str = "application/jso
         f'{{"prompt": {DEEP}}}'.encode(),
         f'{{"prompt": "x", "rule": {DEEP}}}'.encode(),
     ],
-    ids=range(37),
+    ids=range(36),
 )
 def test_completions_refuse(server, content):
     status, message = send(server, "/v1/completions", content)

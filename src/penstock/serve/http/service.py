@@ -96,6 +96,12 @@ class Usage:
         }
 
 
+def _headed(name: str) -> str:
+    """``name`` as a header can carry it."""
+    written = ascii(name)
+    return written[1:-1] if name and name == name.strip() else written
+
+
 def _joined(pieces: list[Piece]) -> list[Piece]:
     """One piece for each choice, in order."""
     choices: dict[int, list[Piece]] = {}
@@ -270,7 +276,7 @@ class Service:
         if self._strict:
             name, near = found[0]
             raise ApiError(400, f"unknown field {name[:LONGEST_NAME]!r}; {near}", param=name.partition(".")[0])
-        names = ", ".join(ascii(name[:LONGEST_NAME])[1:-1] for name, _ in found)
+        names = ", ".join(_headed(name[:LONGEST_NAME]) for name, _ in found)
         log.warning("fields of a request are not known, and ignored: %s", names)
         return {"Penstock-Ignored": names}
 

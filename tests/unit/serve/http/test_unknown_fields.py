@@ -46,7 +46,8 @@ BODIES = [
     ("/v1/completions", {"prompt": "x", "max_tokns": 3}, "max_tokns", "did you mean 'max_tokens'"),
     ("/v1/completions", {"prompt": "x", "stream": True, "stream_options": {"chunk": 1}}, "stream_options.chunk", ""),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [PART]}]}, "messages.0.content.0.cache_con", ""),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "é\n": 1}, r"\xe9\n", ""),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "é\n": 1}, r"'\xe9\n'", ""),
+    ("/v1/completions", {"prompt": "x", "": 1, " b ": 2, "\x00": 3}, r"'', ' b ', \x00", ""),
     ("/tokenize", {"prompt": "x", "bos": 1}, "bos", ""),
 ]
 
