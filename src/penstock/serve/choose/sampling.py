@@ -27,7 +27,7 @@ MOST_TOKENS = 1024
 MOST_LOGPROBS = 20
 
 #: The longest text of a grammar, in characters.
-LONGEST_GRAMMAR = 1 << 18
+LONGEST_GRAMMAR = 1 << 16
 
 #: The longest prediction of an answer, in characters.
 LONGEST_PREDICTION = 1 << 20
