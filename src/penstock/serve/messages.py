@@ -32,6 +32,8 @@ class Request:
         priority: a smaller number goes first.
         key: whose request it is; the keys share the engine fairly.
         deadline: seconds from arrival after which the request ends with what it has, or None.
+        keep: what it has come to stays in the cache after its end, for others to go on from, until it is forgotten; see
+            :meth:`~penstock.serve.engine.engine.Engine.forget`.
     """
 
     id: str
@@ -40,6 +42,7 @@ class Request:
     priority: int = 0
     key: str = ""
     deadline: float | None = None
+    keep: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as List
 from typing import overload
@@ -11,19 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Columns before the alternatives: the token, its rank, and its log-probability.
-FIXED = 3
+#: Columns before the alternatives: the token, its rank, its log-probability, and entropy and certainty of the position.
+FIXED = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
     """Log-probabilities at one position: of the token there, whose rank is 1 where it is the most probable one, and of
-    the most probable tokens in order (token, logprob)."""
+    the most probable tokens in order (token, logprob); and how the model's probabilities are spread there.
+
+    Attributes:
+        entropy: of the distribution, in nats.
+        certainty: its distance from the even one, KL(uniform || model), in nats (Kang et al. 2025, self-certainty).
+    """
 
     token: int
     logprob: float
     rank: int
     top: list[tuple[int, float]]
+    entropy: float = 0.0
+    certainty: float = 0.0
 
 
 class LogprobRows(List[TokenLogprobs]):
@@ -31,8 +39,8 @@ class LogprobRows(List[TokenLogprobs]):
     view.
 
     Args:
-        table: int32 [n, 3 + 2k]: a token, its rank, and the bits of its log-probability as fp32; behind them the same
-            of the k most probable tokens, a token and its log-probability each.
+        table: int32 [n, 5 + 2k]: a token, its rank, and as bits of fp32 its log-probability and the position's entropy
+            and certainty; behind them the k most probable tokens, a token and its log-probability each.
     """
 
     __slots__ = ("table",)
@@ -44,14 +52,19 @@ class LogprobRows(List[TokenLogprobs]):
     def of(records: Iterable[TokenLogprobs]) -> LogprobRows:
         """The rows of ``records``, which have equally many alternatives."""
         rows = [
-            (each.token, each.rank, _bits(each.logprob), *(part for t, p in each.top for part in (t, _bits(p))))
+            (
+                each.token,
+                each.rank,
+                *map(_bits, (each.logprob, each.entropy, each.certainty)),
+                *(part for token, logprob in each.top for part in (token, _bits(logprob))),
+            )
             for each in records
         ]
         return LogprobRows.stacked([np.array(row, np.int32) for row in rows])
 
     @staticmethod
     def stacked(rows: List[np.ndarray]) -> LogprobRows:
-        """Those with these ``rows``, int32 [3 + 2k] each."""
+        """Those with these ``rows``, int32 [5 + 2k] each."""
         return LogprobRows(np.stack(rows) if rows else np.zeros((0, FIXED), np.int32))
 
     @staticmethod
@@ -66,8 +79,21 @@ class LogprobRows(List[TokenLogprobs]):
     @property
     def logprobs(self) -> list[float]:
         """Of the tokens themselves."""
-        chosen: list[float] = _floats(self.table[:, 2:FIXED])[:, 0].tolist()
-        return chosen
+        return self._column(2)
+
+    @property
+    def entropies(self) -> list[float]:
+        """Of the positions, in nats."""
+        return self._column(3)
+
+    @property
+    def certainties(self) -> list[float]:
+        """Of the positions, in nats."""
+        return self._column(4)
+
+    def _column(self, place: int) -> list[float]:
+        values: list[float] = _floats(self.table[:, place : place + 1])[:, 0].tolist()
+        return values
 
     def __len__(self) -> int:
         return len(self.table)
@@ -96,7 +122,7 @@ class LogprobRows(List[TokenLogprobs]):
 def _record(row: np.ndarray) -> TokenLogprobs:
     names, values = row.tolist(), _floats(row).tolist()
     top = list(zip(names[FIXED::2], values[FIXED + 1 :: 2], strict=True))
-    return TokenLogprobs(names[0], values[2], names[1], top)
+    return TokenLogprobs(names[0], values[2], names[1], top, values[3], values[4])
 
 
 def _floats(table: np.ndarray) -> np.ndarray:
@@ -112,7 +138,7 @@ class Logprobs:
     """Log-probabilities under the model itself, for R tokens at their positions.
 
     Attributes:
-        packed: int32 [R, 3 + 2k], the table of :class:`LogprobRows`: one array, so that one copy brings it to the host.
+        packed: int32 [R, 5 + 2k], the table of :class:`LogprobRows`: one array, so that one copy brings it to the host.
     """
 
     packed: Tensor
@@ -125,7 +151,11 @@ class Logprobs:
         rank = (scores > chosen).sum(-1, keepdim=True) + 1
         top = scores.topk(min(most, scores.shape[-1]), -1)
         pairs = torch.stack([top.indices.int(), top.values.view(torch.int32)], -1).flatten(1)
-        return Logprobs(torch.cat([tokens.unsqueeze(-1).int(), rank.int(), chosen.view(torch.int32), pairs], -1))
+        # A token that cannot come adds nothing to the entropy, and its certainty is without bound.
+        entropy = torch.special.entr(scores.exp()).sum(-1, keepdim=True)
+        certainty = -scores.mean(-1, keepdim=True) - math.log(scores.shape[-1])
+        spread = torch.cat([chosen, entropy, certainty], -1).view(torch.int32)
+        return Logprobs(torch.cat([tokens.unsqueeze(-1).int(), rank.int(), spread, pairs], -1))
 
     @staticmethod
     def joined(parts: List[Logprobs]) -> Logprobs:

@@ -76,6 +76,7 @@ class Engine:
         self._arrivals = 0
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._untold: list[Delta] = []
+        self._kept: dict[str, Sequence] = {}
 
     # Requests
 
@@ -88,14 +89,15 @@ class Engine:
         """
         self._check(request)
         limit = self._limit(request, len(request.prompt))
-        matchers = [self._matcher(request.sampling) for _ in range(request.sampling.continuations)]
+        matchers = [self._matcher(request) for _ in range(request.sampling.continuations)]
         for index, matcher in enumerate(matchers):
             self._enter(request, index, limit, len(request.prompt), matcher)
 
     def fork(self, id: str, request: Request, index: int = 0) -> None:
-        """Starts ``request``, whose prompt is what the continuation ``index`` of the running request ``id`` has come
-        to, or to a part of it, on the same blocks: nothing is computed twice but the last token, and a block is copied
-        only when one of them writes to it.
+        """Starts ``request``, whose prompt is what the continuation ``index`` of the request ``id`` has come to, or a
+        part of it, on the same blocks: nothing is computed twice but the last token, and a block is copied only when
+        one of them writes to it. The request ``id`` is under way; or it has ended and was kept, and then the prompt may
+        also go on behind it.
 
         What the parent generated counts as generated: for penalties, for ``min_tokens``, for the draws, and for a
         grammar that both have, which goes on where the parent is.
@@ -104,16 +106,17 @@ class Engine:
             UsageError: there is no such continuation; the new prompt is not what it has come to, or shorter than its
                 own prompt; or what :meth:`add` refuses.
         """
-        parent = self._living(id, index)
+        parent = self._kept.get(id) or self._living(id, index)
         length = len(request.prompt)
-        if length < parent.prompt or parent.tokens[:length] != request.prompt:
+        known = request.prompt[: len(parent.tokens)] if id in self._kept else request.prompt
+        if length < parent.prompt or parent.tokens[:length] != known:
             raise UsageError(f"the prompt of {request.id!r} is not what the request {id!r} has come to")
         self._check(request)
         limit = self._limit(request, parent.prompt)
-        matchers = [self._matcher(request.sampling, parent, length) for _ in range(request.sampling.continuations)]
+        matchers = [self._matcher(request, parent) for _ in range(request.sampling.continuations)]
         self.events.add("forked", id, index, into=request.id)
         for number, matcher in enumerate(matchers):
-            child = self._enter(request, number, limit, parent.prompt, matcher)
+            child = self._enter(request, number, limit, parent.prompt, matcher, parent)
             if not child.companions and self.memory.fork(parent, child):
                 self.steps.batcher.remove(child)
                 child.cached = child.computed
@@ -172,6 +175,12 @@ class Engine:
             if index is None or sequence.index == index:
                 self._end(sequence, Finish.ABORT)
 
+    def forget(self, id: str) -> None:
+        """Nobody will go on from the request ``id``, which was kept; an unknown one is ignored."""
+        sequence = self._kept.pop(id, None)
+        if sequence is not None:
+            self.memory.forget(sequence)
+
     def _living(self, id: str, index: int) -> Sequence:
         for sequence in self._sequences.get(id, ()):
             if sequence.index == index:
@@ -194,8 +203,10 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         vocabulary, sampling = self.limits.model.vocabulary, request.sampling
-        if request.id in self._sequences:
-            raise UsageError(f"a request {request.id!r} is under way already")
+        if request.id in self._sequences or request.id in self._kept:
+            raise UsageError(f"a request {request.id!r} is under way already, or kept")
+        if request.keep and (sampling.continuations > 1 or sampling.companions):
+            raise UsageError("only a request with one continuation, whose rule has no prompts of its own, can be kept")
         if not request.prompt:
             raise UsageError("the prompt is empty", hint="Give at least one token to continue.")
         if len(request.prompt) >= self.context:
@@ -239,19 +250,30 @@ class Engine:
             )
         return prompt + min(left, request.sampling.max_tokens)
 
-    def _matcher(self, sampling: SamplingParams, parent: Sequence | None = None, length: int = 0) -> Matcher | None:
-        """Where a continuation begins in the grammar: of a fork, where the ``parent`` was after ``length`` tokens."""
+    def _matcher(self, request: Request, parent: Sequence | None = None) -> Matcher | None:
+        """Where a continuation begins in the grammar: of a fork, where the ``parent`` was after as many tokens."""
+        sampling = request.sampling
         if sampling.grammar is None:
             return None
         if parent is not None and parent.matcher is not None and parent.sampling.grammar == sampling.grammar:
             matcher = parent.matcher.copy()
-            matcher.rollback(len(parent.tokens) - length)
+            matcher.rollback(max(0, len(parent.tokens) - len(request.prompt)))
+            for token in request.prompt[len(parent.tokens) :]:
+                matcher.consume(token)
             return matcher
         if self._grammars is None or not self._stop:
             raise UsageError("this model serves no grammars: it has no tokenizer here, or no end-of-text token")
         return self._grammars.start(sampling.grammar)
 
-    def _enter(self, request: Request, index: int, limit: int, prompt: int, matcher: Matcher | None) -> Sequence:
+    def _enter(
+        self,
+        request: Request,
+        index: int,
+        limit: int,
+        prompt: int,
+        matcher: Matcher | None,
+        origin: Sequence | None = None,
+    ) -> Sequence:
         """A new sequence waits; its first ``prompt`` tokens count as given."""
         sampling = request.sampling.model_copy(update={"seed": request.sampling.seed + index})
         stop = self._stop if not sampling.ignore_eos or matcher is not None else frozenset()
@@ -269,6 +291,7 @@ class Engine:
             matcher=matcher,
             draft=None if companions else self._draft(sampling, tokens, prompt),
             companions=companions,
+            origin=origin,
         )
         if request.deadline is not None:
             sequence.deadline = time.monotonic() + request.deadline
@@ -324,10 +347,15 @@ class Engine:
         if sequence.running:
             for member in sequence.members:
                 self.memory.commit(member)
-            self.memory.release(sequence)
+            if sequence.request.keep:
+                self.memory.keep(sequence)
+            else:
+                self.memory.release(sequence)
         else:
             self.steps.batcher.remove(sequence)
-        sequence.finish = finish
+        sequence.finish, sequence.origin = finish, None
+        if sequence.request.keep:
+            self._kept[sequence.request.id] = sequence
         generated = len(sequence.tokens) - sequence.prompt
         self.events.add("finished", sequence.request.id, sequence.index, reason=finish.value, generated=generated)
         siblings = self._sequences[sequence.request.id]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as List
 
@@ -43,12 +44,15 @@ class Memory:
         pool: the blocks.
         tables: int32 [slots, most blocks of a sequence], the blocks of each slot's sequence.
         running: sequences that have memory, by priority and arrival. Companions have some, and are not listed.
+        kept: sequences that have ended and hold their blocks, but no slot, for others to go on from. Of these, the one
+            that nobody went on from for the longest time lets go first where blocks are wanted.
     """
 
     def __init__(self, slots: int, blocks: int, block_size: int, context: int) -> None:
         self.pool = BlockPool(blocks, block_size)
         self.tables = np.zeros((slots, -(-context // block_size)), np.int32)
         self.running: list[Sequence] = []
+        self.kept: OrderedDict[Sequence, None] = OrderedDict()
         self._slots = list(range(slots - 1, -1, -1))
         self._copies: list[tuple[int, int]] = []
 
@@ -62,20 +66,42 @@ class Memory:
     def admit(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence a slot and the blocks that hold its prefix, if all of it would fit; its companions
         likewise. Tells whether it did."""
-        pool, members = self.pool, sequence.members
+        members = sequence.members
         if self.free_slots < len(members):
             return False
-        prefixes = [pool.match(each.tokens, _reusable(each)) for each in members]
-        found = {block for prefix in prefixes for block in prefix}
-        needed = sum(-(-len(each.tokens) // pool.block_size) for each in members)
-        needed += pool.idle_among(found) - sum(map(len, prefixes))
+        prefixes = [self._prefix(each) for each in members]
         # A block for each running sequence stays in hand, or the newcomer would soon be thrown out again.
-        if needed + len(self.tables) - self.free_slots > pool.available and self.running:
+        while (missing := self._needed(members, prefixes) + len(self.tables) - self.free_slots) > self.pool.available:
+            if not self._let_go(missing):
+                break
+            prefixes = [self._prefix(each) for each in members]
+        if missing > self.pool.available and self.running:
             return False
-        for member, prefix in zip(members, prefixes, strict=True):
-            pool.share(prefix)
-            self._enter(member, prefix, len(prefix) * pool.block_size)
+        for member, (prefix, computed) in zip(members, prefixes, strict=True):
+            self.pool.share(prefix)
+            self._enter(member, prefix, computed)
         return True
+
+    def _prefix(self, sequence: Sequence) -> tuple[list[int], int]:
+        """Blocks that hold the first tokens of a sequence that waits, and how many: those of where it goes on from, or
+        those that the prefix tree knows."""
+        found = self.pool.match(sequence.tokens, _reusable(sequence))
+        origin = sequence.origin
+        if origin is not None and origin in self.kept:  # one that runs may be about to write to what would be copied
+            shared, computed = self._shared(origin, sequence)
+            if computed > len(found) * self.pool.block_size:
+                return shared, computed
+        return found, len(found) * self.pool.block_size
+
+    def _needed(self, members: List[Sequence], prefixes: List[tuple[list[int], int]]) -> int:
+        """Blocks that ``members`` take beside those of their ``prefixes``, of which the last may have to be copied."""
+        size = self.pool.block_size
+        found = {block for prefix, _ in prefixes for block in prefix}
+        whole = sum(
+            -(-len(each.tokens) // size) - computed // size
+            for each, (_, computed) in zip(members, prefixes, strict=True)
+        )
+        return whole + self.pool.idle_among(found)
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Lets ``child``, whose tokens are the parent's first ones, run on the same blocks. Tells whether it could:
@@ -83,12 +109,17 @@ class Memory:
         held = parent.held
         if held is None or not self._slots:
             return False
-        computed = min(held.computed, len(parent.tokens), _reusable(child))
-        shared = held.blocks[: -(-computed // self.pool.block_size)]
+        shared, computed = self._shared(parent, child)
         self.pool.share(shared)
         self._enter(child, shared, computed)
         self.commit(child)
         return True
+
+    def _shared(self, parent: Sequence, child: Sequence) -> tuple[list[int], int]:
+        """The blocks of ``parent`` that hold what ``child`` begins with too, and how many tokens they hold of it."""
+        assert parent.held is not None
+        computed = min(parent.held.computed, len(parent.tokens), _reusable(child))
+        return parent.held.blocks[: -(-computed // self.pool.block_size)], computed
 
     def _enter(self, sequence: Sequence, blocks: list[int], computed: int) -> None:
         """``sequence`` runs; ``blocks`` hold its first ``computed`` tokens."""
@@ -114,6 +145,31 @@ class Memory:
             member.held = None
         self.running.remove(sequence)
 
+    def keep(self, sequence: Sequence) -> None:
+        """A running sequence that ends gives its slot back, but not its blocks."""
+        assert sequence.held is not None and not sequence.companions
+        self._slots.append(sequence.held.slot)
+        self.running.remove(sequence)
+        self.kept[sequence] = None
+
+    def forget(self, sequence: Sequence) -> None:
+        """Takes the blocks of one that was kept, if it has them still."""
+        if sequence in self.kept:
+            assert sequence.held is not None
+            del self.kept[sequence]
+            self.pool.release(sequence.held.blocks)
+            sequence.held = None
+
+    def _let_go(self, wanted: int) -> bool:
+        """Takes the blocks of one that was kept, where ``wanted`` blocks could become available so. Tells whether it
+        did."""
+        if self.pool.available + sum(len(each.held.blocks) for each in self.kept if each.held is not None) < wanted:
+            return False
+        if self.kept:
+            self.forget(next(iter(self.kept)))
+            return True
+        return False
+
     # Growing and shrinking
 
     def reserve(self, pieces: Iterable[tuple[Sequence, int]]) -> int:
@@ -123,10 +179,15 @@ class Memory:
         Returns:
             0, or how many blocks more than are available it takes; then nothing was done.
         """
-        needs = [(held, self._fresh(held, count), self._frozen(held)) for each, count in pieces if (held := each.held)]
+        growing = [(each.held, count) for each, count in pieces if each.held is not None]
+        needs = [(held, self._fresh(held, count), self._frozen(held)) for held, count in growing]
         missing = sum(fresh + frozen for _, fresh, frozen in needs) - self.pool.available
-        if missing > 0:
-            return missing
+        while missing > 0:
+            if not self._let_go(missing + self.pool.available):
+                return missing
+            # A block that was shared with one that let go may be a sequence's own now.
+            needs = [(held, fresh, self._frozen(held)) for held, fresh, _ in needs]
+            missing = sum(fresh + frozen for _, fresh, frozen in needs) - self.pool.available
         for held, fresh, frozen in needs:
             if frozen:
                 self._own(held)
@@ -181,7 +242,7 @@ class Memory:
         Raises:
             InvariantError: they differ.
         """
-        members = [member for sequence in self.running for member in sequence.members]
+        members = [*(member for sequence in self.running for member in sequence.members), *self.kept]
         self.pool.check([member.held.blocks for member in members if member.held is not None])
 
     def _fresh(self, held: Held, count: int) -> int:

@@ -46,6 +46,8 @@ class Sequence:
             this one to combine their scores with its own. They are no continuations of their own.
         leader: of a companion, the sequence that it belongs to.
         members: the sequence and its companions: a lockstep group.
+        origin: the sequence whose text it goes on from, and whose blocks it takes if they are still there; None where
+            there is no such.
     """
 
     __slots__ = (
@@ -63,6 +65,7 @@ class Sequence:
         "limit",
         "matcher",
         "members",
+        "origin",
         "preempted",
         "prompt",
         "rated",
@@ -88,6 +91,7 @@ class Sequence:
         matcher: Matcher | None = None,
         draft: Draft | None = None,
         companions: tuple[Sequence, ...] = (),
+        origin: Sequence | None = None,
     ) -> None:
         self.request = request
         self.index = index
@@ -112,6 +116,7 @@ class Sequence:
         for each in companions:
             each.leader = self
         self.members = (self, *companions)
+        self.origin = origin
         # The prompt is the same for all continuations: one of them tells.
         told = sampling.prompt_logprobs is not None and index == 0
         self.rated: list[np.ndarray] | None = [] if told else None

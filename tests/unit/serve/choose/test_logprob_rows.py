@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +28,7 @@ TOKENS, NUMBERS = st.integers(0, 2**31 - 1), st.floats(max_value=0, width=32, al
 def records(draw: st.DrawFn) -> list[TokenLogprobs]:
     most = draw(st.integers(0, 4))
     top = st.lists(st.tuples(TOKENS, NUMBERS), min_size=most, max_size=most)
-    return draw(st.lists(st.builds(TokenLogprobs, TOKENS, NUMBERS, TOKENS, top), max_size=6))
+    return draw(st.lists(st.builds(TokenLogprobs, TOKENS, NUMBERS, TOKENS, top, NUMBERS, NUMBERS), max_size=6))
 
 
 @given(records(), st.integers(0, 6), st.integers(0, 6), st.integers(0, 5))
@@ -36,8 +40,20 @@ def test_rows_are_a_sequence_of_records(wanted, start, stop, most):
     assert rows[start:stop] == wanted[start:stop]
     assert LogprobRows.joined([rows[:stop], rows[stop:]]) == wanted
     assert LogprobRows.stacked(list(rows.table)) == wanted
-    cut = [TokenLogprobs(each.token, each.logprob, each.rank, each.top[:most]) for each in wanted[start:stop]]
+    assert rows.entropies == [each.entropy for each in wanted]
+    assert rows.certainties == [each.certainty for each in wanted]
+    cut = [dataclasses.replace(each, top=each.top[:most]) for each in wanted[start:stop]]
     assert rows.cut(start, stop, most) == cut
+
+
+def test_how_probabilities_are_spread_is_told():
+    """Entropy and the distance from the even distribution, by their definitions; one token of the third is certain."""
+    chances = [[0.25] * 4, [0.7, 0.1, 0.1, 0.1], [1.0, 0.0, 0.0, 0.0]]
+    told = logprobs.Logprobs.of(torch.tensor(chances).log(), torch.tensor([0, 1, 0]), 0).rows
+    for each, row in zip(told, chances, strict=True):
+        assert math.isclose(each.entropy, -sum(p * math.log(p) for p in row if p), abs_tol=1e-6)
+        distance = sum(0.25 * math.log(0.25 / p) if p else math.inf for p in row)
+        assert math.isclose(each.certainty, distance, abs_tol=1e-6)
 
 
 def test_a_slice_shares_the_array():

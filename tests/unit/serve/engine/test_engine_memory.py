@@ -35,11 +35,16 @@ def engine():
     return build_engine(small_model(), config)
 
 
-def finish(engine) -> dict[str, list[int]]:
+def drain(engine) -> dict[str, list[int]]:
     tokens: dict[str, list[int]] = {}
     while engine.busy:
         for delta in engine.step():
             tokens.setdefault(delta.id, []).extend(delta.tokens)
+    return tokens
+
+
+def finish(engine) -> dict[str, list[int]]:
+    tokens = drain(engine)
     assert engine.memory.pool.held == 0
     return tokens
 
@@ -81,6 +86,61 @@ def test_a_fork_of_something_else_is_refused(engine):
         with pytest.raises(UsageError, match="not what the request 'a' has come to"):
             engine.fork("a", Request("b", prompt, GREEDY))
     finish(engine)
+
+
+@pytest.mark.parametrize("loop", ["plain", "overlapped"])
+def test_what_was_kept_is_gone_on_from_and_computed_once(loop):
+    """Kept after 5 of 20 tokens, in the midst of a block; three go on, one of them with other tokens before."""
+    config = EngineConfig(
+        loop=loop, attention="reference", tokens=32, sequences=6, block_size=4, cache_tokens=160, check=True
+    )
+    engine = build_engine(small_model(), config)
+    prompt = numbers("kept", 10)
+    drawn = SamplingParams(seed=3, max_tokens=20)
+    engine.add(Request("whole", prompt, drawn))
+    whole = drain(engine)["whole"]
+    engine.add(Request("a", prompt, drawn.model_copy(update={"max_tokens": 5}), keep=True))
+    said = drain(engine)["a"]
+    assert said == whole[:5]
+    before = engine.snapshot()
+    rest = drawn.model_copy(update={"max_tokens": 15})
+    for id, more in (("same", []), ("other", []), ("fed", [1, 2, 3])):
+        engine.fork("a", Request(id, prompt + said + more, rest.model_copy(update={"seed": 3 + (id == "other")})))
+    told = drain(engine)
+    assert told["same"] == whole[5:], "the draws go on where they were"
+    assert told["other"] != told["same"]
+    now = engine.snapshot()
+    assert now.cached_tokens - before.cached_tokens == 3 * 14, "all but the last token"
+    assert now.prompt_tokens - before.prompt_tokens == 3 * 15 + 3
+    assert now.held == 4, "what is kept stays"
+    engine.forget("a")
+    engine.forget("unknown")
+    assert engine.snapshot().held == 0
+
+
+def test_what_is_kept_gives_way(engine):
+    """Forty blocks; seven kept sequences of five blocks each leave too few for one of twelve."""
+    for index in range(7):
+        engine.add(Request(f"kept {index}", numbers(f"way {index}", 16), GREEDY, keep=True))
+    drain(engine)
+    assert engine.memory.pool.held >= 30
+    prompt = numbers("newcomer", 44)
+    engine.add(Request("newcomer", prompt, GREEDY))
+    assert drain(engine)["newcomer"] == greedy(small_model(), prompt, 6)
+    assert len(engine.memory.kept) < 7
+    for index in range(7):
+        text = numbers(f"way {index}", 16)
+        engine.fork(f"kept {index}", Request(f"again {index}", text, GREEDY))
+    tokens = drain(engine)
+    assert all(tokens[f"again {index}"] == greedy(small_model(), numbers(f"way {index}", 16), 6) for index in range(7))
+    for index in range(7):
+        engine.forget(f"kept {index}")
+    assert engine.memory.pool.held == 0
+
+
+def test_only_one_continuation_is_kept(engine):
+    with pytest.raises(UsageError, match="can be kept"):
+        engine.add(Request("a", [1, 2, 3], GREEDY.model_copy(update={"n": 2}), keep=True))
 
 
 def test_a_deadline_ends_a_request_wherever_it_is(engine, monkeypatch):
