@@ -14,13 +14,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from penstock.search.llm import LLM
     from penstock.serve.choose.sampling import SamplingParams
-    from penstock.serve.offline.llm import LLM
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "__version__"]
 
-_HOMES = {"LLM": "penstock.serve.offline.llm", "SamplingParams": "penstock.serve.choose.sampling"}
+_HOMES = {"LLM": "penstock.search.llm", "SamplingParams": "penstock.serve.choose.sampling"}
 
 
 def __getattr__(name: str) -> Any:

@@ -34,6 +34,8 @@ class Request:
         deadline: seconds from arrival after which the request ends with what it has, or None.
         keep: what it has come to stays in the cache after its end, for others to go on from, until it is forgotten; see
             :meth:`~penstock.serve.engine.engine.Engine.forget`.
+        given: how many tokens of the prompt count as given, the others as generated; None for all. Of a fork, it is
+            what its parent was given.
     """
 
     id: str
@@ -43,6 +45,7 @@ class Request:
     key: str = ""
     deadline: float | None = None
     keep: bool = False
+    given: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.engine.executor import Executor
 from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.memory import Memory
-from penstock.serve.engine.sequence import Sequence
+from penstock.serve.engine.sequence import Sequence, common
 from penstock.serve.engine.speculation import Speculation
 from penstock.serve.engine.steps import Counters, EngineSteps
 from penstock.serve.messages import Delta, Finish, Request, Snapshot
@@ -78,6 +78,11 @@ class Engine:
         self._untold: list[Delta] = []
         self._kept: dict[str, Sequence] = {}
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """The model's own end-of-text tokens."""
+        return self._stop
+
     # Requests
 
     def add(self, request: Request) -> None:
@@ -88,29 +93,27 @@ class Engine:
                 grammar that cannot be used, or its id is in use.
         """
         self._check(request)
-        limit = self._limit(request, len(request.prompt))
+        given = len(request.prompt) if request.given is None else request.given
+        limit = self._limit(request, given)
         matchers = [self._matcher(request) for _ in range(request.sampling.continuations)]
         for index, matcher in enumerate(matchers):
-            self._enter(request, index, limit, len(request.prompt), matcher)
+            self._enter(request, index, limit, given, matcher)
 
     def fork(self, id: str, request: Request, index: int = 0) -> None:
-        """Starts ``request``, whose prompt is what the continuation ``index`` of the request ``id`` has come to, or a
-        part of it, on the same blocks: nothing is computed twice but the last token, and a block is copied only when
-        one of them writes to it. The request ``id`` is under way; or it has ended and was kept, and then the prompt may
-        also go on behind it.
+        """Starts ``request``, whose prompt begins as the continuation ``index`` of the request ``id`` does, on the same
+        blocks: of what they have in common nothing is computed twice but the last token, and a block is copied only
+        when one of them writes to it. The request ``id`` is under way, or it has ended and was kept.
 
         What the parent generated counts as generated: for penalties, for ``min_tokens``, for the draws, and for a
         grammar that both have, which goes on where the parent is.
 
         Raises:
-            UsageError: there is no such continuation; the new prompt is not what it has come to, or shorter than its
-                own prompt; or what :meth:`add` refuses.
+            UsageError: there is no such continuation; the new prompt does not begin with its prompt; or what
+                :meth:`add` refuses.
         """
         parent = self._kept.get(id) or self._living(id, index)
-        length = len(request.prompt)
-        known = request.prompt[: len(parent.tokens)] if id in self._kept else request.prompt
-        if length < parent.prompt or parent.tokens[:length] != known:
-            raise UsageError(f"the prompt of {request.id!r} is not what the request {id!r} has come to")
+        if parent.tokens[: parent.prompt] != request.prompt[: parent.prompt]:
+            raise UsageError(f"the prompt of {request.id!r} does not begin with that of {id!r}")
         self._check(request)
         limit = self._limit(request, parent.prompt)
         matchers = [self._matcher(request, parent) for _ in range(request.sampling.continuations)]
@@ -121,7 +124,9 @@ class Engine:
                 self.steps.batcher.remove(child)
                 child.cached = child.computed
                 self._counters.cached_tokens += child.cached
-                self.events.add("admitted", request.id, number, cached=child.cached, tokens=length, forked=id)
+                self.events.add(
+                    "admitted", request.id, number, cached=child.cached, tokens=len(request.prompt), forked=id
+                )
 
     def truncate(self, id: str, length: int, index: int = 0) -> None:
         """Takes back what the continuation ``index`` of the request ``id`` generated behind its first ``length``
@@ -175,6 +180,11 @@ class Engine:
             if index is None or sequence.index == index:
                 self._end(sequence, Finish.ABORT)
 
+    def kept_blocks(self, ids: Iterable[str]) -> int:
+        """How many blocks the requests ``ids`` hold that were kept, each counted once."""
+        found = (self._kept[id].held for id in ids if id in self._kept)
+        return len({block for held in found if held is not None for block in held.blocks})
+
     def forget(self, id: str) -> None:
         """Nobody will go on from the request ``id``, which was kept; an unknown one is ignored."""
         sequence = self._kept.pop(id, None)
@@ -205,6 +215,8 @@ class Engine:
         vocabulary, sampling = self.limits.model.vocabulary, request.sampling
         if request.id in self._sequences or request.id in self._kept:
             raise UsageError(f"a request {request.id!r} is under way already, or kept")
+        if request.given is not None and not 0 < request.given <= len(request.prompt):
+            raise UsageError(f"{request.given} tokens of a prompt of {len(request.prompt)} cannot count as given")
         if request.keep and (sampling.continuations > 1 or sampling.companions):
             raise UsageError("only a request with one continuation, whose rule has no prompts of its own, can be kept")
         if not request.prompt:
@@ -251,14 +263,15 @@ class Engine:
         return prompt + min(left, request.sampling.max_tokens)
 
     def _matcher(self, request: Request, parent: Sequence | None = None) -> Matcher | None:
-        """Where a continuation begins in the grammar: of a fork, where the ``parent`` was after as many tokens."""
+        """Where a continuation begins in the grammar: of a fork, where the ``parent`` was, and then on its own way."""
         sampling = request.sampling
         if sampling.grammar is None:
             return None
         if parent is not None and parent.matcher is not None and parent.sampling.grammar == sampling.grammar:
             matcher = parent.matcher.copy()
-            matcher.rollback(max(0, len(parent.tokens) - len(request.prompt)))
-            for token in request.prompt[len(parent.tokens) :]:
+            both = common(parent.tokens, request.prompt)
+            matcher.rollback(len(parent.tokens) - both)
+            for token in request.prompt[both:]:
                 matcher.consume(token)
             return matcher
         if self._grammars is None or not self._stop:

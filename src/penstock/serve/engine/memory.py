@@ -9,7 +9,7 @@ from collections.abc import Sequence as List
 
 import numpy as np
 
-from penstock.serve.engine.sequence import Sequence
+from penstock.serve.engine.sequence import Sequence, common
 from penstock.serve.kv.pool import ROOT, BlockPool
 
 
@@ -104,8 +104,8 @@ class Memory:
         return whole + self.pool.idle_among(found)
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
-        """Lets ``child``, whose tokens are the parent's first ones, run on the same blocks. Tells whether it could:
-        only where the parent runs and there is a slot."""
+        """Lets ``child``, whose tokens begin as the parent's do, run on the same blocks. Tells whether it could: only
+        where the parent has blocks and there is a slot."""
         held = parent.held
         if held is None or not self._slots:
             return False
@@ -118,7 +118,7 @@ class Memory:
     def _shared(self, parent: Sequence, child: Sequence) -> tuple[list[int], int]:
         """The blocks of ``parent`` that hold what ``child`` begins with too, and how many tokens they hold of it."""
         assert parent.held is not None
-        computed = min(parent.held.computed, len(parent.tokens), _reusable(child))
+        computed = min(parent.held.computed, common(parent.tokens, child.tokens), _reusable(child))
         return parent.held.blocks[: -(-computed // self.pool.block_size)], computed
 
     def _enter(self, sequence: Sequence, blocks: list[int], computed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from collections.abc import Sequence as List
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -166,3 +167,11 @@ class Sequence:
     def rank(self) -> tuple[int, int]:
         """Order among sequences: by priority, then by arrival."""
         return self.request.priority, self.arrival
+
+
+def common(one: List[int], other: List[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    most = min(len(one), len(other))
+    if one[:most] == other[:most]:
+        return most
+    return next(place for place in range(most) if one[place] != other[place])

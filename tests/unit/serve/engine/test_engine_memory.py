@@ -82,8 +82,8 @@ def test_a_fork_of_something_else_is_refused(engine):
     for parent, prompt, index in (("none", [1, 2], 0), ("a", [1, 2, 3], 1)):
         with pytest.raises(UsageError, match="no continuation"):
             engine.fork(parent, Request("b", prompt, GREEDY), index)
-    for prompt in ([1, 3, 3], [1, 2, 3, 4], [1, 2]):
-        with pytest.raises(UsageError, match="not what the request 'a' has come to"):
+    for prompt in ([1, 3, 3], [1, 2]):
+        with pytest.raises(UsageError, match="does not begin with that of 'a'"):
             engine.fork("a", Request("b", prompt, GREEDY))
     finish(engine)
 

@@ -1,0 +1,234 @@
+"""A generation that is under way: it can be extended, forked, scored and dropped."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any
+
+from penstock.core.errors import UsageError
+from penstock.core.randomness import derive
+
+if TYPE_CHECKING:
+    from penstock.search.search import Search
+
+
+@dataclasses.dataclass(frozen=True)
+class Until:
+    """Where an extension ends, if the text does not end before: the first of what is given.
+
+    Attributes:
+        tokens: after so many.
+        text: after the token that completes one of these strings.
+        pattern: after the token with which the extension's text has a match of this regular expression.
+    """
+
+    tokens: int | None = None
+    text: tuple[str, ...] = ()
+    pattern: re.Pattern[str] | None = None
+
+    def reached(self, text: str) -> bool:
+        """Whether the ``text`` of an extension has come there."""
+        if any(each in text for each in self.text):
+            return True
+        return self.pattern is not None and self.pattern.search(text) is not None
+
+
+#: The end of the text.
+END = Until()
+
+
+@dataclasses.dataclass
+class Anchor:
+    """A text in the engine's cache that branches go on from: the request ``id`` computed it, and ``users`` branches may
+    go on from it."""
+
+    id: str
+    users: int = 1
+
+
+class Branch:
+    """A node of the tree that a program grows. It goes on by :meth:`extend`, until it is forked: from then on its
+    children do, and it can only be forked again.
+
+    Attributes:
+        search: whose branch it is.
+        number: its number in the tree, in the order in which branches were made.
+        parent: the branch that it was forked from; None of the root.
+        start: how many tokens it had when it was made.
+        tokens: its tokens, the prompt's too.
+        prompt: how many of them were the problem's prompt.
+        steps: after how many tokens each extension ended.
+        logprobs, entropies, certainties: of each token behind the prompt: its log-probability under the model, and
+            entropy and distance from the even distribution of the distribution that it was drawn from; 0 for tokens
+            that were appended.
+        ended: why the text ended: ``stop``, ``length`` or ``error``; None while it can go on.
+        score: what a scorer said last; None before.
+        error: why the scorer could not say anything.
+        fate: for those who look at the tree: ``pruned``, ``kept``, ``answer``, or empty.
+        computed: how many tokens of it are computed, or will be with what is under way.
+        anchor: where the first ``anchored`` of its tokens are in the engine's cache.
+    """
+
+    def __init__(self, search: Search, tokens: list[int], seed: int, parent: Branch | None = None) -> None:
+        self.search, self.parent, self.seed = search, parent, seed
+        self.number = len(search.branches)
+        self.start, self.tokens = len(tokens), tokens
+        self.prompt = len(tokens) if parent is None else parent.prompt
+        self.steps: list[int] = [] if parent is None else list(parent.steps)
+        self.logprobs: list[float] = [] if parent is None else list(parent.logprobs)
+        self.entropies: list[float] = [] if parent is None else list(parent.entropies)
+        self.certainties: list[float] = [] if parent is None else list(parent.certainties)
+        self.ended: str | None = None
+        self.cut = 0  # characters of a stop string that are no part of the text
+        self.score: float | None = None
+        self.error: str | None = None
+        self.fate = ""
+        self.computed = 0 if parent is None else parent.computed
+        self.children = 0
+        self.anchor: Anchor | None = None
+        self.anchored = 0
+        self.dropped = False
+        search.branches.append(self)
+
+    # Looking at it
+
+    @property
+    def ancestors(self) -> list[Branch]:
+        """What it was forked from, the root first."""
+        line: list[Branch] = []
+        branch = self.parent
+        while branch is not None:
+            line.append(branch)
+            branch = branch.parent
+        return line[::-1]
+
+    @property
+    def finished(self) -> bool:
+        """Whether its text has ended."""
+        return self.ended is not None
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens behind the problem's prompt."""
+        return self.tokens[self.prompt :]
+
+    @property
+    def text(self) -> str:
+        """The text behind the problem's prompt, without what ended it."""
+        tokens = self.generated
+        if tokens and self.ended == "stop" and tokens[-1] in self.search.ends:
+            tokens = tokens[:-1]
+        text = self.search.texts.decode(tokens)
+        return text[: len(text) - self.cut]
+
+    @property
+    def last(self) -> str:
+        """The text of the last extension."""
+        begun = self.steps[-2] if len(self.steps) > 1 else self.prompt
+        return self.search.texts.decode(self.tokens[begun:])
+
+    @property
+    def answer(self) -> str:
+        """What its text answers, as the search reads it."""
+        return self.search.answer(self.text)
+
+    @property
+    def logprob(self) -> float:
+        """The log-probability of the text under the model."""
+        return sum(self.logprobs)
+
+    @property
+    def entropy(self) -> float:
+        """The mean entropy of the distributions that its tokens were drawn from, in nats; 0 without tokens."""
+        return sum(self.entropies) / max(1, len(self.entropies))
+
+    @property
+    def certainty(self) -> float:
+        """The mean self-certainty of its tokens, in nats; 0 without tokens."""
+        return sum(self.certainties) / max(1, len(self.certainties))
+
+    # Growing
+
+    def extend(
+        self, *, step: bool = False, tokens: int | None = None, text: str | tuple[str, ...] = (), pattern: str = ""
+    ) -> Awaitable[Branch]:
+        """Goes on to the end of the text or, where it is given and comes first, of the next step, of so many
+        ``tokens``, of one of the strings ``text``, or of a match of the regular expression ``pattern`` in what is new.
+        A text that has ended stays as it is. Where the budget ends it, it is shorter.
+
+        Raises:
+            UsageError: it was forked, or dropped.
+            BudgetSpentError: when awaited, there is nothing left for a single token.
+        """
+        if self.children or self.dropped:
+            raise UsageError(f"branch {self.number} was {'dropped' if self.dropped else 'forked'}: extend another one")
+        strings = (text,) if isinstance(text, str) else text
+        until = Until(
+            tokens, (*strings, *((self.search.step,) if step else ())), re.compile(pattern) if pattern else None
+        )
+        return Extend(self, until)
+
+    def fork(self, n: int) -> list[Branch]:
+        """``n`` branches that go on from here, each in its own way; nothing is computed again for them. The first that
+        is ever made draws what this one would have drawn."""
+        if self.dropped:
+            raise UsageError(f"branch {self.number} was dropped, and cannot be forked")
+        made = []
+        for _ in range(n):
+            seed = self.seed if not self.children else derive(self.seed, "search/fork", self.children) >> 1
+            child = Branch(self.search, list(self.tokens), seed, self)
+            child.ended, child.cut, child.score, child.error = self.ended, self.cut, self.score, self.error
+            if self.anchor is not None:
+                self.anchor.users += 1
+                child.anchor, child.anchored = self.anchor, self.anchored
+            self.children += 1
+            made.append(child)
+        self.search.ledger.forks += n
+        return made
+
+    def append(self, text: str | list[int]) -> Branch:
+        """Adds given ``text``, or tokens, behind what there is; it is computed with the next extension. A text that had
+        ended goes on."""
+        if self.children or self.dropped:
+            raise UsageError(f"branch {self.number} was {'dropped' if self.dropped else 'forked'}: append to another")
+        tokens = self.search.texts.encode(text) if isinstance(text, str) else list(text)
+        self.tokens += tokens
+        for each in (self.logprobs, self.entropies, self.certainties):
+            each += [0.0] * len(tokens)
+        self.search.ledger.prompt += len(tokens)
+        self.ended, self.cut = None, 0
+        return self
+
+    def drop(self, fate: str = "pruned") -> None:
+        """Nobody will go on from here: what only it holds is free."""
+        self.dropped, self.fate = True, self.fate or fate
+        if self.anchor is not None:
+            self.search.released(self.anchor)
+            self.anchor = None
+
+    def record(self) -> dict[str, Any]:
+        """As plain data, for a log and a page: only what its parent does not have."""
+        return {
+            "number": self.number,
+            "parent": None if self.parent is None else self.parent.number,
+            "tokens": len(self.tokens) - self.start,
+            "text": self.search.texts.decode(self.tokens[max(self.start, self.prompt) :]),
+            "ended": self.ended,
+            "score": self.score,
+            "error": self.error,
+            "logprob": self.logprob,
+            "fate": self.fate,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Extend:
+    """What a program asks for by :meth:`Branch.extend`."""
+
+    branch: Branch
+    until: Until
+
+    def __await__(self) -> Any:
+        return (yield self)

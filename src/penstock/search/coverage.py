@@ -1,0 +1,112 @@
+"""Laws of repeated sampling: coverage, saturation, and what an imperfect verifier leaves of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """The unbiased estimate of the chance that one of ``k`` samples is right, from ``samples`` of which so many are
+    right: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021; [314]).
+
+    Raises:
+        ValueError: there are fewer than ``k`` samples, or more right ones than samples.
+    """
+    if not 0 <= right <= samples or not 1 <= k <= samples:
+        raise ValueError(f"{right} right of {samples} samples give no estimate for {k}")
+    if samples - right < k:
+        return 1.0
+    return 1 - math.prod(1 - k / left for left in range(samples - right + 1, samples + 1))
+
+
+def coverage(counts: Sequence[tuple[int, int]], k: int) -> float:
+    """The mean of :func:`pass_at_k` over problems, given (samples, right) of each."""
+    return sum(pass_at_k(samples, right, k) for samples, right in counts) / len(counts)
+
+
+def power_law(ks: Sequence[int], covered: Sequence[float]) -> tuple[float, float]:
+    """(a, b) of coverage c(k) = exp(a k^b), fitted by least squares to log(-log c) = log(-a) + b log k; points with a
+    coverage of 0 or 1 say nothing, and are left out.
+
+    Raises:
+        ValueError: fewer than two points say something.
+    """
+    points = [(math.log(k), math.log(-math.log(c))) for k, c in zip(ks, covered, strict=True) if 0 < c < 1]
+    if len(points) < 2:
+        raise ValueError("two values of k with a coverage between 0 and 1 are needed")
+    x, y = np.array(points).T
+    slope, intercept = np.polyfit(x, y, 1)
+    return -math.exp(intercept), float(slope)
+
+
+def accepted(right: float, passed: float, tries: int | None = None) -> float:
+    """How often an answer is right that is drawn until a verifier accepts one, in at most ``tries``: each draw is right
+    with the chance ``right``, and wrong and accepted with ``passed``; right ones are always accepted. Where none was
+    accepted there is no answer. Without a limit this is the ceiling, right / (right + passed) ([344])."""
+    accept = right + passed
+    if accept == 0:
+        return 0.0
+    return right / accept * (1.0 if tries is None else 1 - (1 - accept) ** tries)
+
+
+def best_tries(right: float, passed: float, gain: float, loss: float, cost: float) -> int | None:
+    """How many draws at most to make before giving up, where a right answer gains, a wrong one loses, and a draw costs
+    so much ([344]): as long as the next draw is worth more than it costs, which does not depend on how many were made.
+    None where that is for ever."""
+    worth = right * gain - passed * loss - cost
+    return None if worth > 0 else 0
+
+
+def mean_best_tries(problems: Sequence[tuple[float, float]], gain: float, loss: float, cost: float, most: int) -> int:
+    """The number of draws, at most ``most``, with the largest expected worth over ``problems``, given (right, passed)
+    of each; of equals, the fewest. Over a mix this is finite though it is not for each: the easy ones are answered
+    early, and what is left are those on which the verifier is wrong ([344])."""
+    rights, passes = (np.array(each) for each in zip(*problems, strict=True))
+    open_share, worth, best, best_worth = np.ones(len(problems)), 0.0, 0, 0.0
+    for tries in range(1, most + 1):
+        worth += float((open_share * (rights * gain - passes * loss - cost)).mean())
+        open_share = open_share * (1 - rights - passes)
+        if worth > best_worth + 1e-12:
+            best, best_worth = tries, worth
+    return best
+
+
+def saturating(ceiling: float, rate: float, n: int) -> float:
+    """Accuracy after ``n`` samples or rounds: F(n) = ceiling (1 - (1 - rate)^n) ([350]; the form is from knowledge)."""
+    return ceiling * (1 - (1 - rate) ** n)
+
+
+def saturation(ceiling: float, rate: float, threshold: float) -> int:
+    """The first n after which one more gains less than ``threshold``: ceiling rate (1 - rate)^n < threshold ([350])."""
+    if ceiling * rate < threshold:
+        return 0
+    if rate >= 1:
+        return 1
+    n = max(0, math.floor(math.log(threshold / (ceiling * rate)) / math.log(1 - rate)) - 1)
+    while ceiling * rate * (1 - rate) ** n >= threshold:
+        n += 1
+    return n
+
+
+def fit_saturation(ns: Sequence[int], accuracies: Sequence[float]) -> tuple[float, float]:
+    """(ceiling, rate) of :func:`saturating` by least squares: for each rate the best ceiling is linear, and the rate is
+    searched for, ever more finely.
+
+    Raises:
+        ValueError: fewer than two points.
+    """
+    if len(ns) < 2:
+        raise ValueError("two points are needed")
+    counts, wanted = np.array(ns, float), np.array(accuracies)
+    low, high = 1e-6, 1.0
+    for _ in range(12):
+        rates = np.linspace(low, high, 101)
+        shapes = 1 - (1 - rates[:, None]) ** counts
+        ceilings = (shapes @ wanted) / (shapes * shapes).sum(1)
+        errors = ((ceilings[:, None] * shapes - wanted) ** 2).sum(1)
+        place = int(errors.argmin())
+        low, high = rates[max(place - 1, 0)], rates[min(place + 1, 100)]
+    return float(ceilings[place]), float(rates[place])

@@ -1,0 +1,274 @@
+"""Runs the plays of many problems over one engine: all their branches share one continuous batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from penstock.core.errors import UsageError
+from penstock.models.text import TextStream
+from penstock.search.branch import Anchor, Branch
+from penstock.search.play import Piece, Play
+from penstock.search.scorers.contract import Candidate, Scoring, Verdict, verdicts
+from penstock.search.search import Judge
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.engine.engine import Engine
+from penstock.serve.messages import Delta, Finish, Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Scorings at a time.
+SCORERS = 4
+
+
+class TokenizedTexts:
+    """Between tokens and text, by a model's tokenizer. See :class:`~penstock.search.search.Texts`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text that stands behind another: without what begins a text."""
+        tokens: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones too."""
+        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+    def stream(self, before: Sequence[int]) -> TextStream:
+        """Reads what comes behind the tokens ``before``."""
+        return TextStream(self._tokenizer.backend_tokenizer, before)
+
+
+@dataclasses.dataclass
+class _Run:
+    """A piece that the engine computes: for whom, its request, and what was told of it."""
+
+    play: Play
+    piece: Piece
+    request: Request
+    leads: list[Branch]
+    told: int = 0
+    cached: int = 0
+    begun: bool = False
+
+
+class Driver:
+    """Runs plays to their end.
+
+    Args:
+        engine: computes.
+        sampling: how tokens are chosen; length and seed are the branches' own.
+        scoring: the scorers by name; the one without a name is that of programs that name none.
+        seconds: after which a scoring has failed.
+    """
+
+    def __init__(
+        self, engine: Engine, sampling: SamplingParams, scoring: Mapping[str, Scoring], seconds: float = 60.0
+    ) -> None:
+        self._engine, self._sampling, self._scoring, self._seconds = engine, sampling, scoring, seconds
+        self._plays: dict[Play, set[str]] = {}
+        self._runs: dict[str, _Run] = {}
+        self._leaders: dict[Branch, list[tuple[Play, Piece]]] = {}
+        self._judged: queue.SimpleQueue[tuple[Play, Judge, list[Verdict]]] = queue.SimpleQueue()
+        self._to_judge: deque[tuple[Play, Judge]] = deque()
+        self._judging = 0
+        self._count = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are plays."""
+        return bool(self._plays)
+
+    @property
+    def room(self) -> bool:
+        """Whether the engine could take on more branches than it has."""
+        return len(self._runs) < self._engine.limits.sequences
+
+    def add(self, play: Play) -> None:
+        """Takes on a play."""
+        self._plays[play] = set()
+        self._begin(play)
+
+    def step(self) -> list[Play]:
+        """Does a step of the engine, and what follows from it; gives the plays that ended."""
+        if self._engine.busy:
+            for delta in self._engine.step():
+                self._take(delta)
+        self._hear(wait=not self._engine.busy and self._judging > 0)
+        ended = [play for play in self._plays if play.done]
+        for play in ended:
+            self._end(play)
+        return ended
+
+    def abandon(self) -> None:
+        """Ends all plays, and leaves nothing of them in the engine."""
+        for play in list(self._plays):
+            play.close()
+            self._end(play)
+        self._to_judge.clear()
+        while self._engine.busy:
+            self._engine.step()
+
+    def released(self, anchor: Anchor) -> None:
+        """Nobody goes on from ``anchor``."""
+        self._engine.forget(anchor.id)
+
+    # Pieces
+
+    def _begin(self, play: Play) -> None:
+        """Begins what a play asks for."""
+        while play.pieces:
+            self._start(play, play.pieces.pop(0))
+        while play.judgements:
+            self._to_judge.append((play, play.judgements.pop(0)))
+        self._judge()
+
+    def _start(self, play: Play, piece: Piece) -> None:
+        """Has the engine compute ``piece``, or lets it wait for one that computes what both begin with."""
+        branch, leads = piece.branch, []
+        for each in branch.ancestors:
+            if each.anchored < len(each.tokens) - 1:
+                if each in self._leaders:
+                    self._leaders[each].append((play, piece))
+                    return
+                leads.append(each)
+        self._count += 1
+        sampling = self._sampling.model_copy(
+            update={"max_tokens": piece.most, "seed": branch.seed, "logprobs": 0, "n": 1, "best_of": None}
+        )
+        request = Request(f"search/{self._count}", list(branch.tokens), sampling, keep=True, given=branch.prompt)
+        source = max([*branch.ancestors, branch], key=lambda each: each.anchored if each.anchor is not None else -1)
+        run = _Run(play, piece, request, leads)
+        try:
+            if source.anchor is None:
+                self._engine.add(request)
+            else:
+                self._engine.fork(source.anchor.id, request)
+        except UsageError:  # the text has come to the end of the model's context
+            play.ended(piece, "length", 0)
+            self._begin(play)
+            return
+        for each in leads:
+            self._leaders[each] = []
+        self._runs[request.id] = run
+        self._plays[play].add(request.id)
+
+    def _take(self, delta: Delta) -> None:
+        """What the engine told of a piece."""
+        run = self._runs.get(delta.id)
+        if run is None:  # the last word on one that was aborted
+            return
+        run.cached = max(run.cached, delta.cached)
+        run.told += len(delta.tokens)
+        if not run.begun and (delta.tokens or delta.finish is not None):
+            run.begun = True
+            self._led(run)
+        rows = delta.logprobs
+        spread = zip(rows.logprobs, rows.entropies, rows.certainties, strict=True) if rows is not None else ()
+        early = run.play.told(run.piece, delta.tokens, spread)
+        if delta.finish is not None or early:
+            if delta.finish is None:
+                self._engine.abort(delta.id)
+            self._finish(run, delta.finish)
+
+    def _led(self, run: _Run) -> None:
+        """The prompt of ``run`` is computed: others can go on from it."""
+        anchor = Anchor(run.request.id, 0)
+        for branch in [*run.leads, run.piece.branch]:
+            self._anchor(branch, anchor, len(branch.tokens) - 1)
+        for play, piece in [each for branch in run.leads for each in self._leaders.pop(branch)]:
+            self._start(play, piece)
+
+    def _anchor(self, branch: Branch, anchor: Anchor, count: int) -> None:
+        if branch.anchor is not None:
+            branch.search.released(branch.anchor)
+        branch.anchor, branch.anchored = anchor, count
+        anchor.users += 1
+
+    def _finish(self, run: _Run, finish: Finish | None) -> None:
+        """The engine has computed a piece."""
+        play, piece, request = run.play, run.piece, run.request
+        del self._runs[request.id]
+        piece.branch.anchored = max(0, len(piece.branch.tokens) - 1)
+        ledger = play.search.ledger
+        ledger.cached += run.cached
+        ledger.computed += len(request.prompt) - run.cached + max(0, run.told - 1)
+        why = None
+        if finish is Finish.STOP:
+            why = "stop"
+        elif finish is Finish.LENGTH and run.told < piece.most:
+            why = "length"
+        elif finish not in (None, Finish.LENGTH):
+            why = "error"
+        anchors = {each.anchor.id for each in play.search.branches if each.anchor is not None}
+        ledger.blocks = max(ledger.blocks, self._engine.kept_blocks(anchors))
+        play.ended(piece, why, run.told)
+        self._begin(play)
+
+    def _end(self, play: Play) -> None:
+        """Frees what a play holds."""
+        for id in self._plays.pop(play):
+            self._runs.pop(id, None)
+            self._engine.abort(id)
+            self._engine.forget(id)
+        for branch in play.search.branches:
+            self._leaders.pop(branch, None)
+
+    # Scorers
+
+    def _judge(self) -> None:
+        """Begins as many scorings as may run at a time."""
+        while self._to_judge and self._judging < SCORERS:
+            play, judge = self._to_judge.popleft()
+            self._judging += 1
+            candidates = [_candidate(each) for each in judge.branches]
+            threading.Thread(target=self._work, args=(play, judge, candidates), daemon=True).start()
+
+    def _work(self, play: Play, judge: Judge, candidates: list[Candidate]) -> None:
+        scoring = self._scoring.get(judge.scorer)
+        if scoring is None:
+            known = ", ".join(filter(None, self._scoring)) or "none"
+            what = f"no scorer {judge.scorer!r} was given; known: {known}" if judge.scorer else "no scorer was given"
+            found = [Verdict.failure(what)] * len(candidates)
+        else:
+            found = verdicts(scoring, play.search.problem, candidates, self._seconds)
+        self._judged.put((play, judge, found))
+
+    def _hear(self, wait: bool) -> None:
+        """What scorers have said meanwhile; waits for one of them where there is nothing else to do."""
+        while True:
+            try:
+                play, judge, found = self._judged.get(timeout=self._seconds + 1) if wait else self._judged.get_nowait()
+            except queue.Empty:
+                return
+            wait = False
+            self._judging -= 1
+            if play in self._plays:
+                play.judged(judge, found)
+                self._begin(play)
+            self._judge()
+
+
+def _candidate(branch: Branch) -> Candidate:
+    return Candidate(branch.text, branch.answer, branch.finished, branch.logprob, branch.certainty)
+
+
+def run(driver: Driver, plays: Iterator[Play], stopped: Callable[[], bool]) -> Iterator[Play]:
+    """Takes on ``plays`` while there is room for more branches, and gives them as they end, until it is ``stopped``."""
+    more = True
+    while not stopped():
+        while more and (driver.room or not driver.busy):
+            play = next(plays, None)
+            more = play is not None
+            if play is not None:
+                driver.add(play)
+        if not driver.busy:
+            return
+        yield from driver.step()

@@ -1,0 +1,159 @@
+"""What a search has cost, in every unit in which it can be limited."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from penstock.core.config import Config
+from penstock.models.config import DecoderConfig
+from penstock.plan.hardware import DEVICES, Hardware
+
+#: What a budget can be given in: tokens that were generated; tokens that were computed, those of prompts too;
+#: arithmetic operations; Kinetics' eFLOPs.
+Unit = Literal["generated", "tokens", "flops", "eflops"]
+
+
+class Budget(Config):
+    """What a program may spend on a problem: ``amount`` of ``unit``. Without an amount there is no end."""
+
+    amount: Annotated[float, Field(ge=0)] | None = None
+    unit: Unit = "generated"
+
+
+class Prices:
+    """What it costs to compute the tokens of a sequence, position by position.
+
+    eFLOPs add to the arithmetic what could have been computed while keys and values were read: bytes times the device's
+    operations per byte (Kinetics [337]; the form is from knowledge). Weights are read once for a whole batch, and are
+    left out, as in batches that are large.
+
+    Args:
+        model: the shape.
+        hardware: whose operations per byte count; an H100's by default.
+        width: bytes of a number in the cache.
+    """
+
+    def __init__(self, model: DecoderConfig, hardware: Hardware | None = None, width: int = 2) -> None:
+        device = hardware or DEVICES["h100"]
+        lengths = np.arange(1, model.context + 1, dtype=np.float64)
+        seen = sum(np.minimum(lengths, model.window_of(layer) or np.inf) for layer in range(model.layers))
+        flops = 2.0 * model.matmul_parameters() + 4.0 * model.heads * model.head_dim * np.asarray(seen)
+        read = 2.0 * width * model.kv_heads * model.head_dim * np.asarray(seen)
+        tokens = np.ones_like(lengths)
+        each = {"tokens": tokens, "flops": flops, "eflops": flops + read * device.flops / device.bandwidth}
+        self._sums = {unit: np.concatenate([[0.0], np.cumsum(cost)]) for unit, cost in each.items()}
+
+    def cost(self, unit: Unit, first: int, last: int) -> float:
+        """Of the positions ``first`` to ``last``, which is not among them; 0 in units that count something else."""
+        sums = self._sums.get(unit)
+        return 0.0 if sums is None else float(sums[last] - sums[first])
+
+
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """An extension that is asked for: of a text with ``length`` tokens, the first ``computed`` of which have been
+    computed, by up to ``most``."""
+
+    length: int
+    computed: int
+    most: int
+
+    def price(self, prices: Prices, unit: Unit, count: int) -> float:
+        """Of ``count`` tokens: all positions before the last of them are computed."""
+        if unit == "generated":
+            return float(count)
+        return prices.cost(unit, self.computed, self.length - 1 + count) if count else 0.0
+
+
+@dataclasses.dataclass
+class Ledger:
+    """What a program spent on a problem.
+
+    The first fields count what the program asked for, whatever the engine did beside; budgets are kept by them, so that
+    the same seed gives the same tree. The others, from ``discarded`` on, say what the engine made of it.
+
+    Attributes:
+        prompt: tokens that were given: the prompt, once, and what was appended to branches.
+        generated: tokens that came out.
+        tokens: positions that had to be computed: given and generated ones, but for the newest of each branch.
+        scored: generated tokens that scorers read.
+        forks: branches that were made of others.
+        flops: arithmetic operations of ``tokens``.
+        eflops: the same, with the reading of keys and values.
+        scorings: texts that were scored; ``failures`` of them could not be.
+        discarded: tokens that the engine generated beside those that count, within what the budget had granted: behind
+            the end of an extension, or of a race.
+        cached: given and generated tokens that an extension found in the cache.
+        computed: positions that the engine computed; more than ``tokens`` where memory was short.
+        blocks: most blocks of the cache that the branches held, each counted once, at the end of a round.
+    """
+
+    prompt: int = 0
+    generated: int = 0
+    tokens: float = 0
+    scored: int = 0
+    forks: int = 0
+    flops: float = 0.0
+    eflops: float = 0.0
+    scorings: int = 0
+    failures: int = 0
+    discarded: int = 0
+    cached: int = 0
+    computed: int = 0
+    blocks: int = 0
+
+    def extend(self, prices: Prices, wish: Wish, count: int) -> None:
+        """An extension came to ``count`` tokens."""
+        self.generated += count
+        if count:
+            self.tokens += wish.price(prices, "tokens", count)
+            self.flops += wish.price(prices, "flops", count)
+            self.eflops += wish.price(prices, "eflops", count)
+
+    def left(self, budget: Budget) -> float:
+        """What may still be spent; infinity without an amount."""
+        return float("inf") if budget.amount is None else budget.amount - float(getattr(self, budget.unit))
+
+    def record(self) -> dict[str, Any]:
+        """As plain data."""
+        return dataclasses.asdict(self)
+
+    def __add__(self, other: Ledger) -> Ledger:
+        """Both together; of blocks, the larger figure."""
+        sums = {each.name: getattr(self, each.name) + getattr(other, each.name) for each in dataclasses.fields(self)}
+        return Ledger(**sums | {"blocks": max(self.blocks, other.blocks)})
+
+
+def total(ledgers: Sequence[Ledger]) -> Ledger:
+    """All ``ledgers`` together."""
+    return functools.reduce(Ledger.__add__, ledgers, Ledger())
+
+
+def shares(wishes: Sequence[Wish], prices: Prices, unit: Unit, left: float) -> list[int]:
+    """How many tokens each of ``wishes`` may have: as if all went on together, a token each in turn, until what is
+    ``left`` of the budget does not pay for the next one."""
+
+    def counts(level: int) -> list[int]:
+        return [min(level, wish.most) for wish in wishes]
+
+    def price(counted: Sequence[int]) -> float:
+        return sum(wish.price(prices, unit, count) for wish, count in zip(wishes, counted, strict=True))
+
+    low, high = 0, max((wish.most for wish in wishes), default=0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if price(counts(middle)) <= left else (low, middle - 1)
+    granted = counts(low)
+    for place, wish in enumerate(wishes):
+        if granted[place] < wish.most:
+            more = [*granted[:place], granted[place] + 1, *granted[place + 1 :]]
+            if price(more) > left:
+                break
+            granted = more
+    return granted

@@ -1,0 +1,40 @@
+"""Sampling until a verifier accepts."""
+
+from __future__ import annotations
+
+from pydantic import PositiveInt
+
+from penstock.policy import policy
+from penstock.search.branch import Branch
+from penstock.search.contract import Program
+from penstock.search.search import Search
+
+
+@policy("search.program", "until_accepted", papers=[344])
+class UntilAccepted(Program):
+    """Draws text after text until the scorer, a verifier that may be wrong, accepts one.
+
+    From the paper: accuracy has a ceiling that no budget lifts, set by how often the verifier accepts what is wrong,
+    and with a cost for wrong answers the best number of tries is finite, often below ten; both are in
+    :mod:`penstock.search.coverage` (``accepted``, ``mean_best_tries``), and the latter is what ``tries`` is for.
+
+    Attributes:
+        tries: texts at most.
+        least: the score from which on a text is accepted.
+    """
+
+    tries: PositiveInt = 8
+    least: float = 1.0
+
+    async def run(self, search: Search) -> Branch | None:
+        tried: list[Branch] = []
+        while len(tried) < self.tries and not search.exhausted:
+            tried += await search.judge(await search.extend(search.root.fork(1)))
+            if (tried[-1].score or 0.0) >= self.least:
+                break
+        search.notes |= {"tries": len(tried), "accepted": (tried[-1].score or 0.0) >= self.least}
+        return tried[-1] if search.notes["accepted"] else search.best(tried)
+
+    @classmethod
+    def limit(cls) -> Program:
+        return cls(tries=1)

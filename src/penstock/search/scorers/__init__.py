@@ -1,0 +1,1 @@
+"""Scorers: what a text is worth."""

@@ -1,0 +1,217 @@
+"""What a program sees of its problem."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from penstock.core.errors import PenstockError
+from penstock.core.randomness import numpy_generator
+from penstock.search.branch import Anchor, Branch
+from penstock.search.ledger import Budget, Ledger
+
+T = TypeVar("T")
+
+
+class BudgetSpentError(PenstockError):
+    """A program asked for tokens, and its budget does not pay for a single one. One that does not catch it has ended:
+    the best of what it has is its answer."""
+
+
+class Stream(Protocol):
+    """Reads tokens as they come."""
+
+    def push(self, tokens: Iterable[int]) -> str:
+        """The text that ``tokens`` add, as far as it is certain."""
+        ...
+
+
+class Texts(Protocol):
+    """Between tokens and text."""
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text that stands behind another."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens."""
+        ...
+
+    def stream(self, before: Sequence[int]) -> Stream:
+        """Reads what comes behind the tokens ``before``."""
+        ...
+
+
+class Dice(Protocol):
+    """Where a program's own choices come from."""
+
+    def choose(self, weights: Sequence[float]) -> int:
+        """A place among ``weights``, each as probable as it weighs."""
+        ...
+
+
+class SeededDice:
+    """Choices that the ``seed`` decides."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = numpy_generator(seed, "search/choices")
+
+    def choose(self, weights: Sequence[float]) -> int:
+        """A place among ``weights``, each as probable as it weighs."""
+        aim, reached = self._generator.random() * sum(weights), 0.0
+        for place, weight in enumerate(weights):
+            reached += weight
+            if aim < reached:
+                return place
+        return max(place for place, weight in enumerate(weights) if weight > 0)
+
+
+class Search:
+    """A problem, the tree that a program grows for it, and what that has cost.
+
+    Args:
+        problem: what is known of it, for programs and scorers.
+        prompt: its tokens.
+        texts: between tokens and text.
+        seed: of all draws.
+        budget: what may be spent.
+        most: the longest text, in generated tokens.
+        step: what ends a step of the text.
+        stop: strings that end a text, and are no part of it.
+        answer: reads the answer off a text.
+        ends: tokens that end a text.
+        dice: of the program's own choices.
+        released: told of texts in the cache that nobody goes on from.
+
+    Attributes:
+        root: the branch with nothing but the prompt.
+        branches: all branches, by number.
+        ledger: what was spent.
+        notes: what the program wants to be told beside its answer, as plain data.
+        exhausted: whether the budget has ended an extension.
+    """
+
+    def __init__(
+        self,
+        problem: Mapping[str, Any],
+        prompt: Sequence[int],
+        texts: Texts,
+        *,
+        seed: int = 0,
+        budget: Budget | None = None,
+        most: int = 256,
+        step: str = "\n\n",
+        stop: Sequence[str] = (),
+        answer: Callable[[str], str] = str.strip,
+        ends: frozenset[int] = frozenset(),
+        dice: Dice | None = None,
+        released: Callable[[Anchor], None] = lambda anchor: None,
+    ) -> None:
+        self.problem, self.texts, self.step, self.answer, self.ends = problem, texts, step, answer, ends
+        self.budget, self.most, self.seed, self.stop = budget or Budget(), most, seed, tuple(stop)
+        self.ledger = Ledger(prompt=len(prompt))
+        self.branches: list[Branch] = []
+        self.notes: dict[str, Any] = {}
+        self.exhausted = False
+        self.root = Branch(self, list(prompt), seed)
+        self._dice = dice or SeededDice(seed)
+        self._released = released
+
+    # What a program waits for
+
+    def together(self, works: Iterable[Awaitable[T]]) -> Awaitable[list[T]]:
+        """What all ``works`` come to, which are done side by side: extensions, scorings, or coroutines of the program's
+        own. They share a round of the budget, which gives each of their branches a token in turn."""
+        return Together([each if isinstance(each, Coroutine) else _waiting(each) for each in works])
+
+    async def extend(self, branches: Iterable[Branch], **until: Any) -> list[Branch]:
+        """Extends all ``branches`` that have not ended, side by side; see :meth:`Branch.extend`."""
+        found = list(branches)
+        await self.together(each.extend(**until) for each in found if not each.finished)
+        return found
+
+    async def sample(self, n: int, **until: Any) -> list[Branch]:
+        """``n`` texts drawn from the model, to their end."""
+        return await self.extend(self.root.fork(n), **until)
+
+    def judge(self, branches: Iterable[Branch], scorer: str = "") -> Awaitable[list[Branch]]:
+        """Has the scorer set ``branches``' scores, which are given back. One that it fails on has its ``error``, and
+        the score 0."""
+        return Judge(self, list(branches), scorer)
+
+    def first(self, branches: Iterable[Branch]) -> Awaitable[Branch]:
+        """Extends all ``branches`` side by side until the first of them ends, counted in tokens; it is given back, and
+        the others are dropped."""
+        return First(list(branches))
+
+    # What it decides by
+
+    def choose(self, weights: Sequence[float]) -> int:
+        """A place among ``weights``, each as probable as it weighs."""
+        return self._dice.choose(weights)
+
+    def best(self, branches: Iterable[Branch]) -> Branch | None:
+        """The one with the highest score, finished ones first; of equals, the earlier. None if there are none."""
+        found = list(branches)
+        return max(found, key=lambda each: (each.finished, _value(each)), default=None)
+
+    @property
+    def leaves(self) -> list[Branch]:
+        """Branches that have not been forked, the root aside."""
+        return [each for each in self.branches if not each.children and each.parent is not None]
+
+    @property
+    def left(self) -> float:
+        """What is left of the budget, in its unit."""
+        return self.ledger.left(self.budget)
+
+    def room(self, branch: Branch) -> int:
+        """How many more tokens ``branch`` may come to."""
+        return max(0, self.most - len(branch.generated))
+
+    def released(self, anchor: Anchor) -> None:
+        """One branch less goes on from ``anchor``."""
+        anchor.users -= 1
+        if not anchor.users:
+            self._released(anchor)
+
+
+def _value(branch: Branch) -> float:
+    return float("-inf") if branch.score is None else branch.score
+
+
+async def _waiting(work: Awaitable[T]) -> T:
+    return await work
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """What a program asks for by :meth:`Search.together`."""
+
+    works: Sequence[Coroutine[Any, Any, Any]]
+
+    def __await__(self) -> Any:
+        return (yield self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """What a program asks for by :meth:`Search.judge`."""
+
+    search: Search
+    branches: list[Branch]
+    scorer: str
+
+    def __await__(self) -> Any:
+        return (yield self)
+
+
+@dataclasses.dataclass(frozen=True)
+class First:
+    """What a program asks for by :meth:`Search.first`."""
+
+    branches: list[Branch]
+
+    def __await__(self) -> Any:
+        return (yield self)

@@ -1,0 +1,1 @@
+"""What several programs do: voting, resampling, sharing out a budget."""

@@ -1,0 +1,225 @@
+"""The law of ``search.program``, played on a small engine with random weights, whose texts are letters.
+
+What each clause is there to catch:
+
+- :func:`check_budget`: a unit that is counted late, or for one branch only; tokens that are granted twice; a budget
+  that is left over although the program would go on;
+- :func:`check_recount`: tokens, cache hits or computed positions that the ledger misses or counts twice; a branch that
+  computes what its parent did; blocks that stay in the cache;
+- :func:`check_limit`: draws that depend on how a text was cut into steps, or on the branch's place in the tree; texts
+  that are changed on the way;
+- :func:`check_alone`: what depends on the order in which things happen to be done, or on memory being short;
+- :func:`check_failures`: a scorer whose failure is taken for a score, lost, or ends the program.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from penstock.search.contract import Program
+from penstock.search.driver import Driver, run
+from penstock.search.ledger import Budget, Ledger, Prices, total
+from penstock.search.play import Play
+from penstock.search.scorers.contract import Candidate, Problem, Scoring
+from penstock.search.search import Search
+from penstock.serve.build import build_engine
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.config import EngineConfig
+from penstock.serve.engine.engine import Engine
+from penstock.serve.messages import Request
+from penstock.testing.search_table import Letters
+from penstock.testing.serve_batching import numbers
+from penstock.testing.serve_model import SHAPE, small_model
+
+#: Ends a text; and the letter that ends a step, which stands for several tokens.
+STOP, STEP = 7, "b"
+
+#: The longest text.
+MOST = 12
+
+#: Figures of a ledger that may depend on what else the engine does.
+BESIDE = ("discarded", "cached", "computed", "blocks")
+
+#: Amounts of a budget, by unit: of generated tokens, or what so many are worth.
+AMOUNTS = {"generated": (0, 1, 33, 60), "tokens": (20,), "flops": (1, 40), "eflops": (25,)}
+
+SAMPLING = SamplingParams(max_tokens=MOST, seed=3)
+
+
+def check(program: Program) -> None:
+    """Asserts the law."""
+    check_limit(program)
+    check_budget(program)
+    check_recount(program)
+    check_alone(program)
+    check_failures(program)
+
+
+def check_limit(program: Program) -> None:
+    """Asserts that in the case of one sample it is plain sampling with the same seed."""
+    for seed in range(2):
+        engine = small_engine()
+        prompt, sampling = numbers(f"limit {seed}", 9), SAMPLING.model_copy(update={"seed": seed})
+        engine.add(Request("plain", prompt, sampling))
+        plain = [token for delta in _drained(engine) for token in delta.tokens]
+        (play,) = _played(engine, [_search(prompt, seed)], type(program).limit())
+        assert play.answer is not None, "one sample gives no answer"
+        found = play.answer.generated
+        assert found == plain, f"one sample is {found}, and plain sampling {plain}, with seed {seed}"
+
+
+def check_budget(program: Program) -> None:
+    """Asserts that no budget is exceeded, and none left that the program would have used."""
+    prices = Prices(SHAPE)
+    prompt = numbers("budget", 9)
+    for unit, amounts in AMOUNTS.items():
+        for amount in amounts:
+            budget = Budget.model_validate({"amount": _worth(prices, unit, amount), "unit": unit})
+            (play,) = _played(small_engine(), [_search(prompt, 0, budget)], program)
+            assert play.error is None, f"a budget of {budget} makes it fail: {play.error}"
+            spent, most = float(getattr(play.search.ledger, unit)), budget.amount or 0.0
+            assert spent <= most * (1 + 1e-12), f"{spent} {unit} are spent of {most}"
+            if play.search.exhausted:
+                dearest = _worth(prices, unit, 9 + MOST) - _worth(prices, unit, 8 + MOST)
+                assert spent > most - dearest - (_worth(prices, unit, 9) if not spent else 0), (
+                    f"{most - spent} {unit} are left of {most}, enough for a token"
+                )
+
+
+def check_recount(program: Program) -> None:
+    """Asserts that ledgers add up to what the engine did, and that it computed nothing twice and keeps nothing."""
+    engine = small_engine()
+    searches = [_search(numbers(f"recount {seed}", 8 + seed), seed, Budget(amount=90)) for seed in range(3)]
+    positions: list[int] = []
+    plays = _played(engine, searches, program, positions)
+    found, now = total([play.search.ledger for play in plays]), engine.snapshot()
+    came = found.generated + found.discarded
+    assert came == now.output_tokens, f"{came} tokens came out, and the engine gave {now.output_tokens}"
+    assert found.cached == now.cached_tokens, f"{found.cached} found, and the engine says {now.cached_tokens}"
+    assert found.computed == sum(positions), f"{found.computed} computed, and the engine's steps have {sum(positions)}"
+    needed = found.tokens + found.discarded
+    assert found.computed == needed, f"{found.computed} positions are computed, and {needed} need to be"
+    grown = sum(branch.record()["tokens"] for play in plays for branch in play.search.branches)
+    given = sum(each.root.start for each in searches)
+    assert grown == found.generated + found.prompt - given, "the ledger's tokens are not those of the tree"
+    assert now.held == 0, f"{now.held} blocks stay in the cache"
+
+
+def check_alone(program: Program) -> None:
+    """Asserts that a problem's tree is the same beside others, overlapped, and where memory is short."""
+    seeds = range(3)
+    alone = [_played(small_engine(), [_named(seed)], program)[0] for seed in seeds]
+    for engine in (small_engine(loop="overlapped", sequences=12), small_engine(sequences=5, cache_tokens=120)):
+        beside = _played(engine, [_named(seed) for seed in seeds], program)
+        for seed, one, other in zip(seeds, alone, beside, strict=True):
+            assert _tree(one) == _tree(other), f"the tree of problem {seed} is another beside others"
+            assert _spent(one.search.ledger) == _spent(other.search.ledger)
+        assert engine.snapshot().held == 0
+
+
+def check_failures(program: Program) -> None:
+    """Asserts that a scorer may fail, wholly or now and then."""
+    for scoring in (_raising, _no_number, _too_few):
+        (play,) = _played(small_engine(), [_named(0)], program, scoring=scoring)
+        ledger = play.search.ledger
+        assert play.error is None, f"a scorer that fails ends the program: {play.error}"
+        assert play.answer is not None, "a scorer that fails leaves no answer"
+        assert ledger.failures == ledger.scorings, f"{ledger.failures} failures of {ledger.scorings} scorings"
+
+
+def small_engine(**options: Any) -> Engine:
+    """An engine that is checked after every step."""
+    given = {"loop": "plain", "attention": "reference", "tokens": 96, "sequences": 48, "block_size": 4}
+    given |= {"cache_tokens": 2400, "check": True} | options
+    return build_engine(small_model(), EngineConfig.model_validate(given), frozenset({STOP}))
+
+
+def scored(problem: Problem, candidates: Sequence[Candidate]) -> list[float]:
+    """The scorer: how often letters of two kinds follow each other, and less for parts."""
+    return [_worth_of(each.text) * (1.0 if each.finished else 0.5) for each in candidates]
+
+
+@functools.cache
+def _worth_of(text: str) -> float:
+    pairs = sum((ord(one) + 3 * ord(other)) % 5 == 0 for one, other in zip(text, text[1:], strict=False))
+    return pairs / max(1, len(text))
+
+
+def _search(prompt: list[int], seed: int, budget: Budget | None = None) -> Search:
+    return Search(
+        {"answer": "ab"},
+        prompt,
+        Letters(),
+        seed=seed,
+        budget=budget,
+        most=MOST,
+        step=STEP,
+        ends=frozenset({STOP}),
+        answer=lambda text: text[-2:],
+    )
+
+
+def _named(seed: int) -> Search:
+    return _search(numbers(f"alone {seed}", 6 + 3 * seed), seed, Budget(amount=60))
+
+
+def _played(
+    engine: Engine,
+    searches: Sequence[Search],
+    program: Program,
+    positions: list[int] | None = None,
+    scoring: Scoring = scored,
+) -> list[Play]:
+    """Plays ``program`` on all ``searches`` at once; ``positions`` is told what each step of the engine computed."""
+    driver = Driver(engine, SAMPLING, {"": scoring}, seconds=30)
+    plays = []
+    for search in searches:
+        search._released = driver.released
+        plays.append(Play(search, program.run(search), Prices(SHAPE)))
+    if positions is not None:
+        launch = engine.executor.launch
+
+        def counted(batch: Any) -> Any:
+            positions.append(batch.tokens)
+            return launch(batch)
+
+        engine.executor.launch = counted  # type: ignore[method-assign]
+    ended = list(run(driver, iter(plays), lambda: False))
+    assert len(ended) == len(plays), "a program does not end"
+    return plays
+
+
+def _drained(engine: Engine) -> list[Any]:
+    deltas = []
+    while engine.busy:
+        deltas += engine.step()
+    return deltas
+
+
+def _worth(prices: Prices, unit: Any, tokens: int) -> float:
+    return float(tokens) if unit == "generated" else prices.cost(unit, 0, tokens)
+
+
+def _tree(play: Play) -> list[Any]:
+    assert play.answer is not None
+    return [play.answer.number, *([each.tokens, each.ended, each.score, each.fate] for each in play.search.branches)]
+
+
+def _spent(ledger: Ledger) -> dict[str, Any]:
+    record = ledger.record()
+    return {name: value for name, value in record.items() if name not in BESIDE}
+
+
+def _raising(problem: Problem, candidates: Sequence[Candidate]) -> list[float]:
+    raise RuntimeError("the scorer is broken")
+
+
+def _no_number(problem: Problem, candidates: Sequence[Candidate]) -> list[float]:
+    return [math.nan for _ in candidates]
+
+
+def _too_few(problem: Problem, candidates: Sequence[Candidate]) -> list[float]:
+    return [1.0] * (len(candidates) + 1)

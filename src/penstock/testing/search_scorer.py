@@ -1,0 +1,85 @@
+"""The law of ``search.scorer``.
+
+What each clause is there to catch: an example that is scored otherwise, or otherwise when it is scored again or in
+another order (state that is kept); scores that are no numbers; texts that make it raise, hang, fork, print without end
+or fill the memory, and take other texts with them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+
+from penstock.search.scorers.contract import Candidate, Scorer, verdicts
+
+#: Texts that a scorer must survive: not only those who run them.
+HOSTILE = (
+    "",
+    "\0\ud7ff\u202e",
+    "raise ValueError(1)",
+    "while True: pass",
+    "x = [0] * 10 ** 11",
+    "import os, time\nfor i in range(20):\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(3600)",
+    "import os\nos._exit(0)",
+    "import sys\nsys.setrecursionlimit(10 ** 9)\nf = lambda: f()\nf()",
+    "print('x' * 10 ** 7)",
+    "(" * 10_000,
+)
+
+
+def check(scorer: Scorer) -> None:
+    """Asserts the law."""
+    check_example(scorer)
+    check_hostile(scorer)
+
+
+def check_example(scorer: Scorer) -> None:
+    """Asserts the scores of the policy's example, twice, and in reverse."""
+    example, problem, candidates, wanted = scorer.example()
+    assert len(candidates) == len(wanted) > 1, "the example has fewer than two texts"
+    for given, scores in ((candidates, wanted), (candidates, wanted), (candidates[::-1], wanted[::-1])):
+        found = [each.score for each in verdicts(example.score, problem, given, 60)]
+        assert all(math.isclose(*pair, abs_tol=1e-9) for pair in zip(found, scores, strict=True)), (
+            f"the scores are {found}, and {scores} in the example"
+        )
+
+
+def check_hostile(scorer: Scorer) -> None:
+    """Asserts that bad texts fail alone: the example's own, beside them, keep their scores, and nothing is left."""
+    example, problem, candidates, wanted = scorer.example()
+    limits = getattr(example, "limits", None)
+    if limits is not None:
+        limits = limits.model_copy(update={"seconds": 1.0})
+        example = example.model_copy(update={"limits": limits})
+    began, before = time.time(), _descendants()
+    # Of scorers that compare texts with each other, unfinished ones are no part of the comparison.
+    bad = [Candidate(text, "", finished=False) for text in HOSTILE]
+    found = verdicts(example.score, problem, [*bad, *candidates], 120)
+    assert len(found) == len(bad) + len(candidates)
+    assert all(math.isfinite(each.score) for each in found)
+    scores = [each.score for each in found[len(bad) :]]
+    assert scores == wanted or all(map(math.isclose, scores, wanted)), f"beside bad texts the scores are {scores}"
+    assert all(each.error is None for each in found[len(bad) :]), "a good text fails beside bad ones"
+    left = {name for name in _descendants() - before if _begun(name) >= began}
+    assert not left, f"processes are left: {left}"
+
+
+def _descendants() -> set[int]:
+    """Processes of this user."""
+    return {int(path.name) for path in Path("/proc").glob("[0-9]*") if _mine(path)}
+
+
+def _mine(path: Path) -> bool:
+    try:
+        return path.stat().st_uid == os.getuid() and b"harness" in (path / "cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _begun(process: int) -> float:
+    try:
+        return Path(f"/proc/{process}").stat().st_mtime
+    except OSError:
+        return 0.0

@@ -1,0 +1,25 @@
+"""The law of ``search.scorer``, for every registered policy."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock.testing.enrolled import enrolled, rebuilt
+from penstock.testing.search_scorer import check_example, check_hostile
+
+POLICIES = enrolled("search.scorer")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_examples_scores(name):
+    check_example(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_bad_texts_fail_alone(name):
+    check_hostile(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_scorer_can_be_made_from_its_description(name):
+    rebuilt(POLICIES[name])
