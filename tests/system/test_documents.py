@@ -97,6 +97,9 @@ def place(tmp_path_factory) -> Path:
     tokenizer.write_text(tokenizer.read_text().replace("<|endoftext|>", "</s>"))
     question = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 2}}
     (folder / "in.jsonl").write_text(json.dumps(question) + "\n")
+    problem = {"id": "1", "prompt": "def add(a, b):", "tests": ["assert add(1, 2) == 3"]}
+    (folder / "problems.jsonl").write_text(json.dumps(problem) + "\n")
+    (folder / "score.py").write_text("def score(problem, text):\n    return float('return' in text)\n")
     data = {"corpus": {"name": "folder", "path": "texts"}, "vocabulary": 300, "held_out": 0.2, "store": "store"}
     model = {**MODEL, "layers": 8, "vocabulary": 300}
     batch = {"tokens": 1024, "micro_tokens": 128, "stages": [{"length": 32}]}

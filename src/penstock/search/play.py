@@ -152,7 +152,7 @@ class Play:
         branch, search = piece.branch, self.search
         piece.generated = generated
         branch.computed = max(branch.computed, len(branch.tokens) - 1)
-        if why is not None and not piece.reached:
+        if why is not None and generated == piece.told and branch.ended is None:  # else the end was cut off
             branch.ended = why
         if branch.ended is None and not search.room(branch):
             branch.ended = "length"

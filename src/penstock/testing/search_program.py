@@ -15,6 +15,7 @@ What each clause is there to catch:
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -144,7 +145,7 @@ def scored(problem: Problem, candidates: Sequence[Candidate]) -> list[float]:
 
 @functools.cache
 def _worth_of(text: str) -> float:
-    pairs = sum((ord(one) + 3 * ord(other)) % 5 == 0 for one, other in zip(text, text[1:], strict=False))
+    pairs = sum((ord(one) + 3 * ord(other)) % 5 == 0 for one, other in itertools.pairwise(text))
     return pairs / max(1, len(text))
 
 

@@ -20,6 +20,8 @@ from penstock.search.search import Search
 #: The shape that costs are counted by.
 SHAPE = DecoderConfig(vocabulary=8, hidden=8, layers=1, heads=1, kv_heads=1, head_dim=8, ffn=8, context=64)
 
+PRICES = Prices(SHAPE)
+
 #: Letters that are tokens; the last ends a text.
 LETTERS = "\nabcdefghij$"
 END = len(LETTERS) - 1
@@ -98,7 +100,7 @@ def outcomes(
     while given is not None:
         path = _Path(given)
         search = Search({}, Letters().encode(prompt), Letters(), ends=frozenset({END}), dice=path, **options)
-        play = Play(search, program(search), Prices(SHAPE))
+        play = Play(search, program(search), PRICES)
         while not play.done:
             _round(play, path, table, worth)
         if play.error is not None:
@@ -117,9 +119,9 @@ def _round(play: Play, path: _Path, table: Table, worth: Worth) -> None:
             letter = letters[path.choose([chances[each] for each in letters])]
             told += 1
             token = LETTERS.index(letter)
+            why = "stop" if token == END else None
             if play.told(piece, [token], [(math.log(chances[letter]), 0.0, 0.0)]):
                 break
-            why = "stop" if token == END else None
         play.ended(piece, why, told)
     while play.judgements:
         judge = play.judgements.pop(0)

@@ -193,7 +193,7 @@ def test_a_contract_that_is_only_simulated_is_no_setting_of_anything_that_runs()
         for path in source.rglob("*.py")
         for name in re.findall(r'Choice\(\s*"([a-z_.]+)"', path.read_text(encoding="utf-8"))
     }
-    rooms = (source / room for room in ("train", "serve", "models", "data", "plan", "ops"))
+    rooms = (source / room for room in ("train", "serve", "search", "models", "data", "plan", "ops"))
     users = [path for room in rooms for path in room.rglob("*.py")]
     users += [path for path in (source / "cli").glob("*.py") if path.name != "pipeline.py"]
     text = "\n".join(path.read_text(encoding="utf-8") for path in users)

@@ -100,7 +100,7 @@ def select(
     gains[:leaves] = np.array(weights, float) / (sum(weights) or 1.0)
     gains[leaves : leaves + len(all_nodes)] = -sharing / len(all_nodes)
     gains[leaves + len(all_nodes) :] = diversity / len(all_clusters)
-    rows, low = [np.eye(1, width, 0)[0] * 0], [1.0]
+    rows, low = [np.zeros(width)], [1.0]
     rows[0][:leaves] = 1  # at least one leaf
     for leaf, needed in enumerate(nodes):
         for node in needed:  # a leaf needs its nodes

@@ -64,7 +64,9 @@ class ParticleGibbs(Program):
             swarm.weigh([after - former for after, former in zip(worth, before, strict=True)])
             if search.exhausted or all(each.finished for each in swarm.branches):
                 break
-            lines = self._resampled(search, swarm, lines, free, kept[: step + 2])
+            # A text that has ended stays as it is for the steps that others still go.
+            ahead = [*kept[: step + 2], *kept[-1:] * (step + 2 - len(kept))]
+            lines = self._resampled(search, swarm, lines, free, ahead)
             swarm = Swarm([line[-1] for line in lines])
         chosen = lines[search.choose(normalised(swarm.logs))]
         prune(swarm.branches[:free], [chosen[-1]])

@@ -39,7 +39,10 @@ def by_function(given, text):
 def by_tests(given, text):
     """The share of the tests that pass behind the text, which is a program."""
     space = {"__name__": "candidate"}
-    exec(compile(text, "candidate", "exec"), space)
+    try:
+        exec(compile(text, "candidate", "exec"), space)
+    except Exception:  # a program that is wrong, not one that cannot be judged
+        return 0.0
     passed = 0
     for test in given["source"]:
         with contextlib.suppress(Exception):

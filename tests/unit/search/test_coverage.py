@@ -1,0 +1,100 @@
+"""Laws of repeated sampling, against enumeration and planted values."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from penstock.search import coverage as laws
+
+
+def test_pass_at_k_is_the_mean_over_all_subsets():
+    for samples in range(1, 8):
+        for right in range(samples + 1):
+            for k in range(1, samples + 1):
+                found = [any(place < right for place in chosen) for chosen in itertools.combinations(range(samples), k)]
+                assert laws.pass_at_k(samples, right, k) == pytest.approx(sum(found) / len(found))
+
+
+def test_pass_at_k_is_unbiased():
+    """Over all outcomes of n samples, each right with the chance p: 1 - (1 - p)^k."""
+    n, p = 9, 0.23
+    for k in (1, 3, 9):
+        mean = sum(math.comb(n, c) * p**c * (1 - p) ** (n - c) * laws.pass_at_k(n, c, k) for c in range(n + 1))
+        assert mean == pytest.approx(1 - (1 - p) ** k)
+
+
+@pytest.mark.parametrize("wrong", [(3, 4, 1), (3, 1, 4), (3, 1, 0), (3, -1, 1)])
+def test_what_gives_no_estimate_is_refused(wrong):
+    with pytest.raises(ValueError, match="give no estimate"):
+        laws.pass_at_k(*wrong)
+
+
+def test_coverage_of_problems_with_beta_distributed_chances():
+    """The closed form 1 - B(a, b + k) / B(a, b), by a mean over a fine grid of the distribution."""
+    a, b, k = 0.8, 3.0, 5
+    grid = (np.arange(200_000) + 0.5) / 200_000
+    density = grid ** (a - 1) * (1 - grid) ** (b - 1)
+    mean = float((density * (1 - (1 - grid) ** k)).sum() / density.sum())
+    beta = lambda x, y: math.gamma(x) * math.gamma(y) / math.gamma(x + y)  # noqa: E731
+    assert mean == pytest.approx(1 - beta(a, b + k) / beta(a, b), abs=1e-3)
+    counts = [(60, round(60 * chance)) for chance in np.random.default_rng(0).beta(a, b, 4000)]
+    assert laws.coverage(counts, k) == pytest.approx(mean, abs=0.015)
+
+
+def test_a_planted_power_law_is_found():
+    ks = [1, 2, 4, 8, 16, 64]
+    a, b = laws.power_law([*ks, 1000], [*(math.exp(-1.7 * k**-0.45) for k in ks), 1.0])
+    assert (a, b) == (pytest.approx(-1.7), pytest.approx(-0.45))
+    with pytest.raises(ValueError, match="two values of k"):
+        laws.power_law([1, 2], [0.0, 1.0])
+
+
+def test_an_imperfect_verifier_has_a_ceiling():
+    right, passed = 0.2, 0.05
+    for tries in (1, 2, 7):
+        by_hand = sum(right * (1 - right - passed) ** before for before in range(tries))
+        assert laws.accepted(right, passed, tries) == pytest.approx(by_hand)
+    assert laws.accepted(right, passed, 10_000) == pytest.approx(laws.accepted(right, passed)) == pytest.approx(0.8)
+    assert laws.accepted(0.0, 0.0) == 0.0
+
+
+def test_the_best_number_of_tries():
+    """Against the expected worth of each number of tries; without wrong answers it grows without end."""
+    problems = [(0.6, 0.02), (0.05, 0.1), (0.0, 0.2)]
+
+    def worth(tries: int, gain: float, loss: float, cost: float) -> float:
+        total = 0.0
+        for right, passed in problems:
+            for before in range(tries):
+                total += (1 - right - passed) ** before * (right * gain - passed * loss - cost)
+        return total / len(problems)
+
+    for gain, loss, cost in ((1.0, 1.0, 0.0), (1.0, 0.3, 0.01), (1.0, 4.0, 0.0)):
+        best = max(range(41), key=lambda tries: (round(worth(tries, gain, loss, cost), 10), -tries))
+        assert laws.mean_best_tries(problems, gain, loss, cost, 40) == best < 10
+    assert laws.mean_best_tries([(0.1, 0.0), (0.01, 0.0)], 1.0, 1.0, 0.0, 40) == 40
+    assert laws.best_tries(0.1, 0.0, 1.0, 1.0, 0.0) is None
+    assert laws.best_tries(0.1, 0.2, 1.0, 1.0, 0.0) == 0
+
+
+def test_the_saturation_point_is_the_first_below_the_threshold():
+    for ceiling, rate, threshold in (
+        (0.9, 0.2, 0.01),
+        (0.5, 0.03, 0.001),
+        (0.7, 0.9, 0.05),
+        (0.3, 0.1, 0.2),
+        (1, 1, 0.1),
+    ):
+        gain = lambda n: laws.saturating(ceiling, rate, n + 1) - laws.saturating(ceiling, rate, n)  # noqa: B023, E731
+        wanted = next(n for n in range(1000) if gain(n) < threshold)
+        assert laws.saturation(ceiling, rate, threshold) == wanted
+
+
+def test_planted_saturation_is_found():
+    ns = [1, 2, 4, 8, 16, 32]
+    found = laws.fit_saturation(ns, [laws.saturating(0.83, 0.17, n) for n in ns])
+    assert found == (pytest.approx(0.83, abs=1e-6), pytest.approx(0.17, abs=1e-6))

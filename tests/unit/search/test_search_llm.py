@@ -1,0 +1,157 @@
+"""Search as users see it: a real tokenizer, their own programs and scorers, and folders of results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from penstock import LLM, SamplingParams
+from penstock.core.errors import UsageError
+from penstock.core.progress import silent
+from penstock.search.answers import last_line, matching
+from penstock.search.branch import Branch
+from penstock.search.page import tree_page
+from penstock.search.runs import Results, read_problems, summary
+
+DRAWN = SamplingParams(max_tokens=24, seed=4)
+PROMPT = "def add(a, b):\n"
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("python-1m", progress=silent, check=True, cache_tokens=4096)
+
+
+def length(problem, text: str) -> float:
+    return float(len(text))
+
+
+def test_one_sample_is_what_generate_gives(llm):
+    plain = llm.generate(PROMPT, DRAWN, progress=silent)[0].outputs[0]
+    (found,) = llm.search(PROMPT, {"name": "best_of_n", "n": 1}, scorer=length, sampling_params=DRAWN, progress=silent)
+    assert found.tokens == plain.token_ids and found.text == plain.text
+    assert found.ledger.generated == len(plain.token_ids) and not found.exhausted
+
+
+def test_a_users_own_program(llm):
+    """It cuts, forks, appends, drops, and asks for a scorer by name."""
+    seen: dict[str, Branch] = {}
+
+    async def program(search):
+        begun = await search.root.extend(tokens=5)
+        one, two = begun.fork(2)
+        two.append("    return ")
+        await search.together([one.extend(pattern=r"[a-z]"), two.extend(text="\n")])
+        await search.judge([one, two], "short")
+        one.drop()
+        seen.update(begun=begun, one=one, two=two)
+        return two
+
+    (found,) = llm.search(
+        PROMPT, program, scorers={"short": lambda problem, text: -len(text)}, sampling_params=DRAWN, progress=silent
+    )
+    begun, one, two = seen["begun"], seen["one"], seen["two"]
+    assert found.error is None and found.text == two.text
+    assert len(begun.generated) == 5 and one.tokens[: len(begun.tokens)] == begun.tokens
+    assert two.text.startswith(begun.text + "    return ")
+    assert one.score == -len(one.text)
+    assert one.entropy > 0 > one.logprob and len(one.logprobs) == len(one.entropies) == len(one.generated)
+    appended = len(llm.tokenizer("    return ", add_special_tokens=False)["input_ids"])
+    prompt = len(llm.tokenizer(PROMPT)["input_ids"])
+    assert found.ledger.prompt == prompt + appended
+    assert found.ledger.computed >= found.ledger.tokens == prompt - 1 + appended + found.ledger.generated
+    assert llm.engine.snapshot().held == 0
+    assert [node["fate"] for node in found.tree] == ["", "pruned", "answer"]
+
+
+def test_what_a_program_may_not_do_ends_it_alone(llm):
+    async def forked(search):
+        search.root.fork(2)
+        await search.root.extend()
+
+    async def waits_for_others(search):
+        class Other:
+            def __await__(self):
+                yield "news"
+
+        await Other()
+
+    async def idle(search):
+        while True:
+            await search.root.extend(tokens=0)
+
+    for program, complaint in ((forked, "was forked"), (waits_for_others, "can wait for"), (idle, "does nothing")):
+        good, bad = llm.search(
+            [{"prompt": PROMPT}, {"prompt": PROMPT, "bad": True}],
+            lambda search, program=program: program(search) if "bad" in search.problem else _sampled(search),
+            sampling_params=DRAWN,
+            progress=silent,
+        )
+        assert good.error is None and good.tokens
+        assert complaint in bad.error
+        assert llm.engine.snapshot().held == 0
+
+
+async def _sampled(search):
+    return (await search.sample(1))[0]
+
+
+def test_stop_strings_end_texts(llm):
+    stopped = DRAWN.model_copy(update={"stop": ("\n",)})
+    plain = llm.generate(PROMPT, stopped, progress=silent)[0].outputs[0]
+    (found,) = llm.search(PROMPT, {"name": "majority", "n": 1}, sampling_params=stopped, progress=silent)
+    assert found.text == plain.text and found.finished
+
+
+def test_unknown_names_list_known_ones(llm):
+    with pytest.raises(UsageError, match="did you mean 'beam'"):
+        llm.search(PROMPT, "bean", progress=silent)
+    with pytest.raises(UsageError, match="did you mean 'majority'"):
+        llm.search(PROMPT, "best_of_n", scorer="majorty", progress=silent)
+    with pytest.raises(UsageError, match="cannot read the prompt"):
+        llm.search({"question": "?"}, "best_of_n", progress=silent)
+
+
+def test_answers_are_read_off_texts():
+    assert last_line("so\n  12 \n\n") == "12"
+    assert last_line(r"first \boxed{1}, then \boxed{\frac{1}{2}} and more") == r"\frac{1}{2}"
+    assert last_line("") == ""
+    assert matching(r"= (\d+)")("a = 1, b = 23") == "23"
+    assert matching(r"\d+")("none") == ""
+    with pytest.raises(UsageError, match="no regular expression"):
+        matching("(")
+
+
+def test_a_folder_of_results_is_gone_on_with(llm, tmp_path):
+    results = Results(tmp_path / "out", {"program": "best_of_n"})
+    (found,) = llm.search(PROMPT, "coverage", scorer=lambda problem, text: 0.0, budget=40, sampling_params=DRAWN, progress=silent)
+    results.write(1, found.record())
+    results.close()
+    with (tmp_path / "out" / "results.jsonl").open("ab") as file:
+        file.write(b'{"place": 0, "half')  # a process was killed here
+    again = Results(tmp_path / "out", {"program": "best_of_n"})
+    assert again.done.keys() == {1} and again.done[1]["text"] == found.text
+    again.write(0, found.record())
+    again.close()
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["place"] for line in lines] == [1, 0]
+    assert "pass@k: 1: 0.000" in "\n".join(summary([again.done[0], again.done[1]]))
+    with pytest.raises(UsageError, match="another search: it differs in program"):
+        Results(tmp_path / "out", {"program": "beam"})
+
+
+def test_problems_are_read(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"prompt": "a"}\n\n{"messages": []}\n')
+    assert [set(each) for each in read_problems(path)] == [{"prompt"}, {"messages"}]
+    for text, complaint in (("{", ":1 is not JSON"), ('{"a": 1}\n', ":1 has no prompt"), ("", "has no problems")):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=complaint):
+            read_problems(path)
+
+
+def test_the_page_holds_what_was_said():
+    record = {"id": "</script><b>", "score": None, "ledger": {"generated": 1}, "tree": [], "error": None}
+    page = tree_page({"program": "beam"}, [record])
+    assert page.count("</script>") == 1 and '"DATA"' not in page
