@@ -75,7 +75,7 @@ class Branch:
         self.search, self.parent, self.seed = search, parent, seed
         self.number = len(search.branches)
         self.start, self.tokens = len(tokens), tokens
-        self.prompt = len(tokens) if parent is None else parent.prompt
+        self.prompt: int = len(tokens) if parent is None else parent.prompt
         self.steps: list[int] = [] if parent is None else list(parent.steps)
         self.logprobs: list[float] = [] if parent is None else list(parent.logprobs)
         self.entropies: list[float] = [] if parent is None else list(parent.entropies)
@@ -85,7 +85,7 @@ class Branch:
         self.score: float | None = None
         self.error: str | None = None
         self.fate = ""
-        self.computed = 0 if parent is None else parent.computed
+        self.computed: int = 0 if parent is None else parent.computed
         self.children = 0
         self.anchor: Anchor | None = None
         self.anchored = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from penstock.core.config import build
 from penstock.core.errors import UsageError
@@ -244,7 +244,7 @@ def program_of(given: ProgramLike) -> Callable[[Search], Any]:
         return made.run
     if not callable(made):
         raise UsageError(f"{made!r} is no program", hint="Give a name, or an async function of a Search.")
-    return made
+    return cast(Callable[[Search], Any], made)
 
 
 def scoring_of(given: ScorerLike) -> Scoring:

@@ -324,7 +324,8 @@ class Play:
 
     def _wishes(self, pieces: Sequence[Piece]) -> list[Wish]:
         """What ``pieces`` would have computed: of a text that several go on from, the first computes what is new."""
-        wishes, known = [], {}
+        wishes: list[Wish] = []
+        known: dict[Branch, int] = {}
         for piece in pieces:
             line = [*piece.branch.ancestors, piece.branch]
             computed = max(known.get(each, each.computed) for each in line)

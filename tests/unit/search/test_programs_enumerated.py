@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import defaultdict
 
@@ -11,7 +12,7 @@ import pytest
 from penstock.core.randomness import numpy_generator
 from penstock.search.programs.a_star import AStar
 from penstock.search.programs.best_of_n import BestOfN
-from penstock.search.programs.ets import EfficientTreeSearch, exhaustive, select, worth
+from penstock.search.programs.ets import EfficientTreeSearch, select, worth
 from penstock.search.programs.first_finish import FirstFinish
 from penstock.search.programs.majority import Majority
 from penstock.search.programs.particle import Particle
@@ -214,6 +215,14 @@ def test_a_star_finds_the_optimum_of_what_it_opened():
                 counts.append(each.play.search.notes["opened"])
         opened.append(counts)
     assert opened[0] and max(opened[0]) <= min(opened[1])
+
+
+def exhaustive(weights, nodes, clusters, sharing, diversity) -> tuple[int, ...]:
+    """The best of all sets of leaves."""
+    sets = itertools.chain.from_iterable(
+        itertools.combinations(range(len(weights)), n + 1) for n in range(len(weights))
+    )
+    return max(sets, key=lambda chosen: worth(chosen, weights, nodes, clusters, sharing, diversity))
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -125,7 +125,9 @@ def test_answers_are_read_off_texts():
 
 def test_a_folder_of_results_is_gone_on_with(llm, tmp_path):
     results = Results(tmp_path / "out", {"program": "best_of_n"})
-    (found,) = llm.search(PROMPT, "coverage", scorer=lambda problem, text: 0.0, budget=40, sampling_params=DRAWN, progress=silent)
+    (found,) = llm.search(
+        PROMPT, "coverage", scorer=lambda problem, text: 0.0, budget=40, sampling_params=DRAWN, progress=silent
+    )
     results.write(1, found.record())
     results.close()
     with (tmp_path / "out" / "results.jsonl").open("ab") as file:

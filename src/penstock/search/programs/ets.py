@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -118,13 +117,3 @@ def select(
         -gains, constraints=LinearConstraint(np.array(rows), low), integrality=np.ones(width), bounds=Bounds(0, 1)
     )
     return [place for place in range(leaves) if found.x[place] > 0.5]
-
-
-def exhaustive(
-    weights: Sequence[float], nodes: Sequence[set[int]], clusters: Sequence[str], sharing: float, diversity: float
-) -> list[int]:
-    """The same by trying all sets of leaves: what :func:`select` is tested against."""
-    sets = itertools.chain.from_iterable(
-        itertools.combinations(range(len(weights)), size) for size in range(1, len(weights) + 1)
-    )
-    return list(max(sets, key=lambda chosen: worth(chosen, weights, nodes, clusters, sharing, diversity)))

@@ -4,6 +4,8 @@ It reads one JSON object from standard input: ``kind``, ``source``, ``problem``,
 of JSON for each text: a number, or a reason why there is none.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -12,9 +14,10 @@ import select
 import signal
 import sys
 import time
+from typing import Any
 
 
-def limited(limits):
+def limited(limits: dict[str, Any]) -> None:
     """Limits this process and its children, for good."""
     memory, files = limits["memory"], limits["file"]
     for name, most in (
@@ -29,16 +32,16 @@ def limited(limits):
             resource.setrlimit(name, (most, most))
 
 
-def by_function(given, text):
+def by_function(given: dict[str, Any], text: str) -> float:
     """What the user's own function says."""
-    space = {"__name__": "scorer"}
+    space: dict[str, Any] = {"__name__": "scorer"}
     exec(compile(given["source"], "scorer", "exec"), space)
     return float(space["score"](given["problem"], text))
 
 
-def by_tests(given, text):
+def by_tests(given: dict[str, Any], text: str) -> float:
     """The share of the tests that pass behind the text, which is a program."""
-    space = {"__name__": "candidate"}
+    space: dict[str, Any] = {"__name__": "candidate"}
     try:
         exec(compile(text, "candidate", "exec"), space)
     except Exception:  # a program that is wrong, not one that cannot be judged
@@ -51,7 +54,7 @@ def by_tests(given, text):
     return passed / len(given["source"])
 
 
-def scored(given, text, out):
+def scored(given: dict[str, Any], text: str, out: int) -> None:
     """In a process of its own: writes a score, or a reason."""
     os.setsid()
     limited(given["limits"])
@@ -59,7 +62,7 @@ def scored(given, text, out):
     for stream in (0, 1, 2):
         os.dup2(quiet, stream)
     try:
-        said = {"function": by_function, "tests": by_tests}[given["kind"]](given, text)
+        said: float | str = {"function": by_function, "tests": by_tests}[given["kind"]](given, text)
     except BaseException as error:
         said = f"{type(error).__name__}: {error}"[:200]
     with contextlib.suppress(OSError):
@@ -67,7 +70,7 @@ def scored(given, text, out):
     os._exit(0)
 
 
-def watched(given, text):
+def watched(given: dict[str, Any], text: str) -> Any:
     """The score of a text, or the reason why there is none."""
     into, out = os.pipe()
     child = os.fork()
@@ -97,7 +100,8 @@ def watched(given, text):
         return "it ended without a score: it was killed, or ran out of memory"
 
 
-def main():
+def main() -> None:
+    """Scores what standard input gives."""
     given = json.load(sys.stdin)
     for text in given["texts"]:
         sys.stdout.write(json.dumps(watched(given, text)) + "\n")
