@@ -25,9 +25,16 @@ class Family(Policy):
         tensors: for each of our parameters (``{layer}`` stands for the layer's number) the tensors on disk that are
             stacked by rows to make it. ``{expert}`` in their names: one set of them for each index of our first
             dimension. Queries, keys and values have their own row counts; other tensors of a stack have equal ones.
+        transposed: those of our parameters whose matrices stand on disk with inputs as rows.
+        rank: of the families that can hold a model which comes from no folder, the one with the highest writes it.
+        example: keys of a config.json in which everything that the family has makes a difference, for its law; beside
+            those of :data:`~penstock.testing.transformers_peer.SHAPE`.
     """
 
     tensors: ClassVar[Mapping[str, tuple[str, ...]]]
+    transposed: ClassVar[frozenset[str]] = frozenset()
+    rank: ClassVar[int] = 0
+    example: ClassVar[Mapping[str, Any]] = {}
 
     def config_from_hub(self, hub: Mapping[str, Any]) -> DecoderConfig:
         """The shape that the contents of a config.json describe.
@@ -47,6 +54,11 @@ class Family(Policy):
         """
         raise NotImplementedError
 
+    def weight(self, name: str, config: DecoderConfig) -> str | None:
+        """What a tensor of a folder is called in :attr:`tensors`; None where the model has no use for it."""
+        # Frequencies that old versions of transformers stored; they follow from config.json.
+        return None if name.endswith("rotary_emb.inv_freq") else name
+
     def losses(self, config: DecoderConfig) -> list[str]:
         """The parts of ``config`` that do not survive the way to disk and back; none where a folder can hold it."""
         try:
@@ -59,10 +71,15 @@ class Family(Policy):
 def effective(config: DecoderConfig) -> dict[str, Any]:
     """``config`` as plain data in which models that compute the same look the same.
 
-    Windows and sparsity stand layer by layer, and the dense width is left out where no layer is dense.
+    Windows, rotation and sparsity stand layer by layer, and the dense width is left out where no layer is dense.
     """
-    data = config.model_dump(exclude={"windowed_layers", "moe"})
+    data = config.model_dump(exclude={"windowed_layers", "unrotated_layers", "rope", "local_rope", "moe"})
     data["window"] = [config.window_of(layer) for layer in range(config.layers)]
+    ropes = [config.rope_of(layer) for layer in range(config.layers)]
+    data["rope"] = ropes[0] if len(set(ropes)) == 1 else ropes
+    data["chunked"] &= any(data["window"])
+    if config.latent:
+        del data["kv_heads"], data["head_dim"]
     data["sparse"] = [config.sparse(layer) for layer in range(config.layers)]
     if config.moe and any(data["sparse"]):
         moe = config.moe.model_dump(exclude={"dense_layers"})
