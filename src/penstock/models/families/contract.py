@@ -17,7 +17,11 @@ class HubConfig(dict[str, Any]):
         raise ModelError(f"config.json lacks {key!r}")
 
 
-@contract("model.family", law="logits equal those of transformers' model of the same folder")
+@contract(
+    "model.family",
+    law="logits, at once and step by step, and gradients equal those of transformers' model of the same folder, and so "
+    "do the tokens that the engine says; a folder comes back byte for byte; what a family cannot hold it refuses",
+)
 class Family(Policy):
     """One family of models in Hugging Face folders; its name is their ``model_type``.
 

@@ -18,3 +18,4 @@ class Qwen3(Qwen2):
     fields = FIELDS | {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
     fixed: ClassVar[dict[str, Any]] = {"qk_norm": "head"}
     defaults: ClassVar[dict[str, Any]] = {"head_dim": 128, "attention_bias": False, **LAST_WINDOWS}
+    example: ClassVar[dict[str, Any]] = {**Qwen2.example, "attention_bias": True}
