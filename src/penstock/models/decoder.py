@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from penstock.core.randomness import torch_generator
 from penstock.models.attention import AttentionContext
-from penstock.models.config import DecoderConfig, MoEConfig, Temperature
+from penstock.models.config import DecoderConfig, LongRopeScaling, MoEConfig, Temperature
 from penstock.models.latent import LatentAttention
 from penstock.models.linear import Linear
 from penstock.models.norms import RMSNorm, norm, rms_norm
@@ -327,7 +327,8 @@ class Decoder(nn.Module):
     def expect(self, context: int) -> None:
         """From now on texts have no more than ``context`` tokens, by which LongRoPE chooses its factors; other models
         do not change. What was kept of texts before is void."""
-        self.rotary = Rotaries(self.config, context).to(self.embedding.weight.device)
+        if any(isinstance(rope.scaling, LongRopeScaling) for rope in self.config.ropes):
+            self.rotary = Rotaries(self.config, context).to(self.embedding.weight.device)
 
     def parameter_count(self) -> int:
         """Number of parameters, a tied matrix counted once."""

@@ -194,14 +194,14 @@ def check_needs(policy: PagedAttention, place: Place) -> None:
     courses = {
         "cap": Course(BRIEF, 2, 2, dim, 16, (None, 30), extras=Extras(cap=0.8)),
         "sinks": Course(BRIEF, 2, 2, dim, 16, (None, 30), threads=2, extras=Extras(sinks=sinks)),
-        "chunk": Course(BRIEF, 2, 2, dim, 16, (None,), extras=Extras(chunk=37)),
+        "chunk": Course(BRIEF, 2, 2, dim, 16, (None,), extras=Extras(chunk=24)),
         "latent": Course(BRIEF, 1, 4, dim, 16, (None,), latent=dim // 2),
     }
     for need, course in courses.items():
         if need in policy.knows:
             check_course(policy, place, dataclasses.replace(course, needs=frozenset({need})))
     if {"cap", "sinks", "chunk"} <= policy.knows:
-        everything = Extras(0.8, sinks, 37)
+        everything = Extras(0.8, sinks, 24)
         check_course(
             policy,
             place,

@@ -490,13 +490,9 @@ template <class T> struct Attention {
         for (int row = 0; row < tile.tokens * groups; ++row) {
             const int64_t token = tile.first_token + row / groups, head = tile.head * groups + row % groups;
             T *out = static_cast<T *>(tokens.out) + (token * heads + head) * dim;
-            A shrunk = 1 / state.weight[row];
-            if (tokens.sinks) {  // another key, whose value is nothing
-                const A sink = A(tokens.sinks[head] * LOG2E), top = std::max(sink, state.top[row]);
-                const A kept = std::exp2(state.top[row] - top);
-                shrunk = kept / (state.weight[row] * kept + std::exp2(sink - top));
-            }
-            for (int d = 0; d < dim; ++d) narrow(state.out[row * padded + d] * shrunk, out[d]);
+            A weight = state.weight[row];
+            if (tokens.sinks) weight += std::exp2(A(tokens.sinks[head] * LOG2E) - state.top[row]);
+            for (int d = 0; d < dim; ++d) narrow(state.out[row * padded + d] / weight, out[d]);
         }
     }
 
