@@ -60,8 +60,7 @@ class Family(Policy):
 
     def weight(self, name: str, config: DecoderConfig) -> str | None:
         """What a tensor of a folder is called in :attr:`tensors`; None where the model has no use for it."""
-        # Frequencies that old versions of transformers stored; they follow from config.json.
-        return None if name.endswith("rotary_emb.inv_freq") else name
+        return name
 
     def losses(self, config: DecoderConfig) -> list[str]:
         """The parts of ``config`` that do not survive the way to disk and back; none where a folder can hold it."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from torch import Tensor
 
 from penstock.core.errors import ModelError
-from penstock.models.formats.contract import Weights
+from penstock.models.formats.contract import Stored, Weights
 from penstock.ops.quantized.contract import Packed
 
 
@@ -24,7 +24,8 @@ class Renamed:
 
     def __init__(self, weights: Weights, named: Callable[[str], str | None]) -> None:
         self._weights, self._names = weights, {name: named(name) for name in weights.headers}
-        self.headers, self.dtypes = {}, weights.dtypes
+        self.headers: dict[str, Stored] = {}
+        self.dtypes = weights.dtypes
         for name, stored in weights.headers.items():
             here = self._names[name]
             if here in self.headers:
