@@ -71,7 +71,7 @@ class Operations:
             self._linear = [
                 torch.nn.Linear(model.hidden, heads * model.head_dim, bias=False),
                 torch.nn.Linear(model.heads * model.head_dim, model.hidden, bias=False),
-                FeedForward(model.hidden, model.ffn),
+                FeedForward(model, model.ffn),
             ]
         for module in self._linear:
             module.to(dtype)

@@ -8,12 +8,19 @@ shards and token trees differ in their context, never in the model.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from penstock.ops.attention import attend_packed_rows, attend_rows, attend_varlen, causal_mask
+from penstock.ops.attention import (
+    PLAIN,
+    Extras,
+    attend_packed_rows,
+    attend_rows,
+    attend_varlen,
+    causal_mask,
+)
 
 
 class AttentionContext(Protocol):
@@ -24,10 +31,26 @@ class AttentionContext(Protocol):
         """int64 [*T] (or broadcastable to it): the position of each token in its sequence."""
         ...
 
+    @property
+    def keeps(self) -> bool:
+        """Whether keys and values stay in memory for later tokens, so that less of them is better."""
+        ...
+
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        extras: Extras = PLAIN,
     ) -> Tensor:
-        """Attention in ``layer``: query [*T, H, D], key and value [*T, K, D], result [*T, H, D]."""
+        """Attention in ``layer``: query [*T, H, D], key [*T, K, D], value [*T, K, V], result [*T, H, V].
+
+        Where a context :attr:`keeps` them and V is not D, values are the first V numbers of the keys (latent
+        attention), and keys alone are kept."""
         ...
 
 
@@ -39,6 +62,7 @@ class CausalRows:
         positions: int64 [1, T].
     """
 
+    keeps: ClassVar[bool] = False
     positions: Tensor
 
     @classmethod
@@ -51,13 +75,21 @@ class CausalRows:
         return CausalRows(self.positions.to(device, non_blocking=True))
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        extras: Extras = PLAIN,
     ) -> Tensor:
         length = query.shape[1]
-        if window is None or window >= length:
-            return attend_rows(query, key, value, scale=scale, causal=True)
-        mask = causal_mask(self.positions, self.positions, window)
-        return attend_rows(query, key, value, scale=scale, mask=mask.unsqueeze(1))
+        if (window is None or window >= length) and (extras.chunk is None or extras.chunk >= length):
+            return attend_rows(query, key, value, scale=scale, causal=True, extras=extras)
+        mask = causal_mask(self.positions, self.positions, window, extras.chunk)
+        return attend_rows(query, key, value, scale=scale, mask=mask.unsqueeze(1), extras=extras)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +103,7 @@ class PackedRows:
             for all batches of a shape, however many documents they hold, unless those are very short: then it doubles.
     """
 
+    keeps: ClassVar[bool] = False
     documents: Tensor
     positions: Tensor
     boundaries: Tensor
@@ -97,10 +130,19 @@ class PackedRows:
         return PackedRows(*moved)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        extras: Extras = PLAIN,
     ) -> Tensor:
         length = query.shape[1]
-        if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
+        half = query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
+        if half and extras.none and query.shape[-1] == value.shape[-1]:
             out = attend_varlen(
                 query.flatten(0, 1),
                 key.flatten(0, 1),
@@ -112,8 +154,8 @@ class PackedRows:
             )
             return out.view(query.shape)
         same = self.documents.unsqueeze(-1) == self.documents.unsqueeze(-2)
-        mask = same & causal_mask(self.positions, self.positions, window)
-        return attend_packed_rows(query, key, value, mask.unsqueeze(1), scale=scale)
+        mask = same & causal_mask(self.positions, self.positions, window, extras.chunk)
+        return attend_packed_rows(query, key, value, mask.unsqueeze(1), scale=scale, extras=extras)
 
 
 def rows_of(documents: Tensor) -> CausalRows | PackedRows:
@@ -129,6 +171,8 @@ class CachedRows:
 
     Call :meth:`extend` before each forward pass with the number of new tokens.
     """
+
+    keeps: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
@@ -146,14 +190,22 @@ class CachedRows:
         return self._positions
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        extras: Extras = PLAIN,
     ) -> Tensor:
         if layer in self._cache:
             old_key, old_value = self._cache[layer]
             key, value = torch.cat([old_key, key], 1), torch.cat([old_value, value], 1)
         self._cache[layer] = (key, value)
-        if query.shape[1] == key.shape[1] and window is None:
-            return attend_rows(query, key, value, scale=scale, causal=True)
+        if query.shape[1] == key.shape[1] and window is None and extras.chunk is None:
+            return attend_rows(query, key, value, scale=scale, causal=True, extras=extras)
         every = torch.arange(key.shape[1], device=key.device).unsqueeze(0)
-        mask = causal_mask(self._positions, every, window)
-        return attend_rows(query, key, value, scale=scale, mask=mask.unsqueeze(1))
+        mask = causal_mask(self._positions, every, window, extras.chunk)
+        return attend_rows(query, key, value, scale=scale, mask=mask.unsqueeze(1), extras=extras)

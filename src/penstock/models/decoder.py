@@ -6,6 +6,7 @@ which tokens belong together. Nothing here knows about devices, caches, packing 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
@@ -16,11 +17,15 @@ from torch import Tensor, nn
 
 from penstock.core.randomness import torch_generator
 from penstock.models.attention import AttentionContext
-from penstock.models.config import DecoderConfig, MoEConfig
-from penstock.models.rotary import Rotary
+from penstock.models.config import DecoderConfig, LongRopeScaling, MoEConfig, Temperature
+from penstock.models.latent import LatentAttention
+from penstock.models.linear import Linear
+from penstock.models.norms import RMSNorm, norm, rms_norm
+from penstock.models.rotary import Rotaries, Turns
 from penstock.models.routers.contract import Routing
+from penstock.ops.activations import ACTIVATIONS, clamped_swiglu, gated
+from penstock.ops.attention import Extras
 from penstock.ops.experts import mixed_experts
-from penstock.ops.linear import linear
 from penstock.ops.rotary import rotate_heads
 
 
@@ -32,66 +37,83 @@ class Output(NamedTuple):
     balance: Tensor | None
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, with a learned scale."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
-
-class Linear(nn.Linear):
-    """A linear layer that multiplies few rows at the rate at which its weights can be read."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, and optional norms on queries and keys."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.window = config.window_of(layer)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        width = config.heads * config.head_dim
-        self.qkv = Linear(config.hidden, width + 2 * config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.qkv = Linear(config.hidden, width + 2 * kv_width, bias=config.qkv_bias)
         self.output = Linear(width, config.hidden, bias=config.output_bias)
-        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+        rope, self.norms, self.eps = config.rope_of(layer), config.qk_norm, config.norm_eps
+        self.interleaved = rope is not None and rope.interleaved
+        self.rope = None if rope is None else config.ropes.index(rope)
+        self.query_norm: RMSNorm
+        self.key_norm: RMSNorm
+        if config.qk_norm in ("head", "width"):
+            sizes = (width, kv_width) if config.qk_norm == "width" else (config.head_dim, config.head_dim)
+            self.query_norm, self.key_norm = (rms_norm(config, size) for size in sizes)
+        everywhere = not config.unrotated_layers
+        self.temperature = config.temperature if everywhere or rope is None else None
+
+        window = config.window_of(layer)
+        self.scale, self.window = config.scale, None if config.chunked else window
+        self.cap, self.chunk = config.attention_cap, window if config.chunked else None
+        self.sinks = nn.Parameter(torch.zeros(config.heads)) if config.sinks else None
+
+    def forward(self, x: Tensor, rotary: Turns, context: AttentionContext) -> Tensor:
         """What tokens [*T, hidden] take from each other, [*T, H * D]; ``output`` brings it back to [*T, hidden]."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), -2)
-        query, key = self.rotate(query, key, rotary)
-        out = context.attend(self.layer, query, key, value, scale=self.head_dim**-0.5, window=self.window)
+        if self.norms == "width":
+            query, key = self.norm_widths(query, key)
+        if self.rope is not None:
+            query, key = self.rotate(query, key, rotary[self.rope])
+        elif self.norms == "head":
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.temperature is not None:
+            query = query * heat(self.temperature, context.positions)[..., None, None].to(query.dtype)
+        extras = Extras(self.cap, self.sinks, self.chunk)
+        out = context.attend(self.layer, query, key, value, scale=self.scale, window=self.window, extras=extras)
         return out.flatten(-2)
 
-    def rotate(self, query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries [*T, H, D] and keys [*T, K, D], normed if the model norms them, turned by their positions."""
-        scales, eps = None, 0.0
-        if self.query_norm is not None and self.key_norm is not None:
-            scales, eps = (self.query_norm.weight, self.key_norm.weight), self.query_norm.eps
-        return rotate_heads(query, key, *rotary, scales, eps)
+    def norm_widths(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [*T, H, D] and keys [*T, K, D], each normed over all of their heads."""
+        normed = self.query_norm(query.flatten(-2)), self.key_norm(key.flatten(-2))
+        query, key = (each.unflatten(-1, (-1, self.head_dim)) for each in normed)
+        return query, key
+
+    def rotate(self, query: Tensor, key: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries [*T, H, D] and keys [*T, K, D] turned by their positions, and normed before that or after it if the
+        model norms each head."""
+        scales = (self.query_norm.scale, self.key_norm.scale) if self.norms == "head" else None
+        query, key = rotate_heads(query, key, *turns, scales, self.eps, self.interleaved)
+        if self.norms == "turned":
+            query, key = (F.rms_norm(each, (self.head_dim,), eps=self.eps) for each in (query, key))
+        return query, key
+
+
+def heat(temperature: Temperature, positions: Tensor) -> Tensor:
+    """What queries at ``positions`` are multiplied by, float32 in the same shape."""
+    spans = torch.floor((positions.float() + temperature.shift) / temperature.span)
+    return 1.0 + temperature.scale * torch.log1p(spans)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), gate and up as one matrix."""
+    """Gated: down(activation(gate(x)) * up(x)), gate and up as one matrix (SwiGLU, where that is silu); or
+    down(activation(gate(x)))."""
 
-    def __init__(self, hidden: int, ffn: int, bias: bool = False) -> None:
+    def __init__(self, config: DecoderConfig, ffn: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_up = Linear(hidden, 2 * ffn, bias=bias)
-        self.down = Linear(ffn, hidden, bias=bias)
+        self.activation = gated(config.activation) if config.gated else ACTIVATIONS[config.activation]
+        self.gate_up = Linear(config.hidden, (2 if config.gated else 1) * ffn, bias=bias)
+        self.down = Linear(ffn, config.hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        out: Tensor = self.down(F.silu(gate) * up)
+        out: Tensor = self.down(self.activation(self.gate_up(x)))
         return out
 
 
@@ -115,11 +137,16 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.policy = moe.router
         self.experts = moe.experts
-        self.router = Linear(config.hidden, moe.experts, bias=False)
+        clamp = moe.clamp
+        self.activation = functools.partial(clamped_swiglu, limit=clamp) if clamp else gated(config.activation)
+        self.weigh_inputs = moe.weigh_inputs
+        self.router = Linear(config.hidden, moe.experts, bias=moe.router_bias)
         self.gate_up = nn.Parameter(torch.empty(moe.experts, 2 * moe.ffn, config.hidden))
         self.down = nn.Parameter(torch.empty(moe.experts, config.hidden, moe.ffn))
+        self.gate_up_bias = nn.Parameter(torch.zeros(moe.experts, 2 * moe.ffn)) if moe.expert_bias else None
+        self.down_bias = nn.Parameter(torch.zeros(moe.experts, config.hidden)) if moe.expert_bias else None
         self.selection_bias = nn.Parameter(torch.zeros(moe.experts), requires_grad=False) if moe.router.biased else None
-        self.shared = FeedForward(config.hidden, moe.shared_ffn) if moe.shared_ffn else None
+        self.shared = FeedForward(config, moe.shared_ffn) if moe.shared_ffn else None
         self.shared_gate = Linear(config.hidden, 1, bias=False) if moe.shared_gate else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +171,17 @@ class MixtureOfExperts(nn.Module):
 
     def mixed(self, flat: Tensor, routing: Routing) -> Tensor:
         """What their experts make of the tokens [N, hidden], added up."""
-        return mixed_experts(flat, routing.experts, routing.weights, self.gate_up, self.down)
+        biases = None if self.gate_up_bias is None or self.down_bias is None else (self.gate_up_bias, self.down_bias)
+        return mixed_experts(
+            flat,
+            routing.experts,
+            routing.weights,
+            self.gate_up,
+            self.down,
+            activation=self.activation,
+            biases=biases,
+            weigh_inputs=self.weigh_inputs,
+        )
 
     def share(self, flat: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
         """The weight of the shared expert for each token: [N, 1]."""
@@ -152,38 +189,58 @@ class MixtureOfExperts(nn.Module):
 
 
 class Layer(nn.Module):
-    """One pre-norm transformer layer."""
+    """One transformer layer: attention and feed-forward, each added to what came in."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
-        self.attention = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.hidden, config.norm_eps)
+        before, after = config.norm_place != "after", config.norm_place in ("after", "both")
+        self.parallel, self.residual_scale = config.norm_place == "parallel", config.residual_scale
+        self.attention_norm = norm(config) if before else None
+        self.attention = (
+            Attention(config, layer) if config.latent is None else LatentAttention(config, config.latent, layer)
+        )
+        self.attended_norm = norm(config) if after else None
+        self.mlp_norm = norm(config) if before and not self.parallel else None
         self.mlp: FeedForward | MixtureOfExperts
         if config.moe and config.sparse(layer):
             self.mlp = MixtureOfExperts(config, config.moe)
         else:
-            self.mlp = FeedForward(config.hidden, config.ffn, config.mlp_bias)
+            self.mlp = FeedForward(config, config.ffn, config.mlp_bias)
+        self.fed_norm = norm(config) if after else None
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, rotary: Turns, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """The hidden states after the layer, and its loss for balance if it is sparse."""
         return self.finish(x, self.attend(x, rotary, context))
 
-    def attend(self, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
-        """What the attention of the layer finds, before it is projected: [*T, H * D]."""
-        found: Tensor = self.attention(self.attention_norm(x), rotary, context)
+    def attend(self, x: Tensor, rotary: Turns, context: AttentionContext) -> Tensor:
+        """What the attention of the layer finds, before it is projected: [*T, H * V]."""
+        found: Tensor = self.attention(_normed(self.attention_norm, x), rotary, context)
         return found
 
     def finish(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor | None]:
         """The rest of the layer, in which each token is alone."""
-        x = x + self.attention.output(attended)
-        normed = self.mlp_norm(x)
+        found = self.scaled(_normed(self.attended_norm, self.attention.output(attended)))
+        if self.parallel:
+            # Computed once more, which is cheaper than to carry it along.
+            fed = _normed(self.attention_norm, x)
+            x = x + found
+        else:
+            x = x + found
+            fed = _normed(self.mlp_norm, x)
+        balance: Tensor | None = None
         if isinstance(self.mlp, MixtureOfExperts):
-            out, balance = self.mlp(normed)
-            return x + out, balance
-        return x + self.mlp(normed), None
+            out, balance = self.mlp(fed)
+        else:
+            out = self.mlp(fed)
+        return x + self.scaled(_normed(self.fed_norm, out)), balance
+
+    def scaled(self, block: Tensor) -> Tensor:
+        """What a block adds to the residual stream."""
+        return block if self.residual_scale == 1 else block * self.residual_scale
+
+
+def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
 
 
 class Decoder(nn.Module):
@@ -202,30 +259,48 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.hidden)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
-        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        if config.learned_positions:
+            self.position_embedding = nn.Embedding(config.context, config.hidden)
+        self.norm = norm(config)
         self.head = Linear(config.hidden, config.vocabulary, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
-        self.rotary = Rotary(config)
+        self.rotary = Rotaries(config, config.context)
 
     def forward(self, tokens: Tensor, context: AttentionContext) -> Output:
         """Hidden states of ``tokens`` (integers [*T]) under ``context``."""
         x, _, balance = self._through(self.layers, tokens, context)
-        return Output(self.norm(x), balance)
+        return Output(self.finish(x), balance)
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What the first layer takes in for ``tokens`` (integers [*T]) at ``positions``: [*T, hidden]."""
+        x: Tensor = self.embedding(tokens)
+        if self.config.embedding_scale != 1:
+            # Rounded to the weights' dtype before it multiplies, as the models with such a scale were trained.
+            x = x * x.new_full((), self.config.embedding_scale)
+        if self.config.learned_positions:
+            x = x + self.position_embedding(positions)
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Hidden states [*T, hidden] after the last norm, scaled so that their products with the head's rows are the
+        logits, from those after the last layer."""
+        x = self.norm(x)
+        return x if self.config.logits_scale == 1 else x * self.config.logits_scale
 
     def trunk(self, tokens: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """The forward pass up to the attention of the last layer, where tokens look at each other for the last time.
         :meth:`tip` goes on from there, with those tokens alone whose hidden states are wanted.
 
         Returns:
-            The hidden states before the last layer [*T, hidden], and what its attention found [*T, heads * head_dim].
+            The hidden states before the last layer [*T, hidden], and what its attention found [*T, config.attended].
         """
         x, rotary, _ = self._through(self.layers[:-1], tokens, context)
         return x, self._last.attend(x, rotary, context)
 
     def tip(self, x: Tensor, attended: Tensor) -> Tensor:
         """Hidden states [*T, hidden], as of the forward pass, from what :meth:`trunk` gave for the same tokens."""
-        return self.norm(self._last.finish(x, attended)[0])  # type: ignore[no-any-return]
+        return self.finish(self._last.finish(x, attended)[0])
 
     @property
     def _last(self) -> Layer:
@@ -233,8 +308,8 @@ class Decoder(nn.Module):
 
     def _through(
         self, layers: Iterable[nn.Module], tokens: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-        x = self.embedding(tokens)
+    ) -> tuple[Tensor, Turns, Tensor | None]:
+        x = self.embed(tokens, context.positions)
         rotary = self.rotary(context.positions, x.dtype)
         balance: Tensor | None = None
         for layer in layers:
@@ -246,7 +321,14 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token [*T, vocabulary] from hidden states [*T, hidden]."""
         scores: Tensor = self.head(hidden)
-        return scores
+        cap = self.config.logits_cap
+        return scores if cap is None else cap * torch.tanh(scores / cap)
+
+    def expect(self, context: int) -> None:
+        """From now on texts have no more than ``context`` tokens, by which LongRoPE chooses its factors; other models
+        do not change. What was kept of texts before is void."""
+        if any(isinstance(rope.scaling, LongRopeScaling) for rope in self.config.ropes):
+            self.rotary = Rotaries(self.config, context).to(self.embedding.weight.device)
 
     def parameter_count(self) -> int:
         """Number of parameters, a tied matrix counted once."""
@@ -259,7 +341,7 @@ class Decoder(nn.Module):
         """
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if self.config.norm == "rms_offset" else 1.0)
             elif parameter.dim() == 1:
                 parameter.zero_()
             else:

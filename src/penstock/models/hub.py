@@ -23,11 +23,14 @@ from penstock.core.files import atomic_folder, explain_os_errors, fsync_director
 from penstock.models.blank import without_weights
 from penstock.models.companions import GENERATION
 from penstock.models.config import DecoderConfig
-from penstock.models.decoder import Decoder, Linear
+from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family, effective
-from penstock.models.families.mapping import placed, views_on
+from penstock.models.families.mapping import general, placed, views_on
+from penstock.models.families.nearest import nearest_family
 from penstock.models.formats.contract import GGUF, GGUF_INDEX, Weights
+from penstock.models.formats.renamed import Renamed
 from penstock.models.formats.safetensors import STORED, WEIGHTS, WEIGHTS_INDEX, Safetensors
+from penstock.models.linear import Linear
 from penstock.models.quantized import QuantizedLinear
 from penstock.policy import create, index
 
@@ -178,12 +181,30 @@ def _read(folder: Path) -> tuple[Family, DecoderConfig, dict[str, Any]]:
         raise ModelError(f"{path} is not a table of keys and values")
     kind, families = hub.get("model_type"), index().names(CONTRACT)
     if kind not in families:
-        raise ModelError(f"{path}: the model_type {kind!r} is not supported", hint=f"Families: {', '.join(families)}.")
+        raise ModelError(f"{path}: the model_type {kind!r} is not supported", hint=_alternatives(folder, hub))
     family = _family(kind)
     try:
         return family, family.config_from_hub(hub), hub
     except ModelError as error:
         raise ModelError(f"{path}: {error.what}", hint=error.hint) from error
+
+
+def _alternatives(folder: Path, hub: dict[str, Any]) -> str:
+    """What a folder of an unknown family might be read as."""
+    families = [_family(name) for name in index().names(CONTRACT)]
+    known = f"Families: {', '.join(each.policy_name for each in families)}."
+    try:
+        shapes = {name: stored.shape for name, stored in _stored(folder, hub).headers.items()}
+    except ModelError:
+        return known
+    found = nearest_family(families, hub, shapes)
+    if found is None:
+        return known
+    name, differing = found
+    if not differing:
+        return f"Its weights are those of {name!r}: if it computes the same, set model_type to {name!r} in {CONFIG}."
+    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+    return f"The nearest family is {name!r}, but for {', '.join(differing[:3])}{more}. {known}"
 
 
 def _family(name: str) -> Family:
@@ -216,7 +237,7 @@ def load_for_inference(
 def _load(source: str | Path, device: torch.device, dtype: torch.dtype | None, packed: bool) -> Decoder:
     folder = resolve(source)
     family, config, hub = _read(folder)
-    weights = _weights(folder, hub)
+    weights = _weights(folder, family, config, hub)
     with without_weights():
         decoder = Decoder(config)
     _check(folder, weights, views_on(decoder, family), _tied_head(config, family))
@@ -232,8 +253,8 @@ def _load(source: str | Path, device: torch.device, dtype: torch.dtype | None, p
 def dtype_of(source: str | Path) -> torch.dtype:
     """The dtype that a model folder states, or else that of its stored tensors; ``source`` as in :func:`resolve`."""
     folder = resolve(source)
-    _, _, hub = _read(folder)
-    return _dtype(folder, hub, _weights(folder, hub))
+    family, config, hub = _read(folder)
+    return _dtype(folder, hub, _weights(folder, family, config, hub))
 
 
 def import_state(decoder: Decoder, folder: Path) -> None:
@@ -248,12 +269,17 @@ def import_state(decoder: Decoder, folder: Path) -> None:
     if there != here:
         differing = ", ".join(sorted(key for key in {*there, *here} if there.get(key) != here.get(key)))
         raise ModelError(f"{folder} holds another model than this one: they differ in {differing}")
-    weights = _weights(folder, hub)
+    weights = _weights(folder, family, config, hub)
     _check(folder, weights, views_on(decoder, family), _tied_head(config, family))
     _fill(decoder, family, weights)
 
 
-def _weights(folder: Path, hub: dict[str, Any]) -> Weights:
+def _weights(folder: Path, family: Family, config: DecoderConfig, hub: dict[str, Any]) -> Weights:
+    """The weights of a folder by their names in ``family``."""
+    return Renamed(_stored(folder, hub), lambda name: family.weight(name, config))
+
+
+def _stored(folder: Path, hub: dict[str, Any]) -> Weights:
     """The weights of a folder, in whichever format."""
     if (folder / GGUF_INDEX).is_file():
         from penstock.models.formats.gguf import Gguf
@@ -331,7 +357,8 @@ def _keep_packed(decoder: Decoder, family: Family, weights: Weights) -> None:
         stacks["head"] = stacks["embedding"]
     for name, module in list(decoder.named_modules()):
         stack = stacks.get(name, [])
-        if type(module) is Linear and stack and all(hub in weights.quantized for hub in stack):
+        whole = type(module) is Linear and general(f"{name}.weight") not in family.transposed
+        if whole and stack and all(hub in weights.quantized for hub in stack):
             pieces = dict(weights.packed(stack))
             for hub in stack:
                 _same_shape(hub, weights, pieces[hub].shape, shapes[hub])
@@ -363,22 +390,23 @@ def _fill(decoder: Decoder, family: Family, weights: Weights) -> None:
 
 def family_of(decoder: Decoder, family: str | None = None) -> Family:
     """The family that a decoder is saved in: the one asked for, or, of those that can express it, the one that it was
-    loaded from, or else the first by name.
+    loaded from, or else the one with the highest rank.
 
     Raises:
         UsageError: there is no family of that name.
-        ModelError: it cannot be expressed; the message says by which family what is lost.
+        ModelError: it cannot be expressed; the message says what is lost, by the families that lose least.
     """
-    names = [family] if family else index().names(CONTRACT)
-    if family is None and (origin := _origin(decoder)):
-        names = [origin.family, *names]
-    losses = {name: _family(name).losses(decoder.config) for name in names}
-    for name, lost in losses.items():
-        if not lost:
-            return _family(name)
+    families = [_family(name) for name in ([family] if family else index().names(CONTRACT))]
+    origin = _origin(decoder)
+    families.sort(key=lambda each: (origin is not None and each.policy_name == origin.family, each.rank), reverse=True)
+    losses = {each.policy_name: each.losses(decoder.config) for each in families}
+    for each in families:
+        if not losses[each.policy_name]:
+            return each
+    nearest_ones = sorted(losses.items(), key=lambda item: len(item[1]))[:3]
     raise ModelError(
         "no Hugging Face folder can express this model; what stands in the way: "
-        + "; ".join(f"as {name}, {', '.join(lost)}" for name, lost in losses.items())
+        + "; ".join(f"as {name}, {', '.join(lost)}" for name, lost in nearest_ones)
     )
 
 

@@ -7,7 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from penstock.models.decoder import Attention, Decoder, FeedForward, Linear, MixtureOfExperts, RMSNorm
+from penstock.core.errors import UsageError
+from penstock.models.decoder import Attention, Decoder, FeedForward, MixtureOfExperts
+from penstock.models.linear import Linear
+from penstock.models.norms import RMSNorm
 from penstock.models.rotary import Rotary
 from penstock.models.routers.contract import Routing
 from penstock.ops.experts import by_expert, gathered
@@ -33,7 +36,18 @@ def make_invariant(model: Decoder) -> Decoder:
     preemption; nor, on CPUs, on the number of threads.
 
     It costs the choice of the fastest kernel for each number of rows. There are no gradients.
+
+    Raises:
+        UsageError: the model has parts whose sums are not known to be in one order.
     """
+    config, moe = model.config, model.config.moe
+    unknown = [name for name, usual in USUAL.items() if getattr(config, name) not in usual]
+    unknown += [f"moe.{name}" for name in ("expert_bias", "clamp", "weigh_inputs") if moe and getattr(moe, name)]
+    if unknown:
+        raise UsageError(
+            f"a model with such {', '.join(unknown)} cannot be computed with the same bits in any batch",
+            hint="Leave out deterministic.",
+        )
     for module in model.modules():
         kind = KINDS.get(type(module))
         if kind is not None:
@@ -65,12 +79,12 @@ class InvariantRotary(Rotary):
 class InvariantAttention(Attention):
     """Attention whose norms of queries and keys have sums in one order."""
 
-    def rotate(self, query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def rotate(self, query: Tensor, key: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if query.is_cuda:  # one kernel, with a program for each token
-            return super().rotate(query, key, rotary)
-        if self.query_norm is not None and self.key_norm is not None:
+            return super().rotate(query, key, turns)
+        if self.norms == "head":
             query, key = self.query_norm(query), self.key_norm(key)
-        return rotate(query, *rotary), rotate(key, *rotary)
+        return rotate(query, *turns, self.interleaved), rotate(key, *turns, self.interleaved)
 
 
 class InvariantFeedForward(FeedForward):
@@ -104,6 +118,17 @@ class InvariantExperts(MixtureOfExperts):
     def share(self, flat: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
         return in_pieces(lambda rows: (rows.sigmoid(),), gate(flat))[0]
 
+
+#: What a model that can be made invariant may have: all else would be computed by kernels that depend on the batch.
+USUAL: dict[str, tuple[object, ...]] = {
+    "norm": ("rms",),
+    "qk_norm": (None, "head"),
+    "latent": (None,),
+    "temperature": (None,),
+    "activation": ("silu",),
+    "gated": (True,),
+    "logits_cap": (None,),
+}
 
 #: What each module becomes.
 KINDS: dict[type[nn.Module], type[nn.Module]] = {

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, Su et al. 2021) with linear, Llama-3 and YaRN scaling."""
+"""Rotary position embedding (RoFormer, Su et al. 2021) with linear, Llama-3, YaRN and LongRoPE scaling."""
 
 from __future__ import annotations
 
@@ -8,19 +8,35 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from penstock.models.config import DecoderConfig, LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from penstock.models.config import (
+    DecoderConfig,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeConfig,
+    YarnScaling,
+)
+
+#: Cosines and sines of tokens, each [*T, 1, turned / 2], for each of a model's rotary embeddings.
+Turns = tuple[tuple[Tensor, Tensor], ...]
 
 
 class Rotary(nn.Module):
-    """Cosines and sines for positions. The frequencies stay float32 whatever the model is cast to."""
+    """Cosines and sines for positions. The frequencies stay float32 whatever the model is cast to.
+
+    Args:
+        rope: the embedding.
+        turned: how many numbers of a head it turns.
+        context: the longest text, which LongRoPE asks for.
+    """
 
     frequencies: Tensor
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, rope: RopeConfig, turned: int, context: int) -> None:
         super().__init__()
         # Real memory even under a meta device: loading fills parameters only.
         with torch.device("cpu"):
-            frequencies, self.magnitude = scaled_frequencies(config.rope, config.head_dim)
+            frequencies, self.magnitude = scaled_frequencies(rope, turned, context)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
@@ -31,7 +47,7 @@ class Rotary(nn.Module):
         return self
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [*T, 1, head_dim / 2] in ``dtype``, for ``positions`` [*T]."""
+        """(cos, sin), each [*T, 1, turned / 2] in ``dtype``, for ``positions`` [*T]."""
         angles = positions.unsqueeze(-1).float() * self.frequencies
         cos, sin = (turn * self.magnitude for turn in self.turns(angles))
         return cos.unsqueeze(-2).to(dtype), sin.unsqueeze(-2).to(dtype)
@@ -41,9 +57,21 @@ class Rotary(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def scaled_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
-    """Angular frequencies, float32 [dim / 2], and the factor on cosines and sines."""
-    frequencies = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+class Rotaries(nn.ModuleList):
+    """The rotary embeddings of a model, in the order of ``config.ropes``, for texts of up to ``context`` tokens."""
+
+    def __init__(self, config: DecoderConfig, context: int) -> None:
+        super().__init__(Rotary(rope, config.rotated_of(rope), context) for rope in config.ropes)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Turns:
+        """What each gives for ``positions`` [*T]."""
+        return tuple(rotary(positions, dtype) for rotary in self)
+
+
+def scaled_frequencies(rope: RopeConfig, dim: int, context: int) -> tuple[Tensor, float]:
+    """Angular frequencies, float32 [dim / 2], and the factor on cosines and sines, for texts of up to ``context``."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    frequencies = 1.0 / rope.theta**exponents
     match rope.scaling:
         case LinearScaling(factor=factor):
             return frequencies / factor, 1.0
@@ -51,6 +79,9 @@ def scaled_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
             return _llama3(frequencies, scaling), 1.0
         case YarnScaling() as scaling:
             return _yarn(frequencies, rope.theta, dim, scaling), _yarn_magnitude(scaling)
+        case LongRopeScaling() as scaling:
+            factors = scaling.long if context > scaling.original_context else scaling.short
+            return 1.0 / (torch.tensor(factors, dtype=torch.float32) * rope.theta**exponents), scaling.attention_factor
         case _:
             return frequencies, 1.0
 
@@ -84,11 +115,13 @@ def _yarn(frequencies: Tensor, theta: float, dim: int, scaling: YarnScaling) -> 
 
 
 def _yarn_magnitude(scaling: YarnScaling) -> float:
-    def magnitude(weight: float) -> float:
-        return 1.0 if scaling.factor <= 1 else 0.1 * weight * math.log(scaling.factor) + 1.0
-
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     if scaling.mscale and scaling.mscale_all_dim:
-        return magnitude(scaling.mscale) / magnitude(scaling.mscale_all_dim)
-    return magnitude(1.0)
+        return yarn_magnitude(scaling.factor, scaling.mscale) / yarn_magnitude(scaling.factor, scaling.mscale_all_dim)
+    return yarn_magnitude(scaling.factor)
+
+
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """By how much YaRN makes queries, or keys, larger where positions are stretched by ``factor``."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

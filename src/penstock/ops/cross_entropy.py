@@ -12,7 +12,9 @@ from torch import Tensor
 IGNORE = -100
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 2048) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 2048, cap: float | None = None
+) -> Tensor:
     """Summed cross-entropy of ``hidden @ weight.T`` against ``targets``, in nats.
 
     Where gradients are wanted they are computed in the forward pass, chunk by chunk, while each chunk's logits exist:
@@ -23,27 +25,28 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chu
         weight: [V, D].
         targets: int64 [N]; :data:`IGNORE` marks tokens that count nothing.
         chunk: tokens at a time.
+        cap: logits x become cap tanh(x / cap).
 
     Returns:
         A scalar, float32 (float64 for float64 inputs). Divide by the number of predicted tokens for the mean.
     """
     if torch.is_grad_enabled():
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk)  # type: ignore[no-untyped-call]
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, cap)  # type: ignore[no-untyped-call]
         return loss
     pieces = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
-    return torch.stack([_Scored.of(F.linear(rows, weight), wanted).loss() for rows, wanted in pieces]).sum()
+    return torch.stack([_Scored.of(F.linear(rows, weight), wanted, cap).loss() for rows, wanted in pieces]).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, cap: float | None) -> Tensor:
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=accumulate, device=hidden.device)
         grads_hidden = []
         grad_weight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device)
         for rows, wanted in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
             logits = F.linear(rows, weight)
-            scored = _Scored.of(logits, wanted)
+            scored = _Scored.of(logits, wanted, cap)
             loss = loss + scored.loss()
             grad_logits = scored.gradient().to(logits.dtype)
             grads_hidden.append(grad_logits @ weight)
@@ -52,9 +55,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None
 
 
 class _Scored(NamedTuple):
@@ -64,12 +67,15 @@ class _Scored(NamedTuple):
     normalizer: Tensor
     labels: Tensor
     counted: Tensor
+    cap: float | None
 
     @classmethod
-    def of(cls, logits: Tensor, targets: Tensor) -> _Scored:
+    def of(cls, logits: Tensor, targets: Tensor, cap: float | None) -> _Scored:
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if cap is not None:
+            scores = cap * torch.tanh(scores / cap)
         labels = targets.clamp(min=0).unsqueeze(1)
-        return cls(scores, scores.logsumexp(1, keepdim=True), labels, targets != IGNORE)
+        return cls(scores, scores.logsumexp(1, keepdim=True), labels, targets != IGNORE, cap)
 
     def loss(self) -> Tensor:
         """The summed cross-entropy."""
@@ -79,4 +85,6 @@ class _Scored(NamedTuple):
         """Its gradient in the logits."""
         wanted = torch.arange(self.scores.shape[1], device=self.scores.device) == self.labels
         gradient = (self.scores - self.normalizer).exp() - wanted.to(self.scores.dtype)
+        if self.cap is not None:
+            gradient = gradient * (1 - (self.scores / self.cap).square())
         return gradient * self.counted.unsqueeze(1)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
+from penstock.ops.activations import Activation, swiglu
 from penstock.ops.grouped import grouped_linear
 
 
@@ -28,7 +29,17 @@ def by_expert(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return chosen.argsort(stable=True), F.one_hot(chosen, count).sum(0).cumsum(0).to(torch.int32)
 
 
-def mixed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def mixed_experts(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    activation: Activation = swiglu,
+    biases: tuple[Tensor, Tensor] | None = None,
+    weigh_inputs: bool = False,
+) -> Tensor:
     """What the experts of each token make of it, added up with their weights, in the router's order: the same sum every
     time, which adding from the experts' side is not on CUDA.
 
@@ -38,17 +49,27 @@ def mixed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, 
         weights: [N, k], of each of these.
         gate_up: [E, 2 * ffn, hidden].
         down: [E, hidden, ffn].
+        activation: [*, 2 * ffn] to [*, ffn].
+        biases: of the two products, [E, 2 * ffn] and [E, hidden].
+        weigh_inputs: multiplies what goes into an expert by its weight, instead of what comes out.
 
     Returns:
         [N, hidden].
     """
     gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
-    if x.is_cuda and x.dtype == torch.bfloat16 and not _wants_grad(x, weights, gate_up, down):
+    plain = activation is swiglu and biases is None and not weigh_inputs
+    if plain and x.is_cuda and x.dtype == torch.bfloat16 and not _wants_grad(x, weights, gate_up, down):
         each: Tensor = _weighted(x, experts, weights, gate_up, down)
         return each.sum(1)
     order, ends = by_expert(experts, len(gate_up))
-    gate, up = grouped_linear(x[order // experts.shape[1]], gate_up, ends).chunk(2, -1)
-    return gathered(grouped_linear(F.silu(gate) * up, down, ends), order, weights)
+    rows = x[order // experts.shape[1]]
+    if weigh_inputs:
+        rows = rows * weights.flatten()[order].unsqueeze(1).to(rows.dtype)
+        weights = torch.ones_like(weights)
+    first, second = (None, None) if biases is None else (bias.to(x.dtype)[experts.flatten()[order]] for bias in biases)
+    hidden = grouped_linear(rows, gate_up, ends)
+    found = grouped_linear(activation(hidden if first is None else hidden + first), down, ends)
+    return gathered(found if second is None else found + second, order, weights)
 
 
 def gathered(found: Tensor, order: Tensor, weights: Tensor) -> Tensor:

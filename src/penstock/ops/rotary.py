@@ -7,26 +7,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x_i, x_{i + D/2}) of ``x`` [*T, H, D] by their angles."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Turns pairs among the first ``turned`` numbers of each head of ``x`` [*T, H, D] by their angles, and leaves the
+    others as they are.
+
+    Args:
+        cos, sin: of the angles, [*T, 1, turned / 2] or broadcastable to it.
+        interleaved: the pairs are neighbours, (x_2i, x_2i+1), and not (x_i, x_{i + turned / 2}).
+    """
+    turned = 2 * cos.shape[-1]
+    if turned < x.shape[-1]:
+        return torch.cat([rotate(x[..., :turned], cos, sin, interleaved), x[..., turned:]], -1)
+    if interleaved:
+        a, b = x[..., ::2], x[..., 1::2]
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def rotate_heads(
-    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, scales: tuple[Tensor, Tensor] | None = None, eps: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scales: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``query`` [*T, H, D] and ``key`` [*T, K, D], normed by root-mean-square over each head and multiplied by
     ``scales`` (of queries and keys, [D] each) where there are any, then turned by their positions.
 
-    On CUDA, where no gradient is wanted, one kernel reads and writes all of it once, and computes in float32 (float64
-    is left to PyTorch).
+    On CUDA, where no gradient is wanted and whole heads are turned by halves, one kernel reads and writes all of it
+    once, and computes in float32 (float64 is left to PyTorch).
 
     Args:
-        cos, sin: of the angles, [*T, 1, D / 2] or broadcastable to it.
+        cos, sin, interleaved: see :func:`rotate`.
         eps: added to the mean square.
     """
-    if query.is_cuda and query.dtype is not torch.float64 and not torch.is_grad_enabled():
+    plain = not interleaved and 2 * cos.shape[-1] == query.shape[-1]
+    if plain and query.is_cuda and query.dtype is not torch.float64 and not torch.is_grad_enabled():
         from penstock.ops.rotary_kernel import rotate_both
 
         return rotate_both(query, key, cos, sin, scales, eps)
@@ -34,4 +53,4 @@ def rotate_heads(
         query, key = (
             F.rms_norm(x, scale.shape, scale.to(x.dtype), eps) for x, scale in zip((query, key), scales, strict=True)
         )
-    return rotate(query, cos, sin), rotate(key, cos, sin)
+    return rotate(query, cos, sin, interleaved), rotate(key, cos, sin, interleaved)

@@ -36,8 +36,8 @@ class DecodeCost:
         return cls(
             hardware,
             weights=width * model.stored_parameters(),
-            cache=2 * width * model.layers * model.kv_heads * model.head_dim * length,
-            flops=2 * model.matmul_parameters() + 4 * model.heads * model.head_dim * sum(kept),
+            cache=width * model.layers * model.kept * length,
+            flops=2 * model.matmul_parameters() + model.pair_flops * sum(kept),
         )
 
     def seconds(self, batch: int) -> float:

@@ -170,8 +170,8 @@ class StepCost:
             inner=Matrix(2 * inner, width * inner),
             outer=Matrix(2 * (multiplied - inner), width * (stored - inner)),
             head=Matrix(2 * head, width * head),
-            token_bytes=2 * width * model.kv_heads * model.head_dim,
-            pair_flops=4 * model.heads * model.head_dim,
+            token_bytes=width * model.kept,
+            pair_flops=model.pair_flops,
             rates=rates,
         )
 

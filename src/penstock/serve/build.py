@@ -16,6 +16,7 @@ from penstock.core.devices import DeviceMemory, can_compile, inference_dtype, pi
 from penstock.core.errors import PenstockError, UsageError
 from penstock.core.progress import Reporter, silent
 from penstock.models import hub
+from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.invariant import make_invariant
 from penstock.ops.paged.contract import CacheShape, PagedAttention
@@ -154,9 +155,11 @@ def build_runners(
         kinds.append(_drafting_kind(config))
     runners = []
     with explained_shortage():
-        for each, (backend, shape), context, kind in zip(models, opened, contexts, kinds, strict=True):
-            # One more than sequences use: the runner's own.
-            memory = backend.open(dataclasses.replace(shape, blocks=blocks + 1))
+        # One more than sequences use: the runner's own.
+        memories = [backend.open(dataclasses.replace(shape, blocks=blocks + 1)) for backend, shape in opened]
+        # There are no graphs with a plain backend that was taken since no other knows the model's attention.
+        compiled = compiled and (config.attention is not None or all(memory.fix([], 0) for memory in memories))
+        for each, memory, context, kind in zip(models, memories, contexts, kinds, strict=True):
             runners.append(Runner(each, memory, config.sequences, context, **kind))
             if compiled:
                 runners[-1].compile(config.budget(device), report)
@@ -192,35 +195,57 @@ def _drafting_kind(config: EngineConfig) -> dict[str, Any]:
 def _opened(model: Decoder, config: EngineConfig, report: Reporter) -> tuple[PagedAttention, CacheShape]:
     """What a cache for ``model`` is opened by, and its shape but for the number of blocks."""
     weight, shape = model.embedding.weight, model.config
+    model.expect(min(config.context or shape.context, shape.context))
     if config.deterministic:
         make_invariant(model)
-    named = Invariant() if config.deterministic else config.attention
-    backend = named or _best(weight.device, weight.dtype, shape.head_dim)
-    reason = backend.serves(weight.device, weight.dtype, shape.head_dim)
-    if reason is not None:
-        raise UsageError(f"the attention backend {backend.policy_name!r} does not serve here: {reason}")
-    cache = CacheShape(
-        layers=shape.layers,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        blocks=1,
-        block_size=config.block_size,
-        dtype=weight.dtype,
-        device=weight.device,
-        windows=frozenset(shape.window_of(layer) for layer in range(shape.layers)),
-    )
+    cache = cache_shape(shape, config.block_size, weight.dtype, weight.device)
+    backend = _backend(config, cache)
     backend.prepare(cache, report)
     return backend, cache
 
 
-def _best(device: torch.device, dtype: torch.dtype, head_dim: int) -> PagedAttention:
+def cache_shape(shape: DecoderConfig, block_size: int, dtype: torch.dtype, device: torch.device) -> CacheShape:
+    """What the cache of a model looks like, with one block."""
+    latent = shape.latent
+    needs = {
+        "cap": shape.attention_cap is not None,
+        "sinks": shape.sinks,
+        "chunk": shape.chunked,
+        "latent": latent is not None,
+    }
+    return CacheShape(
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=1 if latent else shape.kv_heads,
+        head_dim=latent.rank + latent.rotated if latent else shape.head_dim,
+        blocks=1,
+        block_size=block_size,
+        dtype=dtype,
+        device=device,
+        windows=frozenset(None if shape.chunked else shape.window_of(layer) for layer in range(shape.layers)),
+        latent=latent.rank if latent else None,
+        needs=frozenset(name for name, needed in needs.items() if needed),
+    )
+
+
+def _backend(config: EngineConfig, cache: CacheShape) -> PagedAttention:
+    """The backend that the configuration names, or the best that serves the ``cache``.
+
+    Raises:
+        PenstockError: it does not, or none does.
+    """
+    named = Invariant() if config.deterministic else config.attention
+    if named is not None:
+        reason = named.serves(cache.device, cache.dtype, cache.head_dim) or named.lacks(cache.needs)
+        if reason is not None:
+            raise UsageError(f"the attention backend {named.policy_name!r} does not serve here: {reason}")
+        return named
     backends = [entry.load()() for entry in index().entries("attention.paged")]
     known = [each for each in backends if isinstance(each, PagedAttention)]
     for backend in sorted(known, key=lambda each: each.rank, reverse=True):
-        if backend.serves(device, dtype, head_dim) is None:
+        if (backend.serves(cache.device, cache.dtype, cache.head_dim) or backend.lacks(cache.needs)) is None:
             return backend
-    raise PenstockError(f"no attention backend serves {device} with {dtype}")
+    raise PenstockError(f"no attention backend serves {cache.device} with {cache.dtype}")
 
 
 def _cpu_blocks(config: EngineConfig, block_bytes: int, context: int) -> int:

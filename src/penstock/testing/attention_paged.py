@@ -11,6 +11,7 @@ those of plain softmax attention in float64 over each sequence's own tokens, see
   reads what it has written; a write to another slot;
 - large scores: overflow, or weights that vanish;
 - sizes: a memory that is not what it is said to be once its size changes;
+- needs: a bound on scores, sinks, chunks or latents that a policy says it knows, and does not compute;
 - NaN: numbers of one sequence that touch another's, if only by a weight of 0.
 """
 
@@ -26,7 +27,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from penstock.core.errors import PenstockError
-from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache
+from penstock.ops.attention import PLAIN, Extras
+from penstock.ops.paged.contract import NEEDS, CacheShape, PagedAttention, PagedBatch, PagedCache
 from penstock.testing.alike import alike
 from penstock.testing.paged_scene import Action, Fork, Keep, Open, Release, Scene, Step, Tree
 
@@ -80,6 +82,7 @@ def check_place(policy: PagedAttention, place: Place) -> None:
     if place.device.type == "cpu":
         _check_courses(policy, place, examples=40)
     check_long_courses(policy, place)
+    check_needs(policy, place)
     check_large_scores(policy, place)
     check_nan(policy, place)
     check_sizes(policy, place)
@@ -87,7 +90,7 @@ def check_place(policy: PagedAttention, place: Place) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Course:
-    """A script, and the memory that it is played on; ``seed`` and ``windows`` as in
+    """A script, and the memory that it is played on; ``seed``, ``windows`` and ``extras`` as in
     :class:`~penstock.testing.paged_scene.Scene`, ``threads`` of the CPU."""
 
     script: tuple[Action, ...]
@@ -98,6 +101,9 @@ class Course:
     windows: tuple[int | None, ...]
     seed: int = 0
     threads: int = 1
+    latent: int | None = None
+    extras: Extras = PLAIN
+    needs: frozenset[str] = frozenset()
 
 
 #: A tree whose every token is followed by two.
@@ -131,6 +137,16 @@ CROWDED: tuple[Action, ...] = (
 )
 
 
+#: Prompts, chunks of them, decodes and masks, few of each.
+BRIEF: tuple[Action, ...] = (
+    Step(((0, 20), (1, 70))),
+    Step(((0, 1), (1, 1))),
+    Step(((1, 40), (0, 6)), ((1, Open(8)), (0, Tree((-1, -1, 0, 1, 1, -1))))),
+    Keep(0, (0, 2)),
+    Step(((0, 1), (1, 3))),
+)
+
+
 def check_long_courses(policy: PagedAttention, place: Place) -> None:
     """Asserts it for long sequences beside many others; on other devices than CPUs, for several shapes of heads."""
     check_course(policy, place, Course(CROWDED, 2, 2, place.head_dims[-1], 16, (None, 100), threads=2))
@@ -157,14 +173,40 @@ def check_course(policy: PagedAttention, place: Place, course: Course) -> None:
         dtype=place.dtype,
         device=place.device,
         windows=frozenset(course.windows),
+        latent=course.latent,
+        needs=course.needs,
     )
-    scene = Scene(policy, shape, course.windows, seed=course.seed, tolerance=TOLERANCES[place.dtype])
+    tolerance = TOLERANCES[place.dtype]
+    scene = Scene(policy, shape, course.windows, seed=course.seed, tolerance=tolerance, extras=course.extras)
     threads = torch.get_num_threads()
     torch.set_num_threads(course.threads)
     try:
         scene.play(course.script)
     finally:
         torch.set_num_threads(threads)
+
+
+def check_needs(policy: PagedAttention, place: Place) -> None:
+    """Asserts it with all that the policy knows besides, each by itself and all together; of the rest it says so."""
+    assert (policy.lacks(frozenset(NEEDS)) is None) == (policy.knows == NEEDS.keys())
+    dim = place.head_dims[-1]
+    sinks = torch.tensor([-1.0, 0.5, 2.0, 30.0], device=place.device)
+    courses = {
+        "cap": Course(BRIEF, 2, 2, dim, 16, (None, 30), extras=Extras(cap=0.8)),
+        "sinks": Course(BRIEF, 2, 2, dim, 16, (None, 30), threads=2, extras=Extras(sinks=sinks)),
+        "chunk": Course(BRIEF, 2, 2, dim, 16, (None,), extras=Extras(chunk=24)),
+        "latent": Course(BRIEF, 1, 4, dim, 16, (None,), latent=dim // 2),
+    }
+    for need, course in courses.items():
+        if need in policy.knows:
+            check_course(policy, place, dataclasses.replace(course, needs=frozenset({need})))
+    if {"cap", "sinks", "chunk"} <= policy.knows:
+        everything = Extras(0.8, sinks, 24)
+        check_course(
+            policy,
+            place,
+            dataclasses.replace(courses["cap"], needs=frozenset({"cap", "sinks", "chunk"}), extras=everything),
+        )
 
 
 def check_large_scores(policy: PagedAttention, place: Place) -> None:

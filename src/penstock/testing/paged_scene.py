@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.randomness import torch_generator
+from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch
 
 
@@ -90,6 +91,7 @@ class Scene:
         seed: of all random values, and of the order of blocks.
         stale: what every slot holds before the script begins. A policy must not let it through, not even NaN.
         tolerance: of the error's root mean square; values are drawn with variance 1.
+        extras: what the attention of all layers does besides; ``shape.needs`` has it too.
     """
 
     def __init__(
@@ -101,8 +103,9 @@ class Scene:
         seed: int = 0,
         stale: float = math.nan,
         tolerance: float,
+        extras: Extras = PLAIN,
     ) -> None:
-        self.shape, self.windows, self.tolerance = shape, windows, tolerance
+        self.shape, self.windows, self.tolerance, self.extras = shape, windows, tolerance, extras
         self._cache = policy.open(shape)
         self._draw = torch_generator(seed, "testing/paged_scene")
         self._free = torch.randperm(shape.blocks, generator=self._draw).tolist()
@@ -138,7 +141,8 @@ class Scene:
                 torch.full((count, heads, shape.head_dim), stale, dtype=shape.dtype, device=shape.device)
                 for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
             )
-            self._cache.attend(layer, query, key, value, scale=1.0, window=window)
+            value = value[..., : shape.latent]
+            self._cache.attend(layer, query, key, value, scale=1.0, window=window, extras=self.extras)
 
     def _fork(self, source: int, target: int) -> None:
         original = self._live[source]
@@ -196,15 +200,17 @@ class Scene:
             member.record = torch.cat([member.record, own], 2)
         for layer, (query, key, value) in enumerate(new):
             scale, window = 0.7 * shape.head_dim**-0.5, self.windows[layer]
-            got = self._cache.attend(layer, query, key, value, scale=scale, window=window)
-            assert got.shape == query.shape and got.dtype == query.dtype
+            kept = value if shape.latent is None else key[..., : shape.latent]
+            got = self._cache.attend(layer, query, key, kept, scale=scale, window=window, extras=self.extras)
+            assert got.shape == (*query.shape[:-1], kept.shape[-1]) and got.dtype == query.dtype
             wanted = [
                 attention(
                     own,
                     member.record[layer, 0],
-                    member.record[layer, 1],
-                    sees(member.length, len(own), mask, window),
+                    member.record[layer, 1 if shape.latent is None else 0, ..., : shape.latent],
+                    sees(member.length, len(own), mask, window, self.extras.chunk),
                     scale=scale,
+                    extras=self.extras,
                 )
                 for own, member, mask in zip(torch.split(query.double().cpu(), counts), members, own_masks, strict=True)
             ]
@@ -253,7 +259,7 @@ class Scene:
         assert error <= self.tolerance, f"an error of {error:.2e} in {where}"
 
 
-def sees(length: int, new: int, mask: Tree | Open | None, window: int | None) -> Tensor:
+def sees(length: int, new: int, mask: Tree | Open | None, window: int | None, chunk: int | None = None) -> Tensor:
     """Which of the ``length`` tokens of a sequence each of its ``new`` last ones sees, by the definition: bool
     [new, length]."""
     before = length - new
@@ -269,16 +275,26 @@ def sees(length: int, new: int, mask: Tree | Open | None, window: int | None) ->
         others = torch.tensor([*range(before), *(before + place for place in chain)])
         distance = (position[before + token] - position[others]).abs()
         seen[token, others] = distance < (length if window is None else window)
+        if chunk is not None:
+            seen[token, others] &= position[before + token] // chunk == position[others] // chunk
     return seen
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, *, scale: float) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, *, scale: float, extras: Extras = PLAIN
+) -> Tensor:
     """Attention by its definition: the queries [n, H, D] over the tokens key and value [T, K, D] that are ``seen``
     (bool [n, T])."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = scale * torch.einsum("qhd,khd->hqk", query, key)
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), value)
+    if extras.cap is not None:
+        scores = extras.cap * (scores / extras.cap).tanh()
+    scores = scores.masked_fill(~seen, -math.inf)
+    if extras.sinks is not None:  # a key more, whose value is nothing
+        sinks = extras.sinks.to(scores).view(-1, 1, 1).expand(-1, len(query), 1)
+        scores, value = torch.cat([scores, sinks], 2), torch.cat([value, torch.zeros_like(value[:1])])
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -31,6 +32,9 @@ SHAPE: dict[str, Any] = {
     "moe_intermediate_size": 24,
 }
 
+#: Defaults that lie outside of so small a vocabulary.
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 Model = TypeVar("Model", bound=nn.Module)
 
 disable_progress_bar()
@@ -38,42 +42,41 @@ disable_progress_bar()
 
 def peer(family: str, dtype: torch.dtype = torch.float32, **keys: Any) -> PreTrainedModel:
     """transformers' model of a family, with weights that make every part of it matter: no zero bias, no norm of one."""
-    config = AutoConfig.for_model(family, **{**SHAPE, **keys})
+    config = AutoConfig.for_model(family, **{**SHAPE, **dict.fromkeys(TOKEN_IDS), **keys})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
+    for weight in stored(model).values():
+        weight.data = weight.data.to(dtype)  # of those that transformers keeps in float32
     return randomize(model)
 
 
 @torch.no_grad()
 def randomize(model: Model) -> Model:
-    """Fills all parameters: matrices 0.3 N, biases N, norms 1 + 0.3 N."""
-    for name, parameter in model.named_parameters():
-        draw = torch.randn(parameter.shape, generator=torch_generator(0, name))
-        parameter.copy_(1 + 0.3 * draw if "norm" in name else draw if parameter.dim() == 1 else 0.3 * draw)
+    """Fills all weights: matrices 0.3 N, biases N, norms 1 + 0.3 N."""
+    for name, weight in stored(model).items():
+        draw = torch.randn(weight.shape, generator=torch_generator(0, name))
+        weight.copy_(1 + 0.3 * draw if "norm" in name else draw if weight.dim() == 1 else 0.3 * draw)
     return model
 
 
-def double(family: str, **keys: Any) -> PreTrainedModel:
-    """The same in float64, with those parts replaced that transformers always computes in float32."""
-    model = peer(family, torch.float64, **keys)
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = _norm.__get__(module)
-        if type(module).__name__.endswith("TopKRouter"):
-            module.forward = _route.__get__(module)
-    return model
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """What a folder has of a model: its parameters, and the buffers that are no tables of positions."""
+    kept = model.state_dict(keep_vars=True)
+    return dict(model.named_parameters()) | {name: each for name, each in model.named_buffers() if name in kept}
 
 
-def _norm(self: Any, x: Tensor) -> Tensor:
-    normed: Tensor = self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-    return normed
+class Doubled(TorchFunctionMode):
+    """Keeps numbers in float64 that transformers would compute in float32: norms, routers, rotations, softmax."""
 
-
-def _route(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    scores = F.linear(x.reshape(-1, self.hidden_dim), self.weight)
-    weights, experts = scores.softmax(-1).topk(self.top_k, dim=-1)
-    if getattr(self, "norm_topk_prob", True):
-        weights = weights / weights.sum(-1, keepdim=True)
-    return scores, weights, experts
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.polar:  # whose last bits are not those of cosines and sines
+            return torch.complex(args[0] * args[1].cos(), args[0] * args[1].sin())
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if each is torch.float32 else each for each in args)
+            kwargs = {key: torch.float64 if each is torch.float32 else each for key, each in kwargs.items()}
+        return func(*args, **kwargs)
 
 
 def prompt(rows: int = 2, length: int = 13) -> Tensor:
@@ -107,5 +110,11 @@ def published(folder: Path) -> PreTrainedModel:
 @torch.no_grad()
 def expected(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """transformers' logits of the prompt at once."""
-    logits: Tensor = model(tokens, use_cache=False).logits
+    return differentiable(model, tokens)
+
+
+def differentiable(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """The same with a graph for gradients; of a model in float64, in float64 throughout."""
+    with Doubled() if model.dtype == torch.float64 else contextlib.nullcontext():
+        logits: Tensor = model(tokens, use_cache=False).logits
     return logits

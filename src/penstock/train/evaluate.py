@@ -83,7 +83,9 @@ def affordable(model: Decoder, split: Split, *, window: int, rows: int = 8, seco
         synchronize(device)
         began = time.monotonic()
         hidden = model(tokens, context).hidden
-        linear_cross_entropy(hidden.flatten(0, 1), model.head.weight, tokens.flatten()).item()
+        linear_cross_entropy(
+            hidden.flatten(0, 1), model.head.weight, tokens.flatten(), cap=model.config.logits_cap
+        ).item()
         took = min(took, time.monotonic() - began)
     room = seconds / took * rows
     chosen = []
@@ -122,7 +124,9 @@ def bits_per_byte(
         for tokens, targets in _batches(documents, window, rows):
             hidden = model(torch.from_numpy(tokens).to(device), context).hidden
             wanted = torch.from_numpy(targets).to(device).flatten()
-            nats += linear_cross_entropy(hidden.flatten(0, 1), model.head.weight, wanted).item()
+            nats += linear_cross_entropy(
+                hidden.flatten(0, 1), model.head.weight, wanted, cap=model.config.logits_cap
+            ).item()
             bar.advance(int((targets != IGNORE).sum()))
     return nats / math.log(2) / documents.bytes
 

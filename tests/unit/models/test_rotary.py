@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from penstock.core.randomness import torch_generator
-from penstock.models.config import DecoderConfig, RopeConfig
+from penstock.models.config import RopeConfig
 from penstock.models.families.contract import HubConfig
 from penstock.models.families.rope import rope_from_hub
 from penstock.models.rotary import Rotary, scaled_frequencies
@@ -48,10 +48,8 @@ YARN = st.fixed_dictionaries(
 )
 
 
-def model(dim: int, **rope: Any) -> DecoderConfig:
-    return DecoderConfig(
-        vocabulary=7, hidden=8, layers=1, heads=1, kv_heads=1, head_dim=dim, ffn=8, rope=RopeConfig(**rope)
-    )
+def turning(dim: int, **rope: Any) -> Rotary:
+    return Rotary(RopeConfig(**rope), dim, CONTEXT)
 
 
 @given(theta=THETAS, dim=DIMS, scaling=st.one_of(LINEAR, LLAMA3, YARN))
@@ -59,7 +57,7 @@ def test_scaled_frequencies_equal_transformers(theta: float, dim: int, scaling: 
     keys = {"max_position_embeddings": CONTEXT, "rope_theta": theta, "rope_scaling": dict(scaling)}
     reference = LlamaConfig(hidden_size=dim, num_attention_heads=1, head_dim=dim, **copy.deepcopy(keys))
     want, magnitude = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](reference)
-    got, ours = scaled_frequencies(RopeConfig(**rope_from_hub(HubConfig(keys))), dim)
+    got, ours = scaled_frequencies(RopeConfig(**rope_from_hub(HubConfig(keys))), dim, CONTEXT)
     torch.testing.assert_close(got, want, rtol=2e-6, atol=0)
     assert ours == pytest.approx(magnitude, rel=1e-12)
 
@@ -68,7 +66,7 @@ def test_scaled_frequencies_equal_transformers(theta: float, dim: int, scaling: 
 def test_rotation_is_multiplication_by_a_unit_complex(theta: float, dim: int, position: int) -> None:
     """The pair (x_i, x_{i + D/2}) turns by position theta^(-2i/D); the reference is complex128."""
     x = torch.randn(2, dim, generator=torch_generator(0, "x", dim), dtype=torch.float64)
-    cos, sin = Rotary(model(dim, theta=theta))(torch.tensor([position]), torch.float64)
+    cos, sin = turning(dim, theta=theta)(torch.tensor([position]), torch.float64)
     got = torch.complex(*rotate(x, cos, sin).chunk(2, -1))[0]
     angles = position * theta ** (-2 * torch.arange(dim // 2, dtype=torch.float64) / dim)
     want = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
@@ -78,7 +76,7 @@ def test_rotation_is_multiplication_by_a_unit_complex(theta: float, dim: int, po
 
 @given(shift=st.integers(0, 500), query=st.integers(0, 500), key=st.integers(0, 500))
 def test_scores_depend_on_distance_only(shift: int, query: int, key: int) -> None:
-    rotary = Rotary(model(16))
+    rotary = turning(16)
     a, b = torch.randn(2, 1, 1, 16, generator=torch_generator(0, "scores"), dtype=torch.float64)
 
     def score(at: int, other: int) -> torch.Tensor:
@@ -91,9 +89,9 @@ def test_scores_depend_on_distance_only(shift: int, query: int, key: int) -> Non
 
 def test_yarn_keeps_fast_dimensions_and_interpolates_slow_ones() -> None:
     """The ends of the ramp, and the logits' factor of the paper, 0.1 ln(s) + 1 on queries and on keys."""
-    plain, _ = scaled_frequencies(RopeConfig(), 64)
+    plain, _ = scaled_frequencies(RopeConfig(), 64, CONTEXT)
     scaling = {"kind": "yarn", "factor": 8.0, "original_context": 2048}
-    scaled, magnitude = scaled_frequencies(RopeConfig(scaling=scaling), 64)
+    scaled, magnitude = scaled_frequencies(RopeConfig(scaling=scaling), 64, CONTEXT)
     turns = 2048 * plain / (2 * math.pi)
     assert torch.equal(scaled[turns > 64], plain[turns > 64])
     torch.testing.assert_close(scaled[turns < 0.5], plain[turns < 0.5] / 8)
@@ -103,7 +101,7 @@ def test_yarn_keeps_fast_dimensions_and_interpolates_slow_ones() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_frequencies_stay_float32(dtype: torch.dtype) -> None:
     """A cast of the model changes the dtype of cosines and sines but not the angles."""
-    rotary = Rotary(model(32))
+    rotary = turning(32)
     before = rotary.frequencies.clone()
     positions = torch.arange(3000, 3005)
     cos, _ = rotary(positions, torch.float64)
@@ -117,6 +115,6 @@ def test_frequencies_stay_float32(dtype: torch.dtype) -> None:
 def test_frequencies_are_real_on_the_meta_device() -> None:
     """Loading gives memory to parameters only, so a buffer must have its own from the start."""
     with torch.device("meta"):
-        rotary = Rotary(model(32))
-    assert torch.equal(rotary.frequencies, Rotary(model(32)).frequencies)
+        rotary = turning(32)
+    assert torch.equal(rotary.frequencies, turning(32).frequencies)
     assert torch.equal(rotary.to("meta").frequencies, rotary.frequencies)

@@ -35,7 +35,7 @@ def test_masters_are_the_parameters_or_beside_them(tied):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     torch.testing.assert_close({n: m.detach() for n, m in weights.masters.items()}, before, rtol=0, atol=0)
     assert all(torch.equal(p, weights.masters[n].bfloat16()) for n, p in model.named_parameters())
-    assert model.rotary.frequencies.dtype == torch.float32
+    assert model.rotary[0].frequencies.dtype == torch.float32
 
 
 def test_selection_biases_are_not_trained():

@@ -22,13 +22,23 @@ def views_on(decoder: Decoder, family: Family) -> dict[str, Tensor]:
 def placed(decoder: Decoder, family: Family) -> Iterator[tuple[str, str, Tensor]]:
     """Of each weight the name of our parameter, its own name on disk, and the view of the parameter that it is."""
     for name, parameter in decoder.named_parameters():
-        layer = next((part for part in name.split(".") if part.isdecimal()), "")
-        stack = family.tensors[name.replace(f".{layer}.", ".{layer}.")]
+        layer, stack = _layer(name), family.tensors[general(name)]
         matrices = parameter.detach() if "{expert}" in stack[0] else parameter.detach().unsqueeze(0)
         for expert, matrix in enumerate(matrices):
             parts = matrix.split(_rows(decoder.config, name, len(matrix), len(stack)))
             for hub, part in zip(stack, parts, strict=True):
-                yield name, hub.format(layer=layer, expert=expert), part
+                place = hub.format(layer=layer, expert=expert)
+                yield name, place, part.mT if general(name) in family.transposed else part
+
+
+def general(name: str) -> str:
+    """A parameter's name, with ``{layer}`` for the number of its layer."""
+    layer = _layer(name)
+    return name.replace(f".{layer}.", ".{layer}.", 1) if layer else name
+
+
+def _layer(name: str) -> str:
+    return next((part for part in name.split(".") if part.isdecimal()), "")
 
 
 def _rows(config: DecoderConfig, name: str, rows: int, parts: int) -> list[int]:

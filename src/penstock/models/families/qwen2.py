@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from penstock.core.errors import ModelError
 from penstock.models.config import DecoderConfig
 from penstock.models.families.contract import HubConfig
 from penstock.models.families.lineage import Lineage
+from penstock.models.families.windows import FULL, SLIDING, kinds_to_hub, windows_from_hub
 from penstock.policy import policy
 
-SLIDING, FULL = "sliding_attention", "full_attention"
-WINDOW_DEFAULTS: dict[str, Any] = {
+LAST_WINDOWS: dict[str, Any] = {
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,
@@ -19,23 +18,17 @@ WINDOW_DEFAULTS: dict[str, Any] = {
 }
 
 
-def windows_from_hub(hub: HubConfig) -> dict[str, Any]:
+def last_windows_from_hub(hub: HubConfig) -> dict[str, Any]:
     """The window and its layers: those that ``layer_types`` names, or else all from ``max_window_layers`` on."""
-    if not hub["use_sliding_window"] or hub["sliding_window"] is None:
+    if not hub["use_sliding_window"]:
         return {}
-    count = hub["num_hidden_layers"]
-    kinds = hub["layer_types"] or [SLIDING if i >= hub["max_window_layers"] else FULL for i in range(count)]
-    if len(kinds) != count:
-        raise ModelError(f"layer_types names {len(kinds)} layers of {count}")
-    for kind in kinds:
-        if kind not in (SLIDING, FULL):
-            raise ModelError(f"the layer type {kind!r} is not supported", hint=f"Supported: {SLIDING}, {FULL}.")
-    return {"window": hub["sliding_window"], "windowed_layers": [i for i in range(count) if kinds[i] == SLIDING]}
+    first, count = hub["max_window_layers"], hub["num_hidden_layers"]
+    return windows_from_hub(hub, [SLIDING if layer >= first else FULL for layer in range(count)])
 
 
-def windows_to_hub(config: DecoderConfig) -> dict[str, Any]:
+def last_windows_to_hub(config: DecoderConfig) -> dict[str, Any]:
     """Both ways of saying which layers are windowed; ``max_window_layers`` is exact where those are the last ones."""
-    kinds = [FULL if config.window_of(layer) is None else SLIDING for layer in range(config.layers)]
+    kinds = kinds_to_hub(config)
     return {
         "use_sliding_window": SLIDING in kinds,
         "sliding_window": config.window,
@@ -49,10 +42,13 @@ class Qwen2(Lineage):
     """Qwen 1.5, 2 and 2.5, dense."""
 
     architecture = "Qwen2ForCausalLM"
-    defaults: ClassVar[dict[str, Any]] = WINDOW_DEFAULTS
+    rank = 3
+    fixed: ClassVar[dict[str, Any]] = {"qkv_bias": True}
+    defaults: ClassVar[dict[str, Any]] = LAST_WINDOWS
+    example: ClassVar[dict[str, Any]] = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 
     def features_from_hub(self, hub: HubConfig) -> dict[str, Any]:
-        return {"qkv_bias": True, **windows_from_hub(hub)}
+        return last_windows_from_hub(hub)
 
     def features_to_hub(self, config: DecoderConfig) -> dict[str, Any]:
-        return windows_to_hub(config)
+        return last_windows_to_hub(config)

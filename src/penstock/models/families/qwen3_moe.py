@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from penstock.models.config import DecoderConfig
 from penstock.models.families.contract import HubConfig
-from penstock.models.families.lineage import TENSORS, Lineage, expert_tensors, mixture
+from penstock.models.families.lineage import FIELDS, TENSORS, Lineage, expert_tensors, mixture
 from penstock.models.routers.softmax import SoftmaxRouter
 from penstock.policy import policy
 
@@ -20,6 +20,9 @@ class Qwen3MoE(Lineage):
 
     tensors = TENSORS | expert_tensors("mlp", gate="gate_proj", up="up_proj", down="down_proj")
     architecture = "Qwen3MoeForCausalLM"
+    rank = 1
+    fields = FIELDS | {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
+    fixed: ClassVar[dict[str, Any]] = {"qk_norm": "head"}
     defaults: ClassVar[dict[str, Any]] = {
         "attention_bias": False,
         "use_sliding_window": False,
@@ -29,9 +32,9 @@ class Qwen3MoE(Lineage):
         "norm_topk_prob": False,
         "router_aux_loss_coef": 0.001,
     }
+    example: ClassVar[dict[str, Any]] = {"use_sliding_window": True, "sliding_window": 5, "mlp_only_layers": [1]}
 
     def features_from_hub(self, hub: HubConfig) -> dict[str, Any]:
-        bias = hub["attention_bias"]
         # transformers 4 and every published folder say num_experts, transformers 5 writes num_local_experts.
         experts = hub["num_local_experts"] if "num_local_experts" in hub else hub["num_experts"]
         step, dense = hub["decoder_sparse_step"], hub["mlp_only_layers"] or []
@@ -43,17 +46,13 @@ class Qwen3MoE(Lineage):
             "dense_layers": [i for i in range(hub["num_hidden_layers"]) if i in dense or (i + 1) % step],
         }
         return {
-            "qk_norm": True,
-            "qkv_bias": bias,
-            "output_bias": bias,
             "window": hub["sliding_window"] if hub["use_sliding_window"] else None,
             "moe": moe if experts else None,
         }
 
     def features_to_hub(self, config: DecoderConfig) -> dict[str, Any]:
-        moe, router = mixture(config)
+        moe, router = mixture(config, SoftmaxRouter)
         return {
-            "attention_bias": config.qkv_bias,
             "use_sliding_window": config.window is not None,
             "sliding_window": config.window,
             "num_experts": moe.experts,

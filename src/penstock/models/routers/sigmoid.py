@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import math
 
-from pydantic import PositiveFloat
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from penstock.models.routers.contract import Example, Router, Routing
+from penstock.models.routers.groups import outside
 from penstock.ops.experts import top_few
 from penstock.policy import policy
 
 
 @policy("moe.router", "sigmoid")
 class SigmoidRouter(Router):
-    """Sigmoid scores; the top k of score plus bias, weighted by their scores normalised to ``scale``.
+    """Sigmoid scores; the top k of score plus bias, weighted by their scores times ``scale``, which ``normalize`` makes
+    sum to it.
 
-    DeepSeek-V3's rule without its expert groups. The bias only selects, as there: it never enters the weights.
+    DeepSeek-V3's rule. With ``groups``, the k are of the ``kept_groups`` whose two best experts score the most. The
+    bias only selects, as there: it never enters the weights; without ``bias`` there is none.
     """
 
     scale: PositiveFloat = 1.0
+    normalize: bool = True
+    bias: bool = True
+    groups: PositiveInt = 1
+    kept_groups: PositiveInt = 1
 
     @property
     def biased(self) -> bool:
-        return True
+        return self.bias
 
     def route(self, logits: Tensor, bias: Tensor | None = None) -> Routing:
         scores = logits.sigmoid()
-        _, experts = top_few(scores if bias is None else scores + bias, self.top_k)
+        among = scores if bias is None or not self.bias else scores + bias
+        if self.groups > self.kept_groups:
+            among = among.masked_fill(outside(among, self.groups, self.kept_groups, counted=2), -math.inf)
+        _, experts = top_few(among, self.top_k)
         weights = scores.gather(-1, experts)
-        weights = self.scale * weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return Routing(experts, weights, scores / scores.sum(-1, keepdim=True))
+        if self.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Routing(experts, self.scale * weights, scores / scores.sum(-1, keepdim=True))
 
     @classmethod
     def example(cls) -> Example:

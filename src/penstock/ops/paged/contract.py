@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.progress import Reporter, silent
+from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.masks import Masks, masks_of
 from penstock.policy import Policy, contract
 
@@ -29,6 +30,10 @@ class CacheShape:
         block_size: token slots of a block.
         dtype, device: of the memory, and of queries, keys and values.
         windows: the sliding windows that the layers have; None is none.
+        latent: how many of a key's first numbers are its value, of which nothing else is kept; None where values are
+            their own.
+        needs: what attention has to do besides: "cap", "sinks" or "chunk", as of
+            :class:`~penstock.ops.attention.Extras`, or "latent".
     """
 
     layers: int
@@ -40,11 +45,23 @@ class CacheShape:
     dtype: torch.dtype
     device: torch.device
     windows: frozenset[int | None] = frozenset({None})
+    latent: int | None = None
+    needs: frozenset[str] = frozenset()
 
     @property
     def block_bytes(self) -> int:
         """Bytes that one block takes in all layers."""
-        return 2 * self.layers * self.block_size * self.kv_heads * self.head_dim * self.dtype.itemsize
+        parts = 2 if self.latent is None else 1
+        return parts * self.layers * self.block_size * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+#: What :attr:`CacheShape.needs` may have, in words.
+NEEDS = {
+    "cap": "soft-capped scores",
+    "sinks": "attention sinks",
+    "chunk": "chunked attention",
+    "latent": "latent attention",
+}
 
 
 class StepShape(NamedTuple):
@@ -158,12 +175,21 @@ class PagedCache:
         return False
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        extras: Extras = PLAIN,
     ) -> Tensor:
         """Stores the new tokens' keys and values of ``layer``, then attends: query [N, H, D], key and value
-        [N, K, D], result [N, H, D]. A ``window`` lets a token see itself and, of those that it would see, the ones less
-        than ``window`` positions away. A token's position is its place in the sequence; in a tree, it is one more than
-        that of the token before it."""
+        [N, K, D], result [N, H, D]; of a latent cache, value and result have as many numbers as that says. A ``window``
+        lets a token see itself and, of those that it would see, the ones less than ``window`` positions away. A token's
+        position is its place in the sequence; in a tree, it is one more than that of the token before it. There are
+        only such ``extras`` as are among the needs of the cache."""
         raise NotImplementedError
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
@@ -188,10 +214,18 @@ class PagedAttention(Policy):
     #: Of those that serve a device, the one with the highest is taken where none is named.
     rank: ClassVar[int] = 0
 
+    #: What it can do of :attr:`CacheShape.needs`.
+    knows: ClassVar[frozenset[str]] = frozenset()
+
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """None where the policy works for these on this machine, else the reason why it does not, as a clause:
         ``"it needs a CUDA device"``."""
         raise NotImplementedError
+
+    def lacks(self, needs: frozenset[str]) -> str | None:
+        """None where it :attr:`knows` all of a cache's needs, else what it does not, as a clause."""
+        missing = [name for name in NEEDS if name in needs - self.knows]
+        return f"it has no {' and no '.join(NEEDS[name] for name in missing)}" if missing else None
 
     def prepare(self, shape: CacheShape, report: Reporter = silent) -> None:
         """Builds what :meth:`open` and passes over its cache would build at their first use on a machine, where that

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from penstock.core.errors import PenstockError
 from penstock.ops import native
+from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache
 from penstock.policy import policy
 
@@ -21,7 +22,8 @@ SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 #: The longest vector of any processor, in bytes: the kernel reads so far past the end of a row.
 PADDING = 64
 
-#: Stands for no window; the kernel adds places to it and takes them away, in 32 bits.
+#: Stands for no window, and for a chunk that has everything; the kernel adds places to it and takes them away, in 32
+#: bits.
 UNBOUNDED = 2**30
 
 
@@ -44,6 +46,9 @@ class _Tokens(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out")),
         *((f"{name}_{step}", ctypes.c_int64) for name in ("query", "key", "value") for step in ("token", "head")),
+        ("sinks", ctypes.c_void_p),
+        ("cap", ctypes.c_double),
+        ("chunk", ctypes.c_int64),
     ]
 
 
@@ -93,7 +98,15 @@ class NativeCache(PagedCache):
             raise IndexError(f"sequence {stray} of the batch does not lie in the memory")
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        extras: Extras = PLAIN,
     ) -> Tensor:
         if query.shape != self._query_shape or key.shape != self._key_shape or value.shape != self._key_shape:
             raise ValueError(f"{query.shape}, {key.shape} and {value.shape} do not fit the planned batch")
@@ -104,6 +117,9 @@ class NativeCache(PagedCache):
         tokens.query_token, tokens.query_head, _ = query.stride()
         tokens.key_token, tokens.key_head, _ = key.stride()
         tokens.value_token, tokens.value_head, _ = value.stride()
+        sinks = None if extras.sinks is None else extras.sinks.detach().double()
+        tokens.sinks = None if sinks is None else sinks.data_ptr()
+        tokens.cap, tokens.chunk = extras.cap or 0.0, UNBOUNDED if extras.chunk is None else extras.chunk
         self._attend(*self._arguments, layer, scale, UNBOUNDED if window is None else window)
         return out
 
@@ -145,6 +161,7 @@ class Native(PagedAttention):
     """
 
     rank: ClassVar[int] = 10
+    knows: ClassVar[frozenset[str]] = frozenset({"cap", "sinks", "chunk"})
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cpu":

@@ -58,6 +58,7 @@ template <class T> using sum_t = typename Traits<T>::sum;  // what numbers of ty
 template <class A> using vector = typename Traits<A>::vector;
 template <class A> using integers = typename Traits<A>::integers;
 template <class A> constexpr int WIDTH = VECTOR_BYTES / sizeof(A);
+constexpr double LOG2E = 1.4426950408889634;
 template <class A> constexpr A NOTHING = -std::numeric_limits<A>::infinity();
 
 template <class A> integers<A> make_lanes() {
@@ -117,6 +118,24 @@ inline vector<float> exp2(vector<float> x) {
 
 inline vector<double> exp2(vector<double> x) {
     for (int lane = 0; lane < WIDTH<double>; ++lane) x[lane] = std::exp2(x[lane]);
+    return x;
+}
+
+// The hyperbolic tangent, to 2e-7. Near 0 it is x times a polynomial in its square, a Chebyshev fit whose own error is
+// 3e-9; elsewhere it follows from 2 to the power of -2 |x| log2(e).
+inline vector<float> tanh(vector<float> x) {
+    const vector<float> size = x < 0.0f ? -x : x, z = x * x, power = exp2(size * -2.88539008f);
+    vector<float> p = z * -5.85642786e-3f + 2.07574754e-2f;
+    p = p * z - 5.37699218e-2f;
+    p = p * z + 1.33317047e-1f;
+    p = p * z - 3.33332840e-1f;
+    p = p * z + 1.0f;
+    const vector<float> large = (1.0f - power) / (1.0f + power);
+    return size < 0.6f ? x * p : x < 0.0f ? -large : large;
+}
+
+inline vector<double> tanh(vector<double> x) {
+    for (int lane = 0; lane < WIDTH<double>; ++lane) x[lane] = std::tanh(x[lane]);
     return x;
 }
 
@@ -187,6 +206,11 @@ struct Tokens {  // the numbers of a head are contiguous; tokens and heads are s
     const void *query, *key, *value;
     void *out;
     int64_t query_token, query_head, key_token, key_head, value_token, value_head;
+    // What some models' attention has besides: a score for each head without a value, null where there is none; a bound
+    // that scores bend towards, 0 for none; and how many positions a chunk has, no fewer than any length for no chunks.
+    const double *sinks;
+    double cap;
+    int64_t chunk;
 };
 
 namespace {
@@ -281,7 +305,8 @@ template <class T> struct Attention {
 
     // The places of the first token that token t of a tile may see, and behind the last.
     int low_of(const Tile &tile, int t) const {
-        return (tile.masked() ? int(batch.positions[tile.first_token + t]) : tile.place + t) + 1 - window;
+        const int position = tile.masked() ? int(batch.positions[tile.first_token + t]) : tile.place + t;
+        return std::max(position + 1 - window, position / int(tokens.chunk) * int(tokens.chunk));
     }
     int high_of(const Tile &tile, int t) const {
         return tile.place + t >= tile.before ? batch.lengths[tile.sequence] : tile.place + t + 1;
@@ -296,7 +321,8 @@ template <class T> struct Attention {
         for (int v = 0; v < count; ++v) {
             for (int place = std::max(first[v], tile.before); place < std::min(end[v], length); ++place) {
                 const int other = place - tile.before;
-                if (!seen[other] || std::abs(positions[row] - positions[other]) >= window)
+                if (!seen[other] || std::abs(positions[row] - positions[other]) >= window ||
+                    positions[row] / tokens.chunk != positions[other] / tokens.chunk)
                     scores[v * W + place - first[v]] = NOTHING<A>;
             }
         }
@@ -420,6 +446,7 @@ template <class T> struct Attention {
         for (int r = 0; r < R; ++r) {
             const int t = (row + r) / groups;
             A *own = scores + r * ACROSS;
+            if (tokens.cap) bend(own, to - from);
             if (tile.masked()) hide(tile, t, chunk.first + from, chunk.end + from, to - from, own);
             const A factor = reweigh(own, chunk.first + from, chunk.end + from, to - from, low_of(tile, t),
                                      high_of(tile, t), state.top[row + r], state.weight[row + r]);
@@ -453,11 +480,19 @@ template <class T> struct Attention {
         }
     }
 
+    // Bends vectors of scores, in powers of two, towards the bound.
+    void bend(A *scores, int count) const {
+        const A bound = A(tokens.cap * LOG2E);
+        for (int v = 0; v < count; ++v) store(scores + v * W, bound * tanh(load(scores + v * W) / bound));
+    }
+
     void finish(const Tile &tile, const State<A> &state) const {
         for (int row = 0; row < tile.tokens * groups; ++row) {
             const int64_t token = tile.first_token + row / groups, head = tile.head * groups + row % groups;
             T *out = static_cast<T *>(tokens.out) + (token * heads + head) * dim;
-            for (int d = 0; d < dim; ++d) narrow(state.out[row * padded + d] / state.weight[row], out[d]);
+            A weight = state.weight[row];
+            if (tokens.sinks) weight += std::exp2(A(tokens.sinks[head] * LOG2E) - state.top[row]);
+            for (int d = 0; d < dim; ++d) narrow(state.out[row * padded + d] / weight, out[d]);
         }
     }
 
@@ -496,7 +531,7 @@ void attend(const Memory &memory, const Batch &batch, const Tokens &tokens, int6
         int(memory.kv_heads),
         int(memory.head_dim),
         int(memory.block_size),
-        sum_t<T>(scale * 1.4426950408889634),
+        sum_t<T>(scale * LOG2E),
         window,
     };
     attention.run(batch.starts[batch.sequences], batch.threads);

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from penstock.core.devices import upload
+from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.contract import CacheShape, PagedCache
 
 _caches: weakref.WeakValueDictionary[int, CudaCache] = weakref.WeakValueDictionary()
@@ -55,7 +56,15 @@ class CudaCache(PagedCache):
         )
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        extras: Extras = PLAIN,
     ) -> Tensor:
         out: Tensor = _attend(query, key, value, self._handle, layer, scale, window)
         return out

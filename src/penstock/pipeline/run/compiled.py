@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.models.attention import AttentionContext
-from penstock.models.decoder import Decoder, Layer, Linear
+from penstock.models.decoder import Decoder, Layer
+from penstock.models.linear import Linear
+from penstock.models.rotary import Turns
 from penstock.pipeline.run.split_backward import Deferral
 
 #: What a layer makes of hidden states, rotary angles and a context.
-Forward = Callable[[Layer, Tensor, tuple[Tensor, Tensor], AttentionContext], tuple[Tensor, Tensor | None]]
+Forward = Callable[[Layer, Tensor, Turns, AttentionContext], tuple[Tensor, Tensor | None]]
 
 
 def compile_layers(model: Decoder) -> None:
@@ -67,9 +69,7 @@ class _CompiledLayer:
         self._layer, self._plain, self._probed = layer, plain, probed
         self._forms: dict[tuple[object, ...], list[_Form]] = {}
 
-    def __call__(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x: Tensor, rotary: Turns, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         deferral = Deferral.active()
         with Deferral.suspended():
             if deferral is None:
@@ -82,7 +82,7 @@ class _CompiledLayer:
             deferral.expect([weight for weight, *_ in forms], caught)
             return self._probed(probes, self._layer, x, rotary, context)
 
-    def _rehearsed(self, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext) -> list[_Form]:
+    def _rehearsed(self, x: Tensor, rotary: Turns, context: AttentionContext) -> list[_Form]:
         """The products of the layer in their order, from a pass that is not compiled, once for each shape."""
         key = x.shape, x.dtype, type(context), torch.is_autocast_enabled(x.device.type)
         if key not in self._forms:
@@ -137,14 +137,12 @@ class _ProbedLinear(Linear):
         return found
 
 
-def _forward(
-    layer: Layer, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext
-) -> tuple[Tensor, Tensor | None]:
+def _forward(layer: Layer, x: Tensor, rotary: Turns, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
     return Layer.forward(layer, x, rotary, context)
 
 
 def _probed_forward(
-    probes: tuple[Tensor, ...], layer: Layer, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext
+    probes: tuple[Tensor, ...], layer: Layer, x: Tensor, rotary: Turns, context: AttentionContext
 ) -> tuple[Tensor, Tensor | None]:
     _probes.tensors, _probes.number = probes, 0
     try:

@@ -77,7 +77,9 @@ def _pieces(part: Part, number: int, tokens: Tensor, context: CausalRows) -> Ite
     if number == part.config.layers - 1:
         head = part.head.weight
         yield (
-            lambda x: linear_cross_entropy(part.norm(x).flatten(0, 1), head, tokens.flatten()),
+            lambda x: linear_cross_entropy(
+                part.finish(x).flatten(0, 1), head, tokens.flatten(), cap=part.config.logits_cap
+            ),
             [*part.norm.parameters(), head],
             False,
         )

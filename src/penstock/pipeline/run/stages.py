@@ -17,8 +17,10 @@ from penstock.core.errors import UsageError
 from penstock.models.attention import AttentionContext
 from penstock.models.blank import without_weights
 from penstock.models.config import DecoderConfig
-from penstock.models.decoder import Decoder, Layer, Linear, Output, RMSNorm
-from penstock.models.rotary import Rotary
+from penstock.models.decoder import Decoder, Layer, Output
+from penstock.models.linear import Linear
+from penstock.models.norms import norm
+from penstock.models.rotary import Rotaries
 from penstock.pipeline.ir.schedule import Schedule
 
 #: The matrices of which each device holds some rows where the vocabulary is sharded.
@@ -63,6 +65,11 @@ class Part(Decoder):
 
     def __init__(self, config: DecoderConfig, stages: Sequence[Stage], rows: range | None = None) -> None:
         nn.Module.__init__(self)  # not the Decoder's, which would make all of it
+        if rows is not None and (config.embedding_scale != 1 or config.learned_positions or config.logits_cap):
+            raise UsageError(
+                "a vocabulary is not sharded where the embedding is scaled, positions are learned or logits are capped",
+                hint="Choose pipeline transforms without vocabulary parallelism.",
+            )
         self.config, self.rows = config, rows
         self.stages = tuple(stages)
         held = {layer for stage in stages for layer in stage.layers}
@@ -73,13 +80,15 @@ class Part(Decoder):
             self.embedding = nn.Embedding(vocabulary, config.hidden)
         # Placeholders without parameters keep the numbers of those between.
         self.layers = nn.ModuleList(Layer(config, i) if i in held else nn.Identity() for i in range(config.layers))
+        if config.learned_positions and any(stage.begins for stage in stages):
+            self.position_embedding = nn.Embedding(config.context, config.hidden)
         if ends:
-            self.norm = RMSNorm(config.hidden, config.norm_eps)
+            self.norm = norm(config)
         if predicts:
             self.head = Linear(config.hidden, vocabulary, bias=False)
             if config.tied:
                 self.head.weight = self.embedding.weight
-        self.rotary = Rotary(config)
+        self.rotary = Rotaries(config, config.context)
 
     def forward(self, tokens: Tensor, context: AttentionContext) -> Output:
         """Refused: a part is run stage by stage, with :meth:`run`.
@@ -104,14 +113,14 @@ class Part(Decoder):
             stage's own sparse layers.
         """
         if not x.is_floating_point():
-            x = self.embedding(x)
+            x = self.embed(x, context.positions)
         rotary = self.rotary(context.positions, x.dtype)
         balance: Tensor | None = None
         for layer in layers:
             x, extra = self.layers[layer](x, rotary, context)
             if extra is not None:
                 balance = extra if balance is None else balance + extra
-        return Output(self.norm(x) if last else x, balance)
+        return Output(self.finish(x) if last else x, balance)
 
     def own(self, name: str, whole: Tensor) -> Tensor:
         """What of ``whole``, which belongs to the parameter ``name`` of the whole Decoder, is this part's: its rows,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from torch import Tensor
 
+from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.contract import PagedCache
 
 
@@ -17,10 +19,19 @@ class PagedTokens:
         positions: int64 [N].
     """
 
+    keeps: ClassVar[bool] = True
     positions: Tensor
     cache: PagedCache
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        extras: Extras = PLAIN,
     ) -> Tensor:
-        return self.cache.attend(layer, query, key, value, scale=scale, window=window)
+        return self.cache.attend(layer, query, key, value, scale=scale, window=window, extras=extras)

@@ -27,7 +27,8 @@ class NextToken(Objective):
     chunk: PositiveInt = 2048
 
     def hidden_loss(self, model: Decoder, hidden: Tensor, batch: Batch) -> Tensor:
-        return linear_cross_entropy(hidden.flatten(0, -2), model.head.weight, batch.targets.flatten(), chunk=self.chunk)
+        rows, targets, cap = hidden.flatten(0, -2), batch.targets.flatten(), model.config.logits_cap
+        return linear_cross_entropy(rows, model.head.weight, targets, chunk=self.chunk, cap=cap)
 
     @classmethod
     def example(cls) -> Example:
