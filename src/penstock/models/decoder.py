@@ -26,6 +26,7 @@ from penstock.models.routers.contract import Routing
 from penstock.ops.activations import ACTIVATIONS, clamped_swiglu, gated
 from penstock.ops.attention import Extras
 from penstock.ops.experts import mixed_experts
+from penstock.ops.linear import linear
 from penstock.ops.rotary import rotate_heads
 
 
@@ -140,14 +141,14 @@ class MixtureOfExperts(nn.Module):
         clamp = moe.clamp
         self.activation = functools.partial(clamped_swiglu, limit=clamp) if clamp else gated(config.activation)
         self.weigh_inputs = moe.weigh_inputs
-        self.router = Linear(config.hidden, moe.experts, bias=moe.router_bias)
+        self.router = nn.Linear(config.hidden, moe.experts, bias=moe.router_bias)
         self.gate_up = nn.Parameter(torch.empty(moe.experts, 2 * moe.ffn, config.hidden))
         self.down = nn.Parameter(torch.empty(moe.experts, config.hidden, moe.ffn))
         self.gate_up_bias = nn.Parameter(torch.zeros(moe.experts, 2 * moe.ffn)) if moe.expert_bias else None
         self.down_bias = nn.Parameter(torch.zeros(moe.experts, config.hidden)) if moe.expert_bias else None
         self.selection_bias = nn.Parameter(torch.zeros(moe.experts), requires_grad=False) if moe.router.biased else None
         self.shared = FeedForward(config, moe.shared_ffn) if moe.shared_ffn else None
-        self.shared_gate = Linear(config.hidden, 1, bias=False) if moe.shared_gate else None
+        self.shared_gate = nn.Linear(config.hidden, 1, bias=False) if moe.shared_gate else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output, shaped as ``x``, and its loss for balance, summed over the tokens."""
@@ -166,7 +167,7 @@ class MixtureOfExperts(nn.Module):
 
     def route(self, flat: Tensor) -> Routing:
         """Where the tokens [N, hidden] go."""
-        logits = self.router(flat)
+        logits = linear(flat, self.router.weight, self.router.bias)  # few rows at the rate of reading
         return self.policy.route(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.selection_bias)
 
     def mixed(self, flat: Tensor, routing: Routing) -> Tensor:
