@@ -17,8 +17,9 @@ Place = tuple[str | int, ...]
 def faults(found: Iterable[Any], tree: Any) -> list[tuple[Place, Any]]:
     """Those of pydantic's errors that are worth telling, with their places in ``tree``, the input.
 
-    The branch of a union that was meant is the one that goes along with the input farthest before it finds fault, and
-    then the one that finds the fewest. Where none goes anywhere, what they want is told in one.
+    The branch of a union that was meant is the one that goes along with the input farthest before it finds fault, then
+    the one that finds the fewest values of another type, and then the one that finds the fewest faults. Where branches
+    are alike, what they want is told in one.
     """
     told: list[tuple[Place, Any]] = []
     unions: dict[Place, dict[str, list[tuple[Place, Any]]]] = {}
@@ -64,9 +65,16 @@ def _has(tree: Any, part: str | int) -> bool:
 def _meant(place: Place, branches: dict[str, list[tuple[Place, Any]]]) -> list[tuple[Place, Any]]:
     """The faults of the branch that was meant, of a union at ``place``."""
     farther = [own for own in branches.values() if any(len(where) > len(place) for where, _ in own)]
-    if farther:
-        return min(farther, key=len)
-    every = [fault for own in branches.values() for _, fault in own]
-    wishes = list(dict.fromkeys(fault["msg"] for fault in every))
+    ranks = [(sum(_is_of_type(fault) for _, fault in own), len(own)) for own in farther or branches.values()]
+    best = [own for own, rank in zip(farther or branches.values(), ranks, strict=True) if rank == min(ranks)]
+    where, first = best[0][0]
+    if len(best) == 1 or any([place for place, _ in own] != [where] for own in best):
+        return best[0]
+    wishes = list(dict.fromkeys(fault["msg"] for own in best for _, fault in own))
     rest = (wish.removeprefix("Input should be ") for wish in wishes[1:])
-    return [(place, every[0] | {"msg": " or ".join([wishes[0], *rest])})]
+    return [(where, first | {"msg": " or ".join([wishes[0], *rest])})]
+
+
+def _is_of_type(fault: Any) -> bool:
+    """Whether a value is not even of the type that is wanted."""
+    return str(fault["type"]).endswith("_type")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import warnings
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from penstock.serve.dialogue.guess import guess
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 Messages = Sequence[Message]
@@ -47,6 +50,12 @@ def take_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
         raise UsageError(f"{path} is no chat template: {error.what}") from error
 
 
+@functools.cache
+def _tell_of_no_template(model: str) -> None:
+    """Warns once for each model."""
+    log.warning("%s", NO_TEMPLATE)
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """A conversation up to where the assistant's next message begins, as text and as tokens."""
@@ -63,7 +72,7 @@ def chat_prompt(
     dialogue: Dialogue | None = None,
 ) -> Prompt:
     """A conversation up to where the assistant's next message begins, by the model's own template or, where it has
-    none, by :data:`DEFAULT_TEMPLATE`, with a warning.
+    none, by :data:`DEFAULT_TEMPLATE`, with a warning in the log.
 
     Messages of the role ``developer`` are written as those of the ``system`` where the template does not know it. Where
     it does not know of functions, they are described in the first message, and calls and results are written as text.
@@ -80,7 +89,7 @@ def chat_prompt(
     if not messages:
         raise UsageError("a conversation needs at least one message")
     if not tokenizer.chat_template:
-        warnings.warn(NO_TEMPLATE, stacklevel=2)
+        _tell_of_no_template(str(tokenizer.name_or_path))
     write = _Writer(tokenizer, tools, variables or {})
     if any(message.get("role") == "developer" for message in messages) and not write.keeps(messages, "developer"):
         messages = [{**each, "role": "system"} if each.get("role") == "developer" else each for each in messages]

@@ -117,7 +117,9 @@ async def chat(request: Request, body: Chat, service: Here) -> Response:
     service.check_model(body.model)
     headers = service.ignored(body)
     prompt, extra, form = await asyncio.to_thread(ask, body, service.tokens, service.engine.ready.context)
-    generation = Generation(service, Chats.kind, [service.checked(prompt)], body, request.state.key, **extra)
+    generation = Generation(
+        service, Chats.kind, [service.checked(prompt, "messages")], body, request.state.key, **extra
+    )
     shapes = Chats(service.tokens, bool(body.logprobs), form)
     return await _answer(request, service, generation, shapes, body, headers)
 
@@ -223,8 +225,7 @@ async def detokenize(body: Detokenize, service: Here, response: Response) -> dic
     """The text of tokens."""
     service.check_model(body.model)
     response.headers.update(service.ignored(body))
-    if body.tokens and max(body.tokens) >= service.engine.ready.vocabulary:
-        raise ApiError(400, f"token {max(body.tokens)} is outside of the vocabulary", param="tokens")
+    service.check_tokens(body.tokens, "tokens")
     return {"prompt": await asyncio.to_thread(service.tokens.decode, body.tokens)}
 
 

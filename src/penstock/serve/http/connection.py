@@ -8,6 +8,7 @@ import errno
 import http
 import json
 import logging
+import re
 import resource
 import sys
 import time
@@ -86,7 +87,9 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         error = sys.exc_info()[1]
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        self._refuse(status, f"this is not a request in HTTP/1.1: {str(error or msg)[:200]}")
+        # The library shows what it found as Python writes bytes.
+        said = re.sub(r"bytearray\(b(.*)\)", r"\1", str(error or msg))
+        self._refuse(status, f"this is not a request in HTTP/1.1: {said[:200]}")
 
     def _unsupported_upgrade_warning(self) -> None:
         """A request for another protocol is answered as if it had asked for none, as it should be."""

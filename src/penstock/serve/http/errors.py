@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 #: OpenAI's names for kinds of errors, by status.
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
+#: What Python's types are called in JSON.
+IN_JSON = {list: "an array", str: "a string", int: "a number", float: "a number", bool: "true or false"}
+
 
 class ApiError(PenstockError):
     """An error with a status of its own.
@@ -53,7 +56,7 @@ def content(error: Exception) -> tuple[int, dict[str, Any]]:
     elif isinstance(error, RequestValidationError):
         status, (message, param) = 400, _first_fault(error)
     elif isinstance(error, HTTPException):
-        status, message = error.status_code, str(error.detail)
+        status, message = error.status_code, _unread(error.__cause__) or str(error.detail)
     elif isinstance(error, EngineDiedError):
         status, message, code = 503, f"{error}; the server ends", "engine_died"
     elif isinstance(error, UsageError):
@@ -86,8 +89,26 @@ def _first_fault(error: RequestValidationError) -> tuple[str, str | None]:
         place, fault = faults([each | {"loc": each["loc"][1:]} for each in found], error.body)[0]
     else:
         place, fault = found[0]["loc"][1:], found[0]
+    if not place and error.body is None:
+        return "there is no body: send a JSON object", None
+    if not place and isinstance(error.body, bytes):
+        return "the body is not taken for JSON: send the header Content-Type: application/json with it", None
+    if not place and not isinstance(error.body, dict):
+        return f"the body must be a JSON object, not {IN_JSON[type(error.body)]}", None
     name = ".".join(map(str, place))
     return f"{name or 'the body'}: {fault['msg'].removeprefix('Value error, ')}", str(place[0]) if place else None
+
+
+def _unread(cause: BaseException | None) -> str | None:
+    """Why a body could not be read, where that is what failed."""
+    match cause:
+        case RecursionError():
+            return "the body has too many arrays or objects within each other"
+        case UnicodeDecodeError():
+            return "the body is not UTF-8"
+        case ValueError():
+            return f"the body cannot be read: {cause}"
+    return None
 
 
 def install(app: FastAPI) -> None:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from penstock.core.errors import UsageError, nearest
 from penstock.serve.choose.sampling import MOST, MOST_LOGPROBS, MOST_STOPS
@@ -17,6 +26,18 @@ LARGEST = 2**31 - 1
 Token = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Scalar = bool | int | float | str
+
+
+def _token_in_digits(key: str) -> str:
+    if not re.fullmatch("[0-9]{1,9}", key):
+        raise ValueError(f"{key[:20]!r} is no token: its number is wanted, in digits")
+    return key
+
+
+#: A token as the key of an object.
+TokenKey = Annotated[
+    str, AfterValidator(_token_in_digits), WithJsonSchema({"type": "string", "pattern": "^[0-9]{1,9}$"})
+]
 
 
 class Body(BaseModel):
@@ -72,7 +93,7 @@ class Generate(Body):
     stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], float] | None = None
+    logit_bias: dict[TokenKey, float] | None = None
 
     # Beyond OpenAI's
     top_k: Count | None = None
@@ -104,6 +125,10 @@ class Generate(Body):
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def named_tokens(self) -> dict[str, Collection[int]]:
+        """The tokens that each field names, but for the prompt."""
+        return {"logit_bias": set(map(int, self.logit_bias or ())), "stop_token_ids": self.stop_token_ids or ()}
 
     def options(self) -> dict[str, Any]:
         """Those of the request's fields that are SamplingParams' too, as far as they are given."""
@@ -186,6 +211,10 @@ class Part(Body):
         return fields
 
 
+#: What an assistant may say instead of a content.
+INSTEAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "refusal")
+
+
 class ChatMessage(BaseModel):
     """A message; fields that are not named here go to the chat template as they are."""
 
@@ -196,6 +225,13 @@ class ChatMessage(BaseModel):
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ChatMessage:
+        others = {"tool_calls": self.tool_calls, **(self.model_extra or {})}
+        if self.content is None and not (self.role == "assistant" and any(others.get(name) for name in INSTEAD)):
+            raise ValueError(f"a message of the role {self.role!r} needs a content")
+        return self
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates know it: its content one text."""
@@ -223,8 +259,12 @@ class ResponseFormat(Body):
     @model_validator(mode="after")
     def _complete(self) -> ResponseFormat:
         given = [name for name in ("json_schema", "regex", "ebnf") if getattr(self, name) is not None]
-        if given != [self.type] and (given or self.type not in ("text", "json_object")):
-            raise ValueError(f"the type {self.type!r} does not go with {' and '.join(given) or 'nothing beside it'}")
+        wanted = [] if self.type in ("text", "json_object") else [self.type]
+        others = [name for name in given if name not in wanted]
+        if others:
+            raise ValueError(f"the type {self.type!r} does not go with the field {' and '.join(others)}")
+        if given != wanted:
+            raise ValueError(f"the type {self.type!r} needs the field {self.type} beside it")
         return self
 
     def grammar(self) -> dict[str, Any] | None:

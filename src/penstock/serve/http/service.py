@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -151,6 +151,8 @@ class Generation:
         self.usage, self.outcome = Usage(sum(map(len, prompts))), "disconnect"
         self._service = service
         self._begun = time.monotonic()
+        for field, named in body.named_tokens().items():
+            service.check_tokens(named, field)
         options = {"seed": service.fresh_seed()} | body.options() | extra
         self.sampling = build(SamplingParams, options, "the request").tokenized(service.tokens.encode)
         self.requests = [
@@ -311,19 +313,25 @@ class Service:
         if isinstance(prompt, str):
             # In a thread: a long text takes a while, and others' tokens go on meanwhile.
             prompt = await asyncio.to_thread(self.tokens.encode, prompt, special)
-        return self.checked(prompt)
+        return self.checked(prompt, "prompt")
 
-    def checked(self, prompt: list[int]) -> list[int]:
-        """``prompt``, if the engine will take it."""
+    def checked(self, prompt: list[int], param: str) -> list[int]:
+        """``prompt``, if the engine will take it; ``param`` is the field that it comes from."""
         ready = self.engine.ready
         if not prompt:
-            raise ApiError(400, "the prompt is empty: give at least one token to continue", param="prompt")
+            raise ApiError(400, "the prompt is empty: give at least one token to continue", param=param)
         if len(prompt) >= ready.context:
             raise ApiError(
                 400,
                 f"the prompt has {len(prompt)} tokens, and a sequence can have {ready.context} with what follows",
+                param=param,
                 code="context_length_exceeded",
             )
-        if max(prompt) >= ready.vocabulary:
-            raise ApiError(400, f"token {max(prompt)} is outside of the vocabulary of {ready.vocabulary}")
+        self.check_tokens(prompt, param)
         return prompt
+
+    def check_tokens(self, tokens: Collection[int], param: str) -> None:
+        """Refuses tokens of the field ``param`` that the model does not know."""
+        vocabulary = self.engine.ready.vocabulary
+        if tokens and max(tokens) >= vocabulary:
+            raise ApiError(400, f"token {max(tokens)} is outside of the vocabulary of {vocabulary}", param=param)

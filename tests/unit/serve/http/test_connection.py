@@ -76,18 +76,21 @@ def answer_to(*parts: bytes, **limits) -> bytes:
     ("sent", "status"),
     [
         (b"\0" * 100 + b"\r\n\r\n", 400),
+        (b"GARBAGE\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nGARBAGE\r\n\r\n", 400),
         (b"GET /\xff HTTP/1.1\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\n\r\n", 400),
         (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n", 400),
         (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 10**5, 431),
     ],
-    ids=range(6),
+    ids=range(8),
 )
 def test_what_is_no_http_is_told_in_openai_s_shape(sent, status):
     found, message = said(answer_to(sent))
     assert found == status
     assert message.startswith("this is not a request in HTTP/1.1: ")
+    assert "bytearray" not in message
     assert len(message) < 300
 
 

@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from types import SimpleNamespace
-
 import httpx
 import pytest
 
-from penstock.models import hub
-from penstock.serve.http.app import make_app
-from penstock.serve.http.service import Limits, Service
-from penstock.serve.http.text import Tokens
-from penstock.serve.messages import Delta, Finish
-
-
-class Engine:
-    """Says a word, in place of an engine."""
-
-    ready = SimpleNamespace(sequences=8, context=2048, vocabulary=4096, memory={})
-    failure = None
-    outstanding = 0
-
-    def __init__(self) -> None:
-        self.watchers = []
-
-    async def stream(self, *requests):
-        for request in requests:
-            yield Delta(request.id, 0, [300], finish=Finish.LENGTH)
+from in_process import asked
 
 
 def post(path: str, body: dict, strict: bool = False) -> httpx.Response:
-    service = Service("m", Tokens(hub.load_tokenizer("python-1m")), Engine(), Limits(), strict)
-
-    async def posted() -> httpx.Response:
-        transport = httpx.ASGITransport(make_app(service, [], False))
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            return await client.post(path, json=body)
-
-    return asyncio.run(posted())
+    return asked(path, strict=strict, json=body)
 
 
 PART = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
