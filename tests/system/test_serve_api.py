@@ -124,6 +124,50 @@ def test_text_offsets_of_a_stream_are_those_of_the_whole(client):
     assert whole.text_offset == [len("".join(whole.tokens[:place])) for place in range(len(whole.tokens))]
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_echo_with_log_probabilities_streams_as_it_comes_whole(client, n):
+    options = {"model": MODEL, "prompt": ["def add(", "class A"], "max_tokens": 4, "echo": True, "logprobs": 2, "n": n}
+    whole = client.completions.create(**options, seed=3)
+    parts = [chunk.choices[0] for chunk in client.completions.create(**options, seed=3, stream=True)]
+    for choice in whole.choices:
+        own = [part for part in parts if part.index == choice.index]
+        assert "".join(part.text for part in own) == choice.text
+        for name in ("tokens", "text_offset", "token_logprobs"):
+            streamed = [value for part in own for value in getattr(part.logprobs, name)]
+            wanted = getattr(choice.logprobs, name)
+            assert streamed == (pytest.approx(wanted, abs=1e-4) if name == "token_logprobs" else wanted)
+
+
+def test_a_prompt_is_scored_without_a_token_of_an_answer(client):
+    options = {"model": MODEL, "prompt": "def add(a, b):", "echo": True, "logprobs": 1, "temperature": 0}
+    scored, echoed = (client.completions.create(**options, max_tokens=most) for most in (0, 1))
+    assert (scored.choices[0].text, scored.usage.completion_tokens) == ("def add(a, b):", 0)
+    given = len(scored.choices[0].logprobs.tokens)
+    assert given == scored.usage.prompt_tokens == len(echoed.choices[0].logprobs.tokens) - 1
+    told = scored.choices[0].logprobs.token_logprobs
+    assert told[1:] == pytest.approx(echoed.choices[0].logprobs.token_logprobs[1:-1], abs=1e-4)
+
+
+def test_log_probabilities_of_the_prompt_are_the_echo_s(server):
+    body = {"prompt": "def add(a, b):", "max_tokens": 1, "temperature": 0}
+    (echoed,) = server.post("/v1/completions", **body, echo=True, logprobs=0).json()["choices"]
+    (told,) = server.post("/v1/completions", **body, prompt_logprobs=2).json()["choices"]
+    tokens = server.post("/tokenize", prompt=body["prompt"]).json()["tokens"]
+    first, *others = told["prompt_logprobs"]
+    assert first is None
+    assert all(len(each) in (2, 3) for each in others)
+    own = [each[str(token)]["logprob"] for each, token in zip(others, tokens[1:], strict=True)]
+    assert own == pytest.approx(echoed["logprobs"]["token_logprobs"][1 : len(tokens)], abs=1e-4)
+    chat = server.post("/v1/chat/completions", messages=[{"role": "user", "content": "x"}], prompt_logprobs=0)
+    assert len(chat.json()["prompt_logprobs"]) == chat.json()["usage"]["prompt_tokens"]
+
+
+def test_an_answer_is_one_of_several_texts(server):
+    for words in (["red", "green"], ['a "b"\n', "ä\\"]):
+        answer = server.post("/v1/completions", prompt="x = ", guided_choice=words, max_tokens=40, seed=1)
+        assert answer.json()["choices"][0]["text"] in words
+
+
 def test_the_sampled_token_is_always_among_the_alternatives(client):
     options = {"model": MODEL, "max_tokens": 30, "temperature": 1.5, "seed": 7, "extra_body": {"ignore_eos": True}}
     told = client.completions.create(**options, prompt=PROMPT, logprobs=2).choices[0].logprobs

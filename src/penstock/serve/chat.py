@@ -70,6 +70,7 @@ def chat_prompt(
     tools: Sequence[Mapping[str, Any]] | None = None,
     variables: Mapping[str, Any] | None = None,
     dialogue: Dialogue | None = None,
+    special: bool = False,
 ) -> Prompt:
     """A conversation up to where the assistant's next message begins, by the model's own template or, where it has
     none, by :data:`DEFAULT_TEMPLATE`, with a warning in the log.
@@ -80,8 +81,10 @@ def chat_prompt(
     Args:
         messages: each with a ``role`` and a ``content``, as OpenAI's clients write them.
         tools: functions that the assistant may call, as the template wants them.
-        variables: more that the template may ask for, such as Qwen3's ``enable_thinking``.
+        variables: more that the template may ask for, such as Qwen3's ``enable_thinking``; and the arguments
+            ``add_generation_prompt`` and ``continue_final_message`` of ``transformers``' ``apply_chat_template``.
         dialogue: how the model writes calls; guessed from the template if not given.
+        special: add the tokens that the model wants around a text; most templates write them.
 
     Raises:
         UsageError: there is no message, or the template refuses the conversation, or leaves out one of its messages.
@@ -106,8 +109,7 @@ def chat_prompt(
             f"the model's chat template leaves out message {place}, of the role {role!r}: "
             "the model would not read it; give its content in a message of another role"
         )
-    # The template wrote the special tokens itself.
-    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
     return Prompt(text, tokens)
 
 
@@ -226,9 +228,8 @@ class _Writer:
                 [dict(message) for message in messages],
                 tools=None if tools is None else [json.loads(json.dumps(tool)) for tool in tools],
                 chat_template=None if self._tokenizer.chat_template else DEFAULT_TEMPLATE,
-                add_generation_prompt=True,
                 tokenize=False,
-                **self._variables,
+                **{"add_generation_prompt": True, **self._variables},
             )
         except Exception as error:  # A template is a program of the model's makers, and raises what it likes.
             raise UsageError(f"the model's chat template refuses the conversation: {error}") from error

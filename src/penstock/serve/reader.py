@@ -54,6 +54,7 @@ class Reader:
     def __init__(self, request: Request, tokenizer: Tokenizer, shown: Mapping[int, str] | None = None) -> None:
         sampling = request.sampling
         self._text = TextStream(tokenizer, request.prompt, sampling.stop, sampling.min_tokens, shown)
+        self._include_stop = sampling.include_stop
         self._stop_tokens = frozenset(sampling.stop_tokens)
         self.finish: Finish | None = None
 
@@ -77,6 +78,7 @@ class Reader:
         stopped: str | int | None = stop_token if stop_token in self._stop_tokens else None
         if self._text.stopped is not None:
             finish, stopped = Finish.STOP, self._text.stopped
+            text += stopped if self._include_stop else ""
         self.finish = finish
         logprobs = delta.logprobs
         if logprobs is not None and len(logprobs) > len(tokens):

@@ -96,6 +96,7 @@ class SamplingParams(Sampling):
         logit_bias: added to the scores of tokens.
         min_tokens: before so many tokens, nothing ends the text: no token that would comes, and stop strings are text.
         stop: strings that end the text, and are no part of it; they are matched outside of the engine.
+        include_stop: the stop string that ended the text is part of it all the same.
         stop_tokens: tokens that end the text, besides the model's own.
         ignore_eos: the model's own end-of-text does not end it.
         logprobs: give each token's log-probability, and those of so many of the most probable tokens; they are the
@@ -123,6 +124,7 @@ class SamplingParams(Sampling):
     logit_bias: Biases = Field({}, max_length=MOST_TOKENS)
     min_tokens: NonNegativeInt = 0
     stop: Annotated[tuple[str, ...], Field(max_length=MOST_STOPS)] = ()
+    include_stop: bool = False
     stop_tokens: Annotated[tuple[Token, ...], Field(max_length=MOST_TOKENS)] = ()
     ignore_eos: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None

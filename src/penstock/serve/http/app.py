@@ -19,6 +19,7 @@ from penstock.serve.http import errors, responses
 from penstock.serve.http.chats import ask
 from penstock.serve.http.errors import ApiError
 from penstock.serve.http.guard import Guard
+from penstock.serve.http.names import NAME, RequestNames
 from penstock.serve.http.protocol import Chat, Completion, Detokenize, Tokenize
 from penstock.serve.http.responses import Chats, Completions, Shapes
 from penstock.serve.http.service import Generation, Piece, Service
@@ -45,6 +46,7 @@ def make_app(service: Service, keys: Collection[str], local: bool) -> FastAPI:
     app.include_router(router)
     app.add_middleware(Guard, keys=keys, local=local, body=round(service.limits.body * 2**20))
     errors.install(app)
+    app.add_middleware(RequestNames)
     return app
 
 
@@ -100,14 +102,12 @@ async def completions(request: Request, body: Completion, service: Here) -> Resp
     """Continues one prompt or several."""
     service.check_model(body.model)
     headers = service.ignored(body)
-    if body.stream and body.echo and body.logprobs is not None:
-        raise ApiError(400, "a stream cannot echo the prompt with log-probabilities", param="echo")
     if body.stream and body.best_of not in (None, body.n):
         raise ApiError(400, "which continuations are best is known at the end: nothing to stream", param="best_of")
     service.admit(body.n * len(body.prompts()))  # before any work goes into them
-    prompts = [await service.encoded(prompt) for prompt in body.prompts()]
+    prompts = [await service.encoded(prompt, body) for prompt in body.prompts()]
     generation = Generation(service, Completions.kind, prompts, body, request.state.key)
-    shapes = Completions(service.tokens, body.echoes(prompts), body.logprobs is not None)
+    shapes = Completions(service.tokens, prompts, body)
     return await _answer(request, service, generation, shapes, body, headers)
 
 
@@ -120,7 +120,7 @@ async def chat(request: Request, body: Chat, service: Here) -> Response:
     generation = Generation(
         service, Chats.kind, [service.checked(prompt, "messages")], body, request.state.key, **extra
     )
-    shapes = Chats(service.tokens, bool(body.logprobs), form)
+    shapes = Chats(service.tokens, prompt, body, form)
     return await _answer(request, service, generation, shapes, body, headers)
 
 
@@ -132,7 +132,9 @@ async def _answer(
     body: Completion | Chat,
     headers: Mapping[str, str],
 ) -> Response:
-    pieces = generation.pieces(shapes.shown)
+    pieces = generation.pieces(shapes.shown, shapes.over)
+    # Where the client gave no name of its own, the response's is the one that GET /v1/requests/ID/events knows.
+    headers = headers if NAME in request.headers else {**headers, NAME: generation.id}
     if not body.stream:
 
         async def all_of_it() -> list[Piece]:
@@ -141,7 +143,8 @@ async def _answer(
         whole = generation.chosen(await unless_gone(request, all_of_it()))
         return JSONResponse(
             responses.head(generation, shapes.whole, service.name)
-            | {"choices": [shapes.choice(piece) for piece in whole], "usage": generation.usage.record()},
+            | {"choices": [shapes.choice(piece) for piece in whole], "usage": generation.usage.record()}
+            | shapes.about(whole),
             headers=headers,
         )
     # The first piece is waited for, so that a request that is refused gets a status that says so.
@@ -158,7 +161,7 @@ async def _chunks(
     shapes: Shapes,
     usage: bool,
 ) -> AsyncGenerator[bytes]:
-    head = responses.head(generation, shapes.chunk, service.name)
+    head, about = responses.head(generation, shapes.chunk, service.name), shapes.about([])
     opened = set()
     async with aclosing(pieces):
         try:
@@ -168,8 +171,9 @@ async def _chunks(
                     opened.add(piece.choice)
                     opening = shapes.opening(piece.choice)
                     if opening is not None:
-                        yield event(head | {"choices": [opening]})
-                if piece.text or piece.finish or piece.tokens:
+                        yield event(head | {"choices": [opening]} | about)
+                        about = {}
+                if piece.text or piece.finish or piece.tokens or piece.prompt_logprobs:
                     for delta in shapes.deltas(piece):
                         yield event(head | {"choices": [delta]})
                 piece = await anext(pieces, None)

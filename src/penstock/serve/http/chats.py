@@ -52,12 +52,13 @@ def ask(body: Chat, tokens: Tokens, context: int) -> tuple[list[int], dict[str, 
         UsageError: the model's template does not take these messages, or the tools cannot be called so.
     """
     functions = body.callable()
-    prompt = tokens.chat(*body.for_template())
+    prompt = tokens.chat(*body.for_template(), body.add_special_tokens)
     thinking = tokens.dialogue.thinking(tokens.template, prompt.text)
     form = Form(tokens.dialogue, functions, thinking, body.parallel_tool_calls is False, body.include_reasoning)
     options = body.answer_options(tokens.turn_stops, context)
     grammar = _grammar(body, tokens, form)
-    return prompt.tokens, options if grammar is None else options | {"grammar": grammar}, form
+    read = body.truncated(prompt.tokens, context)
+    return read, options if grammar is None else options | {"grammar": grammar}, form
 
 
 def _grammar(body: Chat, tokens: Tokens, form: Form) -> dict[str, Any] | None:
@@ -69,7 +70,7 @@ def _grammar(body: Chat, tokens: Tokens, form: Form) -> dict[str, Any] | None:
         rules = dialogue.rules(form.functions, not (form.single or named), spell)
         grammar: dict[str, Any] | None = {"ebnf": rules}
     else:
-        grammar = None if body.response_format is None else body.response_format.grammar()
+        grammar = body.grammar()
     if grammar is None and (budget is None or form.thinking is Thinking.NOT):
         return None
     lead = dialogue.lead(form.thinking, budget, spell, body.must_call or grammar is None)
@@ -103,6 +104,11 @@ class AnswerReader:
             ]
         return message
 
+    @property
+    def beyond(self) -> bool:
+        """Whether a second call has begun."""
+        return self._calls > 0
+
     def reason(self, finish: str | None) -> str | None:
         """OpenAI's word for the end of an answer that ended for the reason ``finish``."""
         return "tool_calls" if finish == "stop" and self._calls >= 0 else finish
@@ -112,7 +118,7 @@ class AnswerReader:
         kept: list[Event] = []
         for event in events:
             self._calls += isinstance(event, CallStart)
-            further = self._form.single and self._calls > 0
+            further = self._form.single and self.beyond
             if not (further and isinstance(event, CallStart | Arguments)):
                 kept.append(event)
         return kept

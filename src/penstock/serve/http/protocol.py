@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal
@@ -79,6 +80,76 @@ class Expected(Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+class JsonSchema(Body):
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """What an answer must be: OpenAI's forms, and beside them a regular expression or a grammar."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "ebnf"]
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ResponseFormat:
+        given = [name for name in ("json_schema", "regex", "ebnf") if getattr(self, name) is not None]
+        wanted = [] if self.type in ("text", "json_object") else [self.type]
+        others = [name for name in given if name not in wanted]
+        if others:
+            raise ValueError(f"the type {self.type!r} does not go with the field {' and '.join(others)}")
+        if given != wanted:
+            raise ValueError(f"the type {self.type!r} needs the field {self.type} beside it")
+        return self
+
+    def grammar(self) -> dict[str, Any] | None:
+        """The same as SamplingParams' grammar."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return {"json_object": True}
+        return {self.type: self.json_schema.schema_ if self.json_schema is not None else self.regex or self.ebnf}
+
+
+class StructuredOutputs(Body):
+    """vLLM's way to say what an answer must be: exactly one of these."""
+
+    json_: str | dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar_: str | None = Field(None, alias="grammar")
+    json_object: bool | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> StructuredOutputs:
+        known = ("json_", "regex", "choice", "grammar_", "json_object")
+        if sum(getattr(self, name) not in (None, False) for name in known) != 1:
+            raise ValueError("exactly one of json, regex, choice, grammar and json_object says what the answer must be")
+        return self
+
+    def grammar(self) -> dict[str, Any]:
+        """The same as SamplingParams' grammar."""
+        if self.choice is not None:
+            return {"ebnf": f"start: {' | '.join(map(json.dumps, self.choice))}"}
+        given = {"json_schema": self.json_, "regex": self.regex, "ebnf": self.grammar_, "json_object": self.json_object}
+        return {name: value for name, value in given.items() if value not in (None, False)}
+
+
+#: Fields that say what an answer must be.
+GUIDED = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
+
+
 class Generate(Body):
     """What completions and chats have in common."""
 
@@ -96,12 +167,30 @@ class Generate(Body):
     logit_bias: dict[TokenKey, float] | None = None
 
     # Beyond OpenAI's
-    top_k: Count | None = None
+    #: 0 and -1 are no limit.
+    top_k: Annotated[int, Field(ge=-1, le=LARGEST)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
     stop_token_ids: list[Token] | None = None
     ignore_eos: bool | None = None
+    #: What the answer must be, in any of three ways to say it.
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_grammar: str | None = None
+    #: Log-probabilities of the prompt's tokens.
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    #: Whether the answer tells its tokens, and the prompt's.
+    return_token_ids: bool | None = None
+    #: Whether the stop string that ended the text is part of it.
+    include_stop_str_in_output: bool | None = None
+    #: Whether special tokens are left out of the text.
+    skip_special_tokens: bool | None = None
+    #: So many of the prompt's last tokens are read; -1 are as many as fit.
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=LARGEST)] | None = None
     #: A decoding rule: its name, or a table with the name and options.
     rule: str | dict[str, Any] | None = None
     #: Whether the engine may draft tokens ahead, where it does so.
@@ -122,6 +211,31 @@ class Generate(Body):
     def _null_is_default(cls, value: Any, info: Any) -> Any:
         return cls.model_fields[info.field_name].default if value is None else value
 
+    @model_validator(mode="after")
+    def _goes_together(self) -> Generate:
+        guided = [name for name in GUIDED if getattr(self, name) is not None]
+        if len(guided) > 1:
+            raise ValueError(f"what the answer must be is said once, not by {' and '.join(guided)}")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("a stream has no prompt_logprobs")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens 0 would leave nothing of the prompt")
+        return self
+
+    def grammar(self) -> dict[str, Any] | None:
+        """What the text must be, as SamplingParams' grammar."""
+        form = self.response_format or self.structured_outputs
+        if form is not None:
+            return form.grammar()
+        given = {name.removeprefix("guided_"): getattr(self, name) for name in GUIDED if name.startswith("guided_")}
+        given = {name: value for name, value in given.items() if value is not None}
+        return StructuredOutputs.model_validate(given).grammar() if given else None
+
+    def truncated(self, prompt: list[int], context: int) -> list[int]:
+        """What is read of a prompt, where a sequence has ``context`` tokens."""
+        most = self.truncate_prompt_tokens
+        return prompt if most is None else prompt[-(context - 1 if most == -1 else most) :]
+
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -134,7 +248,10 @@ class Generate(Body):
         """Those of the request's fields that are SamplingParams' too, as far as they are given."""
         given = {
             "n": self.n,
-            "max_tokens": self.max_tokens,
+            "max_tokens": None if self.max_tokens is None else max(self.max_tokens, 1),
+            "grammar": self.grammar(),
+            "prompt_logprobs": self.prompt_logprobs,
+            "include_stop": self.include_stop_str_in_output,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "seed": self.seed,
@@ -142,7 +259,7 @@ class Generate(Body):
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()} or None,
-            "top_k": self.top_k,
+            "top_k": self.top_k if self.top_k not in (0, -1) else None,
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
             "min_tokens": self.min_tokens,
@@ -159,14 +276,17 @@ class Completion(Generate):
     """``POST /v1/completions``."""
 
     prompt: str | Annotated[list[str], Field(min_length=1)] | list[Token] | Annotated[list[list[Token]], Field()]
-    max_tokens: Count | None = 16
+    #: 0 is none: the prompt alone is scored.
+    max_tokens: Annotated[int, Field(ge=0, le=LARGEST)] | None = 16
+    add_special_tokens: bool = True
     best_of: Annotated[int, Field(ge=1, le=MOST)] | None = None
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     def options(self) -> dict[str, Any]:
         given = {"best_of": self.best_of, "logprobs": self.logprobs}
-        given["prompt_logprobs"] = self.logprobs if self.echo else None
+        if self.echo and self.logprobs is not None:
+            given["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
         return super().options() | {name: value for name, value in given.items() if value is not None}
 
     def echoes(self, prompts: list[list[int]]) -> list[list[int]]:
@@ -241,41 +361,6 @@ class ChatMessage(BaseModel):
         return fields | {"content": text}
 
 
-class JsonSchema(Body):
-    name: str = ""
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """What an answer must be: OpenAI's forms, and beside them a regular expression or a grammar."""
-
-    type: Literal["text", "json_object", "json_schema", "regex", "ebnf"]
-    json_schema: JsonSchema | None = None
-    regex: str | None = None
-    ebnf: str | None = None
-
-    @model_validator(mode="after")
-    def _complete(self) -> ResponseFormat:
-        given = [name for name in ("json_schema", "regex", "ebnf") if getattr(self, name) is not None]
-        wanted = [] if self.type in ("text", "json_object") else [self.type]
-        others = [name for name in given if name not in wanted]
-        if others:
-            raise ValueError(f"the type {self.type!r} does not go with the field {' and '.join(others)}")
-        if given != wanted:
-            raise ValueError(f"the type {self.type!r} needs the field {self.type} beside it")
-        return self
-
-    def grammar(self) -> dict[str, Any] | None:
-        """The same as SamplingParams' grammar."""
-        if self.type == "text":
-            return None
-        if self.type == "json_object":
-            return {"json_object": True}
-        return {self.type: self.json_schema.schema_ if self.json_schema is not None else self.regex or self.ebnf}
-
-
 class FunctionName(Body):
     name: str
 
@@ -299,6 +384,12 @@ class AllowedFunctions(Body):
     allowed_tools: AllowedTools
 
 
+def _of_the_operator(template: str | None) -> str | None:
+    if template is not None:
+        raise ValueError("a chat template is a program, and whoever runs the server gives it, by --chat-template FILE")
+    return template
+
+
 class Chat(Generate):
     """``POST /v1/chat/completions``."""
 
@@ -316,9 +407,28 @@ class Chat(Generate):
     thinking_token_budget: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
     #: Whether thoughts are told.
     include_reasoning: bool = True
-    response_format: ResponseFormat | None = None
+    chat_template: Annotated[str | None, AfterValidator(_of_the_operator)] = None
+    #: Whether the answer goes on with the last message, which the assistant began.
+    continue_final_message: bool = False
+    #: Whether the prompt ends where the assistant's message begins; not where it is to go on.
+    add_generation_prompt: bool | None = None
+    #: Whether the tokens that the model wants around a text are added to what the template wrote.
+    add_special_tokens: bool = False
     #: More variables for the chat template, such as Qwen3's enable_thinking.
     chat_template_kwargs: dict[str, Scalar] | None = None
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Chat:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ValueError("continue_final_message goes on with a message of the assistant, and the last is none")
+        return self
+
+    @property
+    def opened(self) -> bool | None:
+        """Whether the prompt ends where the assistant's message begins; None is what the template does then."""
+        return False if self.continue_final_message else self.add_generation_prompt
 
     @property
     def must_call(self) -> bool:
@@ -356,6 +466,10 @@ class Chat(Generate):
             variables.setdefault("reasoning_effort", self.reasoning_effort)
         if self.reasoning_effort == "none":
             variables.setdefault("enable_thinking", False)
+        if self.continue_final_message:
+            variables["continue_final_message"] = True
+        if self.opened is not None:
+            variables["add_generation_prompt"] = self.opened
         return [message.for_template() for message in self.messages], tools, variables
 
     def answer_options(self, turn_stops: tuple[str, ...], context: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -22,7 +22,7 @@ from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams, best
 from penstock.serve.http.errors import ApiError
 from penstock.serve.http.metrics import ServerMetrics
-from penstock.serve.http.protocol import Body, Generate, unknown
+from penstock.serve.http.protocol import Body, Completion, Generate, unknown
 from penstock.serve.http.text import Tokens
 from penstock.serve.link.client import EngineClient
 from penstock.serve.messages import Delta, Finish, Request
@@ -60,7 +60,9 @@ class Limits(Config):
 class Piece:
     """News of one choice of a response: its new text and tokens, and why it ended, if it did. ``logprobs`` are there
     where they are needed: of ``tokens``, then of one that ended the text; those of the prompt in the first piece.
-    ``offsets`` are with them: where in the choice's text each of the tokens begins, in characters."""
+    ``offsets`` are with them: where in the choice's text each of the tokens begins, in characters. ``stop_reason`` is
+    the stop string or the request's own stop token that ended it, and ``closing`` the token that did, which is no part
+    of the text."""
 
     choice: int
     text: str
@@ -69,6 +71,12 @@ class Piece:
     offsets: list[int] | None
     finish: str | None
     prompt_logprobs: Sequence[TokenLogprobs] | None = None
+    stop_reason: str | int | None = None
+    closing: Sequence[int] = ()
+
+    def emptied(self) -> Piece:
+        """The same of a choice that is to have no tokens."""
+        return Piece(self.choice, "", [], self.logprobs and [], self.offsets and [], "length", self.prompt_logprobs)
 
 
 @dataclasses.dataclass
@@ -116,9 +124,41 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
             [offset for piece in own for offset in piece.offsets or []],
             own[-1].finish,
             next((piece.prompt_logprobs for piece in own if piece.prompt_logprobs is not None), None),
+            own[-1].stop_reason,
+            own[-1].closing,
         )
         for place, own in sorted(choices.items())
     ]
+
+
+class PromptScores:
+    """The engine tells a prompt's log-probabilities with the first of its continuations; the first piece of each other
+    one needs them too, and waits for them.
+
+    Args:
+        wanted: whether they are; pieces stay as they are otherwise.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted, self._known = wanted, dict[str, Sequence[TokenLogprobs]]()
+        self._waiting, self._begun = dict[str, list[Piece]](), set[int]()
+
+    def told(self, id: str, piece: Piece) -> Iterator[Piece]:
+        """The pieces of the request ``id`` that can be told now that there is ``piece``."""
+        if piece.prompt_logprobs is not None:
+            self._known[id] = piece.prompt_logprobs
+        pieces = [*self._waiting.pop(id, []), piece]
+        if self._wanted and id not in self._known:
+            self._waiting[id] = pieces
+            return
+        for each in pieces:
+            first = self._wanted and each.choice not in self._begun
+            self._begun.add(each.choice)
+            yield dataclasses.replace(each, prompt_logprobs=self._known[id]) if first else each
+
+    def rest(self) -> Iterator[Piece]:
+        """The pieces of requests that ended before that."""
+        return itertools.chain.from_iterable(self._waiting.values())
 
 
 class Choice:
@@ -149,7 +189,7 @@ class Generation:
     def __init__(self, service: Service, kind: str, prompts: list[list[int]], body: Generate, key: str, **extra: Any):
         self.id, self.created = f"{kind}-{uuid.uuid4().hex}", int(time.time())
         self.usage, self.outcome = Usage(sum(map(len, prompts))), "disconnect"
-        self._service = service
+        self._service, self._nothing = service, body.max_tokens == 0
         self._begun = time.monotonic()
         for field, named in body.named_tokens().items():
             service.check_tokens(named, field)
@@ -160,9 +200,9 @@ class Generation:
             for number, prompt in enumerate(prompts)
         ]
 
-    async def pieces(self, shown: Mapping[int, str]) -> AsyncGenerator[Piece]:
-        """The response's text as it comes, with the special tokens that are ``shown``. Closing the iterator before its
-        end aborts the request."""
+    async def pieces(self, shown: Mapping[int, str], over: Callable[[Piece], bool]) -> AsyncGenerator[Piece]:
+        """The response's text as it comes, with the special tokens that are ``shown``. A piece with which a choice is
+        ``over`` is its last. Closing the iterator before its end aborts the request."""
         service, each = self._service, self.sampling.continuations
         service.admit(each * len(self.requests))
         choices = {
@@ -170,12 +210,19 @@ class Generation:
             for number, request in enumerate(self.requests)
             for index in range(each)
         }
+        prompts = PromptScores(each > 1 and self.sampling.prompt_logprobs is not None)
         try:
             async with aclosing(service.engine.stream(*self.requests)) as news:
                 async for delta in news:
                     choice = choices[delta.id, delta.index]
                     if choice.outcome is None:
-                        yield self._piece(choice, delta)
+                        piece = self._piece(choice, delta)
+                        for known in prompts.told(
+                            delta.id, self._ended(choice, delta, piece) if over(piece) else piece
+                        ):
+                            yield known
+            for known in prompts.rest():
+                yield known
         except Exception:
             self.outcome = "error"
             raise
@@ -195,14 +242,14 @@ class Generation:
 
     def _piece(self, choice: Choice, delta: Delta) -> Piece:
         reading = choice.reader.read(delta)
-        self._count(choice, delta, len(reading.tokens))
+        self._count(choice, delta, 0 if self._nothing else len(reading.tokens))
         if reading.early:
             self._service.engine.abort(delta.id, delta.index)
         if reading.finish is not None:
             self._time(choice)
         # Clients know two ends of a text: it is complete, or it is cut off.
         reason = None if reading.finish is None else "stop" if reading.finish is Finish.STOP else "length"
-        return Piece(
+        piece = Piece(
             choice.place,
             reading.text,
             reading.shown,
@@ -210,7 +257,18 @@ class Generation:
             reading.offsets,
             reason,
             reading.prompt_logprobs,
+            reading.stopped,
+            reading.tokens[len(reading.shown) :],
         )
+        return piece.emptied() if self._nothing else piece
+
+    def _ended(self, choice: Choice, delta: Delta, piece: Piece) -> Piece:
+        """``piece`` as the last of its choice."""
+        if choice.reader.finish is None:
+            choice.reader.finish = Finish.STOP
+            self._service.engine.abort(delta.id, delta.index)
+            self._time(choice)
+        return dataclasses.replace(piece, finish=piece.finish or "stop")
 
     def _count(self, choice: Choice, delta: Delta, tokens: int) -> None:
         if tokens and not choice.count:
@@ -308,12 +366,12 @@ class Service:
                 headers={"Retry-After": "1"},
             )
 
-    async def encoded(self, prompt: str | list[int], special: bool = True) -> list[int]:
-        """The tokens of ``prompt``, checked against the model's limits."""
+    async def encoded(self, prompt: str | list[int], body: Completion) -> list[int]:
+        """The tokens of ``prompt``, one of those of ``body``, checked against the model's limits."""
         if isinstance(prompt, str):
             # In a thread: a long text takes a while, and others' tokens go on meanwhile.
-            prompt = await asyncio.to_thread(self.tokens.encode, prompt, special)
-        return self.checked(prompt, "prompt")
+            prompt = await asyncio.to_thread(self.tokens.encode, prompt, body.add_special_tokens)
+        return self.checked(body.truncated(prompt, self.engine.ready.context), "prompt")
 
     def checked(self, prompt: list[int], param: str) -> list[int]:
         """``prompt``, if the engine will take it; ``param`` is the field that it comes from."""

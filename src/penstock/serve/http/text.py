@@ -29,6 +29,7 @@ class Tokens:
         turn_stops: stop strings that every chat needs besides its own.
         template: the model's chat template, empty where it has none.
         dialogue: how the model writes thoughts and calls: guessed from the template if not given.
+        specials: all special tokens, and how they are written.
         marks: the dialogue's markers that are special tokens, which texts leave out otherwise.
     """
 
@@ -39,6 +40,8 @@ class Tokens:
         self.vocabulary = Vocabulary(self.backend)
         self.templated = bool(tokenizer.chat_template)
         self.turn_stops = () if self.templated else (NEXT_TURN,)
+        added = self.backend.get_added_tokens_decoder()
+        self.specials = {id: token.content for id, token in added.items() if token.special}
         known = {self.backend.token_to_id(marker): marker for marker in self.dialogue.markers}
         self.marks = {id: marker for id, marker in known.items() if id is not None and self.vocabulary.says(id) is None}
 
@@ -63,7 +66,11 @@ class Tokens:
         return text
 
     def chat(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        variables: dict[str, Any],
+        special: bool = False,
     ) -> Prompt:
         """A chat, up to where the assistant's answer begins.
 
@@ -71,7 +78,7 @@ class Tokens:
             UsageError: the model's template does not take these messages.
         """
         _check_characters(json.dumps([messages, tools, variables], ensure_ascii=False))
-        return chat_prompt(self._tokenizer, messages, tools, variables, self.dialogue)
+        return chat_prompt(self._tokenizer, messages, tools, variables, self.dialogue, special)
 
 
 def _check_characters(text: str) -> None:

@@ -158,11 +158,13 @@ def _mark(custom_id: str | None) -> int:
 
 @dataclasses.dataclass
 class _Task:
-    """A line under way: the shapes of its response, and the results of its prompts as far as they are known."""
+    """A line under way: the shapes of its response, whether its answer is to have no tokens, and the results of its
+    prompts as far as they are known."""
 
     place: int
     custom_id: str
     shapes: Shapes
+    nothing: bool
     results: dict[str, RequestOutput | None]
 
 
@@ -253,7 +255,7 @@ class BatchRun:
         seed = derive(0, "batch", place) >> 1
         options = {"seed": seed} | body.options() | extra
         sampling = build(SamplingParams, options, "the request").tokenized(self._tokens.encode)
-        task = _Task(place, line.custom_id, shapes, {})
+        task = _Task(place, line.custom_id, shapes, body.max_tokens == 0, {})
         try:
             for number, prompt in enumerate(prompts):
                 request = Request(f"{place}/{number}", prompt, sampling, body.priority)
@@ -267,14 +269,17 @@ class BatchRun:
 
     def _completion(self, body: Completion) -> tuple[list[list[int]], dict[str, Any], Shapes]:
         """Prompts, further sampling options, and the shapes of the response."""
-        encode = self._tokens.encode
-        prompts = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts()]
-        return prompts, {}, Completions(self._tokens, body.echoes(prompts), body.logprobs is not None)
+        prompts = [
+            self._tokens.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
+            for prompt in body.prompts()
+        ]
+        prompts = [body.truncated(prompt, self._gatherer.engine.context) for prompt in prompts]
+        return prompts, {}, Completions(self._tokens, prompts, body)
 
     def _chat(self, body: Chat) -> tuple[list[list[int]], dict[str, Any], Shapes]:
         """The same for a chat."""
         prompt, extra, form = ask(body, self._tokens, self._gatherer.engine.context)
-        return [prompt], extra, Chats(self._tokens, bool(body.logprobs), form)
+        return [prompt], extra, Chats(self._tokens, prompt, body, form)
 
     def _end(self, result: RequestOutput) -> Iterator[dict[str, Any]]:
         """Takes a prompt's result; yields the answer of a line whose prompts all have theirs."""
@@ -297,11 +302,12 @@ class BatchRun:
         usage = Usage(
             prompt=sum(len(result.prompt_token_ids) for result in results),
             cached=sum(result.num_cached_tokens for result in results),
-            completion=sum(len(output.token_ids) for _, output in outputs),
+            completion=0 if task.nothing else sum(len(output.token_ids) for _, output in outputs),
             drafted=sum(result.num_drafted_tokens for result in results),
             accepted=sum(result.num_accepted_tokens for result in results),
         )
         pieces = [_piece(choice, *pair) for choice, pair in enumerate(outputs)]
+        pieces = [piece.emptied() for piece in pieces] if task.nothing else pieces
         return {
             "id": f"{task.shapes.kind}-{task.place}",
             "object": task.shapes.whole,
@@ -309,6 +315,7 @@ class BatchRun:
             "model": self._name,
             "choices": [task.shapes.choice(piece) for piece in pieces],
             "usage": usage.record(),
+            **task.shapes.about(pieces),
         }
 
 
@@ -377,6 +384,8 @@ def _piece(choice: int, result: RequestOutput, output: CompletionOutput) -> Piec
         output.text_offsets,
         "stop" if stopped else "length",
         None if result.prompt_logprobs is None else result.prompt_logprobs.rows,
+        output.stop_reason,
+        output.token_ids[len(shown) :],
     )
 
 

@@ -10,6 +10,7 @@ from penstock.serve.choose.logprobs import LogprobRows, TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.dialogue.contract import Thinking
 from penstock.serve.http.chats import Form
+from penstock.serve.http.protocol import Chat, Completion
 from penstock.serve.http.responses import Chats, Completions
 from penstock.serve.http.service import Piece
 from penstock.serve.http.text import Tokens
@@ -21,8 +22,11 @@ BACKEND = made("byte fallback, strip")
 TOKENS = Tokens(SimpleNamespace(backend_tokenizer=BACKEND, chat_template=None))
 
 
+CHAT = Chat(messages=[{"role": "user", "content": "x"}], logprobs=True)
+
+
 def chats(tokens: Tokens) -> Chats:
-    return Chats(tokens, True, Form(tokens.dialogue, {}, Thinking.NOT))
+    return Chats(tokens, [], CHAT, Form(tokens.dialogue, {}, Thinking.NOT))
 
 
 def ids(*pieces: str) -> list[int]:
@@ -59,7 +63,7 @@ def pieces(sizes: list[int]) -> list[Piece]:
 
 @pytest.mark.parametrize("sizes", [[], [1] * 11, [2] * 6, [3, 1, 4]])
 def test_text_offsets_are_right_in_every_chunk(sizes):
-    shapes = Completions(TOKENS, [], True)
+    shapes = Completions(TOKENS, [], Completion(prompt="", logprobs=1))
     chunks = [delta for piece in pieces(sizes) for delta in shapes.deltas(piece)]
     assert "".join(chunk["text"] for chunk in chunks) == TEXT
     told = [pair for c in chunks for pair in zip(c["logprobs"]["tokens"], c["logprobs"]["text_offset"], strict=True)]
@@ -80,7 +84,7 @@ def test_text_offsets_are_right_in_every_chunk(sizes):
 
 def test_an_echo_begins_with_the_prompt():
     piece = Piece(0, " def", ids("▁def"), [position(*ids("▁def"))], [0], "length", [position(t) for t in PROMPT[1:]])
-    choice = Completions(TOKENS, [PROMPT], True).choice(piece)
+    choice = Completions(TOKENS, [PROMPT], Completion(prompt=PROMPT, logprobs=1, echo=True)).choice(piece)
     assert choice["text"] == "def a def"
     assert choice["logprobs"]["tokens"] == ["<s>", " def", " a", " def"]
     assert choice["logprobs"]["text_offset"] == [0, 0, 3, 5]
@@ -90,7 +94,9 @@ def test_an_echo_begins_with_the_prompt():
 def top_of(token: int, *others: int) -> tuple[dict, list]:
     """The alternatives in the shapes of completions and chats."""
     piece = Piece(0, "", [token], [position(token, *others)], [0], None)
-    completion = next(Completions(TOKENS, [], True).deltas(piece))["logprobs"]["top_logprobs"][0]
+    completion = next(Completions(TOKENS, [], Completion(prompt="", logprobs=1)).deltas(piece))["logprobs"][
+        "top_logprobs"
+    ][0]
     chat = next(chats(TOKENS).deltas(piece))["logprobs"]["content"][0]["top_logprobs"]
     return completion, [(each["token"], each["logprob"], bytes(each["bytes"])) for each in chat]
 
