@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
@@ -30,7 +28,7 @@ class Fp8(WeightFormat):
     def product(self, x: Tensor, parts: Parts) -> Tensor:
         values, scale = parts["values"], parts["scale"]
         if cpu.serves(x, values.shape[1], self.group):
-            return cpu.product("table8", x, values, scale, table=_numbers(), group=self.group)
+            return cpu.product("e4m3", x, values, scale, group=self.group)
         return super().product(x, parts)
 
     @classmethod
@@ -43,8 +41,3 @@ class Fp8(WeightFormat):
         }
         return Example(cls(group=2), parts, [[2, -6, 2**-10], [448, 448, 112], [-2.25, -2.25, -4.5]])
 
-
-@functools.cache
-def _numbers() -> Tensor:
-    """What each byte stands for."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
