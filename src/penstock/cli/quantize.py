@@ -14,7 +14,7 @@ def quantize(
 ) -> None:
     """Write a model with the matrices of its layers quantized, rounded to nearest, as a Hugging Face folder.
 
-    The folder is in the format of compressed-tensors, which transformers, vLLM and Penstock read. Embedding, head,
+    The folder is in the format of compressed-tensors, which transformers and Penstock read. Embedding, head,
     norms and routers stay as they are. Nothing is calibrated: these schemes scale activations token by token.
 
     Example: `penstock quantize smollm2 --scheme w4a16 --out smollm2-w4a16`

@@ -1,4 +1,4 @@
-"""What the package compressed-tensors writes, which vLLM and transformers read."""
+"""What the package compressed-tensors writes, which transformers reads."""
 
 from __future__ import annotations
 

@@ -40,4 +40,3 @@ class Fp8(WeightFormat):
             "scale": torch.tensor([[2.0, 0.5], [1.0, 0.25], [4.0, 8.0]]),
         }
         return Example(cls(group=2), parts, [[2, -6, 2**-10], [448, 448, 112], [-2.25, -2.25, -4.5]])
-

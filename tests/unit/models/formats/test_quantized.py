@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch import Tensor
 from penstock import cli
 from penstock.core.errors import ModelError, UsageError
 from penstock.models import hub
+from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
 from penstock.models.formats.quantized import layout_of
 from penstock.models.formats.schemes import SCHEMES
 from penstock.testing.transformers_peer import expected, peer, prompt, published, whole
@@ -349,3 +352,44 @@ def test_the_command_writes_a_folder_that_is_served_like_the_model(tmp_path, mon
     assert hub.read_config(out) == hub.read_config(hub.resolve("python-1m"))
     assert run("python-1m", "--scheme", "int8", "--out", str(out)) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+MEASURE_PACKED = """
+import sys, torch
+from pathlib import Path
+from penstock.models import hub
+from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
+from penstock.models.quantized import QuantizedLinear
+
+def memory(which):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which))
+
+torch.set_num_threads(1)
+hub.load_for_inference(sys.argv[1])  # imports what it needs
+for source in sys.argv[1:]:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
+    decoder = hub.load_for_inference(source)
+    print(memory("VmHWM") - before)
+    assert sum(isinstance(module, QuantizedLinear) for module in decoder.modules()) >= 40
+    del decoder
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure memory")
+def test_opening_a_quantized_model_takes_its_own_bytes_and_one_shard(tmp_path):
+    """Of each scheme: at no time are matrices plain numbers."""
+    config = DecoderConfig(vocabulary=512, hidden=512, layers=10, heads=8, kv_heads=4, head_dim=64, ffn=1536)
+    decoder, shard = Decoder(config).initialize(0), 12_000_000
+    for scheme in SCHEMES:
+        hub.save(decoder, tmp_path / scheme, shard_bytes=shard, scheme=scheme)
+    line = [sys.executable, "-c", MEASURE_PACKED, *(str(tmp_path / scheme) for scheme in SCHEMES)]
+    run = subprocess.run(line, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for scheme, peak in zip(SCHEMES, run.stdout.split(), strict=True):
+        size = sum(file.stat().st_size for file in (tmp_path / scheme).glob("*.safetensors"))
+        assert int(peak) < size + shard + 12e6, f"{scheme}: {int(peak):,} for {size:,} bytes"
+        assert size + shard + 12e6 < 4 * decoder.parameter_count() / 2
