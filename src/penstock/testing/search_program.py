@@ -63,7 +63,9 @@ def check_limit(program: Program) -> None:
     """Asserts that in the case of one sample it is plain sampling with the same seed."""
     seeds = range(5)
     searches = [_search(numbers(f"limit {seed}", 9), seed) for seed in seeds]
-    for seed, plain, play in zip(seeds, _plain(), _played(small_engine(), searches, type(program).limit()), strict=True):
+    for seed, plain, play in zip(
+        seeds, _plain(), _played(small_engine(), searches, type(program).limit()), strict=True
+    ):
         assert play.answer is not None, "one sample gives no answer"
         found = play.answer.generated
         assert found == plain, f"one sample is {found}, and plain sampling {plain}, with seed {seed}"

@@ -153,7 +153,11 @@ class Logprobs:
         rank = (scores > chosen).sum(-1, keepdim=True) + 1
         top = scores.topk(min(most, scores.shape[-1]), -1)
         pairs = torch.stack([top.indices.int(), top.values.view(torch.int32)], -1).flatten(1)
-        shape = chosen.new_zeros(len(scores), 2) if spread is None else torch.where(spread.unsqueeze(-1), _spread(scores), 0.0)
+        shape = (
+            chosen.new_zeros(len(scores), 2)
+            if spread is None
+            else torch.where(spread.unsqueeze(-1), _spread(scores), 0.0)
+        )
         values = torch.cat([chosen, shape], -1).view(torch.int32)
         return Logprobs(torch.cat([tokens.unsqueeze(-1).int(), rank.int(), values, pairs], -1))
 

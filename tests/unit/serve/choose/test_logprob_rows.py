@@ -62,7 +62,8 @@ def test_how_probabilities_are_spread_is_told():
 def test_how_probabilities_are_spread_is_computed_only_where_it_is_asked_for(monkeypatch):
     scores, tokens = torch.tensor([[0.7, 0.3], [0.2, 0.8], [1.0, 0.0]]).log(), torch.tensor([0, 1, 0])
     whole, some = (
-        logprobs.Logprobs.of(scores, tokens, 1, torch.tensor(asked)).rows for asked in ([True] * 3, [True, False, False])
+        logprobs.Logprobs.of(scores, tokens, 1, torch.tensor(asked)).rows
+        for asked in ([True] * 3, [True, False, False])
     )
     monkeypatch.setattr(logprobs, "_spread", None)  # may not be called
     plain = logprobs.Logprobs.of(scores, tokens, 1).rows
