@@ -141,7 +141,14 @@ class Driver:
                 leads.append(each)
         self._count += 1
         sampling = self._sampling.model_copy(
-            update={"max_tokens": piece.most, "seed": branch.seed, "logprobs": 0, "n": 1, "best_of": None}
+            update={
+                "max_tokens": piece.most,
+                "seed": branch.seed,
+                "logprobs": 0,
+                "spread": True,
+                "n": 1,
+                "best_of": None,
+            }
         )
         request = Request(f"search/{self._count}", list(branch.tokens), sampling, keep=True, given=branch.prompt)
         source = max([*branch.ancestors, branch], key=lambda each: each.anchored if each.anchor is not None else -1)

@@ -18,6 +18,7 @@ from penstock.search.programs.majority import Majority
 from penstock.search.programs.particle import Particle
 from penstock.search.programs.particle_gibbs import ParticleGibbs
 from penstock.search.programs.particle_tempering import ParticleTempering
+from penstock.search.programs.reward_voting import RewardVoting
 from penstock.search.programs.until_accepted import UntilAccepted
 from penstock.search.programs.value_exact import ValueExact
 from penstock.search.programs.value_guided import ValueGuided
@@ -178,6 +179,33 @@ def test_first_finish_is_the_shortest():
     found = answers(FirstFinish(n=2), table)
     for n in range(4):
         assert found["a" * n] == pytest.approx(longer[n] ** 2 - longer[n + 1] ** 2)
+
+
+@pytest.mark.parametrize("votes", [1, 2, 3, 5])
+def test_the_sum_of_judgements_decides(votes):
+    """Two texts that differ, each judged by 0 or 1 in independent draws: the chance that the better one's sum is the
+    larger, by binomials; of equal sums the first text's, which is either one as often."""
+    chances, once = {"a": 0.8, "b": 0.4}, lambda text: {"$": 1.0} if text else {"a": 0.5, "b": 0.5}
+    binomial = {
+        text: [math.comb(votes, k) * p**k * (1 - p) ** (votes - k) for k in range(votes + 1)]
+        for text, p in chances.items()
+    }
+    pairs = list(itertools.product(range(votes + 1), repeat=2))
+    better = sum(binomial["a"][i] * binomial["b"][j] * (1.0 if i > j else 0.5 * (i == j)) for i, j in pairs)
+    found = 0.0
+    for i, j in pairs:
+        left: dict[str, list[float]] = {}
+
+        def judged(text: str, finished: bool) -> float:
+            if not left.get(text):  # noqa: B023
+                ones = {"a": i, "b": j}[text]  # noqa: B023
+                left[text] = [1.0] * ones + [0.0] * (votes - ones)  # noqa: B023
+            return left[text].pop()  # noqa: B023
+
+        for each in outcomes(RewardVoting(n=2, votes=votes).run, once, judged):
+            if len({leaf.text for leaf in each.play.search.leaves}) == 2 and each.text == "a":
+                found += binomial["a"][i] * binomial["b"][j] * each.probability
+    assert found == pytest.approx(0.5 * better), "half of the pairs differ"
 
 
 def test_a_verifier_that_is_wrong_caps_accuracy():

@@ -22,7 +22,7 @@ SLOT = np.dtype(
         ("charges", "f8", (3,)),
         ("least", "i8"),
         ("alternatives", "i8"),
-        *((name, "?") for name in ("penalized", "biased", "grammar", "rule", "rescored", "led")),
+        *((name, "?") for name in ("penalized", "biased", "grammar", "rule", "rescored", "led", "spread")),
     ]
 )
 

@@ -18,6 +18,9 @@ class InvariantSampler(Sampler):
         alone = [slice(row, row + 1) for row in range(len(scores))]
         return torch.cat([super(InvariantSampler, self)._drawn(scores[one], draws[:, one]) for one in alone])
 
-    def _told(self, logits: Tensor, tokens: Tensor, most: int) -> Logprobs:
-        pairs = zip(torch.split(logits, 1), torch.split(tokens, 1), strict=True)
-        return Logprobs.joined([Logprobs.of(row, token, most) for row, token in pairs])
+    def _told(self, logits: Tensor, tokens: Tensor, most: int, spread: Tensor | None) -> Logprobs:
+        alone = [slice(row, row + 1) for row in range(len(logits))]
+        told = super()._told
+        return Logprobs.joined(
+            [told(logits[one], tokens[one], most, None if spread is None else spread[one]) for one in alone]
+        )

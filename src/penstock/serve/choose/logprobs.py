@@ -22,8 +22,9 @@ class TokenLogprobs:
     the most probable tokens in order (token, logprob); and how the model's probabilities are spread there.
 
     Attributes:
-        entropy: of the distribution, in nats.
-        certainty: its distance from the even one, KL(uniform || model), in nats (Kang et al. 2025, self-certainty).
+        entropy: of the distribution, in nats; 0 where ``SamplingParams.spread`` did not ask for it.
+        certainty: its distance from the even one, KL(uniform || model), in nats (Kang et al. 2025, self-certainty);
+            0 likewise.
     """
 
     token: int
@@ -144,18 +145,21 @@ class Logprobs:
     packed: Tensor
 
     @staticmethod
-    def of(logits: Tensor, tokens: Tensor, most: int) -> Logprobs:
-        """Those of ``tokens`` [R], given ``logits`` [R, vocabulary], with ``most`` alternatives."""
+    def of(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | None = None) -> Logprobs:
+        """Those of ``tokens`` [R], given ``logits`` [R, vocabulary], with ``most`` alternatives; entropy and certainty
+        for the rows that bool [R] ``spread`` names, of none without it: they cost a pass over all scores."""
         scores = logits.float().log_softmax(-1)
         chosen = scores.gather(-1, tokens.unsqueeze(-1))
         rank = (scores > chosen).sum(-1, keepdim=True) + 1
         top = scores.topk(min(most, scores.shape[-1]), -1)
         pairs = torch.stack([top.indices.int(), top.values.view(torch.int32)], -1).flatten(1)
-        # A token that cannot come adds nothing to the entropy, and its certainty is without bound.
-        entropy = torch.special.entr(scores.exp()).sum(-1, keepdim=True)
-        certainty = -scores.mean(-1, keepdim=True) - math.log(scores.shape[-1])
-        spread = torch.cat([chosen, entropy, certainty], -1).view(torch.int32)
-        return Logprobs(torch.cat([tokens.unsqueeze(-1).int(), rank.int(), spread, pairs], -1))
+        shape = (
+            chosen.new_zeros(len(scores), 2)
+            if spread is None
+            else torch.where(spread.unsqueeze(-1), _spread(scores), 0.0)
+        )
+        values = torch.cat([chosen, shape], -1).view(torch.int32)
+        return Logprobs(torch.cat([tokens.unsqueeze(-1).int(), rank.int(), values, pairs], -1))
 
     @staticmethod
     def joined(parts: List[Logprobs]) -> Logprobs:
@@ -170,3 +174,11 @@ class Logprobs:
     def rows(self) -> LogprobRows:
         """The same as rows; it must be on the host."""
         return LogprobRows(self.packed.numpy())
+
+
+def _spread(scores: Tensor) -> Tensor:
+    """Entropy and certainty [R, 2], given log-probabilities [R, vocabulary]."""
+    # A token that cannot come adds nothing to the entropy, and its certainty is without bound.
+    entropy = torch.special.entr(scores.exp()).sum(-1)
+    certainty = -scores.mean(-1) - math.log(scores.shape[-1])
+    return torch.stack([entropy, certainty], -1)

@@ -108,10 +108,12 @@ class Sampler:
         if told.size < len(rows):  # else there is nothing to copy
             index = self._of(told)
             logits, own = logits[index], tokens[index]
-        return Sampled(tokens, self._told(logits, own, most), counts=counts), newest
+        wanted = rows["spread"][told]
+        spread = self._of(wanted) if wanted.any() else None
+        return Sampled(tokens, self._told(logits, own, most, spread), counts=counts), newest
 
-    def _told(self, logits: Tensor, tokens: Tensor, most: int) -> Logprobs:
-        return Logprobs.of(logits, tokens, most)
+    def _told(self, logits: Tensor, tokens: Tensor, most: int, spread: Tensor | None) -> Logprobs:
+        return Logprobs.of(logits, tokens, most, spread)
 
     def _choose(self, scores: Tensor, asked: Asked) -> Tensor:
         """A token for each row of ``scores`` [R, V]."""

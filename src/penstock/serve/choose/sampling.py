@@ -104,6 +104,8 @@ class SamplingParams(Sampling):
         prompt_logprobs: the same for the tokens of the prompt but the first.
         prompt_logprobs_from: the first token of the prompt, counted from 0, for which they are wanted. What is before
             it may come from the cache, so that a text that grows is scored without computing it anew.
+        spread: where log-probabilities are told of a continuation's tokens, tell entropy and self-certainty of their
+            distributions too.
         grammar: what the text must be.
         rule: a decoding rule.
         drafts: let the engine draft tokens ahead, where it does so at all. It changes when tokens come, never how they
@@ -130,6 +132,7 @@ class SamplingParams(Sampling):
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     prompt_logprobs_from: NonNegativeInt = 0
+    spread: bool = False
     grammar: Grammar | None = None
     rule: Annotated[DecodeRule, Choice("decode.rule")] | None = None
     drafts: bool = True

@@ -112,7 +112,7 @@ class Planner:
         row["alternatives"] = -1 if sampling.alternatives is None else sampling.alternatives
         row["penalized"], row["biased"] = sampling.penalized, bool(sampling.logit_bias)
         row["grammar"], row["rule"] = sequence.matcher is not None, sampling.rule is not None
-        row["led"] = sequence.leader is not None
+        row["led"], row["spread"] = sequence.leader is not None, sampling.spread
         special = sampling.penalized or sampling.logit_bias or sampling.min_tokens or sampling.waits
         row["rescored"] = bool(special) or bool(sequence.companions)
         if sampling.logit_bias:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.models import hub
+from penstock.serve.build import build_engine
 from penstock.serve.choose import logprobs
 from penstock.serve.choose.logprobs import LogprobRows, TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
@@ -19,6 +20,7 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.link import wire
 from penstock.serve.messages import Request
 from penstock.serve.offline.gather import Gatherer
+from penstock.testing.serve_model import small_model
 from penstock.testing.serve_simulation import simulated_engine
 
 TOKENS, NUMBERS = st.integers(0, 2**31 - 1), st.floats(max_value=0, width=32, allow_nan=False)
@@ -49,11 +51,38 @@ def test_rows_are_a_sequence_of_records(wanted, start, stop, most):
 def test_how_probabilities_are_spread_is_told():
     """Entropy and the distance from the even distribution, by their definitions; one token of the third is certain."""
     chances = [[0.25] * 4, [0.7, 0.1, 0.1, 0.1], [1.0, 0.0, 0.0, 0.0]]
-    told = logprobs.Logprobs.of(torch.tensor(chances).log(), torch.tensor([0, 1, 0]), 0).rows
+    scores, tokens = torch.tensor(chances).log(), torch.tensor([0, 1, 0])
+    told = logprobs.Logprobs.of(scores, tokens, 0, torch.tensor([True] * 3)).rows
     for each, row in zip(told, chances, strict=True):
         assert math.isclose(each.entropy, -sum(p * math.log(p) for p in row if p), abs_tol=1e-6)
         distance = sum(0.25 * math.log(0.25 / p) if p else math.inf for p in row)
         assert math.isclose(each.certainty, distance, abs_tol=1e-6)
+
+
+def test_how_probabilities_are_spread_is_computed_only_where_it_is_asked_for(monkeypatch):
+    scores, tokens = torch.tensor([[0.7, 0.3], [0.2, 0.8], [1.0, 0.0]]).log(), torch.tensor([0, 1, 0])
+    whole, some = (
+        logprobs.Logprobs.of(scores, tokens, 1, torch.tensor(asked)).rows
+        for asked in ([True] * 3, [True, False, False])
+    )
+    monkeypatch.setattr(logprobs, "_spread", None)  # may not be called
+    plain = logprobs.Logprobs.of(scores, tokens, 1).rows
+    assert plain.entropies == plain.certainties == [0.0] * 3
+    assert plain == [dataclasses.replace(each, entropy=0.0, certainty=0.0) for each in whole]
+    assert some == [whole[0], *plain[1:]] and whole[0].entropy > 0
+
+
+def test_an_engine_tells_those_who_ask_how_probabilities_are_spread():
+    """Beside one that does not, in the same steps; and both say the same tokens with the same log-probabilities."""
+    engine = build_engine(small_model(), CONFIG, frozenset())
+    found: dict[str, list[TokenLogprobs]] = {"asks": [], "plain": []}
+    for id, spread in (("asks", True), ("plain", False)):
+        engine.add(Request(id, [1, 2, 3], SAMPLING.model_copy(update={"spread": spread, "temperature": 1})))
+    while engine.busy:
+        for delta in engine.step():
+            found[delta.id] += delta.logprobs or []
+    assert all(each.entropy > 0 and each.certainty > 0 for each in found["asks"]) and len(found["asks"]) == 5
+    assert found["plain"] == [dataclasses.replace(each, entropy=0.0, certainty=0.0) for each in found["asks"]]
 
 
 def test_a_slice_shares_the_array():

@@ -1,0 +1,61 @@
+"""Searches a file of problems in child processes that are killed at random instants, until enough have died; then lets
+one finish. Children are forked from this process, which has loaded everything.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from penstock.core.files import claim
+from penstock.core.randomness import numpy_generator
+from penstock.search.llm import LLM, Plan
+from penstock.search.runs import Results, read_problems
+
+
+def live(llm: LLM, plan: Plan, source: Path, folder: Path) -> None:
+    """What a child does: begins or continues the search, to its end."""
+    tables = read_problems(source)
+    folder.mkdir(exist_ok=True)
+    with claim(folder):
+        results = Results(folder, {"problems": str(source)})
+        left = [(place, table) for place, table in enumerate(tables) if place not in results.done]
+        for place, result in llm.searched(plan, left):
+            results.write(place, result.record())
+        results.close()
+
+
+def born(llm: LLM, plan: Plan, source: Path, folder: Path) -> int:
+    """Starts a child."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            live(llm, plan, source, folder)
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def kill(llm: LLM, plan: Plan, source: Path, folder: Path, deaths: int) -> list[list[bytes]]:
+    """Kills ``deaths`` children at instants drawn uniformly after their first new line; then one ends by itself.
+
+    Returns the whole lines that the results had at each death.
+    """
+    draw, kept = numpy_generator(0, "deaths"), []
+    target = folder / "results.jsonl"
+    for _ in range(deaths):
+        before = target.stat().st_size if target.exists() else 0
+        child = born(llm, plan, source, folder)
+        while not target.exists() or target.stat().st_size <= before:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kept.append([line for line in target.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")])
+    _, status = os.waitpid(born(llm, plan, source, folder), 0)
+    assert status == 0, "the search that nobody killed has failed"
+    return kept
