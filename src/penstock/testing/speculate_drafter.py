@@ -35,7 +35,7 @@ from penstock.serve.choose.window import accept_prefix
 from penstock.serve.config import EngineConfig
 from penstock.serve.decode.momentum import Momentum
 from penstock.serve.engine.engine import Engine
-from penstock.serve.messages import Delta, Request
+from penstock.serve.messages import Delta, Finish, Request
 from penstock.speculate.contract import AWAITED, Drafter
 from penstock.speculate.controllers.contract import Controller
 from penstock.speculate.controllers.fixed import Fixed
@@ -136,8 +136,8 @@ KINDS: list[dict[str, Any]] = [
 
 def check_engine(drafter: Drafter, seed: int = 0) -> Engine:
     """Asserts that an engine that drafts says what one says that does not; returns the former."""
-    drafting, plain = engine_with(drafter), engine_with(None)
-    wanted, found = (played(engine, seed) for engine in (plain, drafting))
+    drafting = engine_with(drafter)
+    wanted, found = plain_played(seed), played(drafting, seed)
     assert found.keys() == wanted.keys()
     for name in wanted:
         assert _tokens(found[name]) == _tokens(wanted[name]), f"drafts change the tokens of {name}"
@@ -149,6 +149,12 @@ def check_engine(drafter: Drafter, seed: int = 0) -> Engine:
     return drafting
 
 
+@functools.cache
+def plain_played(seed: int) -> dict[tuple[str, int], list[Delta]]:
+    """What an engine says that drafts nothing."""
+    return played(engine_with(None), seed)
+
+
 def check_twin(drafter: Drafter) -> Engine | None:
     """Asserts that a model which drafts for itself is right in every place, whatever requests ask for: where prompts
     are computed in pieces and found in the cache, sequences are thrown out, forked, cut back and fed, and some draft
@@ -156,8 +162,8 @@ def check_twin(drafter: Drafter) -> Engine | None:
     if drafter.model is None:
         return None
     engine = engine_with(drafter, draft=small_model(), cache_tokens=120)
-    played(engine, 0)
-    for number in range(6):
+    played(engine, 0, times=1)
+    for number in range(4):
         prompt = [(3 * place + number // 2) % 11 for place in range(14 + number)]
         quiet = {"temperature": 0.8, "seed": number, "max_tokens": 40}
         engine.add(Request(f"parent {number}", prompt, SamplingParams(drafts=bool(number % 3), **quiet)))
@@ -205,24 +211,41 @@ def circling_model() -> Decoder:
 def check_loops(drafter: Drafter) -> None:
     """Asserts the same where much is accepted at a time: prompts in the midst of a greedy circle, with an end within
     what may be drafted."""
-    drafting, plain = engine_with(drafter, circling_model()), engine_with(None, circling_model())
+    found, wanted = _circled(engine_with(drafter, circling_model())), plain_circles()
+    assert found.keys() == wanted.keys()
+    for name, text in wanted.items():
+        assert found[name] == text, f"drafts change a text that circles, {name}"
+
+
+@functools.cache
+def plain_circles() -> dict[str, tuple[list[int], Finish | None]]:
+    """What an engine says that drafts nothing."""
+    return _circled(engine_with(None, circling_model()))
+
+
+def _circled(engine: Engine) -> dict[str, tuple[list[int], Finish | None]]:
+    """How ``engine`` goes on with texts that circle, by their start and what is asked, and why it ends."""
+    for name, (prompt, sampling) in circling().items():
+        engine.add(Request(name, prompt, sampling))
+    deltas: dict[tuple[str, int], list[Delta]] = {}
+    while engine.busy:
+        _gather(engine, deltas)
+    return {name: (_tokens(own), own[-1].finish) for (name, _), own in deltas.items()}
+
+
+@functools.cache
+def circling() -> dict[str, tuple[list[int], SamplingParams]]:
+    """Prompts in the midst of a circle, with each of the :data:`CIRCLING` kinds, some with an end nearby."""
+    found = {}
     for start in range(6):
         text = [start, *greedy(circling_model(), [start], 70)]
         ahead = text[50:58]
         place = next((place for place in (3, 2, 1) if ahead[place] not in ahead[:place]), None)
         ends = (ahead[place],) if place is not None else ()
         for number, kind in enumerate(CIRCLING):
-            sampling = SamplingParams.model_validate(
-                {"temperature": 0, "max_tokens": 20, "stop_tokens": () if number % 2 else ends, **kind}
-            )
-            found = []
-            for engine in (drafting, plain):
-                engine.add(Request("1", text[:50], sampling))
-                deltas: dict[tuple[str, int], list[Delta]] = {}
-                while engine.busy:
-                    _gather(engine, deltas)
-                found.append((_tokens(deltas["1", 0]), deltas["1", 0][-1].finish))
-            assert found[0] == found[1], f"drafts change a text that circles, with {kind}"
+            options = {"temperature": 0, "max_tokens": 20, "stop_tokens": () if number % 2 else ends, **kind}
+            found[f"{start} with {kind}"] = text[:50], SamplingParams.model_validate(options)
+    return found
 
 
 def engine_with(
