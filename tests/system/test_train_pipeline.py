@@ -302,7 +302,7 @@ def test_from_a_model_in_bf16_with_experts(store, tmp_path):
         ({"pipeline": {"speeds": [1.0]}}, "pipeline.speeds has 1 numbers, and a pipeline has 2 devices"),
         ({"pipeline": {"route": "checkfree"}}, "it needs four stages, not 2"),
         ({"activation_checkpointing": True}, "zb_h1 defers weight gradients"),
-        ({"parallel": {"pipeline": 3}}, "1 processes do not make whole pipelines of 3"),
+        ({"parallel": {"pipeline": 3}}, "this is one process, and a pipeline of 3 stages needs 3"),
         ({"model": {**SHAPE, "layers": 1}}, "1 layers cannot be cut into 2 stages"),
     ],
 )

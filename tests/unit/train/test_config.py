@@ -65,7 +65,7 @@ def test_a_wrong_value_is_named(overrides, message):
 
 
 def test_a_run_has_a_beginning_and_an_end():
-    with pytest.raises(ConfigError, match=r"give either a \[model\] section or start_from, not both"):
+    with pytest.raises(ConfigError, match=r"say what to train: a \[model\] section, or start_from"):
         build(TrainConfig, {"steps": 1})
     with pytest.raises(ConfigError, match="say when to stop: steps, tokens, epochs or minutes"):
         build(TrainConfig, {key: value for key, value in SHAPE.items() if key != "steps"})
