@@ -62,7 +62,9 @@ def test_on_a_cpu_a_model_in_bf16_computes_in_fp32(model, tmp_path, command, mon
     hub.save(hub.load(model).to(torch.bfloat16), tmp_path / "stored")
     hub.load_tokenizer(model).save_pretrained(tmp_path / "stored")
     loaded, load = [], hub.load_for_inference
-    monkeypatch.setattr(hub, "load_for_inference", lambda *given, **named: loaded.append(load(*given, **named)) or loaded[-1])
+    monkeypatch.setattr(
+        hub, "load_for_inference", lambda *given, **named: loaded.append(load(*given, **named)) or loaded[-1]
+    )
     assert command(tmp_path / "stored", "--prompt", "def f(", "-n", 2, "--device", "cpu")[0] == 0
     assert {parameter.dtype for parameter in loaded[0].parameters()} == {torch.float32}
 
