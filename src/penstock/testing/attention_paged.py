@@ -7,8 +7,8 @@ those of plain softmax attention in float64 over each sequence's own tokens, see
 - courses of prompts, chunks, decodes, trees and open tokens: a block or a place that is another sequence's, padding
   that is read, a window that is off by one, a mask, a parent or a scale that is forgotten, parts of the keys that are
   put together with wrong weights, numbers that follow others' in memory in another way than was thought;
-- forks, kept paths and releases among them: a copy or a move that is not of all layers, of keys as of values, or that
-  reads what it has written; a write to another slot;
+- forks, kept paths, thrown out tokens and releases among them: a copy, a move or a write that is not of all layers, of
+  keys as of values, of each head what is its own, or that reads what it has written; a write to another slot;
 - large scores: overflow, or weights that vanish;
 - sizes: a memory that is not what it is said to be once its size changes;
 - needs: a bound on scores, sinks, chunks or latents that a policy says it knows, and does not compute;
@@ -30,7 +30,7 @@ from penstock.core.errors import PenstockError
 from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.contract import NEEDS, CacheShape, PagedAttention, PagedBatch, PagedCache
 from penstock.testing.alike import alike
-from penstock.testing.paged_scene import Action, Fork, Keep, Open, Release, Scene, Step, Tree
+from penstock.testing.paged_scene import Action, Compact, Fork, Keep, Open, Release, Scene, Step, Tree
 
 #: Of the error's root mean square, by the type of numbers; their variance is 1.
 TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -122,6 +122,8 @@ LONG: tuple[Action, ...] = (
     Step(((5, 500), (3, 1), (1, 3))),
     Step(((3, 1), (4, 40), (1, 7), (5, 63)), ((4, Open(32)), (5, BUSHY))),
     Keep(5, (0, 2, 5, 12)),
+    Compact(3, (0, 1, 5, 200, *range(250, 300))),
+    Step(((3, 20), (1, 1))),
     Step(((5, 9), (4, 20)), ((5, Tree((-1, -1, 0, 1, 1, -1, 5, 2, 6))),)),
     Step(((5, 1), (3, 1), (4, 2))),
 )
@@ -143,6 +145,8 @@ BRIEF: tuple[Action, ...] = (
     Step(((0, 1), (1, 1))),
     Step(((1, 40), (0, 6)), ((1, Open(8)), (0, Tree((-1, -1, 0, 1, 1, -1))))),
     Keep(0, (0, 2)),
+    Step(((0, 1), (1, 3))),
+    Compact(1, (0, 3, 4, 50)),
     Step(((0, 1), (1, 3))),
 )
 

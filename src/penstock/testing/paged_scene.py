@@ -65,7 +65,16 @@ class Release:
     sequence: int
 
 
-Action = Step | Fork | Release | Keep
+@dataclasses.dataclass(frozen=True)
+class Compact:
+    """Of the tokens of ``sequence``, each head of each layer keeps as many as ``kept`` are, and others than the next
+    head: those in the places ``kept``, plus the number of the head and of the layer, modulo the length."""
+
+    sequence: int
+    kept: tuple[int, ...]
+
+
+Action = Step | Fork | Release | Keep | Compact
 
 
 @dataclasses.dataclass
@@ -125,6 +134,8 @@ class Scene:
                     self._release(self._live.pop(sequence).blocks)
                 case Keep(sequence, path):
                     self._keep(self._live[sequence], path)
+                case Compact(sequence, kept):
+                    self._compact(self._live[sequence], kept)
         for number in self._live:
             self._step(((number, 1),), {})
 
@@ -163,6 +174,26 @@ class Scene:
         record = sequence.record
         sequence.record = torch.cat([record[:, :, :before], record[:, :, [before + place for place in path]]], 2)
         count = -(-sequence.length // self.shape.block_size)
+        self._release(sequence.blocks[count:])
+        del sequence.blocks[count:]
+
+    def _compact(self, sequence: _Sequence, kept: tuple[int, ...]) -> None:
+        """Each layer and head keeps other tokens: their places are ``kept``, shifted by one for each head and layer."""
+        shape, length = self.shape, sequence.length
+        slots = torch.tensor([self._slot(sequence, place) for place in range(length)])
+        keys, values = self._cache.read(slots)
+        for got, part in ((keys, 0), (values, 1 if shape.latent is None else 0)):
+            wanted = sequence.record[:, part].transpose(1, 2)[..., : got.shape[-1]]
+            assert torch.equal(got.double().cpu(), wanted), "what is read is not what was stored"
+        shift = torch.arange(shape.layers)[:, None, None] + torch.arange(shape.kv_heads)[:, None]
+        index = (torch.tensor(kept) + shift) % length
+        record = sequence.record.gather(
+            2, index.transpose(1, 2)[:, None, :, :, None].expand(-1, 2, -1, -1, shape.head_dim)
+        )
+        own = index[..., None].to(keys.device)
+        self._cache.write(slots[: len(kept)], keys.take_along_dim(own, 2), values.take_along_dim(own, 2))
+        sequence.record = record
+        count = -(-sequence.length // shape.block_size)
         self._release(sequence.blocks[count:])
         del sequence.blocks[count:]
 

@@ -197,10 +197,20 @@ class PagedCache:
         that was copied and then let go of may be a target too. No target comes twice."""
         raise NotImplementedError
 
-    def move(self, sources: list[int], targets: list[int]) -> None:
-        """Copies the keys and values of single tokens in all layers, from the slots ``sources[i]`` to ``targets[i]``
-        (slots as in :attr:`PagedBatch.slots`). All are read before any is written. No target comes twice."""
+    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values [layers, K, n, D] of the tokens in ``slots`` int64 [n], on any device, as in
+        :attr:`PagedBatch.slots`. Of a latent cache, the values are the first numbers of the keys."""
         raise NotImplementedError
+
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Puts ``keys`` and ``values``, as :meth:`read` gives them, in place of those in ``slots``, none of which comes
+        twice."""
+        raise NotImplementedError
+
+    def move(self, sources: list[int], targets: list[int]) -> None:
+        """Copies the keys and values of single tokens in all layers, from the slots ``sources[i]`` to ``targets[i]``.
+        All are read before any is written. No target comes twice."""
+        self.write(torch.tensor(targets), *self.read(torch.tensor(sources)))
 
 
 @contract(

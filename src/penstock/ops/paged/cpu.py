@@ -126,15 +126,23 @@ class NativeCache(PagedCache):
     def copy(self, sources: list[int], targets: list[int]) -> None:
         self._memory[:, targets] = self._memory[:, sources]
 
-    def move(self, sources: list[int], targets: list[int]) -> None:
+    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._views()
+        block, place = slots // self.shape.block_size, slots % self.shape.block_size
+        # What is indexed comes first: [n, layers, K, D].
+        return keys[:, block, :, :, place].permute(1, 2, 0, 3), values[:, block, :, place].permute(1, 2, 0, 3)
+
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        own_keys, own_values = self._views()
+        block, place = slots // self.shape.block_size, slots % self.shape.block_size
+        own_keys[:, block, :, :, place] = keys.permute(2, 0, 1, 3)
+        own_values[:, block, :, place] = values.permute(2, 0, 1, 3)
+
+    def _views(self) -> tuple[Tensor, Tensor]:
+        """Keys [layers, blocks, K, D, block_size] and values [layers, blocks, K, block_size, D]."""
         size, dim = self.shape.block_size, self.shape.head_dim
         keys, values = self._memory.view(*self._memory.shape[:2], self.shape.kv_heads, 2, size * dim).unbind(3)
-        keys, values = keys.view(*keys.shape[:3], dim, size), values.view(*values.shape[:3], size, dim)
-        (block, place), (to_block, to_place) = (
-            map(torch.from_numpy, np.divmod(np.array(slots, np.int64), size)) for slots in (sources, targets)
-        )
-        keys[:, to_block, :, :, to_place] = keys[:, block, :, :, place]
-        values[:, to_block, :, to_place] = values[:, block, :, place]
+        return keys.view(*keys.shape[:3], dim, size), values.view(*values.shape[:3], size, dim)
 
 
 def _masks(batch: PagedBatch) -> tuple[np.ndarray, ...]:

@@ -79,12 +79,18 @@ class CudaCache(PagedCache):
         source, target = (upload(np.array(blocks, np.int64), self.shape.device) for blocks in (sources, targets))
         self.memory[:, target] = self.memory[:, source]
 
-    def move(self, sources: list[int], targets: list[int]) -> None:
-        (block, place), (to_block, to_place) = (
-            upload(np.stack(np.divmod(np.array(slots, np.int64), self.shape.block_size)), self.shape.device)
-            for slots in (sources, targets)
-        )
-        self.memory[:, to_block, :, to_place] = self.memory[:, block, :, place]
+    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        block, place = self._places(slots)
+        keys, values = self.memory[:, block, :, place].permute(2, 1, 3, 0, 4)
+        return keys, values
+
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        block, place = self._places(slots)
+        self.memory[:, block, :, place] = torch.stack([keys, values]).permute(3, 1, 0, 2, 4)
+
+    def _places(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        slots = slots if slots.is_cuda else upload(slots.numpy(), self.shape.device)
+        return slots // self.shape.block_size, slots % self.shape.block_size
 
 
 def store(key: Tensor, value: Tensor, memory: Tensor, slots: Tensor) -> None:

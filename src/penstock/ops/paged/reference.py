@@ -78,9 +78,15 @@ class ReferenceCache(PagedCache):
     def copy(self, sources: list[int], targets: list[int]) -> None:
         self._memory[:, :, targets] = self._memory[:, :, sources]
 
-    def move(self, sources: list[int], targets: list[int]) -> None:
-        tokens = self._memory.flatten(2, 3)
-        tokens[:, :, targets] = tokens[:, :, sources]
+    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        found = self._memory.flatten(2, 3)[:, :, slots.to(self.shape.device)].transpose(2, 3)
+        return found[:, 0], found[:, -1, ..., : self.shape.latent]
+
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        tokens, where = self._memory.flatten(2, 3), slots.to(self.shape.device)
+        tokens[:, 0, where] = keys.transpose(1, 2)
+        if self.shape.latent is None:
+            tokens[:, 1, where] = values.transpose(1, 2)
 
 
 @policy("attention.paged", "reference")
