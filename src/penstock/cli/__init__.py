@@ -30,7 +30,8 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_version)
-    for found in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
+    verbs = (module for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    for found in sorted(verbs, key=lambda module: module.name):
         module: Any = importlib.import_module(f"{__name__}.{found.name}")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=found.name)

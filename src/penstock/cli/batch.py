@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from penstock.cli._cache import KV, KV_BUDGET, chosen_cache
+
 
 def batch(
     model: str = typer.Argument(..., help="A model or run folder, a GGUF file, a boxed model or a hub name."),
@@ -27,6 +29,8 @@ def batch(
     draft: str | None = typer.Option(
         None, "--draft", metavar="DRAFTER", help="Draft tokens and check them together: ngram, or a smaller model."
     ),
+    kv: str | None = KV,
+    kv_budget: float | None = KV_BUDGET,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
 ) -> None:
     """Answer the requests of an OpenAI batch file. Run again, it goes on where it was stopped or killed.
@@ -49,7 +53,7 @@ def batch(
     from penstock.serve.offline.batch_file import BatchRun
     from penstock.serve.offline.gather import Gatherer
 
-    base = {"batching": "batchllm", "draft": draft}
+    base = {"batching": "batchllm", "draft": draft, **chosen_cache(kv, kv_budget)}
     config = build(EngineConfig, apply_overrides(base, overrides), "the engine's options")
     for path, there in ((source, source.is_file()), (target.parent, target.parent.is_dir())):
         if not there:

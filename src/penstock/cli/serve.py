@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from penstock.cli._cache import KV, KV_BUDGET, chosen_cache
+
 if TYPE_CHECKING:
     import socket
 
@@ -52,6 +54,8 @@ def serve(
     draft: str | None = typer.Option(
         None, "--draft", metavar="DRAFTER", help="Draft tokens and check them together: ngram, or a smaller model."
     ),
+    kv: str | None = KV,
+    kv_budget: float | None = KV_BUDGET,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     queue: int = typer.Option(1024, "--queue", min=0, help="Most continuations that wait; more get status 429."),
     deadline: float = typer.Option(600.0, "--deadline", help="Most seconds that a request may take."),
@@ -76,6 +80,8 @@ def serve(
     Example: `penstock serve python-6m --port 8000 --set sequences=64`
 
     With drafted tokens, and a trace of every request: `penstock serve python-6m --draft python-1m --trace trace.json`
+
+    With a quarter of the cache: `penstock serve smollm2 --kv snapkv --kv-budget 0.25`
     """
     import asyncio
     import contextlib
@@ -93,7 +99,7 @@ def serve(
     from penstock.serve.observe.log import start
     from penstock.serve.observe.trace import Trace
 
-    chosen = {"draft": draft, "record": None if record is None else str(record)}
+    chosen = {"draft": draft, "record": None if record is None else str(record), **chosen_cache(kv, kv_budget)}
     engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
     given = {
         "body": body_limit,

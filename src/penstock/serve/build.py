@@ -28,8 +28,10 @@ from penstock.serve.choose.proposals import ProposingSampler
 from penstock.serve.choose.sampler import Sampler
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
+from penstock.serve.kv.compaction import Compactor
 from penstock.serve.rehearsal import rehearsal_blocks, rehearse_first_uses, rehearse_largest_steps
 from penstock.serve.run.draft import DraftModel, DraftPlanner
+from penstock.serve.run.planner import Planner
 from penstock.serve.run.record import Recorder
 from penstock.serve.run.runner import Runner
 from penstock.serve.sizing import blocks_in, explained_shortage, settle_memory, weight_bytes
@@ -158,6 +160,9 @@ def build_runners(
         # One more than sequences use: the runner's own.
         memories = [backend.open(dataclasses.replace(shape, blocks=blocks + 1)) for backend, shape in opened]
         # There are no graphs with a plain backend that was taken since no other knows the model's attention.
+        if (compactor := Compactor.of(memories[0], config.kv, config.sequences, config.budget(device))) is not None:
+            planner = functools.partial(Planner, watched=config.kv.watches)
+            kinds[0] |= {"compactor": compactor, "planner": planner}
         compiled = compiled and (config.attention is not None or all(memory.fix([], 0) for memory in memories))
         for each, memory, context, kind in zip(models, memories, contexts, kinds, strict=True):
             runners.append(Runner(each, memory, config.sequences, context, **kind))
@@ -171,6 +176,8 @@ def build_runners(
             settle_memory(runners, config, DeviceMemory(device), compiled, rehearse, report)
         else:
             runners[0].memory = {"weights": sum(map(weight_bytes, models)), "cache": (blocks + 1) * block_bytes}
+            if memories[0].watch is not None:
+                runners[0].memory["queries"] = memories[0].watch.bytes
         if compiled:
             rehearse_first_uses(Engine(config, runners[0], draft=_draft(runners, config)))
     return runners[0], _draft(runners, config)
@@ -199,6 +206,12 @@ def _opened(model: Decoder, config: EngineConfig, report: Reporter) -> tuple[Pag
     if config.deterministic:
         make_invariant(model)
     cache = cache_shape(shape, config.block_size, weight.dtype, weight.device)
+    if config.kv.due(1, 0, 0) is not None and (cache.needs or cache.windows != {None}):
+        raise UsageError(
+            f"the cache policy {config.kv.policy_name!r} throws tokens out, and this model's attention counts them: "
+            "it has windows, chunks, sinks, bounds on scores or latents",
+            hint="Serve it with kv = full.",
+        )
     backend = _backend(config, cache)
     backend.prepare(cache, report)
     return backend, cache

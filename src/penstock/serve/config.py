@@ -17,6 +17,8 @@ from penstock.serve.batching.contract import Batching
 from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.engine.loops.contract import Loop
 from penstock.serve.engine.loops.overlapped import Overlapped
+from penstock.serve.kv.policies.contract import CachePolicy
+from penstock.serve.kv.policies.full import Full
 from penstock.speculate.contract import Drafter
 from penstock.speculate.controllers.contract import Controller
 from penstock.speculate.controllers.measured import Measured
@@ -44,6 +46,7 @@ class EngineConfig(Config):
             (a folder, a boxed model, a hub name); None computes one token a sequence a step.
         verifier: says which drafted tokens stay.
         controller: decides how many are drafted.
+        kv: what the cache of a sequence keeps.
         compile: on CUDA, compile the model and capture steps as graphs at the start, those that decode and those whose
             prompts the device computes as fast as the host queues them: tens of seconds that make every step shorter.
         deterministic: compute each request with the same bits whatever else is in the batch, however its prompt is cut
@@ -67,6 +70,7 @@ class EngineConfig(Config):
     draft: Annotated[Drafter, Choice("speculate.drafter")] | None = None
     verifier: Annotated[Verifier, Choice("speculate.verifier")] = ExactMatch()
     controller: Annotated[Controller, Choice("speculate.controller")] = Measured()
+    kv: Annotated[CachePolicy, Choice("kv.policy")] = Full()
     compile: bool = True
     deterministic: bool = False
     record: Path | None = None
@@ -109,6 +113,16 @@ class EngineConfig(Config):
         for option in ("deterministic", "record"):
             if getattr(self, option):
                 raise ValueError(f"{option} needs the verifier 'exact_match', by which tokens do not depend on drafts")
+        return self
+
+    @model_validator(mode="after")
+    def _drafted_from_whole_texts(self) -> EngineConfig:
+        drafts = self.draft is not None and self.draft.model is not None
+        if drafts and self.kv.due(1, 0, 0) is not None:
+            raise ValueError(
+                f"a model that drafts has a cache on the tables of the other, which {self.kv.policy_name!r} compresses "
+                "by what that one attends to: draft with 'ngram', or serve with the full cache"
+            )
         return self
 
     @property

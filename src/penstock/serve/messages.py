@@ -100,6 +100,7 @@ class Snapshot:
         drafted_tokens, accepted_tokens: the same of speculation.
         sequence_steps: how often a step brought tokens of a sequence, one or several.
         drafted_at, accepted_at: drafted and accepted tokens by their place behind the newest one.
+        dropped_tokens: how many went out of caches that were compressed.
         step_seconds: of the last step.
     """
 
@@ -118,5 +119,6 @@ class Snapshot:
     preemptions: int
     step_seconds: float
     sequence_steps: int = 0
+    dropped_tokens: int = 0
     drafted_at: tuple[int, ...] = ()
     accepted_at: tuple[int, ...] = ()

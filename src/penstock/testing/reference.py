@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -40,6 +41,14 @@ def every_logits(model: Decoder, tokens: Sequence[int]) -> Tensor:
     return model.logits(model(row, CausalRows.of(len(tokens), device)).hidden[0]).double().cpu()
 
 
+class Scored(Protocol):
+    """What knows the scores of the token after a text."""
+
+    def after(self, tokens: Sequence[int]) -> Tensor:
+        """Scores [vocabulary] of the token after ``tokens``, float64."""
+        ...
+
+
 class Scores:
     """The scores of the token after a text, for one text after another.
 
@@ -48,7 +57,7 @@ class Scores:
         likely: what the texts are prefixes of, most of them.
     """
 
-    def __init__(self, model: Decoder, likely: Sequence[int]) -> None:
+    def __init__(self, model: Decoder, likely: Sequence[int], given: int = 0) -> None:
         self._model, self._likely = model, list(likely)
         self._rows: Tensor | None = None
 
@@ -117,17 +126,20 @@ def continued(
     sampling: Sampling,
     rule: UncertaintyAwareContrast | None = None,
     guess: Sequence[int] = (),
+    scores: Callable[[Decoder, Sequence[int], int], Scored] | None = None,
 ) -> list[int]:
     """What follows ``tokens``, of which the first ``given`` are the prompt and the others generated: as ``sampling``
     says, up to ``sampling.max_tokens`` generated ones in all. The draw of a token depends on the seed and on how many
     were generated before alone. With a ``rule`` the scores are contrasted with those after the rule's own prompt. A
-    right ``guess`` of what follows makes it quicker, and a wrong one changes nothing."""
-    text, likely = list(tokens), [*tokens, *guess]
-    scores = Scores(model, likely)
-    beside = [(start, Scores(model, [*start, *likely[given:]])) for start in (rule.companions if rule else ())]
+    right ``guess`` of what follows makes it quicker, and a wrong one changes nothing. ``scores`` makes what scores
+    texts, of the model, what they are likely to be prefixes of, and how many tokens of them are given; if not told, the
+    plain one."""
+    text, likely, of = list(tokens), [*tokens, *guess], scores or Scores
+    own = of(model, likely, given)
+    beside = [(start, of(model, [*start, *likely[given:]], len(start))) for start in (rule.companions if rule else ())]
     while len(text) - given < sampling.max_tokens:
         count, generated = len(text) - given, text[given:]
-        logits = scores.after(text)
+        logits = own.after(text)
         if rule is not None:
             others = [other.after([*start, *generated]) for start, other in beside]
             logits = rule.combine(torch.stack([logits, *others]).float().unsqueeze(0))[0]

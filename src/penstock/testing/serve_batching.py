@@ -35,6 +35,7 @@ from hypothesis.stateful import (
 from penstock.core.errors import UsageError
 from penstock.core.events import Event
 from penstock.core.randomness import numpy_generator
+from penstock.models.decoder import Decoder
 from penstock.models.sampling import Sampling
 from penstock.ops.paged.reference import Reference
 from penstock.serve.batching.contract import Batching
@@ -45,16 +46,20 @@ from penstock.serve.decode.uscd import UncertaintyAwareContrast
 from penstock.serve.engine.engine import Engine
 from penstock.serve.engine.loops.contract import Loop
 from penstock.serve.engine.loops.plain import Plain
+from penstock.serve.kv.policies.contract import CachePolicy
+from penstock.serve.kv.policies.full import Full
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.speculate.contract import Drafter
 from penstock.speculate.controllers.contract import Controller
 from penstock.testing.alike import alike
 from penstock.testing.enrolled import enrolled
-from penstock.testing.reference import continued, greedy, prompt_logprobs
+from penstock.testing.kept_scores import KeptScores
+from penstock.testing.reference import Scores, continued, greedy, prompt_logprobs
 from penstock.testing.serve_model import SHAPE, small_draft, small_model
 from penstock.testing.serve_simulation import simulated_engine
 
 MOST, STOP = 16, 7
+FULL = Full()
 
 
 #: What is known to follow a text, by what decides it.
@@ -69,20 +74,29 @@ def expected(
     rule: UncertaintyAwareContrast | None,
     count: int,
     guess: Sequence[int],
+    kv: CachePolicy = FULL,
 ) -> list[int]:
     """The ``count`` tokens that follow ``tokens``, of which so many were ``given``."""
-    known = _FOLLOWS.setdefault((tokens, given, temperature, seed, rule), [])
+    known = _FOLLOWS.setdefault((tokens, given, temperature, seed, rule, kv), [])
     if len(known) < count:
         text = [*tokens, *known]
         sampling = Sampling(temperature=temperature, seed=seed, max_tokens=len(tokens) + count - given)
-        known += continued(small_model(), text, given, sampling, rule, guess[len(known) :])
+        scores = Scores if kv == FULL else functools.partial(_kept, kv)
+        known += continued(small_model(), text, given, sampling, rule, guess[len(known) :], scores)
     return known[:count]
 
 
+def _kept(kv: CachePolicy, model: Decoder, likely: Sequence[int], prompt: int) -> KeptScores:
+    return KeptScores(model, kv, prompt)
+
+
 @functools.cache
-def rated(prompt: tuple[int, ...]) -> list[float]:
+def rated(prompt: tuple[int, ...], given: int = 0, kv: CachePolicy = FULL) -> list[float]:
     """The log-probabilities of the tokens of ``prompt`` but the first."""
-    return prompt_logprobs(small_model(), prompt)
+    if kv == FULL:
+        return prompt_logprobs(small_model(), prompt)
+    scores = KeptScores(small_model(), kv, given).every(prompt)
+    return [float(each.log_softmax(-1)[token]) for each, token in zip(scores, prompt[1:], strict=False)]
 
 
 def numbers(stream: str, count: int) -> list[int]:
@@ -122,13 +136,14 @@ Name = tuple[str, int]
 @dataclasses.dataclass
 class Account:
     """What is known of one continuation: its ``text`` when it was touched last, of which ``given`` tokens were its
-    prompt, its ``limit`` of tokens in all, and the tokens that were ``told``."""
+    prompt, its ``limit`` of tokens in all, what its cache keeps (``kv``), and the tokens that were ``told``."""
 
     request: Request
     index: int
     text: list[int]
     given: int
     limit: int
+    kv: CachePolicy
     touched: bool = False
     told: list[int] = dataclasses.field(default_factory=list)
     finish: Finish | None = None
@@ -143,7 +158,8 @@ class Account:
         left = self.limit - len(self.text)
         guess = self.told[-left:] if self.touched else self.told
         for count in (min(len(guess), left), left):
-            follows = expected(tuple(self.text), self.given, sampling.temperature, seed, rule, count, guess)
+            asked = (tuple(self.text), self.given, sampling.temperature, seed, rule)
+            follows = expected(*asked, count, guess, self.kv)
             if STOP in sampling.stop_tokens and STOP in follows:
                 return follows[: follows.index(STOP) + 1]
         return follows
@@ -155,6 +171,7 @@ class EngineMachine(RuleBasedStateMachine):
     batching: Batching
     loops: list[Loop]
     drafts: list[tuple[Drafter | None, Controller]]
+    kv: CachePolicy = FULL
 
     @initialize(
         loop=st.integers(0, 7),
@@ -176,6 +193,7 @@ class EngineMachine(RuleBasedStateMachine):
             cache_tokens=cache,
             draft=drafter,
             controller=controller,
+            kv=self.kv,
             check=True,
         )
         self.engine: Engine = build_engine(small_model(), config, draft=small_draft())
@@ -279,7 +297,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert left >= 1
         limit = len(request.prompt) + min(request.sampling.max_tokens, left)
         for index in range(request.sampling.n):
-            self.accounts[request.id, index] = Account(request, index, list(request.prompt), given, limit)
+            self.accounts[request.id, index] = Account(request, index, list(request.prompt), given, limit, self.kv)
 
     def _left(self, request: Request, given: int) -> int:
         """The most tokens that can follow the prompt. With a companion both have to fit, with a last block each that is
@@ -314,7 +332,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.rated.add(delta.id)
             prompt = account.request.prompt
             assert [each.token for each in delta.prompt_logprobs] == prompt[1:]
-            for each, wanted in zip(delta.prompt_logprobs, rated(tuple(prompt)), strict=True):
+            for each, wanted in zip(delta.prompt_logprobs, rated(tuple(prompt), account.given, self.kv), strict=True):
                 assert abs(each.logprob - wanted) < 1e-3
 
     def _hear(self, event: Event) -> None:
@@ -396,7 +414,12 @@ def check(batching: Batching, examples: int = 20, steps: int = 20) -> None:
 
 def check_crowding(batching: Batching, seed: int) -> None:
     """Asserts what the machine does, for a crowd that must be thrown out again and again, also amidst its prompts."""
-    draw, machine = numpy_generator(seed, "testing/crowding"), machine_of(batching)()
+    crowd(machine_of(batching)(), seed)
+
+
+def crowd(machine: EngineMachine, seed: int) -> None:
+    """Plays such a course of events on ``machine``."""
+    draw = numpy_generator(seed, "testing/crowding")
     machine.open(
         loop=seed,
         tokens=int(draw.choice([10, 24])),

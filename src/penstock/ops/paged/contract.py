@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from penstock.core.progress import Reporter, silent
 from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.masks import Masks, masks_of
 from penstock.policy import Policy, contract
+
+if TYPE_CHECKING:
+    from penstock.ops.paged.watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +110,8 @@ class PagedBatch:
         open: int32 [B], for masked blocks: so many of the last new tokens of each sequence see each other whatever
             their order, besides all that is before them. None is 0 everywhere.
         shape: that the batch was given for a plan that was made to be replayed; see :meth:`PagedCache.fix`.
+        watched: int64 [N], where the cache's :class:`~penstock.ops.paged.watch.Watch` keeps the query of each new
+            token; None where it keeps none of them.
     """
 
     starts: Tensor
@@ -116,6 +121,7 @@ class PagedBatch:
     parents: Tensor | None = None
     open: Tensor | None = None
     shape: StepShape | None = None
+    watched: Tensor | None = None
 
     @functools.cached_property
     def masks(self) -> Masks | None:
@@ -140,7 +146,13 @@ class PagedBatch:
 
 
 class PagedCache:
-    """The memory of keys and values, and attention over it."""
+    """The memory of keys and values, and attention over it.
+
+    Attributes:
+        watch: keeps queries, where somebody wants to know what they look at.
+    """
+
+    watch: Watch | None = None
 
     def __init__(self, shape: CacheShape) -> None:
         self.shape = shape
@@ -165,8 +177,16 @@ class PagedCache:
         after it belongs to this batch.
 
         Batches that a device computes at the same time are planned in lanes of their own, on the streams that compute
-        them. Where passes run one after the other, there is no need to tell lanes apart."""
-        raise NotImplementedError
+        them. Where passes run one after the other, there is no need to tell lanes apart.
+
+        A backend extends this."""
+        if self.watch is not None:
+            self.watch.plan(batch, lane)
+
+    def note(self, layer: int, query: Tensor, scale: float) -> None:
+        """A backend is about to attend for ``query`` in ``layer``."""
+        if self.watch is not None:
+            self.watch.note(layer, query, scale)
 
     def fix(self, shapes: list[StepShape], pages: int) -> bool:
         """Makes plans of batches that name one of these ``shapes``, in lane 0, touch the same memory each time, so that

@@ -85,6 +85,7 @@ class NativeCache(PagedCache):
         """Raises:
         IndexError: a block or slot of the batch lies outside the memory, or the batch contradicts itself.
         """
+        super().plan(batch, lane)
         self._batch, self._masks = batch, _masks(batch)  # keeps alive what has the addresses that follow
         places = (tensor.data_ptr() for tensor in (batch.starts, batch.lengths, batch.tables, batch.slots))
         masks = (array.ctypes.data for array in self._masks) if self._masks else (None,) * 4
@@ -110,6 +111,7 @@ class NativeCache(PagedCache):
     ) -> Tensor:
         if query.shape != self._query_shape or key.shape != self._key_shape or value.shape != self._key_shape:
             raise ValueError(f"{query.shape}, {key.shape} and {value.shape} do not fit the planned batch")
+        self.note(layer, query, scale)
         query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
         out = torch.empty(query.shape, dtype=self.shape.dtype)
         tokens = self._tokens

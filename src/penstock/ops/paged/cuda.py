@@ -23,6 +23,7 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, cache: int, layer: int, scale: float, window: int | None
 ) -> Tensor:
     # One opaque operator to torch.compile: what it does to the cache is nobody else's business.
+    _caches[cache].note(layer, query, scale)
     return _caches[cache].compute(query, key, value, layer, scale, window)
 
 

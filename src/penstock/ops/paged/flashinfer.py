@@ -156,6 +156,7 @@ class FlashInferCache(CudaCache):
         return torch.zeros(count, dtype=torch.int32, device=self.shape.device)
 
     def plan(self, batch: PagedBatch, lane: int = 0) -> None:
+        super().plan(batch, lane)
         while lane >= len(self._lanes):
             self._lanes.append(self._lane())
         own = self._lanes[lane]

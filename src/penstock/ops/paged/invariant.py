@@ -39,6 +39,7 @@ class WalkedCache(CudaCache):
     def plan(self, batch: PagedBatch, lane: int = 0) -> None:
         from penstock.ops.paged.walk import walk_of
 
+        super().plan(batch, lane)
         slots = upload(batch.slots.numpy(), self.shape.device)
         if batch.shape is None:
             self._planned = slots, walk_of(batch, self.shape)

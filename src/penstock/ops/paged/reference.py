@@ -30,6 +30,7 @@ class ReferenceCache(PagedCache):
         )
 
     def plan(self, batch: PagedBatch, lane: int = 0) -> None:
+        super().plan(batch, lane)
         self._batch = batch
 
     def attend(
@@ -43,6 +44,7 @@ class ReferenceCache(PagedCache):
         window: int | None,
         extras: Extras = PLAIN,
     ) -> Tensor:
+        self.note(layer, query, scale)
         slots, stored = self._batch.slots.to(key.device), self._memory[layer].flatten(1, 2)
         stored[0, slots] = key
         if self.shape.latent is None:

@@ -9,6 +9,7 @@ import numpy as np
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled
 from penstock.serve.engine.sequence import Sequence
+from penstock.serve.kv.compaction import Compaction
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -19,6 +20,8 @@ class Entry:
         sequence: whose tokens they are.
         slot: its row in the tables.
         start, count: which of its tokens.
+        dropped: how many of those before them are not in the cache any more: token ``start`` goes to the place
+            ``start - dropped``.
         scored: after how many of the last of these tokens the scores of the next one are wanted: 0 for a piece of a
             prompt, 1 where the sequence goes on from it, 1 + len(window) where tokens were drafted.
         rated: after how many of them, from ``rated_from`` on, the log-probability of the prompt's next token is wanted.
@@ -35,6 +38,7 @@ class Entry:
     rated: int = 0
     rated_from: int = 0
     window: tuple[int, ...] = ()
+    dropped: int = 0
 
 
 @dataclasses.dataclass
@@ -44,6 +48,7 @@ class Batch:
     Attributes:
         entries: the pieces.
         tables: int32 [slots, most blocks], the blocks of each slot's sequence.
+        compactions: caches to be compressed before anything else.
         copies: blocks (from, to) to be copied before the step, since a sequence writes to a frozen one.
         parts: how many of the entries, in order, make a nano-batch: a pass of its own, beside the others where the
             device can do two things at a time. No entry reads what an entry of another part writes.
@@ -66,6 +71,7 @@ class Batch:
     seconds: float = 0.0
     begun: float = 0.0
     drafting: float = 0.0
+    compactions: list[Compaction] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.parts = self.parts or (len(self.entries),)

@@ -62,7 +62,7 @@ class Engine:
         shape, blocks, size = executor.shape, executor.blocks, executor.block_size
         self.context = min(config.context or shape.context, shape.context, blocks * size)
         self.limits = Limits(config.budget(executor.device), config.sequences, blocks, size, shape)
-        self.memory = Memory(config.sequences, blocks, size, self.context)
+        self.memory = Memory(config.sequences, blocks, size, self.context, config.kv)
         self.events = EventLog()
         self._config, self._stop, self._grammars = config, frozenset(stop), grammars
         self.executor, self._counters = executor, Counters()

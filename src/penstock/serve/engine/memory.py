@@ -6,11 +6,18 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as List
+from typing import NamedTuple
 
 import numpy as np
 
 from penstock.serve.engine.sequence import Sequence, common
+from penstock.serve.kv.compaction import Compaction
+from penstock.serve.kv.policies.contract import CachePolicy
+from penstock.serve.kv.policies.full import Full
 from penstock.serve.kv.pool import ROOT, BlockPool
+
+#: Of a cache that is not compressed, when it is due.
+NEVER = 1 << 62
 
 
 @dataclasses.dataclass(eq=False)
@@ -20,15 +27,38 @@ class Held:
     Attributes:
         slot: its row in the tables.
         blocks: its blocks of the cache, in order.
-        computed: tokens whose keys and values are in them, or will be once the queued work is done.
+        computed: tokens whose keys and values were computed, or will be once the queued work is done.
+        dropped: how many of them are not in the blocks any more, since the cache was compressed when it had been
+            ``compacted`` tokens; ``known`` tokens were left.
+        due: how many are computed when it is compressed next.
         committed: how many of the blocks are in the prefix tree, the last of them at ``node``.
     """
 
     slot: int
     blocks: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0
+    dropped: int = 0
+    compacted: int = 0
+    known: int = 0
+    due: int = NEVER
     committed: int = 0
     node: int = ROOT
+
+    @property
+    def places(self) -> int:
+        """Tokens in the blocks."""
+        return self.computed - self.dropped
+
+
+class Prefix(NamedTuple):
+    """What a sequence finds of its first tokens: the blocks, how many tokens were computed, and, where that cache was
+    compressed, what :class:`Held` has of it."""
+
+    blocks: list[int]
+    computed: int
+    dropped: int = 0
+    compacted: int = 0
+    known: int = 0
 
 
 class Memory:
@@ -39,6 +69,7 @@ class Memory:
         blocks: of the cache.
         block_size: tokens of a block.
         context: most tokens of a sequence.
+        policy: what the cache of a sequence keeps.
 
     Attributes:
         pool: the blocks.
@@ -48,13 +79,16 @@ class Memory:
             that nobody went on from for the longest time lets go first where blocks are wanted.
     """
 
-    def __init__(self, slots: int, blocks: int, block_size: int, context: int) -> None:
-        self.pool = BlockPool(blocks, block_size)
+    def __init__(
+        self, slots: int, blocks: int, block_size: int, context: int, policy: CachePolicy | None = None
+    ) -> None:
+        self.pool, self._policy = BlockPool(blocks, block_size), policy or Full()
         self.tables = np.zeros((slots, -(-context // block_size)), np.int32)
         self.running: list[Sequence] = []
         self.kept: OrderedDict[Sequence, None] = OrderedDict()
         self._slots = list(range(slots - 1, -1, -1))
         self._copies: list[tuple[int, int]] = []
+        self._compactions: list[Compaction] = []
 
     @property
     def free_slots(self) -> int:
@@ -77,31 +111,43 @@ class Memory:
             prefixes = [self._prefix(each) for each in members]
         if missing > self.pool.available and self.running:
             return False
-        for member, (prefix, computed) in zip(members, prefixes, strict=True):
-            self.pool.share(prefix)
-            self._enter(member, prefix, computed)
+        for member, prefix in zip(members, prefixes, strict=True):
+            self.pool.share(prefix.blocks)
+            self._enter(member, prefix)
         return True
 
-    def _prefix(self, sequence: Sequence) -> tuple[list[int], int]:
-        """Blocks that hold the first tokens of a sequence that waits, and how many: those of where it goes on from, or
-        those that the prefix tree knows."""
-        found = self.pool.match(sequence.tokens, _reusable(sequence))
+    def _prefix(self, sequence: Sequence) -> Prefix:
+        """Blocks that hold the first tokens of a sequence that waits: those of where it goes on from, or those that the
+        prefix tree knows."""
+        found = self.pool.match(sequence.tokens, self._reusable(sequence))
         origin = sequence.origin
         if origin is not None and origin in self.kept:  # one that runs may be about to write to what would be copied
-            shared, computed = self._shared(origin, sequence)
-            if computed > len(found) * self.pool.block_size:
-                return shared, computed
-        return found, len(found) * self.pool.block_size
+            shared = self._shared(origin, sequence)
+            if shared.computed > len(found) * self.pool.block_size:
+                return shared
+        return Prefix(found, len(found) * self.pool.block_size)
 
-    def _needed(self, members: List[Sequence], prefixes: List[tuple[list[int], int]]) -> int:
+    def _needed(self, members: List[Sequence], prefixes: List[Prefix]) -> int:
         """Blocks that ``members`` take beside those of their ``prefixes``, of which the last may have to be copied."""
         size = self.pool.block_size
-        found = {block for prefix, _ in prefixes for block in prefix}
+        found = {block for prefix in prefixes for block in prefix.blocks}
         whole = sum(
-            -(-len(each.tokens) // size) - computed // size
-            for each, (_, computed) in zip(members, prefixes, strict=True)
+            -(-(len(each.tokens) - prefix.dropped) // size) - (prefix.computed - prefix.dropped) // size
+            for each, prefix in zip(members, prefixes, strict=True)
         )
         return whole + self.pool.idle_among(found)
+
+    def _reusable(self, sequence: Sequence, dropped: int = 0, compacted: int = 0) -> int:
+        """How many of the first tokens may be taken from the cache: not the last, whose scores are wanted, nor those
+        after which a log-probability is, nor those whose queries will be asked for."""
+        most = len(sequence.tokens) - 1
+        if sequence.rated is not None:
+            most = min(most, sequence.rated_from - 1)
+        return min(most, self._due(sequence, compacted, dropped) - max(1, self._policy.watches))
+
+    def _due(self, sequence: Sequence, computed: int, dropped: int) -> int:
+        due = self._policy.due(sequence.prompt, computed, dropped)
+        return NEVER if due is None else due
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Lets ``child``, whose tokens begin as the parent's do, run on the same blocks. Tells whether it could: only
@@ -109,23 +155,30 @@ class Memory:
         held = parent.held
         if held is None or not self._slots:
             return False
-        shared, computed = self._shared(parent, child)
-        self.pool.share(shared)
-        self._enter(child, shared, computed)
+        prefix = self._shared(parent, child)
+        self.pool.share(prefix.blocks)
+        self._enter(child, prefix)
         self.commit(child)
         return True
 
-    def _shared(self, parent: Sequence, child: Sequence) -> tuple[list[int], int]:
-        """The blocks of ``parent`` that hold what ``child`` begins with too, and how many tokens they hold of it."""
-        assert parent.held is not None
-        computed = min(parent.held.computed, common(parent.tokens, child.tokens), _reusable(child))
-        return parent.held.blocks[: -(-computed // self.pool.block_size)], computed
+    def _shared(self, parent: Sequence, child: Sequence) -> Prefix:
+        """The blocks of ``parent`` that hold what ``child`` begins with too."""
+        held = parent.held
+        assert held is not None
+        reusable = self._reusable(child, held.dropped, held.compacted)
+        computed = max(0, min(held.computed, common(parent.tokens, child.tokens), reusable))
+        if held.dropped and (computed < held.compacted or parent.prompt != child.prompt):
+            return Prefix([], 0)
+        blocks = held.blocks[: -(-(computed - held.dropped) // self.pool.block_size)]
+        return Prefix(blocks, computed, held.dropped, held.compacted, held.known)
 
-    def _enter(self, sequence: Sequence, blocks: list[int], computed: int) -> None:
-        """``sequence`` runs; ``blocks`` hold its first ``computed`` tokens."""
-        held = sequence.held = Held(self._slots.pop(), computed=computed)
+    def _enter(self, sequence: Sequence, prefix: Prefix) -> None:
+        """``sequence`` runs; its first tokens are in the blocks of ``prefix``."""
+        blocks, computed, dropped, compacted, known = prefix
+        held = sequence.held = Held(self._slots.pop(), [], computed, dropped, compacted, known)
+        held.due = self._due(sequence, compacted, dropped)
         self._append(held, blocks)
-        whole = computed // self.pool.block_size
+        whole = 0 if dropped else computed // self.pool.block_size
         for index, block in enumerate(blocks[:whole]):
             if not self.pool.known(block):
                 break
@@ -203,27 +256,69 @@ class Memory:
         if held.computed // self.pool.block_size > held.committed:
             self.commit(sequence)
 
+    def compact(self, sequence: Sequence) -> int:
+        """Compresses the cache of a running sequence that is due: what is left moves to fresh blocks, so that those
+        that others hold, or the prefix tree knows, stay as they are; see :meth:`compactions`.
+
+        Returns:
+            0, or how many blocks more than are available it takes; then nothing was done.
+        """
+        held, size = sequence.held, self.pool.block_size
+        assert held is not None
+        self.commit(sequence)
+        left = self._policy.keeps(held.computed)
+        missing = -(-left // size) - self.pool.available - self.pool.own_among(held.blocks)
+        while missing > 0 and self.kept:
+            self.forget(next(iter(self.kept)))
+            missing = -(-left // size) - self.pool.available - self.pool.own_among(held.blocks)
+        if missing > 0:
+            return missing
+        before = held.blocks
+        self.pool.release(before)
+        held.blocks = []
+        self._append(held, self.pool.take(-(-left // size)))
+        sources, targets = (
+            _places(blocks, count, size) for blocks, count in ((before, held.places), (held.blocks, left))
+        )
+        self._compactions.append(Compaction(held.slot, held.computed, held.known, sources, targets))
+        held.dropped, held.compacted, held.known = held.computed - left, held.computed, left
+        held.due = self._due(sequence, held.computed, held.dropped)
+        held.committed, held.node = 0, ROOT
+        return 0
+
+    def compactions(self) -> list[Compaction]:
+        """What has to be compressed before anything else is done. It is told once."""
+        told, self._compactions = self._compactions, []
+        return told
+
     def copies(self) -> list[tuple[int, int]]:
         """Blocks (from, to) that have to be copied before anything else is computed. They are told once."""
         told, self._copies = self._copies, []
         return told
 
     def commit(self, sequence: Sequence) -> None:
-        """Puts the full blocks of known tokens of ``sequence`` into the prefix tree."""
+        """Puts the full blocks of known tokens of ``sequence`` into the prefix tree, where they hold all of its
+        tokens."""
         held, size = sequence.held, self.pool.block_size
         assert held is not None
+        if held.dropped:
+            return
         for index in range(held.committed, min(held.computed, len(sequence.tokens)) // size):
             tokens = sequence.tokens[index * size : (index + 1) * size]
             held.node = self.pool.commit(held.node, tokens, held.blocks[index])
             held.committed = index + 1
 
     def truncate(self, sequence: Sequence, computed: int) -> None:
-        """Cuts a running sequence back to its first ``computed`` tokens in the cache."""
+        """Cuts a running sequence back to its first ``computed`` tokens in the cache; to none where the cache was
+        compressed since."""
         held, size = sequence.held, self.pool.block_size
         assert held is not None
         if computed >= held.computed:
             return
-        kept = -(-computed // size)
+        if held.dropped and computed < held.compacted:
+            computed, held.dropped, held.compacted, held.known = 0, 0, 0, 0
+            held.due = self._due(sequence, 0, 0)
+        kept = -(-(computed - held.dropped) // size)
         self.pool.release(held.blocks[kept:])
         del held.blocks[kept:]
         held.computed = computed
@@ -246,16 +341,16 @@ class Memory:
         self.pool.check([member.held.blocks for member in members if member.held is not None])
 
     def _fresh(self, held: Held, count: int) -> int:
-        return max(0, -(-(held.computed + count) // self.pool.block_size) - len(held.blocks))
+        return max(0, -(-(held.places + count) // self.pool.block_size) - len(held.blocks))
 
     def _frozen(self, held: Held) -> bool:
         """Whether the next token goes to a block that is not this sequence's alone, as it may after a fork."""
-        first = held.computed // self.pool.block_size
+        first = held.places // self.pool.block_size
         return first < len(held.blocks) and self.pool.frozen(held.blocks[first])
 
     def _own(self, held: Held) -> None:
         """A copy, for the sequence alone, of the block that its next token goes to."""
-        first = held.computed // self.pool.block_size
+        first = held.places // self.pool.block_size
         (fresh,) = self.pool.take(1)
         self._copies.append((held.blocks[first], fresh))
         self.pool.release([held.blocks[first]])
@@ -268,8 +363,6 @@ class Memory:
         self.tables[held.slot, first : len(held.blocks)] = blocks
 
 
-def _reusable(sequence: Sequence) -> int:
-    """How many of the first tokens may be taken from the cache: not the last, whose scores are wanted, nor those after
-    which a log-probability is."""
-    last = len(sequence.tokens) - 1
-    return last if sequence.rated is None else min(last, sequence.rated_from - 1)
+def _places(blocks: list[int], count: int, size: int) -> np.ndarray:
+    """The places in the memory of the first ``count`` tokens in ``blocks``, int64."""
+    return (np.array(blocks, np.int64)[:, None] * size + np.arange(size)).reshape(-1)[:count]

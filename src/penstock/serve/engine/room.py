@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
+from collections.abc import Iterable
 
 from penstock.core.events import Detail, EventLog
 from penstock.serve.engine.batch import Entry
-from penstock.serve.engine.memory import Memory
+from penstock.serve.engine.memory import NEVER, Memory
 from penstock.serve.engine.sequence import Sequence
 from penstock.speculate.contract import AWAITED
 
@@ -28,6 +29,7 @@ class StepRoom:
         lead: the part that goes first.
         preempted: sequences that lost their memory to those that were taken.
         found: prompt tokens that those who were let in found in the cache.
+        dropped: tokens that went out of caches that were compressed.
     """
 
     def __init__(self, memory: Memory, tokens: int, events: EventLog, ahead: int = 0) -> None:
@@ -37,10 +39,30 @@ class StepRoom:
         self.parts: tuple[int, ...] = ()
         self.lead = 0
         self.preempted: list[Sequence] = []
-        self.found = 0
+        self.found = self.dropped = 0
         #: Of each call of take: where its entries begin and end, and whether it let a sequence in.
         self._takes: list[tuple[int, int, bool]] = []
         self._taken: set[int] = set()
+
+    def compact(self, sequences: Iterable[Sequence]) -> None:
+        """Compresses the caches of those of ``sequences`` that are due, before anything is taken."""
+        for sequence in list(sequences):
+            for member in sequence.members:
+                held = member.held
+                if held is not None and held.computed >= held.due and not sequence.guessed:
+                    self._compact(sequence, member)
+
+    def _compact(self, sequence: Sequence, member: Sequence) -> None:
+        held = member.held
+        assert held is not None
+        before = held.places
+        while (missing := self._memory.compact(member)) > 0:
+            victim = self._memory.running[-1]
+            self._preempt(victim, sequence, missing)
+            if victim is sequence:
+                return
+        self.dropped += before - held.places
+        self._events.add("compressed", sequence.request.id, sequence.index, tokens=before, kept=held.places)
 
     def take(self, sequence: Sequence, most: int | None = None) -> int:
         if id(sequence) in self._taken or self.tokens == 0 or not sequence.ready(self._ahead):
@@ -81,7 +103,9 @@ class StepRoom:
             first = max(start, sequence.rated_from - 1)
             rated = max(0, min(start + count, len(sequence.request.prompt) - 1) - first)
         scored += len(window)
-        self.entries.append(Entry(sequence, held.slot, start, count, scored, rated, first - start, window))
+        self.entries.append(
+            Entry(sequence, held.slot, start, count, scored, rated, first - start, window, held.dropped)
+        )
         self.tokens -= count
         sequence.in_flight += bool(scored)
         self._memory.advance(sequence, count)
@@ -93,7 +117,9 @@ class StepRoom:
         held, size = sequence.held, self._memory.pool.block_size
         others = sum(len(each.members) for each in self._memory.running if id(each) not in self._taken) - 1
         fit = (len(held.blocks) + max(0, self._memory.pool.available - others)) * size - len(sequence.tokens)
-        most = min(self._ahead, budget - others, sequence.limit - len(sequence.tokens) - 1, fit)
+        fit += held.dropped
+        due = held.due - held.computed - sequence.remaining
+        most = min(self._ahead, budget - others, sequence.limit - len(sequence.tokens) - 1, fit, due)
         if most < 1:
             return ()
         window = sequence.draft.propose(most)[:most]
@@ -139,7 +165,7 @@ class StepRoom:
         writers = {
             block: index
             for index, entry in enumerate(self.entries)
-            for block in _blocks(entry)[entry.start // size : (entry.start + entry.count) // size]
+            for block in _blocks(entry)[_first(entry) // size : (_first(entry) + entry.count) // size]
         }
         cuts: list[int] = []
         first = len(self.entries)  # that a later entry belongs to
@@ -147,7 +173,7 @@ class StepRoom:
             if end <= first:
                 cuts.append(end)
             for entry in self.entries[begin:end] if waited else ():
-                found = _blocks(entry)[: entry.start // size]
+                found = _blocks(entry)[: _first(entry) // size]
                 first = min([first, *(writers[block] for block in found if block in writers)])
         return cuts[::-1]
 
@@ -157,14 +183,20 @@ def _blocks(entry: Entry) -> list[int]:
     return entry.sequence.held.blocks
 
 
+def _first(entry: Entry) -> int:
+    """The place in the cache of its first token."""
+    return entry.start - entry.dropped
+
+
 def _shares(sequence: Sequence, budget: int) -> list[int]:
-    """How many of ``budget`` tokens go to ``sequence`` and to its companions. The last tokens of all are computed in
-    the same step."""
+    """How many of ``budget`` tokens go to ``sequence`` and to its companions: none beyond where its cache is to be
+    compressed. The last tokens of all are computed in the same step."""
     wanted = [member.remaining for member in sequence.members]
-    if sum(wanted) <= budget:
+    fit = [NEVER if member.held is None else member.held.due - member.held.computed for member in sequence.members]
+    if sum(wanted) <= budget and all(count <= most for count, most in zip(wanted, fit, strict=True)):
         return wanted
     shares = []
-    for count in wanted:
-        shares.append(min(count - 1, budget))
+    for count, most in zip(wanted, fit, strict=True):
+        shares.append(min(count - 1, most, budget))
         budget -= shares[-1]
     return shares

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 @dataclasses.dataclass
 class Counters:
     """What an engine did since its start: steps, sequences thrown out, prompt tokens and those of them that were found
-    in the cache, tokens that came out, tokens that were drafted and accepted, and how often a step brought tokens of a
-    sequence."""
+    in the cache, tokens that came out, tokens that were drafted and accepted, how often a step brought tokens of a
+    sequence, and tokens that went out of caches that were compressed."""
 
     steps: int = 0
     preemptions: int = 0
@@ -34,6 +34,7 @@ class Counters:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     sequence_steps: int = 0
+    dropped_tokens: int = 0
 
 
 class EngineSteps:
@@ -74,6 +75,7 @@ class EngineSteps:
         if self._speculation is not None:
             begun, ahead = self._speculation.clock(), self._speculation.ahead(self._memory.running)
         room = StepRoom(self._memory, self._tokens, self._events, ahead)
+        room.compact(each for each in self._memory.running if each.length < each.limit)
         # One whose last token is on its way has nothing more to compute; one that waits for a token is left out.
         running = [each for each in self._memory.running if each.length < each.limit and each.ready(ahead)]
         self.batcher.form(running, room)
@@ -81,10 +83,13 @@ class EngineSteps:
             self.batcher.add(victim)
         self._counters.preemptions += len(room.preempted)
         self._counters.cached_tokens += room.found
+        self._counters.dropped_tokens += room.dropped
         if not room.entries:
             return None
-        tables, copies = self._memory.tables, self._memory.copies()
-        self.last = Batch(room.entries, tables, copies, room.parts, room.lead, ahead, begun=begun)
+        tables, copies, compactions = self._memory.tables, self._memory.copies(), self._memory.compactions()
+        self.last = Batch(
+            room.entries, tables, copies, room.parts, room.lead, ahead, begun=begun, compactions=compactions
+        )
         return self.last
 
     def launch(self, batch: Batch) -> None:

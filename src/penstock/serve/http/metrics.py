@@ -47,6 +47,7 @@ class EngineCollector(Collector):
             "preemptions": ("Sequences that lost their memory and were computed again.", now.preemptions),
             "drafted_tokens": ("Tokens that were drafted.", now.drafted_tokens),
             "accepted_tokens": ("Tokens that were drafted and accepted.", now.accepted_tokens),
+            "dropped_tokens": ("Tokens that went out of caches that were compressed.", now.dropped_tokens),
             "sequence_steps": ("Steps that brought tokens, counted for each sequence.", now.sequence_steps),
         }
         for name, (help, value) in gauges.items():

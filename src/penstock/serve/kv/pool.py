@@ -84,6 +84,10 @@ class BlockPool:
         """How many of ``blocks`` nobody holds: sharing them makes so many fewer available."""
         return sum(not self._holders[block] for block in blocks)
 
+    def own_among(self, blocks: Iterable[int]) -> int:
+        """How many of ``blocks`` have a single holder: if that lets go of them, so many more are available."""
+        return sum(self._holders[block] == 1 for block in blocks)
+
     def take(self, count: int) -> list[int]:
         """``count`` blocks with one holder each; there must be as many available."""
         taken: list[int] = []

@@ -233,6 +233,9 @@ def padded(batch: PagedBatch, shape: StepShape, block: int, size: int) -> PagedB
         tables=torch.from_numpy(tables),
         slots=torch.from_numpy(_woven(batch.slots.numpy(), nowhere, own.singles)),
         shape=shape,
+        watched=None
+        if batch.watched is None
+        else torch.from_numpy(_woven(batch.watched.numpy(), [np.zeros_like(each) for each in nowhere], own.singles)),
     )
 
 

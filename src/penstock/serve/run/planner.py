@@ -13,6 +13,7 @@ import torch
 from penstock.core.randomness import derive, uniforms
 from penstock.models.sampling import Sampling
 from penstock.ops.paged.contract import PagedBatch
+from penstock.ops.paged.watch import watched_places
 from penstock.serve.choose.asked import SLOT, Asked, Masked, Ruled, Scattered
 from penstock.serve.choose.grammar import Matcher
 from penstock.serve.decode.contract import DecodeRule
@@ -24,7 +25,7 @@ from penstock.serve.run.step import Part, Placed, Step
 
 class Fields(NamedTuple):
     """The numbers of a batch's entries, one array int64 [E] each; ``drafted`` are tentative tokens, ``given`` those of
-    the prompt."""
+    the prompt, ``dropped`` those that are not in the cache any more."""
 
     slots: np.ndarray
     starts: np.ndarray
@@ -34,18 +35,19 @@ class Fields(NamedTuple):
     rated: np.ndarray
     drafted: np.ndarray
     given: np.ndarray
+    dropped: np.ndarray
 
     @classmethod
     def of(cls, entries: list[Entry]) -> Fields:
         rows = [
             (
                 *(each.slot, each.start, each.count, each.scored),
-                *(each.rated_from, each.rated, len(each.window), each.sequence.prompt),
+                *(each.rated_from, each.rated, len(each.window), each.sequence.prompt, each.dropped),
             )
             for each in entries
         ]
-        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int64, 8 * len(rows))
-        return cls(*np.ascontiguousarray(flat.reshape(-1, 8).T))
+        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int64, 9 * len(rows))
+        return cls(*np.ascontiguousarray(flat.reshape(-1, 9).T))
 
 
 class Planner:
@@ -55,10 +57,11 @@ class Planner:
         slots: most sequences at a time.
         block_size: tokens of a block of the cache.
         stream: of the numbers by which tokens are drawn.
+        watched: how many of the last queries of a sequence are kept.
     """
 
-    def __init__(self, slots: int, block_size: int, stream: str = "sample") -> None:
-        self._size, self._stream = block_size, stream
+    def __init__(self, slots: int, block_size: int, stream: str = "sample", watched: int = 0) -> None:
+        self._size, self._stream, self._watched = block_size, stream, watched
         self._table = np.zeros(slots, SLOT)
         self._held: list[Held | None] = [None] * slots
         self._biases: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -72,6 +75,7 @@ class Planner:
         rated = [entry for entry in batch.entries if entry.rated]
         following = [_following(entry) for entry in rated]
         return Step(
+            compactions=tuple(batch.compactions),
             copies=np.array(batch.copies, np.int64).reshape(-1, 2).T,
             placed=placed,
             parts=tuple(self._parts(batch, fields, asked)),
@@ -195,6 +199,7 @@ class Planner:
         rows = np.repeat(np.arange(len(entries)), counts)
         offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
         positions = offsets + np.repeat(starts, counts)
+        places = positions - np.repeat(fields.dropped, counts)
         rated = (offsets >= rated_from[rows]) & (offsets < rated_to[rows])
         wanted = offsets >= (counts - scored)[rows]
         inputs = np.stack([*_tokens(batch, ends), positions])
@@ -205,16 +210,20 @@ class Planner:
             own, all_own = slice(first, last), slice(begin, end)
             plan = self._plan(
                 batch.tables[slots[own]],
-                (starts + counts)[own],
+                (starts + counts - fields.dropped)[own],
                 ends[own] - begin,
                 rows[all_own] - first,
-                positions[all_own],
+                places[all_own],
             )
+            if self._watched:
+                ends_of = (starts + counts)[rows[all_own]]
+                watched = watched_places(slots[rows[all_own]], positions[all_own], ends_of, self._watched)
+                plan = dataclasses.replace(plan, watched=torch.from_numpy(watched))
             drawn = draws[:, ahead[first] : ahead[last]]
             yield Part(inputs[:, all_own], plan, np.flatnonzero(wanted[all_own]), np.flatnonzero(rated[all_own]), drawn)
 
     def _plan(
-        self, tables: np.ndarray, lengths: np.ndarray, ends: np.ndarray, rows: np.ndarray, positions: np.ndarray
+        self, tables: np.ndarray, lengths: np.ndarray, ends: np.ndarray, rows: np.ndarray, places: np.ndarray
     ) -> PagedBatch:
         size = self._size
         tables = np.ascontiguousarray(tables[:, : -(-int(lengths.max()) // size)])
@@ -223,7 +232,7 @@ class Planner:
             starts=torch.from_numpy(starts.astype(np.int32)),
             lengths=torch.from_numpy(lengths.astype(np.int32)),
             tables=torch.from_numpy(tables),
-            slots=torch.from_numpy(tables[rows, positions // size].astype(np.int64) * size + positions % size),
+            slots=torch.from_numpy(tables[rows, places // size].astype(np.int64) * size + places % size),
         )
 
 

@@ -29,13 +29,17 @@ from penstock.serve.choose.asked import SLOT, Asked, Masked, Ruled, Scattered
 from penstock.serve.choose.sampler import Sampled
 from penstock.serve.decode.contract import DecodeRule
 from penstock.serve.engine.batch import Batch
+from penstock.serve.kv.compaction import Compaction
 from penstock.serve.run.runner import Runner
 from penstock.serve.run.step import Part, Placed, Step
 
 _LENGTH = struct.Struct("<Q")
 
 #: A recording whose format is another cannot be read.
-FORMAT = 1
+FORMAT = 2
+
+#: What is written of the plan of a part.
+PLAN = ("starts", "lengths", "tables", "slots", "watched")
 
 #: Steps after which the outcome of one is there without waiting for the device: an engine has at most two under way.
 PATIENCE = 2
@@ -137,11 +141,13 @@ def flatten(step: Step) -> tuple[Arrays, dict[str, Any]]:
     """``step`` as named arrays, and what is none."""
     asked = step.asked
     arrays: Arrays = {"copies": step.copies, "rated": step.rated}
+    for number, work in enumerate(step.compactions):
+        arrays |= {f"compaction.{number}.sources": work.sources, f"compaction.{number}.targets": work.targets}
     for number, placed in enumerate(step.placed):
         arrays[f"placed.{number}"] = placed.tokens
     for number, part in enumerate(step.parts):
         own = {"inputs": part.inputs, "scored": part.scored, "rated": part.rated, "draws": part.draws}
-        plan = {name: getattr(part.plan, name).numpy() for name in ("starts", "lengths", "tables", "slots")}
+        plan = {name: values.numpy() for name in PLAN if (values := getattr(part.plan, name)) is not None}
         arrays |= {f"part.{number}.{name}": values for name, values in {**own, **plan}.items()}
     plain = ("first", "slots", "counts", "uniform", "bans", "followers", "window")
     arrays |= {f"asked.{name}": values for name in plain if (values := getattr(asked, name)) is not None}
@@ -155,6 +161,7 @@ def flatten(step: Step) -> tuple[Arrays, dict[str, Any]]:
     more = {
         "lead": step.lead,
         "alternatives": step.alternatives,
+        "compactions": [[work.slot, work.computed, work.known] for work in step.compactions],
         "parts": len(step.parts),
         "placed": [[placed.slot, placed.prompt] for placed in step.placed],
         "rules": [[ruled.rule.describe(), sorted(ruled.known)] for ruled in asked.rules],
@@ -167,8 +174,13 @@ def unflatten(arrays: Arrays, more: dict[str, Any]) -> Step:
 
     def part(number: int) -> Part:
         own = {name: arrays[f"part.{number}.{name}"] for name in ("inputs", "scored", "rated", "draws")}
-        plan = [torch.from_numpy(arrays[f"part.{number}.{n}"]) for n in ("starts", "lengths", "tables", "slots")]
-        return Part(plan=PagedBatch(plan[0], plan[1], plan[2], plan[3]), **own)
+        names = [name for name in PLAN if f"part.{number}.{name}" in arrays]
+        plan: dict[str, Any] = {name: torch.from_numpy(arrays[f"part.{number}.{name}"]) for name in names}
+        return Part(plan=PagedBatch(**plan), **own)
+
+    def compaction(number: int, known: list[int]) -> Compaction:
+        places = (arrays[f"compaction.{number}.{name}"] for name in ("sources", "targets"))
+        return Compaction(known[0], known[1], known[2], *places)
 
     def record(kind: type[Any], name: str) -> Any:
         names = [f"asked.{name}.{field.name}" for field in dataclasses.fields(kind)]
@@ -193,4 +205,13 @@ def unflatten(arrays: Arrays, more: dict[str, Any]) -> Step:
     )
     placed = (Placed(slot, arrays[f"placed.{number}"], prompt) for number, (slot, prompt) in enumerate(more["placed"]))
     parts = tuple(part(number) for number in range(more["parts"]))
-    return Step(arrays["copies"], tuple(placed), parts, more["lead"], asked, arrays["rated"], more["alternatives"])
+    return Step(
+        compactions=tuple(compaction(number, known) for number, known in enumerate(more["compactions"])),
+        copies=arrays["copies"],
+        placed=tuple(placed),
+        parts=parts,
+        lead=more["lead"],
+        asked=asked,
+        rated=arrays["rated"],
+        alternatives=more["alternatives"],
+    )

@@ -25,6 +25,7 @@ from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Batch
+from penstock.serve.kv.compaction import Compactor
 from penstock.serve.run.context import PagedTokens
 from penstock.serve.run.graphs import (
     StepGraphs,
@@ -65,6 +66,7 @@ class Runner:
         window: most tokens that are drafted for a sequence at a time.
         sampler: chooses tokens.
         planner: makes the one who makes steps of batches, of the slots and the size of a block.
+        compactor: compresses caches, where some are.
 
     Attributes:
         context: most tokens of a sequence.
@@ -81,13 +83,14 @@ class Runner:
         window: int = 0,
         sampler: type[Sampler] = Sampler,
         planner: Callable[[int, int], Planner] = Planner,
+        compactor: Compactor | None = None,
     ) -> None:
         self.model, self.cache = model, cache
         self.device, self.shape = cache.shape.device, model.config
         self.blocks, self.block_size = cache.shape.blocks - 1, cache.shape.block_size
         self.context = context
         self._slots, self._pages, self._window = slots, -(-context // self.block_size), window
-        self._kinds = planner, sampler
+        self._kinds, self._compactor = (planner, sampler), compactor
         self.forget()
         self._trunk: Callable[[Tensor, AttentionContext], tuple[Tensor, Tensor]] = model.trunk
         self._tip: Callable[[Tensor, Tensor], Tensor] = model.tip
@@ -114,6 +117,8 @@ class Runner:
     def resize(self, blocks: int) -> None:
         """Sequences may use so many blocks of the cache from now on. Nothing of what there was is known any more."""
         self.cache.resize(blocks + 1)
+        if self._compactor is not None:
+            self._compactor.resize()
         self.blocks = blocks
         self.forget()
 
@@ -214,8 +219,13 @@ class Runner:
     def execute(self, step: Step, proposals: Proposals | None = None) -> Sampled | None:
         """Queues the forward passes and the sampling of ``step``, whose tentative tokens were drawn from ``proposals``
         where it matters; what is known then, once it was waited for."""
+        if self._compactor is not None:
+            for work in step.compactions:
+                self._compactor.compact(work)
         if step.copies.size:
             self.cache.copy(*step.copies.tolist())
+            if self._compactor is not None:
+                self._compactor.copy(*step.copies.tolist())
         for placed in step.placed:
             self.sampler.place(placed.slot, placed.tokens, placed.prompt)
         passed = self._pass_all(step.parts, step.lead)

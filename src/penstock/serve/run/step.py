@@ -11,6 +11,7 @@ import numpy as np
 
 from penstock.ops.paged.contract import PagedBatch
 from penstock.serve.choose.asked import Asked
+from penstock.serve.kv.compaction import Compaction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Step:
     """What an executor does in one step, in this order.
 
     Attributes:
+        compactions: caches that are compressed, one after the other.
         copies: int64 [2, C], blocks to be copied, from and to.
         placed: sequences that take slots, where penalties have to be kept for them, or were for the one before.
         parts: the passes; several are computed at the same time where the device can.
@@ -63,6 +65,7 @@ class Step:
         alternatives: how many of the most probable tokens are told beside each of these.
     """
 
+    compactions: tuple[Compaction, ...]
     copies: np.ndarray
     placed: tuple[Placed, ...]
     parts: tuple[Part, ...]

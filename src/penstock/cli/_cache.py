@@ -1,0 +1,32 @@
+"""What commands that open an engine say of its cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from penstock.core.errors import UsageError
+
+KV = typer.Option(
+    None, "--kv", metavar="POLICY", help="What the cache of a sequence keeps, such as h2o, snapkv or sink_window."
+)
+KV_BUDGET = typer.Option(
+    None, "--kv-budget", metavar="X", help="How much of it: a share such as 0.25, or a number of tokens."
+)
+
+
+def chosen_cache(kv: str | None, budget: float | None) -> dict[str, Any]:
+    """The engine's options for ``--kv`` and ``--kv-budget``; none where neither is given.
+
+    Raises:
+        UsageError: a budget of nothing.
+    """
+    if kv is None and budget is not None:
+        raise UsageError(
+            f"--kv-budget {budget:g} says how much is kept, and not what",
+            hint="Name a policy with --kv, such as h2o, snapkv or sink_window.",
+        )
+    if kv is None:
+        return {}
+    return {"kv": {"name": kv} if budget is None else {"name": kv, "budget": budget}}

@@ -1,0 +1,1 @@
+"""What the cache of a running sequence keeps."""

@@ -1,0 +1,160 @@
+"""The contract ``kv.policy``: what the cache of a running sequence keeps.
+
+A token's place in the cache is not its position in the text. Keys are rotated by position when they are stored, so
+that what is kept can move together into fewer blocks, and the blocks that become free are the pool's again. Each head
+of each layer may keep other tokens; all keep as many, so that a sequence has one table of blocks.
+
+When a cache is compressed depends on the sequence alone: a policy names the number of computed tokens at which it is
+due, and no piece of a batch goes beyond it. What a sequence says is so the same in any batch, with any chunks of its
+prompt, from shared blocks, and after a preemption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field, PositiveInt, field_validator
+from torch import Tensor
+
+from penstock.policy import Policy, contract
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """What the cache has of a sequence in some layers, by the place of its n tokens; ``*`` are layers and key heads.
+
+    Attributes:
+        keys, values: [*, n, D], in the cache's dtype; keys are rotated already.
+        attention: float32 [*, q, n], the share of their attention that the last q queries paid to each token, averaged
+            over the query heads of the key head; None where the policy watches none.
+        drawn: float32 [*, n], what each token drew in all before, as :attr:`Kept.drawn` has it, and 0 for those that
+            have come since; None where the policy does not remember it.
+    """
+
+    keys: Tensor
+    values: Tensor
+    attention: Tensor | None = None
+    drawn: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What takes the place of it, in the order of the text: ``keys`` and ``values`` [*, m, D], and ``drawn`` float32
+    [*, m], which is remembered of each, where the policy does that."""
+
+    keys: Tensor
+    values: Tensor
+    drawn: Tensor | None = None
+
+
+@contract(
+    "kv.policy",
+    law="a budget that covers all gives the tokens of the full cache; what is kept is as much as the policy says, and "
+    "the rest of the blocks are the pool's again; the tokens of a sequence do not depend on the batch, on chunks, "
+    "sharing, forks or preemption; what is kept equals the paper's rule by brute force",
+)
+class CachePolicy(Policy):
+    """Decides what the cache of a sequence keeps, and when the rest goes."""
+
+    #: Whether it remembers a number for each token that stays.
+    remembers: ClassVar[bool] = False
+
+    @property
+    def watches(self) -> int:
+        """How many of the last queries it asks about."""
+        return 0
+
+    def due(self, prompt: int, computed: int, dropped: int) -> int | None:
+        """When the cache is compressed next: once so many tokens of the text are computed. More than ``computed``, of
+        which ``dropped`` are not in the cache any more; None is never. The text began with a ``prompt`` of so many."""
+        raise NotImplementedError
+
+    def keeps(self, computed: int) -> int:
+        """How many tokens the cache has after it is compressed with so many ``computed``; fewer than there are."""
+        raise NotImplementedError
+
+    def compress(self, cached: Cached, count: int) -> Kept:
+        """What is kept of ``cached``: ``count`` tokens in each head. The leading dimensions are computed each by
+        itself."""
+        raise NotImplementedError
+
+
+class Budgeted(CachePolicy):
+    """Keeps what a budget allows: the cache is compressed to it at the end of the prompt, and again whenever it is
+    ``every`` tokens beyond it.
+
+    Attributes:
+        budget: up to 1 a share of the tokens that were computed, above it a number of tokens.
+        every: how far beyond the budget a cache may grow before it is compressed.
+        whole_prompt: compress no sooner than at the end of the prompt. Without it, the prompt is compressed as it is
+            computed, in pieces, and never takes more memory than the budget and ``every``; its later pieces do not see
+            what went before.
+    """
+
+    budget: Annotated[float, Field(gt=0)] = 0.5
+    every: PositiveInt = 64
+    whole_prompt: bool = True
+
+    @field_validator("budget")
+    @classmethod
+    def _whole(cls, budget: float) -> float:
+        if budget > 1 and budget != int(budget):
+            raise ValueError(f"a budget of {budget} is neither a share nor a number of tokens")
+        return budget
+
+    @property
+    def least(self) -> int:
+        """The fewest tokens that are kept."""
+        return 1
+
+    def keeps(self, computed: int) -> int:
+        wanted = math.ceil(self.budget * computed) if self.budget <= 1 else int(self.budget)
+        return min(max(wanted, self.least), computed)
+
+    def due(self, prompt: int, computed: int, dropped: int) -> int | None:
+        if self.budget == 1:
+            return None
+        place = max(computed + 1, prompt if self.whole_prompt else 0)
+        # A token more makes the surplus one more at most.
+        while (missing := self.every - (place - dropped - self.keeps(place))) > 0:
+            place += missing
+        return place
+
+
+class Selecting(Budgeted):
+    """Keeps tokens as they are, those that :meth:`select` names."""
+
+    def select(self, cached: Cached, count: int) -> Tensor:
+        """The places of the tokens that stay: int64 [*, count], ascending."""
+        raise NotImplementedError
+
+    def compress(self, cached: Cached, count: int) -> Kept:
+        places = self.select(cached, count)
+        rows = places.unsqueeze(-1)
+        drawn = attention_drawn(cached).take_along_dim(places, -1) if self.remembers else None
+        return Kept(cached.keys.take_along_dim(rows, -2), cached.values.take_along_dim(rows, -2), drawn)
+
+
+def watched(cached: Cached) -> Tensor:
+    """The attention that a policy asked for."""
+    assert cached.attention is not None
+    return cached.attention
+
+
+def attention_drawn(cached: Cached) -> Tensor:
+    """What each token drew, before and of the last queries: float32 [*, n]."""
+    assert cached.drawn is not None
+    return cached.drawn + watched(cached).sum(-2)
+
+
+def with_newest(scores: Tensor, count: int, newest: int) -> Tensor:
+    """The places of the ``newest`` last tokens and of the others with the highest ``scores`` [*, n], ``count`` in all:
+    int64 [*, count], ascending. Of equal scores, the earlier token stays."""
+    length = scores.shape[-1]
+    newest = min(newest, count)
+    early = scores[..., : length - newest].sort(dim=-1, descending=True, stable=True).indices[..., : count - newest]
+    late = torch.arange(length - newest, length, device=scores.device).expand(*scores.shape[:-1], newest)
+    return torch.cat([early.sort(-1).values, late], -1)

@@ -1,0 +1,131 @@
+"""The oracle for caches that are compressed: one sequence, whose keys and values are lists."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from penstock.models.decoder import Decoder
+from penstock.ops.attention import PLAIN, Extras
+from penstock.serve.kv.policies.contract import Cached, CachePolicy
+from penstock.testing.paged_scene import attention as attended
+
+
+@dataclasses.dataclass
+class KeptRows:
+    """An attention context for pieces of one sequence, whose keys and values are kept in lists by layer: float64
+    [K, n, D] each.
+
+    Attributes:
+        positions: int64 [T], of the piece.
+        keys, values: by layer.
+        queries: of all tokens so far, by layer, float64 [N, H, D].
+        scale: of the scores.
+    """
+
+    positions: Tensor
+    keys: list[Tensor] = dataclasses.field(default_factory=list)
+    values: list[Tensor] = dataclasses.field(default_factory=list)
+    queries: list[Tensor] = dataclasses.field(default_factory=list)
+    scale: float = 0.0
+    keeps: bool = True
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        extras: Extras = PLAIN,
+    ) -> Tensor:
+        assert window is None and extras.none
+        new = [each.double().transpose(0, 1) for each in (key, value)]
+        if layer == len(self.keys):
+            self.keys.append(new[0][:, :0])
+            self.values.append(new[1][:, :0])
+            self.queries.append(query.double()[:0])
+        self.keys[layer], self.values[layer] = (
+            torch.cat([old, own], 1) for old, own in zip((self.keys[layer], self.values[layer]), new, strict=True)
+        )
+        self.queries[layer], self.scale = torch.cat([self.queries[layer], query.double()]), scale
+        length = self.keys[layer].shape[1]
+        seen = torch.ones(len(query), length, dtype=torch.bool).tril(length - len(query))
+        rows = (self.keys[layer].transpose(0, 1), self.values[layer].transpose(0, 1))
+        return attended(query.double(), *rows, seen, scale=scale).to(query.dtype)
+
+
+class KeptScores:
+    """What follows a text, for one text after another, where the cache of its sequence is compressed.
+
+    Args:
+        model: whose scores they are.
+        policy: compresses.
+        prompt: with how many tokens the texts begin that count as given.
+    """
+
+    def __init__(self, model: Decoder, policy: CachePolicy, prompt: int) -> None:
+        self._model, self._policy, self._prompt = model, policy, prompt
+        self._begin([])
+
+    def _begin(self, text: Sequence[int]) -> None:
+        self._text: list[int] = []
+        self._context = KeptRows(torch.zeros(0))
+        self._drawn: list[Tensor] = []
+        self._dropped = self._compacted = 0
+        self._logits: list[Tensor] = []
+
+    def after(self, tokens: Sequence[int]) -> Tensor:
+        """Scores [vocabulary] of the token after ``tokens``, float64."""
+        return self.every(tokens)[-1]
+
+    @torch.no_grad()
+    def every(self, tokens: Sequence[int]) -> list[Tensor]:
+        """Those of what follows each of ``tokens``."""
+        if list(tokens[: len(self._text)]) != self._text:
+            self._begin(tokens)
+        while len(self._text) < len(tokens):
+            due = self._policy.due(self._prompt, self._compacted, self._dropped)
+            if due == len(self._text):
+                self._compress()
+                continue
+            end = len(tokens) if due is None else min(len(tokens), due)
+            piece = list(tokens[len(self._text) : end])
+            self._context.positions = torch.arange(len(self._text), end)
+            hidden = self._model(torch.tensor(piece), self._context).hidden
+            self._logits += list(self._model.logits(hidden).double())
+            self._text += piece
+        return self._logits[: len(tokens)]
+
+    def _compress(self) -> None:
+        computed, context = len(self._text), self._context
+        count = self._policy.keeps(computed)
+        watched = min(self._policy.watches, computed)
+        for layer, (keys, values) in enumerate(zip(context.keys, context.values, strict=True)):
+            drawn = torch.zeros(keys.shape[:2])
+            if self._compacted and self._policy.remembers:
+                drawn[:, : self._drawn[layer].shape[1]] = self._drawn[layer]
+            shares = shares_of(context.queries[layer][computed - watched :], keys, context.scale) if watched else None
+            kept = self._policy.compress(Cached(keys.float(), values.float(), shares, drawn), count)
+            context.keys[layer], context.values[layer] = kept.keys.double(), kept.values.double()
+            self._drawn[layer : layer + 1] = [] if kept.drawn is None else [kept.drawn]
+        self._dropped, self._compacted = computed - count, computed
+
+
+def shares_of(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """The attention float32 [K, q, n] that the last q queries [q, H, D] of a sequence paid to its ``keys`` [K, n, D],
+    query by query and head by head."""
+    (count, heads, _), (kv_heads, length, _) = queries.shape, keys.shape
+    shares = torch.zeros(kv_heads, count, length, dtype=torch.float64)
+    for row in range(count):
+        seen = length - count + row + 1
+        for head in range(heads):
+            own = head * kv_heads // heads
+            scores = scale * keys[own, :seen] @ queries[row, head]
+            shares[own, row, :seen] += scores.softmax(-1) * kv_heads / heads
+    return shares.float()

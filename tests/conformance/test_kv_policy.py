@@ -1,0 +1,28 @@
+"""The law of ``kv.policy``, for every registered policy."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock.testing import kv_policy
+from penstock.testing.enrolled import enrolled
+
+POLICIES = enrolled("kv.policy")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_sizes_rows_and_memory(name):
+    kv_policy.check_sizes(POLICIES[name])
+    kv_policy.check_rows(POLICIES[name])
+    kv_policy.check_held(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_tokens_are_those_of_a_sequence_by_itself(name):
+    kv_policy.check_engine(POLICIES[name], crowds=1, examples=1, steps=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_law_holds(name):
+    kv_policy.check(POLICIES[name], crowds=8, examples=20)
