@@ -5,13 +5,11 @@ from __future__ import annotations
 import gc
 
 import pytest
-import torch
 from hypothesis import settings
 
 from penstock.core.garbage import settle
 from penstock.core.processor import cores
 
-torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, max_examples=20)
 settings.load_profile("suite")
 
@@ -23,6 +21,10 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_finish() -> None:
-    """Collections need not look through all modules and tests again and again, which took a fifteenth of the time."""
+    """One thread; and collections need not look through all modules and tests again and again, which took a fifteenth
+    of the time. Here, as a process that only hands out tests to others has no need of PyTorch."""
+    import torch
+
+    torch.set_num_threads(1)
     settle()
     gc.set_threshold(10_000, 10, 10)

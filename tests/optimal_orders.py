@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 
-from ortools.sat.python import cp_model
-
 from penstock.pipeline.ir.schedule import Placement
 from penstock.pipeline.ordering.words import Problem
 
 
 def optimum(problem: Problem) -> float:
     """The least makespan of whole-numbered times, by constraint programming; ``deferred`` in hundredths."""
+    from ortools.sat.python import cp_model  # takes more than a second
+
     model = cp_model.CpModel()
     m, stages = problem.microbatches, range(len(problem.placement))
     transfer, kept = round(problem.transfer), round(100 * problem.deferred)

@@ -10,7 +10,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from penstock.cli import build_app
+from penstock.cli import build_app, main
 from programs import in_a_shell
 
 VERBS = sorted(command.name or command.callback.__name__ for command in build_app().registered_commands)
@@ -95,22 +95,40 @@ def test_a_reader_that_goes_away_is_no_traceback(made):
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("arguments", [[], ["--nonsense"], ["nonsense"], ["papers", "three"], ["papers", "--nonsense"]])
-def test_a_malformed_command_line_is_usage(arguments):
-    done = in_a_shell(*arguments)
+def test_a_malformed_command_line_is_usage_in_a_shell():
+    done = in_a_shell("nonsense")
     assert done.returncode == 2
     assert "Usage: penstock" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command line in this process: its exit code, output and errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["penstock", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [[], ["--nonsense"], ["papers", "three"], ["papers", "--nonsense"]])
+def test_a_malformed_command_line_is_usage(command, arguments):
+    code, out, errors = command(*arguments)
+    assert code == 2
+    assert "Usage: penstock" in out + errors
+
+
 @pytest.mark.parametrize(
     "arguments", [["papers", "99999"], ["papers", "--family", "x"], ["bench", "no-such-thing"], ["serve", "nowhere"]]
 )
-def test_wrong_requests_exit_with_2(arguments):
-    done = in_a_shell(*arguments)
-    assert done.returncode == 2
-    assert re.search("^error: there is no ", done.stderr, re.MULTILINE)
-    assert "Traceback" not in done.stderr
+def test_wrong_requests_exit_with_2(command, arguments):
+    code, _, errors = command(*arguments)
+    assert code == 2
+    assert re.search("^error: there is no ", errors, re.MULTILINE)
 
 
 def test_version():

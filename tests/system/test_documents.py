@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import typer
 from penstock.cli import build_app
 from penstock.models import hub
 from printed_commands import PROGRAMS, ROOT, Command, blocks, inline
-from programs import ENVIRONMENT
+from programs import ENVIRONMENT, Program
 from tiny_runs import MODEL, make_corpus, write_config
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
@@ -111,14 +110,8 @@ def shrunk(words: list[str]) -> list[str]:
     """The command with options that make it small."""
     more = [option for verb, options in SMALL.items() if set(verb) <= set(words) for option in options]
     if words[0] == "torchrun":
-        return [TORCHRUN, "--master-port", str(free_port()), *words[1:], *more]
+        return [TORCHRUN, "--standalone", *words[1:], *more]  # on a port that is free
     return [sys.executable, "-m", *words, *more]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def run(words: list[str], place: Path) -> None:
@@ -127,11 +120,20 @@ def run(words: list[str], place: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def torchrun(*arguments: str) -> None:
+    """What a process runs that is ``torchrun``."""
+    from torch.distributed.run import main
+
+    main(arguments)
+
+
 def test_two_processes_train_as_printed(place):
     """With torchrun itself; the documents' eight processes are for ``-m slow``."""
     printed = next(c.words for c in blocks() if c.words[0] == "torchrun" and "--out" in c.words)
     two = ["2" if word == "8" else word for word in printed]
-    run(shrunk([word.replace("runs/third", "runs/two") for word in two]), place)
+    words = shrunk([word.replace("runs/third", "runs/two") for word in two])
+    done = Program(torchrun, *words[1:], folder=place).completed()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert json.loads((place / "runs" / "two" / "summary.json").read_text())["steps"] == 2
 
 

@@ -16,7 +16,7 @@ from penstock.models.sampling import Sampling
 from penstock.testing import reference
 from penstock.train.run import Run
 from penstock.train.session import train_to_the_end
-from programs import in_a_shell
+from programs import penstock
 from tiny_runs import config, make_store
 
 
@@ -127,7 +127,7 @@ def test_a_model_that_is_not_there(command, tmp_path, monkeypatch, source, messa
 
 
 def test_as_a_process(model):
-    """The same, seen from a shell."""
-    done = in_a_shell("generate", model, "--prompt", "class", "-n", 6, "-t", 0)
+    """The same, seen from outside."""
+    done = penstock("generate", model, "--prompt", "class", "-n", 6, "-t", 0)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == wanted(model, "class", Sampling(temperature=0, max_tokens=6))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from penstock.core.results import repository
+from penstock.policy import create
+from penstock.testing import check
+from programs import Program
 
 #: The policies of a stranger's distribution, good ones and bad ones.
 MODULE = '''
@@ -96,19 +97,17 @@ class Uphill(HeavyBall):
         return Ball(parameters.values(), self, -1)
 '''
 
-SCRIPT = """
-import json, sys
-from penstock.policy import create
-from penstock.testing import check
 
-verdicts = {}
-for contract, name in json.loads(sys.argv[1]):
-    try:
-        verdicts[name] = check(create(contract, name))
-    except Exception as error:
-        verdicts[name] = [type(error).__name__, str(error)]
-print(json.dumps(verdicts))
-"""
+def judge(*policies: tuple[str, str]) -> None:
+    """What a process runs: prints what the law says of each policy, with a distribution of the working directory."""
+    sys.path.insert(0, str(Path.cwd()))
+    verdicts: dict[str, object] = {}
+    for contract, name in policies:
+        try:
+            verdicts[name] = check(create(contract, name))  # type: ignore[func-returns-value]
+        except Exception as error:
+            verdicts[name] = [type(error).__name__, str(error)]
+    print(json.dumps(verdicts))
 
 
 @pytest.fixture
@@ -121,14 +120,8 @@ def verdicts(tmp_path):
     (metadata / "entry_points.txt").write_text("[penstock.policies]\nstranger = penstock_stranger\n")
     schedules = [("train.schedule", name) for name in ("square_root", "steady", "silent")]
     optimizers = [("optim.optimizer", name) for name in ("heavy_ball", "uphill")]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(schedules + optimizers)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(repository() / "src")])},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = Program(judge, *schedules, *optimizers, folder=tmp_path).completed()
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 

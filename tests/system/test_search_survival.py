@@ -41,13 +41,13 @@ def test_killed_at_any_instant_no_finished_problem_is_lost_or_repeated(tmp_path)
     shortest = lambda problem, candidates: [-float(len(each.text)) for each in candidates]  # noqa: E731
     plan = Plan(Beam(width=2, expand=2).run, {"": shortest}, SamplingParams(max_tokens=12, seed=5), step="\n")
     source, folder = tmp_path / "problems.jsonl", tmp_path / "found"
-    write_problems(source, 24)
-    kept = killed_searches.kill(llm, plan, source, folder, deaths=3)
+    write_problems(source, 16)
+    kept = killed_searches.kill(llm, plan, source, folder, deaths=2)
     lines = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
     assert all(lines[: len(each)] == each for each in kept), "what was finished has changed"
-    assert 0 < len(kept[-1]) < 24, "the last life had nothing left to do"
+    assert 0 < len(kept[-1]) < 16, "the last life had nothing left to do"
     found = records(folder / "results.jsonl")
-    assert sorted(found) == list(range(24))
+    assert sorted(found) == list(range(16))
     killed_searches.live(llm, plan, source, tmp_path / "straight")
     straight = records(tmp_path / "straight" / "results.jsonl")
     assert {place: (each["text"], each["tree"]) for place, each in found.items()} == {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 import forked_ranks
 from penstock.core.metrics import read_metrics
+from penstock.testing.meeting import meeting
 from penstock.testing.ranks import ranks
 from penstock.train import checkpoint
 from penstock.train.config import TrainConfig
@@ -87,15 +87,12 @@ def test_a_process_that_fails_does_not_keep_the_others(store, tmp_path, failing)
 
 def test_the_command_line_with_two_processes(store, tmp_path):
     """As torchrun starts them: one line of output, one run, and a refusal that ends both."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     path = write_config(tmp_path / "config.toml", store, batch=STAGES, steps=6)
 
     def started(*arguments: object) -> list[subprocess.CompletedProcess[str]]:
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes = [start("train", *arguments, **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-        return [process.completed(120) for process in processes]
+        with meeting(2) as place:
+            processes = [start("train", *arguments, **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+            return [process.completed(120) for process in processes]
 
     leader, other = started(path, "--out", tmp_path / "run")
     assert (leader.returncode, other.returncode) == (0, 0), leader.stderr + other.stderr

@@ -26,6 +26,9 @@ from tiny_runs import MODEL, VOCABULARY, config, make_store, tensors
 
 #: Loss curves in fp32 with sums in another order: what differs is rounding, amplified over the updates.
 TOLERANCE = 1e-5
+#: Enough that a schedule that is planned from the first updates runs for some more.
+STEPS = 8
+LAST = f"step-{STEPS:08}"
 BATCH = {"tokens": 192, "micro_tokens": 32, "stages": [{"length": 16}, {"length": 32}]}
 SHAPE = {**MODEL, "layers": 4, "vocabulary": VOCABULARY, "init_std": 0.08, "tied": True}
 
@@ -36,7 +39,7 @@ def store(tmp_path_factory) -> Path:
 
 
 def options(store: Path, **changes: Any):
-    return config(store, **{"model": SHAPE, "batch": BATCH, "steps": 12, "average": "ema", **changes})
+    return config(store, **{"model": SHAPE, "batch": BATCH, "steps": STEPS, "average": "ema", **changes})
 
 
 def pipelined(store: Path, devices: int, schedule: Any, **changes: Any):
@@ -70,18 +73,18 @@ def resumed(folder: Path, size: int, *overrides: str) -> None:
 
 def assert_same_curve(folder: Path, alone: Run) -> None:
     ours, theirs = (read_metrics(path / "metrics.jsonl") for path in (folder, alone.folder))
-    assert [record["step"] for record in ours] == list(range(1, 13))
+    assert [record["step"] for record in ours] == list(range(1, STEPS + 1))
     for key in ("loss", "grad_norm", "grad_l1", "lr_factor", "length"):
         assert [record[key] for record in ours] == pytest.approx([record[key] for record in theirs], rel=TOLERANCE)
-    assert ours[-1]["loss"] < ours[0]["loss"] - 0.3
+    assert ours[-1]["loss"] < ours[0]["loss"] - 0.2
 
 
 @pytest.mark.parametrize(
     ("devices", "size", "schedule", "changes"),
     [
         (4, 4, "zb-h1", {}),
-        (2, 2, "chimera", {}),
-        (2, 2, "v_half", {}),
+        pytest.param(2, 2, "chimera", {}, marks=pytest.mark.slow),
+        pytest.param(2, 2, "v_half", {}, marks=pytest.mark.slow),
         (2, 4, "1f1b", {"activation_checkpointing": True}),
     ],
 )
@@ -89,7 +92,7 @@ def test_a_pipeline_makes_the_run_of_one_process(store, alone, tmp_path, devices
     """The same curve, model, averages and evaluation, also where two pipelines share each batch."""
     trained(pipelined(store, devices, schedule, **changes), tmp_path / "run", size)
     assert_same_curve(tmp_path / "run", alone)
-    one, other = (tensors(path / "checkpoints" / "step-00000012") for path in (tmp_path / "run", alone.folder))
+    one, other = (tensors(path / "checkpoints" / LAST) for path in (tmp_path / "run", alone.folder))
     assert one.keys() == other.keys()
     for name in one:
         assert one[name].dtype == other[name].dtype
@@ -101,10 +104,10 @@ def test_a_pipeline_makes_the_run_of_one_process(store, alone, tmp_path, devices
 
 
 def test_a_checkpoint_does_not_depend_on_the_layout(store, alone, tmp_path):
-    """Four stages, then two, then one process, four updates each: one loss curve."""
+    """Four stages, then two, then one process, some updates each: one loss curve."""
     folder = tmp_path / "run"
-    trained(pipelined(store, 4, "zb-h1", checkpoint_steps=4, keep_checkpoints=3), folder, 4)
-    for step, devices in ((4, 2), (8, 1)):
+    trained(pipelined(store, 4, "zb-h1", checkpoint_steps=3, keep_checkpoints=3), folder, 4)
+    for step, devices in ((3, 2), (6, 1)):
         for found in checkpoint.checkpoints(folder / "checkpoints"):
             if checkpoint.step_of(found) > step:
                 shutil.rmtree(found)
@@ -195,14 +198,14 @@ def test_rows_of_the_vocabulary_are_one_matrix_in_checkpoints(store, alone, tmp_
     folder = tmp_path / "run"
     sharded = {"transforms": [{"name": "vocabulary", "times": {"output": 2.0}}]}
     pipeline = {"parallel": {"pipeline": 2}, "pipeline": sharded}
-    trained(options(store, **pipeline, checkpoint_steps=4, keep_checkpoints=3), folder, 2)
-    for step, devices in ((4, 1), (8, 2)):
+    trained(options(store, **pipeline, checkpoint_steps=3, keep_checkpoints=3), folder, 2)
+    for step, devices in ((3, 1), (6, 2)):
         for found in checkpoint.checkpoints(folder / "checkpoints"):
             if checkpoint.step_of(found) > step:
                 shutil.rmtree(found)
         resumed(folder, devices, f"parallel.pipeline={devices}")
     assert_same_curve(folder, alone)
-    one, other = (tensors(path / "checkpoints" / "step-00000012") for path in (folder, alone.folder))
+    one, other = (tensors(path / "checkpoints" / LAST) for path in (folder, alone.folder))
     assert {name: tensor.shape for name, tensor in one.items()} == {n: t.shape for n, t in other.items()}
 
 

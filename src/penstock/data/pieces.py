@@ -4,12 +4,16 @@ A tokenizer needs some 150 bytes a character while it works, so a text of 20 MB 
 a text into words first (by a pattern, from left to right, without looking back) and never merge across a cut. So a text
 may be encoded in pieces that end where a word begins. The pieces overlap by a few words: what a tokenizer does at the
 very beginning of a text (a space before the first word, say) falls on words that are encoded already, and whether the
-tokens of the other words there are the same is compared, each time. A tokenizer that makes no words encodes the whole.
+tokens of the other words there are the same is compared, each time. A word of more than a million characters (a
+genome, say) is cut. A tokenizer that makes no words encodes the whole.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import re
+import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,6 +27,13 @@ OVERLAPS = (8, 256)
 
 #: Words at the end of a piece that the text after it may still change.
 TAIL = 16
+
+#: Characters that a word may have.
+LONGEST = 1 << 20
+
+#: Where a tokenizer of ours (:data:`~penstock.data.tokenizer.PIECES`) always cuts, as few do not: before white space
+#: behind what is none, and before punctuation, of ASCII, East Asia or print, behind a letter or a digit.
+CUT = re.compile(r"(?<=\S)[ \t\r\n]|(?<=[^\W_])[!-/:-@\[-`{-~\u2010-\u2027\u3001-\u3020\uff01-\uff0f\uff1a-\uff20]")
 
 
 class Word(NamedTuple):
@@ -67,6 +78,10 @@ def encode(tokenizer: Tokenizer, text: str, size: int = PIECE) -> Iterator[list[
             break
         begin, ids, words, first = found
         ends = [word for word in words[1:-TAIL] if word.token > first and _divides(text, begin + word.character)]
+        if not ends and width >= LONGEST and tokenizer.pre_tokenizer is not None:
+            yield ids[first:]
+            yield from encode(tokenizer, text[done + width :], size)
+            return
         if not ends:
             width *= 2
             continue
@@ -111,21 +126,25 @@ def _words(encoding: Encoding) -> list[Word]:
 
 
 def _divides(text: str, place: int) -> bool:
-    """Whether no normalization reaches across: an ASCII character never melts into the one before it."""
-    return text[place].isascii()
+    """Whether no normalization reaches across: an ASCII character never melts into the one before it, nor does one that
+    Unicode composes with nothing there."""
+    if text[place].isascii():
+        return True
+    before, after = text[place - 1 : place], text[place]
+    return not unicodedata.combining(after) and all(
+        normalize(before + after) == normalize(before) + normalize(after) for normalize in _FORMS
+    )
 
 
-def lines(text: str, size: int = PIECE) -> Iterator[str]:
-    """``text`` in parts of about ``size`` characters that end before a line break after a visible character: there a
-    tokenizer of ours always cuts (:data:`~penstock.data.tokenizer.PIECES`)."""
+_FORMS = [functools.partial(unicodedata.normalize, form) for form in ("NFC", "NFKC")]
+
+
+def parts(text: str, size: int = PIECE) -> Iterator[str]:
+    """``text`` in parts of ``size`` characters, and those that follow up to the next :data:`CUT`, which are as many at
+    most: a word that is longer is cut."""
     begin = 0
     while begin < len(text):
-        end = begin + size
-        while True:
-            end = text.find("\n", end)
-            if end < 0 or not text[end - 1].isspace():
-                break
-            end += 1
-        end = len(text) if end < 0 else end
+        found = CUT.search(text, begin + size, begin + 2 * size)
+        end = found.start() if found else begin + 2 * size
         yield text[begin:end]
         begin = end

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from penstock.core.errors import DataError, UsageError
 from penstock.core.files import read_json, write_atomic, write_json
-from penstock.data.pieces import lines
+from penstock.data.pieces import parts
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -65,7 +65,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator((part for text in chosen for part in lines(text)), trainer)
+    tokenizer.train_from_iterator((part for text in chosen for part in parts(text)), trainer)
     return tokenizer
 
 

@@ -128,11 +128,12 @@ LONG: tuple[Action, ...] = (
     Step(((5, 1), (3, 1), (4, 2))),
 )
 
-#: A long prompt in chunks beside many decodes.
+#: A long prompt in chunks beside many decodes, of which one forks in the midst of a block.
 CROWDED: tuple[Action, ...] = (
     Step((*((number, 20 + 17 * number) for number in range(8)), (100, 400))),
     Step((*((number, 1) for number in range(8)), (100, 1))),
-    Step(((100, 150), *((number, 1) for number in range(8))), ((100, Open(32)),)),
+    Fork(1, 9),
+    Step(((100, 150), (9, 1), *((number, 1) for number in range(8))), ((100, Open(32)),)),
     Step(((0, 1), (100, 63), (1, 40), (2, 1)), ((100, BUSHY), (1, Open(40)))),
     Keep(100, (0, 2, 5, 12)),
     Step(((100, 1),)),

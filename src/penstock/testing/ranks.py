@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
 from penstock.parallel.world import World
+from penstock.testing.meeting import meeting
 
 
 def ranks(size: int, work: Callable[[World], Any]) -> list[dict[str, Any]]:
@@ -17,34 +17,31 @@ def ranks(size: int, work: Callable[[World], Any]) -> list[dict[str, Any]]:
 
     Nothing of one that was killed. What is returned goes through JSON.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     pipes, children, began = [], [], time.monotonic()
-    for rank in range(size):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-            os.environ.update({"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in place.items()})
-            result: dict[str, Any] = {}
-            try:
-                world = World.join()
-                result["returned"] = work(world)
-                world.leave()
-            except BaseException as error:
-                result["raised"] = [type(error).__name__, str(error)]
-            os.write(writer, json.dumps(result | {"after": time.monotonic() - began}).encode())
-            os._exit(0)
-        os.close(writer)
-        pipes.append(reader)
-        children.append(child)
-    answers = []
-    for pipe in pipes:
-        with os.fdopen(pipe, "rb") as answer:
-            answers.append(answer.read())  # to its end, which is the process's
-    for child in children:
-        os.waitpid(child, 0)
+    with meeting(size) as place:
+        for rank in range(size):
+            reader, writer = os.pipe()
+            child = os.fork()
+            if child == 0:
+                os.environ.update(place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                result: dict[str, Any] = {}
+                try:
+                    world = World.join()
+                    result["returned"] = work(world)
+                    world.leave()
+                except BaseException as error:
+                    result["raised"] = [type(error).__name__, str(error)]
+                os.write(writer, json.dumps(result | {"after": time.monotonic() - began}).encode())
+                os._exit(0)
+            os.close(writer)
+            pipes.append(reader)
+            children.append(child)
+        answers = []
+        for pipe in pipes:
+            with os.fdopen(pipe, "rb") as answer:
+                answers.append(answer.read())  # to its end, which is the process's
+        for child in children:
+            os.waitpid(child, 0)
     return [json.loads(answer or "{}") for answer in answers]
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from penstock.core.errors import PenstockError
 from penstock.parallel.world import World
+from penstock.testing.meeting import meeting
 
 
 class Workers:
@@ -24,11 +25,9 @@ class Workers:
     """
 
     def __init__(self, script: Path, size: int, *arguments: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        threads = str(max(1, (os.cpu_count() or 1) // size))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": threads}
+        self._meeting = contextlib.ExitStack()
+        place = self._meeting.enter_context(meeting(size))
+        place |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size))}
         self._processes = [
             subprocess.Popen(
                 [sys.executable, str(script), *arguments],
@@ -47,6 +46,7 @@ class Workers:
         for process in self._processes:
             process.kill()
             process.communicate()
+        self._meeting.close()
 
     def ask(self, order: str, patience: float = 300.0) -> list[Any]:
         """What each process answers to ``order``, in order of their ranks.

@@ -88,6 +88,8 @@ def test_real_text_is_never_encoded_in_more_than_a_piece(tokenizer, request):
     seen = []
 
     class Watched:
+        pre_tokenizer = tokenizer.pre_tokenizer
+
         def encode(self, text: str, **options):
             seen.append(len(text))
             return tokenizer.encode(text, **options)
@@ -101,11 +103,48 @@ def test_real_text_is_never_encoded_in_more_than_a_piece(tokenizer, request):
 
 def test_a_tokenizer_is_learnt_from_parts_as_from_the_whole(monkeypatch):
     whole = train_tokenizer([CODE], 400).to_str()
-    monkeypatch.setattr("penstock.data.tokenizer.lines", lambda text: pieces.lines(text, 300))
+    monkeypatch.setattr("penstock.data.tokenizer.parts", lambda text: pieces.parts(text, 300))
     assert train_tokenizer([CODE], 400).to_str() == whole
-    assert "".join(pieces.lines(CODE, 300)) == CODE
-    assert max(map(len, pieces.lines(CODE, 300))) < 1000
-    assert r"\s*[\r\n]\s*" in PIECES
+
+
+SPLIT = pre_tokenizers.Split(Regex(PIECES), "isolated")
+
+
+@given(text=st.one_of(TEXT, st.text("aé1 \n\t\u3000\x1c!_，。漢́", max_size=80)), size=st.integers(1, 20))
+@settings(max_examples=60, deadline=None)
+def test_parts_of_a_text_are_cut_where_our_tokenizers_cut(text, size):
+    """But in words that are longer than a part, and a part has an end in any text."""
+    found = list(pieces.parts(text, size))
+    assert "".join(found) == text
+    assert max(map(len, found), default=0) <= 2 * size
+    if all(len(word) < size for word, _ in SPLIT.pre_tokenize_str(text)):
+        cut = [word for part in found for word, _ in SPLIT.pre_tokenize_str(part)]
+        assert cut == [word for word, _ in SPLIT.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["word " * 4000, "漢字かな，" * 4000, "ab" * 10_000],
+    ids=["one line", "no ASCII", "one word"],
+)
+def test_no_text_is_encoded_at_once(text, monkeypatch):
+    """Without line breaks, without a character of ASCII, or of one word, which is cut."""
+    monkeypatch.setattr(pieces, "LONGEST", 2000)
+    tokenizer = pieces.plain(train_tokenizer([CODE, text[:100]], 400))
+    seen = []
+
+    class Watched:
+        pre_tokenizer = tokenizer.pre_tokenizer
+
+        def encode(self, text: str, **options):
+            seen.append(len(text))
+            return tokenizer.encode(text, **options)
+
+    found = [token for part in pieces.encode(Watched(), text, 1000) for token in part]
+    assert max(seen) <= 2000
+    assert tokenizer.decode(found) == text
+    if text[:2] != "ab":
+        assert found == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def test_a_store_has_the_same_tokens_of_a_long_document(listed, tmp_path, monkeypatch):

@@ -350,7 +350,7 @@ print(outcomes["killed"], outcomes["none"])
 """
 
 
-@pytest.mark.parametrize("builds", [16, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("builds", [8, pytest.param(80, marks=pytest.mark.slow)])
 def test_a_killed_build_leaves_a_whole_store_or_none(tokenizer, tmp_path, builds):
     """Builds killed with SIGKILL at random moments, half of them over an older store."""
     source = tmp_path / "source"

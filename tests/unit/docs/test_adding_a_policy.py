@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +13,7 @@ from typer.testing import CliRunner
 from penstock.cli import build_app
 from penstock.core import bench as bench_module
 from penstock.core.results import repository
+from programs import Program
 
 
 def files_in(document: str) -> dict[str, str]:
@@ -39,15 +39,14 @@ def distribution(tmp_path):
     return tmp_path
 
 
+def check_the_working_directory() -> None:
+    """What a process runs that is ``pytest``."""
+    sys.path.insert(0, str(Path.cwd()))
+    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:schemathesis", "test_staircase.py"]))
+
+
 def test_the_policy_of_the_document_works_as_a_plug_in_and_passes_its_test(distribution):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_staircase.py"],
-        cwd=distribution,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(distribution), str(repository() / "src")])},
-        check=False,
-    )
+    done = Program(check_the_working_directory, folder=distribution).completed()
     assert (done.returncode, done.stderr) == (0, "")
     assert "2 passed" in done.stdout
 

@@ -35,10 +35,10 @@ def test_what_has_no_weight_is_never_drawn():
 
 def test_the_law_is_the_softmax():
     """Evenly spread numbers hit each token as often as its probability says."""
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(100_000, 1)
-    uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(20_000, 1)
+    uniform = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     counts = draw_softmax(logits, torch.full_like(uniform, 0.7), uniform).bincount(minlength=4)
-    torch.testing.assert_close(counts / 100_000, (logits[0] / 0.7).softmax(-1), atol=2e-5, rtol=0)
+    torch.testing.assert_close(counts / 20_000, (logits[0] / 0.7).softmax(-1), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from penstock.core.errors import PenstockError
 from penstock.ops import native
 from penstock.ops.paged.cpu import Native
+from programs import Program
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 
@@ -26,16 +26,14 @@ extern "C" long sum_to(long n) {
 }
 """
 
-OWN_THREADS = """
-import ctypes, sys, torch
-from pathlib import Path
-from penstock.ops import native
-kernel = native.load(Path(sys.argv[1]))
-torch.ones(10**6).sum()
-assert kernel.sum_to(1000) == 500500
-maps = Path("/proc/self/maps").read_text().splitlines()
-print(len({line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}))
-"""
+
+def count_runtimes(source: Path) -> None:
+    """What a process runs: prints how many OpenMP runtimes it has once the kernel and PyTorch have computed."""
+    kernel = native.load(source)
+    torch.ones(10**6).sum()
+    assert kernel.sum_to(1000) == 500500
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    print(len({line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}))
 
 
 @pytest.fixture
@@ -77,9 +75,9 @@ def test_another_processor_has_a_library_of_its_own(source, monkeypatch):
 
 
 def test_two_processes_at_once_make_one_library_and_each_has_one_openmp_runtime(source):
-    command = [sys.executable, "-c", OWN_THREADS, str(source)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate()[0].strip() for process in processes] == ["1", "1"]
+    place = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+    processes = [Program(count_runtimes, source, environment=place) for _ in range(2)]
+    assert [process.completed().stdout.strip() for process in processes] == ["1", "1"]
     (library,) = kept(source)
     assert library.suffix == ".so"
 

@@ -33,9 +33,7 @@ UPDATES = 2 * PROFILED + 1
 #: Copies to the host that hide behind the work for certain, and are not planned anew.
 QUICK = {"name": "pipeoffload", "times": {"host": 0.1}}
 COMBINATIONS: list[tuple[Any, list[Any]]] = [
-    ("1f1b", ["2bp"]),
     ("gpipe", ["pipeoffload"]),
-    ("gpipe", [QUICK, "2bp"]),
     ("interleaved-1f1b", ["2bp", {**QUICK, "share": 0.5}]),
 ]
 
@@ -100,14 +98,12 @@ def test_transforms_change_nothing_but_the_order(alone, tmp_path):
             assert error < 1e-9
             assert kinds == (["F", "I", "W"] if "2bp" in transforms else ["B", "F"])
             assert offloaded or not any(isinstance(transform, dict) for transform in transforms)
-    planned, given = (read_json(tmp_path / number / "pipeline.json")["transforms"] for number in "12")
-    assert planned[0]["name"] == given[0]["name"] == "pipeoffload"
+    planned, (_, given) = (read_json(tmp_path / number / "pipeline.json")["transforms"] for number in "01")
+    assert planned[0]["name"] == given["name"] == "pipeoffload"
     assert planned[0]["times"]["host"] > 0
     assert len(planned[0]["times"]["forward"]) == 2
-    assert given[0]["times"] == QUICK["times"] | {
-        key: value for key, value in given[0]["times"].items() if key != "host"
-    }
-    assert given[0]["times"]["forward"] == 1
+    assert given["times"] == QUICK["times"] | {key: value for key, value in given["times"].items() if key != "host"}
+    assert given["times"]["forward"] == 1
 
 
 def test_weights_of_another_precision_than_the_masters_stay(tmp_path, monkeypatch):

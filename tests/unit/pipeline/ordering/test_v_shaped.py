@@ -52,7 +52,7 @@ def test_the_handed_orders_are_met(file, name, p, m):
     assert ours.makespan <= reference.makespan == {4: 26.5, 3: 20.5}[p]
 
 
-@pytest.mark.parametrize("p", range(2, 9))
+@pytest.mark.parametrize("p", [2, 3, 4, 5, *(pytest.param(p, marks=pytest.mark.slow) for p in (6, 7, 8))])
 @pytest.mark.parametrize("name", ["v_half", "v_min"])
 def test_every_cell_of_the_authors_program_is_met(name, p):
     for label, times in TIMES.items():
@@ -112,9 +112,9 @@ def test_v_auto_is_close_to_the_optimum(seed):
 
 
 def test_less_memory_than_v_min_needs_takes_longer():
-    makespans = [auto(8, 16, Times(), memory).makespan for memory in (1, 2, 4, 8)]
+    makespans = [auto(6, 10, Times(), memory).makespan for memory in (1, 2, 3, 6)]
     assert makespans == sorted(makespans, reverse=True)
-    assert makespans[0] <= 16 * 6 * 8 / 2  # one microbatch at a time, each task after the other
+    assert makespans[0] <= 10 * 6 * 6 / 2  # one microbatch at a time, each task after the other
 
 
 def test_words_are_timed_as_by_the_simulator():

@@ -153,7 +153,7 @@ def test_the_shards_together_are_the_whole(barriers, devices, seed, spread):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("barriers", [1, 2, 3])
+@pytest.mark.parametrize("barriers", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_processes_compute_what_one_does(barriers):
     """Also where a stage has replicas, one device turns the pipeline round, and activations wait on the host."""
     offload = create("pipeline.transform", "pipeoffload", times={"host": 0.01})

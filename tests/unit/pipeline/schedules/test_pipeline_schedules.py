@@ -191,7 +191,7 @@ def test_bitpipe_is_no_slower_than_the_authors_program(m, makespan):
     assert run("bitpipe", 8, m).makespan <= makespan
 
 
-@pytest.mark.parametrize("p", [2, 4, 8])
+@pytest.mark.parametrize("p", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["bitpipe", "chimera", "hanayo"])
 def test_more_microbatches_do_not_repeat_bubbles(name, p):
     """Never behind 1F1B; and where both are in their steady state, further microbatches take their work alone."""
@@ -218,7 +218,7 @@ def test_each_direction_carries_half_of_the_microbatches(name, p):
         assert len(forwards) == (4 if name == "bitpipe" else 2)
 
 
-@pytest.mark.parametrize("p", [2, 4, 8])
+@pytest.mark.parametrize("p", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_hanayos_bubble_falls_with_its_waves(p):
     """For a unit of p microbatches, by about half for twice the waves; each device holds as much as 1F1B's first."""
     shares = [run("1f1b", p, p).bubble_share, *(run("hanayo", p, p, waves=w).bubble_share for w in (1, 2, 4, 8))]

@@ -89,7 +89,7 @@ def passes(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("policy", [AlwaysSplit(), Singles()])
 def test_the_law_of_batching_holds_in_parts_in_any_order(policy, passes):
-    some = settings(max_examples=4, stateful_step_count=15, derandomize=True, suppress_health_check=list(HealthCheck))
+    some = settings(max_examples=3, stateful_step_count=15, derandomize=True, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(machine_of(policy), settings=some)
     assert passes
 
@@ -205,7 +205,7 @@ def test_a_cut_moves_behind_a_pair():
     assert room.parts == (3, 1)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.data())
 def test_no_part_reads_what_another_writes(data):
     """Whatever shares a prefix with whatever, and wherever the cuts are meant to be."""
