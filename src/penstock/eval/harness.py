@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 TAKEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-class PenstockLM(TemplateLM):
+class PenstockLM(TemplateLM):  # type: ignore[misc]
     """An :class:`~penstock.serve.offline.llm.LLM` as lm-eval wants a model::
 
         lm_eval.simple_evaluate(PenstockLM(LLM("smollm2")), tasks=["arc_easy"])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from penstock.core.errors import UsageError
-from penstock.core.files import read_json, write_json
-from penstock.eval.contract import Outcome, Task, fingerprint
+from penstock.core.files import claim, read_json, write_json
+from penstock.eval.contract import Outcome, fingerprint
 from penstock.eval.run import Evaluation, Result, task_of
 from penstock.eval.statistics import Difference, difference
 from penstock.search.runs import Results
@@ -88,12 +88,12 @@ def compare(first: Path, second: Path) -> list[Comparison]:
     Raises:
         UsageError: a folder holds no evaluation, or no task is finished in both with the same questions.
     """
-    (one, names), (other, others) = _read(first), _read(second)
+    one, other = _read(first), _read(second)
     shared = [key for key in one if key in other]
     if not shared:
         raise UsageError(
             f"no task is finished in both {first} and {second} with the same questions: "
-            f"{', '.join(names) or 'none'} there, {', '.join(others) or 'none'} here",
+            f"{_named(one)} there, {_named(other)} here",
             hint="Evaluate both with the same --tasks, --samples, --seed and --option.",
         )
     return [_comparison(one[key], other[key]) for key in shared]
@@ -105,24 +105,33 @@ def _comparison(one: Result, other: Result) -> Comparison:
     return Comparison(one.task, one, other, apart)
 
 
-def _read(folder: Path) -> tuple[dict[tuple[str, str], Result], list[str]]:
-    """The finished tasks of a folder by name and questions, and the names of all of its finished tasks."""
+def _named(finished: Iterable[tuple[str, str]]) -> str:
+    return ", ".join(name for name, _ in finished) or "none"
+
+
+def _read(folder: Path) -> dict[tuple[str, str], Result]:
+    """The finished tasks of a folder by name and questions."""
     described = folder / f"{KIND}.json"
     if not described.is_file():
-        raise UsageError(f"{folder} holds no evaluation: there is no {described.name}",
-                         hint="Name the --out folders of two runs of penstock eval.")  # fmt: skip
-    tables: Sequence[Mapping[str, Any]] = read_json(described)["tasks"]
-    tasks: list[tuple[Task, str]] = []
-    for table in tables:
-        options = dict(table)
-        questions = str(options.pop("questions"))
-        tasks.append((task_of(options), questions))
-    lines = Results(folder, read_json(described), KIND)
-    lines.close()
-    outcomes, found, start = _outcomes(lines.done.values()), {}, 0
-    for task, questions in tasks:
+        raise UsageError(
+            f"{folder} holds no evaluation: there is no {described.name}",
+            hint="Name the --out folders of two runs of penstock eval.",
+        )
+    found, start = {}, 0
+    with claim(folder):
+        try:
+            settings = read_json(described)
+            tasks = [(dict(table), table["questions"]) for table in settings["tasks"]]
+            lines = Results(folder, settings, KIND)
+            lines.close()
+            outcomes = _outcomes(lines.done.values())
+        except (LookupError, TypeError, ValueError) as error:
+            raise UsageError(f"{folder} holds no evaluation that can be read: {error!r}") from error
+    for table, questions in tasks:
+        del table["questions"]
+        task = task_of(table)
         places = range(start, start + task.samples)
         start += task.samples
         if all(place in outcomes for place in places):
-            found[task.policy_name, questions] = Result.of(task, [outcomes[place] for place in places])
-    return found, [name for name, _ in found]
+            found[task.policy_name, str(questions)] = Result.of(task, [outcomes[place] for place in places])
+    return found

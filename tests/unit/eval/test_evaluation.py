@@ -105,3 +105,6 @@ def test_two_evaluations_are_compared_where_they_asked_the_same(tmp_path):
         Record(tmp_path / "other", "python-1m", Evaluation([SMALL[1]]), chat=False)
     with pytest.raises(UsageError, match="holds no evaluation"):
         compare(tmp_path, tmp_path / "other")
+    (tmp_path / "other" / "evaluation.json").write_text("[1]")
+    with pytest.raises(UsageError, match="holds no evaluation that can be read"):
+        compare(tmp_path / "python-1m", tmp_path / "other")
