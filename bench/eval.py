@@ -73,12 +73,12 @@ def main(bench: Bench) -> None:
     for setting, run, peer_run in (
         (
             f"{MODEL}, fp32: {count} samples of multiple choice, {CHOICES} continuations each",
-            lambda: ours.loglikelihood(asked),
+            lambda: ours.loglikelihood(asked, disable_tqdm=True),
             lambda: theirs.loglikelihood(asked, disable_tqdm=True),
         ),
         (
             f"{MODEL}, fp32: {count} samples of {TOKENS} generated tokens",
-            lambda: ours.generate_until(written),
+            lambda: ours.generate_until(written, disable_tqdm=True),
             lambda: theirs.generate_until(written, disable_tqdm=True),
         ),
     ):
