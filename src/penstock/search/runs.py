@@ -37,34 +37,35 @@ def read_problems(path: Path) -> list[dict[str, Any]]:
 
 
 class Results:
-    """The results in a folder: ``search.json`` says how they are made, ``results.jsonl`` has a line for each problem.
+    """The results in a folder: ``KIND.json`` says how they are made, ``results.jsonl`` has a line for each problem.
 
     A line is written once, when its problem is done, and is durable then; so the file itself says what is left.
 
     Args:
         folder: made if it is not there.
         settings: what decides the results. A folder that was begun with others is refused.
+        kind: what they are results of, a word.
 
     Raises:
-        UsageError: the folder holds results of another search.
+        UsageError: the folder holds results of other settings.
         PenstockError: it cannot be read or written.
 
     Attributes:
         done: the records that are there, by the problem's place.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], kind: str = "search") -> None:
         with explain_os_errors(f"cannot write {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-        described = folder / "search.json"
+        described = folder / f"{kind}.json"
         settings = json.loads(json.dumps(settings))
         if described.exists():
             before = read_json(described)
             unlike = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
             if unlike:
                 raise UsageError(
-                    f"{folder} holds the results of another search: it differs in {', '.join(unlike)}",
-                    hint="Name another folder with --out, or go on with the settings in its search.json.",
+                    f"{folder} holds the results of another {kind}: it differs in {', '.join(unlike)}",
+                    hint=f"Name another folder with --out, or go on with the settings in its {kind}.json.",
                 )
         else:
             write_json(described, settings)

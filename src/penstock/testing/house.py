@@ -24,6 +24,7 @@ ROWS = (
     "speculate",
     "serve",
     "search",
+    "eval",
     "flow",
     "rl",
     "testing",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,22 +102,43 @@ class LLM:
         params = [each.tokenized(lambda text: self.tokenizer(text)["input_ids"]) for each in params]
         if len(params) != len(tokens):
             raise UsageError(f"there are {len(tokens)} prompts, and {len(params)} sampling params")
-        ids = [str(self._count + place) for place in range(len(tokens))]
-        self._count += len(tokens)
-        results: dict[str, RequestOutput] = {}
+        results: dict[int, RequestOutput] = {}
         with StopRequest() as stop, progress("generating", len(tokens), "prompt") as bar:
-            try:
-                for id, text, prompt, sampling in zip(ids, texts, tokens, params, strict=True):
-                    self._gatherer.submit(Request(id, prompt, sampling), text)
-                while self._gatherer.pending and not stop.wanted:
-                    for result in self._gatherer.step():
-                        results[result.request_id] = result
-                        bar.advance()
-            finally:
-                self._gatherer.abandon()
+            for place, result in self.as_completed(tokens, params, stop, texts=texts):
+                results[place] = result
+                bar.advance()
         if stop.wanted:
             raise KeyboardInterrupt
-        return [results[id] for id in ids]
+        return [results[place] for place in range(len(tokens))]
+
+    def as_completed(
+        self,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        stop: StopRequest,
+        *,
+        texts: Sequence[str | None] | None = None,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Continues ``prompts`` of tokens, and gives each one's place and result as soon as it is there. It ends early
+        once ``stop`` is wanted, or when the caller leaves it: what has not finished then is dropped.
+
+        Args:
+            params: of each prompt.
+            texts: the prompts as text, for the results.
+
+        Raises:
+            UsageError: a prompt does not fit. Nothing is generated then.
+        """
+        places = {str(self._count + place): place for place in range(len(prompts))}
+        self._count += len(prompts)
+        try:
+            for id, text, prompt, sampling in zip(places, texts or [None] * len(prompts), prompts, params, strict=True):
+                self._gatherer.submit(Request(id, prompt, sampling), text)
+            while self._gatherer.pending and not stop.wanted:
+                for result in self._gatherer.step():
+                    yield places[result.request_id], result
+        finally:
+            self._gatherer.abandon()
 
     def _tokenized(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[str | None], list[list[int]]]:
         """Text, where there is one, and tokens of each prompt."""
