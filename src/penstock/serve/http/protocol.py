@@ -18,7 +18,14 @@ from pydantic import (
 )
 
 from penstock.core.errors import UsageError, nearest
-from penstock.serve.choose.sampling import MOST, MOST_LOGPROBS, MOST_STOPS
+from penstock.serve.choose.sampling import (
+    LONGEST_BAD,
+    MOST,
+    MOST_ALLOWED,
+    MOST_BAD,
+    MOST_LOGPROBS,
+    MOST_STOPS,
+)
 from penstock.serve.dialogue.answer import Function, functions_of
 
 #: Larger numbers are refused where a number counts something.
@@ -174,6 +181,12 @@ class Generate(Body):
     min_tokens: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
     stop_token_ids: list[Token] | None = None
     ignore_eos: bool | None = None
+    #: No other tokens come, not even such as would end the text.
+    allowed_token_ids: Annotated[list[Token], Field(min_length=1, max_length=MOST_ALLOWED)] | None = None
+    #: Texts that do not come.
+    bad_words: (
+        Annotated[list[Annotated[str, Field(min_length=1, max_length=LONGEST_BAD)]], Field(max_length=MOST_BAD)] | None
+    ) = None
     #: What the answer must be, in any of three ways to say it.
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -242,7 +255,11 @@ class Generate(Body):
 
     def named_tokens(self) -> dict[str, Collection[int]]:
         """The tokens that each field names, but for the prompt."""
-        return {"logit_bias": set(map(int, self.logit_bias or ())), "stop_token_ids": self.stop_token_ids or ()}
+        return {
+            "logit_bias": set(map(int, self.logit_bias or ())),
+            "stop_token_ids": self.stop_token_ids or (),
+            "allowed_token_ids": self.allowed_token_ids or (),
+        }
 
     def options(self) -> dict[str, Any]:
         """Those of the request's fields that are SamplingParams' too, as far as they are given."""
@@ -265,6 +282,8 @@ class Generate(Body):
             "min_tokens": self.min_tokens,
             "stop_tokens": self.stop_token_ids and tuple(self.stop_token_ids),
             "ignore_eos": self.ignore_eos,
+            "allowed_tokens": self.allowed_token_ids and tuple(self.allowed_token_ids),
+            "bad_words": self.bad_words and tuple(self.bad_words),
             "rule": self.rule,
             "drafts": self.drafts,
             "prediction": self.prediction and self.prediction.text(),

@@ -194,7 +194,9 @@ class Generation:
         for field, named in body.named_tokens().items():
             service.check_tokens(named, field)
         options = {"seed": service.fresh_seed()} | body.options() | extra
-        self.sampling = build(SamplingParams, options, "the request").tokenized(service.tokens.encode)
+        self.sampling = build(SamplingParams, options, "the request").tokenized(
+            service.tokens.encode, service.tokens.bare
+        )
         self.requests = [
             Request(f"{self.id}/{number}", prompt, self.sampling, body.priority, key, service.limits.deadline)
             for number, prompt in enumerate(prompts)

@@ -254,7 +254,7 @@ class BatchRun:
             raise ApiError(400, "a line of a batch is answered as a whole: nothing to stream", param="stream")
         seed = derive(0, "batch", place) >> 1
         options = {"seed": seed} | body.options() | extra
-        sampling = build(SamplingParams, options, "the request").tokenized(self._tokens.encode)
+        sampling = build(SamplingParams, options, "the request").tokenized(self._tokens.encode, self._tokens.bare)
         task = _Task(place, line.custom_id, shapes, body.max_tokens == 0, {})
         try:
             for number, prompt in enumerate(prompts):

@@ -99,7 +99,7 @@ class LLM:
     ) -> list[RequestOutput]:
         chosen = sampling_params or SamplingParams()
         params = [chosen] * len(tokens) if isinstance(chosen, SamplingParams) else list(chosen)
-        params = [each.tokenized(lambda text: self.tokenizer(text)["input_ids"]) for each in params]
+        params = [each.tokenized(self._encoded, self._bare) for each in params]
         if len(params) != len(tokens):
             raise UsageError(f"there are {len(tokens)} prompts, and {len(params)} sampling params")
         ids = [str(self._count + place) for place in range(len(tokens))]
@@ -118,6 +118,14 @@ class LLM:
         if stop.wanted:
             raise KeyboardInterrupt
         return [results[id] for id in ids]
+
+    def _encoded(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def _bare(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def _tokenized(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[str | None], list[list[int]]]:
         """Text, where there is one, and tokens of each prompt."""
