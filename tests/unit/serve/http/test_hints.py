@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from in_process import Engine, asked, tokens
-from penstock.serve.http.protocol import Completion
+from penstock.serve.http.protocol.completions import Completion
 
 USER = {"role": "user", "content": "def f"}
 
