@@ -6,17 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from penstock.core.config import build
 from penstock.core.errors import UsageError
 from penstock.core.progress import Reporter, show
 from penstock.core.signals import StopRequest
 from penstock.models import hub
+from penstock.models.encoders.pooling import Pooling
 from penstock.serve.build import open_engine
 from penstock.serve.chat import chat_tokens
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.messages import Request
+from penstock.serve.offline.embedder import LAST, Embedder, decoder_embedder
 from penstock.serve.offline.gather import Gatherer, RequestOutput
+from penstock.serve.run.runner import Runner
 
 #: A prompt: text, tokens, or a table with ``prompt`` or ``prompt_token_ids``.
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -89,6 +94,39 @@ class LLM:
         tokens = [chat_tokens(self.tokenizer, each, tools) for each in several]  # type: ignore[arg-type]
         texts = [self.tokenizer.decode(each) for each in tokens]
         return self._run(texts, tokens, sampling_params, progress)
+
+    def embed(
+        self,
+        texts: str | Sequence[str | Sequence[int]],
+        *,
+        pooling: Pooling = LAST,
+        dimensions: int | None = None,
+        truncate: bool = False,
+        progress: Reporter = show,
+    ) -> Tensor:
+        """The vectors float32 [n, hidden] of ``texts``: their hidden states after the model's last norm, pooled.
+
+        Encoders, which generate nothing, are for :func:`~penstock.serve.offline.embedder.open_embedder`. The other
+        arguments and the errors are those of :meth:`~penstock.serve.offline.embedder.Embedder.embed`.
+        """
+        return self._embedder(pooling).embed(texts, dimensions=dimensions, truncate=truncate, progress=progress)
+
+    def score(
+        self,
+        queries: str | Sequence[str],
+        texts: str | Sequence[str],
+        *,
+        pooling: Pooling = LAST,
+        progress: Reporter = show,
+    ) -> Tensor:
+        """How near texts are to queries: the cosines float32 [queries, texts] of their vectors."""
+        return self._embedder(pooling).score(queries, texts, progress=progress)
+
+    def _embedder(self, pooling: Pooling) -> Embedder:
+        runner = self.engine.executor
+        if not isinstance(runner, Runner):
+            raise UsageError("an engine that records its steps makes no vectors", hint="Leave out `record`.")
+        return decoder_embedder(runner.model, self.tokenizer, pooling)
 
     def _run(
         self,
