@@ -143,8 +143,8 @@ def open_embedder(model: str | Path, *, device: str = "auto", pooling: Pooling |
     """An embedder for ``model``, whatever ``hub.resolve`` takes: an encoder or a decoder, in float32.
 
     Hidden states are pooled and normalised as ``pooling`` says, or as the folder does, in the manner of
-    sentence-transformers; else an encoder gives the mean of a text's hidden states, and a decoder the last one, with the
-    length 1.
+    sentence-transformers; else an encoder gives the mean of a text's hidden states, a decoder the last one, and both
+    the length 1.
 
     Raises:
         PenstockError: the model cannot be had, or is damaged.

@@ -61,7 +61,7 @@ def test_vectors_are_the_means_of_transformers_states(minilm, embedder):
 
 
 def test_an_encoder_cannot_write_and_says_what_it_can(minilm):
-    with pytest.raises(ModelError, match="open_embedder makes vectors with it"):
+    with pytest.raises(ModelError, match="open_embedder of penstock"):
         LLM(minilm, device="cpu", progress=silent)
 
 
