@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from penstock.core.randomness import torch_generator
+from penstock.serve.choose.restriction import restriction_of
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.decode.fire import Fire
 from penstock.serve.decode.momentum import Momentum
@@ -23,6 +24,7 @@ KINDS = [
     SamplingParams(temperature=1.2, top_p=0.8, min_p=0.01, logprobs=3),
     SamplingParams(temperature=0.7, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.2),
     SamplingParams(temperature=0.9, logit_bias={7: 3.0, 9: -100.0}, min_tokens=3),
+    SamplingParams(temperature=0.8, allowed_tokens=tuple(range(0, 3000, 7)), bad_words=((7,), (14,), (3, 21))),
     SamplingParams(temperature=0, rule=Momentum()),
     SamplingParams(temperature=0.5, rule=Fire()),
 ]
@@ -32,7 +34,8 @@ def sampler(device: str) -> Rows:
     made = Rows(len(KINDS), VOCABULARY, torch.device(device))
     for slot, kind in enumerate(KINDS):
         own = kind.model_copy(update={"seed": slot})
-        made.add(slot, Sequence(Request("", [1, 2, 3], own), 0, own, [1, 2, 3], 99, 0, stop=(5,)))
+        limits = restriction_of(own, (5,), VOCABULARY)
+        made.add(slot, Sequence(Request("", [1, 2, 3], own), 0, own, [1, 2, 3], 99, 0, stop=(5,), restriction=limits))
     return made
 
 

@@ -191,6 +191,8 @@ def _read(folder: Path) -> tuple[Family, DecoderConfig, dict[str, Any]]:
 
 def _alternatives(folder: Path, hub: dict[str, Any]) -> str:
     """What a folder of an unknown family might be read as."""
+    if index().find("model.encoder", str(hub.get("model_type"))) is not None:
+        return "It is an encoder, which writes no text: open_embedder of penstock.serve.offline.embedder opens it."
     families = [_family(name) for name in index().names(CONTRACT)]
     known = f"Families: {', '.join(each.policy_name for each in families)}."
     try:

@@ -18,7 +18,7 @@ class Finish(enum.StrEnum):
     LENGTH = "length"  #: ``max_tokens`` or the model's context was reached
     ABORT = "abort"  #: the client went away, or asked for it
     DEADLINE = "deadline"  #: it took longer than it may
-    ERROR = "error"  #: it could not go on: what its grammar allows took too much to find out
+    ERROR = "error"  #: it could not go on: no token was left that it allows, or its grammar took too much
 
 
 @dataclasses.dataclass(frozen=True)

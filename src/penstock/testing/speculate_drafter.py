@@ -130,6 +130,8 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0, "rule": Momentum(alpha=0.02)},
     {"temperature": 0, "stop_tokens": (7,), "min_tokens": 6},
     {"temperature": 0, "prompt_logprobs": 1},
+    {"temperature": 0.4, "bad_words": tuple((token, token) for token in range(0, 50, 2)), "min_tokens": 2},
+    {"temperature": 0, "allowed_tokens": tuple(range(3, 40)), "logprobs": 0},
     {"temperature": 0.6, "drafts": False},
 ]
 

@@ -22,7 +22,10 @@ SLOT = np.dtype(
         ("charges", "f8", (3,)),
         ("least", "i8"),
         ("alternatives", "i8"),
-        *((name, "?") for name in ("penalized", "biased", "grammar", "rule", "rescored", "led", "spread")),
+        *(
+            (name, "?")
+            for name in ("penalized", "biased", "grammar", "rule", "rescored", "led", "spread", "restricted")
+        ),
     ]
 )
 
@@ -68,7 +71,7 @@ class Asked:
         uniform: float64 [R], the draws.
         biases: are added to scores; None where there are none.
         bans: (rows, tokens) int64, tokens that may not come.
-        masks: of grammars; None where there are none.
+        masks: of grammars and restrictions; None where there are none.
         rules: of rows that have one.
         followers: int64 [2, F]: rows that take the token of another, and that other.
         window: int64 [S, W], the tentative tokens of each sequence, -1 behind them; None where there are none at all.

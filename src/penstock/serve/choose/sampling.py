@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
@@ -26,6 +26,12 @@ MOST_TOKENS = 1024
 #: The largest number of alternatives whose log-probabilities can be asked for at a position.
 MOST_LOGPROBS = 20
 
+#: The largest number of bad words, and of characters or tokens of one.
+MOST_BAD, LONGEST_BAD = 1024, 256
+
+#: The largest number of entries of ``allowed_tokens``.
+MOST_ALLOWED = 1 << 19
+
 #: The longest text of a grammar, in characters.
 LONGEST_GRAMMAR = 1 << 16
 
@@ -46,6 +52,12 @@ def _schema_text(value: Any) -> Any:
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"this is not JSON: {error}") from error
 
+
+#: A bad word, as text or as tokens.
+BadWord = (
+    Annotated[str, Field(min_length=1, max_length=LONGEST_BAD)]
+    | Annotated[tuple[Token, ...], Field(min_length=1, max_length=LONGEST_BAD)]
+)
 
 GrammarText = Annotated[str, Field(min_length=1, max_length=LONGEST_GRAMMAR)]
 
@@ -82,8 +94,8 @@ class SamplingParams(Sampling):
     """:class:`~penstock.models.sampling.Sampling` with what a server's users ask for besides.
 
     A token's score is its logit, changed in this order: ``logit_bias`` is added; ``repetition_penalty``; then
-    ``frequency_penalty`` and ``presence_penalty``; then tokens that ``min_tokens`` or ``grammar`` forbid are taken out;
-    then comes ``rule``. Temperature and cuts apply to the scores.
+    ``frequency_penalty`` and ``presence_penalty``; then tokens that ``min_tokens``, ``grammar``, ``allowed_tokens`` or
+    ``bad_words`` forbid are taken out; then comes ``rule``. Temperature and cuts apply to the scores.
 
     Attributes:
         n: how many continuations, drawn with the seeds ``seed``, ``seed`` + 1, ...
@@ -98,6 +110,10 @@ class SamplingParams(Sampling):
         stop: strings that end the text, and are no part of it; they are matched outside of the engine.
         include_stop: the stop string that ended the text is part of it all the same.
         stop_tokens: tokens that end the text, besides the model's own.
+        allowed_tokens: no other tokens are generated, not even such as would end the text; None allows all.
+        bad_words: none of them is generated, as text or as tokens. What is generated never holds the tokens of one in a
+            row; a text stands for two rows of tokens, its own and those that it has behind a space, so that a word that
+            is written with other tokens can still come.
         ignore_eos: the model's own end-of-text does not end it.
         logprobs: give each token's log-probability, and those of so many of the most probable tokens; they are the
             model's own, before anything above is applied.
@@ -128,6 +144,8 @@ class SamplingParams(Sampling):
     stop: Annotated[tuple[str, ...], Field(max_length=MOST_STOPS)] = ()
     include_stop: bool = False
     stop_tokens: Annotated[tuple[Token, ...], Field(max_length=MOST_TOKENS)] = ()
+    allowed_tokens: Annotated[tuple[Token, ...], Field(min_length=1, max_length=MOST_ALLOWED)] | None = None
+    bad_words: Annotated[tuple[BadWord, ...], Field(max_length=MOST_BAD)] = ()
     ignore_eos: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -186,19 +204,36 @@ class SamplingParams(Sampling):
         """The rule's own prompts, for the sequences whose scores it combines with those of this one."""
         return () if self.rule is None else self.rule.companions
 
-    def tokenized(self, encode: Callable[[str], list[int]]) -> SamplingParams:
-        """The same with the rule's text, and the prediction, as tokens."""
+    def tokenized(self, encode: Callable[[str], list[int]], bare: Callable[[str], list[int]]) -> SamplingParams:
+        """The same with all texts that the engine has to know as tokens: the rule's, the prediction, and bad words.
+
+        Args:
+            encode: the tokens of a text with those that the model wants around it.
+            bare: the tokens of a text alone.
+        """
         changed: dict[str, Any] = {}
         if self.rule is not None:
             changed["rule"] = self.rule.tokenized(encode)
         if isinstance(self.prediction, str):
             changed["prediction"] = tuple(encode(self.prediction))
+        if any(isinstance(word, str) for word in self.bad_words):
+            changed["bad_words"] = tuple(dict.fromkeys(_written(self.bad_words, bare)))
         return self.model_copy(update=changed) if changed else self
 
     @property
     def waits(self) -> bool:
         """Whether a token can be chosen only once all before it are known to the host."""
-        return self.grammar is not None or (self.rule is not None and self.rule.follows)
+        lead = any(len(word) > 1 for word in self.bad_words)
+        return self.grammar is not None or lead or (self.rule is not None and self.rule.follows)
+
+
+def _written(words: Sequence[str | tuple[int, ...]], bare: Callable[[str], list[int]]) -> Iterator[tuple[int, ...]]:
+    """The tokens of ``words``: of a text, alone and behind a space."""
+    for word in words:
+        if isinstance(word, str):
+            yield from filter(None, (tuple(bare(word)), tuple(bare(" " + word.lstrip(" ")))))
+        else:
+            yield word
 
 
 def best(logprobs: Sequence[Sequence[float]], n: int) -> list[int]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from penstock.core.errors import UsageError
 from penstock.core.events import EventLog
 from penstock.serve.choose.grammar import Grammars, Matcher
+from penstock.serve.choose.restriction import restriction_of
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.engine.executor import Executor
 from penstock.serve.engine.limits import Limits
@@ -231,11 +232,15 @@ class Engine:
         self._known(
             () if isinstance(sampling.prediction, str) else sampling.prediction, "the prediction has a token that"
         )
-        named = max([*sampling.logit_bias, *sampling.stop_tokens], default=0)
+        words = [token for word in sampling.bad_words if not isinstance(word, str) for token in word]
+        allowed = sampling.allowed_tokens or ()
+        named = max([*sampling.logit_bias, *sampling.stop_tokens, *allowed, *words], default=0)
         if named >= vocabulary:
             raise UsageError(
-                f"logit_bias or stop_tokens name the token {named}, which is outside of the vocabulary of {vocabulary}"
+                f"logit_bias, stop_tokens, allowed_tokens or bad_words name the token {named}, which is outside of the "
+                f"vocabulary of {vocabulary}"
             )
+        restriction_of(sampling, (), vocabulary)
         if not sampling.prompt_logprobs_from < len(request.prompt) + (sampling.prompt_logprobs is None):
             first, length = sampling.prompt_logprobs_from, len(request.prompt)
             raise UsageError(f"prompt_logprobs_from is {first}, and the prompt has {length} tokens")
@@ -290,6 +295,7 @@ class Engine:
         """A new sequence waits; its first ``prompt`` tokens count as given."""
         sampling = request.sampling.model_copy(update={"seed": request.sampling.seed + index})
         stop = self._stop if not sampling.ignore_eos or matcher is not None else frozenset()
+        stop |= set(sampling.stop_tokens)
         tokens, companions = list(request.prompt), tuple(self._companions(request, limit, prompt))
         # What a group drafts would have to be checked for all of its members.
         sequence = Sequence(
@@ -300,8 +306,9 @@ class Engine:
             limit,
             self._arrivals,
             prompt=prompt,
-            stop=stop | set(sampling.stop_tokens),
+            stop=stop,
             matcher=matcher,
+            restriction=restriction_of(sampling, stop, self.limits.model.vocabulary),
             draft=None if companions else self._draft(sampling, tokens, prompt),
             companions=companions,
             origin=origin,

@@ -14,6 +14,7 @@ from penstock.serve.messages import Finish, Request
 
 if TYPE_CHECKING:
     from penstock.serve.choose.grammar import Matcher
+    from penstock.serve.choose.restriction import Restriction
     from penstock.serve.engine.memory import Held
     from penstock.speculate.contract import Draft
 
@@ -37,6 +38,7 @@ class Sequence:
         finish: why it ended, None while it lives.
         stop: tokens that end it.
         matcher: where it stands in its grammar; None without one.
+        restriction: which tokens its request forbids; None where it forbids none.
         draft: proposes what may follow; None where nothing is drafted for it.
         guessed: whether tokens were drafted for it that are not settled yet.
         waits: whether the host must know all of its tokens before the next one can be chosen.
@@ -72,6 +74,7 @@ class Sequence:
         "rated",
         "rated_from",
         "request",
+        "restriction",
         "sampling",
         "stop",
         "tokens",
@@ -90,6 +93,7 @@ class Sequence:
         prompt: int | None = None,
         stop: Iterable[int] = (),
         matcher: Matcher | None = None,
+        restriction: Restriction | None = None,
         draft: Draft | None = None,
         companions: tuple[Sequence, ...] = (),
         origin: Sequence | None = None,
@@ -109,6 +113,7 @@ class Sequence:
         self.finish: Finish | None = None
         self.stop = frozenset(stop)
         self.matcher = matcher
+        self.restriction = restriction
         self.draft = draft
         self.guessed = False
         self.waits = sampling.waits
@@ -130,6 +135,12 @@ class Sequence:
         other.tokens, other.members = list(self.tokens), (other,)
         other.matcher = self.matcher and self.matcher.copy()
         return other
+
+    @property
+    def recent(self) -> list[int]:
+        """The last of its generated tokens, as many as its restriction has to know."""
+        reach = 0 if self.restriction is None else self.restriction.reach
+        return self.tokens[max(self.prompt, len(self.tokens) - reach) :]
 
     @property
     def running(self) -> bool:

@@ -125,7 +125,7 @@ class EngineSteps:
         kept, finish = 0, None
         while finish is None and kept < len(tokens):
             finish = _take(sequence, tokens[kept])
-            kept += 1
+            kept += finish is not Finish.ERROR
         for member in sequence.members:
             member.in_flight -= 1
         self._counters.output_tokens += kept
@@ -161,13 +161,17 @@ class EngineSteps:
 
 
 def _take(sequence: Sequence, token: int) -> Finish | None:
-    """Appends ``token`` to ``sequence`` and its companions; tells whether it ends them."""
-    for member in sequence.members:
-        member.tokens.append(token)
+    """Appends ``token`` to ``sequence`` and its companions; tells whether it ends them. One that may not come is left
+    out: there was no other."""
+    limits = sequence.restriction
+    if limits is not None and limits.refuses(token, len(sequence.tokens) - sequence.prompt, sequence.recent):
+        return Finish.ERROR
     if sequence.matcher is not None:
         sequence.matcher.consume(token)
         if sequence.matcher.failed:
             return Finish.ERROR
+    for member in sequence.members:
+        member.tokens.append(token)
     if token in sequence.stop:
         return Finish.STOP
     return Finish.LENGTH if len(sequence.tokens) >= sequence.limit else None

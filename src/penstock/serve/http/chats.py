@@ -16,7 +16,7 @@ from penstock.serve.dialogue.answer import (
     gathered,
 )
 from penstock.serve.dialogue.contract import Dialogue, Reader, Thinking
-from penstock.serve.http.protocol import Chat
+from penstock.serve.http.protocol.chats import Chat
 from penstock.serve.http.text import Tokens
 
 
@@ -89,14 +89,18 @@ class AnswerReader:
 
     def read(self, text: str, ended: bool) -> list[dict[str, Any]]:
         """What ``text``, the last where it has ``ended``, adds, as deltas."""
-        events = self._reader.read(text) + (self._reader.end() if ended else [])
-        return [delta for event in self._kept(events) if (delta := self._delta(event))]
+        return [self._delta(event) for event in self.events(text, ended)]
+
+    def events(self, text: str, ended: bool) -> list[Event]:
+        """The same as events; thoughts are among them where they are told."""
+        found = self._kept(self._reader.read(text) + (self._reader.end() if ended else []))
+        return [event for event in found if self._form.told or not isinstance(event, Reasoning)]
 
     def message(self, text: str) -> dict[str, Any]:
         """The message of a whole answer."""
-        answer = gathered(self._kept(self._reader.read(text) + self._reader.end()))
+        answer = gathered(self.events(text, True))
         message: dict[str, Any] = {"role": "assistant", "content": _said(answer), "refusal": None}
-        if answer.reasoning and self._form.told:
+        if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
         if answer.calls:
             message["tool_calls"] = [
@@ -123,12 +127,12 @@ class AnswerReader:
                 kept.append(event)
         return kept
 
-    def _delta(self, event: Event) -> dict[str, Any] | None:
+    def _delta(self, event: Event) -> dict[str, Any]:
         match event:
             case Content(text):
                 return {"content": text}
             case Reasoning(text):
-                return {"reasoning_content": text} if self._form.told else None
+                return {"reasoning_content": text}
             case CallStart(name, id):
                 self._told += 1
                 return {"tool_calls": [{"index": self._told, **_call(id or self._form.dialogue.new_id(), name, "")}]}

@@ -1,4 +1,5 @@
-"""Errors over HTTP, all in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors over HTTP, all in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``. Anthropic's has a
+``type`` beside it."""
 
 from __future__ import annotations
 
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 
 #: OpenAI's names for kinds of errors, by status.
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+#: The endpoint whose clients are Anthropic's.
+MESSAGES = "/v1/messages"
 
 #: What Python's types are called in JSON.
 IN_JSON = {list: "an array", str: "a string", int: "a number", float: "a number", bool: "true or false"}
@@ -67,6 +71,12 @@ def content(error: Exception) -> tuple[int, dict[str, Any]]:
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def as_anthropic(body: dict[str, Any]) -> dict[str, Any]:
+    """The ``body`` that tells of an error, in Anthropic's shape."""
+    kind = body["error"]["type"]
+    return {"type": "error", "error": {**body["error"], "type": "api_error" if kind == "server_error" else kind}}
+
+
 def told(error: Exception) -> tuple[int, dict[str, Any]]:
     """The same. What is no client's fault goes to the log, with all that the client does not learn."""
     if not isinstance(error, (PenstockError, RequestValidationError, HTTPException)):
@@ -74,9 +84,11 @@ def told(error: Exception) -> tuple[int, dict[str, Any]]:
     return content(error)
 
 
-def response(error: Exception) -> JSONResponse:
-    """The response that tells of ``error``."""
+def response(error: Exception, path: str) -> JSONResponse:
+    """The response that tells of ``error``, which a request to ``path`` met."""
     status, body = told(error)
+    if path.startswith(MESSAGES):
+        body = as_anthropic(body)
     return JSONResponse(body, status, headers=getattr(error, "headers", None))
 
 
@@ -117,8 +129,8 @@ def install(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code in (404, 405):
             what = f"there is no {request.method} {request.url.path[:200]} here; GET /openapi.json has what there is"
-            return response(ApiError(error.status_code, what, headers=error.headers))
-        return response(error)
+            return response(ApiError(error.status_code, what, headers=error.headers), request.url.path)
+        return response(error, request.url.path)
 
     for kind in (PenstockError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
@@ -144,4 +156,4 @@ class Defects:
         except Exception as error:
             if started:  # the client must see that its answer is cut off: the connection ends
                 raise
-            await response(error)(scope, receive, send)
+            await response(error, scope.get("path", ""))(scope, receive, send)

@@ -51,7 +51,7 @@ class Guard:
             if not declared.isdigit() or int(declared) > self._body:
                 raise self._too_large()
         except ApiError as error:
-            return await response(error)(scope, receive, send)
+            return await response(error, scope["path"])(scope, receive, send)
         return await self._app(scope, self._limited(receive), send)
 
     def _key(self, path: str, headers: Headers) -> str:
@@ -60,6 +60,8 @@ class Guard:
         if not self._keys or path in OPEN:
             return ""
         scheme, _, given = headers.get("authorization", "").partition(" ")
+        if "x-api-key" in headers:  # as Anthropic's clients send it
+            scheme, given = "bearer", headers["x-api-key"]
         # Every key is compared, each in constant time: how long it takes says nothing about any of them.
         token = given.strip().encode("latin-1")
         matches = [hmac.compare_digest(token, key) for key in self._keys]

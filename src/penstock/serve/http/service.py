@@ -20,9 +20,12 @@ from penstock.core.errors import UsageError
 from penstock.core.randomness import derive
 from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams, best
+from penstock.serve.http.conversations import Conversations
 from penstock.serve.http.errors import ApiError
 from penstock.serve.http.metrics import ServerMetrics
-from penstock.serve.http.protocol import Body, Completion, Generate, unknown
+from penstock.serve.http.protocol.body import Body, unknown
+from penstock.serve.http.protocol.completions import Completion
+from penstock.serve.http.protocol.generate import Generate
 from penstock.serve.http.text import Tokens
 from penstock.serve.link.client import EngineClient
 from penstock.serve.messages import Delta, Finish, Request
@@ -187,14 +190,16 @@ class Generation:
     """
 
     def __init__(self, service: Service, kind: str, prompts: list[list[int]], body: Generate, key: str, **extra: Any):
-        self.id, self.created = f"{kind}-{uuid.uuid4().hex}", int(time.time())
+        self.id, self.created = f"{kind}{uuid.uuid4().hex}", int(time.time())
         self.usage, self.outcome = Usage(sum(map(len, prompts))), "disconnect"
         self._service, self._nothing = service, body.max_tokens == 0
         self._begun = time.monotonic()
         for field, named in body.named_tokens().items():
             service.check_tokens(named, field)
         options = {"seed": service.fresh_seed()} | body.options() | extra
-        self.sampling = build(SamplingParams, options, "the request").tokenized(service.tokens.encode)
+        self.sampling = build(SamplingParams, options, "the request").tokenized(
+            service.tokens.encode, service.tokens.bare
+        )
         self.requests = [
             Request(f"{self.id}/{number}", prompt, self.sampling, body.priority, key, service.limits.deadline)
             for number, prompt in enumerate(prompts)
@@ -301,12 +306,14 @@ class Service:
 
     Attributes:
         history: what became of the newest requests.
+        conversations: responses from which others can go on.
     """
 
     def __init__(self, name: str, tokens: Tokens, engine: EngineClient, limits: Limits, strict: bool = False) -> None:
         self.name, self.tokens, self.engine, self.limits = name, tokens, engine, limits
         self._strict = strict
         self.metrics, self.history = ServerMetrics(lambda: engine.snapshot, engine.ready.memory), History()
+        self.conversations = Conversations()
         engine.watchers += [self.history, self.metrics, EventLines()]
         self.created = int(time.time())
         self.draining = False

@@ -60,6 +60,10 @@ class Tokens:
         ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
         return ids
 
+    def bare(self, text: str) -> list[int]:
+        """The tokens of ``text`` alone; see :meth:`encode`."""
+        return self.encode(text, False)
+
     def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
         """The text of ``tokens``."""
         text: str = self.backend.decode(tokens, skip_special_tokens=skip_special_tokens)

@@ -26,9 +26,12 @@ from penstock.core.signals import StopRequest
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.http.chats import ask
 from penstock.serve.http.errors import ApiError, content
-from penstock.serve.http.protocol import Body, Chat, Completion, unknown
-from penstock.serve.http.responses import Chats, Completions, Shapes
+from penstock.serve.http.protocol.body import Body, unknown
+from penstock.serve.http.protocol.chats import Chat
+from penstock.serve.http.protocol.completions import Completion
 from penstock.serve.http.service import Piece, Usage
+from penstock.serve.http.shapes.chats import Chats
+from penstock.serve.http.shapes.completions import Completions
 from penstock.serve.http.text import Tokens
 from penstock.serve.messages import Finish, Request
 from penstock.serve.offline.gather import CompletionOutput, Gatherer, RequestOutput
@@ -163,7 +166,7 @@ class _Task:
 
     place: int
     custom_id: str
-    shapes: Shapes
+    shapes: Completions | Chats
     nothing: bool
     results: dict[str, RequestOutput | None]
 
@@ -254,7 +257,7 @@ class BatchRun:
             raise ApiError(400, "a line of a batch is answered as a whole: nothing to stream", param="stream")
         seed = derive(0, "batch", place) >> 1
         options = {"seed": seed} | body.options() | extra
-        sampling = build(SamplingParams, options, "the request").tokenized(self._tokens.encode)
+        sampling = build(SamplingParams, options, "the request").tokenized(self._tokens.encode, self._tokens.bare)
         task = _Task(place, line.custom_id, shapes, body.max_tokens == 0, {})
         try:
             for number, prompt in enumerate(prompts):
@@ -267,7 +270,7 @@ class BatchRun:
             raise
         self._tasks[place] = task
 
-    def _completion(self, body: Completion) -> tuple[list[list[int]], dict[str, Any], Shapes]:
+    def _completion(self, body: Completion) -> tuple[list[list[int]], dict[str, Any], Completions | Chats]:
         """Prompts, further sampling options, and the shapes of the response."""
         prompts = [
             self._tokens.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
@@ -276,7 +279,7 @@ class BatchRun:
         prompts = [body.truncated(prompt, self._gatherer.engine.context) for prompt in prompts]
         return prompts, {}, Completions(self._tokens, prompts, body)
 
-    def _chat(self, body: Chat) -> tuple[list[list[int]], dict[str, Any], Shapes]:
+    def _chat(self, body: Chat) -> tuple[list[list[int]], dict[str, Any], Completions | Chats]:
         """The same for a chat."""
         prompt, extra, form = ask(body, self._tokens, self._gatherer.engine.context)
         return [prompt], extra, Chats(self._tokens, prompt, body, form)

@@ -6,17 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from penstock.core.config import build
 from penstock.core.errors import UsageError
 from penstock.core.progress import Reporter, show
 from penstock.core.signals import StopRequest
 from penstock.models import hub
+from penstock.models.encoders.pooling import Pooling
 from penstock.serve.build import open_engine
 from penstock.serve.chat import chat_tokens
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.messages import Request
+from penstock.serve.offline.embedder import LAST, Embedder, decoder_embedder
 from penstock.serve.offline.gather import Gatherer, RequestOutput
+from penstock.serve.run.runner import Runner
 
 #: A prompt: text, tokens, or a table with ``prompt`` or ``prompt_token_ids``.
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -90,6 +95,39 @@ class LLM:
         texts = [self.tokenizer.decode(each) for each in tokens]
         return self._run(texts, tokens, sampling_params, progress)
 
+    def embed(
+        self,
+        texts: str | Sequence[str | Sequence[int]],
+        *,
+        pooling: Pooling = LAST,
+        dimensions: int | None = None,
+        truncate: bool = False,
+        progress: Reporter = show,
+    ) -> Tensor:
+        """The vectors float32 [n, hidden] of ``texts``: their hidden states after the model's last norm, pooled.
+
+        Encoders, which generate nothing, are for :func:`~penstock.serve.offline.embedder.open_embedder`. The other
+        arguments and the errors are those of :meth:`~penstock.serve.offline.embedder.Embedder.embed`.
+        """
+        return self._embedder(pooling).embed(texts, dimensions=dimensions, truncate=truncate, progress=progress)
+
+    def score(
+        self,
+        queries: str | Sequence[str],
+        texts: str | Sequence[str],
+        *,
+        pooling: Pooling = LAST,
+        progress: Reporter = show,
+    ) -> Tensor:
+        """How near texts are to queries: the cosines float32 [queries, texts] of their vectors."""
+        return self._embedder(pooling).score(queries, texts, progress=progress)
+
+    def _embedder(self, pooling: Pooling) -> Embedder:
+        runner = self.engine.executor
+        if not isinstance(runner, Runner):
+            raise UsageError("an engine that records its steps makes no vectors", hint="Leave out `record`.")
+        return decoder_embedder(runner.model, self.tokenizer, pooling)
+
     def _run(
         self,
         texts: Sequence[str | None],
@@ -99,7 +137,7 @@ class LLM:
     ) -> list[RequestOutput]:
         chosen = sampling_params or SamplingParams()
         params = [chosen] * len(tokens) if isinstance(chosen, SamplingParams) else list(chosen)
-        params = [each.tokenized(lambda text: self.tokenizer(text)["input_ids"]) for each in params]
+        params = [each.tokenized(self._encoded, self._bare) for each in params]
         if len(params) != len(tokens):
             raise UsageError(f"there are {len(tokens)} prompts, and {len(params)} sampling params")
         results: dict[int, RequestOutput] = {}
@@ -139,6 +177,14 @@ class LLM:
                     yield places[result.request_id], result
         finally:
             self._gatherer.abandon()
+
+    def _encoded(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def _bare(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def _tokenized(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[str | None], list[list[int]]]:
         """Text, where there is one, and tokens of each prompt."""

@@ -15,7 +15,6 @@ from penstock.models.sampling import Sampling
 from penstock.ops.paged.contract import PagedBatch
 from penstock.ops.paged.watch import watched_places
 from penstock.serve.choose.asked import SLOT, Asked, Masked, Ruled, Scattered
-from penstock.serve.choose.grammar import Matcher
 from penstock.serve.decode.contract import DecodeRule
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.memory import Held
@@ -116,9 +115,10 @@ class Planner:
         row["alternatives"] = -1 if sampling.alternatives is None else sampling.alternatives
         row["penalized"], row["biased"] = sampling.penalized, bool(sampling.logit_bias)
         row["grammar"], row["rule"] = sequence.matcher is not None, sampling.rule is not None
+        row["restricted"] = sequence.restriction is not None
         row["led"], row["spread"] = sequence.leader is not None, sampling.spread
         special = sampling.penalized or sampling.logit_bias or sampling.min_tokens or sampling.waits
-        row["rescored"] = bool(special) or bool(sequence.companions)
+        row["rescored"] = bool(special) or bool(sequence.companions) or bool(row["restricted"])
         if sampling.logit_bias:
             tokens, added = zip(*sampling.logit_bias.items(), strict=True)
             self._biases[slot] = np.array(tokens, np.int64), np.array(added, np.float32)
@@ -143,7 +143,8 @@ class Planner:
         asked = Asked(first, slots, counts, rows, uniforms(rows["key"], counts), window=window)
         if rows["biased"].any():
             asked = dataclasses.replace(asked, biases=self._scattered(slots, np.flatnonzero(rows["biased"])))
-        if (rows["rule"] | rows["grammar"] | rows["led"] | (counts < rows["least"])).any():
+        special = rows["rule"] | rows["grammar"] | rows["restricted"] | rows["led"]
+        if (special | (counts < rows["least"])).any():
             asked = dataclasses.replace(asked, **self._special(asked, list(_rows(entries))))
         return asked
 
@@ -151,7 +152,8 @@ class Planner:
         """What is not in the slots' numbers, but in the sequences: for each row, its sequence and how many tentative
         tokens are before it are in ``sources``. A rule's own options are written to the rows."""
         rows = asked.rows
-        looked, banned = np.flatnonzero(rows["rule"]), np.flatnonzero(asked.counts < rows["least"])
+        looked = np.flatnonzero(rows["rule"])
+        banned = np.flatnonzero((asked.counts < rows["least"]) & ~rows["restricted"])
         for place in looked:
             sampling = sources[place][0].sampling
             if sampling.rule is not None:
@@ -160,7 +162,7 @@ class Planner:
         places = {(id(sequence), depth): place for place, (sequence, depth) in enumerate(sources)}
         return {
             "bans": _bans(sources, banned),
-            "masks": _masks(sources, np.flatnonzero(rows["grammar"]), asked),
+            "masks": _masks(sources, np.flatnonzero(rows["grammar"] | rows["restricted"]), asked),
             "rules": tuple(self._ruled(asked, sources, ruled, places)),
             "followers": _followers(sources, np.flatnonzero(rows["led"]), places),
         }
@@ -298,24 +300,30 @@ def _bans(sources: list[tuple[Sequence, int]], own: np.ndarray) -> np.ndarray | 
 
 
 def _masks(sources: list[tuple[Sequence, int]], own: np.ndarray, asked: Asked) -> Masked | None:
-    """What grammars allow, also behind tentative tokens, which they allow themselves. Behind one that ends the text,
-    nothing is forbidden: nobody will read it, and a grammar cannot go on from there."""
+    """What grammars and restrictions allow, also behind tentative tokens, which grammars allow themselves. Behind one
+    that ends the text, nothing is forbidden: nobody will read it, and a grammar cannot go on from there."""
     if not own.size:
         return None
-    matchers = [sources[place][0].matcher for place in own]
-    ahead = [_ahead(asked, place) for place in own]
-    words = np.full((len(own), max(each.words for each in matchers if each is not None)), -1, np.int32)
-    for row, place, matcher, tokens in zip(words, own, matchers, ahead, strict=True):
-        if matcher is not None and sources[place][0].stop.isdisjoint(tokens):
-            _write_mask(row, matcher, tokens)
+    sequences = [sources[place][0] for place in own]
+    limits = [limit for each in sequences for limit in (each.matcher, each.restriction) if limit is not None]
+    words = np.full((len(own), max(limit.words for limit in limits)), -1, np.int32)
+    for row, place, sequence in zip(words, own, sequences, strict=True):
+        ahead = _ahead(asked, place)
+        if sequence.stop.isdisjoint(ahead):
+            _write_mask(row, sequence, int(asked.counts[place]), ahead)
     return Masked(own, words)
 
 
-def _write_mask(row: np.ndarray, matcher: Matcher, ahead: list[int]) -> None:
-    for token in ahead:
-        matcher.consume(token)
-    matcher.write_mask(row)
-    matcher.rollback(len(ahead))
+def _write_mask(row: np.ndarray, sequence: Sequence, generated: int, ahead: list[int]) -> None:
+    if sequence.matcher is not None:
+        for token in ahead:
+            sequence.matcher.consume(token)
+        sequence.matcher.write_mask(row)
+        sequence.matcher.rollback(len(ahead))
+    if sequence.restriction is not None:
+        sequence.restriction.clear(row, generated, sequence.recent + ahead)
+        if not row.any():
+            row[:] = -1  # Scores have to be left for some token; it is refused when it comes, and ends the text.
 
 
 def _followers(

@@ -36,7 +36,7 @@ from penstock.serve.run.step import Part, Placed, Step
 _LENGTH = struct.Struct("<Q")
 
 #: A recording whose format is another cannot be read.
-FORMAT = 2
+FORMAT = 3
 
 #: What is written of the plan of a part.
 PLAN = ("starts", "lengths", "tables", "slots", "watched")

@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from penstock.models import hub
-from penstock.serve.http import responses
 from penstock.serve.http.app import make_app
 from penstock.serve.http.service import Limits, Service
+from penstock.serve.http.shapes import completions
 from penstock.serve.http.text import Tokens
 from penstock.serve.link.client import EngineClient
 from penstock.serve.link.wire import News
@@ -99,14 +99,14 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event(service, poisoned, ca
 
 
 def test_so_does_one_whose_chunks_cannot_be_written(service, monkeypatch):
-    deltas = responses.Completions.deltas
+    deltas = completions.Completions.deltas
 
     def failing(self, piece):
         if POISON in piece.tokens:
             raise ValueError("no such shape")
         return deltas(self, piece)
 
-    monkeypatch.setattr(responses.Completions, "deltas", failing)
+    monkeypatch.setattr(completions.Completions, "deltas", failing)
     good, bad = ask(service, {"prompt": [WORD], "stream": True}, {"prompt": [POISON], "stream": True})
     assert good.text.endswith("data: [DONE]\n\n")
     assert '"error"' in bad.text.split("\n\n")[-2]

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from in_process import Engine, asked, tokens
-from penstock.serve.http.protocol import Completion
+from penstock.serve.http.protocol.completions import Completion
 
 USER = {"role": "user", "content": "def f"}
 
@@ -71,6 +71,15 @@ def test_what_an_answer_must_be_can_be_said_in_three_ways(body, name, text):
     engine = Engine([300])
     chat(engine, **body)
     assert getattr(engine.requests[0].sampling.grammar, name) == text
+
+
+def test_words_and_tokens_that_may_not_come():
+    asked_for = sampled(allowed_token_ids=[5, 300], bad_words=["def"])
+    assert asked_for.allowed_tokens == (5, 300)
+    assert asked_for.bad_words == (tuple(ids("def")), tuple(ids(" def")))
+    assert "allowed_token_ids" in refused("/v1/completions", prompt="x", allowed_token_ids=[])
+    assert "token 9999 is outside" in refused("/v1/completions", prompt="x", allowed_token_ids=[9999])
+    assert "bad_words" in refused("/v1/completions", prompt="x", bad_words=[""])
 
 
 def test_what_an_answer_must_be_is_said_once():

@@ -10,9 +10,11 @@ from penstock.serve.choose.logprobs import LogprobRows, TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.dialogue.contract import Thinking
 from penstock.serve.http.chats import Form
-from penstock.serve.http.protocol import Chat, Completion
-from penstock.serve.http.responses import Chats, Completions
+from penstock.serve.http.protocol.chats import Chat
+from penstock.serve.http.protocol.completions import Completion
 from penstock.serve.http.service import Piece
+from penstock.serve.http.shapes.chats import Chats
+from penstock.serve.http.shapes.completions import Completions
 from penstock.serve.http.text import Tokens
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.serve.reader import Reader

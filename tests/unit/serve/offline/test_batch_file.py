@@ -14,7 +14,7 @@ from penstock import LLM, SamplingParams
 from penstock.core.errors import UsageError
 from penstock.core.files import claim
 from penstock.core.progress import silent
-from penstock.serve.http.responses import Completions
+from penstock.serve.http.shapes.completions import Completions
 from penstock.serve.http.text import Tokens
 from penstock.serve.offline.batch_file import BatchRun, Summary
 from penstock.serve.offline.gather import Gatherer

@@ -1,0 +1,1 @@
+"""The bodies of requests, as far as they are understood here."""

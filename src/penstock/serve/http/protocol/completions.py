@@ -1,0 +1,41 @@
+"""OpenAI's completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from penstock.serve.choose.sampling import MOST, MOST_LOGPROBS
+from penstock.serve.http.protocol.body import LARGEST, Token
+from penstock.serve.http.protocol.generate import Generate
+
+
+class Completion(Generate):
+    """``POST /v1/completions``."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1)] | list[Token] | Annotated[list[list[Token]], Field()]
+    #: 0 is none: the prompt alone is scored.
+    max_tokens: Annotated[int, Field(ge=0, le=LARGEST)] | None = 16
+    add_special_tokens: bool = True
+    best_of: Annotated[int, Field(ge=1, le=MOST)] | None = None
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    def options(self) -> dict[str, Any]:
+        given = {"best_of": self.best_of, "logprobs": self.logprobs}
+        if self.echo and self.logprobs is not None:
+            given["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        return super().options() | {name: value for name, value in given.items() if value is not None}
+
+    def echoes(self, prompts: list[list[int]]) -> list[list[int]]:
+        """For each continuation, the prompt that its text begins with; none where nothing is echoed."""
+        return [prompt for prompt in prompts for _ in range(self.n)] if self.echo else []
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0] if self.prompt else 0, int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
