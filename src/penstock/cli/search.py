@@ -21,6 +21,12 @@ def search(
     scorer: str | None = typer.Option(
         None, "--scorer", help="What texts are worth: a scorer's name, or a Python file with score(problem, text)."
     ),
+    models: list[str] = typer.Option(
+        [],
+        "--model",
+        metavar="NAME=MODEL",
+        help="A further model that the program asks by this name, such as strong=python-6m. May be given again.",
+    ),
     budget: float | None = typer.Option(
         None, "--budget", min=0, help="What each problem may cost; no limit if not given."
     ),
@@ -52,6 +58,8 @@ def search(
     Example: `penstock search python-6m problems.jsonl --program beam --budget 2000 --scorer score.py --out found`,
     where a line of the problems is `{"id": "a", "prompt": "def add(a, b):", "tests": ["assert add(1, 2) == 3"]}`
     """
+    import dataclasses
+
     from penstock.core.config import apply_overrides, build
     from penstock.core.errors import PenstockError
     from penstock.core.files import checksum, claim, write_atomic
@@ -85,6 +93,7 @@ def search(
         _unescaped(step),
         last_line if answer is None else matching(answer),
     )
+    further = dict(_named(each) for each in models)
     tables = read_problems(problems)
     out.mkdir(parents=True, exist_ok=True)
     with claim(out):
@@ -98,6 +107,7 @@ def search(
             "sampling": plan.sampling.model_dump(mode="json", exclude_defaults=True),
             "step": plan.step,
             "answer": answer,
+            "models": further or None,
         }
         results = Results(out, settings)
         left = [(place, table) for place, table in enumerate(tables) if place not in results.done]
@@ -107,7 +117,10 @@ def search(
             typer.echo(f"scorers that run code are contained by {grade()} only; see docs/search.md", err=True)
         stopped = False
         if left:
-            llm = LLM(model, device=device, **apply_overrides({}, overrides))
+            engine = apply_overrides({}, overrides)
+            llm = LLM(model, device=device, **engine)
+            others = {name: LLM(each, device=device, **engine) for name, each in further.items()}
+            plan = dataclasses.replace(plan, models=others)
             with StopRequest() as asked, show("searching", len(tables), "problem") as bar:
                 bar.advance(len(results.done))
                 generated = 0
@@ -128,6 +141,20 @@ def search(
         raise typer.Exit(130)
     if any(record["error"] for record in records):
         raise PenstockError("the program failed on some problems", hint="Their lines in results.jsonl say why.")
+
+
+def _named(given: str) -> tuple[str, str]:
+    """Name and model of NAME=MODEL.
+
+    Raises:
+        UsageError: it is not of that form.
+    """
+    from penstock.core.errors import UsageError
+
+    name, _, model = given.partition("=")
+    if not name or not model:
+        raise UsageError(f"--model {given} names no model", hint="Write --model strong=python-6m.")
+    return name, model
 
 
 def _unescaped(text: str) -> str:

@@ -119,6 +119,15 @@ class LLM:
             raise KeyboardInterrupt
         return [results[id] for id in ids]
 
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt.
+
+        Raises:
+            UsageError: it is no prompt.
+        """
+        _, (tokens,) = self._tokenized(prompt)
+        return tokens
+
     def _tokenized(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[str | None], list[list[int]]]:
         """Text, where there is one, and tokens of each prompt."""
         texts: list[str | None] = []
