@@ -387,8 +387,8 @@ class Play:
 
 
 def _passed(branch: Branch) -> dict[Branch, int]:
-    """How many tokens of each ancestor of ``branch`` are computed where ``branch`` is: all of one that was given, and is
-    computed on the way; of one that was extended, its newest token stays to be computed by each that goes on."""
+    """How many tokens of each ancestor of ``branch`` are computed where ``branch`` is: all of one that was given, which
+    is computed on the way; of one that was extended, its newest token stays to be computed by each that goes on."""
     return {
         each: each.computed if each.computed >= len(each.tokens) - 1 else after.start
         for each, after in itertools.pairwise(branch.line)
