@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -20,6 +21,12 @@ def search(
     ),
     scorer: str | None = typer.Option(
         None, "--scorer", help="What texts are worth: a scorer's name, or a Python file with score(problem, text)."
+    ),
+    scorer_options: list[str] = typer.Option(
+        [],
+        "--scorer-option",
+        metavar="KEY=VALUE",
+        help="Set an option of the scorer, such as model=FOLDER of reward_model. May be given again.",
     ),
     models: list[str] = typer.Option(
         [],
@@ -74,7 +81,10 @@ def search(
     from penstock.serve.choose.sampling import SamplingParams
 
     chosen = {"name": program, **apply_overrides({}, options)}
-    scored = None if scorer is None else {"name": "function", "path": scorer} if scorer.endswith(".py") else scorer
+    scored: dict[str, Any] | None = None
+    if scorer is not None:
+        given = {"name": "function", "path": scorer} if scorer.endswith(".py") else {"name": scorer}
+        scored = apply_overrides(given, scorer_options)
     plan = Plan(
         program_of(chosen),
         {} if scored is None else {"": scoring_of(scored)},
