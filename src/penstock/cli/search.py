@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -20,6 +21,18 @@ def search(
     ),
     scorer: str | None = typer.Option(
         None, "--scorer", help="What texts are worth: a scorer's name, or a Python file with score(problem, text)."
+    ),
+    scorer_options: list[str] = typer.Option(
+        [],
+        "--scorer-option",
+        metavar="KEY=VALUE",
+        help="Set an option of the scorer, such as model=FOLDER of reward_model. May be given again.",
+    ),
+    models: list[str] = typer.Option(
+        [],
+        "--model",
+        metavar="NAME=MODEL",
+        help="A further model that the program asks by this name, such as strong=python-6m. May be given again.",
     ),
     budget: float | None = typer.Option(
         None, "--budget", min=0, help="What each problem may cost; no limit if not given."
@@ -52,6 +65,8 @@ def search(
     Example: `penstock search python-6m problems.jsonl --program beam --budget 2000 --scorer score.py --out found`,
     where a line of the problems is `{"id": "a", "prompt": "def add(a, b):", "tests": ["assert add(1, 2) == 3"]}`
     """
+    import dataclasses
+
     from penstock.core.config import apply_overrides, build
     from penstock.core.errors import PenstockError
     from penstock.core.files import checksum, claim, write_atomic
@@ -66,7 +81,10 @@ def search(
     from penstock.serve.choose.sampling import SamplingParams
 
     chosen = {"name": program, **apply_overrides({}, options)}
-    scored = None if scorer is None else {"name": "function", "path": scorer} if scorer.endswith(".py") else scorer
+    scored: dict[str, Any] | None = None
+    if scorer is not None:
+        given = {"name": "function", "path": scorer} if scorer.endswith(".py") else {"name": scorer}
+        scored = apply_overrides(given, scorer_options)
     plan = Plan(
         program_of(chosen),
         {} if scored is None else {"": scoring_of(scored)},
@@ -85,6 +103,7 @@ def search(
         _unescaped(step),
         last_line if answer is None else matching(answer),
     )
+    further = dict(_named(each) for each in models)
     tables = read_problems(problems)
     out.mkdir(parents=True, exist_ok=True)
     with claim(out):
@@ -98,6 +117,7 @@ def search(
             "sampling": plan.sampling.model_dump(mode="json", exclude_defaults=True),
             "step": plan.step,
             "answer": answer,
+            "models": further or None,
         }
         results = Results(out, settings)
         left = [(place, table) for place, table in enumerate(tables) if place not in results.done]
@@ -107,7 +127,10 @@ def search(
             typer.echo(f"scorers that run code are contained by {grade()} only; see docs/search.md", err=True)
         stopped = False
         if left:
-            llm = LLM(model, device=device, **apply_overrides({}, overrides))
+            engine = apply_overrides({}, overrides)
+            llm = LLM(model, device=device, **engine)
+            others = {name: LLM(each, device=device, **engine) for name, each in further.items()}
+            plan = dataclasses.replace(plan, models=others)
             with StopRequest() as asked, show("searching", len(tables), "problem") as bar:
                 bar.advance(len(results.done))
                 generated = 0
@@ -128,6 +151,20 @@ def search(
         raise typer.Exit(130)
     if any(record["error"] for record in records):
         raise PenstockError("the program failed on some problems", hint="Their lines in results.jsonl say why.")
+
+
+def _named(given: str) -> tuple[str, str]:
+    """Name and model of NAME=MODEL.
+
+    Raises:
+        UsageError: it is not of that form.
+    """
+    from penstock.core.errors import UsageError
+
+    name, _, model = given.partition("=")
+    if not name or not model:
+        raise UsageError(f"--model {given} names no model", hint="Write --model strong=python-6m.")
+    return name, model
 
 
 def _unescaped(text: str) -> str:

@@ -252,6 +252,42 @@ def _load(source: str | Path, device: torch.device, dtype: torch.dtype | None, p
     return decoder
 
 
+#: What a hub folder calls the head of a model that gives a text one number (``AutoModelForSequenceClassification``).
+SCALAR_HEAD = "score.weight"
+
+
+@torch.no_grad()
+def load_reward(source: str | Path, *, device: str | torch.device = "cpu") -> tuple[Decoder, Tensor]:
+    """Loads a reward model: a decoder with a scalar head in place of the one over the vocabulary.
+
+    Returns:
+        The decoder, whose own head is its embedding and means nothing, and the scalar head [hidden].
+
+    Raises:
+        UsageError: there is no such model, or it has no scalar head.
+        ModelError: as :func:`load` raises it.
+    """
+    folder = resolve(source)
+    family, config, hub = _read(folder)
+    stored = _stored(folder, hub)
+    if SCALAR_HEAD not in stored.headers:
+        raise UsageError(
+            f"{folder} has no {SCALAR_HEAD}: it is no reward model",
+            hint="Name a model that was saved as a sequence classifier with one label.",
+        )
+    (_, head) = next(iter(stored.read([SCALAR_HEAD])))
+    if head.shape != (1, config.hidden):
+        raise UsageError(f"{SCALAR_HEAD} in {folder} is {list(head.shape)}, and a reward is one number")
+    config = config.model_copy(update={"tied": True})
+    weights = Renamed(stored, lambda name: None if name == SCALAR_HEAD else family.weight(name, config))
+    with without_weights():
+        decoder = Decoder(config)
+    _check(folder, weights, views_on(decoder, family), None)
+    _allocate(decoder, torch.device(device), _dtype(folder, hub, weights))
+    _fill(decoder, family, weights)
+    return decoder.requires_grad_(False), head[0].to(decoder.embedding.weight)
+
+
 def dtype_of(source: str | Path) -> torch.dtype:
     """The dtype that a model folder states, or else that of its stored tensors; ``source`` as in :func:`resolve`."""
     folder = resolve(source)

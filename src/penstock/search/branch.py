@@ -11,7 +11,7 @@ from penstock.core.errors import UsageError
 from penstock.core.randomness import derive
 
 if TYPE_CHECKING:
-    from penstock.search.search import Search
+    from penstock.search.search import Search, Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +42,11 @@ END = Until()
 @dataclasses.dataclass
 class Anchor:
     """A text in the engine's cache that branches go on from: the request ``id`` computed it, and ``users`` branches may
-    go on from it."""
+    go on from it. ``model`` is whose cache it is."""
 
     id: str
     users: int = 1
+    model: str = ""
 
 
 class Branch:
@@ -66,13 +67,25 @@ class Branch:
         ended: why the text ended: ``stop``, ``length`` or ``error``; None while it can go on.
         score: what a scorer said last; None before.
         error: why the scorer could not say anything.
-        fate: for those who look at the tree: ``pruned``, ``kept``, ``answer``, or empty.
+        model: which of the search's models it is a text of.
+        temperature: that its tokens are drawn at; None for the search's own.
+        alternatives: by place, the most probable tokens with their log-probabilities, where an extension asked for
+            them.
+        appended: how many of the tokens behind the problem's prompt were given, not generated.
+        fate: for those who look at the tree: ``pruned``, ``kept``, ``answer``, ``aside`` of one that is no answer but a
+            question about one, or empty.
         computed: how many tokens of it are computed, or will be with what is under way.
         anchor: where the first ``anchored`` of its tokens are in the engine's cache.
     """
 
-    def __init__(self, search: Search, tokens: list[int], seed: int, parent: Branch | None = None) -> None:
+    def __init__(
+        self, search: Search, tokens: list[int], seed: int, parent: Branch | None = None, model: str = ""
+    ) -> None:
         self.search, self.parent, self.seed = search, parent, seed
+        self.model: str = model if parent is None else parent.model
+        self.temperature: float | None = None if parent is None else parent.temperature
+        self.alternatives: dict[int, list[tuple[int, float]]] = {} if parent is None else dict(parent.alternatives)
+        self.appended: int = 0 if parent is None else parent.appended
         self.number = len(search.branches)
         self.start, self.tokens = len(tokens), tokens
         self.prompt: int = len(tokens) if parent is None else parent.prompt
@@ -105,29 +118,44 @@ class Branch:
         return line[::-1]
 
     @property
+    def line(self) -> list[Branch]:
+        """Its ancestors, and itself."""
+        return [*self.ancestors, self]
+
+    @property
+    def texts(self) -> Texts:
+        """Between tokens and text of its model."""
+        return self.search.voices[self.model].texts
+
+    @property
     def finished(self) -> bool:
         """Whether its text has ended."""
         return self.ended is not None
 
     @property
     def generated(self) -> list[int]:
-        """The tokens behind the problem's prompt."""
+        """The tokens behind the prompt: the problem's, or what was asked last."""
         return self.tokens[self.prompt :]
 
     @property
     def text(self) -> str:
-        """The text behind the problem's prompt, without what ended it."""
+        """The text behind the prompt, the problem's or what was asked last, without what ended it."""
         tokens = self.generated
-        if tokens and self.ended == "stop" and tokens[-1] in self.search.ends:
+        if self.closed:
             tokens = tokens[:-1]
-        text = self.search.texts.decode(tokens)
+        text = self.texts.decode(tokens)
         return text[: len(text) - self.cut]
+
+    @property
+    def closed(self) -> bool:
+        """Whether its last token is one that ends a text."""
+        return self.ended == "stop" and bool(self.generated) and self.tokens[-1] in self.search.voices[self.model].ends
 
     @property
     def last(self) -> str:
         """The text of the last extension."""
         begun = self.steps[-2] if len(self.steps) > 1 else self.prompt
-        return self.search.texts.decode(self.tokens[begun:])
+        return self.texts.decode(self.tokens[begun:])
 
     @property
     def answer(self) -> str:
@@ -152,11 +180,18 @@ class Branch:
     # Growing
 
     def extend(
-        self, *, step: bool = False, tokens: int | None = None, text: str | tuple[str, ...] = (), pattern: str = ""
+        self,
+        *,
+        step: bool = False,
+        tokens: int | None = None,
+        text: str | tuple[str, ...] = (),
+        pattern: str = "",
+        top: int = 0,
     ) -> Awaitable[Branch]:
         """Goes on to the end of the text or, where it is given and comes first, of the next step, of so many
         ``tokens``, of one of the strings ``text``, or of a match of the regular expression ``pattern`` in what is new.
-        A text that has ended stays as it is. Where the budget ends it, it is shorter.
+        A text that has ended stays as it is. Where the budget ends it, it is shorter. ``top`` keeps so many of the most
+        probable tokens at each place in ``alternatives``.
 
         Raises:
             UsageError: it was forked, or dropped.
@@ -168,21 +203,47 @@ class Branch:
         until = Until(
             tokens, (*strings, *((self.search.step,) if step else ())), re.compile(pattern) if pattern else None
         )
-        return Extend(self, until)
+        return Extend(self, until, top)
 
-    def fork(self, n: int) -> list[Branch]:
+    def fork(self, n: int, *, at: int | None = None, temperature: float | None = None) -> list[Branch]:
         """``n`` branches that go on from here, each in its own way; nothing is computed again for them. The first that
-        is ever made draws what this one would have drawn."""
+        is ever made draws what this one would have drawn.
+
+        Args:
+            at: they go on from its first so many tokens, which have been computed and are no part of the prompt.
+            temperature: their tokens are drawn at; this one's own by default.
+
+        Raises:
+            UsageError: it was dropped, or cannot be cut there.
+        """
         if self.dropped:
             raise UsageError(f"branch {self.number} was dropped, and cannot be forked")
+        if at is not None and not self.prompt <= at <= len(self.tokens):
+            raise UsageError(
+                f"branch {self.number} has {self.prompt} to {len(self.tokens)} tokens to fork at, not {at}"
+            )
+        if at is not None and at < self.start:
+            assert self.parent is not None
+            return self.parent.fork(n, at=at, temperature=temperature)
+        if at is not None and at < len(self.tokens) > self.computed + 1:
+            raise UsageError(f"branch {self.number} has text that is not computed yet: extend it before it is cut")
         made = []
         for _ in range(n):
             seed = self.seed if not self.children else derive(self.seed, "search/fork", self.children) >> 1
-            child = Branch(self.search, list(self.tokens), seed, self)
-            child.ended, child.cut, child.score, child.error = self.ended, self.cut, self.score, self.error
+            child = Branch(self.search, self.tokens[:at], seed, self)
+            if at is None or at == len(self.tokens):
+                child.ended, child.cut, child.score, child.error = self.ended, self.cut, self.score, self.error
+            else:
+                child.computed = min(child.computed, at)
+                child.steps = [each for each in child.steps if each <= at]
+                child.alternatives = {place: top for place, top in child.alternatives.items() if place <= at}
+                for each in (child.logprobs, child.entropies, child.certainties):
+                    del each[at - self.prompt :]
+            if temperature is not None:
+                child.temperature = temperature
             if self.anchor is not None:
                 self.anchor.users += 1
-                child.anchor, child.anchored = self.anchor, self.anchored
+                child.anchor, child.anchored = self.anchor, min(self.anchored, child.start)
             self.children += 1
             made.append(child)
         self.search.ledger.forks += n
@@ -193,12 +254,21 @@ class Branch:
         ended goes on."""
         if self.children or self.dropped:
             raise UsageError(f"branch {self.number} was {'dropped' if self.dropped else 'forked'}: append to another")
-        tokens = self.search.texts.encode(text) if isinstance(text, str) else list(text)
+        tokens = self.texts.encode(text) if isinstance(text, str) else list(text)
         self.tokens += tokens
+        self.appended += len(tokens)
         for each in (self.logprobs, self.entropies, self.certainties):
             each += [0.0] * len(tokens)
         self.search.ledger.prompt += len(tokens)
         self.ended, self.cut = None, 0
+        return self
+
+    def ask(self, text: str) -> Branch:
+        """Adds ``text`` as :meth:`append` does, and from here on reads only what comes behind it: its text, answer and
+        log-probability begin anew, and so does the longest text that it may come to."""
+        self.append(text)
+        self.prompt, self.steps, self.score, self.error = len(self.tokens), [], None, None
+        self.logprobs, self.entropies, self.certainties = [], [], []
         return self
 
     def drop(self, fate: str = "pruned") -> None:
@@ -214,7 +284,7 @@ class Branch:
             "number": self.number,
             "parent": None if self.parent is None else self.parent.number,
             "tokens": len(self.tokens) - self.start,
-            "text": self.search.texts.decode(self.tokens[max(self.start, self.prompt) :]),
+            "text": self.texts.decode(self.tokens[self.start :]),
             "ended": self.ended,
             "score": self.score,
             "error": self.error,
@@ -229,6 +299,7 @@ class Extend:
 
     branch: Branch
     until: Until
+    top: int = 0
 
     def __await__(self) -> Any:
         return (yield self)

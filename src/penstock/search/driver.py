@@ -67,12 +67,20 @@ class Driver:
         sampling: how tokens are chosen; length and seed are the branches' own.
         scoring: the scorers by name; the one without a name is that of programs that name none.
         seconds: after which a scoring has failed.
+        others: computes the texts of further models, by name.
     """
 
     def __init__(
-        self, engine: Engine, sampling: SamplingParams, scoring: Mapping[str, Scoring], seconds: float = 60.0
+        self,
+        engine: Engine,
+        sampling: SamplingParams,
+        scoring: Mapping[str, Scoring],
+        seconds: float = 60.0,
+        others: Mapping[str, Engine] | None = None,
     ) -> None:
-        self._engine, self._sampling, self._scoring, self._seconds = engine, sampling, scoring, seconds
+        self._sampling, self._scoring, self._seconds = sampling, scoring, seconds
+        self._engines = {"": engine, **(others or {})}
+        self._distinct = list({id(each): each for each in self._engines.values()}.values())
         self._plays: dict[Play, set[str]] = {}
         self._runs: dict[str, _Run] = {}
         self._leaders: dict[Branch, list[tuple[Play, Piece]]] = {}
@@ -89,7 +97,7 @@ class Driver:
     @property
     def room(self) -> bool:
         """Whether the engine could take on more branches than it has."""
-        return len(self._runs) < self._engine.limits.sequences
+        return len(self._runs) < self._engines[""].limits.sequences
 
     def add(self, play: Play) -> None:
         """Takes on a play."""
@@ -97,11 +105,11 @@ class Driver:
         self._begin(play)
 
     def step(self) -> list[Play]:
-        """Does a step of the engine, and what follows from it; gives the plays that ended."""
-        if self._engine.busy:
-            for delta in self._engine.step():
+        """Does a step of each engine, and what follows from it; gives the plays that ended."""
+        for engine in self._busy:
+            for delta in engine.step():
                 self._take(delta)
-        self._hear(wait=not self._engine.busy and self._judging > 0)
+        self._hear(wait=not self._busy and self._judging > 0)
         ended = [play for play in self._plays if play.done]
         for play in ended:
             self._end(play)
@@ -113,12 +121,18 @@ class Driver:
             play.close()
             self._end(play)
         self._to_judge.clear()
-        while self._engine.busy:
-            self._engine.step()
+        while self._busy:
+            for engine in self._busy:
+                engine.step()
+
+    @property
+    def _busy(self) -> list[Engine]:
+        """The engines that have something to do."""
+        return [engine for engine in self._distinct if engine.busy]
 
     def released(self, anchor: Anchor) -> None:
         """Nobody goes on from ``anchor``."""
-        self._engine.forget(anchor.id)
+        self._engines[anchor.model].forget(anchor.id)
 
     # Pieces
 
@@ -144,20 +158,26 @@ class Driver:
             update={
                 "max_tokens": piece.most,
                 "seed": branch.seed,
-                "logprobs": 0,
+                "logprobs": piece.top,
                 "spread": True,
                 "n": 1,
                 "best_of": None,
             }
         )
-        request = Request(f"search/{self._count}", list(branch.tokens), sampling, keep=True, given=branch.prompt)
-        source = max([*branch.ancestors, branch], key=lambda each: each.anchored if each.anchor is not None else -1)
+        if branch.temperature is not None:
+            sampling = sampling.model_copy(update={"temperature": branch.temperature})
+        if branch.model:  # these name tokens of the search's own model
+            sampling = sampling.model_copy(update={"stop_tokens": (), "logit_bias": {}})
+        line, engine = branch.line, self._engines[branch.model]
+        request = Request(f"search/{self._count}", list(branch.tokens), sampling, keep=True, given=line[0].start)
+        held = dict(zip(line, [*(each.start for each in line[1:]), len(branch.tokens)], strict=True))
+        source = max(line, key=lambda each: min(each.anchored, held[each]) if each.anchor is not None else -1)
         run = _Run(play, piece, request, leads)
         try:
             if source.anchor is None:
-                self._engine.add(request)
+                engine.add(request)
             else:
-                self._engine.fork(source.anchor.id, request)
+                engine.fork(source.anchor.id, request)
         except UsageError:  # the text has come to the end of the model's context
             play.ended(piece, "length", 0)
             self._begin(play)
@@ -179,15 +199,16 @@ class Driver:
             self._led(run)
         rows = delta.logprobs
         spread = zip(rows.logprobs, rows.entropies, rows.certainties, strict=True) if rows is not None else ()
-        early = run.play.told(run.piece, delta.tokens, spread)
+        tops = [row.top for row in rows] if rows is not None and run.piece.top else ()
+        early = run.play.told(run.piece, delta.tokens, spread, tops)
         if delta.finish is not None or early:
             if delta.finish is None:
-                self._engine.abort(delta.id)
+                self._engines[run.piece.branch.model].abort(delta.id)
             self._finish(run, delta.finish)
 
     def _led(self, run: _Run) -> None:
         """The prompt of ``run`` is computed: others can go on from it."""
-        anchor = Anchor(run.request.id, 0)
+        anchor = Anchor(run.request.id, 0, run.piece.branch.model)
         for branch in [*run.leads, run.piece.branch]:
             self._anchor(branch, anchor, len(branch.tokens) - 1)
         for play, piece in [each for branch in run.leads for each in self._leaders.pop(branch)]:
@@ -214,17 +235,25 @@ class Driver:
             why = "length"
         elif finish not in (None, Finish.LENGTH):
             why = "error"
-        anchors = {each.anchor.id for each in play.search.branches if each.anchor is not None}
-        ledger.blocks = max(ledger.blocks, self._engine.kept_blocks(anchors))
+        ledger.blocks = max(ledger.blocks, self._blocks(play))
         play.ended(piece, why, run.told)
         self._begin(play)
+
+    def _blocks(self, play: Play) -> int:
+        """How many blocks the branches of ``play`` hold, each counted once."""
+        anchors: dict[str, set[str]] = {}
+        for branch in play.search.branches:
+            if branch.anchor is not None:
+                anchors.setdefault(branch.model, set()).add(branch.anchor.id)
+        return sum(self._engines[model].kept_blocks(ids) for model, ids in anchors.items())
 
     def _end(self, play: Play) -> None:
         """Frees what a play holds."""
         for id in self._plays.pop(play):
             self._runs.pop(id, None)
-            self._engine.abort(id)
-            self._engine.forget(id)
+            for engine in self._distinct:
+                engine.abort(id)
+                engine.forget(id)
         for branch in play.search.branches:
             self._leaders.pop(branch, None)
 
@@ -245,7 +274,7 @@ class Driver:
             what = f"no scorer {judge.scorer!r} was given; known: {known}" if judge.scorer else "no scorer was given"
             found = [Verdict.failure(what)] * len(candidates)
         else:
-            found = verdicts(scoring, play.search.problem, candidates, self._seconds)
+            found = verdicts(scoring, judge.problem, candidates, self._seconds)
         self._judged.put((play, judge, found))
 
     def _hear(self, wait: bool) -> None:

@@ -58,17 +58,18 @@ class Prices:
 @dataclasses.dataclass(frozen=True)
 class Wish:
     """An extension that is asked for: of a text with ``length`` tokens, the first ``computed`` of which have been
-    computed, by up to ``most``."""
+    computed, by up to ``most``, at the ``prices`` of the model that computes it."""
 
     length: int
     computed: int
     most: int
+    prices: Prices
 
-    def price(self, prices: Prices, unit: Unit, count: int) -> float:
+    def price(self, unit: Unit, count: int) -> float:
         """Of ``count`` tokens: all positions before the last of them are computed."""
         if unit == "generated":
             return float(count)
-        return prices.cost(unit, self.computed, self.length - 1 + count) if count else 0.0
+        return self.prices.cost(unit, self.computed, self.length - 1 + count) if count else 0.0
 
 
 @dataclasses.dataclass
@@ -90,7 +91,8 @@ class Ledger:
         discarded: tokens that the engine generated beside those that count, within what the budget had granted: behind
             the end of an extension, or of a race.
         cached: given and generated tokens that an extension found in the cache.
-        computed: positions that the engine computed; more than ``tokens`` where memory was short.
+        computed: positions that the engine computed; more than ``tokens`` where memory was short, and fewer where texts
+            that were given to several branches happen to begin alike.
         blocks: most blocks of the cache that the branches held, each counted once, at the end of a round.
     """
 
@@ -108,13 +110,13 @@ class Ledger:
     computed: int = 0
     blocks: int = 0
 
-    def extend(self, prices: Prices, wish: Wish, count: int) -> None:
+    def extend(self, wish: Wish, count: int) -> None:
         """An extension came to ``count`` tokens."""
         self.generated += count
         if count:
-            self.tokens += wish.price(prices, "tokens", count)
-            self.flops += wish.price(prices, "flops", count)
-            self.eflops += wish.price(prices, "eflops", count)
+            self.tokens += wish.price("tokens", count)
+            self.flops += wish.price("flops", count)
+            self.eflops += wish.price("eflops", count)
 
     def left(self, budget: Budget) -> float:
         """What may still be spent; infinity without an amount."""
@@ -135,7 +137,7 @@ def total(ledgers: Sequence[Ledger]) -> Ledger:
     return functools.reduce(Ledger.__add__, ledgers, Ledger())
 
 
-def shares(wishes: Sequence[Wish], prices: Prices, unit: Unit, left: float) -> list[int]:
+def shares(wishes: Sequence[Wish], unit: Unit, left: float) -> list[int]:
     """How many tokens each of ``wishes`` may have: as if all went on together, a token each in turn, until what is
     ``left`` of the budget does not pay for the next one."""
 
@@ -143,7 +145,7 @@ def shares(wishes: Sequence[Wish], prices: Prices, unit: Unit, left: float) -> l
         return [min(level, wish.most) for wish in wishes]
 
     def price(counted: Sequence[int]) -> float:
-        return sum(wish.price(prices, unit, count) for wish, count in zip(wishes, counted, strict=True))
+        return sum(wish.price(unit, count) for wish, count in zip(wishes, counted, strict=True))
 
     low, high = 0, max((wish.most for wish in wishes), default=0)
     while low < high:

@@ -20,7 +20,7 @@ from penstock.search.driver import Driver, TokenizedTexts, run
 from penstock.search.ledger import Budget, Ledger, Prices
 from penstock.search.play import Play
 from penstock.search.scorers.contract import Candidate, Problem, Scorer, Scoring
-from penstock.search.search import Search
+from penstock.search.search import Search, Voice
 from penstock.serve.chat import chat_tokens
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.offline import llm
@@ -98,6 +98,7 @@ class Plan:
         answer: reads the answer off a text.
         device: whose operations per byte eFLOPs are counted by.
         seconds: after which a scoring has failed.
+        models: further ones, by name, for programs that ask them.
     """
 
     program: Callable[[Search], Any]
@@ -108,6 +109,7 @@ class Plan:
     answer: Callable[[str], str] = last_line
     device: str = "h100"
     seconds: float = 60.0
+    models: Mapping[str, llm.LLM] = dataclasses.field(default_factory=dict)
 
 
 class LLM(llm.LLM):
@@ -125,6 +127,7 @@ class LLM(llm.LLM):
         *,
         scorer: ScorerLike | None = None,
         scorers: Mapping[str, ScorerLike] | None = None,
+        models: Mapping[str, llm.LLM] | None = None,
         budget: float | None = None,
         unit: str = "generated",
         sampling_params: SamplingParams | None = None,
@@ -141,6 +144,7 @@ class LLM(llm.LLM):
                 :class:`~penstock.search.search.Search`.
             scorer: the program's scorer, likewise, or a function ``score(problem, text)``, which runs in this process.
             scorers: further ones by name, for programs that ask for them.
+            models: further ones by name, such as the strong one of a cascade, for programs that ask them.
             budget: what may be spent on each problem, in ``unit``: ``generated`` tokens, ``tokens`` computed,
                 ``flops`` or ``eflops``; no limit by default.
             sampling_params: how tokens are chosen; ``max_tokens`` is the longest text, and its ``seed`` that of all.
@@ -162,6 +166,7 @@ class LLM(llm.LLM):
             build(Budget, {"amount": budget, "unit": unit}, "the budget"),
             step,
             matching(answer) if isinstance(answer, str) else answer,
+            models=dict(models or {}),
         )
         results: dict[int, SearchResult] = {}
         with progress("searching", len(tables), "problem") as bar:
@@ -180,29 +185,36 @@ class LLM(llm.LLM):
             UsageError: a problem has no prompt that can be read; nothing was searched then.
             KeyboardInterrupt: after Ctrl-C, where no ``stop`` was given.
         """
-        prompts = [self._prompt(table) for _, table in problems]
-        texts = TokenizedTexts(self.tokenizer)
-        driver = Driver(self.engine, plan.sampling, plan.scorers, plan.seconds)
+        voices = [
+            {name: _voice(model, table, plan) for name, model in {"": self, **plan.models}.items()}
+            for _, table in problems
+        ]
+        engines = {name: model.engine for name, model in plan.models.items()}
+        driver = Driver(self.engine, plan.sampling, plan.scorers, plan.seconds, engines)
         prices = Prices(self.engine.limits.model, named(plan.device))
+        others = {name: Prices(engine.limits.model, named(plan.device)) for name, engine in engines.items()}
         places: dict[Play, int] = {}
 
         def plays() -> Iterator[Play]:
-            for (place, table), prompt in zip(problems, prompts, strict=True):
+            for (place, table), voiced in zip(problems, voices, strict=True):
+                own = voiced[""]
                 search = Search(
                     table,
-                    prompt,
-                    texts,
+                    own.prompt,
+                    own.texts,
                     # The first is drawn as the engine draws a request with this seed.
                     seed=derive(plan.sampling.seed, "search", place) >> 1 if place else plan.sampling.seed,
                     budget=plan.budget,
-                    most=min(plan.sampling.max_tokens, self.engine.context - len(prompt)),
+                    most=plan.sampling.max_tokens,
                     step=plan.step,
                     stop=plan.sampling.stop,
                     answer=plan.answer,
-                    ends=self.engine.ends | frozenset(plan.sampling.stop_tokens),
+                    ends=own.ends | frozenset(plan.sampling.stop_tokens),
+                    context=own.context,
+                    others={name: voice for name, voice in voiced.items() if name},
                     released=driver.released,
                 )
-                play = Play(search, plan.program(search), prices)
+                play = Play(search, plan.program(search), prices, others)
                 places[play] = place
                 yield play
 
@@ -215,22 +227,23 @@ class LLM(llm.LLM):
             if asked.wanted and stop is None:
                 raise KeyboardInterrupt
 
-    def _prompt(self, problem: Mapping[str, Any]) -> list[int]:
-        """The tokens of a problem's prompt.
 
-        Raises:
-            UsageError: there is none, or it fills the model's context.
-        """
-        if "messages" in problem:
-            tokens = chat_tokens(self.tokenizer, problem["messages"])
-        else:
-            _, (tokens,) = self._tokenized(problem)
-        if not 0 < len(tokens) < self.engine.context:
-            raise UsageError(
-                f"the prompt of {problem.get('id', 'a problem')} has {len(tokens)} tokens, and 1 to "
-                f"{self.engine.context - 1} fit"
-            )
-        return tokens
+def _voice(model: llm.LLM, problem: Mapping[str, Any], plan: Plan) -> Voice:
+    """``model``, with the problem's prompt in its tokens.
+
+    Raises:
+        UsageError: there is none, or it fills the model's context.
+    """
+    if "messages" in problem:
+        tokens = chat_tokens(model.tokenizer, problem["messages"])
+    else:
+        tokens = model.tokens(problem)
+    context = model.engine.context
+    if not 0 < len(tokens) < context:
+        raise UsageError(
+            f"the prompt of {problem.get('id', 'a problem')} has {len(tokens)} tokens, and 1 to {context - 1} fit"
+        )
+    return Voice(TokenizedTexts(model.tokenizer), tuple(tokens), model.engine.ends, context)
 
 
 def program_of(given: ProgramLike) -> Callable[[Search], Any]:

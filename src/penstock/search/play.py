@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Coroutine, Iterable, Sequence
+import itertools
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 from penstock.core.errors import PenstockError
@@ -26,6 +27,7 @@ class Piece:
         until: where the extension that they belong to ends.
         stream: reads the extension's text, where its end depends on it.
         wanted: how many tokens the extension may have in all.
+        top: how many of the most probable tokens are to be told at each place.
         race: of a :class:`~penstock.search.search.First`, which others run beside it.
         wish: what was granted last, ``most`` tokens, for which the engine ``generated`` so many; None once it is
             settled.
@@ -37,6 +39,7 @@ class Piece:
     until: Until
     stream: Stream | None
     wanted: int
+    top: int = 0
     race: Race | None = None
     wish: Wish | None = None
     most: int = 0
@@ -95,6 +98,7 @@ class Play:
         search: the problem.
         work: the program.
         prices: of positions.
+        others: the same of the search's other models, by name.
 
     Attributes:
         pieces, judgements: what is to be begun; whoever begins it takes it out.
@@ -103,8 +107,14 @@ class Play:
         error: what ended it otherwise.
     """
 
-    def __init__(self, search: Search, work: Coroutine[Any, Any, Branch | None], prices: Prices) -> None:
-        self.search, self._prices = search, prices
+    def __init__(
+        self,
+        search: Search,
+        work: Coroutine[Any, Any, Branch | None],
+        prices: Prices,
+        others: Mapping[str, Prices] | None = None,
+    ) -> None:
+        self.search, self._prices = search, {"": prices, **(others or {})}
         self.pieces: list[Piece] = []
         self.judgements: list[Judge] = []
         self.done = False
@@ -121,13 +131,22 @@ class Play:
 
     # What whoever computes tells
 
-    def told(self, piece: Piece, tokens: Sequence[int], spread: Iterable[tuple[float, float, float]]) -> bool:
+    def told(
+        self,
+        piece: Piece,
+        tokens: Sequence[int],
+        spread: Iterable[tuple[float, float, float]],
+        tops: Sequence[list[tuple[int, float]]] = (),
+    ) -> bool:
         """``piece`` has come to these further ``tokens``; ``spread`` has log-probability, entropy and certainty of
-        each. Tells whether it is at its end, whatever else may come."""
+        each, and ``tops``, where it asked for them, the most probable ones in its place. Tells whether it is at its
+        end, whatever else may come."""
         branch = piece.branch
-        for token, (logprob, entropy, certainty) in zip(tokens, spread, strict=True):
+        for place, (token, (logprob, entropy, certainty)) in enumerate(zip(tokens, spread, strict=True)):
             if piece.reached:
                 break
+            if tops:
+                branch.alternatives[len(branch.tokens)] = tops[place]
             branch.tokens.append(token)
             branch.logprobs.append(logprob)
             branch.entropies.append(entropy)
@@ -257,7 +276,7 @@ class Play:
                 pieces = [self._piece(each, Until(), race) for each in asked.branches]
                 race.pieces = pieces
             else:
-                pieces = [self._piece(asked.branch, asked.until)]
+                pieces = [self._piece(asked.branch, asked.until, top=asked.top)]
             self._round[place] = pieces
             self._extending += pieces
         self._idle = 0 if self._under_way or any(each.open for each in self._extending) else self._idle + 1
@@ -267,13 +286,13 @@ class Play:
         else:
             self._grant()
 
-    def _piece(self, branch: Branch, until: Until, race: Race | None = None) -> Piece:
+    def _piece(self, branch: Branch, until: Until, race: Race | None = None, top: int = 0) -> Piece:
         room = self.search.room(branch)
         if not room and not branch.finished:
             branch.ended = "length"
         reads = until.text or until.pattern or self.search.stop
-        stream = self.search.texts.stream(branch.tokens) if reads else None
-        return Piece(branch, until, stream, room if until.tokens is None else min(room, until.tokens), race)
+        stream = branch.texts.stream(branch.tokens) if reads else None
+        return Piece(branch, until, stream, room if until.tokens is None else min(room, until.tokens), top, race)
 
     def _go_on(self) -> None:
         """Grants tokens while there are some to grant, and ends the round when nothing is under way any more."""
@@ -291,7 +310,7 @@ class Play:
             if piece.wish is not None:
                 if piece.race is not None and piece.race.winner is not None:
                     self._cut(piece, piece.count - piece.race.winner.count)
-                self.search.ledger.extend(self._prices, piece.wish, piece.told)
+                self.search.ledger.extend(piece.wish, piece.told)
                 self.search.ledger.discarded += piece.generated - piece.told
                 piece.wish = None
 
@@ -310,15 +329,15 @@ class Play:
         if not going:
             return
         wishes = self._wishes(going)
-        granted = shares(wishes, self._prices, self.search.budget.unit, self.search.left)
+        granted = shares(wishes, self.search.budget.unit, self.search.left)
         self._granted |= any(granted)
         self._starved = not any(granted)
         self.search.exhausted |= self._starved
         for piece, wish, most in zip(going, wishes, granted, strict=True):
             piece.wish, piece.most, piece.told = wish if most else None, most, 0
             if most:
-                for branch in piece.branch.ancestors:
-                    branch.computed = len(branch.tokens) - 1
+                for branch, count in _passed(piece.branch).items():
+                    branch.computed = count
                 self._under_way += 1
                 self.pieces.append(piece)
 
@@ -327,10 +346,15 @@ class Play:
         wishes: list[Wish] = []
         known: dict[Branch, int] = {}
         for piece in pieces:
-            line = [*piece.branch.ancestors, piece.branch]
-            computed = max(known.get(each, each.computed) for each in line)
-            wishes.append(Wish(len(piece.branch.tokens), computed, piece.wanted - piece.count))
-            known |= {each: len(each.tokens) - 1 for each in piece.branch.ancestors}
+            line = piece.branch.line
+            # Of an ancestor, only what it has in common with the next one, which may go on from before its end. The
+            # newest token is computed again: its scores are not kept.
+            common = [*(each.start for each in line[1:]), len(piece.branch.tokens)]
+            computed = max(min(known.get(each, each.computed), own) for each, own in zip(line, common, strict=True))
+            computed = min(computed, len(piece.branch.tokens) - 1)
+            prices = self._prices[piece.branch.model]
+            wishes.append(Wish(len(piece.branch.tokens), computed, piece.wanted - piece.count, prices))
+            known |= _passed(piece.branch)
         return wishes
 
     def _outcomes(self) -> list[tuple[Task, Any]]:
@@ -360,6 +384,15 @@ class Play:
             if piece is not winner:
                 piece.branch.drop()
         return winner.branch
+
+
+def _passed(branch: Branch) -> dict[Branch, int]:
+    """How many tokens of each ancestor of ``branch`` are computed where ``branch`` is: all of one that was given, which
+    is computed on the way; of one that was extended, its newest token stays to be computed by each that goes on."""
+    return {
+        each: each.computed if each.computed >= len(each.tokens) - 1 else after.start
+        for each, after in itertools.pairwise(branch.line)
+    }
 
 
 def _all(task: Task) -> Iterable[Task]:

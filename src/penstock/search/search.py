@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from penstock.core.errors import PenstockError
-from penstock.core.randomness import numpy_generator
+from penstock.core.errors import PenstockError, UsageError
+from penstock.core.randomness import derive, numpy_generator
 from penstock.search.branch import Anchor, Branch
 from penstock.search.ledger import Budget, Ledger
 
@@ -41,6 +41,23 @@ class Texts(Protocol):
     def stream(self, before: Sequence[int]) -> Stream:
         """Reads what comes behind the tokens ``before``."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Voice:
+    """A model that texts of a search are drawn from.
+
+    Attributes:
+        texts: between its tokens and text.
+        prompt: the problem's, in its tokens.
+        ends: tokens that end a text.
+        context: the most tokens of prompt and text together.
+    """
+
+    texts: Texts
+    prompt: tuple[int, ...]
+    ends: frozenset[int] = frozenset()
+    context: int = 1 << 30
 
 
 class Dice(Protocol):
@@ -81,11 +98,14 @@ class Search:
         stop: strings that end a text, and are no part of it.
         answer: reads the answer off a text.
         ends: tokens that end a text.
+        context: the most tokens of prompt and text together.
+        others: further models, by name, that a program may ask.
         dice: of the program's own choices.
         released: told of texts in the cache that nobody goes on from.
 
     Attributes:
         root: the branch with nothing but the prompt.
+        voices: the models by name; the one without a name is the search's own.
         branches: all branches, by number.
         ledger: what was spent.
         notes: what the program wants to be told beside its answer, as plain data.
@@ -105,18 +125,41 @@ class Search:
         stop: Sequence[str] = (),
         answer: Callable[[str], str] = str.strip,
         ends: frozenset[int] = frozenset(),
+        context: int = 1 << 30,
+        others: Mapping[str, Voice] | None = None,
         dice: Dice | None = None,
         released: Callable[[Anchor], None] = lambda anchor: None,
     ) -> None:
-        self.problem, self.texts, self.step, self.answer, self.ends = problem, texts, step, answer, ends
+        self.problem, self.step, self.answer = problem, step, answer
+        self.voices = {"": Voice(texts, tuple(prompt), ends, context), **(others or {})}
         self.budget, self.most, self.seed, self.stop = budget or Budget(), most, seed, tuple(stop)
         self.ledger = Ledger(prompt=len(prompt))
         self.branches: list[Branch] = []
         self.notes: dict[str, Any] = {}
         self.exhausted = False
         self.root = Branch(self, list(prompt), seed)
+        self._roots = {"": self.root}
         self._dice = dice or SeededDice(seed)
         self._released = released
+
+    def root_of(self, model: str) -> Branch:
+        """The branch with nothing but the problem's prompt, of the ``model`` of that name; the search's own is without
+        a name.
+
+        Raises:
+            UsageError: there is none; the message lists those that there are.
+        """
+        if model not in self._roots:
+            if model not in self.voices:
+                known = ", ".join(filter(None, self.voices)) or "none"
+                raise UsageError(
+                    f"the program asks the model {model!r}, and none was given by that name; known: {known}",
+                    hint=f"Give it by models={{{model!r}: LLM(...)}}, or on the command line by --model {model}=NAME.",
+                )
+            prompt = list(self.voices[model].prompt)
+            self._roots[model] = Branch(self, prompt, derive(self.seed, f"search/model/{model}") >> 1, model=model)
+            self.ledger.prompt += len(prompt)
+        return self._roots[model]
 
     # What a program waits for
 
@@ -135,10 +178,10 @@ class Search:
         """``n`` texts drawn from the model, to their end."""
         return await self.extend(self.root.fork(n), **until)
 
-    def judge(self, branches: Iterable[Branch], scorer: str = "") -> Awaitable[list[Branch]]:
+    def judge(self, branches: Iterable[Branch], scorer: str = "", **known: Any) -> Awaitable[list[Branch]]:
         """Has the scorer set ``branches``' scores, which are given back. One that it fails on has its ``error``, and
-        the score 0."""
-        return Judge(self, list(branches), scorer)
+        the score 0. What is ``known`` stands in place of what the problem says, such as other ``tests``."""
+        return Judge(self, list(branches), scorer, {**self.problem, **known})
 
     def first(self, branches: Iterable[Branch]) -> Awaitable[Branch]:
         """Extends all ``branches`` side by side until the first of them ends, counted in tokens; it is given back, and
@@ -158,8 +201,10 @@ class Search:
 
     @property
     def leaves(self) -> list[Branch]:
-        """Branches that have not been forked, the root aside."""
-        return [each for each in self.branches if not each.children and each.parent is not None]
+        """Branches with an answer that have not been forked, but to ask about them; the roots aside."""
+        answers = [each for each in self.branches if each.fate != "aside" and each.parent is not None]
+        forked = {each.parent for each in answers}
+        return [each for each in answers if each not in forked]
 
     @property
     def left(self) -> float:
@@ -168,7 +213,8 @@ class Search:
 
     def room(self, branch: Branch) -> int:
         """How many more tokens ``branch`` may come to."""
-        return max(0, self.most - len(branch.generated))
+        context = self.voices[branch.model].context
+        return max(0, min(self.most - len(branch.generated), context - len(branch.tokens)))
 
     def released(self, anchor: Anchor) -> None:
         """One branch less goes on from ``anchor``."""
@@ -202,6 +248,7 @@ class Judge:
     search: Search
     branches: list[Branch]
     scorer: str
+    problem: Mapping[str, Any]
 
     def __await__(self) -> Any:
         return (yield self)

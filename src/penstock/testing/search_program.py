@@ -25,7 +25,7 @@ from penstock.search.driver import Driver, run
 from penstock.search.ledger import Budget, Ledger, Prices, total
 from penstock.search.play import Play
 from penstock.search.scorers.contract import Candidate, Problem, Scoring
-from penstock.search.search import Search
+from penstock.search.search import Search, Voice
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
@@ -48,6 +48,8 @@ BESIDE = ("discarded", "cached", "computed", "blocks")
 AMOUNTS = {"generated": (0, 1, 33), "tokens": (20,), "flops": (1,), "eflops": (25,)}
 
 SAMPLING = SamplingParams(max_tokens=MOST, seed=3)
+
+PRICES = Prices(SHAPE)
 
 
 def check(program: Program) -> None:
@@ -83,7 +85,7 @@ def _plain() -> list[list[int]]:
 
 def check_budget(program: Program) -> None:
     """Asserts that no budget is exceeded, and none left that the program would have used: as it does without one."""
-    prices = Prices(SHAPE)
+    prices = PRICES
     prompt = numbers("budget", 9)
     (free,) = _played(small_engine(), [_search(prompt, 0)], program)
     # With a little less than it wants, what texts leave that end early has to go to the others.
@@ -99,7 +101,12 @@ def check_budget(program: Program) -> None:
         spent = float(getattr(play.search.ledger, unit))
         assert spent <= most * (1 + 1e-12), f"{spent} {unit} are spent of {most}"
         if float(getattr(free.search.ledger, unit)) > most:
-            dearest = _worth(prices, unit, 9 + MOST) - _worth(prices, unit, 8 + MOST)
+            # The next token may stand behind a question.
+            asked = max(branch.appended for branch in free.search.branches)
+            last = max(len(branch.tokens) for branch in free.search.branches)
+            dearest = _worth(prices, unit, last) - _worth(
+                prices, unit, last - 1 - (0 if unit == "generated" else asked)
+            )
             assert spent > most - dearest - (_worth(prices, unit, 9) if not spent else 0), (
                 f"{most - spent} {unit} are left of {most}, enough for a token"
             )
@@ -119,7 +126,7 @@ def check_recount(program: Program) -> None:
     needed = found.tokens + found.discarded
     assert found.computed == needed, f"{found.computed} positions are computed, and {needed} need to be"
     grown = sum(branch.record()["tokens"] for play in plays for branch in play.search.branches)
-    given = sum(each.root.start for each in searches)
+    given = sum(branch.start for each in searches for branch in each.branches if branch.parent is None)
     assert grown == found.generated + found.prompt - given, "the ledger's tokens are not those of the tree"
     assert now.held == 0, f"{now.held} blocks stay in the cache"
 
@@ -128,12 +135,12 @@ def check_alone(program: Program) -> None:
     """Asserts that a problem's tree is the same beside others, overlapped, and where memory is short."""
     seeds = range(2)
     alone = [_played(small_engine(), [_named(seed)], program)[0] for seed in seeds]
-    for engine in (small_engine(loop="overlapped", sequences=12), small_engine(sequences=5, cache_tokens=100)):
-        beside = _played(engine, [_named(seed) for seed in seeds], program)
-        for seed, one, other in zip(seeds, alone, beside, strict=True):
-            assert _tree(one) == _tree(other), f"the tree of problem {seed} is another beside others"
-            assert _spent(one.search.ledger) == _spent(other.search.ledger)
-        assert engine.snapshot().held == 0
+    engine = small_engine(loop="overlapped", sequences=5, cache_tokens=100)
+    beside = _played(engine, [_named(seed) for seed in seeds], program)
+    for seed, one, other in zip(seeds, alone, beside, strict=True):
+        assert _tree(one) == _tree(other), f"the tree of problem {seed} is another beside others"
+        assert _spent(one.search.ledger) == _spent(other.search.ledger)
+    assert engine.snapshot().held == 0
 
 
 def check_failures(program: Program) -> None:
@@ -179,6 +186,9 @@ def _search(prompt: list[int], seed: int, budget: Budget | None = None) -> Searc
         most=MOST,
         step=STEP,
         ends=ENDS,
+        context=SHAPE.context,
+        # The same model, under another prompt: what is counted for both is one engine's.
+        others={"strong": Voice(Letters(), tuple(numbers(f"strong {len(prompt)}", 7)), ENDS, SHAPE.context)},
         answer=lambda text: text[-2:],
     )
 
@@ -196,11 +206,11 @@ def _played(
 ) -> list[Play]:
     """Plays ``program`` on all ``searches`` at once; ``positions`` is told what each step of the engine computed."""
     engine.memory.pool.forget()
-    driver = Driver(engine, SAMPLING, {"": scoring}, seconds=30)
+    driver = Driver(engine, SAMPLING, {"": scoring}, seconds=30, others={"strong": engine})
     plays = []
     for search in searches:
         search._released = driver.released
-        plays.append(Play(search, program.run(search), Prices(SHAPE)))
+        plays.append(Play(search, program.run(search), PRICES, {"strong": PRICES}))
     if positions is not None:
         launch = engine.executor.launch
 

@@ -15,7 +15,7 @@ from penstock.models.config import DecoderConfig
 from penstock.search.ledger import Prices
 from penstock.search.play import Play
 from penstock.search.scorers.contract import Verdict
-from penstock.search.search import Search
+from penstock.search.search import Search, Voice
 
 #: The shape that costs are counted by.
 SHAPE = DecoderConfig(vocabulary=8, hidden=8, layers=1, heads=1, kv_heads=1, head_dim=8, ffn=8, context=64)
@@ -31,8 +31,10 @@ class Letters:
     """Texts whose tokens are letters. See :class:`~penstock.search.search.Texts`."""
 
     def encode(self, text: str) -> list[int]:
-        """A token for each letter."""
-        return [LETTERS.index(letter) for letter in text]
+        """A token for each letter; of a text with other ones, such as a question in words, one for each word."""
+        if all(letter in LETTERS for letter in text):
+            return [LETTERS.index(letter) for letter in text]
+        return [sum(map(ord, word)) % END for word in text.split()]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """A letter for each token."""
@@ -93,39 +95,65 @@ class Outcome:
 
 
 def outcomes(
-    program: Callable[[Search], Any], table: Table, worth: Worth, *, prompt: str = "a", **options: Any
+    program: Callable[[Search], Any],
+    table: Table,
+    worth: Worth,
+    *,
+    prompt: str = "a",
+    problem: Mapping[str, Any] | None = None,
+    others: Mapping[str, Table] | None = None,
+    **options: Any,
 ) -> Iterator[Outcome]:
-    """All ways that ``program`` can go; ``options`` are those of :class:`~penstock.search.search.Search`."""
+    """All ways that ``program`` can go, with ``others`` as the tables of further models; ``options`` are those of
+    :class:`~penstock.search.search.Search`. A table is asked for what follows all that stands behind the problem's
+    prompt, questions too."""
     given: list[int] | None = []
     while given is not None:
         path = _Path(given)
-        search = Search({}, Letters().encode(prompt), Letters(), ends=frozenset({END}), dice=path, **options)
-        play = Play(search, program(search), PRICES)
+        tokens, ends = Letters().encode(prompt), frozenset({END})
+        voices = {name: Voice(Letters(), tuple(tokens), ends) for name in others or {}}
+        search = Search(problem or {}, tokens, Letters(), ends=ends, dice=path, others=voices, **options)
+        play = Play(search, program(search), PRICES, dict.fromkeys(voices, PRICES))
         while not play.done:
-            _round(play, path, table, worth)
+            _round(play, path, {"": table, **(others or {})}, worth)
         if play.error is not None:
             raise play.error
         yield Outcome(path.probability, play)
         given = path.following()
 
 
-def _round(play: Play, path: _Path, table: Table, worth: Worth) -> None:
+def _round(play: Play, path: _Path, tables: Mapping[str, Table], worth: Worth) -> None:
     while play.pieces:
         piece = play.pieces.pop(0)
         why, told = None, 0
         while why is None and told < piece.most:
-            chances = table(piece.branch.text)
-            letters = list(chances)
-            letter = letters[path.choose([chances[each] for each in letters])]
+            branch = piece.branch
+            chances = tables[branch.model](Letters().decode(branch.tokens[branch.line[0].start :]))
+            letters, shares = list(chances), [*chances.values()]
+            if branch.temperature is not None:
+                shares = tempered(shares, branch.temperature)
+            letter = letters[path.choose(shares)]
+            top = sorted(
+                ((LETTERS.index(each), math.log(chances[each])) for each in letters if chances[each] > 0),
+                key=lambda pair: -pair[1],
+            )[: piece.top]
             told += 1
             token = LETTERS.index(letter)
             why = "stop" if token == END else None
-            if play.told(piece, [token], [(math.log(chances[letter]), 0.0, 0.0)]):
+            if play.told(piece, [token], [(math.log(chances[letter]), 0.0, 0.0)], [top] if piece.top else ()):
                 break
         play.ended(piece, why, told)
     while play.judgements:
         judge = play.judgements.pop(0)
         play.judged(judge, [Verdict(worth(each.text, each.finished)) for each in judge.branches])
+
+
+def tempered(shares: Sequence[float], temperature: float) -> list[float]:
+    """``shares`` to the power 1 / ``temperature``; at 0 all of it is the first of the largest."""
+    if temperature == 0:
+        return [float(place == shares.index(max(shares))) for place in range(len(shares))]
+    powers = [share ** (1 / temperature) for share in shares]
+    return [power / math.fsum(powers) for power in powers]
 
 
 def texts(table: Table, most: int = 32) -> dict[str, float]:

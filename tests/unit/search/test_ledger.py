@@ -17,7 +17,7 @@ SHAPE = DecoderConfig(
 PRICES = Prices(SHAPE)
 
 wishes = st.builds(
-    lambda length, new, most: Wish(length, max(0, length - 1 - new), most),
+    lambda length, new, most: Wish(length, max(0, length - 1 - new), most, PRICES),
     st.integers(1, 40),
     st.integers(0, 5),
     st.integers(0, 12),
@@ -27,10 +27,10 @@ wishes = st.builds(
 @given(st.lists(wishes, max_size=6), st.sampled_from(["generated", "tokens", "flops", "eflops"]), st.floats(0, 1.2))
 def test_a_token_each_in_turn(asked, unit, share):
     """The definition: everybody has the same number, but for those who want fewer and, in order, one more."""
-    whole = sum(wish.price(PRICES, unit, wish.most) for wish in asked)
+    whole = sum(wish.price(unit, wish.most) for wish in asked)
     left = share * whole
-    granted = shares(asked, PRICES, unit, left)
-    spent = sum(wish.price(PRICES, unit, count) for wish, count in zip(asked, granted, strict=True))
+    granted = shares(asked, unit, left)
+    spent = sum(wish.price(unit, count) for wish, count in zip(asked, granted, strict=True))
     assert spent <= left or not any(granted)
     counts = [0] * len(asked)
     while True:
@@ -38,7 +38,7 @@ def test_a_token_each_in_turn(asked, unit, share):
         before = list(counts)
         for place in turn:
             more = [*counts[:place], counts[place] + 1, *counts[place + 1 :]]
-            if sum(wish.price(PRICES, unit, count) for wish, count in zip(asked, more, strict=True)) > left:
+            if sum(wish.price(unit, count) for wish, count in zip(asked, more, strict=True)) > left:
                 assert granted == counts
                 return
             counts = more

@@ -157,3 +157,64 @@ def test_the_page_holds_what_was_said():
     record = {"id": "</script><b>", "score": None, "ledger": {"generated": 1}, "tree": [], "error": None}
     page = tree_page({"program": "beam"}, [record])
     assert page.count("</script>") == 1 and '"DATA"' not in page
+
+
+def test_texts_are_cut_cooled_and_looked_into(llm):
+    """A fork in the middle draws what plain decoding of that beginning does; the most probable tokens are told."""
+
+    async def program(search):
+        (whole,) = await search.extend(search.root.fork(1, temperature=0.0), tokens=8, top=3)
+        at = len(whole.tokens) - 5
+        (again,) = await search.extend(whole.fork(1, at=at), tokens=5, top=3)
+        assert again.tokens == whole.tokens and again.logprobs == pytest.approx(whole.logprobs)
+        for place in range(at, len(whole.tokens)):
+            top = whole.alternatives[place]
+            assert len(top) == 3 and top[0][0] == whole.tokens[place]
+            assert top[0][1] == pytest.approx(whole.logprobs[place - whole.prompt], abs=1e-5)
+        with pytest.raises(UsageError, match="to fork at"):
+            whole.fork(1, at=2)
+        asked = whole.fork(1, at=at)[0].ask("\n    return ")
+        assert asked.text == "" and asked.generated == []
+        with pytest.raises(UsageError, match="not computed yet"):
+            asked.append("x, y").fork(1, at=len(asked.tokens) - 1)
+        await asked.extend(tokens=3)
+        assert len(asked.generated) == len(asked.logprobs) and asked.text
+        return whole
+
+    (found,) = llm.search(PROMPT, program, sampling_params=DRAWN, progress=silent)
+    assert found.error is None
+    greedy = llm.generate(PROMPT, DRAWN.model_copy(update={"temperature": 0.0}), progress=silent)[0].outputs[0]
+    assert found.tokens == greedy.token_ids[:8]
+    assert found.ledger.tokens == found.ledger.computed, "nothing is computed again but the newest token"
+
+
+def test_further_models_write_in_their_own_tokens(llm):
+    other = LLM("python-1m", progress=silent, check=True, cache_tokens=2048)
+    plain = other.generate(PROMPT, DRAWN.model_copy(update={"temperature": 0.0}), progress=silent)[0].outputs[0]
+
+    async def program(search):
+        weak = await search.root.fork(1)[0].extend(tokens=4)
+        strong = await search.root_of("strong").fork(1, temperature=0.0)[0].extend()
+        assert weak.model == "" and strong.model == "strong"
+        return strong
+
+    (found,) = llm.search(PROMPT, program, models={"strong": other}, sampling_params=DRAWN, progress=silent)
+    assert found.error is None and found.tokens == plain.token_ids
+    assert found.ledger.generated == 4 + len(plain.token_ids)
+    assert llm.engine.snapshot().held == other.engine.snapshot().held == 0
+    (found,) = llm.search(PROMPT, {"name": "cascade", "least": 1.0}, sampling_params=DRAWN, progress=silent)
+    assert "asks the model 'strong', and none was given" in found.error
+
+
+def test_tests_that_a_program_wrote_come_to_the_scorer(llm):
+    seen = []
+
+    def scored(problem, text):
+        seen.append(problem["tests"])
+        return 0.0
+
+    problem = {"prompt": PROMPT, "tests": ["assert hidden"]}
+    program = {"name": "codemonkeys", "trajectories": 2, "length": 16}
+    (found,) = llm.search(problem, program, scorer=scored, sampling_params=DRAWN, progress=silent)
+    assert found.error is None and seen
+    assert all(each != problem["tests"] for each in seen)

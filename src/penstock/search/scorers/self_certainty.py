@@ -11,8 +11,8 @@ from penstock.search.scorers.contract import Candidate, Problem, Scorer, Verdict
 @policy("search.scorer", "self_certainty", papers=[341])
 class SelfCertainty(Scorer):
     """The mean distance of the distributions that a text's tokens were drawn from to the even one, KL(uniform || model)
-    in nats (self-certainty, Kang et al. 2025, by which [341] chooses among answers without thinking). It needs no right
-    answer and no other model. Not built: the paper's samples that skip the thinking."""
+    in nats (self-certainty, Kang et al. 2025, by which [341] chooses among answers without thinking; the program
+    ``no_thinking`` draws them). It needs no right answer and no other model."""
 
     def score(self, problem: Problem, candidates: Sequence[Candidate]) -> list[float | Verdict]:
         return [each.certainty for each in candidates]

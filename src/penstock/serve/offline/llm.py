@@ -186,6 +186,15 @@ class LLM:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt.
+
+        Raises:
+            UsageError: it is no prompt.
+        """
+        _, (tokens,) = self._tokenized(prompt)
+        return tokens
+
     def _tokenized(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[str | None], list[list[int]]]:
         """Text, where there is one, and tokens of each prompt."""
         texts: list[str | None] = []

@@ -1,0 +1,41 @@
+"""Puzzles with their solutions, to train what test-time search is measured on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pydantic import PositiveInt
+
+from penstock.data.corpora.contract import Corpus, Document
+from penstock.data.puzzles import KINDS, puzzles
+from penstock.policy import policy
+
+#: About how many bytes a puzzle has.
+SIZE = 48
+
+
+@policy("data.corpus", "puzzles")
+class Puzzles(Corpus):
+    """Small Python functions, Countdown and 4x4 Sudoku with their solutions, in turn; those that ``penstock bench
+    search`` asks are held out by construction.
+
+    Attributes:
+        count: how many.
+    """
+
+    count: PositiveInt = 3000
+
+    def documents(self) -> Iterator[Document]:
+        sources = [puzzles(kind, held_out=False) for kind in KINDS]
+        for number, source in zip(range(self.count), itertools.cycle(sources), strict=False):
+            puzzle = next(source)
+            yield Document(f"{puzzle.kind} {number}", puzzle.prompt + puzzle.solution)
+
+    def size(self) -> int:
+        return self.count * SIZE
+
+    @classmethod
+    def example(cls, folder: Path, texts: Sequence[str]) -> None:
+        """Nobody writes puzzles: they are made."""

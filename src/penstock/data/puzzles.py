@@ -1,0 +1,210 @@
+"""Puzzles with answers that can be checked, made with seeds: small Python functions, Countdown, 4x4 Sudoku."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import operator
+import random
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+Kind = Literal["functions", "countdown", "sudoku"]
+
+KINDS: tuple[Kind, ...] = ("functions", "countdown", "sudoku")
+
+#: One prompt in so many is held out, whatever seed it comes up with.
+HELD_OUT = 10
+
+#: What a function is said to do, and the expression for it; {x} is what it is done to, {k} a digit.
+STEPS = {
+    "add {k}": "{x} + {k}",
+    "subtract {k}": "{x} - {k}",
+    "multiply by {k}": "({x}) * {k}",
+    "square": "({x}) ** 2",
+    "negate": "-({x})",
+}
+
+OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+#: A line of a Countdown solution.
+LINE = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Puzzle:
+    """A puzzle with a solution of it.
+
+    Attributes:
+        kind: functions, countdown or sudoku.
+        prompt, solution: texts; the one stands behind the other.
+        facts: what checks an answer: the ``tests`` and the ``code`` before them, the ``numbers`` and the ``target``, or
+            the ``given`` rows.
+    """
+
+    kind: Kind
+    prompt: str
+    solution: str
+    facts: dict[str, Any]
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it is for tests: by its prompt alone, so that no seed can bring it into training."""
+        return zlib.crc32(self.prompt.encode()) % HELD_OUT == 0
+
+
+def puzzle(kind: Kind, seed: int) -> Puzzle:
+    """The puzzle of this kind with this seed."""
+    return MAKERS[kind](random.Random(f"{kind} {seed}"))
+
+
+def puzzles(kind: Kind, held_out: bool) -> Iterator[Puzzle]:
+    """All puzzles of this kind for training, or those that are held out, without end; one may come again."""
+    seed = 0
+    while True:
+        found = puzzle(kind, seed)
+        if found.held_out == held_out:
+            yield found
+        seed += 1
+
+
+def right(kind: Kind, facts: dict[str, Any], text: str) -> bool:
+    """Whether ``text`` solves a puzzle. A function is right where it is an expression of ``x``, digits and the signs
+    that puzzles have, and passes the tests; it is worked out, not run. Other programs are for ``unit_tests``."""
+    lines = text.strip().splitlines()
+    if kind == "functions":
+        return _computed(facts["tests"], text)
+    if kind == "countdown":
+        return _counted(facts["numbers"], facts["target"], lines)
+    return _solved(facts["given"], lines)
+
+
+def _function(draw: random.Random) -> Puzzle:
+    said, expression = [], "x"
+    for _ in range(draw.choice((2, 2, 3))):
+        words, code = draw.choice(list(STEPS.items()))
+        digit = draw.randint(2, 9)
+        said.append(words.format(k=digit))
+        expression = code.format(x=expression, k=digit)
+    prompt = f'def f(x):\n    """{", ".join(said)}"""\n'
+    value = eval(compile(ast.parse(f"lambda x: {expression}", mode="eval"), "puzzle", "eval"))  # our own text
+    tests = [f"assert f({x}) == {value(x)}" for x in (0, 1, 2, 5, -3)]
+    return Puzzle("functions", prompt, f"    return {expression}\n", {"code": prompt, "tests": tests})
+
+
+def _countdown(draw: random.Random) -> Puzzle:
+    while True:
+        numbers = [draw.randint(1, 9) for _ in range(3)]
+        left, lines = list(numbers), []
+        while len(left) > 1:
+            one, other = (left.pop(draw.randrange(len(left))) for _ in range(2))
+            sign = draw.choice(list(OPERATIONS))
+            made = OPERATIONS[sign](one, other)
+            lines.append(f"{one}{sign}{other}={made}\n")
+            left.append(made)
+        if all("=-" not in line and int(line.split("=")[1]) < 100 for line in lines):
+            break
+    shown = " ".join(map(str, numbers))
+    return Puzzle("countdown", f"make {left[0]} of {shown}\n", "".join(lines), {"numbers": numbers, "target": left[0]})
+
+
+def _sudoku(draw: random.Random) -> Puzzle:
+    def shuffled(pairs: list[list[int]]) -> list[int]:
+        return [place for pair in draw.sample(pairs, 2) for place in draw.sample(pair, 2)]
+
+    first, second = [1, 2, 3, 4], [3, 4, 1, 2]
+    square = [first, second, *draw.choice([([2, 1, 4, 3], [4, 3, 2, 1]), ([2, 3, 4, 1], [4, 1, 2, 3])])]
+    rows, columns = shuffled([[0, 1], [2, 3]]), shuffled([[0, 1], [2, 3]])
+    names = draw.sample("1234", 4)
+    solved = ["".join(names[square[row][column] - 1] for column in columns) for row in rows]
+    hidden = set(draw.sample(range(16), draw.randint(5, 9)))
+    given = [
+        "".join("." if 4 * row + column in hidden else letter for column, letter in enumerate(line))
+        for row, line in enumerate(solved)
+    ]
+    lines = "\n".join
+    return Puzzle("sudoku", f"sudoku\n{lines(given)}\n\n", f"{lines(solved)}\n", {"given": given})
+
+
+MAKERS: dict[Kind, Callable[[random.Random], Puzzle]] = {
+    "functions": _function,
+    "countdown": _countdown,
+    "sudoku": _sudoku,
+}
+
+
+#: What an expression may be made of.
+SIGNS: dict[type[ast.AST], Callable[..., int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Pow: pow,
+    ast.USub: operator.neg,
+}
+
+
+def _computed(tests: list[str], text: str) -> bool:
+    try:
+        (found,) = ast.parse("def f(x):\n" + text.strip("\n").replace("return", " return", 1)).body
+        assert isinstance(found, ast.FunctionDef) and isinstance(found.body[0], ast.Return) and len(found.body) == 1
+        expression = found.body[0].value
+        assert expression is not None
+        for test in tests:
+            x, wanted = map(int, re.findall(r"-?\d+", test))
+            if _value(expression, x) != wanted:
+                return False
+    except (AssertionError, SyntaxError, ValueError, KeyError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def _value(node: ast.expr, x: int) -> int:
+    """Of an expression; small numbers only.
+
+    Raises:
+        ValueError, KeyError: it is made of something else.
+    """
+    if isinstance(node, ast.Name) and node.id == "x":
+        return x
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.UnaryOp):
+        return SIGNS[type(node.op)](_value(node.operand, x))
+    if isinstance(node, ast.BinOp):
+        one, other = _value(node.left, x), _value(node.right, x)
+        if (isinstance(node.op, ast.Pow) and not 0 <= other <= 2) or abs(one) + abs(other) > 10**9:
+            raise ValueError("too large")
+        return SIGNS[type(node.op)](one, other)
+    raise ValueError("not an expression of x")
+
+
+def _counted(numbers: list[int], target: int, lines: list[str]) -> bool:
+    left = Counter(numbers)
+    for line in lines:
+        found = LINE.fullmatch(line)
+        if found is None:
+            return False
+        one, other, made = int(found[1]), int(found[3]), int(found[4])
+        if OPERATIONS[found[2]](one, other) != made or Counter((one, other)) - left:
+            return False
+        left = left - Counter((one, other)) + Counter((made,))
+    return left == Counter((target,))
+
+
+def _solved(given: list[str], lines: list[str]) -> bool:
+    if [len(line) for line in lines] != [4] * 4:
+        return False
+    if any(
+        said not in (".", found)
+        for row, line in zip(given, lines, strict=True)
+        for said, found in zip(row, line, strict=True)
+    ):
+        return False
+    columns = ["".join(line[place] for line in lines) for place in range(4)]
+    boxes = [
+        lines[row][column : column + 2] + lines[row + 1][column : column + 2] for row in (0, 2) for column in (0, 2)
+    ]
+    return all(sorted(part) == list("1234") for part in [*lines, *columns, *boxes])

@@ -1,0 +1,46 @@
+"""Reward models against transformers' sequence classifiers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from penstock.core.errors import UsageError
+from penstock.models import hub
+from penstock.search.scorers.contract import Candidate
+from penstock.search.scorers.reward_model import RewardModel
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reward")
+    config = transformers.LlamaConfig(
+        vocab_size=4096, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((hub.resolve("python-1m") / name).read_bytes())
+    return folder, model
+
+
+def test_rewards_are_those_of_transformers_whatever_is_scored_beside(classifier):
+    folder, model = classifier
+    tokenizer = hub.load_tokenizer(folder)
+    texts = ["", "    return a + b\n", "    return a\n    # and more\n", " x"]
+    with torch.inference_mode():
+        wanted = [
+            float(model(torch.tensor([tokenizer("def add(a, b):\n" + text)["input_ids"]])).logits) for text in texts
+        ]
+    for batch in (1, 3, 8):
+        scorer = RewardModel(model=str(folder), batch=batch)
+        found = scorer.score({"prompt": "def add(a, b):\n"}, [Candidate(text, "") for text in texts])
+        assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_what_is_no_reward_model_is_refused():
+    with pytest.raises(UsageError, match="it is no reward model"):
+        RewardModel(model="python-1m").score({"prompt": "a"}, [Candidate("b", "")])
