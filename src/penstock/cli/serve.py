@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -56,6 +56,15 @@ def serve(
     ),
     kv: str | None = KV,
     kv_budget: float | None = KV_BUDGET,
+    kv_eviction: str | None = typer.Option(
+        None, "--kv-eviction", metavar="POLICY", help="Which prefixes leave the cache first: lru, gdsf, lec, succinct."
+    ),
+    kv_host: str | None = typer.Option(
+        None, "--kv-host", metavar="BYTES", help="Host memory for prefixes that leave the cache, such as 8GB."
+    ),
+    kv_disk: Path | None = typer.Option(
+        None, "--kv-disk", metavar="FOLDER", help="Where they go besides, and are found after a restart."
+    ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     queue: int = typer.Option(1024, "--queue", min=0, help="Most continuations that wait; more get status 429."),
     deadline: float = typer.Option(600.0, "--deadline", help="Most seconds that a request may take."),
@@ -79,6 +88,8 @@ def serve(
 
     Example: `penstock serve python-6m --port 8000 --set sequences=64`
 
+    With prefixes that come back, also after a restart: `penstock serve python-6m --kv-host 2GB --kv-disk cache`
+
     With drafted tokens, and a trace of every request: `penstock serve python-6m --draft python-1m --trace trace.json`
 
     With a quarter of the cache: `penstock serve smollm2 --kv snapkv --kv-budget 0.25`
@@ -99,7 +110,9 @@ def serve(
     from penstock.serve.observe.log import start
     from penstock.serve.observe.trace import Trace
 
-    chosen = {"draft": draft, "record": None if record is None else str(record), **chosen_cache(kv, kv_budget)}
+    options = {"draft": draft, "record": record, "eviction": kv_eviction, "kv_host": kv_host, "kv_disk": kv_disk}
+    chosen: dict[str, Any] = {key: str(value) for key, value in options.items() if value is not None}
+    chosen |= chosen_cache(kv, kv_budget)
     engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
     given = {
         "body": body_limit,

@@ -19,7 +19,7 @@ from penstock.models import hub
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.invariant import make_invariant
-from penstock.ops.paged.contract import CacheShape, PagedAttention
+from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedCache
 from penstock.ops.paged.invariant import Invariant
 from penstock.policy import index
 from penstock.serve.choose.grammar import Grammars
@@ -29,6 +29,9 @@ from penstock.serve.choose.sampler import Sampler
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.kv.compaction import Compactor
+from penstock.serve.kv.disk import DiskBlocks, fingerprint
+from penstock.serve.kv.host import HostBlocks
+from penstock.serve.kv.tiers import Tiers
 from penstock.serve.rehearsal import rehearsal_blocks, rehearse_first_uses, rehearse_largest_steps
 from penstock.serve.run.draft import DraftModel, DraftPlanner
 from penstock.serve.run.planner import Planner
@@ -111,10 +114,33 @@ def build_engine(
     """
     runner, drafting = build_runners(model, config, draft, report)
     if config.record is None:
-        return Engine(config, runner, stop, grammars, drafting)
+        return Engine(config, runner, stop, grammars, drafting, _tiers(model, config, runner.cache))
     options = {**config.model_dump(mode="json"), "record": None, "cache_tokens": runner.blocks * runner.block_size}
     header = {"model": model.config.model_dump(mode="json"), "source": source, "engine": options}
     return Engine(config, Recorder(runner, config.record, header), stop, grammars, drafting)
+
+
+def _tiers(model: Decoder, config: EngineConfig, cache: PagedCache) -> Tiers | None:
+    """Where blocks go that leave ``cache``.
+
+    Raises:
+        UsageError: not one of them fits, or the folder cannot be used.
+    """
+    if not config.kv_host:
+        return None
+    shape = cache.shape
+    places = config.kv_host // shape.block_bytes
+    if not places:
+        raise UsageError(
+            f"kv_host is {config.kv_host:,} bytes, and a block of the cache has {shape.block_bytes:,}",
+            hint="Give the host's memory more, or leave the option out.",
+        )
+    disk = None
+    if config.kv_disk is not None:
+        space = fingerprint(model, shape.dtype, shape.block_size, type(cache).__name__)
+        disk = DiskBlocks(config.kv_disk, space, config.kv_disk_size)
+    with explained_shortage():
+        return Tiers(HostBlocks(cache, places), disk)
 
 
 def build_runner(model: Decoder, config: EngineConfig, report: Reporter = silent) -> Runner:

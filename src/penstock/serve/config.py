@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import ByteSize, Field, PositiveInt, field_validator, model_validator
 
 from penstock.core.config import Config
 from penstock.core.errors import UsageError, nearest
@@ -17,6 +17,8 @@ from penstock.serve.batching.contract import Batching
 from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.engine.loops.contract import Loop
 from penstock.serve.engine.loops.overlapped import Overlapped
+from penstock.serve.kv.evictions.contract import Eviction
+from penstock.serve.kv.evictions.lru import LeastRecentlyUsed
 from penstock.serve.kv.policies.contract import CachePolicy
 from penstock.serve.kv.policies.full import Full
 from penstock.speculate.contract import Drafter
@@ -38,6 +40,11 @@ class EngineConfig(Config):
             on CUDA, which such a step keeps busy, and 2,048 on the CPU.
         sequences: most sequences that run at a time.
         block_size: tokens of a block of the cache.
+        eviction: the order in which blocks of the cache go that hold the prefix of a text and that no sequence holds.
+        kv_host: bytes of the host's memory for blocks that leave the cache, such as ``8GB``; they come back from there
+            when they are wanted again.
+        kv_disk: a folder for them, which is used again after a restart; what comes from disk goes through ``kv_host``.
+        kv_disk_size: most bytes of that folder.
         cache_tokens: tokens for which the cache has room; None sizes it by ``memory``.
         memory: share of the device's memory that may be in use, by weights, cache, graphs, the largest steps, and
             whoever else is there; on the CPU, half as large a share of what is free is for the cache.
@@ -64,6 +71,10 @@ class EngineConfig(Config):
     tokens: PositiveInt | None = None
     sequences: PositiveInt = 256
     block_size: PositiveInt = 16
+    eviction: Annotated[Eviction, Choice("kv.eviction")] = LeastRecentlyUsed()
+    kv_host: ByteSize | None = None
+    kv_disk: Path | None = None
+    kv_disk_size: ByteSize = ByteSize(64 * 10**9)
     cache_tokens: PositiveInt | None = None
     memory: Annotated[float, Field(gt=0, le=1)] = 0.85
     context: PositiveInt | None = None
@@ -101,6 +112,16 @@ class EngineConfig(Config):
     def _invariant(self) -> EngineConfig:
         if self.deterministic and self.attention is not None and self.attention.policy_name != "invariant":
             raise ValueError(f"deterministic needs the attention 'invariant', not {self.attention.policy_name!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _tiers(self) -> EngineConfig:
+        if self.kv_disk is not None and not self.kv_host:
+            raise ValueError("kv_disk needs kv_host: what comes from disk goes through the host's memory")
+        if self.kv_host and self.record is not None:
+            raise ValueError(
+                "record needs an engine without kv_host: a recording has no blocks that come back from there"
+            )
         return self
 
     @model_validator(mode="after")

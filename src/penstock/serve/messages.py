@@ -102,6 +102,10 @@ class Snapshot:
         drafted_at, accepted_at: drafted and accepted tokens by their place behind the newest one.
         dropped_tokens: how many went out of caches that were compressed.
         step_seconds: of the last step.
+        hits, misses: full blocks of the sequences that were let in, found in the cache and not.
+        evicted: blocks that were evicted from the prefix tree.
+        tier_bytes: that blocks take in the host's memory and on disk.
+        tier_hits: blocks that came back from the host's memory to the cache, and from disk to the host's memory.
     """
 
     steps: int
@@ -122,3 +126,8 @@ class Snapshot:
     dropped_tokens: int = 0
     drafted_at: tuple[int, ...] = ()
     accepted_at: tuple[int, ...] = ()
+    hits: int = 0
+    misses: int = 0
+    evicted: int = 0
+    tier_bytes: tuple[int, int] = (0, 0)
+    tier_hits: tuple[int, int] = (0, 0)

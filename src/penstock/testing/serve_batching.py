@@ -11,6 +11,7 @@ batch, and no block is held. What each clause is there to catch:
 - who is thrown out, and who comes back first: the least urgent that came last goes; one that was thrown out returns
   before anybody of the same priority and key who has not run yet; what it had found in the cache is counted once;
 - forks and cuts: a block that is written to although somebody else holds it, or the prefix tree offers it;
+- tiers: a block that comes back with another's content, or too early, or over what has yet to be copied;
 - nobody waits for ever: see :func:`check_no_starvation`; the urgent go first: see :func:`check_priority`.
 """
 
@@ -19,8 +20,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
@@ -39,15 +43,19 @@ from penstock.models.decoder import Decoder
 from penstock.models.sampling import Sampling
 from penstock.ops.paged.reference import Reference
 from penstock.serve.batching.contract import Batching
-from penstock.serve.build import build_engine
+from penstock.serve.build import build_engine, build_runners
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.decode.uscd import UncertaintyAwareContrast
 from penstock.serve.engine.engine import Engine
 from penstock.serve.engine.loops.contract import Loop
 from penstock.serve.engine.loops.plain import Plain
+from penstock.serve.kv.disk import DiskBlocks
+from penstock.serve.kv.evictions.contract import Eviction
+from penstock.serve.kv.host import HostBlocks
 from penstock.serve.kv.policies.contract import CachePolicy
 from penstock.serve.kv.policies.full import Full
+from penstock.serve.kv.tiers import Tiers
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.speculate.contract import Drafter
 from penstock.speculate.controllers.contract import Controller
@@ -165,6 +173,15 @@ class Account:
         return follows
 
 
+class AtOnce(Executor):
+    """Does what it is given before it returns: a course of events is the same each time."""
+
+    def submit(self, function: Callable[..., Any], /, *given: Any, **named: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*given, **named))
+        return done
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Any course of events. Subclasses name the policy, see :func:`machine_of`."""
 
@@ -172,6 +189,7 @@ class EngineMachine(RuleBasedStateMachine):
     loops: list[Loop]
     drafts: list[tuple[Drafter | None, Controller]]
     kv: CachePolicy = FULL
+    evictions: list[Eviction]
 
     @initialize(
         loop=st.integers(0, 7),
@@ -180,8 +198,20 @@ class EngineMachine(RuleBasedStateMachine):
         block_size=st.sampled_from([2, 4]),
         cache=st.sampled_from([36, 60, 400]),
         draft=st.integers(0, 15),
+        eviction=st.integers(0, 7),
+        places=st.sampled_from([0, 0, 3, 40]),
     )
-    def open(self, loop: int, tokens: int, sequences: int, block_size: int, cache: int, draft: int) -> None:
+    def open(
+        self,
+        loop: int,
+        tokens: int,
+        sequences: int,
+        block_size: int,
+        cache: int,
+        draft: int,
+        eviction: int,
+        places: int,
+    ) -> None:
         drafter, controller = self.drafts[draft % len(self.drafts)]
         config = EngineConfig(
             batching=self.batching,
@@ -190,13 +220,18 @@ class EngineMachine(RuleBasedStateMachine):
             tokens=tokens,
             sequences=sequences,
             block_size=block_size,
+            eviction=self.evictions[eviction % len(self.evictions)],
             cache_tokens=cache,
             draft=drafter,
             controller=controller,
             kv=self.kv,
             check=True,
         )
-        self.engine: Engine = build_engine(small_model(), config, draft=small_draft())
+        runner, drafting = build_runners(small_model(), config, small_draft())
+        self.folder = tempfile.TemporaryDirectory()
+        disk = DiskBlocks(Path(self.folder.name), "machine", 1 << 20)
+        tiers = Tiers(HostBlocks(runner.cache, places), disk, AtOnce()) if places else None
+        self.engine = Engine(config, runner, draft=drafting, tiers=tiers)
         if self.engine.speculation is not None:
             # By a clock that goes on by itself: a course of events is the same each time.
             self.engine.speculation.clock = itertools.count().__next__
@@ -274,6 +309,7 @@ class EngineMachine(RuleBasedStateMachine):
         """Everything finishes, with the right tokens, and nothing is left."""
         if not hasattr(self, "engine"):
             return
+        self.folder.cleanup()  # what is not there any more is computed again
         for _ in range(60 + 8 * sum(MOST + len(each.text) for each in self.accounts.values())):
             if not self.engine.busy:
                 break
@@ -427,6 +463,8 @@ def crowd(machine: EngineMachine, seed: int) -> None:
         block_size=int(draw.choice([2, 4])),
         cache=int(draw.choice([36, 48, 60])),
         draft=seed,
+        eviction=seed,
+        places=(0, 3, 40)[seed % 3],
     )
     for number in range(10):
         for _ in range(int(draw.integers(3))):
@@ -558,12 +596,14 @@ def _small_engine(batching: Batching) -> Engine:
 
 
 def machine_of(batching: Batching) -> type[EngineMachine]:
-    """The machine for a policy, over all registered loops, and drafters with controllers."""
+    """The machine for a policy, over all registered loops, orders of eviction, and drafters with controllers, with and
+    without memory and disk for what leaves the cache."""
     loops = [loop for loop in enrolled("serve.loop").values() if isinstance(loop, Loop)]
     drafters = [each for each in enrolled("speculate.drafter").values() if isinstance(each, Drafter)]
     controllers = [each for each in enrolled("speculate.controller").values() if isinstance(each, Controller)]
     drafts = [(None, controllers[0]), *itertools.product(drafters, controllers)]
-    fields = {"batching": batching, "loops": loops, "drafts": drafts}
+    evictions = [each for each in enrolled("kv.eviction").values() if isinstance(each, Eviction)]
+    fields = {"batching": batching, "loops": loops, "drafts": drafts, "evictions": evictions}
     return type(f"{type(batching).__name__}Machine", (EngineMachine,), fields)
 
 

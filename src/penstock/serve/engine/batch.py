@@ -50,6 +50,7 @@ class Batch:
         tables: int32 [slots, most blocks], the blocks of each slot's sequence.
         compactions: caches to be compressed before anything else.
         copies: blocks (from, to) to be copied before the step, since a sequence writes to a frozen one.
+        restored: blocks that were brought back since the last step: what else was known of them is void.
         parts: how many of the entries, in order, make a nano-batch: a pass of its own, beside the others where the
             device can do two things at a time. No entry reads what an entry of another part writes.
         lead: the part that goes first where two want the same.
@@ -63,6 +64,7 @@ class Batch:
     entries: list[Entry]
     tables: np.ndarray
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    restored: list[int] = dataclasses.field(default_factory=list)
     parts: tuple[int, ...] = ()
     lead: int = 0
     ahead: int = 0

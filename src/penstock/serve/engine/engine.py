@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as List
+from concurrent.futures import Future, wait
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from penstock.serve.engine.memory import Memory
 from penstock.serve.engine.sequence import Sequence, common
 from penstock.serve.engine.speculation import Speculation
 from penstock.serve.engine.steps import Counters, EngineSteps
+from penstock.serve.kv.tiers import Tiers
 from penstock.serve.messages import Delta, Finish, Request, Snapshot
 from penstock.speculate.prediction import Prediction
 
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from penstock.serve.config import EngineConfig
     from penstock.serve.run.draft import DraftModel
     from penstock.speculate.contract import Draft
+
+
+#: Seconds that an engine without other work waits for the disk before it looks for messages again.
+MOMENT = 0.02
 
 
 class Engine:
@@ -41,6 +47,7 @@ class Engine:
         stop: the model's own end-of-text tokens.
         grammars: compiles grammars; without it, requests cannot have one.
         draft: the model that drafts, where the settings name one.
+        tiers: where blocks go that leave the cache.
 
     Attributes:
         limits: what a step may hold, and for which model.
@@ -59,11 +66,12 @@ class Engine:
         stop: Iterable[int] = (),
         grammars: Grammars | None = None,
         draft: DraftModel | None = None,
+        tiers: Tiers | None = None,
     ) -> None:
         shape, blocks, size = executor.shape, executor.blocks, executor.block_size
         self.context = min(config.context or shape.context, shape.context, blocks * size)
         self.limits = Limits(config.budget(executor.device), config.sequences, blocks, size, shape)
-        self.memory = Memory(config.sequences, blocks, size, self.context, config.kv)
+        self.memory = Memory(config.sequences, blocks, size, self.context, config.kv, config.eviction, tiers)
         self.events = EventLog()
         self._config, self._stop, self._grammars = config, frozenset(stop), grammars
         self.executor, self._counters = executor, Counters()
@@ -78,6 +86,8 @@ class Engine:
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._untold: list[Delta] = []
         self._kept: dict[str, Sequence] = {}
+        self._tiers = tiers
+        self._fetching: dict[Sequence, list[Future[bool]]] = {}
 
     @property
     def ends(self) -> frozenset[int]:
@@ -320,7 +330,11 @@ class Engine:
         self._sequences.setdefault(request.id, []).append(sequence)
         self._counters.prompt_tokens += len(tokens)
         self.events.add("arrived", request.id, index, tokens=len(tokens), waiting=self.steps.batcher.waiting)
-        self.steps.batcher.add(sequence)
+        coming = [] if origin is not None else self.memory.fetch(sequence)
+        if coming:
+            self._fetching[sequence] = coming
+        else:
+            self.steps.batcher.add(sequence)
         return sequence
 
     def _draft(self, sampling: SamplingParams, tokens: List[int], prompt: int) -> Draft | None:
@@ -354,6 +368,7 @@ class Engine:
     def step(self) -> list[Delta]:
         """Does one step; returns what became known, at most one delta for each sequence and reason."""
         self._expire()
+        self._arrive()
         begun = time.perf_counter()
         deltas = self._loop.step()
         deltas, self._untold = self._untold + deltas, []
@@ -371,7 +386,7 @@ class Engine:
                 self.memory.keep(sequence)
             else:
                 self.memory.release(sequence)
-        else:
+        elif self._fetching.pop(sequence, None) is None:
             self.steps.batcher.remove(sequence)
         sequence.finish, sequence.origin = finish, None
         if sequence.request.keep:
@@ -388,6 +403,16 @@ class Engine:
         self._drop(sequence, finish)
         self._untold.append(Delta(sequence.request.id, sequence.index, [], finish=finish))
 
+    def _arrive(self) -> None:
+        """Those wait for memory from now on whose beginning has come from disk. Where there is nothing else to do, it
+        is waited for, a moment at a time."""
+        if self._fetching and not self.memory.running and not self.steps.batcher.waiting:
+            wait(next(iter(self._fetching.values())), MOMENT)
+        for sequence, coming in list(self._fetching.items()):
+            if all(each.done() for each in coming):
+                del self._fetching[sequence]
+                self.steps.batcher.add(sequence)
+
     def _expire(self) -> None:
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():
             _, _, sequence = heappop(self._deadlines)
@@ -398,15 +423,22 @@ class Engine:
         """Ends the engine: what is on its way is computed to its end, and told to nobody."""
         self._loop.drain()
         self.executor.close()
+        if self._tiers is not None:
+            self._tiers.close()
 
     def snapshot(self) -> Snapshot:
         """The engine's state now."""
-        last, speculation = self.steps.last, self.speculation
+        last, speculation, tiers = self.steps.last, self.speculation, self._tiers
         return Snapshot(
             running=len(self.memory.running),
-            waiting=self.steps.batcher.waiting,
+            waiting=self.steps.batcher.waiting + len(self._fetching),
             blocks=self.limits.blocks,
             held=self.memory.pool.held,
+            hits=self.memory.hits,
+            misses=self.memory.misses,
+            evicted=self.memory.pool.evicted,
+            tier_bytes=(0, 0) if tiers is None else (tiers.host_bytes, tiers.disk_bytes),
+            tier_hits=(0, 0) if tiers is None else (tiers.host_hits, tiers.disk_hits),
             batch_tokens=last.tokens,
             batch_sequences=len(last.entries),
             step_seconds=last.seconds,

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as List
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import numpy as np
 
 from penstock.serve.engine.sequence import Sequence, common
 from penstock.serve.kv.compaction import Compaction
+from penstock.serve.kv.evictions.contract import Eviction
+from penstock.serve.kv.evictions.lru import LeastRecentlyUsed
 from penstock.serve.kv.policies.contract import CachePolicy
 from penstock.serve.kv.policies.full import Full
-from penstock.serve.kv.pool import ROOT, BlockPool
+from penstock.serve.kv.pool import ROOT, BlockPool, name_behind
+from penstock.serve.kv.tiers import Tiers
 
 #: Of a cache that is not compressed, when it is due.
 NEVER = 1 << 62
@@ -70,6 +75,8 @@ class Memory:
         block_size: tokens of a block.
         context: most tokens of a sequence.
         policy: what the cache of a sequence keeps.
+        eviction: the order in which blocks that nobody holds go.
+        tiers: where evicted blocks go, and come back from.
 
     Attributes:
         pool: the blocks.
@@ -77,18 +84,32 @@ class Memory:
         running: sequences that have memory, by priority and arrival. Companions have some, and are not listed.
         kept: sequences that have ended and hold their blocks, but no slot, for others to go on from. Of these, the one
             that nobody went on from for the longest time lets go first where blocks are wanted.
+        hits, misses: full blocks of the sequences that were let in, found in the cache and not.
     """
 
     def __init__(
-        self, slots: int, blocks: int, block_size: int, context: int, policy: CachePolicy | None = None
+        self,
+        slots: int,
+        blocks: int,
+        block_size: int,
+        context: int,
+        policy: CachePolicy | None = None,
+        eviction: Eviction = LeastRecentlyUsed(),
+        tiers: Tiers | None = None,
     ) -> None:
-        self.pool, self._policy = BlockPool(blocks, block_size), policy or Full()
+        self.pool, self._policy = BlockPool(blocks, block_size, eviction.start), policy or Full()
         self.tables = np.zeros((slots, -(-context // block_size)), np.int32)
         self.running: list[Sequence] = []
         self.kept: OrderedDict[Sequence, None] = OrderedDict()
         self._slots = list(range(slots - 1, -1, -1))
         self._copies: list[tuple[int, int]] = []
         self._compactions: list[Compaction] = []
+        self.hits = self.misses = 0
+        self._tiers = tiers
+        self._leaving: list[tuple[bytes, int]] = []
+        self._restored: list[int] = []
+        if tiers is not None:
+            self.pool.on_evict = lambda block: self._leaving.append((self.pool.name(block), block))
 
     @property
     def free_slots(self) -> int:
@@ -111,10 +132,53 @@ class Memory:
             prefixes = [self._prefix(each) for each in members]
         if missing > self.pool.available and self.running:
             return False
-        for member, prefix in zip(members, prefixes, strict=True):
+        for prefix in prefixes:
             self.pool.share(prefix.blocks)
+        for member, prefix in zip(members, prefixes, strict=True):
             self._enter(member, prefix)
+            self._restore(member)
+            found = member.computed // self.pool.block_size
+            self.hits += found
+            self.misses += len(member.tokens) // self.pool.block_size - found
         return True
+
+    def fetch(self, sequence: Sequence) -> list[Future[bool]]:
+        """Begins to read from disk what a waiting sequence begins with; it can be let in once all of it is done."""
+        if self._tiers is None or not self._tiers.lasting:
+            return []
+        found = self.pool.match(sequence.tokens, self._reusable(sequence))
+        return self._tiers.fetch(self._names(sequence, found[-1] if found else None, len(found)))
+
+    def _restore(self, sequence: Sequence) -> None:
+        """Brings back what one who was let in begins with, behind what the pool has of it."""
+        held, size = sequence.held, self.pool.block_size
+        assert held is not None
+        if self._tiers is None or held.dropped or held.computed % size or held.committed < len(held.blocks):
+            return
+        last = held.blocks[-1] if held.blocks else None
+        found = self._tiers.find(self._names(sequence, last, len(held.blocks)))
+        blocks = self._take(min(len(found), self.pool.available))
+        # What left the pool for these may have taken places of what was found.
+        found = self._tiers.find(list(found)[: len(blocks)])
+        if not self._busy().isdisjoint(blocks):
+            found = {}
+        self.pool.release(blocks[len(found) :])
+        del blocks[len(found) :]
+        if not blocks:
+            return
+        self._tiers.load(list(found.values()), blocks)
+        self._restored += blocks
+        self._append(held, blocks)
+        held.computed += len(blocks) * size
+        self.commit(sequence)
+
+    def _names(self, sequence: Sequence, last: int | None, first: int) -> Iterator[bytes]:
+        """Of the full blocks that a sequence begins with, from the block number ``first`` on, which is behind the block
+        ``last`` of the tree."""
+        name, size = b"" if last is None else self.pool.name(last), self.pool.block_size
+        for start in range(first * size, self._reusable(sequence) - size + 1, size):
+            name = name_behind(name, sequence.tokens[start : start + size])
+            yield name
 
     def _prefix(self, sequence: Sequence) -> Prefix:
         """Blocks that hold the first tokens of a sequence that waits: those of where it goes on from, or those that the
@@ -193,6 +257,7 @@ class Memory:
         for member in sequence.members:
             held = member.held
             assert held is not None
+            self._persist(held.blocks)
             self.pool.release(held.blocks)
             self._slots.append(held.slot)
             member.held = None
@@ -210,6 +275,7 @@ class Memory:
         if sequence in self.kept:
             assert sequence.held is not None
             del self.kept[sequence]
+            self._persist(sequence.held.blocks)
             self.pool.release(sequence.held.blocks)
             sequence.held = None
 
@@ -222,6 +288,31 @@ class Memory:
             self.forget(next(iter(self.kept)))
             return True
         return False
+
+    def _take(self, count: int) -> list[int]:
+        """Blocks of the pool; what has to leave for them is kept in the tiers."""
+        taken = self.pool.take(count)
+        if self._tiers is not None and self._leaving:
+            self._tiers.keep(self._leaving)
+            self._leaving = []
+        return taken
+
+    def _persist(self, blocks: List[int]) -> None:
+        """Keeps ``blocks`` of one that lets go of them where they outlive the engine."""
+        if self._tiers is not None and self._tiers.lasting:
+            known = [block for block in reversed(blocks) if self.pool.known(block)]
+            self._tiers.keep([(self.pool.name(block), block) for block in known])
+
+    def _busy(self) -> set[int]:
+        """Blocks that are read or written before the next step: what comes back at once must not get there."""
+        places = [each for work in self._compactions for each in (work.sources, work.targets)]
+        moved = np.unique(np.concatenate(places) // self.pool.block_size).tolist() if places else []
+        return {*itertools.chain(*self._copies), *moved}
+
+    def restored(self) -> list[int]:
+        """Blocks that came back since they were told last."""
+        told, self._restored = self._restored, []
+        return told
 
     # Growing and shrinking
 
@@ -245,7 +336,7 @@ class Memory:
             if frozen:
                 self._own(held)
             if fresh:
-                self._append(held, self.pool.take(fresh))
+                self._append(held, self._take(fresh))
         return 0
 
     def advance(self, sequence: Sequence, count: int) -> None:
@@ -274,9 +365,10 @@ class Memory:
         if missing > 0:
             return missing
         before = held.blocks
+        self._persist(before)
         self.pool.release(before)
         held.blocks = []
-        self._append(held, self.pool.take(-(-left // size)))
+        self._append(held, self._take(-(-left // size)))
         sources, targets = (
             _places(blocks, count, size) for blocks, count in ((before, held.places), (held.blocks, left))
         )
@@ -351,7 +443,7 @@ class Memory:
     def _own(self, held: Held) -> None:
         """A copy, for the sequence alone, of the block that its next token goes to."""
         first = held.places // self.pool.block_size
-        (fresh,) = self.pool.take(1)
+        (fresh,) = self._take(1)
         self._copies.append((held.blocks[first], fresh))
         self.pool.release([held.blocks[first]])
         held.blocks[first] = fresh

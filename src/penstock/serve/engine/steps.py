@@ -86,10 +86,9 @@ class EngineSteps:
         self._counters.dropped_tokens += room.dropped
         if not room.entries:
             return None
-        tables, copies, compactions = self._memory.tables, self._memory.copies(), self._memory.compactions()
-        self.last = Batch(
-            room.entries, tables, copies, room.parts, room.lead, ahead, begun=begun, compactions=compactions
-        )
+        memory, given = self._memory, (room.parts, room.lead, ahead)
+        self.last = Batch(room.entries, memory.tables, memory.copies(), memory.restored(), *given, begun=begun)
+        self.last.compactions = memory.compactions()
         return self.last
 
     def launch(self, batch: Batch) -> None:

@@ -44,6 +44,9 @@ class EngineCollector(Collector):
             "prompt_tokens": ("Tokens of prompts.", now.prompt_tokens),
             "cached_prompt_tokens": ("Tokens of prompts that were in the cache already.", now.cached_tokens),
             "output_tokens": ("Tokens that were generated.", now.output_tokens),
+            "cache_hits": ("Full blocks of the sequences that were let in, found in the cache.", now.hits),
+            "cache_misses": ("Full blocks of the sequences that were let in, not found there.", now.misses),
+            "cache_evicted": ("Blocks that were evicted from the prefix tree.", now.evicted),
             "preemptions": ("Sequences that lost their memory and were computed again.", now.preemptions),
             "drafted_tokens": ("Tokens that were drafted.", now.drafted_tokens),
             "accepted_tokens": ("Tokens that were drafted and accepted.", now.accepted_tokens),
@@ -63,6 +66,13 @@ class EngineCollector(Collector):
             depths.add_metric([str(place), "accepted"], accepted)
             depths.add_metric([str(place), "rejected"], drafted - accepted)
         yield depths
+        held = GaugeMetricFamily("penstock_tier_bytes", "Blocks outside of the cache, by where.", labels=["tier"])
+        back = CounterMetricFamily("penstock_tier_hits", "Blocks that came back, by from where.", labels=["tier"])
+        for tier, size, hits in zip(("host", "disk"), now.tier_bytes, now.tier_hits, strict=True):
+            held.add_metric([tier], size)
+            back.add_metric([tier], hits)
+        yield held
+        yield back
         parts = GaugeMetricFamily(
             "penstock_memory_bytes",
             "Memory of the device, by what it is for, as measured at the start.",

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from penstock.core.errors import PenstockError
+from penstock.serve.kv.evictions.contract import Order, Tree
+from penstock.serve.kv.evictions.lru import RecentOrder
 
 #: The node that every sequence starts from.
 ROOT = 0
 
 
+def name_behind(name: bytes, tokens: Iterable[int]) -> bytes:
+    """A name for ``tokens`` behind a text that has a ``name``; the empty text's is the empty one. Two texts that are
+    not equal have different names, as surely as a cryptographic hash tells."""
+    return hashlib.blake2b(name + array("q", tokens).tobytes(), digest_size=16).digest()
+
+
 class Node(NamedTuple):
-    """A full block in the prefix tree: ``key`` is (parent's id, the block's tokens), ``id`` is never used again."""
+    """A full block in the prefix tree: ``key`` is (parent's id, the block's tokens), ``id`` is never used again, and
+    ``depth`` blocks lead to it."""
 
     key: tuple[int, tuple[int, ...]]
     id: int
+    depth: int
 
 
 class InvariantError(PenstockError):
@@ -28,24 +40,34 @@ class BlockPool:
     """Hands out blocks. A block is *held* by one or more sequences, or *idle* (nobody holds it, but the tree knows
     what it holds, so that a later sequence can take it as it is), or *free*.
 
-    The tree has a node per full block, reached from its parent's node by the block's tokens. Idle blocks are evicted
-    in the order in which they became idle; a sequence lets go of its last block first, so a leaf goes before what
-    leads to it.
+    The tree has a node per full block, reached from its parent's node by the block's tokens. A policy says in which
+    order idle blocks are evicted. What an evicted block led to leaves the tree with it.
 
     Args:
         blocks: how many there are.
         block_size: tokens of a block.
+        start: makes the order in which idle ones are evicted, of what is known of them: by default, the block that has
+            been idle for the longest time goes first.
+
+    Attributes:
+        evicted: how many blocks were evicted so far.
+        on_evict: called with each block before it is; what it holds is still there.
     """
 
-    def __init__(self, blocks: int, block_size: int) -> None:
+    def __init__(self, blocks: int, block_size: int, start: Callable[[Tree], Order] = RecentOrder) -> None:
         self.blocks, self.block_size = blocks, block_size
         self._holders = [0] * blocks
         self._once_each = dict.fromkeys(range(blocks), 1)
         self._free = deque(range(blocks))
-        self._idle: OrderedDict[int, None] = OrderedDict()
         self._nodes: dict[int, Node] = {}
         self._tree: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._where: dict[int, int] = {}
+        self._children, self._uses = [0] * blocks, [0] * blocks
+        self._names: dict[int, bytes] = {}
         self._ids = ROOT
+        self._start, self._idle = start, start(self)
+        self.evicted = 0
+        self.on_evict: Callable[[int], None] | None = None
 
     @property
     def available(self) -> int:
@@ -80,6 +102,34 @@ class BlockPool:
         """The id of the tree's node at ``block``; the root's for None."""
         return ROOT if block is None else self._nodes[block].id
 
+    # What a policy sees of blocks in the tree
+
+    def parent(self, block: int) -> int | None:
+        """The block that leads to ``block``; None of one that a text begins with."""
+        return self._where.get(self._nodes[block].key[0])
+
+    def depth(self, block: int) -> int:
+        """How many blocks lead to ``block``."""
+        return self._nodes[block].depth
+
+    def uses(self, block: int) -> int:
+        """How often a sequence began to hold ``block``, since it is in the tree."""
+        return self._uses[block]
+
+    def name(self, block: int) -> bytes:
+        """A name for the tokens of ``block`` and all before them; see :func:`name_behind`."""
+        chain: list[Node] = []
+        here: int | None = block
+        while here is not None and self._nodes[here].id not in self._names:
+            chain.append(self._nodes[here])
+            here = self.parent(here)
+        name = b"" if here is None else self._names[self._nodes[here].id]
+        for node in reversed(chain):
+            name = self._names[node.id] = name_behind(name, node.key[1])
+        return name
+
+    # Taking and letting go
+
     def idle_among(self, blocks: Iterable[int]) -> int:
         """How many of ``blocks`` nobody holds: sharing them makes so many fewer available."""
         return sum(not self._holders[block] for block in blocks)
@@ -95,18 +145,42 @@ class BlockPool:
             if self._free:
                 block = self._free.popleft()
             else:
-                block, _ = self._idle.popitem(last=False)
-                del self._tree[self._nodes.pop(block).key]
+                block = self._idle.take()
+                self.evicted += 1
+                if self.on_evict is not None:
+                    self.on_evict(block)
+                self._cut(block)
             self._holders[block] = 1
             taken.append(block)
         return taken
+
+    def _cut(self, block: int) -> None:
+        """Takes ``block``, which is not idle any more, out of the tree, and what it leads to: blocks that somebody
+        holds who computed what ``block`` holds himself, and idle ones below those."""
+        if self._children[block]:
+            id = self._nodes[block].id
+            for below in [each for each, node in self._nodes.items() if node.key[0] == id]:
+                idle = below in self._idle
+                if idle:
+                    self._idle.remove(below)
+                self._cut(below)
+                if idle:
+                    self._free.append(below)
+        key, id, _ = self._nodes.pop(block)
+        del self._tree[key], self._where[id]
+        above = self._where.get(key[0])
+        if above is not None:
+            self._children[above] -= 1
+        if self._names:
+            self._names.pop(id, None)
 
     def share(self, blocks: Iterable[int]) -> None:
         """One more holder for each of ``blocks``."""
         for block in blocks:
             if not self._holders[block]:
-                del self._idle[block]
+                self._idle.remove(block)
             self._holders[block] += 1
+            self._uses[block] += 1
 
     def frozen(self, block: int) -> bool:
         """Whether nobody may write to ``block``: several sequences hold it, or the tree says what it holds."""
@@ -118,7 +192,7 @@ class BlockPool:
             self._holders[block] -= 1
             if not self._holders[block]:
                 if block in self._nodes:
-                    self._idle[block] = None
+                    self._idle.add(block)
                 else:
                     self._free.append(block)
 
@@ -126,22 +200,32 @@ class BlockPool:
         """Puts a full ``block`` that holds ``tokens`` under the node ``parent``; returns its node's id.
 
         Where the tree has such a node already, the block stays out of it, and the node that is there is returned; a
-        block that is in the tree already stays where it is.
+        block that is in the tree already stays where it is. Nothing hangs under a ``parent`` that is gone; it is
+        returned.
         """
         key = (parent, tuple(tokens))
         known = self._tree.get(key, block)
         if known not in self._nodes:
-            self._ids += 1
-            self._tree[key] = block
-            self._nodes[block] = Node(key, self._ids)
+            above = self._where.get(parent)
+            if above is None and parent != ROOT:
+                return parent
+            depth = 0
+            if above is not None:
+                depth = self._nodes[above].depth + 1
+                self._children[above] += 1
+            self._ids = id = self._ids + 1
+            self._tree[key] = self._where[id] = block
+            self._nodes[block] = Node(key, id, depth)
+            self._uses[block], self._children[block] = 1, 0
+            return id
         return self._nodes[known].id
 
     def forget(self) -> None:
         """Empties the tree: idle blocks become free, and held ones will when they are released."""
-        self._tree.clear()
-        self._nodes.clear()
         self._free.extend(self._idle)
-        self._idle.clear()
+        self._idle = self._start(self)
+        for books in (self._tree, self._nodes, self._where, self._names):
+            books.clear()
 
     def check(self, holdings: Iterable[Sequence[int]]) -> None:
         """Compares the books with ``holdings``, the blocks that each sequence says it holds.
@@ -168,3 +252,5 @@ class BlockPool:
         for key, block in self._tree.items():  # looking keys up would hash the tokens of every block
             if block not in self._nodes or self._nodes[block].key != key:
                 raise InvariantError(f"the tree does not lead to block {block}")
+            if key[0] != ROOT and key[0] not in self._where:
+                raise InvariantError(f"what leads to block {block} is not in the tree any more")

@@ -69,6 +69,7 @@ class DraftModel:
 
     def prepare(self, batch: Batch) -> None:
         """The target is about to compute ``batch``: what this cache holds of the places that are written is void."""
+        self._coverage.forget(batch.restored)
         if batch.copies:
             sources, targets = (list(each) for each in zip(*batch.copies, strict=True))
             self.runner.cache.copy(sources, targets)
@@ -196,6 +197,10 @@ class Coverage:
     def copy(self, sources: List[int], targets: List[int]) -> None:
         """Blocks were copied."""
         self._held[targets] = self._held[sources]
+
+    def forget(self, blocks: List[int]) -> None:
+        """Nothing of ``blocks`` is held."""
+        self._held[blocks] = 0
 
     def overwrite(self, table: np.ndarray, start: int, end: int) -> None:
         """The target writes the tokens [start, end) of the sequence with this ``table`` of blocks."""

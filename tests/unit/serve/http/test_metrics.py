@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.serve.http.metrics import ServerMetrics
@@ -20,3 +22,16 @@ def test_memory_is_told_by_what_it_is_for():
 
 def test_there_are_no_figures_of_memory_that_is_not_known():
     assert "penstock_memory_bytes{" not in ServerMetrics(lambda: SNAPSHOT, {}).text().decode()
+
+
+def test_the_cache_and_its_tiers_are_told():
+    now = dataclasses.replace(SNAPSHOT, hits=30, misses=4, evicted=5, tier_bytes=(600, 70), tier_hits=(8, 9))
+    text = ServerMetrics(lambda: now, {}).text().decode()
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert [found[f"penstock_cache_{name}_total",] for name in ("hits", "misses", "evicted")] == [30, 4, 5]
+    assert [found["penstock_tier_bytes", tier] for tier in ("host", "disk")] == [600, 70]
+    assert [found["penstock_tier_hits_total", tier] for tier in ("host", "disk")] == [8, 9]

@@ -1,0 +1,181 @@
+"""Where blocks go that leave the pool: to the host's memory, and from there to disk."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
+from collections.abc import Sequence as List
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from penstock.serve.kv.disk import DiskBlocks
+
+#: Threads that read and write files.
+THREADS = 4
+
+
+class Places(Protocol):
+    """The memory of the host; see :class:`~penstock.serve.kv.host.HostBlocks`."""
+
+    @property
+    def places(self) -> int: ...
+
+    @property
+    def place_bytes(self) -> int: ...
+
+    def save(self, blocks: List[int], places: List[int]) -> None: ...
+
+    def load(self, places: List[int], blocks: List[int]) -> None: ...
+
+    def content(self, place: int) -> memoryview: ...
+
+
+class Tiers:
+    """Blocks outside of the pool, by the names of their texts (:func:`~penstock.serve.kv.pool.name_behind`).
+
+    What was used last stays in the host's memory. Where there is a disk, what comes there is written to it in the
+    background, and read before it is needed (:meth:`fetch`). One thread owns the books; others only move bytes.
+
+    Args:
+        host: the host's memory.
+        disk: the folder, if any.
+        workers: who reads and writes files.
+
+    Attributes:
+        host_hits, disk_hits: blocks that came back to the pool, and blocks that came from disk to the host.
+    """
+
+    def __init__(self, host: Places, disk: DiskBlocks | None = None, workers: Executor | None = None) -> None:
+        self._host, self._disk = host, disk
+        self._workers = workers or ThreadPoolExecutor(THREADS, thread_name_prefix="penstock-kv")
+        self._names: OrderedDict[bytes, int] = OrderedDict()
+        self._free = list(range(host.places - 1, -1, -1))
+        #: Names of blocks whose places the disk reads from or writes to.
+        self._writing: set[bytes] = set()
+        self._reading: dict[bytes, Future[bool]] = {}
+        self._done: SimpleQueue[tuple[bytes, int, bool | None]] = SimpleQueue()
+        self.host_hits = self.disk_hits = 0
+
+    @property
+    def lasting(self) -> bool:
+        """Whether what is kept here outlives the engine."""
+        return self._disk is not None
+
+    @property
+    def host_bytes(self) -> int:
+        """That blocks take in the host's memory."""
+        return (self._host.places - len(self._free)) * self._host.place_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """That blocks take on disk."""
+        return 0 if self._disk is None else self._disk.bytes
+
+    def keep(self, leaving: List[tuple[bytes, int]]) -> None:
+        """Copies blocks of the pool, given with their names, those that end a text before what leads to them. What is
+        here already is not copied, and where all places are in use by the disk, a block is lost."""
+        self._collect()
+        leaving = leaving[-self._host.places :]
+        kept = {name for name, _ in leaving}
+        fresh: dict[bytes, tuple[int, int]] = {}
+        for name, block in leaving:
+            if name in self._names:
+                self._names.move_to_end(name)
+            elif name not in self._reading and (place := self._take(kept)) is not None:
+                self._names[name] = place
+                fresh[name] = block, place
+        if fresh:
+            blocks, places = zip(*fresh.values(), strict=True)
+            self._host.save(blocks, places)
+        for name, (_, place) in fresh.items():
+            self._write(name, place)
+
+    def find(self, names: Iterable[bytes]) -> dict[bytes, int]:
+        """The longest beginning of ``names`` that the host's memory has, with their places."""
+        self._collect()
+        found: dict[bytes, int] = {}
+        for name in names:
+            if name not in self._names:
+                break
+            found[name] = self._names[name]
+        for name in reversed(found):
+            self._names.move_to_end(name)
+        return found
+
+    def load(self, places: List[int], blocks: List[int]) -> None:
+        """Copies ``places`` that were just found to ``blocks`` of the pool."""
+        self._host.load(places, blocks)
+        self.host_hits += len(places)
+
+    def fetch(self, names: Iterable[bytes]) -> list[Future[bool]]:
+        """Begins to read those of ``names``, up to the first that is nowhere, that are on disk alone: half as many as
+        there are places at most. They can be found once what is returned is done."""
+        self._collect()
+        coming: list[Future[bool]] = []
+        kept: set[bytes] = set()
+        for name in names:
+            kept.add(name)
+            if name in self._names:
+                continue
+            if name not in self._reading:
+                if self._disk is None or name not in self._disk or 2 * len(self._reading) >= self._host.places:
+                    break
+                place = self._take(kept)
+                if place is None:
+                    break
+                self._reading[name] = self._workers.submit(self._read, name, place)
+            coming.append(self._reading[name])
+        return coming
+
+    def close(self) -> None:
+        """Waits for what is being read and written."""
+        self._workers.shutdown()
+        self._collect()
+
+    def _take(self, kept: Collection[bytes]) -> int | None:
+        """A place that is free, or that of a block which was not used for the longest time and is none of ``kept``."""
+        if self._free:
+            return self._free.pop()
+        for name in self._names:
+            if name not in self._writing and name not in kept:
+                return self._names.pop(name)
+        return None
+
+    def _write(self, name: bytes, place: int) -> None:
+        # Half of the places stay free for others, however slow the disk is.
+        if self._disk is not None and name not in self._disk and 2 * len(self._writing) < self._host.places:
+            self._writing.add(name)
+            self._workers.submit(self._written, self._disk, name, place)
+
+    def _written(self, disk: DiskBlocks, name: bytes, place: int) -> None:
+        try:
+            disk.write(name, self._host.content(place))
+        finally:
+            self._done.put((name, place, None))
+
+    def _read(self, name: bytes, place: int) -> bool:
+        whole = False
+        try:
+            assert self._disk is not None
+            whole = self._disk.read(name, self._host.content(place))
+        finally:
+            self._done.put((name, place, whole))
+        return whole
+
+    def _collect(self) -> None:
+        """Takes note of what the workers have done."""
+        while True:
+            try:
+                name, place, whole = self._done.get_nowait()
+            except Empty:
+                return
+            if whole is None:
+                self._writing.discard(name)
+                continue
+            del self._reading[name]
+            self.disk_hits += whole
+            if whole:
+                self._names[name] = place
+            else:
+                self._free.append(place)
