@@ -26,6 +26,8 @@ def sentence(event: Event, waited: float | None = None) -> str:
             return f"preempted by {called(told['by'], told['by_index'])}, which needed {missing}; {lost}"
         case "settled":
             return f"{count(told['drafted'], 'token')} drafted, {told['accepted']} accepted"
+        case "compressed":
+            return f"its cache was compressed from {count(told['tokens'], 'token')} to {told['kept']}"
         case "forked":
             return f"forked into {told['into']}"
         case "finished":

@@ -145,6 +145,8 @@ def test_sentences():
     )
     assert sentence(event(1.0, "settled", drafted=1, accepted=0)) == "1 token drafted, 0 accepted"
     assert sentence(event(1.0, "forked", into="x")) == "forked into x"
+    told = sentence(event(1.0, "compressed", tokens=90, kept=1))
+    assert told == "its cache was compressed from 90 tokens to 1"
     told = {"cached": 16, "tokens": 20, "forked": "y"}
     assert (
         sentence(event(1.0, "admitted", **told)) == "got memory: 16 of its 20 tokens were in the cache, shared with y"
