@@ -34,6 +34,7 @@ from penstock.serve.kv.host import HostBlocks
 from penstock.serve.kv.tiers import Tiers
 from penstock.serve.rehearsal import rehearsal_blocks, rehearse_first_uses, rehearse_largest_steps
 from penstock.serve.run.draft import DraftModel, DraftPlanner
+from penstock.serve.run.graphs import prompt_shapes, window_shapes
 from penstock.serve.run.planner import Planner
 from penstock.serve.run.record import Recorder
 from penstock.serve.run.runner import Runner
@@ -186,7 +187,9 @@ def build_runners(
         # One more than sequences use: the runner's own.
         memories = [backend.open(dataclasses.replace(shape, blocks=blocks + 1)) for backend, shape in opened]
         # There are no graphs with a plain backend that was taken since no other knows the model's attention.
-        if (compactor := Compactor.of(memories[0], config.kv, config.sequences, config.budget(device))) is not None:
+        if (
+            compactor := Compactor.of(memories[0], config.kv, config.sequences, _most_rows(config, device))
+        ) is not None:
             planner = functools.partial(Planner, watched=config.kv.watches)
             kinds[0] |= {"compactor": compactor, "planner": planner}
         compiled = compiled and (config.attention is not None or all(memory.fix([], 0) for memory in memories))
@@ -207,6 +210,13 @@ def build_runners(
         if compiled:
             rehearse_first_uses(Engine(config, runners[0], draft=_draft(runners, config)))
     return runners[0], _draft(runners, config)
+
+
+def _most_rows(config: EngineConfig, device: torch.device) -> int:
+    """Of a pass, also where a graph pads it."""
+    sequences, budget = config.sequences, config.budget(device)
+    shapes = [*prompt_shapes(sequences, budget), *window_shapes(sequences, config.rows - 1)]
+    return max(budget, *(shape.rows for shape in shapes))
 
 
 def _draft(runners: List[Runner], config: EngineConfig) -> DraftModel | None:

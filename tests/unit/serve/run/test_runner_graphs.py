@@ -14,6 +14,7 @@ from penstock.serve.build import build_engine, build_runner
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
+from penstock.serve.kv.policies.h2o import HeavyHitters
 from penstock.serve.messages import Request
 from penstock.testing.rehearsed_graphs import RehearsedGraphs
 from penstock.testing.serve_model import SHAPE, small_model
@@ -79,6 +80,16 @@ def test_answers_are_those_of_a_cold_runner(warm: Engine, kinds: list[dict[str, 
     assert any(shape.others for shape in replayed)
     assert any(not shape.others for shape in replayed)
     assert any(shape.singles > 2 for shape in replayed)
+
+
+def test_caches_that_are_compressed_are_those_of_a_cold_runner(stand_ins, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.serve.run.runner.chosen", lambda *_: 10**9)
+    config = CONFIG.model_copy(update={"kv": HeavyHitters(budget=0.4, every=4)})
+    warm = build_engine(small_model(), config)
+    warm.executor.compile(config.tokens)
+    warm.executor.capture()
+    assert answers(warm, PLAIN) == answers(build_engine(small_model(), config), PLAIN)
+    assert warm.snapshot().dropped_tokens > 50
 
 
 def test_what_a_graph_draws_is_what_is_told(warm: Engine) -> None:
