@@ -4,6 +4,7 @@ finish. Children are forked from this process, which has loaded everything, so t
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from children import born, running
 from penstock import LLM
 from penstock.core.randomness import numpy_generator
 from penstock.ops.paged.invariant import Invariant
@@ -45,34 +47,22 @@ def live(llm: LLM, source: Path, target: Path) -> None:
     ).run(source, target)
 
 
-def born(llm: LLM, source: Path, target: Path) -> int:
-    """Starts a child."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            live(llm, source, target)
-            status = 0
-        finally:
-            os._exit(status)
-    return child
-
-
 def kill(llm: LLM, source: Path, target: Path, deaths: int) -> list[int]:
     """Kills ``deaths`` children at instants drawn uniformly after their first new line; then one ends by itself.
 
     Returns how many whole lines the output had at each death.
     """
     draw, counts = numpy_generator(0, "deaths"), []
+    life = functools.partial(live, llm, source, target)
     for _ in range(deaths):
         before = target.stat().st_size if target.exists() else 0
-        child = born(llm, source, target)
-        while not target.exists() or target.stat().st_size <= before:
+        child = born(life)
+        while running(child) and (not target.exists() or target.stat().st_size <= before):
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.05))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         counts.append(target.read_bytes().count(b"\n"))
-    _, status = os.waitpid(born(llm, source, target), 0)
+    _, status = os.waitpid(born(life), 0)
     assert status == 0, "the batch that nobody killed has failed"
     return counts

@@ -123,7 +123,7 @@ class Served:
         lines = [line for line in self.http.get("/metrics").text.splitlines() if not line.startswith("#")]
         return {name.removeprefix("penstock_"): float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
-    def until(self, true: Callable[[dict[str, float]], bool], seconds: float = 30) -> dict[str, float]:
+    def until(self, true: Callable[[dict[str, float]], bool], seconds: float = 120) -> dict[str, float]:
         """The figures once something is true of them."""
         end = time.monotonic() + seconds
         while not true(now := self.figures()):

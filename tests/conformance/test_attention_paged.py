@@ -38,9 +38,10 @@ def on_cpu(name: str) -> tuple[PagedAttention, list[Place]]:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_long_sequences_large_scores_and_nan(name):
+    """Long ones in one type of numbers; :func:`test_the_law_holds` has all."""
     policy, found = on_cpu(name)
+    check_long_courses(policy, next(place for place in found if place.dtype == torch.float32))
     for place in found:
-        check_long_courses(policy, place)
         check_large_scores(policy, place)
         check_nan(policy, place)
         check_sizes(policy, place)
@@ -55,7 +56,7 @@ def test_the_law_holds(name):
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_every_token_sees_its_own_sequence(name, dtype, data):
     policy, found = on_cpu(name)

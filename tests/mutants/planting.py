@@ -23,6 +23,7 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
+import resource
 import select
 import signal
 import sys
@@ -40,8 +41,8 @@ PACKAGE = HERE.parents[1] / "src" / "penstock"
 #: Letters of a complaint that are passed on.
 LONGEST = 2000
 
-#: Seconds after which a law has not found its mutant.
-PATIENCE = 120.0
+#: Seconds, of a processor and by the clock, after which a law has not found its mutant.
+EFFORT, PATIENCE = 180, 900.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +161,7 @@ def tried(mutant: Mutant) -> dict[str, Any]:
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_CPU, (EFFORT, EFFORT))
         try:
             said = verdict(mutant)[:LONGEST]
             result = {"found": said} if said else {"missed": "the law finds nothing"}

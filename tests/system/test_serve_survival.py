@@ -17,9 +17,11 @@ from penstock.serve.run.record import read_steps
 from served import Served, alive
 
 LONG = {"prompt": "import", "max_tokens": 2000, "ignore_eos": True}
+#: Seconds for what takes a moment where nothing else is done.
+PATIENCE = 120
 
 
-def gone(process: int, seconds: float = 10) -> bool:
+def gone(process: int, seconds: float = PATIENCE) -> bool:
     """Whether a process has ended by then."""
     end = time.monotonic() + seconds
     while alive(process) and time.monotonic() < end:
@@ -48,7 +50,7 @@ def test_a_killed_engine_is_told_and_ends_the_server(deaths):
             time.sleep(draw.uniform(0, 0.3))
             os.kill(engine, signal.SIGKILL)
             for ended in work:
-                status, error = ended.result(30)
+                status, error = ended.result(PATIENCE)
                 assert (status, error["code"]) in ((503, "engine_died"), (200, "engine_died"))
                 assert "was killed by signal 9" in error["message"]
             # While the server still answers, it says the same to newcomers.
@@ -57,26 +59,9 @@ def test_a_killed_engine_is_told_and_ends_the_server(deaths):
                 assert server.post("/v1/completions", prompt="x").status_code == 503
             except httpx.TransportError:
                 pass
-            assert server.process.wait(20) == 1
+            assert server.process.wait(PATIENCE) == 1
             assert "error: the engine's process was killed by signal 9" in server.said()
             assert "Traceback" not in server.said()
-
-
-def test_a_recording_ends_with_the_server(tmp_path):
-    """Also in the midst of an answer, all steps are there with the tokens that came out of them."""
-    path = tmp_path / "steps.bin"
-    with Served("--record", str(path)) as server, ThreadPoolExecutor(1) as pool:
-        answer_of(server, LONG | {"max_tokens": 5})
-        work = pool.submit(answer_of, server, LONG)
-        server.until(lambda now: now["running"] == 1)
-        engine = server.engine
-        server.process.kill()
-        with pytest.raises(httpx.TransportError):
-            work.result(30)
-        assert gone(engine)
-    steps = list(read_steps(path))
-    assert len(steps) > 5
-    assert all(tokens is not None for _, tokens in steps)
 
 
 def test_an_engine_that_hangs_is_noticed():
@@ -85,17 +70,18 @@ def test_an_engine_that_hangs_is_noticed():
         time.sleep(1.5)  # an idle engine may be silent
         assert server.http.get("/health").status_code == 200
         os.kill(engine, signal.SIGSTOP)
-        status, error = pool.submit(answer_of, server, LONG).result(30)
+        status, error = pool.submit(answer_of, server, LONG).result(PATIENCE)
         assert (status, error["code"]) == (503, "engine_died")
         assert "it said nothing for 1 seconds" in error["message"]
-        assert server.process.wait(20) == 1
+        assert server.process.wait(PATIENCE) == 1
         assert gone(engine)
 
 
 def test_sigterm_drains():
-    with Served("--deadline", "60") as server, ThreadPoolExecutor(2) as pool:
+    """The engine's process is the one that users have."""
+    with Served(as_shipped=True) as server, ThreadPoolExecutor(2) as pool:
         engine = server.engine
-        body = LONG | {"max_tokens": 200}
+        body = LONG | {"max_tokens": 400}
         work = [pool.submit(answer_of, server, body | {"stream": stream}) for stream in (True, False)]
         server.until(lambda now: now["running"] == 2)
         # The live page's stream must not keep the server.
@@ -105,8 +91,8 @@ def test_sigterm_drains():
             server.process.send_signal(signal.SIGTERM)
             for _ in lines:
                 pass
-        assert [ended.result(60) for ended in work] == [(200, None), (200, None)]
-        assert server.process.wait(20) == 0
+        assert [ended.result(PATIENCE) for ended in work] == [(200, None), (200, None)]
+        assert server.process.wait(PATIENCE) == 0
         with pytest.raises(httpx.TransportError):
             server.http.get("/health")
         assert gone(engine)
@@ -118,14 +104,16 @@ def test_a_drain_has_an_end():
         work = [pool.submit(answer_of, server, LONG | {"stream": stream, "n": 4}) for stream in (True, False)]
         server.until(lambda now: now["running"] == 8)
         server.process.send_signal(signal.SIGTERM)
-        answers = [ended.result(20) for ended in work]
+        answers = [ended.result(PATIENCE) for ended in work]
         assert [(status, error["code"]) for status, error in answers] == [(200, "server_ends"), (503, "server_ends")]
-        assert server.process.wait(20) == 0
+        assert server.process.wait(PATIENCE) == 0
         assert "Traceback" not in server.said()
 
 
-def test_the_engine_dies_with_its_server_and_a_deadline_ends_a_request():
-    with Served("--deadline", "0.3") as server:
+def test_a_deadline_ends_a_request_and_the_engine_dies_with_its_server(tmp_path):
+    """What it records ends there too: in the midst of an answer, all steps have the tokens that came out of them."""
+    path = tmp_path / "steps.bin"
+    with Served("--deadline", "1", "--record", str(path)) as server:
         answer = server.post("/v1/completions", **LONG).json()
         assert answer["choices"][0]["finish_reason"] == "length"
         assert 0 < answer["usage"]["completion_tokens"] < 2000
@@ -136,11 +124,14 @@ def test_the_engine_dies_with_its_server_and_a_deadline_ends_a_request():
             server.until(lambda now: now["running"] == 1)
             server.process.kill()
             with pytest.raises(httpx.TransportError):
-                under_way.result(30)
+                under_way.result(PATIENCE)
         assert gone(engine)
+    steps = list(read_steps(path))
+    assert len(steps) > 5
+    assert all(tokens is not None for _, tokens in steps)
 
 
-@pytest.mark.parametrize("requests", [100, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [60, pytest.param(2000, marks=pytest.mark.slow)])
 def test_short_requests_and_random_departures_leave_every_block_free(server, requests):
     before = server.until_idle()
     draw = random.Random(requests)

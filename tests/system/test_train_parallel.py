@@ -43,7 +43,7 @@ def trained(tmp_path: Path, config: TrainConfig, size: int, failing: int | None 
     return ranks(size, forked_ranks.trained(config, tmp_path / "run", failing))
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_processes_make_the_run_of_one(store, alone, tmp_path, size):
     """The same loss curve to rounding, through stages, accumulation and clipping; and equal weights to the bit."""
     results = trained(tmp_path, options(store), size)

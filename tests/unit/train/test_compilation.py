@@ -23,10 +23,10 @@ from tiny_runs import MODEL, VOCABULARY, config
 
 STAGES = {"tokens": 1024, "micro_tokens": 512, "stages": [{"length": 128, "share": 3}, {"length": 256, "share": 2}]}
 KINDS = {
-    "dense": {},
+    "dense": {"layers": 1},
     "window and norms": {"window": 5, "windowed_layers": [1], "qk_norm": True, "qkv_bias": True, "tied": True},
-    "experts": {"moe": {"experts": 4, "ffn": 24, "shared_ffn": 16, "shared_gate": True}},
-    "biased experts": {"moe": {"experts": 4, "ffn": 24, "router": "sigmoid"}},
+    "experts": {"layers": 1, "moe": {"experts": 4, "ffn": 24, "shared_ffn": 16, "shared_gate": True}},
+    "biased experts": {"layers": 1, "moe": {"experts": 4, "ffn": 24, "router": "sigmoid"}},
 }
 
 

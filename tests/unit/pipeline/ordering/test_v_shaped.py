@@ -75,7 +75,7 @@ def check_cell(p: int, m: int, label: str) -> None:
         assert found <= min(fitting) + 1e-6, (p, m, label, limit)
 
 
-@pytest.mark.parametrize(("p", "m"), [(2, 2), (3, 7), (5, 20), (8, 9)])
+@pytest.mark.parametrize(("p", "m"), [(2, 2), (3, 7), (5, 10), pytest.param(8, 9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("label", TIMES)
 def test_v_auto_is_behind_no_named_block(p, m, label):
     check_cell(p, m, label)

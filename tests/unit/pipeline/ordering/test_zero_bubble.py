@@ -135,10 +135,10 @@ def test_work_grows_with_the_tasks():
         return Problem(looped(devices), *own, transfer=0.1, memory=devices, deferred=1, microbatches=microbatches)
 
     solve(problem(2, 2))  # imports
-    few = lines(lambda: solve(problem(4, 32)))
-    assert lines(lambda: solve(problem(8, 32))) < 3 * few
-    assert lines(lambda: solve(problem(4, 64))) < 3 * few
-    assert solve(problem(16, 64)) < 1.05 * problem(16, 64).bound
+    few = lines(lambda: solve(problem(4, 24)))
+    assert lines(lambda: solve(problem(8, 24))) < 3 * few
+    assert lines(lambda: solve(problem(4, 48))) < 3 * few
+    assert solve(problem(8, 64)) < 1.05 * problem(8, 64).bound
 
 
 def test_times_of_other_stages_are_refused():

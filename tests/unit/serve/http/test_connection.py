@@ -107,17 +107,17 @@ def test_a_body_that_comes_slowly_is_waited_for():
     """Its time counts for each part of it."""
 
     async def talk():
-        async with served(reading=0.5) as connect:
+        async with served(reading=1.0) as connect:
             reader, writer = await connect()
-            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 8\r\n\r\n")
-            for _ in range(8):
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 12\r\n\r\n")
+            for _ in range(12):
                 await asyncio.sleep(0.1)
                 writer.write(b"x")
             found = await asyncio.wait_for(reader.read(), LONG)
             writer.close()
             return found
 
-    assert asyncio.run(talk()).endswith(b"\r\n\r\n8")
+    assert asyncio.run(talk()).endswith(b"\r\n\r\n12")
 
 
 def test_another_protocol_is_not_taken_and_the_request_is_answered(caplog):
