@@ -12,7 +12,7 @@ POLICIES = enrolled("pipeline.transform")
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_law_of_transforms_holds(name: str) -> None:
-    check_schedules(POLICIES[name], draws=15, processes=2)
+    check_schedules(POLICIES[name], draws=8, processes=2)
 
 
 @pytest.mark.slow

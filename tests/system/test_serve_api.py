@@ -296,7 +296,7 @@ def test_a_client_that_goes_away_frees_its_blocks(server):
     # One that waits for the whole answer is noticed as well.
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
-            f"{server.url}/v1/completions", json=body, headers=server.http.headers, timeout=httpx.Timeout(5, read=0.5)
+            f"{server.url}/v1/completions", json=body, headers=server.http.headers, timeout=httpx.Timeout(5, read=1)
         )
     after = server.until_idle()
     name = 'finished_total{outcome="disconnect"}'

@@ -42,16 +42,22 @@ def check(policy: PipelineSchedule) -> None:
     check_trains({policy.policy_name: policy}, 2)
 
 
-def check_orders(policy: PipelineSchedule) -> None:
-    """What can be said without running: for many numbers of devices and microbatches, and variants of the options."""
+def check_orders(
+    policy: PipelineSchedule,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    draws: int = 20,
+    most: tuple[int, int] = (9, 24),
+) -> None:
+    """What can be said without running: for many numbers of devices and microbatches, ``shapes`` and so many that are
+    drawn, up to ``most``, and variants of the options."""
     candidates = list(variants(policy))
-    for devices, microbatches in SHAPES:
+    for devices, microbatches in shapes:
         for variant in candidates:
             check_schedule(variant, devices, microbatches)
     draw = numpy_generator(0, "testing/pipeline.schedule")
-    for _ in range(20):
+    for _ in range(draws):
         variant = candidates[draw.integers(len(candidates))]
-        check_schedule(variant, int(draw.integers(1, 10)), int(draw.integers(1, 25)))
+        check_schedule(variant, int(draw.integers(1, most[0] + 1)), int(draw.integers(1, most[1] + 1)))
     for devices, microbatches in ((0, 4), (4, 0), (-1, 1)):
         with refused(UsageError, "does nothing"):
             policy.build(devices, microbatches)

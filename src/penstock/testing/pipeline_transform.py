@@ -56,10 +56,10 @@ def check_schedules(policy: PipelineTransform, draws: int = 40, processes: int =
     flushing = [made for made in schedules.values() if built(made, 2, 2).weights is WeightRule.FLUSH]
     candidates = list(variants(policy))
     for schedule in flushing:
-        for variant in candidates:
-            given = getattr(variant, "times", Times())
-            for devices, microbatches in ((2, 2), (4, 8)):
-                check_transform(variant, built(schedule, devices, microbatches), given)
+        for devices, microbatches in ((2, 2), (4, 8)):
+            made = built(schedule, devices, microbatches)
+            for variant in candidates:
+                check_transform(variant, made, getattr(variant, "times", Times()))
     draw = numpy_generator(0, "testing/pipeline.transform")
     for _ in range(draws):
         drawn = built(flushing[draw.integers(len(flushing))], 4, 4 * int(draw.integers(1, 4)))

@@ -46,7 +46,7 @@ def test_the_updates_are_those_of_one_device(tmp_path, size, devices, schedule, 
 
     def work(world: World) -> list[str]:
         torch.set_num_threads(1)
-        chosen = options(devices, 4 * size, 8, {"schedule": schedule, **VALIDATED}, clip=clip)
+        chosen = options(devices, 2 * size, 8, {"schedule": schedule, **VALIDATED}, clip=clip)
         return check_config(chosen, world, tmp_path, updates=4)
 
     assert agreed(size, work) == [[]] * size
