@@ -6,6 +6,7 @@ Children are forked from this process, which has imported everything, so that a 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import signal
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # the first optimizer would import it, which takes most of a second
 
+from children import born, running
 from penstock.core.metrics import read_metrics
 from penstock.core.progress import silent
 from penstock.core.randomness import numpy_generator
@@ -44,19 +46,6 @@ def live(config: TrainConfig, folder: Path) -> None:
     train_to_the_end(run, silent)
 
 
-def born(config: TrainConfig, folder: Path) -> int:
-    """Starts a child."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            live(config, folder)
-            status = 0
-        finally:
-            os._exit(status)
-    return child
-
-
 def reported(folder: Path) -> int:
     """The last update that the run has reported."""
     records = read_metrics(folder / "metrics.jsonl")
@@ -69,14 +58,15 @@ def kill(config: TrainConfig, folder: Path, deaths: int) -> list[Death]:
     """
     draw = numpy_generator(0, "deaths")
     birth, told = 0.0, []
+    life = functools.partial(live, config, folder)
     for number in range(deaths):
         before = reported(folder)
-        child, began = born(config, folder), time.monotonic()
+        child, began = born(life), time.monotonic()
         if number % 3 == 2:
             time.sleep(draw.uniform(0, birth))
         else:
             until = min(before + int(draw.integers(1, LIFE + 1)), config.steps or before)
-            while reported(folder) < until:
+            while reported(folder) < until and running(child):
                 time.sleep(0.001)
             birth = birth or time.monotonic() - began
             time.sleep(draw.uniform(0, 0.03))
@@ -91,6 +81,6 @@ def kill(config: TrainConfig, folder: Path, deaths: int) -> list[Death]:
                 faults=[fault.what for fault in faults],
             )
         )
-    _, status = os.waitpid(born(config, folder), 0)
+    _, status = os.waitpid(born(life), 0)
     assert status == 0, "the run that nobody killed has failed"
     return told

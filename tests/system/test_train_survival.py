@@ -39,7 +39,7 @@ def straight(store, tmp_path_factory) -> Path:
 
 def until(folder: Path, step: int) -> None:
     """Waits until a run has reported an update."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (records := read_metrics(folder / "metrics.jsonl")) or records[-1]["step"] < step:
         assert time.monotonic() < deadline, "the run does not get on"
         time.sleep(0.005)
@@ -57,9 +57,9 @@ def test_a_run_that_is_stopped_goes_on_by_the_line_that_it_printed(store, straig
     """With a blank in its name. Killed, it prints nothing, and the same line would do."""
     folder = tmp_path / "my run"
     process = start("train", write_config(tmp_path / "config.toml", store, steps=STEPS), "--out", folder)
-    until(folder, 25)
+    until(folder, 12)
     process.send_signal(number)
-    stopped = process.completed(30)
+    stopped = process.completed()
     assert "Traceback" not in stopped.stderr
     found, faults = checkpoint.newest(folder / "checkpoints")
     assert faults == []
@@ -71,7 +71,7 @@ def test_a_run_that_is_stopped_goes_on_by_the_line_that_it_printed(store, straig
         steps, line = re.fullmatch(r"stopped after (\d+) steps; continue with: (.*)\n", stopped.stdout).groups()
         assert checkpoint.step_of(found) == int(steps)
         command = shlex.split(line)
-    assert 20 <= checkpoint.step_of(found) < STEPS
+    assert 10 <= checkpoint.step_of(found) < STEPS
     assert command[:2] == ["penstock", "train"]
     done = penstock(*command[1:])
     assert done.returncode == 0, done.stderr
@@ -98,8 +98,8 @@ def test_a_stop_outside_the_updates_says_what_to_do_too(tmp_path, capsys, number
     assert wanted in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("deaths", [12, pytest.param(60, marks=pytest.mark.slow)])
-def test_killed_at_any_instant_a_run_loses_no_more_than_an_interval(store, straight, tmp_path, deaths):
+@pytest.mark.parametrize("deaths", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_killed_at_any_instant_a_run_loses_no_more_than_an_interval(store, tmp_path, deaths):
     """Each time there is a whole checkpoint, and the end is that of the run that nobody killed, however much longer."""
     steps = STEPS * deaths // 12
     told = killed_runs.kill(config(store, steps=steps, checkpoint_steps=2), tmp_path / "run", deaths)
@@ -109,9 +109,8 @@ def test_killed_at_any_instant_a_run_loses_no_more_than_an_interval(store, strai
     alive = [death for death in told if death.killed]
     assert len(alive) >= deaths * 5 / 6
     assert len({death.saved for death in alive}) > deaths / 6
-    if steps > STEPS:
-        straight = tmp_path / "straight"
-        assert Run.create(config(store, steps=steps, checkpoint_steps=None), straight).trainer.train()
+    straight = tmp_path / "straight"
+    assert Run.create(config(store, steps=steps, checkpoint_steps=None), straight).trainer.train()
     assert_same_bits(last(tmp_path / "run", steps), last(straight, steps))
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.endswith((".partial", ".old"))]
 
