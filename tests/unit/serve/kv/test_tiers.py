@@ -132,6 +132,18 @@ def test_what_was_written_is_found_after_a_restart(tmp_path):
     assert again.snapshot().tier_hits[1] == 4 * 9
 
 
+def test_a_cache_that_is_compressed_brings_back_only_what_is_whole(tmp_path):
+    """What was compressed is in no tier; the whole blocks before are, as far as no query in them is asked for."""
+    kv = {"kv": {"name": "snapkv", "budget": 0.5}}
+    plain = build_engine(small_model(), EngineConfig.model_validate({**OPTIONS, **kv}))
+    expected = [say(plain, prompt)[0] for prompt in PROMPTS]
+    engine = opened(tmp_path, **kv)
+    for again in range(2):
+        found = [say(engine, prompt) for prompt in PROMPTS]
+        assert [told for told, _ in found] == expected
+        assert all((cached > 0) == bool(again) for _, cached in found)
+
+
 def test_threads_read_and_write_beside_the_engine(tmp_path):
     options = {**OPTIONS, "kv_host": "200KB", "kv_disk": tmp_path}
     for expected in (0, 36):
