@@ -304,6 +304,25 @@ def test_a_client_that_goes_away_frees_its_blocks(server):
     assert after["output_tokens_total"] - before["output_tokens_total"] < 3000
 
 
+def test_a_request_is_ended_by_its_id(server):
+    before = server.until_idle()
+    body = {"prompt": "def f", "max_tokens": 1500, "n": 2, "ignore_eos": True, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
+        id = json.loads(next(lines))["id"]
+        assert server.http.delete(f"/v1/requests/{id}").json() == {"id": id, "object": "request", "aborted": True}
+        rest = list(lines)
+    assert rest.pop() == "[DONE]"
+    ends = [choice["finish_reason"] for line in rest for choice in json.loads(line)["choices"]]
+    assert [each for each in ends if each] == ["length", "length"]
+    assert len(rest) < 2000
+    outcome = 'finished_total{outcome="abort"}'
+    assert server.until_idle()[outcome] == before.get(outcome, 0) + 2
+    for gone in (id, "chatcmpl-none"):
+        refused = server.http.delete(f"/v1/requests/{gone}")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "request_not_found")
+
+
 def test_a_full_queue_is_429_and_says_when_to_come_back(server):
     started = threading.Event()
 

@@ -186,11 +186,13 @@ class Generation:
         created: when, in seconds since 1970.
         sampling: how its tokens are chosen.
         usage: so far.
+        key: whose it is.
         outcome: how the choices end that have not ended by themselves: ``disconnect`` unless something fails.
     """
 
     def __init__(self, service: Service, kind: str, prompts: list[list[int]], body: Generate, key: str, **extra: Any):
         self.id, self.created = f"{kind}{uuid.uuid4().hex}", int(time.time())
+        self.key = key
         self.usage, self.outcome = Usage(sum(map(len, prompts))), "disconnect"
         self._service, self._nothing = service, body.max_tokens == 0
         self._begun = time.monotonic()
@@ -215,6 +217,7 @@ class Generation:
             for number, request in enumerate(self.requests)
             for index in range(each)
         }
+        service.live[self.id] = self
         prompts = PromptScores(each > 1 and self.sampling.prompt_logprobs is not None)
         try:
             async with aclosing(service.engine.stream(*self.requests)) as news:
@@ -232,6 +235,7 @@ class Generation:
             self.outcome = "error"
             raise
         finally:
+            del service.live[self.id]
             for choice in choices.values():
                 service.metrics.outcomes.labels(choice.outcome or self.outcome).inc()
 
@@ -306,6 +310,7 @@ class Service:
 
     Attributes:
         history: what became of the newest requests.
+        live: what is under way, by the id of the response.
         conversations: responses from which others can go on.
     """
 
@@ -313,7 +318,7 @@ class Service:
         self.name, self.tokens, self.engine, self.limits = name, tokens, engine, limits
         self._strict = strict
         self.metrics, self.history = ServerMetrics(lambda: engine.snapshot, engine.ready.memory), History()
-        self.conversations = Conversations()
+        self.conversations, self.live = Conversations(), dict[str, Generation]()
         engine.watchers += [self.history, self.metrics, EventLines()]
         self.created = int(time.time())
         self.draining = False
@@ -358,6 +363,19 @@ class Service:
                 code="request_not_found",
             )
         return found
+
+    def abort(self, id: str, key: str) -> None:
+        """Ends the response ``id``, which whoever has the ``key`` asked for, with what it has.
+
+        Raises:
+            ApiError: there is none under way.
+        """
+        generation = self.live.get(id)
+        if generation is None or generation.key != key:
+            what = f"no request {id[:80]!r} of yours is under way: give the id of its response, such as chatcmpl-..."
+            raise ApiError(404, what, code="request_not_found")
+        for request in generation.requests:
+            self.engine.abort(request.id)
 
     def admit(self, continuations: int) -> None:
         """Refuses so many more continuations where they would not fit the queue."""

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from penstock.serve.http.endpoints.here import Here
@@ -120,6 +120,13 @@ def _brief(id: str, courses: list[Course]) -> dict[str, Any]:
         "states": [course.state for course in courses],
         "preemptions": sum(course.preemptions for course in courses),
     }
+
+
+@router.delete("/v1/requests/{id:path}")
+async def abort(id: str, request: Request, service: Here) -> dict[str, Any]:
+    """Ends a request that is under way; its client gets what there is."""
+    service.abort(id, request.state.key)
+    return {"id": id, "object": "request", "aborted": True}
 
 
 @router.get("/v1/requests/{id:path}/events")
