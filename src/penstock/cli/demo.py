@@ -33,7 +33,7 @@ def demo(
     from penstock.parallel.world import World
     from penstock.train import presets
     from penstock.train.config import TrainConfig
-    from penstock.train.demo import EVALUATION, begin, clear, compare_with_xz, completions
+    from penstock.train.demo import EVALUATION, begin, clear, compare_with_xz, completions, texts_of
     from penstock.train.session import stoppable, train_to_the_end
 
     path = presets.path_of("demo")
@@ -46,7 +46,7 @@ def demo(
             return
         summary = compare_with_xz(work, summary)
         samples = []
-        for sample in completions(out, work.evaluated, PROMPTS, began + 60 * minutes):
+        for sample in completions(out, texts_of(work).evaluated, PROMPTS, began + 60 * minutes):
             typer.secho(f"\n{sample.name}", dim=True)
             typer.echo(sample.prompt, nl=False)
             typer.secho(sample.completion, fg="cyan")

@@ -34,6 +34,9 @@ def train(
     paths of pipeline.route. Layers are cut evenly, or as pipeline.cuts, pipeline.speeds or pipeline.partition say.
 
     Examples: `penstock train --preset demo --set optim.lr=3e-3 --out runs/try`,
+    `penstock train --preset sft --set start_from=smollm2 --set data.chats=chats.jsonl --out runs/sft`,
+    `penstock train --preset sft --set data.chats=chats.jsonl --set tuner=lora --set optim.lr=2e-4 --out runs/lora`,
+    `penstock train --preset sft --set start_from=runs/sft --set objective=dpo --set data.preferences=pairs.jsonl`,
     `penstock train --resume runs/try`, `torchrun --nproc-per-node 8 -m penstock train config.toml`,
     `torchrun --nproc-per-node 4 -m penstock train config.toml --set parallel.pipeline=4 --set pipeline.schedule=zb-h1`,
     `... --set parallel.pipeline=4 --set 'pipeline.transforms=[2bp, pipeoffload]'`,

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from penstock.core.errors import DataError, ModelError, PenstockError, UsageError, nearest
 from penstock.core.files import atomic_folder, explain_os_errors, fsync_directory, fsync_file, read_json, write_json
+from penstock.models.adapters import peft
+from penstock.models.adapters.folder import INDEX as ADAPTER_INDEX
+from penstock.models.adapters.folder import folder_of as folder_of_adapter
 from penstock.models.blank import without_weights
 from penstock.models.companions import GENERATION
 from penstock.models.config import DecoderConfig
@@ -82,8 +85,9 @@ def boxed_models() -> list[str]:
 def resolve(source: str | Path) -> Path:
     """The folder of a model.
 
-    ``source`` is the first of these that it can be: a folder with a config.json; a run folder (its ``model/``, else
-    the newest of its ``checkpoints/``); a GGUF file; the name of a boxed model, or of one in a package of
+    ``source`` is the first of these that it can be: a folder with a config.json; one with an adapter that PEFT has
+    written, which is merged into its base when it is opened; a run folder (its ``model/``, else the newest of its
+    ``checkpoints/``); a GGUF file; the name of a boxed model, or of one in a package of
     :data:`PACKAGED`; a name on the Hugging Face hub (``org/name``), which is downloaded or taken from the cache.
 
     Raises:
@@ -120,6 +124,8 @@ def _model_in(folder: Path) -> Path:
     for candidate in (folder, folder / "model", *newest_first):
         if (candidate / CONFIG).is_file():
             return candidate
+        if (candidate / peft.CONFIG).is_file():
+            return folder_of_adapter(candidate, resolve(peft.described(candidate)["base_model_name_or_path"]))
     ggufs = sorted(folder.glob(f"*{GGUF}"))
     raise UsageError(
         f"there is no model in {folder}: it has neither {CONFIG} nor model/{CONFIG} nor checkpoints/step-*/{CONFIG}",
@@ -314,6 +320,11 @@ def import_state(decoder: Decoder, folder: Path) -> None:
 
 def _weights(folder: Path, family: Family, config: DecoderConfig, hub: dict[str, Any]) -> Weights:
     """The weights of a folder by their names in ``family``."""
+    if (folder / ADAPTER_INDEX).is_file():
+        index = read_json(folder / ADAPTER_INDEX)
+        base, adapter = Path(index["base"]), Path(index["adapter"])
+        additions = peft.named(peft.read(adapter), lambda name: family.weight(name, config))
+        return peft.Adapted(_weights(base, family, config, read_json(base / CONFIG)), additions, adapter)
     return Renamed(_stored(folder, hub), lambda name: family.weight(name, config))
 
 

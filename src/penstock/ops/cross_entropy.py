@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
 
 #: Targets with this value are not predicted.
 IGNORE = -100
@@ -31,33 +32,52 @@ def linear_cross_entropy(
         A scalar, float32 (float64 for float64 inputs). Divide by the number of predicted tokens for the mean.
     """
     if torch.is_grad_enabled():
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, cap)  # type: ignore[no-untyped-call]
+        learnt = weight.requires_grad  # a frozen head needs no gradient, which is as much work as its logits
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, cap, learnt)  # type: ignore[no-untyped-call]
         return loss
     pieces = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
     return torch.stack([_Scored.of(F.linear(rows, weight), wanted, cap).loss() for rows, wanted in pieces]).sum()
 
 
+def linear_log_probabilities(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 2048, cap: float | None = None
+) -> Tensor:
+    """The log-probability of each target, float32 [N], 0 for :data:`IGNORE`; arguments as of
+    :func:`linear_cross_entropy`. Logits are computed again in the backward pass, ``chunk`` rows at a time."""
+    pieces = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
+    return torch.cat([recompute(_picked, rows, weight, wanted, cap, use_reentrant=False) for rows, wanted in pieces])
+
+
+def _picked(rows: Tensor, weight: Tensor, wanted: Tensor, cap: float | None) -> Tensor:
+    return _Scored.of(F.linear(rows, weight), wanted, cap).log_probabilities()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, cap: float | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, cap: float | None, learnt: bool
+    ) -> Tensor:
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=accumulate, device=hidden.device)
         grads_hidden = []
-        grad_weight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device)
+        grad_weight = torch.zeros(weight.shape if learnt else (), dtype=accumulate, device=weight.device)
         for rows, wanted in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
             logits = F.linear(rows, weight)
             scored = _Scored.of(logits, wanted, cap)
             loss = loss + scored.loss()
             grad_logits = scored.gradient().to(logits.dtype)
             grads_hidden.append(grad_logits @ weight)
-            grad_weight += grad_logits.T @ rows
+            if learnt:
+                grad_weight += grad_logits.T @ rows
+        ctx.learnt = learnt
         ctx.save_for_backward(torch.cat(grads_hidden), grad_weight.to(weight.dtype))
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None
+        for_weight = grad_weight * grad.to(grad_weight.dtype) if ctx.learnt else None
+        return grad_hidden * grad.to(grad_hidden.dtype), for_weight, None, None, None, None
 
 
 class _Scored(NamedTuple):
@@ -79,7 +99,11 @@ class _Scored(NamedTuple):
 
     def loss(self) -> Tensor:
         """The summed cross-entropy."""
-        return ((self.normalizer - self.scores.gather(1, self.labels)).squeeze(1) * self.counted).sum()
+        return -self.log_probabilities().sum()
+
+    def log_probabilities(self) -> Tensor:
+        """Those of the targets, 0 for what is not predicted."""
+        return (self.scores.gather(1, self.labels) - self.normalizer).squeeze(1) * self.counted
 
     def gradient(self) -> Tensor:
         """Its gradient in the logits."""

@@ -9,6 +9,7 @@ one that the schedule's list of tasks says.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -151,7 +152,7 @@ def check_config(
     own = slice(pipeline.grid.pipeline * mine, (pipeline.grid.pipeline + 1) * mine)
     reports = []
     for step in range(updates):
-        given = Batch(*(part[own] for part in _parts(batch(step, rows))))
+        given = batch(step, rows).each(operator.itemgetter(own))
         reports.append(trainer.update(given, LENGTH, 1.0))
     trainer.updater.settle()
     expected = alone(config, pipeline.schedule, pipeline.stages, updates, device)
@@ -170,10 +171,6 @@ def check_config(
 
 def _norm(report: Mapping[str, Tensor]) -> float:
     return report["grad_norm"].item()
-
-
-def _parts(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    return batch.tokens, batch.targets, batch.documents
 
 
 @dataclasses.dataclass(frozen=True)

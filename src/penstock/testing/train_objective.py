@@ -40,13 +40,15 @@ def check(objective: Objective) -> None:
 
 def check_example(objective: Objective) -> None:
     """For the scores of some tokens the loss is the one that the policy gives."""
-    example, scores, targets, loss = objective.example()
+    example, scores, targets, loss, documents, extras = objective.example()
     assert IGNORE in targets, "the example has a token that is not predicted"
     hidden, width = torch.tensor([scores], dtype=torch.float64), len(scores[0])
     model = Decoder(SHAPE.model_copy(update={"vocabulary": width, "hidden": width, "tied": False})).double()
     model.head.weight.data = torch.eye(width, dtype=torch.float64)  # so that hidden states are scores
     row = torch.zeros(1, len(targets), dtype=torch.int64)
-    found = example.hidden_loss(model, hidden, Batch(row, torch.tensor([targets]), row)).item()
+    beside = {name: torch.tensor([values], dtype=torch.float64) for name, values in extras.items()}
+    batch = Batch(row, torch.tensor([targets]), row if documents is None else torch.tensor([documents]), beside)
+    found = example.hidden_loss(model, hidden, batch).item()
     assert math.isclose(found, loss, rel_tol=1e-9), f"the loss is {found}, and {loss} in the example"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -32,11 +33,11 @@ def rows_of_each(batch: BatchConfig, sharing: int, what: str) -> int:
 
 def microbatches(batch: Batch, length: int, tokens: int | None, device: torch.device) -> Iterator[Microbatch]:
     """``batch`` cut to sequences of ``length`` tokens, at most ``tokens`` (None: all) at a time, on ``device``."""
-    whole = [x.reshape(-1, length) for x in (batch.tokens, batch.targets, batch.documents)]
-    share = tokens or whole[0].numel()
-    rows = max(1, min(share // length, len(whole[0])))
-    for parts in zip(*(torch.split(x, rows) for x in whole), strict=True):
-        micro = Batch(*parts)
+    whole = batch.each(lambda values: values.reshape(-1, length))
+    share = tokens or whole.tokens.numel()
+    rows = max(1, min(share // length, len(whole.tokens)))
+    for start in range(0, len(whole.tokens), rows):
+        micro = whole.each(operator.itemgetter(slice(start, start + rows)))
         # On the CPU the gain for whole rows is not worth compiling the loss a second time for them.
         context = rows_of(micro.documents) if device.type == "cuda" else PackedRows.of(micro.documents)
         yield micro.to(device), context.to(device)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from penstock.core.config import Config
 from penstock.data.corpora.contract import Corpus
+from penstock.data.corpora.files import plain_name
+from penstock.data.corpora.folder import kinds_by_suffix
+from penstock.data.corpora.hf import was_saved
+from penstock.data.corpora.records import Records
 from penstock.data.samplers.contract import Sampler
 from penstock.data.samplers.shuffle import Shuffle
 from penstock.data.tokenizer import AUTO
@@ -25,9 +29,31 @@ from penstock.train.optim.adamw import AdamW
 from penstock.train.optim.contract import Optimizer
 from penstock.train.schedules.contract import Schedule
 from penstock.train.schedules.linear import LinearDecay
+from penstock.train.tuners.contract import Tuner
+from penstock.train.tuners.full import Full
 
 #: What a new token store has where the configuration leaves it open: tokens, and the share of documents held out.
 VOCABULARY, HELD_OUT = 4096, 0.02
+
+
+def _data_set(value: Any) -> Any:
+    """A data set named by a path alone is read as its name says: a folder that ``save_to_disk`` wrote by ``hf``."""
+    if not isinstance(value, str) or value == "none":
+        return value
+    kind = next((kind for suffix, kind in kinds_by_suffix().items() if plain_name(Path(value)).endswith(suffix)), None)
+    if kind is None:
+        kind = "hf" if was_saved(Path(value)) or not Path(value).exists() else "jsonl"
+    return {"name": kind, "path": value}
+
+
+def _of_records(value: Corpus) -> Records:
+    if not isinstance(value, Records):
+        raise ValueError(f"{value.policy_name} has texts, not records; name a JSON lines or Parquet file, say")
+    return value
+
+
+#: A data set of records: a path, or a table as of a corpus.
+DataSet = Annotated[Corpus, Choice("data.corpus"), BeforeValidator(_data_set), AfterValidator(_of_records)]
 
 
 class DataConfig(Config):
@@ -40,6 +66,11 @@ class DataConfig(Config):
     itself (BOS, for some models), and its own end-of-text token; an empty ``begin_of_text`` is nothing. With
     ``skip_bad``, damaged documents are left out and counted, instead of ending the run. Where a store
     is there, what is said here must be true of it.
+
+    ``chats`` are conversations, and ``preferences`` are pairs of a chosen and a rejected answer, in place of
+    ``corpus``, for the objectives that learn from them: a file, a folder that the library ``datasets`` has saved, or a
+    table such as ``{ name = "hf", path = "org/name" }``. ``chat_template`` is a file whose template takes the place of
+    the model's own.
     """
 
     corpus: Annotated[Corpus, Choice("data.corpus", "stdlib")] | None = None
@@ -49,6 +80,9 @@ class DataConfig(Config):
     skip_bad: bool = False
     begin_of_text: str = AUTO
     end_of_text: str = Field(AUTO, min_length=1)
+    chats: DataSet | None = None
+    preferences: DataSet | None = None
+    chat_template: Path | None = None
     sampler: Annotated[Sampler, Choice("data.sampler", "shuffle")] = Shuffle()
 
 
@@ -159,6 +193,9 @@ class TrainConfig(Config):
     ``export_dtype`` is that of the finished model's weights;
     None is that of ``start_from``, or else the one of the training. Checkpoints keep the weights in full.
 
+    ``tuner`` says which weights are trained, and ``rates`` multiplies the learning rate of parameters, by patterns of
+    their names, of which the first that fits counts.
+
     ``evaluation_minutes`` is about how long the evaluation at the end may take: it takes a random part of the held-out
     documents then, if need be. The newest ``keep_checkpoints`` stay, and those of steps that ``keep_every`` divides;
     with ``checkpoint_background`` they are written from a copy in main memory while training goes on.
@@ -177,6 +214,8 @@ class TrainConfig(Config):
     schedule: Annotated[Schedule, Choice("train.schedule", "linear")] = LinearDecay(warmup=0.05)
     validation: ValidationConfig = ValidationConfig()
     evaluation_minutes: PositiveFloat | None = None
+    tuner: Annotated[Tuner, Choice("train.tuner", "full")] = Full()
+    rates: dict[str, PositiveFloat] = Field({})
     average: Annotated[Average, Choice("train.average", "ema")] | None = None
     parallel: ParallelConfig = ParallelConfig()
     pipeline: PipelineConfig = PipelineConfig()
@@ -219,11 +258,19 @@ class TrainConfig(Config):
             raise ValueError("give either a [model] section or start_from, not both")
         if (self.steps, self.tokens, self.epochs, self.minutes) == (None,) * 4:
             raise ValueError("say when to stop: steps, tokens, epochs or minutes")
+        if (self.tuner != Full() or self.rates) and self.parallel.pipeline > 1:
+            raise ValueError("a pipeline trains all weights at one rate: set parallel.pipeline=1 with tuner or rates")
+        if self.tuner.adds and self.start_from is None:
+            raise ValueError(f"the tuner {self.tuner.policy_name} adds to a model that is there: set start_from")
         if self.pipeline.route is not None and self.parallel.pipeline == 1:
             raise ValueError(
                 f"the route {self.pipeline.route.policy_name} leads through the stages of a pipeline, and "
                 "parallel.pipeline is 1: set that to their number, or pipeline.route=none"
             )
+        learns, name = self.objective.learns_from, self.objective.policy_name
+        for key in ("chats", "preferences"):
+            if getattr(self.data, key) is not None and (learns == "texts" or (key == "chats") != (learns == "chats")):
+                raise ValueError(f"data.{key} is given, and the objective {name} learns from {learns}: set objective")
         if self.model is not None and (self.data.vocabulary or 0) > self.model.vocabulary:
             raise ValueError(
                 f"data.vocabulary ({self.data.vocabulary}) is larger than model.vocabulary ({self.model.vocabulary})"

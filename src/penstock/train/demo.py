@@ -20,6 +20,7 @@ from penstock.models.sampling import Sampling
 from penstock.models.text import stream_text
 from penstock.train.config import TrainConfig
 from penstock.train.evaluate import Sample, xz_bits_per_byte
+from penstock.train.material.texts import Texts
 from penstock.train.run import CONFIG, SUMMARY, Run
 from penstock.train.session import choose_threads
 
@@ -111,11 +112,18 @@ def _size(shape: DecoderConfig, length: int, flops: float) -> dict[str, int]:
 
 def compare_with_xz(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     """Adds what ``xz -9`` needs for the evaluated documents to the summary, on disk too."""
-    documents, tokenizer = run.evaluated, run.store.tokenizer
-    texts = [tokenizer.decode(documents.document(i).tolist()).encode() for i in range(documents.documents)]
-    summary = {**summary, "xz_bits_per_byte": xz_bits_per_byte(texts)}
+    texts = texts_of(run)
+    documents, tokenizer = texts.evaluated, texts.store.tokenizer
+    written = [tokenizer.decode(documents.document(i).tolist()).encode() for i in range(documents.documents)]
+    summary = {**summary, "xz_bits_per_byte": xz_bits_per_byte(written)}
     write_json(run.folder / SUMMARY, summary)
     return summary
+
+
+def texts_of(run: Run) -> Texts:
+    """What the run of the demo is trained on."""
+    assert isinstance(run.material, Texts)
+    return run.material
 
 
 def completions(run: Path, documents: Sample, count: int, end: float) -> Iterator[Completion]:

@@ -17,7 +17,7 @@ from penstock.core.errors import PenstockError
 from penstock.core.metrics import MetricsLog
 from penstock.core.signals import StopRequest
 from penstock.core.trackers import Tracker, WeightsAndBiases
-from penstock.data.loader import Batch, Loader
+from penstock.data.loader import Batch, Batches
 from penstock.models import hub
 from penstock.models.decoder import Decoder
 from penstock.parallel.world import World
@@ -47,7 +47,7 @@ class Trainer:
     Args:
         config: the run's configuration; what it leaves to the machine is chosen here, and when compiling.
         model: on its device, fp32; cast here as the precision says.
-        loader: windows of ``config.batch.length`` tokens.
+        loader: rows of ``config.batch.length`` tokens.
         tokenizer: the folder with its tokenizer and what else lies beside the weights, copied into every checkpoint.
         folder: the run folder.
         world: this process's place among those of the run.
@@ -61,7 +61,7 @@ class Trainer:
         self,
         config: TrainConfig,
         model: Decoder,
-        loader: Loader,
+        loader: Batches,
         tokenizer: Path,
         folder: Path,
         world: World | None = None,
@@ -274,7 +274,7 @@ class Trainer:
         assert self.validation is not None
         measured = self.validation.measure(self.whole(), self.weights, self.device)
         if log is not None:
-            log.write(self.position.step, {"validation_bits_per_byte": measured})
+            log.write(self.position.step, {f"validation_{self.validation.material.measure}": measured})
         self._clock = time.monotonic()  # validation is no part of the time in steps
         if self.position.best is not None and measured >= self.position.best:
             return False
@@ -315,6 +315,7 @@ class Trainer:
         require_finite(size, "the norm of the weights", self.position.step, self._resume)
         model, state = self.whole(), state_of(self.updater, self.config)
         if model is not None:
+            model = self.config.tuner.merged(model)
             config, best = self.config, self.position.best_step if self.config.validation.keep_best else None
             keeping = checkpoint.Keeping(config.keep_checkpoints, config.keep_every, best)
             self._saver.save(self.position.step, model, state, keeping)

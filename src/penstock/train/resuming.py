@@ -30,7 +30,7 @@ def groups_of(updater: Updater) -> dict[str, dict[str, Tensor]]:
     tensors = {"optimizer": checkpoint.optimizer_tensors(updater.optimizer, updater.names)}
     if updater.averages:
         tensors["average"] = dict(zip(updater.weights.masters, updater.averages, strict=True))
-    if updater.weights.separate:
+    if updater.weights.separate or updater.adds:
         tensors["masters"] = dict(updater.weights.masters)
     if updater.model.config.moe is not None:
         tensors["loads"] = updater.loads.tensors()
@@ -62,7 +62,7 @@ def restore(updater: Updater, folder: Path, state: TrainerState, config: TrainCo
     if updater.pipeline:
         updater.pipeline.part.take(hub.load(folder))
         entries = updater.pipeline.own(entries)
-    else:
+    elif not updater.adds:  # else the base is there, and what is added to it among the masters
         hub.import_state(updater.model, folder)
     checkpoint.restore_optimizer(updater.optimizer, updater.names, entries)
     own = updater.pipeline.own if updater.pipeline else dict
@@ -78,7 +78,13 @@ def restore(updater: Updater, folder: Path, state: TrainerState, config: TrainCo
 
 def _require_same(updater: Updater, folder: Path, state: TrainerState, config: TrainConfig) -> None:
     former, now = state.description["config"]["optim"]["name"], config.optim.policy_name
-    needed = {"average": bool(updater.averages), "masters": updater.weights.separate}
+    before, tuner = state.description["config"].get("tuner"), config.tuner.describe()
+    if before not in (None, tuner):
+        raise CheckpointError(
+            f"{folder} was written with the tuner {before}, and this configuration has {tuner}",
+            hint="Leave tuner as it was, or start a new run from this model with start_from.",
+        )
+    needed = {"average": bool(updater.averages), "masters": updater.weights.separate or updater.adds}
     lacking = [group for group, wanted in needed.items() if wanted and group not in state.tensors]
     if former == now and not lacking:
         return

@@ -3,8 +3,10 @@
 ``run.json`` is the complete configuration; ``store/`` the token store, unless the configuration names another;
 ``tokenizer/`` what goes beside the weights into every model folder that the run writes;
 ``metrics.jsonl`` a record for each update; ``checkpoints/`` the newest checkpoints; ``model/`` the finished model, a
-Hugging Face folder; ``loss.png`` the loss curve; ``summary.json`` what came out. A pipeline adds ``pipeline.json``,
-what its stages cost, and ``pipeline-trace.json``, the timeline of an update, measured and simulated.
+Hugging Face folder; ``adapter/`` what was added to its base, where that alone was trained; ``reference/`` what the
+model at the beginning found probable, where the objective asks; ``loss.png`` the loss curve; ``summary.json`` what came
+out. A pipeline adds ``pipeline.json``, what its stages cost, and ``pipeline-trace.json``, the timeline of an update,
+measured and simulated.
 """
 
 from __future__ import annotations
@@ -22,28 +24,29 @@ from penstock.core.devices import pick
 from penstock.core.errors import ConfigError, UsageError
 from penstock.core.files import atomic_folder, read_json, write_json
 from penstock.core.progress import Reporter, silent
-from penstock.data.loader import Loader
-from penstock.data.store import TokenStore
-from penstock.data.tokenizer import declared
 from penstock.models import hub
-from penstock.models.companions import copy_companions, end_with
+from penstock.models.blank import assembled
+from penstock.models.companions import copy_companions
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.parallel.world import World
-from penstock.train import checkpoint, store
+from penstock.train import checkpoint
 from penstock.train.batches import rows_of_each
 from penstock.train.config import TrainConfig
-from penstock.train.evaluate import Sample, affordable, bits_per_byte
 from penstock.train.length import unfinished_warmup
 from penstock.train.loop import Trainer
+from penstock.train.material import store
+from penstock.train.material.contract import Material
+from penstock.train.material.dialogues import REFERENCE, Dialogues
+from penstock.train.material.texts import Texts
 from penstock.train.pipeline import recovery
 from penstock.train.pipeline.pipeline import Pipeline
 from penstock.train.resuming import resume_command
-from penstock.train.saving import assembled
-from penstock.train.validation import Validation, beginning_of
+from penstock.train.validation import Validation
 
 CONFIG, SUMMARY = "run.json", "summary.json"
 CHECKPOINTS, MODEL, STORE, TOKENIZER = "checkpoints", "model", "store", "tokenizer"
+ADAPTER = "adapter"
 
 #: What the weights of a finished model can be stored in.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,9 +58,9 @@ class Run:
     :meth:`create`, :meth:`branch` and :meth:`reopen` make one.
 
     Attributes:
-        config, folder, world, device, store: what the names say.
-        evaluated: the documents that :meth:`finish` evaluates.
-        tokenizer: the folder of the store's tokenizer.
+        config, folder, world, device: what the names say.
+        material: what is trained on, and measured.
+        tokenizer: the folder of what goes beside the weights.
         trainer: at the beginning, or at the checkpoint that the run goes on from.
         notes: what the user should know before the run begins, such as newer checkpoints that were passed over.
     """
@@ -73,7 +76,9 @@ class Run:
         self.notes = recovered + [f"passed over: {fault.what}" for fault in faults]
         parent = found or config.start_from
         shape = config.model or hub.read_config(hub.resolve(str(parent)))
-        self._check(shape, parent)
+        kind = Texts if config.objective.learns_from == "texts" else Dialogues
+        self._check(shape)
+        kind.check(config, self._store_folder, parent, shape)
         if found is None and config.start_from and config.export_dtype is None:
             stored = hub.dtype_of(config.start_from)
             named = next((name for name, dtype in DTYPES.items() if dtype == stored), None)
@@ -83,19 +88,19 @@ class Run:
         rows_of_each(config.batch, size, "pipelines" if pipeline else "processes")
         model = self._part(pipeline, found) if pipeline else self._model(found)
         hub.family_of(model)  # a shape that no folder could hold is refused before the work, not after it
-        self.store = self._open_store(parent, shape, report)
-        self.config = config = config.model_copy(update={"data": store.settled(config.data, self.store.manifest)})
-        held_out = self.store.split("held_out")
-        self.evaluated = Sample(held_out, range(held_out.documents))
+        config.tuner.attach(model, config.seed)
+        self.material: Material = kind(config, self._store_folder, parent, shape, world, report)
+        self.notes += self.material.notes
+        self.config = config = config.model_copy(update={"data": self.material.settled()})
         self.tokenizer = folder / TOKENIZER
-        self._provide_tokenizer(parent)
-        train = self.store.split("train")
-        loader = Loader(
-            train, length=config.batch.length, sampler=config.data.sampler, seed=config.seed, rank=rank, world=size
-        )
+        self._provide_tokenizer()
+        if found is None and world.leads:
+            self.material.prepare(model, folder, report)
+        world.barrier()
+        self.material.take(folder)
+        loader = self.material.loader(rank, size)
         self.trainer = Trainer(config, model, loader, self.tokenizer, folder, world, pipeline)
-        documents = beginning_of(held_out, config.validation.tokens)
-        self.trainer.validation = Validation(config.validation, documents, config.batch.length, world)
+        self.trainer.validation = Validation(config.validation, self.material, world)
         if found is not None:
             self.trainer.resume(found)
         self.notes += filter(None, (self.trainer.order_note, unfinished_warmup(config, self.trainer.length.steps)))
@@ -204,7 +209,9 @@ class Run:
         """The model at the beginning, or one of the same shape for the weights of the checkpoint ``found``."""
         shape = self.config.model
         if shape is None:
-            return hub.load(found or str(self.config.start_from), device=self.device, dtype=torch.float32)
+            # What is added to a base is put on top of it again; checkpoints have both merged.
+            source = None if self.config.tuner.adds else found
+            return hub.load(source or str(self.config.start_from), device=self.device, dtype=torch.float32)
         return (Decoder(shape) if found else Decoder(shape).initialize(self.config.seed)).to(self.device)
 
     def _part(self, pipeline: Pipeline, found: Path | None) -> Decoder:
@@ -215,50 +222,23 @@ class Run:
             pipeline.part.initialize(self.config.seed)
         return pipeline.part.to(self.device)
 
-    def _check(self, shape: DecoderConfig, parent: Path | str | None) -> None:
-        """Whether batch, model and tokenizer fit together, as far as that can be told before the corpus is read."""
+    def _check(self, shape: DecoderConfig) -> None:
+        """Whether batch and model fit together."""
         if self.config.batch.length > shape.context:
             raise ConfigError(
                 f"sequences of {self.config.batch.length} tokens are longer than the model's context ({shape.context})",
                 hint="Shorten the stages of [batch].",
             )
-        if parent is not None and not self._store_folder.exists():
-            store.check_tokenizer(self.config.data, parent, shape.vocabulary)
 
     @property
     def _store_folder(self) -> Path:
         return self.config.data.store or self.folder / STORE
 
-    def _open_store(self, parent: Path | str | None, shape: DecoderConfig, report: Reporter) -> TokenStore:
-        folder = self._store_folder
-        if self.world.leads and not folder.exists():
-            store.build(self.config.data, folder, parent, shape.vocabulary, report)
-        self.world.barrier()
-        opened = store.open_store(self.config.data, folder, parent)
-        if opened.manifest.vocabulary > shape.vocabulary:
-            raise ConfigError(
-                f"the token store has {opened.manifest.vocabulary} tokens, the model only {shape.vocabulary}",
-                hint="Set model.vocabulary, or use a store that was made with the model's tokenizer.",
-            )
-        if opened.manifest.left_out:
-            self.notes.append(f"of the token store {folder}, {opened.manifest.left_out}")
-        if not opened.split("held_out").documents:
-            self.notes.append(
-                f"the token store {folder} has no held-out documents, so the model will not be evaluated; "
-                "to have some, build it with a larger share (data.held_out, or --held-out)"
-            )
-        return opened
-
-    def _provide_tokenizer(self, parent: Path | str | None) -> None:
+    def _provide_tokenizer(self) -> None:
         """Fills ``tokenizer/``: from the model that the run goes on from, or with the store's tokenizer."""
         if self.world.leads and not self.tokenizer.exists():
-            manifest = self.store.manifest
             with atomic_folder(self.tokenizer) as folder:
-                source = hub.resolve(parent) if parent else self.store.folder / "tokenizer"
-                copy_companions(source, folder)
-                if declared(folder, "eos_token") != manifest.end_of_text:
-                    others = hub.config_end_tokens(source) if parent else []
-                    end_with(folder, manifest.end_of_text_id, others)
+                self.material.provide(folder)
         self.world.barrier()
 
     def finish(self, report: Reporter = silent, seconds: float | None = None) -> dict[str, Any]:
@@ -271,12 +251,16 @@ class Run:
         self.trainer.use_average()
         model, position = self.trainer.whole(), self.trainer.position
         if model is not None:
+            if self.config.tuner.adds:
+                with atomic_folder(self.folder / ADAPTER) as folder:
+                    self.config.tuner.write(model, folder, str(self.config.start_from))
+            model = self.config.tuner.merged(model)
             with atomic_folder(self.folder / MODEL) as folder:
                 hub.save(model, folder, dtype=DTYPES.get(self.config.export_dtype or ""))
                 copy_companions(self.tokenizer, folder)
         summary = {
-            "bits_per_byte": self._evaluate(model, report, seconds),
-            "documents": self.evaluated.documents,
+            self.material.measure: self._evaluate(model, report, seconds),
+            "documents": self.material.evaluated_count,
             "tokens_per_s": position.tokens / max(position.seconds, 1e-9),
             "parameters": self.trainer.parameters,
             "steps": position.step,
@@ -284,7 +268,7 @@ class Run:
             "seconds": position.seconds,
         }
         if position.best is not None:
-            summary |= {"best_step": position.best_step, "best_bits_per_byte": position.best}
+            summary |= {"best_step": position.best_step, f"best_{self.material.measure}": position.best}
         if self.config.on_bad_update == "skip":
             summary["skipped_updates"] = position.guard.skipped
         if self.world.leads:
@@ -293,10 +277,9 @@ class Run:
         return summary
 
     def _evaluate(self, whole: Decoder | None, report: Reporter, seconds: float | None) -> float | None:
-        """Bits per byte on the held-out documents, if there are any. The leading process measures, on its own device;
-        all know then."""
-        held_out = self.store.split("held_out")
-        if not held_out.documents:
+        """The material's measure of the model on what is held out, if anything is. The leading process measures, on its
+        own device; all know then."""
+        if not self.material.held_out:
             return None
         if seconds is None and self.config.evaluation_minutes is not None:
             seconds = 60 * self.config.evaluation_minutes
@@ -304,10 +287,7 @@ class Run:
         if whole is not None:
             precise = self.device.type != "cuda"
             with contextlib.nullcontext() if precise else self.trainer.weights.arithmetic(self.device):
-                whole, window = whole.to(self.device).eval(), self.config.batch.length
-                if seconds is not None:
-                    self.evaluated = affordable(whole, held_out, window=window, seconds=seconds)
-                measured = bits_per_byte(whole, self.evaluated, window=window, report=report)
+                measured = self.material.evaluate(whole.to(self.device).eval(), report, seconds)
         return self.world.largest(measured)[0]
 
 
@@ -327,7 +307,7 @@ def _new_folder(folder: Path, world: World) -> Iterator[None]:
         yield
     except BaseException:
         if world.leads:
-            for name in (CHECKPOINTS, TOKENIZER):
+            for name in (CHECKPOINTS, TOKENIZER, REFERENCE):
                 shutil.rmtree(folder / name, ignore_errors=True)
             (folder / CONFIG).unlink(missing_ok=True)
             if fresh and not (folder / STORE).exists():

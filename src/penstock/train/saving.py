@@ -9,32 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from penstock.core.errors import CheckpointError, PenstockError
-from penstock.models.blank import without_weights
+from penstock.models.blank import assembled
 from penstock.models.decoder import Decoder
 from penstock.train import checkpoint
 from penstock.train.checkpoint import Keeping, TrainerState
-
-
-def assembled(like: Any, weights: Mapping[str, Tensor]) -> Decoder:
-    """A Decoder of the shape of ``like`` and from the same folder (see ``models/hub.py``), with ``weights`` by name."""
-    with without_weights():
-        model = Decoder(like.config)
-    named = {
-        name: nn.Parameter(weights[name], requires_grad=blank.requires_grad) for name, blank in model.named_parameters()
-    }
-    if like.config.tied:
-        named["head.weight"] = named["embedding.weight"]
-    model.load_state_dict(named, assign=True)
-    vars(model).update({key: value for key, value in vars(like).items() if key == "origin"})
-    return model
 
 
 class Saver:

@@ -17,9 +17,16 @@ from penstock.core.processor import free_threads
 from penstock.core.progress import Bar, Reporter, quantity
 from penstock.core.signals import termination_interrupts
 from penstock.parallel.world import World
+from penstock.train.material.contract import Material
 from penstock.train.report import Report
 from penstock.train.resuming import resume_command
 from penstock.train.run import CHECKPOINTS, CONFIG, Run
+
+#: What a record of a validation holds, and how a picture calls it.
+VALIDATED = {
+    "validation_bits_per_byte": "validation (bits per byte)",
+    "validation_held_out_loss": "validation (nats)",
+}
 
 
 @contextlib.contextmanager
@@ -58,7 +65,7 @@ def train_to_the_end(run: Run, report: Reporter, evaluation: float | None = None
         if run.world.leads:
             draw_loss(run.folder)
             print(
-                f"{_measured(summary['bits_per_byte'])} after {summary['steps']} steps "
+                f"{_measured(run.material, summary)} after {summary['steps']} steps "
                 f"({quantity(summary['tokens'], 'tok')}, {quantity(summary['tokens_per_s'], 'tok')}/s)\n"
                 f"model: {run.folder / 'model'} ({_dtype(run)})   loss curve: {run.folder / 'loss.png'}"
             )
@@ -71,10 +78,11 @@ def _dtype(run: Run) -> str:
     return f"{stored}, like {run.config.start_from}" if run.config.start_from else stored
 
 
-def _measured(bits_per_byte: float | None) -> str:
-    if bits_per_byte is None:
-        return "not evaluated, since no documents are held out,"
-    return f"{bits_per_byte:.3f} bits per byte on held-out documents"
+def _measured(material: Material, summary: dict[str, Any]) -> str:
+    what = "documents" if material.measure == "bits_per_byte" else "examples"
+    if summary[material.measure] is None:
+        return f"not evaluated, since no {what} are held out,"
+    return f"{summary[material.measure]:.3f} {material.unit} on held-out {what}"
 
 
 def _train(run: Run, report: Reporter) -> bool:
@@ -130,7 +138,7 @@ def draw_loss(folder: Path) -> Path:
 
     every = read_metrics(folder / "metrics.jsonl")
     records = [record for record in every if "loss" in record]
-    validated = [record for record in every if "validation_bits_per_byte" in record]
+    validated = [(record["step"], key, record[key]) for record in every for key in record if key in VALIDATED]
     steps = [record["step"] for record in records]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -138,8 +146,8 @@ def draw_loss(folder: Path) -> Path:
     axes.set(xlabel="step", ylabel="training loss (nats per token)", title=f"{folder.name}: training loss")
     axes.grid(alpha=0.3)
     if validated:
-        measured = [record["validation_bits_per_byte"] for record in validated]
-        axes.plot([r["step"] for r in validated], measured, "o-", color="tab:green", label="validation (bits per byte)")
+        at, keys, measured = zip(*validated, strict=True)
+        axes.plot(at, measured, "o-", color="tab:green", label=VALIDATED[keys[0]])
         axes.legend(loc="upper right")
     rates = axes.twinx()
     rates.plot(steps, [record["lr_factor"] for record in records], linewidth=1, color="tab:orange", alpha=0.6)

@@ -14,7 +14,6 @@ from penstock.core.errors import PenstockError
 from penstock.data.loader import Batch
 from penstock.models.attention import CausalRows, PackedRows
 from penstock.models.decoder import Decoder
-from penstock.ops.cross_entropy import IGNORE
 from penstock.parallel.world import World
 from penstock.train.batches import Microbatch, microbatches
 from penstock.train.config import TrainConfig
@@ -22,6 +21,7 @@ from penstock.train.loads import Loads
 from penstock.train.pipeline.pipeline import Pipeline
 from penstock.train.pipeline.post_validated import PostValidated
 from penstock.train.precision import Weights
+from penstock.train.rates import Rates
 from penstock.train.report import Position
 
 
@@ -38,6 +38,7 @@ class Updater:
     Attributes:
         position: how far the run is.
         masters: the parameters that the optimizer updates.
+        adds: whether they are added to the model's own, which stay.
         optimizer: what the configuration says.
         names: of the masters, by ``id``.
         averages: the running average of each master, if there is one.
@@ -52,6 +53,8 @@ class Updater:
         self.device = next(model.parameters()).device
         self.masters = list(weights.masters.values())
         self.optimizer = config.optim.build(weights.masters)
+        self._rates = Rates(weights.masters, config.rates)
+        self.adds = config.tuner.adds
         self.names = {id(parameter): name for name, parameter in weights.masters.items()}
         self.averages = [m.detach().clone() for m in self.masters] if config.average else []
         self.loads = Loads(model)
@@ -130,11 +133,11 @@ class Updater:
         return measured
 
     def _predicted(self, batch: Batch) -> Tensor:
-        """How many tokens the update predicts, over all processes."""
+        """By how much the summed loss of the update is divided, over all processes."""
         if self.pipeline:
             predicted = self.pipeline.predicted(batch)
         else:
-            predicted = (batch.targets != IGNORE).sum().to(self.device, torch.float32)
+            predicted = self._config.objective.count(batch).to(self.device, torch.float32)
             self.world.sum_([predicted])
         return predicted.clamp_(min=1)
 
@@ -172,7 +175,7 @@ class Updater:
 
     def _apply(self) -> None:
         """Updates the weights by the gradients in the masters, and clears these."""
-        self.optimizer.step()
+        self._rates.step(self.optimizer)
         self.optimizer.zero_grad()
         self.weights.publish()
 

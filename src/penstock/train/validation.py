@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -11,8 +12,19 @@ from penstock.data.store import Split
 from penstock.models.decoder import Decoder
 from penstock.parallel.world import World
 from penstock.train.config import ValidationConfig
-from penstock.train.evaluate import Sample, bits_per_byte
+from penstock.train.evaluate import Sample
 from penstock.train.precision import Weights
+
+
+class Validated(Protocol):
+    """What :class:`~penstock.train.material.contract.Material` tells of."""
+
+    measure: ClassVar[str]
+
+    @property
+    def held_out(self) -> int: ...
+
+    def validate(self, model: Decoder) -> float: ...
 
 
 def beginning_of(split: Split, tokens: int) -> Sample:
@@ -30,31 +42,29 @@ def beginning_of(split: Split, tokens: int) -> Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """Measures a model in training, on the same documents each time.
+    """Measures a model in training, on the same held-out documents or examples each time.
 
     Attributes:
-        config: when, and how much.
-        documents: the held-out ones that are measured.
-        window: tokens that the model sees at a time.
+        config: when.
+        material: of the run.
         world: all processes take part; the leading one measures.
     """
 
     config: ValidationConfig
-    documents: Sample
-    window: int
+    material: Validated
     world: World
 
     def due(self, step: int) -> bool:
         """Whether update ``step`` is followed by a validation."""
-        return bool(self.config.every and self.documents.documents and step % self.config.every == 0)
+        return bool(self.config.every and self.material.held_out and step % self.config.every == 0)
 
     def measure(self, whole: Decoder | None, weights: Weights, device: torch.device) -> float:
-        """Bits per byte of the weights as they are, without average; ``whole`` is the model in the leading process."""
+        """The measure of the weights as they are, without average; ``whole`` is the model in the leading process."""
         measured = 0.0
         if whole is not None:
             arithmetic = weights.arithmetic(device) if device.type == "cuda" else contextlib.nullcontext()
             there = whole.embedding.weight.device
             with arithmetic:
-                measured = bits_per_byte(whole.to(device), self.documents, window=self.window)
+                measured = self.material.validate(whole.to(device))
             whole.to(there)
         return self.world.largest(measured)[0]

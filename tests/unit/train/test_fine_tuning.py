@@ -129,10 +129,10 @@ def documents(store: TokenStore) -> list[list[int]]:
 def test_documents_begin_with_bos_where_the_tokenizer_adds_it(base, corpus, tmp_path):
     run = Run.create(options(base, corpus), tmp_path / "run")
     reference = AutoTokenizer.from_pretrained(base)
-    stored = documents(run.store)
+    stored = documents(run.material.store)
     assert len(stored) > 50
     for ids in stored:
-        assert ids == [*reference(run.store.tokenizer.decode(ids)).input_ids, 0]
+        assert ids == [*reference(run.material.store.tokenizer.decode(ids)).input_ids, 0]
         assert ids[0] == reference.bos_token_id
     assert (run.config.data.begin_of_text, run.config.data.end_of_text) == ("<s>", "<|endoftext|>")
 
@@ -140,11 +140,11 @@ def test_documents_begin_with_bos_where_the_tokenizer_adds_it(base, corpus, tmp_
 @pytest.mark.parametrize(("begin", "end"), [("", "<|end|>"), ("<pad>", "auto")])
 def test_the_tokens_around_a_document_can_be_chosen(base, corpus, tmp_path, begin, end):
     run = Run.create(options(base, corpus, begin_of_text=begin, end_of_text=end), tmp_path / "run")
-    tokenizer = run.store.tokenizer
-    stored = documents(run.store)
+    tokenizer = run.material.store.tokenizer
+    stored = documents(run.material.store)
     assert all(tokenizer.id_to_token(ids[-1]) == ("<|end|>" if end != "auto" else "<|endoftext|>") for ids in stored)
     assert all((tokenizer.id_to_token(ids[0]) == "<pad>") == bool(begin) for ids in stored)
-    assert Run.reopen(tmp_path / "run").store.manifest == run.store.manifest
+    assert Run.reopen(tmp_path / "run").material.store.manifest == run.material.store.manifest
 
 
 def test_an_end_of_text_of_one_s_own_ends_what_the_model_writes(base, corpus, tmp_path):
@@ -161,4 +161,4 @@ def test_a_store_without_the_model_s_bos_is_refused(base, corpus, tmp_path):
     with pytest.raises(ConfigError, match=r"documents begin with nothing, and the model's tokenizer .* with <s>"):
         Run.create(plain, tmp_path / "run")
     chosen = plain.model_copy(update={"data": plain.data.model_copy(update={"begin_of_text": ""})})
-    assert Run.create(chosen, tmp_path / "run").store.manifest.begin_of_text_ids == ()
+    assert Run.create(chosen, tmp_path / "run").material.store.manifest.begin_of_text_ids == ()

@@ -33,7 +33,7 @@ def test_a_run_is_as_long_as_its_configuration_says(store, lengths, wanted):
 
 def test_a_run_of_an_epoch_reads_every_window(store, tmp_path):
     run = Run.create(config(store, steps=None, epochs=1), tmp_path / "run")
-    samples = (run.store.split("train").tokens - 1) // 32
+    samples = (run.material.store.split("train").tokens - 1) // 32
     assert run.trainer.train()
     assert run.trainer.position.step == -(-samples // 4)
     assert samples <= run.trainer.position.samples < samples + 4

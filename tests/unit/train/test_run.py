@@ -135,7 +135,7 @@ def test_a_store_that_took_long_to_build_stays_when_the_run_cannot_start(tmp_pat
     monkeypatch.setattr(Folder, "documents", None)  # read no more
     shorter = {"tokens": 4, "stages": [{"length": 2}]}
     run = Run.create(config(tmp_path, data=data, batch=shorter), tmp_path / "run")
-    assert run.store.manifest == built.manifest
+    assert run.material.store.manifest == built.manifest
 
 
 @pytest.mark.parametrize("asked", [0, 0.001])
@@ -222,12 +222,12 @@ def test_a_run_builds_its_own_store(tmp_path):
     corpus = {"name": "folder", "path": str(make_corpus(tmp_path / "corpus"))}
     data = {"corpus": corpus, "vocabulary": 300, "held_out": 0.2}
     run = Run.create(config(tmp_path, data=data), tmp_path / "run")
-    assert run.store.folder == tmp_path / "run" / "store"
-    assert run.store.manifest.vocabulary == 300
-    assert run.store.manifest.held_out == 0.2
-    run.store.verify()
+    assert run.material.store.folder == tmp_path / "run" / "store"
+    assert run.material.store.manifest.vocabulary == 300
+    assert run.material.store.manifest.held_out == 0.2
+    run.material.store.verify()
     built = (tmp_path / "run" / "store" / "manifest.json").stat().st_mtime_ns
-    assert Run.reopen(tmp_path / "run").store.manifest == run.store.manifest
+    assert Run.reopen(tmp_path / "run").material.store.manifest == run.material.store.manifest
     assert (tmp_path / "run" / "store" / "manifest.json").stat().st_mtime_ns == built
 
 
@@ -248,7 +248,7 @@ def test_starting_from_a_model_keeps_its_weights_and_its_tokenizer(finished, tmp
     assert run.trainer.position.step == 0
     assert all(torch.equal(a, b) for a, b in zip(run.trainer.model.parameters(), parent.parameters(), strict=True))
     text = "def main(argv):"
-    assert run.store.tokenizer.encode(text).ids == load_tokenizer(finished / "model").encode(text).ids
+    assert run.material.store.tokenizer.encode(text).ids == load_tokenizer(finished / "model").encode(text).ids
     assert train_to_the_end(run, silent)
     shutil.move(finished, tmp_path / "gone")
     try:
@@ -317,7 +317,9 @@ def test_a_run_records_what_it_read(shared, tmp_path):
     recorded = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     assert recorded["corpus"]["path"] == data["corpus"]["path"]
     assert (recorded["vocabulary"], recorded["held_out"]) == (300, 0.2)
-    assert Run.create(config(built, data=data), tmp_path / "again").store.manifest == run.store.manifest
+    assert (
+        Run.create(config(built, data=data), tmp_path / "again").material.store.manifest == run.material.store.manifest
+    )
     with pytest.raises(ConfigError, match=r"data\.held_out is 0\.3"):
         Run.reopen(tmp_path / "run", overrides=["data.held_out=0.3"])
 
@@ -326,7 +328,7 @@ def test_a_run_can_go_on_with_another_store(shared, store, tmp_path):
     _, built = shared
     Run.create(config(built), tmp_path / "run")
     again = Run.reopen(tmp_path / "run", overrides=[f"data.store={store}"])
-    assert again.store.folder == store
+    assert again.material.store.folder == store
     assert again.config.data.vocabulary == VOCABULARY
 
 
@@ -339,7 +341,7 @@ def test_a_branch_has_a_copy_of_its_beginning_and_needs_the_other_run_no_more(tm
     Run.create(config(tmp_path, data=data, steps=10, checkpoint_steps=5), tmp_path / "long").trainer.train()
     found = tmp_path / "long" / "checkpoints" / "step-00000005"
     branch = Run.branch(found, tmp_path / "branch", overrides=["steps=7"])
-    assert branch.store.folder == tmp_path / "long" / "store"
+    assert branch.material.store.folder == tmp_path / "long" / "store"
     assert branch.trainer.position.step == 5
     assert tensors(tmp_path / "branch" / "checkpoints" / found.name).keys() == tensors(found).keys()
     shutil.rmtree(tmp_path / "long" / "checkpoints")
@@ -506,7 +508,7 @@ def test_a_demonstration_clears_runs_only(finished, tmp_path):
 def test_a_demonstration_compares_the_held_out_texts_with_xz(store, tmp_path, finished):
     run = Run.reopen(shutil.copytree(finished, tmp_path / "run"))
     summary = demo.compare_with_xz(run, {"steps": 20})
-    held_out = run.store.split("held_out")
+    held_out = run.material.store.split("held_out")
     texts = [(store.parent / "corpus" / held_out.name(i)).read_bytes() for i in range(held_out.documents)]
     assert sum(map(len, texts)) == held_out.bytes
     assert summary == {"steps": 20, "xz_bits_per_byte": demo.xz_bits_per_byte(texts)}

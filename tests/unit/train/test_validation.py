@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import pytest
 
@@ -69,8 +70,8 @@ def test_validation_is_capped(store):
 
 def test_without_held_out_documents_nothing_is_validated(tmp_path, store):
     run = Run.create(config(store, steps=2, validation={"every": 1}), tmp_path / "run")
-    empty = beginning_of(run.store.split("held_out"), 1)
-    assert not Validation(run.config.validation, type(empty)(empty.split, ()), 32, run.world).due(1)
+    nothing = types.SimpleNamespace(measure="bits_per_byte", held_out=0)
+    assert not Validation(run.config.validation, nothing, run.world).due(1)
     assert run.trainer.validation.due(1)
 
 
@@ -89,8 +90,8 @@ def test_a_validated_run_resumes_bit_for_bit(store, tmp_path):
 @pytest.mark.parametrize(("minutes", "all_of_them"), [(1e-9, False), (60.0, True)])
 def test_the_final_evaluation_has_a_budget_of_time(store, tmp_path, minutes, all_of_them):
     run = Run.create(config(store, steps=2, evaluation_minutes=minutes), tmp_path / "run")
-    held_out = run.store.split("held_out")
+    held_out = run.material.store.split("held_out")
     summary = train_to_the_end(run, silent)
     assert summary["documents"] == (held_out.documents if all_of_them else 1)
-    measured = bits_per_byte(hub.load(tmp_path / "run"), run.evaluated, window=32)
+    measured = bits_per_byte(hub.load(tmp_path / "run"), run.material.evaluated, window=32)
     assert summary["bits_per_byte"] == pytest.approx(measured, rel=1e-6)

@@ -9,13 +9,12 @@ from typing import Any, Self
 from pydantic import Field
 
 from penstock.core.errors import DataError, UsageError, nearest
-from penstock.data.corpora.contract import Corpus, Document
-from penstock.data.corpora.records import documents_of
+from penstock.data.corpora.records import Record, Records
 from penstock.policy import policy
 
 
 @policy("data.corpus", "hf")
-class HuggingFace(Corpus):
+class HuggingFace(Records):
     """The string in ``field`` of each row of a data set: a folder that ``save_to_disk`` wrote, or a name on the hub.
 
     ``subset`` and ``split`` choose a part, ``revision`` a version on the hub. With ``streaming`` the rows come over the
@@ -28,13 +27,11 @@ class HuggingFace(Corpus):
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-    field: str = "text"
     streaming: bool = False
 
-    def items(self) -> Iterator[Document | DataError]:
-        rows = enumerate(self._rows(self._open()))
-        named = ((f"{self.split}:{i}", f"{self.path}, row {i} of {self.split}", row) for i, row in rows)
-        yield from documents_of(named, self.field)
+    def records(self, only: str | None = None) -> Iterator[Record | DataError]:
+        for i, row in enumerate(self._rows(self._open(), only)):
+            yield Record(f"{self.split}:{i}", f"{self.path}, row {i} of {self.split}", row)
 
     @classmethod
     def example(cls, folder: Path, texts: Sequence[str]) -> Self:
@@ -51,7 +48,7 @@ class HuggingFace(Corpus):
                 "Hugging Face data sets need the library 'datasets'", hint="Install it: pip install 'penstock[hf]'"
             ) from error
         try:
-            if _was_saved(Path(self.path)):
+            if was_saved(Path(self.path)):
                 found = datasets.load_from_disk(self.path)
             else:
                 options = {"split": self.split, "revision": self.revision, "streaming": self.streaming}
@@ -67,13 +64,14 @@ class HuggingFace(Corpus):
             return found[self.split]
         return found
 
-    def _rows(self, found: Any) -> Iterator[Any]:
+    def _rows(self, found: Any, only: str | None) -> Iterator[Any]:
         try:
-            # Only the column with the text is decoded: images and sounds beside it stay as they are.
-            yield from found.select_columns([self.field.split(".")[0]])
+            # Only the column that is wanted is decoded: images and sounds beside it stay as they are.
+            yield from found if only is None else found.select_columns([only.split(".")[0]])
         except Exception as error:
             raise DataError(f"the data set {self.path!r} cannot be read: {error}") from error
 
 
-def _was_saved(path: Path) -> bool:
+def was_saved(path: Path) -> bool:
+    """Whether ``save_to_disk`` wrote the folder."""
     return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))

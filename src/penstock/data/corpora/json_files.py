@@ -10,14 +10,13 @@ from typing import Any, ClassVar, Self
 from pydantic import Field
 
 from penstock.core.errors import DataError
-from penstock.data.corpora.contract import Corpus, Document
 from penstock.data.corpora.files import opened, sizes, source_files
-from penstock.data.corpora.records import documents_of
+from penstock.data.corpora.records import Record, Records
 from penstock.policy import policy
 
 
 @policy("data.corpus", "json")
-class JsonFiles(Corpus):
+class JsonFiles(Records):
     """The string in ``field`` of each object in the list that a ``.json`` file holds, or of its one object; or of all
     such files below a folder. A document is named after its file and its place in the list, counted from 0.
 
@@ -27,9 +26,8 @@ class JsonFiles(Corpus):
     suffixes: ClassVar[tuple[str, ...]] = (".json",)
 
     path: Path = Field(examples=["texts"])
-    field: str = "text"
 
-    def items(self) -> Iterator[Document | DataError]:
+    def records(self, only: str | None = None) -> Iterator[Record | DataError]:
         for path in source_files(self.path, self.suffixes):
             name = path.name if path == self.path else path.relative_to(self.path).as_posix()
             try:
@@ -39,8 +37,8 @@ class JsonFiles(Corpus):
                 yield fault
                 continue
             records = contents if isinstance(contents, list) else [contents]
-            numbered = ((f"{name}:{i}", f"{path}, record {i}", record) for i, record in enumerate(records))
-            yield from documents_of(numbered, self.field)
+            for i, record in enumerate(records):
+                yield Record(f"{name}:{i}", f"{path}, record {i}", record)
 
     def size(self) -> int | None:
         return sizes(source_files(self.path, self.suffixes))

@@ -11,14 +11,13 @@ from typing import ClassVar, Self
 from pydantic import Field
 
 from penstock.core.errors import DataError
-from penstock.data.corpora.contract import Corpus, Document
 from penstock.data.corpora.files import opened, sizes, source_files
-from penstock.data.corpora.records import documents_of
+from penstock.data.corpora.records import Record, Records
 from penstock.policy import policy
 
 
 @policy("data.corpus", "jsonl")
-class JsonLines(Corpus):
+class JsonLines(Records):
     """The string in ``field`` of each line of a ``.jsonl`` or ``.ndjson`` file, or of all those below a folder.
 
     The files may be compressed (``.gz``, ``.zst``). ``meta.text`` is a field within a field. Blank lines and empty or
@@ -28,16 +27,15 @@ class JsonLines(Corpus):
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".ndjson")
 
     path: Path = Field(examples=["texts"])
-    field: str = "text"
 
-    def items(self) -> Iterator[Document | DataError]:
+    def records(self, only: str | None = None) -> Iterator[Record | DataError]:
         for path in source_files(self.path, self.suffixes):
             name = path.name if path == self.path else path.relative_to(self.path).as_posix()
             try:
                 with opened(path) as file:
                     for number, line in enumerate(file, 1):
                         if line.strip():
-                            yield from self._document(line, f"{name}:{number}", f"{path}, line {number}")
+                            yield _record(line, f"{name}:{number}", f"{path}, line {number}")
             except DataError as fault:
                 yield fault
 
@@ -52,10 +50,9 @@ class JsonLines(Corpus):
         (folder / "b.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[half:])))
         return cls(path=folder, field="body")
 
-    def _document(self, line: bytes, name: str, where: str) -> Iterator[Document | DataError]:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield DataError(f"{where} is not JSON: {error}")
-        else:
-            yield from documents_of([(name, where, record)], self.field)
+
+def _record(line: bytes, name: str, where: str) -> Record | DataError:
+    try:
+        return Record(name, where, json.loads(line))
+    except (ValueError, RecursionError) as error:
+        return DataError(f"{where} is not JSON: {error}")

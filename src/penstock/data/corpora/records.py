@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from penstock.core.errors import DataError, nearest
-from penstock.data.corpora.contract import Document
+from penstock.data.corpora.contract import Corpus, Document
 
 
 def text_of(record: Any, field: str, where: str) -> str | None:
@@ -36,12 +36,40 @@ def fields_of(record: Mapping[str, Any], inside: str = "") -> Iterator[str]:
             yield f"{inside}{name}"
 
 
-def documents_of(records: Iterable[tuple[str, str, Any]], field: str) -> Iterator[Document | DataError]:
-    """Documents from records with their names and with where they stand; what is none is given as an error."""
-    for name, where, record in records:
-        try:
-            text = text_of(record, field, where)
-            if text:
-                yield Document(name, text)
-        except DataError as fault:
-            yield fault
+class Record(NamedTuple):
+    """A record of a data set: its ``name``, where it stands, in words, and its contents."""
+
+    name: str
+    where: str
+    contents: Any
+
+
+class Records(Corpus):
+    """A corpus of records, each of which has a text in one of its fields. A policy gives :meth:`records`."""
+
+    field: str = "text"
+
+    def records(self, only: str | None = None) -> Iterator[Record | DataError]:
+        """The records in their order, streamed; in the place of each that cannot be read, what is wrong with it.
+
+        Args:
+            only: a field that is all that is wanted of them, where reading less is faster; ``meta.text`` lies within
+                another. None reads all fields.
+
+        Raises:
+            UsageError: a path is not there.
+            DataError: nothing can be read.
+        """
+        raise NotImplementedError
+
+    def items(self) -> Iterator[Document | DataError]:
+        for record in self.records(self.field):
+            if isinstance(record, DataError):
+                yield record
+                continue
+            try:
+                text = text_of(record.contents, self.field, record.where)
+                if text:
+                    yield Document(record.name, text)
+            except DataError as fault:
+                yield fault

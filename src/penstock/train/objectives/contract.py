@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
+from penstock.data.chats.examples import Kind
 from penstock.data.loader import Batch
 from penstock.models.attention import AttentionContext
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.ops.cross_entropy import IGNORE
 from penstock.policy import Policy, contract, unwritten
 
 
@@ -21,12 +24,16 @@ class Example(NamedTuple):
         scores: for each token, the scores of its next one before the softmax.
         targets: for each token, its next one; ``IGNORE`` is not predicted.
         loss: the summed loss, in nats.
+        documents: for each token, its sequence; None is one sequence.
+        extras: for each token, what the objective needs beside, by name.
     """
 
     objective: Objective
     scores: list[list[float]]
     targets: list[int]
     loss: float
+    documents: list[int] | None = None
+    extras: Mapping[str, list[float]] = {}
 
 
 @contract(
@@ -36,19 +43,23 @@ class Example(NamedTuple):
     "that the policy gives, worked out by hand",
 )
 class Objective(Policy):
-    """What training minimises: a sum over the predicted tokens of a batch.
+    """What training minimises: a sum over what a batch counts, which is its predicted tokens, mostly.
 
     A policy gives :meth:`hidden_loss`, and :meth:`example` for its law.
 
     Attributes:
         cross_entropy: whether :meth:`hidden_loss` is the plain cross-entropy of the targets, which can be computed from
             rows of the vocabulary on several devices.
+        learns_from: the texts of a token store, or the kind of examples that a data set is read as.
+        unit: what :meth:`count` counts.
     """
 
     cross_entropy: ClassVar[bool] = False
+    learns_from: ClassVar[Literal["texts"] | Kind] = "texts"
+    unit: ClassVar[str] = "token"
 
     def loss(self, model: Decoder, batch: Batch, context: AttentionContext) -> Tensor:
-        """The summed loss of ``batch``, a scalar in nats; the loop divides by the predicted tokens of the step."""
+        """The summed loss of ``batch``, a scalar in nats; the loop divides by :meth:`count` of the step."""
         hidden, balance = model(batch.tokens, context)
         loss = self.hidden_loss(model, hidden, batch)
         return loss if balance is None else loss + self.balance_loss(model.config, balance)
@@ -56,6 +67,16 @@ class Objective(Policy):
     def hidden_loss(self, model: Decoder, hidden: Tensor, batch: Batch) -> Tensor:
         """What a policy gives: the loss of the last hidden states [*T, hidden]. Of ``model`` only the head is used."""
         raise NotImplementedError
+
+    @property
+    def refers(self) -> bool:
+        """Whether it needs the log-probability of each sequence under the model at the beginning, in
+        ``Batch.extras["reference"]``."""
+        return False
+
+    def count(self, batch: Batch) -> Tensor:
+        """By how much the summed loss is divided to be a mean: the predicted tokens, where a policy says no other."""
+        return (batch.targets != IGNORE).sum()
 
     @classmethod
     def example(cls) -> Example:

@@ -18,10 +18,9 @@ from penstock.core.errors import ConfigError
 from penstock.core.files import write_atomic, write_json
 from penstock.data.loader import Batch
 from penstock.models.attention import CausalRows, PackedRows
-from penstock.models.blank import without_weights
+from penstock.models.blank import assembled, without_weights
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.ops.cross_entropy import IGNORE
 from penstock.parallel.world import World
 from penstock.pipeline.draw.trace import trace_events
 from penstock.pipeline.ir.schedule import Kind, WeightRule
@@ -42,7 +41,6 @@ from penstock.train.pipeline.post_validated import PostValidated
 from penstock.train.pipeline.profiling import alone, described, halves_of, pieces_here, times_of
 from penstock.train.pipeline.recovery import Left
 from penstock.train.precision import Weights
-from penstock.train.saving import assembled
 
 #: The update of a session that is profiled: the ones before it warm up. Where the schedule is then made anew from what
 #: was measured, so is the update that comes as long after it.
@@ -185,9 +183,9 @@ class Pipeline:
     # One update.
 
     def predicted(self, batch: Batch) -> Tensor:
-        """How many tokens an update predicts over all pipelines, of which ``batch`` is this one's part: float32, on the
-        device."""
-        return self.over_pipelines((batch.targets != IGNORE).sum().float()).to(self._device)
+        """By how much the loss of an update is divided, over all pipelines, of which ``batch`` is this one's part:
+        float32, on the device."""
+        return self.over_pipelines(self._config.objective.count(batch).float()).to(self._device)
 
     def over_pipelines(self, number: Tensor) -> Tensor:
         """The sum of a number over all pipelines, on the CPU. Devices of one pipeline do not wait for each other."""
@@ -232,7 +230,7 @@ class Pipeline:
             absolute.add_(norms[1])
             step()
 
-        predicted = [(batch.targets != IGNORE).sum().clamp(min=1) for batch, _ in micros]
+        predicted = [self._config.objective.count(batch).clamp(min=1) for batch, _ in micros]
         loss = self._run(micros, predicted, update)
         self._world.sum_([loss, square, absolute])
         count = len(micros)

@@ -1,0 +1,156 @@
+"""Conversations in the forms in which data sets hold them, read as messages with a ``role`` and a ``content``.
+
+A record is in one of these forms, told by its fields:
+
+- ``messages``: a list of messages, and perhaps ``tools``, the functions that the assistant may call;
+- ShareGPT's: ``conversations``, a list of ``from`` (``human``, ``gpt``, ``system``, ``tool``) and ``value``;
+- Alpaca's: ``instruction``, perhaps ``input``, and ``output``;
+- ``prompt`` and ``completion``, each a text or a list of messages.
+
+``system`` may stand beside each of the last three. A preference is a ``chosen`` and a ``rejected`` answer to a
+``prompt``, or two whole conversations that share all but their ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from penstock.core.errors import DataError
+
+Message = Mapping[str, Any]
+
+#: Roles by the names that data sets give them.
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
+
+#: Which roles a message may follow; None stands for the beginning.
+AFTER: dict[str, tuple[str | None, ...]] = {
+    "system": (None,),
+    "developer": (None,),
+    "user": (None, "system", "developer", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+FORMS = "'messages', 'conversations', 'instruction' and 'output', or 'prompt' and 'completion'"
+
+
+class Conversation(NamedTuple):
+    """Messages in their order, the last of them an answer of the assistant, and the functions that it may call."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+
+
+def conversation(record: Any, where: str) -> Conversation:
+    """The conversation that a record holds.
+
+    Raises:
+        DataError: it holds none, or one whose roles are out of order or whose end is no answer; the message begins
+            with ``where``.
+    """
+    fields = _fields(record, where)
+    if "messages" in fields:
+        messages = _messages(fields["messages"], where)
+    elif "conversations" in fields:
+        messages = [*_system(fields), *_messages(fields["conversations"], where)]
+    elif "instruction" in fields and "output" in fields:
+        asked = "\n\n".join(str(fields[key]) for key in ("instruction", "input") if fields.get(key))
+        messages = [*_system(fields), *_as_messages(asked, "user", where)]
+        messages += _as_messages(fields["output"], "assistant", where)
+    elif "prompt" in fields and "completion" in fields:
+        messages = [*_system(fields), *_as_messages(fields["prompt"], "user", where)]
+        messages += _as_messages(fields["completion"], "assistant", where)
+    else:
+        raise DataError(f"{where} is no conversation: it has the fields {', '.join(fields) or 'none'}, not {FORMS}")
+    return _ordered(Conversation(messages, fields.get("tools") or None), where)
+
+
+def preference(record: Any, where: str) -> tuple[Conversation, Conversation]:
+    """The chosen and the rejected conversation of a record, alike but for their last answers.
+
+    Raises:
+        DataError: as :func:`conversation`, or they do not begin alike, or are the same.
+    """
+    fields = _fields(record, where)
+    if "chosen" not in fields or "rejected" not in fields:
+        raise DataError(f"{where} is no preference: it needs 'chosen' and 'rejected', and has {', '.join(fields)}")
+    begin = [*_system(fields), *_as_messages(fields["prompt"], "user", where)] if "prompt" in fields else []
+    chosen, rejected = (
+        _ordered(
+            Conversation([*begin, *_as_messages(fields[key], "assistant", where)], fields.get("tools") or None),
+            f"{where}, {key}",
+        )
+        for key in ("chosen", "rejected")
+    )
+    if chosen.messages[:-1] != rejected.messages[:-1]:
+        raise DataError(f"{where}: the chosen and the rejected answer are not answers to the same conversation")
+    if chosen.messages == rejected.messages:
+        raise DataError(f"{where}: the chosen and the rejected answer are the same")
+    return chosen, rejected
+
+
+def _fields(record: Any, where: str) -> dict[str, Any]:
+    """The fields of a record that hold something."""
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where} is not a JSON object but a {type(record).__name__}")
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def _system(fields: Mapping[str, Any]) -> list[Message]:
+    return [{"role": "system", "content": fields["system"]}] if fields.get("system") else []
+
+
+def _as_messages(value: Any, role: str, where: str) -> list[Message]:
+    """A text as a message of ``role``; messages as they are."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, where)
+
+
+def _messages(value: Any, where: str) -> list[Message]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise DataError(f"{where}: messages must be a list, and are a {type(value).__name__}")
+    return [_message(each, f"{where}, message {number}") for number, each in enumerate(value, 1)]
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where} is not an object but a {type(value).__name__}")
+    # Columns of Parquet are there for each message, empty where it has none.
+    message = {key: each for key, each in value.items() if each is not None}
+    if "from" in message and "value" in message:
+        message = {"role": message["from"], "content": message["value"]}
+    role = ROLES.get(str(message.get("role")))
+    if role is None:
+        raise DataError(f"{where} has the role {message.get('role')!r}, not one of {', '.join(sorted({*AFTER}))}")
+    content = message.get("content")
+    if not (isinstance(content, (str, list)) or (content is None and message.get("tool_calls"))):
+        raise DataError(f"{where} has no content")
+    return {"content": "", **message, "role": role}
+
+
+def _ordered(found: Conversation, where: str) -> Conversation:
+    """The conversation itself, where its roles are in order and it ends with an answer."""
+    before: str | None = None
+    for number, message in enumerate(found.messages, 1):
+        role = message["role"]
+        if before not in AFTER[role]:
+            place = f"after one of the {before}" if before else "at the beginning"
+            raise DataError(f"{where}: the roles are out of order: message {number}, of the {role}, stands {place}")
+        before = role
+    if not any(message["role"] == "assistant" for message in found.messages):
+        raise DataError(f"{where} is a conversation without an answer: it has no message of the assistant")
+    if before != "assistant":
+        raise DataError(f"{where} does not end with an answer: its last message is of the {before}")
+    return found

@@ -1,0 +1,1 @@
+"""Adapters: small additions to a model's matrices that are trained in their place."""

@@ -1,0 +1,120 @@
+"""Low-rank additions to linear layers: attached to a decoder, removed, and merged into its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from penstock.core.randomness import torch_generator
+from penstock.models.blank import assembled
+from penstock.models.decoder import Decoder
+from penstock.models.families.contract import Family
+from penstock.models.families.mapping import general, placed
+from penstock.models.linear import Linear
+
+
+class Piece(NamedTuple):
+    """A matrix on disk that is rows of one of ours: its module's name there, and how many rows it has."""
+
+    module: str
+    rows: int
+
+
+class LowRankLinear(Linear):
+    """y = W x + b + scale * B A x, for each piece of the rows of W that has an A and a B.
+
+    Attributes:
+        weight, bias: those of the layer that it stands for, which stay as they are.
+        pieces: of the rows of ``weight``, in their order.
+        a, b: [rank, in] and [rows, rank], by the place of their piece.
+        scale: what B A is multiplied by.
+    """
+
+    def __init__(self, base: Linear, pieces: Sequence[Piece], chosen: Sequence[int], rank: int, scale: float) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.pieces, self.rank, self.scale = list(pieces), rank, scale
+        options: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
+        self.a = nn.ParameterDict({str(i): torch.zeros(rank, base.in_features, **options) for i in chosen})
+        self.b = nn.ParameterDict({str(i): torch.zeros(pieces[i].rows, rank, **options) for i in chosen})
+        vars(self)["base"] = base  # no submodule, which would have the weight twice
+
+    @torch.no_grad()
+    def initialize(self, seed: int, name: str) -> None:
+        """Draws each A uniformly from ±1 / sqrt(in), as ``nn.Linear`` and PEFT do, and makes each B zero, so that
+        nothing is added at first."""
+        bound = 1 / math.sqrt(self.in_features)
+        for place, a in self.a.items():
+            drawn = torch.rand(a.shape, generator=torch_generator(seed, f"lora/{name}/{place}"))
+            a.copy_((2 * drawn - 1) * bound)
+            self.b[place].zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, added = super().forward(x), []
+        for place, piece in enumerate(self.pieces):
+            if str(place) in self.a:
+                added.append(F.linear(F.linear(x, self.a[str(place)]), self.b[str(place)]) * self.scale)
+            else:
+                added.append(out.new_zeros(()).expand(*out.shape[:-1], piece.rows))
+        return out + (added[0] if len(added) == 1 else torch.cat(added, -1))
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """The weight with what is added to it, in its dtype."""
+        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        whole = self.weight.to(exact).clone()
+        parts = torch.split(whole, [piece.rows for piece in self.pieces])
+        for place in self.a:
+            parts[int(place)].add_(self.b[place].to(exact) @ self.a[place].to(exact), alpha=self.scale)
+        return whole.to(self.weight.dtype)
+
+
+def linears(decoder: Decoder, family: Family) -> dict[str, list[Piece]]:
+    """The linear layers of the decoder's blocks by their names, each with the matrices that it is on disk."""
+    found: dict[str, list[Piece]] = {}
+    for ours, there, view in placed(decoder, family):
+        name = ours.removesuffix(".weight")
+        if name != ours and name.startswith("layers.") and type(decoder.get_submodule(name)) is Linear:
+            rows = view.shape[1] if general(ours) in family.transposed else view.shape[0]
+            found.setdefault(name, []).append(Piece(there.removesuffix(".weight"), rows))
+    return found
+
+
+def attach(decoder: Decoder, name: str, layer: LowRankLinear) -> None:
+    """Puts ``layer`` in the place of the linear layer ``name``."""
+    decoder.set_submodule(name, layer)
+
+
+def attached(decoder: Decoder) -> Iterator[tuple[str, LowRankLinear]]:
+    """The layers with additions, by their names."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, LowRankLinear):
+            yield name, module
+
+
+def detach(decoder: Decoder) -> None:
+    """Removes all additions: the decoder is what it was before they were attached."""
+    for name, layer in list(attached(decoder)):
+        decoder.set_submodule(name, vars(layer)["base"])
+
+
+def merged(decoder: Decoder) -> Decoder:
+    """A decoder of plain layers that computes the same; the decoder itself where it has no additions. Weights that
+    nothing is added to are shared."""
+    layers = dict(attached(decoder))
+    if not layers:
+        return decoder
+    own = {f"{name}.{part}." for name in layers for part in ("a", "b")}
+    weights: dict[str, Tensor] = {
+        name: parameter.detach()
+        for name, parameter in decoder.named_parameters()
+        if not any(name.startswith(prefix) for prefix in own)
+    }
+    weights |= {f"{name}.weight": layer.merged() for name, layer in layers.items()}
+    return assembled(decoder, weights)

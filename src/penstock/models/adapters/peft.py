@@ -1,0 +1,178 @@
+"""Folders of adapters as the library PEFT writes and reads them: ``adapter_config.json`` and
+``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from penstock.core.errors import ModelError, PenstockError
+from penstock.core.files import read_json, write_json
+from penstock.models.adapters.low_rank import attached
+from penstock.models.decoder import Decoder
+from penstock.models.formats.contract import Stored, Weights
+from penstock.ops.quantized.contract import Packed
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+#: Keys of adapter_config.json that change what an adapter computes, and which are not read unless empty.
+UNREAD = ("use_dora", "alpha_pattern", "modules_to_save", "use_qalora", "trainable_token_indices", "lora_bias")
+
+
+def write(decoder: Decoder, folder: Path, base: str, alpha: float, transposed: bool) -> None:
+    """Writes the low-rank additions of ``decoder`` into ``folder``.
+
+    Args:
+        decoder: with additions of one rank.
+        folder: exists.
+        base: what the model is called that they are added to.
+        alpha: scale times rank.
+        transposed: whether the family has its matrices [in, out] on disk.
+
+    Raises:
+        PenstockError: the disk is full.
+    """
+    tensors: dict[str, Tensor] = {}
+    rank = 0
+    for _, layer in attached(decoder):
+        rank = layer.rank
+        for place in layer.a:
+            module = PREFIX + layer.pieces[int(place)].module
+            tensors[f"{module}.lora_A.weight"] = layer.a[place].detach().float().cpu().contiguous()
+            tensors[f"{module}.lora_B.weight"] = layer.b[place].detach().float().cpu().contiguous()
+    names = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
+    try:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise PenstockError(f"cannot write {folder / WEIGHTS}: {error}", hint="Is the disk full?") from error
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": names,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+    }
+    write_json(folder / CONFIG, described)
+
+
+class Addition(NamedTuple):
+    """What is added to a matrix: ``scale`` B A, with A [rank, in] and B [out, rank]; ``transposed`` where the matrix is
+    [in, out]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    transposed: bool
+
+    def to(self, matrix: Tensor) -> Tensor:
+        """The matrix with this added, float32."""
+        added = self.scale * (self.b.float() @ self.a.float())
+        return matrix.float() + (added.T if self.transposed else added)
+
+
+def read(folder: Path) -> dict[str, Addition]:
+    """What an adapter adds, by the names of the weights.
+
+    Raises:
+        ModelError: the folder is damaged, or the adapter is of a kind that is not supported.
+    """
+    config = described(folder)
+    for key in UNREAD:
+        if config.get(key):
+            raise ModelError(f"{folder / CONFIG}: adapters with {key} are not supported")
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise ModelError(
+            f"{folder / CONFIG}: only adapters of the type LORA without biases are supported, "
+            f"and this is {config.get('peft_type')!r}, bias {config.get('bias')!r}"
+        )
+    tensors = _tensors(folder / WEIGHTS)
+    found: dict[str, Addition] = {}
+    for name, a in tensors.items():
+        module, kind, _ = name.partition(".lora_A.weight")
+        if not kind:
+            if not name.endswith(".lora_B.weight"):
+                raise ModelError(f"{name} in {folder / WEIGHTS} is no part of a LoRA")
+            continue
+        b = tensors.get(f"{module}.lora_B.weight")
+        if b is None or a.dim() != 2 or b.dim() != 2 or b.shape[1] != a.shape[0]:
+            raise ModelError(f"{name} in {folder / WEIGHTS} has no lora_B that fits it")
+        root = math.sqrt(len(a)) if config.get("use_rslora") else len(a)
+        scale = float(config["lora_alpha"]) / root
+        found[f"{module.removeprefix(PREFIX)}.weight"] = Addition(a, b, scale, bool(config.get("fan_in_fan_out")))
+    return found
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """The contents of a folder's adapter_config.json.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or not isinstance(config.get("lora_alpha", 1), (int, float)):
+        raise ModelError(f"{folder / CONFIG} does not describe an adapter")
+    if not isinstance(config.get("base_model_name_or_path"), str):
+        raise ModelError(f"{folder / CONFIG} does not name its base_model_name_or_path")
+    return {"lora_alpha": 8, **config}
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ModelError(f"{path} is missing", hint="An adapter's weights must be safetensors.")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged: {error}") from error
+
+
+class Adapted:
+    """The weights of a base with what an adapter adds to them, in float32. See
+    :class:`~penstock.models.formats.contract.Weights`.
+
+    Args:
+        weights: of the base, by their names in the model's family.
+        additions: by the same names.
+        source: of the adapter, for messages.
+
+    Raises:
+        ModelError: the base lacks a matrix that something is added to, or has it in another shape.
+    """
+
+    def __init__(self, weights: Weights, additions: Mapping[str, Addition], source: Path) -> None:
+        self._weights, self._additions = weights, additions
+        self.headers: Mapping[str, Stored] = weights.headers
+        self.dtypes = weights.dtypes
+        self.quantized = {name for name in weights.quantized if name not in additions}
+        for name, each in additions.items():
+            stored = self.headers.get(name)
+            shape = (each.b.shape[0], each.a.shape[1])
+            wanted = shape[::-1] if each.transposed else shape
+            if stored is None or any(size not in (-1, own) for size, own in zip(stored.shape, wanted, strict=False)):
+                there = "has no such matrix" if stored is None else f"has it as {list(stored.shape)}"
+                raise ModelError(f"the adapter {source} adds {list(wanted)} to {name}, and its base {there}")
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self._weights.read(names):
+            added = self._additions.get(name)
+            yield name, tensor if added is None else added.to(tensor)
+
+    def packed(self, names: Collection[str]) -> Iterator[tuple[str, Packed]]:
+        return self._weights.packed(names)
+
+
+def named(additions: Mapping[str, Addition], name_of: Callable[[str], str | None]) -> dict[str, Addition]:
+    """The additions by other names; those whose weights have none are kept under their own, to be refused."""
+    return {name_of(name) or name: each for name, each in additions.items()}

@@ -1,0 +1,49 @@
+"""The contract ``train.tuner``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from penstock.models.decoder import Decoder
+from penstock.policy import Policy, contract
+
+
+@contract(
+    "train.tuner",
+    law="attached, the model computes what it did; what is trained gets a gradient, and nothing else changes; merged, "
+    "a plain model computes what the tuned one does; where something was added, what was there before is there bit for "
+    "bit when that is removed",
+)
+class Tuner(Policy):
+    """Which weights of a model are trained: its own, or others that are added to it.
+
+    Attributes:
+        adds: whether it trains weights beside the model's own, which stay as they are.
+    """
+
+    adds: ClassVar[bool] = False
+
+    def attach(self, model: Decoder, seed: int) -> None:
+        """Prepares ``model``, in place: what has ``requires_grad`` from then on is trained.
+
+        Args:
+            model: on its device, plain.
+            seed: for weights that are added.
+
+        Raises:
+            ConfigError: the model has nothing of what the policy trains.
+        """
+        raise NotImplementedError
+
+    def detach(self, model: Decoder) -> None:
+        """Removes what was added, and makes all weights trainable again."""
+        model.requires_grad_(True)
+
+    def merged(self, model: Decoder) -> Decoder:
+        """A plain model that computes what ``model`` does; ``model`` itself where nothing is added."""
+        return model
+
+    def write(self, model: Decoder, folder: Path, base: str) -> None:
+        """Writes what was added to ``base`` into the empty ``folder``, where :attr:`adds`."""
+        raise NotImplementedError
