@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from pathlib import Path
 
 from penstock.core.errors import PenstockError
+from penstock.testing.meeting import meeting
 from penstock.train import checkpoint
 from programs import ENVIRONMENT, Program, run_penstock
 from tiny_runs import make_store, write_config
@@ -64,12 +64,13 @@ def losing(how: str, where: str, *arguments: str) -> None:
     watching(*arguments)
 
 
-def started(config: Path, run: Path, size: int, lost: int, how: str, where: str) -> list[Program]:
-    """The processes, of which ``lost`` will be lost."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    arguments = ("train", str(config), "--out", str(run))
+def started(
+    place: dict[str, str], config: Path, run: Path, size: int, lost: int, how: str, where: str
+) -> list[Program]:
+    """The processes, which join at ``place``, and of which ``lost`` will be lost."""
+    arguments: tuple[str, ...] = ("train", str(config), "--out", str(run))
+    if how != "stop":  # which alone is noticed by its silence
+        arguments += ("--set", "pipeline.timeout=100")
     programs = []
     for rank in range(size):
         own = ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -81,12 +82,13 @@ def started(config: Path, run: Path, size: int, lost: int, how: str, where: str)
 def check_one_error(config: Path, run: Path, size: int, lost: int, how: str, where: str, patience: float) -> None:
     """All end, of all that they print together there is one error, which names the one that was lost, and the
     checkpoints before it stay."""
-    programs = started(config, run, size, lost, how, where)
-    others = [rank for rank in range(size) if rank != lost]
-    assert [programs[rank].wait(patience) for rank in others] == [1] * len(others)
-    if how == "stop":
-        programs[lost].kill()
-    assert programs[lost].wait(patience) == (1 if how in ("raise", "defect") else -signal.SIGKILL)
+    with meeting(size) as place:
+        programs = started(place, config, run, size, lost, how, where)
+        others = [rank for rank in range(size) if rank != lost]
+        assert [programs[rank].wait(patience) for rank in others] == [1] * len(others)
+        if how == "stop":
+            programs[lost].kill()
+        assert programs[lost].wait(patience) == (1 if how in ("raise", "defect") else -signal.SIGKILL)
     printed = [program.errors() for program in programs]
     together = "".join(printed)
     telling = lost if how in ("raise", "defect") else min(others)

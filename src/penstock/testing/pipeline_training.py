@@ -42,7 +42,7 @@ TOLERANCE, LOSS_TOLERANCE = 1e-9, 1e-6
 LENGTH, VOCABULARY = 8, 24
 CPU = torch.device("cpu")
 #: Updates that are compared; of what is planned anew from the first ones, so many that the new schedule runs too.
-UPDATES, PLANNED = 3, 2 * PROFILED + 1
+UPDATES, PLANNED = 2, 2 * PROFILED + 1
 
 _SHAPE = {"vocabulary": VOCABULARY, "hidden": 8, "heads": 2, "kv_heads": 1, "head_dim": 4, "ffn": 12, "init_std": 0.3}
 
