@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
+from penstock.ops.paged.codecs.fp8 import Fp8
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch
-from penstock.testing.attention_paged import check_place, places
+from penstock.ops.paged.flashinfer import FlashInfer
+from penstock.testing.attention_paged import LONG, Course, Place, check_course, check_place, places
 from penstock.testing.enrolled import enrolled
+from penstock.testing.paged_scene import Keep, Step
 
 pytestmark = pytest.mark.gpu
 
@@ -49,3 +53,18 @@ def test_planning_a_step_does_not_wait_for_the_device(counts: list[int]) -> None
     cache.plan(batch)
     assert not busy.query()
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("heads", [(4, 1), (2, 4)], ids=["each its own", "shared"])
+def test_blocks_in_fp8_are_read_by_the_scales_of_their_heads(heads: tuple[int, int]) -> None:
+    """Prompts, chunks, decodes and forks, without masks."""
+    policy, place = FlashInfer(), Place(torch.device("cuda"), torch.bfloat16, (128,))
+    reason = policy.serves(*place[:2], 128)
+    if reason is not None:
+        pytest.skip(reason)
+    script = tuple(
+        dataclasses.replace(action, masks=()) if isinstance(action, Step) else action
+        for action in LONG
+        if not isinstance(action, Keep)
+    )
+    check_course(policy, place, Course(script, *heads, 128, 16, (None, 50)), Fp8())

@@ -14,10 +14,13 @@ KV = typer.Option(
 KV_BUDGET = typer.Option(
     None, "--kv-budget", metavar="X", help="How much of it: a share such as 0.25, or a number of tokens."
 )
+KV_CODEC = typer.Option(
+    None, "--kv-codec", metavar="CODEC", help="How the cache holds keys and values, such as int8; else plain."
+)
 
 
-def chosen_cache(kv: str | None, budget: float | None) -> dict[str, Any]:
-    """The engine's options for ``--kv`` and ``--kv-budget``; none where neither is given.
+def chosen_cache(kv: str | None, budget: float | None, codec: str | None) -> dict[str, Any]:
+    """The engine's options for ``--kv``, ``--kv-budget`` and ``--kv-codec``; none where none is given.
 
     Raises:
         UsageError: a budget of nothing.
@@ -27,6 +30,9 @@ def chosen_cache(kv: str | None, budget: float | None) -> dict[str, Any]:
             f"--kv-budget {budget:g} says how much is kept, and not what",
             hint="Name a policy with --kv, such as h2o, snapkv or sink_window.",
         )
-    if kv is None:
-        return {}
-    return {"kv": {"name": kv} if budget is None else {"name": kv, "budget": budget}}
+    chosen: dict[str, Any] = {}
+    if kv is not None:
+        chosen["kv"] = {"name": kv} if budget is None else {"name": kv, "budget": budget}
+    if codec is not None:
+        chosen["codec"] = codec
+    return chosen

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from penstock.cli._cache import KV, KV_BUDGET, chosen_cache
+from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, chosen_cache
 
 
 def batch(
@@ -31,6 +31,7 @@ def batch(
     ),
     kv: str | None = KV,
     kv_budget: float | None = KV_BUDGET,
+    kv_codec: str | None = KV_CODEC,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
 ) -> None:
     """Answer the requests of an OpenAI batch file. Run again, it goes on where it was stopped or killed.
@@ -53,7 +54,7 @@ def batch(
     from penstock.serve.offline.batch_file import BatchRun
     from penstock.serve.offline.gather import Gatherer
 
-    base = {"batching": "batchllm", "draft": draft, **chosen_cache(kv, kv_budget)}
+    base = {"batching": "batchllm", "draft": draft, **chosen_cache(kv, kv_budget, kv_codec)}
     config = build(EngineConfig, apply_overrides(base, overrides), "the engine's options")
     for path, there in ((source, source.is_file()), (target.parent, target.parent.is_dir())):
         if not there:

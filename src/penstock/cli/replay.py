@@ -26,18 +26,22 @@ def replay(
     from penstock.models.config import DecoderConfig
     from penstock.models.decoder import Decoder
     from penstock.serve.build import build_runner, dtype_of
+    from penstock.serve.calibration import pieces_of_text
     from penstock.serve.config import EngineConfig
     from penstock.serve.run.record import read_header
     from penstock.serve.run.replay import replay as run
 
     header, where = read_header(recording), pick(device)
     config = build(EngineConfig, header["engine"], "the recorded engine's options")
+    pieces = None
     if random:
         shape = build(DecoderConfig, header["model"], "the recorded model's shape")
         made = Decoder(shape).initialize(0).to(where, dtype_of(config, where)).eval()
     else:
-        made = hub.load(hub.resolve(model or header["source"]), device=where, dtype=dtype_of(config, where)).eval()
-    found = run(recording, build_runner(made, config, show), show)
+        folder = hub.resolve(model or header["source"])
+        made = hub.load(folder, device=where, dtype=dtype_of(config, where)).eval()
+        pieces = pieces_of_text(hub.load_tokenizer(folder), config.codec, made.config.context)
+    found = run(recording, build_runner(made, config, show, pieces), show)
     rate = found.tokens / found.seconds if found.seconds else 0.0
     typer.echo(f"{found.steps:,} steps of {found.tokens:,} tokens in {found.seconds:.2f} s: {rate:,.0f} tokens/s")
     if not random:

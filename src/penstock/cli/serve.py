@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from penstock.cli._cache import KV, KV_BUDGET, chosen_cache
+from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, chosen_cache
 
 if TYPE_CHECKING:
     import socket
@@ -65,6 +65,7 @@ def serve(
     kv_disk: Path | None = typer.Option(
         None, "--kv-disk", metavar="FOLDER", help="Where they go besides, and are found after a restart."
     ),
+    kv_codec: str | None = KV_CODEC,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     queue: int = typer.Option(1024, "--queue", min=0, help="Most continuations that wait; more get status 429."),
     deadline: float = typer.Option(600.0, "--deadline", help="Most seconds that a request may take."),
@@ -93,6 +94,8 @@ def serve(
     With drafted tokens, and a trace of every request: `penstock serve python-6m --draft python-1m --trace trace.json`
 
     With a quarter of the cache: `penstock serve smollm2 --kv snapkv --kv-budget 0.25`
+
+    With a cache of 8-bit integers, which holds more tokens: `penstock serve python-6m --kv-codec int8`
     """
     import asyncio
     import contextlib
@@ -112,7 +115,7 @@ def serve(
 
     options = {"draft": draft, "record": record, "eviction": kv_eviction, "kv_host": kv_host, "kv_disk": kv_disk}
     chosen: dict[str, Any] = {key: str(value) for key, value in options.items() if value is not None}
-    chosen |= chosen_cache(kv, kv_budget)
+    chosen |= chosen_cache(kv, kv_budget, kv_codec)
     engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
     given = {
         "body": body_limit,

@@ -189,6 +189,10 @@ class CachedRows:
     def positions(self) -> Tensor:
         return self._positions
 
+    def kept(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of ``layer`` so far, each [B, T, K, D]."""
+        return self._cache[layer]
+
     def attend(
         self,
         layer: int,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Sequence as List
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from penstock.core.devices import DeviceMemory, can_compile, inference_dtype, pick
 from penstock.core.errors import PenstockError, UsageError
@@ -19,9 +21,12 @@ from penstock.models import hub
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.invariant import make_invariant
+from penstock.ops.paged.codecs.contract import Codec
+from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedCache
 from penstock.ops.paged.invariant import Invariant
 from penstock.policy import index
+from penstock.serve.calibration import learned_tables, pieces_of_text
 from penstock.serve.choose.grammar import Grammars
 from penstock.serve.choose.invariant import InvariantSampler
 from penstock.serve.choose.proposals import ProposingSampler
@@ -43,6 +48,8 @@ from penstock.serve.sizing import blocks_in, explained_shortage, settle_memory, 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PLAIN = Plain()
+
 #: Tokens for which a CPU's cache has room at most, unless the configuration says otherwise.
 MOST_CPU_TOKENS = 1 << 18
 
@@ -63,7 +70,8 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
     draft = None if named is None else load_draft(named, folder, tokenizer, where, dtype_of(config, where))
     stop = hub.end_tokens(folder, tokenizer)
     grammars = Grammars(tokenizer, model.config.vocabulary, stop) if tokenizer.is_fast else None
-    return build_engine(model, config, stop, report, grammars, str(source), draft)
+    pieces = pieces_of_text(tokenizer, config.codec, model.config.context)
+    return build_engine(model, config, stop, report, grammars, str(source), draft, pieces)
 
 
 def load_draft(
@@ -106,14 +114,16 @@ def build_engine(
     grammars: Grammars | None = None,
     source: str = "",
     draft: Decoder | None = None,
+    pieces: Tensor | None = None,
 ) -> Engine:
     """An engine for ``model`` where it lies, in its own dtype. ``source`` is where it came from, for a recording, and
-    ``draft`` the model that drafts, where ``config`` has such a drafter.
+    ``draft`` the model that drafts, where ``config`` has such a drafter. A codec of the cache that learns does so from
+    ``pieces`` of text, int64 [P, T], or from random tokens where there are none.
 
     Raises:
         PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
     """
-    runner, drafting = build_runners(model, config, draft, report)
+    runner, drafting = build_runners(model, config, draft, report, pieces)
     if config.record is None:
         return Engine(config, runner, stop, grammars, drafting, _tiers(model, config, runner.cache))
     options = {**config.model_dump(mode="json"), "record": None, "cache_tokens": runner.blocks * runner.block_size}
@@ -138,22 +148,29 @@ def _tiers(model: Decoder, config: EngineConfig, cache: PagedCache) -> Tiers | N
         )
     disk = None
     if config.kv_disk is not None:
-        space = fingerprint(model, shape.dtype, shape.block_size, type(cache).__name__)
+        learned = None if shape.learned is None else hashlib.blake2b(shape.learned.cpu().numpy().tobytes()).hexdigest()
+        space = fingerprint(model, shape.dtype, shape.block_size, type(cache).__name__, shape.codec.describe(), learned)
         disk = DiskBlocks(config.kv_disk, space, config.kv_disk_size)
     with explained_shortage():
         return Tiers(HostBlocks(cache, places), disk)
 
 
-def build_runner(model: Decoder, config: EngineConfig, report: Reporter = silent) -> Runner:
+def build_runner(
+    model: Decoder, config: EngineConfig, report: Reporter = silent, pieces: Tensor | None = None
+) -> Runner:
     """The model with its cache, warmed up, without one that drafts; see :func:`build_runners`."""
-    return build_runners(model, config, None, report)[0]
+    return build_runners(model, config, None, report, pieces)[0]
 
 
 def build_runners(
-    model: Decoder, config: EngineConfig, draft: Decoder | None = None, report: Reporter = silent
+    model: Decoder,
+    config: EngineConfig,
+    draft: Decoder | None = None,
+    report: Reporter = silent,
+    pieces: Tensor | None = None,
 ) -> tuple[Runner, DraftModel | None]:
     """The model with its cache, warmed up, and likewise the one that drafts, with as many blocks. Where ``config`` is
-    deterministic, the models' layers are replaced.
+    deterministic, the models' layers are replaced. ``pieces`` as of :func:`build_engine`.
 
     Raises:
         PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
@@ -164,7 +181,7 @@ def build_runners(
     compiled = config.compile and not config.deterministic and on_cuda and can_compile(device)
     drafts = config.draft is not None and config.draft.model is not None
     models = [model, draft] if drafts and draft is not None else [model]
-    opened = [_opened(each, config, report) for each in models]
+    opened = [_opened(each, config, pieces, report) for each in models]
     contexts = [min(config.context or each.config.context, each.config.context) for each in models]
     block_bytes = sum(shape.block_bytes for _, shape in opened)
     if config.cache_tokens is not None:
@@ -235,13 +252,15 @@ def _drafting_kind(config: EngineConfig) -> dict[str, Any]:
     return {"window": 1, "sampler": ProposingSampler if told else Sampler, "planner": planner}
 
 
-def _opened(model: Decoder, config: EngineConfig, report: Reporter) -> tuple[PagedAttention, CacheShape]:
+def _opened(
+    model: Decoder, config: EngineConfig, pieces: Tensor | None, report: Reporter
+) -> tuple[PagedAttention, CacheShape]:
     """What a cache for ``model`` is opened by, and its shape but for the number of blocks."""
     weight, shape = model.embedding.weight, model.config
     model.expect(min(config.context or shape.context, shape.context))
     if config.deterministic:
         make_invariant(model)
-    cache = cache_shape(shape, config.block_size, weight.dtype, weight.device)
+    cache = cache_shape(shape, config.block_size, weight.dtype, weight.device, config.codec)
     if config.kv.due(1, 0, 0) is not None and (cache.needs or cache.windows != {None}):
         raise UsageError(
             f"the cache policy {config.kv.policy_name!r} throws tokens out, and this model's attention counts them: "
@@ -250,10 +269,12 @@ def _opened(model: Decoder, config: EngineConfig, report: Reporter) -> tuple[Pag
         )
     backend = _backend(config, cache)
     backend.prepare(cache, report)
-    return backend, cache
+    return backend, dataclasses.replace(cache, learned=learned_tables(model, config.codec, pieces, report))
 
 
-def cache_shape(shape: DecoderConfig, block_size: int, dtype: torch.dtype, device: torch.device) -> CacheShape:
+def cache_shape(
+    shape: DecoderConfig, block_size: int, dtype: torch.dtype, device: torch.device, codec: Codec = PLAIN
+) -> CacheShape:
     """What the cache of a model looks like, with one block."""
     latent = shape.latent
     needs = {
@@ -274,6 +295,7 @@ def cache_shape(shape: DecoderConfig, block_size: int, dtype: torch.dtype, devic
         windows=frozenset(None if shape.chunked else shape.window_of(layer) for layer in range(shape.layers)),
         latent=latent.rank if latent else None,
         needs=frozenset(name for name, needed in needs.items() if needed),
+        codec=codec,
     )
 
 
@@ -283,18 +305,26 @@ def _backend(config: EngineConfig, cache: CacheShape) -> PagedAttention:
     Raises:
         PenstockError: it does not, or none does.
     """
+    reason = cache.codec.lacks(cache.head_dim)
+    if reason is not None:
+        raise UsageError(
+            f"the codec {cache.codec.policy_name!r} cannot hold this model's keys and values: {reason}",
+            hint="Change its options, or choose another engine.codec.",
+        )
     named = Invariant() if config.deterministic else config.attention
     if named is not None:
-        reason = named.serves(cache.device, cache.dtype, cache.head_dim) or named.lacks(cache.needs)
+        reason = named.refuses(cache)
         if reason is not None:
             raise UsageError(f"the attention backend {named.policy_name!r} does not serve here: {reason}")
         return named
     backends = [entry.load()() for entry in index().entries("attention.paged")]
     known = [each for each in backends if isinstance(each, PagedAttention)]
     for backend in sorted(known, key=lambda each: each.rank, reverse=True):
-        if (backend.serves(cache.device, cache.dtype, cache.head_dim) or backend.lacks(cache.needs)) is None:
+        if backend.refuses(cache) is None:
             return backend
-    raise PenstockError(f"no attention backend serves {cache.device} with {cache.dtype}")
+    raise PenstockError(
+        f"no attention backend serves {cache.device} with {cache.dtype}, and reads blocks in {cache.codec.policy_name}"
+    )
 
 
 def _cpu_blocks(config: EngineConfig, block_bytes: int, context: int) -> int:

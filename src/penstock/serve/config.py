@@ -11,6 +11,8 @@ from pydantic import ByteSize, Field, PositiveInt, field_validator, model_valida
 from penstock.core.config import Config
 from penstock.core.errors import UsageError, nearest
 from penstock.models import hub
+from penstock.ops.paged.codecs.contract import Codec
+from penstock.ops.paged.codecs.plain import Plain as PlainCodec
 from penstock.ops.paged.contract import PagedAttention
 from penstock.policy import Choice, index
 from penstock.serve.batching.contract import Batching
@@ -35,7 +37,8 @@ class EngineConfig(Config):
         batching: forms the batch of each step.
         loop: in which order scheduling, computing and publishing follow each other.
         attention: attention over the cache; None picks the best that serves the device.
-        dtype: of weights and cache; ``auto`` is bf16 on CUDA devices that have units for it, else fp32.
+        codec: how keys and values lie in the cache's blocks; in fewer bits, the same memory holds more tokens.
+        dtype: of weights, and of a plain cache; ``auto`` is bf16 on CUDA devices that have units for it, else fp32.
         tokens: the token budget of a step, at least ``sequences``, so that all of them can go on in one; None is 8,192
             on CUDA, which such a step keeps busy, and 2,048 on the CPU.
         sequences: most sequences that run at a time.
@@ -67,6 +70,7 @@ class EngineConfig(Config):
     batching: Annotated[Batching, Choice("serve.batching")] = Sarathi()
     loop: Annotated[Loop, Choice("serve.loop")] = Overlapped()
     attention: Annotated[PagedAttention, Choice("attention.paged")] | None = None
+    codec: Annotated[Codec, Choice("kv.codec")] = PlainCodec()
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     tokens: PositiveInt | None = None
     sequences: PositiveInt = 256

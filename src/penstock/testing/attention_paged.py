@@ -27,10 +27,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from penstock.core.errors import PenstockError
+from penstock.core.randomness import torch_generator
 from penstock.ops.attention import PLAIN, Extras
+from penstock.ops.paged.codecs.contract import Codec, LearnedCodec
+from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contract import NEEDS, CacheShape, PagedAttention, PagedBatch, PagedCache
 from penstock.testing.alike import alike
 from penstock.testing.paged_scene import Action, Compact, Fork, Keep, Open, Release, Scene, Step, Tree
+
+PLAIN_CODEC = Plain()
 
 #: Of the error's root mean square, by the type of numbers; their variance is 1.
 TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -163,9 +168,9 @@ def check_long_courses(policy: PagedAttention, place: Place) -> None:
                 check_course(policy, place, Course(LONG, kv_heads, groups, head_dim, 16, windows))
 
 
-def check_course(policy: PagedAttention, place: Place, course: Course) -> None:
+def check_course(policy: PagedAttention, place: Place, course: Course, codec: Codec = PLAIN_CODEC) -> None:
     """Asserts that every token sees what it should, on a memory with room for all tokens of the script, and for two
-    blocks more for each of its sequences."""
+    blocks more for each of its sequences, in a ``codec``. What that learns, it learns of random vectors."""
     gains = [gain for action in course.script if isinstance(action, Step) for gain in action.gains]
     sequences = len(gains) + sum(isinstance(action, Fork) for action in course.script)
     shape = CacheShape(
@@ -180,7 +185,14 @@ def check_course(policy: PagedAttention, place: Place, course: Course) -> None:
         windows=frozenset(course.windows),
         latent=course.latent,
         needs=course.needs,
+        codec=codec,
     )
+    if isinstance(codec, LearnedCodec):
+        draw = torch_generator(course.seed, "testing/learned")
+        size = (shape.layers, shape.parts, 300, shape.kv_heads, shape.head_dim)
+        vectors = torch.randn(size, generator=draw).to(place.device)
+        tables = [torch.stack([codec.learn(part) for part in layer]) for layer in vectors]
+        shape = dataclasses.replace(shape, learned=torch.stack(tables))
     tolerance = TOLERANCES[place.dtype]
     scene = Scene(policy, shape, course.windows, seed=course.seed, tolerance=tolerance, extras=course.extras)
     threads = torch.get_num_threads()

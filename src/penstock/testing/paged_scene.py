@@ -183,15 +183,19 @@ class Scene:
         slots = torch.tensor([self._slot(sequence, place) for place in range(length)])
         keys, values = self._cache.read(slots)
         for got, part in ((keys, 0), (values, 1 if shape.latent is None else 0)):
-            wanted = sequence.record[:, part].transpose(1, 2)[..., : got.shape[-1]]
-            assert torch.equal(got.double().cpu(), wanted), "what is read is not what was stored"
+            wanted = sequence.record[:, part].transpose(1, 2)[..., : got.shape[-1]].to(shape.dtype)
+            assert torch.equal(got.cpu(), wanted), "what is read is not what was stored"
         shift = torch.arange(shape.layers)[:, None, None] + torch.arange(shape.kv_heads)[:, None]
         index = (torch.tensor(kept) + shift) % length
         record = sequence.record.gather(
             2, index.transpose(1, 2)[:, None, :, :, None].expand(-1, 2, -1, -1, shape.head_dim)
         )
         own = index[..., None].to(keys.device)
-        self._cache.write(slots[: len(kept)], keys.take_along_dim(own, 2), values.take_along_dim(own, 2))
+        codes = [part.take_along_dim(own, 2) for part in self._cache.codes(slots)]
+        if shape.codec.policy_name == "plain":
+            self._cache.write(slots[: len(kept)], keys.take_along_dim(own, 2), values.take_along_dim(own, 2))
+        else:  # what is coded twice need not be what was coded once
+            self._cache.put(slots[: len(kept)], codes)
         sequence.record = record
         count = -(-sequence.length // shape.block_size)
         self._release(sequence.blocks[count:])
@@ -226,7 +230,7 @@ class Scene:
         self._cache.plan(self._batch(members, own_masks, slots))
         lengths = [(member.length, count) for member, count in zip(members, counts, strict=True)]
         new = [self._tokens(len(slots)) for _ in range(shape.layers)]
-        rows = torch.stack([torch.stack([key, value]) for _, key, value in new]).double().cpu()
+        rows = torch.stack([self._kept(layer, key, value) for layer, (_, key, value) in enumerate(new)])
         for member, own in zip(members, torch.split(rows, counts, 2), strict=True):
             member.record = torch.cat([member.record, own], 2)
         for layer, (query, key, value) in enumerate(new):
@@ -273,6 +277,16 @@ class Scene:
             parents,
             opened,
         )
+
+    def _kept(self, layer: int, key: Tensor, value: Tensor) -> Tensor:
+        """What a token sees of new keys and values in the memory's codec: float64 [2, N, K, D]."""
+        shape, wide = self.shape, torch.promote_types(self.shape.dtype, torch.float32)
+        kept = []
+        for part, vectors in enumerate((key, value)):
+            table = shape.table(layer, min(part, shape.parts - 1))
+            stored = shape.codec.encode(vectors, table)
+            kept.append(shape.codec.decode(stored, shape.head_dim, wide, table).double().cpu())
+        return torch.stack(kept)
 
     def _tokens(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Random query, key and value of ``count`` tokens: views of one tensor, as a model's projection gives them, or,

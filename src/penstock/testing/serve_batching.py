@@ -41,6 +41,8 @@ from penstock.core.events import Event
 from penstock.core.randomness import numpy_generator
 from penstock.models.decoder import Decoder
 from penstock.models.sampling import Sampling
+from penstock.ops.paged.codecs.contract import Codec
+from penstock.ops.paged.codecs.plain import Plain as PlainCodec
 from penstock.ops.paged.reference import Reference
 from penstock.serve.batching.contract import Batching
 from penstock.serve.build import build_engine, build_runners
@@ -75,6 +77,7 @@ _FOLLOWS: dict[tuple[object, ...], list[int]] = {}
 
 
 def expected(
+    model: Decoder,
     tokens: tuple[int, ...],
     given: int,
     temperature: float,
@@ -84,13 +87,13 @@ def expected(
     guess: Sequence[int],
     kv: CachePolicy = FULL,
 ) -> list[int]:
-    """The ``count`` tokens that follow ``tokens``, of which so many were ``given``."""
-    known = _FOLLOWS.setdefault((tokens, given, temperature, seed, rule, kv), [])
+    """The ``count`` tokens that follow ``tokens`` by ``model``, of which so many were ``given``."""
+    known = _FOLLOWS.setdefault((model, tokens, given, temperature, seed, rule, kv), [])
     if len(known) < count:
         text = [*tokens, *known]
         sampling = Sampling(temperature=temperature, seed=seed, max_tokens=len(tokens) + count - given)
         scores = Scores if kv == FULL else functools.partial(_kept, kv)
-        known += continued(small_model(), text, given, sampling, rule, guess[len(known) :], scores)
+        known += continued(model, text, given, sampling, rule, guess[len(known) :], scores)
     return known[:count]
 
 
@@ -99,11 +102,11 @@ def _kept(kv: CachePolicy, model: Decoder, likely: Sequence[int], prompt: int) -
 
 
 @functools.cache
-def rated(prompt: tuple[int, ...], given: int = 0, kv: CachePolicy = FULL) -> list[float]:
+def rated(model: Decoder, prompt: tuple[int, ...], given: int = 0, kv: CachePolicy = FULL) -> list[float]:
     """The log-probabilities of the tokens of ``prompt`` but the first."""
     if kv == FULL:
-        return prompt_logprobs(small_model(), prompt)
-    scores = KeptScores(small_model(), kv, given).every(prompt)
+        return prompt_logprobs(model, prompt)
+    scores = KeptScores(model, kv, given).every(prompt)
     return [float(each.log_softmax(-1)[token]) for each, token in zip(scores, prompt[1:], strict=False)]
 
 
@@ -144,8 +147,11 @@ Name = tuple[str, int]
 @dataclasses.dataclass
 class Account:
     """What is known of one continuation: its ``text`` when it was touched last, of which ``given`` tokens were its
-    prompt, its ``limit`` of tokens in all, what its cache keeps (``kv``), and the tokens that were ``told``."""
+    prompt, its ``limit`` of tokens in all, what its cache keeps (``kv``), and the tokens that were ``told``; the
+    ``model`` says what they should be.
+    """
 
+    model: Decoder
     request: Request
     index: int
     text: list[int]
@@ -166,7 +172,7 @@ class Account:
         left = self.limit - len(self.text)
         guess = self.told[-left:] if self.touched else self.told
         for count in (min(len(guess), left), left):
-            asked = (tuple(self.text), self.given, sampling.temperature, seed, rule)
+            asked = (self.model, tuple(self.text), self.given, sampling.temperature, seed, rule)
             follows = expected(*asked, count, guess, self.kv)
             if STOP in sampling.stop_tokens and STOP in follows:
                 return follows[: follows.index(STOP) + 1]
@@ -183,13 +189,22 @@ class AtOnce(Executor):
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Any course of events. Subclasses name the policy, see :func:`machine_of`."""
+    """Any course of events. Subclasses name the policy, see :func:`machine_of`.
+
+    Attributes:
+        codec: of the cache.
+        models: what is served, and what drafts for it.
+        oracle: says what tokens should come out; None is what is served.
+    """
 
     batching: Batching
     loops: list[Loop]
     drafts: list[tuple[Drafter | None, Controller]]
     kv: CachePolicy = FULL
     evictions: list[Eviction]
+    codec: Codec = PlainCodec()
+    models: tuple[Decoder, Decoder] = small_model(), small_draft()
+    oracle: Decoder | None = None
 
     @initialize(
         loop=st.integers(0, 7),
@@ -217,6 +232,7 @@ class EngineMachine(RuleBasedStateMachine):
             batching=self.batching,
             loop=self.loops[loop % len(self.loops)],
             attention=Reference(),
+            codec=self.codec,
             tokens=tokens,
             sequences=sequences,
             block_size=block_size,
@@ -227,7 +243,8 @@ class EngineMachine(RuleBasedStateMachine):
             kv=self.kv,
             check=True,
         )
-        runner, drafting = build_runners(small_model(), config, small_draft())
+        model, draft_model = self.models
+        runner, drafting = build_runners(model, config, draft_model)
         self.folder = tempfile.TemporaryDirectory()
         disk = DiskBlocks(Path(self.folder.name), "machine", 1 << 20)
         tiers = Tiers(HostBlocks(runner.cache, places), disk, AtOnce()) if places else None
@@ -333,7 +350,13 @@ class EngineMachine(RuleBasedStateMachine):
         assert left >= 1
         limit = len(request.prompt) + min(request.sampling.max_tokens, left)
         for index in range(request.sampling.n):
-            self.accounts[request.id, index] = Account(request, index, list(request.prompt), given, limit, self.kv)
+            self.accounts[request.id, index] = Account(
+                self._oracle, request, index, list(request.prompt), given, limit, self.kv
+            )
+
+    @property
+    def _oracle(self) -> Decoder:
+        return self.oracle or self.models[0]
 
     def _left(self, request: Request, given: int) -> int:
         """The most tokens that can follow the prompt. With a companion both have to fit, with a last block each that is
@@ -368,7 +391,8 @@ class EngineMachine(RuleBasedStateMachine):
             self.rated.add(delta.id)
             prompt = account.request.prompt
             assert [each.token for each in delta.prompt_logprobs] == prompt[1:]
-            for each, wanted in zip(delta.prompt_logprobs, rated(tuple(prompt), account.given, self.kv), strict=True):
+            known = rated(self._oracle, tuple(prompt), account.given, self.kv)
+            for each, wanted in zip(delta.prompt_logprobs, known, strict=True):
                 assert abs(each.logprob - wanted) < 1e-3
 
     def _hear(self, event: Event) -> None:
@@ -496,7 +520,7 @@ def check_rated(batching: Batching) -> None:
     while engine.busy:
         for delta in engine.step():
             told += [each.logprob for each in delta.prompt_logprobs or []]
-    wanted = rated(tuple(prompt))
+    wanted = rated(small_model(), tuple(prompt))
     assert len(told) == len(wanted), f"{len(told)} log-probabilities of {len(wanted)} tokens"
     assert all(abs(one - other) < 1e-3 for one, other in zip(told, wanted, strict=True))
 

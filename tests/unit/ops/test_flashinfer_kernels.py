@@ -17,6 +17,7 @@ import torch
 from penstock.core.errors import PenstockError
 from penstock.core.progress import Bar
 from penstock.ops.paged import flashinfer_kernels
+from penstock.ops.paged.codecs.fp8 import Fp8
 from penstock.ops.paged.contract import CacheShape
 from penstock.ops.paged.flashinfer_kernels import build_kernels
 
@@ -132,6 +133,13 @@ def test_only_what_is_missing_is_built(stand):
 def test_heads_with_keys_of_their_own_have_a_kernel_of_their_own_for_decodes(stand):
     build_kernels(shape_of(heads=4))
     assert {each.options["backend"] for each in stand.libraries} == {"fa2", "fa3", "decode"}
+
+
+def test_blocks_in_fp8_are_read_by_kernels_for_that(stand):
+    build_kernels(dataclasses.replace(shape_of(), codec=Fp8()))
+    assert {(each.options["dtype_q"], each.options["dtype_kv"]) for each in stand.libraries} == {
+        (BF16, torch.float8_e4m3fn)
+    }
 
 
 def test_a_build_that_fails_says_why_and_what_to_do(stand, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from penstock.core.progress import Reporter, silent
 from penstock.ops.attention import PLAIN, Extras
+from penstock.ops.paged.codecs.contract import Codec
+from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.masks import Masks, masks_of
 from penstock.policy import Policy, contract
 
@@ -31,12 +34,17 @@ class CacheShape:
         layers, heads, kv_heads, head_dim: of the model.
         blocks: how many blocks the pool has.
         block_size: token slots of a block.
-        dtype, device: of the memory, and of queries, keys and values.
+        dtype: of queries, keys and values.
+        device: of the memory.
         windows: the sliding windows that the layers have; None is none.
         latent: how many of a key's first numbers are its value, of which nothing else is kept; None where values are
             their own.
         needs: what attention has to do besides: "cap", "sinks" or "chunk", as of
             :class:`~penstock.ops.attention.Extras`, or "latent".
+        codec: how keys and values lie in the memory.
+        learned: the codec's tables, [layers, 2, K, ...], of keys and of values (of a latent cache
+            [layers, 1, 1, ...]),
+            None where it learns none.
     """
 
     layers: int
@@ -50,12 +58,23 @@ class CacheShape:
     windows: frozenset[int | None] = frozenset({None})
     latent: int | None = None
     needs: frozenset[str] = frozenset()
+    codec: Codec = dataclasses.field(default_factory=Plain)
+    learned: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def parts(self) -> int:
+        """How many vectors there are for a token and KV head: a key and a value, or a key alone."""
+        return 2 if self.latent is None else 1
 
     @property
     def block_bytes(self) -> int:
         """Bytes that one block takes in all layers."""
-        parts = 2 if self.latent is None else 1
-        return parts * self.layers * self.block_size * self.kv_heads * self.head_dim * self.dtype.itemsize
+        vectors = self.parts * self.layers * self.block_size * self.kv_heads
+        return vectors * self.codec.vector_bytes(self.head_dim, self.dtype)
+
+    def table(self, layer: int, part: int) -> Tensor | None:
+        """What was learned of the keys (0) or the values (1) of ``layer``."""
+        return None if self.learned is None else self.learned[layer, part]
 
 
 #: What :attr:`CacheShape.needs` may have, in words.
@@ -217,20 +236,42 @@ class PagedCache:
         that was copied and then let go of may be a target too. No target comes twice."""
         raise NotImplementedError
 
-    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values [layers, K, n, D] of the tokens in ``slots`` int64 [n], on any device, as in
-        :attr:`PagedBatch.slots`. Of a latent cache, the values are the first numbers of the keys."""
+    def codes(self, slots: Tensor) -> list[Tensor]:
+        """The keys and the values of the tokens in ``slots`` int64 [n], on any device, as in :attr:`PagedBatch.slots`,
+        as the codec stores them: [layers, K, n, m] each; of a latent cache, the keys alone."""
         raise NotImplementedError
+
+    def put(self, slots: Tensor, codes: Sequence[Tensor]) -> None:
+        """Puts ``codes``, as :meth:`codes` gives them, in place of those in ``slots``, none of which comes twice."""
+        raise NotImplementedError
+
+    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values [layers, K, n, D] of the tokens in ``slots``, decoded. Of a latent cache, the values are
+        the first numbers of the keys."""
+        shape, found = self.shape, []
+        for part, codes in enumerate(self.codes(slots)):
+            layers = [
+                shape.codec.decode(own.transpose(0, 1), shape.head_dim, shape.dtype, shape.table(layer, part))
+                for layer, own in enumerate(codes)
+            ]
+            found.append(torch.stack(layers).transpose(1, 2))
+        return found[0], found[-1][..., : shape.latent]
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Puts ``keys`` and ``values``, as :meth:`read` gives them, in place of those in ``slots``, none of which comes
-        twice."""
-        raise NotImplementedError
+        twice. They are coded anew: what only changes its place is better moved as :meth:`codes`."""
+        shape, codes = self.shape, []
+        for part, vectors in enumerate((keys, values)[: shape.parts]):
+            layers = [
+                shape.codec.encode(own.transpose(0, 1), shape.table(layer, part)) for layer, own in enumerate(vectors)
+            ]
+            codes.append(torch.stack(layers).transpose(1, 2))
+        self.put(slots, codes)
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Copies the keys and values of single tokens in all layers, from the slots ``sources[i]`` to ``targets[i]``.
         All are read before any is written. No target comes twice."""
-        self.write(torch.tensor(targets), *self.read(torch.tensor(sources)))
+        self.put(torch.tensor(targets), self.codes(torch.tensor(sources)))
 
 
 @contract(
@@ -247,6 +288,9 @@ class PagedAttention(Policy):
     #: What it can do of :attr:`CacheShape.needs`.
     knows: ClassVar[frozenset[str]] = frozenset()
 
+    #: The codecs whose blocks it can read, by name.
+    codecs: ClassVar[frozenset[str]] = frozenset({"plain"})
+
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """None where the policy works for these on this machine, else the reason why it does not, as a clause:
         ``"it needs a CUDA device"``."""
@@ -256,6 +300,16 @@ class PagedAttention(Policy):
         """None where it :attr:`knows` all of a cache's needs, else what it does not, as a clause."""
         missing = [name for name in NEEDS if name in needs - self.knows]
         return f"it has no {' and no '.join(NEEDS[name] for name in missing)}" if missing else None
+
+    def reads(self, codec: Codec) -> str | None:
+        """None where it computes attention over blocks of the ``codec``, else why not, as a clause."""
+        return None if codec.policy_name in self.codecs else f"it cannot read blocks in {codec.policy_name}"
+
+    def refuses(self, shape: CacheShape) -> str | None:
+        """None where it can open a cache of this shape on this machine, else why not, as a clause."""
+        return (
+            self.serves(shape.device, shape.dtype, shape.head_dim) or self.lacks(shape.needs) or self.reads(shape.codec)
+        )
 
     def prepare(self, shape: CacheShape, report: Reporter = silent) -> None:
         """Builds what :meth:`open` and passes over its cache would build at their first use on a machine, where that

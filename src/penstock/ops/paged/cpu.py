@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from penstock.core.errors import PenstockError
 from penstock.ops import native
 from penstock.ops.attention import PLAIN, Extras
+from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache
 from penstock.policy import policy
 
@@ -53,8 +54,10 @@ class _Tokens(ctypes.Structure):
 
 
 class NativeCache(PagedCache):
-    """Keys and values as [layers, blocks, K, 2, block_size * D]: a head's keys transposed, [D, block_size], and its
-    values, [block_size, D], so that the kernel fetches both in one piece and needs no sums across vector lanes.
+    """Keys and values as [layers, blocks, K, 2, block_size * n], where the codec stores n numbers for a vector: a
+    head's keys transposed, [D, block_size], and its values, [block_size, D], so that the kernel fetches both in one
+    piece and needs no sums across vector lanes. In int8, either is followed by its tokens' steps, [block_size, 4]
+    bytes.
 
     Args:
         whole_tiles: no tile of work is cut between threads. It does not matter to a row's bits then what else there is
@@ -65,7 +68,7 @@ class NativeCache(PagedCache):
         super().__init__(shape)
         self._whole_tiles = whole_tiles
         library = native.load(SOURCE)
-        self._attend: Callable[..., Any] = getattr(library, f"attend_{shape.dtype}".replace("torch.", ""))
+        self._attend: Callable[..., Any] = getattr(library, _function(shape.dtype, shape.codec))
         self._attend.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_double, ctypes.c_int]
         self._attend.restype = None
         self._stray: Callable[..., int] = library.stray
@@ -73,9 +76,10 @@ class NativeCache(PagedCache):
 
     def allocate(self) -> None:
         shape = self.shape
-        per_block = shape.block_bytes // shape.layers // shape.dtype.itemsize
+        _, dtype = shape.codec.stored(shape.head_dim, shape.dtype)
+        per_block = shape.block_bytes // shape.layers // dtype.itemsize
         count = shape.layers * shape.blocks * per_block
-        padded = torch.zeros(count + PADDING // shape.dtype.itemsize, dtype=shape.dtype)
+        padded = torch.zeros(count + PADDING // dtype.itemsize, dtype=dtype)
         self._memory = padded[:count].view(shape.layers, shape.blocks, per_block)
         self._described = _Memory(
             self._memory.data_ptr(), shape.heads, shape.kv_heads, shape.head_dim, shape.blocks, shape.block_size
@@ -128,23 +132,33 @@ class NativeCache(PagedCache):
     def copy(self, sources: list[int], targets: list[int]) -> None:
         self._memory[:, targets] = self._memory[:, sources]
 
-    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._views()
+    def codes(self, slots: Tensor) -> list[Tensor]:
         block, place = slots // self.shape.block_size, slots % self.shape.block_size
-        # What is indexed comes first: [n, layers, K, D].
-        return keys[:, block, :, :, place].permute(1, 2, 0, 3), values[:, block, :, place].permute(1, 2, 0, 3)
+        found = [part[:, block, place].transpose(1, 2) for part in self._parts()]
+        return [torch.cat(found[which::2], -1) for which in (0, 1)]
 
-    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        own_keys, own_values = self._views()
-        block, place = slots // self.shape.block_size, slots % self.shape.block_size
-        own_keys[:, block, :, :, place] = keys.permute(2, 0, 1, 3)
-        own_values[:, block, :, place] = values.permute(2, 0, 1, 3)
+    def put(self, slots: Tensor, codes: Sequence[Tensor]) -> None:
+        block, place, parts = slots // self.shape.block_size, slots % self.shape.block_size, self._parts()
+        for which, own in enumerate(codes):
+            pieces = torch.split(own.transpose(1, 2), [part.shape[-1] for part in parts[which::2]], -1)
+            for part, piece in zip(parts[which::2], pieces, strict=True):
+                part[:, block, place] = piece
 
-    def _views(self) -> tuple[Tensor, Tensor]:
-        """Keys [layers, blocks, K, D, block_size] and values [layers, blocks, K, block_size, D]."""
-        size, dim = self.shape.block_size, self.shape.head_dim
-        keys, values = self._memory.view(*self._memory.shape[:2], self.shape.kv_heads, 2, size * dim).unbind(3)
-        return keys.view(*keys.shape[:3], dim, size), values.view(*values.shape[:3], size, dim)
+    def _parts(self) -> list[Tensor]:
+        """Views of all that is kept, each [layers, blocks, block_size, K, m]: keys, values, and in int8 their steps."""
+        shape, size, dim = self.shape, self.shape.block_size, self.shape.head_dim
+        halves = self._memory.view(shape.layers, shape.blocks, shape.kv_heads, 2, -1)
+        (keys, values), steps = halves[..., : size * dim].unbind(3), halves[..., size * dim :]
+        parts = [keys.view(*keys.shape[:3], dim, size).mT, values.view(*values.shape[:3], size, dim)]
+        if steps.shape[-1]:
+            parts += steps.view(*steps.shape[:4], size, -1).unbind(3)
+        return [part.transpose(2, 3) for part in parts]
+
+
+def _function(dtype: torch.dtype, codec: Codec) -> str:
+    """The kernel's function for queries of ``dtype`` over blocks in ``codec``."""
+    over = {"plain": "", "bf16": "" if dtype == torch.bfloat16 else "_over_bfloat16", "int8": "_over_int8"}
+    return f"attend_{dtype}{over[codec.policy_name]}".replace("torch.", "")
 
 
 def _masks(batch: PagedBatch) -> tuple[np.ndarray, ...]:
@@ -167,11 +181,13 @@ class Native(PagedAttention):
     dealt out in the same way as decoding, a tile of keys counting by the query rows that are computed on it.
 
     float32, float64 and bfloat16; sums are kept in float32, or float64 for float64. A cut may move with the rest of the
-    batch, and with it the last bits of an output.
+    batch, and with it the last bits of an output. Of blocks in int8 the codes are read as they are: the steps of keys
+    are multiplied to scores, and those of values to weights.
     """
 
     rank: ClassVar[int] = 10
     knows: ClassVar[frozenset[str]] = frozenset({"cap", "sinks", "chunk"})
+    codecs: ClassVar[frozenset[str]] = frozenset({"plain", "bf16", "int8"})
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cpu":
@@ -183,6 +199,11 @@ class Native(PagedAttention):
         except PenstockError as error:
             return error.what
         return None
+
+    def refuses(self, shape: CacheShape) -> str | None:
+        if shape.dtype == torch.float64 and shape.codec.policy_name != "plain":
+            return "it reads codes in float32 and bfloat16 alone"
+        return super().refuses(shape)
 
     def open(self, shape: CacheShape) -> PagedCache:
         return NativeCache(shape)

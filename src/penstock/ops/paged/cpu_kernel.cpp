@@ -1,7 +1,7 @@
 // Attention over keys and values in blocks of a pool, for CPUs. Called by cpu.py.
 //
 // A block of one layer and one KV head is a slab: its keys transposed, [head_dim][block_size], then its values,
-// [block_size][head_dim]. So the scores of a vector of keys, and an output row, are both sums of "scalar times vector",
+// [block_size][head_dim]; in int8, each followed by the steps of its codes, one for each token, in float32. So the scores of a vector of keys, and an output row, are both sums of "scalar times vector",
 // with no sum across lanes, and one inner loop computes both. Vectors reach past the end of short rows: what is
 // computed there belongs to nobody and is thrown away, and the memory has a vector of padding at its end.
 //
@@ -15,12 +15,16 @@
 // does not see add exactly nothing.
 
 #include <omp.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -53,6 +57,11 @@ template <> struct Traits<double> {
     typedef int64_t integers __attribute__((vector_size(VECTOR_BYTES)));
 };
 template <> struct Traits<bfloat16> : Traits<float> {};
+template <> struct Traits<int8_t> : Traits<float> {};
+
+// Whether numbers of type S in blocks are codes, to be multiplied by a step for each vector.
+template <class S> constexpr bool STEPPED = std::is_same_v<S, int8_t>;
+constexpr int STEP_BYTES = sizeof(float);
 
 template <class T> using sum_t = typename Traits<T>::sum;  // what numbers of type T are added up in
 template <class A> using vector = typename Traits<A>::vector;
@@ -82,6 +91,19 @@ inline vector<float> load(const bfloat16 *from) {
     return reinterpret_cast<vector<float>>(__builtin_convertvector(bits, wide) << 16);
 }
 
+inline vector<float> load(const int8_t *from) {
+    // GCC converts such short vectors number by number, hence the processors' own names.
+#if defined(__AVX512F__)
+    const auto codes = (integers<float>)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif defined(__AVX2__)
+    const auto codes = (integers<float>)_mm256_cvtepi8_epi32(_mm_loadu_si64(from));
+#else
+    integers<float> codes;
+    for (int lane = 0; lane < WIDTH<float>; ++lane) codes[lane] = from[lane];
+#endif
+    return __builtin_convertvector(codes, vector<float>);
+}
+
 template <class A> inline void store(A *to, vector<A> v) { std::memcpy(to, &v, sizeof v); }
 
 inline float widen(float x) { return x; }
@@ -99,6 +121,21 @@ inline void narrow(float x, bfloat16 &to) {  // to nearest, ties to even; a NaN 
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     to.bits = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+
+// Codes of a vector of `dim` numbers, `apart` from each other, and their step; see codecs/int8.py.
+template <class T> inline void encode(const T *numbers, int dim, int8_t *codes, int64_t apart, char *step_at) {
+    float largest = 0, wrong = 0;  // NaN if a number is NaN or infinite
+    for (int d = 0; d < dim; ++d) {
+        const float x = widen(numbers[d]);
+        largest = std::max(largest, std::abs(x));
+        wrong += x * 0;
+    }
+    const float step = largest / 127, inverse = step < std::numeric_limits<float>::min() ? 0 : 1 / step;
+    for (int d = 0; d < dim; ++d)
+        codes[d * apart] = wrong == 0 ? int8_t(std::nearbyint(widen(numbers[d]) * inverse)) : 0;
+    const float stored = step + wrong;
+    std::memcpy(step_at, &stored, sizeof stored);
 }
 
 // 2 to the power of x <= 0, to 1e-7; 0 below the normal numbers, NaN for NaN. The polynomial, for |f| <= 1/2, is a
@@ -254,9 +291,10 @@ template <class A> struct Worker {
 };
 
 // Some vectors of keys: their addresses, the position of the first key, and of the one behind the last. What is behind
-// `count` repeats the last one.
-template <class T> struct Chunk {
-    const T *keys[CHUNK], *values[CHUNK];
+// `count` repeats the last one. Where there are steps, those of the keys and of the values.
+template <class S> struct Chunk {
+    const S *keys[CHUNK], *values[CHUNK];
+    const char *key_steps[CHUNK], *value_steps[CHUNK];
     int first[CHUNK], end[CHUNK], count;
 };
 
@@ -287,20 +325,24 @@ A reweigh(A *scores, const int *first, const int *end, int count, int low, int h
     return factor;
 }
 
-// Attention of one batch in one layer.
-template <class T> struct Attention {
+// Attention of one batch in one layer: queries, new keys and values, and outputs are of type T, and blocks hold S.
+template <class T, class S> struct Attention {
     using A = sum_t<T>;
+    static_assert(std::is_same_v<A, sum_t<S>>);
     static constexpr int W = WIDTH<A>;
 
     const Batch &batch;
     const Tokens &tokens;
-    T *slabs;
+    char *slabs;
     int heads, kv_heads, dim, size;
     A scale;     // to scores in powers of two
     int window;  // no smaller than any length where there is none
     int groups = heads / kv_heads, padded = (dim + W - 1) / W * W, block_vectors = (size + W - 1) / W;
 
-    T *slab(int64_t block, int head) const { return slabs + (block * kv_heads + head) * 2 * size * dim; }
+    // Bytes of a slab's codes of keys, or of values; and of those with their steps.
+    int64_t code_bytes() const { return int64_t(size) * dim * sizeof(S); }
+    int64_t half_bytes() const { return code_bytes() + (STEPPED<S> ? size * STEP_BYTES : 0); }
+    char *slab(int64_t block, int head) const { return slabs + (block * kv_heads + head) * 2 * half_bytes(); }
     int vector_of(int position) const { return position / size * block_vectors + position % size / W; }
 
     // The places of the first token that token t of a tile may see, and behind the last.
@@ -336,9 +378,20 @@ template <class T> struct Attention {
                 auto key = static_cast<const T *>(tokens.key) + token * tokens.key_token + head * tokens.key_head;
                 auto value = static_cast<const T *>(tokens.value);
                 value += token * tokens.value_token + head * tokens.value_head;
-                T *keys = slab(block, head) + offset, *values = slab(block, head) + (size + offset) * dim;
-                for (int d = 0; d < dim; ++d) keys[d * size] = key[d];
-                std::copy(value, value + dim, values);
+                char *half = slab(block, head), *other = half + half_bytes();
+                S *keys = reinterpret_cast<S *>(half) + offset, *values = reinterpret_cast<S *>(other) + offset * dim;
+                if constexpr (STEPPED<S>) {
+                    encode(key, dim, keys, size, half + code_bytes() + offset * STEP_BYTES);
+                    encode(value, dim, values, 1, other + code_bytes() + offset * STEP_BYTES);
+                } else if constexpr (std::is_same_v<T, S>) {
+                    for (int d = 0; d < dim; ++d) keys[d * size] = key[d];
+                    std::copy(value, value + dim, values);
+                } else {
+                    for (int d = 0; d < dim; ++d) {
+                        narrow(widen(key[d]), keys[d * size]);
+                        narrow(widen(value[d]), values[d]);
+                    }
+                }
             }
         }
     }
@@ -401,7 +454,7 @@ template <class T> struct Attention {
         Tile next = tile;
         next.head = std::min(tile.head + 1, kv_heads - 1);
         for (int c = first; c < last; ++c) {
-            const Chunk<T> chunk = locate(tile, c), ahead = c + 1 < last ? locate(tile, c + 1) : locate(next, first);
+            const Chunk<S> chunk = locate(tile, c), ahead = c + 1 < last ? locate(tile, c + 1) : locate(next, first);
             int row = 0;
             for (; rows - row >= 8; row += 8) attend_rows<8>(tile, chunk, ahead, state, row);
             if (rows - row >= 4) attend_rows<4>(tile, chunk, ahead, state, row), row += 4;
@@ -410,17 +463,21 @@ template <class T> struct Attention {
         }
     }
 
-    Chunk<T> locate(const Tile &tile, int number) const {
-        Chunk<T> chunk;
+    Chunk<S> locate(const Tile &tile, int number) const {
+        Chunk<S> chunk;
         const int32_t *table = batch.tables + tile.sequence * batch.table_width;
         const int from = tile.first_vector + number * CHUNK;
         chunk.count = std::min(CHUNK, tile.last_vector + 1 - from);
         for (int v = 0; v < CHUNK; ++v) {
             const int at = from + std::min(v, chunk.count - 1);
             const int block = at / block_vectors, offset = at % block_vectors * W;
-            const T *base = slab(table[block], tile.head);
-            chunk.keys[v] = base + offset;
-            chunk.values[v] = base + (size + offset) * dim;
+            const char *base = slab(table[block], tile.head), *other = base + half_bytes();
+            chunk.keys[v] = reinterpret_cast<const S *>(base) + offset;
+            chunk.values[v] = reinterpret_cast<const S *>(other) + offset * dim;
+            if constexpr (STEPPED<S>) {
+                chunk.key_steps[v] = base + code_bytes() + offset * STEP_BYTES;
+                chunk.value_steps[v] = other + code_bytes() + offset * STEP_BYTES;
+            }
             chunk.first[v] = block * size + offset;
             chunk.end[v] = std::min(chunk.first[v] + W, (block + 1) * size);
         }
@@ -429,7 +486,7 @@ template <class T> struct Attention {
 
     // R rows of a tile, from `row` on, against the keys of a chunk that any of them sees.
     template <int R>
-    void attend_rows(const Tile &tile, const Chunk<T> &chunk, const Chunk<T> &ahead, State<A> &state, int row) const {
+    void attend_rows(const Tile &tile, const Chunk<S> &chunk, const Chunk<S> &ahead, State<A> &state, int row) const {
         constexpr int ACROSS = CHUNK * W;
         int low = low_of(tile, row / groups);
         const int high = high_of(tile, (row + R - 1) / groups);
@@ -441,11 +498,12 @@ template <class T> struct Attention {
         if (from == to) return;
 
         alignas(VECTOR_BYTES) A scores[R * ACROSS];
-        multiply_all<T, R>(state.query + row * dim, dim, chunk.keys + from, ahead.keys + from, size, to - from, dim,
+        multiply_all<S, R>(state.query + row * dim, dim, chunk.keys + from, ahead.keys + from, size, to - from, dim,
                            scores, ACROSS, false);
         for (int r = 0; r < R; ++r) {
             const int t = (row + r) / groups;
             A *own = scores + r * ACROSS;
+            if constexpr (STEPPED<S>) stretch(own, chunk.key_steps + from, to - from);
             if (tokens.cap) bend(own, to - from);
             if (tile.masked()) hide(tile, t, chunk.first + from, chunk.end + from, to - from, own);
             const A factor = reweigh(own, chunk.first + from, chunk.end + from, to - from, low_of(tile, t),
@@ -453,16 +511,17 @@ template <class T> struct Attention {
             A *out = state.out + (row + r) * padded;
             if (factor != 1)
                 for (int d = 0; d < padded; ++d) out[d] *= factor;
+            if constexpr (STEPPED<S>) stretch(own, chunk.value_steps + from, to - from);
         }
         for (int v = from; v < to; ++v) {
             const int depth = std::min(chunk.end[v], high) - chunk.first[v];
             for (int d = 0; d < padded; d += 8 * W) {
-                const T *columns[8], *later[8];
+                const S *columns[8], *later[8];
                 for (int n = 0; n < 8; ++n) {
                     columns[n] = chunk.values[v] + d + n * W;
                     later[n] = ahead.values[v] + d + n * W;
                 }
-                multiply_all<T, R>(scores + (v - from) * W, ACROSS, columns, later, dim, std::min(8, (padded - d) / W),
+                multiply_all<S, R>(scores + (v - from) * W, ACROSS, columns, later, dim, std::min(8, (padded - d) / W),
                                    depth, state.out + row * padded + d, padded, true);
             }
         }
@@ -477,6 +536,15 @@ template <class T> struct Attention {
                 state.out[d] = ours * state.out[d] + theirs * part.out[d];
             state.weight[row] = ours * state.weight[row] + theirs * part.weight[row];
             state.top[row] = top;
+        }
+    }
+
+    // Multiplies vectors of scores or weights by the steps of their keys or values.
+    void stretch(A *scores, const char *const *steps, int count) const {
+        for (int v = 0; v < count; ++v) {
+            vector<A> step;
+            std::memcpy(&step, steps[v], sizeof step);
+            store(scores + v * W, load(scores + v * W) * step);
         }
     }
 
@@ -520,13 +588,12 @@ template <class T> struct Attention {
     }
 };
 
-template <class T>
+template <class T, class S = T>
 void attend(const Memory &memory, const Batch &batch, const Tokens &tokens, int64_t layer, double scale, int window) {
-    const int64_t slab = 2 * memory.block_size * memory.head_dim;
-    const Attention<T> attention{
+    Attention<T, S> attention{
         batch,
         tokens,
-        static_cast<T *>(memory.slabs) + layer * memory.blocks * memory.kv_heads * slab,
+        static_cast<char *>(memory.slabs),
         int(memory.heads),
         int(memory.kv_heads),
         int(memory.head_dim),
@@ -534,6 +601,7 @@ void attend(const Memory &memory, const Batch &batch, const Tokens &tokens, int6
         sum_t<T>(scale * LOG2E),
         window,
     };
+    attention.slabs += layer * memory.blocks * memory.kv_heads * 2 * attention.half_bytes();
     attention.run(batch.starts[batch.sequences], batch.threads);
 }
 
@@ -541,20 +609,19 @@ void attend(const Memory &memory, const Batch &batch, const Tokens &tokens, int6
 
 extern "C" {
 
-void attend_float32(const Memory *memory, const Batch *batch, const Tokens *tokens, int64_t layer, double scale,
-                    int window) {
-    attend<float>(*memory, *batch, *tokens, layer, scale, window);
-}
+#define ATTEND(name, ...)                                                                                             \
+    void name(const Memory *memory, const Batch *batch, const Tokens *tokens, int64_t layer, double scale,            \
+              int window) {                                                                                           \
+        attend<__VA_ARGS__>(*memory, *batch, *tokens, layer, scale, window);                                          \
+    }
 
-void attend_float64(const Memory *memory, const Batch *batch, const Tokens *tokens, int64_t layer, double scale,
-                    int window) {
-    attend<double>(*memory, *batch, *tokens, layer, scale, window);
-}
-
-void attend_bfloat16(const Memory *memory, const Batch *batch, const Tokens *tokens, int64_t layer, double scale,
-                     int window) {
-    attend<bfloat16>(*memory, *batch, *tokens, layer, scale, window);
-}
+// By the type of queries, and of what blocks hold where that is another.
+ATTEND(attend_float32, float)
+ATTEND(attend_float64, double)
+ATTEND(attend_bfloat16, bfloat16)
+ATTEND(attend_float32_over_bfloat16, float, bfloat16)
+ATTEND(attend_float32_over_int8, float, int8_t)
+ATTEND(attend_bfloat16_over_int8, bfloat16, int8_t)
 
 // Whether all of a batch lies in the memory: the number of its first sequence that does not, or -1.
 int64_t stray(const Memory *memory, const Batch *batch) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, cache: int, layer: int, scale: 
 
 
 class CudaCache(PagedCache):
-    """Keys and values as [layers, blocks, 2, block_size, K, D].
+    """Keys and values as [layers, blocks, 2, block_size, K, n]; n numbers are what the codec stores for a vector.
 
     Attributes:
         memory: the tensor.
@@ -47,12 +48,13 @@ class CudaCache(PagedCache):
 
     def allocate(self) -> None:
         shape = self.shape
+        numbers, dtype = shape.codec.stored(shape.head_dim, shape.dtype)
         # What there was goes first, and not into the allocator's keeping: both may not fit.
         self.memory = torch.empty(0)
         torch.cuda.empty_cache()
         self.memory = torch.zeros(
-            (shape.layers, shape.blocks, 2, shape.block_size, shape.kv_heads, shape.head_dim),
-            dtype=shape.dtype,
+            (shape.layers, shape.blocks, 2, shape.block_size, shape.kv_heads, numbers),
+            dtype=dtype,
             device=shape.device,
         )
 
@@ -80,14 +82,13 @@ class CudaCache(PagedCache):
         source, target = (upload(np.array(blocks, np.int64), self.shape.device) for blocks in (sources, targets))
         self.memory[:, target] = self.memory[:, source]
 
-    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def codes(self, slots: Tensor) -> list[Tensor]:
         block, place = self._places(slots)
-        keys, values = self.memory[:, block, :, place].permute(2, 1, 3, 0, 4)
-        return keys, values
+        return list(self.memory[:, block, :, place].permute(2, 1, 3, 0, 4))
 
-    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    def put(self, slots: Tensor, codes: Sequence[Tensor]) -> None:
         block, place = self._places(slots)
-        self.memory[:, block, :, place] = torch.stack([keys, values]).permute(3, 1, 0, 2, 4)
+        self.memory[:, block, :, place] = torch.stack(list(codes)).permute(3, 1, 0, 2, 4)
 
     def _places(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         slots = slots if slots.is_cuda else upload(slots.numpy(), self.shape.device)

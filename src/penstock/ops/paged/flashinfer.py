@@ -15,7 +15,7 @@ from penstock.core.devices import pinned, upload
 from penstock.core.progress import Reporter, silent
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache, StepShape
 from penstock.ops.paged.cuda import CudaCache, store
-from penstock.ops.paged.flashinfer_kernels import build_kernels
+from penstock.ops.paged.flashinfer_kernels import build_kernels, kept_dtype
 from penstock.policy import policy
 
 if TYPE_CHECKING:
@@ -203,6 +203,8 @@ class FlashInferCache(CudaCache):
     def _walk(self, batch: PagedBatch) -> Walk | None:
         if batch.masks is None:
             return None
+        if self.shape.codec.policy_name != "plain":
+            raise ValueError(f"masks are not for blocks in {self.shape.codec.policy_name}")
         from penstock.ops.paged.walk import walk_of
 
         return walk_of(batch, self.shape, batch.masks.sequences)
@@ -216,7 +218,7 @@ class FlashInferCache(CudaCache):
             "num_kv_heads": self.shape.kv_heads,
             "page_size": self.shape.block_size,
             "q_data_type": self.shape.dtype,
-            "kv_data_type": self.shape.dtype,
+            "kv_data_type": kept_dtype(self.shape),
             # Need not be computed again then, nor copied from memory that is not pinned.
             "seq_lens": lengths,
         }
@@ -248,8 +250,10 @@ class FlashInferCache(CudaCache):
         planned = self._planned
         if planned is None:
             raise RuntimeError("attend() before plan()")
-        memory = self.memory[layer]
+        shape, memory = self.shape, self.memory[layer]
+        key, value = (shape.codec.encode(x, shape.table(layer, part)) for part, x in enumerate((key, value)))
         store(key, value, memory, planned.slots)
+        memory = memory.view(kept_dtype(shape))
         query = query.contiguous()
         out = torch.empty_like(query)
         if planned.masked is not None:
@@ -257,13 +261,20 @@ class FlashInferCache(CudaCache):
         usual = self.shape.head_dim**-0.5
         if scale != usual:
             query = query * (scale / usual)
+        if shape.learned is not None:
+            query = (query * self._of_queries(layer, 0)).to(shape.dtype)
         for section in planned.sections:
             wrapper = section.wrappers[-1 if window is None else window - 1]
             if isinstance(section.rows, slice):
                 wrapper.run(query[section.rows], memory, out=out[section.rows])
             else:
                 out[section.rows] = wrapper.run(query[section.rows], memory)
-        return out
+        return out if shape.learned is None else (out * self._of_queries(layer, 1)).to(shape.dtype)
+
+    def _of_queries(self, layer: int, part: int) -> Tensor:
+        """The scales of keys (0) or values (1) in fp8, for each query head: [H, 1]."""
+        assert self.shape.learned is not None
+        return self.shape.learned[layer, part].repeat_interleave(self.shape.heads // self.shape.kv_heads)[:, None]
 
 
 def _edges(counts: np.ndarray) -> np.ndarray:
@@ -282,10 +293,12 @@ def _together(
 class FlashInfer(PagedAttention):
     """FlashInfer's paged kernels: the split-KV kernel for decoding, FlashAttention 3 on Hopper where sequences have
     several new tokens. In a batch with both, sequences that decode have the former where they come first, as they do in
-    every step of the engine. Passes of batches of a fixed shape can be replayed from a CUDA graph.
+    every step of the engine. Passes of batches of a fixed shape can be replayed from a CUDA graph. Blocks in fp8 are
+    read as they are, by the kernels for that; batches with masks cannot have such blocks.
     """
 
     rank: ClassVar[int] = 20
+    codecs: ClassVar[frozenset[str]] = frozenset({"plain", "fp8"})
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cuda":

@@ -52,16 +52,21 @@ def build_kernels(shape: CacheShape, report: Reporter = silent) -> None:
                 _check(each)
 
 
+def kept_dtype(shape: CacheShape) -> torch.dtype:
+    """The dtype of the numbers that kernels read from the cache's blocks."""
+    return torch.float8_e4m3fn if shape.codec.policy_name == "fp8" else shape.dtype
+
+
 def _specs(shape: CacheShape) -> list[Any]:
     """What FlashInfer builds the kernels from, those for batches with prompts and those for decodes."""
     from flashinfer.jit import gen_batch_decode_module, gen_batch_prefill_module
     from flashinfer.utils import determine_attention_backend
 
-    dtype, none = shape.dtype, 0  # positions are none of the kernel's business
-    fastest = determine_attention_backend(shape.device, none, False, False, dtype, dtype)
+    dtype, kept, none = shape.dtype, kept_dtype(shape), 0  # positions are none of the kernel's business
+    fastest = determine_attention_backend(shape.device, none, False, False, dtype, kept)
     common: dict[str, Any] = {
         "dtype_q": dtype,
-        "dtype_kv": dtype,
+        "dtype_kv": kept,
         "dtype_o": dtype,
         "dtype_idx": torch.int32,
         "head_dim_qk": shape.head_dim,

@@ -73,6 +73,7 @@ class Invariant(PagedAttention):
     """
 
     rank: ClassVar[int] = 5
+    codecs: ClassVar[frozenset[str]] = Native.codecs
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type == "cpu":
@@ -86,6 +87,13 @@ class Invariant(PagedAttention):
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
         return None
+
+    def refuses(self, shape: CacheShape) -> str | None:
+        if shape.device.type == "cpu":
+            return Native().refuses(shape) or self.lacks(shape.needs)
+        if shape.codec.policy_name != "plain":
+            return f"on CUDA devices it cannot read blocks in {shape.codec.policy_name}"
+        return super().refuses(shape)
 
     def open(self, shape: CacheShape) -> PagedCache:
         if shape.device.type == "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -9,23 +10,26 @@ import torch
 from torch import Tensor
 
 from penstock.ops.attention import PLAIN, Extras, attend_rows, causal_mask
+from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.contract import NEEDS, CacheShape, PagedAttention, PagedBatch, PagedCache
 from penstock.policy import policy
 
 
 class ReferenceCache(PagedCache):
-    """Keys and values as [layers, 2, blocks, block_size, K, D], or keys alone where they are latent."""
+    """Keys and values as [layers, 2, blocks, block_size, K, n], or keys alone where they are latent; n numbers are what
+    the codec stores for a vector. A sequence's keys and values are decoded each time that they are attended to."""
 
     def allocate(self) -> None:
         shape = self.shape
+        count, dtype = shape.codec.stored(shape.head_dim, shape.dtype)
         self._memory = torch.zeros(
             shape.layers,
-            2 if shape.latent is None else 1,
+            shape.parts,
             shape.blocks,
             shape.block_size,
             shape.kv_heads,
-            shape.head_dim,
-            dtype=shape.dtype,
+            count,
+            dtype=dtype,
             device=shape.device,
         )
 
@@ -46,20 +50,28 @@ class ReferenceCache(PagedCache):
     ) -> Tensor:
         self.note(layer, query, scale)
         slots, stored = self._batch.slots.to(key.device), self._memory[layer].flatten(1, 2)
-        stored[0, slots] = key
-        if self.shape.latent is None:
-            stored[1, slots] = value
-        keys, values = stored[0], stored[-1, ..., : self.shape.latent]
-        starts, out = self._batch.starts.tolist(), query.new_empty(*query.shape[:-1], values.shape[-1])
+        for part, vectors in enumerate((key, value)[: self.shape.parts]):
+            stored[part, slots] = self.shape.codec.encode(vectors, self.shape.table(layer, part))
+        starts, out = self._batch.starts.tolist(), query.new_empty(*query.shape[:-1], value.shape[-1])
         for index, length in enumerate(self._batch.lengths.tolist()):
             own = slice(starts[index], starts[index + 1])
             place = torch.arange(length)
             block = self._batch.tables[index].long()[place // self.shape.block_size]
             where = (block * self.shape.block_size + place % self.shape.block_size).to(key.device)
             mask = self._mask(index, own, place, window, extras.chunk).to(key.device)
-            rows = (x.unsqueeze(0) for x in (query[own], keys[where], values[where]))
+            keys, values = self._decoded(layer, stored[:, where])
+            rows = (x.unsqueeze(0) for x in (query[own], keys, values))
             out[own] = attend_rows(*rows, scale=scale, mask=mask[None, None], extras=extras)[0]
         return out
+
+    def _decoded(self, layer: int, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values [S, K, D] of a sequence, ``stored`` [parts, S, K, n]."""
+        shape = self.shape
+        found = [
+            shape.codec.decode(vectors, shape.head_dim, shape.dtype, shape.table(layer, part))
+            for part, vectors in enumerate(stored)
+        ]
+        return found[0], found[-1][..., : shape.latent]
 
     def _mask(self, sequence: int, own: slice, place: Tensor, window: int | None, chunk: int | None) -> Tensor:
         """Which tokens of a sequence, at all its places [S], its new ones see: bool [T, S]."""
@@ -80,24 +92,27 @@ class ReferenceCache(PagedCache):
     def copy(self, sources: list[int], targets: list[int]) -> None:
         self._memory[:, :, targets] = self._memory[:, :, sources]
 
-    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def codes(self, slots: Tensor) -> list[Tensor]:
         found = self._memory.flatten(2, 3)[:, :, slots.to(self.shape.device)].transpose(2, 3)
-        return found[:, 0], found[:, -1, ..., : self.shape.latent]
+        return list(found.unbind(1))
 
-    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    def put(self, slots: Tensor, codes: Sequence[Tensor]) -> None:
         tokens, where = self._memory.flatten(2, 3), slots.to(self.shape.device)
-        tokens[:, 0, where] = keys.transpose(1, 2)
-        if self.shape.latent is None:
-            tokens[:, 1, where] = values.transpose(1, 2)
+        for part, own in enumerate(codes):
+            tokens[:, part, where] = own.transpose(1, 2)
 
 
 @policy("attention.paged", "reference")
 class Reference(PagedAttention):
-    """Gathers each sequence's keys and values and attends to them, one sequence at a time, on any device."""
+    """Gathers each sequence's keys and values and attends to them, one sequence at a time, on any device, in any
+    codec."""
 
     knows: ClassVar[frozenset[str]] = frozenset(NEEDS)
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        return None
+
+    def reads(self, codec: Codec) -> str | None:
         return None
 
     def open(self, shape: CacheShape) -> PagedCache:

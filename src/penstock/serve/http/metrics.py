@@ -18,10 +18,10 @@ WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class EngineCollector(Collector):
-    """An engine's newest state, and what the ``memory`` of its device is used for, as figures."""
+    """An engine's newest state, what the ``memory`` of its device is used for, and the ``codec`` of its cache."""
 
-    def __init__(self, newest: Callable[[], Snapshot], memory: Mapping[str, int]) -> None:
-        self._newest, self._memory = newest, memory
+    def __init__(self, newest: Callable[[], Snapshot], memory: Mapping[str, int], codec: str) -> None:
+        self._newest, self._memory, self._codec = newest, memory, codec
 
     def collect(self) -> Iterator[Metric]:
         now = self._newest()
@@ -81,6 +81,9 @@ class EngineCollector(Collector):
         for use, size in self._memory.items():
             parts.add_metric([use], size)
         yield parts
+        codec = GaugeMetricFamily("penstock_cache_codec", "1, for the codec of the cache.", labels=["codec"])
+        codec.add_metric([self._codec], 1)
+        yield codec
 
 
 class ServerMetrics:
@@ -95,9 +98,9 @@ class ServerMetrics:
         refused: requests that were turned away since the queue was full.
     """
 
-    def __init__(self, newest: Callable[[], Snapshot], memory: Mapping[str, int]) -> None:
+    def __init__(self, newest: Callable[[], Snapshot], memory: Mapping[str, int], codec: str) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(EngineCollector(newest, memory))
+        self._registry.register(EngineCollector(newest, memory, codec))
 
         def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"penstock_{name}_seconds", help, buckets=buckets, registry=self._registry)

@@ -317,7 +317,10 @@ class Service:
     def __init__(self, name: str, tokens: Tokens, engine: EngineClient, limits: Limits, strict: bool = False) -> None:
         self.name, self.tokens, self.engine, self.limits = name, tokens, engine, limits
         self._strict = strict
-        self.metrics, self.history = ServerMetrics(lambda: engine.snapshot, engine.ready.memory), History()
+        self.metrics, self.history = (
+            ServerMetrics(lambda: engine.snapshot, engine.ready.memory, engine.ready.codec),
+            History(),
+        )
         self.conversations, self.live = Conversations(), dict[str, Generation]()
         engine.watchers += [self.history, self.metrics, EventLines()]
         self.created = int(time.time())

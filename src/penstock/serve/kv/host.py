@@ -25,18 +25,17 @@ class HostBlocks:
     def __init__(self, cache: PagedCache, places: int) -> None:
         shape = cache.shape
         self._cache, self._device = cache, shape.device
-        self._parts = 2 if shape.latent is None else 1
-        form = (self._parts, shape.layers, shape.kv_heads, shape.block_size, shape.head_dim)
+        numbers, dtype = shape.codec.stored(shape.head_dim, shape.dtype)
+        form = (shape.parts, shape.layers, shape.kv_heads, shape.block_size, numbers)
         self.places, self.place_bytes = places, shape.block_bytes
         on_cuda = shape.device.type == "cuda"
-        self._memory = torch.empty((places, *form), dtype=shape.dtype, pin_memory=on_cuda)
+        self._memory = torch.empty((places, *form), dtype=dtype, pin_memory=on_cuda)
         self._bytes = self._memory.view(places, -1).view(torch.uint8).numpy()
         self._stream = torch.cuda.Stream(shape.device) if on_cuda else None  # type: ignore[no-untyped-call]
 
     def save(self, blocks: List[int], places: List[int]) -> None:
         """Copies the ``blocks`` of the cache to ``places``, none of which comes twice."""
-        keys, values = self._cache.read(self._slots(blocks))
-        parts = [_by_block(each, len(blocks)) for each in (keys, values)[: self._parts]]
+        parts = [_by_block(each, len(blocks)) for each in self._cache.codes(self._slots(blocks))]
         staged = torch.stack(parts, 1)
         if self._stream is None:
             self._memory[list(places)] = staged
@@ -61,8 +60,7 @@ class HostBlocks:
                     row.copy_(self._memory[place], non_blocking=True)
             main.wait_stream(self._stream)
             staged.record_stream(main)
-        keys, values = _by_token(staged[:, 0]), _by_token(staged[:, -1])
-        self._cache.write(self._slots(blocks), keys, values)
+        self._cache.put(self._slots(blocks), [_by_token(part) for part in staged.unbind(1)])
 
     def content(self, place: int) -> memoryview:
         """The bytes of ``place``, once all copies that were queued are done. Any thread may ask."""
@@ -76,9 +74,9 @@ class HostBlocks:
 
 
 def _by_block(tokens: Tensor, count: int) -> Tensor:
-    """[layers, K, count * size, D] as [count, layers, K, size, D]."""
-    layers, heads, _, dim = tokens.shape
-    return tokens.reshape(layers, heads, count, -1, dim).movedim(2, 0)
+    """[layers, K, count * size, n] as [count, layers, K, size, n]."""
+    layers, heads, _, numbers = tokens.shape
+    return tokens.reshape(layers, heads, count, -1, numbers).movedim(2, 0)
 
 
 def _by_token(blocks: Tensor) -> Tensor:

@@ -127,8 +127,8 @@ def main() -> None:
         channel.send(Failed(error.what, error.hint, error.exit_code))
         return
     settle()
-    limits = engine.limits
-    channel.send(Ready(engine.context, limits.sequences, limits.model.vocabulary, dict(engine.executor.memory)))
+    limits, memory = engine.limits, dict(engine.executor.memory)
+    channel.send(Ready(engine.context, limits.sequences, limits.model.vocabulary, memory, config.codec.policy_name))
     channel.send(News([], engine.snapshot()))
     serve(engine, channel)
 

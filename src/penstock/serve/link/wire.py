@@ -35,12 +35,13 @@ class Open:
 @dataclasses.dataclass(frozen=True)
 class Ready:
     """The engine stands: ``context`` is the most tokens of a sequence, ``sequences`` the most that run at a time, and
-    ``memory`` has bytes of the device's by what they are for."""
+    ``memory`` has bytes of the device's by what they are for, and ``codec`` is the cache's."""
 
     context: int
     sequences: int
     vocabulary: int
     memory: dict[str, int]
+    codec: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,19 +14,20 @@ SNAPSHOT = Snapshot(*[0] * 13, 0.0)
 
 
 def test_memory_is_told_by_what_it_is_for():
-    text = ServerMetrics(lambda: SNAPSHOT, MEMORY).text().decode()
+    text = ServerMetrics(lambda: SNAPSHOT, MEMORY, "int8").text().decode()
     (found,) = [each for each in text_string_to_metric_families(text) if each.name == "penstock_memory_bytes"]
     assert {sample.labels["use"]: sample.value for sample in found.samples} == MEMORY
     assert described(MEMORY) == "weights 16.4 GB, cache 48 GB, left 12 GB"
+    assert 'penstock_cache_codec{codec="int8"} 1.0' in text
 
 
 def test_there_are_no_figures_of_memory_that_is_not_known():
-    assert "penstock_memory_bytes{" not in ServerMetrics(lambda: SNAPSHOT, {}).text().decode()
+    assert "penstock_memory_bytes{" not in ServerMetrics(lambda: SNAPSHOT, {}, "plain").text().decode()
 
 
 def test_the_cache_and_its_tiers_are_told():
     now = dataclasses.replace(SNAPSHOT, hits=30, misses=4, evicted=5, tier_bytes=(600, 70), tier_hits=(8, 9))
-    text = ServerMetrics(lambda: now, {}).text().decode()
+    text = ServerMetrics(lambda: now, {}, "plain").text().decode()
     found = {
         (sample.name, *sample.labels.values()): sample.value
         for family in text_string_to_metric_families(text)

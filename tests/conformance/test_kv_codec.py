@@ -1,0 +1,43 @@
+"""The law of ``kv.codec``, for every registered policy."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock.testing.enrolled import enrolled
+from penstock.testing.kv_codec import backends, check_attention, check_bytes, check_tokens, check_vectors
+
+CODECS = enrolled("kv.codec")
+#: The contracts of attention and batching test what is plain.
+CODES = [name for name in CODECS if name != "plain"]
+BACKENDS = {each.policy_name: each for each in backends()}
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_vectors_come_back_within_their_bounds(name):
+    check_vectors(CODECS[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CODES)
+def test_attention_over_blocks_is_attention_over_what_they_decode_to(name, backend):
+    check_bytes(CODECS[name], BACKENDS[backend])
+    check_attention(CODECS[name], BACKENDS[backend])
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_the_engine_says_what_is_said_over_decoded_keys_and_values(name):
+    check_tokens(CODECS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CODES)
+def test_attention_is_right_in_many_courses(name, backend):
+    check_attention(CODECS[name], BACKENDS[backend], examples=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CODES)
+def test_the_engine_says_so_in_long_courses(name):
+    check_tokens(CODECS[name], examples=30, steps=40)

@@ -1,0 +1,74 @@
+"""Engines whose caches hold keys and values in fewer bits."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from penstock.core.errors import UsageError
+from penstock.ops.paged.contract import PagedAttention
+from penstock.ops.paged.reference import Reference
+from penstock.serve import build
+from penstock.serve.build import build_engine, build_runner
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.config import EngineConfig
+from penstock.serve.messages import Request
+from penstock.testing.serve_batching import numbers
+from penstock.testing.serve_model import small_model
+
+
+def said(engine, count=3):
+    """What greedy requests are told, all at once."""
+    tokens = {str(number): [] for number in range(count)}
+    for number in tokens:
+        engine.add(Request(number, numbers(f"codec {number}", 20), SamplingParams(temperature=0, max_tokens=12)))
+    while engine.busy:
+        for delta in engine.step():
+            tokens[delta.id] += delta.tokens
+    return tokens
+
+
+def test_as_many_bits_as_the_dtype_has_give_the_same_tokens():
+    model = copy.deepcopy(small_model()).bfloat16()
+    found = [said(build_engine(model, EngineConfig(codec=codec, cache_tokens=400))) for codec in ("plain", "bf16")]
+    assert found[0] == found[1]
+
+
+def test_the_same_memory_has_more_blocks(monkeypatch):
+    monkeypatch.setattr(build, "_free_memory", lambda: 2 * 10**6)
+    config = EngineConfig(memory=1.0, sequences=8)
+    plain, coded = (build_runner(small_model(), config.model_copy(update={"codec": each})) for each in codecs("int8"))
+    # Heads of 8 numbers: 32 bytes in float32, and 12 as bytes with a step.
+    assert plain.cache.shape.block_bytes == 2 * 2 * 2 * 16 * 32 and coded.cache.shape.block_bytes == 2 * 2 * 2 * 16 * 12
+    assert plain.blocks == 10**6 // 4096 and coded.blocks == 10**6 // 1536
+    assert coded.memory["cache"] == (coded.blocks + 1) * 1536
+
+
+def codecs(name):
+    return EngineConfig().codec, EngineConfig(codec=name).codec
+
+
+def test_deterministic_engines_read_codes():
+    model = copy.deepcopy(small_model())
+    config = EngineConfig(codec="int8", deterministic=True, cache_tokens=400)
+    assert said(build_engine(model, config), 1)["0"] == said(build_engine(model, config), 3)["0"]
+
+
+class Narrow(Reference):
+    """Reads what is plain."""
+
+    policy_name = "narrow"
+    reads = PagedAttention.reads
+
+
+def test_a_backend_that_cannot_read_a_codec_is_refused_by_name():
+    with pytest.raises(UsageError, match="'narrow' does not serve here: it cannot read blocks in int8"):
+        build_engine(small_model(), EngineConfig(codec="int8", attention=Narrow()))
+
+
+def test_float64_is_read_by_the_readable_backend():
+    model = copy.deepcopy(small_model()).double()
+    runner = build_runner(model, EngineConfig(codec="int8", cache_tokens=100))
+    assert type(runner.cache).__name__ == "ReferenceCache" and runner.cache.shape.dtype == torch.float64
