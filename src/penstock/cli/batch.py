@@ -27,7 +27,10 @@ def batch(
         None, "--dialogue", metavar="FORMAT", help="How the model writes calls, such as hermes; else guessed."
     ),
     draft: str | None = typer.Option(
-        None, "--draft", metavar="DRAFTER", help="Draft tokens and check them together: ngram, or a smaller model."
+        None,
+        "--draft",
+        metavar="DRAFTER",
+        help="Draft tokens and check them together: ngram, a smaller model, a head.",
     ),
     kv: str | None = KV,
     kv_budget: float | None = KV_BUDGET,

@@ -52,7 +52,10 @@ def serve(
     ),
     strict: bool = typer.Option(False, "--strict", help="Refuse requests with fields that are not known here."),
     draft: str | None = typer.Option(
-        None, "--draft", metavar="DRAFTER", help="Draft tokens and check them together: ngram, or a smaller model."
+        None,
+        "--draft",
+        metavar="DRAFTER",
+        help="Draft tokens and check them together: ngram, a smaller model, a head.",
     ),
     kv: str | None = KV,
     kv_budget: float | None = KV_BUDGET,
@@ -90,6 +93,9 @@ def serve(
     Example: `penstock serve python-6m --port 8000 --set sequences=64`
 
     With prefixes that come back, also after a restart: `penstock serve python-6m --kv-host 2GB --kv-disk cache`
+
+    With tokens that a head drafts, which `penstock train --preset drafter-early-exit --set target=python-6m --out
+    runs/exit` has trained: `penstock serve python-6m --draft runs/exit`
 
     With drafted tokens, and a trace of every request: `penstock serve python-6m --draft python-1m --trace trace.json`
 

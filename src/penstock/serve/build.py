@@ -20,6 +20,8 @@ from penstock.core.progress import Reporter, silent
 from penstock.models import hub
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.models.heads import folder as heads
+from penstock.models.heads.contract import Continues, Continuing, Foresees, HeadModule
 from penstock.models.invariant import make_invariant
 from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.codecs.plain import Plain
@@ -38,8 +40,9 @@ from penstock.serve.kv.disk import DiskBlocks, fingerprint
 from penstock.serve.kv.host import HostBlocks
 from penstock.serve.kv.tiers import Tiers
 from penstock.serve.rehearsal import rehearsal_blocks, rehearse_first_uses, rehearse_largest_steps
-from penstock.serve.run.draft import DraftModel, DraftPlanner
+from penstock.serve.run.draft import Drafting, DraftModel, DraftPlanner
 from penstock.serve.run.graphs import prompt_shapes, window_shapes
+from penstock.serve.run.heads import ContinuingDraft, ContinuingRunner, draft_with
 from penstock.serve.run.planner import Planner
 from penstock.serve.run.record import Recorder
 from penstock.serve.run.runner import Runner
@@ -66,8 +69,12 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
     # Kernels whose bits do not depend on the batch are for plain matrices.
     load = hub.load if config.deterministic else hub.load_for_inference
     model = load(folder, device=where, dtype=dtype_of(config, where)).eval()
-    named = None if config.draft is None else config.draft.model
-    draft = None if named is None else load_draft(named, folder, tokenizer, where, dtype_of(config, where))
+    draft: Decoder | HeadModule | None = None
+    called = Path(source).name if folder.parent == hub.BOXED else str(source)
+    if config.draft is not None and config.draft.model is not None:
+        draft = load_draft(config.draft.model, folder, tokenizer, where, dtype_of(config, where), called)
+    elif config.draft is not None and config.draft.head is not None:
+        draft = heads.load(config.draft.head, model, called)
     stop = hub.end_tokens(folder, tokenizer)
     grammars = Grammars(tokenizer, model.config.vocabulary, stop) if tokenizer.is_fast else None
     pieces = pieces_of_text(tokenizer, config.codec, model.config.context)
@@ -75,14 +82,26 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
 
 
 def load_draft(
-    source: str, target: Path, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype
+    source: str,
+    target: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str = "MODEL",
 ) -> Decoder:
-    """The model ``source``, which drafts for the one in the folder ``target``, whose tokenizer is given.
+    """The model ``source``, which drafts for the one in the folder ``target``, which is called ``name`` and whose
+    tokenizer is given.
 
     Raises:
         PenstockError: it cannot be had, or does not speak the same tokens.
     """
-    folder = hub.resolve(source)
+    try:
+        folder = hub.resolve(source)
+    except UsageError as error:
+        if not Path(source).is_dir():
+            raise
+        more = f"Or train a head that drafts for this model, and name its run: {heads.command(target=name)}"
+        raise UsageError(error.what, hint=f"{error.hint} {more}") from error
     own, other = (hub.read_config(each).vocabulary for each in (folder, target))
     hint = "Draft with a model of the same family, or with `ngram`, which needs none."
     if own != other:
@@ -113,12 +132,12 @@ def build_engine(
     report: Reporter = silent,
     grammars: Grammars | None = None,
     source: str = "",
-    draft: Decoder | None = None,
+    draft: Decoder | HeadModule | None = None,
     pieces: Tensor | None = None,
 ) -> Engine:
     """An engine for ``model`` where it lies, in its own dtype. ``source`` is where it came from, for a recording, and
-    ``draft`` the model that drafts, where ``config`` has such a drafter. A codec of the cache that learns does so from
-    ``pieces`` of text, int64 [P, T], or from random tokens where there are none.
+    ``draft`` the model or head that drafts, where ``config`` has such a drafter. A codec of the cache that learns does
+    so from ``pieces`` of text, int64 [P, T], or from random tokens where there are none.
 
     Raises:
         PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
@@ -165,12 +184,13 @@ def build_runner(
 def build_runners(
     model: Decoder,
     config: EngineConfig,
-    draft: Decoder | None = None,
+    draft: Decoder | HeadModule | None = None,
     report: Reporter = silent,
     pieces: Tensor | None = None,
-) -> tuple[Runner, DraftModel | None]:
-    """The model with its cache, warmed up, and likewise the one that drafts, with as many blocks. Where ``config`` is
-    deterministic, the models' layers are replaced. ``pieces`` as of :func:`build_engine`.
+) -> tuple[Runner, Drafting | None]:
+    """The model with its cache, warmed up, and likewise the one that drafts, with as many blocks; a head drafts with
+    those of the model. Where ``config`` is deterministic, the models' layers are replaced. ``pieces`` as of
+    :func:`build_engine`.
 
     Raises:
         PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
@@ -179,11 +199,20 @@ def build_runners(
     on_cuda = device.type == "cuda"
     # Compiled code chooses its kernels by the batch.
     compiled = config.compile and not config.deterministic and on_cuda and can_compile(device)
-    drafts = config.draft is not None and config.draft.model is not None
-    models = [model, draft] if drafts and draft is not None else [model]
+    models = [model]
+    if isinstance(draft, Decoder) and config.draft is not None and config.draft.model is not None:
+        models.append(draft)
+    head = draft if isinstance(draft, HeadModule) else None
+    keeps_hidden = isinstance(head, Foresees | Continues)
     opened = [_opened(each, config, pieces, report) for each in models]
+    if isinstance(head, Continues):
+        # What it has is little, and a codec would have to learn of it by other means than of a model.
+        models.append(head.continuing(model))
+        opened.append(_opened(models[-1], config.model_copy(update={"codec": Plain()}), None, report))
     contexts = [min(config.context or each.config.context, each.config.context) for each in models]
     block_bytes = sum(shape.block_bytes for _, shape in opened)
+    if keeps_hidden:
+        block_bytes += config.block_size * model.config.hidden * opened[0][1].dtype.itemsize
     if config.cache_tokens is not None:
         blocks = -(-config.cache_tokens // config.block_size)
     elif on_cuda:
@@ -194,12 +223,12 @@ def build_runners(
         blocks = min(rehearsal_blocks(config, device, contexts[0]), most)
     else:
         blocks = _cpu_blocks(config, block_bytes, contexts[0])
-    kinds: list[dict[str, Any]] = [{"window": config.rows - 1, "sampler": Sampler}]
+    kinds: list[dict[str, Any]] = [{"window": config.rows - 1, "sampler": Sampler, "keeps_hidden": keeps_hidden}]
     if config.deterministic:
         kinds[0]["sampler"] = InvariantSampler
     if len(models) > 1:
-        kinds.append(_drafting_kind(config))
-    runners = []
+        kinds.append({"window": 1, **_drafting_kind(config)})  # after a step that accepted all, it computes two tokens
+    runners: list[Runner] = []
     with explained_shortage():
         # One more than sequences use: the runner's own.
         memories = [backend.open(dataclasses.replace(shape, blocks=blocks + 1)) for backend, shape in opened]
@@ -211,13 +240,16 @@ def build_runners(
             kinds[0] |= {"compactor": compactor, "planner": planner}
         compiled = compiled and (config.attention is not None or all(memory.fix([], 0) for memory in memories))
         for each, memory, context, kind in zip(models, memories, contexts, kinds, strict=True):
-            runners.append(Runner(each, memory, config.sequences, context, **kind))
+            if isinstance(each, Continuing):
+                runners.append(ContinuingRunner(each, memory, config.sequences, context, target=runners[0], **kind))
+            else:
+                runners.append(Runner(each, memory, config.sequences, context, **kind))
             if compiled:
                 runners[-1].compile(config.budget(device), report)
         if on_cuda:
 
             def rehearse() -> None:
-                rehearse_largest_steps(config, runners[0], _draft(runners, config))
+                rehearse_largest_steps(config, runners[0], _drafting(runners, config, head))
 
             settle_memory(runners, config, DeviceMemory(device), compiled, rehearse, report)
         else:
@@ -225,8 +257,8 @@ def build_runners(
             if memories[0].watch is not None:
                 runners[0].memory["queries"] = memories[0].watch.bytes
         if compiled:
-            rehearse_first_uses(Engine(config, runners[0], draft=_draft(runners, config)))
-    return runners[0], _draft(runners, config)
+            rehearse_first_uses(Engine(config, runners[0], draft=_drafting(runners, config, head)))
+    return runners[0], _drafting(runners, config, head)
 
 
 def _most_rows(config: EngineConfig, device: torch.device) -> int:
@@ -236,20 +268,23 @@ def _most_rows(config: EngineConfig, device: torch.device) -> int:
     return max(budget, *(shape.rows for shape in shapes))
 
 
-def _draft(runners: List[Runner], config: EngineConfig) -> DraftModel | None:
-    """The second of ``runners`` as the model that drafts; None where there is one alone."""
+def _drafting(runners: List[Runner], config: EngineConfig, head: HeadModule | None) -> Drafting | None:
+    """Who drafts: the second of ``runners``, or the ``head`` of the first; None where there is neither."""
+    if runners[1:] and isinstance(runners[1], ContinuingRunner):
+        return ContinuingDraft(runners[1], runners[0], config.verifier, config.budget(runners[1].device))
+    if head is not None:
+        return draft_with(head, runners[0], config.verifier, config.sequences, **_drafting_kind(config))
     return DraftModel(runners[1], config.verifier, config.budget(runners[1].device)) if runners[1:] else None
 
 
 def _drafting_kind(config: EngineConfig) -> dict[str, Any]:
-    """How the runner of a model that drafts differs from the other."""
+    """How what a model or head drafts is chosen."""
     # By the draws of the target, where what is drafted has to be what it chooses; else by others, since a verifier
     # takes drafts for independent of its own draws.
     stream = "sample" if config.verifier.matches else "draft"
     told = config.controller.weighs or not config.verifier.matches
     planner = functools.partial(DraftPlanner, stream=stream)
-    # After a step whose tokens were all accepted, it has two to compute.
-    return {"window": 1, "sampler": ProposingSampler if told else Sampler, "planner": planner}
+    return {"sampler": ProposingSampler if told else Sampler, "planner": planner}
 
 
 def _opened(

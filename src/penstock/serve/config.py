@@ -11,6 +11,7 @@ from pydantic import ByteSize, Field, PositiveInt, field_validator, model_valida
 from penstock.core.config import Config
 from penstock.core.errors import UsageError, nearest
 from penstock.models import hub
+from penstock.models.heads import folder as heads
 from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.codecs.plain import Plain as PlainCodec
 from penstock.ops.paged.contract import PagedAttention
@@ -52,8 +53,8 @@ class EngineConfig(Config):
         memory: share of the device's memory that may be in use, by weights, cache, graphs, the largest steps, and
             whoever else is there; on the CPU, half as large a share of what is free is for the cache.
         context: most tokens of a sequence; None takes the model's own limit.
-        draft: drafts tokens ahead, which one pass then checks together: a drafter such as ``ngram``, or a smaller model
-            (a folder, a boxed model, a hub name); None computes one token a sequence a step.
+        draft: drafts tokens ahead, which one pass then checks together: a drafter such as ``ngram``, a smaller model (a
+            folder, a boxed model, a hub name), or the folder of a head; None computes one token a sequence a step.
         verifier: says which drafted tokens stay.
         controller: decides how many are drafted.
         kv: what the cache of a sequence keeps.
@@ -94,16 +95,18 @@ class EngineConfig(Config):
     @field_validator("draft", mode="before")
     @classmethod
     def _model_that_drafts(cls, draft: Any) -> Any:
-        """What is no drafter is a model."""
+        """What is no drafter is a head's folder, or a model."""
         if not isinstance(draft, str | Path) or index().find("speculate.drafter", str(draft)) is not None:
             return draft
         boxed = hub.boxed_models()
+        if heads.find(draft) is not None:
+            return {"name": "head", "source": str(draft)}
         if str(draft) in boxed or "/" in str(draft) or Path(draft).exists():
             return {"name": "model", "source": str(draft)}
-        known = {*boxed, *index().names("speculate.drafter")} - {"model"}
+        known = {*boxed, *index().names("speculate.drafter")} - {"model", "head"}
         raise UsageError(
             f"nothing drafts that is called {str(draft)!r}: {nearest(str(draft), known)}",
-            hint="Name a drafter such as ngram, or a smaller model: a folder, a boxed model, or org/name.",
+            hint="Name a drafter such as ngram, a smaller model (a folder, a boxed model, org/name), or a head.",
         )
 
     @model_validator(mode="after")
@@ -142,11 +145,11 @@ class EngineConfig(Config):
 
     @model_validator(mode="after")
     def _drafted_from_whole_texts(self) -> EngineConfig:
-        drafts = self.draft is not None and self.draft.model is not None
+        drafts = self.draft is not None and (self.draft.model or self.draft.head) is not None
         if drafts and self.kv.due(1, 0, 0) is not None:
             raise ValueError(
-                f"a model that drafts has a cache on the tables of the other, which {self.kv.policy_name!r} compresses "
-                "by what that one attends to: draft with 'ngram', or serve with the full cache"
+                f"a model or head that drafts reads what the cache has in every place, and {self.kv.policy_name!r} "
+                "compresses it by what the model attends to: draft with 'ngram', or serve with the full cache"
             )
         return self
 

@@ -52,7 +52,7 @@ def settle_memory(
         PenstockError: there is no room for a cache.
     """
     first = runners[0]
-    block = sum(each.cache.shape.block_bytes for each in runners)
+    block = sum(each.block_bytes for each in runners)
     with report("measuring memory", 1 + compiled, "rehearsal") as bar:
         graphs = 0
         if compiled:

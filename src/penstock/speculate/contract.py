@@ -59,6 +59,12 @@ class Drafter(Policy):
         drafts for all sequences of a batch together (``serve/run/draft.py``)."""
         return None
 
+    @property
+    def head(self) -> str | None:
+        """The folder of the head that drafts, for the very model that is drafted for
+        (:mod:`penstock.models.heads.folder`); None without one."""
+        return None
+
     def start(self, tokens: List[int]) -> Draft:
         """A draft for a sequence that has ``tokens`` now."""
         raise NotImplementedError

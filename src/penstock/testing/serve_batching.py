@@ -65,7 +65,7 @@ from penstock.testing.alike import alike
 from penstock.testing.enrolled import enrolled
 from penstock.testing.kept_scores import KeptScores
 from penstock.testing.reference import Scores, continued, greedy, prompt_logprobs
-from penstock.testing.serve_model import SHAPE, small_draft, small_model
+from penstock.testing.serve_model import SHAPE, small_draft, small_head, small_model
 from penstock.testing.serve_simulation import simulated_engine
 
 MOST, STOP = 16, 7
@@ -244,7 +244,8 @@ class EngineMachine(RuleBasedStateMachine):
             check=True,
         )
         model, draft_model = self.models
-        runner, drafting = build_runners(model, config, draft_model)
+        drafts = small_head() if drafter is not None and drafter.head is not None else draft_model
+        runner, drafting = build_runners(model, config, drafts)
         self.folder = tempfile.TemporaryDirectory()
         disk = DiskBlocks(Path(self.folder.name), "machine", 1 << 20)
         tiers = Tiers(HostBlocks(runner.cache, places), disk, AtOnce()) if places else None

@@ -10,6 +10,9 @@ import torch
 from penstock.core.randomness import torch_generator
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.models.heads.contract import Head, HeadModule
+from penstock.models.heads.early_exit import EarlyExit
+from penstock.models.heads.headed import Headed
 
 SHAPE = DecoderConfig(
     vocabulary=50,
@@ -41,7 +44,20 @@ def draft_of(model: Decoder, noise: float = 0.1) -> Decoder:
     return other
 
 
+def head_of(model: Decoder, kind: Head | None = None) -> HeadModule:
+    """A head that drafts for ``model`` in the suites, an exit behind its first layer if no other ``kind`` is named. It
+    has learnt nothing."""
+    kind = kind or EarlyExit(layers=1)
+    return Headed.new(model, kind, seed=0).head.eval()
+
+
 @functools.cache
 def small_draft() -> Decoder:
     """A model that drafts for the small one."""
     return draft_of(small_model())
+
+
+@functools.cache
+def small_head() -> HeadModule:
+    """A head that drafts for the small one."""
+    return head_of(small_model())

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from penstock.core.randomness import numpy_generator
 from penstock.models.decoder import Decoder
+from penstock.models.heads.contract import HeadModule
+from penstock.models.heads.early_exit import EarlyExit
 from penstock.ops.draw import draw_softmax
 from penstock.ops.paged.reference import Reference
 from penstock.serve.build import build_engine
@@ -41,7 +43,7 @@ from penstock.speculate.controllers.contract import Controller
 from penstock.speculate.controllers.fixed import Fixed
 from penstock.speculate.verifiers.contract import Verifier
 from penstock.testing.reference import greedy
-from penstock.testing.serve_model import SHAPE, draft_of, small_model
+from penstock.testing.serve_model import SHAPE, draft_of, head_of, small_model
 
 #: Chances, in eighths, of the token (column) after the token (row): a model that likes to repeat itself.
 TABLE = ((1, 5, 1, 1), (1, 0, 6, 1), (5, 1, 1, 1), (2, 2, 2, 2))
@@ -160,10 +162,12 @@ def plain_played(seed: int) -> dict[tuple[str, int], list[Delta]]:
 def check_twin(drafter: Drafter) -> Engine | None:
     """Asserts that a model which drafts for itself is right in every place, whatever requests ask for: where prompts
     are computed in pieces and found in the cache, sequences are thrown out, forked, cut back and fed, and some draft
-    nothing. Returns the engine; None for a drafter without a model."""
-    if drafter.model is None:
+    nothing. Returns the engine; None for a drafter without a model or a head."""
+    if drafter.model is None and drafter.head is None:
         return None
-    engine = engine_with(drafter, draft=small_model(), cache_tokens=120)
+    # An exit behind all layers that has learnt nothing is the model itself.
+    itself = small_model() if drafter.head is None else head_of(small_model(), EarlyExit(layers=SHAPE.layers))
+    engine = engine_with(drafter, draft=itself, cache_tokens=120)
     played(engine, 0, times=1)
     for number in range(4):
         prompt = [(3 * place + number // 2) % 11 for place in range(14 + number)]
@@ -255,7 +259,7 @@ def engine_with(
     model: Decoder | None = None,
     controller: Controller | None = None,
     verifier: Verifier | None = None,
-    draft: Decoder | None = None,
+    draft: Decoder | HeadModule | None = None,
     cache_tokens: int = 400,
 ) -> Engine:
     """A small engine that drafts as much as it may, unless it has a ``controller``."""
@@ -264,7 +268,9 @@ def engine_with(
     if verifier is not None:
         config = config.model_copy(update={"verifier": verifier})
     target = model or small_model()
-    return build_engine(target, config, draft=draft or draft_of(target))
+    if draft is None:
+        draft = draft_of(target) if drafter is None or drafter.head is None else head_of(target)
+    return build_engine(target, config, draft=draft)
 
 
 def outcomes(engine: Engine) -> dict[tuple[str, int], list[int]]:

@@ -12,6 +12,7 @@ Bugs that its clauses are there to catch:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def check_example(objective: Objective) -> None:
     row = torch.zeros(1, len(targets), dtype=torch.int64)
     beside = {name: torch.tensor([values], dtype=torch.float64) for name, values in extras.items()}
     batch = Batch(row, torch.tensor([targets]), row if documents is None else torch.tensor([documents]), beside)
-    found = example.hidden_loss(model, hidden, batch).item()
+    found = example.hidden_loss(example.trained(model), hidden, batch).item()
     assert math.isclose(found, loss, rel_tol=1e-9), f"the loss is {found}, and {loss} in the example"
 
 
@@ -58,8 +59,9 @@ def check_microbatches(objective: Objective, shape: DecoderConfig) -> None:
     The same over data-parallel workers: k workers with n rows each make the gradient of one with k n rows. As in
     training, the experts' load is given.
     """
-    model, batch = small_decoder(shape), packed_batch(rows=6, length=10)
-    for module in model.modules():
+    decoder, batch = small_decoder(shape), packed_batch(rows=6, length=10)
+    model = objective.trained(decoder)
+    for module in decoder.modules():
         if isinstance(module, MixtureOfExperts):
             module.load = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     whole, gradients = loss_and_gradients(objective, model, [batch])
@@ -75,7 +77,7 @@ def check_microbatches(objective: Objective, shape: DecoderConfig) -> None:
 
 def check_gradient(objective: Objective, shape: DecoderConfig) -> None:
     """Along a random direction, the loss changes as its gradient says."""
-    model, batch = small_decoder(shape), packed_batch(rows=3, length=10)
+    model, batch = objective.trained(small_decoder(shape)), packed_batch(rows=3, length=10)
     _, gradients = loss_and_gradients(objective, model, [batch])
     draw = torch_generator(0, "testing/objective/direction")
     direction = [torch.randn(p.shape, generator=draw, dtype=torch.float64) for p in model.parameters()]
@@ -95,14 +97,14 @@ def check_gradient(objective: Objective, shape: DecoderConfig) -> None:
 
 def check_unpredicted(objective: Objective) -> None:
     """A batch that predicts nothing has no loss and no gradient; a row of it adds none to another."""
-    model, batch = small_decoder(), packed_batch(rows=4, length=10)
+    model, batch = objective.trained(small_decoder()), packed_batch(rows=4, length=10)
     nothing = Batch(batch.tokens, torch.full_like(batch.targets, IGNORE), batch.documents)
     loss, gradients = loss_and_gradients(objective, model, [nothing])
     assert loss == 0, f"where nothing is predicted, the loss is {loss}"
     assert all(gradient.abs().max() == 0 for gradient in gradients), "where nothing is predicted, there is a gradient"
 
 
-def loss_and_gradients(objective: Objective, model: Decoder, batches: list[Batch]) -> tuple[Tensor, list[Tensor]]:
+def loss_and_gradients(objective: Objective, model: Any, batches: list[Batch]) -> tuple[Tensor, list[Tensor]]:
     """The summed loss of ``batches``, and the gradients that their backward passes leave, parameter by parameter."""
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64)

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from penstock.core.errors import CheckpointError, PenstockError, UsageError
 from penstock.core.files import atomic_folder, checksum, explain_os_errors, read_json, write_json
-from penstock.models import hub
 from penstock.models.companions import copy_companions
-from penstock.models.decoder import Decoder
+from penstock.train import folders
+from penstock.train.folders import Trained
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -62,7 +62,7 @@ class Keeping:
         }
 
 
-def save(folder: Path, step: int, model: Decoder, tokenizer: Path, state: TrainerState, *, keeping: Keeping) -> Path:
+def save(folder: Path, step: int, model: Trained, tokenizer: Path, state: TrainerState, *, keeping: Keeping) -> Path:
     """Writes the checkpoint of ``step`` below ``folder`` and removes those up to it that need not be kept.
 
     One of the same step is replaced, and those of later steps are removed: only damaged ones are there, which a resumed
@@ -81,7 +81,7 @@ def save(folder: Path, step: int, model: Decoder, tokenizer: Path, state: Traine
     """
     target = folder / f"step-{step:08d}"
     with atomic_folder(target) as temporary:
-        hub.save(model, temporary)
+        folders.save(model, temporary)
         copy_companions(tokenizer, temporary)
         trainer = temporary / "trainer"
         trainer.mkdir()

@@ -17,6 +17,7 @@ from penstock.data.samplers.contract import Sampler
 from penstock.data.samplers.shuffle import Shuffle
 from penstock.data.tokenizer import AUTO
 from penstock.models.config import DecoderConfig
+from penstock.models.heads.contract import Head
 from penstock.pipeline.routes.contract import PipelineRoute
 from penstock.pipeline.schedules.contract import PipelineSchedule
 from penstock.pipeline.schedules.one_f_one_b import OneForwardOneBackward
@@ -189,7 +190,8 @@ class TrainConfig(Config):
     multiplies in bf16; ``bf16`` keeps all weights and activations in bf16 and updates fp32 masters; ``auto`` is
     ``bf16`` where that is faster on the device, else ``fp32``. ``compile``: with ``torch.compile``; ``auto`` does where
     a run is long enough to win back what that takes. ``chosen`` is written by the run: what became of each ``auto``,
-    and why. ``start_from`` names a model whose weights and shape are the beginning, instead of ``model``.
+    and why. ``start_from`` names a model whose weights and shape are the beginning, instead of ``model``; ``target``
+    names one for which a ``head`` is trained, while it stays as it is.
     ``export_dtype`` is that of the finished model's weights;
     None is that of ``start_from``, or else the one of the training. Checkpoints keep the weights in full.
 
@@ -207,6 +209,8 @@ class TrainConfig(Config):
     seed: int = 0
     model: DecoderConfig | None = None
     start_from: str | None = None
+    target: str | None = None
+    head: Annotated[Head, Choice("model.head")] | None = None
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     objective: Annotated[Objective, Choice("train.objective", "next_token")] = NextToken()
@@ -252,10 +256,13 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.model is None and self.start_from is None:
-            raise ValueError("say what to train: a [model] section, or start_from")
-        if self.model is not None and self.start_from is not None:
-            raise ValueError("give either a [model] section or start_from, not both")
+        given = [key for key in ("model", "start_from", "target") if getattr(self, key) is not None]
+        if self.target is not None or self.head is not None or self.objective.of_heads:
+            self._head_complete()
+        if not given:
+            raise ValueError("say what to train: a [model] section, start_from, or a target for a head")
+        if len(given) > 1:
+            raise ValueError(f"give one of a [model] section, start_from and target, not {' and '.join(given)}")
         if (self.steps, self.tokens, self.epochs, self.minutes) == (None,) * 4:
             raise ValueError("say when to stop: steps, tokens, epochs or minutes")
         if (self.tuner != Full() or self.rates) and self.parallel.pipeline > 1:
@@ -280,3 +287,15 @@ class TrainConfig(Config):
                 f"sequences of {self.batch.length} tokens are longer than the model's context ({self.model.context})"
             )
         return self
+
+    def _head_complete(self) -> None:
+        if self.target is None:
+            raise ValueError("say which model the head is for: --set target=MODEL")
+        if self.head is None:
+            raise ValueError("say which head is trained: --set head=NAME")
+        if not self.objective.of_heads:
+            raise ValueError(f"the objective {self.objective.policy_name!r} trains models, not heads")
+        if self.tuner.adds:
+            raise ValueError(f"a head is trained beside the model as it is: no tuner {self.tuner.policy_name!r}")
+        if self.parallel.pipeline > 1 or self.validation.every is not None:
+            raise ValueError("a head is trained without a pipeline, and evaluated at the end: no validation.every")

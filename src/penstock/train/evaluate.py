@@ -19,6 +19,7 @@ from penstock.core.randomness import numpy_generator
 from penstock.data.store import Split
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
+from penstock.models.heads.headed import Headed
 from penstock.ops.cross_entropy import IGNORE, linear_cross_entropy
 
 
@@ -129,6 +130,33 @@ def bits_per_byte(
             ).item()
             bar.advance(int((targets != IGNORE).sum()))
     return nats / math.log(2) / documents.bytes
+
+
+@torch.no_grad()
+def agreement(
+    model: Headed, documents: Documents, *, window: int, rows: int = 8, report: Reporter = silent
+) -> list[float]:
+    """How often the likeliest token of each guess of a head is the target's, by how far ahead it is: a share of the
+    places in ``documents`` that have one so far ahead. Windows are those of :func:`bits_per_byte`.
+    """
+    device, target = model.target.embedding.weight.device, model.target
+    context = CausalRows.of(window, device)
+    right: dict[int, float] = {}
+    places: dict[int, int] = {}
+    with report("evaluating", documents.tokens, "tok") as bar:
+        bar.advance(documents.documents * max(1, documents.prefix))
+        for tokens, targets in _batches(documents, window, rows):
+            rows_here = torch.from_numpy(tokens).to(device)
+            hidden = target(rows_here, context).hidden
+            said, counts = target.logits(hidden).argmax(-1), torch.from_numpy(targets != IGNORE).to(device)
+            for guess in model.head.guesses(target, hidden, rows_here, context):
+                ahead, last = guess.ahead, window - guess.ahead
+                same = target.logits(guess.hidden[:, :last]).argmax(-1) == said[:, ahead:]
+                counted = counts[:, ahead:] & counts[:, :last]
+                right[ahead] = right.get(ahead, 0.0) + float((same & counted).sum())
+                places[ahead] = places.get(ahead, 0) + int(counted.sum())
+            bar.advance(int(counts.sum()))
+    return [right[ahead] / max(1, places[ahead]) for ahead in sorted(right)]
 
 
 def _windows(

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from penstock.models.decoder import Decoder, Layer, MixtureOfExperts
+from penstock.models.decoder import Layer, MixtureOfExperts
 from penstock.parallel.world import World
+from penstock.train.folders import Trained
 
 
 class Loads:
@@ -23,7 +24,7 @@ class Loads:
         model: on its device; its sparse layers are given their loads, and count.
     """
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Trained) -> None:
         self._moe, self._layers = model.config.moe, model.config.layers
         self._device = next(model.parameters()).device
         self._counts: dict[int, Tensor] = {}

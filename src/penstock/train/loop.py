@@ -18,12 +18,12 @@ from penstock.core.metrics import MetricsLog
 from penstock.core.signals import StopRequest
 from penstock.core.trackers import Tracker, WeightsAndBiases
 from penstock.data.loader import Batch, Batches
-from penstock.models import hub
-from penstock.models.decoder import Decoder
+from penstock.models.heads.headed import Headed
 from penstock.parallel.world import World
-from penstock.train import checkpoint
+from penstock.train import checkpoint, folders
 from penstock.train.compiling import compile_loss, eager_seconds, obstacle
 from penstock.train.config import TrainConfig
+from penstock.train.folders import Trained
 from penstock.train.guard import require_finite
 from penstock.train.length import Length, updates
 from penstock.train.machine import fast_precision, worth_compiling
@@ -60,7 +60,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        model: Decoder,
+        model: Trained,
         loader: Batches,
         tokenizer: Path,
         folder: Path,
@@ -70,7 +70,7 @@ class Trainer:
         self.config, self.model, self.loader, self.folder = config, model, loader, folder
         self.world, self.pipeline = world or World(), pipeline
         self.device = next(model.parameters()).device
-        hub.family_of(model)  # a shape that no checkpoint could hold is refused before the work, not after it
+        folders.check(model)
         self.rows = config.batch.tokens // config.batch.length
         self.length = Length(updates(config, loader.samples if config.epochs else 0), config.minutes)
         self.weights = Weights(model, self._precision())
@@ -271,8 +271,9 @@ class Trainer:
 
     def _validate(self, log: MetricsLog | None) -> bool:
         """Validates the weights; whether they are the best so far, and to be kept."""
-        assert self.validation is not None
-        measured = self.validation.measure(self.whole(), self.weights, self.device)
+        whole = self.whole()
+        assert self.validation is not None and not isinstance(whole, Headed)  # the configuration refuses it for heads
+        measured = self.validation.measure(whole, self.weights, self.device)
         if log is not None:
             log.write(self.position.step, {f"validation_{self.validation.material.measure}": measured})
         self._clock = time.monotonic()  # validation is no part of the time in steps
@@ -315,14 +316,15 @@ class Trainer:
         require_finite(size, "the norm of the weights", self.position.step, self._resume)
         model, state = self.whole(), state_of(self.updater, self.config)
         if model is not None:
-            model = self.config.tuner.merged(model)
+            if not isinstance(model, Headed):
+                model = self.config.tuner.merged(model)
             config, best = self.config, self.position.best_step if self.config.validation.keep_best else None
             keeping = checkpoint.Keeping(config.keep_checkpoints, config.keep_every, best)
             self._saver.save(self.position.step, model, state, keeping)
         self._saved = self.position.step
         self.world.barrier()
 
-    def whole(self) -> Decoder | None:
+    def whole(self) -> Trained | None:
         """The whole model in the leading process, None in the others. All processes call this."""
         if self.pipeline:
             return self.pipeline.whole()

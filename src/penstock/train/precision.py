@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from penstock.models.decoder import Decoder
+from penstock.train.folders import Trained
 
 Precision = Literal["fp32", "autocast", "bf16"]
 
@@ -26,7 +26,7 @@ class Weights:
         separate: whether they are tensors of their own.
     """
 
-    def __init__(self, model: Decoder, precision: Precision) -> None:
+    def __init__(self, model: Trained, precision: Precision) -> None:
         self.precision = precision
         self.separate = precision == "bf16"
         self.masters: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}

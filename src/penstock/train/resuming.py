@@ -12,7 +12,7 @@ from torch import Tensor
 from penstock import __version__
 from penstock.core.errors import CheckpointError
 from penstock.models import hub
-from penstock.train import checkpoint
+from penstock.train import checkpoint, folders
 from penstock.train.checkpoint import TrainerState
 from penstock.train.config import TrainConfig
 from penstock.train.guard import Guard
@@ -63,7 +63,7 @@ def restore(updater: Updater, folder: Path, state: TrainerState, config: TrainCo
         updater.pipeline.part.take(hub.load(folder))
         entries = updater.pipeline.own(entries)
     elif not updater.adds:  # else the base is there, and what is added to it among the masters
-        hub.import_state(updater.model, folder)
+        folders.import_state(updater.model, folder)
     checkpoint.restore_optimizer(updater.optimizer, updater.names, entries)
     own = updater.pipeline.own if updater.pipeline else dict
     if "masters" in state.tensors:

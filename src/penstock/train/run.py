@@ -29,10 +29,12 @@ from penstock.models.blank import assembled
 from penstock.models.companions import copy_companions
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.models.heads.headed import Headed
 from penstock.parallel.world import World
-from penstock.train import checkpoint
+from penstock.train import checkpoint, folders
 from penstock.train.batches import rows_of_each
 from penstock.train.config import TrainConfig
+from penstock.train.folders import Trained
 from penstock.train.length import unfinished_warmup
 from penstock.train.loop import Trainer
 from penstock.train.material import store
@@ -74,7 +76,8 @@ class Run:
         recovered = self._recover()
         found, faults = checkpoint.newest(folder / CHECKPOINTS)
         self.notes = recovered + [f"passed over: {fault.what}" for fault in faults]
-        parent = found or config.start_from
+        # A head's checkpoint is no model: tokenizer and sizes are those of the target.
+        parent = config.target or found or config.start_from
         shape = config.model or hub.read_config(hub.resolve(str(parent)))
         kind = Texts if config.objective.learns_from == "texts" else Dialogues
         self._check(shape)
@@ -87,14 +90,15 @@ class Run:
         rank, size = (pipeline.grid.pipeline, pipeline.grid.pipelines) if pipeline else (world.rank, world.size)
         rows_of_each(config.batch, size, "pipelines" if pipeline else "processes")
         model = self._part(pipeline, found) if pipeline else self._model(found)
-        hub.family_of(model)  # a shape that no folder could hold is refused before the work, not after it
-        config.tuner.attach(model, config.seed)
+        folders.check(model)
+        if isinstance(model, Decoder):
+            config.tuner.attach(model, config.seed)
         self.material: Material = kind(config, self._store_folder, parent, shape, world, report)
         self.notes += self.material.notes
         self.config = config = config.model_copy(update={"data": self.material.settled()})
         self.tokenizer = folder / TOKENIZER
         self._provide_tokenizer()
-        if found is None and world.leads:
+        if found is None and world.leads and isinstance(model, Decoder):
             self.material.prepare(model, folder, report)
         world.barrier()
         self.material.take(folder)
@@ -205,9 +209,12 @@ class Run:
         self.config = self.trainer.config
         write_json(self.folder / CONFIG, self.config.model_dump(mode="json"))
 
-    def _model(self, found: Path | None) -> Decoder:
-        """The model at the beginning, or one of the same shape for the weights of the checkpoint ``found``."""
-        shape = self.config.model
+    def _model(self, found: Path | None) -> Trained:
+        """What is trained, at the beginning, or the like for the weights of the checkpoint ``found``."""
+        shape, named, head = self.config.model, self.config.target, self.config.head
+        if named is not None and head is not None:
+            target = hub.load(named, device=self.device, dtype=torch.float32)
+            return Headed.new(target, head, self.config.seed, named)
         if shape is None:
             # What is added to a base is put on top of it again; checkpoints have both merged.
             source = None if self.config.tuner.adds else found
@@ -251,15 +258,16 @@ class Run:
         self.trainer.use_average()
         model, position = self.trainer.whole(), self.trainer.position
         if model is not None:
-            if self.config.tuner.adds:
-                with atomic_folder(self.folder / ADAPTER) as folder:
-                    self.config.tuner.write(model, folder, str(self.config.start_from))
-            model = self.config.tuner.merged(model)
+            if isinstance(model, Decoder):
+                if self.config.tuner.adds:
+                    with atomic_folder(self.folder / ADAPTER) as folder:
+                        self.config.tuner.write(model, folder, str(self.config.start_from))
+                model = self.config.tuner.merged(model)
             with atomic_folder(self.folder / MODEL) as folder:
-                hub.save(model, folder, dtype=DTYPES.get(self.config.export_dtype or ""))
+                folders.save(model, folder, DTYPES.get(self.config.export_dtype or ""))
                 copy_companions(self.tokenizer, folder)
         summary = {
-            self.material.measure: self._evaluate(model, report, seconds),
+            **self._evaluate(model, report, seconds),
             "documents": self.material.evaluated_count,
             "tokens_per_s": position.tokens / max(position.seconds, 1e-9),
             "parameters": self.trainer.parameters,
@@ -276,19 +284,26 @@ class Run:
         self.world.barrier()
         return summary
 
-    def _evaluate(self, whole: Decoder | None, report: Reporter, seconds: float | None) -> float | None:
-        """The material's measure of the model on what is held out, if anything is. The leading process measures, on its
-        own device; all know then."""
+    def _evaluate(self, whole: Trained | None, report: Reporter, seconds: float | None) -> dict[str, Any]:
+        """The material's measure of the model on what is held out, or how often a head agrees with its target there, if
+        anything is. The leading process measures, on its own device."""
+        key = self.material.measure if self.config.target is None else "agreement"
         if not self.material.held_out:
-            return None
+            return {key: None}
         if seconds is None and self.config.evaluation_minutes is not None:
             seconds = 60 * self.config.evaluation_minutes
-        measured = 0.0
+        measured, shares = 0.0, list[float]()
         if whole is not None:
             precise = self.device.type != "cuda"
             with contextlib.nullcontext() if precise else self.trainer.weights.arithmetic(self.device):
-                measured = self.material.evaluate(whole.to(self.device).eval(), report, seconds)
-        return self.world.largest(measured)[0]
+                whole = whole.to(self.device).eval()
+                if isinstance(whole, Headed):
+                    assert isinstance(self.material, Texts)  # of objectives of heads
+                    shares = self.material.agreement(whole, report, seconds)
+                else:
+                    measured = self.material.evaluate(whole, report, seconds)
+        everywhere = self.world.largest(measured)[0]
+        return {key: shares if self.config.target is not None else everywhere}
 
 
 @contextlib.contextmanager

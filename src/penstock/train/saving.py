@@ -16,9 +16,10 @@ from torch import Tensor
 
 from penstock.core.errors import CheckpointError, PenstockError
 from penstock.models.blank import assembled
-from penstock.models.decoder import Decoder
+from penstock.models.heads.headed import Headed
 from penstock.train import checkpoint
 from penstock.train.checkpoint import Keeping, TrainerState
+from penstock.train.folders import Trained
 
 
 class Saver:
@@ -36,7 +37,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="penstock-checkpoint") if background else None
         self._pending: Future[None] | None = None
 
-    def save(self, step: int, model: Decoder, state: TrainerState, keeping: Keeping) -> None:
+    def save(self, step: int, model: Trained, state: TrainerState, keeping: Keeping) -> None:
         """Writes the checkpoint of ``step``, or begins to.
 
         Raises:
@@ -46,7 +47,8 @@ class Saver:
             self._write(step, model, state, keeping)
             return
         self.wait()
-        model = assembled(model, {name: _copied(p) for name, p in model.named_parameters()})
+        weights = {name: _copied(p) for name, p in model.named_parameters()}
+        model = model.holding(weights) if isinstance(model, Headed) else assembled(model, weights)
         tensors = {group: {name: _copied(t) for name, t in named.items()} for group, named in state.tensors.items()}
         state = TrainerState(copy.deepcopy(state.position), state.description, tensors)
         self._pending = self._pool.submit(self._write, step, model, state, keeping)
@@ -66,7 +68,7 @@ class Saver:
         with contextlib.suppress(Exception):
             self.wait()
 
-    def _write(self, step: int, model: Decoder, state: TrainerState, keeping: Keeping) -> None:
+    def _write(self, step: int, model: Trained, state: TrainerState, keeping: Keeping) -> None:
         try:
             checkpoint.save(self._folder, step, model, self._tokenizer, state, keeping=keeping)
         except PenstockError as error:

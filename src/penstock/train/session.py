@@ -67,7 +67,8 @@ def train_to_the_end(run: Run, report: Reporter, evaluation: float | None = None
             print(
                 f"{_measured(run.material, summary)} after {summary['steps']} steps "
                 f"({quantity(summary['tokens'], 'tok')}, {quantity(summary['tokens_per_s'], 'tok')}/s)\n"
-                f"model: {run.folder / 'model'} ({_dtype(run)})   loss curve: {run.folder / 'loss.png'}"
+                f"{'model' if run.config.head is None else 'head'}: {run.folder / 'model'} ({_dtype(run)})   "
+                f"loss curve: {run.folder / 'loss.png'}"
             )
         return summary
 
@@ -79,8 +80,11 @@ def _dtype(run: Run) -> str:
 
 
 def _measured(material: Material, summary: dict[str, Any]) -> str:
+    if summary.get("agreement"):
+        shares = ", ".join(f"{share:.1%}" for share in summary["agreement"])
+        return f"of the target's likeliest tokens on held-out documents the head has {shares} (by tokens ahead)"
     what = "documents" if material.measure == "bits_per_byte" else "examples"
-    if summary[material.measure] is None:
+    if summary.get(material.measure) is None:
         return f"not evaluated, since no {what} are held out,"
     return f"{summary[material.measure]:.3f} {material.unit} on held-out {what}"
 

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 from penstock.core.errors import PenstockError
 from penstock.data.loader import Batch
 from penstock.models.attention import CausalRows, PackedRows
-from penstock.models.decoder import Decoder
 from penstock.parallel.world import World
 from penstock.train.batches import Microbatch, microbatches
 from penstock.train.config import TrainConfig
+from penstock.train.folders import Trained
 from penstock.train.loads import Loads
 from penstock.train.pipeline.pipeline import Pipeline
 from penstock.train.pipeline.post_validated import PostValidated
@@ -47,7 +47,7 @@ class Updater:
     """
 
     def __init__(
-        self, config: TrainConfig, model: Decoder, weights: Weights, world: World, pipeline: Pipeline | None
+        self, config: TrainConfig, model: Trained, weights: Weights, world: World, pipeline: Pipeline | None
     ) -> None:
         self.model, self.weights, self.world, self.pipeline = model, weights, world, pipeline
         self.device = next(model.parameters()).device

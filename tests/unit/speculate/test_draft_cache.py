@@ -12,15 +12,19 @@ from hypothesis import strategies as st
 
 from penstock.core.errors import UsageError
 from penstock.models import hub
+from penstock.models.decoder import Decoder
+from penstock.models.heads.contract import HeadModule
 from penstock.serve.build import build_engine, load_draft
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
 from penstock.serve.run.draft import Coverage
+from penstock.speculate.contract import Drafter
+from penstock.speculate.drafters.head import Head
 from penstock.speculate.drafters.model import Model
 from penstock.speculate.drafters.ngram import Ngram
-from penstock.testing.serve_model import SHAPE, draft_of, small_model
+from penstock.testing.serve_model import SHAPE, draft_of, head_of, small_model
 
 PREFIX = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
 
@@ -46,31 +50,36 @@ def contents(engine: Engine, text: list[int]) -> torch.Tensor:
     return engine.executor.cache._memory[:, blocks].clone()
 
 
-@pytest.mark.parametrize("drafter", [Ngram(shortest=1), Model(source="a model")])
+def drafting(drafter: Drafter, noise: float) -> Decoder | HeadModule:
+    """What drafts for the small model, and is sometimes wrong."""
+    return head_of(small_model()) if drafter.head else draft_of(small_model(), noise)
+
+
+@pytest.mark.parametrize("drafter", [Ngram(shortest=1), Model(source="a model"), Head(source="a head")])
 def test_blocks_after_rejected_drafts_are_those_of_a_clean_run(drafter):
     sizes = {"sequences": 4, "tokens": 64, "block_size": 4, "cache_tokens": 800, "check": True}
     engines = []
     for draft in (None, drafter):
         config = EngineConfig(deterministic=True, draft=draft, controller="fixed", **sizes)
         # A deterministic engine replaces its model's layers.
-        engines.append(build_engine(copy.deepcopy(small_model()), config, draft=draft_of(small_model(), 0.2)))
-    clean, drafting = engines
+        engines.append(build_engine(copy.deepcopy(small_model()), config, draft=drafting(drafter, 0.2)))
+    clean, drafted = engines
     wanted, found = (texts(engine) for engine in engines)
     assert found == wanted
-    now = drafting.snapshot()
+    now = drafted.snapshot()
     assert 0 < now.accepted_tokens < now.drafted_tokens
     for text in found:
-        held = contents(drafting, text)
+        held = contents(drafted, text)
         assert held.shape[1] >= (len(text) - 6) // 4  # of the last tokens nobody needs keys
         assert torch.equal(held, contents(clean, text))
 
 
-@pytest.mark.parametrize("drafter", [Ngram(shortest=1), Model(source="a model")])
+@pytest.mark.parametrize("drafter", [Ngram(shortest=1), Model(source="a model"), Head(source="a head")])
 def test_the_prefix_tree_knows_nothing_but_texts(drafter):
     config = EngineConfig(
         draft=drafter, controller="fixed", sequences=4, tokens=32, block_size=2, cache_tokens=200, check=True
     )
-    engine = build_engine(small_model(), config, draft=draft_of(small_model(), 0.3))
+    engine = build_engine(small_model(), config, draft=drafting(drafter, 0.3))
     found = texts(engine)
     assert engine.snapshot().accepted_tokens < engine.snapshot().drafted_tokens
     pool = engine.memory.pool

@@ -11,6 +11,7 @@ import torch
 
 from penstock.core.config import build
 from penstock.core.errors import ConfigError
+from penstock.models.heads.early_exit import EarlyExit
 from penstock.models.sampling import Sampling, probabilities
 from penstock.policy import create
 from penstock.serve.build import build_engine
@@ -19,8 +20,10 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.messages import Request
+from penstock.speculate.drafters.head import Head
 from penstock.speculate.drafters.model import Model
 from penstock.speculate.verifiers.accept_residual import AcceptResidual
+from penstock.testing.model_head import learnt
 from penstock.testing.reference import next_logits
 from penstock.testing.serve_model import draft_of, small_model
 from penstock.testing.serve_rows import Rows
@@ -46,14 +49,23 @@ def law(sampling: Sampling, length: int) -> dict[tuple[int, ...], float]:
     return found
 
 
-@pytest.mark.parametrize("verifier", ["accept_residual", "exact_match"])
-def test_sampled_texts_have_the_models_distribution(verifier):
+DRAFTS = {
+    "a model": (MODEL, lambda: draft_of(small_model(), 0.3)),
+    "a head": (Head(source="a head", tokens=3), lambda: learnt(small_model(), EarlyExit(layers=2)).head.eval()),
+}
+
+
+@pytest.mark.parametrize(
+    ("verifier", "drafts"), [("accept_residual", "a model"), ("exact_match", "a model"), ("accept_residual", "a head")]
+)
+def test_sampled_texts_have_the_models_distribution(verifier, drafts):
     """A chi-square over the real engine, which drafts, accepts and draws from residuals as it serves."""
     sampling = Sampling(temperature=1.5, top_k=3)
+    drafter, make = DRAFTS[drafts]
     config = EngineConfig(
-        attention="reference", sequences=64, cache_tokens=4096, draft=MODEL, controller="fixed", verifier=verifier
+        attention="reference", sequences=64, cache_tokens=4096, draft=drafter, controller="fixed", verifier=verifier
     )
-    engine = build_engine(small_model(), config, draft=draft_of(small_model(), 0.3))
+    engine = build_engine(small_model(), config, draft=make())
     texts: dict[str, list[int]] = {}
     for seed in range(500):
         params = SamplingParams(temperature=1.5, top_k=3, seed=seed, max_tokens=3)

@@ -53,7 +53,7 @@ def made(**changes) -> TrainConfig:
         (["optim.lr=-1"], "lr: .*greater than 0"),
         (["clip=0"], "clip: .*greater than 0"),
         (["keep_checkpoints=0"], "keep_checkpoints: .*greater than 0"),
-        (["start_from=elsewhere"], r"give either a \[model\] section or start_from, not both"),
+        (["start_from=elsewhere"], "start_from and target, not model and start_from"),
         (["model.heads=3", "model.kv_heads=2"], r"heads \(3\) must be a multiple of kv_heads \(2\)"),
         (["model.head_dim=15"], "must be even"),
         (["schedule.name=linaer"], "did you mean 'linear'"),
@@ -65,7 +65,9 @@ def test_a_wrong_value_is_named(overrides, message):
 
 
 def test_a_run_has_a_beginning_and_an_end():
-    with pytest.raises(ConfigError, match=r"say what to train: a \[model\] section, or start_from"):
+    with pytest.raises(
+        ConfigError, match=r"say what to train: a \[model\] section, start_from, or a target for a head"
+    ):
         build(TrainConfig, {"steps": 1})
     with pytest.raises(ConfigError, match="say when to stop: steps, tokens, epochs or minutes"):
         build(TrainConfig, {key: value for key, value in SHAPE.items() if key != "steps"})
@@ -88,16 +90,22 @@ def test_a_store_that_is_there_may_have_any_vocabulary():
     assert made(data={"store": "somewhere"}, model={**MODEL, "vocabulary": 300}).model.vocabulary == 300
 
 
+def preset_of(name: str) -> TrainConfig:
+    """A preset; of those that train a head, for some model."""
+    given = read_toml(presets.path_of(name))
+    return build(TrainConfig, given | {"target": "python-6m"} if "head" in given else given)
+
+
 @pytest.mark.parametrize("preset", presets.names())
 def test_presets_are_valid_and_survive_being_written_down(preset):
     """``run.json`` and every checkpoint hold the configuration as JSON."""
-    config = build(TrainConfig, read_toml(presets.path_of(preset)))
+    config = preset_of(preset)
     assert build(TrainConfig, config.model_dump(mode="json")) == config
 
 
 @pytest.mark.parametrize("preset", presets.names())
 def test_presets_leave_to_the_machine_what_depends_on_it(preset):
-    config = build(TrainConfig, read_toml(presets.path_of(preset)))
+    config = preset_of(preset)
     assert (config.precision, config.compile, config.device) == ("auto", "auto", "auto")
 
 

@@ -27,7 +27,7 @@ from penstock.speculate.prediction import Prediction
 
 if TYPE_CHECKING:
     from penstock.serve.config import EngineConfig
-    from penstock.serve.run.draft import DraftModel
+    from penstock.serve.run.draft import Drafting
     from penstock.speculate.contract import Draft
 
 
@@ -46,7 +46,7 @@ class Engine:
         executor: the model with its cache.
         stop: the model's own end-of-text tokens.
         grammars: compiles grammars; without it, requests cannot have one.
-        draft: the model that drafts, where the settings name one.
+        draft: the model or head that drafts, where the settings name one.
         tiers: where blocks go that leave the cache.
 
     Attributes:
@@ -65,7 +65,7 @@ class Engine:
         executor: Executor,
         stop: Iterable[int] = (),
         grammars: Grammars | None = None,
-        draft: DraftModel | None = None,
+        draft: Drafting | None = None,
         tiers: Tiers | None = None,
     ) -> None:
         shape, blocks, size = executor.shape, executor.blocks, executor.block_size

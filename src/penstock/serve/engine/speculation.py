@@ -13,7 +13,7 @@ from penstock.speculate.contract import AWAITED
 from penstock.speculate.controllers.contract import Controller, Seen
 
 if TYPE_CHECKING:
-    from penstock.serve.run.draft import Drafted, DraftModel
+    from penstock.serve.run.draft import Drafted, Drafting
 
 
 class Speculation:
@@ -22,14 +22,14 @@ class Speculation:
     Args:
         controller: decides how many tokens are drafted, and verified.
         most: how many the drafter drafts at a time at most.
-        model: the one that drafts; None where what is drafted comes out of the text.
+        model: the one that drafts, or a head; None where what is drafted comes out of the text.
 
     Attributes:
         drafted, accepted: how many tokens at each depth were verified, and accepted.
         clock: says how many seconds have passed.
     """
 
-    def __init__(self, controller: Controller, most: int, model: DraftModel | None) -> None:
+    def __init__(self, controller: Controller, most: int, model: Drafting | None) -> None:
         self._control, self._weighs, self._model = controller.start(most), controller.weighs, model
         self._published = 0.0
         self.clock: Callable[[], float] = time.perf_counter

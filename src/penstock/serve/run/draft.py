@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as List
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from penstock.serve.choose.proposals import Proposals, ProposingSampler
-from penstock.serve.choose.sampler import Sampled
+from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.run.planner import Planner
@@ -48,46 +48,57 @@ class Drafted:
         return {slot: [sure[row] for row in self.rows[slot][: len(own)]] for slot, own in self.windows.items()}
 
 
-class DraftModel:
-    """Drafts for all sequences of a batch together.
-
-    Its cache has blocks of the same numbers as the target's, so that one set of tables and books holds for both: what
-    is shared, forked, cut back or thrown out there is so here. What it holds of a block may be less than the target
-    does, since nothing is computed here for requests that draft nothing, nor while drafting does not pay; it catches up
-    when it drafts (:class:`Coverage`).
+class Drafting:
+    """Drafts for all sequences of a batch together, token by token. Whoever drafts says what is computed first, and how
+    a pass is made.
 
     Args:
-        runner: of the model, with a :class:`DraftPlanner`. Where distributions are wanted of it, its sampler is a
-            :class:`~penstock.serve.choose.proposals.ProposingSampler`.
-        verifier: of its drafts.
-        tokens: most that are computed in a pass.
+        verifier: of the drafts.
+        device: where they are made.
+        context: most tokens of a sequence.
     """
 
-    def __init__(self, runner: Runner, verifier: Verifier, tokens: int) -> None:
-        self.runner, self._verifier, self._tokens = runner, verifier, tokens
-        self._coverage = Coverage(runner.blocks, runner.block_size)
+    def __init__(self, verifier: Verifier, device: torch.device, context: int) -> None:
+        self._verifier, self._device, self._context = verifier, device, context
+
+    # What those who draft give
+
+    @property
+    def sampler(self) -> Sampler:
+        """Chooses tokens. Where distributions are wanted of it, it is a
+        :class:`~penstock.serve.choose.proposals.ProposingSampler`."""
+        raise NotImplementedError
 
     def prepare(self, batch: Batch) -> None:
-        """The target is about to compute ``batch``: what this cache holds of the places that are written is void."""
-        self._coverage.forget(batch.restored)
-        if batch.copies:
-            sources, targets = (list(each) for each in zip(*batch.copies, strict=True))
-            self.runner.cache.copy(sources, targets)
-            self._coverage.copy(sources, targets)
-        for entry in batch.entries:
-            self._coverage.overwrite(batch.tables[entry.slot], entry.start, entry.start + entry.count)
+        """The target is about to compute ``batch``."""
+
+    def _first(self, batch: Batch, wanted: dict[int, int]) -> list[Entry]:
+        """What the first pass computes; tokens follow behind the scored entries.
+
+        Args:
+            batch: what the target will compute.
+            wanted: how far the texts are to go that await tokens, by slot, in tokens that have to be computed here.
+        """
+        raise NotImplementedError
+
+    def _pass(self, entries: list[Entry], tables: np.ndarray, depth: int) -> tuple[list[Entry], Sampled | None]:
+        """Queues the pass that drafts the token at ``depth``; which entries are scored, in the order of their
+        tokens."""
+        raise NotImplementedError
+
+    # What they have from here
 
     def draft(self, batch: Batch) -> Drafted:
-        """Drafts for the entries of ``batch`` that await tokens, and computes prompts beside the target, of sequences
-        that draft."""
+        """Drafts for the entries of ``batch`` that await tokens."""
         drafted = Drafted()
         wanted = {entry.slot: self._wanted(entry) for entry in batch.entries if entry.window[:1] == (AWAITED,)}
-        open_ = self._caught_up(list(self._first(batch, wanted)), batch.tables)
+        open_ = self._first(batch, wanted)
         # Where the host has to see each token, or has it at no cost, it is read at once; else all of them at the end.
-        at_once = self.runner.device.type == "cpu" or any(entry.sequence.sampling.waits for entry in open_)
+        at_once = self._device.type == "cpu" or any(entry.sequence.sampling.waits for entry in open_)
         queued: list[tuple[list[Entry], Sampled]] = []
+        depth = 0
         while open_:
-            scored, sampled = self._pass(open_, batch.tables)
+            scored, sampled = self._pass(open_, batch.tables, depth)
             if sampled is None:
                 break
             self._write_down(scored, drafted)
@@ -96,6 +107,7 @@ class DraftModel:
                 _read([queued.pop()], drafted)
             open_ = [_next(entry) for entry in scored if entry.start + entry.count < wanted[entry.slot]]
             open_ = [entry for entry in open_ if not at_once or _goes_on(entry.sequence)]
+            depth += 1
         _read(queued, drafted)
         return drafted
 
@@ -108,15 +120,57 @@ class DraftModel:
             rows[slot, : len(own)] = own[:window]
         return Proposals(self._verifier, torch.cat(drafted.chances), rows)
 
-    # Passes
-
     def _wanted(self, entry: Entry) -> int:
         """How far the text of ``entry`` is to go, in tokens that have to be computed here."""
-        return min(entry.start + entry.count - 1, self.runner.context)
+        return min(entry.start + entry.count - 1, self._context)
 
-    def _first(self, batch: Batch, wanted: dict[int, int]) -> Iterable[Entry]:
-        """What has to be computed first, of sequences that draft: what the entries bring, and what is missing before.
-        Tokens follow where some are awaited."""
+    def _write_down(self, scored: List[Entry], drafted: Drafted) -> None:
+        sampler = self.sampler
+        if isinstance(sampler, ProposingSampler):
+            for row, entry in enumerate(scored, sum(map(len, drafted.chances))):
+                drafted.rows.setdefault(entry.slot, []).append(row)
+            drafted.chances.append(sampler.proposed)
+
+
+class DraftModel(Drafting):
+    """Drafts with a model.
+
+    Its cache has blocks of the same numbers as the target's, so that one set of tables and books holds for both: what
+    is shared, forked, cut back or thrown out there is so here. What it holds of a block may be less than the target
+    does, since nothing is computed here for requests that draft nothing, nor while drafting does not pay; it catches up
+    when it drafts (:class:`Coverage`).
+
+    Args:
+        runner: of the model, with a :class:`DraftPlanner`.
+        verifier: of its drafts.
+        tokens: most that are computed in a pass.
+    """
+
+    def __init__(self, runner: Runner, verifier: Verifier, tokens: int) -> None:
+        super().__init__(verifier, runner.device, runner.context)
+        self.runner, self._tokens = runner, tokens
+        self._coverage = Coverage(runner.blocks, runner.block_size)
+
+    @property
+    def sampler(self) -> Sampler:
+        return self.runner.sampler
+
+    def prepare(self, batch: Batch) -> None:
+        """What this cache holds of the places that are written is void."""
+        self._coverage.forget(batch.restored)
+        if batch.copies:
+            sources, targets = (list(each) for each in zip(*batch.copies, strict=True))
+            self.runner.cache.copy(sources, targets)
+            self._coverage.copy(sources, targets)
+        for entry in batch.entries:
+            self._coverage.overwrite(batch.tables[entry.slot], entry.start, entry.start + entry.count)
+
+    def _first(self, batch: Batch, wanted: dict[int, int]) -> list[Entry]:
+        """What the entries bring, of sequences that draft, and what is missing before: prompts are computed beside the
+        target. Of what does not fit into a pass, all but the end is computed here."""
+        return self._caught_up(list(self._missing(batch, wanted)), batch.tables)
+
+    def _missing(self, batch: Batch, wanted: dict[int, int]) -> Iterator[Entry]:
         for entry in batch.entries:
             end = entry.start + entry.count - len(entry.window)
             awaits = entry.slot in wanted and end <= wanted[entry.slot]
@@ -143,20 +197,12 @@ class DraftModel:
             entries = rest
         return entries
 
-    def _pass(self, entries: list[Entry], tables: np.ndarray) -> tuple[list[Entry], Sampled | None]:
-        """Queues a pass; which entries are scored, in the order of their tokens."""
+    def _pass(self, entries: list[Entry], tables: np.ndarray, depth: int = 0) -> tuple[list[Entry], Sampled | None]:
         entries = sorted(entries, key=lambda entry: entry.count > 1)  # kernels for one token a sequence are the fastest
         sampled = self.runner.launch(Batch(entries, tables))
         for entry in entries:
             self._coverage.extend(tables[entry.slot], entry.start, entry.start + entry.count)
         return [entry for entry in entries if entry.scored], sampled
-
-    def _write_down(self, scored: List[Entry], drafted: Drafted) -> None:
-        sampler = self.runner.sampler
-        if isinstance(sampler, ProposingSampler):
-            for row, entry in enumerate(scored, sum(map(len, drafted.chances))):
-                drafted.rows.setdefault(entry.slot, []).append(row)
-            drafted.chances.append(sampler.proposed)
 
 
 def _next(entry: Entry) -> Entry:

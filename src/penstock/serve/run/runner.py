@@ -35,6 +35,7 @@ from penstock.serve.run.graphs import (
     seconds,
     window_shapes,
 )
+from penstock.serve.run.hidden import HiddenStates
 from penstock.serve.run.planner import Planner
 from penstock.serve.run.step import Part, Step
 
@@ -67,10 +68,12 @@ class Runner:
         sampler: chooses tokens.
         planner: makes the one who makes steps of batches, of the slots and the size of a block.
         compactor: compresses caches, where some are.
+        keeps_hidden: whether hidden states of all tokens are kept, for a head that drafts from them.
 
     Attributes:
         context: most tokens of a sequence.
         planner, sampler: make steps of batches, and choose tokens.
+        hidden: the hidden states of the tokens in the cache; None where they are not kept.
         memory: bytes of the device's memory by what they are for, as far as whoever made the runner knows.
     """
 
@@ -84,6 +87,7 @@ class Runner:
         sampler: type[Sampler] = Sampler,
         planner: Callable[[int, int], Planner] = Planner,
         compactor: Compactor | None = None,
+        keeps_hidden: bool = False,
     ) -> None:
         self.model, self.cache = model, cache
         self.device, self.shape = cache.shape.device, model.config
@@ -91,6 +95,7 @@ class Runner:
         self.context = context
         self._slots, self._pages, self._window = slots, -(-context // self.block_size), window
         self._kinds, self._compactor = (planner, sampler), compactor
+        self.hidden = HiddenStates(cache.shape, self.shape.hidden) if keeps_hidden else None
         self.forget()
         self._trunk: Callable[[Tensor, AttentionContext], tuple[Tensor, Tensor]] = model.trunk
         self._tip: Callable[[Tensor, Tensor], Tensor] = model.tip
@@ -114,11 +119,20 @@ class Runner:
         """Where the part of a batch that leads is computed, beside the others."""
         return torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]
 
+    @property
+    def block_bytes(self) -> int:
+        """Memory of a block: keys and values, and hidden states where they are kept."""
+        shape = self.cache.shape
+        kept = 0 if self.hidden is None else shape.block_size * self.shape.hidden * shape.dtype.itemsize
+        return shape.block_bytes + kept
+
     def resize(self, blocks: int) -> None:
         """Sequences may use so many blocks of the cache from now on. Nothing of what there was is known any more."""
         self.cache.resize(blocks + 1)
         if self._compactor is not None:
             self._compactor.resize()
+        if self.hidden is not None:
+            self.hidden = HiddenStates(self.cache.shape, self.shape.hidden)
         self.blocks = blocks
         self.forget()
 
@@ -196,13 +210,15 @@ class Runner:
         self._place = self._place or begun
         return tuple(place[: len(new)].copy_(new) for place, new in zip(self._place, begun, strict=True))
 
-    def _decoded(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits, and the tokens that are drawn from them, of sequences that decode. ``inputs`` int64 [9, N] are a
-        part's and its draws. The tokens are put where the next step finds them."""
-        logits = self.model.logits(self._tip(*self._begun(inputs[:3])))
+    def _decoded(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """The logits, the tokens that are drawn from them, and, where they are kept, the hidden states of sequences
+        that decode. ``inputs`` int64 [9, N] are a part's and its draws. The tokens are put where the next step finds
+        them."""
+        hidden = self._tip(*self._begun(inputs[:3]))
+        logits = self.model.logits(hidden)
         tokens = draw_cut(logits, inputs[3:8].view(torch.float64))
         self._newest.index_copy_(0, inputs[8], tokens)
-        return logits, tokens
+        return (logits, tokens) if self.hidden is None else (logits, tokens, hidden)
 
     def launch(self, batch: Batch) -> Sampled | None:
         return self.execute(self.plan(batch), batch.proposals)
@@ -226,6 +242,8 @@ class Runner:
             self.cache.copy(*step.copies.tolist())
             if self._compactor is not None:
                 self._compactor.copy(*step.copies.tolist())
+            if self.hidden is not None:
+                self.hidden.copy(*step.copies.tolist())
         for placed in step.placed:
             self.sampler.place(placed.slot, placed.tokens, placed.prompt)
         passed = self._pass_all(step.parts, step.lead)
@@ -277,7 +295,9 @@ class Runner:
         if part.decoding:
             replayed = self._replayed(self._decodes, part, lane, part.draws)
             if replayed is not None:
-                logits, drawn = replayed[0]
+                logits, drawn, *states = replayed[0]
+                if self.hidden is not None:
+                    self._keep(self.hidden, part, states[0][:count])
                 return Passed(logits[:count], drawn=drawn[:count])
         replayed = self._replayed(self._prompts, part, lane)
         if replayed is None:
@@ -289,8 +309,14 @@ class Runner:
             index = self._on_device(places[rows])
             return self._tip(*(each[index] for each in begun))
 
+        if self.hidden is not None:
+            self._keep(self.hidden, part, hidden(np.arange(count)))
         logits = self.model.logits(hidden(part.scored)) if len(part.scored) else None
         return Passed(logits, hidden(part.rated) if len(part.rated) else None)
+
+    def _keep(self, kept: HiddenStates, part: Part, states: Tensor) -> None:
+        """Keeps the hidden ``states`` [N, hidden] of the tokens of ``part``."""
+        kept.write(self._on_device(part.plan.slots.numpy()), states)
 
     def _replayed(
         self, graphs: StepGraphs | None, part: Part, lane: int, *more: np.ndarray

@@ -14,9 +14,10 @@ from penstock.models import hub
 from penstock.models.companions import copy_companions, end_with
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.models.heads.headed import Headed
 from penstock.parallel.world import World
 from penstock.train.config import DataConfig, TrainConfig
-from penstock.train.evaluate import Sample, affordable, bits_per_byte
+from penstock.train.evaluate import Sample, affordable, agreement, bits_per_byte
 from penstock.train.material import store
 from penstock.train.material.contract import Material
 from penstock.train.validation import beginning_of
@@ -111,3 +112,10 @@ class Texts(Material):
         if seconds is not None:
             self.evaluated = affordable(model, self.store.split("held_out"), window=window, seconds=seconds)
         return bits_per_byte(model, self.evaluated, window=window, report=report)
+
+    def agreement(self, model: Headed, report: Reporter = silent, seconds: float | None = None) -> list[float]:
+        """How often the guesses of a head are its target's likeliest tokens on what is held out, by tokens ahead."""
+        window = self._config.batch.length
+        if seconds is not None:
+            self.evaluated = affordable(model.target, self.store.split("held_out"), window=window, seconds=seconds)
+        return agreement(model, self.evaluated, window=window, report=report)

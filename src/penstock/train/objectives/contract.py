@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -50,21 +50,24 @@ class Objective(Policy):
     Attributes:
         cross_entropy: whether :meth:`hidden_loss` is the plain cross-entropy of the targets, which can be computed from
             rows of the vocabulary on several devices.
+        of_heads: whether a head is trained, and not the model that it is for.
         learns_from: the texts of a token store, or the kind of examples that a data set is read as.
         unit: what :meth:`count` counts.
     """
 
     cross_entropy: ClassVar[bool] = False
+    of_heads: ClassVar[bool] = False
     learns_from: ClassVar[Literal["texts"] | Kind] = "texts"
     unit: ClassVar[str] = "token"
 
-    def loss(self, model: Decoder, batch: Batch, context: AttentionContext) -> Tensor:
-        """The summed loss of ``batch``, a scalar in nats; the loop divides by :meth:`count` of the step."""
+    def loss(self, model: Any, batch: Batch, context: AttentionContext) -> Tensor:
+        """The summed loss of ``batch``, a scalar in nats; the loop divides by :meth:`count` of the step. ``model`` is a
+        Decoder, or a head with its target, of an objective :attr:`of_heads`."""
         hidden, balance = model(batch.tokens, context)
         loss = self.hidden_loss(model, hidden, batch)
         return loss if balance is None else loss + self.balance_loss(model.config, balance)
 
-    def hidden_loss(self, model: Decoder, hidden: Tensor, batch: Batch) -> Tensor:
+    def hidden_loss(self, model: Any, hidden: Tensor, batch: Batch) -> Tensor:
         """What a policy gives: the loss of the last hidden states [*T, hidden]. Of ``model`` only the head is used."""
         raise NotImplementedError
 
@@ -77,6 +80,11 @@ class Objective(Policy):
     def count(self, batch: Batch) -> Tensor:
         """By how much the summed loss is divided to be a mean: the predicted tokens, where a policy says no other."""
         return (batch.targets != IGNORE).sum()
+
+    @classmethod
+    def trained(cls, decoder: Decoder) -> Any:
+        """What is trained where ``decoder`` is the model at hand, for the law: that itself, or a head for it."""
+        return decoder
 
     @classmethod
     def example(cls) -> Example:

@@ -1,0 +1,1 @@
+"""Policies of the contract `model.head`: what drafts with a model's own layers or hidden states."""

@@ -1,0 +1,154 @@
+"""Heads as folders: ``head.json`` says which head it is and names its target, ``head.safetensors`` has the weights.
+
+Beside the weights lie those of the target's last norm. They tell whether the model that is to be drafted for is the one
+that the head was trained for, also where that is stored in another dtype.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from penstock.core.errors import ModelError, PenstockError, UsageError
+from penstock.core.files import read_json, write_json
+from penstock.models.decoder import Decoder
+from penstock.models.heads.contract import Head, HeadModule
+from penstock.models.heads.headed import Headed
+from penstock.policy import Choice, index
+
+DESCRIPTION, WEIGHTS = "head.json", "head.safetensors"
+NORM = "target.norm."
+
+#: How much the target's norm may differ from what it was, relative to it: as bf16 rounds.
+ROUNDED = 2**-7
+
+
+class Description(NamedTuple):
+    """What ``head.json`` says: which head, of which model, and that model's sizes."""
+
+    kind: Head
+    target: str
+    sizes: dict[str, int]
+
+
+def command(kind: str = "early-exit", target: str = "MODEL") -> str:
+    """What to type to train a head."""
+    return f"penstock train --preset drafter-{kind.replace('_', '-')} --set target={target} --out runs/drafter"
+
+
+def find(source: str | Path) -> Path | None:
+    """The folder of a head: ``source`` itself, or that of a run that trained one (its ``model/``, else the newest of
+    its ``checkpoints/``); None if it is none of these."""
+    folder = Path(source)
+    newest_first = sorted(folder.glob("checkpoints/step-*"), reverse=True)
+    for candidate in (folder, folder / "model", *newest_first):
+        if (candidate / DESCRIPTION).is_file():
+            return candidate
+    return None
+
+
+def save(model: Headed, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the head of ``model`` into a folder that exists.
+
+    Raises:
+        PenstockError: the disk is full, or the folder cannot be written.
+    """
+    named = {**model.head.state_dict(), **_norm(model.target)}
+    tensors = {name: each.detach().to("cpu", dtype or each.dtype).contiguous() for name, each in named.items()}
+    try:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise PenstockError(f"cannot write {folder / WEIGHTS}: {error}", hint="Is the disk full?") from error
+    # Of a folder, a name that is right wherever it is read.
+    target = str(Path(model.source).resolve()) if Path(model.source).exists() else model.source
+    said = {"head": model.kind.describe(), "target": target, "sizes": _sizes(model.target)}
+    write_json(folder / DESCRIPTION, said)
+
+
+def describe(folder: Path) -> Description:
+    """What a head's folder says of it.
+
+    Raises:
+        PenstockError: the description is missing or damaged.
+    """
+    path = folder / DESCRIPTION
+    stored = read_json(path)
+    try:
+        kind = Choice("model.head").resolve(stored["head"])
+        return Description(kind, str(stored["target"]), {key: int(size) for key, size in stored["sizes"].items()})
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ModelError(f"{path} does not describe a head ({type(error).__name__}: {error})") from error
+
+
+def load(source: str | Path, target: Decoder, name: str = "MODEL") -> HeadModule:
+    """The head ``source`` (see :func:`find`), on the device and in the dtype of its ``target``, which is called
+    ``name``.
+
+    Raises:
+        UsageError: there is no head, or it is for another model; the hint is the command that trains one.
+        ModelError: the folder is damaged.
+    """
+    folder = find(source)
+    if folder is None:
+        known = ", ".join(index().names("model.head"))
+        raise UsageError(
+            f"there is no head in {str(source)!r}: it has neither {DESCRIPTION} nor model/{DESCRIPTION}",
+            hint=f"Train one ({known}): {command(target=name)}",
+        )
+    kind, trained_for, sizes = describe(folder)
+    again = f"Train one for this model: {command(kind.policy_name, name)}"
+    differing = {key: (size, sizes.get(key)) for key, size in _sizes(target).items() if size != sizes.get(key)}
+    if differing:
+        said = ", ".join(f"{key} is {here}, and was {there}" for key, (here, there) in differing.items())
+        raise UsageError(f"the head in {folder} was trained for {trained_for}, not for this model: {said}", hint=again)
+    head = kind.build(target.config)
+    tensors = _read(folder)
+    for key, now in _norm(target).items():
+        then = tensors.pop(key, None)
+        if then is None or not torch.allclose(then.float(), now.float().cpu(), rtol=ROUNDED, atol=ROUNDED):
+            raise UsageError(
+                f"the head in {folder} was trained for {trained_for}, and this model's weights are others", hint=again
+            )
+    _fill(head, tensors, folder)
+    weight = target.embedding.weight
+    return head.to(weight.device, weight.dtype).requires_grad_(False).eval()
+
+
+def import_state(model: Headed, folder: Path) -> None:
+    """Copies the weights in ``folder`` into the head of ``model``, in place.
+
+    Raises:
+        ModelError: the folder is damaged, or of another head.
+    """
+    _fill(model.head, {key: each for key, each in _read(folder).items() if not key.startswith(NORM)}, folder)
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"the weights {path} cannot be read: {error}") from error
+    return tensors
+
+
+def _fill(head: HeadModule, tensors: dict[str, Tensor], folder: Path) -> None:
+    try:
+        head.load_state_dict(tensors)
+    except RuntimeError as error:  # names or shapes differ; what it says has many lines
+        first = " ".join(str(error).split())
+        raise ModelError(f"the weights in {folder} are not those of its head: {first}") from error
+
+
+def _norm(target: Decoder) -> dict[str, Tensor]:
+    return {NORM + name: each for name, each in target.norm.state_dict().items()}
+
+
+def _sizes(target: Decoder) -> dict[str, int]:
+    shape = target.config
+    return {"hidden": shape.hidden, "layers": shape.layers, "vocabulary": shape.vocabulary}

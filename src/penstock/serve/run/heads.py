@@ -1,0 +1,207 @@
+"""Heads that draft, with what the target keeps: its cache, or its last hidden states."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.core.devices import upload
+from penstock.core.progress import Reporter, silent
+from penstock.models.heads.contract import Continuing, Exits, Foresees, HeadModule
+from penstock.serve.choose.sampler import Sampled, Sampler
+from penstock.serve.engine.batch import Batch, Entry
+from penstock.serve.run.draft import Drafted, Drafting, DraftModel
+from penstock.serve.run.hidden import HiddenStates
+from penstock.serve.run.planner import Fields, Planner
+from penstock.serve.run.runner import Passed, Runner
+from penstock.serve.run.step import Part
+from penstock.speculate.verifiers.contract import Verifier
+
+
+class HeadDraft(Drafting):
+    """Drafts for the sequences that decode: what the target keeps of the tokens before their newest one is there."""
+
+    @property
+    def planner(self) -> Planner:
+        """Says what the next tokens of sequences ask for."""
+        raise NotImplementedError
+
+    def _copy(self, sources: list[int], targets: list[int]) -> None:
+        """Copies whole blocks of what is drafted from."""
+        raise NotImplementedError
+
+    def _first(self, batch: Batch, wanted: dict[int, int]) -> list[Entry]:
+        first = list(self._decoding(batch, wanted))
+        if first and batch.copies:
+            # Blocks that the target copies at the beginning of its step are read before that here.
+            sources, targets = (list(each) for each in zip(*batch.copies, strict=True))
+            if not set(sources).isdisjoint(targets):
+                return []  # the target copies once more, which is the same only where no source is written over
+            self._copy(sources, targets)
+        return first
+
+    def _decoding(self, batch: Batch, wanted: dict[int, int]) -> Iterator[Entry]:
+        for entry in batch.entries:
+            newest = entry.start + entry.count - len(entry.window) - 1
+            if entry.slot in wanted and newest == entry.start > 0 and newest < wanted[entry.slot]:
+                if entry.sequence.sampling.penalized:
+                    # Of what was drafted last, not all may have come out.
+                    self.planner.forget(entry.slot)
+                yield Entry(entry.sequence.tentative(), entry.slot, newest, 1, 1)
+
+
+class ExitDraft(HeadDraft):
+    """Drafts with the first layers of the target, on its cache. What they write there for drafted tokens, the target's
+    step writes anew.
+
+    Args:
+        runner: of these layers, on the cache of the target.
+        verifier: of the drafts.
+    """
+
+    def __init__(self, runner: Runner, verifier: Verifier) -> None:
+        super().__init__(verifier, runner.device, runner.context)
+        self._runner = runner
+
+    @property
+    def sampler(self) -> Sampler:
+        return self._runner.sampler
+
+    @property
+    def planner(self) -> Planner:
+        return self._runner.planner
+
+    def _copy(self, sources: list[int], targets: list[int]) -> None:
+        self._runner.cache.copy(sources, targets)
+
+    def _pass(self, entries: list[Entry], tables: np.ndarray, depth: int) -> tuple[list[Entry], Sampled | None]:
+        return entries, self._runner.launch(Batch(entries, tables))
+
+
+class ForesightDraft(HeadDraft):
+    """Drafts from the target's hidden states after the token before the newest one, for several tokens at once.
+
+    Args:
+        target: keeps its hidden states.
+        head: guesses.
+        verifier: of the drafts.
+        planner, sampler: say what the next tokens ask for, and choose them.
+    """
+
+    def __init__(self, target: Runner, head: Foresees, verifier: Verifier, planner: Planner, sampler: Sampler) -> None:
+        super().__init__(verifier, target.device, target.context)
+        self._target, self._head, self._planner, self._sampler = target, head, planner, sampler
+        self._known: Tensor
+        self._row_of: dict[int, int] = {}
+
+    @property
+    def sampler(self) -> Sampler:
+        return self._sampler
+
+    @property
+    def planner(self) -> Planner:
+        return self._planner
+
+    @property
+    def _hidden(self) -> HiddenStates:
+        assert self._target.hidden is not None
+        return self._target.hidden
+
+    def _copy(self, sources: list[int], targets: list[int]) -> None:
+        self._hidden.copy(sources, targets)
+
+    def _wanted(self, entry: Entry) -> int:
+        newest = entry.start + entry.count - len(entry.window) - 1
+        return min(super()._wanted(entry), newest + self._head.reach)
+
+    @torch.inference_mode()
+    def _pass(self, entries: list[Entry], tables: np.ndarray, depth: int) -> tuple[list[Entry], Sampled | None]:
+        if depth == 0:
+            before = [(entry.slot, entry.start - 1) for entry in entries]
+            self._known = self._hidden.read(tables, before)
+            self._row_of = {slot: row for row, (slot, _) in enumerate(before)}
+        rows = upload(np.array([self._row_of[entry.slot] for entry in entries]), self._device)
+        logits = self._target.model.logits(self._head.ahead(self._known[rows], depth))
+        placed, asked = self._planner.ask(entries, Fields.of(entries))
+        for each in placed:
+            self._sampler.place(each.slot, each.tokens, each.prompt)
+        return entries, self._sampler.sample(logits, asked)[0].to_host()
+
+
+class ContinuingRunner(Runner):
+    """Computes steps of a head that goes on with hidden states: those that the target keeps, and its own of drafted
+    tokens, which lie in the places where the target's will be. It computes them eagerly.
+
+    Args:
+        target: keeps its hidden states.
+    """
+
+    def __init__(self, *args: Any, target: Runner, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._target = target
+
+    def compile(self, tokens: int, report: Reporter = silent) -> None:
+        """Nothing is compiled."""
+
+    def try_graphs(self, free: Callable[[], int]) -> int:
+        return 0
+
+    def capture(self, report: Reporter = silent) -> None:
+        """There are no graphs."""
+
+    def _pass(self, part: Part, lane: int = 0) -> Passed:
+        kept, model = self._target.hidden, self.model
+        assert kept is not None and isinstance(model, Continuing)
+        model.before = kept.before(part.plan, part.inputs[2])
+        self.cache.plan(part.plan, lane)
+        hidden = model.tip(*self._begun(self._on_device(part.inputs)))[self._on_device(part.scored)]
+        kept.write(self._on_device(part.plan.slots.numpy()[part.scored]), hidden)
+        return Passed(model.logits(hidden) if len(part.scored) else None)
+
+
+class ContinuingDraft(DraftModel):
+    """Drafts with a head that goes on with hidden states, and has a cache of its own. What it has computed from hidden
+    states of its own is computed once more when the target's are there."""
+
+    def __init__(self, runner: ContinuingRunner, target: Runner, verifier: Verifier, tokens: int) -> None:
+        super().__init__(runner, verifier, tokens)
+        self._target = target
+
+    def draft(self, batch: Batch) -> Drafted:
+        if batch.copies:
+            sources, targets = (list(each) for each in zip(*batch.copies, strict=True))
+            if not set(sources).isdisjoint(targets) or self._target.hidden is None:
+                return Drafted()  # the target copies once more, which is the same only where no source is written over
+            self._target.hidden.copy(sources, targets)
+        drafted = super().draft(batch)
+        for entry in batch.entries:
+            if entry.slot in drafted.windows and entry.count > 1:
+                self._coverage.overwrite(batch.tables[entry.slot], entry.start + 1, entry.start + entry.count)
+        return drafted
+
+    def _missing(self, batch: Batch, wanted: dict[int, int]) -> Iterator[Entry]:
+        """Sequences that decode: before that, the target's hidden states are not there."""
+        awaiting = [entry for entry in batch.entries if entry.count - len(entry.window) == 1]
+        return super()._missing(dataclasses.replace(batch, entries=awaiting, parts=()), wanted)
+
+
+def draft_with(
+    head: HeadModule,
+    target: Runner,
+    verifier: Verifier,
+    slots: int,
+    planner: Callable[[int, int], Planner],
+    sampler: type[Sampler],
+) -> HeadDraft:
+    """Who drafts with ``head`` for the sequences of ``target`` in so many ``slots``."""
+    if isinstance(head, Exits):
+        decoder = head.decoder(target.model)
+        return ExitDraft(Runner(decoder, target.cache, slots, target.context, 1, sampler, planner), verifier)
+    assert isinstance(head, Foresees)
+    vocabulary, device = target.shape.vocabulary, target.device
+    return ForesightDraft(target, head, verifier, planner(slots, target.block_size), sampler(slots, vocabulary, device))
