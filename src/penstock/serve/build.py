@@ -213,31 +213,13 @@ def build_runners(
     block_bytes = sum(shape.block_bytes for _, shape in opened)
     if keeps_hidden:
         block_bytes += config.block_size * model.config.hidden * opened[0][1].dtype.itemsize
-    if config.cache_tokens is not None:
-        blocks = -(-config.cache_tokens // config.block_size)
-    elif on_cuda:
-        # While it is found out how many it can have. With fewer than are wanted, the largest steps are those that these
-        # allow.
-        room = DeviceMemory(device).free() / 2
-        most = blocks_in(room, block_bytes, config.block_size, contexts[0])
-        blocks = min(rehearsal_blocks(config, device, contexts[0]), most)
-    else:
-        blocks = _cpu_blocks(config, block_bytes, contexts[0])
-    kinds: list[dict[str, Any]] = [{"window": config.rows - 1, "sampler": Sampler, "keeps_hidden": keeps_hidden}]
-    if config.deterministic:
-        kinds[0]["sampler"] = InvariantSampler
-    if len(models) > 1:
-        kinds.append({"window": 1, **_drafting_kind(config)})  # after a step that accepted all, it computes two tokens
+    blocks = _blocks(config, device, block_bytes, contexts[0])
     runners: list[Runner] = []
     with explained_shortage():
         # One more than sequences use: the runner's own.
         memories = [backend.open(dataclasses.replace(shape, blocks=blocks + 1)) for backend, shape in opened]
+        kinds = _kinds(config, memories, keeps_hidden)
         # There are no graphs with a plain backend that was taken since no other knows the model's attention.
-        if (
-            compactor := Compactor.of(memories[0], config.kv, config.sequences, _most_rows(config, device))
-        ) is not None:
-            planner = functools.partial(Planner, watched=config.kv.watches)
-            kinds[0] |= {"compactor": compactor, "planner": planner}
         compiled = compiled and (config.attention is not None or all(memory.fix([], 0) for memory in memories))
         for each, memory, context, kind in zip(models, memories, contexts, kinds, strict=True):
             if isinstance(each, Continuing):
@@ -259,6 +241,32 @@ def build_runners(
         if compiled:
             rehearse_first_uses(Engine(config, runners[0], draft=_drafting(runners, config, head)))
     return runners[0], _drafting(runners, config, head)
+
+
+def _blocks(config: EngineConfig, device: torch.device, block_bytes: int, context: int) -> int:
+    """How many blocks of so many bytes sequences of a ``context`` may have; on CUDA devices, while it is found out how
+    many they can."""
+    if config.cache_tokens is not None:
+        return -(-config.cache_tokens // config.block_size)
+    if device.type != "cuda":
+        room = min(_free_memory() * config.memory / 2, MOST_CPU_TOKENS * block_bytes / config.block_size)
+        return blocks_in(room, block_bytes, config.block_size, context)
+    # With fewer than are wanted, the largest steps are those that these allow.
+    most = blocks_in(DeviceMemory(device).free() / 2, block_bytes, config.block_size, context)
+    return min(rehearsal_blocks(config, device, context), most)
+
+
+def _kinds(config: EngineConfig, memories: List[PagedCache], keeps_hidden: bool) -> list[dict[str, Any]]:
+    """How the runners of the model, and of one that drafts where there is one, differ from a plain one."""
+    kinds: list[dict[str, Any]] = [{"window": config.rows - 1, "sampler": Sampler, "keeps_hidden": keeps_hidden}]
+    if config.deterministic:
+        kinds[0]["sampler"] = InvariantSampler
+    rows = _most_rows(config, memories[0].shape.device)
+    if (compactor := Compactor.of(memories[0], config.kv, config.sequences, rows)) is not None:
+        kinds[0] |= {"compactor": compactor, "planner": functools.partial(Planner, watched=config.kv.watches)}
+    if memories[1:]:
+        kinds.append({"window": 1, **_drafting_kind(config)})  # after a step that accepted all, it computes two tokens
+    return kinds
 
 
 def _most_rows(config: EngineConfig, device: torch.device) -> int:
@@ -360,12 +368,6 @@ def _backend(config: EngineConfig, cache: CacheShape) -> PagedAttention:
     raise PenstockError(
         f"no attention backend serves {cache.device} with {cache.dtype}, and reads blocks in {cache.codec.policy_name}"
     )
-
-
-def _cpu_blocks(config: EngineConfig, block_bytes: int, context: int) -> int:
-    """How many blocks of so many bytes the cache has in main memory."""
-    room = min(_free_memory() * config.memory / 2, MOST_CPU_TOKENS * block_bytes / config.block_size)
-    return blocks_in(room, block_bytes, config.block_size, context)
 
 
 def _free_memory() -> int:
