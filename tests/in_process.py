@@ -20,7 +20,7 @@ from penstock.serve.messages import Delta, Finish, Request
 class Engine:
     """Says ``tokens``, one at a time, in place of an engine, and ends for the reason ``finish``; keeps the requests."""
 
-    ready = SimpleNamespace(sequences=8, context=2048, vocabulary=4096, memory={})
+    ready = SimpleNamespace(sequences=8, context=2048, vocabulary=4096, memory={}, codec="plain")
     failure = None
     outstanding = 0
 

@@ -100,7 +100,7 @@ USAGE = {
     "no checkpoint to branch from": (["--branch", "finished", "--out", "x"], "finished is not a checkpoint"),
     "no such model to start from": (
         ["good.toml", "--set", "start_from=nothing"],
-        "give either a [model] section or start",
+        "give one of a [model] section, start_from and target",
     ),
     "no such corpus": (["good.toml", *(o.replace("PATH", "nowhere") for o in OWN)], "nowhere does not exist"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -113,11 +114,12 @@ SPLIT = pre_tokenizers.Split(Regex(PIECES), "isolated")
 @given(text=st.one_of(TEXT, st.text("aé1 \n\t\u3000\x1c!_，。漢́", max_size=80)), size=st.integers(1, 20))
 @settings(max_examples=60, deadline=None)
 def test_parts_of_a_text_are_cut_where_our_tokenizers_cut(text, size):
-    """But in words that are longer than a part, and a part has an end in any text."""
+    """But where they do not for longer than a part, and a part has an end in any text."""
     found = list(pieces.parts(text, size))
     assert "".join(found) == text
     assert max(map(len, found), default=0) <= 2 * size
-    if all(len(word) < size for word, _ in SPLIT.pre_tokenize_str(text)):
+    ends = [0, *(found.start() for found in pieces.CUT.finditer(text)), len(text)]
+    if all(after - before < size for before, after in itertools.pairwise(ends)):
         cut = [word for part in found for word, _ in SPLIT.pre_tokenize_str(part)]
         assert cut == [word for word, _ in SPLIT.pre_tokenize_str(text)]
 

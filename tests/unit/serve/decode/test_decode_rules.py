@@ -203,7 +203,7 @@ def test_a_contrast_that_cannot_be_had_is_refused():
 
 def test_text_becomes_tokens_once():
     sampling = build(SamplingParams, {"rule": {"name": "uscd", "prompt": "ab"}}, "the request")
-    read = sampling.tokenized(lambda text: [ord(letter) for letter in text])
+    read = sampling.tokenized(lambda text: [ord(letter) for letter in text], lambda text: [])
     assert read.companions == ((97, 98),)
-    assert read.tokenized(lambda text: []) == read
-    assert SamplingParams().tokenized(lambda text: []) == SamplingParams()
+    assert read.tokenized(lambda text: [], lambda text: []) == read
+    assert SamplingParams().tokenized(lambda text: [], lambda text: []) == SamplingParams()

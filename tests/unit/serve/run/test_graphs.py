@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections import Counter
@@ -66,7 +67,7 @@ def positions_of(lengths: list[int], counts: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("counts", [[1], [1, 1, 1], [1, 1, 7], [5], [3, 1, 2], [1, 2, 2, 2], [1, 1, 1, 16]])
 def test_a_padded_step_gives_what_the_step_gives(counts):
-    model = small_model().double()
+    model = copy.deepcopy(small_model()).double()
     draw = numpy_generator(0, "graphs")
     lengths = [count + int(draw.integers(0, 20)) for count in counts]
     history = [length - count for length, count in zip(lengths, counts, strict=True)]
