@@ -53,13 +53,18 @@ def tuned(base) -> tuple[Decoder, LoRA]:
     return model, tuner
 
 
+def alike(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """To the fifth digit of the largest score."""
+    return bool((ours - theirs).abs().max() <= 1e-5 * theirs.abs().max())
+
+
 def test_peft_reads_what_we_write(base, tmp_path):
     model, tuner = tuned(base)
     tuner.write(model, tmp_path, str(base))
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path)
     assert not torch.allclose(scores(model), scores(hub.load(base)), atol=1e-2)
-    torch.testing.assert_close(scores(model), scores(theirs), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores(tuner.merged(model)), scores(theirs), rtol=1e-5, atol=1e-5)
+    assert alike(scores(model), scores(theirs))
+    assert alike(scores(tuner.merged(model)), scores(theirs))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -68,9 +73,9 @@ def test_we_open_what_peft_writes(base, tmp_path, rslora):
     options = LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", init_lora_weights=False, use_rslora=rslora)
     theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base), options).eval()
     theirs.save_pretrained(tmp_path / "adapter")
-    torch.testing.assert_close(scores(hub.load(tmp_path / "adapter")), scores(theirs), rtol=1e-5, atol=1e-5)
+    assert alike(scores(hub.load(tmp_path / "adapter")), scores(theirs))
     again = hub.load_for_inference(tmp_path / "adapter")
-    torch.testing.assert_close(scores(again), scores(theirs), rtol=1e-5, atol=1e-5)
+    assert alike(scores(again), scores(theirs))
 
 
 def test_only_the_matrices_that_are_asked_for_get_something(base):

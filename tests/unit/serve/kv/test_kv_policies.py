@@ -158,6 +158,33 @@ def test_every_backend_on_the_cpu_compresses_alike(backend):
     assert said[backend] == said["reference"]
 
 
+def test_codecs_and_policies_go_together():
+    """What a request says is the same alone and beside others, also where what stays is coded once more."""
+    config = EngineConfig(
+        kv=HeavyHitters(budget=0.4, every=4),
+        codec="int8",
+        tokens=16,
+        sequences=4,
+        block_size=4,
+        cache_tokens=400,
+        check=True,
+    )
+    engine = build_engine(Decoder(SHAPE).initialize(0).eval(), config)
+    prompts = [[(7 * place + number) % SHAPE.vocabulary for place in range(15 + number)] for number in range(4)]
+
+    def said(numbers: list[int]) -> dict[str, list[int]]:
+        told: dict[str, list[int]] = {}
+        for number in numbers:
+            engine.add(Request(str(number), prompts[number], SamplingParams(temperature=0, max_tokens=20)))
+        while engine.busy:
+            for delta in engine.step():
+                told.setdefault(delta.id, []).extend(delta.tokens)
+        return told
+
+    together = said([0, 1, 2, 3])
+    assert all(said([number])[str(number)] == together[str(number)] for number in range(4))
+
+
 def test_more_requests_fit_than_with_the_full_cache():
     """A pool for three prompts and what follows: with a quarter of them kept, no sequence is ever thrown out."""
     preempted = {}
