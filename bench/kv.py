@@ -31,11 +31,11 @@ from penstock.serve.messages import Request
 QUALITY, SPEED = "smollm2", "python-6m"
 BUDGETS = (0.25, 0.35, 0.5)
 #: Tokens of a text before the first compression, and behind it.
-READ, FOLLOW, TEXTS = 768, 192, 6
+READ, FOLLOW, TEXTS = 512, 128, 3
 #: Pairs of a list, and how many of its keys are asked for, of so many lists.
-PAIRS, ASKED = 40, 12
+PAIRS, ASKED = 24, 8
 #: Requests, their tokens in and out, and the tokens that the pool has room for.
-REQUESTS, IN, OUT, POOL = 96, 448, 128, 8192
+REQUESTS, IN, OUT, POOL = 48, 448, 128, 4096
 EVERY = 32
 
 
