@@ -29,7 +29,7 @@ def play(name: str, examples: int, steps: int) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_law_of_batching_holds(name):
-    play(name, examples=5, steps=20)
+    play(name, examples=3, steps=20)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -41,15 +41,14 @@ def test_nobody_starves_and_the_urgent_go_first(name):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_crowd_is_served_right_and_forks_leave_others_alone(name):
-    for seed in range(2):
-        check_crowding(POLICIES[name], seed)
+    check_crowding(POLICIES[name], seed=list(POLICIES).index(name))
     check_forks(POLICIES[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_many_crowds_are_served_right(name):
-    for seed in range(2, 16):
+    for seed in range(16):
         check_crowding(POLICIES[name], seed)
 
 
