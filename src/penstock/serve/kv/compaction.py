@@ -81,19 +81,21 @@ class Compactor:
         keys, values = self._cache.read(sources)
         drawn = self._read(sources, work.known)
         kept = [
-            self._policy.compress(Cached(keys[own], values[own], attention, drawn[own]), len(targets))
+            self._policy.compress(
+                Cached(keys[own], values[own], attention, None if drawn is None else drawn[own]), len(targets)
+            )
             for own, attention in self._attention(keys, work)
         ]
         self._cache.write(targets, torch.cat([each.keys for each in kept]), torch.cat([each.values for each in kept]))
         if self._policy.remembers:
             self._drawn[:, :, targets] = torch.cat([each.drawn for each in kept if each.drawn is not None])
 
-    def _read(self, sources: Tensor, known: int) -> Tensor:
+    def _read(self, sources: Tensor, known: int) -> Tensor | None:
         """What is remembered of the tokens: float32 [layers, K, n]."""
-        shape = self._cache.shape
-        drawn = torch.zeros(shape.layers, shape.kv_heads, len(sources), device=shape.device)
-        if self._policy.remembers:
-            drawn[:, :, :known] = self._drawn[:, :, sources[:known]]
+        if not self._policy.remembers:
+            return None
+        drawn = self._drawn.new_zeros(*self._drawn.shape[:2], len(sources))
+        drawn[:, :, :known] = self._drawn[:, :, sources[:known]]
         return drawn
 
     def _attention(self, keys: Tensor, work: Compaction) -> Iterator[tuple[slice, Tensor | None]]:
