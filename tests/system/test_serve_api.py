@@ -158,7 +158,9 @@ def test_log_probabilities_of_the_prompt_are_the_echo_s(server):
     assert all(len(each) in (2, 3) for each in others)
     own = [each[str(token)]["logprob"] for each, token in zip(others, tokens[1:], strict=True)]
     assert own == pytest.approx(echoed["logprobs"]["token_logprobs"][1 : len(tokens)], abs=1e-4)
-    chat = server.post("/v1/chat/completions", messages=[{"role": "user", "content": "x"}], prompt_logprobs=0)
+    chat = server.post(
+        "/v1/chat/completions", messages=[{"role": "user", "content": "x"}], max_tokens=1, prompt_logprobs=0
+    )
     assert len(chat.json()["prompt_logprobs"]) == chat.json()["usage"]["prompt_tokens"]
 
 

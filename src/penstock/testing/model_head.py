@@ -152,6 +152,9 @@ def check_drafts(kind: Head) -> None:
             wanted = _guessed(model, [*text, *window[:depth]], len(text), depth)
             assert token == wanted, f"drafted {token} at depth {depth} behind {len(text)} tokens, and guessed {wanted}"
             compared += 1
+        if isinstance(model.head, Continues):
+            ((_, _, logits),) = _guesses(model, torch.tensor([text]))
+            assert window[0] == int(logits[0, -1].argmax()), "a head drafts by other hidden states than it learns from"
     assert compared > 20
 
 
