@@ -50,8 +50,8 @@ def test_killed_at_any_instant_no_finished_line_is_lost_or_repeated(tmp_path, de
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_the_command_goes_on_where_it_was(tmp_path, number):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    write_lines(source, 60, max_tokens=24)
-    command = ["batch", "python-1m", source, target, "--device", "cpu", "--set", "sequences=4"]
+    write_lines(source, 24, max_tokens=16)
+    command = ["batch", "python-1m", source, target, "--device", "cpu", "--set", "sequences=2"]
     process = start(*command)
     deadline = time.monotonic() + 120
     while not target.exists() or target.stat().st_size == 0:
@@ -69,4 +69,4 @@ def test_the_command_goes_on_where_it_was(tmp_path, number):
     assert done.returncode == 0, done.stderr
     assert "lines" in done.stdout
     assert target.read_bytes().startswith(kept)
-    assert len(texts(target)) == 60
+    assert len(texts(target)) == 24

@@ -55,8 +55,15 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
 CONFIG = EngineConfig(attention="reference", sequences=8, tokens=40, check=True)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("share", [0.5, 0.85, 1.0])
+@pytest.mark.parametrize(
+    ("share", "compiled"),
+    [
+        (0.5, False),
+        (0.85, True),
+        (1.0, False),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((0.5, True), (0.85, False), (1.0, True))),
+    ],
+)
 def test_all_that_is_taken_is_the_share_to_within_a_block(runner, compiled, share, monkeypatch, caplog):
     device = Device(20_000_000, runner)
     capture = RehearsedGraphs._capture
