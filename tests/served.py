@@ -16,33 +16,41 @@ from typing import Any
 
 import httpx
 
-from penstock.serve.link import client, process
+from penstock.serve.link import client, follower, process
+from penstock.serve.ranks import group
 from programs import ENVIRONMENT, Program, run_penstock
 
 MODEL = "python-1m"
 SMALL = ("--set", "sequences=8", "--set", "tokens=256", "--set", "cache_tokens=8192", "--set", "check=true")
 
 
-class ForkedEngine:
-    """The process of an engine, forked from its front end, which has imported what it needs; to the front end it is a
-    :class:`subprocess.Popen`."""
+class Forked:
+    """The process of an engine, or of a rank, forked from the one that would start it, which has imported what it
+    needs; to that one it is a :class:`subprocess.Popen`.
 
-    def __init__(self, end: int) -> None:
+    Args:
+        main: what it runs.
+        session: whether it has a session of its own.
+        end: the file descriptor that it is given.
+    """
+
+    def __init__(self, main: Callable[[], None], session: bool, end: int) -> None:
         self.pid = os.fork()
         if self.pid == 0:
-            self._begin(end)
+            self._begin(main, session, end)
         self._status: int | None = None
 
-    def _begin(self, end: int) -> None:
-        """As a new process is: in a session of its own, with nothing open but ``end`` and the standard files."""
+    def _begin(self, main: Callable[[], None], session: bool, end: int) -> None:
+        """As a new process is, with nothing open but ``end`` and the standard files."""
         status = 1
         try:
-            os.setsid()
+            if session:
+                os.setsid()
             os.closerange(3, end)
             os.closerange(end + 1, os.sysconf("SC_OPEN_MAX"))
             signal.set_wakeup_fd(-1)
-            sys.argv = ["penstock.serve.link.process", str(end)]
-            process.main()
+            sys.argv = [main.__module__, str(end)]
+            main()
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -56,7 +64,7 @@ class ForkedEngine:
             if ended:
                 self._status = os.waitstatus_to_exitcode(status)
             elif until is not None and time.monotonic() > until:
-                raise subprocess.TimeoutExpired("the engine", timeout or 0)
+                raise subprocess.TimeoutExpired("the process", timeout or 0)
             else:
                 time.sleep(0.005)
         return self._status
@@ -68,7 +76,8 @@ class ForkedEngine:
 
 def serve_with_a_forked_engine(*arguments: str) -> None:
     """What a process runs that is ``penstock serve``."""
-    client.start = ForkedEngine  # type: ignore[assignment]
+    client.start = functools.partial(Forked, process.main, True)  # type: ignore[assignment]
+    group.start = functools.partial(Forked, follower.main, False)  # type: ignore[assignment]
     run_penstock("serve", *arguments)
 
 
@@ -108,8 +117,8 @@ class Served:
     @property
     def engine(self) -> int:
         """The id of the engine's process."""
-        (child,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(child)
+        (child,) = children(self.process.pid)
+        return child
 
     def said(self) -> str:
         """What it wrote to standard error."""
@@ -134,6 +143,11 @@ class Served:
     def until_idle(self) -> dict[str, float]:
         """The figures once nothing runs, waits or holds a block."""
         return self.until(lambda now: not (now["running"] or now["waiting"] or now["cache_blocks_held"]))
+
+
+def children(process: int) -> list[int]:
+    """The processes that the main thread of ``process`` has started, in order."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def alive(process: int) -> bool:

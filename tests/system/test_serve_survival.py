@@ -14,8 +14,9 @@ import httpx
 import pytest
 
 from penstock.serve.run.record import read_steps
-from served import Served, alive
+from served import Served, alive, children
 
+GREEDY = {"prompt": "class Stack:", "max_tokens": 24, "temperature": 0}
 LONG = {"prompt": "import", "max_tokens": 2000, "ignore_eos": True}
 #: Seconds for what takes a moment where nothing else is done.
 PATIENCE = 120
@@ -170,3 +171,40 @@ def test_short_requests_and_random_departures_leave_every_block_free(server, req
     finished = {name: after[name] - before.get(name, 0) for name in after if name.startswith("finished_total")}
     assert sum(finished.values()) == sum(plan["body"]["n"] for plan in plans)
     assert after["cache_blocks_held"] == 0
+
+
+def test_a_divided_model_answers_as_the_whole_one_and_ends_with_a_rank_that_is_killed(server):
+    with Served("--tensor-parallel", "2") as divided, ThreadPoolExecutor(1) as pool:
+        texts = [each.post("/v1/completions", **GREEDY).json()["choices"][0]["text"] for each in (divided, server)]
+        assert texts[0] == texts[1]
+        told = divided.figures()
+        parts, whole = (
+            [each[f'memory_bytes{{rank="{rank}",use="weights"}}'] for rank in ranks]
+            for each, ranks in ((told, "01"), (server.figures(), "0"))
+        )
+        assert parts[0] == parts[1] < 0.6 * whole[0]
+        engine = divided.engine
+        (rank,) = children(engine)
+        under_way = pool.submit(answer_of, divided, LONG)
+        divided.until(lambda now: now["running"] == 1)
+        os.kill(rank, signal.SIGKILL)
+        status, error = under_way.result(PATIENCE)
+        assert (status, error["code"]) == (503, "engine_died")
+        assert "rank 1 has ended without a word" in error["message"]
+        assert divided.process.wait(PATIENCE) == 1
+        assert "error: rank 1 has ended without a word" in divided.said()
+        assert "start it again" in divided.said()
+        assert "Traceback" not in divided.said()
+        assert gone(engine)
+
+
+@pytest.mark.parametrize("way", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_ranks_end_with_the_server(way):
+    with Served("--tensor-parallel", "2") as server:
+        engine = server.engine
+        ranks = children(engine)
+        assert len(ranks) == 1
+        server.process.send_signal(way)
+        server.process.wait(PATIENCE)
+        assert all(gone(each) for each in (engine, *ranks))
+        assert "Traceback" not in server.said()

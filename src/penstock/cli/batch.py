@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, chosen_cache
+from penstock.cli._ranks import TENSOR_PARALLEL, chosen_ranks
 
 
 def batch(
@@ -35,6 +36,7 @@ def batch(
     kv: str | None = KV,
     kv_budget: float | None = KV_BUDGET,
     kv_codec: str | None = KV_CODEC,
+    tensor_parallel: int | None = TENSOR_PARALLEL,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
 ) -> None:
     """Answer the requests of an OpenAI batch file. Run again, it goes on where it was stopped or killed.
@@ -57,7 +59,8 @@ def batch(
     from penstock.serve.offline.batch_file import BatchRun
     from penstock.serve.offline.gather import Gatherer
 
-    base = {"batching": "batchllm", "draft": draft, **chosen_cache(kv, kv_budget, kv_codec)}
+    cache, ranks = chosen_cache(kv, kv_budget, kv_codec), chosen_ranks(tensor_parallel)
+    base = {"batching": "batchllm", "draft": draft, **cache, **ranks}
     config = build(EngineConfig, apply_overrides(base, overrides), "the engine's options")
     for path, there in ((source, source.is_file()), (target.parent, target.parent.is_dir())):
         if not there:

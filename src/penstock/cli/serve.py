@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, chosen_cache
+from penstock.cli._ranks import TENSOR_PARALLEL, chosen_ranks
 
 if TYPE_CHECKING:
     import socket
@@ -69,6 +70,7 @@ def serve(
         None, "--kv-disk", metavar="FOLDER", help="Where they go besides, and are found after a restart."
     ),
     kv_codec: str | None = KV_CODEC,
+    tensor_parallel: int | None = TENSOR_PARALLEL,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     queue: int = typer.Option(1024, "--queue", min=0, help="Most continuations that wait; more get status 429."),
     deadline: float = typer.Option(600.0, "--deadline", help="Most seconds that a request may take."),
@@ -102,6 +104,8 @@ def serve(
     With a quarter of the cache: `penstock serve smollm2 --kv snapkv --kv-budget 0.25`
 
     With a cache of 8-bit integers, which holds more tokens: `penstock serve python-6m --kv-codec int8`
+
+    On two devices, each of which has half of the model: `penstock serve org/name --tensor-parallel 2`
     """
     import asyncio
     import contextlib
@@ -121,7 +125,7 @@ def serve(
 
     options = {"draft": draft, "record": record, "eviction": kv_eviction, "kv_host": kv_host, "kv_disk": kv_disk}
     chosen: dict[str, Any] = {key: str(value) for key, value in options.items() if value is not None}
-    chosen |= chosen_cache(kv, kv_budget, kv_codec)
+    chosen |= chosen_cache(kv, kv_budget, kv_codec) | chosen_ranks(tensor_parallel)
     engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
     given = {
         "body": body_limit,

@@ -39,13 +39,18 @@ class Output(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, and optional norms on queries and keys."""
+    """Grouped-query attention with rotary positions, and optional norms on queries and keys.
+
+    Attributes:
+        stacked: rows of the matrices that ``qkv`` has one below the other.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.stacked = (width, kv_width, kv_width)
         self.qkv = Linear(config.hidden, width + 2 * kv_width, bias=config.qkv_bias)
         self.output = Linear(width, config.hidden, bias=config.output_bias)
 
@@ -105,12 +110,17 @@ def heat(temperature: Temperature, positions: Tensor) -> Tensor:
 
 class FeedForward(nn.Module):
     """Gated: down(activation(gate(x)) * up(x)), gate and up as one matrix (SwiGLU, where that is silu); or
-    down(activation(gate(x)))."""
+    down(activation(gate(x))).
+
+    Attributes:
+        stacked: rows of the matrices that ``gate_up`` has one below the other.
+    """
 
     def __init__(self, config: DecoderConfig, ffn: int, bias: bool = False) -> None:
         super().__init__()
         self.activation = gated(config.activation) if config.gated else ACTIVATIONS[config.activation]
-        self.gate_up = Linear(config.hidden, (2 if config.gated else 1) * ffn, bias=bias)
+        self.stacked = (ffn, ffn) if config.gated else (ffn,)
+        self.gate_up = Linear(config.hidden, sum(self.stacked), bias=bias)
         self.down = Linear(ffn, config.hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,6 +137,7 @@ class MixtureOfExperts(nn.Module):
     whoever computes a batch in parts gives f in ``load``.
 
     Attributes:
+        stacked: rows of the matrices that ``gate_up`` has one below the other for an expert.
         load: [experts], the f of the loss for balance; None takes it from the tokens of each pass.
         counts: int64 [experts], to which each pass adds its assignments; None counts nothing.
     """
@@ -141,6 +152,7 @@ class MixtureOfExperts(nn.Module):
         clamp = moe.clamp
         self.activation = functools.partial(clamped_swiglu, limit=clamp) if clamp else gated(config.activation)
         self.weigh_inputs = moe.weigh_inputs
+        self.stacked = (2 * moe.ffn,) if clamp else (moe.ffn, moe.ffn)  # where it is clamped, row by row in turns
         self.router = nn.Linear(config.hidden, moe.experts, bias=moe.router_bias)
         self.gate_up = nn.Parameter(torch.empty(moe.experts, 2 * moe.ffn, config.hidden))
         self.down = nn.Parameter(torch.empty(moe.experts, config.hidden, moe.ffn))

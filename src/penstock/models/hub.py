@@ -35,6 +35,7 @@ from penstock.models.formats.renamed import Renamed
 from penstock.models.formats.safetensors import STORED, WEIGHTS, WEIGHTS_INDEX, Safetensors
 from penstock.models.linear import Linear
 from penstock.models.quantized import QuantizedLinear
+from penstock.models.shares import Divided, Share, cuts, divided
 from penstock.policy import create, index
 
 if TYPE_CHECKING:
@@ -235,20 +236,37 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
 
 
 def load_for_inference(
-    source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    share: Share | None = None,
 ) -> Decoder:
     """Loads a model as :func:`load` does, with two differences: it has no gradients, and on a CPU quantized matrices of
-    its layers and of its head stay as they are stored, where products read them. ``dtype`` is that of the others."""
-    return _load(source, torch.device(device), dtype, packed=torch.device(device).type == "cpu")
+    its layers and of its head stay as they are stored, where products read them. ``dtype`` is that of the others. With
+    a ``share`` it is that of a rank, of which nothing else is read; :mod:`penstock.parallel.tensor` makes ranks compute
+    together.
+
+    Raises:
+        UsageError: as :func:`load`; or that many ranks cannot divide the model.
+        ModelError: as :func:`load`.
+    """
+    return _load(source, torch.device(device), dtype, torch.device(device).type == "cpu", share)
 
 
-def _load(source: str | Path, device: torch.device, dtype: torch.dtype | None, packed: bool) -> Decoder:
+def _load(
+    source: str | Path, device: torch.device, dtype: torch.dtype | None, packed: bool, share: Share | None = None
+) -> Decoder:
     folder = resolve(source)
     family, config, hub = _read(folder)
     weights = _weights(folder, family, config, hub)
     with without_weights():
-        decoder = Decoder(config)
-    _check(folder, weights, views_on(decoder, family), _tied_head(config, family))
+        decoder = whole = Decoder(config)
+        if share is not None:
+            decoder = Decoder(divided(config, share.size))
+    _check(folder, weights, views_on(whole, family), _tied_head(config, family))
+    if share is not None:
+        weights = Divided(weights, cuts(whole, decoder, family, share))
     if packed:
         _keep_packed(decoder, family, weights)
     _allocate(decoder, device, dtype or _dtype(folder, hub, weights))

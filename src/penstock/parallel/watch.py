@@ -128,6 +128,11 @@ class Watch:
         """The process that was lost, as far as is known."""
         return self._loss
 
+    def lost(self) -> Loss:
+        """Waits until a process is lost, which one this says."""
+        self._known.wait()
+        return self._awaited(0)
+
     def too_long(self, beats: int) -> bool:
         """Whether a process that gave no sign of life at so many beats counts as lost."""
         return beats * BEAT > max(self.patience, 2 * BEAT)

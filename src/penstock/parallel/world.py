@@ -51,14 +51,35 @@ class World:
             return cls()
         try:
             if not dist.is_initialized():
-                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-                dist.init_process_group(backend, timeout=PATIENCE)
+                dist.init_process_group(_backend(), timeout=PATIENCE)
             rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
             return cls(rank, size, local_rank, _watch(rank, size, local_rank))
         except (RuntimeError, ValueError, OSError) as error:
             raise PenstockError(
                 f"cannot join the {size} processes of the run: {str(error).splitlines()[0]}",
                 hint="Start them with torchrun, which tells each of them where the others are.",
+            ) from error
+
+    @classmethod
+    def meet(
+        cls,
+        rank: int,
+        size: int,
+        store: dist.TCPStore,  # type: ignore[name-defined]
+        patience: datetime.timedelta,
+    ) -> World:
+        """Joins the process group of ``size`` processes of this host that have a ``store`` in common, and wait
+        ``patience`` for each other.
+
+        Raises:
+            PenstockError: the other processes cannot be reached.
+        """
+        try:
+            dist.init_process_group(_backend(), store=store, rank=rank, world_size=size, timeout=patience)
+            return cls(rank, size, rank, Watch(rank, size, rank, "127.0.0.1"))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise PenstockError(
+                f"rank {rank} cannot join the {size} processes: {str(error).splitlines()[0]}"
             ) from error
 
     @property
@@ -173,6 +194,10 @@ class World:
         except RuntimeError as error:  # gloo and NCCL raise nothing narrower
             assert self.watch is not None
             raise self.watch.waited(None, what, patience=2.0) from error
+
+
+def _backend() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import weakref
 from collections.abc import Sequence as List
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,12 @@ from penstock.models.decoder import Decoder
 from penstock.models.heads import folder as heads
 from penstock.models.heads.contract import Continues, Continuing, Foresees, HeadModule
 from penstock.models.invariant import make_invariant
+from penstock.models.shares import Share, divided
 from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedCache
 from penstock.ops.paged.invariant import Invariant
+from penstock.parallel.tensor import join
 from penstock.policy import index
 from penstock.serve.calibration import learned_tables, pieces_of_text
 from penstock.serve.choose.grammar import Grammars
@@ -39,6 +42,8 @@ from penstock.serve.kv.compaction import Compactor
 from penstock.serve.kv.disk import DiskBlocks, fingerprint
 from penstock.serve.kv.host import HostBlocks
 from penstock.serve.kv.tiers import Tiers
+from penstock.serve.ranks.group import Ranks
+from penstock.serve.ranks.runner import LeadingRunner, RankRunner
 from penstock.serve.rehearsal import rehearsal_blocks, rehearse_first_uses, rehearse_largest_steps
 from penstock.serve.run.draft import Drafting, DraftModel, DraftPlanner
 from penstock.serve.run.graphs import prompt_shapes, window_shapes
@@ -66,6 +71,8 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
     where = pick(device)
     folder = hub.resolve(source)
     tokenizer = hub.load_tokenizer(folder)
+    if config.tensor_parallel > 1:
+        return _open_divided(source, folder, tokenizer, config, where, report)
     # Kernels whose bits do not depend on the batch are for plain matrices.
     load = hub.load if config.deterministic else hub.load_for_inference
     model = load(folder, device=where, dtype=dtype_of(config, where)).eval()
@@ -75,10 +82,58 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
         draft = load_draft(config.draft.model, folder, tokenizer, where, dtype_of(config, where), called)
     elif config.draft is not None and config.draft.head is not None:
         draft = heads.load(config.draft.head, model, called)
-    stop = hub.end_tokens(folder, tokenizer)
-    grammars = Grammars(tokenizer, model.config.vocabulary, stop) if tokenizer.is_fast else None
+    stop, grammars = _ends(folder, tokenizer, model.config.vocabulary)
     pieces = pieces_of_text(tokenizer, config.codec, model.config.context)
     return build_engine(model, config, stop, report, grammars, str(source), draft, pieces)
+
+
+def _ends(folder: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> tuple[frozenset[int], Grammars | None]:
+    """The tokens that end a text, and what compiles grammars, where the tokenizer can be used for it."""
+    stop = hub.end_tokens(folder, tokenizer)
+    return stop, Grammars(tokenizer, vocabulary, stop) if tokenizer.is_fast else None
+
+
+def _open_divided(
+    source: str | Path,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EngineConfig,
+    device: torch.device,
+    report: Reporter,
+) -> Engine:
+    """An engine for the model in ``folder``, which is divided among ranks; this process is the first of them."""
+    divided(hub.read_config(folder), config.tensor_parallel)  # what cannot be divided is refused before anything starts
+    stop, grammars = _ends(folder, tokenizer, hub.read_config(folder).vocabulary)
+    ranks = Ranks.start(config.tensor_parallel, str(folder), config.model_dump_json(), device)
+    try:
+        model = open_share(folder, config, device, ranks.share)
+        ranks.meet()
+        engine = build_engine(model, config, stop, report, grammars, str(source), ranks=ranks)
+    except BaseException:
+        ranks.close()
+        raise
+    weakref.finalize(engine.executor, ranks.close)  # for those who just drop it, or leave
+    return engine
+
+
+def open_share(folder: str | Path, config: EngineConfig, device: torch.device, share: Share) -> Decoder:
+    """The ``share`` of the model in ``folder`` that a rank has on ``device``; nothing else of it is read.
+
+    Raises:
+        PenstockError: the model cannot be had, or not be divided.
+    """
+    model = hub.load_for_inference(folder, device=device, dtype=dtype_of(config, device), share=share).eval()
+    return join(model, hub.read_config(Path(folder)), share)
+
+
+def build_following(model: Decoder, config: EngineConfig, blocks: int) -> RankRunner:
+    """A share of a model with its cache, for a rank that does what the first one does, which has chosen how many
+    ``blocks`` sequences may use."""
+    with explained_shortage():
+        backend, shape = _opened(model, config, None, silent)
+        memory = backend.open(dataclasses.replace(shape, blocks=blocks + 1))
+        context = min(config.context or model.config.context, model.config.context)
+        return RankRunner(model, memory, config.sequences, context, **_kinds(config, [memory], False)[0])
 
 
 def load_draft(
@@ -134,15 +189,17 @@ def build_engine(
     source: str = "",
     draft: Decoder | HeadModule | None = None,
     pieces: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> Engine:
     """An engine for ``model`` where it lies, in its own dtype. ``source`` is where it came from, for a recording, and
     ``draft`` the model or head that drafts, where ``config`` has such a drafter. A codec of the cache that learns does
-    so from ``pieces`` of text, int64 [P, T], or from random tokens where there are none.
+    so from ``pieces`` of text, int64 [P, T], or from random tokens where there are none. Where ``ranks`` are given,
+    ``model`` is the first one's share, and they have the others.
 
     Raises:
         PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
     """
-    runner, drafting = build_runners(model, config, draft, report, pieces)
+    runner, drafting = build_runners(model, config, draft, report, pieces, ranks)
     if config.record is None:
         return Engine(config, runner, stop, grammars, drafting, _tiers(model, config, runner.cache))
     options = {**config.model_dump(mode="json"), "record": None, "cache_tokens": runner.blocks * runner.block_size}
@@ -187,10 +244,11 @@ def build_runners(
     draft: Decoder | HeadModule | None = None,
     report: Reporter = silent,
     pieces: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Runner, Drafting | None]:
     """The model with its cache, warmed up, and likewise the one that drafts, with as many blocks; a head drafts with
-    those of the model. Where ``config`` is deterministic, the models' layers are replaced. ``pieces`` as of
-    :func:`build_engine`.
+    those of the model. Where ``config`` is deterministic, the models' layers are replaced. ``pieces`` and ``ranks`` as
+    of :func:`build_engine`.
 
     Raises:
         PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
@@ -224,6 +282,8 @@ def build_runners(
         for each, memory, context, kind in zip(models, memories, contexts, kinds, strict=True):
             if isinstance(each, Continuing):
                 runners.append(ContinuingRunner(each, memory, config.sequences, context, target=runners[0], **kind))
+            elif ranks is not None:
+                runners.append(LeadingRunner(each, memory, config.sequences, context, ranks=ranks, **kind))
             else:
                 runners.append(Runner(each, memory, config.sequences, context, **kind))
             if compiled:
@@ -238,6 +298,8 @@ def build_runners(
             runners[0].memory = {"weights": sum(map(weight_bytes, models)), "cache": (blocks + 1) * block_bytes}
             if memories[0].watch is not None:
                 runners[0].memory["queries"] = memories[0].watch.bytes
+        if ranks is not None:
+            ranks.ask_memory()
         if compiled:
             rehearse_first_uses(Engine(config, runners[0], draft=_drafting(runners, config, head)))
     return runners[0], _drafting(runners, config, head)
@@ -249,7 +311,8 @@ def _blocks(config: EngineConfig, device: torch.device, block_bytes: int, contex
     if config.cache_tokens is not None:
         return -(-config.cache_tokens // config.block_size)
     if device.type != "cuda":
-        room = min(_free_memory() * config.memory / 2, MOST_CPU_TOKENS * block_bytes / config.block_size)
+        free = _free_memory() / config.tensor_parallel  # which all ranks share
+        room = min(free * config.memory / 2, MOST_CPU_TOKENS * block_bytes / config.block_size)
         return blocks_in(room, block_bytes, config.block_size, context)
     # With fewer than are wanted, the largest steps are those that these allow.
     most = blocks_in(DeviceMemory(device).free() / 2, block_bytes, config.block_size, context)

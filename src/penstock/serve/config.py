@@ -12,7 +12,7 @@ from penstock.core.config import Config
 from penstock.core.errors import UsageError, nearest
 from penstock.models import hub
 from penstock.models.heads import folder as heads
-from penstock.ops.paged.codecs.contract import Codec
+from penstock.ops.paged.codecs.contract import Codec, LearnedCodec
 from penstock.ops.paged.codecs.plain import Plain as PlainCodec
 from penstock.ops.paged.contract import PagedAttention
 from penstock.policy import Choice, index
@@ -65,6 +65,9 @@ class EngineConfig(Config):
             CUDA the compiled pass and its graphs.
         record: a file for all steps, for bug reports and benchmarks; it holds the tokens of all requests. See
             :mod:`penstock.serve.run.record`.
+        tensor_parallel: how many ranks divide the model among them, each a process with a device of its own (on the
+            CPU, with its share of the cores). They compute every step together; what each has of weights and cache is
+            its share.
         check: compare the cache's books with the sequences after every step.
     """
 
@@ -90,6 +93,7 @@ class EngineConfig(Config):
     compile: bool = True
     deterministic: bool = False
     record: Path | None = None
+    tensor_parallel: PositiveInt = 1
     check: bool = False
 
     @field_validator("draft", mode="before")
@@ -151,6 +155,23 @@ class EngineConfig(Config):
                 f"a model or head that drafts reads what the cache has in every place, and {self.kv.policy_name!r} "
                 "compresses it by what the model attends to: draft with 'ngram', or serve with the full cache"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _divisible(self) -> EngineConfig:
+        """What one rank would do by itself, or in an order of its own, or has only a share of what it needs for."""
+        drafts = self.draft is not None and (self.draft.model or self.draft.head) is not None
+        alone = {
+            "draft by a model or head": drafts,
+            "deterministic": self.deterministic,
+            "kv_host": bool(self.kv_host),
+            "record": self.record is not None,
+            f"kv = {self.kv.policy_name}": self.kv.due(1, 0, 0) is not None,
+            f"codec = {self.codec.policy_name}": isinstance(self.codec, LearnedCodec),
+        }
+        for option, wanted in alone.items():
+            if wanted and self.tensor_parallel > 1:
+                raise ValueError(f"{option} is for a model on one device: leave it out, or tensor_parallel")
         return self
 
     @property

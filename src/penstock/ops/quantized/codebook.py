@@ -36,6 +36,10 @@ class Codebook4(WeightFormat):
     table: Literal["fp4", "nf4"] = "nf4"
     group: PositiveInt = 64
 
+    @property
+    def unit(self) -> int:
+        return self.group
+
     def shape(self, parts: Parts) -> tuple[int, int]:
         rows, size = parts["values"].shape
         return rows, 2 * size

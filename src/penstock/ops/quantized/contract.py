@@ -59,6 +59,29 @@ class WeightFormat(Policy):
             out[:, start : start + step] = F.linear(x, piece)
         return out
 
+    @property
+    def unit(self) -> int:
+        """Columns that are stored together, so that a matrix can be cut between them only."""
+        return 1
+
+    def columns(self, parts: Parts, start: int, stop: int) -> Parts:
+        """The parts of the columns from ``start`` to ``stop``, as views.
+
+        Raises:
+            ValueError: they would cut a unit.
+        """
+        columns, unit = self.shape(parts)[1], self.unit
+        if start % unit or (stop % unit and stop != columns):
+            raise ValueError(f"{unit} columns are stored together, and it would be cut at {start} and {stop}")
+        units = -(-columns // unit)
+
+        def cut_columns(part: Tensor) -> Tensor:
+            each = -(-part.shape[1] // units)
+            whole = units > 1 and part.shape[1] == 1  # one number for a whole row
+            return part if whole else part[:, start // unit * each : None if stop == columns else stop // unit * each]
+
+        return {name: cut_columns(part) for name, part in parts.items()}
+
     def rounding(self, x: Tensor, parts: Parts) -> Tensor:
         """The most that :meth:`product` may differ from that with the dequantized matrix, for each of its numbers,
         beyond what sums in another order differ by: none, unless its kernel rounds ``x``."""

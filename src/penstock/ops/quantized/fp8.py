@@ -18,6 +18,10 @@ class Fp8(WeightFormat):
 
     group: PositiveInt | None = None
 
+    @property
+    def unit(self) -> int:
+        return self.group or 1
+
     def shape(self, parts: Parts) -> tuple[int, int]:
         rows, columns = parts["values"].shape
         return rows, columns

@@ -23,6 +23,12 @@ class Ggml(WeightFormat):
 
     kind: Kind = "Q8_0"
 
+    @property
+    def unit(self) -> int:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        return GGML_QUANT_SIZES[GGMLQuantizationType[self.kind]][0]
+
     def shape(self, parts: Parts) -> tuple[int, int]:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 

@@ -21,6 +21,10 @@ class Integers(WeightFormat):
         """The integers [M, K]."""
         raise NotImplementedError
 
+    @property
+    def unit(self) -> int:
+        return self.group or 1
+
     def product(self, x: Tensor, parts: Parts) -> Tensor:
         if cpu.serves(x, self.shape(parts)[1], self.group):
             scale, offset = parts["scale"], parts.get("offset")
@@ -58,6 +62,10 @@ class Int8(Integers):
 class Int4(Integers):
     """Integers from -8 to 7, stored with 8 added, two in a byte of ``values``, uint8 [M, K / 2], the first in its low
     bits; see :class:`Integers` for what they are multiplied with."""
+
+    @property
+    def unit(self) -> int:
+        return self.group or 2
 
     def shape(self, parts: Parts) -> tuple[int, int]:
         rows, size = parts["values"].shape

@@ -18,9 +18,9 @@ WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class EngineCollector(Collector):
-    """An engine's newest state, what the ``memory`` of its device is used for, and the ``codec`` of its cache."""
+    """An engine's newest state, what the ``memory`` of each rank's device is for, and the ``codec`` of its cache."""
 
-    def __init__(self, newest: Callable[[], Snapshot], memory: Mapping[str, int], codec: str) -> None:
+    def __init__(self, newest: Callable[[], Snapshot], memory: Sequence[Mapping[str, int]], codec: str) -> None:
         self._newest, self._memory, self._codec = newest, memory, codec
 
     def collect(self) -> Iterator[Metric]:
@@ -75,11 +75,12 @@ class EngineCollector(Collector):
         yield back
         parts = GaugeMetricFamily(
             "penstock_memory_bytes",
-            "Memory of the device, by what it is for, as measured at the start.",
-            labels=["use"],
+            "Memory of each rank's device, by what it is for, as measured at the start.",
+            labels=["use", "rank"],
         )
-        for use, size in self._memory.items():
-            parts.add_metric([use], size)
+        for rank, memory in enumerate(self._memory):
+            for use, size in memory.items():
+                parts.add_metric([use, str(rank)], size)
         yield parts
         codec = GaugeMetricFamily("penstock_cache_codec", "1, for the codec of the cache.", labels=["codec"])
         codec.add_metric([self._codec], 1)
@@ -98,7 +99,7 @@ class ServerMetrics:
         refused: requests that were turned away since the queue was full.
     """
 
-    def __init__(self, newest: Callable[[], Snapshot], memory: Mapping[str, int], codec: str) -> None:
+    def __init__(self, newest: Callable[[], Snapshot], memory: Sequence[Mapping[str, int]], codec: str) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(EngineCollector(newest, memory, codec))
 

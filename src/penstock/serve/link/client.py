@@ -12,10 +12,11 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol, Self
 
+from penstock.core.channel import HEADER, framed, length
 from penstock.core.errors import PenstockError, UsageError
 from penstock.core.events import Event
 from penstock.serve.config import EngineConfig
-from penstock.serve.link.wire import HEADER, Failed, Message, News, Open, Ready, Refused, frame, length, parse
+from penstock.serve.link.wire import Failed, Message, News, Open, Ready, Refused, body, parse
 from penstock.serve.messages import Abort, Delta, Request, Snapshot, described
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,9 @@ class EngineClient:
         if not isinstance(first, Ready) or not isinstance(second, News) or second.snapshot is None:
             raise await self._post_mortem()
         self.ready, self.snapshot = first, second.snapshot
-        log.info("the engine's memory: %s", described(first.memory))
+        for rank, memory in enumerate(first.memory):
+            of = f" of rank {rank}" if len(first.memory) > 1 else ""
+            log.info("the engine's memory%s: %s", of, described(memory))
 
     # Requests
 
@@ -151,7 +154,7 @@ class EngineClient:
     def abort(self, id: str, index: int | None = None) -> None:
         """Ends a request, or only its continuation ``index``, if it is still there. Does not wait."""
         if self.failure is None:
-            self._writer.write(frame(Abort(id, index)))
+            self._writer.write(framed(body(Abort(id, index))))
 
     def abandon(self, reason: PenstockError) -> None:
         """Ends all streams with ``reason``, which aborts their requests."""
@@ -187,7 +190,7 @@ class EngineClient:
 
     async def _send(self, message: Message) -> None:
         with contextlib.suppress(ConnectionError):  # the listener notices the end, and says why
-            self._writer.write(frame(message))
+            self._writer.write(framed(body(message)))
             await self._writer.drain()
 
     async def _receive(self) -> Message | None:
@@ -211,6 +214,10 @@ class EngineClient:
                         self._changed.notify_all()
             elif isinstance(message, Refused):
                 self._hand(message.id, (PenstockError if message.defect else UsageError)(message.what))
+            elif isinstance(message, Failed):
+                await self._buried()
+                await self._die(EngineDiedError(message.what, hint=message.hint))
+                return
         await self._die(await self._post_mortem())
 
     def _show(self, news: News) -> None:

@@ -1,12 +1,11 @@
-"""How messages travel between a front end and the process of its engine: frames of MessagePack on a socket pair.
+"""How messages travel between a front end and the process of its engine: MessagePack in the frames of a channel.
 
-A frame is its length (four bytes, big-endian) and a pair: the name of a message's class, and its fields.
+A message is a pair: the name of its class, and its fields.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import struct
 from typing import Any
 
 import msgspec
@@ -16,8 +15,6 @@ from penstock.core.events import Event
 from penstock.serve.choose.logprobs import LogprobRows
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.messages import Abort, Delta, Request, Snapshot
-
-HEADER = struct.Struct(">I")
 
 #: Of arrays.
 WORD = np.dtype("<i4")
@@ -35,18 +32,18 @@ class Open:
 @dataclasses.dataclass(frozen=True)
 class Ready:
     """The engine stands: ``context`` is the most tokens of a sequence, ``sequences`` the most that run at a time, and
-    ``memory`` has bytes of the device's by what they are for, and ``codec`` is the cache's."""
+    ``memory`` has bytes of each rank's device by what they are for, and ``codec`` is the cache's."""
 
     context: int
     sequences: int
     vocabulary: int
-    memory: dict[str, int]
+    memory: list[dict[str, int]]
     codec: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """The engine could not be opened: a PenstockError in parts."""
+    """The engine could not be opened, or ends: a PenstockError in parts."""
 
     what: str
     hint: str
@@ -99,20 +96,13 @@ _envelope = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
 _encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
 
 
-def frame(message: Message) -> bytes:
-    """The bytes of ``message``, its length before them."""
-    body = _encoder.encode((type(message).__name__, message))
-    return HEADER.pack(len(body)) + body
-
-
-def length(header: bytes) -> int:
-    """How many bytes follow ``header``."""
-    size: int = HEADER.unpack(header)[0]
-    return size
+def body(message: Message) -> bytes:
+    """The bytes of ``message``."""
+    return _encoder.encode((type(message).__name__, message))
 
 
 def parse(body: bytes) -> Message:
-    """The message in the ``body`` of a frame."""
+    """The message of :func:`body`."""
     kind, fields = _envelope.decode(body)
     message: Message = KINDS[kind].decode(fields)
     return message

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.messages import Request
 from penstock.serve.offline.embedder import LAST, Embedder, decoder_embedder
 from penstock.serve.offline.gather import Gatherer, RequestOutput
+from penstock.serve.ranks.runner import RankRunner
 from penstock.serve.run.runner import Runner
 
 #: A prompt: text, tokens, or a table with ``prompt`` or ``prompt_token_ids``.
@@ -54,6 +55,16 @@ class LLM:
         self.engine = open_engine(folder, config, device, progress)
         self._gatherer = Gatherer(self.engine, self.tokenizer)
         self._count = 0
+
+    def close(self) -> None:
+        """Ends the engine, and the processes of other ranks where there are some; so does the end of this process."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def generate(
         self,
@@ -126,6 +137,8 @@ class LLM:
         runner = self.engine.executor
         if not isinstance(runner, Runner):
             raise UsageError("an engine that records its steps makes no vectors", hint="Leave out `record`.")
+        if isinstance(runner, RankRunner):
+            raise UsageError("a model that is divided among ranks makes no vectors", hint="Leave out tensor_parallel.")
         return decoder_embedder(runner.model, self.tokenizer, pooling)
 
     def _run(

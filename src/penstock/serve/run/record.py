@@ -84,8 +84,7 @@ class Recorder:
         self._write({"tokens": tokens}, {})
 
     def _write(self, arrays: Arrays, more: dict[str, Any]) -> None:
-        whole = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
-        body = save(whole, {"more": json.dumps(more)})
+        body = _encoded(arrays, more)
         self._file.write(_LENGTH.pack(len(body)) + body)
         self._file.flush()
 
@@ -130,11 +129,30 @@ def _frames(file: BinaryIO, path: Path) -> Iterator[tuple[Arrays, dict[str, Any]
         if len(body) < size:
             return
         with contextlib.suppress(SafetensorError, ValueError, KeyError):
-            start = int.from_bytes(body[:8], "little")
-            more = json.loads(json.loads(body[8 : 8 + start])["__metadata__"]["more"])
-            yield load(body), more
+            yield _decoded(body)
             continue
         return
+
+
+def _encoded(arrays: Arrays, more: dict[str, Any]) -> bytes:
+    whole = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    body: bytes = save(whole, {"more": json.dumps(more)})
+    return body
+
+
+def _decoded(body: bytes) -> tuple[Arrays, dict[str, Any]]:
+    start = int.from_bytes(body[:8], "little")
+    return load(body), json.loads(json.loads(body[8 : 8 + start])["__metadata__"]["more"])
+
+
+def encoded(step: Step) -> bytes:
+    """``step`` as bytes, as a recording has it."""
+    return _encoded(*flatten(step))
+
+
+def decoded(body: bytes) -> Step:
+    """The step of :func:`encoded`."""
+    return unflatten(*_decoded(body))
 
 
 def flatten(step: Step) -> tuple[Arrays, dict[str, Any]]:

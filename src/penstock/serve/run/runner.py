@@ -143,13 +143,11 @@ class Runner:
         Raises:
             UsageError: the cache's plans cannot be replayed.
         """
-        self._trunk = torch.compile(self.model.trunk, dynamic=True)
-        self._tip = torch.compile(self.model.tip, dynamic=True)
-        timed = functools.partial(seconds, self._begun, 3, self.cache, self.blocks)
-        self._alone = decode_shapes(self._slots, fewest=1 if self.shape.moe else 2)
+        self.compile_pass()
+        alone = decode_shapes(self._slots, fewest=1 if self.shape.moe else 2)
         with report("compiling", 1, "model") as bar:
             # Kernels are chosen for the first size that they meet.
-            timed(self._alone[-1])
+            self.timed(alone[-1])
             bar.advance()
         beside = prompt_shapes(self._slots, tokens)
         most = chosen(
@@ -161,10 +159,27 @@ class Runner:
                 "cache": type(self.cache).__name__,
                 "steps": beside,
             },
-            lambda: rows_worth_replaying(beside, timed),
+            lambda: rows_worth_replaying(beside, self.timed),
         )
         # A step with windows is one with prompts: some tokens each, of which several are scored.
-        self._beside = [shape for shape in beside if shape.rows <= most] + window_shapes(self._slots, self._window)
+        self.choose([shape for shape in beside if shape.rows <= most] + window_shapes(self._slots, self._window), alone)
+
+    def compile_pass(self) -> None:
+        """Compiles the pass, once it runs."""
+        self._trunk = torch.compile(self.model.trunk, dynamic=True)
+        self._tip = torch.compile(self.model.tip, dynamic=True)
+
+    def timed(self, shape: StepShape) -> tuple[float, float]:
+        """Seconds until a pass of ``shape`` is queued, and until it is computed; see :func:`graphs.seconds`."""
+        return seconds(self._begun, 3, self.cache, self.blocks, shape)
+
+    def choose(self, beside: List[StepShape], alone: List[StepShape]) -> None:
+        """Steps of these shapes will be graphs: those ``beside`` prompts or windows, and those that decode ``alone``.
+
+        Raises:
+            UsageError: the cache's plans cannot be replayed.
+        """
+        self._beside, self._alone = [*beside], [*alone]
         if not self.cache.fix([*self._beside, *self._alone], self._pages):
             raise UsageError(
                 "this attention backend cannot be part of graphs",

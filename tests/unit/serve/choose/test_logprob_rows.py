@@ -112,11 +112,11 @@ def test_an_engine_s_process_makes_no_records(unread):
         engine.add(Request(str(number), [1, 2, 3], SAMPLING.model_copy(update={"logprobs": number})))
     sent = []
     while engine.busy:
-        sent.append(wire.frame(wire.News(engine.step())))
+        sent.append(wire.body(wire.News(engine.step())))
     unread.undo()
     told: dict[str, list[TokenLogprobs]] = {}
     for each in sent:
-        for delta in wire.parse(each[wire.HEADER.size :]).deltas:
+        for delta in wire.parse(each).deltas:
             told.setdefault(delta.id, []).extend(delta.logprobs)
     assert {id: [len(each.top) for each in own] for id, own in told.items()} == {str(n): [n] * 5 for n in range(4)}
 

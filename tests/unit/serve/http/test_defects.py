@@ -25,7 +25,7 @@ WORD, POISON = 300, 301
 class Engine:
     """Says a word three times, or what is asked for with a token to poison, in place of an engine."""
 
-    ready = SimpleNamespace(sequences=8, context=2048, vocabulary=4096, memory={}, codec="plain")
+    ready = SimpleNamespace(sequences=8, context=2048, vocabulary=4096, memory=[], codec="plain")
     failure = None
     outstanding = 0
 

@@ -1,0 +1,107 @@
+"""A rank beside the first one, in a process of its own, which does what the first one tells it.
+
+As with the process of an engine, the first rank keeps the other end of a socket pair: when that closes, this process
+ends after the step that it is in, and after some seconds whatever it does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from penstock.core.channel import Channel
+from penstock.core.errors import PenstockError
+from penstock.core.garbage import settle
+from penstock.models.decoder import Decoder
+from penstock.models.shares import Share
+from penstock.ops.paged.contract import StepShape
+from penstock.serve.build import build_following, open_share
+from penstock.serve.config import EngineConfig
+from penstock.serve.ranks.group import met, store
+from penstock.serve.ranks.runner import RankRunner
+from penstock.serve.ranks.wire import Do, Done, Follow, Message, Refusal, body, parse
+from penstock.serve.run.record import decoded
+from penstock.serve.sizing import weight_bytes
+
+log = logging.getLogger(__name__)
+
+
+def follow(model: Decoder, config: EngineConfig, channel: Channel[Message]) -> None:
+    """Does what comes through ``channel`` with ``model``, a share, until it is to leave, or the first rank is gone."""
+    runner: RankRunner | None = None
+    for message in _messages(channel):
+        if message.what == "leave":
+            return
+        if message.what == "open":
+            runner = build_following(model, config, message.arguments[0])
+        else:
+            assert runner is not None
+            _do(runner, message, channel)
+
+
+def _messages(channel: Channel[Message]) -> Iterator[Do]:
+    while True:
+        for message in channel.pending(wait=True):
+            if message is None:
+                os._exit(0)
+            assert isinstance(message, Do)
+            yield message
+
+
+def _do(runner: RankRunner, message: Do, channel: Channel[Message]) -> None:
+    """What :class:`~penstock.serve.ranks.runner.LeadingRunner` does, done here."""
+    match message.what, message.arguments:
+        case "execute", [step]:
+            runner.execute(decoded(step))
+        case "timed", [shape]:
+            runner.timed(StepShape(*shape))
+        case "choose", [beside, alone]:
+            runner.choose([StepShape(*each) for each in beside], [StepShape(*each) for each in alone])
+        case "try_graphs", []:
+            runner.try_graphs(lambda: 0)
+        case "describe", []:
+            cache = (runner.blocks + 1) * runner.block_bytes
+            channel.send(Done({"weights": weight_bytes(runner.model), "cache": cache}))
+        case ("forget" | "resize" | "compile_pass" | "capture") as what, arguments:
+            getattr(runner, what)(*arguments)
+
+
+def main() -> None:
+    """What the process runs: its argument is the file descriptor of its end of the socket pair."""
+    # Ctrl-C and SIGTERM reach the whole group; the front end decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel: Channel[Message] = Channel(socket.socket(fileno=int(sys.argv[1])), body, parse)
+    wanted = channel.receive()
+    if wanted is None:
+        return
+    assert isinstance(wanted, Follow)
+    channel.listen()
+    try:
+        config = EngineConfig.model_validate_json(wanted.config)
+        device = torch.device(wanted.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            torch.set_num_threads(max(1, torch.get_num_threads() // wanted.size))
+        share = Share(wanted.rank, wanted.size)
+        model = open_share(wanted.model, config, device, share)
+    except PenstockError as error:
+        channel.send(Refusal(error.what, error.hint, error.exit_code))
+        return
+    settle()
+    channel.send(Done({}))
+    world = met(share, store(share.size, wanted.port))
+    with world.together(lambda error: log.error("%s", error)):
+        follow(model, config, channel)
+    world.end()
+
+
+if __name__ == "__main__":
+    main()

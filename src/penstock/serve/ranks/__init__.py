@@ -1,0 +1,1 @@
+"""An engine whose model is divided among several ranks, each a process of its own."""

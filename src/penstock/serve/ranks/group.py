@@ -1,0 +1,228 @@
+"""The other ranks, as the first one knows them: processes that it starts, tells what to do, and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from penstock.core.channel import Channel
+from penstock.core.errors import PenstockError, UsageError
+from penstock.models.shares import Share
+from penstock.parallel.tensor import ExchangeError
+from penstock.parallel.watch import Loss, LossError, Watch
+from penstock.parallel.world import World
+from penstock.serve.ranks.wire import Do, Done, Follow, Message, Refusal, body, parse
+
+#: How long ranks wait for each other within a step.
+PATIENCE = datetime.timedelta(minutes=5)
+
+#: Seconds of silence after which a rank that is stopped counts as lost, and those that an ending one may take.
+SILENCE, GRACE = 60.0, 5.0
+
+
+class RankLostError(PenstockError):
+    """A rank was lost while it was needed."""
+
+
+def start(end: int) -> subprocess.Popen[bytes]:
+    """Starts the process of a rank, which gets the file descriptor ``end`` of a socket pair."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "penstock.serve.link.follower", str(end)],
+        pass_fds=[end],
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def store(size: int, port: int | None = None) -> dist.TCPStore:  # type: ignore[name-defined]
+    """The store in which ``size`` ranks meet: a new one, or the one at a ``port``."""
+    kind = dist.TCPStore  # type: ignore[attr-defined]
+    if port is None:
+        return kind("127.0.0.1", 0, world_size=size, is_master=True, wait_for_workers=False)
+    return kind("127.0.0.1", port, world_size=size, is_master=False)
+
+
+def met(share: Share, store: dist.TCPStore) -> World:  # type: ignore[name-defined]
+    """The world of the ranks, once all of them are there.
+
+    Raises:
+        PenstockError: they cannot reach each other.
+    """
+    world = World.meet(share.rank, share.size, store, PATIENCE)
+    assert world.watch is not None
+    world.watch.patience = SILENCE
+    return world
+
+
+class Ranks:
+    """The ranks beside the first one, which is this process. All that is to be done together is done in the order in
+    which they are told; a rank that is lost ends the work of all.
+
+    Args:
+        share: this process's.
+        channels: to each of the others.
+        processes: of each of them, as far as this process has started them.
+        world: all of them, once they have met.
+
+    Attributes:
+        share: as given.
+        memory: bytes of the others' devices by what they are for, once they have said it.
+    """
+
+    def __init__(
+        self,
+        share: Share,
+        channels: Sequence[Channel[Message]],
+        processes: Sequence[subprocess.Popen[bytes]] = (),
+        world: World | None = None,
+    ) -> None:
+        self.share, self.memory = share, list[dict[str, int]]()
+        self._channels, self._processes, self._world = [*channels], [*processes], world
+        self._store: Any = None
+        self._threads = torch.get_num_threads()
+
+    @classmethod
+    def start(cls, size: int, model: str, config: str, device: torch.device) -> Self:
+        """Starts the others of ``size`` ranks, which begin to load their shares.
+
+        Args:
+            model: the folder of the model that they divide.
+            config: an EngineConfig as JSON.
+            device: this rank's; on CUDA each has the device with the number of its rank.
+
+        Raises:
+            UsageError: there are fewer devices than ranks.
+            PenstockError: this process is in a process group already.
+        """
+        _check(size, device)
+        channels, processes = [], []
+        for _ in range(1, size):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                processes.append(start(theirs.fileno()))
+            channels.append(Channel(ours, body, parse))
+        ranks = cls(Share(0, size), channels, processes)
+        ranks._store = store(size)
+        for rank, channel in enumerate(channels, 1):
+            where = f"cuda:{rank}" if device.type == "cuda" else str(device)
+            channel.send(Follow(rank, size, model, config, where, ranks._store.port))
+        if device.type == "cpu":  # which all ranks share
+            torch.set_num_threads(max(1, ranks._threads // size))
+        return ranks
+
+    def meet(self) -> None:
+        """Waits until all have loaded their shares, and joins them.
+
+        Raises:
+            PenstockError: one of them cannot; it says which one, and why.
+        """
+        self._heard()
+        self._world = met(self.share, self._store)
+
+    def tell(self, what: str, *arguments: Any) -> None:
+        """Lets the others do what this one does now.
+
+        Raises:
+            RankLostError: a rank was lost.
+        """
+        if self._watch.loss is not None:
+            raise _lost(self._watch.loss)
+        for channel in self._channels:
+            channel.send(Do(what, list(arguments)))
+
+    def ask_memory(self) -> None:
+        """Asks the others what the memory of their devices is for."""
+        self.tell("describe")
+        self.memory = [each.memory for each in self._heard()]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Within the block an exchange may fail, for which this finds out who is lost.
+
+        Raises:
+            RankLostError: a rank was lost.
+        """
+        try:
+            yield
+        except ExchangeError as error:
+            raise _lost(self._watch.waited(None, "a step", patience=2.0).loss) from error
+
+    def watch(self, tell: Callable[[PenstockError], None]) -> None:
+        """Calls ``tell`` from another thread once a rank is lost: this one may wait for it in vain."""
+        watch = self._watch
+        threading.Thread(target=lambda: tell(_lost(watch.lost())), name="penstock-ranks", daemon=True).start()
+
+    @property
+    def _watch(self) -> Watch:
+        assert self._world is not None and self._world.watch is not None, "the ranks have not met"
+        return self._world.watch
+
+    def _heard(self) -> list[Done]:
+        """What each of them answers."""
+        answers: list[Done] = []
+        for rank, channel in enumerate(self._channels, 1):
+            answer = channel.receive()
+            if isinstance(answer, Refusal):
+                kind = UsageError if answer.exit_code == UsageError.exit_code else PenstockError
+                raise kind(f"rank {rank}: {answer.what}", hint=answer.hint)
+            if not isinstance(answer, Done):
+                raise RankLostError(f"rank {rank} {self._end_of(rank)} while it was opened")
+            answers.append(answer)
+        return answers
+
+    def _end_of(self, rank: int) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self._processes[rank - 1].wait(GRACE)
+            return f"was killed by signal {-status}" if status < 0 else f"ended with exit code {status}"
+        return "has closed its connection"
+
+    def close(self) -> None:
+        """Ends all of them, and leaves their group; again, it does nothing."""
+        if self._world is not None:
+            with contextlib.suppress(PenstockError, RuntimeError):
+                if self._watch.loss is None:
+                    self.tell("leave")
+                    self._world.leave()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            self._world = None
+        for channel in self._channels:
+            channel.close()
+        for process in self._processes:
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        torch.set_num_threads(self._threads)
+        self._processes, self._channels = [], []
+
+
+def _check(size: int, device: torch.device) -> None:
+    if device.type == "cuda":
+        there = torch.cuda.device_count()
+        if size > there:
+            raise UsageError(
+                f"{size} ranks need as many devices, and there are {there}",
+                hint=f"Set tensor_parallel to {there} or fewer.",
+            )
+        if device.index:
+            raise UsageError(f"ranks take the first {size} devices, and not {device}", hint="Leave the device out.")
+    if dist.is_initialized():
+        raise PenstockError(
+            "this process is in a process group of torch.distributed already, and can be in one only",
+            hint="Open the model in a process of its own.",
+        )
+
+
+def _lost(loss: Loss) -> RankLostError:
+    # What to do about it is not what a training run would do.
+    return RankLostError(LossError(loss).what, hint="The engine needs all of its ranks: start it again.")

@@ -1,0 +1,87 @@
+"""Runners that compute steps together with those of the other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as List
+from typing import Any
+
+from penstock.core.progress import Reporter, silent
+from penstock.ops.paged.contract import StepShape
+from penstock.serve.choose.proposals import Proposals
+from penstock.serve.choose.sampler import Sampled
+from penstock.serve.ranks.group import Ranks
+from penstock.serve.run.record import encoded
+from penstock.serve.run.runner import Passed, Runner
+from penstock.serve.run.step import Part, Step
+
+
+class RankRunner(Runner):
+    """A runner of a rank's share of a model.
+
+    All ranks compute the same step from the same data, and have the same bits after each exchange: each draws the next
+    tokens by itself, and they are the same.
+    """
+
+    def _pass_all(self, parts: List[Part], lead: int) -> list[Passed]:
+        # One after the other: all ranks have to make their exchanges in one order.
+        return [self._pass(part) for part in parts]
+
+
+class LeadingRunner(RankRunner):
+    """That of the first rank: what it does, it tells the others to do.
+
+    Args:
+        ranks: the others, which have loaded their shares.
+        arguments, options: those of :class:`~penstock.serve.run.runner.Runner`.
+    """
+
+    ranks: Ranks | None = None
+
+    def __init__(self, *arguments: Any, ranks: Ranks, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.ranks = ranks
+        self._lead("open", self.blocks)
+
+    def _lead(self, what: str, *arguments: Any) -> None:
+        if self.ranks is not None:  # before, there is nobody who could
+            self.ranks.tell(what, *arguments)
+
+    def forget(self) -> None:
+        self._lead("forget")
+        super().forget()
+
+    def resize(self, blocks: int) -> None:
+        self._lead("resize", blocks)
+        super().resize(blocks)
+
+    def compile_pass(self) -> None:
+        self._lead("compile_pass")
+        super().compile_pass()
+
+    def timed(self, shape: StepShape) -> tuple[float, float]:
+        self._lead("timed", list(shape))
+        return super().timed(shape)
+
+    def choose(self, beside: List[StepShape], alone: List[StepShape]) -> None:
+        self._lead("choose", [list(shape) for shape in beside], [list(shape) for shape in alone])
+        super().choose(beside, alone)
+
+    def try_graphs(self, free: Callable[[], int]) -> int:
+        self._lead("try_graphs")
+        return super().try_graphs(free)
+
+    def capture(self, report: Reporter = silent) -> None:
+        self._lead("capture")
+        super().capture(report)
+
+    def execute(self, step: Step, proposals: Proposals | None = None) -> Sampled | None:
+        assert self.ranks is not None
+        self._lead("execute", encoded(step))
+        with self.ranks.together():
+            return super().execute(step, proposals)
+
+    def close(self) -> None:
+        super().close()
+        if self.ranks is not None:
+            self.ranks.close()
