@@ -122,9 +122,9 @@ class Cut:
             ((start, stop),) = self.ranges
             try:
                 parts = packed.format.columns(packed.parts, start, stop)
-            except ValueError as error:
+            except UsageError as error:
                 raise UsageError(
-                    f"{name} cannot be divided among these ranks as it is stored: {error}",
+                    f"{name} cannot be divided among so many ranks as it is stored: {error.what}",
                     hint="Set tensor_parallel to fewer, or take a model that is not quantized.",
                 ) from error
         # Copies: what the others take does not stay in memory with it.

@@ -4,6 +4,7 @@ Bugs that its clauses are there to catch:
 
 - the example: halves of a byte in the wrong order, a sign or an offset that is lost, a scale of another group or row.
 - rows: a scale that belongs to other rows once some were cut off.
+- columns: a scale that belongs to other columns; a unit that is cut in two and stands for other numbers then.
 - product: a kernel that reads other numbers than the format's definition gives, or leaves out what is left over behind
   whole vectors and blocks.
 """
@@ -13,8 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from penstock.core.errors import UsageError
 from penstock.core.randomness import torch_generator
 from penstock.ops.quantized.contract import Parts, WeightFormat, cut
+from penstock.testing.refusals import refused
 
 
 def check(format: WeightFormat, device: torch.device | str = "cpu") -> None:
@@ -27,6 +30,7 @@ def check(format: WeightFormat, device: torch.device | str = "cpu") -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=0)
     assert format.shape(parts) == tuple(found.shape), f"the shape is said to be {format.shape(parts)}"
     check_rows(format, parts, found)
+    check_columns(format, parts, found)
     for count in (1, 2, 5, 33):
         check_product(format, many(parts), count)
 
@@ -36,6 +40,21 @@ def check_rows(format: WeightFormat, parts: Parts, whole: Tensor) -> None:
     for start in range(len(whole)):
         for stop in range(start + 1, len(whole) + 1):
             torch.testing.assert_close(format.dequantize(cut(parts, start, stop)), whole[start:stop], rtol=0, atol=0)
+
+
+def check_columns(format: WeightFormat, parts: Parts, whole: Tensor) -> None:
+    """Columns between two units stand for the same numbers; where a unit would be cut, that is refused."""
+    if whole.shape[1] % format.unit == 0:  # of one unit alone nothing could be cut
+        parts, whole = {name: torch.cat([part, part], 1) for name, part in parts.items()}, torch.cat([whole, whole], 1)
+    columns = whole.shape[1]
+    for start in range(columns):
+        for stop in range(start + 1, columns + 1):
+            if start % format.unit or (stop % format.unit and stop != columns):
+                with refused(UsageError, "stored together"):
+                    format.columns(parts, start, stop)
+            else:
+                found = format.dequantize(format.columns(parts, start, stop))
+                torch.testing.assert_close(found, whole[:, start:stop], rtol=0, atol=0)
 
 
 def many(parts: Parts) -> Parts:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from penstock.core.errors import UsageError
 from penstock.policy import Policy, contract, unwritten
 
 #: The tensors that a format stores a matrix in, by its own names; the first dimension of each counts the matrix's rows.
@@ -29,8 +30,9 @@ class Example(NamedTuple):
 
 @contract(
     "weight.format",
-    law="a stored matrix stands for the numbers that the format's definition gives; rows can be cut from it; a product "
-    "with it is that with these numbers, within the rounding that the format states",
+    law="a stored matrix stands for the numbers that the format's definition gives; rows can be cut from it, and "
+    "columns between its units; a product with it is that with these numbers, within the rounding that the format "
+    "states",
 )
 class WeightFormat(Policy):
     """A way to store a matrix of weights [M, K] in few bits.
@@ -68,11 +70,11 @@ class WeightFormat(Policy):
         """The parts of the columns from ``start`` to ``stop``, as views.
 
         Raises:
-            ValueError: they would cut a unit.
+            UsageError: they would cut a unit.
         """
         columns, unit = self.shape(parts)[1], self.unit
         if start % unit or (stop % unit and stop != columns):
-            raise ValueError(f"{unit} columns are stored together, and it would be cut at {start} and {stop}")
+            raise UsageError(f"{unit} columns are stored together, and columns {start} to {stop} would cut some in two")
         units = -(-columns // unit)
 
         def cut_columns(part: Tensor) -> Tensor:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+import gguf_files
 from penstock.core.channel import Channel
 from penstock.models import hub
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
+from penstock.models.formats.schemes import SCHEMES
 from penstock.models.shares import Share
 from penstock.parallel.world import World
 from penstock.serve.build import build_engine, open_share
@@ -27,7 +29,7 @@ from penstock.serve.ranks.group import Ranks
 from penstock.serve.ranks.wire import body, parse
 from penstock.testing.enrolled import enrolled
 from penstock.testing.ranks import agreed
-from penstock.testing.transformers_peer import SHAPE, TOKEN_IDS, prompt, randomize
+from penstock.testing.transformers_peer import SHAPE, TOKEN_IDS, peer, prompt, randomize
 
 FAMILIES: Mapping[str, Family] = enrolled("model.family")
 
@@ -107,6 +109,17 @@ def test_two_ranks_say_of_every_family_what_one_device_does(families):
 
 def test_four_ranks_say_of_different_families_what_one_device_does(families):
     check(4, {name: families[name] for name in DIFFERENT}, tokens=1)
+
+
+def test_two_ranks_say_of_quantized_models_what_one_device_does(tmp_path):
+    """Matrices are divided along their groups and blocks, and stay as they are stored."""
+    shape = example("llama").model_copy(update={"hidden": 64, "ffn": 128, "head_dim": 32})
+    folders = {}
+    for scheme in SCHEMES:
+        folders[scheme] = tmp_path / scheme
+        hub.save(randomize(Decoder(shape)), folders[scheme], scheme=scheme)
+    gguf_files.write(tmp_path / "q8.gguf", peer("llama", **gguf_files.SHAPE), "llama", gguf_files.coded("Q8_0"))
+    check(2, {**folders, "gguf": hub.resolve(tmp_path / "q8.gguf")}, tokens=2)
 
 
 @pytest.mark.slow
