@@ -14,6 +14,7 @@ POLICIES = enrolled("kv.policy")
 def test_sizes_rows_and_memory(name):
     kv_policy.check_sizes(POLICIES[name])
     kv_policy.check_rows(POLICIES[name])
+    kv_policy.check_shared(POLICIES[name])
     kv_policy.check_held(POLICIES[name])
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 SHAPE = DecoderConfig(
     vocabulary=2000, hidden=512, layers=4, heads=8, kv_heads=2, head_dim=128, ffn=1024, context=1024, qk_norm=True
 )
-NAMES = [name for name in index().names("kv.policy") if name != "full"]
+NAMES = [each.name for each in index().entries("kv.policy") if "budget" in each.load().model_fields]
 
 
 def engine_of(name: str, **options: object) -> Engine:
@@ -50,6 +50,18 @@ def test_tokens_do_not_depend_on_the_batch(name):
     for number in (0, 5, 11):
         engine.memory.pool.forget()
         assert told(engine, range(number, number + 1))[str(number)] == together[str(number)]
+
+
+def test_layers_that_share_say_what_they_say_on_the_cpu():
+    found = []
+    for device in ("cuda", "cpu"):
+        model = Decoder(SHAPE).initialize(0).to(device).eval()
+        config = EngineConfig.model_validate(
+            {"kv": {"name": "minicache", "start": 0, "every": 32}, "sequences": 4, "cache_tokens": 2000, "check": True}
+        )
+        found.append(told(build_engine(model, config), range(3)))
+    pairs = [(one, other) for id in found[0] for one, other in zip(found[0][id][:8], found[1][id][:8], strict=True)]
+    assert sum(one == other for one, other in pairs) > 0.8 * len(pairs)
 
 
 @pytest.mark.parametrize("name", NAMES)

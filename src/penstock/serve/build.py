@@ -324,9 +324,10 @@ def _kinds(config: EngineConfig, memories: List[PagedCache], keeps_hidden: bool)
     kinds: list[dict[str, Any]] = [{"window": config.rows - 1, "sampler": Sampler, "keeps_hidden": keeps_hidden}]
     if config.deterministic:
         kinds[0]["sampler"] = InvariantSampler
-    rows = _most_rows(config, memories[0].shape.device)
-    if (compactor := Compactor.of(memories[0], config.kv, config.sequences, rows)) is not None:
-        kinds[0] |= {"compactor": compactor, "planner": functools.partial(Planner, watched=config.kv.watches)}
+    shape = memories[0].shape
+    rows, kv = _most_rows(config, shape.device), config.kv.fitted(shape.layers, shape.head_dim)
+    if (compactor := Compactor.of(memories[0], kv, config.sequences, rows)) is not None:
+        kinds[0] |= {"compactor": compactor, "planner": functools.partial(Planner, watched=kv.watches)}
     if memories[1:]:
         kinds.append({"window": 1, **_drafting_kind(config)})  # after a step that accepted all, it computes two tokens
     return kinds
@@ -367,12 +368,21 @@ def _opened(
     if config.deterministic:
         make_invariant(model)
     cache = cache_shape(shape, config.block_size, weight.dtype, weight.device, config.codec)
-    if config.kv.due(1, 0, 0) is not None and (cache.needs or cache.windows != {None}):
+    if config.kv.compresses and (cache.needs or cache.windows != {None}):
         raise UsageError(
             f"the cache policy {config.kv.policy_name!r} throws tokens out, and this model's attention counts them: "
             "it has windows, chunks, sinks, bounds on scores or latents",
             hint="Serve it with kv = full.",
         )
+    paired = config.kv.fitted(cache.layers, cache.head_dim).paired
+    if paired is not None:
+        if config.codec.policy_name not in ("plain", "bf16"):
+            raise UsageError(
+                f"the cache policy {config.kv.policy_name!r} keeps norms beside directions, and the codec "
+                f"{config.codec.policy_name!r} would round them as if they were one vector",
+                hint="Take the codec plain or bf16.",
+            )
+        cache = dataclasses.replace(cache, paired=paired, needs=cache.needs | {"paired"})
     backend = _backend(config, cache)
     backend.prepare(cache, report)
     return backend, dataclasses.replace(cache, learned=learned_tables(model, config.codec, pieces, report))

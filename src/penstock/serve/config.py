@@ -150,7 +150,7 @@ class EngineConfig(Config):
     @model_validator(mode="after")
     def _drafted_from_whole_texts(self) -> EngineConfig:
         drafts = self.draft is not None and (self.draft.model or self.draft.head) is not None
-        if drafts and self.kv.due(1, 0, 0) is not None:
+        if drafts and self.kv.compresses:
             raise ValueError(
                 f"a model or head that drafts reads what the cache has in every place, and {self.kv.policy_name!r} "
                 "compresses it by what the model attends to: draft with 'ngram', or serve with the full cache"

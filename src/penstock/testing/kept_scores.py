@@ -70,7 +70,8 @@ class KeptScores:
     """
 
     def __init__(self, model: Decoder, policy: CachePolicy, prompt: int) -> None:
-        self._model, self._policy, self._prompt = model, policy, prompt
+        self._model, self._prompt = model, prompt
+        self._policy = policy.fitted(model.config.layers, model.config.head_dim)
         self._begin([])
 
     def _begin(self, text: Sequence[int]) -> None:
@@ -104,7 +105,19 @@ class KeptScores:
 
     def _compress(self) -> None:
         computed, context = len(self._text), self._context
-        count = self._policy.keeps(computed)
+        count, paired = self._policy.keeps(computed), self._policy.paired
+        if paired is not None:
+            # Attention has the keys and values that the layers share, in each of them.
+            whole = Cached(torch.stack(context.keys).float(), torch.stack(context.values).float())
+            kept = self._policy.compress(whole, count)
+            context.keys = list(paired.restored(kept.keys, computed).double())
+            context.values = list(paired.restored(kept.values, computed).double())
+        else:
+            self._compress_layers(count)
+        self._dropped, self._compacted = computed - count, computed
+
+    def _compress_layers(self, count: int) -> None:
+        computed, context = len(self._text), self._context
         watched = min(self._policy.watches, computed)
         for layer, (keys, values) in enumerate(zip(context.keys, context.values, strict=True)):
             drawn = torch.zeros(keys.shape[:2])
@@ -114,7 +127,6 @@ class KeptScores:
             kept = self._policy.compress(Cached(keys.float(), values.float(), shares, drawn), count)
             context.keys[layer], context.values[layer] = kept.keys.double(), kept.values.double()
             self._drawn[layer : layer + 1] = [] if kept.drawn is None else [kept.drawn]
-        self._dropped, self._compacted = computed - count, computed
 
 
 def shares_of(queries: Tensor, keys: Tensor, scale: float) -> Tensor:

@@ -20,6 +20,7 @@ from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.masks import Masks, masks_of
+from penstock.ops.paged.paired import PairedLayers
 from penstock.policy import Policy, contract
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ class CacheShape:
         latent: how many of a key's first numbers are its value, of which nothing else is kept; None where values are
             their own.
         needs: what attention has to do besides: "cap", "sinks" or "chunk", as of
-            :class:`~penstock.ops.attention.Extras`, or "latent".
+            :class:`~penstock.ops.attention.Extras`, "latent" or "paired".
+        paired: how keys and values lie that layers share; None where they never share any. The ``needs`` have "paired"
+            too.
         codec: how keys and values lie in the memory.
         learned: the codec's tables, [layers, 2, K, ...], of keys and of values (of a latent cache
             [layers, 1, 1, ...]),
@@ -58,6 +61,7 @@ class CacheShape:
     windows: frozenset[int | None] = frozenset({None})
     latent: int | None = None
     needs: frozenset[str] = frozenset()
+    paired: PairedLayers | None = None
     codec: Codec = dataclasses.field(default_factory=Plain)
     learned: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -83,6 +87,7 @@ NEEDS = {
     "sinks": "attention sinks",
     "chunk": "chunked attention",
     "latent": "latent attention",
+    "paired": "layers that share keys and values",
 }
 
 
@@ -129,6 +134,8 @@ class PagedBatch:
         open: int32 [B], for masked blocks: so many of the last new tokens of each sequence see each other whatever
             their order, besides all that is before them. None is 0 everywhere.
         shape: that the batch was given for a plan that was made to be replayed; see :meth:`PagedCache.fix`.
+        packed: int32 [B], how many tokens share the first places of each sequence, as the cache's
+            :class:`~penstock.ops.paged.paired.PairedLayers` has it; ``lengths`` counts places. None is 0 everywhere.
         watched: int64 [N], where the cache's :class:`~penstock.ops.paged.watch.Watch` keeps the query of each new
             token; None where it keeps none of them.
     """
@@ -141,6 +148,7 @@ class PagedBatch:
     open: Tensor | None = None
     shape: StepShape | None = None
     watched: Tensor | None = None
+    packed: Tensor | None = None
 
     @functools.cached_property
     def masks(self) -> Masks | None:

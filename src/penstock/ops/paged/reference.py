@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -58,20 +59,31 @@ class ReferenceCache(PagedCache):
             place = torch.arange(length)
             block = self._batch.tables[index].long()[place // self.shape.block_size]
             where = (block * self.shape.block_size + place % self.shape.block_size).to(key.device)
-            mask = self._mask(index, own, place, window, extras.chunk).to(key.device)
-            keys, values = self._decoded(layer, stored[:, where])
+            packed = 0 if self._batch.packed is None else int(self._batch.packed[index])
+            keys, values = self._decoded(layer, where, packed)
+            mask = self._mask(index, own, torch.arange(len(keys)), window, extras.chunk).to(key.device)
             rows = (x.unsqueeze(0) for x in (query[own], keys, values))
             out[own] = attend_rows(*rows, scale=scale, mask=mask[None, None], extras=extras)[0]
         return out
 
-    def _decoded(self, layer: int, stored: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values [S, K, D] of a sequence, ``stored`` [parts, S, K, n]."""
-        shape = self.shape
-        found = [
-            shape.codec.decode(vectors, shape.head_dim, shape.dtype, shape.table(layer, part))
-            for part, vectors in enumerate(stored)
-        ]
-        return found[0], found[-1][..., : shape.latent]
+    def _decoded(self, layer: int, where: Tensor, packed: int) -> tuple[Tensor, Tensor]:
+        """The keys and values [S, K, D] of a sequence whose places are in the slots ``where``, of which ``packed``
+        tokens share the first."""
+        found, paired = [], self.shape.paired
+        for part in range(self.shape.parts):
+            take = functools.partial(self._vectors, part, layer, where)
+            if packed and paired is not None:
+                own = torch.arange(paired.places(packed), len(where))
+                found.append(torch.cat([paired.restore(layer, packed, take), take(layer, own)]))
+            else:
+                found.append(take(layer, torch.arange(len(where))))
+        return found[0], found[-1][..., : self.shape.latent]
+
+    def _vectors(self, part: int, layer: int, where: Tensor, layers: Tensor | int, places: Tensor) -> Tensor:
+        """The keys (0) or values (1) [n, K, D] that lie in ``layers`` at ``places`` of a sequence in the slots
+        ``where``, decoded as ``layer``'s."""
+        shape, stored = self.shape, self._memory.flatten(2, 3)[layers, part, where[places]]
+        return shape.codec.decode(stored, shape.head_dim, shape.dtype, shape.table(layer, part))
 
     def _mask(self, sequence: int, own: slice, place: Tensor, window: int | None, chunk: int | None) -> Tensor:
         """Which tokens of a sequence, at all its places [S], its new ones see: bool [T, S]."""
@@ -79,7 +91,9 @@ class ReferenceCache(PagedCache):
         if masks is None or sequence not in masks.sequences:
             return causal_mask(place[first:], place, window, chunk)
         index = int(np.searchsorted(masks.sequences, sequence))
-        before, position = int(masks.before[index]), place.clone()
+        # Where tokens share places, there are more of them before the mask than it says.
+        more = len(place) - int(self._batch.lengths[sequence])
+        before, position = int(masks.before[index]) + more, place.clone()
         position[first:] = torch.from_numpy(masks.positions[own])
         seen = causal_mask(place[first:], place)
         seen[before - first :, before:] = torch.from_numpy(masks.matrix(index))

@@ -22,6 +22,7 @@ class Entry:
         start, count: which of its tokens.
         dropped: how many of those before them are not in the cache any more: token ``start`` goes to the place
             ``start - dropped``.
+        packed: how many of those before them share the first places, see :attr:`PagedBatch.packed`.
         scored: after how many of the last of these tokens the scores of the next one are wanted: 0 for a piece of a
             prompt, 1 where the sequence goes on from it, 1 + len(window) where tokens were drafted.
         rated: after how many of them, from ``rated_from`` on, the log-probability of the prompt's next token is wanted.
@@ -39,6 +40,7 @@ class Entry:
     rated_from: int = 0
     window: tuple[int, ...] = ()
     dropped: int = 0
+    packed: int = 0
 
 
 @dataclasses.dataclass

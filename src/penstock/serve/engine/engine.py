@@ -71,7 +71,8 @@ class Engine:
         shape, blocks, size = executor.shape, executor.blocks, executor.block_size
         self.context = min(config.context or shape.context, shape.context, blocks * size)
         self.limits = Limits(config.budget(executor.device), config.sequences, blocks, size, shape)
-        self.memory = Memory(config.sequences, blocks, size, self.context, config.kv, config.eviction, tiers)
+        kv = config.kv.fitted(shape.layers, shape.head_dim)
+        self.memory = Memory(config.sequences, blocks, size, self.context, kv, config.eviction, tiers)
         self.events = EventLog()
         self._config, self._stop, self._grammars = config, frozenset(stop), grammars
         self.executor, self._counters = executor, Counters()

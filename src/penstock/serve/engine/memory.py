@@ -372,11 +372,16 @@ class Memory:
         sources, targets = (
             _places(blocks, count, size) for blocks, count in ((before, held.places), (held.blocks, left))
         )
-        self._compactions.append(Compaction(held.slot, held.computed, held.known, sources, targets))
+        packed = self.packed(held)
+        self._compactions.append(Compaction(held.slot, held.computed, held.known, packed, sources, targets))
         held.dropped, held.compacted, held.known = held.computed - left, held.computed, left
         held.due = self._due(sequence, held.computed, held.dropped)
         held.committed, held.node = 0, ROOT
         return 0
+
+    def packed(self, held: Held) -> int:
+        """How many tokens share the first places of what is ``held``, see :meth:`CachePolicy.packed`."""
+        return self._policy.packed(held.compacted) if held.dropped else 0
 
     def compactions(self) -> list[Compaction]:
         """What has to be compressed before anything else is done. It is told once."""

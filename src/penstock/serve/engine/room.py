@@ -104,7 +104,18 @@ class StepRoom:
             rated = max(0, min(start + count, len(sequence.request.prompt) - 1) - first)
         scored += len(window)
         self.entries.append(
-            Entry(sequence, held.slot, start, count, scored, rated, first - start, window, held.dropped)
+            Entry(
+                sequence,
+                held.slot,
+                start,
+                count,
+                scored,
+                rated,
+                first - start,
+                window,
+                held.dropped,
+                self._memory.packed(held),
+            )
         )
         self.tokens -= count
         sequence.in_flight += bool(scored)

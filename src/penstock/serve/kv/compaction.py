@@ -26,6 +26,7 @@ class Compaction:
         slot: of the sequence.
         computed: tokens of its text that are.
         known: of how many of the first tokens in the cache a number is remembered.
+        packed: how many tokens share the first places, see :meth:`CachePolicy.packed`.
         sources: int64 [n], the places in the memory where its tokens are, see :attr:`PagedBatch.slots`.
         targets: int64 [m], where those that are kept go.
     """
@@ -33,6 +34,7 @@ class Compaction:
     slot: int
     computed: int
     known: int
+    packed: int
     sources: np.ndarray
     targets: np.ndarray
 
@@ -54,7 +56,7 @@ class Compactor:
     def of(cls, cache: PagedCache, policy: CachePolicy, slots: int, tokens: int) -> Compactor | None:
         """One for a ``cache`` whose batches have up to ``slots`` sequences and ``tokens`` tokens; None where the
         ``policy`` keeps all."""
-        if policy.due(1, 0, 0) is None:
+        if not policy.compresses:
             return None
         if policy.watches:
             cache.watch = Watch(cache.shape, slots, policy.watches, tokens)
@@ -79,6 +81,8 @@ class Compactor:
             torch.from_numpy(each).to(self._cache.shape.device) for each in (work.sources, work.targets)
         )
         keys, values = self._cache.read(sources)
+        if work.packed:
+            keys, values = self._unpacked(keys, work.packed), self._unpacked(values, work.packed)
         drawn = self._read(sources, work.known)
         kept = [
             self._policy.compress(
@@ -89,6 +93,12 @@ class Compactor:
         self._cache.write(targets, torch.cat([each.keys for each in kept]), torch.cat([each.values for each in kept]))
         if self._policy.remembers:
             self._drawn[:, :, targets] = torch.cat([each.drawn for each in kept if each.drawn is not None])
+
+    def _unpacked(self, vectors: Tensor, packed: int) -> Tensor:
+        """Those [layers, K, n, D] of all tokens in places with ``vectors`` [layers, K, m, D]."""
+        paired = self._policy.paired
+        assert paired is not None
+        return torch.cat([paired.restored(vectors, packed), vectors[:, :, paired.places(packed) :]], 2)
 
     def _read(self, sources: Tensor, known: int) -> Tensor | None:
         """What is remembered of the tokens: float32 [layers, K, n]."""

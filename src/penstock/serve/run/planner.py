@@ -24,7 +24,8 @@ from penstock.serve.run.step import Part, Placed, Step
 
 class Fields(NamedTuple):
     """The numbers of a batch's entries, one array int64 [E] each; ``drafted`` are tentative tokens, ``given`` those of
-    the prompt, ``dropped`` those that are not in the cache any more."""
+    the prompt, ``dropped`` those that are not in the cache any more, and
+    ``packed`` those that share the first places."""
 
     slots: np.ndarray
     starts: np.ndarray
@@ -35,18 +36,19 @@ class Fields(NamedTuple):
     drafted: np.ndarray
     given: np.ndarray
     dropped: np.ndarray
+    packed: np.ndarray
 
     @classmethod
     def of(cls, entries: list[Entry]) -> Fields:
         rows = [
             (
                 *(each.slot, each.start, each.count, each.scored),
-                *(each.rated_from, each.rated, len(each.window), each.sequence.prompt, each.dropped),
+                *(each.rated_from, each.rated, len(each.window), each.sequence.prompt, each.dropped, each.packed),
             )
             for each in entries
         ]
-        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int64, 9 * len(rows))
-        return cls(*np.ascontiguousarray(flat.reshape(-1, 9).T))
+        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int64, 10 * len(rows))
+        return cls(*np.ascontiguousarray(flat.reshape(-1, 10).T))
 
 
 class Planner:
@@ -217,6 +219,8 @@ class Planner:
                 rows[all_own] - first,
                 places[all_own],
             )
+            if fields.packed[own].any():
+                plan = dataclasses.replace(plan, packed=torch.from_numpy(fields.packed[own].astype(np.int32)))
             if self._watched:
                 ends_of = (starts + counts)[rows[all_own]]
                 watched = watched_places(slots[rows[all_own]], positions[all_own], ends_of, self._watched)

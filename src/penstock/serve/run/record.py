@@ -36,10 +36,10 @@ from penstock.serve.run.step import Part, Placed, Step
 _LENGTH = struct.Struct("<Q")
 
 #: A recording whose format is another cannot be read.
-FORMAT = 3
+FORMAT = 4
 
 #: What is written of the plan of a part.
-PLAN = ("starts", "lengths", "tables", "slots", "watched")
+PLAN = ("starts", "lengths", "tables", "slots", "watched", "packed")
 
 #: Steps after which the outcome of one is there without waiting for the device: an engine has at most two under way.
 PATIENCE = 2
@@ -179,7 +179,7 @@ def flatten(step: Step) -> tuple[Arrays, dict[str, Any]]:
     more = {
         "lead": step.lead,
         "alternatives": step.alternatives,
-        "compactions": [[work.slot, work.computed, work.known] for work in step.compactions],
+        "compactions": [[work.slot, work.computed, work.known, work.packed] for work in step.compactions],
         "parts": len(step.parts),
         "placed": [[placed.slot, placed.prompt] for placed in step.placed],
         "rules": [[ruled.rule.describe(), sorted(ruled.known)] for ruled in asked.rules],
@@ -197,8 +197,9 @@ def unflatten(arrays: Arrays, more: dict[str, Any]) -> Step:
         return Part(plan=PagedBatch(**plan), **own)
 
     def compaction(number: int, known: list[int]) -> Compaction:
+        slot, computed, first, packed = known
         places = (arrays[f"compaction.{number}.{name}"] for name in ("sources", "targets"))
-        return Compaction(known[0], known[1], known[2], *places)
+        return Compaction(slot, computed, first, packed, *places)
 
     def record(kind: type[Any], name: str) -> Any:
         names = [f"asked.{name}.{field.name}" for field in dataclasses.fields(kind)]

@@ -2,7 +2,8 @@
 
 A token's place in the cache is not its position in the text. Keys are rotated by position when they are stored, so
 that what is kept can move together into fewer blocks, and the blocks that become free are the pool's again. Each head
-of each layer may keep other tokens; all keep as many, so that a sequence has one table of blocks.
+of each layer may keep other tokens; all keep as many, so that a sequence has one table of blocks. Where layers share
+keys and values, the tokens of all of them lie end to end in fewer places, see :mod:`penstock.ops.paged.paired`.
 
 When a cache is compressed depends on the sequence alone: a policy names the number of computed tokens at which it is
 due, and no piece of a batch goes beyond it. What a sequence says is so the same in any batch, with any chunks of its
@@ -19,6 +20,7 @@ import torch
 from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor
 
+from penstock.ops.paged.paired import PairedLayers
 from penstock.policy import Policy, contract
 
 
@@ -54,7 +56,8 @@ class Kept:
     "kv.policy",
     law="a budget that covers all gives the tokens of the full cache; what is kept is as much as the policy says, and "
     "the rest of the blocks are the pool's again; the tokens of a sequence do not depend on the batch, on chunks, "
-    "sharing, forks or preemption; what is kept equals the paper's rule by brute force",
+    "sharing, forks or preemption; layers that share keys and values "
+    "keep their norms; what is kept equals the paper's rule by brute force",
 )
 class CachePolicy(Policy):
     """Decides what the cache of a sequence keeps, and when the rest goes."""
@@ -63,9 +66,33 @@ class CachePolicy(Policy):
     remembers: ClassVar[bool] = False
 
     @property
+    def compresses(self) -> bool:
+        """Whether anything is ever thrown out or merged."""
+        return True
+
+    @property
     def watches(self) -> int:
         """How many of the last queries it asks about."""
         return 0
+
+    @property
+    def paired(self) -> PairedLayers | None:
+        """Where the keys and values lie of which layers share some: all that were computed when the cache was
+        compressed. None where each place has one token. Such a policy watches and remembers nothing."""
+        return None
+
+    def packed(self, computed: int) -> int:
+        """How many tokens share the first places of a cache that was compressed with so many ``computed``; 0 where each
+        has one."""
+        return 0 if self.paired is None else computed
+
+    def fitted(self, layers: int, head_dim: int) -> CachePolicy:
+        """The policy for a model with so many layers, and numbers of a head.
+
+        Raises:
+            UsageError: it is of no use there.
+        """
+        return self
 
     def due(self, prompt: int, computed: int, dropped: int) -> int | None:
         """When the cache is compressed next: once so many tokens of the text are computed. More than ``computed``, of
@@ -78,25 +105,42 @@ class CachePolicy(Policy):
 
     def compress(self, cached: Cached, count: int) -> Kept:
         """What is kept of ``cached``: ``count`` tokens in each head. The leading dimensions are computed each by
-        itself."""
+        itself; where layers are :attr:`paired`, ``cached`` has all of them, and its tokens are in the order of the text
+        in none, and what is kept are places."""
         raise NotImplementedError
 
 
-class Budgeted(CachePolicy):
-    """Keeps what a budget allows: the cache is compressed to it at the end of the prompt, and again whenever it is
-    ``every`` tokens beyond it.
+class Repeated(CachePolicy):
+    """Compresses a cache at the end of the prompt, and again whenever that leaves ``every`` tokens fewer.
+
+    Attributes:
+        every: how far beyond what it keeps a cache may grow before it is compressed.
+        whole_prompt: compress no sooner than at the end of the prompt. Without it, the prompt is compressed as it is
+            computed, in pieces, and never takes more memory than what is kept and ``every``; its later pieces do not
+            see what went before.
+    """
+
+    every: PositiveInt = 64
+    whole_prompt: bool = True
+
+    def due(self, prompt: int, computed: int, dropped: int) -> int | None:
+        if not self.compresses:
+            return None
+        place = max(computed + 1, prompt if self.whole_prompt else 0)
+        # A token more makes the surplus one more at most.
+        while (missing := self.every - (place - dropped - self.keeps(place))) > 0:
+            place += missing
+        return place
+
+
+class Budgeted(Repeated):
+    """Keeps what a budget allows.
 
     Attributes:
         budget: up to 1 a share of the tokens that were computed, above it a number of tokens.
-        every: how far beyond the budget a cache may grow before it is compressed.
-        whole_prompt: compress no sooner than at the end of the prompt. Without it, the prompt is compressed as it is
-            computed, in pieces, and never takes more memory than the budget and ``every``; its later pieces do not see
-            what went before.
     """
 
     budget: Annotated[float, Field(gt=0)] = 0.5
-    every: PositiveInt = 64
-    whole_prompt: bool = True
 
     @field_validator("budget")
     @classmethod
@@ -106,6 +150,10 @@ class Budgeted(CachePolicy):
         return budget
 
     @property
+    def compresses(self) -> bool:
+        return self.budget != 1
+
+    @property
     def least(self) -> int:
         """The fewest tokens that are kept."""
         return 1
@@ -113,15 +161,6 @@ class Budgeted(CachePolicy):
     def keeps(self, computed: int) -> int:
         wanted = math.ceil(self.budget * computed) if self.budget <= 1 else int(self.budget)
         return min(max(wanted, self.least), computed)
-
-    def due(self, prompt: int, computed: int, dropped: int) -> int | None:
-        if self.budget == 1:
-            return None
-        place = max(computed + 1, prompt if self.whole_prompt else 0)
-        # A token more makes the surplus one more at most.
-        while (missing := self.every - (place - dropped - self.keeps(place))) > 0:
-            place += missing
-        return place
 
 
 class Selecting(Budgeted):

@@ -10,6 +10,10 @@ from penstock.serve.kv.policies.contract import Cached, CachePolicy, Kept
 class Full(CachePolicy):
     """Keeps the keys and values of all tokens."""
 
+    @property
+    def compresses(self) -> bool:
+        return False
+
     def due(self, prompt: int, computed: int, dropped: int) -> int | None:
         return None
 
