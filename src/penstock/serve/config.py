@@ -166,7 +166,7 @@ class EngineConfig(Config):
             "deterministic": self.deterministic,
             "kv_host": bool(self.kv_host),
             "record": self.record is not None,
-            f"kv = {self.kv.policy_name}": self.kv.due(1, 0, 0) is not None,
+            f"kv = {self.kv.policy_name}": self.kv.compresses,
             f"codec = {self.codec.policy_name}": isinstance(self.codec, LearnedCodec),
         }
         for option, wanted in alone.items():
