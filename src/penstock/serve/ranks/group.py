@@ -126,6 +126,8 @@ class Ranks:
         """
         self._heard()
         self._world = met(self.share, self._store)
+        if torch.cuda.is_initialized():
+            threading.Thread(target=self._free, name="penstock-abort", daemon=True).start()
 
     def tell(self, what: str, *arguments: Any) -> None:
         """Lets the others do what this one does now.
@@ -133,10 +135,18 @@ class Ranks:
         Raises:
             RankLostError: a rank was lost.
         """
-        if self._watch.loss is not None:
-            raise _lost(self._watch.loss)
+        self.require()
         for channel in self._channels:
             channel.send(Do(what, list(arguments)))
+
+    def require(self) -> None:
+        """Checks that no rank has been lost so far.
+
+        Raises:
+            RankLostError: one has been.
+        """
+        if self._watch.loss is not None:
+            raise _lost(self._watch.loss)
 
     def ask_memory(self) -> None:
         """Asks the others what the memory of their devices is for."""
@@ -159,6 +169,13 @@ class Ranks:
         """Calls ``tell`` from another thread once a rank is lost: this one may wait for it in vain."""
         watch = self._watch
         threading.Thread(target=lambda: tell(_lost(watch.lost())), name="penstock-ranks", daemon=True).start()
+
+    def _free(self) -> None:
+        """Ends what waits on the device for a rank once that is lost: NCCL itself would for minutes, and then end this
+        process."""
+        self._watch.lost()
+        with contextlib.suppress(RuntimeError, ValueError):
+            dist.distributed_c10d._abort_process_group()
 
     @property
     def _watch(self) -> Watch:

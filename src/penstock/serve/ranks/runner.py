@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from collections.abc import Sequence as List
 from typing import Any
@@ -26,6 +27,28 @@ class RankRunner(Runner):
     def _pass_all(self, parts: List[Part], lead: int) -> list[Passed]:
         # One after the other: all ranks have to make their exchanges in one order.
         return [self._pass(part) for part in parts]
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledTogether(Sampled):
+    """What was chosen, which is worth nothing where a rank was lost meanwhile.
+
+    Attributes:
+        ranks: the others.
+    """
+
+    ranks: Ranks | None = None
+
+    @classmethod
+    def by(cls, ranks: Ranks, sampled: Sampled) -> SampledTogether:
+        """What was ``sampled`` with the help of ``ranks``."""
+        known = {field.name: getattr(sampled, field.name) for field in dataclasses.fields(sampled)}
+        return cls(**known, ranks=ranks)
+
+    def wait(self) -> None:
+        super().wait()
+        if self.ranks is not None:
+            self.ranks.require()
 
 
 class LeadingRunner(RankRunner):
@@ -79,7 +102,8 @@ class LeadingRunner(RankRunner):
         assert self.ranks is not None
         self._lead("execute", encoded(step))
         with self.ranks.together():
-            return super().execute(step, proposals)
+            sampled = super().execute(step, proposals)
+        return None if sampled is None else SampledTogether.by(self.ranks, sampled)
 
     def close(self) -> None:
         super().close()

@@ -1,0 +1,60 @@
+"""A model that is divided between two GPUs, over NCCL, with compiled passes and graphs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from penstock.models import hub
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.offline.llm import LLM
+from penstock.serve.ranks.group import RankLostError
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+MODEL = "python-6m"
+PROMPTS = ["def add(", "class Stack:", "import os", "for i in range("]
+PARAMS = [SamplingParams(temperature=temperature, seed=3, max_tokens=48) for temperature in (0, 0, 0.8, 1)]
+
+
+def said(**options) -> list[list[int]]:
+    with LLM(MODEL, device="cuda", cache_tokens=8192, sequences=16, dtype="fp32", **options) as llm:
+        return [result.outputs[0].token_ids for result in llm.generate(PROMPTS, PARAMS)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_devices_say_what_one_says(compiled):
+    assert said(tensor_parallel=2, compile=compiled) == said(compile=compiled)
+
+
+def test_what_is_drafted_is_checked_by_both():
+    assert said(tensor_parallel=2, draft="ngram") == said()
+
+
+def test_the_cache_of_both_is_sized_by_what_is_left():
+    with LLM(MODEL, device="cuda", tensor_parallel=2, sequences=16, memory=0.3) as llm:
+        executor = llm.engine.executor
+        (other,) = executor.ranks.memory
+        assert executor.memory["cache"] == other["cache"] > 2**30
+        assert executor.memory["weights"] == other["weights"] < 0.6 * _bytes()
+        assert executor.memory["graphs"] > 0
+
+
+def _bytes() -> int:
+    return sum(each.numel() * 2 for each in hub.load(MODEL).parameters())
+
+
+def test_a_rank_that_is_killed_is_named_though_nobody_waits_for_nccl():
+    with LLM(MODEL, device="cuda", tensor_parallel=2, cache_tokens=8192, sequences=16) as llm:
+        llm.generate(PROMPTS, PARAMS)
+        os.kill(llm.engine.executor.ranks._processes[0].pid, signal.SIGKILL)
+        time.sleep(2)
+        with pytest.raises(RankLostError, match="rank 1 has ended without a word"):
+            llm.generate(PROMPTS, PARAMS)
