@@ -2,7 +2,8 @@
 
 Quality: smollm2 reads the beginning of a file of the standard library; then the cache is compressed, and the loss of
 what follows is measured, token by token, as the cache goes on being compressed. Beside it, how many of the tokens that
-it writes are those of the full cache, and how many of the values it recalls that a long list of keys gave. Throughput:
+it writes are those of the full cache, and how many values it recalls of a list that was read before the cache was
+compressed. Layers that share keys and values are measured in the same way, by where they begin to. Throughput:
 python-6m serves many long requests from a pool of fixed size, with the full cache and with a quarter of it.
 """
 
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import statistics
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,26 +25,55 @@ from penstock.models import hub
 from penstock.models.decoder import Decoder
 from penstock.policy import index
 from penstock.serve.build import build_engine
+from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
+from penstock.serve.kv.policies.minicache import MiniCache
 from penstock.serve.messages import Request
 
 QUALITY, SPEED = "smollm2", "python-6m"
 BUDGETS = (0.25, 0.35, 0.5)
 #: Tokens of a text before the first compression, and behind it.
-READ, FOLLOW, TEXTS = 512, 128, 3
-#: Pairs of a list, and how many of its keys are asked for, of so many lists.
-PAIRS, ASKED = 24, 8
+READ, FOLLOW, TEXTS = 512, 128, 6
+#: Of the texts, so many are written on.
+WRITTEN = 3
+#: Lists of so many pairs; of each the first questions are shown with their answers, and the next ones count.
+LISTS, PAIRS, SHOWN, ASKED = 12, 8, 4, 3
+#: Where layers may begin to share keys and values.
+STARTS = (0.5, 0.0)
 #: Requests, their tokens in and out, and the tokens that the pool has room for.
 REQUESTS, IN, OUT, POOL = 48, 448, 128, 4096
 EVERY = 32
+NAMES = ("Anna", "Boris", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "James", "Karen", "Maria")
+CITIES = (
+    "Paris",
+    "London",
+    "Berlin",
+    "Madrid",
+    "Rome",
+    "Vienna",
+    "Tokyo",
+    "Cairo",
+    "Oslo",
+    "Delhi",
+    "Boston",
+    "Chicago",
+)
 
 
 def policies(budget: float) -> dict[str, dict[str, Any]]:
     """The options of every policy that has a budget."""
-    names = [name for name in index().names("kv.policy") if name != "full"]
+    names = [each.name for each in index().entries("kv.policy") if "budget" in each.load().model_fields]
     return {name: {"name": name, "budget": budget, "every": EVERY} for name in names}
+
+
+def sharing(model: Decoder, start: float, tokens: int) -> tuple[dict[str, Any], float]:
+    """The options of ``minicache`` where layers begin to share behind the share ``start`` of them, and what is left of
+    a cache with so many tokens."""
+    policy = MiniCache(start=start, every=EVERY)
+    fitted = policy.fitted(model.config.layers, model.config.head_dim)
+    return policy.describe(), fitted.keeps(tokens) / tokens
 
 
 def opened(model: Decoder, kv: dict[str, Any], tokens: int, sequences: int = 8) -> Engine:
@@ -56,12 +87,12 @@ def finished(engine: Engine, requests: list[Request]) -> dict[str, Any]:
     for request in requests:
         engine.add(request)
     tokens: dict[str, list[int]] = {request.id: [] for request in requests}
-    rated: dict[str, list[float]] = {}
+    rated: dict[str, list[TokenLogprobs]] = {}
     while engine.busy:
         for delta in engine.step():
             tokens[delta.id] += delta.tokens
             if delta.prompt_logprobs is not None:
-                rated[delta.id] = [each.logprob for each in delta.prompt_logprobs]
+                rated[delta.id] = list(delta.prompt_logprobs)
     engine.memory.pool.forget()
     return {"tokens": tokens, "rated": rated}
 
@@ -78,7 +109,7 @@ def losses(engine: Engine, todo: list[list[int]], read: int) -> list[float]:
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, prompt_logprobs_from=read)
     asked = [Request(str(number), text, sampling, given=read) for number, text in enumerate(todo)]
     rated = finished(engine, asked)["rated"]
-    return [-statistics.fmean(rated[each.id]) for each in asked]
+    return [-statistics.fmean(token.logprob for token in rated[each.id]) for each in asked]
 
 
 def written(engine: Engine, todo: list[list[int]], read: int, count: int) -> list[list[int]]:
@@ -88,72 +119,127 @@ def written(engine: Engine, todo: list[list[int]], read: int, count: int) -> lis
     return list(finished(engine, asked)["tokens"].values())
 
 
-def recall(engine: Engine, name: str, pairs: int, asked: int) -> float:
-    """The share of keys whose value is recalled, of lists of ``pairs`` that are read before the key is asked for."""
-    tokenizer = hub.load_tokenizer(hub.resolve(name))
-    requests, wanted = [], []
-    for number in range(asked):
+class Question(NamedTuple):
+    """A list of pairs and questions for them: ``prompt`` tokens, of which the first ``given`` are the list; and of each
+    of the last answers, which of the tokens are it."""
+
+    prompt: list[int]
+    given: int
+    answers: list[slice]
+
+
+def questions(name: str, lists: int, pairs: int) -> list[Question]:
+    """Dictionaries of so many ``pairs``, as Python writes them, and behind each the values of some of its keys, the
+    last of which are to be recalled: by then a small model knows what is asked."""
+    tokenizer, found = hub.load_tokenizer(hub.resolve(name)), []
+    for number in range(lists):
         draw = numpy_generator(number, "bench/kv/recall")
-        keys = [f"{word}{tail}" for word, tail in zip(draw.choice(WORDS, pairs), draw.permutation(pairs), strict=True)]
-        values = [str(value) for value in draw.integers(1000, 9999, size=pairs)]
-        lines = "".join(f"The code of {key} is {value}.\n" for key, value in zip(keys, values, strict=True))
-        chosen = int(draw.integers(pairs))
-        head, question = tokenizer(lines)["input_ids"], f"The code of {keys[chosen]} is"
-        prompt = tokenizer(lines + question)["input_ids"]
-        # Compressed before the question is known: that is what a cache has to stand.
-        request = Request(str(number), prompt, SamplingParams(temperature=0, max_tokens=6), given=len(head))
-        requests.append(request)
-        wanted.append(values[chosen])
-    said = finished(engine, requests)["tokens"]
-    return statistics.fmean(
-        tokenizer.decode(said[request.id]).strip().startswith(value)
-        for request, value in zip(requests, wanted, strict=True)
-    )
+        keys, values = ([str(each) for each in draw.permutation(words)[:pairs]] for words in (NAMES, CITIES))
+        head = "codes = {\n" + "".join(f'    "{key}": "{value}",\n' for key, value in zip(keys, values, strict=True))
+        prompt = tokenizer(head + "}\n")["input_ids"]
+        given, answers = len(prompt), []
+        for place in draw.permutation(pairs)[: SHOWN + ASKED]:
+            # Each piece is cut into tokens by itself, so that where a value begins does not depend on what it is.
+            for piece in (f'assert codes["{keys[place]}"] ==', f' "{values[place]}', '"\n'):
+                answers.append(len(prompt))
+                prompt += tokenizer(piece, add_special_tokens=False)["input_ids"]
+        begins = [slice(*answers[first : first + 2]) for first in range(1, len(answers), 3)]
+        found.append(Question(prompt, given, begins[SHOWN:]))
+    return found
 
 
-WORDS = ["river", "stone", "lamp", "cloud", "garden", "bridge", "violin", "candle", "meadow", "anchor"]
+def recall(engine: Engine, todo: list[Question]) -> tuple[list[bool], list[float]]:
+    """Of each value that is to be recalled, whether it is the most likely answer, and its loss in nats. The cache is
+    compressed before the first question is known: that is what it has to stand."""
+    asked = []
+    for number, each in enumerate(todo):
+        sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, prompt_logprobs_from=each.given)
+        asked.append(Request(str(number), each.prompt, sampling, given=each.given))
+    rated = finished(engine, asked)["rated"]
+    right, lost = [], []
+    for request, each in zip(asked, todo, strict=True):
+        before = len(each.prompt) - len(rated[request.id])
+        for answer in each.answers:
+            own = rated[request.id][answer.start - before : answer.stop - before]
+            right.append(all(token.rank == 1 for token in own))
+            lost.append(-math.fsum(token.logprob for token in own))
+    return right, lost
 
 
-def quality(bench: Bench, model_name: str, model: Decoder) -> None:
-    """Loss, agreement and recall of every policy at every budget, beside the full cache and beside one another."""
-    read, follow, count = (96, 48, 2) if bench.quick else (READ, FOLLOW, TEXTS)
-    pairs, asked = (8, 2) if bench.quick else (PAIRS, ASKED)
-    todo, room = texts(model_name, count, read + follow), 16 * (read + follow + 400)
-    full = opened(model, {"name": "full"}, room)
-    plain, said = losses(full, todo, read), written(full, todo, read, follow // 2)
-    setting = f"{model_name}, {read} tokens read"
-    bench.row(
-        subject="full", setting=setting, metric="recalled values", unit="", value=recall(full, model_name, pairs, asked)
-    )
+class Quality:
+    """What is measured of an engine whose cache is compressed, beside the same with the full cache.
+
+    Args:
+        bench: takes the figures.
+        name: of the ``model``.
+    """
+
+    def __init__(self, bench: Bench, name: str, model: Decoder) -> None:
+        self._bench, self._model = bench, model
+        self.read, self._follow, count = (96, 48, 2) if bench.quick else (READ, FOLLOW, TEXTS)
+        self._texts = texts(name, count, self.read + self._follow)
+        self._questions = questions(name, 2 if bench.quick else LISTS, PAIRS)
+        self._room = 16 * (self.read + self._follow + 400)
+        self.setting = f"{name}, {self.read} tokens read"
+        full = self._opened({"name": "full"})
+        self.plain, self._said = losses(full, self._texts, self.read), self._written(full)
+        self._recall("full", full, self.setting)
+
+    def _opened(self, kv: dict[str, Any]) -> Engine:
+        return opened(self._model, kv, self._room)
+
+    def _written(self, engine: Engine) -> list[list[int]]:
+        return written(engine, self._texts[:WRITTEN], self.read, self._follow // 2)
+
+    def of(self, name: str, kv: dict[str, Any], where: str, papers: tuple[int, ...] = ()) -> list[float]:
+        """Loss, agreement and recall of the policy ``name`` with the options ``kv``: the losses by text."""
+        engine, bench = self._opened(kv), self._bench
+        found = losses(engine, self._texts, self.read)
+        bench.compared(
+            subject=name,
+            peer="full",
+            setting=where,
+            better="lower",
+            metric="loss of what follows",
+            unit="nats/token",
+            values=found,
+            peer_values=self.plain,
+            claim="parity",
+            papers=papers,
+        )
+        both = zip(itertools.chain(*self._written(engine)), itertools.chain(*self._said), strict=True)
+        alike = statistics.fmean(one == other for one, other in both)
+        bench.row(subject=name, setting=where, metric="tokens as with the full cache", unit="", value=alike)
+        self._recall(name, engine, where)
+        return found
+
+    def _recall(self, name: str, engine: Engine, where: str) -> None:
+        right, lost = recall(engine, self._questions)
+        self._bench.row(subject=name, setting=where, metric="recalled values", unit="", value=statistics.fmean(right))
+        loss = {"metric": "loss of recalled values", "unit": "nats", "better": "lower"}
+        self._bench.row(subject=name, setting=where, **loss, value=statistics.fmean(lost))
+
+
+def quality(bench: Bench, name: str, model: Decoder) -> None:
+    """That of every policy at every budget, and of layers that share, beside the full cache and beside one another."""
+    measured = Quality(bench, name, model)
+    for start in STARTS:
+        kv, left = sharing(model, start, measured.read)
+        measured.of("minicache", kv, f"{measured.setting}, {left:.0%} kept", papers=(210,))
     for budget in BUDGETS[: 1 if bench.quick else None]:
-        found: dict[str, list[float]] = {}
-        where = f"{setting}, {budget:.0%} kept"
-        for name, kv in policies(budget).items():
-            engine = opened(model, kv, room)
-            found[name] = losses(engine, todo, read)
-            loss = {"subject": name, "setting": where, "metric": "loss of what follows", "unit": "nats/token"}
+        where = f"{measured.setting}, {budget:.0%} kept"
+        found = {
+            name: measured.of(name, kv, where, papers=(348,) if name == "scissorhands" and budget <= 0.25 else ())
+            for name, kv in policies(budget).items()
+        }
+        for one, peer, papers in (("kv_merger", "h2o", (287,)), ("h2o", "sink_window", ())):
             bench.compared(
-                **loss,
-                peer="full",
-                values=found[name],
-                peer_values=plain,
-                better="lower",
-                claim="parity",
-                papers=(348,) if name == "scissorhands" and budget <= 0.25 else (),
-            )
-            both = zip(itertools.chain(*written(engine, todo, read, follow // 2)), itertools.chain(*said), strict=True)
-            alike = statistics.fmean(one == other for one, other in both)
-            bench.row(subject=name, setting=where, metric="tokens as with the full cache", unit="", value=alike)
-            recalled = recall(engine, model_name, pairs, asked)
-            bench.row(subject=name, setting=where, metric="recalled values", unit="", value=recalled)
-        for name, peer, papers in (("kv_merger", "h2o", (287,)), ("h2o", "sink_window", ())):
-            bench.compared(
-                subject=name,
+                subject=one,
                 peer=peer,
                 setting=where,
                 metric="loss of what follows",
                 unit="nats/token",
-                values=found[name],
+                values=found[one],
                 peer_values=found[peer],
                 better="lower",
                 papers=papers if budget > 0.25 else (),
