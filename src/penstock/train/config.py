@@ -68,8 +68,8 @@ class DataConfig(Config):
     ``skip_bad``, damaged documents are left out and counted, instead of ending the run. Where a store
     is there, what is said here must be true of it.
 
-    ``chats`` are conversations, and ``preferences`` are pairs of a chosen and a rejected answer, in place of
-    ``corpus``, for the objectives that learn from them: a file, a folder that the library ``datasets`` has saved, or a
+    ``chats`` are conversations, ``preferences`` are pairs of a chosen and a rejected answer, and ``ratings`` are answers
+    that are good or bad, in place of ``corpus``, for the objectives that learn from them: a file, a folder that the library ``datasets`` has saved, or a
     table such as ``{ name = "hf", path = "org/name" }``. ``chat_template`` is a file whose template takes the place of
     the model's own.
     """
@@ -83,6 +83,7 @@ class DataConfig(Config):
     end_of_text: str = Field(AUTO, min_length=1)
     chats: DataSet | None = None
     preferences: DataSet | None = None
+    ratings: DataSet | None = None
     chat_template: Path | None = None
     sampler: Annotated[Sampler, Choice("data.sampler", "shuffle")] = Shuffle()
 
@@ -275,8 +276,8 @@ class TrainConfig(Config):
                 "parallel.pipeline is 1: set that to their number, or pipeline.route=none"
             )
         learns, name = self.objective.learns_from, self.objective.policy_name
-        for key in ("chats", "preferences"):
-            if getattr(self.data, key) is not None and (learns == "texts" or (key == "chats") != (learns == "chats")):
+        for key in ("chats", "preferences", "ratings"):
+            if getattr(self.data, key) is not None and key != learns:
                 raise ValueError(f"data.{key} is given, and the objective {name} learns from {learns}: set objective")
         if self.model is not None and (self.data.vocabulary or 0) > self.model.vocabulary:
             raise ValueError(

@@ -34,7 +34,7 @@ from penstock.train.material.contract import Material
 REFERENCE = "reference"
 
 #: Where the configuration names what is read as each kind.
-KEYS: dict[Kind, str] = {"chats": "chats", "preferences": "preferences"}
+KEYS: dict[Kind, str] = {"chats": "chats", "preferences": "preferences", "ratings": "ratings"}
 
 
 class Dialogues(Material):
