@@ -37,6 +37,8 @@ def train(
     `penstock train --preset sft --set start_from=smollm2 --set data.chats=chats.jsonl --out runs/sft`,
     `penstock train --preset sft --set data.chats=chats.jsonl --set tuner=lora --set optim.lr=2e-4 --out runs/lora`,
     `penstock train --preset sft --set start_from=runs/sft --set objective=dpo --set data.preferences=pairs.jsonl`,
+    `penstock train --preset kto --set start_from=runs/sft --set data.ratings=ratings.jsonl --out runs/kto`,
+    `penstock train --preset reward --set start_from=runs/sft --set data.preferences=pairs.jsonl --out runs/reward`,
     `penstock train --preset drafter-early-exit --set target=runs/try --out runs/exit`,
     `penstock train --resume runs/try`, `torchrun --nproc-per-node 8 -m penstock train config.toml`,
     `torchrun --nproc-per-node 4 -m penstock train config.toml --set parallel.pipeline=4 --set pipeline.schedule=zb-h1`,

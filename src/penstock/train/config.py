@@ -68,10 +68,10 @@ class DataConfig(Config):
     ``skip_bad``, damaged documents are left out and counted, instead of ending the run. Where a store
     is there, what is said here must be true of it.
 
-    ``chats`` are conversations, ``preferences`` are pairs of a chosen and a rejected answer, and ``ratings`` are answers
-    that are good or bad, in place of ``corpus``, for the objectives that learn from them: a file, a folder that the library ``datasets`` has saved, or a
-    table such as ``{ name = "hf", path = "org/name" }``. ``chat_template`` is a file whose template takes the place of
-    the model's own.
+    ``chats`` are conversations, ``preferences`` are pairs of a chosen and a rejected answer, and ``ratings`` are
+    answers that are good or bad, in place of ``corpus``, for the objectives that learn from them: a file, a folder that
+    the library ``datasets`` has saved, or a table such as ``{ name = "hf", path = "org/name" }``. ``chat_template`` is
+    a file whose template takes the place of the model's own.
     """
 
     corpus: Annotated[Corpus, Choice("data.corpus", "stdlib")] | None = None
@@ -266,6 +266,8 @@ class TrainConfig(Config):
             raise ValueError(f"give one of a [model] section, start_from and target, not {' and '.join(given)}")
         if (self.steps, self.tokens, self.epochs, self.minutes) == (None,) * 4:
             raise ValueError("say when to stop: steps, tokens, epochs or minutes")
+        if self.objective.scalar and self.parallel.pipeline > 1:
+            raise ValueError(f"the objective {self.objective.policy_name} trains without a pipeline")
         if (self.tuner != Full() or self.rates) and self.parallel.pipeline > 1:
             raise ValueError("a pipeline trains all weights at one rate: set parallel.pipeline=1 with tuner or rates")
         if self.tuner.adds and self.start_from is None:

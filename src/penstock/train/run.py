@@ -92,7 +92,10 @@ class Run:
         model = self._part(pipeline, found) if pipeline else self._model(found)
         folders.check(model)
         if isinstance(model, Decoder):
+            self._give_head(model)
             config.tuner.attach(model, config.seed)
+            if config.objective.scalar:
+                model.head.requires_grad_(True)  # what is not there yet is trained, whatever the tuner trains
         self.material: Material = kind(config, self._store_folder, parent, shape, world, report)
         self.notes += self.material.notes
         self.config = config = config.model_copy(update={"data": self.material.settled()})
@@ -228,6 +231,21 @@ class Run:
         elif found is None:
             pipeline.part.initialize(self.config.seed)
         return pipeline.part.to(self.device)
+
+    def _give_head(self, model: Decoder) -> None:
+        """Gives the model the kind of head that the objective trains.
+
+        Raises:
+            ConfigError: it is a reward model, and the objective trains models that write.
+        """
+        if self.config.objective.scalar and not model.config.scalar_head:
+            model.give_scalar_head(self.config.seed)
+        elif model.config.scalar_head and not self.config.objective.scalar:
+            raise ConfigError(
+                f"{self.config.start_from} is a reward model, which writes no text: the objective "
+                f"{self.config.objective.policy_name} cannot train it",
+                hint="Set objective=reward, or start from the model that it was made of.",
+            )
 
     def _check(self, shape: DecoderConfig) -> None:
         """Whether batch and model fit together."""

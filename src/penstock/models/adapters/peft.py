@@ -16,6 +16,7 @@ from penstock.core.errors import ModelError, PenstockError
 from penstock.core.files import read_json, write_json
 from penstock.models.adapters.low_rank import attached
 from penstock.models.decoder import Decoder
+from penstock.models.families.mapping import SCALAR_HEAD
 from penstock.models.formats.contract import Stored, Weights
 from penstock.ops.quantized.contract import Packed
 
@@ -48,6 +49,8 @@ def write(decoder: Decoder, folder: Path, base: str, alpha: float, transposed: b
             tensors[f"{module}.lora_A.weight"] = layer.a[place].detach().float().cpu().contiguous()
             tensors[f"{module}.lora_B.weight"] = layer.b[place].detach().float().cpu().contiguous()
     names = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
+    if decoder.config.scalar_head:
+        tensors[f"{PREFIX}{SCALAR_HEAD}"] = decoder.head.weight.detach().float().cpu().contiguous()
     try:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -64,6 +67,8 @@ def write(decoder: Decoder, folder: Path, base: str, alpha: float, transposed: b
         "fan_in_fan_out": transposed,
         "inference_mode": True,
     }
+    if decoder.config.scalar_head:
+        described |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     write_json(folder / CONFIG, described)
 
 

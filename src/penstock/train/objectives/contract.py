@@ -51,12 +51,14 @@ class Objective(Policy):
         cross_entropy: whether :meth:`hidden_loss` is the plain cross-entropy of the targets, which can be computed from
             rows of the vocabulary on several devices.
         of_heads: whether a head is trained, and not the model that it is for.
+        scalar: whether the model gets a head that gives a text one number.
         learns_from: the texts of a token store, or the kind of examples that a data set is read as.
         unit: what :meth:`count` counts.
     """
 
     cross_entropy: ClassVar[bool] = False
     of_heads: ClassVar[bool] = False
+    scalar: ClassVar[bool] = False
     learns_from: ClassVar[Literal["texts"] | Kind] = "texts"
     unit: ClassVar[str] = "token"
 
