@@ -4,9 +4,9 @@
 ``tokenizer/`` what goes beside the weights into every model folder that the run writes;
 ``metrics.jsonl`` a record for each update; ``checkpoints/`` the newest checkpoints; ``model/`` the finished model, a
 Hugging Face folder; ``adapter/`` what was added to its base, where that alone was trained; ``reference/`` what the
-model at the beginning found probable, where the objective asks; ``loss.png`` the loss curve; ``summary.json`` what came
-out. A pipeline adds ``pipeline.json``, what its stages cost, and ``pipeline-trace.json``, the timeline of an update,
-measured and simulated.
+model at the beginning found probable, and ``teacher/`` what a teacher says, where the objective asks; ``loss.png`` the
+loss curve; ``summary.json`` what came out. A pipeline adds ``pipeline.json``, what its stages cost, and
+``pipeline-trace.json``, the timeline of an update, measured and simulated.
 """
 
 from __future__ import annotations

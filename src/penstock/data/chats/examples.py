@@ -17,6 +17,7 @@ another, which tells what the model finds probable after this question whatever 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -94,6 +95,7 @@ class Examples:
         count: how many examples.
         counts: their size.
         extras: float32 [sequences] each, what a batch says of the sequences, by name.
+        tokenwise: [learnt tokens, ...] each, what a batch says of the tokens that are learnt, by name.
     """
 
     def __init__(self, folder: Path, manifest: ExampleManifest, name: SplitName) -> None:
@@ -106,6 +108,7 @@ class Examples:
         if sizes != wanted or int(self._starts[-1]) != self.counts.tokens:
             raise damaged(folder / name, "its files do not fit the counts of the manifest")
         self.extras: dict[str, npt.NDArray[np.float32]] = {}
+        self.tokenwise: dict[str, npt.NDArray[Any]] = {}
         if manifest.kind == "ratings":
             labels = map_file(folder / name / f"{LABELS}.bin", "u1")
             if len(labels) != self.count:
@@ -125,6 +128,14 @@ class Examples:
         begin, end = int(self._starts[sequence]), int(self._starts[sequence + 1])
         end = min(end, begin + limit)
         return self._tokens[begin:end], self._learnt[begin:end].astype(np.bool_)
+
+    @functools.cached_property
+    def learnt_before(self) -> npt.NDArray[np.int64]:
+        """[sequences + 1], how many learnt tokens stand before each sequence; a first token is never predicted."""
+        predicted = self._learnt.astype(np.int64)
+        predicted[self._starts[:-1]] = 0
+        before: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(predicted)])[self._starts]
+        return before
 
     def learns(self, example: int, limit: int) -> bool:
         """Whether something is learnt from the first ``limit`` tokens of an example's first sequence."""

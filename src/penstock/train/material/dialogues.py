@@ -27,11 +27,14 @@ from penstock.models.decoder import Decoder
 from penstock.parallel.world import World
 from penstock.train.batches import microbatches
 from penstock.train.config import HELD_OUT, DataConfig, TrainConfig
-from penstock.train.material import reference
+from penstock.train.material import reference, teacher
 from penstock.train.material.contract import Material
 
 #: The folder of a run with what the model at its beginning finds probable.
 REFERENCE = "reference"
+
+#: The folder of a run with what a teacher says.
+TEACHER = "teacher"
 
 #: Where the configuration names what is read as each kind.
 KEYS: dict[Kind, str] = {"chats": "chats", "preferences": "preferences", "ratings": "ratings"}
@@ -64,6 +67,7 @@ class Dialogues(Material):
         self.store = self._opened(shape)
         self._evaluated = 0
         self._reference: Path | None = None
+        self._teacher: Path | None = None
         self._tell(PackedLoader(self.store.split("train"), **self._order(0, 1)).packed)
 
     @classmethod
@@ -75,6 +79,12 @@ class Dialogues(Material):
             raise ConfigError(
                 f"the objective {name} learns from {kind}, and data.{key} names none",
                 hint=f"Give a file of them: --set data.{key}={key}.jsonl",
+            )
+        taught = config.objective.teacher
+        if taught is not None and not taught.source:
+            raise ConfigError(
+                f"the objective {name} learns from a teacher, and objective.source names none",
+                hint="Give a model, or the address of a server: --set objective.source=http://127.0.0.1:8000",
             )
         if parent is None:
             raise ConfigError(
@@ -174,20 +184,29 @@ class Dialogues(Material):
         return PackedLoader(self._examples("train"), **self._order(rank, world))
 
     def prepare(self, model: Decoder, folder: Path, report: Reporter) -> None:
-        if self._config.objective.refers:
-            reference.compute(model, self.store, folder / REFERENCE, self._config.batch, report)
+        config, taught = self._config, self._config.objective.teacher
+        if config.objective.refers:
+            reference.compute(model, self.store, folder / REFERENCE, config.batch, report)
+        if taught is not None:
+            tokens, device = config.batch.micro_tokens or config.batch.tokens, str(model.embedding.weight.device)
+            teacher.compute(taught, self.store, folder / TEACHER, tokens, device, report)
 
     def take(self, folder: Path) -> None:
         if self._config.objective.refers:
             self._reference = folder / REFERENCE
-            for name in SPLITS:
-                self._examples(name)
+        if self._config.objective.teacher is not None:
+            self._teacher = folder / TEACHER
+        for name in SPLITS:
+            self._examples(name)
 
     def _examples(self, name: SplitName) -> Examples:
         examples = self.store.split(name)
         if self._reference is not None:
             found = reference.read(examples, self._reference, name, self._config.batch.length)
             examples.extras["reference"] = found
+        taught = self._config.objective.teacher
+        if self._teacher is not None and taught is not None:
+            examples.tokenwise |= teacher.read(examples, self._teacher, name, taught.top)
         return examples
 
     def validate(self, model: Decoder) -> float:

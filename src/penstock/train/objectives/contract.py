@@ -33,7 +33,15 @@ class Example(NamedTuple):
     targets: list[int]
     loss: float
     documents: list[int] | None = None
-    extras: Mapping[str, list[float]] = {}
+    extras: Mapping[str, list[Any]] = {}
+
+
+class Teacher(NamedTuple):
+    """A model that is asked for its ``top`` most probable tokens: a folder as ``hub.resolve`` takes it, or the address
+    of a server."""
+
+    source: str
+    top: int
 
 
 @contract(
@@ -78,6 +86,12 @@ class Objective(Policy):
         """Whether it needs the log-probability of each sequence under the model at the beginning, in
         ``Batch.extras["reference"]``."""
         return False
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """Whom to ask, before the run, what it would say in the place of each token that is learnt: its most probable
+        tokens in ``Batch.extras["teacher_tokens"]``, and their log-probabilities in ``"teacher_logprobs"``."""
+        return None
 
     def count(self, batch: Batch) -> Tensor:
         """By how much the summed loss is divided to be a mean: the predicted tokens, where a policy says no other."""
