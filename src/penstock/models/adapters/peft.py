@@ -44,10 +44,10 @@ def write(decoder: Decoder, folder: Path, base: str, alpha: float, transposed: b
     rank = 0
     for _, layer in attached(decoder):
         rank = layer.rank
-        for place in layer.a:
-            module = PREFIX + layer.pieces[int(place)].module
-            tensors[f"{module}.lora_A.weight"] = layer.a[place].detach().float().cpu().contiguous()
-            tensors[f"{module}.lora_B.weight"] = layer.b[place].detach().float().cpu().contiguous()
+        for place, (a, b) in layer.additions().items():
+            module = PREFIX + layer.pieces[place].module
+            tensors[f"{module}.lora_A.weight"] = a.detach().float().cpu().contiguous()
+            tensors[f"{module}.lora_B.weight"] = b.detach().float().cpu().contiguous()
     names = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
     if decoder.config.scalar_head:
         tensors[f"{PREFIX}{SCALAR_HEAD}"] = decoder.head.weight.detach().float().cpu().contiguous()
