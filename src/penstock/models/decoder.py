@@ -346,6 +346,17 @@ class Decoder(nn.Module):
         self.head = Linear(self.config.hidden, 1, bias=False, dtype=like.dtype, device=like.device)
         self.head.weight.copy_(self._drawn("head.weight", self.head.weight.shape, seed))
 
+    @torch.no_grad()
+    def enlarge(self, vocabulary: int) -> None:
+        """Gives the model so many tokens, no fewer than it has: each new one begins with the mean of the vectors that
+        are there, so that it is about as probable as the others are on average (Hewitt, 2021)."""
+        self.config = self.config.model_copy(update={"vocabulary": vocabulary})
+        self.embedding.weight, self.embedding.num_embeddings = _longer(self.embedding.weight, vocabulary), vocabulary
+        if not self.config.scalar_head:
+            shared = self.config.shares_head
+            self.head.weight = self.embedding.weight if shared else _longer(self.head.weight, vocabulary)
+            self.head.out_features = vocabulary
+
     def expect(self, context: int) -> None:
         """From now on texts have no more than ``context`` tokens, by which LongRoPE chooses its factors; other models
         do not change. What was kept of texts before is void."""
@@ -376,3 +387,9 @@ class Decoder(nn.Module):
         if name.endswith(("attention.output.weight", "down.weight", "mlp.down")):
             std /= math.sqrt(2 * self.config.layers)
         return std * torch.randn(shape, generator=torch_generator(seed, f"init/{name}"))
+
+
+def _longer(matrix: Tensor, rows: int) -> nn.Parameter:
+    """A matrix of so many rows, the new ones the mean of the others."""
+    mean = matrix.to(torch.promote_types(matrix.dtype, torch.float32)).mean(0, keepdim=True)
+    return nn.Parameter(torch.cat([matrix, mean.to(matrix).expand(rows - len(matrix), -1)]))

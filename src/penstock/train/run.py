@@ -82,6 +82,7 @@ class Run:
         kind = Texts if config.objective.learns_from == "texts" else Dialogues
         self._check(shape)
         kind.check(config, self._store_folder, parent, shape)
+        shape = kind.enlarged(config, parent, shape)
         if found is None and config.start_from and config.export_dtype is None:
             stored = hub.dtype_of(config.start_from)
             named = next((name for name, dtype in DTYPES.items() if dtype == stored), None)
@@ -92,6 +93,8 @@ class Run:
         model = self._part(pipeline, found) if pipeline else self._model(found)
         folders.check(model)
         if isinstance(model, Decoder):
+            if model.config.vocabulary < shape.vocabulary:
+                model.enlarge(shape.vocabulary)
             self._give_head(model)
             config.tuner.attach(model, config.seed)
             if config.objective.scalar:

@@ -150,7 +150,8 @@ def _message(value: Any, where: str) -> Message:
         raise DataError(f"{where} has the role {message.get('role')!r}, not one of {', '.join(sorted({*AFTER}))}")
     content = message.get("content")
     if not (isinstance(content, (str, list)) or (content is None and message.get("tool_calls"))):
-        raise DataError(f"{where} has no content")
+        said = "no content" if content is None else f"the content {content!r:.40}, which is no text and no list"
+        raise DataError(f"{where} has {said}")
     return {"content": "", **message, "role": role}
 
 

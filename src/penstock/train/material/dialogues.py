@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from tokenizers import Tokenizer
 
 from penstock.core.errors import ConfigError
 from penstock.core.files import read_json, read_text, write_atomic, write_json
@@ -19,7 +20,7 @@ from penstock.data.corpora.records import Records
 from penstock.data.loader import Batch
 from penstock.data.manifest import SPLITS, SplitName
 from penstock.data.samplers.shuffle import Shuffle
-from penstock.data.tokenizer import fingerprint, load_tokenizer
+from penstock.data.tokenizer import add_tokens, fingerprint, load_tokenizer, size_of
 from penstock.models import hub
 from penstock.models.companions import copy_companions, end_with
 from penstock.models.config import DecoderConfig
@@ -96,12 +97,19 @@ class Dialogues(Material):
                 f"{len(config.batch.stages)}"
             )
 
+    @classmethod
+    def enlarged(cls, config: TrainConfig, parent: Path | str | None, shape: DecoderConfig) -> DecoderConfig:
+        if not config.data.new_tokens:
+            return shape
+        tokens = size_of(_tokenizer(config.data, str(parent)))
+        return shape.model_copy(update={"vocabulary": max(shape.vocabulary, tokens)})
+
     def _build(self, report: Reporter) -> None:
         data = self._config.data
         ExampleStore.build(
             cast(Records, self._source),
             self._kind,
-            Template(hub.resolve(self._parent), data.chat_template),
+            Template(hub.resolve(self._parent), data.chat_template, data.new_tokens),
             self.folder,
             learnt=self._learnt,
             held_out=HELD_OUT if data.held_out is None else data.held_out,
@@ -128,7 +136,7 @@ class Dialogues(Material):
             "objective.learnt": (self._learnt, manifest.learnt),
         }
         differing = [f"{key}: {want}, not {there}" for key, (want, there) in asked.items() if want not in (None, there)]
-        if fingerprint(load_tokenizer(hub.resolve(self._parent))) != manifest.tokenizer:
+        if fingerprint(_tokenizer(data, self._parent)) != manifest.tokenizer:
             differing.append("the tokenizer: the model has another one")
         if differing:
             raise ConfigError(
@@ -165,6 +173,8 @@ class Dialogues(Material):
     def provide(self, folder: Path) -> None:
         source = hub.resolve(self._parent)
         copy_companions(source, folder)
+        if self._config.data.new_tokens:
+            write_atomic(folder / "tokenizer.json", _tokenizer(self._config.data, self._parent).to_str(pretty=True))
         if self._config.data.chat_template is not None:
             _take_template(folder, read_text(self._config.data.chat_template))
         for token in self.store.manifest.ends:
@@ -235,6 +245,13 @@ class Dialogues(Material):
                     break
         self._evaluated = sum(len(loader.packed.rows[row]) for row in loader.order(0, done))
         return loss / max(counted, 1)
+
+
+def _tokenizer(data: DataConfig, parent: str) -> Tokenizer:
+    """The tokenizer of a model, with the new tokens."""
+    tokenizer = load_tokenizer(hub.resolve(parent))
+    add_tokens(tokenizer, data.new_tokens)
+    return tokenizer
 
 
 def _parts(loader: PackedLoader, count: int, rows: int) -> Iterator[Batch]:
