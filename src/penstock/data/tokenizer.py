@@ -121,6 +121,13 @@ def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
 
 
+def with_tokens(folder: Path, tokens: Sequence[str]) -> Tokenizer:
+    """The tokenizer in ``folder``, as of :func:`load_tokenizer`, with special ``tokens`` added."""
+    tokenizer = load_tokenizer(folder)
+    add_tokens(tokenizer, tokens)
+    return tokenizer
+
+
 def size_of(tokenizer: Tokenizer) -> int:
     """One more than the largest token id."""
     return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1

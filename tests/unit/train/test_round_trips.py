@@ -26,7 +26,7 @@ from tiny_chats import chat_config, make_chat_model, turns, write_lines
 FAMILIES, TUNERS = enrolled("model.family"), sorted(index().names("train.tuner"))
 
 #: What every change runs; the rest is slow.
-QUICK = {("llama", "full"), ("gemma3_text", "lora"), ("gpt2", "lora"), ("qwen3_moe", "mos")}
+QUICK = {("llama", "full"), ("gpt_oss", "lora"), ("gpt2", "lora"), ("qwen3_moe", "mos")}
 
 CHATS = [turns(f"what is {i}?", f"{i} a word") for i in range(6)]
 CASES = [
@@ -49,7 +49,7 @@ def base_of(chat_model, tmp_path_factory):
     def base(family: str) -> Path:
         if family not in made:
             folder, size = tmp_path_factory.mktemp(family), hub.read_config(chat_model).vocabulary
-            shape = {"max_position_embeddings": 128, **FAMILIES[family].example}
+            shape = {"max_position_embeddings": 128, **FAMILIES[family].example, "bos_token_id": 0, "eos_token_id": 0}
             peer(family, **{**shape, "vocab_size": size}).save_pretrained(folder)
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 (folder / name).write_bytes((chat_model / name).read_bytes())

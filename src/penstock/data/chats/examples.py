@@ -36,7 +36,6 @@ from penstock.data.chats.messages import Conversation, conversation, preference,
 from penstock.data.chats.template import Learnt, Template, Written
 from penstock.data.corpora.records import Record, Records
 from penstock.data.manifest import MANIFEST, SPLITS, SplitName, StoredFile, damaged, map_file
-from penstock.data.tokenizer import fingerprint
 
 VERSION = 1
 
@@ -201,7 +200,7 @@ class ExampleStore:
                 source=records.describe(),
                 held_out=held_out,
                 learnt=learnt,
-                tokenizer=fingerprint(template.tokenizer.backend_tokenizer),
+                tokenizer=template.fingerprint,
                 template=template_fingerprint(template),
                 vocabulary=len(template.tokenizer),
                 ends=tuple(sorted(template.ends)),

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from penstock.core.errors import DataError
 from penstock.core.files import read_text
 from penstock.data.chats.messages import Conversation
-from penstock.data.tokenizer import add_tokens
+from penstock.data.tokenizer import add_tokens, fingerprint, with_tokens
 from penstock.models import hub
 
 #: What of a conversation is learnt: all answers of the assistant, the last one alone, or every token.
@@ -45,6 +45,7 @@ class Template:
 
     Attributes:
         tokenizer: the model's, with the template.
+        fingerprint: of the tokenizer as it is stored, of which transformers may make another one for some families.
         ends: the special tokens that have ended answers so far.
 
     Raises:
@@ -53,6 +54,7 @@ class Template:
 
     def __init__(self, folder: Path, file: Path | None = None, new_tokens: Sequence[str] = ()) -> None:
         self.tokenizer = hub.load_tokenizer(folder)
+        self.fingerprint = fingerprint(with_tokens(folder, new_tokens))
         if new_tokens:
             add_tokens(self.tokenizer.backend_tokenizer, new_tokens)
         if file is not None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from tokenizers import Tokenizer
 
 from penstock.core.errors import ConfigError
 from penstock.core.files import read_json, read_text, write_atomic, write_json
@@ -20,7 +19,7 @@ from penstock.data.corpora.records import Records
 from penstock.data.loader import Batch
 from penstock.data.manifest import SPLITS, SplitName
 from penstock.data.samplers.shuffle import Shuffle
-from penstock.data.tokenizer import add_tokens, fingerprint, load_tokenizer, size_of
+from penstock.data.tokenizer import fingerprint, size_of, with_tokens
 from penstock.models import hub
 from penstock.models.companions import copy_companions, end_with
 from penstock.models.config import DecoderConfig
@@ -101,7 +100,7 @@ class Dialogues(Material):
     def enlarged(cls, config: TrainConfig, parent: Path | str | None, shape: DecoderConfig) -> DecoderConfig:
         if not config.data.new_tokens:
             return shape
-        tokens = size_of(_tokenizer(config.data, str(parent)))
+        tokens = size_of(with_tokens(hub.resolve(str(parent)), config.data.new_tokens))
         return shape.model_copy(update={"vocabulary": max(shape.vocabulary, tokens)})
 
     def _build(self, report: Reporter) -> None:
@@ -136,7 +135,7 @@ class Dialogues(Material):
             "objective.learnt": (self._learnt, manifest.learnt),
         }
         differing = [f"{key}: {want}, not {there}" for key, (want, there) in asked.items() if want not in (None, there)]
-        if fingerprint(_tokenizer(data, self._parent)) != manifest.tokenizer:
+        if fingerprint(with_tokens(hub.resolve(self._parent), data.new_tokens)) != manifest.tokenizer:
             differing.append("the tokenizer: the model has another one")
         if differing:
             raise ConfigError(
@@ -174,7 +173,8 @@ class Dialogues(Material):
         source = hub.resolve(self._parent)
         copy_companions(source, folder)
         if self._config.data.new_tokens:
-            write_atomic(folder / "tokenizer.json", _tokenizer(self._config.data, self._parent).to_str(pretty=True))
+            tokenizer = with_tokens(source, self._config.data.new_tokens)
+            write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
         if self._config.data.chat_template is not None:
             _take_template(folder, read_text(self._config.data.chat_template))
         for token in self.store.manifest.ends:
@@ -245,13 +245,6 @@ class Dialogues(Material):
                     break
         self._evaluated = sum(len(loader.packed.rows[row]) for row in loader.order(0, done))
         return loss / max(counted, 1)
-
-
-def _tokenizer(data: DataConfig, parent: str) -> Tokenizer:
-    """The tokenizer of a model, with the new tokens."""
-    tokenizer = load_tokenizer(hub.resolve(parent))
-    add_tokens(tokenizer, data.new_tokens)
-    return tokenizer
 
 
 def _parts(loader: PackedLoader, count: int, rows: int) -> Iterator[Batch]:

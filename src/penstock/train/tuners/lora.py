@@ -48,5 +48,4 @@ class LoRA(Tuner):
         return low_rank.merged(model)
 
     def write(self, model: Decoder, folder: Path, base: str) -> None:
-        family = hub.family_of(model)
-        peft.write(model, folder, base, self.alpha, transposed=bool(family.transposed))
+        peft.write(model, folder, base, self.alpha, hub.family_of(model))

@@ -83,5 +83,4 @@ class MixtureOfShards(Tuner):
         return low_rank.merged(model)
 
     def write(self, model: Decoder, folder: Path, base: str) -> None:
-        family = hub.family_of(model)
-        peft.write(model, folder, base, self.alpha, transposed=bool(family.transposed))
+        peft.write(model, folder, base, self.alpha, hub.family_of(model))
