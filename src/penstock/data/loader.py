@@ -39,7 +39,7 @@ class Batch:
         tokens: int64 [B, L].
         targets: int64 [B, L], the token after each; ``IGNORE`` where that belongs to another document.
         documents: int64 [B, L], the document of each token, for :class:`~penstock.models.attention.PackedRows`.
-        extras: [B, L] each, by name: what an objective needs beside them.
+        extras: [B, L, ...] each, by name: what an objective needs beside them.
     """
 
     tokens: Tensor

@@ -6,10 +6,10 @@ import dataclasses
 import hashlib
 import heapq
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from penstock.core.errors import DataError, UsageError
 from penstock.core.files import read_json, write_atomic, write_json
@@ -114,6 +114,18 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise DataError(f"{path} is not a tokenizer: {error}") from error
+
+
+def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
+    """Adds special ``tokens``, in place, behind those that are there; one that is there already stays what it is."""
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+
+
+def with_tokens(folder: Path, tokens: Sequence[str]) -> Tokenizer:
+    """The tokenizer in ``folder``, as of :func:`load_tokenizer`, with special ``tokens`` added."""
+    tokenizer = load_tokenizer(folder)
+    add_tokens(tokenizer, tokens)
+    return tokenizer
 
 
 def size_of(tokenizer: Tokenizer) -> int:

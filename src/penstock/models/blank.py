@@ -36,7 +36,7 @@ def assembled(like: Any, weights: Mapping[str, Tensor]) -> Decoder:
     named = {
         name: nn.Parameter(weights[name], requires_grad=blank.requires_grad) for name, blank in model.named_parameters()
     }
-    if like.config.tied:
+    if like.config.shares_head:
         named["head.weight"] = named["embedding.weight"]
     model.load_state_dict(named, assign=True)
     vars(model).update({key: value for key, value in vars(like).items() if key == "origin"})

@@ -159,6 +159,8 @@ class DecoderConfig(Config):
 
     Scales: of the embedding, of what each block adds to the residual stream, and of the logits, which ``logits_cap``
     bounds.
+
+    With ``scalar_head`` the head gives one number for a text, and no scores of tokens: it is a reward model's.
     """
 
     vocabulary: PositiveInt
@@ -196,6 +198,7 @@ class DecoderConfig(Config):
     residual_scale: PositiveFloat = 1.0
     logits_scale: PositiveFloat = 1.0
     logits_cap: PositiveFloat | None = None
+    scalar_head: bool = False
     moe: MoEConfig | None = None
     init_std: PositiveFloat = 0.02
 
@@ -245,6 +248,11 @@ class DecoderConfig(Config):
         return self.moe is not None and layer not in self.moe.dense_layers
 
     @property
+    def shares_head(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.tied and not self.scalar_head
+
+    @property
     def scale(self) -> float:
         """What attention's scores are multiplied by."""
         size = self.latent.plain + self.latent.rotated if self.latent else self.head_dim
@@ -274,7 +282,7 @@ class DecoderConfig(Config):
     def matmul_parameters(self) -> int:
         """Weights that multiply each token: all matrices, the head too, of the experts only those picked."""
         attention = self._attention_parameters()
-        total = self.vocabulary * self.hidden
+        total = (1 if self.scalar_head else self.vocabulary) * self.hidden
         for layer in range(self.layers):
             width, router, matrices = self.ffn, 0, 3 if self.gated else 2
             if self.moe and self.sparse(layer):
@@ -286,7 +294,7 @@ class DecoderConfig(Config):
 
     def stored_parameters(self) -> int:
         """Weights of all matrices: those of every expert, and the embedding, which a tied head shares."""
-        total = self.matmul_parameters() + (0 if self.tied else self.vocabulary * self.hidden)
+        total = self.matmul_parameters() + (0 if self.shares_head else self.vocabulary * self.hidden)
         total += self.context * self.hidden if self.learned_positions else 0
         for layer in range(self.layers):
             if self.moe and self.sparse(layer):

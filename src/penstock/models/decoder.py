@@ -264,7 +264,7 @@ class Decoder(nn.Module):
         embedding: [vocabulary, hidden].
         layers: the layers, in order.
         norm: the last norm.
-        head: [vocabulary, hidden]; the embedding itself where ``config.tied``.
+        head: [vocabulary, hidden]; the embedding itself where ``config.shares_head``; [1, hidden] of a reward model.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -275,8 +275,8 @@ class Decoder(nn.Module):
         if config.learned_positions:
             self.position_embedding = nn.Embedding(config.context, config.hidden)
         self.norm = norm(config)
-        self.head = Linear(config.hidden, config.vocabulary, bias=False)
-        if config.tied:
+        self.head = Linear(config.hidden, 1 if config.scalar_head else config.vocabulary, bias=False)
+        if config.shares_head:
             self.head.weight = self.embedding.weight
         self.rotary = Rotaries(config, config.context)
 
@@ -299,7 +299,7 @@ class Decoder(nn.Module):
         """Hidden states [*T, hidden] after the last norm, scaled so that their products with the head's rows are the
         logits, from those after the last layer."""
         x = self.norm(x)
-        return x if self.config.logits_scale == 1 else x * self.config.logits_scale
+        return x if self.config.logits_scale == 1 or self.config.scalar_head else x * self.config.logits_scale
 
     def trunk(self, tokens: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """The forward pass up to the attention of the last layer, where tokens look at each other for the last time.
@@ -337,6 +337,26 @@ class Decoder(nn.Module):
         cap = self.config.logits_cap
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
+    @torch.no_grad()
+    def give_scalar_head(self, seed: int) -> None:
+        """Makes a reward model of this: in the place of its head comes one of one row, drawn as :meth:`initialize`
+        does."""
+        like = self.head.weight
+        self.config = self.config.model_copy(update={"scalar_head": True})
+        self.head = Linear(self.config.hidden, 1, bias=False, dtype=like.dtype, device=like.device)
+        self.head.weight.copy_(self._drawn("head.weight", self.head.weight.shape, seed))
+
+    @torch.no_grad()
+    def enlarge(self, vocabulary: int) -> None:
+        """Gives the model so many tokens, no fewer than it has: each new one begins with the mean of the vectors that
+        are there, so that it is about as probable as the others are on average (Hewitt, 2021)."""
+        self.config = self.config.model_copy(update={"vocabulary": vocabulary})
+        self.embedding.weight, self.embedding.num_embeddings = _longer(self.embedding.weight, vocabulary), vocabulary
+        if not self.config.scalar_head:
+            shared = self.config.shares_head
+            self.head.weight = self.embedding.weight if shared else _longer(self.head.weight, vocabulary)
+            self.head.out_features = vocabulary
+
     def expect(self, context: int) -> None:
         """From now on texts have no more than ``context`` tokens, by which LongRoPE chooses its factors; other models
         do not change. What was kept of texts before is void."""
@@ -367,3 +387,9 @@ class Decoder(nn.Module):
         if name.endswith(("attention.output.weight", "down.weight", "mlp.down")):
             std /= math.sqrt(2 * self.config.layers)
         return std * torch.randn(shape, generator=torch_generator(seed, f"init/{name}"))
+
+
+def _longer(matrix: Tensor, rows: int) -> nn.Parameter:
+    """A matrix of so many rows, the new ones the mean of the others."""
+    mean = matrix.to(torch.promote_types(matrix.dtype, torch.float32)).mean(0, keepdim=True)
+    return nn.Parameter(torch.cat([matrix, mean.to(matrix).expand(rows - len(matrix), -1)]))

@@ -28,7 +28,7 @@ from penstock.models.companions import GENERATION
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family, effective
-from penstock.models.families.mapping import general, placed, views_on
+from penstock.models.families.mapping import SCALAR_HEAD, general, placed, views_on
 from penstock.models.families.nearest import nearest_family
 from penstock.models.formats.contract import GGUF, GGUF_INDEX, Weights
 from penstock.models.formats.renamed import Renamed
@@ -58,6 +58,9 @@ NAMED = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
 #: Keys of config.json that a Decoder has no use for, but which it keeps from load to save.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
+
+#: How the architectures of models end that give a text one number, and of those that write.
+CLASSIFIER, WRITERS = "ForSequenceClassification", ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 #: What weights become on disk.
 Compress = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -191,9 +194,16 @@ def _read(folder: Path) -> tuple[Family, DecoderConfig, dict[str, Any]]:
         raise ModelError(f"{path}: the model_type {kind!r} is not supported", hint=_alternatives(folder, hub))
     family = _family(kind)
     try:
-        return family, family.config_from_hub(hub), hub
+        config = family.config_from_hub(hub)
+        return family, config.model_copy(update={"scalar_head": _classifies(hub)}), hub
     except ModelError as error:
         raise ModelError(f"{path}: {error.what}", hint=error.hint) from error
+
+
+def _classifies(hub: dict[str, Any]) -> bool:
+    """Whether a config.json is that of a sequence classifier."""
+    named = hub.get("architectures")
+    return isinstance(named, list) and any(str(name).endswith(CLASSIFIER) for name in named)
 
 
 def _alternatives(folder: Path, hub: dict[str, Any]) -> str:
@@ -276,40 +286,21 @@ def _load(
     return decoder
 
 
-#: What a hub folder calls the head of a model that gives a text one number (``AutoModelForSequenceClassification``).
-SCALAR_HEAD = "score.weight"
-
-
-@torch.no_grad()
-def load_reward(source: str | Path, *, device: str | torch.device = "cpu") -> tuple[Decoder, Tensor]:
-    """Loads a reward model: a decoder with a scalar head in place of the one over the vocabulary.
-
-    Returns:
-        The decoder, whose own head is its embedding and means nothing, and the scalar head [hidden].
+def load_reward(source: str | Path, *, device: str | torch.device = "cpu") -> Decoder:
+    """Loads a reward model: a decoder whose head gives a text one number.
 
     Raises:
-        UsageError: there is no such model, or it has no scalar head.
+        UsageError: there is no such model, or it has another head.
         ModelError: as :func:`load` raises it.
     """
-    folder = resolve(source)
-    family, config, hub = _read(folder)
-    stored = _stored(folder, hub)
-    if SCALAR_HEAD not in stored.headers:
+    decoder = load(source, device=device)
+    if not decoder.config.scalar_head:
         raise UsageError(
-            f"{folder} has no {SCALAR_HEAD}: it is no reward model",
-            hint="Name a model that was saved as a sequence classifier with one label.",
+            f"{resolve(source)} has a head over a vocabulary: it is no reward model",
+            hint="Name a model that was trained by penstock train --preset reward, or that was saved as a sequence "
+            "classifier with one label.",
         )
-    (_, head) = next(iter(stored.read([SCALAR_HEAD])))
-    if head.shape != (1, config.hidden):
-        raise UsageError(f"{SCALAR_HEAD} in {folder} is {list(head.shape)}, and a reward is one number")
-    config = config.model_copy(update={"tied": True})
-    weights = Renamed(stored, lambda name: None if name == SCALAR_HEAD else family.weight(name, config))
-    with without_weights():
-        decoder = Decoder(config)
-    _check(folder, weights, views_on(decoder, family), None)
-    _allocate(decoder, torch.device(device), _dtype(folder, hub, weights))
-    _fill(decoder, family, weights)
-    return decoder.requires_grad_(False), head[0].to(decoder.embedding.weight)
+    return decoder.requires_grad_(False)
 
 
 def dtype_of(source: str | Path) -> torch.dtype:
@@ -343,7 +334,7 @@ def _weights(folder: Path, family: Family, config: DecoderConfig, hub: dict[str,
         base, adapter = Path(index["base"]), Path(index["adapter"])
         additions = peft.named(peft.read(adapter), lambda name: family.weight(name, config))
         return peft.Adapted(_weights(base, family, config, read_json(base / CONFIG)), additions, adapter)
-    return Renamed(_stored(folder, hub), lambda name: family.weight(name, config))
+    return Renamed(_stored(folder, hub), lambda name: name if name == SCALAR_HEAD else family.weight(name, config))
 
 
 def _stored(folder: Path, hub: dict[str, Any]) -> Weights:
@@ -365,7 +356,7 @@ def _stored(folder: Path, hub: dict[str, Any]) -> Weights:
 
 def _tied_head(config: DecoderConfig, family: Family) -> str | None:
     """The name of a head that a folder may hold although it is the embedding again."""
-    return family.tensors["head.weight"][0] if config.tied else None
+    return family.tensors["head.weight"][0] if config.shares_head else None
 
 
 def _check(folder: Path, weights: Weights, wanted: Mapping[str, Tensor], optional: str | None) -> None:
@@ -407,7 +398,7 @@ def _allocate(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> Non
         name: nn.Parameter(torch.empty(meta.shape, dtype=dtype, device=device), requires_grad=meta.requires_grad)
         for name, meta in decoder.named_parameters()
     }
-    if decoder.config.tied and isinstance(decoder.head, Linear):
+    if decoder.config.shares_head and isinstance(decoder.head, Linear):
         blank["head.weight"] = blank["embedding.weight"]
     decoder.load_state_dict(blank, assign=True)
     decoder.rotary.to(device)
@@ -420,7 +411,7 @@ def _keep_packed(decoder: Decoder, family: Family, weights: Weights) -> None:
     for ours, hub, view in placed(decoder, family):
         stacks.setdefault(ours.removesuffix(".weight"), []).append(hub)
         shapes[hub] = view.shape
-    if decoder.config.tied:
+    if decoder.config.shares_head:
         stacks["head"] = stacks["embedding"]
     for name, module in list(decoder.named_modules()):
         stack = stacks.get(name, [])
@@ -466,7 +457,9 @@ def family_of(decoder: Decoder, family: str | None = None) -> Family:
     families = [_family(name) for name in ([family] if family else index().names(CONTRACT))]
     origin = _origin(decoder)
     families.sort(key=lambda each: (origin is not None and each.policy_name == origin.family, each.rank), reverse=True)
-    losses = {each.policy_name: each.losses(decoder.config) for each in families}
+    # Of each family there are reward models.
+    plain = decoder.config.model_copy(update={"scalar_head": False})
+    losses = {each.policy_name: each.losses(plain) for each in families}
     for each in families:
         if not losses[each.policy_name]:
             return each
@@ -536,6 +529,9 @@ def _write(
     hub = family.config_to_hub(decoder.config) | {"torch_dtype": str(stated).removeprefix("torch.")}
     # Unknown ids are written as null: where they are absent, transformers invents some.
     hub |= origin.token_ids if origin else dict.fromkeys(TOKEN_IDS)
+    if decoder.config.scalar_head:
+        named = [_classifier(name) for name in hub["architectures"]]
+        hub |= {"architectures": named, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     compress: Compress = _as_they_are
     if scheme is not None:
         compress, hub["quantization_config"] = _quantizing(decoder, family, scheme)
@@ -556,6 +552,13 @@ def _write(
     if len(shards) > 1:
         write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     write_json(folder / CONFIG, hub)
+
+
+def _classifier(architecture: str) -> str:
+    """What the sequence classifier of an architecture is called."""
+    for ending in WRITERS:
+        architecture = architecture.removesuffix(ending)
+    return architecture + CLASSIFIER
 
 
 def _as_they_are(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -71,6 +71,11 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
     where = pick(device)
     folder = hub.resolve(source)
     tokenizer = hub.load_tokenizer(folder)
+    if hub.read_config(folder).scalar_head:
+        raise UsageError(
+            f"{source} is a reward model, which gives a text a number and writes none",
+            hint=f"Search with it: --scorer reward_model --scorer-option model={source}",
+        )
     if config.tensor_parallel > 1:
         return _open_divided(source, folder, tokenizer, config, where, report)
     # Kernels whose bits do not depend on the batch are for plain matrices.

@@ -11,7 +11,9 @@ Bugs that its clauses are there to catch:
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import operator
 from typing import Any
 
 import torch
@@ -59,7 +61,7 @@ def check_microbatches(objective: Objective, shape: DecoderConfig) -> None:
     The same over data-parallel workers: k workers with n rows each make the gradient of one with k n rows. As in
     training, the experts' load is given.
     """
-    decoder, batch = small_decoder(shape), packed_batch(rows=6, length=10)
+    decoder, batch = small_decoder(shape), batch_for(objective, rows=6)
     model = objective.trained(decoder)
     for module in decoder.modules():
         if isinstance(module, MixtureOfExperts):
@@ -68,8 +70,7 @@ def check_microbatches(objective: Objective, shape: DecoderConfig) -> None:
     assert whole > 0
     assert any(gradient.abs().max() > 0 for gradient in gradients)
     for rows in (1, 2, 4):
-        whole_rows = (batch.tokens, batch.targets, batch.documents)
-        parts = [Batch(*cut) for cut in zip(*(torch.split(x, rows) for x in whole_rows), strict=True)]
+        parts = [batch.each(operator.itemgetter(slice(start, start + rows))) for start in range(0, 6, rows)]
         summed, partial = loss_and_gradients(objective, model, parts)
         torch.testing.assert_close(summed, whole, rtol=1e-12, atol=0)
         torch.testing.assert_close(partial, gradients, rtol=0, atol=1e-11)
@@ -77,7 +78,7 @@ def check_microbatches(objective: Objective, shape: DecoderConfig) -> None:
 
 def check_gradient(objective: Objective, shape: DecoderConfig) -> None:
     """Along a random direction, the loss changes as its gradient says."""
-    model, batch = objective.trained(small_decoder(shape)), packed_batch(rows=3, length=10)
+    model, batch = objective.trained(small_decoder(shape)), batch_for(objective, rows=3)
     _, gradients = loss_and_gradients(objective, model, [batch])
     draw = torch_generator(0, "testing/objective/direction")
     direction = [torch.randn(p.shape, generator=draw, dtype=torch.float64) for p in model.parameters()]
@@ -97,8 +98,8 @@ def check_gradient(objective: Objective, shape: DecoderConfig) -> None:
 
 def check_unpredicted(objective: Objective) -> None:
     """A batch that predicts nothing has no loss and no gradient; a row of it adds none to another."""
-    model, batch = objective.trained(small_decoder()), packed_batch(rows=4, length=10)
-    nothing = Batch(batch.tokens, torch.full_like(batch.targets, IGNORE), batch.documents)
+    model, batch = objective.trained(small_decoder()), batch_for(objective, rows=4)
+    nothing = dataclasses.replace(batch, targets=torch.full_like(batch.targets, IGNORE))
     loss, gradients = loss_and_gradients(objective, model, [nothing])
     assert loss == 0, f"where nothing is predicted, the loss is {loss}"
     assert all(gradient.abs().max() == 0 for gradient in gradients), "where nothing is predicted, there is a gradient"
@@ -119,6 +120,17 @@ def small_decoder(config: DecoderConfig = SHAPE) -> Decoder:
     """A Decoder in float64 whose weights are large enough to make its predictions differ."""
     model = Decoder(config.model_copy(update={"init_std": 0.3})).initialize(0)
     return model.double()
+
+
+def batch_for(objective: Objective, rows: int) -> Batch:
+    """Rows of two documents each, with what the objective's example has beside its tokens: values of those there, drawn
+    anew for each document."""
+    batch, draw = packed_batch(rows, length=10), torch_generator(0, "testing/objective/extras")
+    extras = {}
+    for name, given in objective.example().extras.items():
+        drawn = torch.randint(len(given), (2 * rows,), generator=draw)
+        extras[name] = torch.tensor(given, dtype=torch.float64)[drawn][batch.documents]
+    return dataclasses.replace(batch, extras=extras)
 
 
 def packed_batch(rows: int, length: int, vocabulary: int = SHAPE.vocabulary) -> Batch:

@@ -33,7 +33,7 @@ def rows_of_each(batch: BatchConfig, sharing: int, what: str) -> int:
 
 def microbatches(batch: Batch, length: int, tokens: int | None, device: torch.device) -> Iterator[Microbatch]:
     """``batch`` cut to sequences of ``length`` tokens, at most ``tokens`` (None: all) at a time, on ``device``."""
-    whole = batch.each(lambda values: values.reshape(-1, length))
+    whole = batch.each(lambda values: values.reshape(-1, length, *values.shape[2:]))
     share = tokens or whole.tokens.numel()
     rows = max(1, min(share // length, len(whole.tokens)))
     for start in range(0, len(whole.tokens), rows):

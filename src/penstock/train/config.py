@@ -68,10 +68,11 @@ class DataConfig(Config):
     ``skip_bad``, damaged documents are left out and counted, instead of ending the run. Where a store
     is there, what is said here must be true of it.
 
-    ``chats`` are conversations, and ``preferences`` are pairs of a chosen and a rejected answer, in place of
-    ``corpus``, for the objectives that learn from them: a file, a folder that the library ``datasets`` has saved, or a
-    table such as ``{ name = "hf", path = "org/name" }``. ``chat_template`` is a file whose template takes the place of
-    the model's own.
+    ``chats`` are conversations, ``preferences`` are pairs of a chosen and a rejected answer, and ``ratings`` are
+    answers that are good or bad, in place of ``corpus``, for the objectives that learn from them: a file, a folder that
+    the library ``datasets`` has saved, or a table such as ``{ name = "hf", path = "org/name" }``. ``chat_template`` is
+    a file whose template takes the place of the model's own, and ``new_tokens`` are special tokens of it
+    that the model learns: tokenizer, embedding and head get them where they have none.
     """
 
     corpus: Annotated[Corpus, Choice("data.corpus", "stdlib")] | None = None
@@ -83,7 +84,9 @@ class DataConfig(Config):
     end_of_text: str = Field(AUTO, min_length=1)
     chats: DataSet | None = None
     preferences: DataSet | None = None
+    ratings: DataSet | None = None
     chat_template: Path | None = None
+    new_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     sampler: Annotated[Sampler, Choice("data.sampler", "shuffle")] = Shuffle()
 
 
@@ -265,6 +268,10 @@ class TrainConfig(Config):
             raise ValueError(f"give one of a [model] section, start_from and target, not {' and '.join(given)}")
         if (self.steps, self.tokens, self.epochs, self.minutes) == (None,) * 4:
             raise ValueError("say when to stop: steps, tokens, epochs or minutes")
+        if self.data.new_tokens:
+            self._new_tokens_possible()
+        if self.objective.scalar and self.parallel.pipeline > 1:
+            raise ValueError(f"the objective {self.objective.policy_name} trains without a pipeline")
         if (self.tuner != Full() or self.rates) and self.parallel.pipeline > 1:
             raise ValueError("a pipeline trains all weights at one rate: set parallel.pipeline=1 with tuner or rates")
         if self.tuner.adds and self.start_from is None:
@@ -275,8 +282,8 @@ class TrainConfig(Config):
                 "parallel.pipeline is 1: set that to their number, or pipeline.route=none"
             )
         learns, name = self.objective.learns_from, self.objective.policy_name
-        for key in ("chats", "preferences"):
-            if getattr(self.data, key) is not None and (learns == "texts" or (key == "chats") != (learns == "chats")):
+        for key in ("chats", "preferences", "ratings"):
+            if getattr(self.data, key) is not None and key != learns:
                 raise ValueError(f"data.{key} is given, and the objective {name} learns from {learns}: set objective")
         if self.model is not None and (self.data.vocabulary or 0) > self.model.vocabulary:
             raise ValueError(
@@ -287,6 +294,17 @@ class TrainConfig(Config):
                 f"sequences of {self.batch.length} tokens are longer than the model's context ({self.model.context})"
             )
         return self
+
+    def _new_tokens_possible(self) -> None:
+        if self.objective.learns_from == "texts":
+            raise ValueError(f"data.new_tokens are those of conversations, and {self.objective.policy_name} reads none")
+        if self.tuner.adds:
+            raise ValueError(
+                f"data.new_tokens have to be learnt by the embedding, which the tuner {self.tuner.policy_name} leaves "
+                "as it is: set tuner=full"
+            )
+        if self.parallel.pipeline > 1:
+            raise ValueError("data.new_tokens are given to a model on one device: set parallel.pipeline=1")
 
     def _head_complete(self) -> None:
         if self.target is None:

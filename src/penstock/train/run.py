@@ -4,9 +4,9 @@
 ``tokenizer/`` what goes beside the weights into every model folder that the run writes;
 ``metrics.jsonl`` a record for each update; ``checkpoints/`` the newest checkpoints; ``model/`` the finished model, a
 Hugging Face folder; ``adapter/`` what was added to its base, where that alone was trained; ``reference/`` what the
-model at the beginning found probable, where the objective asks; ``loss.png`` the loss curve; ``summary.json`` what came
-out. A pipeline adds ``pipeline.json``, what its stages cost, and ``pipeline-trace.json``, the timeline of an update,
-measured and simulated.
+model at the beginning found probable, and ``teacher/`` what a teacher says, where the objective asks; ``loss.png`` the
+loss curve; ``summary.json`` what came out. A pipeline adds ``pipeline.json``, what its stages cost, and
+``pipeline-trace.json``, the timeline of an update, measured and simulated.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class Run:
         kind = Texts if config.objective.learns_from == "texts" else Dialogues
         self._check(shape)
         kind.check(config, self._store_folder, parent, shape)
+        shape = kind.enlarged(config, parent, shape)
         if found is None and config.start_from and config.export_dtype is None:
             stored = hub.dtype_of(config.start_from)
             named = next((name for name, dtype in DTYPES.items() if dtype == stored), None)
@@ -92,7 +93,12 @@ class Run:
         model = self._part(pipeline, found) if pipeline else self._model(found)
         folders.check(model)
         if isinstance(model, Decoder):
+            if model.config.vocabulary < shape.vocabulary:
+                model.enlarge(shape.vocabulary)
+            self._give_head(model)
             config.tuner.attach(model, config.seed)
+            if config.objective.scalar:
+                model.head.requires_grad_(True)  # what is not there yet is trained, whatever the tuner trains
         self.material: Material = kind(config, self._store_folder, parent, shape, world, report)
         self.notes += self.material.notes
         self.config = config = config.model_copy(update={"data": self.material.settled()})
@@ -228,6 +234,21 @@ class Run:
         elif found is None:
             pipeline.part.initialize(self.config.seed)
         return pipeline.part.to(self.device)
+
+    def _give_head(self, model: Decoder) -> None:
+        """Gives the model the kind of head that the objective trains.
+
+        Raises:
+            ConfigError: it is a reward model, and the objective trains models that write.
+        """
+        if self.config.objective.scalar and not model.config.scalar_head:
+            model.give_scalar_head(self.config.seed)
+        elif model.config.scalar_head and not self.config.objective.scalar:
+            raise ConfigError(
+                f"{self.config.start_from} is a reward model, which writes no text: the objective "
+                f"{self.config.objective.policy_name} cannot train it",
+                hint="Set objective=reward, or start from the model that it was made of.",
+            )
 
     def _check(self, shape: DecoderConfig) -> None:
         """Whether batch and model fit together."""

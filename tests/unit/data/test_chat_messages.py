@@ -47,6 +47,7 @@ def test_calls_of_tools_are_kept():
         ({"messages": ASKED[1:]}, "message 1, of the assistant, stands at the beginning"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "message 1 has the role 'narrator', not one of"),
         ({"messages": [{"role": "user"}]}, "message 1 has no content"),
+        ({"messages": [{"role": "user", "content": 3}]}, "message 1 has the content 3, which is no text and no list"),
         ({"messages": ["hello"]}, "message 1 is not an object but a str"),
         ({"messages": "hello"}, "messages must be a list"),
         ({"text": "hello"}, "has the fields text, not 'messages'"),

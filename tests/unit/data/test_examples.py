@@ -158,3 +158,28 @@ def test_preferences_that_are_too_long_are_left_out_whole(template, tmp_path):
     batch = loader.batch(0, 1)
     assert set(batch.documents[0].tolist()) == {0, 1, 2}
     assert store.manifest.splits["train"].examples == 3
+
+
+def test_ratings_stand_beside_the_answer_of_the_one_before(template, tmp_path):
+    texts = [("what is 1?", "a word", True), ("what is 2?", "no", False), ("what is 3?", "and 3", 1)]
+    records = [{"prompt": asked, "completion": said, "label": label} for asked, said, label in texts]
+    split = stored(template, tmp_path, records, kind="ratings", held_out=0.0).split("train")
+    assert split.extras["label"].tolist() == [0, 0, 1, 1, 1, 1]
+    wanted = [("what is 2?", "no"), ("what is 2?", "a word"), ("what is 3?", "and 3"), ("what is 3?", "no")]
+    wanted += [("what is 1?", "a word"), ("what is 1?", "and 3")]
+    written = [template.write(conversation({"messages": turns(*chat)}, "here"), "here").tokens for chat in wanted]
+    assert [split.read(i, 99)[0].tolist() for i in range(6)] == [tokens.tolist() for tokens in written]
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ({"prompt": "a", "completion": "b"}, "line 2 is no rating: its 'label' must be true or false, and is None"),
+        ({"prompt": "a", "completion": "b", "label": "good"}, "line 2 is no rating: .* is 'good'"),
+        (None, "line 1 is the only rating, and each needs another one beside it"),
+    ],
+)
+def test_bad_ratings_are_told(template, tmp_path, record, why):
+    records = [{"prompt": "x", "completion": "a word", "label": True}, *([record] if record else [])]
+    with pytest.raises(DataError, match=why):
+        stored(template, tmp_path, records, kind="ratings")

@@ -102,6 +102,11 @@ def test_templates_that_do_not_do_are_refused_with_the_place_and_the_reason(mode
     assert caught.value.what.startswith("chats.jsonl, line 7")
 
 
+def test_texts_that_are_no_unicode_are_refused_with_the_place(model):
+    with pytest.raises(DataError, match=r"chats\.jsonl, line 7 is not valid Unicode: it has half of a surrogate pair"):
+        Template(model).write(Conversation(turns("what", "a \ud800")), "chats.jsonl, line 7")
+
+
 def test_a_model_without_a_template_is_told_how_to_get_one(tmp_path):
     model = make_chat_model(tmp_path / "model", template=None)
     assert "chat_template" not in json.loads((model / "tokenizer_config.json").read_text())

@@ -8,8 +8,10 @@ import transformers
 
 from penstock.core.errors import UsageError
 from penstock.models import hub
+from penstock.models.attention import CausalRows
 from penstock.search.scorers.contract import Candidate
 from penstock.search.scorers.reward_model import RewardModel
+from penstock.testing.transformers_peer import SHAPE, TOKEN_IDS, randomize
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +46,20 @@ def test_rewards_are_those_of_transformers_whatever_is_scored_beside(classifier)
 def test_what_is_no_reward_model_is_refused():
     with pytest.raises(UsageError, match="it is no reward model"):
         RewardModel(model="python-1m").score({"prompt": "a"}, [Candidate("b", "")])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "mixtral", "qwen3"])
+def test_classifiers_of_families_are_read_and_written(family, tmp_path):
+    """Whatever a family does to its logits and its head, a reward has none of it."""
+    config = transformers.AutoConfig.for_model(family, **SHAPE, **dict.fromkeys(TOKEN_IDS), num_labels=1)
+    peer = randomize(transformers.AutoModelForSequenceClassification.from_config(config).eval())
+    peer.save_pretrained(tmp_path / "theirs")
+    decoder = hub.load_reward(tmp_path / "theirs")
+    hub.save(decoder, tmp_path / "ours")
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").eval()
+    tokens = torch.arange(9)[None] * 5 % 61
+    with torch.inference_mode():
+        wanted = float(peer(tokens).logits)
+        found = decoder.head(decoder(tokens, CausalRows.of(9, "cpu")).hidden)[0, -1]
+        assert float(found) == pytest.approx(wanted, abs=1e-4)
+        assert float(again(tokens).logits) == pytest.approx(wanted, abs=1e-5)

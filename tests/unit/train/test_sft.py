@@ -139,3 +139,34 @@ def test_another_data_set_than_the_stores_is_refused(tuned, tmp_path):
     other = write_lines(tmp_path / "other.jsonl", [{"messages": turns("x", "y")}])
     with pytest.raises(ConfigError, match=r"is not the one that the configuration describes:\n  data.chats"):
         Run.reopen(tuned, overrides=[f"data.chats={other}"])
+
+
+def test_new_tokens_of_a_template_are_learnt(chats, tmp_path):
+    """By a model whose tokenizer has none of them: they come behind those that it has, and end its answers."""
+    model = make_chat_model(tmp_path / "model", template=None)
+    own = TEMPLATE.replace("<|im_start|>", "<|turn|>").replace("<|im_end|>", "<|done|>")
+    (tmp_path / "own.jinja").write_text(own)
+    data = {"chats": str(chats), "held_out": 0, "chat_template": str(tmp_path / "own.jinja")}
+    data["new_tokens"] = ["<|turn|>", "<|done|>"]
+    run = Run.create(chat_config(model, data=data, steps=40, checkpoint_steps=20), tmp_path / "run")
+    before, rows = hub.load(model).embedding.weight, run.trainer.model.embedding.weight
+    size = len(before)
+    assert torch.equal(rows[:size], before)
+    torch.testing.assert_close(rows[size:], before.mean(0).expand(2, -1))
+    assert run.trainer.model.head.weight is rows
+    assert train_to_the_end(run, silent)
+    tokenizer = hub.load_tokenizer(tmp_path / "run")
+    assert [tokenizer.convert_tokens_to_ids(token) for token in ("<|turn|>", "<|done|>")] == [size, size + 1]
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert peer.config.vocab_size == len(peer.get_input_embeddings().weight) == size + 2
+    sampling = SamplingParams(max_tokens=30, temperature=0.0)
+    (said,) = LLM(str(tmp_path / "run")).chat([turns(next(iter(ANSWERS)))], sampling, progress=silent)[0].outputs
+    assert said.text.endswith(" a word")
+    assert said.finish_reason == "stop"
+    again = Run.reopen(tmp_path / "run", overrides=["steps=41"])
+    assert again.trainer.model.config.vocabulary == size + 2
+
+
+def test_new_tokens_need_an_embedding_that_is_trained(model, chats):
+    with pytest.raises(ConfigError, match="learnt by the embedding, which the tuner lora leaves as it is"):
+        chat_config(model, data={"chats": str(chats), "new_tokens": ["<|x|>"]}, tuner="lora")

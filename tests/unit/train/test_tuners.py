@@ -8,16 +8,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from penstock.core.config import build
 from penstock.core.errors import CheckpointError, ConfigError
 from penstock.core.progress import silent
 from penstock.models import hub
+from penstock.models.adapters.low_rank import attached
+from penstock.models.adapters.shards import Pool
+from penstock.models.attention import CausalRows
+from penstock.train.config import TrainConfig
 from penstock.train.rates import Rates
 from penstock.train.run import Run
 from penstock.train.session import train_to_the_end
+from penstock.train.tuners.lora import LoRA
+from penstock.train.tuners.mos import MixtureOfShards
 from tiny_chats import chat_config, make_chat_model, turns, write_lines
 from tiny_runs import assert_same_bits
 
-LORA = {"name": "lora", "rank": 4}
+LORA, MOS = {"name": "lora", "rank": 4}, {"name": "mos", "rank": 4, "budget": 2}
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +43,9 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return dict(hub.load(folder, dtype=torch.float32).named_parameters())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_adapters_run_leaves_the_adapter_and_the_merged_model(model, data, tmp_path, precision):
-    options = chat_config(model, data=data, tuner=LORA, steps=4, precision=precision)
+@pytest.mark.parametrize(("tuner", "precision"), [(LORA, "fp32"), (LORA, "bf16"), (MOS, "fp32")])
+def test_an_adapters_run_leaves_the_adapter_and_the_merged_model(model, data, tmp_path, tuner, precision):
+    options = chat_config(model, data=data, tuner=tuner, steps=4, precision=precision)
     summary = train_to_the_end(Run.create(options, tmp_path / "run"), silent)
     merged, added, base = (weights(tmp_path / name) for name in ("run", "run/adapter", model))
     assert summary["held_out_loss"] > 0
@@ -51,10 +58,10 @@ def test_an_adapters_run_leaves_the_adapter_and_the_merged_model(model, data, tm
     assert (stored["r"], stored["base_model_name_or_path"]) == (4, str(model))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_adapters_run_resumes_bit_for_bit(model, data, tmp_path, precision):
+@pytest.mark.parametrize(("tuner", "precision"), [(LORA, "fp32"), (LORA, "bf16"), (MOS, "bf16")])
+def test_an_adapters_run_resumes_bit_for_bit(model, data, tmp_path, tuner, precision):
     options = chat_config(
-        model, data=data, tuner=LORA, steps=6, checkpoint_steps=3, keep_checkpoints=9, precision=precision
+        model, data=data, tuner=tuner, steps=6, checkpoint_steps=3, keep_checkpoints=9, precision=precision
     )
     Run.create(options, tmp_path / "whole").trainer.train()
     Run.create(options, tmp_path / "run").trainer.train()
@@ -112,3 +119,63 @@ def test_an_adapter_is_small(model, data, tmp_path):
     stored = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(4 in tensor.shape for tensor in stored.values())
     assert all("lora_" in name for name in stored)
+
+
+def adapted(model, tuner):
+    decoder = hub.load(model, dtype=torch.float32).double()
+    tuner.attach(decoder, 0)
+    return decoder, [p for p in decoder.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize(("budget", "private", "shards"), [(2, 1, 4), (3, 0, 2), (1, 0, 1)])
+def test_pools_of_shards_have_as_many_numbers_as_lora_of_their_budget(model, budget, private, shards):
+    """The paper's count, whatever the rank of what is put together of them."""
+    pools = adapted(model, MixtureOfShards(rank=12, budget=budget, private=private, shards=shards))[1]
+    assert sum(p.numel() for p in pools) == sum(p.numel() for p in adapted(model, LoRA(rank=budget))[1])
+
+
+def test_private_vectors_in_one_piece_are_lora(model):
+    """Outputs bit for bit, and gradients up to rounding."""
+    lora, mos = LoRA(rank=3, alpha=6.0), MixtureOfShards(rank=3, budget=3, private=3, shards=1, alpha=6.0)
+    (plain, _), (sharded, _) = adapted(model, lora), adapted(model, mos)
+    draw = torch.Generator().manual_seed(0)
+    pairs = dict(attached(plain)), dict(attached(sharded))
+    for name, layer in pairs[0].items():
+        for place, (a, b) in layer.additions().items():
+            other = vars(pairs[1][name])["pools"][place]
+            for mine, which in ((a, "a"), (b.T, "b")):
+                mine.data.copy_(torch.randn(mine.shape, generator=draw))
+                other.get_parameter(which).data[getattr(pairs[1][name], f"{which}{place}")] = mine.data
+    tokens, context = torch.arange(20)[None], CausalRows.of(20, "cpu")
+    hidden = [each(tokens, context).hidden for each in (plain, sharded)]
+    assert torch.equal(*hidden)
+    for each in hidden:
+        each.pow(3).sum().backward()
+    for name, layer in pairs[0].items():
+        for place in layer.additions():
+            other = vars(pairs[1][name])["pools"][place]
+            for mine, which in ((layer.a[str(place)].grad, "a"), (layer.b[str(place)].grad.T, "b")):
+                rows = getattr(pairs[1][name], f"{which}{place}")
+                torch.testing.assert_close(other.get_parameter(which).grad[rows], mine, rtol=1e-9, atol=1e-12)
+                assert mine.abs().max() > 1e-3
+
+
+def test_shards_are_chosen_apart_and_none_twice_before_each_was_taken():
+    pool = Pool(torch.zeros(1, 8), rows=12, layers=6, budget=3, private=1, cuts=4)
+    a, b = (pool.picked(which, 2, 4, 0, "x") for which in ("a", "b"))
+    assert a[:4].tolist() == b[:4].tolist() == [48 + 2 * 4 + i for i in range(4)]
+    assert len(set(a.tolist())) == 16
+    assert max(a[4:].tolist()) < 48
+    assert a[4:].tolist() != b[4:].tolist()
+    assert a[4:].tolist() != pool.picked("a", 3, 4, 0, "x")[4:].tolist()
+    often = pool.picked("a", 0, 1 + 36, 0, "x")[4:].bincount()
+    assert often.tolist() == [3] * 48
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({"budget": 2, "private": 3}, "is above budget"), ({"budget": 2, "private": 2}, "no others are left for rank 16")],
+)
+def test_impossible_pools_are_refused(options, why):
+    with pytest.raises(ConfigError, match=why):
+        build(TrainConfig, {"start_from": "python-1m", "steps": 1, "tuner": {"name": "mos", **options}})

@@ -7,18 +7,21 @@ A store is a folder, read-only once built::
         tokens.bin           int32, sequences end to end
         learnt.bin           uint8, for each token whether it is learnt
         starts.bin           int64 [sequences + 1], where each sequence begins
+        labels.bin           uint8, of ratings: for each example whether its answer is good
 
 An *example* is what is learnt from at once, of ``width`` sequences: a conversation is one of one, a preference one of
-two, the chosen one first.
+two, the chosen one first. A rating is one of two: the conversation with its answer, and then with the answer to
+another, which tells what the model finds probable after this question whatever is asked.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,19 +32,27 @@ from penstock.core.config import Config
 from penstock.core.errors import DataError, UsageError
 from penstock.core.files import atomic_folder, explain_os_errors, read_json, write_json
 from penstock.core.progress import Reporter, silent
-from penstock.data.chats.messages import conversation, preference
+from penstock.data.chats.messages import Conversation, conversation, preference, rating
 from penstock.data.chats.template import Learnt, Template, Written
 from penstock.data.corpora.records import Record, Records
 from penstock.data.manifest import MANIFEST, SPLITS, SplitName, StoredFile, damaged, map_file
-from penstock.data.tokenizer import fingerprint
 
 VERSION = 1
 
 #: What a data set is read as, and how many sequences make an example of it.
-Kind = Literal["chats", "preferences"]
-WIDTHS: dict[Kind, int] = {"chats": 1, "preferences": 2}
+Kind = Literal["chats", "preferences", "ratings"]
+WIDTHS: dict[Kind, int] = {"chats": 1, "preferences": 2, "ratings": 2}
 
 DTYPES = {"tokens": "<i4", "learnt": "u1", "starts": "<i8"}
+#: The file that ratings have beside them.
+LABELS = "labels"
+
+
+class Example(NamedTuple):
+    """The sequences of an example, and of a rating whether its answer is good."""
+
+    sequences: list[Written]
+    good: bool | None = None
 
 
 class Counts(Config):
@@ -83,6 +94,7 @@ class Examples:
         count: how many examples.
         counts: their size.
         extras: float32 [sequences] each, what a batch says of the sequences, by name.
+        tokenwise: [learnt tokens, ...] each, what a batch says of the tokens that are learnt, by name.
     """
 
     def __init__(self, folder: Path, manifest: ExampleManifest, name: SplitName) -> None:
@@ -95,6 +107,12 @@ class Examples:
         if sizes != wanted or int(self._starts[-1]) != self.counts.tokens:
             raise damaged(folder / name, "its files do not fit the counts of the manifest")
         self.extras: dict[str, npt.NDArray[np.float32]] = {}
+        self.tokenwise: dict[str, npt.NDArray[Any]] = {}
+        if manifest.kind == "ratings":
+            labels = map_file(folder / name / f"{LABELS}.bin", "u1")
+            if len(labels) != self.count:
+                raise damaged(folder / name, "its labels do not fit the counts of the manifest")
+            self.extras["label"] = np.repeat(labels.astype(np.float32), self.width)
 
     def sequences(self, example: int) -> range:
         """The numbers of an example's sequences."""
@@ -109,6 +127,14 @@ class Examples:
         begin, end = int(self._starts[sequence]), int(self._starts[sequence + 1])
         end = min(end, begin + limit)
         return self._tokens[begin:end], self._learnt[begin:end].astype(np.bool_)
+
+    @functools.cached_property
+    def learnt_before(self) -> npt.NDArray[np.int64]:
+        """[sequences + 1], how many learnt tokens stand before each sequence; a first token is never predicted."""
+        predicted = self._learnt.astype(np.int64)
+        predicted[self._starts[:-1]] = 0
+        before: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(predicted)])[self._starts]
+        return before
 
     def learns(self, example: int, limit: int) -> bool:
         """Whether something is learnt from the first ``limit`` tokens of an example's first sequence."""
@@ -141,19 +167,19 @@ class ExampleStore:
             kind: what it is read as.
             template: writes the conversations.
             folder: the store's folder, which is not there yet.
-            learnt: which part of a conversation; of preferences it is the last answer.
-            held_out: the share that is set aside, chosen by a hash of the tokens.
+            learnt: which part of a conversation; of preferences and ratings it is the last answer.
+            held_out: the share that is set aside, chosen by a hash of the first sequence's tokens.
             skip_bad: leave out bad records and count them, instead of giving up.
             progress: told of records read.
 
         Raises:
             DataError: a record is bad (the message says where and why), or nothing is left to train on.
         """
-        written = _written(records, kind, template, "last" if kind == "preferences" else learnt)
+        written = _rated(records, template) if kind == "ratings" else _written(records, kind, template, learnt)
         skipped, first = 0, ""
         with atomic_folder(folder) as partial:
             with contextlib.ExitStack() as stack, progress(f"reading {kind}", None, "record") as bar:
-                writers = {name: stack.enter_context(_Writer(partial / name)) for name in SPLITS}
+                writers = {name: stack.enter_context(_Writer(partial / name, kind)) for name in SPLITS}
                 for item in written:
                     bar.advance(1)
                     if not isinstance(item, DataError):
@@ -174,7 +200,7 @@ class ExampleStore:
                 source=records.describe(),
                 held_out=held_out,
                 learnt=learnt,
-                tokenizer=fingerprint(template.tokenizer.backend_tokenizer),
+                tokenizer=template.fingerprint,
                 template=template_fingerprint(template),
                 vocabulary=len(template.tokenizer),
                 ends=tuple(sorted(template.ends)),
@@ -216,7 +242,7 @@ def template_fingerprint(template: Template) -> str:
     return hashlib.blake2b(str(template.tokenizer.chat_template).encode(), digest_size=16).hexdigest()
 
 
-def _written(records: Records, kind: Kind, template: Template, learnt: Learnt) -> Iterator[list[Written] | DataError]:
+def _written(records: Records, kind: Kind, template: Template, learnt: Learnt) -> Iterator[Example | DataError]:
     """The examples of a data set as tokens, and in the place of each bad record what is wrong with it."""
     for record in records.records():
         if isinstance(record, DataError):
@@ -228,19 +254,55 @@ def _written(records: Records, kind: Kind, template: Template, learnt: Learnt) -
             yield fault
 
 
-def _example(record: Record, kind: Kind, template: Template, learnt: Learnt) -> list[Written]:
+def _example(record: Record, kind: Kind, template: Template, learnt: Learnt) -> Example:
     where = record.where
     if kind == "preferences":
         pair = preference(record.contents, where)
-        return [template.write(chat, where, learnt) for chat in pair]
-    return [template.write(conversation(record.contents, where), where, learnt)]
+        return Example([template.write(chat, where, "last") for chat in pair])
+    return Example([template.write(conversation(record.contents, where), where, learnt)])
 
 
-def _side(example: list[Written], share: float) -> SplitName:
-    """Where an example belongs: its tokens alone decide, so that copies stay together."""
-    digest = hashlib.blake2b(digest_size=8)
-    for sequence in example:
-        digest.update(sequence.tokens.astype("<i4").tobytes())
+def _rated(records: Records, template: Template) -> Iterator[Example | DataError]:
+    """The ratings of a data set, each with the answer of the one before it in the place of its own; before the first
+    stands the last."""
+    first: Rated | None = None
+    before: Rated | None = None
+    for record in records.records():
+        try:
+            if isinstance(record, DataError):
+                raise record
+            rated = Rated(*rating(record.contents, record.where), record.where)
+            if before is None:
+                template.write(rated.chat, rated.where, "last")  # what is wrong with it is told in its turn
+                first = rated
+            else:
+                yield rated.example(before, template)
+            before = rated
+        except DataError as fault:
+            yield fault
+    if first is not None and before is not None:
+        if first is before:
+            yield DataError(f"{first.where} is the only rating, and each needs another one beside it")
+        else:
+            yield first.example(before, template)
+
+
+class Rated(NamedTuple):
+    """A conversation, whether its last answer is good, and where it stands."""
+
+    chat: Conversation
+    good: bool
+    where: str
+
+    def example(self, other: Rated, template: Template) -> Example:
+        """This as an example, with the answer of the ``other`` one as that to another question."""
+        foreign = Conversation([*self.chat.messages[:-1], other.chat.messages[-1]], self.chat.tools)
+        return Example([template.write(chat, self.where, "last") for chat in (self.chat, foreign)], self.good)
+
+
+def _side(example: Example, share: float) -> SplitName:
+    """Where an example belongs: the tokens of its first sequence alone decide, so that copies stay together."""
+    digest = hashlib.blake2b(example.sequences[0].tokens.astype("<i4").tobytes(), digest_size=8)
     return "held_out" if int.from_bytes(digest.digest(), "little") < share * 2**64 else "train"
 
 
@@ -257,8 +319,9 @@ def _named(records: Records) -> str:
 class _Writer:
     """Writes a split, example by example."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kind: Kind) -> None:
         self._folder = folder
+        self._parts = DTYPES | ({LABELS: "u1"} if kind == "ratings" else {})
         self._examples = self._tokens = self._learnt = 0
 
     def __enter__(self) -> Self:
@@ -266,7 +329,7 @@ class _Writer:
         with explain_os_errors(f"cannot write {self._folder}"):
             self._folder.mkdir()
             self._files = {
-                part: self._stack.enter_context((self._folder / f"{part}.bin").open("wb")) for part in DTYPES
+                part: self._stack.enter_context((self._folder / f"{part}.bin").open("wb")) for part in self._parts
             }
         self._put("starts", np.zeros(1))
         return self
@@ -275,14 +338,16 @@ class _Writer:
         with explain_os_errors(f"cannot write {self._folder}"):
             self._stack.close()
 
-    def add(self, example: list[Written]) -> None:
+    def add(self, example: Example) -> None:
         """Appends an example."""
-        for written in example:
+        for written in example.sequences:
             self._put("tokens", written.tokens)
             self._put("learnt", written.learnt)
             self._tokens += len(written.tokens)
             self._put("starts", np.array([self._tokens]))
             self._learnt += int(written.learnt[1:].sum())
+        if example.good is not None:
+            self._put(LABELS, np.array([example.good]))
         self._examples += 1
 
     @property
@@ -292,4 +357,4 @@ class _Writer:
 
     def _put(self, part: str, values: npt.NDArray[Any]) -> None:
         with explain_os_errors(f"cannot write {self._folder}"):
-            self._files[part].write(values.astype(DTYPES[part]).tobytes())
+            self._files[part].write(values.astype(self._parts[part]).tobytes())

@@ -8,7 +8,8 @@ A record is in one of these forms, told by its fields:
 - ``prompt`` and ``completion``, each a text or a list of messages.
 
 ``system`` may stand beside each of the last three. A preference is a ``chosen`` and a ``rejected`` answer to a
-``prompt``, or two whole conversations that share all but their ends.
+``prompt``, or two whole conversations that share all but their ends. A rating is a conversation in one of these forms
+with a ``label``, which says whether its last answer is good: true or false.
 """
 
 from __future__ import annotations
@@ -102,6 +103,19 @@ def preference(record: Any, where: str) -> tuple[Conversation, Conversation]:
     return chosen, rejected
 
 
+def rating(record: Any, where: str) -> tuple[Conversation, bool]:
+    """The conversation of a record, and whether its last answer is good.
+
+    Raises:
+        DataError: as :func:`conversation`, or it does not say whether the answer is good.
+    """
+    chat = conversation(record, where)
+    label = record.get("label")
+    if label not in (True, False):  # 0 and 1 too
+        raise DataError(f"{where} is no rating: its 'label' must be true or false, and is {label!r:.40}")
+    return chat, bool(label)
+
+
 def _fields(record: Any, where: str) -> dict[str, Any]:
     """The fields of a record that hold something."""
     if not isinstance(record, Mapping):
@@ -136,7 +150,8 @@ def _message(value: Any, where: str) -> Message:
         raise DataError(f"{where} has the role {message.get('role')!r}, not one of {', '.join(sorted({*AFTER}))}")
     content = message.get("content")
     if not (isinstance(content, (str, list)) or (content is None and message.get("tool_calls"))):
-        raise DataError(f"{where} has no content")
+        said = "no content" if content is None else f"the content {content!r:.40}, which is no text and no list"
+        raise DataError(f"{where} has {said}")
     return {"content": "", **message, "role": role}
 
 

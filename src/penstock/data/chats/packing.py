@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -71,9 +71,9 @@ class PackedLoader(Batches):
     """Batches of packed examples: no token sees another sequence, and positions begin anew in each.
 
     In a row, the sequences are numbered from 0 in ``Batch.documents``: those of an example are neighbours, and example
-    e of the row has the numbers e * width to e * width + width - 1. ``Batch.extras`` has, for each sequence, what the
-    examples say of it at each of its tokens. What is left of a row is filled with a document of its
-    own, in which nothing is predicted.
+    e of the row has the numbers e * width to e * width + width - 1. ``Batch.extras`` has what the examples say of a
+    sequence at each of its tokens, and what they say of a learnt token where that is predicted. What is left of a row
+    is filled with a document of its own, in which nothing is predicted.
 
     Raises:
         DataError: there is no example that fits into a row.
@@ -94,7 +94,9 @@ class PackedLoader(Batches):
         shape = (len(samples), self.length)
         tokens, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
         documents = np.zeros(shape, np.int64)
-        extras = {name: np.zeros(shape, np.float32) for name in self._examples.extras}
+        extras: dict[str, npt.NDArray[Any]] = {name: np.zeros(shape, np.float32) for name in self._examples.extras}
+        for name, values in self._examples.tokenwise.items():
+            extras[name] = np.zeros((*shape, *values.shape[1:]), values.dtype)
         for row, sample in enumerate(samples.tolist()):
             place = number = 0
             for example in self.packed.rows[sample].tolist():
@@ -105,6 +107,11 @@ class PackedLoader(Batches):
                     targets[row, place : end - 1] = np.where(learnt[1:], own[1:], IGNORE)
                     for name, values in self._examples.extras.items():
                         extras[name][row, place:end] = values[sequence]
+                    if self._examples.tokenwise:
+                        predicted = np.flatnonzero(learnt[1:])
+                        first = int(self._examples.learnt_before[sequence])
+                        for name, values in self._examples.tokenwise.items():
+                            extras[name][row, place + predicted] = values[first : first + len(predicted)]
                     place, number = end, number + 1
             documents[row, place:] = number
         return Batch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from penstock.core.errors import DataError
 from penstock.core.files import read_text
 from penstock.data.chats.messages import Conversation
+from penstock.data.tokenizer import add_tokens, fingerprint, with_tokens
 from penstock.models import hub
 
 #: What of a conversation is learnt: all answers of the assistant, the last one alone, or every token.
@@ -39,17 +41,22 @@ class Template:
     Args:
         folder: of the model.
         file: a template to take in place of the model's own.
+        new_tokens: special tokens that the tokenizer gets, where it does not have them.
 
     Attributes:
         tokenizer: the model's, with the template.
+        fingerprint: of the tokenizer as it is stored, of which transformers may make another one for some families.
         ends: the special tokens that have ended answers so far.
 
     Raises:
         DataError: the model has no tokenizer or no template.
     """
 
-    def __init__(self, folder: Path, file: Path | None = None) -> None:
+    def __init__(self, folder: Path, file: Path | None = None, new_tokens: Sequence[str] = ()) -> None:
         self.tokenizer = hub.load_tokenizer(folder)
+        self.fingerprint = fingerprint(with_tokens(folder, new_tokens))
+        if new_tokens:
+            add_tokens(self.tokenizer.backend_tokenizer, new_tokens)
         if file is not None:
             self.tokenizer.chat_template = read_text(file)
         if not self.tokenizer.chat_template:
@@ -71,6 +78,10 @@ class Template:
                 message begins with ``where``.
         """
         text = self._text(chat, where)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where} is not valid Unicode: it has half of a surrogate pair") from error
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         tokens, offsets = np.array(encoded["input_ids"], np.int32), np.array(encoded["offset_mapping"]).reshape(-1, 2)
         chosen = np.zeros(len(tokens), np.bool_)

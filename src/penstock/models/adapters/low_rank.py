@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from penstock.core.errors import ConfigError, nearest
 from penstock.core.randomness import torch_generator
 from penstock.models.blank import assembled
 from penstock.models.decoder import Decoder
@@ -17,12 +18,20 @@ from penstock.models.families.contract import Family
 from penstock.models.families.mapping import general, placed
 from penstock.models.linear import Linear
 
+#: What a decoder calls the numbers that its layers' additions share.
+POOLS = "pools"
+
 
 class Piece(NamedTuple):
     """A matrix on disk that is rows of one of ours: its module's name there, and how many rows it has."""
 
     module: str
     rows: int
+
+    @property
+    def end(self) -> str:
+        """What the matrix is called in its layer, such as ``q_proj``."""
+        return self.module.rpartition(".")[2]
 
 
 class LowRankLinear(Linear):
@@ -55,11 +64,16 @@ class LowRankLinear(Linear):
             a.copy_((2 * drawn - 1) * bound)
             self.b[place].zero_()
 
+    def additions(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """A [rank, in] and B [rows, rank] of each piece that has them."""
+        return {int(place): (self.a[place], self.b[place]) for place in self.a}
+
     def forward(self, x: Tensor) -> Tensor:
-        out, added = super().forward(x), []
+        out, added, additions = super().forward(x), [], self.additions()
         for place, piece in enumerate(self.pieces):
-            if str(place) in self.a:
-                added.append(F.linear(F.linear(x, self.a[str(place)]), self.b[str(place)]) * self.scale)
+            if place in additions:
+                a, b = additions[place]
+                added.append(F.linear(F.linear(x, a), b) * self.scale)
             else:
                 added.append(out.new_zeros(()).expand(*out.shape[:-1], piece.rows))
         return out + (added[0] if len(added) == 1 else torch.cat(added, -1))
@@ -70,8 +84,8 @@ class LowRankLinear(Linear):
         exact = torch.promote_types(self.weight.dtype, torch.float32)
         whole = self.weight.to(exact).clone()
         parts = torch.split(whole, [piece.rows for piece in self.pieces])
-        for place in self.a:
-            parts[int(place)].add_(self.b[place].to(exact) @ self.a[place].to(exact), alpha=self.scale)
+        for place, (a, b) in self.additions().items():
+            parts[place].add_(b.to(exact) @ a.to(exact), alpha=self.scale)
         return whole.to(self.weight.dtype)
 
 
@@ -84,6 +98,24 @@ def linears(decoder: Decoder, family: Family) -> dict[str, list[Piece]]:
             rows = view.shape[1] if general(ours) in family.transposed else view.shape[0]
             found.setdefault(name, []).append(Piece(there.removesuffix(".weight"), rows))
     return found
+
+
+def chosen(decoder: Decoder, family: Family, targets: Sequence[str]) -> dict[str, tuple[list[Piece], list[int]]]:
+    """Those of the :func:`linears` that have a matrix among the ``targets`` (none: all), and its places in each.
+
+    Raises:
+        ConfigError: the model has no matrix of such a name.
+    """
+    found = linears(decoder, family)
+    ends = {piece.end for pieces in found.values() for piece in pieces}
+    for target in targets:
+        if target not in ends:
+            raise ConfigError(f"tuner.targets names {target!r}, which the model does not have: {nearest(target, ends)}")
+    places = {
+        name: [place for place, piece in enumerate(pieces) if not targets or piece.end in targets]
+        for name, pieces in found.items()
+    }
+    return {name: (found[name], own) for name, own in places.items() if own}
 
 
 def attach(decoder: Decoder, name: str, layer: LowRankLinear) -> None:
@@ -102,6 +134,8 @@ def detach(decoder: Decoder) -> None:
     """Removes all additions: the decoder is what it was before they were attached."""
     for name, layer in list(attached(decoder)):
         decoder.set_submodule(name, vars(layer)["base"])
+    if hasattr(decoder, POOLS):
+        delattr(decoder, POOLS)
 
 
 def merged(decoder: Decoder) -> Decoder:
@@ -110,7 +144,7 @@ def merged(decoder: Decoder) -> Decoder:
     layers = dict(attached(decoder))
     if not layers:
         return decoder
-    own = {f"{name}.{part}." for name in layers for part in ("a", "b")}
+    own = {f"{name}.{part}." for name in layers for part in ("a", "b")} | {f"{POOLS}."}
     weights: dict[str, Tensor] = {
         name: parameter.detach()
         for name, parameter in decoder.named_parameters()

@@ -16,6 +16,8 @@ from penstock.core.errors import ModelError, PenstockError
 from penstock.core.files import read_json, write_json
 from penstock.models.adapters.low_rank import attached
 from penstock.models.decoder import Decoder
+from penstock.models.families.contract import Family
+from penstock.models.families.mapping import SCALAR_HEAD, general
 from penstock.models.formats.contract import Stored, Weights
 from penstock.ops.quantized.contract import Packed
 
@@ -26,7 +28,7 @@ PREFIX = "base_model.model."
 UNREAD = ("use_dora", "alpha_pattern", "modules_to_save", "use_qalora", "trainable_token_indices", "lora_bias")
 
 
-def write(decoder: Decoder, folder: Path, base: str, alpha: float, transposed: bool) -> None:
+def write(decoder: Decoder, folder: Path, base: str, alpha: float, family: Family) -> None:
     """Writes the low-rank additions of ``decoder`` into ``folder``.
 
     Args:
@@ -34,20 +36,22 @@ def write(decoder: Decoder, folder: Path, base: str, alpha: float, transposed: b
         folder: exists.
         base: what the model is called that they are added to.
         alpha: scale times rank.
-        transposed: whether the family has its matrices [in, out] on disk.
+        family: that of ``base``, which may have the matrices [in, out] on disk.
 
     Raises:
         PenstockError: the disk is full.
     """
     tensors: dict[str, Tensor] = {}
-    rank = 0
-    for _, layer in attached(decoder):
-        rank = layer.rank
-        for place in layer.a:
-            module = PREFIX + layer.pieces[int(place)].module
-            tensors[f"{module}.lora_A.weight"] = layer.a[place].detach().float().cpu().contiguous()
-            tensors[f"{module}.lora_B.weight"] = layer.b[place].detach().float().cpu().contiguous()
+    rank, transposed = 0, False
+    for name, layer in attached(decoder):
+        rank, transposed = layer.rank, general(f"{name}.weight") in family.transposed
+        for place, (a, b) in layer.additions().items():
+            module = PREFIX + layer.pieces[place].module
+            tensors[f"{module}.lora_A.weight"] = a.detach().float().cpu().contiguous()
+            tensors[f"{module}.lora_B.weight"] = b.detach().float().cpu().contiguous()
     names = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
+    if decoder.config.scalar_head:
+        tensors[f"{PREFIX}{SCALAR_HEAD}"] = decoder.head.weight.detach().float().cpu().contiguous()
     try:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -64,6 +68,8 @@ def write(decoder: Decoder, folder: Path, base: str, alpha: float, transposed: b
         "fan_in_fan_out": transposed,
         "inference_mode": True,
     }
+    if decoder.config.scalar_head:
+        described |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     write_json(folder / CONFIG, described)
 
 

@@ -10,6 +10,9 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
 
+#: What folders call the head of a model that gives a text one number (``AutoModelForSequenceClassification``).
+SCALAR_HEAD = "score.weight"
+
 
 def views_on(decoder: Decoder, family: Family) -> dict[str, Tensor]:
     """The decoder's weights, without a tied head, by their names in folders of ``family``.
@@ -23,6 +26,8 @@ def placed(decoder: Decoder, family: Family) -> Iterator[tuple[str, str, Tensor]
     """Of each weight the name of our parameter, its own name on disk, and the view of the parameter that it is."""
     for name, parameter in decoder.named_parameters():
         layer, stack = _layer(name), family.tensors[general(name)]
+        if name == "head.weight" and decoder.config.scalar_head:
+            stack = (SCALAR_HEAD,)
         matrices = parameter.detach() if "{expert}" in stack[0] else parameter.detach().unsqueeze(0)
         for expert, matrix in enumerate(matrices):
             parts = matrix.split(_rows(decoder.config, name, len(matrix), len(stack)))

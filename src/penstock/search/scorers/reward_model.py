@@ -18,8 +18,8 @@ from penstock.search.scorers.contract import Candidate, Problem, Scorer, Verdict
 class RewardModel(Scorer):
     """What a reward model says of the problem's prompt and a text behind it: the product of its scalar head and the
     hidden state of the last token. Of a text that has not ended it is a process reward, if the model was trained to
-    give one. The model is a folder or hub name that was saved as a sequence classifier with one label; texts are read
-    with its own tokenizer, a conversation in its own chat format.
+    give one. The model is a run of the objective ``reward``, or a folder or hub name that was saved as a sequence
+    classifier with one label; texts are read with its own tokenizer, a conversation in its own chat format.
 
     Texts that are scored together are computed together, ``batch`` at a time. Ours: the scorer computes them beside the
     engine, from their beginning, on the CPU or where ``device`` says; nothing of a text is kept for the next scoring.
@@ -39,9 +39,9 @@ class RewardModel(Scorer):
 
         from penstock.models.attention import CausalRows
 
-        decoder, head, tokenizer = _loaded(self.model, self.device)
+        decoder, tokenizer = _loaded(self.model, self.device)
         most = decoder.config.context
-        texts = [_tokens(tokenizer, problem, each.text) for each in candidates]
+        texts = [_tokens(tokenizer, problem, each) for each in candidates]
         fitting = [text for text in texts if len(text) <= most]
         rewards: list[float] = []
         for begin in range(0, len(fitting), self.batch):
@@ -53,7 +53,7 @@ class RewardModel(Scorer):
                 # Behind a shorter text stands padding, which what comes before it does not see.
                 hidden = decoder(tokens.to(self.device), CausalRows.of(tokens.shape[1], self.device)).hidden
                 last = hidden[torch.arange(len(rows)), torch.tensor([len(text) - 1 for text in rows])]
-                rewards += (last.float() @ head.float()).tolist()
+                rewards += (last.float() @ decoder.head.weight[0].float()).tolist()
         told = iter(rewards)
         return [
             next(told) if len(text) <= most else Verdict.failure(f"it has {len(text)} tokens, and {most} can be read")
@@ -65,25 +65,29 @@ class RewardModel(Scorer):
         """A model whose layers add nothing, with embeddings alike in all places, positive for tokens with an even id
         and negative for others: once they are normed, the reward is their mean, 1 or -1, by the last token."""
         scorer = cls(model=_signs().name)
-        tokenizer = _loaded(scorer.model, "cpu")[2]
+        tokenizer = _loaded(scorer.model, "cpu")[1]
         texts = [" = 3\n", "return", "a b", "x"]
         wanted = [1.0 - 2.0 * (tokenizer("add" + text)["input_ids"][-1] % 2) for text in texts]
         return scorer, {"prompt": "add"}, [Candidate(text, "") for text in texts], wanted
 
 
 @functools.cache
-def _loaded(model: str, device: str) -> tuple[Any, Any, Any]:
-    """Decoder, head and tokenizer."""
+def _loaded(model: str, device: str) -> tuple[Any, Any]:
+    """Decoder and tokenizer."""
     from penstock.models import hub
 
-    return *hub.load_reward(model, device=device), hub.load_tokenizer(model)
+    return hub.load_reward(model, device=device), hub.load_tokenizer(model)
 
 
-def _tokens(tokenizer: Any, problem: Problem, text: str) -> list[int]:
-    """What the reward model reads, at least one token."""
+def _tokens(tokenizer: Any, problem: Problem, candidate: Candidate) -> list[int]:
+    """What the reward model reads, at least one token: a conversation that has ended as its template writes it whole,
+    which is what reward models are trained on."""
     from penstock.serve.chat import chat_tokens
 
-    text = text.encode(errors="replace").decode()
+    text = candidate.text.encode(errors="replace").decode()
+    if "messages" in problem and candidate.finished:
+        whole = [*problem["messages"], {"role": "assistant", "content": text}]
+        return chat_tokens(tokenizer, whole, variables={"add_generation_prompt": False})
     if "messages" in problem:
         given = chat_tokens(tokenizer, problem["messages"])
         return [*given, *tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -95,7 +99,6 @@ def _tokens(tokenizer: Any, problem: Problem, text: str) -> list[int]:
 def _signs() -> tempfile.TemporaryDirectory[str]:
     """The folder of the example's model, which is removed at the end of the process."""
     import torch
-    from safetensors.torch import load_file, save_file
 
     from penstock.models import hub
 
@@ -105,12 +108,9 @@ def _signs() -> tempfile.TemporaryDirectory[str]:
         parameter.fill_(float("norm" in name))
     # Large ones, beside which what the norm adds to their square is nothing.
     decoder.embedding.weight += 1024.0 - 2048.0 * (torch.arange(decoder.config.vocabulary) % 2)[:, None]
+    decoder.give_scalar_head(seed=0)
+    decoder.head.weight.requires_grad_(False).fill_(1 / decoder.config.hidden)
     hub.save(decoder, Path(folder.name))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (Path(folder.name) / name).write_bytes((boxed / name).read_bytes())
-    weights, mean = (
-        Path(folder.name) / "model.safetensors",
-        torch.full((1, decoder.config.hidden), 1 / decoder.config.hidden),
-    )
-    save_file({**load_file(weights), hub.SCALAR_HEAD: mean}, weights)
     return folder

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from penstock.core.progress import Reporter, silent
 from penstock.data.loader import Batches
+from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.train.config import DataConfig
+from penstock.train.config import DataConfig, TrainConfig
 
 
 class Material(ABC):
@@ -26,6 +27,11 @@ class Material(ABC):
     unit: str
     folder: Path
     notes: list[str]
+
+    @classmethod
+    def enlarged(cls, config: TrainConfig, parent: Path | str | None, shape: DecoderConfig) -> DecoderConfig:
+        """The ``shape`` of the model with room for the tokens that it is to learn."""
+        return shape
 
     @property
     @abstractmethod

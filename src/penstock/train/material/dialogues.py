@@ -19,7 +19,7 @@ from penstock.data.corpora.records import Records
 from penstock.data.loader import Batch
 from penstock.data.manifest import SPLITS, SplitName
 from penstock.data.samplers.shuffle import Shuffle
-from penstock.data.tokenizer import fingerprint, load_tokenizer
+from penstock.data.tokenizer import fingerprint, size_of, with_tokens
 from penstock.models import hub
 from penstock.models.companions import copy_companions, end_with
 from penstock.models.config import DecoderConfig
@@ -27,14 +27,17 @@ from penstock.models.decoder import Decoder
 from penstock.parallel.world import World
 from penstock.train.batches import microbatches
 from penstock.train.config import HELD_OUT, DataConfig, TrainConfig
-from penstock.train.material import reference
+from penstock.train.material import reference, teacher
 from penstock.train.material.contract import Material
 
 #: The folder of a run with what the model at its beginning finds probable.
 REFERENCE = "reference"
 
+#: The folder of a run with what a teacher says.
+TEACHER = "teacher"
+
 #: Where the configuration names what is read as each kind.
-KEYS: dict[Kind, str] = {"chats": "chats", "preferences": "preferences"}
+KEYS: dict[Kind, str] = {"chats": "chats", "preferences": "preferences", "ratings": "ratings"}
 
 
 class Dialogues(Material):
@@ -64,6 +67,7 @@ class Dialogues(Material):
         self.store = self._opened(shape)
         self._evaluated = 0
         self._reference: Path | None = None
+        self._teacher: Path | None = None
         self._tell(PackedLoader(self.store.split("train"), **self._order(0, 1)).packed)
 
     @classmethod
@@ -76,6 +80,12 @@ class Dialogues(Material):
                 f"the objective {name} learns from {kind}, and data.{key} names none",
                 hint=f"Give a file of them: --set data.{key}={key}.jsonl",
             )
+        taught = config.objective.teacher
+        if taught is not None and not taught.source:
+            raise ConfigError(
+                f"the objective {name} learns from a teacher, and objective.source names none",
+                hint="Give a model, or the address of a server: --set objective.source=http://127.0.0.1:8000",
+            )
         if parent is None:
             raise ConfigError(
                 f"the objective {name} needs a model that has a tokenizer: set start_from in place of [model]"
@@ -86,12 +96,19 @@ class Dialogues(Material):
                 f"{len(config.batch.stages)}"
             )
 
+    @classmethod
+    def enlarged(cls, config: TrainConfig, parent: Path | str | None, shape: DecoderConfig) -> DecoderConfig:
+        if not config.data.new_tokens:
+            return shape
+        tokens = size_of(with_tokens(hub.resolve(str(parent)), config.data.new_tokens))
+        return shape.model_copy(update={"vocabulary": max(shape.vocabulary, tokens)})
+
     def _build(self, report: Reporter) -> None:
         data = self._config.data
         ExampleStore.build(
             cast(Records, self._source),
             self._kind,
-            Template(hub.resolve(self._parent), data.chat_template),
+            Template(hub.resolve(self._parent), data.chat_template, data.new_tokens),
             self.folder,
             learnt=self._learnt,
             held_out=HELD_OUT if data.held_out is None else data.held_out,
@@ -118,7 +135,7 @@ class Dialogues(Material):
             "objective.learnt": (self._learnt, manifest.learnt),
         }
         differing = [f"{key}: {want}, not {there}" for key, (want, there) in asked.items() if want not in (None, there)]
-        if fingerprint(load_tokenizer(hub.resolve(self._parent))) != manifest.tokenizer:
+        if fingerprint(with_tokens(hub.resolve(self._parent), data.new_tokens)) != manifest.tokenizer:
             differing.append("the tokenizer: the model has another one")
         if differing:
             raise ConfigError(
@@ -155,6 +172,9 @@ class Dialogues(Material):
     def provide(self, folder: Path) -> None:
         source = hub.resolve(self._parent)
         copy_companions(source, folder)
+        if self._config.data.new_tokens:
+            tokenizer = with_tokens(source, self._config.data.new_tokens)
+            write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
         if self._config.data.chat_template is not None:
             _take_template(folder, read_text(self._config.data.chat_template))
         for token in self.store.manifest.ends:
@@ -174,20 +194,29 @@ class Dialogues(Material):
         return PackedLoader(self._examples("train"), **self._order(rank, world))
 
     def prepare(self, model: Decoder, folder: Path, report: Reporter) -> None:
-        if self._config.objective.refers:
-            reference.compute(model, self.store, folder / REFERENCE, self._config.batch, report)
+        config, taught = self._config, self._config.objective.teacher
+        if config.objective.refers:
+            reference.compute(model, self.store, folder / REFERENCE, config.batch, report)
+        if taught is not None:
+            tokens, device = config.batch.micro_tokens or config.batch.tokens, str(model.embedding.weight.device)
+            teacher.compute(taught, self.store, folder / TEACHER, tokens, device, report)
 
     def take(self, folder: Path) -> None:
         if self._config.objective.refers:
             self._reference = folder / REFERENCE
-            for name in SPLITS:
-                self._examples(name)
+        if self._config.objective.teacher is not None:
+            self._teacher = folder / TEACHER
+        for name in SPLITS:
+            self._examples(name)
 
     def _examples(self, name: SplitName) -> Examples:
         examples = self.store.split(name)
         if self._reference is not None:
             found = reference.read(examples, self._reference, name, self._config.batch.length)
             examples.extras["reference"] = found
+        taught = self._config.objective.teacher
+        if self._teacher is not None and taught is not None:
+            examples.tokenwise |= teacher.read(examples, self._teacher, name, taught.top)
         return examples
 
     def validate(self, model: Decoder) -> float:

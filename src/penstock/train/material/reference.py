@@ -58,7 +58,10 @@ def read(examples: Examples, folder: Path, name: SplitName, length: int) -> npt.
     """
     path = folder / f"{name}.bin"
     found = map_file(path, "<f4") if path.is_file() else np.empty(0, np.float32)
-    if len(found) != examples.count * examples.width or np.isnan(found[np.repeat(examples.sizes() <= length, 2)]).any():
+    if (
+        len(found) != examples.count * examples.width
+        or np.isnan(found[np.repeat(examples.sizes() <= length, examples.width)]).any()
+    ):
         raise DataError(
             f"{path} does not hold the log-probabilities of the model at the beginning of the run for these rows",
             hint="Start a new run: they cannot be computed from a model that was trained since.",

@@ -33,7 +33,15 @@ class Example(NamedTuple):
     targets: list[int]
     loss: float
     documents: list[int] | None = None
-    extras: Mapping[str, list[float]] = {}
+    extras: Mapping[str, list[Any]] = {}
+
+
+class Teacher(NamedTuple):
+    """A model that is asked for its ``top`` most probable tokens: a folder as ``hub.resolve`` takes it, or the address
+    of a server."""
+
+    source: str
+    top: int
 
 
 @contract(
@@ -51,12 +59,14 @@ class Objective(Policy):
         cross_entropy: whether :meth:`hidden_loss` is the plain cross-entropy of the targets, which can be computed from
             rows of the vocabulary on several devices.
         of_heads: whether a head is trained, and not the model that it is for.
+        scalar: whether the model gets a head that gives a text one number.
         learns_from: the texts of a token store, or the kind of examples that a data set is read as.
         unit: what :meth:`count` counts.
     """
 
     cross_entropy: ClassVar[bool] = False
     of_heads: ClassVar[bool] = False
+    scalar: ClassVar[bool] = False
     learns_from: ClassVar[Literal["texts"] | Kind] = "texts"
     unit: ClassVar[str] = "token"
 
@@ -76,6 +86,12 @@ class Objective(Policy):
         """Whether it needs the log-probability of each sequence under the model at the beginning, in
         ``Batch.extras["reference"]``."""
         return False
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """Whom to ask, before the run, what it would say in the place of each token that is learnt: its most probable
+        tokens in ``Batch.extras["teacher_tokens"]``, and their log-probabilities in ``"teacher_logprobs"``."""
+        return None
 
     def count(self, batch: Batch) -> Tensor:
         """By how much the summed loss is divided to be a mean: the predicted tokens, where a policy says no other."""

@@ -17,8 +17,8 @@ from penstock.train.objectives.contract import Objective
 
 
 class Pairs(NamedTuple):
-    """The pairs of a batch, [B, P] each: the log-probabilities of the chosen and the rejected answers, summed over
-    their tokens, and how many tokens these are; and which of the places hold a pair."""
+    """The pairs of a batch, [B, P] each: what the chosen and the rejected answers are worth, summed over their tokens,
+    and how many tokens these are; and which of the places hold a pair."""
 
     chosen: Tensor
     rejected: Tensor
@@ -43,8 +43,12 @@ class Preference(Objective):
         """The loss of each pair, [B, P]; places without a pair may hold any finite number."""
         raise NotImplementedError
 
+    def worth(self, model: Decoder, hidden: Tensor, batch: Batch) -> Tensor:
+        """What each token [B, L] adds to the worth of its answer: its log-probability, where a policy says no other."""
+        return log_probabilities(model, hidden, batch, self.chunk)
+
     def hidden_loss(self, model: Decoder, hidden: Tensor, batch: Batch) -> Tensor:
-        pairs = pairs_of(batch, log_probabilities(model, hidden, batch, self.chunk))
+        pairs = pairs_of(batch, self.worth(model, hidden, batch))
         return torch.where(pairs.there, self.pair_loss(pairs, batch), 0.0).sum()
 
     def count(self, batch: Batch) -> Tensor:

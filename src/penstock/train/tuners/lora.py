@@ -7,7 +7,6 @@ from typing import ClassVar, cast
 
 from pydantic import PositiveFloat, PositiveInt
 
-from penstock.core.errors import ConfigError, nearest
 from penstock.models import hub
 from penstock.models.adapters import low_rank, peft
 from penstock.models.adapters.low_rank import LowRankLinear
@@ -33,25 +32,13 @@ class LoRA(Tuner):
     targets: tuple[str, ...] = ()
 
     def attach(self, model: Decoder, seed: int) -> None:
-        found = low_rank.linears(model, hub.family_of(model))
-        ends = {piece.module.rpartition(".")[2] for pieces in found.values() for piece in pieces}
-        for target in self.targets:
-            if target not in ends:
-                raise ConfigError(
-                    f"tuner.targets names {target!r}, which the model does not have: {nearest(target, ends)}"
-                )
+        layers = low_rank.chosen(model, hub.family_of(model), self.targets)
         model.requires_grad_(False)
-        for name, pieces in found.items():
-            chosen = [i for i, piece in enumerate(pieces) if self._takes(piece.module)]
-            if chosen:
-                layer = LowRankLinear(
-                    cast(Linear, model.get_submodule(name)), pieces, chosen, self.rank, self.alpha / self.rank
-                )
-                layer.initialize(seed, name)
-                low_rank.attach(model, name, layer)
-
-    def _takes(self, module: str) -> bool:
-        return not self.targets or module.rpartition(".")[2] in self.targets
+        for name, (pieces, places) in layers.items():
+            base = cast(Linear, model.get_submodule(name))
+            layer = LowRankLinear(base, pieces, places, self.rank, self.alpha / self.rank)
+            layer.initialize(seed, name)
+            low_rank.attach(model, name, layer)
 
     def detach(self, model: Decoder) -> None:
         low_rank.detach(model)
@@ -61,5 +48,4 @@ class LoRA(Tuner):
         return low_rank.merged(model)
 
     def write(self, model: Decoder, folder: Path, base: str) -> None:
-        family = hub.family_of(model)
-        peft.write(model, folder, base, self.alpha, transposed=bool(family.transposed))
+        peft.write(model, folder, base, self.alpha, hub.family_of(model))

@@ -1,0 +1,86 @@
+"""Mixture of shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Self, cast
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from torch import nn
+
+from penstock.models import hub
+from penstock.models.adapters import low_rank, peft
+from penstock.models.adapters.shards import Pool, ShardedLinear
+from penstock.models.decoder import Decoder
+from penstock.models.linear import Linear
+from penstock.policy import policy
+from penstock.train.tuners.contract import Tuner
+
+
+@policy("train.tuner", "mos", papers=[101])
+class MixtureOfShards(Tuner):
+    """Trains pools of shards, of which the A and the B of every layer's low-rank additions are put together.
+
+    Matrices of one kind (all ``q_proj``, say) have a pool for their A's and one for their B's, with as many numbers as
+    LoRA of the rank ``budget`` has in all layers. Each layer makes vectors for the larger ``rank`` of them. From the
+    paper, against what is lost by sharing: a random subset of the shards for each layer; A and B choose apart; vectors
+    are cut into ``shards``, which recur in other company; and ``private`` vectors a layer are its own. With all of them
+    private it is LoRA. Our reading: private vectors count within the budget, the choice is drawn once, and no shard is
+    taken twice by a layer before each was.
+
+    The adapter is written as PEFT reads LoRA, of the full ``rank``, and served merged. Not built: kernels that compute
+    many adapters in one batch from their pools.
+    """
+
+    adds: ClassVar[bool] = True
+
+    rank: PositiveInt = 16
+    budget: PositiveInt = 2
+    shards: PositiveInt = 4
+    private: NonNegativeInt = 1
+    alpha: PositiveFloat = 32.0
+    targets: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.private > min(self.budget, self.rank):
+            raise ValueError(f"private ({self.private}) is above budget ({self.budget}) or rank ({self.rank})")
+        if self.private == self.budget < self.rank:
+            raise ValueError(f"all {self.budget} vectors a layer are private: no others are left for rank {self.rank}")
+        return self
+
+    def attach(self, model: Decoder, seed: int) -> None:
+        layers = low_rank.chosen(model, hub.family_of(model), self.targets)
+        model.requires_grad_(False)
+        kinds: dict[str, list[str]] = {}
+        for name, (pieces, places) in layers.items():
+            for place in places:
+                kinds.setdefault(self._kind(model, name, pieces[place]), []).append(name)
+        pools = nn.ModuleDict()
+        for kind, names in kinds.items():
+            like, rows = model.get_submodule(names[0]).weight, int(kind.rpartition("x")[2])
+            pool = Pool(cast(nn.Parameter, like), rows, len(names), self.budget, self.private, self.shards)
+            pool.initialize(seed, kind)
+            pools[kind] = pool
+        for name, (pieces, places) in layers.items():
+            found = {place: self._kind(model, name, pieces[place]) for place in places}
+            own = {place: (kind, cast(Pool, pools[kind])) for place, kind in found.items()}
+            base, number = cast(Linear, model.get_submodule(name)), kinds[next(iter(found.values()))].index(name)
+            scale = self.alpha / self.rank
+            low_rank.attach(model, name, ShardedLinear(base, pieces, own, number, self.rank, scale, seed))
+        model.add_module(low_rank.POOLS, pools)
+
+    @staticmethod
+    def _kind(model: Decoder, name: str, piece: low_rank.Piece) -> str:
+        """What the matrices are called that share a pool: by their names in a layer and their shapes."""
+        return f"{piece.end}_{cast(Linear, model.get_submodule(name)).in_features}x{piece.rows}"
+
+    def detach(self, model: Decoder) -> None:
+        low_rank.detach(model)
+        super().detach(model)
+
+    def merged(self, model: Decoder) -> Decoder:
+        return low_rank.merged(model)
+
+    def write(self, model: Decoder, folder: Path, base: str) -> None:
+        peft.write(model, folder, base, self.alpha, hub.family_of(model))

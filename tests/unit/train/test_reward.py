@@ -1,0 +1,117 @@
+"""Reward models, beside transformers' sequence classifiers."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from penstock import LLM
+from penstock.core.errors import ConfigError, UsageError
+from penstock.core.progress import silent
+from penstock.data.chats.messages import Conversation
+from penstock.data.chats.template import Template
+from penstock.models import hub
+from penstock.search.scorers.contract import Candidate
+from penstock.search.scorers.reward_model import RewardModel
+from penstock.train.run import Run
+from penstock.train.session import train_to_the_end
+from tiny_chats import chat_config, make_chat_model, turns, write_lines
+from tiny_runs import assert_same_bits
+
+PAIRS = [{"prompt": f"what is {i}?", "chosen": f"{i} a word", "rejected": "no " * (i % 3 + 1)} for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_chat_model(tmp_path_factory.mktemp("chat") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = write_lines(tmp_path_factory.mktemp("data") / "pairs.jsonl", PAIRS)
+    return {"preferences": str(path), "held_out": 0.4}
+
+
+@pytest.fixture(scope="module")
+def tuned(model, data, tmp_path_factory):
+    """A run to its end, not to be written to."""
+    folder = tmp_path_factory.mktemp("tuned") / "run"
+    run = Run.create(chat_config(model, data=data, objective="reward", steps=8, checkpoint_steps=4), folder)
+    return train_to_the_end(run, silent) and folder
+
+
+def rewards(folder, template: Template) -> dict[tuple[str, str], float]:
+    """What transformers' classifier says of each conversation, whole."""
+    peer, found = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32), {}
+    assert peer.config.num_labels == 1
+    for pair in PAIRS:
+        for key in ("chosen", "rejected"):
+            tokens = template.write(Conversation(turns(pair["prompt"], pair[key])), "here").tokens
+            with torch.no_grad():
+                found[pair["prompt"], pair[key]] = float(peer(torch.tensor(tokens[None].astype("int64"))).logits)
+    return found
+
+
+@pytest.fixture(scope="module")
+def judged(model, tuned):
+    return rewards(tuned / "model", Template(model))
+
+
+def test_the_loss_is_that_of_transformers_rewards(tuned, judged):
+    """Bradley and Terry's, over the pairs that are held out; and those of the others were learnt."""
+    held, template = Run.reopen(tuned).material.store.split("held_out"), Template(tuned / "model")
+    texts = [template.tokenizer.decode(held.read(i, 999)[0]) for i in range(0, 2 * held.count, 2)]
+    margins, learnt = [], []
+    for pair in PAIRS:
+        margin = judged[pair["prompt"], pair["chosen"]] - judged[pair["prompt"], pair["rejected"]]
+        (margins if any(pair["prompt"] in text for text in texts) else learnt).append(margin)
+    assert len(margins) == held.count > 0
+    wanted = sum(math.log1p(math.exp(-margin)) for margin in margins) / held.count
+    assert json.loads((tuned / "summary.json").read_text())["held_out_loss"] == pytest.approx(wanted, rel=1e-4)
+    assert min(learnt) > 0.5
+
+
+def test_search_scores_with_it(tuned, judged):
+    """A conversation that has ended is read whole, as in training; one that has not, up to there."""
+    scorer = RewardModel(model=str(tuned))
+    for (asked, said), wanted in judged.items():
+        ended, unended = (Candidate(said, "", finished=finished) for finished in (True, False))
+        found = scorer.score({"messages": turns(asked)}, [ended, unended])
+        assert found[0] == pytest.approx(wanted, abs=1e-5)
+        assert found[1] != pytest.approx(wanted, abs=1e-5)
+
+
+def test_it_resumes_bit_for_bit_and_goes_on(model, data, tuned, tmp_path):
+    Run.create(
+        chat_config(model, data=data, objective="reward", steps=4, checkpoint_steps=4), tmp_path / "run"
+    ).trainer.train()
+    Run.reopen(tmp_path / "run", overrides=["steps=8"]).trainer.train()
+    assert_same_bits(*(folder / "checkpoints" / "step-00000008" for folder in (tmp_path / "run", tuned)))
+    further = Run.create(chat_config(tuned, data=data, objective="reward", steps=1), tmp_path / "further")
+    assert torch.equal(further.trainer.model.head.weight, hub.load_reward(tuned).head.weight)
+
+
+def test_its_head_is_trained_beside_an_adapter(model, data, tmp_path):
+    options = chat_config(model, data=data, objective="reward", tuner="lora", steps=4, checkpoint_steps=2)
+    run = Run.create(options, tmp_path / "run")
+    first = run.trainer.model.head.weight.detach().clone()
+    train_to_the_end(run, silent)
+    head = hub.load_reward(tmp_path / "run").head.weight
+    assert not torch.equal(head, first)
+    last = tmp_path / "run" / "checkpoints" / "step-00000004"
+    (last / "config.json").unlink()
+    Run.reopen(tmp_path / "run").trainer.train()
+    assert torch.equal(hub.load_reward(last).head.weight, head)
+    peft = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (peft["task_type"], peft["modules_to_save"]) == ("SEQ_CLS", ["score"])
+
+
+def test_it_is_refused_where_texts_are_written(tuned, data, tmp_path):
+    with pytest.raises(UsageError, match="is a reward model, which gives a text a number and writes none"):
+        LLM(str(tuned))
+    with pytest.raises(ConfigError, match="is a reward model, which writes no text: the objective dpo cannot train it"):
+        Run.create(chat_config(tuned, data=data, objective="dpo"), tmp_path / "run")
