@@ -35,11 +35,11 @@ from penstock.train.config import TrainConfig
 from penstock.train.run import Run
 from penstock.train.session import train_to_the_end
 
-#: Tokens for each problem, about those of four texts and of sixteen; and the longest text.
-BUDGETS, LONGEST = (100, 400), 48
+#: Tokens for each problem, about those of two texts and of eight; and the longest text.
+BUDGETS, LONGEST = (50, 200), 48
 
 #: Puzzles of each kind.
-COUNT = 6
+COUNT = 5
 
 #: Samples of each problem for the law of coverage: fitted to the first numbers, and held against the last.
 SAMPLES, FITTED = 32, (1, 2, 4, 8, 16)
