@@ -1,4 +1,4 @@
-"""Every program of test-time search on puzzles that are checked: accuracy and tokens at two budgets.
+"""Every program of test-time search on puzzles that are checked: accuracy and tokens within a budget.
 
 The preset ``puzzles`` trains a small model the first time, which is kept. Puzzles are held out by construction; a
 quarter each is small Python functions against tests, Countdown, 4x4 and 6x6 Sudoku. Scorers see what is exactly right,
@@ -35,14 +35,14 @@ from penstock.train.config import TrainConfig
 from penstock.train.run import Run
 from penstock.train.session import train_to_the_end
 
-#: Tokens for each problem, about those of two texts and of eight; and the longest text.
-BUDGETS, LONGEST = (50, 200), 48
+#: Budgets of tokens for each problem; and the longest text.
+BUDGETS, LONGEST = (200,), 48
 
 #: Puzzles of each kind.
-COUNT = 5
+COUNT = 4
 
 #: Samples of each problem for the law of coverage: fitted to the first numbers, and held against the last.
-SAMPLES, FITTED = 32, (1, 2, 4, 8, 16)
+SAMPLES, FITTED = 16, (1, 2, 4, 8)
 
 #: Programs that are said to reach the accuracy of drawing n texts with fewer tokens, and the papers that say so where
 #: that is their own baseline.

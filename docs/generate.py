@@ -6,7 +6,7 @@ A generated part stands between two lines, of which the first names the generato
     <!-- comparisons: NAME -->  those of them that stand beside a peer's; NAME,METRIC is of one metric
     <!-- grid: NAME,METRIC -->  one metric of them: subjects down, settings across
     <!-- claims: NAME,CONTRACT --> its figures of the policies of a contract, beside what their papers claim
-    <!-- points: FILE,X,Y -->   a picture of one device's file: one metric against another, a point a subject and setting
+    <!-- points: FILE,X,Y -->   a picture of one device's file: one metric against another
     <!-- policies: CONTRACT --> the policies of a contract
     <!-- timelines -->          a picture of each pipeline schedule, which is drawn anew too
     <!-- timelines: A,B -->     one picture of some of them
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import collections
 import dataclasses
 import itertools
 import math
@@ -127,29 +128,26 @@ def grid(sources: Sources, document: Path, wanted: str) -> str:
 
 @generator
 def claims(sources: Sources, document: Path, wanted: str) -> str:
-    """The figures of a benchmark whose subjects are policies of a contract, a line a subject, and in its last column
-    what the policy's papers claim. Subjects that are none stand there too, without a claim."""
+    """The figures of a benchmark whose subjects are policies of a contract, a line a subject, as far as several
+    have them, and in the last column what the policy's papers claim. Subjects that are none have no claim."""
     name, _, contract = wanted.partition(",")
-    parts = []
-    for result in named(sources, name):
-        shown = [row for row in result.rows if row.peer is None]
-        columns = list(dict.fromkeys((row.setting, row.metric) for row in shown))
-        said = {
-            (row.subject, row.setting, row.metric): f"{format_number(row.value)} {row.unit}".strip() for row in shown
-        }
-        lines = []
-        for subject in dict.fromkeys(row.subject for row in shown):
-            entry = sources.index.find(contract, subject)
-            papers = [sources.bibliography.paper(number) for number in entry.papers] if entry is not None else []
-            told = "; ".join(paper.claim for paper in papers if paper.claim)
-            values = [said.get((subject, *column), "") for column in columns]
-            if sum(map(bool, values)) > 1:
-                lines.append((subject, *values, told))
-        used = [place for place in range(len(columns)) if any(line[1 + place] for line in lines)]
-        headings = [f"{columns[place][1]}, {columns[place][0]}" for place in used]
-        rows = [(line[0], *(line[1 + place] for place in used), line[-1]) for line in lines]
-        parts.append(f"{table(('Policy', *headings, 'Claim of its paper'), rows)}\n{note(result)}")
-    return "\n".join(parts)
+    return "\n".join(_claimed(sources, result, contract) for result in named(sources, name))
+
+
+def _claimed(sources: Sources, result: Result, contract: str) -> str:
+    """The table of :func:`claims` for one device."""
+    shown = [each for each in result.rows if each.peer is None]
+    several = collections.Counter((each.setting, each.metric) for each in shown)
+    columns = [column for column, count in several.items() if count > 1]
+    said = {(it.subject, it.setting, it.metric): f"{format_number(it.value)} {it.unit}".strip() for it in shown}
+    lines = []
+    for subject in dict.fromkeys(each.subject for each in shown):
+        entry = sources.index.find(contract, subject)
+        papers = [sources.bibliography.paper(number) for number in entry.papers] if entry is not None else []
+        told = "; ".join(paper.claim for paper in papers if paper.claim)
+        lines.append((subject, *(said.get((subject, *column), "") for column in columns), told))
+    headings = (f"{metric}, {setting}" for setting, metric in columns)
+    return f"{table(('Policy', *headings, 'Claim of its paper'), lines)}\n{note(result)}"
 
 
 @generator
