@@ -93,9 +93,12 @@ def loop(bench: Bench) -> None:
     asked = search.problems(1 if bench.quick else search.COUNT)
     sampling = {"temperature": 0.8, "max_tokens": search.LONGEST}
     llm = LLM(folder, device=str(bench.device), progress=silent, cache_tokens=16384)
-    line = [sys.executable, "-m", "penstock", "serve", str(folder), "--port", "0", "--device", str(bench.device)]
+    line = [sys.executable, "-m", "penstock", "serve", str(folder), "--name", "puzzles", "--port", "0"]
     with subprocess.Popen(
-        [*line, "--set", "cache_tokens=16384"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [*line, "--device", str(bench.device), "--set", "cache_tokens=16384"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     ) as server:
         try:
             assert server.stdout is not None
