@@ -5,6 +5,8 @@ A generated part stands between two lines, of which the first names the generato
     <!-- figures: NAME -->      the results of a benchmark or of a peer, or of one device's file (NAME-DEVICE)
     <!-- comparisons: NAME -->  those of them that stand beside a peer's; NAME,METRIC is of one metric
     <!-- grid: NAME,METRIC -->  one metric of them: subjects down, settings across
+    <!-- claims: NAME,CONTRACT --> its figures of the policies of a contract, beside what their papers claim
+    <!-- points: FILE,X,Y -->   a picture of one device's file: one metric against another
     <!-- policies: CONTRACT --> the policies of a contract
     <!-- timelines -->          a picture of each pipeline schedule, which is drawn anew too
     <!-- timelines: A,B -->     one picture of some of them
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import collections
 import dataclasses
 import itertools
 import math
@@ -45,7 +48,7 @@ from penstock.testing.house import ROWS, imports, row
 BLOCK = re.compile(
     r"^<!-- (?P<name>[a-z]+)(?:: (?P<argument>\S+))? -->\n(?P<body>.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL
 )
-PICTURE = re.compile(r"\]\(\S*images/((?:pipeline|bars)/[^()\s]+|rooms)\.svg\)")
+PICTURE = re.compile(r"\]\(\S*images/((?:pipeline|bars|points)/[^()\s]+|rooms)\.svg\)")
 MARKER = re.compile(r"^<!-- (?:[a-z]+(?:: \S+)?|end) -->$", re.MULTILINE)
 
 
@@ -123,6 +126,39 @@ def grid(sources: Sources, document: Path, wanted: str) -> str:
     return "\n".join(parts)
 
 
+@generator
+def claims(sources: Sources, document: Path, wanted: str) -> str:
+    """The figures of a benchmark whose subjects are policies of a contract, a line a subject, as far as several
+    have them, and in the last column what the policy's papers claim. Subjects that are none have no claim."""
+    name, _, contract = wanted.partition(",")
+    return "\n".join(_claimed(sources, result, contract) for result in named(sources, name))
+
+
+def _claimed(sources: Sources, result: Result, contract: str) -> str:
+    """The table of :func:`claims` for one device."""
+    shown = [each for each in result.rows if each.peer is None]
+    several = collections.Counter((each.setting, each.metric) for each in shown)
+    columns = [column for column, count in several.items() if count > 1]
+    said = {(it.subject, it.setting, it.metric): f"{format_number(it.value)} {it.unit}".strip() for it in shown}
+    lines = []
+    for subject in dict.fromkeys(each.subject for each in shown):
+        entry = sources.index.find(contract, subject)
+        papers = [sources.bibliography.paper(number) for number in entry.papers] if entry is not None else []
+        told = "; ".join(paper.claim for paper in papers if paper.claim)
+        lines.append((subject, *(said.get((subject, *column), "") for column in columns), told))
+    headings = (f"{metric}, {setting}" for setting, metric in columns)
+    return f"{table(('Policy', *headings, 'Claim of its paper'), lines)}\n{note(result)}"
+
+
+@generator
+def points(sources: Sources, document: Path, wanted: str) -> str:
+    """A picture of one metric of a device's file against another."""
+    folder = Path(os.path.relpath(sources.root / "docs", document.parent)) / "images" / "points"
+    _, x, y = wanted.split(",")
+    label = f"{y} against {x}".replace("-", " ")
+    return f"![{label}]({(folder / wanted).as_posix()}.svg)\n"
+
+
 def named(sources: Sources, name: str) -> list[Result]:
     """The results of a benchmark, or of one device's file.
 
@@ -180,7 +216,7 @@ def timelines(sources: Sources, document: Path, names: str) -> str:
 
 
 def pictures(sources: Sources, texts: Iterable[str]) -> Iterator[tuple[Path, str]]:
-    """The generated pictures that documents show: timelines, bars, and the house."""
+    """The generated pictures that documents show: timelines, bars, points, and the house."""
     for shown in sorted({found for text in texts for found in PICTURE.findall(text)}):
         path = sources.root / "docs" / "images" / f"{shown}.svg"
         folder, _, name = shown.rpartition("/")
@@ -188,6 +224,8 @@ def pictures(sources: Sources, texts: Iterable[str]) -> Iterator[tuple[Path, str
             yield path, picture(name.split("-"))
         elif folder == "bars":
             yield path, drawn_bars(sources, f"docs/{name}.toml")
+        elif folder == "points":
+            yield path, drawn_points(sources, *name.split(","))
         else:
             yield path, drawn_house(sources)
 
@@ -376,6 +414,58 @@ def drawn_bars(sources: Sources, name: str) -> str:
         marks.append(f'<line x1="{x:.1f}" y1="28" x2="{x:.1f}" y2="{top}" stroke="{stroke}"/>')
         marks.append(f'<text x="{x:.1f}" y="20" text-anchor="middle" fill="#666">{ratio:g}×</text>')
     return _svg(WIDTH, top + 8, [*marks, *lines])
+
+
+#: Colours of settings.
+COLOURS = ("#2f7fc1", "#c9872f", "#3d9a50", "#9050a0")
+
+
+def drawn_points(sources: Sources, name: str, x: str, y: str) -> str:
+    """Metric ``y`` against ``x`` (hyphens for spaces) of one device's file: a point a subject and setting, with the
+    subject's name; ``x`` on a scale of powers. Names keep clear of one another."""
+    (result,) = named(sources, name)
+    rows = {(row.subject, row.setting, row.metric.replace(" ", "-")): row.value for row in result.rows}
+    found = [
+        (subject, setting, rows[subject, setting, x], value)
+        for (subject, setting, metric), value in rows.items()
+        if metric == y and rows.get((subject, setting, x), 0) > 0
+    ]
+    settings = list(dict.fromkeys(setting for _, setting, _, _ in found))
+    least, most = (bound([math.log2(each[2]) for each in found]) for bound in (min, max))
+    top = max(each[3] for each in found) or 1.0
+    left, width, height = 50, WIDTH - 220, 40 * LINE
+
+    def at(across: float, up: float) -> tuple[float, float]:
+        share = (math.log2(across) - least) / ((most - least) or 1.0)
+        return left + share * width, 20 + (1 - up / top) * height
+
+    lines = [f'<path d="M{left} 10V{20 + height}H{left + width + 160}" fill="none" stroke="#888"/>']
+    for number in range(math.ceil(least), math.floor(most) + 1):
+        place, _ = at(2.0**number, 0)
+        lines.append(f'<text x="{place:.1f}" y="{38 + height}" text-anchor="middle" fill="#666">{2**number}</text>')
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        _, place = at(2.0**least, share * top)
+        said = format_number(share * top)
+        lines.append(f'<text x="{left - 6}" y="{place + 4:.1f}" text-anchor="end" fill="#666">{said}</text>')
+    for place, setting in enumerate(settings):
+        lines.append(f'<circle cx="{left + 14}" cy="{58 + height + LINE * place}" r="4" fill="{COLOURS[place]}"/>')
+        lines.append(f'<text x="{left + 26}" y="{62 + height + LINE * place}">{escape(setting)}</text>')
+    lines += _labelled([(each[0], COLOURS[settings.index(each[1])], *at(each[2], each[3])) for each in found])
+    label = f"{y.replace('-', ' ')} against {x.replace('-', ' ')}"
+    lines.append(f'<text x="{left + width}" y="{62 + height}" text-anchor="end" fill="#666">{escape(label)}</text>')
+    return _svg(WIDTH, 70 + height + LINE * len(settings), lines)
+
+
+def _labelled(marks: Sequence[tuple[str, str, float, float]]) -> Iterator[str]:
+    """Points (name, colour, x, y) with their names, each at the place beside or below its point that is free."""
+    taken: list[tuple[float, float, float]] = []
+    for name, colour, x, y in sorted(marks, key=lambda each: (each[3], each[2])):
+        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
+        place, width = y + 4, 6.2 * len(name)
+        while any(abs(place - other) < 11 and x < right and left < x + width for other, left, right in taken):
+            place += 2
+        taken.append((place, x, x + width + 8))
+        yield f'<text x="{x + 7:.1f}" y="{place:.1f}" font-size="11" fill="{colour}">{escape(name)}</text>'
 
 
 def _svg(width: int, height: float, lines: Iterable[str]) -> str:

@@ -75,6 +75,13 @@ def serve(
     queue: int = typer.Option(1024, "--queue", min=0, help="Most continuations that wait; more get status 429."),
     deadline: float = typer.Option(600.0, "--deadline", help="Most seconds that a request may take."),
     body_limit: float = typer.Option(4.0, "--body-limit", help="Largest request, in MiB."),
+    search_budget: int = typer.Option(100_000, "--search-budget", min=1, help="Most tokens that a search may spend."),
+    search_scorers: list[str] = typer.Option(
+        ["exact_match", "majority", "self_certainty"],
+        "--search-scorer",
+        metavar="SCORER",
+        help="A scorer that searches may name; unit_tests runs what clients send, in a sandbox. May be given again.",
+    ),
     drain: float = typer.Option(30.0, "--drain", help="Seconds for requests under way after SIGTERM or Ctrl-C."),
     read_timeout: float = typer.Option(
         30.0, "--read-timeout", help="Seconds for a request's head, or a part of its body, to arrive."
@@ -114,6 +121,7 @@ def serve(
     from penstock.core.files import read_text
     from penstock.core.garbage import settle
     from penstock.models import hub
+    from penstock.policy import lookup
     from penstock.serve.chat import NO_TEMPLATE
     from penstock.serve.config import EngineConfig
     from penstock.serve.dialogue.guess import named
@@ -134,8 +142,12 @@ def serve(
         "drain": drain,
         "reading": read_timeout,
         "patience": patience,
+        "search": search_budget,
+        "scorers": tuple(search_scorers),
     }
     limits = build(Limits, given, "the server's limits")
+    for each in search_scorers:
+        lookup("search.scorer", each)  # that there is none is said before the model is loaded
     keys = _keys(api_key or [], api_key_file)
     _check_exposure(host, keys, no_key)
     form = None if dialogue is None else named(dialogue)

@@ -1,4 +1,5 @@
-"""Puzzles with answers that can be checked, made with seeds: small Python functions, Countdown, 4x4 Sudoku."""
+"""Puzzles with answers that can be checked, made with seeds: small Python functions, Countdown, 4x4 and 6x6
+Sudoku."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-Kind = Literal["functions", "countdown", "sudoku"]
+Kind = Literal["functions", "countdown", "sudoku", "sudoku_6"]
 
-KINDS: tuple[Kind, ...] = ("functions", "countdown", "sudoku")
+KINDS: tuple[Kind, ...] = ("functions", "countdown", "sudoku", "sudoku_6")
 
 #: One prompt in so many is held out, whatever seed it comes up with.
 HELD_OUT = 10
@@ -39,7 +40,7 @@ class Puzzle:
     """A puzzle with a solution of it.
 
     Attributes:
-        kind: functions, countdown or sudoku.
+        kind: functions, countdown, sudoku of 4x4 or of 6x6.
         prompt, solution: texts; the one stands behind the other.
         facts: what checks an answer: the ``tests`` and the ``code`` before them, the ``numbers`` and the ``target``, or
             the ``given`` rows.
@@ -112,27 +113,47 @@ def _countdown(draw: random.Random) -> Puzzle:
 
 
 def _sudoku(draw: random.Random) -> Puzzle:
-    def shuffled(pairs: list[list[int]]) -> list[int]:
-        return [place for pair in draw.sample(pairs, 2) for place in draw.sample(pair, 2)]
-
+    # The two squares from which all others of this size come by other names and orders.
     first, second = [1, 2, 3, 4], [3, 4, 1, 2]
     square = [first, second, *draw.choice([([2, 1, 4, 3], [4, 3, 2, 1]), ([2, 3, 4, 1], [4, 1, 2, 3])])]
-    rows, columns = shuffled([[0, 1], [2, 3]]), shuffled([[0, 1], [2, 3]])
-    names = draw.sample("1234", 4)
-    solved = ["".join(names[square[row][column] - 1] for column in columns) for row in rows]
-    hidden = set(draw.sample(range(16), draw.randint(5, 9)))
+    return _hidden("sudoku", _disguised(square, draw), draw.randint(5, 9), draw)
+
+
+def _sudoku_6(draw: random.Random) -> Puzzle:
+    square = [[(3 * (row % 2) + row // 2 + column) % 6 + 1 for column in range(6)] for row in range(6)]
+    return _hidden("sudoku_6", _disguised(square, draw), draw.randint(4, 10), draw)
+
+
+def _disguised(square: list[list[int]], draw: random.Random) -> list[str]:
+    """The rows of a Sudoku like ``square``, whose boxes are two rows high: other names, and other orders of rows and
+    columns, within boxes and of boxes."""
+    size = len(square)
+
+    def shuffled(width: int) -> list[int]:
+        groups = [range(first, first + width) for first in range(0, size, width)]
+        return [place for group in draw.sample(groups, len(groups)) for place in draw.sample(group, width)]
+
+    rows, columns, names = shuffled(2), shuffled(size // 2), draw.sample(range(1, size + 1), size)
+    return ["".join(str(names[square[row][column] - 1]) for column in columns) for row in rows]
+
+
+def _hidden(kind: Kind, solved: list[str], count: int, draw: random.Random) -> Puzzle:
+    """The puzzle in which so many numbers of ``solved`` are not shown."""
+    size = len(solved)
+    hidden = set(draw.sample(range(size * size), count))
     given = [
-        "".join("." if 4 * row + column in hidden else letter for column, letter in enumerate(line))
+        "".join("." if size * row + column in hidden else letter for column, letter in enumerate(line))
         for row, line in enumerate(solved)
     ]
     lines = "\n".join
-    return Puzzle("sudoku", f"sudoku\n{lines(given)}\n\n", f"{lines(solved)}\n", {"given": given})
+    return Puzzle(kind, f"sudoku\n{lines(given)}\n\n", f"{lines(solved)}\n", {"given": given})
 
 
 MAKERS: dict[Kind, Callable[[random.Random], Puzzle]] = {
     "functions": _function,
     "countdown": _countdown,
     "sudoku": _sudoku,
+    "sudoku_6": _sudoku_6,
 }
 
 
@@ -195,7 +216,8 @@ def _counted(numbers: list[int], target: int, lines: list[str]) -> bool:
 
 
 def _solved(given: list[str], lines: list[str]) -> bool:
-    if [len(line) for line in lines] != [4] * 4:
+    size = len(given)
+    if [len(line) for line in lines] != [size] * size:
         return False
     if any(
         said not in (".", found)
@@ -203,8 +225,10 @@ def _solved(given: list[str], lines: list[str]) -> bool:
         for said, found in zip(row, line, strict=True)
     ):
         return False
-    columns = ["".join(line[place] for line in lines) for place in range(4)]
+    columns = ["".join(line[place] for line in lines) for place in range(size)]
     boxes = [
-        lines[row][column : column + 2] + lines[row + 1][column : column + 2] for row in (0, 2) for column in (0, 2)
+        lines[row][column : column + size // 2] + lines[row + 1][column : column + size // 2]
+        for row in range(0, size, 2)
+        for column in range(0, size, size // 2)
     ]
-    return all(sorted(part) == list("1234") for part in [*lines, *columns, *boxes])
+    return all(sorted(part) == sorted("123456"[:size]) for part in [*lines, *columns, *boxes])

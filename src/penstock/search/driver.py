@@ -68,6 +68,8 @@ class Driver:
         scoring: the scorers by name; the one without a name is that of programs that name none.
         seconds: after which a scoring has failed.
         others: computes the texts of further models, by name.
+        like: the request that the plays are for, if there is one: theirs have its id before their own, and its key and
+            priority.
     """
 
     def __init__(
@@ -77,7 +79,10 @@ class Driver:
         scoring: Mapping[str, Scoring],
         seconds: float = 60.0,
         others: Mapping[str, Engine] | None = None,
+        like: Request | None = None,
     ) -> None:
+        self._like = like or Request("", [], sampling)
+        self._prefix = "search/" if like is None else f"{like.id}/search/"
         self._sampling, self._scoring, self._seconds = sampling, scoring, seconds
         self._engines = {"": engine, **(others or {})}
         self._distinct = list({id(each): each for each in self._engines.values()}.values())
@@ -107,13 +112,26 @@ class Driver:
     def step(self) -> list[Play]:
         """Does a step of each engine, and what follows from it; gives the plays that ended."""
         for engine in self._busy:
-            for delta in engine.step():
-                self._take(delta)
-        self._hear(wait=not self._busy and self._judging > 0)
+            self.take(engine.step())
+        return self.ended(self._seconds + 1)
+
+    def take(self, deltas: Sequence[Delta]) -> None:
+        """Takes in what a step of an engine made known; of others' requests, it takes no notice."""
+        for delta in deltas:
+            self._take(delta)
+
+    def ended(self, patience: float) -> list[Play]:
+        """The plays that ended; where nothing but scorers is at work, one of them is waited for, so many seconds."""
+        self._hear(patience if not self._busy and self._judging else 0.0)
         ended = [play for play in self._plays if play.done]
         for play in ended:
             self._end(play)
         return ended
+
+    def drop(self, play: Play) -> None:
+        """Ends ``play`` with the best of what it has, and leaves nothing of it in the engine."""
+        play.cut()
+        self._end(play)
 
     def abandon(self) -> None:
         """Ends all plays, and leaves nothing of them in the engine."""
@@ -169,7 +187,15 @@ class Driver:
         if branch.model:  # these name tokens of the search's own model
             sampling = sampling.model_copy(update={"stop_tokens": (), "logit_bias": {}})
         line, engine = branch.line, self._engines[branch.model]
-        request = Request(f"search/{self._count}", list(branch.tokens), sampling, keep=True, given=line[0].start)
+        request = dataclasses.replace(
+            self._like,
+            id=f"{self._prefix}{self._count}",
+            prompt=list(branch.tokens),
+            sampling=sampling,
+            keep=True,
+            given=line[0].start,
+            deadline=None,
+        )
         held = dict(zip(line, [*(each.start for each in line[1:]), len(branch.tokens)], strict=True))
         source = max(line, key=lambda each: min(each.anchored, held[each]) if each.anchor is not None else -1)
         run = _Run(play, piece, request, leads)
@@ -277,14 +303,14 @@ class Driver:
             found = verdicts(scoring, judge.problem, candidates, self._seconds)
         self._judged.put((play, judge, found))
 
-    def _hear(self, wait: bool) -> None:
-        """What scorers have said meanwhile; waits for one of them where there is nothing else to do."""
+    def _hear(self, patience: float) -> None:
+        """What scorers have said meanwhile; waits so many seconds for the first of them."""
         while True:
             try:
-                play, judge, found = self._judged.get(timeout=self._seconds + 1) if wait else self._judged.get_nowait()
+                play, judge, found = self._judged.get(timeout=patience) if patience else self._judged.get_nowait()
             except queue.Empty:
                 return
-            wait = False
+            patience = 0.0
             self._judging -= 1
             if play in self._plays:
                 play.judged(judge, found)

@@ -197,24 +197,9 @@ class LLM(llm.LLM):
 
         def plays() -> Iterator[Play]:
             for (place, table), voiced in zip(problems, voices, strict=True):
-                own = voiced[""]
-                search = Search(
-                    table,
-                    own.prompt,
-                    own.texts,
-                    # The first is drawn as the engine draws a request with this seed.
-                    seed=derive(plan.sampling.seed, "search", place) >> 1 if place else plan.sampling.seed,
-                    budget=plan.budget,
-                    most=plan.sampling.max_tokens,
-                    step=plan.step,
-                    stop=plan.sampling.stop,
-                    answer=plan.answer,
-                    ends=own.ends | frozenset(plan.sampling.stop_tokens),
-                    context=own.context,
-                    others={name: voice for name, voice in voiced.items() if name},
-                    released=driver.released,
-                )
-                play = Play(search, plan.program(search), prices, others)
+                # The first is drawn as the engine draws a request with this seed.
+                seed = derive(plan.sampling.seed, "search", place) >> 1 if place else plan.sampling.seed
+                play = begun(plan, table, voiced, seed, {"": prices, **others}, driver)
                 places[play] = place
                 yield play
 
@@ -226,6 +211,35 @@ class LLM(llm.LLM):
                 yield place, SearchResult.of(str(play.search.problem.get("id", place)), play)
             if asked.wanted and stop is None:
                 raise KeyboardInterrupt
+
+
+def begun(
+    plan: Plan,
+    problem: Mapping[str, Any],
+    voices: Mapping[str, Voice],
+    seed: int,
+    prices: Mapping[str, Prices],
+    driver: Driver,
+) -> Play:
+    """The program at work on a problem, for the ``driver`` to run. ``voices`` and ``prices`` are the models' by name;
+    the search's own is without a name."""
+    own = voices[""]
+    search = Search(
+        problem,
+        own.prompt,
+        own.texts,
+        seed=seed,
+        budget=plan.budget,
+        most=plan.sampling.max_tokens,
+        step=plan.step,
+        stop=plan.sampling.stop,
+        answer=plan.answer,
+        ends=own.ends | frozenset(plan.sampling.stop_tokens),
+        context=own.context,
+        others={name: voice for name, voice in voices.items() if name},
+        released=driver.released,
+    )
+    return Play(search, plan.program(search), prices[""], {name: each for name, each in prices.items() if name})
 
 
 def _voice(model: llm.LLM, problem: Mapping[str, Any], plan: Plan) -> Voice:

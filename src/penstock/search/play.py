@@ -195,6 +195,12 @@ class Play:
         _close(self._top)
         self.done = True
 
+    def cut(self) -> None:
+        """Ends the program, wherever it is, with the best of what it has."""
+        self._settle()
+        self.close()
+        self._finish(None)
+
     # Rounds
 
     def _run(self, ready: list[tuple[Task, Any]]) -> None:

@@ -54,6 +54,12 @@ def test_wrong_answers_are_wrong():
     assert not right("sudoku", {"given": ["2...", "....", "....", "...."]}, solved), "what was given stays"
     assert not right("sudoku", {"given": ["...."] * 4}, "1234\n2341\n3412\n4123"), "a box has a number twice"
     assert not right("sudoku", {"given": ["...."] * 4}, "1234\n3412\n4123")
+    six = ["123456", "456123", "231564", "564231", "312645", "645312"]
+    facts = {"given": ["1.....", *["......"] * 5]}
+    assert right("sudoku_6", facts, "\n".join(six))
+    assert not right("sudoku_6", facts, "\n".join([six[0], *six[2:], six[1]])), "a box has a number twice"
+    assert not right("sudoku_6", facts, "\n".join(six[::-1])), "what was given stays"
+    assert not right("sudoku_6", facts, "\n".join(six[:5]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

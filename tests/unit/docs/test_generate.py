@@ -437,3 +437,35 @@ def test_checking_names_what_is_stale_and_changes_nothing(tmp_path, capsys):
     capsys.readouterr()
     assert generate.main(["--check"], tmp_path) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_policies_stand_beside_the_claims_of_their_papers(sources):
+    """A subject that is no policy has no claim; what one subject alone has is no column."""
+    rows = [
+        Row(subject=subject, setting="wood", metric=metric, value=value, unit="m")
+        for subject, metric, value in (("slanted", "depth", 3), ("by hand", "depth", 4), ("slanted", "waste", 5))
+    ]
+    sources = dataclasses.replace(sources, results=[sources.results[0].model_copy(update={"rows": tuple(rows)})])
+    text = "\n".join(block(sources, "claims: cutting,test.cut"))
+    assert "| Policy | depth, wood | Claim of its paper |" in text
+    assert "| slanted | 3.000 m | 10x; 20x |" in text and "| by hand | 4.000 m |  |" in text and "waste" not in text
+
+
+def test_points_stand_where_their_metrics_say(sources):
+    """The one across on a scale of powers, the other up from zero."""
+    rows = [
+        Row(subject=subject, setting="wood", metric=metric, value=value, unit="m")
+        for subject, metric, value in (
+            *(("a", "so much", 4), ("b", "so much", 8), ("c", "so much", 16)),
+            *(("a", "depth", 0), ("b", "depth", 10), ("c", "depth", 20)),
+        )
+    ]
+    sources = dataclasses.replace(sources, results=[sources.results[0].model_copy(update={"rows": tuple(rows)})])
+    shown = block(sources, "points: cutting-cpu-2,so-much,depth")[0]
+    assert "![depth against so much](images/points/cutting-cpu-2,so-much,depth.svg)" in shown
+    ((_, drawn),) = generate.pictures(sources, [shown])
+    svg = "{http://www.w3.org/2000/svg}"
+    dots = ElementTree.fromstring(drawn).findall(f"{svg}circle")[1:]  # behind the legend's
+    found = sorted((float(dot.get("cx")), float(dot.get("cy"))) for dot in dots)
+    assert found[1][0] - found[0][0] == pytest.approx(found[2][0] - found[1][0], abs=0.2)
+    assert found[0][1] - found[1][1] == pytest.approx(found[1][1] - found[2][1], abs=0.2) and found[0][1] > found[1][1]

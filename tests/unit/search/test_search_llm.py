@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 
 import pytest
 
 from penstock import LLM, SamplingParams
 from penstock.core.errors import UsageError
 from penstock.core.progress import silent
+from penstock.core.results import repository
 from penstock.search.answers import last_line, matching
 from penstock.search.branch import Branch
+from penstock.search.contract import Program
+from penstock.search.llm import Plan, program_of, scoring_of
 from penstock.search.page import tree_page
 from penstock.search.runs import Results, read_problems, summary
+from penstock.testing.search_program import check_alone, check_budget, check_failures, check_recount
 
 DRAWN = SamplingParams(max_tokens=24, seed=4)
 PROMPT = "def add(a, b):\n"
@@ -95,6 +101,36 @@ def test_what_a_program_may_not_do_ends_it_alone(llm):
 
 async def _sampled(search):
     return (await search.sample(1))[0]
+
+
+def test_a_scorer_that_hangs_has_failed_after_its_time_and_the_run_goes_on(llm):
+    def hanging(problem, text):
+        if "hangs" in problem:
+            threading.Event().wait()
+        return 1.0
+
+    plan = Plan(program_of({"name": "best_of_n", "n": 2}), {"": scoring_of(hanging)}, DRAWN, seconds=0.3)
+    problems = [(0, {"prompt": PROMPT, "hangs": True}), (1, {"prompt": PROMPT})]
+    found = dict(llm.searched(plan, problems))
+    assert found[0].error is None and found[0].tokens and found[0].ledger.failures == found[0].ledger.scorings == 2
+    assert {node["error"] for node in found[0].tree} == {None, "it took more than 0.3 s"} and found[0].score == 0
+    assert found[1].score == 1 and not found[1].ledger.failures
+    assert llm.engine.snapshot().held == 0
+
+
+def test_the_documents_own_program_obeys_the_law():
+    """The async function that the page shows: it is held to a budget, recounted, and the same beside others."""
+    page = (repository() / "docs" / "search.md").read_text()
+    (code,) = re.findall(r"```python\n(async def head_start.*?)\n\n\nfor result", page, re.DOTALL)
+    scope: dict = {}
+    exec(code, scope)
+
+    class HeadStart(Program):
+        async def run(self, search):
+            return await scope["head_start"](search)
+
+    for check in (check_budget, check_recount, check_alone, check_failures):
+        check(HeadStart())
 
 
 def test_stop_strings_end_texts(llm):

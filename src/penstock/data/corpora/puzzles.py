@@ -18,8 +18,8 @@ SIZE = 48
 
 @policy("data.corpus", "puzzles")
 class Puzzles(Corpus):
-    """Small Python functions, Countdown and 4x4 Sudoku with their solutions, in turn; those that ``penstock bench
-    search`` asks are held out by construction.
+    """Small Python functions, Countdown, 4x4 and 6x6 Sudoku with their solutions, in turn; those that ``penstock
+    bench search`` asks are held out by construction.
 
     Attributes:
         count: how many.

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapp
 from contextlib import aclosing
 from typing import Any
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from penstock.core.config import Config, build
 from penstock.core.errors import UsageError
@@ -49,6 +49,8 @@ class Limits(Config):
         drain: most seconds that requests under way may take once the server is told to end.
         reading: most seconds that a client may take for a request's head, or for a part of its body.
         patience: seconds after which an engine that has work, and says nothing, is taken for dead.
+        search: most tokens that the budget of a search may be.
+        scorers: by which clients may have texts of a search scored.
     """
 
     body: PositiveFloat = 4.0
@@ -57,6 +59,8 @@ class Limits(Config):
     drain: NonNegativeFloat = 30.0
     reading: PositiveFloat = 30.0
     patience: PositiveFloat = 300.0
+    search: PositiveInt = 100_000
+    scorers: tuple[str, ...] = ("exact_match", "majority", "self_certainty")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from penstock.core.channel import HEADER, framed, length
 from penstock.core.errors import PenstockError, UsageError
 from penstock.core.events import Event
 from penstock.serve.config import EngineConfig
-from penstock.serve.link.wire import Failed, Message, News, Open, Ready, Refused, body, parse
+from penstock.serve.link.wire import Done, Errand, Failed, Message, News, Open, Ready, Refused, body, parse
 from penstock.serve.messages import Abort, Delta, Request, Snapshot, described
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class EngineClient:
 
     def __init__(self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._process, self._reader, self._writer = process, reader, writer
-        self._queues: dict[str, asyncio.Queue[Delta | PenstockError]] = {}
+        self._queues: dict[str, asyncio.Queue[Delta | Done | PenstockError]] = {}
         self._left: dict[str, int] = {}
         self._changed = asyncio.Condition()
         self._heard = time.monotonic()
@@ -133,7 +133,7 @@ class EngineClient:
         """
         if self.failure is not None:
             raise self.failure
-        queue: asyncio.Queue[Delta | PenstockError] = asyncio.Queue()
+        queue: asyncio.Queue[Delta | Done | PenstockError] = asyncio.Queue()
         for request in requests:
             self._queues[request.id], self._left[request.id] = queue, request.sampling.continuations
         try:
@@ -143,6 +143,7 @@ class EngineClient:
                 news = await queue.get()
                 if isinstance(news, PenstockError):
                     raise news
+                assert isinstance(news, Delta)
                 self._left[news.id] -= news.finish is not None
                 yield news
         finally:
@@ -151,8 +152,32 @@ class EngineClient:
                 if self._left.pop(request.id):
                     self.abort(request.id)
 
+    async def run(self, errand: Errand) -> str:
+        """What comes of ``errand``, as JSON. Cancelling it ends the work.
+
+        Raises:
+            UsageError: it is refused.
+            EngineDiedError: the engine is dead, or died meanwhile.
+        """
+        if self.failure is not None:
+            raise self.failure
+        id = errand.request.id
+        self._queues[id], self._left[id] = asyncio.Queue(), 1
+        try:
+            await self._send(errand)
+            news = await self._queues[id].get()
+            self._left[id] = 0
+            if isinstance(news, PenstockError):
+                raise news
+            assert isinstance(news, Done)
+            return news.result
+        finally:
+            del self._queues[id]
+            if self._left.pop(id):
+                self.abort(id)
+
     def abort(self, id: str, index: int | None = None) -> None:
-        """Ends a request, or only its continuation ``index``, if it is still there. Does not wait."""
+        """Ends a request, or only its continuation ``index``, or an errand, if it is still there. Does not wait."""
         if self.failure is None:
             self._writer.write(framed(body(Abort(id, index))))
 
@@ -212,6 +237,8 @@ class EngineClient:
                     self.snapshot = message.snapshot
                     async with self._changed:
                         self._changed.notify_all()
+            elif isinstance(message, Done):
+                self._hand(message.id, message)
             elif isinstance(message, Refused):
                 self._hand(message.id, (PenstockError if message.defect else UsageError)(message.what))
             elif isinstance(message, Failed):
@@ -228,7 +255,7 @@ class EngineClient:
             except Exception:
                 log.exception("%s cannot take in what the engine decided", type(watcher).__name__)
 
-    def _hand(self, id: str, news: Delta | PenstockError) -> None:
+    def _hand(self, id: str, news: Delta | Done | PenstockError) -> None:
         # Nobody listens any more to a request that was aborted meanwhile.
         if id in self._queues:
             self._queues[id].put_nowait(news)

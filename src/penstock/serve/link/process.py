@@ -20,8 +20,8 @@ from penstock.core.garbage import settle
 from penstock.core.progress import show
 from penstock.serve.build import open_engine
 from penstock.serve.config import EngineConfig
-from penstock.serve.engine.engine import Engine
-from penstock.serve.link.wire import Failed, Message, News, Open, Ready, Refused, body, parse
+from penstock.serve.link.host import Host
+from penstock.serve.link.wire import Errand, Failed, Message, News, Open, Ready, Refused, body, parse
 from penstock.serve.messages import Abort, Request
 from penstock.serve.ranks.group import RankLostError
 from penstock.serve.ranks.runner import LeadingRunner
@@ -32,36 +32,37 @@ log = logging.getLogger(__name__)
 SNAPSHOTS = 0.1
 
 
-def serve(engine: Engine, channel: Channel[Message]) -> None:
-    """Steps ``engine`` while it has anything to do, and takes messages in between, until the other end closes."""
-    told = 0.0
+def serve(host: Host, channel: Channel[Message]) -> None:
+    """Steps the engine while it has anything to do, and takes messages in between, until the other end closes."""
+    engine, told = host.engine, 0.0
     while True:
-        for message in channel.pending(wait=not engine.busy):
+        for message in channel.pending(wait=not host.busy):
             if message is None:
                 engine.close()
                 return
-            _take(engine, message, channel)
-        deltas = engine.step()
+            _take(host, message, channel)
+        deltas, done = host.step()
         now = time.monotonic()
         snapshot = None
-        if now - told >= SNAPSHOTS or not engine.busy:
+        if now - told >= SNAPSHOTS or not host.busy:
             snapshot, told = engine.snapshot(), now
         if deltas or snapshot is not None:
             channel.send(News(deltas, snapshot, engine.events.fresh()))
+        for each in done:
+            channel.send(each)
 
 
-def _take(engine: Engine, message: Message, channel: Channel[Message]) -> None:
-    if isinstance(message, Abort):
-        engine.abort(message.id, message.index)
-    elif isinstance(message, Request):
-        try:
-            engine.add(message)
-        except PenstockError as error:
-            channel.send(Refused(message.id, str(error)))
-        except Exception as error:  # nobody foresaw it; other requests go on
-            log.exception("the request %s cannot be taken in", message.id)
-            engine.abort(message.id)
-            channel.send(Refused(message.id, f"{type(error).__name__}: {error}", defect=True))
+def _take(host: Host, message: Message, channel: Channel[Message]) -> None:
+    assert isinstance(message, Request | Errand | Abort)
+    id = message.request.id if isinstance(message, Errand) else message.id
+    try:
+        host.take(message)
+    except PenstockError as error:
+        channel.send(Refused(id, str(error)))
+    except Exception as error:  # nobody foresaw it; other requests go on
+        log.exception("the request %s cannot be taken in", id)
+        host.engine.abort(id)
+        channel.send(Refused(id, f"{type(error).__name__}: {error}", defect=True))
 
 
 def main() -> None:
@@ -90,7 +91,7 @@ def main() -> None:
     channel.send(Ready(engine.context, limits.sequences, limits.model.vocabulary, memory, config.codec.policy_name))
     channel.send(News([], engine.snapshot()))
     try:
-        serve(engine, channel)
+        serve(Host(engine, wanted.model), channel)
     except RankLostError as error:
         _end(error, channel)
 

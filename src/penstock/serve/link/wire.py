@@ -60,6 +60,25 @@ class Refused:
 
 
 @dataclasses.dataclass(frozen=True)
+class Errand:
+    """Work that takes many requests, for which somebody lives in the engine's process: the ``guest`` that a module has
+    of that name, such as ``penstock.search.guest``. He reads ``work``, JSON, beside the ``request`` that it is about,
+    and answers with :class:`Done`, or it is refused."""
+
+    request: Request
+    guest: str
+    work: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What came of the errand with the request ``id``, as JSON."""
+
+    id: str
+    result: str
+
+
+@dataclasses.dataclass(frozen=True)
 class News:
     """What one step made known, every now and then the engine's state after it, and what was decided about requests
     since the last news."""
@@ -69,7 +88,7 @@ class News:
     events: list[Event] = dataclasses.field(default_factory=list)
 
 
-Message = Open | Ready | Failed | Request | Abort | Refused | News
+Message = Open | Ready | Failed | Request | Abort | Refused | News | Errand | Done
 
 
 def _plain(value: Any) -> Any:
@@ -89,7 +108,7 @@ def _made(kind: type[Any], value: Any) -> Any:
 
 KINDS: dict[str, Any] = {
     kind.__name__: msgspec.msgpack.Decoder(kind, dec_hook=_made)
-    for kind in (Open, Ready, Failed, Request, Abort, Refused, News)
+    for kind in (Open, Ready, Failed, Request, Abort, Refused, News, Errand, Done)
 }
 _envelope = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
 

@@ -163,8 +163,9 @@ class History:
 
 
 def _parts(id: str) -> tuple[str, int | None]:
-    """The response's id, and which of its prompts an engine's ``id`` is about."""
-    response, slash, number = id.partition("/")
+    """The response's id, and which of its prompts, or of the branches of its search, an engine's ``id`` is about."""
+    response, slash, rest = id.partition("/")
+    number = rest.removeprefix("0/search/")
     if not slash:
         return id, None
     return (response, int(number)) if number.isascii() and number.isdigit() and len(number) < 10 else (id, None)

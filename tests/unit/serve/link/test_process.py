@@ -6,6 +6,7 @@ import pytest
 
 from penstock.core.errors import UsageError
 from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.link.host import Host
 from penstock.serve.link.process import _take
 from penstock.serve.link.wire import Refused
 from penstock.serve.messages import Request
@@ -32,6 +33,6 @@ def test_it_is_refused_and_the_engine_goes_on(error, said):
         def send(self, message):
             told.append(message)
 
-    _take(Engine(), Request("a", [1], SamplingParams()), Channel())
+    _take(Host(Engine(), "m"), Request("a", [1], SamplingParams()), Channel())
     assert told == [said]
     assert aborted == ["a"] * said.defect  # what it had taken in already

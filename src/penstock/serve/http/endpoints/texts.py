@@ -15,6 +15,7 @@ from penstock.serve.http.errors import ApiError, told
 from penstock.serve.http.names import NAME
 from penstock.serve.http.protocol.chats import Chat
 from penstock.serve.http.protocol.completions import Completion
+from penstock.serve.http.searches import searched
 from penstock.serve.http.service import Generation, Piece, Service
 from penstock.serve.http.shapes.chats import Chats
 from penstock.serve.http.shapes.choices import head
@@ -48,6 +49,9 @@ async def chat(request: Request, body: Chat, service: Here) -> Response:
         service, Chats.kind, [service.checked(prompt, "messages")], body, request.state.key, **extra
     )
     shapes = Chats(service.tokens, prompt, body, form)
+    if body.search is not None:
+        whole = await unless_gone(request, searched(service, generation, shapes, body))
+        return JSONResponse(whole, headers=headers)
     return await _answer(request, service, generation, shapes, body, headers)
 
 

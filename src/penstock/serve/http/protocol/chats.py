@@ -11,6 +11,7 @@ from penstock.serve.choose.sampling import MOST_LOGPROBS
 from penstock.serve.dialogue.answer import Function, functions_of
 from penstock.serve.http.protocol.body import LARGEST, Body, Count, Scalar
 from penstock.serve.http.protocol.generate import Generate
+from penstock.serve.http.protocol.searches import SearchField
 
 #: What the parts of a message may be that is no text.
 OTHER_PARTS = {
@@ -126,6 +127,8 @@ class Chat(Generate):
     add_special_tokens: bool = False
     #: More variables for the chat template, such as Qwen3's enable_thinking.
     chat_template_kwargs: dict[str, Scalar] | None = None
+    #: A program that spends a budget on the answer.
+    search: SearchField | None = None
 
     @model_validator(mode="after")
     def _one_end(self) -> Chat:

@@ -1,0 +1,170 @@
+"""Live branches of a search beside independent requests with the same prefix, and beside a loop over HTTP.
+
+256 branches of one text are set beside 256 requests with the text as their prompt, which the prefix cache shares, and
+beside 256 prompts of the same length that have nothing in common, which are all computed. Then one and the same search,
+the best of n samples, is done as most do it today: a loop that asks a server over OpenAI's interface, and picks. All
+subjects take turns, so that drift of the machine falls on all alike.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from penstock.core.bench import Bench, load
+from penstock.core.progress import silent
+from penstock.search.llm import LLM
+from penstock.search.search import Search
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.messages import Request
+
+search = load("search")
+
+#: Branches; tokens of the text that they go on from, and of what each draws.
+BRANCHES, PREFIX, LENGTH = 256, 512, 32
+
+#: Samples of a problem, and how many problems the loop asks at a time.
+SAMPLES, AT_ONCE = 8, 16
+
+
+def main(bench: Bench) -> None:
+    """Measures on the device of ``bench``."""
+    branches(bench)
+    loop(bench)
+
+
+def branches(bench: Bench) -> None:
+    """Branches beside requests."""
+    count = 16 if bench.quick else BRANCHES
+    llm = LLM("python-1m", device=str(bench.device), progress=silent, sequences=count, cache_tokens=2 * count * PREFIX)
+    vocabulary = llm.engine.limits.model.vocabulary
+    text = [17 * place % vocabulary for place in range(PREFIX)]
+    sampling = SamplingParams(max_tokens=LENGTH, seed=1, ignore_eos=True)
+
+    async def program(search: Search) -> None:
+        await search.extend(search.root.fork(count), tokens=LENGTH)
+
+    def forked() -> float:
+        llm.engine.memory.pool.forget()
+        begun = time.perf_counter()
+        (found,) = llm.search({"prompt_token_ids": text}, program, sampling_params=sampling, progress=silent)
+        assert found.error is None, found.error
+        return found.ledger.generated / (time.perf_counter() - begun)
+
+    def requested(shared: bool) -> float:
+        llm.engine.memory.pool.forget()
+        begun, came = time.perf_counter(), 0
+        for number in range(count):
+            own = text if shared else [(token + number) % vocabulary for token in text]
+            llm.engine.add(Request(str(number), own, sampling.model_copy(update={"seed": number})))
+            # The first is computed before the others come, so that they find its prompt in the cache.
+            if shared and not number:
+                came += len(llm.engine.step())
+        while llm.engine.busy:
+            came += sum(len(delta.tokens) for delta in llm.engine.step())
+        return came / (time.perf_counter() - begun)
+
+    runs: dict[str, Callable[[], float]] = {
+        "branches": forked,
+        "requests with one prefix": lambda: requested(True),
+        "requests with prefixes of their own": lambda: requested(False),
+    }
+    setting = f"python-1m: {count} texts of {LENGTH} tokens behind {PREFIX}"
+    values = bench.turns(runs, setting, 3)
+    for peer in list(runs)[1:]:
+        bench.compared(
+            subject="branches",
+            peer=peer,
+            setting=setting,
+            metric="throughput",
+            unit="tokens/s",
+            values=values["branches"],
+            peer_values=values[peer],
+        )
+
+
+def loop(bench: Bench) -> None:
+    """The best of n samples by a search, and by a loop over HTTP."""
+    folder = search.trained(["steps=20"] if bench.quick else [])
+    asked = search.problems(1 if bench.quick else search.COUNT)
+    sampling = {"temperature": 0.8, "max_tokens": search.LONGEST}
+    llm = LLM(folder, device=str(bench.device), progress=silent, cache_tokens=16384)
+    line = [sys.executable, "-m", "penstock", "serve", str(folder), "--name", "puzzles", "--port", "0"]
+    with subprocess.Popen(
+        [*line, "--device", str(bench.device), "--set", "cache_tokens=16384"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as server:
+        try:
+            assert server.stdout is not None
+            greeting = ""
+            while not (address := re.search(r"Serving \S+ at (\S+)", greeting)):
+                greeting = server.stdout.readline()
+                assert greeting, "the server does not start"
+
+            def searched() -> tuple[float, float, float]:
+                begun = time.perf_counter()
+                found = llm.search(
+                    asked,
+                    {"name": "best_of_n", "n": SAMPLES},
+                    scorer=search.score,
+                    sampling_params=SamplingParams(seed=1, **sampling),
+                    progress=silent,
+                )
+                seconds = time.perf_counter() - begun
+                right = sum(search.solves(problem, each.text) for problem, each in zip(asked, found, strict=True))
+                return seconds, float(sum(each.ledger.generated for each in found)), right / len(asked)
+
+            runs: dict[str, Callable[[], tuple[float, float, float]]] = {
+                "best_of_n": searched,
+                "a loop over HTTP": lambda: asking(address[1], asked, sampling),
+            }
+            setting = f"{len(asked)} held-out puzzles, best of {SAMPLES}"
+            values = bench.turns(runs, setting, 3)
+        finally:
+            server.terminate()
+    ours, theirs = values.values()
+    for place, (metric, unit, factor, better) in enumerate(
+        (("time", "s", 1, "lower"), ("tokens", "tokens", 1, "lower"), ("accuracy", "%", 100, "higher"))
+    ):
+        bench.compared(
+            subject="best_of_n",
+            peer="a loop over HTTP",
+            setting=setting,
+            metric=metric,
+            unit=unit,
+            values=[factor * each[place] for each in ours],
+            peer_values=[factor * each[place] for each in theirs],
+            better=better,  # type: ignore[arg-type]
+        )
+
+
+def asking(address: str, asked: list[dict[str, Any]], sampling: dict[str, Any]) -> tuple[float, float, float]:
+    """Seconds, generated tokens, and the share of problems that are solved, by a loop over OpenAI's interface."""
+    import asyncio
+
+    import openai
+
+    async def best(client: openai.AsyncOpenAI, gate: asyncio.Semaphore, problem: dict[str, Any]) -> tuple[int, bool]:
+        async with gate:
+            answer = await client.completions.create(
+                model="puzzles", prompt=problem["prompt"], n=SAMPLES, seed=1, **sampling
+            )
+        text = max((choice.text for choice in answer.choices), key=lambda each: search.score(problem, each))
+        assert answer.usage is not None
+        return answer.usage.completion_tokens, search.solves(problem, text)
+
+    async def all_of_them() -> list[tuple[int, bool]]:
+        gate = asyncio.Semaphore(AT_ONCE)
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as client:
+            return await asyncio.gather(*(best(client, gate, problem) for problem in asked))
+
+    begun = time.perf_counter()
+    found = asyncio.run(all_of_them())
+    seconds = time.perf_counter() - begun
+    return seconds, float(sum(tokens for tokens, _ in found)), sum(solved for _, solved in found) / len(asked)
