@@ -628,9 +628,9 @@ def machine_of(batching: Batching) -> type[EngineMachine]:
     loops = [loop for loop in enrolled("serve.loop").values() if isinstance(loop, Loop)]
     drafters = [each for each in enrolled("speculate.drafter").values() if isinstance(each, Drafter)]
     controllers = [each for each in enrolled("speculate.controller").values() if isinstance(each, Controller)]
-    chains = [(drafter, controller, ()) for drafter, controller in itertools.product(drafters, controllers)]
-    trees = [(*each, (2, 2)) for *each, _ in chains if each[0].branches and not each[1].weighs]
-    drafts = [(None, controllers[0], ()), *chains, *trees]
+    pairs = list(itertools.product(drafters, controllers))
+    trees = [(drafter, controller) for drafter, controller in pairs if drafter.branches and not controller.weighs]
+    drafts = [(None, controllers[0], ()), *((*pair, ()) for pair in pairs), *((*pair, (2, 2)) for pair in trees)]
     evictions = [each for each in enrolled("kv.eviction").values() if isinstance(each, Eviction)]
     fields = {"batching": batching, "loops": loops, "drafts": drafts, "evictions": evictions}
     return type(f"{type(batching).__name__}Machine", (EngineMachine,), fields)

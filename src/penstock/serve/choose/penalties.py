@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.core.devices import upload
-from penstock.serve.engine.sequence import common
 
 #: How many rows there are at first.
 ROWS = 8
@@ -129,7 +128,8 @@ class Tentative:
         less, more = [], []
         for slot, length, way in zip(slots.tolist(), lengths.tolist(), ways, strict=True):
             _, before = self._ahead.get(slot, (length, []))
-            alike = common(before, way)
+            pairs = enumerate(zip(before, way, strict=False))
+            alike = next((place for place, (one, other) in pairs if one != other), min(len(before), len(way)))
             less += [(slot, length + place, before[place]) for place in range(alike, len(before))]
             more += [(slot, length + place, way[place]) for place in range(alike, len(way))]
             self._ahead[slot] = length, list(way)
