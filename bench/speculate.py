@@ -1,8 +1,8 @@
 """Speculation: tokens a second and accepted tokens a step of drafters and controllers, beside plain decoding.
 
 python-6m continues files of the standard library that it has not seen, greedily, for one, four and sixteen requests at
-a time; python-1m drafts for it, or its own text does. At one request also transformers' assisted generation and its
-prompt look-up, with the same models on the same prompts.
+a time; python-1m drafts for it, or its own text does, a chain or a tree. At one request also transformers' assisted
+generation and its prompt look-up, with the same models on the same prompts.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ CROWDS = (1, 4, 16)
 REPETITIONS = 5
 #: Prompts of a crowd of one, one after the other.
 ALONE = 4
+#: How many drafts each place has, by depth.
+TREES = ("2", "3,2")
 #: What papers claim of a controller or drafter beside plain decoding: greater speed.
 PAPERS = {"model, bass": (160,), "model, fixed": (63,)}
 
@@ -53,6 +55,9 @@ def settings(quick: bool) -> dict[str, dict[str, Any]]:
         for name in names:
             if name != "tetris" or drafter == "model":  # it has no say about what comes out of the text
                 found[f"{drafter}, {name}"] = {**options, "controller": name}
+        for tree in TREES[:1] if quick else TREES:
+            for name in ("measured", "fixed"):
+                found[f"{drafter}, {name}, tree {tree}"] = {**options, "controller": name, "draft_tree": tree}
     return found
 
 

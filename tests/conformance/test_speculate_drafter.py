@@ -6,14 +6,17 @@ import pytest
 
 from penstock.testing.enrolled import enrolled, rebuilt
 from penstock.testing.speculate_drafter import (
+    BRANCHES,
     check_distribution,
     check_engine,
+    check_grown,
     check_loops,
     check_proposals,
     check_twin,
 )
 
 POLICIES = enrolled("speculate.drafter")
+BRANCHING = [name for name, policy in POLICIES.items() if policy.branches]
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -30,6 +33,22 @@ def test_tokens_are_those_of_an_engine_that_drafts_nothing(name):
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_model_that_drafts_for_itself_is_always_right(name):
     check_twin(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", BRANCHING)
+def test_trees_are_no_more_than_was_asked_for_and_have_the_chain(name):
+    check_grown(POLICIES[name], seed=0)
+
+
+@pytest.mark.parametrize("name", BRANCHING)
+def test_tokens_are_those_of_an_engine_that_drafts_nothing_where_trees_are_drafted(name):
+    check_engine(POLICIES[name], tree=BRANCHES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BRANCHING)
+def test_one_way_of_the_trees_that_a_model_drafts_for_itself_is_always_right(name):
+    check_twin(POLICIES[name], tree=BRANCHES)
 
 
 @pytest.mark.parametrize("seed", range(2))

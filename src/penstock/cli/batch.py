@@ -33,6 +33,9 @@ def batch(
         metavar="DRAFTER",
         help="Draft tokens and check them together: ngram, a smaller model, a head.",
     ),
+    draft_tree: str | None = typer.Option(
+        None, "--draft-tree", metavar="N,N,...", help="How many drafts each place has, by depth, such as 3,2: a tree."
+    ),
     kv: str | None = KV,
     kv_budget: float | None = KV_BUDGET,
     kv_codec: str | None = KV_CODEC,
@@ -60,7 +63,7 @@ def batch(
     from penstock.serve.offline.gather import Gatherer
 
     cache, ranks = chosen_cache(kv, kv_budget, kv_codec), chosen_ranks(tensor_parallel)
-    base = {"batching": "batchllm", "draft": draft, **cache, **ranks}
+    base = {"batching": "batchllm", "draft": draft, "draft_tree": draft_tree or "", **cache, **ranks}
     config = build(EngineConfig, apply_overrides(base, overrides), "the engine's options")
     for path, there in ((source, source.is_file()), (target.parent, target.parent.is_dir())):
         if not there:

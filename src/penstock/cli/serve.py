@@ -58,6 +58,9 @@ def serve(
         metavar="DRAFTER",
         help="Draft tokens and check them together: ngram, a smaller model, a head.",
     ),
+    draft_tree: str | None = typer.Option(
+        None, "--draft-tree", metavar="N,N,...", help="How many drafts each place has, by depth, such as 3,2: a tree."
+    ),
     kv: str | None = KV,
     kv_budget: float | None = KV_BUDGET,
     kv_eviction: str | None = typer.Option(
@@ -108,6 +111,8 @@ def serve(
 
     With drafted tokens, and a trace of every request: `penstock serve python-6m --draft python-1m --trace trace.json`
 
+    With several drafts for a place: `penstock serve python-6m --draft python-1m --draft-tree 3,2`
+
     With a quarter of the cache: `penstock serve smollm2 --kv snapkv --kv-budget 0.25`
 
     With a cache of 8-bit integers, which holds more tokens: `penstock serve python-6m --kv-codec int8`
@@ -131,7 +136,8 @@ def serve(
     from penstock.serve.observe.log import start
     from penstock.serve.observe.trace import Trace
 
-    options = {"draft": draft, "record": record, "eviction": kv_eviction, "kv_host": kv_host, "kv_disk": kv_disk}
+    options = {"draft": draft, "draft_tree": draft_tree, "record": record, "eviction": kv_eviction}
+    options |= {"kv_host": kv_host, "kv_disk": kv_disk}
     chosen: dict[str, Any] = {key: str(value) for key, value in options.items() if value is not None}
     chosen |= chosen_cache(kv, kv_budget, kv_codec) | chosen_ranks(tensor_parallel)
     engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import weakref
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from penstock.policy import index
 from penstock.serve.calibration import learned_tables, pieces_of_text
 from penstock.serve.choose.grammar import Grammars
 from penstock.serve.choose.invariant import InvariantSampler
-from penstock.serve.choose.proposals import ProposingSampler
+from penstock.serve.choose.proposals import BranchingSampler, ProposingSampler
 from penstock.serve.choose.sampler import Sampler
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
@@ -45,12 +46,14 @@ from penstock.serve.kv.tiers import Tiers
 from penstock.serve.ranks.group import Ranks
 from penstock.serve.ranks.runner import LeadingRunner, RankRunner
 from penstock.serve.rehearsal import rehearsal_blocks, rehearse_first_uses, rehearse_largest_steps
+from penstock.serve.run.chains import Chains
 from penstock.serve.run.draft import Drafting, DraftModel, DraftPlanner
 from penstock.serve.run.graphs import prompt_shapes, window_shapes
 from penstock.serve.run.heads import ContinuingDraft, ContinuingRunner, draft_with
 from penstock.serve.run.planner import Planner
 from penstock.serve.run.record import Recorder
 from penstock.serve.run.runner import Runner
+from penstock.serve.run.trees import Trees
 from penstock.serve.sizing import blocks_in, explained_shortage, settle_memory, weight_bytes
 
 if TYPE_CHECKING:
@@ -266,6 +269,11 @@ def build_runners(
     if isinstance(draft, Decoder) and config.draft is not None and config.draft.model is not None:
         models.append(draft)
     head = draft if isinstance(draft, HeadModule) else None
+    if config.draft_tree and isinstance(head, Continues):
+        raise UsageError(
+            "this head goes on from its own hidden states and drafts a chain, no tree",
+            hint="Leave draft_tree out, or draft with a model, a head of another kind, or ngram.",
+        )
     keeps_hidden = isinstance(head, Foresees | Continues)
     opened = [_opened(each, config, pieces, report) for each in models]
     if isinstance(head, Continues):
@@ -349,9 +357,10 @@ def _drafting(runners: List[Runner], config: EngineConfig, head: HeadModule | No
     """Who drafts: the second of ``runners``, or the ``head`` of the first; None where there is neither."""
     if runners[1:] and isinstance(runners[1], ContinuingRunner):
         return ContinuingDraft(runners[1], runners[0], config.verifier, config.budget(runners[1].device))
+    growth = Trees() if config.draft_tree else Chains()
     if head is not None:
-        return draft_with(head, runners[0], config.verifier, config.sequences, **_drafting_kind(config))
-    return DraftModel(runners[1], config.verifier, config.budget(runners[1].device)) if runners[1:] else None
+        return draft_with(head, runners[0], config.verifier, growth, config.sequences, **_drafting_kind(config))
+    return DraftModel(runners[1], config.verifier, growth, config.budget(runners[1].device)) if runners[1:] else None
 
 
 def _drafting_kind(config: EngineConfig) -> dict[str, Any]:
@@ -361,7 +370,10 @@ def _drafting_kind(config: EngineConfig) -> dict[str, Any]:
     stream = "sample" if config.verifier.matches else "draft"
     told = config.controller.weighs or not config.verifier.matches
     planner = functools.partial(DraftPlanner, stream=stream)
-    return {"sampler": ProposingSampler if told else Sampler, "planner": planner}
+    sampler: Callable[..., Sampler] = ProposingSampler if told else Sampler
+    if config.draft_tree:
+        sampler = functools.partial(BranchingSampler, branches=config.draft_tree, verifier=config.verifier)
+    return {"sampler": sampler, "planner": planner}
 
 
 def _opened(

@@ -27,6 +27,7 @@ from penstock.serve.kv.policies.full import Full
 from penstock.speculate.contract import Drafter
 from penstock.speculate.controllers.contract import Controller
 from penstock.speculate.controllers.measured import Measured
+from penstock.speculate.tree import MOST, depths, full
 from penstock.speculate.verifiers.contract import Verifier
 from penstock.speculate.verifiers.exact_match import ExactMatch
 
@@ -55,6 +56,8 @@ class EngineConfig(Config):
         context: most tokens of a sequence; None takes the model's own limit.
         draft: drafts tokens ahead, which one pass then checks together: a drafter such as ``ngram``, a smaller model (a
             folder, a boxed model, a hub name), or the folder of a head; None computes one token a sequence a step.
+        draft_tree: how many drafts each place has, by depth, one behind the last: 3, 2 drafts three tokens behind the
+            newest one, two behind each of these, and one behind each of those. Nothing is a chain.
         verifier: says which drafted tokens stay.
         controller: decides how many are drafted.
         kv: what the cache of a sequence keeps.
@@ -87,6 +90,7 @@ class EngineConfig(Config):
     memory: Annotated[float, Field(gt=0, le=1)] = 0.85
     context: PositiveInt | None = None
     draft: Annotated[Drafter, Choice("speculate.drafter")] | None = None
+    draft_tree: Annotated[tuple[Annotated[int, Field(ge=1, le=16)], ...], Field(max_length=16)] = ()
     verifier: Annotated[Verifier, Choice("speculate.verifier")] = ExactMatch()
     controller: Annotated[Controller, Choice("speculate.controller")] = Measured()
     kv: Annotated[CachePolicy, Choice("kv.policy")] = Full()
@@ -113,6 +117,20 @@ class EngineConfig(Config):
             hint="Name a drafter such as ngram, a smaller model (a folder, a boxed model, org/name), or a head.",
         )
 
+    @field_validator("draft_tree", mode="before")
+    @classmethod
+    def _as_text(cls, tree: Any) -> Any:
+        """On the command line it is text: ``3,2``."""
+        return [part for part in tree.split(",") if part.strip()] if isinstance(tree, str) else tree
+
+    @field_validator("draft_tree")
+    @classmethod
+    def _no_more_than_it_says(cls, tree: tuple[int, ...]) -> tuple[int, ...]:
+        """One draft for a place is what there is without saying so."""
+        while tree[-1:] == (1,):
+            tree = tree[:-1]
+        return tree
+
     @model_validator(mode="after")
     def _all_can_go_on(self) -> EngineConfig:
         if self.tokens is not None and self.tokens < self.sequences:
@@ -137,11 +155,18 @@ class EngineConfig(Config):
 
     @model_validator(mode="after")
     def _verifiable(self) -> EngineConfig:
-        verifier = self.verifier
+        verifier, most = self.verifier, max(self.draft_tree, default=1)
         if verifier.matches:
             return self
-        if verifier.most != 1:
-            raise ValueError(f"the engine drafts one token for a place, and {verifier.policy_name!r} is for several")
+        if verifier.most != 1 and most == 1:
+            raise ValueError(
+                f"one token is drafted for a place, and {verifier.policy_name!r} is for several: set draft_tree, "
+                "such as 3,2"
+            )
+        if verifier.most is not None and verifier.most < most:
+            raise ValueError(
+                f"draft_tree drafts {most} tokens for a place, and {verifier.policy_name!r} is for {verifier.most}"
+            )
         for option in ("deterministic", "record"):
             if getattr(self, option):
                 raise ValueError(f"{option} needs the verifier 'exact_match', by which tokens do not depend on drafts")
@@ -174,10 +199,36 @@ class EngineConfig(Config):
                 raise ValueError(f"{option} is for a model on one device: leave it out, or tensor_parallel")
         return self
 
+    @model_validator(mode="after")
+    def _branching(self) -> EngineConfig:
+        if not self.draft_tree:
+            return self
+        if self.draft is None:
+            raise ValueError("draft_tree says how a drafter branches, and there is none: set draft, such as ngram")
+        if not self.draft.branches:
+            raise ValueError(f"the drafter {self.draft.policy_name!r} drafts chains: leave draft_tree out")
+        ahead = self.draft.most
+        if max(depths(full(self.draft_tree, ahead, MOST)), default=0) < ahead:
+            raise ValueError(
+                f"draft_tree comes to more than the {MOST} tokens that a tree may have, where {ahead} are drafted "
+                "ahead: draft fewer ahead, or fewer for each place"
+            )
+        reasons = {
+            f"the controller {self.controller.policy_name!r} weighs chains": self.controller.weighs,
+            "deterministic needs tokens in a row": self.deterministic,
+            "a model divided among ranks verifies chains": self.tensor_parallel > 1,
+            "trees need the cache's codec 'plain'": not isinstance(self.codec, PlainCodec),
+            f"{self.kv.policy_name!r} compresses the cache": self.kv.due(1, 0, 0) is not None,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise ValueError(f"{reason}: leave draft_tree out")
+        return self
+
     @property
     def rows(self) -> int:
         """The most rows of a sequence that goes on that are scored in a step: its newest token, and what is drafted."""
-        return 1 + (self.draft.most if self.draft else 0)
+        return 1 + (len(full(self.draft_tree, self.draft.most, MOST)) if self.draft else 0)
 
     def budget(self, device: torch.device) -> int:
         """``tokens``, or what it is on ``device`` where it is not set."""

@@ -16,6 +16,7 @@ from penstock.serve.messages import Request
 from penstock.serve.run.draft import Drafting
 from penstock.speculate.contract import Drafter
 from penstock.speculate.controllers.fixed import Fixed
+from penstock.speculate.tree import Tree, full
 
 #: Tokens of the prompts of those that go on beside the longest prompt, and how many steps they go on.
 SHORT, STEPS = 2, 8
@@ -62,6 +63,10 @@ class Zeros(Drafter):
 
     def propose(self, most: int) -> list[int]:
         return [0] * min(most, self.tokens)
+
+    def grow(self, branches: List[int], depth: int, most: int) -> Tree:
+        parents = full(branches, min(depth, self.tokens), most)
+        return Tree([0] * len(parents), parents)
 
 
 def rehearse_largest_steps(config: EngineConfig, executor: Executor, draft: Drafting | None = None) -> None:

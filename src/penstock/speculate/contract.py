@@ -10,9 +10,10 @@ more (its chance to accept a token is the token's own).
 from __future__ import annotations
 
 from collections.abc import Sequence as List
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from penstock.policy import Policy, contract
+from penstock.speculate.tree import Tree
 
 #: Stands for a token that a model drafts once it is known what else is in the batch.
 AWAITED = -1
@@ -33,11 +34,27 @@ class Draft(Protocol):
         ...
 
 
+@runtime_checkable
+class Branching(Draft, Protocol):
+    """A draft that can be a tree."""
+
+    def grow(self, branches: List[int], depth: int, most: int) -> Tree:
+        """A tree of up to ``most`` tokens that may follow, up to ``depth`` of them on each way; that of
+        :meth:`Draft.propose` is among the ways, and the only one without ``branches``.
+
+        Args:
+            branches: how many drafts a place has at most, by depth; one behind the last.
+            depth: how many tokens ahead.
+            most: of all ways together.
+        """
+        ...
+
+
 @contract(
     "speculate.drafter",
     law="the tokens that come out are those of plain decoding, draw for draw: greedy ones identical, sampled ones of "
     "exactly the same distribution; at most as many tokens are drafted as were asked for, and behind the same text the "
-    "same ones",
+    "same ones; all of this also where trees are drafted, and a tree of one branch is the chain",
 )
 class Drafter(Policy):
     """Drafts tokens for the sequences of an engine: out of their text, or with a model.
@@ -64,6 +81,11 @@ class Drafter(Policy):
         """The folder of the head that drafts, for the very model that is drafted for
         (:mod:`penstock.models.heads.folder`); None without one."""
         return None
+
+    @property
+    def branches(self) -> bool:
+        """Whether its drafts can be trees: then they are :class:`Branching`."""
+        return False
 
     def start(self, tokens: List[int]) -> Draft:
         """A draft for a sequence that has ``tokens`` now."""

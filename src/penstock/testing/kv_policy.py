@@ -162,7 +162,7 @@ def check_engine(policy: CachePolicy, crowds: int, examples: int, steps: int) ->
     for chosen in (tight(policy), tight(policy, whole_prompt=False)):
         machine = machine_of(Sarathi())
         machine.kv = chosen
-        machine.drafts = [(None, Fixed()), (Ngram(shortest=1), Fixed())]
+        machine.drafts = [(None, Fixed(), ()), (Ngram(shortest=1), Fixed(), ())]
         for seed in range(crowds):
             crowd(machine(), seed)
         run_state_machine_as_test(machine, settings=alike(examples, stateful_step_count=steps))

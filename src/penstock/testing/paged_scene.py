@@ -170,7 +170,7 @@ class Scene:
         sources, targets = (
             [self._slot(sequence, before + place) for place in places] for places in (path, range(len(path)))
         )
-        self._cache.move(sources, targets)
+        self._cache.move(torch.tensor(sources), torch.tensor(targets))
         record = sequence.record
         sequence.record = torch.cat([record[:, :, :before], record[:, :, [before + place for place in path]]], 2)
         count = -(-sequence.length // self.shape.block_size)

@@ -193,13 +193,14 @@ class EngineMachine(RuleBasedStateMachine):
 
     Attributes:
         codec: of the cache.
+        drafts: what drafts, what decides how much, and how it branches.
         models: what is served, and what drafts for it.
         oracle: says what tokens should come out; None is what is served.
     """
 
     batching: Batching
     loops: list[Loop]
-    drafts: list[tuple[Drafter | None, Controller]]
+    drafts: list[tuple[Drafter | None, Controller, tuple[int, ...]]]
     kv: CachePolicy = FULL
     evictions: list[Eviction]
     codec: Codec = PlainCodec()
@@ -212,7 +213,7 @@ class EngineMachine(RuleBasedStateMachine):
         sequences=st.sampled_from([1, 4, 10]),
         block_size=st.sampled_from([2, 4]),
         cache=st.sampled_from([36, 60, 400]),
-        draft=st.integers(0, 15),
+        draft=st.integers(0, 63),
         eviction=st.integers(0, 7),
         places=st.sampled_from([0, 0, 3, 40]),
     )
@@ -227,7 +228,7 @@ class EngineMachine(RuleBasedStateMachine):
         eviction: int,
         places: int,
     ) -> None:
-        drafter, controller = self.drafts[draft % len(self.drafts)]
+        drafter, controller, tree = self.drafts[draft % len(self.drafts)]
         config = EngineConfig(
             batching=self.batching,
             loop=self.loops[loop % len(self.loops)],
@@ -239,6 +240,7 @@ class EngineMachine(RuleBasedStateMachine):
             eviction=self.evictions[eviction % len(self.evictions)],
             cache_tokens=cache,
             draft=drafter,
+            draft_tree=tree,
             controller=controller,
             kv=self.kv,
             check=True,
@@ -626,7 +628,9 @@ def machine_of(batching: Batching) -> type[EngineMachine]:
     loops = [loop for loop in enrolled("serve.loop").values() if isinstance(loop, Loop)]
     drafters = [each for each in enrolled("speculate.drafter").values() if isinstance(each, Drafter)]
     controllers = [each for each in enrolled("speculate.controller").values() if isinstance(each, Controller)]
-    drafts = [(None, controllers[0]), *itertools.product(drafters, controllers)]
+    pairs = list(itertools.product(drafters, controllers))
+    trees = [(drafter, controller) for drafter, controller in pairs if drafter.branches and not controller.weighs]
+    drafts = [(None, controllers[0], ()), *((*pair, ()) for pair in pairs), *((*pair, (2, 2)) for pair in trees)]
     evictions = [each for each in enrolled("kv.eviction").values() if isinstance(each, Eviction)]
     fields = {"batching": batching, "loops": loops, "drafts": drafts, "evictions": evictions}
     return type(f"{type(batching).__name__}Machine", (EngineMachine,), fields)

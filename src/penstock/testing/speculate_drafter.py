@@ -10,7 +10,10 @@ What each clause is there to catch:
   neighbour that is not drafted for and gets another's token;
 - :func:`check_twin` lets a model draft for itself: whatever it gets wrong of a text, a place, a draw, a penalty, or of
   keys and values that somebody else wrote, cut back or left out, makes it draft what it does not say itself;
-- :func:`check_proposals`: more tokens than were asked for, or a draft that a text's growth by pieces changes.
+- :func:`check_proposals`: more tokens than were asked for, or a draft that a text's growth by pieces changes;
+- :func:`check_trees`: the same of trees, and ways that are no trees, or not the chain's; then the engine and the twin
+  again, where sequences go on by any of several ways: keys and values of a way that was not taken, or that stay where
+  they were computed, positions by place, penalties and grammars of another way.
 """
 
 from __future__ import annotations
@@ -38,9 +41,10 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.decode.momentum import Momentum
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Delta, Finish, Request
-from penstock.speculate.contract import AWAITED, Drafter
+from penstock.speculate.contract import AWAITED, Branching, Drafter
 from penstock.speculate.controllers.contract import Controller
 from penstock.speculate.controllers.fixed import Fixed
+from penstock.speculate.tree import Tree, chain, depths, drafts_at, path
 from penstock.speculate.verifiers.contract import Verifier
 from penstock.testing.reference import greedy
 from penstock.testing.serve_model import SHAPE, draft_of, head_of, small_model
@@ -60,6 +64,7 @@ def check(drafter: Drafter) -> None:
     check_twin(drafter)
     check_engine(drafter)
     check_loops(drafter)
+    check_trees(drafter)
 
 
 def check_distribution(drafter: Drafter, length: int = 3) -> None:
@@ -121,6 +126,51 @@ def check_proposals(drafter: Drafter, seed: int) -> None:
         pieces.extend(text[end : end + 1])
 
 
+#: Drafts for each place, by depth.
+BRANCHES = (3, 2)
+
+
+def check_trees(drafter: Drafter) -> None:
+    """Asserts the law where trees are drafted, if the drafter does."""
+    if not drafter.branches:
+        return
+    check_grown(drafter, seed=0)
+    check_engine(drafter, tree=BRANCHES)
+    check_twin(drafter, tree=BRANCHES)
+
+
+def check_grown(drafter: Drafter, seed: int) -> None:
+    """Asserts that trees are trees of no more than was asked for, that the chain is one of their ways and the only one
+    without branches, and that they depend on the text alone."""
+    generator = numpy_generator(seed, "testing/drafter")
+    text = [int(token) for token in generator.integers(3, size=40)]
+    pieces = drafter.start(text[:5])
+    assert isinstance(pieces, Branching), "a drafter that branches starts drafts without grow()"
+    for end in range(5, len(text)):
+        for ahead, most in ((1, 1), (2, 5), (3, 30), (30, 7)):
+            assert pieces.grow((), ahead, most) == chain(pieces.propose(min(ahead, most)))
+            tree = pieces.grow(BRANCHES, ahead, most)
+            fresh = drafter.start(text[:end])
+            assert isinstance(fresh, Branching) and tree == fresh.grow(BRANCHES, ahead, most)
+            _check_tree(tree, ahead, most)
+            first = pieces.propose(min(ahead, most))
+            awaited = first[:1] == [AWAITED]
+            ways = [[tree.tokens[node] for node in path(tree.parents, node)] for node in range(len(tree.tokens))]
+            assert awaited or not first or first in ways
+        pieces.extend(text[end : end + 1])
+
+
+def _check_tree(tree: Tree, ahead: int, most: int) -> None:
+    assert len(tree.tokens) == len(tree.parents) <= most
+    assert all(-1 <= parent < node for node, parent in enumerate(tree.parents))
+    tall = [0, *depths(tree.parents)]
+    assert max(tall) <= ahead
+    for parent, drafts in Counter(tree.parents).items():
+        assert drafts <= drafts_at(BRANCHES, tall[parent + 1])
+    drafted = [pair for pair in zip(tree.parents, tree.tokens, strict=True) if pair[1] != AWAITED]
+    assert len(set(drafted)) == len(drafted), "a place has a draft twice"
+
+
 #: What requests of all kinds ask for.
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0},
@@ -138,10 +188,11 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def check_engine(drafter: Drafter, seed: int = 0) -> Engine:
+def check_engine(drafter: Drafter, seed: int = 0, tree: Sequence[int] = ()) -> Engine:
     """Asserts that an engine that drafts says what one says that does not; returns the former."""
-    drafting = engine_with(drafter)
-    wanted, found = plain_played(seed), played(drafting, seed)
+    times = 1 if tree else 2
+    drafting = engine_with(drafter, tree=tree)
+    wanted, found = plain_played(seed, times), played(drafting, seed, times)
     assert found.keys() == wanted.keys()
     for name in wanted:
         assert _tokens(found[name]) == _tokens(wanted[name]), f"drafts change the tokens of {name}"
@@ -154,20 +205,20 @@ def check_engine(drafter: Drafter, seed: int = 0) -> Engine:
 
 
 @functools.cache
-def plain_played(seed: int) -> dict[tuple[str, int], list[Delta]]:
+def plain_played(seed: int, times: int = 2) -> dict[tuple[str, int], list[Delta]]:
     """What an engine says that drafts nothing."""
-    return played(engine_with(None), seed)
+    return played(engine_with(None), seed, times)
 
 
-def check_twin(drafter: Drafter) -> Engine | None:
+def check_twin(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None:
     """Asserts that a model which drafts for itself is right in every place, whatever requests ask for: where prompts
     are computed in pieces and found in the cache, sequences are thrown out, forked, cut back and fed, and some draft
-    nothing. Returns the engine; None for a drafter without a model or a head."""
+    nothing. Of a tree, one way is. Returns the engine; None for a drafter without a model or a head."""
     if drafter.model is None and drafter.head is None:
         return None
     # An exit behind all layers that has learnt nothing is the model itself.
     itself = small_model() if drafter.head is None else head_of(small_model(), EarlyExit(layers=SHAPE.layers))
-    engine = engine_with(drafter, draft=itself, cache_tokens=120)
+    engine = engine_with(drafter, draft=itself, cache_tokens=120, tree=tree)
     played(engine, 0, times=1)
     for number in range(4):
         prompt = [(3 * place + number // 2) % 11 for place in range(14 + number)]
@@ -187,9 +238,10 @@ def check_twin(drafter: Drafter) -> Engine | None:
         engine.step()
     now = engine.snapshot()
     assert now.preemptions, "nobody was thrown out"
-    assert now.drafted_tokens > now.output_tokens / 3
-    wrong = now.drafted_tokens - now.accepted_tokens
-    assert not wrong, f"{wrong} of {now.drafted_tokens} tokens that a model drafted for itself were not its own"
+    places = sum(now.drafted_at)
+    assert places > now.output_tokens / 3
+    wrong = places - sum(now.accepted_at)
+    assert not wrong, f"{wrong} of {places} tokens that a model drafted for itself were not its own"
     return engine
 
 
@@ -261,12 +313,13 @@ def engine_with(
     verifier: Verifier | None = None,
     draft: Decoder | HeadModule | None = None,
     cache_tokens: int = 400,
+    tree: Sequence[int] = (),
 ) -> Engine:
     """A small engine that drafts as much as it may, unless it has a ``controller``."""
     sizes = {"tokens": 40, "sequences": 8, "block_size": 4, "cache_tokens": cache_tokens}
+    more = {"draft_tree": tuple(tree), **({} if verifier is None else {"verifier": verifier})}
     config = EngineConfig(attention=Reference(), draft=drafter, controller=controller or Fixed(), check=True, **sizes)
-    if verifier is not None:
-        config = config.model_copy(update={"verifier": verifier})
+    config = config.model_copy(update=more)
     target = model or small_model()
     if draft is None:
         draft = draft_of(target) if drafter is None or drafter.head is None else head_of(target)

@@ -43,6 +43,8 @@ def test_strangers_without_a_key(refused, host):
         (["--set", "sequenes=4"], "sequenes: unknown key; did you mean 'sequences'"),
         (["--set", "batching=nothing"], "batching"),
         (["--draft", "ngrm"], "did you mean 'ngram'"),
+        (["--draft-tree", "3,2"], "there is none: set draft"),
+        (["--draft", "ngram", "--draft-tree", "3,x"], "valid integer"),
         (["--kv-codec", "int9"], "did you mean 'int8'"),
         (["--draft", "ngram", "--set", "draft.tokens=0"], "'ngram': tokens: Input should be greater than"),
         (["--kv-eviction", "lfu"], "kv.eviction has no policy 'lfu'"),

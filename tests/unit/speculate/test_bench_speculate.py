@@ -35,4 +35,6 @@ def test_all_controllers_are_measured_with_a_model():
     script = load("speculate")
     named = {options["controller"] for options in script.settings(quick=False).values() if "controller" in options}
     assert {"measured", "fixed", "bass", "thompson", "tetris"} <= named
+    trees = {options.get("draft_tree") for options in script.settings(quick=True).values()}
+    assert trees > {None}
     assert set(script.settings(quick=True)) < set(script.settings(quick=False))

@@ -13,7 +13,7 @@ from penstock.core.config import build
 from penstock.core.errors import ConfigError
 from penstock.models.heads.early_exit import EarlyExit
 from penstock.models.sampling import Sampling, probabilities
-from penstock.policy import create
+from penstock.policy import create, index
 from penstock.serve.build import build_engine
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampling import SamplingParams
@@ -22,6 +22,7 @@ from penstock.serve.engine.sequence import Sequence
 from penstock.serve.messages import Request
 from penstock.speculate.drafters.head import Head
 from penstock.speculate.drafters.model import Model
+from penstock.speculate.drafters.ngram import Ngram
 from penstock.speculate.verifiers.accept_residual import AcceptResidual
 from penstock.testing.model_head import learnt
 from penstock.testing.reference import next_logits
@@ -51,21 +52,34 @@ def law(sampling: Sampling, length: int) -> dict[tuple[int, ...], float]:
 
 DRAFTS = {
     "a model": (MODEL, lambda: draft_of(small_model(), 0.3)),
+    "the text": (Ngram(tokens=3, shortest=1), lambda: None),
     "a head": (Head(source="a head", tokens=3), lambda: learnt(small_model(), EarlyExit(layers=2)).head.eval()),
 }
 
 
 @pytest.mark.parametrize(
-    ("verifier", "drafts"), [("accept_residual", "a model"), ("exact_match", "a model"), ("accept_residual", "a head")]
+    ("verifier", "drafts", "tree"),
+    [
+        ("accept_residual", "a model", ""),
+        ("exact_match", "a model", ""),
+        ("accept_residual", "a head", ""),
+        ("recursive_distinct", "a model", "2,2"),
+        *(
+            pytest.param(verifier, "a model", "3,2", marks=pytest.mark.slow)
+            for verifier in index().names("speculate.verifier")
+            if verifier not in ("accept_residual", "recursive_distinct")
+        ),
+        pytest.param("recursive_distinct", "a head", "1,3", marks=pytest.mark.slow),
+        pytest.param("exact_match", "the text", "3,2", marks=pytest.mark.slow),
+    ],
 )
-def test_sampled_texts_have_the_models_distribution(verifier, drafts):
+def test_sampled_texts_have_the_models_distribution(verifier, drafts, tree):
     """A chi-square over the real engine, which drafts, accepts and draws from residuals as it serves."""
     sampling = Sampling(temperature=1.5, top_k=3)
     drafter, make = DRAFTS[drafts]
-    config = EngineConfig(
-        attention="reference", sequences=64, cache_tokens=4096, draft=drafter, controller="fixed", verifier=verifier
-    )
-    engine = build_engine(small_model(), config, draft=make())
+    sizes = {"sequences": 64, "cache_tokens": 4096}
+    options = {"draft": drafter, "draft_tree": tree, "controller": "fixed", "verifier": verifier}
+    engine = build_engine(small_model(), EngineConfig(attention="reference", **sizes, **options), draft=make())
     texts: dict[str, list[int]] = {}
     for seed in range(500):
         params = SamplingParams(temperature=1.5, top_k=3, seed=seed, max_tokens=3)
@@ -98,7 +112,7 @@ def test_a_residual_is_drawn_from_where_a_draft_is_rejected():
         for place in range(size):
             asked = rows.ask([0], [1], [(draft,)])
             asked = dataclasses.replace(asked, uniform=np.full(2, (place + 0.5) / size))
-            proposals = Proposals(AcceptResidual(), torch.tensor([proposal]), np.array([[0]]))
+            proposals = Proposals(AcceptResidual(), torch.tensor([proposal]), np.array([[draft]]), np.array([[0]]))
             logits = torch.tensor([target, target]).log()
             sampled, _ = rows.sampler.sample(logits, asked, None, proposals)
             token = int(sampled.tokens[0])
@@ -133,7 +147,16 @@ def test_more_is_accepted_than_by_matching_where_texts_are_sampled():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"verifier": "recursive"}, "one token for a place"),
+        ({"verifier": "recursive"}, "one token is drafted for a place"),
+        ({"verifier": "accept_residual", "draft_tree": "3,2"}, "drafts 3 tokens for a place"),
+        ({"draft": None, "draft_tree": "3,2"}, "there is none"),
+        ({"draft_tree": "4,4,4,4"}, "more than the 256 tokens"),
+        ({"draft_tree": "0"}, "greater than or equal to 1"),
+        ({"draft_tree": "wide"}, "valid integer"),
+        ({"draft_tree": "2", "controller": "tetris"}, "weighs chains"),
+        ({"draft_tree": "2", "deterministic": True}, "tokens in a row"),
+        ({"draft_tree": "2", "codec": "int8"}, "codec 'plain'"),
+        ({"draft": "ngram", "draft_tree": "2", "kv": "sink_window"}, "compresses the cache"),
         ({"verifier": "accept_residual", "deterministic": True}, "deterministic needs the verifier 'exact_match'"),
         ({"verifier": "accept_residual", "record": "steps"}, "record needs the verifier 'exact_match'"),
     ],

@@ -276,10 +276,10 @@ class PagedCache:
             codes.append(torch.stack(layers).transpose(1, 2))
         self.put(slots, codes)
 
-    def move(self, sources: list[int], targets: list[int]) -> None:
-        """Copies the keys and values of single tokens in all layers, from the slots ``sources[i]`` to ``targets[i]``.
-        All are read before any is written. No target comes twice."""
-        self.put(torch.tensor(targets), self.codes(torch.tensor(sources)))
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copies the keys and values of single tokens in all layers, from the slots ``sources[i]`` to ``targets[i]``,
+        int64 [n] on any device. All are read before any is written. No target comes twice."""
+        self.put(targets, self.codes(sources))
 
 
 @contract(

@@ -8,6 +8,7 @@ import functools
 import numpy as np
 
 from penstock.serve.decode.contract import DecodeRule
+from penstock.speculate.tree import path
 
 #: Temperature and cuts of a row; top_k is 0 where there is none.
 OPTIONS = [("temperature", "f8"), ("top_k", "i8"), ("top_p", "f8"), ("min_p", "f8")]
@@ -75,6 +76,8 @@ class Asked:
         rules: of rows that have one.
         followers: int64 [2, F]: rows that take the token of another, and that other.
         window: int64 [S, W], the tentative tokens of each sequence, -1 behind them; None where there are none at all.
+        parents: int64 [S, W], where in the window the token before each stands, -1 for the newest; None where all are
+            in a row.
     """
 
     first: np.ndarray
@@ -88,6 +91,7 @@ class Asked:
     rules: tuple[Ruled, ...] = ()
     followers: np.ndarray | None = None
     window: np.ndarray | None = None
+    parents: np.ndarray | None = None
 
     @property
     def plain(self) -> bool:
@@ -109,13 +113,48 @@ class Asked:
         return owners
 
     @functools.cached_property
+    def nodes(self) -> np.ndarray:
+        """int64 [R]: behind what a row chooses: 0 for the newest token, and i + 1 for the window's token i."""
+        return nodes_of(self.first, self.owners, self.window)
+
+    @functools.cached_property
     def depths(self) -> np.ndarray:
         """int64 [R]: how many tentative tokens are before what a row chooses."""
-        depths: np.ndarray = np.arange(len(self.slots)) - self.first[self.owners]
-        return depths
+        return depths_of(self.owners, self.nodes, self.parents)
+
+    def ahead(self, row: int) -> list[int]:
+        """The tentative tokens before what ``row`` chooses."""
+        if self.window is None:
+            return []
+        owner, node = self.owners[row], int(self.nodes[row]) - 1
+        way = range(node + 1) if self.parents is None else path(self.parents[owner].tolist(), node)
+        tokens: list[int] = self.window[owner, list(way)].tolist()
+        return tokens
 
     @property
     def lengths(self) -> np.ndarray:
         """int64 [R]: tokens before what a row chooses."""
         lengths: np.ndarray = self.rows["prompt"] + self.counts
         return lengths
+
+
+def nodes_of(first: np.ndarray, owners: np.ndarray, window: np.ndarray | None) -> np.ndarray:
+    """As :attr:`Asked.nodes`, of rows int64 [R] of their ``owners``: a sequence has one for the last of these."""
+    offsets: np.ndarray = np.arange(len(owners)) - first[owners]
+    if window is None:
+        return offsets
+    skipped = 1 + (window >= 0).sum(-1) - np.diff(first, append=len(owners))
+    nodes: np.ndarray = offsets + skipped[owners]
+    return nodes
+
+
+def depths_of(owners: np.ndarray, nodes: np.ndarray, parents: np.ndarray | None) -> np.ndarray:
+    """As :attr:`Asked.depths`."""
+    if parents is None:
+        return nodes
+    depths = np.zeros((len(parents), 1 + parents.shape[1]), np.int64)
+    everyone = np.arange(len(parents))
+    for node in range(parents.shape[1]):
+        depths[:, node + 1] = depths[everyone, parents[:, node] + 1] + 1
+    found: np.ndarray = depths[owners, nodes]
+    return found

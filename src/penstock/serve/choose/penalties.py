@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -106,3 +108,37 @@ class Penalties:
         if length > width:
             more = self._tokens[:, :1].expand(-1, max(length, 2 * width) - width)
             self._tokens = torch.cat([self._tokens, more], 1)
+
+
+class Tentative:
+    """Tentative tokens in the books, as long as rows behind them are charged.
+
+    Args:
+        books: the books.
+        put: copies an array to their device.
+    """
+
+    def __init__(self, books: Penalties, put: Callable[[np.ndarray], Tensor]) -> None:
+        self._books, self._put = books, put
+        #: Of each slot, the length of its sequence and what stands behind that.
+        self._ahead: dict[int, tuple[int, list[int]]] = {}
+
+    def stand(self, slots: np.ndarray, lengths: np.ndarray, ways: Sequence[Sequence[int]]) -> None:
+        """Behind the sequences in ``slots`` [P], of ``lengths`` [P] tokens, stand the tokens of ``ways`` [P] alone."""
+        less, more = [], []
+        for slot, length, way in zip(slots.tolist(), lengths.tolist(), ways, strict=True):
+            _, before = self._ahead.get(slot, (length, []))
+            pairs = enumerate(zip(before, way, strict=False))
+            alike = next((place for place, (one, other) in pairs if one != other), min(len(before), len(way)))
+            less += [(slot, length + place, before[place]) for place in range(alike, len(before))]
+            more += [(slot, length + place, way[place]) for place in range(alike, len(way))]
+            self._ahead[slot] = length, list(way)
+        for change, moved in ((self._books.retract, less), (self._books.append, more)):
+            if moved:
+                own, places, tokens = np.array(moved, np.int64).T
+                change(own, places, self._put(np.ascontiguousarray(tokens)))
+
+    def end(self) -> None:
+        """Nothing stands there any more."""
+        slots, lengths = np.array([(slot, length) for slot, (length, _) in self._ahead.items()], np.int64).T
+        self.stand(slots, lengths, [[]] * len(slots))

@@ -13,8 +13,8 @@ from penstock.core.devices import upload
 from penstock.ops.cuts import draw_cut, draw_uncut
 from penstock.serve.choose.asked import Asked, Ruled
 from penstock.serve.choose.logprobs import Logprobs
-from penstock.serve.choose.penalties import Penalties
-from penstock.serve.choose.window import accept_prefix, last_of
+from penstock.serve.choose.penalties import Penalties, Tentative
+from penstock.serve.choose.window import accept_path, accept_prefix, last_of
 
 if TYPE_CHECKING:
     from penstock.serve.choose.proposals import Proposals
@@ -30,6 +30,8 @@ class Sampled:
         prompt: of the prompt's tokens that were rated, in order; None where none were.
         counts: int64 [S], how many of its rows' tokens each sequence takes; None where each has one row, and takes it.
         ready: when a copy to the host is there; None where nothing is copied.
+        order: int64 [R], on the device, the rows that the tokens were chosen in, where trees were verified: the tokens
+            that a sequence takes are the first of its rows all the same.
     """
 
     tokens: Tensor
@@ -37,6 +39,7 @@ class Sampled:
     prompt: Logprobs | None = None
     counts: Tensor | None = None
     ready: torch.cuda.Event | None = None
+    order: Tensor | None = None
 
     def to_host(self) -> Sampled:
         """The same on the host. On CUDA the copy is only queued: :meth:`wait` before it is read."""
@@ -96,21 +99,26 @@ class Sampler:
         if asked.followers is not None:
             followers, leaders = self._of(asked.followers)
             tokens[followers] = tokens[leaders]
-        counts = None
+        counts = order = None
         if asked.window is not None:
-            counts = accept_prefix(tokens, self._of(asked.first), self._of(asked.window))
+            first, window = self._of(asked.first), self._of(asked.window)
+            if asked.parents is None:
+                counts = accept_prefix(tokens, first, window)
+            else:
+                counts, order = accept_path(tokens, first, window, self._of(asked.parents))
+                tokens = tokens[order]
         self._remember(tokens, counts, asked)
         newest = tokens if counts is None else last_of(tokens, self._of(asked.first), counts)
         told = np.flatnonzero(rows["alternatives"] >= 0)
         if not told.size:
-            return Sampled(tokens, counts=counts), newest
+            return Sampled(tokens, counts=counts, order=order), newest
         most, own = int(rows["alternatives"].max()), tokens
-        if told.size < len(rows):  # else there is nothing to copy
+        if order is not None or told.size < len(rows):  # else there is nothing to copy
             index = self._of(told)
-            logits, own = logits[index], tokens[index]
+            logits, own = logits[index if order is None else order[index]], tokens[index]
         wanted = rows["spread"][told]
         spread = self._of(wanted) if wanted.any() else None
-        return Sampled(tokens, self._told(logits, own, most, spread), counts=counts), newest
+        return Sampled(tokens, self._told(logits, own, most, spread), counts=counts, order=order), newest
 
     def _told(self, logits: Tensor, tokens: Tensor, most: int, spread: Tensor | None) -> Logprobs:
         return Logprobs.of(logits, tokens, most, spread)
@@ -160,8 +168,8 @@ class Sampler:
             scores[rows[:, 0]] = ruled.rule.combine(scores[rows])
 
     def _charge(self, scores: Tensor, asked: Asked) -> None:
-        """Applies penalties. A row behind tentative tokens is charged for these too: they are put into the books, one
-        depth after the other, and taken out again."""
+        """Applies penalties. A row behind tentative tokens is charged for these too: those on its way are put into the
+        books, those that are on no other's way are taken out again."""
         own = np.flatnonzero(asked.rows["penalized"])
         if not own.size:
             return
@@ -170,24 +178,26 @@ class Sampler:
         if asked.window is None:
             self._penalties.apply(scores, self._of(own), slots, longest, charges)
             return
-        depths = asked.depths[own]
-        for depth in range(int(depths.max()) + 1):
-            at = depths == depth
-            if depth:
-                tokens = self._of(asked.window[asked.owners[own[at]], depth - 1])
-                self._penalties.append(slots[at], lengths[at] - 1, tokens)
+        tentative = Tentative(self._penalties, self._of)
+        numbers = own - asked.first[asked.owners[own]]
+        for number in range(int(numbers.max()) + 1):
+            # Of each sequence one row at a time.
+            at = numbers == number
+            ways = [asked.ahead(row) for row in own[at].tolist()]
+            tentative.stand(slots[at], lengths[at] - asked.depths[own[at]], ways)
             self._penalties.apply(scores, self._of(own[at]), slots[at], longest, charges[at])
-        at = depths > 0
-        if at.any():
-            tokens = self._of(asked.window[asked.owners[own[at]], depths[at] - 1])
-            self._penalties.retract(slots[at], lengths[at] - 1, tokens)
+        tentative.end()
 
     def _remember(self, tokens: Tensor, counts: Tensor | None, asked: Asked) -> None:
-        """Penalized sequences go on by the ``tokens`` [R] that were settled."""
+        """Penalized sequences go on by the ``tokens`` [R] that were settled, the first of their rows."""
         own = np.flatnonzero(asked.rows["penalized"])
-        if own.size:
-            kept = None if counts is None else self._of(asked.depths[own]) < counts[self._of(asked.owners[own])]
-            self._penalties.append(asked.slots[own], asked.lengths[own], tokens[self._of(own)], kept)
+        if not own.size:
+            return
+        owners = asked.owners[own]
+        numbers = own - asked.first[owners]
+        kept = None if counts is None else self._of(numbers) < counts[self._of(owners)]
+        lengths = asked.lengths[asked.first[owners]] + numbers
+        self._penalties.append(asked.slots[own], lengths, tokens[self._of(own)], kept)
 
     def _of(self, values: np.ndarray) -> Tensor:
         return upload(values, self._device)

@@ -10,6 +10,7 @@ from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.kv.compaction import Compaction
+from penstock.speculate.tree import depths
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,11 +25,15 @@ class Entry:
             ``start - dropped``.
         packed: how many of those before them share the first places, see :attr:`PagedBatch.packed`.
         scored: after how many of the last of these tokens the scores of the next one are wanted: 0 for a piece of a
-            prompt, 1 where the sequence goes on from it, 1 + len(window) where tokens were drafted.
+            prompt, 1 where the sequence goes on from it, 1 + len(window) where drafted tokens are verified, and as many
+            as can have a next one where a tree is drafted.
         rated: after how many of them, from ``rated_from`` on, the log-probability of the prompt's next token is wanted.
         rated_from: the first of those, counted from ``start``.
         window: the last of the tokens, where they are tentative: drafted, and not settled yet; or awaited from a model
             that drafts, until the batch is launched.
+        parents: of each token of the window, where in it the one before it stands, -1 for those behind the newest
+            token; none where they are in a row. A tree's tokens lie in the cache in the order of the window, and have
+            the positions of their depths.
     """
 
     sequence: Sequence
@@ -41,6 +46,12 @@ class Entry:
     window: tuple[int, ...] = ()
     dropped: int = 0
     packed: int = 0
+    parents: tuple[int, ...] = ()
+
+    @property
+    def ahead(self) -> int:
+        """How many tentative tokens there are on the longest way."""
+        return max(depths(self.parents)) if self.parents else len(self.window)
 
 
 @dataclasses.dataclass

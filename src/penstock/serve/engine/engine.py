@@ -79,7 +79,8 @@ class Engine:
         batcher, tokens = config.batching.start(self.limits), self.limits.tokens
         self.speculation = Speculation(config.controller, config.draft.most, draft) if config.draft else None
         self.steps = EngineSteps(
-            self.memory, batcher, executor, tokens, self._counters, self.events, self._drop, self.speculation
+            *(self.memory, batcher, executor, tokens, self._counters, self.events, self._drop, self.speculation),
+            config.draft_tree,
         )
         self._loop = config.loop.start(self.steps)
         self._sequences: dict[str, list[Sequence]] = {}

@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left
 from collections.abc import Iterable
+from collections.abc import Sequence as List
 
 from penstock.core.events import Detail, EventLog
 from penstock.serve.engine.batch import Entry
 from penstock.serve.engine.memory import NEVER, Memory
 from penstock.serve.engine.sequence import Sequence
-from penstock.speculate.contract import AWAITED
+from penstock.speculate.contract import AWAITED, Branching, Draft
+from penstock.speculate.tree import Tree, chain, path, pruned
+
+NOTHING = Tree([], [])
 
 
 class StepRoom:
@@ -20,7 +24,8 @@ class StepRoom:
         memory: of the engine.
         tokens: the budget of the step.
         events: told who is let in and who is thrown out.
-        ahead: how many tokens may be drafted for a sequence.
+        ahead: how many tokens may be drafted for a sequence, on each way of a tree.
+        branches: how many drafts a place of them has, by depth.
 
     Attributes:
         tokens: of the budget, left.
@@ -32,8 +37,8 @@ class StepRoom:
         dropped: tokens that went out of caches that were compressed.
     """
 
-    def __init__(self, memory: Memory, tokens: int, events: EventLog, ahead: int = 0) -> None:
-        self._memory, self._events, self._ahead = memory, events, ahead
+    def __init__(self, memory: Memory, tokens: int, events: EventLog, ahead: int = 0, branches: List[int] = ()) -> None:
+        self._memory, self._events, self._ahead, self._branches = memory, events, ahead, branches
         self.tokens = tokens
         self.entries: list[Entry] = []
         self.parts: tuple[int, ...] = ()
@@ -75,15 +80,14 @@ class StepRoom:
         if not any(shares) or not self._reserve(sequence, shares):
             return 0
         scored = int(shares[0] == sequence.remaining)
-        window = (
-            self._window(sequence, budget - shares[0]) if scored and self._ahead and sequence.draft is not None else ()
-        )
+        drafts = scored and self._ahead and sequence.draft is not None
+        window = self._window(sequence, budget - shares[0]) if drafts else NOTHING
         for member, count in zip(sequence.members, shares, strict=True):
             if count:
-                self._enter(member, count + len(window), scored, window)
+                self._enter(member, count, scored, window)
         self._taken.add(id(sequence))
         self._takes.append((begin, len(self.entries), waited))
-        return sum(shares) + len(window)
+        return sum(shares) + len(window.tokens)
 
     def _admit(self, sequence: Sequence) -> bool:
         if not self._memory.admit(sequence):
@@ -95,51 +99,58 @@ class StepRoom:
         self._events.add("admitted", sequence.request.id, sequence.index, **detail)
         return True
 
-    def _enter(self, sequence: Sequence, count: int, scored: int, window: tuple[int, ...]) -> None:
-        held = sequence.held
+    def _enter(self, sequence: Sequence, count: int, scored: int, window: Tree) -> None:
+        held, drafted = sequence.held, len(window.tokens)
         assert held is not None
+        count, scored = count + drafted, scored + drafted
         start, first, rated = held.computed, held.computed, 0
         if sequence.rated is not None:
             first = max(start, sequence.rated_from - 1)
             rated = max(0, min(start + count, len(sequence.request.prompt) - 1) - first)
-        scored += len(window)
+        parents = () if window == chain(window.tokens) else tuple(window.parents)
         self.entries.append(
             Entry(
-                sequence,
-                held.slot,
-                start,
-                count,
-                scored,
-                rated,
-                first - start,
-                window,
-                held.dropped,
-                self._memory.packed(held),
+                *(sequence, held.slot, start, count, scored, rated, first - start),
+                *(tuple(window.tokens), held.dropped, self._memory.packed(held), parents),
             )
         )
         self.tokens -= count
         sequence.in_flight += bool(scored)
         self._memory.advance(sequence, count)
 
-    def _window(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
+    def _window(self, sequence: Sequence, budget: int) -> Tree:
         """Tentative tokens behind the last one of a running sequence, where neither budget nor blocks are wanted for
         those that run and have not been taken yet."""
         assert sequence.draft is not None and sequence.held is not None
         held, size = sequence.held, self._memory.pool.block_size
         others = sum(len(each.members) for each in self._memory.running if id(each) not in self._taken) - 1
-        fit = (len(held.blocks) + max(0, self._memory.pool.available - others)) * size - len(sequence.tokens)
-        fit += held.dropped
+        blocks = min(len(held.blocks) + max(0, self._memory.pool.available - others), self._memory.tables.shape[1])
+        fit = blocks * size - len(sequence.tokens) + held.dropped
         due = held.due - held.computed - sequence.remaining
-        most = min(self._ahead, budget - others, sequence.limit - len(sequence.tokens) - 1, fit, due)
-        if most < 1:
-            return ()
-        window = sequence.draft.propose(most)[:most]
-        if sequence.matcher is not None and window[:1] != [AWAITED]:
-            window = window[: sequence.matcher.allowed(window)]
-        if window:
+        most = min(budget - others, fit, due)
+        ahead = min(self._ahead, sequence.limit - len(sequence.tokens) - 1)
+        if min(most, ahead) < 1:
+            return NOTHING
+        window = self._drafted(sequence, sequence.draft, ahead, most)
+        if window.tokens:
             sequence.guessed = True
-            self._memory.reserve([(sequence, sequence.remaining + len(window))])
-        return tuple(window)
+            self._memory.reserve([(sequence, sequence.remaining + len(window.tokens))])
+        return window
+
+    def _drafted(self, sequence: Sequence, draft: Draft, ahead: int, most: int) -> Tree:
+        """What ``draft`` says of up to ``ahead`` tokens on each way and ``most`` in all, as far as a grammar allows
+        it."""
+        if self._branches and isinstance(draft, Branching):
+            window = draft.grow(self._branches, ahead, most)
+        else:
+            window = chain(draft.propose(min(ahead, most))[: min(ahead, most)])
+        if sequence.matcher is None or window.tokens[:1] == [AWAITED]:
+            return window
+        kept: set[int] = set()
+        for end in set(range(len(window.tokens))).difference(window.parents):
+            way = path(window.parents, end)
+            kept.update(way[: sequence.matcher.allowed([window.tokens[node] for node in way])])
+        return pruned(window, kept)
 
     def _reserve(self, sequence: Sequence, shares: list[int]) -> bool:
         """Blocks for as many more tokens of a running sequence and its companions as ``shares`` says, at others'

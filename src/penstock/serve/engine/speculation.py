@@ -13,7 +13,7 @@ from penstock.speculate.contract import AWAITED
 from penstock.speculate.controllers.contract import Controller, Seen
 
 if TYPE_CHECKING:
-    from penstock.serve.run.draft import Drafted, Drafting
+    from penstock.serve.run.draft import Drafting
 
 
 class Speculation:
@@ -25,7 +25,7 @@ class Speculation:
         model: the one that drafts, or a head; None where what is drafted comes out of the text.
 
     Attributes:
-        drafted, accepted: how many tokens at each depth were verified, and accepted.
+        drafted, accepted: how often tokens at each depth were verified, and one of them accepted.
         clock: says how many seconds have passed.
     """
 
@@ -49,23 +49,18 @@ class Speculation:
             return
         begun = self.clock()
         drafted = self._model.draft(batch)
-        kept = self._kept(drafted)
+        if self._weighs:
+            confidence = drafted.confidence()
+            drafted.cut(dict(zip(confidence, self._control.kept(list(confidence.values())), strict=True)))
         for place, entry in enumerate(batch.entries):
             if entry.window[:1] == (AWAITED,):
-                window = tuple(drafted.windows.get(entry.slot, ())[: kept.get(entry.slot)])
+                window, parents = (tuple(each.get(entry.slot, ())) for each in (drafted.windows, drafted.parents))
                 less = len(entry.window) - len(window)
                 batch.entries[place] = dataclasses.replace(
-                    entry, count=entry.count - less, scored=entry.scored - less, window=window
+                    entry, count=entry.count - less, scored=entry.scored - less, window=window, parents=parents
                 )
-        batch.proposals = self._model.proposals(drafted, len(batch.tables), batch.ahead)
+        batch.proposals = self._model.proposals(drafted, len(batch.tables))
         batch.drafting = self.clock() - begun
-
-    def _kept(self, drafted: Drafted) -> dict[int, int]:
-        """How many tokens are verified of each slot, where not all are."""
-        if not self._weighs:
-            return {}
-        confidence = drafted.confidence()
-        return dict(zip(confidence, self._control.kept(list(confidence.values())), strict=True))
 
     def learn(self, batch: Batch, counts: list[int]) -> None:
         """What came out of ``batch`` is known: so many tokens of each of its scored entries."""
@@ -73,7 +68,7 @@ class Speculation:
         since, self._published = max(batch.begun, self._published), now
         going = [entry for entry in batch.entries if entry.scored]
         pairs = zip(going, counts, strict=True)
-        may = [(len(each.window), count - 1) for each, count in pairs if each.sequence.draft is not None]
+        may = [(each.ahead, count - 1) for each, count in pairs if each.sequence.draft is not None]
         if not may:
             return
         drafted, accepted = zip(*may, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from collections.abc import Sequence as List
 from typing import TYPE_CHECKING
 
 from penstock.core.events import EventLog
@@ -48,6 +49,7 @@ class EngineSteps:
         counters, events: told what happens.
         end: called with a sequence and the reason when its last token is known.
         speculation: drafts; None where nothing is drafted.
+        branches: how many drafts a place has, by depth, where trees are drafted.
 
     Attributes:
         batcher: holds those that wait.
@@ -64,17 +66,18 @@ class EngineSteps:
         events: EventLog,
         end: Callable[[Sequence, Finish], None],
         speculation: Speculation | None = None,
+        branches: List[int] = (),
     ) -> None:
         self._memory, self.batcher, self._executor = memory, batcher, executor
         self._tokens, self._counters, self._events, self._end = tokens, counters, events, end
-        self._speculation = speculation
+        self._speculation, self._branches = speculation, branches
         self.last = Batch([], memory.tables)
 
     def form(self) -> Batch | None:
         begun, ahead = 0.0, 0
         if self._speculation is not None:
             begun, ahead = self._speculation.clock(), self._speculation.ahead(self._memory.running)
-        room = StepRoom(self._memory, self._tokens, self._events, ahead)
+        room = StepRoom(self._memory, self._tokens, self._events, ahead, self._branches)
         room.compact(each for each in self._memory.running if each.length < each.limit)
         # One whose last token is on its way has nothing more to compute; one that waits for a token is left out.
         running = [each for each in self._memory.running if each.length < each.limit and each.ready(ahead)]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as List
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from penstock.serve.choose.proposals import Proposals, ProposingSampler
+from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.sequence import Sequence
+from penstock.serve.run.chains import Chains, Drafted
 from penstock.serve.run.planner import Planner
 from penstock.serve.run.runner import Runner
+from penstock.serve.run.trees import Trees
 from penstock.speculate.contract import AWAITED
 from penstock.speculate.verifiers.contract import Verifier
 
@@ -28,45 +29,26 @@ class DraftPlanner(Planner):
         self._table[slot]["alternatives"] = -1
 
 
-@dataclasses.dataclass
-class Drafted:
-    """What was drafted.
-
-    Attributes:
-        windows: the tokens, by the slot of their sequence.
-        chances: the distributions float32 [n, V] of each pass that they were drawn from, where they are written down.
-        rows: by slot, the rows of these, counted over all passes.
-    """
-
-    windows: dict[int, list[int]] = dataclasses.field(default_factory=dict)
-    chances: list[Tensor] = dataclasses.field(default_factory=list)
-    rows: dict[int, list[int]] = dataclasses.field(default_factory=dict)
-
-    def confidence(self) -> dict[int, list[float]]:
-        """By slot, for each token the probability of the one that was the likeliest in its place."""
-        sure = [each for chances in self.chances for each in chances.amax(-1).tolist()]
-        return {slot: [sure[row] for row in self.rows[slot][: len(own)]] for slot, own in self.windows.items()}
-
-
 class Drafting:
-    """Drafts for all sequences of a batch together, token by token. Whoever drafts says what is computed first, and how
-    a pass is made.
+    """Drafts for all sequences of a batch together. Whoever drafts says what is computed first, and how a pass is made.
 
     Args:
         verifier: of the drafts.
+        growth: what becomes of the passes: chains or trees.
         device: where they are made.
         context: most tokens of a sequence.
     """
 
-    def __init__(self, verifier: Verifier, device: torch.device, context: int) -> None:
-        self._verifier, self._device, self._context = verifier, device, context
+    def __init__(self, verifier: Verifier, growth: Chains | Trees, device: torch.device, context: int) -> None:
+        self._verifier, self._growth, self._device, self._context = verifier, growth, device, context
 
     # What those who draft give
 
     @property
     def sampler(self) -> Sampler:
         """Chooses tokens. Where distributions are wanted of it, it is a
-        :class:`~penstock.serve.choose.proposals.ProposingSampler`."""
+        :class:`~penstock.serve.choose.proposals.ProposingSampler`, and where trees are drafted a
+        :class:`~penstock.serve.choose.proposals.BranchingSampler`."""
         raise NotImplementedError
 
     def prepare(self, batch: Batch) -> None:
@@ -82,7 +64,7 @@ class Drafting:
         raise NotImplementedError
 
     def _pass(self, entries: list[Entry], tables: np.ndarray, depth: int) -> tuple[list[Entry], Sampled | None]:
-        """Queues the pass that drafts the token at ``depth``; which entries are scored, in the order of their
+        """Queues the pass that drafts tokens at ``depth``; which entries are scored, in the order of their
         tokens."""
         raise NotImplementedError
 
@@ -90,46 +72,25 @@ class Drafting:
 
     def draft(self, batch: Batch) -> Drafted:
         """Drafts for the entries of ``batch`` that await tokens."""
-        drafted = Drafted()
         wanted = {entry.slot: self._wanted(entry) for entry in batch.entries if entry.window[:1] == (AWAITED,)}
-        open_ = self._first(batch, wanted)
-        # Where the host has to see each token, or has it at no cost, it is read at once; else all of them at the end.
-        at_once = self._device.type == "cpu" or any(entry.sequence.sampling.waits for entry in open_)
-        queued: list[tuple[list[Entry], Sampled]] = []
-        depth = 0
-        while open_:
-            scored, sampled = self._pass(open_, batch.tables, depth)
-            if sampled is None:
-                break
-            self._write_down(scored, drafted)
-            queued.append((scored, sampled))
-            if at_once:
-                _read([queued.pop()], drafted)
-            open_ = [_next(entry) for entry in scored if entry.start + entry.count < wanted[entry.slot]]
-            open_ = [entry for entry in open_ if not at_once or _goes_on(entry.sequence)]
-            depth += 1
-        _read(queued, drafted)
-        return drafted
+        return self._growth.grow(self._pass, self.sampler, self._first(batch, wanted), wanted, batch.tables)
 
-    def proposals(self, drafted: Drafted, slots: int, window: int) -> Proposals | None:
-        """What was ``drafted``, up to ``window`` tokens in each of so many ``slots``, for the one who verifies it."""
+    def proposals(self, drafted: Drafted, slots: int) -> Proposals | None:
+        """What was ``drafted`` for sequences in some of so many ``slots``, for the one who verifies it."""
         if not drafted.chances or self._verifier.matches:
             return None
-        rows = np.full((slots, window), -1)
+        rows = np.full((slots, max(map(len, drafted.rows.values()))), -1)
         for slot, own in drafted.rows.items():
-            rows[slot, : len(own)] = own[:window]
-        return Proposals(self._verifier, torch.cat(drafted.chances), rows)
+            rows[slot, : len(own)] = own
+        drafts = np.full((len(drafted.drafts), max(map(len, drafted.drafts))), -1)
+        for row, tokens in zip(drafts, drafted.drafts, strict=True):
+            row[: len(tokens)] = tokens
+        return Proposals(self._verifier, torch.cat(drafted.chances), drafts, rows)
 
     def _wanted(self, entry: Entry) -> int:
         """How far the text of ``entry`` is to go, in tokens that have to be computed here."""
-        return min(entry.start + entry.count - 1, self._context)
-
-    def _write_down(self, scored: List[Entry], drafted: Drafted) -> None:
-        sampler = self.sampler
-        if isinstance(sampler, ProposingSampler):
-            for row, entry in enumerate(scored, sum(map(len, drafted.chances))):
-                drafted.rows.setdefault(entry.slot, []).append(row)
-            drafted.chances.append(sampler.proposed)
+        newest = entry.start + entry.count - len(entry.window) - 1
+        return min(newest + entry.ahead, self._context)
 
 
 class DraftModel(Drafting):
@@ -143,11 +104,12 @@ class DraftModel(Drafting):
     Args:
         runner: of the model, with a :class:`DraftPlanner`.
         verifier: of its drafts.
+        growth: of these.
         tokens: most that are computed in a pass.
     """
 
-    def __init__(self, runner: Runner, verifier: Verifier, tokens: int) -> None:
-        super().__init__(verifier, runner.device, runner.context)
+    def __init__(self, runner: Runner, verifier: Verifier, growth: Chains | Trees, tokens: int) -> None:
+        super().__init__(verifier, growth, runner.device, runner.context)
         self.runner, self._tokens = runner, tokens
         self._coverage = Coverage(runner.blocks, runner.block_size)
 
@@ -201,33 +163,9 @@ class DraftModel(Drafting):
         entries = sorted(entries, key=lambda entry: entry.count > 1)  # kernels for one token a sequence are the fastest
         sampled = self.runner.launch(Batch(entries, tables))
         for entry in entries:
-            self._coverage.extend(tables[entry.slot], entry.start, entry.start + entry.count)
+            # A tree's tokens are not where those will be that are accepted.
+            self._coverage.extend(tables[entry.slot], entry.start, entry.start + entry.count - len(entry.window))
         return [entry for entry in entries if entry.scored], sampled
-
-
-def _next(entry: Entry) -> Entry:
-    """The token behind ``entry``, alone."""
-    return Entry(entry.sequence, entry.slot, entry.start + entry.count, 1, 1)
-
-
-def _goes_on(sequence: Sequence) -> bool:
-    """Whether the last token did not end the text."""
-    failed = sequence.matcher is not None and sequence.matcher.failed
-    return sequence.tokens[-1] not in sequence.stop and not failed
-
-
-def _read(queued: Iterable[tuple[list[Entry], Sampled]], drafted: Drafted) -> None:
-    """The host learns which tokens were drafted; their sequences go on by them, up to one that ends the text."""
-    for scored, sampled in queued:
-        sampled.wait()
-        for entry, token in zip(scored, sampled.tokens.tolist(), strict=True):
-            sequence, window = entry.sequence, drafted.windows.setdefault(entry.slot, [])
-            if window and not _goes_on(sequence):
-                continue
-            window.append(token)
-            sequence.tokens.append(token)
-            if sequence.matcher is not None:
-                sequence.matcher.consume(token)
 
 
 class Coverage:

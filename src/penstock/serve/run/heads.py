@@ -15,11 +15,13 @@ from penstock.core.progress import Reporter, silent
 from penstock.models.heads.contract import Continuing, Exits, Foresees, HeadModule
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Batch, Entry
-from penstock.serve.run.draft import Drafted, Drafting, DraftModel
+from penstock.serve.run.chains import Chains, Drafted
+from penstock.serve.run.draft import Drafting, DraftModel
 from penstock.serve.run.hidden import HiddenStates
 from penstock.serve.run.planner import Fields, Planner
 from penstock.serve.run.runner import Passed, Runner
 from penstock.serve.run.step import Part
+from penstock.serve.run.trees import Trees
 from penstock.speculate.verifiers.contract import Verifier
 
 
@@ -62,10 +64,11 @@ class ExitDraft(HeadDraft):
     Args:
         runner: of these layers, on the cache of the target.
         verifier: of the drafts.
+        growth: of these.
     """
 
-    def __init__(self, runner: Runner, verifier: Verifier) -> None:
-        super().__init__(verifier, runner.device, runner.context)
+    def __init__(self, runner: Runner, verifier: Verifier, growth: Chains | Trees) -> None:
+        super().__init__(verifier, growth, runner.device, runner.context)
         self._runner = runner
 
     @property
@@ -90,11 +93,20 @@ class ForesightDraft(HeadDraft):
         target: keeps its hidden states.
         head: guesses.
         verifier: of the drafts.
+        growth: of these.
         planner, sampler: say what the next tokens ask for, and choose them.
     """
 
-    def __init__(self, target: Runner, head: Foresees, verifier: Verifier, planner: Planner, sampler: Sampler) -> None:
-        super().__init__(verifier, target.device, target.context)
+    def __init__(
+        self,
+        target: Runner,
+        head: Foresees,
+        verifier: Verifier,
+        growth: Chains | Trees,
+        planner: Planner,
+        sampler: Sampler,
+    ) -> None:
+        super().__init__(verifier, growth, target.device, target.context)
         self._target, self._head, self._planner, self._sampler = target, head, planner, sampler
         self._known: Tensor
         self._row_of: dict[int, int] = {}
@@ -125,7 +137,7 @@ class ForesightDraft(HeadDraft):
             before = [(entry.slot, entry.start - 1) for entry in entries]
             self._known = self._hidden.read(tables, before)
             self._row_of = {slot: row for row, (slot, _) in enumerate(before)}
-        rows = upload(np.array([self._row_of[entry.slot] for entry in entries]), self._device)
+        rows = upload(np.array([self._row_of[each.slot] for each in entries for _ in range(each.scored)]), self._device)
         logits = self._target.model.logits(self._head.ahead(self._known[rows], depth))
         placed, asked = self._planner.ask(entries, Fields.of(entries))
         for each in placed:
@@ -169,7 +181,7 @@ class ContinuingDraft(DraftModel):
     states of its own is computed once more when the target's are there."""
 
     def __init__(self, runner: ContinuingRunner, target: Runner, verifier: Verifier, tokens: int) -> None:
-        super().__init__(runner, verifier, tokens)
+        super().__init__(runner, verifier, Chains(), tokens)
         self._target = target
 
     def draft(self, batch: Batch) -> Drafted:
@@ -194,14 +206,16 @@ def draft_with(
     head: HeadModule,
     target: Runner,
     verifier: Verifier,
+    growth: Chains | Trees,
     slots: int,
     planner: Callable[[int, int], Planner],
-    sampler: type[Sampler],
+    sampler: Callable[[int, int, torch.device], Sampler],
 ) -> HeadDraft:
     """Who drafts with ``head`` for the sequences of ``target`` in so many ``slots``."""
     if isinstance(head, Exits):
         decoder = head.decoder(target.model)
-        return ExitDraft(Runner(decoder, target.cache, slots, target.context, 1, sampler, planner), verifier)
+        return ExitDraft(Runner(decoder, target.cache, slots, target.context, 1, sampler, planner), verifier, growth)
     assert isinstance(head, Foresees)
     vocabulary, device = target.shape.vocabulary, target.device
-    return ForesightDraft(target, head, verifier, planner(slots, target.block_size), sampler(slots, vocabulary, device))
+    own = planner(slots, target.block_size), sampler(slots, vocabulary, device)
+    return ForesightDraft(target, head, verifier, growth, *own)

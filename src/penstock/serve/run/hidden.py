@@ -47,6 +47,11 @@ class HiddenStates:
         blocks = tables[rows, numbers // self._size].astype(np.int64)
         return upload(blocks * self._size + numbers % self._size, self._device)
 
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Those of tokens in the places ``sources`` (int64 [N], slots of the cache) get to ``targets``; all are read
+        before any is written."""
+        self.write(targets, self._states.flatten(0, 1)[sources])
+
     def copy(self, sources: List[int], targets: List[int]) -> None:
         """Blocks are copied, all read before any is written."""
         to, of = (torch.tensor(each, device=self._device) for each in (targets, sources))

@@ -14,12 +14,13 @@ from penstock.core.randomness import derive, uniforms
 from penstock.models.sampling import Sampling
 from penstock.ops.paged.contract import PagedBatch
 from penstock.ops.paged.watch import watched_places
-from penstock.serve.choose.asked import SLOT, Asked, Masked, Ruled, Scattered
+from penstock.serve.choose.asked import SLOT, Asked, Masked, Ruled, Scattered, depths_of, nodes_of
 from penstock.serve.decode.contract import DecodeRule
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.memory import Held
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.run.step import Part, Placed, Step
+from penstock.speculate.tree import depths as tree_depths
 
 
 class Fields(NamedTuple):
@@ -137,12 +138,13 @@ class Planner:
         slots, widths = fields.slots, fields.scored
         counts = fields.starts + fields.counts - fields.drafted - fields.given
         first = widths.cumsum() - widths
-        window = _window(entries, int(widths.max()) - 1) if len(widths) and widths.max() > 1 else None
+        window, parents = _window(entries, int(fields.drafted.max(initial=0)))
         if window is not None:
             owners = np.repeat(np.arange(len(entries)), widths)
-            slots, counts = slots[owners], counts[owners] + np.arange(len(owners)) - first[owners]
+            depths = depths_of(owners, nodes_of(first, owners, window), parents)
+            slots, counts = slots[owners], counts[owners] + depths
         rows = self._table[slots]
-        asked = Asked(first, slots, counts, rows, uniforms(rows["key"], counts), window=window)
+        asked = Asked(first, slots, counts, rows, uniforms(rows["key"], counts), window=window, parents=parents)
         if rows["biased"].any():
             asked = dataclasses.replace(asked, biases=self._scattered(slots, np.flatnonzero(rows["biased"])))
         special = rows["rule"] | rows["grammar"] | rows["restricted"] | rows["led"]
@@ -151,8 +153,8 @@ class Planner:
         return asked
 
     def _special(self, asked: Asked, sources: list[tuple[Sequence, int]]) -> dict[str, Any]:
-        """What is not in the slots' numbers, but in the sequences: for each row, its sequence and how many tentative
-        tokens are before it are in ``sources``. A rule's own options are written to the rows."""
+        """What is not in the slots' numbers, but in the sequences: for each row, its sequence and its number among the
+        rows of that are in ``sources``. A rule's own options are written to the rows."""
         rows = asked.rows
         looked = np.flatnonzero(rows["rule"])
         banned = np.flatnonzero((asked.counts < rows["least"]) & ~rows["restricted"])
@@ -161,7 +163,7 @@ class Planner:
             if sampling.rule is not None:
                 _set_options(rows[place], sampling.rule.options(sampling, int(asked.counts[place])))
         ruled = [int(place) for place in looked if sources[place][0].leader is None]
-        places = {(id(sequence), depth): place for place, (sequence, depth) in enumerate(sources)}
+        places = {(id(sequence), number): place for place, (sequence, number) in enumerate(sources)}
         return {
             "bans": _bans(sources, banned),
             "masks": _masks(sources, np.flatnonzero(rows["grammar"] | rows["restricted"]), asked),
@@ -190,7 +192,7 @@ class Planner:
                 alike.setdefault((rule, len(sequence.members)), []).append(place)
         for (rule, _), own in alike.items():
             rows = [[places[id(each), sources[place][1]] for each in sources[place][0].members] for place in own]
-            texts = [sources[place][0].tokens + _ahead(asked, place) for place in own] if rule.follows else []
+            texts = [sources[place][0].tokens + asked.ahead(place) for place in own] if rule.follows else []
             yield Ruled(rule, np.array(rows, np.int64), rule.read(texts) if rule.follows else {})
 
     # Passes
@@ -204,6 +206,7 @@ class Planner:
         offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
         positions = offsets + np.repeat(starts, counts)
         places = positions - np.repeat(fields.dropped, counts)
+        parents = _branched(entries, positions, offsets, ends)
         rated = (offsets >= rated_from[rows]) & (offsets < rated_to[rows])
         wanted = offsets >= (counts - scored)[rows]
         inputs = np.stack([*_tokens(batch, ends), positions])
@@ -221,6 +224,8 @@ class Planner:
             )
             if fields.packed[own].any():
                 plan = dataclasses.replace(plan, packed=torch.from_numpy(fields.packed[own].astype(np.int32)))
+            if parents is not None:
+                plan = dataclasses.replace(plan, parents=torch.from_numpy(parents[all_own].astype(np.int32)))
             if self._watched:
                 ends_of = (starts + counts)[rows[all_own]]
                 watched = watched_places(slots[rows[all_own]], positions[all_own], ends_of, self._watched)
@@ -261,25 +266,39 @@ def _following(entry: Entry) -> list[int]:
 
 
 def _rows(entries: list[Entry]) -> Iterator[tuple[Sequence, int]]:
-    """For each scored row, its sequence and how many tentative tokens are before it."""
+    """For each scored row, its sequence and its number among the rows of that."""
     for entry in entries:
-        for depth in range(entry.scored):
-            yield entry.sequence, depth
+        for number in range(entry.scored):
+            yield entry.sequence, number
 
 
-def _window(entries: list[Entry], width: int) -> np.ndarray:
+def _window(entries: list[Entry], width: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Up to ``width`` tentative tokens of each of ``entries``, and their parents, where there are any, and trees."""
+    if not width:
+        return None, None
     window = np.full((len(entries), width), -1, np.int64)
     for row, entry in zip(window, entries, strict=True):
         row[: len(entry.window)] = entry.window
-    return window
+    if not any(entry.parents for entry in entries):
+        return window, None
+    parents = np.tile(np.arange(-1, width - 1), (len(entries), 1))
+    for row, entry in zip(parents, entries, strict=True):
+        row[: len(entry.parents)] = entry.parents
+    return window, parents
 
 
-def _ahead(asked: Asked, place: int) -> list[int]:
-    """The tentative tokens before what the row at ``place`` chooses."""
-    if asked.window is None:
-        return []
-    tokens: list[int] = asked.window[asked.owners[place], : asked.depths[place]].tolist()
-    return tokens
+def _branched(entries: list[Entry], positions: np.ndarray, offsets: np.ndarray, ends: np.ndarray) -> np.ndarray | None:
+    """Where, among the new tokens of its own sequence, the one before each stands; their ``positions`` follow from
+    that. None where all are in a row."""
+    if not any(entry.parents for entry in entries):
+        return None
+    parents: np.ndarray = offsets - 1
+    for entry, end in zip(entries, ends.tolist(), strict=True):
+        if entry.parents:
+            own, newest = slice(end - len(entry.parents), end), entry.count - len(entry.parents) - 1
+            parents[own] = np.array(entry.parents) + newest + 1
+            positions[own] = entry.start + newest + np.array(tree_depths(entry.parents))
+    return parents
 
 
 def _tokens(batch: Batch, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -312,7 +331,7 @@ def _masks(sources: list[tuple[Sequence, int]], own: np.ndarray, asked: Asked) -
     limits = [limit for each in sequences for limit in (each.matcher, each.restriction) if limit is not None]
     words = np.full((len(own), max(limit.words for limit in limits)), -1, np.int32)
     for row, place, sequence in zip(words, own, sequences, strict=True):
-        ahead = _ahead(asked, place)
+        ahead = asked.ahead(int(place))
         if sequence.stop.isdisjoint(ahead):
             _write_mask(row, sequence, int(asked.counts[place]), ahead)
     return Masked(own, words)

@@ -39,7 +39,7 @@ _LENGTH = struct.Struct("<Q")
 FORMAT = 4
 
 #: What is written of the plan of a part.
-PLAN = ("starts", "lengths", "tables", "slots", "watched", "packed")
+PLAN = ("starts", "lengths", "tables", "slots", "parents", "watched", "packed")
 
 #: Steps after which the outcome of one is there without waiting for the device: an engine has at most two under way.
 PATIENCE = 2
@@ -167,7 +167,7 @@ def flatten(step: Step) -> tuple[Arrays, dict[str, Any]]:
         own = {"inputs": part.inputs, "scored": part.scored, "rated": part.rated, "draws": part.draws}
         plan = {name: values.numpy() for name in PLAN if (values := getattr(part.plan, name)) is not None}
         arrays |= {f"part.{number}.{name}": values for name, values in {**own, **plan}.items()}
-    plain = ("first", "slots", "counts", "uniform", "bans", "followers", "window")
+    plain = ("first", "slots", "counts", "uniform", "bans", "followers", "window", "parents")
     arrays |= {f"asked.{name}": values for name in plain if (values := getattr(asked, name)) is not None}
     arrays["asked.rows"] = asked.rows.view(np.uint8).reshape(len(asked.rows), SLOT.itemsize)
     for name, record in (("biases", asked.biases), ("masks", asked.masks)):
@@ -213,7 +213,7 @@ def unflatten(arrays: Arrays, more: dict[str, Any]) -> Step:
 
     plain: dict[str, Any] = {
         name: arrays.get(f"asked.{name}")
-        for name in ("first", "slots", "counts", "uniform", "bans", "followers", "window")
+        for name in ("first", "slots", "counts", "uniform", "bans", "followers", "window", "parents")
     }
     asked = Asked(
         rows=np.ascontiguousarray(arrays["asked.rows"]).view(SLOT).reshape(-1),

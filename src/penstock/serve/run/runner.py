@@ -65,7 +65,7 @@ class Runner:
         slots: most sequences at a time.
         context: most tokens of a sequence.
         window: most tokens that are drafted for a sequence at a time.
-        sampler: chooses tokens.
+        sampler: makes the one who chooses tokens, of the slots, the vocabulary and the device.
         planner: makes the one who makes steps of batches, of the slots and the size of a block.
         compactor: compresses caches, where some are.
         keeps_hidden: whether hidden states of all tokens are kept, for a head that drafts from them.
@@ -84,7 +84,7 @@ class Runner:
         slots: int,
         context: int,
         window: int = 0,
-        sampler: type[Sampler] = Sampler,
+        sampler: Callable[[int, int, torch.device], Sampler] = Sampler,
         planner: Callable[[int, int], Planner] = Planner,
         compactor: Compactor | None = None,
         keeps_hidden: bool = False,
@@ -272,7 +272,22 @@ class Runner:
         sampled, newest = self.sampler.sample(logits, asked, drawn, proposals)
         if sampled.tokens is not drawn:
             self._newest.index_copy_(0, self._on_device(asked.slots[asked.first] + 1), newest)
+        if sampled.order is not None:
+            self._move_together(step, sampled.order)
         return dataclasses.replace(sampled, prompt=prompt).to_host()
+
+    def _move_together(self, step: Step, order: Tensor) -> None:
+        """Moves what was computed of the tokens that are settled to where it were had they been in a row: that of row
+        ``order[i]`` [R] to where that of row i lies."""
+        slots = self._on_device(np.concatenate([part.plan.slots.numpy()[part.scored] for part in step.parts]))
+        sources, targets = slots[order], slots
+        if self.device.type == "cpu":  # elsewhere, to find out which do move takes longer
+            moved = sources != targets
+            sources, targets = sources[moved], targets[moved]
+        if len(targets):
+            self.cache.move(sources, targets)
+            if self.hidden is not None:
+                self.hidden.move(sources, targets)
 
     def _rated(self, step: Step, hidden: Tensor | None) -> Logprobs | None:
         """The log-probabilities of those tokens of prompts for which they are wanted, given the ``hidden`` states
@@ -338,8 +353,10 @@ class Runner:
     ) -> tuple[Any, np.ndarray] | None:
         """What one of the ``graphs`` gives for ``part``, with the inputs and ``more`` rows of them, and the rows of its
         tokens; None where none is for it."""
-        shape = graphs.shape_for(part.plan) if graphs is not None and lane == 0 else None
-        if graphs is None or shape is None:
+        if graphs is None or lane or part.plan.masks is not None:
+            return None
+        shape = graphs.shape_for(part.plan)
+        if shape is None:
             return None
         return graphs.replay(shape, np.concatenate([part.inputs, *more]), part.plan)
 

@@ -35,5 +35,9 @@ class Head(Drafter):
     def head(self) -> str:
         return self.source
 
+    @property
+    def branches(self) -> bool:
+        return True
+
     def start(self, tokens: List[int]) -> Draft:
         return ModelDraft(self.tokens)

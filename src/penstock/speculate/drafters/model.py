@@ -9,6 +9,7 @@ from pydantic import Field
 
 from penstock.policy import policy
 from penstock.speculate.contract import AWAITED, Draft, Drafter
+from penstock.speculate.tree import Tree, full
 
 
 class ModelDraft:
@@ -22,6 +23,10 @@ class ModelDraft:
 
     def propose(self, most: int) -> list[int]:
         return [AWAITED] * min(most, self._most)
+
+    def grow(self, branches: List[int], depth: int, most: int) -> Tree:
+        parents = full(branches, min(depth, self._most), most)
+        return Tree([AWAITED] * len(parents), parents)
 
 
 @policy("speculate.drafter", "model", papers=[63, 160])
@@ -49,6 +54,10 @@ class Model(Drafter):
     @property
     def model(self) -> str:
         return self.source
+
+    @property
+    def branches(self) -> bool:
+        return True
 
     def start(self, tokens: List[int]) -> Draft:
         return ModelDraft(self.tokens)

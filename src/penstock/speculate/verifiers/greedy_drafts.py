@@ -10,7 +10,7 @@ from penstock.speculate.verifiers.contract import Example, Verifier
 from penstock.speculate.verifiers.residual import accepted, at, leftover, mixed, without
 
 
-@policy("speculate.verifier", "greedy_drafts", papers=[316], simulated=True)
+@policy("speculate.verifier", "greedy_drafts", papers=[316])
 class GreedyDrafts(Verifier):
     """Drafts the proposal's likeliest tokens and one drawn among the others, and verifies them optimally.
 

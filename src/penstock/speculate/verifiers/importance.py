@@ -24,7 +24,7 @@ POWER = 4.0
 BOUNDS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
-@policy("speculate.verifier", "importance", papers=[50], simulated=True)
+@policy("speculate.verifier", "importance", papers=[50])
 class Importance(Verifier):
     """Chooses one of the drafts by importance, then accepts or rejects it as a single draft from the chosen's law.
 

@@ -13,7 +13,7 @@ from penstock.speculate.verifiers.contract import Example, Verifier
 from penstock.speculate.verifiers.residual import at, leftover, mixed
 
 
-@policy("speculate.verifier", "k_seq", papers=[306], simulated=True)
+@policy("speculate.verifier", "k_seq", papers=[306])
 class KSeq(Verifier):
     """Accepts the first of n drafts that passes min(1, p(x) / (rho q(x))), with one rho for all of them.
 

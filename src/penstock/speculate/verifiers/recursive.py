@@ -11,7 +11,7 @@ from penstock.speculate.verifiers.contract import Example, Verifier
 from penstock.speculate.verifiers.residual import accepted, at, leftover, mixed
 
 
-@policy("speculate.verifier", "recursive", simulated=True)
+@policy("speculate.verifier", "recursive")
 class Recursive(Verifier):
     """Accepts or rejects one draft after the other, each against what the rejections before it left of the target.
 

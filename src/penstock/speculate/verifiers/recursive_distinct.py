@@ -11,7 +11,7 @@ from penstock.speculate.verifiers.recursive import Recursive
 from penstock.speculate.verifiers.residual import without
 
 
-@policy("speculate.verifier", "recursive_distinct", simulated=True)
+@policy("speculate.verifier", "recursive_distinct")
 class RecursiveDistinct(Recursive):
     """Recursive rejection in which each draft is drawn from the proposal without those before it.
 

@@ -20,11 +20,13 @@ from penstock.testing.speculate_drafter import played
 SIZES = {"attention": "reference", "tokens": 40, "sequences": 8, "block_size": 4, "cache_tokens": 400}
 
 
-@pytest.fixture(scope="module", params=["plain", "overlapped"])
+@pytest.fixture(scope="module", params=[("plain", "2,2"), ("overlapped", "")])
 def recording(request, tmp_path_factory):
     """Requests of all kinds, drafted and not."""
     path = tmp_path_factory.mktemp("steps") / "steps.bin"
-    config = EngineConfig.model_validate({**SIZES, "loop": request.param, "record": str(path), "draft": Ngram()})
+    loop, tree = request.param
+    options = {"loop": loop, "record": str(path), "draft": Ngram(shortest=1), "draft_tree": tree}
+    config = EngineConfig.model_validate({**SIZES, **options})
     engine = build_engine(small_model(), config, source="small")
     played(engine, 0)
     engine.close()

@@ -1,0 +1,125 @@
+"""Drafting chains: a token in each pass, for all sequences of a batch together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as List
+
+import numpy as np
+from torch import Tensor
+
+from penstock.serve.choose.proposals import ProposingSampler
+from penstock.serve.choose.sampler import Sampled, Sampler
+from penstock.serve.engine.batch import Entry
+from penstock.serve.engine.sequence import Sequence
+
+
+@dataclasses.dataclass
+class Drafted:
+    """What was drafted.
+
+    Attributes:
+        windows: the tokens, by the slot of their sequence.
+        chances: the distributions float32 [n, V] of each pass that they were drawn from, where they are written down.
+        drafts: for each row of these, the tokens that were drawn from it, -1 for none.
+        rows: by slot, the rows behind which what follows its newest token, and each of its window, was drawn; -1 where
+            nothing was.
+        parents: of trees, by slot, as of :attr:`~penstock.serve.engine.batch.Entry.parents`.
+    """
+
+    windows: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    chances: list[Tensor] = dataclasses.field(default_factory=list)
+    drafts: list[list[int]] = dataclasses.field(default_factory=list)
+    rows: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    parents: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+
+    def confidence(self) -> dict[int, list[float]]:
+        """By slot, for each token the probability of the one that was the likeliest in its place."""
+        sure = [each for chances in self.chances for each in chances.amax(-1).tolist()]
+        return {slot: [sure[row] for row in self.rows[slot][: len(own)]] for slot, own in self.windows.items()}
+
+    def cut(self, kept: dict[int, int]) -> None:
+        """No more than so many tokens of each slot are verified, all in a row."""
+        for slot, count in kept.items():
+            del self.windows[slot][count:], self.rows[slot][count:]
+
+
+class Chains:
+    """Drafts one token for a place."""
+
+    def grow(
+        self,
+        compute: Callable[[list[Entry], np.ndarray, int], tuple[list[Entry], Sampled | None]],
+        sampler: Sampler,
+        first: list[Entry],
+        wanted: dict[int, int],
+        tables: np.ndarray,
+    ) -> Drafted:
+        """What is drafted behind the scored entries of ``first``.
+
+        Args:
+            compute: queues the pass for some entries that drafts the token at a depth; which of them are scored, in
+                the order of their tokens.
+            sampler: chooses the tokens of a pass.
+            first: what the first pass computes.
+            wanted: how far the texts are to go, by slot, in tokens that have to be computed here.
+            tables: the blocks of each slot.
+        """
+        drafted, open_ = Drafted(), first
+        # Where the host has to see each token, or has it at no cost, it is read at once; else all of them at the end.
+        on_host = any(entry.sequence.sampling.waits for entry in open_)
+        queued: list[tuple[list[Entry], Sampled]] = []
+        depth = 0
+        while open_:
+            scored, sampled = compute(open_, tables, depth)
+            if sampled is None:
+                break
+            _write_down(sampler, scored, drafted)
+            queued.append((scored, sampled))
+            at_once = on_host or sampled.ready is None
+            if at_once:
+                _read([queued.pop()], drafted)
+            open_ = [_next(entry) for entry in scored if entry.start + entry.count < wanted[entry.slot]]
+            open_ = [entry for entry in open_ if not at_once or _goes_on(entry.sequence)]
+            depth += 1
+        _read(queued, drafted)
+        for slot, own in drafted.rows.items():
+            del own[len(drafted.windows[slot]) :]
+        drafted.drafts = [[-1] for _ in range(sum(map(len, drafted.chances)))]
+        for slot, own in drafted.rows.items():
+            for row, token in zip(own, drafted.windows[slot], strict=True):
+                drafted.drafts[row] = [token]
+        return drafted
+
+
+def _write_down(sampler: Sampler, scored: List[Entry], drafted: Drafted) -> None:
+    if isinstance(sampler, ProposingSampler):
+        for row, entry in enumerate(scored, sum(map(len, drafted.chances))):
+            drafted.rows.setdefault(entry.slot, []).append(row)
+        drafted.chances.append(sampler.proposed)
+
+
+def _next(entry: Entry) -> Entry:
+    """The token behind ``entry``, alone."""
+    return Entry(entry.sequence, entry.slot, entry.start + entry.count, 1, 1)
+
+
+def _goes_on(sequence: Sequence) -> bool:
+    """Whether the last token did not end the text."""
+    failed = sequence.matcher is not None and sequence.matcher.failed
+    return sequence.tokens[-1] not in sequence.stop and not failed
+
+
+def _read(queued: Iterable[tuple[list[Entry], Sampled]], drafted: Drafted) -> None:
+    """The host learns which tokens were drafted; their sequences go on by them, up to one that ends the text."""
+    for scored, sampled in queued:
+        sampled.wait()
+        for entry, token in zip(scored, sampled.tokens.tolist(), strict=True):
+            sequence, window = entry.sequence, drafted.windows.setdefault(entry.slot, [])
+            if window and not _goes_on(sequence):
+                continue
+            window.append(token)
+            sequence.tokens.append(token)
+            if sequence.matcher is not None:
+                sequence.matcher.consume(token)

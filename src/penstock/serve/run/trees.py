@@ -1,0 +1,112 @@
+"""Drafting trees: each generation in one pass, for all sequences of a batch together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as List
+
+import numpy as np
+
+from penstock.serve.choose.proposals import BranchingSampler
+from penstock.serve.choose.sampler import Sampled, Sampler
+from penstock.serve.engine.batch import Entry
+from penstock.serve.run.chains import Drafted
+from penstock.speculate.tree import path
+
+
+class Trees:
+    """Drafts as many tokens for a place as a :class:`~penstock.serve.choose.proposals.BranchingSampler` does.
+
+    A pass computes all tokens of the trees so far anew: they lie in the cache behind each other, where none of another
+    way may be seen, and a mask is over new tokens alone. It scores those of the last generation.
+    """
+
+    def grow(
+        self,
+        compute: Callable[[list[Entry], np.ndarray, int], tuple[list[Entry], Sampled | None]],
+        sampler: Sampler,
+        first: list[Entry],
+        wanted: dict[int, int],
+        tables: np.ndarray,
+    ) -> Drafted:
+        """See :meth:`penstock.serve.run.chains.Chains.grow`."""
+        assert isinstance(sampler, BranchingSampler)
+        drafted, depth, entries = Drafted(), 0, first
+        growing = {entry.slot: Growing(entry, wanted[entry.slot]) for entry in first if entry.scored}
+        while entries:
+            scored, sampled = compute(entries, tables, depth)
+            if sampled is None:
+                break
+            drafts = sampler.drafts.tolist()
+            begun = len(drafted.drafts)
+            row = 0
+            for entry in scored:
+                growing[entry.slot].take(drafts[row : row + entry.scored], begun + row)
+                row += entry.scored
+            if sampler.proposed is not None:
+                drafted.chances.append(sampler.proposed)
+                drafted.drafts += drafts
+            depth += 1
+            entries = [each.generation() for each in growing.values() if each.goes_on]
+        for slot, each in growing.items():
+            drafted.windows[slot], drafted.parents[slot] = each.tokens, each.parents
+            drafted.rows[slot] = each.rows
+        return drafted
+
+
+class Growing:
+    """A tree of one sequence.
+
+    Args:
+        entry: brings the sequence's newest token.
+        wanted: how far its text is to go, in tokens that have to be computed here.
+
+    Attributes:
+        tokens, parents: as of :class:`~penstock.speculate.tree.Tree`.
+        rows: of the newest token and each of the tree, which row what follows it was drafted in; -1 for none.
+    """
+
+    def __init__(self, entry: Entry, wanted: int) -> None:
+        self._sequence, self._slot, self._start = entry.sequence, entry.slot, entry.start + entry.count
+        self._left = wanted - self._start + 1
+        self._last: List[int] = [-1]
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.rows = [-1]
+
+    def take(self, drafts: List[List[int]], row: int) -> None:
+        """Of each token of the last generation that goes on, in order, the ``drafts`` behind it, -1 for none, and the
+        first one's ``row``. Whatever is drafted twice in a place is there once."""
+        ended: list[tuple[int, int]] = []
+        going: list[tuple[int, int]] = []
+        for number, (node, own) in enumerate(zip(self._last, drafts, strict=True)):
+            self.rows[node + 1] = row + number
+            before = [self.tokens[each] for each in path(self.parents, node)]
+            for token in dict.fromkeys(own):
+                if token >= 0:
+                    (going if self._allows(before, token) else ended).append((token, node))
+        # Those that go on are the last, since the last are scored.
+        for token, node in (*ended, *going):
+            self.tokens.append(token)
+            self.parents.append(node)
+            self.rows.append(-1)
+        self._left -= 1
+        end = len(self.tokens)
+        self._last = range(end - len(going), end) if self._left else ()
+
+    def _allows(self, before: list[int], token: int) -> bool:
+        """Whether ``token`` does not end the text."""
+        matcher = self._sequence.matcher
+        if token in self._sequence.stop:
+            return False
+        return matcher is None or matcher.allowed([*before, token]) > len(before)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is more to draft."""
+        return len(self._last) > 0
+
+    def generation(self) -> Entry:
+        """The tree so far, of whose last generation those are scored that go on."""
+        size, window, parents = len(self.tokens), tuple(self.tokens), tuple(self.parents)
+        return Entry(self._sequence, self._slot, self._start, size, len(self._last), window=window, parents=parents)
