@@ -126,7 +126,7 @@ class Ranks:
         """
         self._heard()
         self._world = met(self.share, self._store)
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             threading.Thread(target=self._free, name="penstock-abort", daemon=True).start()
 
     def tell(self, what: str, *arguments: Any) -> None:
