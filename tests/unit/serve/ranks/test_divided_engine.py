@@ -57,7 +57,7 @@ def said(engine: Engine, tokens: int) -> list[list[int]]:
     return [answers[row] for row in sorted(answers)]
 
 
-def check(size: int, folders: Mapping[str, Path], tokens: int = 3) -> None:
+def check(size: int, folders: Mapping[str, Path], tokens: int, config: EngineConfig = CONFIG) -> None:
     """Asserts that ``size`` ranks say of each model in ``folders`` what one device does."""
     ends = [socket.socketpair() for _ in range(1, size)]
     cpu = torch.device("cpu")
@@ -69,12 +69,12 @@ def check(size: int, folders: Mapping[str, Path], tokens: int = 3) -> None:
         if world.rank:
             channels[world.rank - 1].listen()
         for name, folder in folders.items():
-            model = open_share(folder, CONFIG, cpu, share)
+            model = open_share(folder, config, cpu, share)
             if world.rank:
-                follow(model, CONFIG, channels[world.rank - 1])
+                follow(model, config, channels[world.rank - 1])
             else:
                 ranks = Ranks(share, channels, world=world)
-                answers[name] = said(build_engine(model, CONFIG, ranks=ranks), tokens)
+                answers[name] = said(build_engine(model, config, ranks=ranks), tokens)
                 ranks.tell("leave")
         return answers
 
@@ -83,7 +83,7 @@ def check(size: int, folders: Mapping[str, Path], tokens: int = 3) -> None:
         for end in pair:
             end.close()
     for name, folder in folders.items():
-        alone = said(build_engine(hub.load_for_inference(folder).eval(), CONFIG), tokens)
+        alone = said(build_engine(hub.load_for_inference(folder).eval(), config), tokens)
         assert together[name] == alone, f"{size} ranks say of {name} something else"
 
 
@@ -109,6 +109,11 @@ def test_two_ranks_say_of_every_family_what_one_device_does(families):
 
 def test_four_ranks_say_of_different_families_what_one_device_does(families):
     check(4, {name: families[name] for name in DIFFERENT}, tokens=1)
+
+
+def test_two_ranks_check_what_is_drafted_over_a_coded_cache(families):
+    drafting = EngineConfig.model_validate({**CONFIG.model_dump(), "draft": "ngram", "codec": "int8"})
+    check(2, {"llama": families["llama"]}, tokens=12, config=drafting)
 
 
 def test_two_ranks_say_of_quantized_models_what_one_device_does(tmp_path):
