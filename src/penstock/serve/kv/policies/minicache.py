@@ -68,7 +68,10 @@ class MiniCache(Repeated):
         return fitted
 
     def keeps(self, computed: int) -> int:
-        return computed if self._paired is None else self._paired.places(computed)
+        if not self.compresses:
+            return computed
+        assert self._paired is not None, "it is not fitted to a model"
+        return self._paired.places(computed)
 
     def compress(self, cached: Cached, count: int) -> Kept:
         paired = self._paired
