@@ -37,7 +37,7 @@ def form_of(service: Service) -> VectorForm:
     if form is None:
         raise ApiError(
             400,
-            "this server makes no vectors: it records its steps, or its model is divided among ranks (--record, --tp)",
+            "this server makes no vectors: it records its steps, or its model is divided among ranks (--record, --tensor-parallel)",
         )
     return form
 
