@@ -37,7 +37,8 @@ def form_of(service: Service) -> VectorForm:
     if form is None:
         raise ApiError(
             400,
-            "this server makes no vectors: it records its steps, or its model is divided among ranks (--record, --tensor-parallel)",
+            "this server makes no vectors: it records its steps (--record), or its model is divided among ranks "
+            "(--tensor-parallel)",
         )
     return form
 
