@@ -25,6 +25,7 @@ from penstock.data.corpora.stdlib import StandardLibrary
 from penstock.models import hub
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
+from penstock.models.paged import cache_shape
 from penstock.ops.paged.codecs.bf16 import Bf16
 from penstock.ops.paged.codecs.contract import Codec, LearnedCodec
 from penstock.ops.paged.codecs.coupled import Coupled
@@ -33,7 +34,7 @@ from penstock.ops.paged.codecs.int4 import Int4
 from penstock.ops.paged.codecs.int8 import Int8
 from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contract import CacheShape
-from penstock.serve.build import build_engine, cache_shape
+from penstock.serve.build import build_engine
 from penstock.serve.calibration import keys_and_values, tables_of
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import AsyncIterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,13 +13,15 @@ from penstock.models import hub
 from penstock.serve.http.app import make_app
 from penstock.serve.http.service import Limits, Service
 from penstock.serve.http.text import Tokens
-from penstock.serve.messages import Delta, Finish, Request
+from penstock.serve.link.wire import Ready
+from penstock.serve.messages import Delta, Finish, Request, Snapshot
 
 
 class Engine:
     """Says ``tokens``, one at a time, in place of an engine, and ends for the reason ``finish``; keeps the requests."""
 
-    ready = SimpleNamespace(sequences=8, context=2048, vocabulary=4096, memory={}, codec="plain")
+    ready = Ready(2048, 8, 4096, [], "plain")
+    snapshot = Snapshot(*[0] * 13, 0.0)
     failure = None
     outstanding = 0
 
@@ -77,10 +78,17 @@ def serving(engine: Engine, strict: bool = False) -> Service:
 
 
 def asked(
-    path: str, *, strict: bool = False, engine: Engine | None = None, tokenizer: Tokens | None = None, **request: Any
+    path: str,
+    *,
+    strict: bool = False,
+    engine: Any = None,
+    tokenizer: Tokens | None = None,
+    deadline: float = 600.0,
+    **request: Any,
 ) -> httpx.Response:
     """What the application answers to a request by POST."""
-    service = Service("m", tokenizer or tokens(), engine or Engine([300]), Limits(), strict)
+    limits = Limits(deadline=deadline)
+    service = Service("m", tokenizer or tokens(), engine or Engine([300]), limits, strict)
 
     async def posted() -> httpx.Response:
         transport = httpx.ASGITransport(make_app(service, [], False))

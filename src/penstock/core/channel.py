@@ -79,9 +79,13 @@ class Channel(Generic[M]):
         time.sleep(LAST_STEP)
         os._exit(0)
 
-    def pending(self, wait: bool) -> list[M | None]:
-        """What has come since the last call; with ``wait``, at least one message. None is the other end's end."""
-        messages = [self._inbox.get()] if wait else []
+    def pending(self, wait: bool, most: float | None = None) -> list[M | None]:
+        """What has come since the last call; with ``wait``, at least one message, unless none comes in ``most``
+        seconds. None is the other end's end."""
+        messages: list[M | None] = []
+        if wait:
+            with contextlib.suppress(Empty):
+                messages.append(self._inbox.get(timeout=most))
         while True:
             try:
                 messages.append(self._inbox.get_nowait())

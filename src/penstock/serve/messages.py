@@ -49,6 +49,44 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
+class Embed:
+    """Texts, as tokens, whose vectors are wanted; ``id`` is unique among the requests that are alive."""
+
+    id: str
+    texts: list[list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+    """Some of the vectors that the request ``id`` wants: float32 ``rows`` of its texts at ``places``."""
+
+    id: str
+    places: list[int]
+    rows: bytes
+
+
+class Act(enum.StrEnum):
+    """What an operator may tell an engine to do."""
+
+    PAUSE = "pause"
+    RESUME = "resume"
+    SLEEP = "sleep"
+    WAKE = "wake"
+    LOAD = "load"
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """Tells the engine to ``act``; weights are loaded from ``folder``, and are called by ``version`` where one is
+    given. ``id`` is that of the answer."""
+
+    id: str
+    act: Act
+    folder: str = ""
+    version: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Abort:
     """Ends the request ``id`` or only its continuation ``index``, whatever its state; an unknown one is ignored."""
 
@@ -69,6 +107,7 @@ class Delta:
         finish: why it ended; None while it goes on.
         cached: prompt tokens whose keys and values were in the cache already.
         drafted, accepted: tokens that were drafted in the step, and those of them that are among ``tokens``.
+        version: of the weights that computed ``tokens``.
     """
 
     id: str
@@ -80,6 +119,7 @@ class Delta:
     cached: int = 0
     drafted: int = 0
     accepted: int = 0
+    version: int = 0
 
 
 def described(memory: Mapping[str, int]) -> str:
@@ -106,6 +146,9 @@ class Snapshot:
         evicted: blocks that were evicted from the prefix tree.
         tier_bytes: that blocks take in the host's memory and on disk.
         tier_hits: blocks that came back from the host's memory to the cache, and from disk to the host's memory.
+        embedded_texts, embedded_tokens: of which vectors were made.
+        version: of the weights.
+        paused, asleep: whether it was told to be.
     """
 
     steps: int
@@ -131,3 +174,8 @@ class Snapshot:
     evicted: int = 0
     tier_bytes: tuple[int, int] = (0, 0)
     tier_hits: tuple[int, int] = (0, 0)
+    embedded_texts: int = 0
+    embedded_tokens: int = 0
+    version: int = 0
+    paused: bool = False
+    asleep: bool = False

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from penstock.models.decoder import Decoder
+from penstock.models.paged import PagedTokens
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch
-from penstock.serve.run.context import PagedTokens
 
 
 @torch.inference_mode()

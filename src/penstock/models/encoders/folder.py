@@ -35,6 +35,11 @@ def load_encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> Enco
         ModelError: there is none, or the folder is damaged.
     """
     hub = HubConfig(_described(folder))
+    if any(str(each).endswith("ForSequenceClassification") for each in hub.get("architectures") or ()):
+        raise ModelError(
+            f"{folder / CONFIG} describes a model that classifies texts or pairs of them: its head is not supported",
+            hint="Name an encoder that makes vectors; /v1/rerank and /v1/score compare those.",
+        )
     family = create("model.encoder", str(hub["model_type"]))
     assert isinstance(family, EncoderFamily)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -89,6 +90,17 @@ def pooling_of(folder: Path, usual: Pooling) -> Pooling:
                 f"{path} has a module of the type {kind!r}", hint="Transformer, Pooling and Normalize are supported."
             )
     return Pooling(way=way, normalize=normalize)
+
+
+def cuts_of(folder: Path, size: int) -> Sequence[int]:
+    """How many of the first numbers of a vector of ``size`` are vectors too: what the folder's config.json lists as
+    ``matryoshka_dimensions``, or any number where ``is_matryoshka`` says so alone; else none."""
+    path = folder / "config.json"
+    told = read_json(path) if path.is_file() else {}
+    listed = told.get("matryoshka_dimensions") if isinstance(told, dict) else None
+    if isinstance(listed, list):
+        return sorted({each for each in listed if isinstance(each, int) and 0 < each <= size})
+    return range(1, size + 1) if isinstance(told, dict) and told.get("is_matryoshka") is True else ()
 
 
 def _list(value: Any, path: Path) -> list[dict[str, Any]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as List
 from concurrent.futures import Future, wait
 from heapq import heappop, heappush
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from penstock.core.errors import UsageError
@@ -15,7 +16,7 @@ from penstock.core.events import EventLog
 from penstock.serve.choose.grammar import Grammars, Matcher
 from penstock.serve.choose.restriction import restriction_of
 from penstock.serve.choose.sampling import SamplingParams
-from penstock.serve.engine.executor import Executor
+from penstock.serve.engine.executor import Changeable, Executor
 from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.memory import Memory
 from penstock.serve.engine.sequence import Sequence, common
@@ -26,6 +27,8 @@ from penstock.serve.messages import Delta, Finish, Request, Snapshot
 from penstock.speculate.prediction import Prediction
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from penstock.serve.config import EngineConfig
     from penstock.serve.run.draft import Drafting
     from penstock.speculate.contract import Draft
@@ -57,6 +60,7 @@ class Engine:
         executor: who computes.
         speculation: who drafts; None where nothing is drafted.
         steps: the parts of a step, with the batcher.
+        paused, asleep: whether it was told to be: requests wait then.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class Engine:
         self._kept: dict[str, Sequence] = {}
         self._tiers = tiers
         self._fetching: dict[Sequence, list[Future[bool]]] = {}
+        self.paused = self.asleep = False
 
     @property
     def ends(self) -> frozenset[int]:
@@ -365,11 +370,24 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._sequences or self._untold) or not self._loop.idle
+        return bool(self._untold) or (not self.stopped and (bool(self._sequences) or not self._loop.idle))
+
+    @property
+    def stopped(self) -> bool:
+        """Whether requests wait for it to go on: it is paused, or asleep."""
+        return self.paused or self.asleep
+
+    @property
+    def due(self) -> float | None:
+        """While it is :attr:`stopped`, the seconds until the next request passes its deadline; else None."""
+        return max(0.0, self._deadlines[0][0] - time.monotonic()) if self.stopped and self._deadlines else None
 
     def step(self) -> list[Delta]:
         """Does one step; returns what became known, at most one delta for each sequence and reason."""
         self._expire()
+        if self.stopped:
+            deltas, self._untold = self._untold, []
+            return deltas
         self._arrive()
         begun = time.perf_counter()
         deltas = self._loop.step()
@@ -378,6 +396,96 @@ class Engine:
         if self._config.check:
             self.memory.check()
         return deltas
+
+    # Pausing, sleeping, and other weights
+
+    @property
+    def version(self) -> int:
+        """Of the weights: 0 are those that it was opened with."""
+        return self.steps.version
+
+    def pause(self) -> None:
+        """Lets requests wait, those under way with all that they have; others may come. Their deadlines pass."""
+        self._settle()
+        self.paused = True
+
+    def resume(self) -> None:
+        """Lets requests go on, with the same tokens as if there had been no pause."""
+        self.paused = False
+
+    def sleep(self) -> None:
+        """Lets requests wait, and frees the memory of the model and of its cache: on CUDA the host keeps the weights,
+        on a CPU they are read again, unless they came from a program and not from a folder. Of a model that drafts, all
+        stays.
+
+        Raises:
+            UsageError: it records its steps.
+        """
+        executor = self._changeable()
+        if not self.asleep:
+            self._void()
+            executor.sleep()
+            self.asleep = True
+
+    def wake(self) -> None:
+        """Brings back what :meth:`sleep` freed. Requests that were under way are computed again up to where they were,
+        and go on, unless it is paused besides.
+
+        Raises:
+            PenstockError: the memory is not there any more, or the weights cannot be read again; it sleeps on.
+        """
+        if self.asleep:
+            self._changeable().wake()
+            self.asleep = False
+
+    def load(self, weights: Mapping[str, Tensor] | str | Path, version: int | None = None) -> int:
+        """Puts other weights in the place of the model's, between steps: those of a folder, or tensors by the names of
+        ``Decoder.state_dict``, such as a trainer's. What was computed with the old ones is forgotten: every request
+        that comes is answered as by a new engine, and those under way go on with the new weights behind the tokens that
+        they have.
+
+        Args:
+            version: what they are called from now on, in every delta; one more than before if not given.
+
+        Returns:
+            The version.
+
+        Raises:
+            UsageError, ModelError: they are not weights of such a model, or this engine cannot take any. Nothing has
+                changed then.
+        """
+        executor = self._changeable()
+        if self.asleep:
+            raise UsageError("the engine is asleep", hint="Wake it before it is given weights.")
+        if version is not None and version < 0:
+            raise UsageError(f"a version is a number from 0 on, not {version}")
+        self._settle()
+        executor.load(Path(weights) if isinstance(weights, str) else weights)
+        self._void()
+        if self._tiers is not None:
+            self._tiers.forget()
+        self.steps.version = self.version + 1 if version is None else version
+        return self.version
+
+    def _changeable(self) -> Changeable:
+        if not isinstance(self.executor, Changeable):
+            raise UsageError(
+                "an engine that records its steps has the same weights all the time", hint="Leave out `record`."
+            )
+        return self.executor
+
+    def _void(self) -> None:
+        """What the cache holds is of no use any more: whoever ran waits, and is computed again."""
+        self._settle()
+        for sequence, coming in self._fetching.items():
+            wait(coming)
+            self.steps.batcher.add(sequence)
+        self._fetching.clear()
+        for sequence in self.memory.clear():
+            sequence.preempted = True
+            self.steps.batcher.add(sequence)
+
+    # Ends
 
     def _drop(self, sequence: Sequence, finish: Finish) -> None:
         """Ends ``sequence`` and frees what it holds."""
@@ -446,5 +554,8 @@ class Engine:
             step_seconds=last.seconds,
             drafted_at=() if speculation is None else tuple(speculation.drafted),
             accepted_at=() if speculation is None else tuple(speculation.accepted),
+            version=self.version,
+            paused=self.paused,
+            asleep=self.asleep,
             **dataclasses.asdict(self._counters),
         )

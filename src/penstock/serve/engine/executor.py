@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from penstock.models.config import DecoderConfig
 from penstock.serve.choose.sampler import Sampled
@@ -47,4 +49,30 @@ class Executor(Protocol):
     def close(self) -> None:
         """Nothing more will be launched: returns once what was launched has been computed, and written where it is to
         be."""
+        ...
+
+
+@runtime_checkable
+class Changeable(Protocol):
+    """An executor whose model can take other weights, and leave the device for a while. What its cache held is lost
+    with all of these."""
+
+    def load(self, weights: Mapping[str, Tensor] | Path) -> None:
+        """Puts ``weights``, by name or of a model's folder, in the place of the model's.
+
+        Raises:
+            UsageError, ModelError: they are not those of such a model. Nothing has changed then.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Frees the memory of the model and of the cache."""
+        ...
+
+    def wake(self) -> None:
+        """Brings them back.
+
+        Raises:
+            PenstockError: the memory is not there any more, or the weights cannot be read again; it sleeps on.
+        """
         ...

@@ -279,6 +279,18 @@ class Memory:
             self.pool.release(sequence.held.blocks)
             sequence.held = None
 
+    def clear(self) -> list[Sequence]:
+        """What the cache holds is void. Returns those that ran, which have no memory any more."""
+        ran = list(self.running)
+        for sequence in ran:
+            self.release(sequence)
+        for sequence in list(self.kept):
+            self.forget(sequence)
+        self.pool.forget()
+        for told in (self._copies, self._compactions, self._leaving, self._restored):
+            told.clear()
+        return ran
+
     def _let_go(self, wanted: int) -> bool:
         """Takes the blocks of one that was kept, where ``wanted`` blocks could become available so. Tells whether it
         did."""

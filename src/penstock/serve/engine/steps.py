@@ -54,6 +54,7 @@ class EngineSteps:
     Attributes:
         batcher: holds those that wait.
         last: the batch that was formed last.
+        version: of the weights that compute.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class EngineSteps:
         self._tokens, self._counters, self._events, self._end = tokens, counters, events, end
         self._speculation, self._branches = speculation, branches
         self.last = Batch([], memory.tables)
+        self.version = 0
 
     def form(self) -> Batch | None:
         begun, ahead = 0.0, 0
@@ -159,6 +161,7 @@ class EngineSteps:
             max(sequence.cached, 0),
             len(window),
             min(len(tokens) - 1, kept),
+            self.version,
         )
 
 

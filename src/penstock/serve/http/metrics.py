@@ -38,6 +38,8 @@ class EngineCollector(Collector):
             "batch_tokens": ("Tokens of the last step.", now.batch_tokens),
             "batch_sequences": ("Sequences of the last step.", now.batch_sequences),
             "step_seconds": ("Duration of the last step.", now.step_seconds),
+            "weights_version": ("Of the weights: 0 are those that the engine was opened with.", now.version),
+            "paused": ("1 while requests wait since the engine is paused or asleep.", int(now.paused or now.asleep)),
         }
         counters = {
             "steps": ("Steps.", now.steps),
@@ -51,6 +53,8 @@ class EngineCollector(Collector):
             "drafted_tokens": ("Tokens that were drafted.", now.drafted_tokens),
             "accepted_tokens": ("Tokens that were drafted and accepted.", now.accepted_tokens),
             "dropped_tokens": ("Tokens that went out of caches that were compressed.", now.dropped_tokens),
+            "embedded_texts": ("Texts of which vectors were made.", now.embedded_texts),
+            "embedded_tokens": ("Tokens of which vectors were made.", now.embedded_tokens),
             "sequence_steps": ("Steps that brought tokens, counted for each sequence.", now.sequence_steps),
         }
         for name, (help, value) in gauges.items():

@@ -84,6 +84,7 @@ async def serve(
     chat_template: Path | None,
     dialogue: Dialogue | None,
     strict: bool,
+    control: bool,
     started: Callable[[Service], None],
     watchers: Sequence[Watcher] = (),
 ) -> None:
@@ -95,6 +96,7 @@ async def serve(
         chat_template: a file to take in place of the model's own.
         dialogue: how the model writes thoughts and calls; guessed from the template if not given.
         strict: refuse requests with fields that are not known.
+        control: let clients pause the engine, and give it other weights.
         started: is called when it takes requests.
         watchers: see the engine's decisions.
 
@@ -109,7 +111,7 @@ async def serve(
     try:
         if chat_template is not None:
             take_template(tokenizer, chat_template)
-        service = Service(name, Tokens(tokenizer, dialogue), client, limits, strict)
+        service = Service(name, Tokens(tokenizer, dialogue), client, limits, strict, control)
         client.watchers += watchers
         app = make_app(service, keys, local)
         asyncio.get_running_loop().set_exception_handler(quietly)

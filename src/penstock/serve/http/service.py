@@ -191,12 +191,13 @@ class Generation:
         sampling: how its tokens are chosen.
         usage: so far.
         key: whose it is.
+        version: of the weights that its newest tokens come from.
         outcome: how the choices end that have not ended by themselves: ``disconnect`` unless something fails.
     """
 
     def __init__(self, service: Service, kind: str, prompts: list[list[int]], body: Generate, key: str, **extra: Any):
         self.id, self.created = f"{kind}{uuid.uuid4().hex}", int(time.time())
-        self.key = key
+        self.key, self.version = key, 0
         self.usage, self.outcome = Usage(sum(map(len, prompts))), "disconnect"
         self._service, self._nothing = service, body.max_tokens == 0
         self._begun = time.monotonic()
@@ -255,6 +256,7 @@ class Generation:
 
     def _piece(self, choice: Choice, delta: Delta) -> Piece:
         reading = choice.reader.read(delta)
+        self.version = max(self.version, delta.version)
         self._count(choice, delta, 0 if self._nothing else len(reading.tokens))
         if reading.early:
             self._service.engine.abort(delta.id, delta.index)
@@ -311,6 +313,7 @@ class Service:
         engine: where it runs.
         limits: what is taken on.
         strict: whether requests with fields that are not known are refused.
+        control: whether the engine is controlled over HTTP: paused, given other weights.
 
     Attributes:
         history: what became of the newest requests.
@@ -318,9 +321,17 @@ class Service:
         conversations: responses from which others can go on.
     """
 
-    def __init__(self, name: str, tokens: Tokens, engine: EngineClient, limits: Limits, strict: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        tokens: Tokens,
+        engine: EngineClient,
+        limits: Limits,
+        strict: bool = False,
+        control: bool = False,
+    ) -> None:
         self.name, self.tokens, self.engine, self.limits = name, tokens, engine, limits
-        self._strict = strict
+        self._strict, self.control = strict, control
         self.metrics, self.history = (
             ServerMetrics(lambda: engine.snapshot, engine.ready.memory, engine.ready.codec),
             History(),

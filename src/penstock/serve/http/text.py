@@ -35,6 +35,9 @@ class Tokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue | None = None) -> None:
         self._tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
+        # What a tokenizer.json says of a batch for training would cut texts without a word, and fill them up.
+        self.backend.no_truncation()
+        self.backend.no_padding()
         self.template = str(tokenizer.chat_template or "")
         self.dialogue = dialogue or guess(self.template)
         self.vocabulary = Vocabulary(self.backend)
@@ -58,6 +61,24 @@ class Tokens:
         """
         _check_characters(text)
         ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def encode_first(self, text: str, most: int | None, special: bool = True) -> list[int]:
+        """The tokens of :meth:`encode`; where they are more than ``most``, of the text's beginning alone, so that with
+        those around it they are so many.
+
+        Raises:
+            UsageError: it is no text, or nothing of it would be left.
+        """
+        tokens = self.encode(text, special)
+        if most is None or len(tokens) <= most:
+            return tokens
+        around = self.backend.num_special_tokens_to_add(False) if special else 0
+        if most <= around:
+            raise UsageError(f"{most} tokens are too few: the model wants {around} around a text")
+        found = self.backend.encode(text, add_special_tokens=False)
+        found.truncate(most - around)
+        ids: list[int] = self.backend.post_process(found, None, special).ids
         return ids
 
     def bare(self, text: str) -> list[int]:

@@ -84,6 +84,12 @@ class DiskBlocks:
         self._sizes.update((path, size) for _, path, size in sorted(found))
         self.bytes = sum(self._sizes.values())
 
+    def enter(self, space: str) -> None:
+        """From now on the blocks are those of another ``space``."""
+        with contextlib.suppress(OSError):  # which is noticed when one is written
+            (self._folder / space).mkdir(exist_ok=True)
+        self._space = space
+
     def __contains__(self, name: bytes) -> bool:
         return self._path(name) in self._sizes
 

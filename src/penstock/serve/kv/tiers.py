@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as List
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
@@ -41,13 +41,20 @@ class Tiers:
         host: the host's memory.
         disk: the folder, if any.
         workers: who reads and writes files.
+        space: says whose keys and values those on disk are, of the weights as they are now.
 
     Attributes:
         host_hits, disk_hits: blocks that came back to the pool, and blocks that came from disk to the host.
     """
 
-    def __init__(self, host: Places, disk: DiskBlocks | None = None, workers: Executor | None = None) -> None:
-        self._host, self._disk = host, disk
+    def __init__(
+        self,
+        host: Places,
+        disk: DiskBlocks | None = None,
+        workers: Executor | None = None,
+        space: Callable[[], str] = str,
+    ) -> None:
+        self._host, self._disk, self._space = host, disk, space
         self._workers = workers or ThreadPoolExecutor(THREADS, thread_name_prefix="penstock-kv")
         self._names: OrderedDict[bytes, int] = OrderedDict()
         self._free = list(range(host.places - 1, -1, -1))
@@ -128,6 +135,16 @@ class Tiers:
             coming.append(self._reading[name])
         return coming
 
+    def forget(self) -> None:
+        """Nothing that is kept here is known any more: the model's weights have changed. What is on disk stays there,
+        for whoever has the weights that it was computed with."""
+        while self._writing or self._reading:
+            self._note(*self._done.get())
+        self._free += self._names.values()
+        self._names.clear()
+        if self._disk is not None:
+            self._disk.enter(self._space())
+
     def close(self) -> None:
         """Waits for what is being read and written."""
         self._workers.shutdown()
@@ -167,15 +184,19 @@ class Tiers:
         """Takes note of what the workers have done."""
         while True:
             try:
-                name, place, whole = self._done.get_nowait()
+                done = self._done.get_nowait()
             except Empty:
                 return
-            if whole is None:
-                self._writing.discard(name)
-                continue
-            del self._reading[name]
-            self.disk_hits += whole
-            if whole:
-                self._names[name] = place
-            else:
-                self._free.append(place)
+            self._note(*done)
+
+    def _note(self, name: bytes, place: int, whole: bool | None) -> None:
+        """The block ``name`` was written (None), or was read or not."""
+        if whole is None:
+            self._writing.discard(name)
+            return
+        del self._reading[name]
+        self.disk_hits += whole
+        if whole:
+            self._names[name] = place
+        else:
+            self._free.append(place)

@@ -12,12 +12,14 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol, Self
 
+import numpy as np
+
 from penstock.core.channel import HEADER, framed, length
 from penstock.core.errors import PenstockError, UsageError
 from penstock.core.events import Event
 from penstock.serve.config import EngineConfig
 from penstock.serve.link.wire import Done, Errand, Failed, Message, News, Open, Ready, Refused, body, parse
-from penstock.serve.messages import Abort, Delta, Request, Snapshot, described
+from penstock.serve.messages import Abort, Act, Control, Delta, Embed, Request, Snapshot, Vectors, described
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,10 @@ def start(end: int) -> subprocess.Popen[bytes]:
     )
 
 
+#: What an engine says to whoever asked it for something.
+Answer = Delta | Vectors | Done | PenstockError
+
+
 class EngineClient:
     """Talks to an engine's process. Made by :meth:`open`; used in one event loop.
 
@@ -63,7 +69,7 @@ class EngineClient:
 
     def __init__(self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._process, self._reader, self._writer = process, reader, writer
-        self._queues: dict[str, asyncio.Queue[Delta | Done | PenstockError]] = {}
+        self._queues: dict[str, asyncio.Queue[Answer]] = {}
         self._left: dict[str, int] = {}
         self._changed = asyncio.Condition()
         self._heard = time.monotonic()
@@ -133,7 +139,7 @@ class EngineClient:
         """
         if self.failure is not None:
             raise self.failure
-        queue: asyncio.Queue[Delta | Done | PenstockError] = asyncio.Queue()
+        queue: asyncio.Queue[Answer] = asyncio.Queue()
         for request in requests:
             self._queues[request.id], self._left[request.id] = queue, request.sampling.continuations
         try:
@@ -175,6 +181,52 @@ class EngineClient:
             del self._queues[id]
             if self._left.pop(id):
                 self.abort(id)
+
+    async def embed(self, id: str, texts: Sequence[list[int]]) -> np.ndarray:
+        """The vectors float32 [n, size] of ``texts``, which are tokens. Cancelling it aborts the request ``id``.
+
+        Raises:
+            UsageError: the engine does not take it.
+            EngineDiedError: the engine is dead, or died meanwhile.
+        """
+        if self.failure is not None:
+            raise self.failure
+        queue = asyncio.Queue[Answer]()
+        self._queues[id], self._left[id] = queue, 1
+        size, missing = 0 if self.ready.vectors is None else self.ready.vectors.size, len(texts)
+        found = np.empty((len(texts), size), np.float32)
+        try:
+            await self._send(Embed(id, list(texts)))
+            while missing:
+                news = await queue.get()
+                if isinstance(news, PenstockError):
+                    raise news
+                assert isinstance(news, Vectors)
+                found[news.places] = np.frombuffer(news.rows, np.float32).reshape(len(news.places), -1)
+                missing -= len(news.places)
+            return found
+        finally:
+            del self._queues[id], self._left[id]
+            if missing:
+                self.abort(id)
+
+    async def control(self, id: str, act: Act, folder: str = "", version: int | None = None) -> None:
+        """Has the engine do what an operator says, and waits until that is done; :attr:`snapshot` tells of it then.
+
+        Raises:
+            PenstockError: the engine does not do it.
+            EngineDiedError: the engine is dead, or died meanwhile.
+        """
+        if self.failure is not None:
+            raise self.failure
+        queue = self._queues[id] = asyncio.Queue[Answer]()
+        try:
+            await self._send(Control(id, act, folder, version))
+            news = await queue.get()
+            if isinstance(news, PenstockError):
+                raise news
+        finally:
+            del self._queues[id]
 
     def abort(self, id: str, index: int | None = None) -> None:
         """Ends a request, or only its continuation ``index``, or an errand, if it is still there. Does not wait."""
@@ -237,7 +289,7 @@ class EngineClient:
                     self.snapshot = message.snapshot
                     async with self._changed:
                         self._changed.notify_all()
-            elif isinstance(message, Done):
+            elif isinstance(message, Vectors | Done):
                 self._hand(message.id, message)
             elif isinstance(message, Refused):
                 self._hand(message.id, (PenstockError if message.defect else UsageError)(message.what))
@@ -255,7 +307,7 @@ class EngineClient:
             except Exception:
                 log.exception("%s cannot take in what the engine decided", type(watcher).__name__)
 
-    def _hand(self, id: str, news: Delta | Done | PenstockError) -> None:
+    def _hand(self, id: str, news: Answer) -> None:
         # Nobody listens any more to a request that was aborted meanwhile.
         if id in self._queues:
             self._queues[id].put_nowait(news)
@@ -266,7 +318,7 @@ class EngineClient:
         while True:
             await asyncio.sleep(min(1.0, patience / 4))
             now = time.monotonic()
-            if not self._queues:
+            if not self._queues or self.snapshot.paused or self.snapshot.asleep:
                 idle_since = now
             elif now - max(self._heard, idle_since) > patience:
                 self._process.kill()

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
+from penstock.core.errors import UsageError
+from penstock.models import hub
+from penstock.serve.embed.encoder_engine import WRITES_NOTHING, EncoderEngine
+from penstock.serve.embed.waiting import WaitingTexts
 from penstock.serve.engine.engine import Engine
 from penstock.serve.link.wire import Done, Errand
-from penstock.serve.messages import Abort, Delta, Request
+from penstock.serve.messages import Abort, Act, Control, Delta, Embed, Request, Snapshot, Vectors
+
+log = logging.getLogger(__name__)
 
 
 class Guest(Protocol):
@@ -42,41 +50,83 @@ class Host:
     """The engine of this process, and those who do errands over it.
 
     Args:
-        engine: of this process.
+        engine: of this process; an encoder's writes nothing.
         model: that it has loaded.
+        texts: makes vectors; None where the model makes none.
     """
 
-    def __init__(self, engine: Engine, model: str) -> None:
-        self.engine, self._model = engine, model
+    def __init__(self, engine: Engine | EncoderEngine, model: str, texts: WaitingTexts | None = None) -> None:
+        self.engine, self._model, self._texts = engine, model, texts
         self._guests: dict[str, Guest] = {}
 
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return self.engine.busy or any(guest.busy for guest in self._guests.values())
+        others = any(guest.busy for guest in self._guests.values()) or (self._texts is not None and self._texts.busy)
+        return self.engine.busy or (others and not self.engine.stopped)
 
-    def take(self, message: Request | Errand | Abort) -> None:
-        """Takes in a request, begins an errand, or ends one of both.
+    def snapshot(self) -> Snapshot:
+        """The state now."""
+        now = self.engine.snapshot()
+        if self._texts is None:
+            return now
+        return dataclasses.replace(now, embedded_texts=self._texts.texts, embedded_tokens=self._texts.tokens)
+
+    def take(self, message: Request | Errand | Embed | Control | Abort) -> None:
+        """Takes in a request, begins an errand, ends one of both, or does what an operator wants.
 
         Raises:
             PenstockError: it cannot be taken in.
         """
         if isinstance(message, Request):
             self.engine.add(message)
-        elif isinstance(message, Errand):
+        elif isinstance(message, Embed):
+            if self._texts is None:
+                raise UsageError("an engine that records its steps, or is divided among ranks, makes no vectors")
+            self._texts.add(message)
+        elif isinstance(message, Abort):
+            self._abort(message)
+        elif isinstance(self.engine, EncoderEngine):
+            raise UsageError(WRITES_NOTHING)
+        elif isinstance(message, Control):
+            _control(self.engine, message)
+        else:
             if message.guest not in self._guests:
                 made = importlib.import_module(message.guest).guest(self.engine, self._model)
                 self._guests[message.guest] = made
             self._guests[message.guest].begin(message.request, message.work)
-        else:
-            self.engine.abort(message.id, message.index)
-            for guest in self._guests.values():
-                guest.end(message.id)
 
-    def step(self) -> tuple[list[Delta], list[Done]]:
-        """What a step makes known, and errands that are done."""
-        deltas, done = self.engine.step() if self.engine.busy else [], list[Done]()
+    def _abort(self, message: Abort) -> None:
+        self.engine.abort(message.id, message.index)
+        if self._texts is not None:
+            self._texts.abort(message.id)
         for guest in self._guests.values():
-            deltas, own = guest.take(deltas)
-            done += own
+            guest.end(message.id)
+
+    def step(self) -> tuple[list[Delta], list[Done | Vectors]]:
+        """What a step makes known, errands that are done, and vectors: a step and a pass of texts take turns."""
+        # A stopped engine has requests whose deadlines pass.
+        deltas = self.engine.step() if self.engine.busy or self.engine.stopped else []
+        done: list[Done | Vectors] = []
+        if deltas or not self.engine.stopped:
+            for guest in self._guests.values():
+                deltas, own = guest.take(deltas)
+                done += own
+        if self._texts is not None and not self.engine.stopped:
+            done += self._texts.step()
         return deltas, done
+
+
+def _control(engine: Engine, wanted: Control) -> None:
+    match wanted.act:
+        case Act.PAUSE:
+            engine.pause()
+        case Act.RESUME:
+            engine.resume()
+        case Act.SLEEP:
+            engine.sleep()
+        case Act.WAKE:
+            engine.wake()
+        case Act.LOAD:
+            engine.load(hub.resolve(wanted.folder), wanted.version)
+    log.warning("%s: done; the weights' version is %d", wanted.act, engine.version)

@@ -7,24 +7,34 @@ outlives its front end.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 from penstock.core.channel import Channel
-from penstock.core.errors import PenstockError
+from penstock.core.devices import pick
+from penstock.core.errors import PenstockError, UsageError
 from penstock.core.garbage import settle
 from penstock.core.progress import show
-from penstock.serve.build import open_engine
+from penstock.models import hub
+from penstock.models.encoders.folder import is_encoder
+from penstock.models.encoders.pooling import cuts_of, pooling_of
+from penstock.serve.build import dtype_of, open_engine
 from penstock.serve.config import EngineConfig
+from penstock.serve.embed.encoder_engine import EncoderEngine
+from penstock.serve.embed.pooled import LAST, PooledModel, pooled_decoder, pooled_encoder
+from penstock.serve.embed.waiting import WaitingTexts
 from penstock.serve.link.host import Host
-from penstock.serve.link.wire import Errand, Failed, Message, News, Open, Ready, Refused, body, parse
-from penstock.serve.messages import Abort, Request
+from penstock.serve.link.wire import Done, Errand, Failed, Message, News, Open, Ready, Refused, VectorForm, body, parse
+from penstock.serve.messages import Abort, Control, Embed, Request
 from penstock.serve.ranks.group import RankLostError
-from penstock.serve.ranks.runner import LeadingRunner
+from penstock.serve.ranks.runner import LeadingRunner, RankRunner
+from penstock.serve.run.runner import Runner
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +46,7 @@ def serve(host: Host, channel: Channel[Message]) -> None:
     """Steps the engine while it has anything to do, and takes messages in between, until the other end closes."""
     engine, told = host.engine, 0.0
     while True:
-        for message in channel.pending(wait=not host.busy):
+        for message in channel.pending(not host.busy, engine.due):
             if message is None:
                 engine.close()
                 return
@@ -45,7 +55,7 @@ def serve(host: Host, channel: Channel[Message]) -> None:
         now = time.monotonic()
         snapshot = None
         if now - told >= SNAPSHOTS or not host.busy:
-            snapshot, told = engine.snapshot(), now
+            snapshot, told = host.snapshot(), now
         if deltas or snapshot is not None:
             channel.send(News(deltas, snapshot, engine.events.fresh()))
         for each in done:
@@ -53,7 +63,7 @@ def serve(host: Host, channel: Channel[Message]) -> None:
 
 
 def _take(host: Host, message: Message, channel: Channel[Message]) -> None:
-    assert isinstance(message, Request | Errand | Abort)
+    assert isinstance(message, Request | Errand | Embed | Control | Abort)
     id = message.request.id if isinstance(message, Errand) else message.id
     try:
         host.take(message)
@@ -63,6 +73,43 @@ def _take(host: Host, message: Message, channel: Channel[Message]) -> None:
         log.exception("the request %s cannot be taken in", id)
         host.engine.abort(id)
         channel.send(Refused(id, f"{type(error).__name__}: {error}", defect=True))
+    else:
+        if isinstance(message, Control):
+            channel.send(News([], host.snapshot()))
+            channel.send(Done(id))
+
+
+def opened(wanted: Open, channel: Channel[Message]) -> tuple[Host, Ready]:
+    """The model that is ``wanted``, at work, and what is told of it; ``channel`` is told if a rank is lost.
+
+    Raises:
+        PenstockError: it cannot be had, or does not fit.
+    """
+    config, folder = EngineConfig.model_validate_json(wanted.config), hub.resolve(wanted.model)
+    if is_encoder(folder):
+        if config.tensor_parallel > 1:
+            raise UsageError("an encoder is not divided among ranks", hint="Leave out tensor_parallel.")
+        device = pick(wanted.device)
+        model = pooled_encoder(folder, device, dtype_of(config, device), None)
+        memory, form = [{"weights": model.weights}], _form(model, folder)
+        ready = Ready(model.context, config.sequences, model.vocabulary, memory, "none", form, writes=False)
+        return Host(EncoderEngine(), wanted.model, WaitingTexts(model, config.budget(device))), ready
+    engine = open_engine(wanted.model, config, wanted.device, show)
+    limits, executor, codec = engine.limits, engine.executor, config.codec.policy_name
+    memory = [dict(executor.memory)]
+    if isinstance(executor, LeadingRunner) and executor.ranks is not None:
+        memory += executor.ranks.memory
+        executor.ranks.watch(lambda error: _end(error, channel))
+    texts, ready = None, Ready(engine.context, limits.sequences, limits.model.vocabulary, memory, codec)
+    if isinstance(executor, Runner) and not isinstance(executor, RankRunner):
+        pooled = pooled_decoder(executor.model, pooling_of(folder, LAST))
+        texts = WaitingTexts(pooled, config.budget(executor.device))
+        ready = dataclasses.replace(ready, vectors=_form(pooled, folder))
+    return Host(engine, wanted.model, texts), ready
+
+
+def _form(model: PooledModel, folder: Path) -> VectorForm:
+    return VectorForm(model.size, model.pooling.normalize, list(cuts_of(folder, model.size)))
 
 
 def main() -> None:
@@ -76,22 +123,16 @@ def main() -> None:
         return
     assert isinstance(wanted, Open)
     channel.listen()
-    config = EngineConfig.model_validate_json(wanted.config)
     try:
-        engine = open_engine(wanted.model, config, wanted.device, show)
+        host, ready = opened(wanted, channel)
     except PenstockError as error:
         channel.send(Failed(error.what, error.hint, error.exit_code))
         return
     settle()
-    limits, executor = engine.limits, engine.executor
-    memory = [dict(executor.memory)]
-    if isinstance(executor, LeadingRunner) and executor.ranks is not None:
-        memory += executor.ranks.memory
-        executor.ranks.watch(lambda error: _end(error, channel))
-    channel.send(Ready(engine.context, limits.sequences, limits.model.vocabulary, memory, config.codec.policy_name))
-    channel.send(News([], engine.snapshot()))
+    channel.send(ready)
+    channel.send(News([], host.snapshot()))
     try:
-        serve(Host(engine, wanted.model), channel)
+        serve(host, channel)
     except RankLostError as error:
         _end(error, channel)
 

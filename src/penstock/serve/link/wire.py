@@ -14,7 +14,7 @@ import numpy as np
 from penstock.core.events import Event
 from penstock.serve.choose.logprobs import LogprobRows
 from penstock.serve.choose.sampling import SamplingParams
-from penstock.serve.messages import Abort, Delta, Request, Snapshot
+from penstock.serve.messages import Abort, Control, Delta, Embed, Request, Snapshot, Vectors
 
 #: Of arrays.
 WORD = np.dtype("<i4")
@@ -30,15 +30,28 @@ class Open:
 
 
 @dataclasses.dataclass(frozen=True)
+class VectorForm:
+    """What vectors a model makes: of ``size`` numbers, of which the first so many as are in ``cuts`` are vectors too,
+    with the length 1 where they are ``normalized``."""
+
+    size: int
+    normalized: bool
+    cuts: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Ready:
     """The engine stands: ``context`` is the most tokens of a sequence, ``sequences`` the most that run at a time, and
-    ``memory`` has bytes of each rank's device by what they are for, and ``codec`` is the cache's."""
+    ``memory`` has bytes of each rank's device by what they are for, and ``codec`` is the cache's. ``vectors`` is None
+    where it makes none, and one that does not write is an encoder's."""
 
     context: int
     sequences: int
     vocabulary: int
     memory: list[dict[str, int]]
     codec: str
+    vectors: VectorForm | None = None
+    writes: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +85,10 @@ class Errand:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """What came of the errand with the request ``id``, as JSON."""
+    """What came of the errand with the request ``id``, as JSON; of what an operator wanted, that it is done."""
 
     id: str
-    result: str
+    result: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +101,7 @@ class News:
     events: list[Event] = dataclasses.field(default_factory=list)
 
 
-Message = Open | Ready | Failed | Request | Abort | Refused | News | Errand | Done
+Message = Open | Ready | Failed | Request | Embed | Abort | Control | Errand | Done | Refused | News | Vectors
 
 
 def _plain(value: Any) -> Any:
@@ -108,7 +121,7 @@ def _made(kind: type[Any], value: Any) -> Any:
 
 KINDS: dict[str, Any] = {
     kind.__name__: msgspec.msgpack.Decoder(kind, dec_hook=_made)
-    for kind in (Open, Ready, Failed, Request, Abort, Refused, News, Errand, Done)
+    for kind in (Open, Ready, Failed, Request, Embed, Abort, Control, Errand, Done, Refused, News, Vectors)
 }
 _envelope = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
 

@@ -93,6 +93,7 @@ class CompletionOutput:
         stop_reason: the stop string or token that ended it, None where it was the model's own end of text or none.
         logprobs: for each of ``token_ids``, where they were asked for.
         text_offsets: where in the text each of ``token_ids`` begins, in characters, where log-probabilities were.
+        weights_version: of the weights that its newest tokens come from.
     """
 
     index: int
@@ -102,6 +103,7 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     logprobs: Logprobs | None = None
     text_offsets: list[int] | None = None
+    weights_version: int = 0
 
 
 @dataclasses.dataclass
@@ -224,6 +226,7 @@ class Gatherer:
             else:
                 output.logprobs.add(reading.logprobs)
             output.text_offsets = (output.text_offsets or []) + (reading.offsets or [])
+        output.weights_version = max(output.weights_version, delta.version)
         output.stop_reason = reading.stopped
         output.finish_reason = None if reading.finish is None else reading.finish.value
         if reading.early:

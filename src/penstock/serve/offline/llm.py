@@ -13,13 +13,14 @@ from penstock.core.errors import UsageError
 from penstock.core.progress import Reporter, show
 from penstock.core.signals import StopRequest
 from penstock.models import hub
-from penstock.models.encoders.pooling import Pooling
+from penstock.models.encoders.pooling import Pooling, pooling_of
 from penstock.serve.build import open_engine
 from penstock.serve.chat import chat_tokens
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
+from penstock.serve.embed.embedder import Embedder
+from penstock.serve.embed.pooled import LAST, pooled_decoder
 from penstock.serve.messages import Request
-from penstock.serve.offline.embedder import LAST, Embedder, decoder_embedder
 from penstock.serve.offline.gather import Gatherer, RequestOutput
 from penstock.serve.ranks.runner import RankRunner
 from penstock.serve.run.runner import Runner
@@ -50,7 +51,7 @@ class LLM:
 
     def __init__(self, model: str | Path, *, device: str = "auto", progress: Reporter = show, **options: Any) -> None:
         config = build(EngineConfig, options, "the engine's options")
-        folder = hub.resolve(model)
+        self._folder = folder = hub.resolve(model)
         self.tokenizer = hub.load_tokenizer(folder)
         self.engine = open_engine(folder, config, device, progress)
         self._gatherer = Gatherer(self.engine, self.tokenizer)
@@ -110,15 +111,16 @@ class LLM:
         self,
         texts: str | Sequence[str | Sequence[int]],
         *,
-        pooling: Pooling = LAST,
+        pooling: Pooling | None = None,
         dimensions: int | None = None,
         truncate: bool = False,
         progress: Reporter = show,
     ) -> Tensor:
-        """The vectors float32 [n, hidden] of ``texts``: their hidden states after the model's last norm, pooled.
+        """The vectors float32 [n, hidden] of ``texts``: their hidden states after the model's last norm, pooled
+        as ``pooling`` or else the folder says, and else by the last token.
 
-        Encoders, which generate nothing, are for :func:`~penstock.serve.offline.embedder.open_embedder`. The other
-        arguments and the errors are those of :meth:`~penstock.serve.offline.embedder.Embedder.embed`.
+        Encoders, which generate nothing, are for :func:`~penstock.serve.embed.embedder.open_embedder`. The other
+        arguments and the errors are those of :meth:`~penstock.serve.embed.embedder.Embedder.embed`.
         """
         return self._embedder(pooling).embed(texts, dimensions=dimensions, truncate=truncate, progress=progress)
 
@@ -127,19 +129,47 @@ class LLM:
         queries: str | Sequence[str],
         texts: str | Sequence[str],
         *,
-        pooling: Pooling = LAST,
+        pooling: Pooling | None = None,
         progress: Reporter = show,
     ) -> Tensor:
         """How near texts are to queries: the cosines float32 [queries, texts] of their vectors."""
         return self._embedder(pooling).score(queries, texts, progress=progress)
 
-    def _embedder(self, pooling: Pooling) -> Embedder:
+    def pause(self) -> None:
+        """Nothing is generated until :meth:`resume`: requests of :meth:`as_completed` that are under way wait."""
+        self.engine.pause()
+
+    def resume(self) -> None:
+        """Goes on after :meth:`pause`, with the same tokens as if there had been none."""
+        self.engine.resume()
+
+    def sleep(self) -> None:
+        """Frees the memory of the model and of its cache; see :meth:`~penstock.serve.engine.engine.Engine.sleep`."""
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        """Brings back what :meth:`sleep` freed."""
+        self.engine.wake()
+
+    def load(self, weights: Mapping[str, Tensor] | str | Path, version: int | None = None) -> int:
+        """Puts other weights in the place of the model's: those of a folder (whatever ``hub.resolve`` takes), or
+        tensors by name, such as ``decoder.state_dict()`` of a trainer in this process. Returns their version, which
+        results have as ``weights_version``.
+
+        Raises:
+            UsageError, ModelError: they are not weights of such a model. Nothing has changed then.
+        """
+        return self.engine.load(weights if isinstance(weights, Mapping) else hub.resolve(weights), version)
+
+    def _embedder(self, pooling: Pooling | None) -> Embedder:
         runner = self.engine.executor
+        if self.engine.asleep:
+            raise UsageError("the engine is asleep", hint="Call wake() before it is to make vectors.")
         if not isinstance(runner, Runner):
             raise UsageError("an engine that records its steps makes no vectors", hint="Leave out `record`.")
         if isinstance(runner, RankRunner):
             raise UsageError("a model that is divided among ranks makes no vectors", hint="Leave out tensor_parallel.")
-        return decoder_embedder(runner.model, self.tokenizer, pooling)
+        return Embedder(pooled_decoder(runner.model, pooling or pooling_of(self._folder, LAST)), self.tokenizer)
 
     def _run(
         self,
@@ -186,6 +216,11 @@ class LLM:
             for id, text, prompt, sampling in zip(places, texts or [None] * len(prompts), prompts, params, strict=True):
                 self._gatherer.submit(Request(id, prompt, sampling), text)
             while self._gatherer.pending and not stop.wanted:
+                if self.engine.stopped:
+                    raise UsageError(
+                        "the engine is asleep" if self.engine.asleep else "the engine is paused",
+                        hint="Call wake() or resume() before it is to generate.",
+                    )
                 for result in self._gatherer.step():
                     yield places[result.request_id], result
         finally:

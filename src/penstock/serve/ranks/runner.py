@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from penstock.core.errors import UsageError
 from penstock.core.progress import Reporter, silent
 from penstock.ops.paged.contract import StepShape
 from penstock.serve.choose.proposals import Proposals
@@ -16,6 +20,9 @@ from penstock.serve.run.record import encoded
 from penstock.serve.run.runner import Passed, Runner
 from penstock.serve.run.step import Part, Step
 
+#: What those can do who want what is not there.
+ALONE = "Leave out tensor_parallel."
+
 
 class RankRunner(Runner):
     """A runner of a rank's share of a model.
@@ -23,6 +30,12 @@ class RankRunner(Runner):
     All ranks compute the same step from the same data, and have the same bits after each exchange: each draws the next
     tokens by itself, and they are the same.
     """
+
+    def load(self, weights: Mapping[str, Tensor] | Path) -> None:
+        raise UsageError("a model that is divided among ranks has the same weights all the time", hint=ALONE)
+
+    def sleep(self) -> None:
+        raise UsageError("a model that is divided among ranks cannot sleep", hint=ALONE)
 
     def _pass_all(self, parts: List[Part], lead: int) -> list[Passed]:
         # One after the other: all ranks have to make their exchanges in one order.

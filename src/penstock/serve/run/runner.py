@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as List
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from penstock.core.choices import chosen, circumstances
 from penstock.core.devices import upload
-from penstock.core.errors import UsageError
+from penstock.core.errors import PenstockError, UsageError
 from penstock.core.garbage import settled
 from penstock.core.progress import Reporter, silent
+from penstock.models import hub
 from penstock.models.attention import AttentionContext
 from penstock.models.decoder import Decoder
+from penstock.models.paged import PagedTokens
 from penstock.ops.cuts import draw_cut
 from penstock.ops.paged.contract import PagedCache, StepShape
 from penstock.serve.choose.logprobs import Logprobs
@@ -26,7 +29,6 @@ from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Batch
 from penstock.serve.kv.compaction import Compactor
-from penstock.serve.run.context import PagedTokens
 from penstock.serve.run.graphs import (
     StepGraphs,
     decode_shapes,
@@ -38,6 +40,7 @@ from penstock.serve.run.graphs import (
 from penstock.serve.run.hidden import HiddenStates
 from penstock.serve.run.planner import Planner
 from penstock.serve.run.step import Part, Step
+from penstock.serve.run.weights import Weights
 
 #: Prompt tokens whose log-probabilities are computed at a time: their scores are in memory together.
 RATED = 256
@@ -51,6 +54,14 @@ class Passed:
     logits: Tensor | None
     rated: Tensor | None = None
     drawn: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Awake:
+    """What a runner that sleeps has when it wakes: so many blocks, and graphs where they were captured."""
+
+    blocks: int
+    captured: bool
 
 
 class Runner:
@@ -89,7 +100,7 @@ class Runner:
         compactor: Compactor | None = None,
         keeps_hidden: bool = False,
     ) -> None:
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.weights = model, cache, Weights(model)
         self.device, self.shape = cache.shape.device, model.config
         self.blocks, self.block_size = cache.shape.blocks - 1, cache.shape.block_size
         self.context = context
@@ -105,6 +116,7 @@ class Runner:
         self._beside: list[StepShape] = []
         self._place: tuple[Tensor, ...] = ()
         self.memory: dict[str, int] = {}
+        self._awake: _Awake | None = None
 
     def forget(self) -> None:
         """No slot has a sequence any more, and nothing is kept for one."""
@@ -241,6 +253,45 @@ class Runner:
     def plan(self, batch: Batch) -> Step:
         """The step that computes ``batch``, as data."""
         return self.planner.plan(batch)
+
+    def load(self, weights: Mapping[str, Tensor] | Path) -> None:
+        if self.cache.shape.learned is not None:
+            raise UsageError(
+                "the codec of the cache has learned of the weights that are here",
+                hint="Start a new engine, or serve with another engine.codec.",
+            )
+        self.close()
+        if isinstance(weights, Path):
+            read = functools.partial(hub.weights_for, self.model, weights)
+            self.weights.load(read())
+            self.weights.source = read
+        else:
+            self.weights.load(weights)
+            self.weights.source = None
+
+    def sleep(self) -> None:
+        self.close()
+        self._awake = _Awake(self.blocks, self._decodes is not None)
+        self._prompts = self._decodes = None
+        self._place = ()
+        self.resize(0)
+        self.weights.release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        assert self._awake is not None
+        try:
+            self.weights.restore()
+            self.resize(self._awake.blocks)
+        except torch.OutOfMemoryError as error:
+            raise PenstockError(
+                f"the device has no room for what was there before: {str(error).splitlines()[0]}",
+                hint="Free its memory, and wake the engine again.",
+            ) from error
+        if self._awake.captured:
+            self.capture()
+        self._awake = None
 
     def close(self) -> None:
         if self.device.type == "cuda":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -15,7 +14,7 @@ from penstock.serve.http.service import Limits, Service
 from penstock.serve.http.shapes import completions
 from penstock.serve.http.text import Tokens
 from penstock.serve.link.client import EngineClient
-from penstock.serve.link.wire import News
+from penstock.serve.link.wire import News, Ready
 from penstock.serve.messages import Delta, Finish
 from penstock.serve.reader import Reader
 
@@ -25,7 +24,7 @@ WORD, POISON = 300, 301
 class Engine:
     """Says a word three times, or what is asked for with a token to poison, in place of an engine."""
 
-    ready = SimpleNamespace(sequences=8, context=2048, vocabulary=4096, memory=[], codec="plain")
+    ready = Ready(2048, 8, 4096, [], "plain")
     failure = None
     outstanding = 0
 

@@ -13,7 +13,7 @@ from penstock.core.events import Event
 from penstock.serve.choose.logprobs import LogprobRows, TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.link import wire
-from penstock.serve.messages import Abort, Delta, Finish, Request
+from penstock.serve.messages import Abort, Act, Control, Delta, Embed, Finish, Request, Vectors
 
 NUMBERS = st.floats(allow_nan=False)
 TOKENS = st.integers(0, 2**31 - 1)
@@ -72,6 +72,9 @@ MESSAGES = st.one_of(
     st.builds(
         wire.Ready, TOKENS, TOKENS, TOKENS, st.lists(st.dictionaries(st.text(), st.integers(0, 2**50)), max_size=2)
     ),
+    st.builds(Control, st.text(), st.sampled_from(Act), st.text(), st.none() | TOKENS),
+    st.builds(Embed, st.text(), st.lists(st.lists(TOKENS))),
+    st.builds(Vectors, st.text(), st.lists(TOKENS), st.binary()),
 )
 
 

@@ -249,3 +249,27 @@ def test_log_probabilities_have_the_token_and_its_text(llm):
     pairs = zip(output.token_ids, output.logprobs, strict=True)
     assert "".join(told[token].decoded_token for token, told in pairs) == output.text
     assert output.text_offsets == [len(llm.tokenizer.decode(output.token_ids[:place])) for place in range(30)]
+
+
+def test_other_weights_and_sleep(plain):
+    llm = LLM("python-1m", device="cpu", sequences=8, tokens=64, cache_tokens=512, dtype="fp32", progress=silent)
+    assert texts(llm.generate(PROMPTS, GREEDY, progress=silent)) == [plain(prompt, GREEDY) for prompt in PROMPTS]
+    other, tokenizer = hub.load("python-1m", dtype=torch.float32).eval(), llm.tokenizer
+    with torch.no_grad():
+        other.layers[1].mlp.down.weight.mul_(-1)
+    assert llm.load(other.state_dict()) == 1
+    llm.sleep()
+    for ask in (lambda: llm.generate(PROMPTS, GREEDY, progress=silent), lambda: llm.embed("x", progress=silent)):
+        with pytest.raises(UsageError, match="asleep"):
+            ask()
+    llm.wake()
+    llm.pause()
+    with pytest.raises(UsageError, match="paused"):
+        llm.generate(PROMPTS, GREEDY, progress=silent)
+    llm.resume()
+    results = llm.generate(PROMPTS, GREEDY, progress=silent)
+    assert texts(results) == ["".join(stream_text(other, tokenizer, prompt, GREEDY)) for prompt in PROMPTS]
+    assert {result.outputs[0].weights_version for result in results} == {1}
+    assert llm.load("python-1m") == 2
+    assert texts(llm.generate(PROMPTS[0], GREEDY, progress=silent)) == [plain(PROMPTS[0], GREEDY)]
+    assert idle(llm)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from penstock.core.progress import silent
 from penstock.core.randomness import numpy_generator
+from penstock.models.paged import PagedTokens
 from penstock.ops.paged.contract import CacheShape, PagedBatch, PagedCache, StepShape
 from penstock.ops.paged.reference import Reference
-from penstock.serve.run.context import PagedTokens
 from penstock.serve.run.graphs import (
     APART,
     PROMPT_TOKENS,

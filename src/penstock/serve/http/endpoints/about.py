@@ -83,7 +83,9 @@ async def health(service: Here) -> Response:
     """200 while requests are served; 503 once the engine is dead, or the server ends."""
     if service.engine.failure is not None:
         raise service.engine.failure
-    return JSONResponse({"status": "draining" if service.draining else "ok"}, 503 if service.draining else 200)
+    now = service.engine.snapshot
+    status = "draining" if service.draining else "asleep" if now.asleep else "paused" if now.paused else "ok"
+    return JSONResponse({"status": status}, 503 if service.draining else 200)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

@@ -9,13 +9,13 @@ from fastapi.responses import Response
 
 from penstock.serve.http.chats import ask
 from penstock.serve.http.endpoints.blocks import answer, begun
-from penstock.serve.http.endpoints.here import Here
+from penstock.serve.http.endpoints.here import WRITES, Here
 from penstock.serve.http.protocol.messages import Conversation, CreateMessage
 from penstock.serve.http.shapes.blocks import Blocks
 from penstock.serve.http.shapes.messages import Messages
 from penstock.serve.http.streams import STREAMED
 
-router = APIRouter()
+router = APIRouter(dependencies=[WRITES])
 
 
 @router.post("/v1/messages", responses=STREAMED)

@@ -8,13 +8,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from penstock.serve.http.endpoints.blocks import answer, begun
-from penstock.serve.http.endpoints.here import Here
+from penstock.serve.http.endpoints.here import WRITES, Here
 from penstock.serve.http.protocol.responses import Respond
 from penstock.serve.http.shapes.blocks import Blocks
 from penstock.serve.http.shapes.responses import Responses
 from penstock.serve.http.streams import STREAMED
 
-router = APIRouter()
+router = APIRouter(dependencies=[WRITES])
 
 
 @router.post("/v1/responses", responses=STREAMED)

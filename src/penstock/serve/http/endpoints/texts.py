@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from penstock.serve.http.chats import ask
-from penstock.serve.http.endpoints.here import Here
+from penstock.serve.http.endpoints.here import WRITES, Here
 from penstock.serve.http.errors import ApiError, told
 from penstock.serve.http.names import NAME
 from penstock.serve.http.protocol.chats import Chat
@@ -22,7 +22,7 @@ from penstock.serve.http.shapes.choices import head
 from penstock.serve.http.shapes.completions import Completions
 from penstock.serve.http.streams import STREAMED, EventStream, event, gathered, unless_gone
 
-router = APIRouter()
+router = APIRouter(dependencies=[WRITES])
 
 
 @router.post("/v1/completions", responses=STREAMED)
@@ -88,12 +88,13 @@ async def _chunks(
     shapes: Completions | Chats,
     usage: bool,
 ) -> AsyncGenerator[bytes]:
-    heading, about = head(generation, shapes.chunk, service.name), shapes.about([])
+    about = shapes.about([])
     opened = set()
     async with aclosing(pieces):
         try:
             piece: Piece | None = first
             while piece is not None:
+                heading = head(generation, shapes.chunk, service.name)
                 if piece.choice not in opened:
                     opened.add(piece.choice)
                     opening = shapes.opening(piece.choice)
@@ -109,5 +110,6 @@ async def _chunks(
             yield event(told(error)[1])
             return
     if usage:
+        heading = head(generation, shapes.chunk, service.name)
         yield event(heading | {"choices": [], "usage": generation.usage.record()})
     yield b"data: [DONE]\n\n"

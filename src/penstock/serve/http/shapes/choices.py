@@ -14,7 +14,13 @@ LEAST = -9999.0
 
 def head(generation: Generation, object: str, model: str) -> dict[str, Any]:
     """What a response, or a chunk of one, begins with."""
-    return {"id": generation.id, "object": object, "created": generation.created, "model": model}
+    return {
+        "id": generation.id,
+        "object": object,
+        "created": generation.created,
+        "model": model,
+        "weights_version": generation.version,
+    }
 
 
 def of_prompt(piece: Piece, tokens: Tokens, most: int) -> list[dict[int, dict[str, Any]] | None]:

@@ -59,6 +59,7 @@ class Messages:
             "type": "message",
             "role": "assistant",
             "model": self._model,
+            "weights_version": generation.version,
             "content": [_content(block) for block in self._blocks.read],
             **self._ending(),
             "usage": _usage(generation),

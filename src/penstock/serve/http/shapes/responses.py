@@ -74,6 +74,7 @@ class Responses:
             "created_at": generation.created,
             "status": "in_progress" if finish is None else "incomplete" if cut else "completed",
             "model": self._model,
+            "weights_version": generation.version,
             "output": self._output,
             "usage": None if finish is None else self._usage(generation),
             "error": None,

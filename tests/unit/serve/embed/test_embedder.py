@@ -16,7 +16,7 @@ from penstock.core.progress import silent
 from penstock.models import hub
 from penstock.models.attention import CausalRows
 from penstock.models.encoders.pooling import FORMERLY, Pooling, pooling_of
-from penstock.serve.offline.embedder import Embedder, open_embedder
+from penstock.serve.embed.embedder import Embedder, open_embedder
 from penstock.serve.offline.llm import LLM
 
 TEXTS = ["A cat sits on the mat.", "def add(a, b): return a + b", "Katzen", "a " * 300, "x"]
@@ -63,6 +63,16 @@ def test_vectors_are_the_means_of_transformers_states(minilm, embedder):
 def test_an_encoder_cannot_write_and_says_what_it_can(minilm):
     with pytest.raises(ModelError, match="open_embedder of penstock"):
         LLM(minilm, device="cpu", progress=silent)
+
+
+def test_a_model_that_classifies_is_not_taken_for_an_encoder(minilm, tmp_path):
+    told = json.loads((minilm / "config.json").read_text()) | {"architectures": ["BertForSequenceClassification"]}
+    for each in minilm.iterdir():
+        (tmp_path / each.name).symlink_to(each)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    with pytest.raises(ModelError, match="classifies texts"):
+        open_embedder(tmp_path, device="cpu")
 
 
 def test_what_is_near_is_near(embedder):

@@ -1,0 +1,1 @@
+"""Vectors of texts, by encoders and by decoders."""

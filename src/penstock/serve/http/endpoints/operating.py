@@ -1,0 +1,70 @@
+"""Endpoints for operators, and for programs that train what is served here: open where the server was started with
+``--control``."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from fastapi import APIRouter, Depends, Response
+
+from penstock.serve.http.endpoints.here import Here
+from penstock.serve.http.errors import ApiError
+from penstock.serve.http.protocol.operating import Weights
+from penstock.serve.http.service import Service
+from penstock.serve.messages import Act
+
+
+async def _open(service: Here) -> None:
+    if not service.control:
+        raise ApiError(403, "this server is not controlled over HTTP: start it with --control", code="no_control")
+
+
+router = APIRouter(dependencies=[Depends(_open)])
+
+
+@router.post("/pause")
+async def pause(service: Here) -> dict[str, Any]:
+    """Lets requests wait, those under way with all that they have."""
+    return await _done(service, Act.PAUSE)
+
+
+@router.post("/resume")
+async def resume(service: Here) -> dict[str, Any]:
+    """Lets them go on."""
+    return await _done(service, Act.RESUME)
+
+
+@router.post("/sleep")
+async def sleep(service: Here) -> dict[str, Any]:
+    """Lets requests wait, and frees the memory of the model and of its cache."""
+    return await _done(service, Act.SLEEP)
+
+
+@router.post("/wake")
+async def wake(service: Here) -> dict[str, Any]:
+    """Brings both back."""
+    return await _done(service, Act.WAKE)
+
+
+@router.post("/weights")
+async def load(body: Weights, service: Here, response: Response) -> dict[str, Any]:
+    """Puts other weights in the place of the model's."""
+    response.headers.update(service.ignored(body))
+    return await _done(service, Act.LOAD, body.folder, body.version)
+
+
+@router.get("/weights")
+async def weights(service: Here) -> dict[str, Any]:
+    """The version of the weights, and whether the engine goes on."""
+    return _state(service)
+
+
+async def _done(service: Service, act: Act, folder: str = "", version: int | None = None) -> dict[str, Any]:
+    await service.engine.control(f"ctl-{uuid.uuid4().hex}", act, folder, version)
+    return _state(service)
+
+
+def _state(service: Service) -> dict[str, Any]:
+    now = service.engine.snapshot
+    return {"weights_version": now.version, "paused": now.paused, "asleep": now.asleep}
