@@ -248,7 +248,7 @@ def check_twin(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None:
 #: What requests ask for whose text goes round in circles.
 CIRCLING: list[dict[str, Any]] = [
     {},
-    {"frequency_penalty": 0.05},
+    {"frequency_penalty": 0.9, "logit_bias": {5: 6.0, 7: 5.5}},  # ends circles within what is drafted
     {"rule": Momentum(alpha=0.02)},
     {"rule": Momentum(alpha=0.1), "repetition_penalty": 1.05},
     {"rule": Momentum(alpha=0.3)},
