@@ -30,9 +30,18 @@ def blocks() -> Iterator[Command]:
     """Those in console blocks, in the order of the documents."""
     for path in DOCUMENTS:
         for block in _CONSOLE.findall(path.read_text()):
-            for line in block.replace("\\\n", " ").splitlines():
+            lines = iter(block.replace("\\\n", " ").splitlines())
+            for line in lines:
                 if line.startswith("$ "):
-                    yield Command(path.name, shlex.split(line[2:]))
+                    yield Command(path.name, _words(line[2:], lines))
+
+
+def _words(line: str, following: Iterator[str]) -> list[str]:
+    """Those of ``line``, and of the lines ``following`` it as long as a quotation is open."""
+    try:
+        return shlex.split(line)
+    except ValueError:
+        return _words(f"{line}\n{next(following)}", following)
 
 
 def inline() -> Iterator[Command]:
