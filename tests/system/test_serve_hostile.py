@@ -275,12 +275,13 @@ def test_whatever_the_schema_allows_or_forbids(server, mode, examples):
     import schemathesis
 
     description = server.http.get("/openapi.json").json()
-    del description["paths"]["/events"]  # it never ends
+    for path in ("/events", "/pause", "/resume", "/sleep", "/wake"):  # the first never ends, the others end the rest
+        del description["paths"][path]
     schema = schemathesis.openapi.from_dict(description)
     schema.config.update(base_url=server.url)
     operations = [found.ok() for found in schema.get_all_operations()]
     posts = [operation for operation in operations if operation.method == "post"]
-    assert (len(operations), len(posts)) == (16, 7)
+    assert (len(operations), len(posts)) == (21, 11)
     for operation in operations if mode == "positive" else posts:
         assert asked(server, operation, mode, examples) >= (examples if operation in posts else 1)
 
