@@ -23,9 +23,11 @@ def test_the_law_holds_for_many_numbers(name: str) -> None:
     check_orders(POLICIES[name])
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_several_processes_compute_what_one_does(size: int) -> None:
-    """Those that refuse an odd number of devices are checked with an even one."""
+    """Those that refuse an odd number of devices are checked with an even one. In the suite they train; see
+    ``test_pipeline_training.py``."""
     check_on_ranks(POLICIES, size, 4)
 
 

@@ -40,7 +40,9 @@ def test_trees_are_no_more_than_was_asked_for_and_have_the_chain(name):
     check_grown(POLICIES[name], seed=0)
 
 
-@pytest.mark.parametrize("name", BRANCHING)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "head" else ()) for name in BRANCHING]
+)
 def test_tokens_are_those_of_an_engine_that_drafts_nothing_where_trees_are_drafted(name):
     check_engine(POLICIES[name], tree=BRANCHES)
 

@@ -198,7 +198,8 @@ def test_a_divided_model_answers_as_the_whole_one_and_ends_with_a_rank_that_is_k
         assert gone(engine)
 
 
-@pytest.mark.parametrize("way", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM])
 def test_ranks_end_with_the_server(way):
     with Served("--tensor-parallel", "2") as server:
         engine = server.engine

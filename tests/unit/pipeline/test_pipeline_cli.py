@@ -108,7 +108,7 @@ def test_transforms_apply_in_turn():
 
 def test_search_finds_the_fastest_within_the_memory():
     """At a slow host: of what compare lists, nothing that fits is faster, and zb_auto plans for the limit."""
-    arguments = ("--stages", "4", "--microbatches", "5", "--cost", "F=1,I=1,W=1,host=100", "--json")
+    arguments = ("--stages", "4", "--microbatches", "4", "--cost", "F=1,I=1,W=1,host=100", "--json")
     compared = [row for row in json.loads(pipeline("compare", *arguments)) if "makespan" in row]
     for memory in (1.5, 8):
         rows = json.loads(pipeline("search", "--memory", memory, "--top", 1000, *arguments))

@@ -53,7 +53,7 @@ def decoder(**changes) -> Decoder:
 @pytest.mark.parametrize(
     ("kind", "precision", "backend"),
     [
-        ("window and norms", "fp32", "eager"),
+        pytest.param("window and norms", "fp32", "eager", marks=pytest.mark.slow),
         ("biased experts", "fp32", "eager"),
         ("dense", "bf16", "aot_eager"),
         ("experts", "autocast", "aot_eager"),

@@ -273,6 +273,7 @@ def answered(count: int = 12) -> tuple[list[int], list[int]]:
 
 
 @real
+@pytest.mark.slow
 def test_smollm2_answers():
     assert hub.load_tokenizer("smollm2").decode(answered()[1]) == "The capital of France is Paris."
 

@@ -125,6 +125,7 @@ def test_more_memory_takes_no_more_time():
     assert makespans[0] > 1.5 * makespans[-1]
 
 
+@pytest.mark.slow
 def test_work_grows_with_the_tasks():
     """Twice the devices, or the microbatches, are little more than twice the work; the result stays good."""
     rng = random.Random(0)

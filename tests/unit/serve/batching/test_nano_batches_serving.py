@@ -87,7 +87,7 @@ def passes(monkeypatch) -> list[int]:
     return split
 
 
-@pytest.mark.parametrize("policy", [AlwaysSplit(), Singles()])
+@pytest.mark.parametrize("policy", [AlwaysSplit(), pytest.param(Singles(), marks=pytest.mark.slow)])
 def test_the_law_of_batching_holds_in_parts_in_any_order(policy, passes):
     some = settings(max_examples=3, stateful_step_count=15, derandomize=True, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(machine_of(policy), settings=some)

@@ -34,6 +34,11 @@ ENGINES = {
     "int8": {"codec": "int8"},
 }
 
+#: Those that have nothing that no other one has are for ``-m slow``.
+KINDS = [
+    pytest.param(kind, marks=pytest.mark.slow if kind in ("plain", "ngram", "host", "head") else ()) for kind in ENGINES
+]
+
 
 def model(seed: int) -> Decoder:
     return Decoder(SHAPE).initialize(seed).eval()
@@ -118,7 +123,7 @@ def test_requests_go_on_with_the_same_tokens(kind, act, tmp_path):
         assert engine.snapshot().version == 0
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_after_other_weights_every_answer_is_a_fresh_engines(kind, tmp_path):
     engine, other = open_engine(kind, tmp_path), model(1)
     before = answers(engine)
