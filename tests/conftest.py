@@ -13,7 +13,7 @@ from hypothesis import settings
 from penstock.core.garbage import settle
 from penstock.core.processor import cores
 
-settings.register_profile("suite", deadline=None, max_examples=20)
+settings.register_profile("suite", deadline=None, max_examples=12)
 settings.load_profile("suite")
 
 

@@ -39,7 +39,9 @@ def test_nobody_starves_and_the_urgent_go_first(name):
     check_progress(POLICIES[name])
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("sarathi", "batchllm") else pytest.mark.slow) for name in POLICIES]
+)
 def test_a_crowd_is_served_right_and_forks_leave_others_alone(name):
     check_crowding(POLICIES[name], seed=list(POLICIES).index(name))
     check_forks(POLICIES[name])

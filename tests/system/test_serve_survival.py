@@ -100,6 +100,7 @@ def test_sigterm_drains():
         assert "Traceback" not in server.said()
 
 
+@pytest.mark.slow
 def test_a_drain_has_an_end():
     with Served("--drain", "0.5") as server, ThreadPoolExecutor(2) as pool:
         work = [pool.submit(answer_of, server, LONG | {"stream": stream, "n": 4}) for stream in (True, False)]

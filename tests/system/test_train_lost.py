@@ -21,7 +21,7 @@ def config(tmp_path_factory) -> Path:
     [
         (0, "kill", "pipeline"),
         pytest.param(2, "kill", "agreement", marks=pytest.mark.slow),
-        (1, "raise", "update"),
+        pytest.param(1, "raise", "update", marks=pytest.mark.slow),
         (2, "stop", "pipeline"),
         pytest.param(1, "kill", "update", marks=pytest.mark.slow),
         pytest.param(0, "raise", "agreement", marks=pytest.mark.slow),

@@ -192,6 +192,7 @@ def test_cuts_by_hand(store, alone, tmp_path, cut, layers):
     assert read_json(tmp_path / "run" / "pipeline.json")["layers"] == layers
 
 
+@pytest.mark.slow
 def test_rows_of_the_vocabulary_are_one_matrix_in_checkpoints(store, alone, tmp_path):
     """Sharded over two processes, then over one that has all, then over two again: one curve, weights, averages and
     optimizer state those of a run with whole matrices."""

@@ -80,6 +80,7 @@ metric_list:
 """
 
 
+@pytest.mark.slow
 def test_a_task_in_a_file_runs_by_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [

@@ -37,7 +37,7 @@ def losing(lost: int, end: Callable[[], object]) -> Callable[[World], None]:
     return work
 
 
-@pytest.mark.parametrize("lost", [0, 1, 2])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_process_that_is_killed_is_named_by_all(lost):
     results = ranks(3, losing(lost, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     assert results[lost] == {}
@@ -48,7 +48,7 @@ def test_a_process_that_is_killed_is_named_by_all(lost):
         assert results[rank]["after"] < 60
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_gives_no_sign_of_life(lost, monkeypatch):
     """Stopped: nothing of it closes, and whoever waits in an exchange of all has an hour's patience."""
     monkeypatch.setattr(watch, "BEAT", 0.1)

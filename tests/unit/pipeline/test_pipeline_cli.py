@@ -123,7 +123,7 @@ def test_search_finds_the_fastest_within_the_memory():
 
 def test_search_says_how_much_memory_would_do():
     with pytest.raises(UsageError, match=r"holds within 0.01\n.* holds least: 0"):
-        pipeline("search", "--memory", 0.01)
+        pipeline("search", "--memory", 0.01, "--stages", "4", "--microbatches", "4")
 
 
 def test_routes_are_shown_too():

@@ -88,7 +88,7 @@ def test_messages_that_are_needed_in_another_order_than_they_are_made():
     assert [result["gradients"] for result in results] == [{f"scale{rank}": 3 * 6 * 2} for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ["gpipe", "interleaved_1f1b", "v_half"])
+@pytest.mark.parametrize("name", ["gpipe", pytest.param("interleaved_1f1b", marks=pytest.mark.slow), "v_half"])
 def test_nothing_need_be_asked_for_ahead(monkeypatch, name):
     """As on CUDA: each message is asked for when it is needed, whatever comes before it on its way."""
     monkeypatch.setattr(transfers, "AHEAD", {"cpu": 0})
@@ -122,7 +122,7 @@ def test_several_pipelines_share_the_batch():
     assert [result["returned"] for result in results] == [[0, 0, 36], [0, 1, 36], [1, 0, 36], [1, 1, 36]]
 
 
-@pytest.mark.parametrize("name", ["1f1b", "zb_h1"])
+@pytest.mark.parametrize("name", [pytest.param("1f1b", marks=pytest.mark.slow), "zb_h1"])
 def test_a_stage_that_ignores_its_input_sends_back_a_gradient_of_zero(name):
     schedule = create("pipeline.schedule", name).build(2, 2)
 
