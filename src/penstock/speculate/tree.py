@@ -23,6 +23,11 @@ class Tree(NamedTuple):
     tokens: list[int]
     parents: list[int]
 
+    @property
+    def branched(self) -> bool:
+        """Whether not all tokens are in a row."""
+        return self.parents != list(range(-1, len(self.parents) - 1))
+
 
 def chain(tokens: List[int]) -> Tree:
     """The tree of one branch."""

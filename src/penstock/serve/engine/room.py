@@ -107,7 +107,7 @@ class StepRoom:
         if sequence.rated is not None:
             first = max(start, sequence.rated_from - 1)
             rated = max(0, min(start + count, len(sequence.request.prompt) - 1) - first)
-        parents = () if window == chain(window.tokens) else tuple(window.parents)
+        parents = tuple(window.parents) if window.branched else ()
         self.entries.append(
             Entry(
                 *(sequence, held.slot, start, count, scored, rated, first - start),

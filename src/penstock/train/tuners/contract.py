@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+from pydantic import PositiveFloat
+
+from penstock.models import hub
+from penstock.models.adapters import low_rank, peft
 from penstock.models.decoder import Decoder
 from penstock.policy import Policy, contract
 
@@ -47,3 +51,25 @@ class Tuner(Policy):
     def write(self, model: Decoder, folder: Path, base: str) -> None:
         """Writes what was added to ``base`` into the empty ``folder``, where :attr:`adds`."""
         raise NotImplementedError
+
+
+class LowRank(Tuner):
+    """Adds products of two thin matrices to matrices of the model, and writes them as PEFT does.
+
+    Attributes:
+        alpha: over the rank, what a product is multiplied by.
+    """
+
+    adds: ClassVar[bool] = True
+
+    alpha: PositiveFloat = 32.0
+
+    def detach(self, model: Decoder) -> None:
+        low_rank.detach(model)
+        super().detach(model)
+
+    def merged(self, model: Decoder) -> Decoder:
+        return low_rank.merged(model)
+
+    def write(self, model: Decoder, folder: Path, base: str) -> None:
+        peft.write(model, folder, base, self.alpha, hub.family_of(model))

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import ClassVar, Self, cast
+from typing import Self, cast
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import nn
 
 from penstock.models import hub
-from penstock.models.adapters import low_rank, peft
+from penstock.models.adapters import low_rank
 from penstock.models.adapters.shards import Pool, ShardedLinear
 from penstock.models.decoder import Decoder
 from penstock.models.linear import Linear
 from penstock.policy import policy
-from penstock.train.tuners.contract import Tuner
+from penstock.train.tuners.contract import LowRank
 
 
 @policy("train.tuner", "mos", papers=[101])
-class MixtureOfShards(Tuner):
+class MixtureOfShards(LowRank):
     """Trains pools of shards, of which the A and the B of every layer's low-rank additions are put together.
 
     Matrices of one kind (all ``q_proj``, say) have a pool for their A's and one for their B's, with as many numbers as
@@ -32,13 +31,10 @@ class MixtureOfShards(Tuner):
     many adapters in one batch from their pools.
     """
 
-    adds: ClassVar[bool] = True
-
     rank: PositiveInt = 16
     budget: PositiveInt = 2
     shards: PositiveInt = 4
     private: NonNegativeInt = 1
-    alpha: PositiveFloat = 32.0
     targets: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -74,13 +70,3 @@ class MixtureOfShards(Tuner):
     def _kind(model: Decoder, name: str, piece: low_rank.Piece) -> str:
         """What the matrices are called that share a pool: by their names in a layer and their shapes."""
         return f"{piece.end}_{cast(Linear, model.get_submodule(name)).in_features}x{piece.rows}"
-
-    def detach(self, model: Decoder) -> None:
-        low_rank.detach(model)
-        super().detach(model)
-
-    def merged(self, model: Decoder) -> Decoder:
-        return low_rank.merged(model)
-
-    def write(self, model: Decoder, folder: Path, base: str) -> None:
-        peft.write(model, folder, base, self.alpha, hub.family_of(model))
