@@ -33,6 +33,13 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Before the first test, for those that start programs."""
+    if (programs := sys.modules.get("programs")) is not None:
+        programs.begin()
+
+
 @pytest.fixture(autouse=True)
 def _same_draws() -> None:
     """What a test draws without a seed of its own does not depend on those before it."""
