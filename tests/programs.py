@@ -28,7 +28,7 @@ import torch._dynamo
 import transformers.models.auto.tokenization_auto  # noqa: F401
 
 import penstock.serve.http.server
-import penstock.train.session  # noqa: F401
+import penstock.train.session
 from penstock import policy
 from penstock.cli import build_app
 
