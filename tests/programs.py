@@ -1,31 +1,66 @@
 """Programs as processes of their own, without each of them importing PyTorch anew.
 
-They are forked from a process that has imported what they need and has done nothing else (multiprocessing's fork
-server). From there on they are what a shell starts: their own arguments, environment, folder, output, signals and exit
-code. A process as a shell really starts it takes some five seconds of a processor before it begins.
+They are forked from a fork of the tests' process, made before its first test, when it has imported what they need
+(:func:`begin`). From there on they are what a shell starts: their own arguments, environment, folder, output, signals
+and exit code. A process as a shell really starts it takes some ten seconds of a processor before it begins.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import matplotlib.figure  # noqa: F401  what programs import, as what follows
 import torch
+import torch._dynamo
+import transformers.models.auto.tokenization_auto  # noqa: F401
+
+import penstock.serve.http.server
+import penstock.train.session
+from penstock import policy
+from penstock.cli import build_app
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch._dynamo", "matplotlib.figure", "transformers", "penstock.train.session", "penstock.serve.http.server"]
-)
+
+
+def begin() -> None:
+    """Sees to it that there is the process that programs are forked from: multiprocessing's fork server, in a fork of
+    this process as it is now."""
+    resource_tracker.ensure_running()
+    with mock.patch("multiprocessing.util.spawnv_passfds", _forked):
+        forkserver.ensure_running()
+
+
+def _forked(python: bytes, arguments: Sequence[str], files: Sequence[int]) -> int:
+    """The id of a fork of this process, which has nothing open but ``files`` and runs the code of a command line
+    ``python -c code``."""
+    build_app(), policy.index()  # which imports all verbs, and reads what the source declares
+    child = os.fork()
+    if child == 0:
+        try:
+            first = 3
+            for file in sorted(files):
+                os.closerange(first, file)
+                first = file + 1
+            os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+            exec(arguments[-1], {})
+        finally:
+            os._exit(1)
+    return child
 
 
 class Program:
@@ -45,6 +80,7 @@ class Program:
         self._out, self._errors = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
         files = [DupFd(file.fileno()) for file in (self._out, self._errors)]
         place = folder or Path.cwd()
+        begin()
         self._process = _CONTEXT.Process(target=_run, args=(function, arguments, dict(environment), place, files))
         self._process.start()
         atexit.register(self._process.kill)
@@ -101,8 +137,12 @@ def _run(
     folder: Path,
     files: list[DupFd],
 ) -> None:
+    """What pytest has set up is gone, but for what was imported."""
     for file, number in zip(files, (1, 2), strict=True):
         os.dup2(file.detach(), number)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    logging.getLogger().handlers.clear()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

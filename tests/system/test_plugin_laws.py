@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock import policy
 from penstock.policy import create
 from penstock.testing import check
 from programs import Program
@@ -101,6 +102,7 @@ class Uphill(HeavyBall):
 def judge(*policies: tuple[str, str]) -> None:
     """What a process runs: prints what the law says of each policy, with a distribution of the working directory."""
     sys.path.insert(0, str(Path.cwd()))
+    policy.index.cache_clear()
     verdicts: dict[str, object] = {}
     for contract, name in policies:
         try:

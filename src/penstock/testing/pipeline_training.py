@@ -9,6 +9,7 @@ one that the schedule's list of tasks says.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from penstock.core.config import build
 from penstock.core.randomness import torch_generator
 from penstock.data.loader import Batch
 from penstock.models.attention import PackedRows
+from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.ops.cross_entropy import IGNORE, linear_cross_entropy
 from penstock.parallel.world import World
@@ -34,6 +36,7 @@ from penstock.pipeline.transforms.contract import PipelineTransform
 from penstock.testing.ranks import agreed
 from penstock.train.config import TrainConfig
 from penstock.train.loop import Trainer
+from penstock.train.optim.contract import Optimizer
 from penstock.train.pipeline.pipeline import PROFILED, Pipeline
 
 #: Relative to the largest weight: sums of fp64 numbers in another order, over some updates. The trainer reports losses
@@ -186,37 +189,58 @@ def alone(
 ) -> Alone:
     """The updates of one device, microbatches along the paths of ``schedule`` through ``stages``."""
     assert config.model is not None
-    model = Decoder(config.model).initialize(0).double().to(device)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = config.optim.build(parameters)
-    one = _one_update if schedule.weights is WeightRule.FLUSH else _delayed_updates
-    rows = config.batch.tokens // LENGTH
-    batches = [batch(step, rows).to(device) for step in range(updates)]
-    reports = [one(model, given, schedule, stages, optimizer, config.clip) for given in batches]
-    return Alone(reports, {name: p.detach() for name, p in parameters.items()})
+    # Several pipelines have the same paths, each for its rows.
+    paths = [schedule.path(row % schedule.microbatches) for row in range(config.batch.tokens // LENGTH)]
+    layers = tuple(tuple(layer for stage in path for layer in stages[stage].layers) for path in paths)
+    if schedule.weights is WeightRule.FLUSH:
+        return _flushed(config.model, config.optim, config.clip, layers, updates, device)
+    model, trained = _drawn(config.model, device)
+    optimizer = config.optim.build(trained)
+    batches = [batch(step, len(layers)).to(device) for step in range(updates)]
+    reports = [_delayed_updates(model, given, schedule, stages, layers, optimizer) for given in batches]
+    return Alone(reports, {name: p.detach() for name, p in trained.items()})
 
 
-def loss_along(model: Decoder, given: Batch, row: int, path: Sequence[int], stages: Sequence[Stage]) -> Tensor:
-    """The summed loss of one row along a path."""
+def _drawn(shape: DecoderConfig, device: torch.device) -> tuple[Decoder, dict[str, torch.nn.Parameter]]:
+    """A model in fp64, and its parameters that are trained."""
+    model = Decoder(shape).initialize(0).double().to(device)
+    return model, {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@functools.cache
+def _flushed(
+    shape: DecoderConfig,
+    optim: Optimizer,
+    clip: float | None,
+    layers: tuple[tuple[int, ...], ...],
+    updates: int,
+    device: torch.device,
+) -> Alone:
+    """The same where an update follows each batch, whose rows pass ``layers``: it does not depend on who has which."""
+    model, trained = _drawn(shape, device)
+    optimizer = optim.build(trained)
+    batches = [batch(step, len(layers)).to(device) for step in range(updates)]
+    reports = [_one_update(model, given, layers, optimizer, clip) for given in batches]
+    return Alone(reports, {name: p.detach() for name, p in trained.items()})
+
+
+def loss_along(model: Decoder, given: Batch, row: int, layers: Sequence[int]) -> Tensor:
+    """The summed loss of one row along its path."""
     context = PackedRows.of(given.documents[row : row + 1])
-    layers = [model.layers[layer] for stage in path for layer in stages[stage].layers]
-    x, _, _ = model._through(layers, given.tokens[row : row + 1], context)
+    x, _, _ = model._through([model.layers[layer] for layer in layers], given.tokens[row : row + 1], context)
     return linear_cross_entropy(model.norm(x).flatten(0, 1), model.head.weight, given.targets[row])
 
 
 def _one_update(
     model: Decoder,
     given: Batch,
-    schedule: Schedule,
-    stages: Sequence[Stage],
+    layers: Sequence[Sequence[int]],
     optimizer: torch.optim.Optimizer,
     clip: float | None,
 ) -> tuple[float, float]:
     total, predicted = 0.0, int((given.targets != IGNORE).sum())
-    rows = len(given.tokens)
-    for row in range(rows):
-        # Several pipelines have the same paths, each for its rows.
-        loss = loss_along(model, given, row, schedule.path(row % schedule.microbatches), stages) / predicted
+    for row, path in enumerate(layers):
+        loss = loss_along(model, given, row, path) / predicted
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -233,8 +257,8 @@ def _delayed_updates(
     given: Batch,
     schedule: Schedule,
     stages: Sequence[Stage],
+    layers: Sequence[Sequence[int]],
     optimizer: torch.optim.Optimizer,
-    clip: float | None,
 ) -> tuple[float, float]:
     """An update after each microbatch, whose gradient is that at the versions of weights that its forwards saw."""
     named = parameter_names(model.config, stages)
@@ -249,10 +273,10 @@ def _delayed_updates(
             updates += task.kind is Kind.B
     history = [{name: p.detach().clone() for name, p in parameters.items()}]
     losses, squares = [], []
-    for row in range(len(given.tokens)):
+    for row, path in enumerate(layers):
         _put(parameters, {name: history[seen[stage_of[name], row]][name] for name in parameters})
         predicted = max(1, int((given.targets[row] != IGNORE).sum()))
-        loss = loss_along(model, given, row, schedule.path(row), stages) / predicted
+        loss = loss_along(model, given, row, path) / predicted
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.item())
         squares.append(sum(p.grad.square().sum().item() for p in parameters.values() if p.grad is not None))

@@ -8,11 +8,11 @@ import json
 import sys
 from pathlib import Path
 
-import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
 
+from later import later
 from penstock.core.errors import DataError, UsageError
 from penstock.data.building import Skipped
 from penstock.data.corpora.contract import Corpus
@@ -26,6 +26,8 @@ from penstock.data.corpora.parquet import Parquet
 from penstock.data.corpora.text import Text
 from penstock.data.store import TokenStore
 from penstock.policy import create
+
+datasets = later("datasets")
 
 
 def read(corpus: Corpus) -> dict[str, str]:

@@ -5,8 +5,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+import killed_builds
 from penstock.core.errors import DataError, PenstockError, UsageError
 from penstock.data import building
 from penstock.data.building import is_held_out, training_texts
@@ -307,51 +306,6 @@ def test_progress_is_told_of_every_byte_and_token(listed, tokenizer, tmp_path):
     assert told["reading"] == sum(map(len, TEXTS))
 
 
-KILLED_BUILDS = """
-import os, random, signal, sys, time
-from pathlib import Path
-from tokenizers import Tokenizer
-from penstock.core.errors import UsageError
-from penstock.data.corpora.folder import Folder
-from penstock.data.store import TokenStore
-
-source, tokenizer, folder, attempts = sys.argv[1:]
-corpus, tokenizer, folder = Folder(path=source), Tokenizer.from_file(tokenizer), Path(folder)
-
-def child():
-    pid = os.fork()
-    if pid == 0:
-        TokenStore.build(corpus, tokenizer, folder)
-        os._exit(0)
-    return pid
-
-start = time.monotonic()
-os.waitpid(child(), 0)
-usual = time.monotonic() - start
-whole = TokenStore.open(folder).manifest
-draw = random.Random(5)
-outcomes = {"killed": 0, "finished": 0, "none": 0}
-for attempt in range(int(attempts)):
-    if attempt % 2:
-        os.rename(folder, folder.with_name(f"old-{attempt}"))
-    pid = child()
-    time.sleep(draw.uniform(0, 1.2) * usual)
-    os.kill(pid, signal.SIGKILL)
-    killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-    outcomes["killed" if killed else "finished"] += 1
-    usual *= 1 if killed else 0.6  # the first one was slower, as machines are now and then
-    if folder.exists():
-        assert TokenStore.open(folder, verify=True).manifest == whole
-    elif attempt % 2:
-        outcomes["none"] += 1
-        os.rename(folder.with_name(f"old-{attempt}"), folder)
-    else:  # killed between the two renames: the older store lies beside, whole
-        os.rename(next(folder.parent.glob(".store.*.old")), folder)
-        TokenStore.open(folder, verify=True)
-print(outcomes["killed"], outcomes["none"])
-"""
-
-
 @pytest.mark.parametrize("builds", [8, pytest.param(80, marks=pytest.mark.slow)])
 def test_a_killed_build_leaves_a_whole_store_or_none(tokenizer, tmp_path, builds):
     """Builds killed with SIGKILL at random moments, half of them over an older store."""
@@ -359,11 +313,7 @@ def test_a_killed_build_leaves_a_whole_store_or_none(tokenizer, tmp_path, builds
     source.mkdir()
     for i in range(200):
         (source / f"{i}.txt").write_text(TEXTS[i % len(TEXTS)] + str(i))
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    arguments = [str(source), str(tmp_path / "tokenizer.json"), str(tmp_path / "store"), str(builds)]
-    run = subprocess.run([sys.executable, "-c", KILLED_BUILDS, *arguments], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    killed, none = map(int, run.stdout.split())
+    killed, none = killed_builds.kill(source, tokenizer, tmp_path / "store", builds)
     assert killed >= builds // 4
     assert none >= builds // 8
 

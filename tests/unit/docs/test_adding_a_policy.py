@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from penstock import policy
 from penstock.cli import build_app
 from penstock.core import bench as bench_module
 from penstock.core.results import repository
@@ -42,6 +43,7 @@ def distribution(tmp_path):
 def check_the_working_directory() -> None:
     """What a process runs that is ``pytest``."""
     sys.path.insert(0, str(Path.cwd()))
+    policy.index.cache_clear()
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:schemathesis", "test_staircase.py"]))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders
+from tokenizers import decoders
 
 from penstock.models.text import TextStream
 from penstock.models.vocabulary import Vocabulary
@@ -17,8 +19,10 @@ RUNS = st.sampled_from(["🎉", "漢", "é", "\n", " ", "  a"]).map(lambda text:
 )
 
 
-def written(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
+@functools.cache
+def written(kind: str) -> st.SearchStrategy[list[int]]:
     """Tokens of any kind, ids that the tokenizer lacks among them."""
+    tokenizer = made(kind)
     level = isinstance(tokenizer.decoder, decoders.ByteLevel)
     single = [tokenizer.token_to_id(letter) for letter in (gpt2_letters() if level else BYTES)]
     runs = RUNS.map(lambda run: [single[byte] for byte in run if single[byte] is not None])
@@ -27,11 +31,11 @@ def written(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_the_text_is_that_of_all_tokens_at_once(kind, data):
     tokenizer = made(kind)
-    tokens = data.draw(written(tokenizer))
+    tokens = data.draw(written(kind))
     stream = TextStream(tokenizer, [])
     shown = ""
     for count, token in enumerate(tokens):
@@ -42,12 +46,12 @@ def test_the_text_is_that_of_all_tokens_at_once(kind, data):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_prompt_may_be_cut_anywhere(kind, data):
     """Also inside a character, or a run of bytes that only the tokens behind it make a text or break."""
     tokenizer = made(kind)
-    tokens = data.draw(written(tokenizer))
+    tokens = data.draw(written(kind))
     cut = data.draw(st.integers(0, len(tokens)))
     stream = TextStream(tokenizer, tokens[:cut])
     text = stream.push(tokens[cut:]) + stream.end()
@@ -71,11 +75,11 @@ def test_a_space_as_a_byte_is_lost_at_the_beginning_alone(first):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data(), stop=st.lists(st.text("\n adef漢🎉\ufffd", min_size=1, max_size=3), min_size=1, max_size=2))
 def test_a_stop_string_ends_the_text_with_the_token_that_completes_it(kind, data, stop):
     tokenizer = made(kind)
-    tokens = data.draw(written(tokenizer))
+    tokens = data.draw(written(kind))
     stream = TextStream(tokenizer, [], stop)
     shown, count = "", 0
     while count < len(tokens) and stream.stopped is None:

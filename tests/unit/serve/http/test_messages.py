@@ -6,14 +6,16 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import anthropic
 import httpx2
 import pytest
 
 from in_process import Engine, asked, saying, serving, tokens_with_tools
+from later import later
 from penstock.serve.http.app import make_app
 from penstock.serve.http.service import Service
 from penstock.serve.messages import Finish
+
+anthropic = later("anthropic")
 
 THOUGHT = "<think>\nHm, the weather.\n</think>\n\n"
 SAID = "Let me see."
