@@ -16,6 +16,6 @@ def server() -> Iterator[Served]:
     """Room for 8 sequences and a queue of 4; a key is needed."""
     from served import Served  # which a process that only hands out tests does not need
 
-    with Served("--queue", "4", "--body-limit", "0.25", "--control", key="secret-1") as served:
+    with Served("--queue", "4", "--body-limit", "0.25", "--control", "--request-templates", key="secret-1") as served:
         yield served
         assert not served.until_idle()["cache_blocks_held"]

@@ -10,10 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import jsonschema
+import numpy as np
 import openai
 import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response
 
+from penstock.core.randomness import numpy_generator
 from penstock.models import hub
 from served import MODEL, Served
 
@@ -235,3 +240,106 @@ def test_a_conversation_with_calls_and_results(served):
 def test_what_cannot_be_done_is_said(client, options, message):
     with pytest.raises(openai.BadRequestError, match=message):
         ask(client, extra_body=options)
+
+
+#: What packages for agents sent, a request a line: their fields and values are theirs.
+RECORDED = [json.loads(line) for line in (Path(__file__).parents[1] / "agent_requests.jsonl").read_text().splitlines()]
+
+
+def gathered(answer: httpx.Response, chat: bool, stream: bool) -> SimpleNamespace:
+    """Content, calls (name, arguments), and whether it is complete, of an answer as the openai package reads it."""
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+    parts = [json.loads(line) for line in lines] if stream else [answer.json()]
+    if not chat:
+        response = Response.model_validate(parts[-1]["response"] if stream else parts[0])
+        calls = [(each.name, each.arguments) for each in response.output if each.type == "function_call"]
+        return SimpleNamespace(content=response.output_text, calls=calls, whole=response.status == "completed")
+    if not stream:
+        choice = ChatCompletion.model_validate(parts[0]).choices[0]
+        calls = [(each.function.name, each.function.arguments) for each in choice.message.tool_calls or ()]
+        return SimpleNamespace(content=choice.message.content, calls=calls, whole=choice.finish_reason != "length")
+    found = SimpleNamespace(content="", calls=[], whole=True)
+    for chunk in map(ChatCompletionChunk.model_validate, parts):
+        for choice in chunk.choices:
+            found.content += choice.delta.content or ""
+            for call in choice.delta.tool_calls or ():
+                found.calls += [] if call.id is None else [(call.function.name, "")]
+                name, arguments = found.calls[call.index]
+                found.calls[call.index] = (name, arguments + (call.function.arguments or ""))
+            found.whole = found.whole and choice.finish_reason != "length"
+    return found
+
+
+def named(recorded: dict[str, Any]) -> str:
+    """What a recorded request is called."""
+    body = recorded["body"]
+    turns = len(body.get("messages", body.get("input")))
+    forms = [name for name in ("tool_choice", "response_format", "text", "stream") if body.get(name)]
+    return "-".join([recorded["client"].partition(" ")[0], recorded["path"].split("/")[2], *forms, str(turns)])
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=map(named, RECORDED))
+def test_what_packages_for_agents_send_is_taken_as_it_is(served, recorded):
+    body, chat = recorded["body"], "chat" in recorded["path"]
+    answer = served.post(recorded["path"], **body | {"model": MODEL, "seed": 1} | QUIET)
+    assert answer.status_code == 200, answer.text
+    assert "penstock-ignored" not in answer.headers
+    found = gathered(answer, chat, body.get("stream", False))
+    schemas = {
+        tool.get("function", tool)["name"]: tool.get("function", tool)["parameters"] for tool in body.get("tools", [])
+    }
+    if body.get("tool_choice"):
+        assert found.calls
+        assert found.whole or body.get("parallel_tool_calls") is None
+        for name, arguments in found.calls if found.whole else found.calls[:-1]:
+            jsonschema.validate(json.loads(arguments), schemas[name])
+    form = body.get("response_format") or body.get("text", {}).get("format")
+    if form:
+        assert found.whole
+        jsonschema.validate(json.loads(found.content), form.get("json_schema", form)["schema"])
+
+
+def drawn_schema(draw: np.random.Generator, depth: int = 2) -> dict[str, Any]:
+    """A schema of values that end."""
+    least = int(draw.integers(-50, 50))
+    kinds: list[dict[str, Any]] = [
+        {"type": "string", "maxLength": int(draw.integers(1, 12))},
+        {"type": "string", "enum": ["Köln", 'a "b"', "\n\\"]},
+        {"type": "string", "pattern": "^[a-f]{2}-[0-9]{1,3}$"},
+        {"type": "integer", "minimum": least, "maximum": least + int(draw.integers(0, 200))},
+        {"type": "boolean"},
+        {"type": "null"},
+        {"const": 7},
+        {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 9}, {"type": "string", "maxLength": 4}]},
+    ]
+    if depth and draw.random() < 0.5:
+        kinds = [
+            drawn_object(draw, depth - 1),
+            {"type": "array", "items": drawn_schema(draw, depth - 1), "minItems": 1, "maxItems": 3},
+        ]
+    return kinds[int(draw.integers(len(kinds)))]
+
+
+def drawn_object(draw: np.random.Generator, depth: int = 2) -> dict[str, Any]:
+    """A schema of objects, some of whose properties are required."""
+    properties = {f"p{place}": drawn_schema(draw, depth) for place in range(int(draw.integers(1, 5)))}
+    required = [name for name in properties if draw.random() < 0.7]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+@pytest.mark.slow
+def test_a_thousand_calls_that_have_to_be_made_all_fit_their_schemas(client):
+    draw, each, calls = numpy_generator(0, "testing/required-calls"), 25, 0
+    for number in range(1000 // each):
+        schemas = {f"f{place}": drawn_object(draw) for place in range(int(draw.integers(1, 4)))}
+        tools = [{"type": "function", "function": {"name": name, "parameters": schemas[name]}} for name in schemas]
+        options = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False, "extra_body": QUIET}
+        answer = client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, n=each, temperature=1, seed=1000 * number, max_tokens=1500, **options
+        )
+        for choice in answer.choices:
+            assert choice.finish_reason == "tool_calls"
+            (call,) = choice.message.tool_calls
+            jsonschema.validate(json.loads(call.function.arguments), schemas[call.function.name])
+            calls += 1
+    assert calls == 1000

@@ -77,7 +77,7 @@ def batch(
         take_template(tokenizer, chat_template)
     with contextlib.closing(open_engine(folder, config, device, show)) as engine:
         settle()
-        run = BatchRun(Gatherer(engine, tokenizer), Tokens(tokenizer, form), name or hub.name_of(model), window)
+        run = BatchRun(Gatherer(engine, tokenizer), Tokens(tokenizer, form, True), name or hub.name_of(model), window)
         summary = run.run(source, target, show)
     refused = f", of which {summary.refused:,} are refused" if summary.refused else ""
     earlier = f" ({summary.before:,} were there before)" if summary.before else ""

@@ -48,6 +48,11 @@ def serve(
     chat_template: Path | None = typer.Option(
         None, "--chat-template", metavar="FILE", help="A Jinja file that writes chats, in place of the model's own."
     ),
+    request_templates: bool = typer.Option(
+        False,
+        "--request-templates",
+        help="Let requests bring a chat template, which is a program: for clients that you trust.",
+    ),
     dialogue: str | None = typer.Option(
         None, "--dialogue", metavar="FORMAT", help="How the model writes calls, such as hermes; else guessed."
     ),
@@ -190,6 +195,7 @@ def serve(
                 limits=limits,
                 chat_template=chat_template,
                 dialogue=form,
+                guest_templates=request_templates,
                 strict=strict,
                 control=control,
                 started=started,

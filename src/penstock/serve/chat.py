@@ -71,6 +71,7 @@ def chat_prompt(
     variables: Mapping[str, Any] | None = None,
     dialogue: Dialogue | None = None,
     special: bool = False,
+    template: str | None = None,
 ) -> Prompt:
     """A conversation up to where the assistant's next message begins, by the model's own template or, where it has
     none, by :data:`DEFAULT_TEMPLATE`, with a warning in the log.
@@ -85,20 +86,22 @@ def chat_prompt(
             ``add_generation_prompt`` and ``continue_final_message`` of ``transformers``' ``apply_chat_template``.
         dialogue: how the model writes calls; guessed from the template if not given.
         special: add the tokens that the model wants around a text; most templates write them.
+        template: in place of the model's own, in Jinja's language.
 
     Raises:
         UsageError: there is no message, or the template refuses the conversation, or leaves out one of its messages.
     """
     if not messages:
         raise UsageError("a conversation needs at least one message")
-    if not tokenizer.chat_template:
+    template = template or tokenizer.chat_template
+    if not template:
         _tell_of_no_template(str(tokenizer.name_or_path))
-    write = _Writer(tokenizer, tools, variables or {})
+    write = _Writer(tokenizer, tools, variables or {}, template)
     if any(message.get("role") == "developer" for message in messages) and not write.keeps(messages, "developer"):
         messages = [{**each, "role": "system"} if each.get("role") == "developer" else each for each in messages]
     if (tools or any(map(_of_tools, messages))) and not write.knows_tools(messages):
-        messages = _in_words(messages, tools or [], dialogue or guess(tokenizer.chat_template or ""))
-        write = _Writer(tokenizer, None, variables or {})
+        messages = _in_words(messages, tools or [], dialogue or guess(str(template or "")))
+        write = _Writer(tokenizer, None, variables or {}, template)
         if tools and not write.keeps(messages, "system"):
             messages = _without_system(messages)
     text = write(messages)
@@ -204,8 +207,10 @@ class _Writer:
         tokenizer: PreTrainedTokenizerBase,
         tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any],
+        template: str | None,
     ) -> None:
         self._tokenizer, self._tools, self._variables = tokenizer, tools, variables
+        self._template = template or DEFAULT_TEMPLATE
 
     def __call__(self, messages: Messages) -> str:
         """The text of a conversation.
@@ -227,7 +232,7 @@ class _Writer:
             text: str = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=None if tools is None else [json.loads(json.dumps(tool)) for tool in tools],
-                chat_template=None if self._tokenizer.chat_template else DEFAULT_TEMPLATE,
+                chat_template=self._template,
                 tokenize=False,
                 **{"add_generation_prompt": True, **self._variables},
             )

@@ -20,7 +20,7 @@ class Reading:
         text: what can be shown now; the beginning of what may become a stop string is held back.
         tokens: the new tokens, up to the one that ended the text, which is among them.
         offsets: where in the text each of ``tokens`` begins, in characters, where log-probabilities were asked for.
-        shown: those of them that are in the text: all but a stop token.
+        shown: those of them that are in the text: all but a stop token, unless that is wanted too.
         logprobs: one for each of ``tokens``, where they were asked for.
         prompt_logprobs: once, where they were asked for.
         finish: why it ended; None while it goes on.
@@ -63,7 +63,8 @@ class Reader:
         text, tokens, finish = "", delta.tokens, delta.finish
         offsets: list[int] | None = None if delta.logprobs is None else []
         stop_token = tokens[-1] if tokens and finish is Finish.STOP else None
-        shown = tokens if stop_token is None else tokens[:-1]
+        stopped: str | int | None = stop_token if stop_token in self._stop_tokens else None
+        shown = tokens if stop_token is None or (self._include_stop and stopped is not None) else tokens[:-1]
         for count, token in enumerate(shown, start=1):
             if offsets is not None:
                 offsets.append(self._text.position)
@@ -75,7 +76,6 @@ class Reader:
             text += self._text.end()
         if offsets is not None and len(offsets) < len(tokens):  # a stop token has no text
             offsets.append(self._text.position)
-        stopped: str | int | None = stop_token if stop_token in self._stop_tokens else None
         if self._text.stopped is not None:
             finish, stopped = Finish.STOP, self._text.stopped
             text += stopped if self._include_stop else ""

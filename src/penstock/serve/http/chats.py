@@ -52,10 +52,10 @@ def ask(body: Chat, tokens: Tokens, context: int) -> tuple[list[int], dict[str, 
         UsageError: the model's template does not take these messages, or the tools cannot be called so.
     """
     functions = body.callable()
-    prompt = tokens.chat(*body.for_template(), body.add_special_tokens)
-    thinking = tokens.dialogue.thinking(tokens.template, prompt.text)
+    prompt = tokens.chat(*body.for_template(), body.add_special_tokens, body.chat_template)
+    thinking = tokens.dialogue.thinking(body.chat_template or tokens.template, prompt.text)
     form = Form(tokens.dialogue, functions, thinking, body.parallel_tool_calls is False, body.include_reasoning)
-    options = body.answer_options(tokens.turn_stops, context)
+    options = body.answer_options(tokens.turn_stops if body.chat_template is None else (), context)
     grammar = _grammar(body, tokens, form)
     read = body.truncated(prompt.tokens, context)
     return read, options if grammar is None else options | {"grammar": grammar}, form

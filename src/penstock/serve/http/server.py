@@ -83,6 +83,7 @@ async def serve(
     limits: Limits,
     chat_template: Path | None,
     dialogue: Dialogue | None,
+    guest_templates: bool,
     strict: bool,
     control: bool,
     started: Callable[[Service], None],
@@ -95,6 +96,7 @@ async def serve(
         keys, local: see :class:`~penstock.serve.http.guard.Guard`.
         chat_template: a file to take in place of the model's own.
         dialogue: how the model writes thoughts and calls; guessed from the template if not given.
+        guest_templates: let requests bring a chat template of their own.
         strict: refuse requests with fields that are not known.
         control: let clients pause the engine, and give it other weights.
         started: is called when it takes requests.
@@ -111,7 +113,7 @@ async def serve(
     try:
         if chat_template is not None:
             take_template(tokenizer, chat_template)
-        service = Service(name, Tokens(tokenizer, dialogue), client, limits, strict, control)
+        service = Service(name, Tokens(tokenizer, dialogue, guest_templates), client, limits, strict, control)
         client.watchers += watchers
         app = make_app(service, keys, local)
         asyncio.get_running_loop().set_exception_handler(quietly)

@@ -199,7 +199,7 @@ class Generation:
         self.id, self.created = f"{kind}{uuid.uuid4().hex}", int(time.time())
         self.key, self.version = key, 0
         self.usage, self.outcome = Usage(sum(map(len, prompts))), "disconnect"
-        self._service, self._nothing = service, body.max_tokens == 0
+        self._service, self._nothing = service, body.wanted == 0
         self._begun = time.monotonic()
         for field, named in body.named_tokens().items():
             service.check_tokens(named, field)

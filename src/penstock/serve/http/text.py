@@ -29,17 +29,20 @@ class Tokens:
         turn_stops: stop strings that every chat needs besides its own.
         template: the model's chat template, empty where it has none.
         dialogue: how the model writes thoughts and calls: guessed from the template if not given.
+        guest_templates: whether a chat may bring a template of its own.
         specials: all special tokens, and how they are written.
         marks: the dialogue's markers that are special tokens, which texts leave out otherwise.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue | None = None, guest_templates: bool = False
+    ) -> None:
         self._tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
         # What a tokenizer.json says of a batch for training would cut texts without a word, and fill them up.
         self.backend.no_truncation()
         self.backend.no_padding()
         self.template = str(tokenizer.chat_template or "")
-        self.dialogue = dialogue or guess(self.template)
+        self.dialogue, self.guest_templates = dialogue or guess(self.template), guest_templates
         self.vocabulary = Vocabulary(self.backend)
         self.templated = bool(tokenizer.chat_template)
         self.turn_stops = () if self.templated else (NEXT_TURN,)
@@ -96,14 +99,20 @@ class Tokens:
         tools: list[dict[str, Any]] | None,
         variables: dict[str, Any],
         special: bool = False,
+        template: str | None = None,
     ) -> Prompt:
         """A chat, up to where the assistant's answer begins.
 
         Raises:
-            UsageError: the model's template does not take these messages.
+            UsageError: the template does not take these messages, or is one that the chat brings, and may not.
         """
+        if template is not None and not self.guest_templates:
+            raise UsageError(
+                "chat_template: a chat template is a program, and whoever runs the server gives it, by --chat-template "
+                "FILE, or lets requests bring their own, by --request-templates"
+            )
         _check_characters(json.dumps([messages, tools, variables], ensure_ascii=False))
-        return chat_prompt(self._tokenizer, messages, tools, variables, self.dialogue, special)
+        return chat_prompt(self._tokenizer, messages, tools, variables, self.dialogue, special, template)
 
 
 def _check_characters(text: str) -> None:

@@ -258,7 +258,7 @@ class BatchRun:
         seed = derive(0, "batch", place) >> 1
         options = {"seed": seed} | body.options() | extra
         sampling = build(SamplingParams, options, "the request").tokenized(self._tokens.encode, self._tokens.bare)
-        task = _Task(place, line.custom_id, shapes, body.max_tokens == 0, {})
+        task = _Task(place, line.custom_id, shapes, body.wanted == 0, {})
         try:
             for number, prompt in enumerate(prompts):
                 request = Request(f"{place}/{number}", prompt, sampling, body.priority)

@@ -7,9 +7,13 @@ from typing import Any
 
 import httpx
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from in_process import Engine, asked, tokens
+from penstock.models import hub
+from penstock.serve.http.protocol.chats import Chat
 from penstock.serve.http.protocol.completions import Completion
+from penstock.serve.http.text import Tokens
 
 USER = {"role": "user", "content": "def f"}
 
@@ -83,7 +87,7 @@ def test_words_and_tokens_that_may_not_come():
 
 
 def test_what_an_answer_must_be_is_said_once():
-    message = refused("/v1/completions", prompt="x", guided_regex="a", response_format={"type": "text"})
+    message = refused("/v1/completions", prompt="x", guided_regex="a", response_format={"type": "json_object"})
     assert "not by response_format and guided_regex" in message
     assert "exactly one of json" in refused("/v1/completions", prompt="x", structured_outputs={})
 
@@ -150,8 +154,27 @@ def test_the_end_of_a_prompt_is_read(most, kept):
     assert engine.requests[0].prompt == prompt[-kept:]
 
 
-def test_a_prompt_beyond_the_context_is_cut_to_what_fits():
-    assert Completion(prompt="x", truncate_prompt_tokens=-1).truncated(list(range(3000)), 2048) == [*range(953, 3000)]
+@pytest.mark.parametrize(("wanted", "kept"), [(0, 2047), (1, 2047), (16, 2032), (1024, 1024), (4000, 1024)])
+def test_a_prompt_beyond_the_context_is_cut_to_what_leaves_room_for_the_answer(wanted, kept):
+    prompt = list(range(3000))
+    assert (
+        Completion(prompt="x", truncate_prompt_tokens=-1, max_tokens=wanted).truncated(prompt, 2048) == prompt[-kept:]
+    )
+    chat = {"messages": [USER], "truncate_prompt_tokens": -1}
+    assert Chat.model_validate(chat | {"max_completion_tokens": wanted}).truncated(prompt, 2048) == prompt[-kept:]
+    assert Chat.model_validate(chat).truncated(prompt, 2048) == prompt[-1024:]
+
+
+def test_the_tokens_that_a_model_wants_around_a_text():
+    own = hub.load_tokenizer("python-1m")
+    own.backend_tokenizer.post_processor = TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+    bare = {"/v1/completions": ids("def f"), "/v1/chat/completions": ids("user: def f\nassistant:")}
+    for path, body in {"/v1/completions": {"prompt": "def f"}, "/v1/chat/completions": {"messages": [USER]}}.items():
+        for special in (None, False, True):
+            engine = Engine([300])
+            answered(asked(path, engine=engine, tokenizer=Tokens(own), json=body | {"add_special_tokens": special}))
+            around = path == "/v1/completions" if special is None else special
+            assert engine.requests[0].prompt == [0] * around + bare[path]
 
 
 def test_a_message_that_the_assistant_began_is_gone_on_with():
@@ -163,7 +186,8 @@ def test_a_message_that_the_assistant_began_is_gone_on_with():
     assert tokens().decode(engine.requests[1].prompt) == "user: def f\n"
     path = "/v1/chat/completions"
     assert "the last is none" in refused(path, messages=[USER], continue_final_message=True)
-    assert "--chat-template FILE" in refused(path, messages=[USER], chat_template="{{ 1 }}")
+    assert "--request-templates" in refused(path, messages=[USER], chat_template="{{ 1 }}")
+    assert "top_logprobs needs logprobs" in refused(path, messages=[USER], top_logprobs=2)
 
 
 def test_no_tokens_are_wanted():

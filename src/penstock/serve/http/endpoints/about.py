@@ -62,10 +62,12 @@ async def tokenize(body: Tokenize, service: Here, response: Response) -> dict[st
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either a prompt or messages", param="prompt")
     if body.messages is not None:
-        messages = [message.for_template() for message in body.messages]
-        tokens = (await asyncio.to_thread(service.tokens.chat, messages, body.tools, {})).tokens
+        chat = body.chat()
+        written = (*chat.for_template(), chat.add_special_tokens, chat.chat_template)
+        tokens = (await asyncio.to_thread(service.tokens.chat, *written)).tokens
     else:
-        tokens = await asyncio.to_thread(service.tokens.encode, body.prompt or "", body.add_special_tokens)
+        special = body.add_special_tokens is not False
+        tokens = await asyncio.to_thread(service.tokens.encode, body.prompt or "", special)
     return {"count": len(tokens), "max_model_len": service.engine.ready.context, "tokens": tokens}
 
 

@@ -88,7 +88,7 @@ async def _chunks(
     shapes: Completions | Chats,
     usage: bool,
 ) -> AsyncGenerator[bytes]:
-    about = shapes.about([])
+    about = shapes.about([first])
     opened = set()
     async with aclosing(pieces):
         try:

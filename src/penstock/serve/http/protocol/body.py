@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from penstock.core.errors import nearest
 
@@ -16,8 +16,6 @@ LARGEST = 2**31 - 1
 Token = Annotated[int, Field(ge=0, le=LARGEST)]
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
-
-Scalar = bool | int | float | str
 
 
 def _token_in_digits(key: str) -> str:
@@ -33,9 +31,18 @@ TokenKey = Annotated[
 
 
 class Body(BaseModel):
-    """Base of all of them. Fields that are not known are kept apart: :func:`unknown` names them."""
+    """Base of all of them. Fields that are not known are kept apart: :func:`unknown` names them. Clients write null for
+    a field that they leave out: it has its default then."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _null_is_default(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[info.field_name or ""]
+        if value is not None or field.is_required():
+            return value
+        return field.get_default(call_default_factory=True, validated_data={})
 
 
 def unknown(body: BaseModel) -> Iterator[tuple[str, str]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from penstock.core.errors import UsageError
 from penstock.serve.choose.sampling import MOST_LOGPROBS
 from penstock.serve.dialogue.answer import Function, functions_of
-from penstock.serve.http.protocol.body import LARGEST, Body, Count, Scalar
+from penstock.serve.http.protocol.body import LARGEST, Body
 from penstock.serve.http.protocol.generate import Generate
 from penstock.serve.http.protocol.searches import SearchField
 
@@ -95,17 +95,11 @@ class AllowedFunctions(Body):
     allowed_tools: AllowedTools
 
 
-def _of_the_operator(template: str | None) -> str | None:
-    if template is not None:
-        raise ValueError("a chat template is a program, and whoever runs the server gives it, by --chat-template FILE")
-    return template
-
-
 class Chat(Generate):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -118,7 +112,8 @@ class Chat(Generate):
     thinking_token_budget: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
     #: Whether thoughts are told.
     include_reasoning: bool = True
-    chat_template: Annotated[str | None, AfterValidator(_of_the_operator)] = None
+    #: In place of the model's own, where the server lets requests bring one.
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
     #: Whether the answer goes on with the last message, which the assistant began.
     continue_final_message: bool = False
     #: Whether the prompt ends where the assistant's message begins; not where it is to go on.
@@ -126,7 +121,7 @@ class Chat(Generate):
     #: Whether the tokens that the model wants around a text are added to what the template wrote.
     add_special_tokens: bool = False
     #: More variables for the chat template, such as Qwen3's enable_thinking.
-    chat_template_kwargs: dict[str, Scalar] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     #: A program that spends a budget on the answer.
     search: SearchField | None = None
 
@@ -134,9 +129,15 @@ class Chat(Generate):
     def _one_end(self) -> Chat:
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs, set to true, beside it")
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise ValueError("continue_final_message goes on with a message of the assistant, and the last is none")
         return self
+
+    @property
+    def wanted(self) -> int | None:
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
     @property
     def opened(self) -> bool | None:
@@ -189,8 +190,8 @@ class Chat(Generate):
         """Those of SamplingParams that a chat's answer has besides: ``turn_stops`` end the assistant's turn, and
         ``context`` is the most tokens where no number is given."""
         given: dict[str, Any] = {"stop": (*self.stops(), *turn_stops)}
-        if self.max_tokens is None:
-            given["max_tokens"] = self.max_completion_tokens or context
+        if self.wanted is None:
+            given["max_tokens"] = context
         if self.logprobs:
             given["logprobs"] = self.top_logprobs or 0
         return given

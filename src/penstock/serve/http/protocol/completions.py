@@ -15,7 +15,6 @@ class Completion(Generate):
     """``POST /v1/completions``."""
 
     prompt: str | Annotated[list[str], Field(min_length=1)] | list[Token] | Annotated[list[list[Token]], Field()]
-    #: 0 is none: the prompt alone is scored.
     max_tokens: Annotated[int, Field(ge=0, le=LARGEST)] | None = 16
     add_special_tokens: bool = True
     best_of: Annotated[int, Field(ge=1, le=MOST)] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from penstock.serve.choose.sampling import (
     LONGEST_BAD,
@@ -15,7 +15,7 @@ from penstock.serve.choose.sampling import (
     MOST_LOGPROBS,
     MOST_STOPS,
 )
-from penstock.serve.http.protocol.body import LARGEST, Body, Count, Token, TokenKey
+from penstock.serve.http.protocol.body import LARGEST, Body, Token, TokenKey
 from penstock.serve.http.protocol.guided import GUIDED, ResponseFormat, StructuredOutputs
 
 
@@ -46,7 +46,8 @@ class Generate(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST)] = 1
-    max_tokens: Count | None = None
+    #: 0 is none: the prompt alone is read, and scored where that is asked for.
+    max_tokens: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**62), lt=2**62)] | None = None
@@ -80,11 +81,11 @@ class Generate(Body):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     #: Whether the answer tells its tokens, and the prompt's.
     return_token_ids: bool | None = None
-    #: Whether the stop string that ended the text is part of it.
+    #: Whether the stop string, or the token of stop_token_ids, that ended the text is part of it.
     include_stop_str_in_output: bool | None = None
     #: Whether special tokens are left out of the text.
     skip_special_tokens: bool | None = None
-    #: So many of the prompt's last tokens are read; -1 are as many as fit.
+    #: So many of the prompt's last tokens are read; -1 are as many as leave room for the answer.
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=LARGEST)] | None = None
     #: A decoding rule: its name, or a table with the name and options.
     rule: str | dict[str, Any] | None = None
@@ -101,35 +102,39 @@ class Generate(Body):
     store: bool | None = None
     service_tier: str | None = None
 
-    @field_validator("stream", "n", "priority", mode="before")
-    @classmethod
-    def _null_is_default(cls, value: Any, info: Any) -> Any:
-        return cls.model_fields[info.field_name].default if value is None else value
-
     @model_validator(mode="after")
     def _goes_together(self) -> Generate:
-        guided = [name for name in GUIDED if getattr(self, name) is not None]
+        free = self.response_format is not None and self.response_format.type == "text"
+        guided = [name for name in (GUIDED[1:] if free else GUIDED) if getattr(self, name) is not None]
         if len(guided) > 1:
             raise ValueError(f"what the answer must be is said once, not by {' and '.join(guided)}")
-        if self.stream and self.prompt_logprobs is not None:
-            raise ValueError("a stream has no prompt_logprobs")
         if self.truncate_prompt_tokens == 0:
             raise ValueError("truncate_prompt_tokens 0 would leave nothing of the prompt")
         return self
 
     def grammar(self) -> dict[str, Any] | None:
         """What the text must be, as SamplingParams' grammar."""
-        form = self.response_format or self.structured_outputs
-        if form is not None:
-            return form.grammar()
+        if self.response_format is not None and self.response_format.type != "text":
+            return self.response_format.grammar()
+        if self.structured_outputs is not None:
+            return self.structured_outputs.grammar()
         given = {name.removeprefix("guided_"): getattr(self, name) for name in GUIDED if name.startswith("guided_")}
         given = {name: value for name, value in given.items() if value is not None}
         return StructuredOutputs.model_validate(given).grammar() if given else None
 
+    @property
+    def wanted(self) -> int | None:
+        """The most tokens of an answer; None where the request does not say."""
+        return self.max_tokens
+
     def truncated(self, prompt: list[int], context: int) -> list[int]:
-        """What is read of a prompt, where a sequence has ``context`` tokens."""
+        """What is read of a prompt, where a sequence has ``context`` tokens, of which the answer needs no more than
+        half."""
         most = self.truncate_prompt_tokens
-        return prompt if most is None else prompt[-(context - 1 if most == -1 else most) :]
+        if most is None:
+            return prompt
+        room = max(1, min(context // 2, context if self.wanted is None else self.wanted))
+        return prompt[-(context - room if most == -1 else most) :]
 
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
@@ -147,7 +152,7 @@ class Generate(Body):
         """Those of the request's fields that are SamplingParams' too, as far as they are given."""
         given = {
             "n": self.n,
-            "max_tokens": None if self.max_tokens is None else max(self.max_tokens, 1),
+            "max_tokens": None if self.wanted is None else max(self.wanted, 1),
             "grammar": self.grammar(),
             "prompt_logprobs": self.prompt_logprobs,
             "include_stop": self.include_stop_str_in_output,

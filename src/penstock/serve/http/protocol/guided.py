@@ -36,10 +36,8 @@ class ResponseFormat(Body):
             raise ValueError(f"the type {self.type!r} needs the field {self.type} beside it")
         return self
 
-    def grammar(self) -> dict[str, Any] | None:
-        """The same as SamplingParams' grammar."""
-        if self.type == "text":
-            return None
+    def grammar(self) -> dict[str, Any]:
+        """The same as SamplingParams' grammar; a text, which may be any, has none."""
         if self.type == "json_object":
             return {"json_object": True}
         return {self.type: self.json_schema.schema_ if self.json_schema is not None else self.regex or self.ebnf}
@@ -69,7 +67,7 @@ class StructuredOutputs(Body):
         return {name: value for name, value in given.items() if value not in (None, False)}
 
 
-#: Fields that say what an answer must be.
+#: Fields that say what an answer must be; the first of them may also say that it is free.
 GUIDED = (
     "response_format",
     "structured_outputs",

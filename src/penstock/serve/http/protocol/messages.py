@@ -11,7 +11,7 @@ from pydantic import Field
 from penstock.core.config import build
 from penstock.core.errors import UsageError
 from penstock.serve.choose.sampling import MOST_STOPS
-from penstock.serve.http.protocol.body import LARGEST, Body, Count, Scalar
+from penstock.serve.http.protocol.body import LARGEST, Body, Count
 from penstock.serve.http.protocol.chats import Chat
 from penstock.serve.http.protocol.generate import Generate
 
@@ -83,7 +83,7 @@ class Conversation(Body):
     tool_choice: AnthropicChoice | None = None
     thinking: AnthropicThinking | None = None
     output_config: OutputOptions | None = None
-    chat_template_kwargs: dict[str, Scalar] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     # Taken, and without meaning here
     cache_control: dict[str, Any] | None = None

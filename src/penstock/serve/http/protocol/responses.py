@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from penstock.core.config import build
 from penstock.core.errors import UsageError
 from penstock.serve.choose.sampling import MOST_LOGPROBS
-from penstock.serve.http.protocol.body import LARGEST, Body, Count, Scalar
+from penstock.serve.http.protocol.body import LARGEST, Body, Count
 from penstock.serve.http.protocol.chats import Chat
 from penstock.serve.http.protocol.generate import Generate
 
@@ -77,7 +77,7 @@ class Respond(Generate):
     background: bool | None = None
     conversation: str | dict[str, Any] | None = None
     prompt: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Scalar] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     thinking_token_budget: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
 
     # Taken, and without meaning here

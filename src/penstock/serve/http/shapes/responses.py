@@ -86,7 +86,7 @@ class Responses:
         usage = generation.usage
         return {
             "input_tokens": usage.prompt,
-            "input_tokens_details": {"cached_tokens": usage.cached},
+            "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
             "output_tokens": usage.completion,
             "output_tokens_details": {"reasoning_tokens": self._blocks.thinking},
             "total_tokens": usage.prompt + usage.completion,
