@@ -9,7 +9,8 @@ from typing import Any
 
 from penstock.core.errors import PenstockError
 from penstock.search.branch import Branch, Extend, Until
-from penstock.search.ledger import Prices, Wish, shares
+from penstock.search.ledger import Wish, shares
+from penstock.search.prices import Prices
 from penstock.search.scorers.contract import Verdict
 from penstock.search.search import BudgetSpentError, First, Judge, Search, Stream, Together
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from penstock.models.config import DecoderConfig
-from penstock.search.ledger import Prices
 from penstock.search.play import Play
+from penstock.search.prices import Prices
 from penstock.search.scorers.contract import Verdict
 from penstock.search.search import Search, Voice
 
