@@ -16,7 +16,7 @@ from penstock.core.events import EventLog
 from penstock.serve.choose.grammar import Grammars, Matcher
 from penstock.serve.choose.restriction import restriction_of
 from penstock.serve.choose.sampling import SamplingParams
-from penstock.serve.engine.executor import Changeable, Executor
+from penstock.serve.engine.executor import Changeable, Executor, Readable
 from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.memory import Memory
 from penstock.serve.engine.sequence import Sequence, common
@@ -413,6 +413,21 @@ class Engine:
         if self._config.check:
             self.memory.check()
         return deltas
+
+    def states(self, texts: List[List[int]]) -> list[Tensor]:
+        """The hidden states after the model's last norm of all tokens of ``texts``, float32 [tokens, hidden] each, on
+        the CPU: computed now, from the beginning, beside the batches and without their cache.
+
+        Raises:
+            UsageError: the model is not here as a whole, or asleep.
+        """
+        if not isinstance(self.executor, Readable):
+            raise UsageError(
+                "hidden states can be had of a model that one process has as a whole, and records no steps"
+            )
+        if self.asleep:
+            raise UsageError("the engine is asleep", hint="Wake it before it computes hidden states.")
+        return self.executor.states(texts)
 
     # Pausing, sleeping, and other weights
 

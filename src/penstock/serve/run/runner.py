@@ -27,6 +27,7 @@ from penstock.ops.paged.contract import PagedCache, StepShape
 from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled, Sampler
+from penstock.serve.embed.pooled import decoder_states
 from penstock.serve.engine.batch import Batch
 from penstock.serve.kv.compaction import Compactor
 from penstock.serve.run.copies import Copied, shaken
@@ -248,6 +249,13 @@ class Runner:
         tokens = draw_cut(logits, inputs[3:8].view(torch.float64))
         self._newest.index_copy_(0, inputs[8], tokens)
         return (logits, tokens) if self.hidden is None else (logits, tokens, hidden)
+
+    @torch.inference_mode()
+    def states(self, texts: List[List[int]]) -> list[Tensor]:
+        lengths = [len(text) for text in texts]
+        flat = torch.tensor([token for text in texts for token in text], device=self.device)
+        found = decoder_states(self.model)(flat, lengths).float().cpu()
+        return [each.clone() for each in torch.split(found, lengths)]
 
     def launch(self, batch: Batch) -> Sampled | None:
         return self.execute(self.plan(batch), batch.proposals)
