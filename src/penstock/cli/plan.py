@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from penstock.search.planners.contract import Choice
     from penstock.train.hyper.contract import Scale, Settings
 
 app = typer.Typer(help="Plan a run before it starts.", no_args_is_help=True)
@@ -143,6 +144,78 @@ def _show_batch(title: str, found: dict[str, float]) -> None:
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}")
     Console().print(table)
     typer.echo(f"\n# For the engine: --set sequences={found['batch']} --set cache_tokens={found['cache_tokens']}")
+
+
+@app.command()
+def search(
+    runs: list[Path] = typer.Argument(
+        ..., metavar="RUN...", help="Folders of penstock search --program coverage, one for each model."
+    ),
+    budget: float | None = typer.Option(
+        None, "--budget", min=0, help="What a problem may cost; if not given, the best choice for any budget is shown."
+    ),
+    unit: str = typer.Option("eflops", "--unit", help="Of the budget: generated, tokens, flops or eflops."),
+    right: float = typer.Option(1.0, "--right", help="A text is right where its score is this or more."),
+    device: str = typer.Option("h100", "--device", help="a100, h100, h200 or b200."),
+    width: int = typer.Option(2, "--bytes", min=1, max=8, help="Bytes of a weight and of a cached number."),
+    policy: str = typer.Option("kinetics", "--policy", help="The rule, a policy of search.planner."),
+    overrides: list[str] = typer.Option([], "--set", help="An option of the rule, as key=value.", metavar="KEY=VALUE"),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Recommend a model, a length and a number of texts for a search, by what models drew for problems of the kind.
+
+    Example: `penstock plan search drawn-1m drawn-6m --budget 2e10`, where each folder is of
+    `penstock search MODEL problems.jsonl --program coverage --option n=16 --scorer score.py --out FOLDER`
+    """
+    import dataclasses
+    import json
+
+    from penstock.core.config import apply_overrides, build
+    from penstock.core.errors import UsageError
+    from penstock.plan.hardware import named
+    from penstock.policy import create
+    from penstock.search.ledger import Budget
+    from penstock.search.planners.contract import Planner
+    from penstock.search.planners.drawn import candidates_of
+
+    options = apply_overrides({}, overrides)
+    if "name" in options:
+        raise UsageError("choose the rule with --policy, not with --set name=...")
+    asked = build(Budget, {"amount": budget, "unit": unit}, "the budget")
+    planner = create("search.planner", policy, **options)
+    assert isinstance(planner, Planner)
+    candidates, hardware = candidates_of(runs, right), named(device)
+    if asked.amount is None:
+        found = planner.frontier(candidates, asked.unit, hardware, width)
+    else:
+        found = [planner.choose(candidates, asked.amount, asked.unit, hardware, width)]
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(choice) for choice in found], indent=2))
+        return
+    _show_choices(found, asked.unit)
+
+
+#: Lines of a table of choices.
+SHOWN = 16
+
+
+def _show_choices(choices: list[Choice], unit: str) -> None:
+    """A table for the reader, then options for the search; of many choices, some from the cheapest to the dearest."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(f"{unit} a problem", "one is right", "model", "tokens at most", "texts")
+    last = len(choices) - 1
+    for place in sorted({round(last * step / (SHOWN - 1)) for step in range(SHOWN)}):
+        choice = choices[place]
+        row = (f"{choice.cost:,.4g}", f"{choice.accuracy:.1%}", choice.name, choice.length, choice.samples)
+        table.add_row(*map(str, row))
+    Console().print(table)
+    if len(choices) == 1:
+        typer.echo(
+            f"\n# For the search: penstock search {choices[0].name} PROBLEMS.jsonl --option n={choices[0].samples} "
+            f"--max-tokens {choices[0].length}"
+        )
 
 
 def _show(policy: str, scale: Scale, settings: Settings) -> None:

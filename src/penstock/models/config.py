@@ -294,8 +294,13 @@ class DecoderConfig(Config):
 
     def stored_parameters(self) -> int:
         """Weights of all matrices: those of every expert, and the embedding, which a tied head shares."""
-        total = self.matmul_parameters() + (0 if self.shares_head else self.vocabulary * self.hidden)
-        total += self.context * self.hidden if self.learned_positions else 0
+        total = self.read_parameters() + (0 if self.shares_head else self.vocabulary * self.hidden)
+        return total + (self.context * self.hidden if self.learned_positions else 0)
+
+    def read_parameters(self) -> int:
+        """Weights of the matrices that multiply the tokens of a large batch: the head too, and those of every
+        expert."""
+        total = self.matmul_parameters()
         for layer in range(self.layers):
             if self.moe and self.sparse(layer):
                 total += 3 * self.hidden * self.moe.ffn * (self.moe.experts - self.moe.router.top_k)

@@ -140,10 +140,12 @@ class MixtureOfExperts(nn.Module):
         stacked: rows of the matrices that ``gate_up`` has one below the other for an expert.
         load: [experts], the f of the loss for balance; None takes it from the tokens of each pass.
         counts: int64 [experts], to which each pass adds its assignments; None counts nothing.
+        noise: [n, experts], which is added to the router's logits of the last n tokens of each pass; None adds nothing.
     """
 
     load: Tensor | None = None
     counts: Tensor | None = None
+    noise: Tensor | None = None
 
     def __init__(self, config: DecoderConfig, moe: MoEConfig) -> None:
         super().__init__()
@@ -180,7 +182,15 @@ class MixtureOfExperts(nn.Module):
     def route(self, flat: Tensor) -> Routing:
         """Where the tokens [N, hidden] go."""
         logits = linear(flat, self.router.weight, self.router.bias)  # few rows at the rate of reading
-        return self.policy.route(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.selection_bias)
+        return self.policy.route(self.shaken(logits), self.selection_bias)
+
+    def shaken(self, logits: Tensor) -> Tensor:
+        """The router's ``logits`` [N, experts] in full precision, with the noise."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.noise is None:
+            return logits
+        own = len(logits) - len(self.noise)
+        return torch.cat([logits[:own], logits[own:] + self.noise])
 
     def mixed(self, flat: Tensor, routing: Routing) -> Tensor:
         """What their experts make of the tokens [N, hidden], added up."""

@@ -106,7 +106,7 @@ class InvariantExperts(MixtureOfExperts):
             return of_piece[-1].experts, of_piece[-1].weights
 
         logits = self.router(flat)
-        experts, weights = in_pieces(route, logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        experts, weights = in_pieces(route, self.shaken(logits))
         return Routing(experts, weights, torch.cat([each.probabilities for each in of_piece]))
 
     def mixed(self, flat: Tensor, routing: Routing) -> Tensor:

@@ -22,6 +22,11 @@ class Hardware(Config):
     bandwidth: PositiveFloat
     memory: PositiveFloat
 
+    @property
+    def intensity(self) -> float:
+        """Operations that it could do while it reads a byte."""
+        return self.flops / self.bandwidth
+
 
 #: Devices by name: the SXM modules, of A100 the one with 80 GB.
 DEVICES = {

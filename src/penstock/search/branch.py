@@ -11,6 +11,8 @@ from penstock.core.errors import UsageError
 from penstock.core.randomness import derive
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from penstock.search.search import Search, Texts
 
 
@@ -72,6 +74,8 @@ class Branch:
         alternatives: by place, the most probable tokens with their log-probabilities, where an extension asked for
             them.
         appended: how many of the tokens behind the problem's prompt were given, not generated.
+        hidden: float32 [tokens, hidden], the hidden states after the model's last norm of the tokens that it had when
+            :meth:`~penstock.search.search.Search.hidden` was asked for them; None before.
         fate: for those who look at the tree: ``pruned``, ``kept``, ``answer``, ``aside`` of one that is no answer but a
             question about one, or empty.
         computed: how many tokens of it are computed, or will be with what is under way.
@@ -97,6 +101,7 @@ class Branch:
         self.cut = 0  # characters of a stop string that are no part of the text
         self.score: float | None = None
         self.error: str | None = None
+        self.hidden: Tensor | None = None
         self.fate = ""
         self.computed: int = 0 if parent is None else parent.computed
         self.children = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import queue
 import threading
 from collections import deque
@@ -14,7 +15,7 @@ from penstock.models.text import TextStream
 from penstock.search.branch import Anchor, Branch
 from penstock.search.play import Piece, Play
 from penstock.search.scorers.contract import Candidate, Scoring, Verdict, verdicts
-from penstock.search.search import Judge
+from penstock.search.search import Judge, States, Work
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Delta, Finish, Request
@@ -22,8 +23,8 @@ from penstock.serve.messages import Delta, Finish, Request
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Scorings at a time.
-SCORERS = 4
+#: Scorings, and other errands of programs, at a time.
+ERRANDS = 4
 
 
 class TokenizedTexts:
@@ -89,9 +90,9 @@ class Driver:
         self._plays: dict[Play, set[str]] = {}
         self._runs: dict[str, _Run] = {}
         self._leaders: dict[Branch, list[tuple[Play, Piece]]] = {}
-        self._judged: queue.SimpleQueue[tuple[Play, Judge, list[Verdict]]] = queue.SimpleQueue()
-        self._to_judge: deque[tuple[Play, Judge]] = deque()
-        self._judging = 0
+        self._back: queue.SimpleQueue[tuple[Play, Callable[[], None]]] = queue.SimpleQueue()
+        self._errands: deque[tuple[Play, Judge | Work]] = deque()
+        self._out = 0
         self._count = 0
 
     @property
@@ -121,8 +122,8 @@ class Driver:
             self._take(delta)
 
     def ended(self, patience: float) -> list[Play]:
-        """The plays that ended; where nothing but scorers is at work, one of them is waited for, so many seconds."""
-        self._hear(patience if not self._busy and self._judging else 0.0)
+        """The plays that ended; where nothing but errands are done, one of them is waited for, so many seconds."""
+        self._hear(patience if not self._busy and self._out else 0.0)
         ended = [play for play in self._plays if play.done]
         for play in ended:
             self._end(play)
@@ -138,7 +139,7 @@ class Driver:
         for play in list(self._plays):
             play.close()
             self._end(play)
-        self._to_judge.clear()
+        self._errands.clear()
         while self._busy:
             for engine in self._busy:
                 engine.step()
@@ -158,9 +159,15 @@ class Driver:
         """Begins what a play asks for."""
         while play.pieces:
             self._start(play, play.pieces.pop(0))
-        while play.judgements:
-            self._to_judge.append((play, play.judgements.pop(0)))
-        self._judge()
+        while play.errands:
+            asked = play.errands.pop(0)
+            if isinstance(asked, States):
+                self._states(asked)
+                self._back.put((play, functools.partial(play.worked, asked)))
+                self._out += 1
+            else:
+                self._errands.append((play, asked))
+        self._send()
 
     def _start(self, play: Play, piece: Piece) -> None:
         """Has the engine compute ``piece``, or lets it wait for one that computes what both begin with."""
@@ -283,39 +290,65 @@ class Driver:
         for branch in play.search.branches:
             self._leaders.pop(branch, None)
 
-    # Scorers
+    # Errands
 
-    def _judge(self) -> None:
-        """Begins as many scorings as may run at a time."""
-        while self._to_judge and self._judging < SCORERS:
-            play, judge = self._to_judge.popleft()
-            self._judging += 1
-            candidates = [_candidate(each) for each in judge.branches]
-            threading.Thread(target=self._work, args=(play, judge, candidates), daemon=True).start()
+    def _send(self) -> None:
+        """Begins as many scorings, and what else programs have done elsewhere, as may run at a time."""
+        while self._errands and self._out < ERRANDS:
+            play, asked = self._errands.popleft()
+            self._out += 1
+            work = self._works(play, asked) if isinstance(asked, Work) else self._scores(play, asked)
+            threading.Thread(target=work, daemon=True).start()
 
-    def _work(self, play: Play, judge: Judge, candidates: list[Candidate]) -> None:
+    def _works(self, play: Play, work: Work) -> Callable[[], None]:
+        def run() -> None:
+            work.run()
+            self._back.put((play, functools.partial(play.worked, work)))
+
+        return run
+
+    def _scores(self, play: Play, judge: Judge) -> Callable[[], None]:
+        candidates = [_candidate(each) for each in judge.branches]
+
+        def run() -> None:
+            found = self._verdicts(judge, candidates)
+            self._back.put((play, functools.partial(play.judged, judge, found)))
+
+        return run
+
+    def _verdicts(self, judge: Judge, candidates: list[Candidate]) -> list[Verdict]:
         scoring = self._scoring.get(judge.scorer)
         if scoring is None:
             known = ", ".join(filter(None, self._scoring)) or "none"
             what = f"no scorer {judge.scorer!r} was given; known: {known}" if judge.scorer else "no scorer was given"
-            found = [Verdict.failure(what)] * len(candidates)
-        else:
-            found = verdicts(scoring, judge.problem, candidates, self._seconds)
-        self._judged.put((play, judge, found))
+            return [Verdict.failure(what)] * len(candidates)
+        return verdicts(scoring, judge.problem, candidates, self._seconds)
+
+    def _states(self, asked: States) -> None:
+        """Hidden states are computed here, by the thread that drives the model."""
+        try:
+            for name in {branch.model for branch in asked.branches}:
+                own = [branch for branch in asked.branches if branch.model == name]
+                found = self._engines[name].states([branch.tokens for branch in own])
+                for branch, states in zip(own, found, strict=True):
+                    branch.hidden = states
+            asked.outcome = asked.branches
+        except UsageError as error:
+            asked.outcome = error
 
     def _hear(self, patience: float) -> None:
-        """What scorers have said meanwhile; waits so many seconds for the first of them."""
+        """What has come back meanwhile; waits so many seconds for the first of it."""
         while True:
             try:
-                play, judge, found = self._judged.get(timeout=patience) if patience else self._judged.get_nowait()
+                play, tell = self._back.get(timeout=patience) if patience else self._back.get_nowait()
             except queue.Empty:
                 return
             patience = 0.0
-            self._judging -= 1
+            self._out -= 1
             if play in self._plays:
-                play.judged(judge, found)
+                tell()
                 self._begin(play)
-            self._judge()
+            self._send()
 
 
 def _candidate(branch: Branch) -> Candidate:

@@ -13,9 +13,10 @@ from pydantic import Field
 from penstock.core.config import Config, build
 from penstock.models import hub
 from penstock.search.driver import Driver, TokenizedTexts
-from penstock.search.ledger import Budget, Prices, Unit
+from penstock.search.ledger import Budget
 from penstock.search.llm import Plan, SearchResult, begun, program_of, scoring_of
 from penstock.search.play import Play
+from penstock.search.prices import Prices, Unit
 from penstock.search.search import Voice
 from penstock.serve.engine.engine import Engine
 from penstock.serve.link.wire import Done

@@ -5,18 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import numpy as np
 from pydantic import Field
 
 from penstock.core.config import Config
-from penstock.models.config import DecoderConfig
-from penstock.plan.hardware import DEVICES, Hardware
-
-#: What a budget can be given in: tokens that were generated; tokens that were computed, those of prompts too;
-#: arithmetic operations; Kinetics' eFLOPs.
-Unit = Literal["generated", "tokens", "flops", "eflops"]
+from penstock.search.prices import Prices, Unit
 
 
 class Budget(Config):
@@ -24,35 +18,6 @@ class Budget(Config):
 
     amount: Annotated[float, Field(ge=0)] | None = None
     unit: Unit = "generated"
-
-
-class Prices:
-    """What it costs to compute the tokens of a sequence, position by position.
-
-    eFLOPs add to the arithmetic what could have been computed while keys and values were read: bytes times the device's
-    operations per byte (Kinetics [337]; the form is from knowledge). Weights are read once for a whole batch, and are
-    left out, as in batches that are large.
-
-    Args:
-        model: the shape.
-        hardware: whose operations per byte count; an H100's by default.
-        width: bytes of a number in the cache.
-    """
-
-    def __init__(self, model: DecoderConfig, hardware: Hardware | None = None, width: int = 2) -> None:
-        device = hardware or DEVICES["h100"]
-        lengths = np.arange(1, model.context + 1, dtype=np.float64)
-        seen = sum(np.minimum(lengths, model.window_of(layer) or np.inf) for layer in range(model.layers))
-        flops = 2.0 * model.matmul_parameters() + 4.0 * model.heads * model.head_dim * np.asarray(seen)
-        read = 2.0 * width * model.kv_heads * model.head_dim * np.asarray(seen)
-        tokens = np.ones_like(lengths)
-        each = {"tokens": tokens, "flops": flops, "eflops": flops + read * device.flops / device.bandwidth}
-        self._sums = {unit: np.concatenate([[0.0], np.cumsum(cost)]) for unit, cost in each.items()}
-
-    def cost(self, unit: Unit, first: int, last: int) -> float:
-        """Of the positions ``first`` to ``last``, which is not among them; 0 in units that count something else."""
-        sums = self._sums.get(unit)
-        return 0.0 if sums is None else float(sums[last] - sums[first])
 
 
 @dataclasses.dataclass(frozen=True)

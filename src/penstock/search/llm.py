@@ -17,8 +17,9 @@ from penstock.policy import create
 from penstock.search.answers import last_line, matching
 from penstock.search.contract import Program
 from penstock.search.driver import Driver, TokenizedTexts, run
-from penstock.search.ledger import Budget, Ledger, Prices
+from penstock.search.ledger import Budget, Ledger
 from penstock.search.play import Play
+from penstock.search.prices import Prices
 from penstock.search.scorers.contract import Candidate, Problem, Scorer, Scoring
 from penstock.search.search import Search, Voice
 from penstock.serve.chat import chat_tokens

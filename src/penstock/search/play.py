@@ -9,9 +9,10 @@ from typing import Any
 
 from penstock.core.errors import PenstockError
 from penstock.search.branch import Branch, Extend, Until
-from penstock.search.ledger import Prices, Wish, shares
+from penstock.search.ledger import Wish, shares
+from penstock.search.prices import Prices
 from penstock.search.scorers.contract import Verdict
-from penstock.search.search import BudgetSpentError, First, Judge, Search, Stream, Together
+from penstock.search.search import BudgetSpentError, First, Judge, Search, States, Stream, Together, Work
 
 #: Rounds in a row in which nothing is done, after which a program is taken for one that turns in circles.
 IDLE = 1000
@@ -91,7 +92,7 @@ class Task:
 
 class Play:
     """Runs a program round by round. In a round, all of its coroutines run until each waits; then what they wait for is
-    done, by whoever computes: pieces are extended, and judgements made. A round ends when all of that is done, so that
+    done, by whoever computes: pieces are extended, and errands done. A round ends when all of that is done, so that
     what a program sees does not depend on what was done first.
 
     Args:
@@ -101,7 +102,7 @@ class Play:
         others: the same of the search's other models, by name.
 
     Attributes:
-        pieces, judgements: what is to be begun; whoever begins it takes it out.
+        pieces, errands: what is to be begun: extensions, and what is done beside them; whoever begins it takes it out.
         done: whether the program has ended.
         answer: the branch that it gave; the best of what there was where its budget ended it.
         error: what ended it otherwise.
@@ -116,7 +117,7 @@ class Play:
     ) -> None:
         self.search, self._prices = search, {"": prices, **(others or {})}
         self.pieces: list[Piece] = []
-        self.judgements: list[Judge] = []
+        self.errands: list[Judge | Work | States] = []
         self.done = False
         self.answer: Branch | None = None
         self.error: Exception | None = None
@@ -190,6 +191,11 @@ class Play:
         self._under_way -= 1
         self._go_on()
 
+    def worked(self, asked: Work | States) -> None:
+        """The outcome of ``asked`` is there."""
+        self._under_way -= 1
+        self._go_on()
+
     def close(self) -> None:
         """Ends the program, wherever it is."""
         _close(self._top)
@@ -227,7 +233,7 @@ class Play:
             task.children = [Task(work, task, place) for place, work in enumerate(asked.works)]
             task.waiting, task.results = len(task.children), [None] * len(task.children)
             return [(child, None) for child in task.children] or [(task, [])]
-        if isinstance(asked, Extend | First | Judge):
+        if isinstance(asked, Extend | First | Judge | Work | States):
             self._asked.append((task, asked))
             return []
         error = TypeError(f"a program can wait for what its search gives it to wait for, not for {asked!r}")
@@ -271,10 +277,11 @@ class Play:
         self._round.clear()
         self._extending = []
         for place, (_, asked) in enumerate(self._asked):
-            if isinstance(asked, Judge):
+            if isinstance(asked, Judge | Work | States):
                 self._under_way += 1
-                self.search.ledger.scored += sum(len(each.generated) for each in asked.branches)
-                self.judgements.append(asked)
+                self.errands.append(asked)
+                if isinstance(asked, Judge):
+                    self.search.ledger.scored += sum(len(each.generated) for each in asked.branches)
                 continue
             race = None
             if isinstance(asked, First):
@@ -371,6 +378,8 @@ class Play:
             pieces = self._round.get(place, [])
             if isinstance(each, Judge):
                 ready.append((task, each.branches))
+            elif isinstance(each, Work | States):
+                ready.append((task, each.outcome))
             elif self._starved and not self._granted and any(piece.open for piece in pieces):
                 ready.append((task, BudgetSpentError("the budget is spent")))
             else:

@@ -106,6 +106,21 @@ class Results:
         self._file.close()
 
 
+def read_results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The settings of a search, and the records of the problems that are done, in their order.
+
+    Raises:
+        UsageError: the folder holds no results of a search.
+    """
+    if not (folder / "search.json").exists():
+        raise UsageError(f"{folder} has no results of a search", hint="Name the folder of penstock search --out.")
+    lines = read_text(folder / "results.jsonl").splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be unfinished
+    if not records:
+        raise UsageError(f"{folder} has no finished problem yet")
+    return read_json(folder / "search.json"), sorted(records, key=lambda record: int(record["place"]))
+
+
 def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """What results come to, in lines: how many are done and right, what was spent, and coverage where it was asked."""
     from penstock.search.coverage import coverage, power_law

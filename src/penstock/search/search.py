@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -183,6 +184,20 @@ class Search:
         the score 0. What is ``known`` stands in place of what the problem says, such as other ``tests``."""
         return Judge(self, list(branches), scorer, {**self.problem, **known})
 
+    def work(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
+        """What ``function`` gives for ``arguments``, called in a thread of its own, so that the engine and other
+        programs go on meanwhile: for what takes longer than a moment. It must not touch branches."""
+        return Work(functools.partial(function, *arguments))
+
+    def hidden(self, branches: Iterable[Branch]) -> Awaitable[list[Branch]]:
+        """Sets ``hidden`` of the ``branches``, which are given back: the hidden states of all their tokens after the
+        model's last norm. They are computed from the beginning, beside the engine's batch; nothing is charged for it.
+
+        Raises:
+            UsageError: when awaited, the model is shared out among several processes, or has no weights here.
+        """
+        return States(list(branches))
+
     def first(self, branches: Iterable[Branch]) -> Awaitable[Branch]:
         """Extends all ``branches`` side by side until the first of them ends, counted in tokens; it is given back, and
         the others are dropped."""
@@ -249,6 +264,35 @@ class Judge:
     branches: list[Branch]
     scorer: str
     problem: Mapping[str, Any]
+
+    def __await__(self) -> Any:
+        return (yield self)
+
+
+@dataclasses.dataclass(eq=False)
+class Work:
+    """What a program asks for by :meth:`Search.work`; ``outcome`` is what came of it, an exception too."""
+
+    call: Callable[[], Any]
+    outcome: Any = None
+
+    def run(self) -> None:
+        """Does it."""
+        try:
+            self.outcome = self.call()
+        except Exception as error:
+            self.outcome = error
+
+    def __await__(self) -> Any:
+        return (yield self)
+
+
+@dataclasses.dataclass(eq=False)
+class States:
+    """What a program asks for by :meth:`Search.hidden`; ``outcome`` is what came of it, an exception too."""
+
+    branches: list[Branch]
+    outcome: Any = None
 
     def __await__(self) -> Any:
         return (yield self)

@@ -22,8 +22,9 @@ from typing import Any
 
 from penstock.search.contract import Program
 from penstock.search.driver import Driver, run
-from penstock.search.ledger import Budget, Ledger, Prices, total
+from penstock.search.ledger import Budget, Ledger, total
 from penstock.search.play import Play
+from penstock.search.prices import Prices
 from penstock.search.scorers.contract import Candidate, Problem, Scoring
 from penstock.search.search import Search, Voice
 from penstock.serve.build import build_engine

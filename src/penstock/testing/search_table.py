@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from penstock.core.errors import UsageError
 from penstock.models.config import DecoderConfig
-from penstock.search.ledger import Prices
 from penstock.search.play import Play
+from penstock.search.prices import Prices
 from penstock.search.scorers.contract import Verdict
-from penstock.search.search import Search, Voice
+from penstock.search.search import Judge, Search, Voice, Work
 
 #: The shape that costs are counted by.
 SHAPE = DecoderConfig(vocabulary=8, hidden=8, layers=1, heads=1, kv_heads=1, head_dim=8, ffn=8, context=64)
@@ -143,9 +144,16 @@ def _round(play: Play, path: _Path, tables: Mapping[str, Table], worth: Worth) -
             if play.told(piece, [token], [(math.log(chances[letter]), 0.0, 0.0)], [top] if piece.top else ()):
                 break
         play.ended(piece, why, told)
-    while play.judgements:
-        judge = play.judgements.pop(0)
-        play.judged(judge, [Verdict(worth(each.text, each.finished)) for each in judge.branches])
+    while play.errands:
+        asked = play.errands.pop(0)
+        if isinstance(asked, Judge):
+            play.judged(asked, [Verdict(worth(each.text, each.finished)) for each in asked.branches])
+            continue
+        if isinstance(asked, Work):
+            asked.run()
+        else:
+            asked.outcome = UsageError("a table has no hidden states")
+        play.worked(asked)
 
 
 def tempered(shares: Sequence[float], temperature: float) -> list[float]:

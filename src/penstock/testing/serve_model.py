@@ -8,7 +8,7 @@ import functools
 import torch
 
 from penstock.core.randomness import torch_generator
-from penstock.models.config import DecoderConfig
+from penstock.models.config import DecoderConfig, MoEConfig
 from penstock.models.decoder import Decoder
 from penstock.models.heads.contract import Head, HeadModule
 from penstock.models.heads.early_exit import EarlyExit
@@ -32,6 +32,16 @@ SHAPE = DecoderConfig(
 def small_model() -> Decoder:
     """A decoder with random weights that are large enough for its choices to be clear."""
     return Decoder(SHAPE).initialize(0).eval()
+
+
+#: The same with experts, of which two see each token.
+MIXTURE = SHAPE.model_copy(update={"moe": MoEConfig(experts=6, ffn=24)})
+
+
+@functools.cache
+def small_mixture() -> Decoder:
+    """As :func:`small_model`, with experts."""
+    return Decoder(MIXTURE).initialize(0).eval()
 
 
 def draft_of(model: Decoder, noise: float = 0.1) -> Decoder:

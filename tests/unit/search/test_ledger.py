@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from penstock.models.config import DecoderConfig
 from penstock.plan.hardware import DEVICES
-from penstock.search.ledger import Prices, Wish, shares
+from penstock.search.ledger import Wish, shares
+from penstock.search.prices import Prices
 
 SHAPE = DecoderConfig(
     vocabulary=50, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, context=96, window=16,

@@ -7,11 +7,13 @@ import re
 import threading
 
 import pytest
+import torch
 
 from penstock import LLM, SamplingParams
 from penstock.core.errors import UsageError
 from penstock.core.progress import silent
 from penstock.core.results import repository
+from penstock.models.attention import CausalRows
 from penstock.search.answers import last_line, matching
 from penstock.search.branch import Branch
 from penstock.search.contract import Program
@@ -69,6 +71,81 @@ def test_a_users_own_program(llm):
     assert found.ledger.computed >= found.ledger.tokens == prompt - 1 + appended + found.ledger.generated
     assert llm.engine.snapshot().held == 0
     assert [node["fate"] for node in found.tree] == ["", "pruned", "answer"]
+
+
+def test_hidden_states_are_those_of_the_models_own_forward_pass(llm):
+    """Of a fork and of what it was forked from, of all tokens, the newest and the prompt's too; nothing is charged."""
+    seen: list[tuple[list[int], torch.Tensor]] = []
+
+    async def program(search):
+        begun = await search.root.extend(tokens=5)
+        one, two = await search.extend(begun.fork(2), tokens=3)
+        assert one.hidden is None
+        spent = search.ledger.record()
+        found = await search.hidden([begun, one, two])
+        seen.extend((list(branch.tokens), branch.hidden) for branch in found)
+        assert search.ledger.record() == spent
+        return one
+
+    (found,) = llm.search(PROMPT, program, sampling_params=DRAWN, progress=silent)
+    assert found.error is None and [len(tokens) - len(seen[0][0]) for tokens, _ in seen] == [0, 3, 3]
+    model = llm.engine.executor.model
+    for tokens, states in seen:
+        with torch.inference_mode():
+            wanted = model(torch.tensor([tokens]), CausalRows.of(len(tokens))).hidden[0].float()
+        assert states.shape == (len(tokens), model.config.hidden) and states.dtype == torch.float32
+        torch.testing.assert_close(states, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_that_cannot_be_had_end_the_program_alone(llm, monkeypatch):
+    async def program(search):
+        await search.hidden([await search.root.extend(tokens=2)])
+
+    monkeypatch.setattr(llm.engine, "executor", Passing(llm.engine.executor))
+    (found,) = llm.search(PROMPT, program, sampling_params=DRAWN, progress=silent)
+    assert found.error is not None and "hidden states" in found.error
+
+
+class Passing:
+    """An executor that has no model of its own."""
+
+    def __init__(self, executor) -> None:
+        self.launch = executor.launch
+
+
+def test_work_is_done_beside_the_engine(llm):
+    """A program whose work waits for another program to have ended: on the engine's thread, it would never."""
+    ended = threading.Event()
+
+    def patient() -> int:
+        assert ended.wait(60)
+        return 3
+
+    async def program(search):
+        if search.problem["id"] == "slow":
+            search.notes["told"] = await search.work(patient)
+            return await search.root.extend(tokens=2)
+        text = await search.root.extend(tokens=8)
+        ended.set()
+        return text
+
+    slow, quick = llm.search(
+        [{"id": "slow", "prompt": PROMPT}, {"id": "quick", "prompt": PROMPT}], program, sampling_params=DRAWN,
+        progress=silent,
+    )  # fmt: skip
+    assert slow.error is None and slow.notes == {"told": 3} and slow.ledger.generated == 2
+    assert quick.error is None and quick.ledger.generated == 8
+
+
+def test_work_that_fails_is_told_to_its_program(llm):
+    async def program(search):
+        with pytest.raises(ZeroDivisionError):
+            await search.work(lambda: 1 // 0)
+        search.notes["both"] = await search.together([search.work(divmod, 7, 2), search.work(len, "abc")])
+        await search.work(int, "no number")
+
+    (found,) = llm.search(PROMPT, program, sampling_params=DRAWN, progress=silent)
+    assert found.notes == {"both": [(3, 1), 3]} and found.error is not None and found.error.startswith("ValueError")
 
 
 def test_what_a_program_may_not_do_ends_it_alone(llm):

@@ -51,7 +51,8 @@ class EfficientTreeSearch(Program):
                 break
             counts = rebase([each.score or 0.0 for each in leaves], width, self.temperature)
             nodes = [{node.number for node in [*leaf.ancestors, leaf]} for leaf in leaves]
-            chosen = select(counts, nodes, [_cluster(each.last) for each in leaves], self.sharing, self.diversity)
+            clusters = [_cluster(each.last) for each in leaves]
+            chosen = await search.work(select, counts, nodes, clusters, self.sharing, self.diversity)
             kept = [leaves[place] for place in chosen]
             prune(leaves, kept)
             counts = rebase([each.score or 0.0 for each in kept], width, self.temperature)

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, field_
 from penstock.core.config import Config
 from penstock.models.sampling import Sampling
 from penstock.policy import Choice
-from penstock.serve.decode.contract import DecodeRule, Token
+from penstock.serve.decode.contract import Copies, DecodeRule, Token
 
 #: The largest number of continuations of one request.
 MOST = 128
@@ -203,6 +203,11 @@ class SamplingParams(Sampling):
     def companions(self) -> tuple[tuple[int, ...], ...]:
         """The rule's own prompts, for the sequences whose scores it combines with those of this one."""
         return () if self.rule is None else self.rule.companions
+
+    @property
+    def again(self) -> Copies | None:
+        """How the rule has each token computed again with other experts."""
+        return None if self.rule is None else self.rule.again
 
     def tokenized(self, encode: Callable[[str], list[int]], bare: Callable[[str], list[int]]) -> SamplingParams:
         """The same with all texts that the engine has to know as tokens: the rule's, the prediction, and bad words.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -26,6 +26,14 @@ class Limit:
 
     rule: DecodeRule
     options: dict[str, float]
+
+
+class Copies(NamedTuple):
+    """Each token that is scored is computed ``more`` times, with Gumbel noise of the scale ``noise`` on the routers'
+    logits; its scores are those of the mean of all distributions, the one without noise among them."""
+
+    more: int
+    noise: float
 
 
 @contract(
@@ -73,6 +81,11 @@ class DecodeRule(Policy):
             UsageError: a prompt is text, which :meth:`tokenized` has not been asked to read.
         """
         return ()
+
+    @property
+    def again(self) -> Copies | None:
+        """How each token is computed again with other experts; None where it is not. Only a model with experts can."""
+        return None
 
     @property
     def arithmetic(self) -> Self:

@@ -34,6 +34,7 @@ class Entry:
         parents: of each token of the window, where in it the one before it stands, -1 for those behind the newest
             token; none where they are in a row. A tree's tokens lie in the cache in the order of the window, and have
             the positions of their depths.
+        again: how often the last token is computed again with other experts.
     """
 
     sequence: Sequence
@@ -47,6 +48,7 @@ class Entry:
     dropped: int = 0
     packed: int = 0
     parents: tuple[int, ...] = ()
+    again: int = 0
 
     @property
     def ahead(self) -> int:
@@ -93,5 +95,5 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """How many tokens are computed."""
-        return sum(entry.count for entry in self.entries)
+        """How many tokens are computed, copies with other experts too."""
+        return sum(entry.count + entry.again for entry in self.entries)

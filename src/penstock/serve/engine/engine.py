@@ -16,7 +16,7 @@ from penstock.core.events import EventLog
 from penstock.serve.choose.grammar import Grammars, Matcher
 from penstock.serve.choose.restriction import restriction_of
 from penstock.serve.choose.sampling import SamplingParams
-from penstock.serve.engine.executor import Changeable, Executor
+from penstock.serve.engine.executor import Changeable, Executor, Readable
 from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.memory import Memory
 from penstock.serve.engine.sequence import Sequence, common
@@ -246,6 +246,7 @@ class Engine:
         self._known(request.prompt, "the prompt has a token that")
         for prompt in sampling.companions:
             self._known(prompt, "the rule's prompt has a token that")
+        self._copied(sampling)
         self._known(
             () if isinstance(sampling.prediction, str) else sampling.prediction, "the prediction has a token that"
         )
@@ -261,6 +262,21 @@ class Engine:
         if not sampling.prompt_logprobs_from < len(request.prompt) + (sampling.prompt_logprobs is None):
             first, length = sampling.prompt_logprobs_from, len(request.prompt)
             raise UsageError(f"prompt_logprobs_from is {first}, and the prompt has {length} tokens")
+
+    def _copied(self, sampling: SamplingParams) -> None:
+        """Refuses a rule that has tokens computed again where they cannot be."""
+        if sampling.again is None:
+            return
+        if self.limits.model.moe is None:
+            raise UsageError(
+                "the rule has other experts chosen, and this model has no experts",
+                hint="Leave out the rule, or serve a mixture of experts.",
+            )
+        if sampling.again.more >= self.limits.tokens:
+            raise UsageError(
+                f"a step computes {self.limits.tokens} tokens, too few for {sampling.again.more + 1} copies of one",
+                hint="Ask for fewer copies, or raise engine.tokens.",
+            )
 
     def _known(self, tokens: List[int], what: str) -> None:
         vocabulary = self.limits.model.vocabulary
@@ -314,7 +330,8 @@ class Engine:
         stop = self._stop if not sampling.ignore_eos or matcher is not None else frozenset()
         stop |= set(sampling.stop_tokens)
         tokens, companions = list(request.prompt), tuple(self._companions(request, limit, prompt))
-        # What a group drafts would have to be checked for all of its members.
+        # What a group drafts would have to be checked for all of its members, and by all copies.
+        alone = not companions and sampling.again is None
         sequence = Sequence(
             request,
             index,
@@ -326,7 +343,7 @@ class Engine:
             stop=stop,
             matcher=matcher,
             restriction=restriction_of(sampling, stop, self.limits.model.vocabulary),
-            draft=None if companions else self._draft(sampling, tokens, prompt),
+            draft=self._draft(sampling, tokens, prompt) if alone else None,
             companions=companions,
             origin=origin,
         )
@@ -396,6 +413,21 @@ class Engine:
         if self._config.check:
             self.memory.check()
         return deltas
+
+    def states(self, texts: List[List[int]]) -> list[Tensor]:
+        """The hidden states after the model's last norm of all tokens of ``texts``, float32 [tokens, hidden] each, on
+        the CPU: computed now, from the beginning, beside the batches and without their cache.
+
+        Raises:
+            UsageError: the model is not here as a whole, or asleep.
+        """
+        if not isinstance(self.executor, Readable):
+            raise UsageError(
+                "hidden states can be had of a model that one process has as a whole, and records no steps"
+            )
+        if self.asleep:
+            raise UsageError("the engine is asleep", hint="Wake it before it computes hidden states.")
+        return self.executor.states(texts)
 
     # Pausing, sleeping, and other weights
 

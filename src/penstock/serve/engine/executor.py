@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -49,6 +49,15 @@ class Executor(Protocol):
     def close(self) -> None:
         """Nothing more will be launched: returns once what was launched has been computed, and written where it is to
         be."""
+        ...
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """An executor that has the whole model here."""
+
+    def states(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """See :meth:`~penstock.serve.engine.engine.Engine.states`."""
         ...
 
 

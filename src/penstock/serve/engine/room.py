@@ -74,9 +74,10 @@ class StepRoom:
             return 0
         begin, waited = len(self.entries), not sequence.running
         budget = self.tokens if most is None else min(most, self.tokens)
-        if waited and (self.preempted or budget < len(sequence.members) or not self._admit(sequence)):
+        again = 0 if sequence.sampling.again is None else sequence.sampling.again.more
+        if waited and (self.preempted or budget < len(sequence.members) + again or not self._admit(sequence)):
             return 0
-        shares = _shares(sequence, budget)
+        shares = _shares(sequence, budget, again)
         if not any(shares) or not self._reserve(sequence, shares):
             return 0
         scored = int(shares[0] == sequence.remaining)
@@ -84,10 +85,10 @@ class StepRoom:
         window = self._window(sequence, budget - shares[0]) if drafts else NOTHING
         for member, count in zip(sequence.members, shares, strict=True):
             if count:
-                self._enter(member, count, scored, window)
+                self._enter(member, count, scored, window, again * scored)
         self._taken.add(id(sequence))
         self._takes.append((begin, len(self.entries), waited))
-        return sum(shares) + len(window.tokens)
+        return sum(shares) + len(window.tokens) + again * scored
 
     def _admit(self, sequence: Sequence) -> bool:
         if not self._memory.admit(sequence):
@@ -99,7 +100,7 @@ class StepRoom:
         self._events.add("admitted", sequence.request.id, sequence.index, **detail)
         return True
 
-    def _enter(self, sequence: Sequence, count: int, scored: int, window: Tree) -> None:
+    def _enter(self, sequence: Sequence, count: int, scored: int, window: Tree, again: int) -> None:
         held, drafted = sequence.held, len(window.tokens)
         assert held is not None
         count, scored = count + drafted, scored + drafted
@@ -111,10 +112,10 @@ class StepRoom:
         self.entries.append(
             Entry(
                 *(sequence, held.slot, start, count, scored, rated, first - start),
-                *(tuple(window.tokens), held.dropped, self._memory.packed(held), parents),
+                *(tuple(window.tokens), held.dropped, self._memory.packed(held), parents, again),
             )
         )
-        self.tokens -= count
+        self.tokens -= count + again
         sequence.in_flight += bool(scored)
         self._memory.advance(sequence, count)
 
@@ -210,12 +211,12 @@ def _first(entry: Entry) -> int:
     return entry.start - entry.dropped
 
 
-def _shares(sequence: Sequence, budget: int) -> list[int]:
+def _shares(sequence: Sequence, budget: int, again: int) -> list[int]:
     """How many of ``budget`` tokens go to ``sequence`` and to its companions: none beyond where its cache is to be
-    compressed. The last tokens of all are computed in the same step."""
+    compressed. The last tokens of all are computed in the same step, ``again`` times more with other experts."""
     wanted = [member.remaining for member in sequence.members]
     fit = [NEVER if member.held is None else member.held.due - member.held.computed for member in sequence.members]
-    if sum(wanted) <= budget and all(count <= most for count, most in zip(wanted, fit, strict=True)):
+    if sum(wanted) + again <= budget and all(count <= most for count, most in zip(wanted, fit, strict=True)):
         return wanted
     shares = []
     for count, most in zip(wanted, fit, strict=True):

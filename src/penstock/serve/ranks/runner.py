@@ -37,6 +37,9 @@ class RankRunner(Runner):
     def sleep(self) -> None:
         raise UsageError("a model that is divided among ranks cannot sleep", hint=ALONE)
 
+    def states(self, texts: List[List[int]]) -> list[Tensor]:
+        raise UsageError("a model that is divided among ranks gives no hidden states", hint=ALONE)
+
     def _pass_all(self, parts: List[Part], lead: int) -> list[Passed]:
         # One after the other: all ranks have to make their exchanges in one order.
         return [self._pass(part) for part in parts]

@@ -19,6 +19,7 @@ from penstock.serve.decode.contract import DecodeRule
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.memory import Held
 from penstock.serve.engine.sequence import Sequence
+from penstock.serve.run.copies import Copied
 from penstock.serve.run.step import Part, Placed, Step
 from penstock.speculate.tree import depths as tree_depths
 
@@ -68,6 +69,7 @@ class Planner:
         self._held: list[Held | None] = [None] * slots
         self._biases: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._arithmetic: dict[int, DecodeRule] = {}
+        self._noise: dict[int, tuple[np.ndarray, float]] = {}
 
     def plan(self, batch: Batch) -> Step:
         """The step that computes ``batch``."""
@@ -127,6 +129,9 @@ class Planner:
             self._biases[slot] = np.array(tokens, np.int64), np.array(added, np.float32)
         if sampling.rule is not None:
             self._arithmetic[slot] = sampling.rule.arithmetic
+        if sampling.again is not None:
+            keys = [derive(sampling.seed, "experts", number) for number in range(sampling.again.more)]
+            self._noise[slot] = np.array(keys, np.uint64), sampling.again.noise
 
     # What rows ask for
 
@@ -231,7 +236,23 @@ class Planner:
                 watched = watched_places(slots[rows[all_own]], positions[all_own], ends_of, self._watched)
                 plan = dataclasses.replace(plan, watched=torch.from_numpy(watched))
             drawn = draws[:, ahead[first] : ahead[last]]
-            yield Part(inputs[:, all_own], plan, np.flatnonzero(wanted[all_own]), np.flatnonzero(rated[all_own]), drawn)
+            yield Part(
+                *(inputs[:, all_own], plan, np.flatnonzero(wanted[all_own]), np.flatnonzero(rated[all_own]), drawn),
+                self._copied(entries[own], ends[own] - begin),
+            )
+
+    def _copied(self, entries: list[Entry], ends: np.ndarray) -> Copied | None:
+        """The copies of the last tokens of ``entries``, which end before the rows ``ends``."""
+        counts = np.array([entry.again for entry in entries])
+        if not counts.any():
+            return None
+        noises = [self._noise[entry.slot] for entry in entries if entry.again]
+        return Copied(
+            rows=np.repeat(ends - 1, counts),
+            numbers=np.concatenate([np.arange(count) for count in counts]),
+            keys=np.concatenate([keys for keys, _ in noises]),
+            scales=np.repeat([scale for _, scale in noises], counts[counts > 0]),
+        )
 
     def _plan(
         self, tables: np.ndarray, lengths: np.ndarray, ends: np.ndarray, rows: np.ndarray, places: np.ndarray

@@ -30,6 +30,7 @@ from penstock.serve.choose.sampler import Sampled
 from penstock.serve.decode.contract import DecodeRule
 from penstock.serve.engine.batch import Batch
 from penstock.serve.kv.compaction import Compaction
+from penstock.serve.run.copies import Copied
 from penstock.serve.run.runner import Runner
 from penstock.serve.run.step import Part, Placed, Step
 
@@ -165,6 +166,8 @@ def flatten(step: Step) -> tuple[Arrays, dict[str, Any]]:
         arrays[f"placed.{number}"] = placed.tokens
     for number, part in enumerate(step.parts):
         own = {"inputs": part.inputs, "scored": part.scored, "rated": part.rated, "draws": part.draws}
+        if part.copied is not None:
+            own |= {f"copied.{name}": values for name, values in vars(part.copied).items()}
         plan = {name: values.numpy() for name in PLAN if (values := getattr(part.plan, name)) is not None}
         arrays |= {f"part.{number}.{name}": values for name, values in {**own, **plan}.items()}
     plain = ("first", "slots", "counts", "uniform", "bans", "followers", "window", "parents")
@@ -194,7 +197,7 @@ def unflatten(arrays: Arrays, more: dict[str, Any]) -> Step:
         own = {name: arrays[f"part.{number}.{name}"] for name in ("inputs", "scored", "rated", "draws")}
         names = [name for name in PLAN if f"part.{number}.{name}" in arrays]
         plan: dict[str, Any] = {name: torch.from_numpy(arrays[f"part.{number}.{name}"]) for name in names}
-        return Part(plan=PagedBatch(**plan), **own)
+        return Part(plan=PagedBatch(**plan), copied=record(Copied, f"part.{number}.copied"), **own)
 
     def compaction(number: int, known: list[int]) -> Compaction:
         slot, computed, first, packed = known
@@ -202,7 +205,7 @@ def unflatten(arrays: Arrays, more: dict[str, Any]) -> Step:
         return Compaction(slot, computed, first, packed, *places)
 
     def record(kind: type[Any], name: str) -> Any:
-        names = [f"asked.{name}.{field.name}" for field in dataclasses.fields(kind)]
+        names = [f"{name}.{field.name}" for field in dataclasses.fields(kind)]
         return kind(*(arrays[each] for each in names)) if names[0] in arrays else None
 
     def ruled(number: int, described: dict[str, Any], known: list[str]) -> Ruled:
@@ -217,8 +220,8 @@ def unflatten(arrays: Arrays, more: dict[str, Any]) -> Step:
     }
     asked = Asked(
         rows=np.ascontiguousarray(arrays["asked.rows"]).view(SLOT).reshape(-1),
-        biases=record(Scattered, "biases"),
-        masks=record(Masked, "masks"),
+        biases=record(Scattered, "asked.biases"),
+        masks=record(Masked, "asked.masks"),
         rules=tuple(ruled(number, *each) for number, each in enumerate(more["rules"])),
         **plain,
     )

@@ -27,8 +27,10 @@ from penstock.ops.paged.contract import PagedCache, StepShape
 from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled, Sampler
+from penstock.serve.embed.pooled import decoder_states
 from penstock.serve.engine.batch import Batch
 from penstock.serve.kv.compaction import Compactor
+from penstock.serve.run.copies import Copied, shaken
 from penstock.serve.run.graphs import (
     StepGraphs,
     decode_shapes,
@@ -224,11 +226,12 @@ class Runner:
             decodes.capture(self._alone, bar)
         self._prompts, self._decodes = prompts, decodes
 
-    def _begun(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """What the last layer needs to go on with any of the tokens with ``inputs`` int64 [3, N], as of a part."""
+    def _begun(self, inputs: Tensor, plainly: bool = False) -> tuple[Tensor, Tensor]:
+        """What the last layer needs to go on with any of the tokens with ``inputs`` int64 [3, N], as of a part;
+        ``plainly`` without what was compiled."""
         known, places, positions = inputs
         tokens = torch.where(places > 0, self._newest[places], known)
-        return self._trunk(tokens, PagedTokens(positions, self.cache))
+        return (self.model.trunk if plainly else self._trunk)(tokens, PagedTokens(positions, self.cache))
 
     def _begun_in_place(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`_begun` gives, in the memory of the first time, which had the most rows: graphs have none of
@@ -246,6 +249,13 @@ class Runner:
         tokens = draw_cut(logits, inputs[3:8].view(torch.float64))
         self._newest.index_copy_(0, inputs[8], tokens)
         return (logits, tokens) if self.hidden is None else (logits, tokens, hidden)
+
+    @torch.inference_mode()
+    def states(self, texts: List[List[int]]) -> list[Tensor]:
+        lengths = [len(text) for text in texts]
+        flat = torch.tensor([token for text in texts for token in text], device=self.device)
+        found = decoder_states(self.model)(flat, lengths).float().cpu()
+        return [each.clone() for each in torch.split(found, lengths)]
 
     def launch(self, batch: Batch) -> Sampled | None:
         return self.execute(self.plan(batch), batch.proposals)
@@ -372,6 +382,8 @@ class Runner:
         return [passed[index] for index in range(len(parts))]
 
     def _pass(self, part: Part, lane: int = 0) -> Passed:
+        if part.copied is not None:
+            return self._pass_copies(part, part.copied, lane)
         count = part.inputs.shape[1]
         if part.decoding:
             replayed = self._replayed(self._decodes, part, lane, part.draws)
@@ -394,6 +406,23 @@ class Runner:
             self._keep(self.hidden, part, hidden(np.arange(count)))
         logits = self.model.logits(hidden(part.scored)) if len(part.scored) else None
         return Passed(logits, hidden(part.rated) if len(part.rated) else None)
+
+    def _pass_copies(self, part: Part, copied: Copied, lane: int) -> Passed:
+        """Computes ``part`` and beside it what is ``copied`` of it, with noise in the routers. As this is of no shape
+        that was captured, and compiled code would be compiled anew for the noise, it runs eagerly."""
+        inputs, plan = copied.beside(part.inputs, part.plan, self.blocks, self.block_size)
+        own, count = part.inputs.shape[1], inputs.shape[1]
+        noise = self._on_device(copied.noise(self.shape, inputs[2, own:]))
+        self.cache.plan(plan, lane)
+        with shaken(self.model, noise):
+            begun = self._begun(self._on_device(inputs), plainly=True)
+            wanted = self._on_device(np.concatenate([part.scored, np.arange(own, count)]))
+            scores = self.model.logits(self.model.tip(*(each[wanted] for each in begun)))
+        if self.hidden is not None:
+            self._keep(self.hidden, part, self.model.tip(*(each[:own] for each in begun)))
+        rated = self._on_device(part.rated)
+        states = self.model.tip(*(each[rated] for each in begun)) if len(part.rated) else None
+        return Passed(copied.averaged(scores, part.scored), states)
 
     def _keep(self, kept: HiddenStates, part: Part, states: Tensor) -> None:
         """Keeps the hidden ``states`` [N, hidden] of the tokens of ``part``."""

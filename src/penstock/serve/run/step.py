@@ -12,6 +12,7 @@ import numpy as np
 from penstock.ops.paged.contract import PagedBatch
 from penstock.serve.choose.asked import Asked
 from penstock.serve.kv.compaction import Compaction
+from penstock.serve.run.copies import Copied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Part:
         rated: rows after which the log-probability of the prompt's next token is.
         draws: int64 [6, S], of the S scored ones: how the next token is drawn where nothing changes the scores, as
             float64 (see :attr:`Asked.draws`); and where it belongs in the list of newest ones.
+        copied: copies of scored rows, with other experts; None where there are none.
     """
 
     inputs: np.ndarray
@@ -33,6 +35,7 @@ class Part:
     scored: np.ndarray
     rated: np.ndarray
     draws: np.ndarray
+    copied: Copied | None = None
 
     @property
     def decoding(self) -> bool:

@@ -1,0 +1,59 @@
+"""What the runs of ``penstock search`` have drawn, for planners to choose by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from penstock.core.errors import UsageError
+from penstock.models import hub
+from penstock.search.planners.contract import Candidate, Drawn
+from penstock.search.runs import read_results
+
+
+def candidates_of(folders: Sequence[Path], right: float = 1.0) -> list[Candidate]:
+    """A candidate for each of ``folders``, named by its model: the results of searches that drew texts of the same
+    problems, such as those of ``coverage``. A text is right where its score is ``right`` or more.
+
+    Raises:
+        UsageError: a folder has no such results, or has those of other problems, or of a model that another has.
+    """
+    found: dict[str, Candidate] = {}
+    problems: tuple[Any, int] | None = None
+    for folder in folders:
+        settings, records = read_results(folder)
+        name = settings["model"]
+        if name in found:
+            raise UsageError(f"{folder} has the results of {name}, as one before it has")
+        drawn = [_drawn(folder, record, right) for record in records]
+        if problems is not None and problems != (settings["problems"], len(drawn)):
+            raise UsageError(f"{folder} has the results of other problems than {folders[0]}")
+        problems = settings["problems"], len(drawn)
+        samples = min(len(each.lengths) for each in drawn)
+        found[name] = Candidate(
+            name,
+            hub.read_config(hub.resolve(name)),
+            tuple(Drawn(each.prompt, each.lengths[:samples], each.right[:samples]) for each in drawn),
+        )
+    return list(found.values())
+
+
+def _drawn(folder: Path, record: dict[str, Any], right: float) -> Drawn:
+    """What a result says was drawn."""
+    root, *texts = record["tree"]
+    behind = all(text["parent"] == root["number"] for text in texts)
+    given = sum(text["tokens"] for text in texts) != record["ledger"]["generated"]
+    if record["error"] or record["exhausted"] or not texts or not behind or given:
+        why = record["error"] or ("the budget ended it" if record["exhausted"] else "more than texts was drawn")
+        raise UsageError(
+            f"{folder} does not say what texts of the problem {record['id']} come to: {why}",
+            hint="Run penstock search with --program coverage, a scorer, and no budget.",
+        )
+    if any(text["score"] is None for text in texts):
+        raise UsageError(f"{folder} does not say which texts are right", hint="Run penstock search with a --scorer.")
+    return Drawn(
+        record["ledger"]["prompt"],
+        tuple(text["tokens"] for text in texts),
+        tuple(text["score"] >= right for text in texts),
+    )
