@@ -12,7 +12,6 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from later import later
 from penstock.core.errors import DataError, UsageError
 from penstock.data.building import Skipped
 from penstock.data.corpora.contract import Corpus
@@ -26,8 +25,6 @@ from penstock.data.corpora.parquet import Parquet
 from penstock.data.corpora.text import Text
 from penstock.data.store import TokenStore
 from penstock.policy import create
-
-datasets = later("datasets")
 
 
 def read(corpus: Corpus) -> dict[str, str]:
@@ -187,6 +184,8 @@ def test_the_weights_of_a_mixture_are_how_often_its_documents_come(listed):
 @pytest.fixture
 def saved(tmp_path) -> Path:
     """A real data set on disk, with two splits and a nested field."""
+    import datasets
+
     rows = [{"text": f"row {i}", "meta": {"body": f"body {i}"}} for i in range(5)] + [{"text": None, "meta": None}]
     parts = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:2])}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
@@ -206,6 +205,8 @@ def test_a_data_set_on_disk_is_read(saved):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_name_on_the_hub_is_loaded_as_the_library_wants_it(monkeypatch, streaming):
     """The library stands in for the network: the rows come as its own kinds of data sets give them."""
+    import datasets
+
     asked = []
 
     def load_dataset(*arguments, **options):
@@ -221,6 +222,8 @@ def test_a_name_on_the_hub_is_loaded_as_the_library_wants_it(monkeypatch, stream
 
 
 def test_what_the_library_cannot_load_is_one_message(monkeypatch):
+    import datasets
+
     def fails(*_, **__):
         raise ConnectionError("no network")
 

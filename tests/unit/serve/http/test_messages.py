@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
 
 from in_process import Engine, asked, saying, serving, tokens_with_tools
-from later import later
 from penstock.serve.http.app import make_app
 from penstock.serve.http.service import Service
 from penstock.serve.messages import Finish
 
-anthropic = later("anthropic")
+if TYPE_CHECKING:
+    import anthropic  # imported where it is used, as it takes seconds: processes with other tests need it not
 
 THOUGHT = "<think>\nHm, the weather.\n</think>\n\n"
 SAID = "Let me see."
@@ -27,6 +27,8 @@ ASK = [{"role": "user", "content": "Weather?"}]
 def with_client(
     service: Service, use: Callable[[anthropic.AsyncAnthropic], Awaitable[Any]], key: str = "k", keys: tuple = ()
 ) -> Any:
+    import anthropic
+
     async def run() -> Any:
         transport = httpx2.ASGITransport(make_app(service, keys, False))
         async with httpx2.AsyncClient(transport=transport) as http:
@@ -116,6 +118,8 @@ def test_a_conversation_with_calls_and_results():
 
 
 def test_what_is_asked_reaches_the_engine():
+    import anthropic
+
     service = serving(engine := saying("Yes"))
     thinking = {"type": "adaptive"}
     told(
@@ -145,6 +149,8 @@ def test_tokens_are_counted():
 
 
 def test_keys_come_in_anthropics_header():
+    import anthropic
+
     assert told(serving(saying("Yes")), "right", ("right",)).content[0].text == "Yes"
     with pytest.raises(anthropic.AuthenticationError, match="no valid API key"):
         told(serving(saying("Yes")), "wrong", ("right",))
@@ -188,6 +194,8 @@ def test_what_cannot_be_done_is_said_in_anthropics_shape(body, message):
 
 
 def test_a_stream_that_breaks_off_ends_with_an_error_event():
+    import anthropic
+
     class Failing(Engine):
         async def stream(self, *requests):
             async for delta in super().stream(*requests):
