@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -24,9 +25,15 @@ from tiny_runs import MODEL, make_corpus, write_config
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 
 
+@functools.cache
+def program() -> click.Group:
+    """``penstock`` with all its verbs."""
+    return typer.main.get_command(build_app())
+
+
 def parse_penstock(words: list[str]) -> None:
     """Reads a command line of penstock down to its verb, without running anything."""
-    command: click.Command = typer.main.get_command(build_app())
+    command: click.Command = program()
     while isinstance(command, click.Group) and words:
         with command.make_context(command.name, words, resilient_parsing=True) as context:
             rest = [*context.protected_args, *context.args] if hasattr(context, "protected_args") else context.args
@@ -65,7 +72,7 @@ def test_a_printed_command_is_read_by_its_parser(command):
 
 def test_no_option_of_train_is_one_of_torchrun():
     """Whose parser takes any beginning of its own options for one, wherever it stands."""
-    train = typer.main.get_command(build_app()).commands["train"]
+    train = program().commands["train"]
     names = {name for parameter in train.params for name in parameter.opts if name.startswith("-")}
     assert {"--out", "--set", "--resume"} <= names
     for name in sorted(names):
