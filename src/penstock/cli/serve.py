@@ -248,7 +248,10 @@ def _greeting(service: Service, listener: socket.socket, keys: list[str]) -> str
     else:
         access, header = "It has no API key: everybody who can reach the address may use it.", ""
     path, body = "completions", f'{{"model": "{service.name}", "prompt": "def fibonacci(", "max_tokens": 64}}'
-    if not service.engine.ready.writes:
+    if service.engine.ready.vectors is not None and service.engine.ready.vectors.pairs:
+        texts = '"query": "How do I sort a list?", "documents": ["A cat sleeps.", "sorted(numbers)"]'
+        path, body = "rerank", f'{{"model": "{service.name}", {texts}}}'
+    elif not service.engine.ready.writes:
         path, body = "embeddings", f'{{"model": "{service.name}", "input": ["A cat sleeps.", "sorted(numbers)"]}}'
     return (
         f"Serving {service.name} at {url}\n{access}\n"

@@ -28,7 +28,7 @@ from penstock.models.companions import GENERATION
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family, effective
-from penstock.models.families.mapping import SCALAR_HEAD, general, placed, views_on
+from penstock.models.families.mapping import CLASSIFIER, SCALAR_HEAD, as_classifier, general, placed, views_on
 from penstock.models.families.nearest import nearest_family
 from penstock.models.formats.contract import GGUF, GGUF_INDEX, Weights
 from penstock.models.formats.renamed import Renamed
@@ -61,9 +61,6 @@ NAMED = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
 #: Keys of config.json that a Decoder has no use for, but which it keeps from load to save.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-
-#: How the architectures of models end that give a text one number, and of those that write.
-CLASSIFIER, WRITERS = "ForSequenceClassification", ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 #: What weights become on disk.
 Compress = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -354,8 +351,12 @@ def _weights(folder: Path, family: Family, config: DecoderConfig, hub: dict[str,
     if (folder / ADAPTER_INDEX).is_file():
         index = read_json(folder / ADAPTER_INDEX)
         base, adapter = Path(index["base"]), Path(index["adapter"])
-        additions = peft.named(peft.read(adapter), lambda name: family.weight(name, config))
-        return peft.Adapted(_weights(base, family, config, read_json(base / CONFIG)), additions, adapter)
+        found = peft.read_whole(adapter)
+        additions = peft.named(found.additions, lambda name: family.weight(name, config))
+        weights: Weights = peft.Adapted(_weights(base, family, config, read_json(base / CONFIG)), additions, adapter)
+        if found.head is None:
+            return weights
+        return peft.Judging(weights, found.head, family.tensors["head.weight"][0], adapter / peft.WEIGHTS)
     return Renamed(_stored(folder, hub), lambda name: name if name == SCALAR_HEAD else family.weight(name, config))
 
 
@@ -552,8 +553,7 @@ def _write(
     # Unknown ids are written as null: where they are absent, transformers invents some.
     hub |= origin.token_ids if origin else dict.fromkeys(TOKEN_IDS)
     if decoder.config.scalar_head:
-        named = [_classifier(name) for name in hub["architectures"]]
-        hub |= {"architectures": named, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        hub = as_classifier(hub)
     compress: Compress = _as_they_are
     if scheme is not None:
         compress, hub["quantization_config"] = _quantizing(decoder, family, scheme)
@@ -574,13 +574,6 @@ def _write(
     if len(shards) > 1:
         write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     write_json(folder / CONFIG, hub)
-
-
-def _classifier(architecture: str) -> str:
-    """What the sequence classifier of an architecture is called."""
-    for ending in WRITERS:
-        architecture = architecture.removesuffix(ending)
-    return architecture + CLASSIFIER
 
 
 def _as_they_are(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

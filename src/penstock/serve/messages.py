@@ -50,10 +50,12 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Embed:
-    """Texts, as tokens, whose vectors are wanted; ``id`` is unique among the requests that are alive."""
+    """Texts, as tokens, whose vectors are wanted; ``id`` is unique among the requests that are alive. Where texts are
+    pairs, the second of each begins with its token number ``seconds``."""
 
     id: str
     texts: list[list[int]]
+    seconds: list[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,27 +4,31 @@ Bugs that its clauses are there to catch:
 
 - states: a weight in another's place; another norm, angle, window, position or activation than the family's; a default
   that transformers takes for a key that config.json leaves out; a text that sees another one beside it.
+- scores: a head that reads another token, another activation or norm of it, the kinds of both texts forgotten.
 - folder: a tensor that is missing or left over, and read over; a switch of config.json that is not heeded, and passed
   over in silence.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from penstock.core.errors import ModelError
 from penstock.core.randomness import torch_generator
 from penstock.models.encoders.contract import EncoderFamily
 from penstock.models.encoders.encoder import Encoder, Texts
-from penstock.models.encoders.folder import load_encoder
+from penstock.models.encoders.folder import load_classifier, load_encoder
 from penstock.testing.refusals import refused
 from penstock.testing.transformers_peer import SHAPE, TOKEN_IDS, Doubled, randomize
 
@@ -46,14 +50,15 @@ def check(family: EncoderFamily) -> None:
         check_states(reference, folder / "double")
         check_defaults(family, folder / "defaults")
         check_folder(folder / "double")
+        check_scores(family, folder / "classifier")
 
 
-def peer(family: EncoderFamily) -> PreTrainedModel:
+def peer(family: EncoderFamily, made: type = AutoModel, **more: Any) -> PreTrainedModel:
     """transformers' model of a family in float64, with weights that make every part of it matter."""
     name = family.policy_name
     hub_name = name if name in CONFIG_MAPPING else name.replace("_", "-")
-    config = AutoConfig.for_model(hub_name, **{**SIZES, **dict.fromkeys(TOKEN_IDS, 0), **family.example})
-    return randomize(AutoModel.from_config(config, dtype=torch.float64).eval())
+    config = AutoConfig.for_model(hub_name, **{**SIZES, **dict.fromkeys(TOKEN_IDS, 0), **family.example, **more})
+    return randomize(made.from_config(config, dtype=torch.float64).eval())  # type: ignore[attr-defined]
 
 
 def texts() -> list[Tensor]:
@@ -95,6 +100,27 @@ def check_defaults(family: EncoderFamily, folder: Path) -> None:
         with torch.no_grad():
             wanted = model(text[None]).last_hidden_state[0]
         assert torch.allclose(found, wanted, atol=2e-4, rtol=2e-4), "a default is another than transformers'"
+
+
+def check_scores(family: EncoderFamily, folder: Path) -> None:
+    """Asserts that each of several pairs gets the number that transformers' classifier gives it alone, in float64, and
+    that one with several numbers is refused."""
+    reference = peer(family, AutoModelForSequenceClassification, num_labels=1)
+    reference.save_pretrained(folder)
+    several, seconds = texts(), [(len(text) + 1) // 2 for text in texts()]
+    classifier = load_classifier(folder, CPU, torch.float64)
+    with torch.no_grad():
+        found = classifier(torch.cat(several), Texts([len(each) for each in several], CPU, seconds))
+    told = {"token_type_ids"} & set(inspect.signature(reference.forward).parameters)
+    for text, second, number in zip(several, seconds, found.tolist(), strict=True):
+        kinds = (torch.arange(len(text)) >= second).long() % getattr(reference.config, "type_vocab_size", 2)
+        with torch.no_grad(), Doubled():
+            wanted = reference(text[None], **dict.fromkeys(told, kinds[None])).logits.item()
+        assert math.isclose(number, wanted, rel_tol=1e-9, abs_tol=1e-9), "a pair's number differs from transformers'"
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {"0": "no", "1": "yes"}}))
+    with refused(ModelError, "2 kinds"):
+        load_classifier(folder, CPU, torch.float32)
 
 
 def check_folder(folder: Path) -> None:

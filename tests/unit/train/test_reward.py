@@ -7,14 +7,17 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from penstock import LLM
-from penstock.core.errors import ConfigError, UsageError
+from penstock.core.errors import ConfigError, ModelError, UsageError
 from penstock.core.progress import silent
 from penstock.data.chats.messages import Conversation
 from penstock.data.chats.template import Template
 from penstock.models import hub
+from penstock.models.adapters import peft
+from penstock.models.attention import CausalRows
 from penstock.search.scorers.contract import Candidate
 from penstock.search.scorers.reward_model import RewardModel
 from penstock.train.run import Run
@@ -106,8 +109,55 @@ def test_its_head_is_trained_beside_an_adapter(model, data, tmp_path):
     (last / "config.json").unlink()
     Run.reopen(tmp_path / "run").trainer.train()
     assert torch.equal(hub.load_reward(last).head.weight, head)
-    peft = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
-    assert (peft["task_type"], peft["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    told = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (told["task_type"], told["modules_to_save"]) == ("SEQ_CLS", ["score"])
+
+
+@pytest.fixture(scope="module")
+def adapted(model, data, tmp_path_factory):
+    """The adapter of a run to its end."""
+    folder = tmp_path_factory.mktemp("adapted") / "run"
+    run = Run.create(chat_config(model, data=data, objective="reward", tuner="lora", steps=4), folder)
+    train_to_the_end(run, silent)
+    return folder / "adapter"
+
+
+def test_its_adapter_is_read_back_as_the_model_that_it_was(model, adapted):
+    template = Template(model)
+    texts = [template.write(Conversation(turns("what is 1?", said)), "here").tokens for said in ("1 a word", "no no")]
+    whole = hub.load_reward(adapted.parent)
+    peer = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32), adapted
+    ).eval()
+    decoder = hub.load_reward(adapted)
+    for text in texts:
+        tokens = torch.tensor(text[None].astype("int64"))
+        with torch.no_grad():
+            told, same = (
+                float(each.head(each(tokens, CausalRows.of(tokens.shape[1], "cpu")).hidden)[0, -1])
+                for each in (decoder, whole)
+            )
+            assert told == pytest.approx(float(peer(tokens).logits), abs=1e-5)
+            assert told == pytest.approx(same, abs=1e-5)
+    assert "SequenceClassification" in (hub.resolve(adapted) / "config.json").read_text()
+    with pytest.raises(UsageError, match="is a reward model, which gives a text a number"):
+        LLM(str(adapted))
+    with pytest.raises(ModelError, match="is the adapter of a reward model"):
+        peft.read(adapted)
+
+
+def test_an_adapter_that_peft_has_trained_is_read_with_its_head(model, adapted, tmp_path):
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
+    torch.manual_seed(1)
+    peer = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj", "down_proj"])).eval()
+    for name, parameter in peer.named_parameters():
+        if "lora_B" in name or "score" in name:
+            torch.nn.init.normal_(parameter.data, std=0.3)
+    peer.save_pretrained(tmp_path)
+    decoder, tokens = hub.load_reward(tmp_path), torch.arange(9)[None]
+    with torch.no_grad():
+        told = float(decoder.head(decoder(tokens, CausalRows.of(9, "cpu")).hidden)[0, -1])
+        assert told == pytest.approx(float(peer(tokens).logits), abs=1e-4)
 
 
 def test_it_is_refused_where_texts_are_written(tuned, data, tmp_path):

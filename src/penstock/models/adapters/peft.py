@@ -24,6 +24,9 @@ from penstock.ops.quantized.contract import Packed
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
+#: What PEFT calls the modules of sequence classifiers that are trained whole; decoders have the first.
+HEADS = ("score", "classifier")
+
 #: Keys of adapter_config.json that change what an adapter computes, and which are not read unless empty.
 UNREAD = ("use_dora", "alpha_pattern", "modules_to_save", "use_qalora", "trainable_token_indices", "lora_bias")
 
@@ -88,15 +91,40 @@ class Addition(NamedTuple):
         return matrix.float() + (added.T if self.transposed else added)
 
 
+class Whole(NamedTuple):
+    """An adapter: what it adds, by the names of the weights, and the head [1, hidden] of a reward model that it has, or
+    None."""
+
+    additions: dict[str, Addition]
+    head: Tensor | None
+
+
 def read(folder: Path) -> dict[str, Addition]:
-    """What an adapter adds, by the names of the weights.
+    """What an adapter adds, by the names of the weights, to a model that writes.
 
     Raises:
         ModelError: the folder is damaged, or the adapter is of a kind that is not supported.
     """
-    config = described(folder)
+    found = read_whole(folder)
+    if found.head is not None:
+        raise ModelError(f"{folder} is the adapter of a reward model, which gives a text a number and writes none")
+    return found.additions
+
+
+def judges(folder: Path) -> bool:
+    """Whether a folder's adapter makes a reward model of its base."""
+    return described(folder).get("task_type") == "SEQ_CLS"
+
+
+def read_whole(folder: Path) -> Whole:
+    """An adapter, of a model that writes or of a reward model.
+
+    Raises:
+        ModelError: the folder is damaged, or the adapter is of a kind that is not supported.
+    """
+    config, heads = described(folder), judges(folder)
     for key in UNREAD:
-        if config.get(key):
+        if config.get(key) and not (heads and key == "modules_to_save" and set(config[key]) <= set(HEADS)):
             raise ModelError(f"{folder / CONFIG}: adapters with {key} are not supported")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise ModelError(
@@ -104,6 +132,9 @@ def read(folder: Path) -> dict[str, Addition]:
             f"and this is {config.get('peft_type')!r}, bias {config.get('bias')!r}"
         )
     tensors = _tensors(folder / WEIGHTS)
+    head = tensors.pop(PREFIX + SCALAR_HEAD, None) if heads else None
+    if heads and head is None:
+        raise ModelError(f"{folder / WEIGHTS} lacks {SCALAR_HEAD}", hint="It is the adapter of no reward model.")
     found: dict[str, Addition] = {}
     for name, a in tensors.items():
         module, kind, _ = name.partition(".lora_A.weight")
@@ -117,7 +148,7 @@ def read(folder: Path) -> dict[str, Addition]:
         root = math.sqrt(len(a)) if config.get("use_rslora") else len(a)
         scale = float(config["lora_alpha"]) / root
         found[f"{module.removeprefix(PREFIX)}.weight"] = Addition(a, b, scale, bool(config.get("fan_in_fan_out")))
-    return found
+    return Whole(found, head)
 
 
 def described(folder: Path) -> dict[str, Any]:
@@ -174,6 +205,34 @@ class Adapted:
         for name, tensor in self._weights.read(names):
             added = self._additions.get(name)
             yield name, tensor if added is None else added.to(tensor)
+
+    def packed(self, names: Collection[str]) -> Iterator[tuple[str, Packed]]:
+        return self._weights.packed(names)
+
+
+class Judging:
+    """Weights with the head of a reward model in the place of the one over the vocabulary. See
+    :class:`~penstock.models.formats.contract.Weights`.
+
+    Args:
+        weights: of the model without it.
+        head: [1, hidden].
+        instead: of which tensor it takes the place, where there is one.
+        source: the file that it is from.
+    """
+
+    def __init__(self, weights: Weights, head: Tensor, instead: str, source: Path) -> None:
+        self._weights, self._head = weights, head
+        stored = Stored(source, tuple(head.shape), "F32")
+        others = {name: each for name, each in weights.headers.items() if name != instead}
+        self.headers: Mapping[str, Stored] = {**others, SCALAR_HEAD: stored}
+        self.dtypes = {*weights.dtypes, "F32"}
+        self.quantized = weights.quantized
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        yield from self._weights.read([name for name in names if name != SCALAR_HEAD])
+        if SCALAR_HEAD in names:
+            yield SCALAR_HEAD, self._head
 
     def packed(self, names: Collection[str]) -> Iterator[tuple[str, Packed]]:
         return self._weights.packed(names)

@@ -39,6 +39,7 @@ class Bert(EncoderFamily):
     }
     prefix = "bert."
     unused: ClassVar[tuple[str, ...]] = ("pooler.", "cls.", "classifier.")
+    head_tensors: ClassVar[dict[str, str]] = {"dense": "pooler.dense", "out": "classifier"}
     example: ClassVar[dict[str, Any]] = {"hidden_act": "gelu_new", "type_vocab_size": 3, "layer_norm_eps": 1e-3}
 
     def config_from_hub(self, hub: HubConfig) -> EncoderConfig:

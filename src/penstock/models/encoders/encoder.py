@@ -27,15 +27,21 @@ class Texts:
     Args:
         lengths: of each, at least one token.
         device: of the tokens.
+        seconds: where texts are pairs, the number of the token with which the second part of each begins.
 
     Attributes:
         lengths: of each.
         positions: int64 [N], of each token in its text.
+        kinds: int64 [N], 1 for the tokens of second parts; None where texts are no pairs.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device, seconds: Sequence[int] | None = None) -> None:
         self.lengths = list(lengths)
         self.positions = torch.cat([torch.arange(length, device=device) for length in self.lengths])
+        self.kinds: Tensor | None = None
+        if seconds is not None:
+            begins = torch.tensor(seconds, device=device).repeat_interleave(torch.tensor(self.lengths, device=device))
+            self.kinds = (self.positions >= begins).long()
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of tokens [N, H, D] within their texts; with a ``window``, up to this distance. Neighbours of one
@@ -116,7 +122,8 @@ class Encoder(nn.Module):
         if self.position_embedding is not None:
             x = x + self.position_embedding(texts.positions + self.config.first_place)
         if self.kind_embedding is not None:
-            x = x + self.kind_embedding.weight[0]
+            kinds = self.kind_embedding.weight
+            x = x + (kinds[0] if texts.kinds is None else kinds[texts.kinds.clamp(max=len(kinds) - 1)])
         x = self.embedding_norm(x)
         turns: Turns = None
         if len(self.rotary):

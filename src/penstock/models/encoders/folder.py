@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from penstock.core.errors import ModelError
 from penstock.core.files import read_json
 from penstock.models.blank import without_weights
+from penstock.models.encoders.classifier import Classifier
 from penstock.models.encoders.contract import EncoderFamily
 from penstock.models.encoders.encoder import Encoder
 from penstock.models.families.contract import HubConfig
@@ -28,31 +30,80 @@ def is_encoder(folder: Path) -> bool:
     return index().find("model.encoder", str(_described(folder).get("model_type"))) is not None
 
 
+def is_classifier(folder: Path) -> bool:
+    """Whether the encoder in ``folder`` has a head that makes numbers of texts or pairs of them."""
+    told = _described(folder).get("architectures") or ()
+    return any(str(each).endswith("ForSequenceClassification") for each in told)
+
+
 def load_encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> Encoder:
     """The encoder in ``folder``.
 
     Raises:
         ModelError: there is none, or the folder is damaged.
     """
-    hub = HubConfig(_described(folder))
-    if any(str(each).endswith("ForSequenceClassification") for each in hub.get("architectures") or ()):
+    if is_classifier(folder):
         raise ModelError(
-            f"{folder / CONFIG} describes a model that classifies texts or pairs of them: its head is not supported",
-            hint="Name an encoder that makes vectors; /v1/rerank and /v1/score compare those.",
+            f"{folder / CONFIG} describes a model that makes a number of a text or a pair of them, and no vectors",
+            hint="penstock serve offers it at /v1/score and /v1/rerank.",
         )
+    family, hub = _family(folder)
+    with _explained(folder), without_weights():
+        encoder = Encoder(family.config_from_hub(hub))
+    _blank(encoder, device, dtype)
+    encoder.rotary.to(device)
+    _fill(dict(_places(encoder, family)), folder, family.weight)
+    return encoder.eval()
+
+
+def load_classifier(folder: Path, device: torch.device, dtype: torch.dtype) -> Classifier:
+    """The cross-encoder in ``folder``.
+
+    Raises:
+        ModelError: there is none, the folder is damaged, or it makes more than one number of a text.
+    """
+    family, hub = _family(folder)
+    if not family.head_tensors:
+        raise ModelError(
+            f"{folder / CONFIG} describes a classifier, and those of {family.policy_name} are not supported"
+        )
+    labels = len(hub.get("id2label") or ()) or hub.get("num_labels", 2)
+    if labels != 1:
+        raise ModelError(
+            f"{folder / CONFIG} describes a model that sorts texts into {labels} kinds",
+            hint="Name one that makes a single number of a pair: /v1/score and /v1/rerank compare those.",
+        )
+    with _explained(folder), without_weights():
+        classifier = Classifier(Encoder(family.config_from_hub(hub)), family.head_from_hub(hub))
+    _blank(classifier, device, dtype)
+    classifier.encoder.rotary.to(device)
+    places = dict(_places(classifier.encoder, family))
+    for ours, theirs in family.head_tensors.items():
+        module = classifier.get_submodule(ours)
+        places |= {f"{theirs}.{part}": each.data for part, each in module.named_parameters()}
+    _fill(places, folder, family.head_weight)
+    return classifier.eval()
+
+
+def _family(folder: Path) -> tuple[EncoderFamily, HubConfig]:
+    hub = HubConfig(_described(folder))
     family = create("model.encoder", str(hub["model_type"]))
     assert isinstance(family, EncoderFamily)
+    return family, hub
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
     try:
-        config = family.config_from_hub(hub)
+        yield
     except (ValidationError, TypeError, ZeroDivisionError) as error:
         raise ModelError(f"{folder / CONFIG} describes no encoder: {error}") from error
-    with without_weights():
-        encoder = Encoder(config)
-    blank = {name: torch.empty(each.shape, dtype=dtype, device=device) for name, each in encoder.named_parameters()}
-    encoder.load_state_dict(blank, assign=True)
-    encoder.rotary.to(device)
-    _fill(encoder, family, folder)
-    return encoder.eval()
+
+
+def _blank(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Gives ``model`` memory for its weights."""
+    blank = {name: torch.empty(each.shape, dtype=dtype, device=device) for name, each in model.named_parameters()}
+    model.load_state_dict(blank, assign=True)
 
 
 def _described(folder: Path) -> dict[str, Any]:
@@ -63,9 +114,9 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _fill(encoder: Encoder, family: EncoderFamily, folder: Path) -> None:
-    weights = Renamed(Safetensors(folder), family.weight)
-    places = dict(_places(encoder, family))
+def _fill(places: Mapping[str, Tensor], folder: Path, named: Callable[[str], str | None]) -> None:
+    """Reads the weights of ``folder`` into ``places``, by what they are ``named`` there."""
+    weights = Renamed(Safetensors(folder), named)
     for which, names in (("lacks", places.keys() - weights.headers), ("also has", weights.headers.keys() - places)):
         if names:
             raise ModelError(

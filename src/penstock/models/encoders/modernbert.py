@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from penstock.core.errors import ModelError
+from penstock.models.encoders.classifier import HeadConfig
 from penstock.models.encoders.config import EncoderConfig
 from penstock.models.encoders.contract import LAYER, EncoderFamily, activation_of
 from penstock.models.families.contract import HubConfig
@@ -39,12 +40,16 @@ class ModernBert(EncoderFamily):
     }
     prefix = "model."
     unused: ClassVar[tuple[str, ...]] = ("head.", "decoder.", "classifier.")
+    head_tensors: ClassVar[dict[str, str]] = {"dense": "head.dense", "norm": "head.norm", "out": "classifier"}
     example: ClassVar[dict[str, Any]] = {
         "local_attention": 6,
         "attention_bias": True,
         "mlp_bias": True,
         "norm_bias": True,
         "norm_eps": 1e-3,
+        "classifier_pooling": "mean",
+        "classifier_activation": "silu",
+        "classifier_bias": True,
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": 500.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
@@ -74,6 +79,16 @@ class ModernBert(EncoderFamily):
             thetas=(_theta(hub, "full", "global", 160_000.0), _theta(hub, "sliding", "local", 10_000.0)),
             window=hub.get("local_attention", 128) // 2,
             windowed=tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"),
+        )
+
+    def head_from_hub(self, hub: HubConfig) -> HeadConfig:
+        return HeadConfig(
+            way=hub.get("classifier_pooling", "cls"),
+            bias=hub.get("classifier_bias", False),
+            activation=activation_of(hub.get("classifier_activation", "gelu")),
+            norm=True,
+            norm_bias=hub.get("norm_bias", False),
+            norm_eps=hub.get("norm_eps", 1e-5),
         )
 
 

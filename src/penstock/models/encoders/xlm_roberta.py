@@ -15,6 +15,7 @@ class XlmRoberta(Bert):
 
     prefix = "roberta."
     unused: ClassVar[tuple[str, ...]] = ("pooler.", "lm_head.", "classifier.")
+    head_tensors: ClassVar[dict[str, str]] = {"dense": "classifier.dense", "out": "classifier.out_proj"}
     example: ClassVar[dict[str, Any]] = {"pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-3}
 
     def first_place(self, hub: HubConfig) -> int:

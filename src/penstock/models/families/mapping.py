@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +13,19 @@ from penstock.models.families.contract import Family
 
 #: What folders call the head of a model that gives a text one number (``AutoModelForSequenceClassification``).
 SCALAR_HEAD = "score.weight"
+
+#: How the architectures of models end that give a text one number, and of those that write.
+CLASSIFIER, WRITERS = "ForSequenceClassification", ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def as_classifier(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of a config.json, as of the sequence classifier with one label that has the same layers."""
+    named = []
+    for architecture in hub.get("architectures") or [""]:  # where none is named, the ending alone says what it is
+        for ending in WRITERS:
+            architecture = architecture.removesuffix(ending)
+        named.append(architecture.removesuffix(CLASSIFIER) + CLASSIFIER)
+    return {**hub, "architectures": named, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 
 
 def views_on(decoder: Decoder, family: Family) -> dict[str, Tensor]:

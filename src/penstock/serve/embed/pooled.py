@@ -70,7 +70,7 @@ def pooled_encoder(folder: Path, device: torch.device, dtype: torch.dtype, pooli
     encoder = load_encoder(folder, device, dtype)
     shape = encoder.config
     chosen = pooling or pooling_of(folder, Pooling())
-    context = min(shape.context, _longest(folder))
+    context = min(shape.context, longest(folder))
     weights = sum(each.nbytes for each in encoder.parameters())
     return PooledModel(encoder_states(encoder), context, shape.vocabulary, shape.hidden, chosen, device, weights)
 
@@ -119,7 +119,7 @@ def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield group
 
 
-def _longest(folder: Path) -> int:
+def longest(folder: Path) -> int:
     """The most tokens of a text that sentence-transformers' settings allow."""
     path = folder / LENGTHS
     told = read_json(path) if path.is_file() else {}

@@ -84,6 +84,28 @@ class Tokens:
         ids: list[int] = self.backend.post_process(found, None, special).ids
         return ids
 
+    def encode_pair(self, one: str, other: str, most: int | None) -> tuple[list[int], int]:
+        """The tokens of two texts that are read together, with those that the model wants around them, and the number
+        of the one with which the second begins, where the model tells both apart; where they are more than ``most``, of
+        the beginning alone of the second.
+
+        Raises:
+            UsageError: one is no text, or nothing of the second would be left.
+        """
+        _check_characters(one)
+        _check_characters(other)
+        whole = self.backend.encode(one, other)
+        if most is not None and len(whole.ids) > most:
+            first, second = (self.backend.encode(each, add_special_tokens=False) for each in (one, other))
+            room = most - self.backend.num_special_tokens_to_add(True) - len(first.ids)
+            if room < 1:
+                raise UsageError(f"{most} tokens are too few: the first text alone has {len(first.ids)}")
+            second.truncate(room)
+            whole = self.backend.post_process(first, second, True)
+        # Some tokenizers know of kinds, and their models are not to be told.
+        kinds = whole.type_ids if "token_type_ids" in self._tokenizer.model_input_names else []
+        return whole.ids, kinds.index(1) if 1 in kinds else len(whole.ids)
+
     def bare(self, text: str) -> list[int]:
         """The tokens of ``text`` alone; see :meth:`encode`."""
         return self.encode(text, False)

@@ -10,9 +10,17 @@ import numpy as np
 from fastapi import Request
 
 from penstock.serve.http.errors import ApiError
+from penstock.serve.http.protocol.vectors import Compares
 from penstock.serve.http.service import Service
 from penstock.serve.http.streams import unless_gone
 from penstock.serve.link.wire import VectorForm
+
+
+class Compared(NamedTuple):
+    """How near texts are to others: float32 [n], and how many tokens were read."""
+
+    scores: np.ndarray
+    tokens: int
 
 
 class Made(NamedTuple):
@@ -21,10 +29,10 @@ class Made(NamedTuple):
     vectors: np.ndarray
     tokens: int
 
-    @property
-    def usage(self) -> dict[str, int]:
-        """In OpenAI's shape."""
-        return {"prompt_tokens": self.tokens, "total_tokens": self.tokens}
+
+def usage(tokens: int) -> dict[str, int]:
+    """The ``tokens`` that were read, in OpenAI's shape."""
+    return {"prompt_tokens": tokens, "total_tokens": tokens}
 
 
 def form_of(service: Service) -> VectorForm:
@@ -61,17 +69,59 @@ async def made(
     Raises:
         ApiError: a text does not fit or is empty, or the client went away, or the deadline passed.
     """
+    if form_of(service).pairs:
+        raise ApiError(400, "this model compares pairs of texts, and makes no vectors: ask /v1/score or /v1/rerank")
     service.admit(1)
-    context = service.engine.ready.context
-    longest = None if most is None else context if most == -1 else min(most, context)
+    longest = _longest(service, most)
     tokens = await asyncio.to_thread(lambda: [_encoded(service, text, longest, special) for text in texts])
+    return await _computed(request, service, id, tokens, None, param)
+
+
+async def compared(
+    request: Request,
+    service: Service,
+    id: str,
+    one: Sequence[str],
+    other: Sequence[str],
+    param: str,
+    body: Compares,
+) -> Compared:
+    """How near texts are to the ``other`` ones, the field ``param`` of ``request``: pair by pair, or one to each of
+    several. A model of pairs reads them together; else they are the cosines of their vectors.
+
+    Raises:
+        ApiError: a text does not fit or is empty, or the client went away, or the deadline passed.
+    """
+    form, most = form_of(service), body.truncate_prompt_tokens
+    if not form.pairs:
+        found = await made(request, service, id, [*one, *other], param, most)
+        vectors = of_length_1(found.vectors)
+        return Compared((vectors[: len(one)] * vectors[len(one) :]).sum(1), found.tokens)
+    service.admit(1)
+    pairs, longest = zip(one if len(one) > 1 else [*one] * len(other), other, strict=True), _longest(service, most)
+    encoded = await asyncio.to_thread(lambda: [service.tokens.encode_pair(*pair, longest) for pair in pairs])
+    seconds = [second for _, second in encoded]
+    found = await _computed(request, service, id, [tokens for tokens, _ in encoded], seconds, param)
+    told = found.vectors[:, 0]
+    scores = 1 / (1 + np.exp(-told.astype(np.float64))) if form.sigmoid and body.use_activation else told
+    return Compared(scores, found.tokens)
+
+
+def _longest(service: Service, most: int | None) -> int | None:
+    context = service.engine.ready.context
+    return None if most is None else context if most == -1 else min(most, context)
+
+
+async def _computed(
+    request: Request, service: Service, id: str, tokens: list[list[int]], seconds: list[int] | None, param: str
+) -> Made:
     for each in tokens:
         _check(service, each, param)
-    work = asyncio.wait_for(service.engine.embed(id, tokens), service.limits.deadline)
+    work = asyncio.wait_for(service.engine.embed(id, tokens, seconds), service.limits.deadline)
     try:
         vectors = await unless_gone(request, work)
     except TimeoutError as error:
-        raise ApiError(504, f"the vectors took longer than {service.limits.deadline:g} seconds") from error
+        raise ApiError(504, f"the texts took longer than {service.limits.deadline:g} seconds") from error
     return Made(vectors, sum(map(len, tokens)))
 
 

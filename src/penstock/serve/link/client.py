@@ -182,8 +182,9 @@ class EngineClient:
             if self._left.pop(id):
                 self.abort(id)
 
-    async def embed(self, id: str, texts: Sequence[list[int]]) -> np.ndarray:
-        """The vectors float32 [n, size] of ``texts``, which are tokens. Cancelling it aborts the request ``id``.
+    async def embed(self, id: str, texts: Sequence[list[int]], seconds: list[int] | None = None) -> np.ndarray:
+        """The vectors float32 [n, size] of ``texts``, which are tokens; of pairs, the second text of each begins with
+        its token number ``seconds``. Cancelling it aborts the request ``id``.
 
         Raises:
             UsageError: the engine does not take it.
@@ -196,7 +197,7 @@ class EngineClient:
         size, missing = 0 if self.ready.vectors is None else self.ready.vectors.size, len(texts)
         found = np.empty((len(texts), size), np.float32)
         try:
-            await self._send(Embed(id, list(texts)))
+            await self._send(Embed(id, list(texts), seconds))
             while missing:
                 news = await queue.get()
                 if isinstance(news, PenstockError):

@@ -22,11 +22,12 @@ from penstock.core.errors import PenstockError, UsageError
 from penstock.core.garbage import settle
 from penstock.core.progress import show
 from penstock.models import hub
-from penstock.models.encoders.folder import is_encoder
+from penstock.models.encoders.folder import is_classifier, is_encoder
 from penstock.models.encoders.pooling import cuts_of, pooling_of
 from penstock.serve.build import dtype_of, open_engine
 from penstock.serve.config import EngineConfig
 from penstock.serve.embed.encoder_engine import EncoderEngine
+from penstock.serve.embed.paired import PairModel, paired_encoder
 from penstock.serve.embed.pooled import LAST, PooledModel, pooled_decoder, pooled_encoder
 from penstock.serve.embed.waiting import WaitingTexts
 from penstock.serve.link.host import Host
@@ -90,8 +91,15 @@ def opened(wanted: Open, channel: Channel[Message]) -> tuple[Host, Ready]:
         if config.tensor_parallel > 1:
             raise UsageError("an encoder is not divided among ranks", hint="Leave out tensor_parallel.")
         device = pick(wanted.device)
-        model = pooled_encoder(folder, device, dtype_of(config, device), None)
-        memory, form = [{"weights": model.weights}], _form(model, folder)
+        dtype = dtype_of(config, device)
+        model: PooledModel | PairModel
+        if is_classifier(folder):
+            model = paired_encoder(folder, device, dtype)
+            form = VectorForm(model.size, False, [], pairs=True, sigmoid=model.sigmoid)
+        else:
+            model = pooled_encoder(folder, device, dtype, None)
+            form = _form(model, folder)
+        memory = [{"weights": model.weights}]
         ready = Ready(model.context, config.sequences, model.vocabulary, memory, "none", form, writes=False)
         return Host(EncoderEngine(), wanted.model, WaitingTexts(model, config.budget(device))), ready
     engine = open_engine(wanted.model, config, wanted.device, show)

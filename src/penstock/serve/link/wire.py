@@ -32,11 +32,14 @@ class Open:
 @dataclasses.dataclass(frozen=True)
 class VectorForm:
     """What vectors a model makes: of ``size`` numbers, of which the first so many as are in ``cuts`` are vectors too,
-    with the length 1 where they are ``normalized``."""
+    with the length 1 where they are ``normalized``. A model of ``pairs`` makes one number of a pair of texts instead,
+    the logit of a score where there is a ``sigmoid``."""
 
     size: int
     normalized: bool
     cuts: list[int]
+    pairs: bool = False
+    sigmoid: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

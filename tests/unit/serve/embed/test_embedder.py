@@ -71,7 +71,7 @@ def test_a_model_that_classifies_is_not_taken_for_an_encoder(minilm, tmp_path):
         (tmp_path / each.name).symlink_to(each)
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(told))
-    with pytest.raises(ModelError, match="classifies texts"):
+    with pytest.raises(ModelError, match="and no vectors"):
         open_embedder(tmp_path, device="cpu")
 
 

@@ -10,23 +10,29 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import torch
+import transformers
+from tokenizers.processors import TemplateProcessing
 
 from in_process import asked
+from penstock.core.errors import ModelError
 from penstock.core.progress import silent
 from penstock.models import hub
 from penstock.models.encoders.pooling import cuts_of
 from penstock.serve.config import EngineConfig
 from penstock.serve.embed.embedder import Embedder, open_embedder
 from penstock.serve.embed.encoder_engine import EncoderEngine
+from penstock.serve.embed.paired import paired_encoder
 from penstock.serve.http.text import Tokens
 from penstock.serve.link import process, wire
 from penstock.serve.messages import Embed, Vectors
+from penstock.testing.transformers_peer import SHAPE, randomize
 
 TEXTS = ["A cat sits on the mat.", "def add(a, b): return a + b", "Katzen", "a " * 200, "x"]
 
@@ -51,8 +57,8 @@ class Engine:
     def send(self, message: wire.Message) -> None:
         raise AssertionError(message)
 
-    async def embed(self, id: str, texts: Sequence[list[int]]) -> np.ndarray:
-        self._host.take(sent(Embed(id, list(texts))))
+    async def embed(self, id: str, texts: Sequence[list[int]], seconds: list[int] | None = None) -> np.ndarray:
+        self._host.take(sent(Embed(id, list(texts), seconds)))
         rows: dict[int, np.ndarray] = {}
         while len(rows) < len(texts):
             for each in self._host.step()[1]:
@@ -73,12 +79,17 @@ def sent(message: wire.Message) -> Any:
 
 
 @functools.cache
+def running(model: str) -> tuple[Engine, Tokens]:
+    return Engine(model), Tokens(hub.load_tokenizer(model))
+
+
+@functools.cache
 def served(model: str) -> tuple[Engine, Tokens, Embedder]:
-    return Engine(model), Tokens(hub.load_tokenizer(model)), open_embedder(model, device="cpu")
+    return *running(model), open_embedder(model, device="cpu")
 
 
 def post(path: str, body: dict[str, Any], model: str = "minilm") -> httpx.Response:
-    engine, tokens, _ = served(model)
+    engine, tokens = running(model)
     return asked(path, engine=engine, tokenizer=tokens, json=body)
 
 
@@ -204,7 +215,7 @@ def test_a_server_that_records_makes_no_vectors():
 
 
 def test_vectors_that_take_too_long_end(monkeypatch):
-    async def never(self, id, texts):
+    async def never(self, id, texts, seconds):
         await asyncio.sleep(60)
 
     monkeypatch.setattr(Engine, "embed", never)
@@ -221,3 +232,99 @@ def test_both_groups_of_lengths_are_computed(monkeypatch):
     together = embedder.model(texts)
     alone = torch.cat([embedder.model([text]) for text in texts])
     assert torch.allclose(together, alone, atol=1e-6)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["kinds", "no-kinds"])
+def pairs(request, tmp_path_factory) -> Path:
+    """A cross-encoder of BERT's kind, whose tokens of the second text are told apart, or not."""
+    folder = tmp_path_factory.mktemp("pairs") / "pairs"
+    tokenizer = hub.load_tokenizer("python-1m")
+    end = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        f"{end} $A {end}", f"{end} $A {end} $B:1 {end}:1", [(end, 0)]
+    )
+    tokenizer.model_input_names = ["input_ids", "attention_mask", *(["token_type_ids"] if request.param else [])]
+    tokenizer.save_pretrained(folder)
+    shape = {**SHAPE, "vocab_size": len(tokenizer), "max_position_embeddings": 64, "num_labels": 1}
+    config = transformers.BertConfig(**{key: value for key, value in shape.items() if key != "head_dim"})
+    randomize(transformers.BertForSequenceClassification(config).eval()).save_pretrained(folder)
+    return folder
+
+
+QUERY, DOCUMENTS = "sort a list", ["sorted(numbers)", "A cat sleeps.", "x", "def sort(a):\n    return a"]
+
+
+def logits(folder: Path, query: str, documents: list[str]) -> list[float]:
+    """What transformers says of each document alone."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        return [model(**tokenizer(query, each, return_tensors="pt")).logits.item() for each in documents]
+
+
+def test_a_cross_encoder_scores_pairs_as_transformers_does(pairs):
+    expected = logits(pairs, QUERY, DOCUMENTS)
+    body = {"text_1": QUERY, "text_2": DOCUMENTS}
+    raw = answer("/v1/score", body | {"use_activation": False}, str(pairs))
+    assert [each["score"] for each in raw["data"]] == pytest.approx(expected, abs=1e-5)
+    found = answer("/v1/score", body, str(pairs))
+    assert [each["score"] for each in found["data"]] == pytest.approx(
+        torch.tensor(expected).sigmoid().tolist(), abs=1e-5
+    )
+    tokens = transformers.AutoTokenizer.from_pretrained(pairs)
+    assert found["usage"]["prompt_tokens"] == sum(len(tokens(QUERY, each)["input_ids"]) for each in DOCUMENTS)
+    both = answer(
+        "/v1/score", {"queries": DOCUMENTS, "documents": DOCUMENTS[::-1], "use_activation": False}, str(pairs)
+    )
+    each = [logits(pairs, *pair)[0] for pair in zip(DOCUMENTS, [[text] for text in DOCUMENTS[::-1]], strict=True)]
+    assert [one["score"] for one in both["data"]] == pytest.approx(each, abs=1e-5)
+
+
+def test_a_cross_encoder_ranks(pairs):
+    expected = logits(pairs, QUERY, DOCUMENTS)
+    ranked = answer("/v1/rerank", {"query": QUERY, "documents": DOCUMENTS, "top_n": 3}, str(pairs))["results"]
+    order = sorted(range(len(DOCUMENTS)), key=lambda place: -expected[place])[:3]
+    assert [each["index"] for each in ranked] == order
+    assert [each["document"]["text"] for each in ranked] == [DOCUMENTS[place] for place in order]
+
+
+def test_a_pair_that_is_too_long_is_refused_or_cut(pairs):
+    body = {"text_1": QUERY, "text_2": "a b " * 100}
+    refused = post("/v1/score", body, str(pairs))
+    assert refused.status_code == 400
+    assert "and the model reads 64" in refused.json()["error"]["message"]
+    found = answer("/v1/score", body | {"truncate_prompt_tokens": -1, "use_activation": False}, str(pairs))
+    assert found["usage"]["prompt_tokens"] == 64
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pairs)
+    given = tokenizer(QUERY, body["text_2"], truncation="only_second", max_length=64, return_tensors="pt")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(pairs).eval()
+    with torch.no_grad():
+        assert found["data"][0]["score"] == pytest.approx(model(**given).logits.item(), abs=1e-5)
+    long = post("/v1/score", {"text_1": "a b " * 100, "text_2": "x", "truncate_prompt_tokens": -1}, str(pairs))
+    assert "the first text alone has" in long.json()["error"]["message"]
+
+
+def test_a_cross_encoder_makes_no_vectors(pairs):
+    refused = post("/v1/embeddings", {"input": "x"}, str(pairs))
+    assert (refused.status_code, "/v1/rerank" in refused.json()["error"]["message"]) == (400, True)
+    with pytest.raises(ModelError, match="makes a number of a text"):
+        open_embedder(pairs, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("told", "sigmoid"),
+    [
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}, False),
+        ({"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}, False),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}}, True),
+    ],
+)
+def test_the_folder_says_whether_scores_are_between_0_and_1(pairs, tmp_path, told, sigmoid):
+    folder = tmp_path / "pairs"
+    shutil.copytree(pairs, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    assert paired_encoder(folder, torch.device("cpu"), torch.float32).sigmoid == sigmoid
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sentence_transformers": {"activation_fn": "a.Tanh"}}))
+    with pytest.raises(ModelError, match="asks for the activation 'Tanh'"):
+        paired_encoder(folder, torch.device("cpu"), torch.float32)

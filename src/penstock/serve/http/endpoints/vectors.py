@@ -16,7 +16,7 @@ from penstock.serve.http.endpoints.here import Here
 from penstock.serve.http.names import NAME
 from penstock.serve.http.protocol.vectors import Embeddings, OfTexts, Rerank, Scores
 from penstock.serve.http.service import Service
-from penstock.serve.http.vectors import form_of, made, of_length_1, shortened
+from penstock.serve.http.vectors import compared, form_of, made, shortened, usage
 
 router = APIRouter()
 
@@ -35,41 +35,38 @@ async def embeddings(request: Request, body: Embeddings, service: Here) -> Respo
         {"object": "embedding", "index": place, "embedding": _written(vector, body.encoding_format)}
         for place, vector in enumerate(vectors)
     ]
-    return _answer(request, service, id, headers, object="list", data=data, usage=found.usage)
+    return _answer(request, service, id, headers, object="list", data=data, usage=usage(found.tokens))
 
 
 @router.post("/v1/score")
 @router.post("/score", include_in_schema=False)
 async def score(request: Request, body: Scores, service: Here) -> Response:
-    """How near texts are to each other, pair by pair: the cosines of their vectors."""
+    """How near texts are to each other, pair by pair: what a cross-encoder says, or the cosines of their vectors."""
     headers, id = _begun(service, body, "score-")
     form_of(service)
     one, other = body.sides()
-    found = await made(request, service, id, [*one, *other], "text_2", body.truncate_prompt_tokens)
-    vectors = of_length_1(found.vectors)
-    cosines = (vectors[: len(one)] * vectors[len(one) :]).sum(1)
-    data = [{"object": "score", "index": place, "score": value} for place, value in enumerate(cosines.tolist())]
-    return _answer(request, service, id, headers, object="list", data=data, usage=found.usage)
+    found = await compared(request, service, id, one, other, "text_2", body)
+    data = [{"object": "score", "index": place, "score": value} for place, value in enumerate(found.scores.tolist())]
+    return _answer(request, service, id, headers, object="list", data=data, usage=usage(found.tokens))
 
 
 @router.post("/v1/rerank")
 @router.post("/rerank", include_in_schema=False)
 @router.post("/v2/rerank", include_in_schema=False)
 async def rerank(request: Request, body: Rerank, service: Here) -> Response:
-    """The documents that are nearest to a query, by the cosines of their vectors, the nearest first."""
+    """The documents that are nearest to a query, the nearest first: by what a cross-encoder says, or by the cosines of
+    their vectors."""
     headers, id = _begun(service, body, "rerank-")
     form_of(service)
     documents = body.texts()
-    found = await made(request, service, id, [body.query, *documents], "documents", body.truncate_prompt_tokens)
-    vectors = of_length_1(found.vectors)
-    cosines = vectors[1:] @ vectors[0]
-    order = np.argsort(-cosines, kind="stable")[: body.top_n].tolist()
+    found = await compared(request, service, id, [body.query], documents, "documents", body)
+    order = np.argsort(-found.scores, kind="stable")[: body.top_n].tolist()
     results: list[dict[str, Any]] = [
-        {"index": place, "relevance_score": float(cosines[place])}
+        {"index": place, "relevance_score": float(found.scores[place])}
         | ({"document": {"text": documents[place]}} if body.return_documents else {})
         for place in order
     ]
-    return _answer(request, service, id, headers, results=results, usage=found.usage)
+    return _answer(request, service, id, headers, results=results, usage=usage(found.tokens))
 
 
 def _begun(service: Service, body: OfTexts, kind: str) -> tuple[dict[str, str], str]:

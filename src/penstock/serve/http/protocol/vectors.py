@@ -66,7 +66,14 @@ class Document(Body):
         return fields
 
 
-class Scores(OfTexts):
+class Compares(OfTexts):
+    """What scores and rankings have in common."""
+
+    #: Whether scores of a cross-encoder are between 0 and 1, where it has that; else they are its logits.
+    use_activation: bool = True
+
+
+class Scores(Compares):
     """``POST /v1/score``: how near the texts of one side are to those of the other, which has one or as many."""
 
     text_1: str | Several | None = None
@@ -93,7 +100,7 @@ class Scores(OfTexts):
         return one, other
 
 
-class Rerank(OfTexts):
+class Rerank(Compares):
     """``POST /v1/rerank``: the documents that are nearest to a query, the nearest first."""
 
     query: str
