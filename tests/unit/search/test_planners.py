@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -58,22 +59,22 @@ class BlockSparse(CachedRows):
         return torch.bmm(weights, values).flatten(0, 1)[None, None]
 
 
-def decoded(context: CachedRows, length: int) -> list[tuple[torch.Tensor, int]]:
+def decoded(context: CachedRows, length: int) -> Iterator[tuple[torch.Tensor, int]]:
     """The logits and the operations of each position."""
-    model, found = Decoder(LARGE).initialize(0), []
+    model = Decoder(LARGE).initialize(0)
     for position in range(length):
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             hidden = model(torch.tensor([[position]]), context.extend(1)).hidden
-            found.append((model.logits(hidden), counter))
-    return [(logits, counter.get_total_flops()) for logits, counter in found]
+            logits = model.logits(hidden)
+        yield logits, counter.get_total_flops()
 
 
-@pytest.mark.parametrize("length", [9, 19, 20])
-def test_sparse_attention_costs_what_it_computes_and_reads(length):
+def test_sparse_attention_costs_what_it_computes_and_reads():
+    """With as many tokens as are kept and fewer, and with more, in whole blocks and not."""
     context, prices = BlockSparse(), Kinetics(keep=KEEP, block=BLOCK).prices(LARGE, DEVICE)
-    _, flops = decoded(context, length)[-1]
-    assert prices.cost("flops", length - 1, length) == flops
-    assert prices.cost("eflops", length - 1, length) == pytest.approx(flops + 40 * 2 * context.read)
+    for position, (_, flops) in enumerate(decoded(context, 13)):
+        assert prices.cost("flops", position, position + 1) == flops
+        assert prices.cost("eflops", position, position + 1) == pytest.approx(flops + 40 * 2 * context.read)
 
 
 def test_kept_blocks_that_cover_the_context_are_dense_attention():
