@@ -1,30 +1,42 @@
 """Speculation: tokens a second and accepted tokens a step of drafters and controllers, beside plain decoding.
 
 python-6m continues files of the standard library that it has not seen, greedily, for one, four and sixteen requests at
-a time; python-1m drafts for it, or its own text does, a chain or a tree. At one request also transformers' assisted
-generation and its prompt look-up, with the same models on the same prompts.
+a time; python-1m drafts for it, or its own text does, a chain or a tree. The head that predicts for the controller
+specdec_pp is trained before that. At one request also transformers' assisted generation and its prompt look-up, with
+the same models on the same prompts.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from penstock.core.bench import Bench
+from penstock.core.config import build, read_toml
+from penstock.core.progress import show
 from penstock.data.building import is_held_out
 from penstock.data.corpora.stdlib import StandardLibrary
 from penstock.models import hub
+from penstock.models.acceptance import folder as acceptance
+from penstock.models.acceptance.head import AcceptanceHead, like
+from penstock.models.decoder import Decoder
 from penstock.policy import index
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
+from penstock.train import presets
+from penstock.train.config import TrainConfig
+from penstock.train.run import Run
+from penstock.train.session import train_to_the_end
 
 TARGET, DRAFT = "python-6m", "python-1m"
 PROMPT, OUTPUT = 128, 192  # tokens in and out
@@ -34,8 +46,12 @@ REPETITIONS = 5
 ALONE = 4
 #: How many drafts each place has, by depth.
 TREES = ("2", "3,2")
+#: Lengths that are fixed, beside the most that there may be.
+LENGTHS = (2, 3)
 #: What papers claim of a controller or drafter beside plain decoding: greater speed.
 PAPERS = {"model, bass": (160,), "model, fixed": (63,)}
+#: And of one beside the best length that is fixed.
+ADAPTIVE = {"model, specdec_pp": (374,)}
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -49,16 +65,31 @@ def prompts(count: int) -> list[list[int]]:
 def settings(quick: bool) -> dict[str, dict[str, Any]]:
     """The engine's options by what they are called."""
     drafters = {"ngram": {"draft": "ngram"}, "model": {"draft": DRAFT}}
-    names = ["measured", "fixed"] if quick else index().names("speculate.controller")
+    names = ["measured", "fixed", "specdec_pp"] if quick else index().names("speculate.controller")
     found: dict[str, dict[str, Any]] = {"plain decoding": {}}
     for drafter, options in drafters.items():
         for name in names:
-            if name != "tetris" or drafter == "model":  # it has no say about what comes out of the text
+            # Some have no say about what comes out of the text.
+            if drafter == "model" or name not in ("tetris", "specdec_pp"):
                 found[f"{drafter}, {name}"] = {**options, "controller": name}
         for tree in TREES[:1] if quick else TREES:
             for name in ("measured", "fixed"):
                 found[f"{drafter}, {name}, tree {tree}"] = {**options, "controller": name, "draft_tree": tree}
+    for length in LENGTHS[:1] if quick else LENGTHS:
+        found[f"model, fixed {length}"] = {**drafters["model"], "controller": {"name": "fixed", "length": length}}
     return found
+
+
+def predictor(draft: Decoder, target: Decoder, quick: bool) -> AcceptanceHead:
+    """The head that predicts what is accepted of greedy drafts; one that has learnt nothing where it is to be quick."""
+    if quick:
+        return like(draft).initialize(0).requires_grad_(False)
+    greedy = {"name": "acceptance", "temperature": 0.0}
+    options = {"target": TARGET, "draft": DRAFT, "objective": greedy}
+    config = build(TrainConfig, {**read_toml(presets.path_of("acceptance")), **options})
+    with tempfile.TemporaryDirectory() as made:
+        train_to_the_end(Run.create(config, Path(made) / "run"), show)
+        return acceptance.load(Path(made) / "run", draft, target, (DRAFT, TARGET))
 
 
 def run(engine: Engine, todo: list[list[int]], crowd: int, output: int) -> float:
@@ -112,10 +143,11 @@ def main(bench: Bench) -> None:
     output = 24 if bench.quick else OUTPUT
     chosen = settings(bench.quick)
     models = [hub.load(name, device=bench.device, dtype=torch.float32).eval() for name in (TARGET, DRAFT)]
-    engines = {}
+    engines, head = {}, predictor(models[1], models[0], bench.quick)
     for name, options in chosen.items():
         config = EngineConfig.model_validate({"sequences": max(CROWDS), "cache_tokens": 16384, **options})
-        engines[name] = build_engine(models[0], config, draft=models[1])
+        predicts = head if config.controller.predicts else None
+        engines[name] = build_engine(models[0], config, draft=models[1], predictor=predicts)
     for crowd in CROWDS[: 1 if bench.quick else None]:
         todo = prompts(max(crowd, 1 if bench.quick else ALONE))
         runs: dict[str, Callable[[], float]] = {
@@ -133,6 +165,11 @@ def measure(bench: Bench, runs: dict[str, Callable[[], float]], engines: dict[st
     common = {"metric": "decoding speed", "unit": "tokens/s", "setting": setting}
     others = [name for name in runs if name.startswith("transformers")]
     best = max(others, key=lambda name: sum(values[name]), default=None)
+    fixed = [name for name in runs if name.startswith("model, fixed") and "tree" not in name]
+    for name in ADAPTIVE.keys() & runs.keys():
+        length = max(fixed, key=lambda each: sum(values[each]))
+        beside = {"subject": name, "values": values[name], "papers": ADAPTIVE[name], **common}
+        bench.compared(peer=length, peer_values=values[length], **beside)
     for name in runs:
         if name == "plain decoding":
             continue

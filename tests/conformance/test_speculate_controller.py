@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from penstock.testing.enrolled import enrolled, rebuilt
-from penstock.testing.speculate_controller import check_bounds, check_engine
+from penstock.testing.speculate_controller import check_bounds, check_ends, check_engine, check_predictions
 
 POLICIES = enrolled("speculate.controller")
 
@@ -14,6 +14,12 @@ POLICIES = enrolled("speculate.controller")
 @pytest.mark.parametrize("name", POLICIES)
 def test_lengths_stay_within_what_there_is_and_follow_from_what_was_seen(name, seed):
     check_bounds(POLICIES[name], seed)
+
+
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if policy.predicts])
+def test_drafting_ends_where_the_predictions_of_the_whole_text_say(name):
+    check_ends(POLICIES[name])
+    check_predictions(POLICIES[name])
 
 
 @pytest.mark.parametrize("name", POLICIES)

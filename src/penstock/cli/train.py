@@ -41,6 +41,7 @@ def train(
     `penstock train --preset reward --set start_from=runs/sft --set data.preferences=pairs.jsonl --out runs/reward`,
     `penstock train --preset distill --set data.chats=chats.jsonl --set objective.source=http://127.0.0.1:8000`,
     `penstock train --preset drafter-early-exit --set target=runs/try --out runs/exit`,
+    `penstock train --preset acceptance --set target=python-6m --set draft=python-1m --out runs/acceptance`,
     `penstock train --resume runs/try`, `torchrun --nproc-per-node 8 -m penstock train config.toml`,
     `torchrun --nproc-per-node 4 -m penstock train config.toml --set parallel.pipeline=4 --set pipeline.schedule=zb-h1`,
     `... --set parallel.pipeline=4 --set 'pipeline.transforms=[2bp, pipeoffload]'`,

@@ -20,11 +20,14 @@ from penstock.core.devices import DeviceMemory, can_compile, inference_dtype, pi
 from penstock.core.errors import PenstockError, UsageError
 from penstock.core.progress import Reporter, silent
 from penstock.models import hub
+from penstock.models.acceptance import folder as acceptance
+from penstock.models.acceptance.head import AcceptanceHead
 from penstock.models.decoder import Decoder
 from penstock.models.heads import folder as heads
 from penstock.models.heads.contract import Continues, Continuing, Foresees, HeadModule
 from penstock.models.invariant import make_invariant
 from penstock.models.paged import cache_shape
+from penstock.models.pairing import require_same_tokens
 from penstock.models.shares import Share, divided
 from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedCache
@@ -46,7 +49,7 @@ from penstock.serve.ranks.group import Ranks
 from penstock.serve.ranks.runner import LeadingRunner, RankRunner
 from penstock.serve.rehearsal import rehearsal_blocks, rehearse_first_uses, rehearse_largest_steps
 from penstock.serve.run.chains import Chains
-from penstock.serve.run.draft import Drafting, DraftModel, DraftPlanner
+from penstock.serve.run.draft import Drafting, DraftModel, DraftPlanner, PredictingDraft
 from penstock.serve.run.graphs import prompt_shapes, window_shapes
 from penstock.serve.run.heads import ContinuingDraft, ContinuingRunner, draft_with
 from penstock.serve.run.planner import Planner
@@ -84,14 +87,19 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
     load = hub.load if config.deterministic else hub.load_for_inference
     model = load(folder, device=where, dtype=dtype_of(config, where)).eval()
     draft: Decoder | HeadModule | None = None
+    predictor: AcceptanceHead | None = None
     called = Path(source).name if folder.parent == hub.BOXED else str(source)
     if config.draft is not None and config.draft.model is not None:
         draft = load_draft(config.draft.model, folder, tokenizer, where, dtype_of(config, where), called)
+        if config.controller.predicts:
+            beside = hub.resolve(config.draft.model) / acceptance.BESIDE
+            found = config.controller.predictions or beside
+            predictor = acceptance.load(found, draft, model, (config.draft.model, called))
     elif config.draft is not None and config.draft.head is not None:
         draft = heads.load(config.draft.head, model, called)
     stop, grammars = _ends(folder, tokenizer, model.config.vocabulary)
     pieces = pieces_of_text(tokenizer, config.codec, model.config.context)
-    engine = build_engine(model, config, stop, report, grammars, str(source), draft, pieces)
+    engine = build_engine(model, config, stop, report, grammars, str(source), draft, pieces, predictor=predictor)
     if isinstance(engine.executor, Runner):
         engine.executor.weights.source = lambda: load(folder, dtype=dtype_of(config, where)).state_dict()
     return engine
@@ -143,7 +151,7 @@ def build_following(model: Decoder, config: EngineConfig, blocks: int) -> RankRu
         backend, shape = _opened(model, config, None, silent)
         memory = backend.open(dataclasses.replace(shape, blocks=blocks + 1))
         context = min(config.context or model.config.context, model.config.context)
-        return RankRunner(model, memory, config.sequences, context, **_kinds(config, [memory], False)[0])
+        return RankRunner(model, memory, config.sequences, context, **_kinds(config, [memory], [False])[0])
 
 
 def load_draft(
@@ -167,20 +175,7 @@ def load_draft(
             raise
         more = f"Or train a head that drafts for this model, and name its run: {heads.command(target=name)}"
         raise UsageError(error.what, hint=f"{error.hint} {more}") from error
-    own, other = (hub.read_config(each).vocabulary for each in (folder, target))
-    hint = "Draft with a model of the same family, or with `ngram`, which needs none."
-    if own != other:
-        raise UsageError(
-            f"the model {source!r} that is to draft has a vocabulary of {own:,} tokens, and the model that it is to "
-            f"draft for one of {other:,}",
-            hint=hint,
-        )
-    if hub.load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-        raise UsageError(
-            f"the tokenizer of the model {source!r} that is to draft numbers its {own:,} tokens otherwise than that of "
-            "the model that it is to draft for",
-            hint=hint,
-        )
+    require_same_tokens(source, folder, target, tokenizer)
     return hub.load(folder, device=device, dtype=dtype).eval()
 
 
@@ -200,16 +195,18 @@ def build_engine(
     draft: Decoder | HeadModule | None = None,
     pieces: Tensor | None = None,
     ranks: Ranks | None = None,
+    predictor: AcceptanceHead | None = None,
 ) -> Engine:
     """An engine for ``model`` where it lies, in its own dtype. ``source`` is where it came from, for a recording, and
-    ``draft`` the model or head that drafts, where ``config`` has such a drafter. A codec of the cache that learns does
-    so from ``pieces`` of text, int64 [P, T], or from random tokens where there are none. Where ``ranks`` are given,
-    ``model`` is the first one's share, and they have the others.
+    ``draft`` the model or head that drafts, where ``config`` has such a drafter; ``predictor`` says what is accepted of
+    it, where the controller asks. A codec of the cache that learns does so from ``pieces`` of text, int64 [P, T], or
+    from random tokens where there are none. Where ``ranks`` are given, ``model`` is the first one's share, and they
+    have the others.
 
     Raises:
         PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
     """
-    runner, drafting = build_runners(model, config, draft, report, pieces, ranks)
+    runner, drafting = build_runners(model, config, draft, report, pieces, ranks, predictor)
     if config.record is None:
         return Engine(config, runner, stop, grammars, drafting, _tiers(model, config, runner.cache))
     options = {**config.model_dump(mode="json"), "record": None, "cache_tokens": runner.blocks * runner.block_size}
@@ -254,10 +251,11 @@ def build_runners(
     report: Reporter = silent,
     pieces: Tensor | None = None,
     ranks: Ranks | None = None,
+    predictor: AcceptanceHead | None = None,
 ) -> tuple[Runner, Drafting | None]:
     """The model with its cache, warmed up, and likewise the one that drafts, with as many blocks; a head drafts with
-    those of the model. Where ``config`` is deterministic, the models' layers are replaced. ``pieces`` and ``ranks`` as
-    of :func:`build_engine`.
+    those of the model. Where ``config`` is deterministic, the models' layers are replaced. ``pieces``, ``ranks`` and
+    ``predictor`` as of :func:`build_engine`.
 
     Raises:
         PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
@@ -275,7 +273,7 @@ def build_runners(
             "this head goes on from its own hidden states and drafts a chain, no tree",
             hint="Leave draft_tree out, or draft with a model, a head of another kind, or ngram.",
         )
-    keeps_hidden = isinstance(head, Foresees | Continues)
+    keeps = [isinstance(head, Foresees | Continues), predictor is not None]
     opened = [_opened(each, config, pieces, report) for each in models]
     if isinstance(head, Continues):
         # What it has is little, and a codec would have to learn of it by other means than of a model.
@@ -283,14 +281,14 @@ def build_runners(
         opened.append(_opened(models[-1], config.model_copy(update={"codec": Plain()}), None, report))
     contexts = [min(config.context or each.config.context, each.config.context) for each in models]
     block_bytes = sum(shape.block_bytes for _, shape in opened)
-    if keeps_hidden:
-        block_bytes += config.block_size * model.config.hidden * opened[0][1].dtype.itemsize
+    for each, (_, shape), kept in zip(models, opened, keeps, strict=False):
+        block_bytes += config.block_size * each.config.hidden * shape.dtype.itemsize if kept else 0
     blocks = _blocks(config, device, block_bytes, contexts[0])
     runners: list[Runner] = []
     with explained_shortage():
         # One more than sequences use: the runner's own.
         memories = [backend.open(dataclasses.replace(shape, blocks=blocks + 1)) for backend, shape in opened]
-        kinds = _kinds(config, memories, keeps_hidden)
+        kinds = _kinds(config, memories, keeps)
         # There are no graphs with a plain backend that was taken since no other knows the model's attention.
         compiled = compiled and (config.attention is not None or all(memory.fix([], 0) for memory in memories))
         for each, memory, context, kind in zip(models, memories, contexts, kinds, strict=True):
@@ -305,7 +303,7 @@ def build_runners(
         if on_cuda:
 
             def rehearse() -> None:
-                rehearse_largest_steps(config, runners[0], _drafting(runners, config, head))
+                rehearse_largest_steps(config, runners[0], _drafting(runners, config, head, predictor))
 
             settle_memory(runners, config, DeviceMemory(device), compiled, rehearse, report)
         else:
@@ -315,8 +313,8 @@ def build_runners(
         if ranks is not None:
             ranks.ask_memory()
         if compiled:
-            rehearse_first_uses(Engine(config, runners[0], draft=_drafting(runners, config, head)))
-    return runners[0], _drafting(runners, config, head)
+            rehearse_first_uses(Engine(config, runners[0], draft=_drafting(runners, config, head, predictor)))
+    return runners[0], _drafting(runners, config, head, predictor)
 
 
 def _blocks(config: EngineConfig, device: torch.device, block_bytes: int, context: int) -> int:
@@ -333,9 +331,10 @@ def _blocks(config: EngineConfig, device: torch.device, block_bytes: int, contex
     return min(rehearsal_blocks(config, device, context), most)
 
 
-def _kinds(config: EngineConfig, memories: List[PagedCache], keeps_hidden: bool) -> list[dict[str, Any]]:
-    """How the runners of the model, and of one that drafts where there is one, differ from a plain one."""
-    kinds: list[dict[str, Any]] = [{"window": config.rows - 1, "sampler": Sampler, "keeps_hidden": keeps_hidden}]
+def _kinds(config: EngineConfig, memories: List[PagedCache], keeps: List[bool]) -> list[dict[str, Any]]:
+    """How the runners of the model, and of one that drafts where there is one, differ from a plain one; ``keeps`` says
+    whether they keep hidden states."""
+    kinds: list[dict[str, Any]] = [{"window": config.rows - 1, "sampler": Sampler, "keeps_hidden": keeps[0]}]
     if config.deterministic:
         kinds[0]["sampler"] = InvariantSampler
     shape = memories[0].shape
@@ -343,7 +342,9 @@ def _kinds(config: EngineConfig, memories: List[PagedCache], keeps_hidden: bool)
     if (compactor := Compactor.of(memories[0], kv, config.sequences, rows)) is not None:
         kinds[0] |= {"compactor": compactor, "planner": functools.partial(Planner, watched=kv.watches)}
     if memories[1:]:
-        kinds.append({"window": 1, **_drafting_kind(config)})  # after a step that accepted all, it computes two tokens
+        kinds.append(
+            {"window": 1, "keeps_hidden": keeps[1], **_drafting_kind(config)}
+        )  # after a step that accepted all, it computes two tokens
     return kinds
 
 
@@ -354,10 +355,15 @@ def _most_rows(config: EngineConfig, device: torch.device) -> int:
     return max(budget, *(shape.rows for shape in shapes))
 
 
-def _drafting(runners: List[Runner], config: EngineConfig, head: HeadModule | None) -> Drafting | None:
-    """Who drafts: the second of ``runners``, or the ``head`` of the first; None where there is neither."""
+def _drafting(
+    runners: List[Runner], config: EngineConfig, head: HeadModule | None, predictor: AcceptanceHead | None
+) -> Drafting | None:
+    """Who drafts: the second of ``runners``, with the ``predictor`` of what is accepted, or the ``head`` of the first;
+    None where there is neither."""
     if runners[1:] and isinstance(runners[1], ContinuingRunner):
         return ContinuingDraft(runners[1], runners[0], config.verifier, config.budget(runners[1].device))
+    if predictor is not None:
+        return PredictingDraft(runners[1], config.verifier, config.budget(runners[1].device), predictor)
     growth = Trees() if config.draft_tree else Chains()
     if head is not None:
         return draft_with(head, runners[0], config.verifier, growth, config.sequences, **_drafting_kind(config))

@@ -183,6 +183,13 @@ class EngineConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _controllable(self) -> EngineConfig:
+        reason = None if self.draft is None else self.controller.refuses(self.draft, bool(self.draft_tree))
+        if reason is not None:
+            raise ValueError(reason)
+        return self
+
+    @model_validator(mode="after")
     def _divisible(self) -> EngineConfig:
         """What one rank would do by itself, or in an order of its own, or has only a share of what it needs for."""
         drafts = self.draft is not None and (self.draft.model or self.draft.head) is not None
@@ -214,7 +221,6 @@ class EngineConfig(Config):
                 "ahead: draft fewer ahead, or fewer for each place"
             )
         reasons = {
-            f"the controller {self.controller.policy_name!r} weighs chains": self.controller.weighs,
             "deterministic needs tokens in a row": self.deterministic,
             "a model divided among ranks verifies chains": self.tensor_parallel > 1,
             "trees need the cache's codec 'plain'": not isinstance(self.codec, PlainCodec),

@@ -65,7 +65,7 @@ from penstock.testing.alike import alike
 from penstock.testing.enrolled import enrolled
 from penstock.testing.kept_scores import KeptScores
 from penstock.testing.reference import Scores, continued, greedy, prompt_logprobs
-from penstock.testing.serve_model import SHAPE, small_draft, small_head, small_model
+from penstock.testing.serve_model import SHAPE, small_draft, small_head, small_model, small_predictor
 from penstock.testing.serve_simulation import simulated_engine
 
 MOST, STOP = 16, 7
@@ -247,7 +247,8 @@ class EngineMachine(RuleBasedStateMachine):
         )
         model, draft_model = self.models
         drafts = small_head() if drafter is not None and drafter.head is not None else draft_model
-        runner, drafting = build_runners(model, config, drafts)
+        predictor = small_predictor() if drafter is not None and controller.predicts else None
+        runner, drafting = build_runners(model, config, drafts, predictor=predictor)
         self.folder = tempfile.TemporaryDirectory()
         disk = DiskBlocks(Path(self.folder.name), "machine", 1 << 20)
         tiers = Tiers(HostBlocks(runner.cache, places), disk, AtOnce()) if places else None
@@ -629,8 +630,10 @@ def machine_of(batching: Batching) -> type[EngineMachine]:
     drafters = [each for each in enrolled("speculate.drafter").values() if isinstance(each, Drafter)]
     controllers = [each for each in enrolled("speculate.controller").values() if isinstance(each, Controller)]
     pairs = list(itertools.product(drafters, controllers))
-    trees = [(drafter, controller) for drafter, controller in pairs if drafter.branches and not controller.weighs]
-    drafts = [(None, controllers[0], ()), *((*pair, ()) for pair in pairs), *((*pair, (2, 2)) for pair in trees)]
+    drafts: list[tuple[Drafter | None, Controller, tuple[int, ...]]] = [(None, controllers[0], ())]
+    for tree in ((), (2, 2)):
+        able = [pair for pair in pairs if pair[0].branches or not tree]
+        drafts += [(*pair, tree) for pair in able if pair[1].refuses(pair[0], bool(tree)) is None]
     evictions = [each for each in enrolled("kv.eviction").values() if isinstance(each, Eviction)]
     fields = {"batching": batching, "loops": loops, "drafts": drafts, "evictions": evictions}
     return type(f"{type(batching).__name__}Machine", (EngineMachine,), fields)

@@ -8,6 +8,7 @@ import functools
 import torch
 
 from penstock.core.randomness import torch_generator
+from penstock.models.acceptance.head import AcceptanceHead, like
 from penstock.models.config import DecoderConfig, MoEConfig
 from penstock.models.decoder import Decoder
 from penstock.models.heads.contract import Head, HeadModule
@@ -59,6 +60,21 @@ def head_of(model: Decoder, kind: Head | None = None) -> HeadModule:
     has learnt nothing."""
     kind = kind or EarlyExit(layers=1)
     return Headed.new(model, kind, seed=0).head.eval()
+
+
+def predictor_of(draft: Decoder) -> AcceptanceHead:
+    """A head that predicts what is accepted of what ``draft`` drafts, in the suites. It has learnt nothing, and says
+    all kinds of things."""
+    head = like(draft).initialize(0).requires_grad_(False).eval()
+    head.out.weight.copy_(torch.randn(head.out.weight.shape, generator=torch_generator(0, "testing/predictor")))
+    head.out.bias.fill_(1.0)
+    return head
+
+
+@functools.cache
+def small_predictor() -> AcceptanceHead:
+    """One for the small model's draft."""
+    return predictor_of(small_draft())
 
 
 @functools.cache

@@ -4,6 +4,10 @@ What each clause is there to catch:
 
 - :func:`check_bounds` plays random steps: a length below 0 or above what the drafter can, more verified than was
   drafted, one that decides by something that it was not told;
+- :func:`check_ends`: of those that predict, a product of the wrong numbers, one that forgets, a rule the wrong way
+  round;
+- :func:`check_predictions` compares with the whole text computed anew: what is predicted of another token, place or
+  sequence, and a token that is lost;
 - :func:`check_engine`: tokens that change with the length, with drafts that are thrown away, and with steps in which
   nothing is drafted between others, with a drafter of each kind.
 """
@@ -13,12 +17,19 @@ from __future__ import annotations
 import functools
 import itertools
 
+import torch
+
 from penstock.core.randomness import numpy_generator
+from penstock.models.attention import CausalRows
+from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.engine.engine import Engine
+from penstock.serve.messages import Request
 from penstock.speculate.contract import Drafter
 from penstock.speculate.controllers.contract import Control, Controller, Seen
 from penstock.speculate.drafters.model import Model
 from penstock.speculate.drafters.ngram import Ngram
+from penstock.testing.model_head import watched
+from penstock.testing.serve_model import SHAPE, draft_of, predictor_of, small_model
 from penstock.testing.speculate_drafter import engine_with, outcomes
 
 #: Drafters of both kinds: by the text, and by a model.
@@ -29,6 +40,9 @@ def check(controller: Controller) -> None:
     """Asserts the law."""
     for seed in range(4):
         check_bounds(controller, seed)
+    if controller.predicts:
+        check_ends(controller)
+        check_predictions(controller)
     check_engine(controller)
 
 
@@ -48,15 +62,65 @@ def check_bounds(controller: Controller, seed: int, steps: int = 200) -> None:
         assert len(kept) == sequences
         assert all(0 <= own <= len(each) for own, each in zip(kept, confidence, strict=True))
         accepted = [int(draw.integers(own + 1)) for own in kept]
+        chances = draw.random(int(draw.integers(1, most + 1))).tolist()
+        assert first.goes_on(chances) == second.goes_on(chances)
         seen = Seen(sequences, int(draw.integers(2)), ahead, kept, accepted, 0.1 * ahead, float(draw.random()) + 0.1)
         first.learn(seen)
         second.learn(seen)
 
 
+def check_ends(controller: Controller, trials: int = 200) -> None:
+    """Asserts of a controller that predicts that it ends where a rejection is certain, goes on where acceptances are,
+    and does not change its mind for more tokens, or for less likely ones."""
+    draw, most = numpy_generator(0, "testing/controller/ends"), 8
+    control = controller.start(most)
+    assert all(control.goes_on([1.0] * count) for count in range(1, most)), "it ends for nothing"
+    for _ in range(trials):
+        chances = (1 - draw.random(int(draw.integers(1, most))) ** 3).tolist()
+        place = int(draw.integers(len(chances)))
+        assert not control.goes_on([*chances[:place], 0.0, *chances[place:]]), "it goes on behind a certain rejection"
+        if not control.goes_on(chances):
+            less = [chance * float(draw.random()) for chance in chances]
+            assert not control.goes_on(less) and not control.goes_on([*chances, 1.0]), "it changes its mind"
+
+
+def check_predictions(controller: Controller, most: int = 5) -> None:
+    """Asserts of a controller that predicts that the engine drafts as far as it says, by what the head predicts of each
+    token behind the whole text."""
+    draft, limits = draft_of(small_model()), dict[int, int]()
+    head, control = predictor_of(draft), controller.start(most)
+    engine = engine_with(Model(source="a model", tokens=most), controller=controller, draft=draft)
+    drafts = watched(engine)
+    for number, temperature in enumerate((0, 0.8, 0, 1.2)):
+        prompt = [(7 * place + 3 * number) % SHAPE.vocabulary for place in range(5 + 6 * number)]
+        limits[prompt[0]] = len(prompt) + 24
+        sampling = SamplingParams(temperature=temperature, seed=number, max_tokens=24)
+        engine.add(Request(str(number), prompt, sampling))
+    while engine.busy:
+        engine.step()
+    ended = set()
+    for text, window in drafts:
+        going = []
+        with torch.no_grad():
+            hidden = draft(torch.tensor([[*text, *window]]), CausalRows.of(len(text) + len(window))).hidden[0]
+            behind = hidden[len(text) - 1 : -1]  # what each token of the window was drafted from
+            chances = head(draft, behind, torch.tensor(window)).sigmoid().tolist()
+        going = [control.goes_on(chances[:end]) for end in range(1, len(window) + 1)]
+        assert all(going[:-1]), "it went on behind its end"
+        if going[-1]:
+            # Behind the drafted tokens comes one more.
+            assert len(window) == min(most, limits[text[0]] - len(text) - 1), "it ended before its end"
+        else:
+            ended.add(len(window))
+    assert len(ended) > 1, f"behind {ended} tokens, always alike"
+
+
 def check_engine(controller: Controller) -> None:
     """Asserts that tokens are those of an engine that drafts nothing."""
     wanted = plain_outcomes()
-    for drafter in DRAFTERS:
+    drafters = [each for each in DRAFTERS if controller.refuses(each, branches=False) is None]
+    assert drafters, "it decides for nobody"
+    for drafter in drafters:
         engine = controlled(drafter, controller)
         assert outcomes(engine) == wanted, f"tokens that {drafter.policy_name} drafts change the text"
         assert engine.snapshot().held == 0

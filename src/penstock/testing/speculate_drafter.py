@@ -47,7 +47,7 @@ from penstock.speculate.controllers.fixed import Fixed
 from penstock.speculate.tree import Tree, chain, depths, drafts_at, path
 from penstock.speculate.verifiers.contract import Verifier
 from penstock.testing.reference import greedy
-from penstock.testing.serve_model import SHAPE, draft_of, head_of, small_model
+from penstock.testing.serve_model import SHAPE, draft_of, head_of, predictor_of, small_model
 
 #: Chances, in eighths, of the token (column) after the token (row): a model that likes to repeat itself.
 TABLE = ((1, 5, 1, 1), (1, 0, 6, 1), (5, 1, 1, 1), (2, 2, 2, 2))
@@ -323,7 +323,10 @@ def engine_with(
     target = model or small_model()
     if draft is None:
         draft = draft_of(target) if drafter is None or drafter.head is None else head_of(target)
-    return build_engine(target, config, draft=draft)
+    predictor = None
+    if drafter is not None and config.controller.predicts and isinstance(draft, Decoder):
+        predictor = predictor_of(draft)
+    return build_engine(target, config, draft=draft, predictor=predictor)
 
 
 def outcomes(engine: Engine) -> dict[tuple[str, int], list[int]]:

@@ -194,7 +194,8 @@ class TrainConfig(Config):
     ``bf16`` where that is faster on the device, else ``fp32``. ``compile``: with ``torch.compile``; ``auto`` does where
     a run is long enough to win back what that takes. ``chosen`` is written by the run: what became of each ``auto``,
     and why. ``start_from`` names a model whose weights and shape are the beginning, instead of ``model``; ``target``
-    names one for which a ``head`` is trained, while it stays as it is.
+    names one for which a ``head`` is trained, while it stays as it is, and ``draft`` one that drafts for it, where what
+    is trained is for both.
     ``export_dtype`` is that of the finished model's weights;
     None is that of ``start_from``, or else the one of the training. Checkpoints keep the weights in full.
 
@@ -214,6 +215,7 @@ class TrainConfig(Config):
     start_from: str | None = None
     target: str | None = None
     head: Annotated[Head, Choice("model.head")] | None = None
+    draft: str | None = None
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     objective: Annotated[Objective, Choice("train.objective", "next_token")] = NextToken()
@@ -260,7 +262,8 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         given = [key for key in ("model", "start_from", "target") if getattr(self, key) is not None]
-        if self.target is not None or self.head is not None or self.objective.of_heads:
+        heads = self.objective.of_heads or self.objective.of_pairs
+        if heads or self.target is not None or self.head is not None or self.draft is not None:
             self._head_complete()
         if not given:
             raise ValueError("say what to train: a [model] section, start_from, or a target for a head")
@@ -309,9 +312,16 @@ class TrainConfig(Config):
     def _head_complete(self) -> None:
         if self.target is None:
             raise ValueError("say which model the head is for: --set target=MODEL")
-        if self.head is None:
+        if self.objective.of_pairs:
+            if self.draft is None:
+                raise ValueError("say which model drafts for the target: --set draft=DRAFT")
+            if self.head is not None:
+                raise ValueError(f"the objective {self.objective.policy_name!r} has a head of its own: leave head out")
+        elif self.draft is not None:
+            raise ValueError(f"the objective {self.objective.policy_name!r} knows of no draft: leave draft out")
+        elif self.head is None:
             raise ValueError("say which head is trained: --set head=NAME")
-        if not self.objective.of_heads:
+        elif not self.objective.of_heads:
             raise ValueError(f"the objective {self.objective.policy_name!r} trains models, not heads")
         if self.tuner.adds:
             raise ValueError(f"a head is trained beside the model as it is: no tuner {self.tuner.policy_name!r}")

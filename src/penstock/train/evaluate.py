@@ -11,16 +11,19 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from penstock.core.devices import synchronize
 from penstock.core.progress import Reporter, silent
 from penstock.core.randomness import numpy_generator
 from penstock.data.store import Split
+from penstock.models.acceptance.head import Pair
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
 from penstock.models.heads.headed import Headed
 from penstock.ops.cross_entropy import IGNORE, linear_cross_entropy
+from penstock.train.objectives.acceptance import Acceptance
 
 
 class Documents(Protocol):
@@ -157,6 +160,46 @@ def agreement(
                 places[ahead] = places.get(ahead, 0) + int(counted.sum())
             bar.advance(int(counts.sum()))
     return [right[ahead] / max(1, places[ahead]) for ahead in sorted(right)]
+
+
+@torch.no_grad()
+def predicted_acceptance(
+    pair: Pair,
+    objective: Acceptance,
+    documents: Documents,
+    *,
+    window: int,
+    rows: int = 8,
+    report: Reporter = silent,
+) -> dict[str, float]:
+    """What the target of a ``pair`` accepts of drafted tokens in ``documents``, and what its head says of it. Windows
+    are those of :func:`bits_per_byte`.
+
+    Returns:
+        ``accepted``, the share of drafted tokens that is; ``predicted``, the mean prediction; ``cross_entropy``, that
+        of the predictions in nats a token; and ``constant``, what it would be had the share been predicted everywhere.
+    """
+    device, context = pair.target.embedding.weight.device, CausalRows.of(window, pair.target.embedding.weight.device)
+    sums = torch.zeros(3, dtype=torch.float64)
+    places = 0
+    with report("evaluating", documents.tokens, "tok") as bar:
+        bar.advance(documents.documents * max(1, documents.prefix))
+        for tokens, targets in _batches(documents, window, rows):
+            here, counts = torch.from_numpy(tokens).to(device), torch.from_numpy(targets != IGNORE).to(device)
+            drafted, said = (model(here, context).hidden[counts] for model in (pair.draft, pair.target))
+            for piece in zip(torch.split(drafted, objective.chunk), torch.split(said, objective.chunk), strict=True):
+                share, accepted, logits = objective.predicted(pair, *piece)
+                each = -(accepted * F.logsigmoid(logits) + (1 - accepted) * F.logsigmoid(-logits))
+                sums += torch.stack([(share * one).sum() for one in (accepted, logits.sigmoid(), each)]).double().cpu()
+            places += int(counts.sum())
+            bar.advance(int(counts.sum()))
+    accepted_share, predicted, entropy = (sums / max(1, places)).tolist()
+    return {
+        "accepted": accepted_share,
+        "predicted": predicted,
+        "cross_entropy": entropy,
+        "constant": sum(-math.log(each) * each for each in (accepted_share, 1 - accepted_share) if each > 0),
+    }
 
 
 def _windows(

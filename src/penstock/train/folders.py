@@ -1,4 +1,4 @@
-"""What a run trains, on disk: a whole model, or the head of one."""
+"""What a run trains, on disk: a whole model, the head of one, or that of a pair."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 
 from penstock.models import hub
+from penstock.models.acceptance import folder as acceptance
+from penstock.models.acceptance.head import Pair
 from penstock.models.decoder import Decoder
 from penstock.models.heads import folder as heads
 from penstock.models.heads.headed import Headed
 
 #: What a run trains.
-Trained = Decoder | Headed
+Trained = Decoder | Headed | Pair
 
 
 def check(model: Trained) -> None:
@@ -26,13 +28,15 @@ def check(model: Trained) -> None:
 
 
 def save(model: Trained, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes a model, or the head of one, into a folder that exists.
+    """Writes a model, or a head, into a folder that exists.
 
     Raises:
         PenstockError: the disk is full, or the folder cannot be written.
     """
     if isinstance(model, Headed):
         heads.save(model, folder, dtype)
+    elif isinstance(model, Pair):
+        acceptance.save(model, folder, dtype)
     else:
         hub.save(model, folder, dtype=dtype)
 
@@ -45,5 +49,7 @@ def import_state(model: Trained, folder: Path) -> None:
     """
     if isinstance(model, Headed):
         heads.import_state(model, folder)
+    elif isinstance(model, Pair):
+        acceptance.import_state(model, folder)
     else:
         hub.import_state(model, folder)

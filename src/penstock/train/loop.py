@@ -18,7 +18,7 @@ from penstock.core.metrics import MetricsLog
 from penstock.core.signals import StopRequest
 from penstock.core.trackers import Tracker, WeightsAndBiases
 from penstock.data.loader import Batch, Batches
-from penstock.models.heads.headed import Headed
+from penstock.models.beside import Beside
 from penstock.parallel.world import World
 from penstock.train import checkpoint, folders
 from penstock.train.compiling import compile_loss, eager_seconds, obstacle
@@ -272,7 +272,7 @@ class Trainer:
     def _validate(self, log: MetricsLog | None) -> bool:
         """Validates the weights; whether they are the best so far, and to be kept."""
         whole = self.whole()
-        assert self.validation is not None and not isinstance(whole, Headed)  # the configuration refuses it for heads
+        assert self.validation is not None and not isinstance(whole, Beside)  # the configuration refuses it for heads
         measured = self.validation.measure(whole, self.weights, self.device)
         if log is not None:
             log.write(self.position.step, {f"validation_{self.validation.material.measure}": measured})
@@ -316,7 +316,7 @@ class Trainer:
         require_finite(size, "the norm of the weights", self.position.step, self._resume)
         model, state = self.whole(), state_of(self.updater, self.config)
         if model is not None:
-            if not isinstance(model, Headed):
+            if not isinstance(model, Beside):
                 model = self.config.tuner.merged(model)
             config, best = self.config, self.position.best_step if self.config.validation.keep_best else None
             keeping = checkpoint.Keeping(config.keep_checkpoints, config.keep_every, best)

@@ -25,11 +25,14 @@ from penstock.core.errors import ConfigError, UsageError
 from penstock.core.files import atomic_folder, read_json, write_json
 from penstock.core.progress import Reporter, silent
 from penstock.models import hub
+from penstock.models.acceptance.head import Pair
+from penstock.models.beside import Beside
 from penstock.models.blank import assembled
 from penstock.models.companions import copy_companions
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.heads.headed import Headed
+from penstock.models.pairing import require_same_tokens
 from penstock.parallel.world import World
 from penstock.train import checkpoint, folders
 from penstock.train.batches import rows_of_each
@@ -218,9 +221,14 @@ class Run:
     def _model(self, found: Path | None) -> Trained:
         """What is trained, at the beginning, or the like for the weights of the checkpoint ``found``."""
         shape, named, head = self.config.model, self.config.target, self.config.head
-        if named is not None and head is not None:
+        if named is not None:
             target = hub.load(named, device=self.device, dtype=torch.float32)
-            return Headed.new(target, head, self.config.seed, named)
+            if head is not None:
+                return Headed.new(target, head, self.config.seed, named)
+            drafting, folder = str(self.config.draft), hub.resolve(named)
+            require_same_tokens(drafting, hub.resolve(drafting), folder, hub.load_tokenizer(folder))
+            draft = hub.load(drafting, device=self.device, dtype=torch.float32)
+            return Pair.new(draft, target, self.config.seed, (drafting, named))
         if shape is None:
             # What is added to a base is put on top of it again; checkpoints have both merged.
             source = None if self.config.tuner.adds else found
@@ -306,25 +314,30 @@ class Run:
         return summary
 
     def _evaluate(self, whole: Trained | None, report: Reporter, seconds: float | None) -> dict[str, Any]:
-        """The material's measure of the model on what is held out, or how often a head agrees with its target there, if
-        anything is. The leading process measures, on its own device."""
-        key = self.material.measure if self.config.target is None else "agreement"
+        """The material's measure of the model on what is held out, or how often a head agrees with its target there, or
+        what it predicts of what that accepts, if anything is. The leading process measures, on its own device."""
+        of_head = "agreement" if self.config.draft is None else "acceptance"
+        key = self.material.measure if self.config.target is None else of_head
         if not self.material.held_out:
             return {key: None}
         if seconds is None and self.config.evaluation_minutes is not None:
             seconds = 60 * self.config.evaluation_minutes
-        measured, shares = 0.0, list[float]()
+        measured: float = 0.0
+        told: list[float] | dict[str, float] = []
         if whole is not None:
             precise = self.device.type != "cuda"
             with contextlib.nullcontext() if precise else self.trainer.weights.arithmetic(self.device):
                 whole = whole.to(self.device).eval()
-                if isinstance(whole, Headed):
+                if isinstance(whole, Beside):
                     assert isinstance(self.material, Texts)  # of objectives of heads
-                    shares = self.material.agreement(whole, report, seconds)
+                    if isinstance(whole, Pair):
+                        told = self.material.accepted(whole, report, seconds)
+                    else:
+                        told = self.material.agreement(whole, report, seconds)
                 else:
                     measured = self.material.evaluate(whole, report, seconds)
         everywhere = self.world.largest(measured)[0]
-        return {key: shares if self.config.target is not None else everywhere}
+        return {key: told if self.config.target is not None else everywhere}
 
 
 @contextlib.contextmanager

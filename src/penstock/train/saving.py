@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from penstock.core.errors import CheckpointError, PenstockError
+from penstock.models.beside import Beside
 from penstock.models.blank import assembled
-from penstock.models.heads.headed import Headed
 from penstock.train import checkpoint
 from penstock.train.checkpoint import Keeping, TrainerState
 from penstock.train.folders import Trained
@@ -48,7 +48,7 @@ class Saver:
             return
         self.wait()
         weights = {name: _copied(p) for name, p in model.named_parameters()}
-        model = model.holding(weights) if isinstance(model, Headed) else assembled(model, weights)
+        model = model.holding(weights) if isinstance(model, Beside) else assembled(model, weights)
         tensors = {group: {name: _copied(t) for name, t in named.items()} for group, named in state.tensors.items()}
         state = TrainerState(copy.deepcopy(state.position), state.description, tensors)
         self._pending = self._pool.submit(self._write, step, model, state, keeping)

@@ -67,7 +67,7 @@ def train_to_the_end(run: Run, report: Reporter, evaluation: float | None = None
             print(
                 f"{_measured(run.material, summary)} after {summary['steps']} steps "
                 f"({quantity(summary['tokens'], 'tok')}, {quantity(summary['tokens_per_s'], 'tok')}/s)\n"
-                f"{'model' if run.config.head is None else 'head'}: {run.folder / 'model'} ({_dtype(run)})   "
+                f"{'model' if run.config.target is None else 'head'}: {run.folder / 'model'} ({_dtype(run)})   "
                 f"loss curve: {run.folder / 'loss.png'}"
             )
         return summary
@@ -83,6 +83,13 @@ def _measured(material: Material, summary: dict[str, Any]) -> str:
     if summary.get("agreement"):
         shares = ", ".join(f"{share:.1%}" for share in summary["agreement"])
         return f"of the target's likeliest tokens on held-out documents the head has {shares} (by tokens ahead)"
+    if summary.get("acceptance"):
+        told = summary["acceptance"]
+        return (
+            f"on held-out documents the target accepts {told['accepted']:.1%} of drafted tokens, and the head expects "
+            f"{told['predicted']:.1%} (cross-entropy {told['cross_entropy']:.3f} nats; {told['constant']:.3f} of a "
+            "constant)"
+        )
     what = "documents" if material.measure == "bits_per_byte" else "examples"
     if summary.get(material.measure) is None:
         return f"not evaluated, since no {what} are held out,"

@@ -31,10 +31,21 @@ def test_every_setting_stands_beside_plain_decoding_and_the_best_of_transformers
     assert told == now.output_tokens / now.sequence_steps >= 1  # nothing came before the first run
 
 
+def test_a_controller_that_adapts_stands_beside_the_best_fixed_length():
+    script = load("speculate")
+    bench = Bench("speculate", torch.device("cpu"), quick=True)
+    bench.console.quiet = True
+    speeds = {"plain decoding": 1.0, "model, fixed": 2.0, "model, fixed 2": 3.0, "model, specdec_pp": 4.0}
+    script.measure(bench, {name: lambda speed=speed: speed for name, speed in speeds.items()}, {}, "1 at a time")
+    (row,) = [row for row in bench.rows if 374 in row.papers]
+    assert (row.subject, row.peer) == ("model, specdec_pp", "model, fixed 2")
+
+
 def test_all_controllers_are_measured_with_a_model():
     script = load("speculate")
-    named = {options["controller"] for options in script.settings(quick=False).values() if "controller" in options}
-    assert {"measured", "fixed", "bass", "thompson", "tetris"} <= named
+    named = [options["controller"] for options in script.settings(quick=False).values() if "controller" in options]
+    plain = {each if isinstance(each, str) else each["name"] for each in named}
+    assert {"measured", "fixed", "bass", "thompson", "tetris", "specdec_pp"} <= plain
     trees = {options.get("draft_tree") for options in script.settings(quick=True).values()}
     assert trees > {None}
     assert set(script.settings(quick=True)) < set(script.settings(quick=False))

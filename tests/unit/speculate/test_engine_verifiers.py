@@ -20,13 +20,14 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.messages import Request
+from penstock.speculate.controllers.specdec_pp import SpecDecPlusPlus
 from penstock.speculate.drafters.head import Head
 from penstock.speculate.drafters.model import Model
 from penstock.speculate.drafters.ngram import Ngram
 from penstock.speculate.verifiers.accept_residual import AcceptResidual
 from penstock.testing.model_head import learnt
 from penstock.testing.reference import next_logits
-from penstock.testing.serve_model import draft_of, small_model
+from penstock.testing.serve_model import draft_of, predictor_of, small_model
 from penstock.testing.serve_rows import Rows
 from penstock.testing.speculate_drafter import KINDS, engine_with, outcomes
 
@@ -71,15 +72,18 @@ DRAFTS = {
         ),
         pytest.param("recursive_distinct", "a head", "1,3", marks=pytest.mark.slow),
         pytest.param("exact_match", "the text", "3,2", marks=pytest.mark.slow),
+        pytest.param("accept_residual", "a model that stops", "", marks=pytest.mark.slow),
     ],
 )
 def test_sampled_texts_have_the_models_distribution(verifier, drafts, tree):
     """A chi-square over the real engine, which drafts, accepts and draws from residuals as it serves."""
     sampling = Sampling(temperature=1.5, top_k=3)
-    drafter, make = DRAFTS[drafts]
-    sizes = {"sequences": 64, "cache_tokens": 4096}
-    options = {"draft": drafter, "draft_tree": tree, "controller": "fixed", "verifier": verifier}
-    engine = build_engine(small_model(), EngineConfig(attention="reference", **sizes, **options), draft=make())
+    drafter, make = DRAFTS[drafts.removesuffix(" that stops")]
+    sizes, stops, draft = {"sequences": 64, "cache_tokens": 4096}, drafts.endswith(" that stops"), make()
+    controller = SpecDecPlusPlus(threshold=0.4) if stops else "fixed"
+    options = {"draft": drafter, "draft_tree": tree, "controller": controller, "verifier": verifier}
+    config, predictor = EngineConfig(attention="reference", **sizes, **options), predictor_of(draft) if stops else None
+    engine = build_engine(small_model(), config, draft=draft, predictor=predictor)
     texts: dict[str, list[int]] = {}
     for seed in range(500):
         params = SamplingParams(temperature=1.5, top_k=3, seed=seed, max_tokens=3)

@@ -91,9 +91,12 @@ def test_a_store_that_is_there_may_have_any_vocabulary():
 
 
 def preset_of(name: str) -> TrainConfig:
-    """A preset; of those that train a head, for some model."""
+    """A preset; of those that train a head, for some model, and of those that need one for what drafts for it."""
     given = read_toml(presets.path_of(name))
-    return build(TrainConfig, given | {"target": "python-6m"} if "head" in given else given)
+    models = {"target": "python-6m"} if "head" in given else {}
+    if name == "acceptance":
+        models = {"target": "python-6m", "draft": "python-1m"}
+    return build(TrainConfig, given | models)
 
 
 @pytest.mark.parametrize("preset", presets.names())

@@ -10,22 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from penstock.core.errors import ModelError, PenstockError, UsageError
+from penstock.core.errors import ModelError, UsageError
 from penstock.core.files import read_json, write_json
 from penstock.models.decoder import Decoder
 from penstock.models.heads.contract import Head, HeadModule
 from penstock.models.heads.headed import Headed
+from penstock.models.heads.weights import called, fill, marks, read_weights, same_marks, sizes_of, write_weights
 from penstock.policy import Choice, index
 
 DESCRIPTION, WEIGHTS = "head.json", "head.safetensors"
-NORM = "target.norm."
-
-#: How much the target's norm may differ from what it was, relative to it: as bf16 rounds.
-ROUNDED = 2**-7
+TARGET = "target"
 
 
 class Description(NamedTuple):
@@ -58,15 +53,8 @@ def save(model: Headed, folder: Path, dtype: torch.dtype | None = None) -> None:
     Raises:
         PenstockError: the disk is full, or the folder cannot be written.
     """
-    named = {**model.head.state_dict(), **_norm(model.target)}
-    tensors = {name: each.detach().to("cpu", dtype or each.dtype).contiguous() for name, each in named.items()}
-    try:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise PenstockError(f"cannot write {folder / WEIGHTS}: {error}", hint="Is the disk full?") from error
-    # Of a folder, a name that is right wherever it is read.
-    target = str(Path(model.source).resolve()) if Path(model.source).exists() else model.source
-    said = {"head": model.kind.describe(), "target": target, "sizes": _sizes(model.target)}
+    write_weights(folder / WEIGHTS, {**model.head.state_dict(), **marks(TARGET, model.target)}, dtype)
+    said = {"head": model.kind.describe(), "target": called(model.source), "sizes": sizes_of(model.target)}
     write_json(folder / DESCRIPTION, said)
 
 
@@ -102,19 +90,17 @@ def load(source: str | Path, target: Decoder, name: str = "MODEL") -> HeadModule
         )
     kind, trained_for, sizes = describe(folder)
     again = f"Train one for this model: {command(kind.policy_name, name)}"
-    differing = {key: (size, sizes.get(key)) for key, size in _sizes(target).items() if size != sizes.get(key)}
+    differing = {key: (size, sizes.get(key)) for key, size in sizes_of(target).items() if size != sizes.get(key)}
     if differing:
         said = ", ".join(f"{key} is {here}, and was {there}" for key, (here, there) in differing.items())
         raise UsageError(f"the head in {folder} was trained for {trained_for}, not for this model: {said}", hint=again)
     head = kind.build(target.config)
-    tensors = _read(folder)
-    for key, now in _norm(target).items():
-        then = tensors.pop(key, None)
-        if then is None or not torch.allclose(then.float(), now.float().cpu(), rtol=ROUNDED, atol=ROUNDED):
-            raise UsageError(
-                f"the head in {folder} was trained for {trained_for}, and this model's weights are others", hint=again
-            )
-    _fill(head, tensors, folder)
+    tensors = read_weights(folder / WEIGHTS)
+    if not same_marks(TARGET, target, tensors):
+        raise UsageError(
+            f"the head in {folder} was trained for {trained_for}, and this model's weights are others", hint=again
+        )
+    fill(head, tensors, folder)
     weight = target.embedding.weight
     return head.to(weight.device, weight.dtype).requires_grad_(False).eval()
 
@@ -125,30 +111,4 @@ def import_state(model: Headed, folder: Path) -> None:
     Raises:
         ModelError: the folder is damaged, or of another head.
     """
-    _fill(model.head, {key: each for key, each in _read(folder).items() if not key.startswith(NORM)}, folder)
-
-
-def _read(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"the weights {path} cannot be read: {error}") from error
-    return tensors
-
-
-def _fill(head: HeadModule, tensors: dict[str, Tensor], folder: Path) -> None:
-    try:
-        head.load_state_dict(tensors)
-    except RuntimeError as error:  # names or shapes differ; what it says has many lines
-        first = " ".join(str(error).split())
-        raise ModelError(f"the weights in {folder} are not those of its head: {first}") from error
-
-
-def _norm(target: Decoder) -> dict[str, Tensor]:
-    return {NORM + name: each for name, each in target.norm.state_dict().items()}
-
-
-def _sizes(target: Decoder) -> dict[str, int]:
-    shape = target.config
-    return {"hidden": shape.hidden, "layers": shape.layers, "vocabulary": shape.vocabulary}
+    fill(model.head, read_weights(folder / WEIGHTS), folder)

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from penstock.models.beside import Beside
 from penstock.models.decoder import Decoder
 from penstock.models.heads.contract import Head, HeadModule
 
 
-class Headed(nn.Module):
-    """A head with its target, whose weights do not count as its own: they are neither trained nor saved.
+class Headed(Beside):
+    """A head with its target.
 
     Attributes:
-        target: the model, frozen. It goes along to other devices and dtypes.
+        target: the model, frozen.
         kind: which head it is.
         head: its weights.
         source: what the target is called.
         config: the target's.
-        layers: none.
     """
 
     target: Decoder
 
     def __init__(self, target: Decoder, kind: Head, head: HeadModule, source: str = "") -> None:
-        super().__init__()
-        # Not as a submodule, whose parameters would be among this one's.
-        vars(self)["target"] = target.requires_grad_(False)
-        self.source = source
-        self.kind, self.head, self.config, self.layers = kind, head, target.config, nn.ModuleList()
+        super().__init__(target.config, target=target)
+        self.kind, self.head, self.source = kind, head, source
 
     @classmethod
     def new(cls, target: Decoder, kind: Head, seed: int, source: str = "") -> Headed:
@@ -45,15 +41,6 @@ class Headed(nn.Module):
         return cls(target, kind, head, source)
 
     def holding(self, weights: Mapping[str, Tensor]) -> Headed:
-        """The same with ``weights``, by the names of this one's parameters."""
         head = self.kind.build(self.config)
         head.load_state_dict({name.removeprefix("head."): each for name, each in weights.items()}, assign=True)
         return Headed(self.target, self.kind, head, self.source)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self.target._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-    def parameter_count(self) -> int:
-        """Number of parameters of the head."""
-        return sum(p.numel() for p in self.parameters())

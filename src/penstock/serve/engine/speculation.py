@@ -31,6 +31,7 @@ class Speculation:
 
     def __init__(self, controller: Controller, most: int, model: Drafting | None) -> None:
         self._control, self._weighs, self._model = controller.start(most), controller.weighs, model
+        self._goes_on = self._control.goes_on if controller.predicts else None
         self._published = 0.0
         self.clock: Callable[[], float] = time.perf_counter
         self.drafted, self.accepted = [0] * most, [0] * most
@@ -48,7 +49,7 @@ class Speculation:
         if not batch.ahead:
             return
         begun = self.clock()
-        drafted = self._model.draft(batch)
+        drafted = self._model.draft(batch, self._goes_on)
         if self._weighs:
             confidence = drafted.confidence()
             drafted.cut(dict(zip(confidence, self._control.kept(list(confidence.values())), strict=True)))

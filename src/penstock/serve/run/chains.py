@@ -55,6 +55,7 @@ class Chains:
         first: list[Entry],
         wanted: dict[int, int],
         tables: np.ndarray,
+        going: Callable[[list[Entry], Tensor], list[bool]] | None = None,
     ) -> Drafted:
         """What is drafted behind the scored entries of ``first``.
 
@@ -65,10 +66,12 @@ class Chains:
             first: what the first pass computes.
             wanted: how far the texts are to go, by slot, in tokens that have to be computed here.
             tables: the blocks of each slot.
+            going: says behind which of some entries, with the tokens int64 [N] that were drafted for them, there are to
+                be more; None is all of them.
         """
         drafted, open_ = Drafted(), first
         # Where the host has to see each token, or has it at no cost, it is read at once; else all of them at the end.
-        on_host = any(entry.sequence.sampling.waits for entry in open_)
+        on_host = going is not None or any(entry.sequence.sampling.waits for entry in open_)
         queued: list[tuple[list[Entry], Sampled]] = []
         depth = 0
         while open_:
@@ -80,7 +83,9 @@ class Chains:
             at_once = on_host or sampled.ready is None
             if at_once:
                 _read([queued.pop()], drafted)
-            open_ = [_next(entry) for entry in scored if entry.start + entry.count < wanted[entry.slot]]
+            more = [True] * len(scored) if going is None else going(scored, sampled.tokens)
+            pairs = zip(scored, more, strict=True)
+            open_ = [_next(entry) for entry, on in pairs if on and entry.start + entry.count < wanted[entry.slot]]
             open_ = [entry for entry in open_ if not at_once or _goes_on(entry.sequence)]
             depth += 1
         _read(queued, drafted)

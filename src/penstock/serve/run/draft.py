@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from penstock.models.acceptance.head import AcceptanceHead
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Batch, Entry
@@ -19,6 +21,10 @@ from penstock.serve.run.runner import Runner
 from penstock.serve.run.trees import Trees
 from penstock.speculate.contract import AWAITED
 from penstock.speculate.verifiers.contract import Verifier
+
+#: Whether another token is drafted, by the predicted chances of those that were; see
+#: :meth:`penstock.speculate.controllers.contract.Control.goes_on`.
+GoesOn = Callable[[List[float]], bool]
 
 
 class DraftPlanner(Planner):
@@ -70,9 +76,9 @@ class Drafting:
 
     # What they have from here
 
-    def draft(self, batch: Batch) -> Drafted:
-        """Drafts for the entries of ``batch`` that await tokens."""
-        wanted = {entry.slot: self._wanted(entry) for entry in batch.entries if entry.window[:1] == (AWAITED,)}
+    def draft(self, batch: Batch, goes_on: GoesOn | None = None) -> Drafted:
+        """Drafts for the entries of ``batch`` that await tokens; ``goes_on`` is for those who predict."""
+        wanted = self._awaited(batch)
         return self._growth.grow(self._pass, self.sampler, self._first(batch, wanted), wanted, batch.tables)
 
     def proposals(self, drafted: Drafted, slots: int) -> Proposals | None:
@@ -86,6 +92,11 @@ class Drafting:
         for row, tokens in zip(drafts, drafted.drafts, strict=True):
             row[: len(tokens)] = tokens
         return Proposals(self._verifier, torch.cat(drafted.chances), drafts, rows)
+
+    def _awaited(self, batch: Batch) -> dict[int, int]:
+        """How far the texts of ``batch`` are to go that await tokens, by slot, in tokens that have to be computed
+        here."""
+        return {entry.slot: self._wanted(entry) for entry in batch.entries if entry.window[:1] == (AWAITED,)}
 
     def _wanted(self, entry: Entry) -> int:
         """How far the text of ``entry`` is to go, in tokens that have to be computed here."""
@@ -166,6 +177,43 @@ class DraftModel(Drafting):
             # A tree's tokens are not where those will be that are accepted.
             self._coverage.extend(tables[entry.slot], entry.start, entry.start + entry.count - len(entry.window))
         return [entry for entry in entries if entry.scored], sampled
+
+
+class PredictingDraft(DraftModel):
+    """Drafts chains with a model, and predicts behind each token whether the target will accept it.
+
+    Args:
+        runner: of the model, which keeps its hidden states, with a :class:`DraftPlanner`.
+        verifier: of its drafts.
+        tokens: most that are computed in a pass.
+        head: predicts.
+    """
+
+    def __init__(self, runner: Runner, verifier: Verifier, tokens: int, head: AcceptanceHead) -> None:
+        super().__init__(runner, verifier, Chains(), tokens)
+        self._head = head
+
+    def draft(self, batch: Batch, goes_on: GoesOn | None = None) -> Drafted:
+        if goes_on is None:
+            return super().draft(batch)
+        wanted, chances = self._awaited(batch), dict[int, list[float]]()
+
+        def going(entries: list[Entry], tokens: Tensor) -> list[bool]:
+            predicted = self._predicted(entries, tokens, batch.tables)
+            for entry, chance in zip(entries, predicted, strict=True):
+                chances.setdefault(entry.slot, []).append(chance)
+            return [goes_on(chances[entry.slot]) for entry in entries]
+
+        return Chains().grow(self._pass, self.sampler, self._first(batch, wanted), wanted, batch.tables, going)
+
+    @torch.inference_mode()
+    def _predicted(self, entries: list[Entry], tokens: Tensor, tables: np.ndarray) -> list[float]:
+        """How likely ``tokens`` int64 [N] are accepted that were drafted behind ``entries``."""
+        kept = self.runner.hidden
+        assert kept is not None
+        hidden = kept.read(tables, [(entry.slot, entry.start + entry.count - 1) for entry in entries])
+        chances: list[float] = self._head(self.runner.model, hidden, tokens.to(self.runner.device)).sigmoid().tolist()
+        return chances
 
 
 class Coverage:

@@ -16,7 +16,7 @@ from penstock.models.heads.contract import Continuing, Exits, Foresees, HeadModu
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.run.chains import Chains, Drafted
-from penstock.serve.run.draft import Drafting, DraftModel
+from penstock.serve.run.draft import Drafting, DraftModel, GoesOn
 from penstock.serve.run.hidden import HiddenStates
 from penstock.serve.run.planner import Fields, Planner
 from penstock.serve.run.runner import Passed, Runner
@@ -184,7 +184,7 @@ class ContinuingDraft(DraftModel):
         super().__init__(runner, verifier, Chains(), tokens)
         self._target = target
 
-    def draft(self, batch: Batch) -> Drafted:
+    def draft(self, batch: Batch, goes_on: GoesOn | None = None) -> Drafted:
         if batch.copies:
             sources, targets = (list(each) for each in zip(*batch.copies, strict=True))
             if not set(sources).isdisjoint(targets) or self._target.hidden is None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from penstock.policy import Policy, contract
+from penstock.speculate.contract import Drafter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,16 @@ class Control:
         """
         return [len(each) for each in confidence]
 
+    def goes_on(self, chances: Sequence[float]) -> bool:
+        """Whether another token is drafted for a sequence, here always. Asked behind each drafted token where the
+        controller predicts.
+
+        Args:
+            chances: of each token that was drafted for the sequence in this step, the predicted probability that it is
+                accepted if those before it are. All of them are verified, so that these may depend on what was drafted.
+        """
+        return True
+
     def learn(self, seen: Seen) -> None:
         """A step is over."""
 
@@ -56,7 +67,9 @@ class Control:
 @contract(
     "speculate.controller",
     law="no more is drafted than the drafter can, and no more is verified than was drafted, whatever was seen before; "
-    "two that have seen the same decide the same; the tokens that come out are the target's",
+    "two that have seen the same decide the same; where it predicts, drafting ends behind a certain rejection and not "
+    "for certain acceptances, what ends it does so behind more tokens as well, and the engine drafts as far as it says "
+    "of the whole text; the tokens that come out are the target's",
 )
 class Controller(Policy):
     """Decides how many tokens are drafted."""
@@ -65,6 +78,29 @@ class Controller(Policy):
     def weighs(self) -> bool:
         """Whether it chooses among drafted tokens by how sure the drafter was of them."""
         return False
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it is asked behind each drafted token if there is to be another, by what a head predicts that is
+        trained for the model that drafts and the one that it drafts for (:mod:`penstock.models.acceptance.folder`)."""
+        return False
+
+    @property
+    def predictions(self) -> str | None:
+        """The folder of that head; None takes the one beside the model that drafts."""
+        return None
+
+    def refuses(self, drafter: Drafter, branches: bool) -> str | None:
+        """Why it does not decide for ``drafter``, where trees are drafted if it ``branches``, and what to do about it;
+        None if it does."""
+        if branches and (self.weighs or self.predicts):
+            return f"the controller {self.policy_name!r} weighs chains: leave draft_tree out"
+        if self.predicts and drafter.model is None:
+            return (
+                f"the controller {self.policy_name!r} predicts what is accepted of a model's drafts, and the drafter "
+                f"{drafter.policy_name!r} has no model: draft with one, or leave the controller out"
+            )
+        return None
 
     def start(self, most: int) -> Control:
         """One for an engine whose drafter drafts ``most`` tokens at a time at most."""

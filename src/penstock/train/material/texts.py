@@ -11,15 +11,17 @@ from penstock.data.loader import Loader
 from penstock.data.store import TokenStore
 from penstock.data.tokenizer import declared
 from penstock.models import hub
+from penstock.models.acceptance.head import Pair
 from penstock.models.companions import copy_companions, end_with
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.heads.headed import Headed
 from penstock.parallel.world import World
 from penstock.train.config import DataConfig, TrainConfig
-from penstock.train.evaluate import Sample, affordable, agreement, bits_per_byte
+from penstock.train.evaluate import Sample, affordable, agreement, bits_per_byte, predicted_acceptance
 from penstock.train.material import store
 from penstock.train.material.contract import Material
+from penstock.train.objectives.acceptance import Acceptance
 from penstock.train.validation import beginning_of
 
 
@@ -119,3 +121,11 @@ class Texts(Material):
         if seconds is not None:
             self.evaluated = affordable(model.target, self.store.split("held_out"), window=window, seconds=seconds)
         return agreement(model, self.evaluated, window=window, report=report)
+
+    def accepted(self, pair: Pair, report: Reporter = silent, seconds: float | None = None) -> dict[str, float]:
+        """What the target of a pair accepts on what is held out, beside what its head predicts."""
+        window, objective = self._config.batch.length, self._config.objective
+        assert isinstance(objective, Acceptance)
+        if seconds is not None:
+            self.evaluated = affordable(pair.target, self.store.split("held_out"), window=window, seconds=seconds)
+        return predicted_acceptance(pair, objective, self.evaluated, window=window, report=report)

@@ -59,6 +59,7 @@ class Objective(Policy):
         cross_entropy: whether :meth:`hidden_loss` is the plain cross-entropy of the targets, which can be computed from
             rows of the vocabulary on several devices.
         of_heads: whether a head is trained, and not the model that it is for.
+        of_pairs: whether a head is trained for two models: one that drafts for the other.
         scalar: whether the model gets a head that gives a text one number.
         learns_from: the texts of a token store, or the kind of examples that a data set is read as.
         unit: what :meth:`count` counts.
@@ -66,13 +67,15 @@ class Objective(Policy):
 
     cross_entropy: ClassVar[bool] = False
     of_heads: ClassVar[bool] = False
+    of_pairs: ClassVar[bool] = False
     scalar: ClassVar[bool] = False
     learns_from: ClassVar[Literal["texts"] | Kind] = "texts"
     unit: ClassVar[str] = "token"
 
     def loss(self, model: Any, batch: Batch, context: AttentionContext) -> Tensor:
         """The summed loss of ``batch``, a scalar in nats; the loop divides by :meth:`count` of the step. ``model`` is a
-        Decoder, or a head with its target, of an objective :attr:`of_heads`."""
+        Decoder; or a head with its target, of an objective :attr:`of_heads`; or with its two models, of one
+        :attr:`of_pairs`."""
         hidden, balance = model(batch.tokens, context)
         loss = self.hidden_loss(model, hidden, batch)
         return loss if balance is None else loss + self.balance_loss(model.config, balance)
