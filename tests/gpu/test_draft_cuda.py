@@ -15,6 +15,7 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.messages import Request
 from penstock.serve.run.graphs import StepGraphs
 from penstock.speculate.drafters.model import Model
+from penstock.testing.serve_model import predictor_of
 
 pytestmark = pytest.mark.gpu
 
@@ -23,9 +24,10 @@ SHAPE = DecoderConfig(
 )
 
 
+@pytest.mark.parametrize("controller", ["fixed", "specdec_pp"])
 @pytest.mark.parametrize("verifier", ["exact_match", "accept_residual"])
 @pytest.mark.parametrize("loop", ["plain", "overlapped"])
-def test_a_model_that_drafts_for_itself_is_nearly_always_right(loop, verifier, monkeypatch):
+def test_a_model_that_drafts_for_itself_is_nearly_always_right(loop, verifier, controller, monkeypatch):
     """Not always: a pass for several tokens of a sequence rounds otherwise than one for one."""
     replayed = []
     replay = StepGraphs.replay
@@ -39,12 +41,13 @@ def test_a_model_that_drafts_for_itself_is_nearly_always_right(loop, verifier, m
         sequences=16,
         memory=0.5,
         draft=Model(source="itself", tokens=4),
-        controller="fixed",
+        controller=controller,
         verifier=verifier,
         loop=loop,
         check=True,
     )
-    engine = build_engine(model, config, draft=copy.deepcopy(model))
+    predictor = predictor_of(model) if config.controller.predicts else None
+    engine = build_engine(model, config, draft=copy.deepcopy(model), predictor=predictor)
     replayed.clear()
     lengths: dict[str, int] = {}
     for number in range(24):

@@ -10,6 +10,7 @@ from penstock.models.decoder import Decoder
 from penstock.models.heads.eagle import Eagle
 from penstock.models.heads.early_exit import EarlyExit
 from penstock.models.heads.headed import Headed
+from penstock.models.heads.hidden_transfer import HiddenTransfer
 from penstock.models.heads.medusa import Medusa
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
@@ -24,6 +25,16 @@ SHAPE = DecoderConfig(
 )
 
 
+HEADS = [
+    EarlyExit(layers=6),
+    EarlyExit(layers=2),
+    Medusa(heads=3),
+    Eagle(),
+    HiddenTransfer(left=3),
+    HiddenTransfer(left=1),
+]
+
+
 @pytest.fixture(scope="module")
 def model() -> Decoder:
     with torch.device("cuda"):
@@ -32,7 +43,7 @@ def model() -> Decoder:
 
 
 @pytest.mark.parametrize("loop", ["plain", "overlapped"])
-@pytest.mark.parametrize("kind", [EarlyExit(layers=6), EarlyExit(layers=2), Medusa(heads=3), Eagle()], ids=str)
+@pytest.mark.parametrize("kind", HEADS, ids=str)
 def test_heads_draft_beside_graphs(model, kind, loop):
     head = Headed.new(model, kind, 0).head.eval()
     config = EngineConfig(

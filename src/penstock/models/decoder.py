@@ -311,7 +311,7 @@ class Decoder(nn.Module):
         x = self.norm(x)
         return x if self.config.logits_scale == 1 or self.config.scalar_head else x * self.config.logits_scale
 
-    def trunk(self, tokens: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+    def trunk(self, tokens: Tensor, context: AttentionContext) -> tuple[Tensor, ...]:
         """The forward pass up to the attention of the last layer, where tokens look at each other for the last time.
         :meth:`tip` goes on from there, with those tokens alone whose hidden states are wanted.
 

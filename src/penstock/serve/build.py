@@ -24,11 +24,12 @@ from penstock.models.acceptance import folder as acceptance
 from penstock.models.acceptance.head import AcceptanceHead
 from penstock.models.decoder import Decoder
 from penstock.models.heads import folder as heads
-from penstock.models.heads.contract import Continues, Continuing, Foresees, HeadModule
+from penstock.models.heads.contract import Continues, Continuing, Foresees, HeadModule, Transfers
 from penstock.models.invariant import make_invariant
 from penstock.models.paged import cache_shape
 from penstock.models.pairing import require_same_tokens
 from penstock.models.shares import Share, divided
+from penstock.models.tapped import TappedDecoder
 from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedCache
 from penstock.ops.paged.invariant import Invariant
@@ -54,7 +55,7 @@ from penstock.serve.run.graphs import prompt_shapes, window_shapes
 from penstock.serve.run.heads import ContinuingDraft, ContinuingRunner, draft_with
 from penstock.serve.run.planner import Planner
 from penstock.serve.run.record import Recorder
-from penstock.serve.run.runner import Runner
+from penstock.serve.run.runner import Runner, TappedRunner
 from penstock.serve.run.trees import Trees
 from penstock.serve.sizing import blocks_in, explained_shortage, settle_memory, weight_bytes
 
@@ -273,8 +274,10 @@ def build_runners(
             "this head goes on from its own hidden states and drafts a chain, no tree",
             hint="Leave draft_tree out, or draft with a model, a head of another kind, or ngram.",
         )
-    keeps = [isinstance(head, Foresees | Continues), predictor is not None]
+    keeps = [isinstance(head, Foresees | Continues | Transfers), predictor is not None]
     opened = [_opened(each, config, pieces, report) for each in models]
+    if isinstance(head, Transfers):
+        models[0] = TappedDecoder(model, head.layers)
     if isinstance(head, Continues):
         # What it has is little, and a codec would have to learn of it by other means than of a model.
         models.append(head.continuing(model))
@@ -297,7 +300,8 @@ def build_runners(
             elif ranks is not None:
                 runners.append(LeadingRunner(each, memory, config.sequences, context, ranks=ranks, **kind))
             else:
-                runners.append(Runner(each, memory, config.sequences, context, **kind))
+                made = TappedRunner if isinstance(each, TappedDecoder) else Runner
+                runners.append(made(each, memory, config.sequences, context, **kind))
             if compiled:
                 runners[-1].compile(config.budget(device), report)
         if on_cuda:

@@ -128,12 +128,12 @@ def check_folder(kind: Head) -> None:
                 heads.load(folder, other)
 
 
-def check_drafts(kind: Head) -> None:
+def check_drafts(kind: Head, target: Decoder | None = None) -> None:
     """What an engine drafts for greedy requests is what the head guesses on the whole text, in each place, also where
-    a text goes on as two, whose last block is copied."""
-    target = small_model()
+    a text goes on as two, whose last block is copied; for the small model of the suites, or another ``target``."""
+    target = target or small_model()
     model = learnt(target, kind)
-    engine = engine_with(DRAFTER, draft=_frozen(model))
+    engine = engine_with(DRAFTER, target, draft=_frozen(model))
     drafts = watched(engine)
     for number in range(3):
         prompt = [(7 * place + 3 * number) % SHAPE.vocabulary for place in range(5 + 6 * number)]

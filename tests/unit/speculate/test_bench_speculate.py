@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from penstock.core.bench import Bench, load
+from penstock.policy import index
 from penstock.speculate.drafters.ngram import Ngram
 from penstock.testing.speculate_drafter import engine_with
 
@@ -39,6 +40,22 @@ def test_a_controller_that_adapts_stands_beside_the_best_fixed_length():
     script.measure(bench, {name: lambda speed=speed: speed for name, speed in speeds.items()}, {}, "1 at a time")
     (row,) = [row for row in bench.rows if 374 in row.papers]
     assert (row.subject, row.peer) == ("model, specdec_pp", "model, fixed 2")
+
+
+def test_heads_stand_beside_plain_decoding_and_one_beside_those_that_it_is_to_beat():
+    script = load("speculate_heads")
+    bench = Bench("speculate_heads", torch.device("cpu"), quick=True)
+    bench.console.quiet = True
+    engine = engine_with(Ngram(shortest=1))
+    load("speculate").run(engine, [[1, 2, 3] * 4], 1, 8)
+    names = ("plain decoding", "early_exit", "medusa", "hidden_transfer")
+    runs = {name: lambda speed=speed: float(speed) for speed, name in enumerate(names, 1)}
+    script.measure(bench, runs, dict.fromkeys(names, engine))
+    claims = {(row.subject, row.peer) for row in bench.rows if 407 in row.papers}
+    assert claims == {("hidden_transfer", "medusa"), ("hidden_transfer", "early_exit")}
+    assert {row.subject for row in bench.rows if row.peer == "plain decoding"} == {*names[1:]}
+    for name in index().names("model.head"):
+        assert script.settings(name).head.policy_name == name
 
 
 def test_all_controllers_are_measured_with_a_model():

@@ -44,14 +44,22 @@ def options(store, model, **changes) -> TrainConfig:
 
 
 @pytest.mark.parametrize(
-    "head", [{"name": "medusa", "heads": 2}, {"name": "early_exit", "layers": 1}, {"name": "eagle"}]
+    "head",
+    [
+        {"name": "medusa", "heads": 2},
+        {"name": "early_exit", "layers": 1},
+        {"name": "eagle"},
+        {"name": "hidden_transfer", "left": 1, "tokens": 2},
+    ],
 )
 def test_a_head_is_trained_for_a_model_and_drafts_for_it(store, target, tmp_path, head, capsys):
     run = Run.create(options(store, target, head=head, steps=20), tmp_path / "run")
     before = Headed.new(hub.load(target), run.config.head, 0)
     summary = train_to_the_end(run, silent)
     assert summary is not None
-    assert len(summary["agreement"]) == head.get("heads", 1) and all(0 < each < 1 for each in summary["agreement"])
+    assert len(summary["agreement"]) == head.get("heads", head.get("tokens", 1)) and all(
+        0 < each < 1 for each in summary["agreement"]
+    )
     assert "likeliest tokens on held-out documents the head has" in capsys.readouterr().out
 
     described = heads.describe(tmp_path / "run" / "model")
@@ -147,6 +155,11 @@ def test_an_exit_behind_more_layers_than_there_are_is_refused(store, target, tmp
     with pytest.raises(UsageError, match="an exit behind 7 layers"):
         Run.create(options(store, target, head={"name": "early_exit", "layers": 7}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_transfer_that_leaves_no_layer_before_it_is_refused(store, target, tmp_path):
+    with pytest.raises(UsageError, match="a transfer before the last 2 layers is not for a model that has 2"):
+        Run.create(options(store, target, head={"name": "hidden_transfer", "left": 2}), tmp_path / "run")
 
 
 def test_a_missing_head_and_one_for_another_model_name_the_command(target, tmp_path):

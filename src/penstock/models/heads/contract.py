@@ -71,6 +71,31 @@ class Foresees(Protocol):
         ...
 
 
+@runtime_checkable
+class Transfers(Protocol):
+    """A head that makes states of tokens to come of those that the target has behind its first layers; they go through
+    the others."""
+
+    @property
+    def reach(self) -> int:
+        """How many tokens it guesses."""
+        ...
+
+    @property
+    def layers(self) -> int:
+        """How many layers come first."""
+        ...
+
+    def transfer(self, states: Tensor) -> Tensor:
+        """Of the ``states`` [*T, hidden] behind the first layers, those of tokens to come, [*T, reach, hidden]: the
+        first stands in the place behind the token, and guesses for the one behind that."""
+        ...
+
+    def passed(self, target: Decoder, states: Tensor, context: AttentionContext) -> Tensor:
+        """The last hidden states [*T, hidden], from those behind the first layers."""
+        ...
+
+
 class Continuing(Decoder):
     """A model whose tokens come with the hidden state after the token before each.
 

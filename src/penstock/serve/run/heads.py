@@ -12,7 +12,8 @@ from torch import Tensor
 
 from penstock.core.devices import upload
 from penstock.core.progress import Reporter, silent
-from penstock.models.heads.contract import Continuing, Exits, Foresees, HeadModule
+from penstock.models.heads.contract import Continuing, Exits, Foresees, HeadModule, Transfers
+from penstock.models.paged import PagedTokens
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.run.chains import Chains, Drafted
@@ -86,12 +87,12 @@ class ExitDraft(HeadDraft):
         return entries, self._runner.launch(Batch(entries, tables))
 
 
-class ForesightDraft(HeadDraft):
-    """Drafts from the target's hidden states after the token before the newest one, for several tokens at once.
+class AtOnceDraft(HeadDraft):
+    """Drafts from the states that the target keeps of the token before the newest one, for several tokens at once.
 
     Args:
-        target: keeps its hidden states.
-        head: guesses.
+        target: keeps its states.
+        reach: how many tokens are guessed at most.
         verifier: of the drafts.
         growth: of these.
         planner, sampler: say what the next tokens ask for, and choose them.
@@ -100,16 +101,27 @@ class ForesightDraft(HeadDraft):
     def __init__(
         self,
         target: Runner,
-        head: Foresees,
+        reach: int,
         verifier: Verifier,
         growth: Chains | Trees,
         planner: Planner,
         sampler: Sampler,
     ) -> None:
         super().__init__(verifier, growth, target.device, target.context)
-        self._target, self._head, self._planner, self._sampler = target, head, planner, sampler
-        self._known: Tensor
+        self._target, self._reach, self._planner, self._sampler = target, reach, planner, sampler
         self._row_of: dict[int, int] = {}
+
+    # What those who guess give
+
+    def _foresee(self, known: Tensor, entries: list[Entry], tables: np.ndarray) -> None:
+        """Tokens are guessed behind ``entries``, by what is ``known``: states [N, hidden] of the tokens before."""
+        raise NotImplementedError
+
+    def _ahead(self, rows: Tensor, depth: int) -> Tensor:
+        """The guess at ``depth``, hidden states [R, hidden], behind some ``rows`` of the entries."""
+        raise NotImplementedError
+
+    # What they have from here
 
     @property
     def sampler(self) -> Sampler:
@@ -129,20 +141,70 @@ class ForesightDraft(HeadDraft):
 
     def _wanted(self, entry: Entry) -> int:
         newest = entry.start + entry.count - len(entry.window) - 1
-        return min(super()._wanted(entry), newest + self._head.reach)
+        return min(super()._wanted(entry), newest + self._reach)
 
     @torch.inference_mode()
     def _pass(self, entries: list[Entry], tables: np.ndarray, depth: int) -> tuple[list[Entry], Sampled | None]:
         if depth == 0:
             before = [(entry.slot, entry.start - 1) for entry in entries]
-            self._known = self._hidden.read(tables, before)
             self._row_of = {slot: row for row, (slot, _) in enumerate(before)}
+            self._foresee(self._hidden.read(tables, before), entries, tables)
         rows = upload(np.array([self._row_of[each.slot] for each in entries for _ in range(each.scored)]), self._device)
-        logits = self._target.model.logits(self._head.ahead(self._known[rows], depth))
+        logits = self._target.model.logits(self._ahead(rows, depth))
         placed, asked = self._planner.ask(entries, Fields.of(entries))
         for each in placed:
             self._sampler.place(each.slot, each.tokens, each.prompt)
         return entries, self._sampler.sample(logits, asked)[0].to_host()
+
+
+class ForesightDraft(AtOnceDraft):
+    """Drafts with a head that guesses from the last hidden states alone."""
+
+    def __init__(self, target: Runner, head: Foresees, *more: Any) -> None:
+        super().__init__(target, head.reach, *more)
+        self._head = head
+        self._known: Tensor
+
+    def _foresee(self, known: Tensor, entries: list[Entry], tables: np.ndarray) -> None:
+        self._known = known
+
+    def _ahead(self, rows: Tensor, depth: int) -> Tensor:
+        return self._head.ahead(self._known[rows], depth)
+
+
+class TransferDraft(AtOnceDraft):
+    """Drafts from states that a head makes of the target's behind its first layers, in one pass of the others for all
+    tokens. What they write to the target's cache, in the places of the newest token and of drafted ones, the target's
+    step writes anew."""
+
+    def __init__(self, target: Runner, head: Transfers, *more: Any) -> None:
+        super().__init__(target, head.reach, *more)
+        self._head = head
+        self._ends: dict[int, int] = {}
+        self._passed: Tensor
+
+    def _first(self, batch: Batch, wanted: dict[int, int]) -> list[Entry]:
+        self._ends = wanted
+        return super()._first(batch, wanted)
+
+    def _copy(self, sources: list[int], targets: list[int]) -> None:
+        self._target.cache.copy(sources, targets)
+        super()._copy(sources, targets)
+
+    def _foresee(self, known: Tensor, entries: list[Entry], tables: np.ndarray) -> None:
+        starts, slots = np.array([(each.start, each.slot) for each in entries]).T
+        counts = np.array([self._ends[slot] for slot in slots.tolist()]) - starts
+        there = np.arange(self._reach) < counts[:, None]
+        rows, depths = there.nonzero()
+        positions, cache = starts[rows] + depths, self._target.cache
+        cache.plan(self._planner.layout(tables[slots], starts + counts, counts.cumsum(), rows, positions))
+        context, own = PagedTokens(upload(positions, self._device), cache), upload(there, self._device)
+        # Behind those that are there, nothing is drafted.
+        self._passed = self._head.transfer(known)
+        self._passed[own] = self._head.passed(self._target.model, self._passed[own], context)
+
+    def _ahead(self, rows: Tensor, depth: int) -> Tensor:
+        return self._passed[rows, depth]
 
 
 class ContinuingRunner(Runner):
@@ -215,7 +277,9 @@ def draft_with(
     if isinstance(head, Exits):
         decoder = head.decoder(target.model)
         return ExitDraft(Runner(decoder, target.cache, slots, target.context, 1, sampler, planner), verifier, growth)
-    assert isinstance(head, Foresees)
     vocabulary, device = target.shape.vocabulary, target.device
-    own = planner(slots, target.block_size), sampler(slots, vocabulary, device)
-    return ForesightDraft(target, head, verifier, growth, *own)
+    more = verifier, growth, planner(slots, target.block_size), sampler(slots, vocabulary, device)
+    if isinstance(head, Transfers):
+        return TransferDraft(target, head, *more)
+    assert isinstance(head, Foresees)
+    return ForesightDraft(target, head, *more)

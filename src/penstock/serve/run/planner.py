@@ -220,7 +220,7 @@ class Planner:
         for first, last in itertools.pairwise(itertools.accumulate(batch.parts, initial=0)):
             begin, end = ends[first] - counts[first], ends[last - 1]
             own, all_own = slice(first, last), slice(begin, end)
-            plan = self._plan(
+            plan = self.layout(
                 batch.tables[slots[own]],
                 (starts + counts - fields.dropped)[own],
                 ends[own] - begin,
@@ -254,9 +254,17 @@ class Planner:
             scales=np.repeat([scale for _, scale in noises], counts[counts > 0]),
         )
 
-    def _plan(
+    def layout(
         self, tables: np.ndarray, lengths: np.ndarray, ends: np.ndarray, rows: np.ndarray, places: np.ndarray
     ) -> PagedBatch:
+        """Where new tokens of some sequences belong.
+
+        Args:
+            tables: the blocks of each.
+            lengths: of each, with the new tokens.
+            ends: of each, how many new tokens there are of all up to it.
+            rows, places: of each new token its sequence, and its place in that.
+        """
         size = self._size
         tables = np.ascontiguousarray(tables[:, : -(-int(lengths.max()) // size)])
         starts = np.concatenate([[0], ends])

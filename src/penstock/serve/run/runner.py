@@ -110,8 +110,8 @@ class Runner:
         self._kinds, self._compactor = (planner, sampler), compactor
         self.hidden = HiddenStates(cache.shape, self.shape.hidden) if keeps_hidden else None
         self.forget()
-        self._trunk: Callable[[Tensor, AttentionContext], tuple[Tensor, Tensor]] = model.trunk
-        self._tip: Callable[[Tensor, Tensor], Tensor] = model.tip
+        self._trunk: Callable[[Tensor, AttentionContext], tuple[Tensor, ...]] = model.trunk
+        self._tip: Callable[..., Tensor] = model.tip
         self._decodes: StepGraphs | None = None
         self._prompts: StepGraphs | None = None
         self._alone: list[StepShape] = []
@@ -226,7 +226,7 @@ class Runner:
             decodes.capture(self._alone, bar)
         self._prompts, self._decodes = prompts, decodes
 
-    def _begun(self, inputs: Tensor, plainly: bool = False) -> tuple[Tensor, Tensor]:
+    def _begun(self, inputs: Tensor, plainly: bool = False) -> tuple[Tensor, ...]:
         """What the last layer needs to go on with any of the tokens with ``inputs`` int64 [3, N], as of a part;
         ``plainly`` without what was compiled."""
         known, places, positions = inputs
@@ -244,11 +244,17 @@ class Runner:
         """The logits, the tokens that are drawn from them, and, where they are kept, the hidden states of sequences
         that decode. ``inputs`` int64 [9, N] are a part's and its draws. The tokens are put where the next step finds
         them."""
-        hidden = self._tip(*self._begun(inputs[:3]))
+        begun = self._begun(inputs[:3])
+        hidden = self._tip(*begun)
         logits = self.model.logits(hidden)
         tokens = draw_cut(logits, inputs[3:8].view(torch.float64))
         self._newest.index_copy_(0, inputs[8], tokens)
-        return (logits, tokens) if self.hidden is None else (logits, tokens, hidden)
+        return (logits, tokens) if self.hidden is None else (logits, tokens, self._kept(begun, hidden))
+
+    def _kept(self, begun: tuple[Tensor, ...], hidden: Tensor | None = None) -> Tensor:
+        """The states that are kept of tokens, of which :meth:`_begun` gave these: the last ``hidden`` ones, which may
+        be there already."""
+        return self._tip(*begun) if hidden is None else hidden
 
     @torch.inference_mode()
     def states(self, texts: List[List[int]]) -> list[Tensor]:
@@ -403,7 +409,8 @@ class Runner:
             return self._tip(*(each[index] for each in begun))
 
         if self.hidden is not None:
-            self._keep(self.hidden, part, hidden(np.arange(count)))
+            index = self._on_device(places[np.arange(count)])
+            self._keep(self.hidden, part, self._kept(tuple(each[index] for each in begun)))
         logits = self.model.logits(hidden(part.scored)) if len(part.scored) else None
         return Passed(logits, hidden(part.rated) if len(part.rated) else None)
 
@@ -442,6 +449,13 @@ class Runner:
 
     def _on_device(self, values: np.ndarray) -> Tensor:
         return upload(values, self.device)
+
+
+class TappedRunner(Runner):
+    """Keeps the states that a :class:`~penstock.models.tapped.TappedDecoder` gives between its layers."""
+
+    def _kept(self, begun: tuple[Tensor, ...], hidden: Tensor | None = None) -> Tensor:
+        return begun[2]
 
 
 def _joined(pieces: Iterable[Tensor | None]) -> Tensor | None:

@@ -1,0 +1,88 @@
+"""Heads on the model itself: tokens a second and tokens a step of each kind, trained alike, beside plain decoding.
+
+A head of each kind is trained for python-6m, by its preset and all for as long; then the model continues files of the
+standard library that neither has seen, greedily, one request after the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from penstock.core.bench import Bench, load
+from penstock.core.config import build, read_toml
+from penstock.core.progress import show
+from penstock.models import hub
+from penstock.models.decoder import Decoder
+from penstock.models.heads import folder as heads
+from penstock.models.heads.contract import HeadModule
+from penstock.models.heads.headed import Headed
+from penstock.policy import index
+from penstock.serve.build import build_engine
+from penstock.serve.config import EngineConfig
+from penstock.serve.engine.engine import Engine
+from penstock.train import presets
+from penstock.train.config import TrainConfig
+from penstock.train.run import Run
+from penstock.train.session import train_to_the_end
+
+TARGET = "python-6m"
+OUTPUT = 192
+PROMPTS = 4
+REPETITIONS = 5
+#: Of whom a paper says that it is faster than which others on the model itself: Medusa, and its own first layers.
+FASTER = {"hidden_transfer": (("medusa", "early_exit"), (407,))}
+
+
+def settings(kind: str) -> TrainConfig:
+    """How a head of this kind is trained for the target."""
+    preset = presets.path_of(f"drafter-{kind.replace('_', '-')}")
+    return build(TrainConfig, {**read_toml(preset), "target": TARGET})
+
+
+def trained(target: Decoder, kind: str, quick: bool) -> HeadModule:
+    """A head of this kind for the ``target``; one that has learnt nothing where it is to be quick."""
+    config = settings(kind)
+    if quick:
+        assert config.head is not None
+        return Headed.new(target, config.head, 0).head.requires_grad_(False).eval()
+    with tempfile.TemporaryDirectory() as made:
+        train_to_the_end(Run.create(config, Path(made) / "run"), show)
+        return heads.load(Path(made) / "run", target)
+
+
+def main(bench: Bench) -> None:
+    """Trains the heads, and measures them."""
+    script = load("speculate")
+    target = hub.load(TARGET, device=bench.device, dtype=torch.float32).eval()
+    engines: dict[str, Engine] = {}
+    for kind in [None, *index().names("model.head")]:
+        draft = {} if kind is None else {"draft": {"name": "head", "source": kind}, "controller": "fixed"}
+        config = EngineConfig.model_validate({"sequences": 4, "cache_tokens": 4096, **draft})
+        head = None if kind is None else trained(target, kind, bench.quick)
+        engines[kind or "plain decoding"] = build_engine(target, config, draft=head)
+    output, todo = (24, script.prompts(1)) if bench.quick else (OUTPUT, script.prompts(PROMPTS))
+    runs = {name: functools.partial(script.run, engine, todo, 1, output) for name, engine in engines.items()}
+    measure(bench, runs, engines)
+
+
+def measure(bench: Bench, runs: dict[str, Callable[[], float]], engines: dict[str, Engine]) -> None:
+    """The rows: each head beside plain decoding, and the one that is to be faster beside those."""
+    setting = "1 at a time"
+    values = bench.turns(runs, setting, REPETITIONS)
+    common = {"metric": "decoding speed", "unit": "tokens/s", "setting": setting}
+    for name, engine in engines.items():
+        if name == "plain decoding":
+            continue
+        beside = {"subject": name, "values": values[name], **common}
+        bench.compared(peer="plain decoding", peer_values=values["plain decoding"], **beside)
+        others, papers = FASTER.get(name, ((), ()))
+        for other in others:
+            bench.compared(peer=other, peer_values=values[other], papers=papers, **beside)
+        now = engine.snapshot()
+        tokens = now.output_tokens / now.sequence_steps
+        bench.row(subject=name, setting=setting, metric="tokens a step of a sequence", unit="", value=tokens)
