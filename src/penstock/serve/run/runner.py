@@ -426,7 +426,8 @@ class Runner:
             wanted = self._on_device(np.concatenate([part.scored, np.arange(own, count)]))
             scores = self.model.logits(self.model.tip(*(each[wanted] for each in begun)))
         if self.hidden is not None:
-            self._keep(self.hidden, part, self._kept(tuple(each[:own] for each in begun)))
+            mine = tuple(each[:own] for each in begun)
+            self._keep(self.hidden, part, self._kept(mine, self.model.tip(*mine)))
         rated = self._on_device(part.rated)
         states = self.model.tip(*(each[rated] for each in begun)) if len(part.rated) else None
         return Passed(copied.averaged(scores, part.scored), states)
