@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise, zip_longest
 from typing import NamedTuple
@@ -52,19 +53,23 @@ def joined(own: Sequence[Block]) -> list[bool]:
     Where blocks are narrower than a pixel, one that reaches a little under the next, which is drawn over it, keeps the
     background from shining through between the two.
     """
-    return [following is not None and this.end == following.start for this, following in zip_longest(own, own[1:])]
+    return [
+        following is not None and math.isclose(this.end, following.start) for this, following in zip_longest(own, own[1:])
+    ]
 
 
 def curve(simulation: Simulation, device: int) -> list[tuple[float, float]]:
     """Steps (time, bytes of activations held from then on) of ``device``, one for each time at which that changes.
 
-    What is freed and what is allocated at one time are one step: there is no moment between them.
+    What is freed and what is allocated at one time are one step: there is no moment between them. Times that differ by
+    the rounding of their sums, the device's own and those of a message that it waits for, are one.
     """
     tiny = 1e-9 * max(simulation.costs.activation, default=0.0)
+    soon = 1e-9 * simulation.makespan
     steps: list[tuple[float, float]] = []
     for time, held in simulation.memory(device):
-        if steps and steps[-1][0] == time:
-            steps.pop()
+        if steps and time - steps[-1][0] <= soon:
+            time, _ = steps.pop()
         if not steps or abs(held - steps[-1][1]) > tiny:
             steps.append((time, 0.0 if abs(held) <= tiny else held))
     return steps

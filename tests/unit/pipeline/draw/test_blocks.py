@@ -67,6 +67,21 @@ def test_a_steady_device_has_no_spikes():
     assert curve(run("1f1b", 4, 16), 3) == [(0.0, 0.0), (3.0, 1.0), (51.0, 0.0)]
 
 
+@pytest.mark.parametrize("name", ["zb_h1", "zb_auto", "v_half", "interleaved_1f1b"])
+def test_rounded_times_make_no_spikes(name):
+    """A message comes just when the device is free, but for the last bits of two sums of tenths."""
+    simulation = run(name, 4, 8, link=Link(latency=0.1))
+    close = 0
+    for device in range(4):
+        times = [time for time, _ in curve(simulation, device)]
+        assert min(after - before for before, after in itertools.pairwise(times)) > 1e-6
+        drawn = blocks(simulation, device)
+        pauses = [after.start - before.end for before, after in itertools.pairwise(drawn)]
+        assert joined(drawn)[:-1] == [pause < 1e-6 for pause in pauses]
+        close += sum(0 < pause < 1e-6 for pause in pauses)
+    assert close, "no two times differ by rounding"
+
+
 def test_the_two_of_a_pair_have_one_time():
     simulation = run("dualpipev", 4, 8, overlap=0.75)
     found = 0
