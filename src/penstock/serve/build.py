@@ -407,6 +407,14 @@ def _opened(
             "it has windows, chunks, sinks, bounds on scores or latents",
             hint="Serve it with kv = full.",
         )
+    if config.kv_reuse.weighing is not None:
+        if cache.needs or cache.windows != {None}:
+            raise UsageError(
+                f"kv_reuse = {config.kv_reuse.policy_name} lets texts see contexts that were encoded apart, and this "
+                "model's attention cannot: it has windows, chunks, sinks, bounds on scores or latents",
+                hint="Serve it with kv_reuse = prefix.",
+            )
+        cache = dataclasses.replace(cache, needs=cache.needs | {"contexts"})
     paired = config.kv.fitted(cache.layers, cache.head_dim).paired
     if paired is not None:
         if config.codec.policy_name not in ("plain", "bf16"):

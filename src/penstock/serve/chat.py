@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ DEFAULT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+
+#: Stands in a conversation where contexts do; nobody else can have written it.
+CONTEXTS_HERE = f"contexts{secrets.token_hex(8)}here"
 
 #: What a user of a model without a template is told.
 NO_TEMPLATE = (
@@ -58,10 +62,12 @@ def _tell_of_no_template(model: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A conversation up to where the assistant's next message begins, as text and as tokens."""
+    """A conversation up to where the assistant's next message begins, as text and as tokens. Where contexts may stand
+    in it, they stand behind the first ``shared`` tokens."""
 
     text: str
     tokens: list[int]
+    shared: int = 0
 
 
 def chat_prompt(
@@ -112,8 +118,26 @@ def chat_prompt(
             f"the model's chat template leaves out message {place}, of the role {role!r}: "
             "the model would not read it; give its content in a message of another role"
         )
-    tokens: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-    return Prompt(text, tokens)
+    before, mark, behind = text.partition(CONTEXTS_HERE)
+    tokens: list[int] = tokenizer(before, add_special_tokens=special)["input_ids"]
+    if not mark:
+        return Prompt(text, tokens)
+    rest: list[int] = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    return Prompt(before + behind, [*tokens, *rest], len(tokens))
+
+
+def with_place(messages: Messages) -> list[Message]:
+    """The conversation, with contexts standing before the text of the user's first message, so that they stay where
+    they are as it goes on: :func:`chat_prompt` says where that is.
+
+    Raises:
+        UsageError: there is no such message.
+    """
+    place = next((place for place, message in enumerate(messages) if message.get("role") == "user"), None)
+    if place is None or not isinstance(messages[place].get("content"), str):
+        raise UsageError("contexts stand before the text of the user's first message, and there is none")
+    marked = {**messages[place], "content": f"{CONTEXTS_HERE}{messages[place]['content']}"}
+    return [*messages[:place], marked, *messages[place + 1 :]]
 
 
 def chat_tokens(

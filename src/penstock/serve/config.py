@@ -24,6 +24,8 @@ from penstock.serve.kv.evictions.contract import Eviction
 from penstock.serve.kv.evictions.lru import LeastRecentlyUsed
 from penstock.serve.kv.policies.contract import CachePolicy
 from penstock.serve.kv.policies.full import Full
+from penstock.serve.kv.reuse.contract import Reuse
+from penstock.serve.kv.reuse.prefix import PrefixReuse
 from penstock.speculate.contract import Drafter
 from penstock.speculate.controllers.contract import Controller
 from penstock.speculate.controllers.measured import Measured
@@ -61,6 +63,7 @@ class EngineConfig(Config):
         verifier: says which drafted tokens stay.
         controller: decides how many are drafted.
         kv: what the cache of a sequence keeps.
+        kv_reuse: how contexts are encoded that requests name beside their prompts, and what of them is reused.
         compile: on CUDA, compile the model and capture steps as graphs at the start, those that decode and those whose
             prompts the device computes as fast as the host queues them: tens of seconds that make every step shorter.
         deterministic: compute each request with the same bits whatever else is in the batch, however its prompt is cut
@@ -94,6 +97,7 @@ class EngineConfig(Config):
     verifier: Annotated[Verifier, Choice("speculate.verifier")] = ExactMatch()
     controller: Annotated[Controller, Choice("speculate.controller")] = Measured()
     kv: Annotated[CachePolicy, Choice("kv.policy")] = Full()
+    kv_reuse: Annotated[Reuse, Choice("kv.reuse")] = PrefixReuse()
     compile: bool = True
     deterministic: bool = False
     record: Path | None = None
@@ -190,6 +194,19 @@ class EngineConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _contexts_apart(self) -> EngineConfig:
+        if self.kv_reuse.weighing is None:
+            return self
+        if self.kv.compresses:
+            raise ValueError(
+                f"kv_reuse = {self.kv_reuse.policy_name} shares what contexts have in the cache, and kv = "
+                f"{self.kv.policy_name} throws parts of it out: choose one of them"
+            )
+        if self.record is not None:
+            raise ValueError("record needs kv_reuse = prefix: a recording has no contexts beside texts")
+        return self
+
+    @model_validator(mode="after")
     def _divisible(self) -> EngineConfig:
         """What one rank would do by itself, or in an order of its own, or has only a share of what it needs for."""
         drafts = self.draft is not None and (self.draft.model or self.draft.head) is not None
@@ -199,6 +216,7 @@ class EngineConfig(Config):
             "kv_host": bool(self.kv_host),
             "record": self.record is not None,
             f"kv = {self.kv.policy_name}": self.kv.compresses,
+            f"kv_reuse = {self.kv_reuse.policy_name}": self.kv_reuse.weighing is not None,
             f"codec = {self.codec.policy_name}": isinstance(self.codec, LearnedCodec),
         }
         for option, wanted in alone.items():

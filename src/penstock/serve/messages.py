@@ -36,6 +36,8 @@ class Request:
             :meth:`~penstock.serve.engine.engine.Engine.forget`.
         given: how many tokens of the prompt count as given, the others as generated; None for all. Of a fork, it is
             what its parent was given.
+        contexts: texts that stand behind the first ``shared`` tokens of the prompt and before the others, as the
+            engine's :mod:`~penstock.serve.kv.reuse.contract` encodes them.
     """
 
     id: str
@@ -46,6 +48,13 @@ class Request:
     deadline: float | None = None
     keep: bool = False
     given: int | None = None
+    contexts: list[list[int]] = dataclasses.field(default_factory=list)
+    shared: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of all contexts."""
+        return len(self.prompt) + sum(map(len, self.contexts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +152,7 @@ class Snapshot:
         sequence_steps: how often a step brought tokens of a sequence, one or several.
         drafted_at, accepted_at: drafted and accepted tokens by their place behind the newest one.
         dropped_tokens: how many went out of caches that were compressed.
+        reused_tokens: tokens of contexts that were encoded apart, found in the cache.
         step_seconds: of the last step.
         hits, misses: full blocks of the sequences that were let in, found in the cache and not.
         evicted: blocks that were evicted from the prefix tree.
@@ -169,6 +179,7 @@ class Snapshot:
     step_seconds: float
     sequence_steps: int = 0
     dropped_tokens: int = 0
+    reused_tokens: int = 0
     drafted_at: tuple[int, ...] = ()
     accepted_at: tuple[int, ...] = ()
     hits: int = 0

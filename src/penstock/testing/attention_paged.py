@@ -31,8 +31,11 @@ from penstock.core.randomness import torch_generator
 from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.codecs.contract import Codec, LearnedCodec
 from penstock.ops.paged.codecs.plain import Plain
+from penstock.ops.paged.contexts import Contexts
 from penstock.ops.paged.contract import NEEDS, CacheShape, PagedAttention, PagedBatch, PagedCache
+from penstock.serve.kv.reuse.contract import Weighing
 from penstock.testing.alike import alike
+from penstock.testing.beside_scores import dense
 from penstock.testing.paged_scene import Action, Compact, Fork, Keep, Open, Release, Scene, Step, Tree
 
 PLAIN_CODEC = Plain()
@@ -217,6 +220,8 @@ def check_needs(policy: PagedAttention, place: Place) -> None:
     for need, course in courses.items():
         if need in policy.knows:
             check_course(policy, place, dataclasses.replace(course, needs=frozenset({need})))
+    if "contexts" in policy.knows:
+        check_contexts(policy, place)
     if {"cap", "sinks", "chunk"} <= policy.knows:
         everything = Extras(0.8, sinks, 24)
         check_course(
@@ -224,6 +229,37 @@ def check_needs(policy: PagedAttention, place: Place) -> None:
             place,
             dataclasses.replace(courses["cap"], needs=frozenset({"cap", "sinks", "chunk"}), extras=everything),
         )
+
+
+def check_contexts(policy: PagedAttention, place: Place) -> None:
+    """Asserts that a text which sees contexts has the attention of one softmax over all of them, in a chunk before and
+    behind which there is more, and that a text beside it has its own."""
+    dim, tolerance, draw = place.head_dims[-1], TOLERANCES[place.dtype], torch.Generator().manual_seed(0)
+    needs, size, after = frozenset({"contexts"}), 4, 5
+    cache = policy.open(CacheShape(1, 4, 2, dim, 20, size, place.dtype, place.device, needs=needs))
+    query, key, value = (torch.randn(30, heads, dim, generator=draw).to(place.dtype) for heads in (4, 2, 2))
+    # The first text has 10 tokens, in the blocks 3 and on; another has 7; and the contexts have 13, in other blocks.
+    own, other, beside = slice(0, 10), slice(10, 17), slice(17, 30)
+    places = torch.cat([torch.arange(10) + 12, torch.arange(7) + 28, torch.arange(13).flip(0) + 44])
+    tables = torch.tensor([[3, 4, 5], [7, 8, 0]], dtype=torch.int32)
+
+    def attended(rows: slice, lengths: list[int], starts: list[int], blocks: Tensor, *contexts: Contexts) -> Tensor:
+        first, count = (torch.tensor(each, dtype=torch.int32) for each in (starts, lengths))
+        cache.plan(PagedBatch(first, count, blocks, places[rows], contexts=contexts))
+        given = (x[rows].to(place.device) for x in (query, key, value))
+        return cache.attend(0, *given, scale=0.4, window=None).cpu()
+
+    attended(beside, [13], [0, 13], torch.tensor([[11, 12, 13, 14]], dtype=torch.int32))
+    attended(slice(0, 4), [4], [0, 4], tables[:1])
+    seen = Contexts(0, after, places[beside], temperature=0.6, scale=1.3)
+    found = attended(slice(4, 17), [10, 7], [0, 6, 13], tables, seen)
+    pairs = [(key[rows], value[rows]) for rows in (own, beside, other)]
+    wanted = [
+        dense(query[own], pairs[0], pairs[1], after, Weighing(0.6, 1.3), 0.4)[4:],
+        dense(query[other], pairs[2], pairs[1], 7, Weighing(1, 1), 0.4),
+    ]
+    error = (found.double() - torch.cat(wanted)).square().mean().sqrt()
+    assert error < tolerance, f"attention to contexts is wrong by {error:.1e}"
 
 
 def check_large_scores(policy: PagedAttention, place: Place) -> None:

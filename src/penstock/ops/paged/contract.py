@@ -19,6 +19,7 @@ from penstock.core.progress import Reporter, silent
 from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.codecs.plain import Plain
+from penstock.ops.paged.contexts import Contexts, attend_beside
 from penstock.ops.paged.masks import Masks, masks_of
 from penstock.ops.paged.paired import PairedLayers
 from penstock.policy import Policy, contract
@@ -41,7 +42,7 @@ class CacheShape:
         latent: how many of a key's first numbers are its value, of which nothing else is kept; None where values are
             their own.
         needs: what attention has to do besides: "cap", "sinks" or "chunk", as of
-            :class:`~penstock.ops.attention.Extras`, "latent" or "paired".
+            :class:`~penstock.ops.attention.Extras`, "latent", "paired" or "contexts".
         paired: how keys and values lie that layers share; None where they never share any. The ``needs`` have "paired"
             too.
         codec: how keys and values lie in the memory.
@@ -88,7 +89,11 @@ NEEDS = {
     "chunk": "chunked attention",
     "latent": "latent attention",
     "paired": "layers that share keys and values",
+    "contexts": "contexts beside a text",
 }
+
+#: Of a cache.
+ALL_LAYERS = slice(None)
 
 
 class StepShape(NamedTuple):
@@ -138,6 +143,8 @@ class PagedBatch:
             :class:`~penstock.ops.paged.paired.PairedLayers` has it; ``lengths`` counts places. None is 0 everywhere.
         watched: int64 [N], where the cache's :class:`~penstock.ops.paged.watch.Watch` keeps the query of each new
             token; None where it keeps none of them.
+        contexts: what some of the sequences see beside their own tokens, of a cache whose needs have "contexts". Such
+            a sequence has no mask.
     """
 
     starts: Tensor
@@ -149,6 +156,7 @@ class PagedBatch:
     shape: StepShape | None = None
     watched: Tensor | None = None
     packed: Tensor | None = None
+    contexts: tuple[Contexts, ...] = ()
 
     @functools.cached_property
     def masks(self) -> Masks | None:
@@ -244,7 +252,21 @@ class PagedCache:
         that was copied and then let go of may be a target too. No target comes twice."""
         raise NotImplementedError
 
-    def codes(self, slots: Tensor) -> list[Tensor]:
+    def see_contexts(self, batch: PagedBatch, layer: int, query: Tensor, out: Tensor, scale: float) -> None:
+        """Puts attention to the text and to the contexts beside it in place of attention to the text alone, in the rows
+        of ``out`` [N, H, D] whose tokens see any. A backend that knows "contexts" calls this once the keys and values
+        of ``batch`` are stored."""
+        for contexts in batch.contexts:
+            start, end = batch.starts[contexts.sequence : contexts.sequence + 2].tolist()
+            length = int(batch.lengths[contexts.sequence])
+            first = max(contexts.after, length - (end - start))
+            rows, places = slice(end - (length - first), end), torch.arange(length)
+            blocks = batch.tables[contexts.sequence].long()[places // self.shape.block_size]
+            slots = torch.cat([blocks * self.shape.block_size + places % self.shape.block_size, contexts.slots])
+            keys, values = (each[0].transpose(0, 1) for each in self.read(slots, slice(layer, layer + 1)))
+            out[rows] = attend_beside(query[rows], keys, values, contexts, scale=scale, first=first, own=length)
+
+    def codes(self, slots: Tensor, layers: slice = ALL_LAYERS) -> list[Tensor]:
         """The keys and the values of the tokens in ``slots`` int64 [n], on any device, as in :attr:`PagedBatch.slots`,
         as the codec stores them: [layers, K, n, m] each; of a latent cache, the keys alone."""
         raise NotImplementedError
@@ -253,16 +275,16 @@ class PagedCache:
         """Puts ``codes``, as :meth:`codes` gives them, in place of those in ``slots``, none of which comes twice."""
         raise NotImplementedError
 
-    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, slots: Tensor, layers: slice = ALL_LAYERS) -> tuple[Tensor, Tensor]:
         """The keys and values [layers, K, n, D] of the tokens in ``slots``, decoded. Of a latent cache, the values are
         the first numbers of the keys."""
-        shape, found = self.shape, []
-        for part, codes in enumerate(self.codes(slots)):
-            layers = [
+        shape, found, numbers = self.shape, [], range(self.shape.layers)[layers]
+        for part, codes in enumerate(self.codes(slots, layers)):
+            vectors = [
                 shape.codec.decode(own.transpose(0, 1), shape.head_dim, shape.dtype, shape.table(layer, part))
-                for layer, own in enumerate(codes)
+                for layer, own in zip(numbers, codes, strict=True)
             ]
-            found.append(torch.stack(layers).transpose(1, 2))
+            found.append(torch.stack(vectors).transpose(1, 2))
         return found[0], found[-1][..., : shape.latent]
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:

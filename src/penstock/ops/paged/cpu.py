@@ -15,7 +15,7 @@ from penstock.core.errors import PenstockError
 from penstock.ops import native
 from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.codecs.contract import Codec
-from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache
+from penstock.ops.paged.contract import ALL_LAYERS, CacheShape, PagedAttention, PagedBatch, PagedCache
 from penstock.policy import policy
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
@@ -127,14 +127,15 @@ class NativeCache(PagedCache):
         tokens.sinks = None if sinks is None else sinks.data_ptr()
         tokens.cap, tokens.chunk = extras.cap or 0.0, UNBOUNDED if extras.chunk is None else extras.chunk
         self._attend(*self._arguments, layer, scale, UNBOUNDED if window is None else window)
+        self.see_contexts(self._batch, layer, query, out, scale)
         return out
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
         self._memory[:, targets] = self._memory[:, sources]
 
-    def codes(self, slots: Tensor) -> list[Tensor]:
+    def codes(self, slots: Tensor, layers: slice = ALL_LAYERS) -> list[Tensor]:
         block, place = slots // self.shape.block_size, slots % self.shape.block_size
-        found = [part[:, block, place].transpose(1, 2) for part in self._parts()]
+        found = [part[layers][:, block, place].transpose(1, 2) for part in self._parts()]
         return [torch.cat(found[which::2], -1) for which in (0, 1)]
 
     def put(self, slots: Tensor, codes: Sequence[Tensor]) -> None:
@@ -186,7 +187,7 @@ class Native(PagedAttention):
     """
 
     rank: ClassVar[int] = 10
-    knows: ClassVar[frozenset[str]] = frozenset({"cap", "sinks", "chunk"})
+    knows: ClassVar[frozenset[str]] = frozenset({"cap", "sinks", "chunk", "contexts"})
     codecs: ClassVar[frozenset[str]] = frozenset({"plain", "bf16", "int8"})
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -13,7 +13,7 @@ from torch.library import custom_op
 
 from penstock.core.devices import upload
 from penstock.ops.attention import PLAIN, Extras
-from penstock.ops.paged.contract import CacheShape, PagedCache
+from penstock.ops.paged.contract import ALL_LAYERS, CacheShape, PagedCache
 
 _caches: weakref.WeakValueDictionary[int, CudaCache] = weakref.WeakValueDictionary()
 _handles = itertools.count()
@@ -82,9 +82,9 @@ class CudaCache(PagedCache):
         source, target = (upload(np.array(blocks, np.int64), self.shape.device) for blocks in (sources, targets))
         self.memory[:, target] = self.memory[:, source]
 
-    def codes(self, slots: Tensor) -> list[Tensor]:
+    def codes(self, slots: Tensor, layers: slice = ALL_LAYERS) -> list[Tensor]:
         block, place = self._places(slots)
-        return list(self.memory[:, block, :, place].permute(2, 1, 3, 0, 4))
+        return list(self.memory[layers][:, block, :, place].permute(2, 1, 3, 0, 4))
 
     def put(self, slots: Tensor, codes: Sequence[Tensor]) -> None:
         block, place = self._places(slots)

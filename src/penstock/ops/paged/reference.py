@@ -12,7 +12,7 @@ from torch import Tensor
 
 from penstock.ops.attention import PLAIN, Extras, attend_rows, causal_mask
 from penstock.ops.paged.codecs.contract import Codec
-from penstock.ops.paged.contract import NEEDS, CacheShape, PagedAttention, PagedBatch, PagedCache
+from penstock.ops.paged.contract import ALL_LAYERS, NEEDS, CacheShape, PagedAttention, PagedBatch, PagedCache
 from penstock.policy import policy
 
 
@@ -64,6 +64,7 @@ class ReferenceCache(PagedCache):
             mask = self._mask(index, own, torch.arange(len(keys)), window, extras.chunk).to(key.device)
             rows = (x.unsqueeze(0) for x in (query[own], keys, values))
             out[own] = attend_rows(*rows, scale=scale, mask=mask[None, None], extras=extras)[0]
+        self.see_contexts(self._batch, layer, query, out, scale)
         return out
 
     def _decoded(self, layer: int, where: Tensor, packed: int) -> tuple[Tensor, Tensor]:
@@ -106,8 +107,8 @@ class ReferenceCache(PagedCache):
     def copy(self, sources: list[int], targets: list[int]) -> None:
         self._memory[:, :, targets] = self._memory[:, :, sources]
 
-    def codes(self, slots: Tensor) -> list[Tensor]:
-        found = self._memory.flatten(2, 3)[:, :, slots.to(self.shape.device)].transpose(2, 3)
+    def codes(self, slots: Tensor, layers: slice = ALL_LAYERS) -> list[Tensor]:
+        found = self._memory[layers].flatten(2, 3)[:, :, slots.to(self.shape.device)].transpose(2, 3)
         return list(found.unbind(1))
 
     def put(self, slots: Tensor, codes: Sequence[Tensor]) -> None:

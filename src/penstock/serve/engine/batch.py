@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,7 +11,24 @@ from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.kv.compaction import Compaction
+from penstock.serve.kv.reuse.contract import Weighing
 from penstock.speculate.tree import depths
+
+
+class Beside(NamedTuple):
+    """What tokens of an entry see beside their own text.
+
+    Attributes:
+        after: the first token of the sequence that sees it.
+        shift: how far behind its place in the text the position is of that token, and of all behind it.
+        slots: int64 [c], where the keys and values of the contexts are.
+        weighing: how it sees them.
+    """
+
+    after: int
+    shift: int
+    slots: np.ndarray
+    weighing: Weighing
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,6 +53,7 @@ class Entry:
             token; none where they are in a row. A tree's tokens lie in the cache in the order of the window, and have
             the positions of their depths.
         again: how often the last token is computed again with other experts.
+        beside: the contexts that some of the tokens see; None where there are none.
     """
 
     sequence: Sequence
@@ -49,6 +68,7 @@ class Entry:
     packed: int = 0
     parents: tuple[int, ...] = ()
     again: int = 0
+    beside: Beside | None = None
 
     @property
     def ahead(self) -> int:

@@ -108,8 +108,12 @@ class Engine:
 
         Raises:
             UsageError: its prompt is empty, too long or has unknown tokens, its sampling names unknown tokens or has a
-                grammar that cannot be used, or its id is in use.
+                grammar that cannot be used, its contexts do not fit, or its id is in use.
         """
+        if request.contexts:
+            self._check_contexts(request)
+            if self._config.kv_reuse.weighing is None:
+                request = _in_a_row(request)
         self._check(request)
         given = len(request.prompt) if request.given is None else request.given
         limit = self._limit(request, given)
@@ -130,6 +134,11 @@ class Engine:
                 :meth:`add` refuses.
         """
         parent = self._kept.get(id) or self._living(id, index)
+        if parent.contexts or request.contexts:
+            raise UsageError(
+                f"{request.id!r} cannot go on from {id!r}: one of them sees contexts that are encoded apart",
+                hint="Ask anew, or serve with kv_reuse = prefix.",
+            )
         if parent.tokens[: parent.prompt] != request.prompt[: parent.prompt]:
             raise UsageError(f"the prompt of {request.id!r} does not begin with that of {id!r}")
         self._check(request)
@@ -161,7 +170,7 @@ class Engine:
         gone = len(sequence.tokens) - length
         if sequence.matcher is not None:
             sequence.matcher.rollback(gone)
-        for member in sequence.members:
+        for member in sequence.lockstep:
             del member.tokens[len(member.tokens) - gone :]
             if member.held is not None:
                 self.memory.truncate(member, len(member.tokens) - 1)
@@ -187,7 +196,7 @@ class Engine:
                 raise UsageError(f"the grammar of {id!r} does not allow these tokens")
             for token in tokens:
                 sequence.matcher.consume(token)
-        for member in sequence.members:
+        for member in sequence.lockstep:
             member.tokens.extend(tokens)
         self._changed(sequence)
 
@@ -278,6 +287,32 @@ class Engine:
                 hint="Ask for fewer copies, or raise engine.tokens.",
             )
 
+    def _check_contexts(self, request: Request) -> None:
+        if not 0 <= request.shared <= len(request.prompt) - 1:
+            raise UsageError(
+                f"contexts cannot stand behind {request.shared} of the prompt's {len(request.prompt)} tokens: at least "
+                "one has to follow"
+            )
+        for number, context in enumerate(request.contexts):
+            if not context:
+                raise UsageError(f"context {number} is empty", hint="Leave it out.")
+            self._known(context, f"context {number} has a token that")
+        rated = request.sampling.prompt_logprobs is not None
+        if rated and request.sampling.prompt_logprobs_from <= request.shared:
+            raise UsageError(
+                "a prompt's log-probabilities are told behind what follows its contexts alone",
+                hint=f"Set prompt_logprobs_from to {request.shared + 1} or more, or leave prompt_logprobs out.",
+            )
+        if self._config.kv_reuse.weighing is None:
+            return
+        sampling = request.sampling
+        if request.keep or request.given is not None or sampling.companions or sampling.again is not None:
+            raise UsageError(
+                "a request with contexts that are encoded apart cannot be kept, nor go on from another, nor have a "
+                "rule with prompts of its own, or one that has tokens computed again",
+                hint="Serve with kv_reuse = prefix, which puts contexts into the prompt.",
+            )
+
     def _known(self, tokens: List[int], what: str) -> None:
         vocabulary = self.limits.model.vocabulary
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
@@ -286,6 +321,8 @@ class Engine:
     def _limit(self, request: Request, given: int) -> int:
         """The most tokens of the request's sequences; those of its prompt behind the ``given`` ones are generated."""
         prompt, others = len(request.prompt), [len(each) for each in request.sampling.companions]
+        if request.contexts:
+            return self._limit_beside(request)
         others = [each + prompt - given for each in others]
         if not others:
             return min(self.context, prompt + request.sampling.max_tokens)
@@ -299,6 +336,20 @@ class Engine:
                 hint="Shorten them, or raise engine.sequences, engine.context and engine.cache_tokens.",
             )
         return prompt + min(left, request.sampling.max_tokens)
+
+    def _limit_beside(self, request: Request) -> int:
+        """The same of a request that sees contexts: it stands behind the longest, and all of them have to fit."""
+        prompt, size = len(request.prompt), self.limits.block_size
+        lengths = [request.shared + len(context) for context in request.contexts]
+        room = self.limits.blocks * size - sum(-(-length // size) * size for length in lengths)
+        limit = min(self.context - max(map(len, request.contexts)), room, prompt + request.sampling.max_tokens)
+        if limit <= prompt or self.limits.sequences <= len(lengths):
+            raise UsageError(
+                f"there is no room for the prompt's {prompt} tokens beside {len(lengths)} contexts with up to "
+                f"{max(lengths) - request.shared} tokens and {request.length - prompt} in all",
+                hint="Give fewer or shorter ones, or raise engine.sequences, engine.context and engine.cache_tokens.",
+            )
+        return limit
 
     def _matcher(self, request: Request, parent: Sequence | None = None) -> Matcher | None:
         """Where a continuation begins in the grammar: of a fork, where the ``parent`` was, and then on its own way."""
@@ -330,8 +381,10 @@ class Engine:
         stop = self._stop if not sampling.ignore_eos or matcher is not None else frozenset()
         stop |= set(sampling.stop_tokens)
         tokens, companions = list(request.prompt), tuple(self._companions(request, limit, prompt))
-        # What a group drafts would have to be checked for all of its members, and by all copies.
-        alone = not companions and sampling.again is None
+        contexts = tuple(self._contexts(request))
+        # What a group drafts would have to be checked for all of its members, and by all copies; nor does what sees
+        # contexts draft anything.
+        alone = not companions and not contexts and sampling.again is None
         sequence = Sequence(
             request,
             index,
@@ -345,6 +398,8 @@ class Engine:
             restriction=restriction_of(sampling, stop, self.limits.model.vocabulary),
             draft=self._draft(sampling, tokens, prompt) if alone else None,
             companions=companions,
+            contexts=contexts,
+            weighing=self._config.kv_reuse.weighing if contexts else None,
             origin=origin,
         )
         if request.deadline is not None:
@@ -352,8 +407,8 @@ class Engine:
             heappush(self._deadlines, (sequence.deadline, sequence.arrival, sequence))
         self._arrivals += 1
         self._sequences.setdefault(request.id, []).append(sequence)
-        self._counters.prompt_tokens += len(tokens)
-        self.events.add("arrived", request.id, index, tokens=len(tokens), waiting=self.steps.batcher.waiting)
+        self._counters.prompt_tokens += request.length
+        self.events.add("arrived", request.id, index, tokens=request.length, waiting=self.steps.batcher.waiting)
         coming = [] if origin is not None else self.memory.fetch(sequence)
         if coming:
             self._fetching[sequence] = coming
@@ -381,6 +436,13 @@ class Engine:
             own = dataclasses.replace(request, prompt=list(prompt), sampling=plain)
             most = limit - given + len(prompt)
             yield Sequence(own, -1, plain, [*prompt, *generated], most, self._arrivals, prompt=len(prompt))
+
+    def _contexts(self, request: Request) -> Iterable[Sequence]:
+        """Sequences of the request's contexts, each behind the shared tokens of its prompt."""
+        for context in request.contexts:
+            text, plain = [*request.prompt[: request.shared], *context], SamplingParams(temperature=0)
+            own = dataclasses.replace(request, prompt=text, sampling=plain, contexts=[])
+            yield Sequence(own, -1, plain, text, len(text), self._arrivals)
 
     # Steps
 
@@ -591,3 +653,14 @@ class Engine:
             asleep=self.asleep,
             **dataclasses.asdict(self._counters),
         )
+
+
+def _in_a_row(request: Request) -> Request:
+    """The ``request`` with its contexts in its prompt."""
+    before, behind = request.prompt[: request.shared], request.prompt[request.shared :]
+    given = None if request.given is None else request.given + request.length - len(request.prompt)
+    prompt = [*before, *(token for context in request.contexts for token in context), *behind]
+    first = request.sampling.prompt_logprobs_from
+    later = {"prompt_logprobs_from": first + request.length - len(request.prompt)} if first else {}
+    sampling = request.sampling.model_copy(update=later)
+    return dataclasses.replace(request, prompt=prompt, sampling=sampling, given=given, contexts=[], shared=0)

@@ -30,7 +30,7 @@ class Held:
     """What a running sequence holds.
 
     Attributes:
-        slot: its row in the tables.
+        slot: its row in the tables; None of a context of which nothing remains to be computed.
         blocks: its blocks of the cache, in order.
         computed: tokens whose keys and values were computed, or will be once the queued work is done.
         dropped: how many of them are not in the blocks any more, since the cache was compressed when it had been
@@ -39,7 +39,7 @@ class Held:
         committed: how many of the blocks are in the prefix tree, the last of them at ``node``.
     """
 
-    slot: int
+    slot: int | None
     blocks: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0
     dropped: int = 0
@@ -146,8 +146,11 @@ class Memory:
         """Begins to read from disk what a waiting sequence begins with; it can be let in once all of it is done."""
         if self._tiers is None or not self._tiers.lasting:
             return []
-        found = self.pool.match(sequence.tokens, self._reusable(sequence))
-        return self._tiers.fetch(self._names(sequence, found[-1] if found else None, len(found)))
+        coming = []
+        for member in sequence.members:
+            found = self.pool.follow(member.blocks(self.pool.block_size, self._reusable(member)))
+            coming += self._tiers.fetch(self._names(member, found[-1] if found else None, len(found)))
+        return coming
 
     def _restore(self, sequence: Sequence) -> None:
         """Brings back what one who was let in begins with, behind what the pool has of it."""
@@ -169,27 +172,27 @@ class Memory:
         self._tiers.load(list(found.values()), blocks)
         self._restored += blocks
         self._append(held, blocks)
-        held.computed += len(blocks) * size
+        held.computed = min(held.computed + len(blocks) * size, len(sequence.tokens))
         self.commit(sequence)
 
     def _names(self, sequence: Sequence, last: int | None, first: int) -> Iterator[bytes]:
-        """Of the full blocks that a sequence begins with, from the block number ``first`` on, which is behind the block
+        """Of the blocks that a sequence begins with, from the block number ``first`` on, which is behind the block
         ``last`` of the tree."""
-        name, size = b"" if last is None else self.pool.name(last), self.pool.block_size
-        for start in range(first * size, self._reusable(sequence) - size + 1, size):
-            name = name_behind(name, sequence.tokens[start : start + size])
+        name = b"" if last is None else self.pool.name(last)
+        for tokens in sequence.blocks(self.pool.block_size, self._reusable(sequence), first):
+            name = name_behind(name, tokens)
             yield name
 
     def _prefix(self, sequence: Sequence) -> Prefix:
         """Blocks that hold the first tokens of a sequence that waits: those of where it goes on from, or those that the
         prefix tree knows."""
-        found = self.pool.match(sequence.tokens, self._reusable(sequence))
+        found = self.pool.follow(sequence.blocks(self.pool.block_size, self._reusable(sequence)))
         origin = sequence.origin
         if origin is not None and origin in self.kept:  # one that runs may be about to write to what would be copied
             shared = self._shared(origin, sequence)
             if shared.computed > len(found) * self.pool.block_size:
                 return shared
-        return Prefix(found, len(found) * self.pool.block_size)
+        return Prefix(found, min(len(found) * self.pool.block_size, len(sequence.tokens)))
 
     def _needed(self, members: List[Sequence], prefixes: List[Prefix]) -> int:
         """Blocks that ``members`` take beside those of their ``prefixes``, of which the last may have to be copied."""
@@ -198,12 +201,15 @@ class Memory:
         whole = sum(
             -(-(len(each.tokens) - prefix.dropped) // size) - (prefix.computed - prefix.dropped) // size
             for each, prefix in zip(members, prefixes, strict=True)
+            if prefix.computed < len(each.tokens)
         )
         return whole + self.pool.idle_among(found)
 
     def _reusable(self, sequence: Sequence, dropped: int = 0, compacted: int = 0) -> int:
         """How many of the first tokens may be taken from the cache: not the last, whose scores are wanted, nor those
-        after which a log-probability is, nor those whose queries will be asked for."""
+        after which a log-probability is, nor those whose queries will be asked for. Of a context, nothing is wanted."""
+        if sequence.is_context:
+            return len(sequence.tokens)
         most = len(sequence.tokens) - 1
         if sequence.rated is not None:
             most = min(most, sequence.rated_from - 1)
@@ -259,13 +265,14 @@ class Memory:
             assert held is not None
             self._persist(held.blocks)
             self.pool.release(held.blocks)
-            self._slots.append(held.slot)
+            if held.slot is not None:
+                self._slots.append(held.slot)
             member.held = None
         self.running.remove(sequence)
 
     def keep(self, sequence: Sequence) -> None:
         """A running sequence that ends gives its slot back, but not its blocks."""
-        assert sequence.held is not None and not sequence.companions
+        assert sequence.held is not None and sequence.held.slot is not None and not sequence.companions
         self._slots.append(sequence.held.slot)
         self.running.remove(sequence)
         self.kept[sequence] = None
@@ -356,7 +363,7 @@ class Memory:
         held = sequence.held
         assert held is not None
         held.computed += count
-        if held.computed // self.pool.block_size > held.committed:
+        if held.computed // self.pool.block_size > held.committed or not sequence.remaining:
             self.commit(sequence)
 
     def compact(self, sequence: Sequence) -> int:
@@ -377,6 +384,7 @@ class Memory:
         if missing > 0:
             return missing
         before = held.blocks
+        assert held.slot is not None
         self._persist(before)
         self.pool.release(before)
         held.blocks = []
@@ -407,15 +415,44 @@ class Memory:
 
     def commit(self, sequence: Sequence) -> None:
         """Puts the full blocks of known tokens of ``sequence`` into the prefix tree, where they hold all of its
-        tokens."""
+        tokens; of a whole context, which gains no tokens, all blocks."""
         held, size = sequence.held, self.pool.block_size
         assert held is not None
         if held.dropped:
             return
-        for index in range(held.committed, min(held.computed, len(sequence.tokens)) // size):
-            tokens = sequence.tokens[index * size : (index + 1) * size]
-            held.node = self.pool.commit(held.node, tokens, held.blocks[index])
-            held.committed = index + 1
+        known = min(held.computed, len(sequence.tokens))
+        if sequence.is_context and sequence.remaining:
+            known -= known % size
+        for tokens in sequence.blocks(size, known, held.committed):
+            held.node = self.pool.commit(held.node, tokens, held.blocks[held.committed])
+            held.committed += 1
+
+    def catch_up(self, sequence: Sequence) -> None:
+        """Before the contexts of a running sequence are computed further, they take from the prefix tree what has come
+        there since they were let in; those of which nothing remains to be computed give their slots back."""
+        size = self.pool.block_size
+        for context in sequence.contexts:
+            held = context.held
+            assert held is not None
+            if context.remaining and held.computed == len(held.blocks) * size:
+                prefix = self._prefix(context)
+                if prefix.computed > held.computed:
+                    more = prefix.blocks[len(held.blocks) :]
+                    self.pool.share(more)
+                    self._append(held, more)
+                    held.computed, held.committed = prefix.computed, len(held.blocks)
+                    held.node = self.pool.node_of(held.blocks[-1])
+            if not context.remaining and held.slot is not None:
+                self._slots.append(held.slot)
+                held.slot = None
+
+    def beside(self, sequence: Sequence) -> np.ndarray:
+        """The places in the memory of the contexts of a running sequence, int64."""
+        size, found = self.pool.block_size, []
+        for context in sequence.contexts:
+            assert context.held is not None
+            found.append(_places(context.held.blocks, len(context.tokens), size)[sequence.shared :])
+        return np.concatenate(found)
 
     def truncate(self, sequence: Sequence, computed: int) -> None:
         """Cuts a running sequence back to its first ``computed`` tokens in the cache; to none where the cache was
@@ -464,11 +501,13 @@ class Memory:
         self._copies.append((held.blocks[first], fresh))
         self.pool.release([held.blocks[first]])
         held.blocks[first] = fresh
+        assert held.slot is not None
         self.tables[held.slot, first] = fresh
 
     def _append(self, held: Held, blocks: List[int]) -> None:
         first = len(held.blocks)
         held.blocks += blocks
+        assert held.slot is not None
         self.tables[held.slot, first : len(held.blocks)] = blocks
 
 

@@ -7,8 +7,10 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from collections.abc import Sequence as List
 
+import numpy as np
+
 from penstock.core.events import Detail, EventLog
-from penstock.serve.engine.batch import Entry
+from penstock.serve.engine.batch import Beside, Entry
 from penstock.serve.engine.memory import NEVER, Memory
 from penstock.serve.engine.sequence import Sequence
 from penstock.speculate.contract import AWAITED, Branching, Draft
@@ -35,6 +37,7 @@ class StepRoom:
         preempted: sequences that lost their memory to those that were taken.
         found: prompt tokens that those who were let in found in the cache.
         dropped: tokens that went out of caches that were compressed.
+        reused: tokens of contexts that those who were let in found in the cache.
     """
 
     def __init__(self, memory: Memory, tokens: int, events: EventLog, ahead: int = 0, branches: List[int] = ()) -> None:
@@ -44,7 +47,7 @@ class StepRoom:
         self.parts: tuple[int, ...] = ()
         self.lead = 0
         self.preempted: list[Sequence] = []
-        self.found = self.dropped = 0
+        self.found = self.dropped = self.reused = 0
         #: Of each call of take: where its entries begin and end, and whether it let a sequence in.
         self._takes: list[tuple[int, int, bool]] = []
         self._taken: set[int] = set()
@@ -77,7 +80,7 @@ class StepRoom:
         again = 0 if sequence.sampling.again is None else sequence.sampling.again.more
         if waited and (self.preempted or budget < len(sequence.members) + again or not self._admit(sequence)):
             return 0
-        shares = _shares(sequence, budget, again)
+        shares = self._shares_beside(sequence, budget) if sequence.contexts else _shares(sequence, budget, again)
         if not any(shares) or not self._reserve(sequence, shares):
             return 0
         scored = int(shares[0] == sequence.remaining)
@@ -93,31 +96,50 @@ class StepRoom:
     def _admit(self, sequence: Sequence) -> bool:
         if not self._memory.admit(sequence):
             return False
-        detail = {"cached": sequence.computed, "tokens": len(sequence.tokens)}
+        reused = sum(max(0, context.computed - sequence.shared) for context in sequence.contexts)
+        detail = {"cached": sequence.computed + reused, "tokens": sequence.request.length}
         if sequence.cached < 0:
-            sequence.cached = sequence.computed
+            sequence.cached = sequence.computed + reused
             self.found += sequence.cached
+            self.reused += reused
         self._events.add("admitted", sequence.request.id, sequence.index, **detail)
         return True
 
     def _enter(self, sequence: Sequence, count: int, scored: int, window: Tree, again: int) -> None:
         held, drafted = sequence.held, len(window.tokens)
-        assert held is not None
+        assert held is not None and held.slot is not None
         count, scored = count + drafted, scored + drafted
         start, first, rated = held.computed, held.computed, 0
         if sequence.rated is not None:
             first = max(start, sequence.rated_from - 1)
             rated = max(0, min(start + count, len(sequence.request.prompt) - 1) - first)
         parents = tuple(window.parents) if window.branched else ()
+        sees = sequence.contexts and start + count > sequence.shared
         self.entries.append(
             Entry(
                 *(sequence, held.slot, start, count, scored, rated, first - start),
                 *(tuple(window.tokens), held.dropped, self._memory.packed(held), parents, again),
+                self._beside(sequence) if sees else None,
             )
         )
         self.tokens -= count + again
         sequence.in_flight += bool(scored)
         self._memory.advance(sequence, count)
+
+    def _shares_beside(self, sequence: Sequence, budget: int) -> list[int]:
+        """How many of ``budget`` tokens go to ``sequence`` and to its contexts: first what they all begin with, which
+        the contexts then find in the cache; what sees the contexts, once these are there."""
+        self._memory.catch_up(sequence)
+        size = self._memory.pool.block_size
+        first = sequence.remaining if sequence.informed else max(0, sequence.shared - sequence.computed)
+        shares, waits = [min(first, budget)], sequence.computed < sequence.shared // size * size
+        for context in sequence.contexts:
+            shares.append(0 if waits else min(context.remaining, budget - sum(shares)))
+        return shares
+
+    def _beside(self, sequence: Sequence) -> Beside:
+        assert sequence.weighing is not None
+        return Beside(sequence.shared, sequence.shift, self._memory.beside(sequence), sequence.weighing)
 
     def _window(self, sequence: Sequence, budget: int) -> Tree:
         """Tentative tokens behind the last one of a running sequence, where neither budget nor blocks are wanted for
@@ -197,6 +219,8 @@ class StepRoom:
                 cuts.append(end)
             for entry in self.entries[begin:end] if waited else ():
                 found = _blocks(entry)[: _first(entry) // size]
+                if entry.beside is not None:
+                    found = found + np.unique(entry.beside.slots // size).tolist()
                 first = min([first, *(writers[block] for block in found if block in writers)])
         return cuts[::-1]
 

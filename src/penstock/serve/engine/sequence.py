@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as List
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.kv.reuse.contract import Weighing
 from penstock.serve.messages import Finish, Request
 
 if TYPE_CHECKING:
@@ -47,8 +50,13 @@ class Sequence:
         rated_from: the first token of the prompt whose log-probability is wanted.
         companions: sequences with other prompts that go on with the same tokens, in the same steps, for the rule of
             this one to combine their scores with its own. They are no continuations of their own.
-        leader: of a companion, the sequence that it belongs to.
-        members: the sequence and its companions: a lockstep group.
+        contexts: texts that it sees beside its own, from its token number ``shared`` on, with which each of them
+            begins too. They are no continuations, and gain no tokens.
+        weighing: how it sees them; None without any.
+        mark: stands for both where texts are compared: numbers that are no tokens, none without contexts.
+        leader: of a companion or context, the sequence that it belongs to.
+        lockstep: the sequence and its companions, which go on with the same tokens.
+        members: those that have memory while it runs: the sequence, its companions and its contexts.
         origin: the sequence whose text it goes on from, and whose blocks it takes if they are still there; None where
             there is no such.
     """
@@ -57,6 +65,7 @@ class Sequence:
         "arrival",
         "cached",
         "companions",
+        "contexts",
         "deadline",
         "draft",
         "finish",
@@ -66,6 +75,8 @@ class Sequence:
         "index",
         "leader",
         "limit",
+        "lockstep",
+        "mark",
         "matcher",
         "members",
         "origin",
@@ -76,9 +87,11 @@ class Sequence:
         "request",
         "restriction",
         "sampling",
+        "shared",
         "stop",
         "tokens",
         "waits",
+        "weighing",
     )
 
     def __init__(
@@ -96,6 +109,8 @@ class Sequence:
         restriction: Restriction | None = None,
         draft: Draft | None = None,
         companions: tuple[Sequence, ...] = (),
+        contexts: tuple[Sequence, ...] = (),
+        weighing: Weighing | None = None,
         origin: Sequence | None = None,
     ) -> None:
         self.request = request
@@ -118,10 +133,13 @@ class Sequence:
         self.guessed = False
         self.waits = sampling.waits
         self.companions = companions
+        self.contexts, self.shared, self.weighing = contexts, request.shared, weighing
+        self.mark = _mark(contexts, weighing)
         self.leader: Sequence | None = None
-        for each in companions:
+        for each in (*companions, *contexts):
             each.leader = self
-        self.members = (self, *companions)
+        self.lockstep = (self, *companions)
+        self.members = (*self.lockstep, *contexts)
         self.origin = origin
         # The prompt is the same for all continuations: one of them tells.
         told = sampling.prompt_logprobs is not None and index == 0
@@ -132,7 +150,7 @@ class Sequence:
         """One that stands where this one does, and goes on by tokens that are drafted, of which this one knows
         nothing."""
         other = copy.copy(self)
-        other.tokens, other.members = list(self.tokens), (other,)
+        other.tokens, other.lockstep, other.members = list(self.tokens), (other,), (other,)
         other.matcher = self.matcher and self.matcher.copy()
         return other
 
@@ -172,7 +190,30 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         """Whether only its newest token remains to be computed, and its companions'."""
-        return self.remaining == 1 and all(member.remaining == 1 for member in self.companions)
+        return all(member.remaining == 1 for member in self.lockstep) and self.informed
+
+    @property
+    def is_context(self) -> bool:
+        """Whether it is seen by another sequence, and not continued."""
+        return self.leader is not None and bool(self.leader.contexts)
+
+    @property
+    def informed(self) -> bool:
+        """Whether all of its contexts are in the cache, or will be once the queued work is done."""
+        return not any(context.remaining for context in self.contexts)
+
+    def blocks(self, size: int, count: int, first: int = 0) -> Iterator[list[int]]:
+        """Its ``count`` first tokens in blocks of ``size``, from the block number ``first`` on, as the prefix tree
+        knows them: full ones, and of a context the last one too. What depends on contexts is marked by them."""
+        end = count if self.is_context else count - size + 1
+        for start in range(first * size, end, size):
+            tokens = self.tokens[start : min(start + size, count)]
+            yield [*self.mark, *tokens] if start <= self.shared < start + size else tokens
+
+    @property
+    def shift(self) -> int:
+        """How far behind their places the positions are of those that see contexts."""
+        return max((len(context.tokens) - self.shared for context in self.contexts), default=0)
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -186,3 +227,13 @@ def common(one: List[int], other: List[int]) -> int:
     if one[:most] == other[:most]:
         return most
     return next(place for place in range(most) if one[place] != other[place])
+
+
+def _mark(contexts: tuple[Sequence, ...], weighing: Weighing | None) -> list[int]:
+    """Two negative numbers that stand for ``contexts`` in any order, and for how they are weighed."""
+    if not contexts:
+        return []
+    digest = hashlib.blake2b(repr(weighing).encode(), digest_size=16)
+    for context in sorted(context.tokens for context in contexts):
+        digest.update(array("q", [len(context), *context]).tobytes())
+    return [number | -(1 << 63) for number in array("q", digest.digest())]

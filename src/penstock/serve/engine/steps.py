@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class Counters:
     """What an engine did since its start: steps, sequences thrown out, prompt tokens and those of them that were found
     in the cache, tokens that came out, tokens that were drafted and accepted, how often a step brought tokens of a
-    sequence, and tokens that went out of caches that were compressed."""
+    sequence, tokens that went out of caches that were compressed, and those of contexts beside prompts that were found
+    in the cache."""
 
     steps: int = 0
     preemptions: int = 0
@@ -36,6 +37,7 @@ class Counters:
     accepted_tokens: int = 0
     sequence_steps: int = 0
     dropped_tokens: int = 0
+    reused_tokens: int = 0
 
 
 class EngineSteps:
@@ -89,6 +91,7 @@ class EngineSteps:
         self._counters.preemptions += len(room.preempted)
         self._counters.cached_tokens += room.found
         self._counters.dropped_tokens += room.dropped
+        self._counters.reused_tokens += room.reused
         if not room.entries:
             return None
         memory, given = self._memory, (room.parts, room.lead, ahead)
@@ -130,7 +133,7 @@ class EngineSteps:
         while finish is None and kept < len(tokens):
             finish = _take(sequence, tokens[kept])
             kept += finish is not Finish.ERROR
-        for member in sequence.members:
+        for member in sequence.lockstep:
             member.in_flight -= 1
         self._counters.output_tokens += kept
         self._counters.sequence_steps += 1
@@ -175,7 +178,7 @@ def _take(sequence: Sequence, token: int) -> Finish | None:
         sequence.matcher.consume(token)
         if sequence.matcher.failed:
             return Finish.ERROR
-    for member in sequence.members:
+    for member in sequence.lockstep:
         member.tokens.append(token)
     if token in sequence.stop:
         return Finish.STOP

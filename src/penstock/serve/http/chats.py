@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from penstock.serve.chat import Prompt
 from penstock.serve.dialogue.answer import (
     Answer,
     Arguments,
@@ -44,7 +45,7 @@ class Form:
         return bool(self.functions) or self.thinking is not Thinking.NOT
 
 
-def ask(body: Chat, tokens: Tokens, context: int) -> tuple[list[int], dict[str, Any], Form]:
+def ask(body: Chat, tokens: Tokens, context: int) -> tuple[Prompt, dict[str, Any], Form]:
     """The prompt of a chat, what its answer asks of SamplingParams besides the fields that they have in common, and how
     the answer is read. ``context`` is the most tokens of an answer where no number is given.
 
@@ -57,7 +58,7 @@ def ask(body: Chat, tokens: Tokens, context: int) -> tuple[list[int], dict[str, 
     form = Form(tokens.dialogue, functions, thinking, body.parallel_tool_calls is False, body.include_reasoning)
     options = body.answer_options(tokens.turn_stops if body.chat_template is None else (), context)
     grammar = _grammar(body, tokens, form)
-    read = body.truncated(prompt.tokens, context)
+    read = dataclasses.replace(prompt, tokens=body.truncated(prompt.tokens, context))
     return read, options if grammar is None else options | {"grammar": grammar}, form
 
 

@@ -53,6 +53,7 @@ class EngineCollector(Collector):
             "drafted_tokens": ("Tokens that were drafted.", now.drafted_tokens),
             "accepted_tokens": ("Tokens that were drafted and accepted.", now.accepted_tokens),
             "dropped_tokens": ("Tokens that went out of caches that were compressed.", now.dropped_tokens),
+            "reused_tokens": ("Tokens of contexts beside prompts that were in the cache already.", now.reused_tokens),
             "embedded_texts": ("Texts of which vectors were made.", now.embedded_texts),
             "embedded_tokens": ("Tokens of which vectors were made.", now.embedded_tokens),
             "sequence_steps": ("Steps that brought tokens, counted for each sequence.", now.sequence_steps),

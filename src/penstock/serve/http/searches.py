@@ -19,7 +19,7 @@ from penstock.serve.link.wire import Errand
 GUEST = "penstock.search.guest"
 
 #: Fields that do not go with a search.
-ALONE = ("stream", "logprobs", "tools", "prompt_logprobs", "rule", "return_token_ids", *GUIDED)
+ALONE = ("stream", "logprobs", "contexts", "tools", "prompt_logprobs", "rule", "return_token_ids", *GUIDED)
 
 
 async def searched(service: Service, generation: Generation, shapes: Chats, body: Chat) -> dict[str, Any]:

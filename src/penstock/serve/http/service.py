@@ -195,7 +195,18 @@ class Generation:
         outcome: how the choices end that have not ended by themselves: ``disconnect`` unless something fails.
     """
 
-    def __init__(self, service: Service, kind: str, prompts: list[list[int]], body: Generate, key: str, **extra: Any):
+    def __init__(
+        self,
+        service: Service,
+        kind: str,
+        prompts: list[list[int]],
+        body: Generate,
+        key: str,
+        *,
+        contexts: list[list[int]] | None = None,
+        shared: int = 0,
+        **extra: Any,
+    ) -> None:
         self.id, self.created = f"{kind}{uuid.uuid4().hex}", int(time.time())
         self.key, self.version = key, 0
         self.usage, self.outcome = Usage(sum(map(len, prompts))), "disconnect"
@@ -207,10 +218,12 @@ class Generation:
         self.sampling = build(SamplingParams, options, "the request").tokenized(
             service.tokens.encode, service.tokens.bare
         )
+        given = (self.sampling, body.priority, key, service.limits.deadline)
         self.requests = [
-            Request(f"{self.id}/{number}", prompt, self.sampling, body.priority, key, service.limits.deadline)
+            Request(f"{self.id}/{number}", prompt, *given, contexts=contexts or [], shared=shared)
             for number, prompt in enumerate(prompts)
         ]
+        self.usage.prompt = sum(request.length for request in self.requests)
 
     async def pieces(self, shown: Mapping[int, str], over: Callable[[Piece], bool]) -> AsyncGenerator[Piece]:
         """The response's text as it comes, with the special tokens that are ``shown``. A piece with which a choice is
@@ -413,8 +426,15 @@ class Service:
         """The tokens of ``prompt``, one of those of ``body``, checked against the model's limits."""
         if isinstance(prompt, str):
             # In a thread: a long text takes a while, and others' tokens go on meanwhile.
-            prompt = await asyncio.to_thread(self.tokens.encode, prompt, body.add_special_tokens)
+            prompt = await asyncio.to_thread(self.tokens.encode, prompt, body.special)
         return self.checked(body.truncated(prompt, self.engine.ready.context), "prompt")
+
+    async def contexts(self, body: Generate) -> list[list[int]]:
+        """The tokens of the contexts that ``body`` names."""
+        found = await asyncio.to_thread(self.tokens.contexts, body.contexts)
+        for each in found:
+            self.check_tokens(each, "contexts")
+        return found
 
     def checked(self, prompt: list[int], param: str) -> list[int]:
         """``prompt``, if the engine will take it; ``param`` is the field that it comes from."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from penstock.core.errors import UsageError
 from penstock.models.vocabulary import Vocabulary
-from penstock.serve.chat import Prompt, chat_prompt
+from penstock.serve.chat import Messages, Prompt, chat_prompt
 from penstock.serve.dialogue.contract import Dialogue, Spell
 from penstock.serve.dialogue.guess import guess
 from penstock.serve.dialogue.lark import speller
@@ -110,6 +111,10 @@ class Tokens:
         """The tokens of ``text`` alone; see :meth:`encode`."""
         return self.encode(text, False)
 
+    def contexts(self, given: Sequence[str | list[int]] | None) -> list[list[int]]:
+        """The tokens of each of the contexts that a request names; see :meth:`encode`."""
+        return [self.bare(each) if isinstance(each, str) else each for each in given or ()]
+
     def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
         """The text of ``tokens``."""
         text: str = self.backend.decode(tokens, skip_special_tokens=skip_special_tokens)
@@ -117,7 +122,7 @@ class Tokens:
 
     def chat(
         self,
-        messages: list[dict[str, Any]],
+        messages: Messages,
         tools: list[dict[str, Any]] | None,
         variables: dict[str, Any],
         special: bool = False,
@@ -133,7 +138,7 @@ class Tokens:
                 "chat_template: a chat template is a program, and whoever runs the server gives it, by --chat-template "
                 "FILE, or lets requests bring their own, by --request-templates"
             )
-        _check_characters(json.dumps([messages, tools, variables], ensure_ascii=False))
+        _check_characters(json.dumps([list(messages), tools, variables], ensure_ascii=False))
         return chat_prompt(self._tokenizer, messages, tools, variables, self.dialogue, special, template)
 
 

@@ -84,10 +84,16 @@ class BlockPool:
 
         They are not held yet: :meth:`share` them before anything else is taken.
         """
+        size = self.block_size
+        return self.follow(tokens[start : start + size] for start in range(0, count - size + 1, size))
+
+    def follow(self, pieces: Iterable[Sequence[int]]) -> list[int]:
+        """The blocks that hold the first of these ``pieces`` of a text, one each, as far as they are known; the same
+        holds for them."""
         found: list[int] = []
-        node, size = ROOT, self.block_size
-        for start in range(0, count - size + 1, size):
-            block = self._tree.get((node, tuple(tokens[start : start + size])))
+        node = ROOT
+        for tokens in pieces:
+            block = self._tree.get((node, tuple(tokens)))
             if block is None:
                 break
             found.append(block)
@@ -197,7 +203,8 @@ class BlockPool:
                     self._free.append(block)
 
     def commit(self, parent: int, tokens: Sequence[int], block: int) -> int:
-        """Puts a full ``block`` that holds ``tokens`` under the node ``parent``; returns its node's id.
+        """Puts a ``block`` that holds ``tokens`` under the node ``parent``; returns its node's id. Nobody will write to
+        it, be it full or not. Numbers that are no tokens may stand for what the block depends on besides.
 
         Where the tree has such a node already, the block stays out of it, and the node that is there is returned; a
         block that is in the tree already stays where it is. Nothing hangs under a ``parent`` that is gone; it is

@@ -246,10 +246,10 @@ class BatchRun:
         body: Completion | Chat
         if line.url == "/v1/completions":
             body = _known(build(Completion, line.body, "the body"))
-            prompts, extra, shapes = self._completion(body)
+            prompts, shared, extra, shapes = self._completion(body)
         else:
             body = _known(build(Chat, line.body, "the body"))
-            prompts, extra, shapes = self._chat(body)
+            prompts, shared, extra, shapes = self._chat(body)
         if body.model not in (None, self._name):
             what = f"there is no model {body.model!r} here; this is {self._name!r}"
             raise ApiError(404, what, param="model", code="model_not_found")
@@ -258,10 +258,12 @@ class BatchRun:
         seed = derive(0, "batch", place) >> 1
         options = {"seed": seed} | body.options() | extra
         sampling = build(SamplingParams, options, "the request").tokenized(self._tokens.encode, self._tokens.bare)
+        contexts = self._tokens.contexts(body.contexts)
         task = _Task(place, line.custom_id, shapes, body.wanted == 0, {})
         try:
             for number, prompt in enumerate(prompts):
-                request = Request(f"{place}/{number}", prompt, sampling, body.priority)
+                id = f"{place}/{number}"
+                request = Request(id, prompt, sampling, body.priority, contexts=contexts, shared=shared)
                 self._gatherer.submit(request, shown=shapes.shown)
                 task.results[request.id] = None
         except Exception:
@@ -270,19 +272,21 @@ class BatchRun:
             raise
         self._tasks[place] = task
 
-    def _completion(self, body: Completion) -> tuple[list[list[int]], dict[str, Any], Completions | Chats]:
-        """Prompts, further sampling options, and the shapes of the response."""
+    def _completion(self, body: Completion) -> tuple[list[list[int]], int, dict[str, Any], Completions | Chats]:
+        """Prompts, how many of their tokens stand before contexts, further sampling options, and the shapes of the
+        response."""
+        before = self._tokens.encode(body.contexts_prefix, body.add_special_tokens) if body.contexts else []
         prompts = [
-            self._tokens.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
+            self._tokens.encode(prompt, body.special) if isinstance(prompt, str) else prompt
             for prompt in body.prompts()
         ]
-        prompts = [body.truncated(prompt, self._gatherer.engine.context) for prompt in prompts]
-        return prompts, {}, Completions(self._tokens, prompts, body)
+        prompts = [before + body.truncated(prompt, self._gatherer.engine.context) for prompt in prompts]
+        return prompts, len(before), {}, Completions(self._tokens, prompts, body)
 
-    def _chat(self, body: Chat) -> tuple[list[list[int]], dict[str, Any], Completions | Chats]:
+    def _chat(self, body: Chat) -> tuple[list[list[int]], int, dict[str, Any], Completions | Chats]:
         """The same for a chat."""
         prompt, extra, form = ask(body, self._tokens, self._gatherer.engine.context)
-        return [prompt], extra, Chats(self._tokens, prompt, body, form)
+        return [prompt.tokens], prompt.shared, extra, Chats(self._tokens, prompt.tokens, body, form)
 
     def _end(self, result: RequestOutput) -> Iterator[dict[str, Any]]:
         """Takes a prompt's result; yields the answer of a line whose prompts all have theirs."""
@@ -303,7 +307,7 @@ class BatchRun:
             raise ApiError(500, f"the request failed: {error}")
         outputs = [(result, output) for result in results for output in result.outputs]
         usage = Usage(
-            prompt=sum(len(result.prompt_token_ids) for result in results),
+            prompt=sum(len(result.prompt_token_ids) + result.num_context_tokens for result in results),
             cached=sum(result.num_cached_tokens for result in results),
             completion=0 if task.nothing else sum(len(output.token_ids) for _, output in outputs),
             drafted=sum(result.num_drafted_tokens for result in results),

@@ -116,7 +116,8 @@ class RequestOutput:
         prompt_token_ids: its tokens.
         outputs: its continuations, by index.
         prompt_logprobs: for each prompt token but the first, where they were asked for.
-        num_cached_tokens: prompt tokens that were in the cache already.
+        num_context_tokens: tokens of the contexts that it named beside its prompt.
+        num_cached_tokens: tokens of the prompt and of contexts that were in the cache already.
         num_drafted_tokens, num_accepted_tokens: tokens that were drafted, and those of them that were accepted.
         error: what failed where a continuation's ``finish_reason`` is ``error``; other requests go on.
     """
@@ -126,6 +127,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     prompt_logprobs: Logprobs | None = None
+    num_context_tokens: int = 0
     num_cached_tokens: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
@@ -163,7 +165,9 @@ class Gatherer:
         self.engine.add(request)
         outputs = [CompletionOutput(index) for index in range(request.sampling.continuations)]
         readers = [Reader(request, self._tokenizer.backend_tokenizer, shown) for _ in outputs]
-        self._open[request.id] = _Open(request, RequestOutput(request.id, prompt, request.prompt, outputs), readers)
+        contexts = request.length - len(request.prompt)
+        result = RequestOutput(request.id, prompt, request.prompt, outputs, num_context_tokens=contexts)
+        self._open[request.id] = _Open(request, result, readers)
 
     def step(self) -> list[RequestOutput]:
         """Does one step of the engine; returns the requests that finished in it. One that cannot be read, whatever the

@@ -15,7 +15,7 @@ from penstock.core.signals import StopRequest
 from penstock.models import hub
 from penstock.models.encoders.pooling import Pooling, pooling_of
 from penstock.serve.build import open_engine
-from penstock.serve.chat import chat_tokens
+from penstock.serve.chat import chat_prompt, with_place
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.embed.embedder import Embedder
@@ -28,6 +28,9 @@ from penstock.serve.run.runner import Runner
 #: A prompt: text, tokens, or a table with ``prompt`` or ``prompt_token_ids``.
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
+
+#: A text that stands beside a prompt, or its tokens.
+Context = str | Sequence[int]
 
 
 class LLM:
@@ -72,6 +75,8 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        contexts: Sequence[Context] | Sequence[Sequence[Context]] = (),
+        prefix: str = "",
         progress: Reporter = show,
     ) -> list[RequestOutput]:
         """Continues ``prompts``, one or several; the results come in their order. A request that fails on the way has
@@ -79,6 +84,10 @@ class LLM:
 
         Args:
             sampling_params: for all of them, or one for each.
+            contexts: texts, such as documents that were found, that stand before each prompt, just as they are; or
+                a list of them for each. How they are encoded, and when they are not computed again, is the engine's
+                option ``kv_reuse``; see docs/cache.md.
+            prefix: what stands before the contexts.
             progress: how to report; ``core.progress.silent`` is quiet.
 
         Raises:
@@ -86,8 +95,10 @@ class LLM:
                 generated then.
             KeyboardInterrupt: after Ctrl-C; the engine is free for the next call.
         """
-        texts, tokens = self._tokenized(prompts)
-        return self._run(texts, tokens, sampling_params, progress)
+        texts, tokens = self._tokenized(prompts, not contexts)
+        before = self._encoded(prefix) if contexts else []
+        beside = [(each, len(before)) for each in self._beside(contexts, len(tokens))]
+        return self._run(texts, [[*before, *each] for each in tokens], sampling_params, progress, beside)
 
     def chat(
         self,
@@ -95,17 +106,22 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        contexts: Sequence[Context] | Sequence[Sequence[Context]] = (),
         progress: Reporter = show,
     ) -> list[RequestOutput]:
         """The assistant's next message in a conversation, or in each of several.
 
-        ``messages`` have a ``role`` and a ``content``; the model's chat template turns them into a prompt. The other
-        arguments and the errors are those of :meth:`generate`.
+        ``messages`` have a ``role`` and a ``content``; the model's chat template turns them into a prompt. ``contexts``
+        stand before the text of the user's first message. The other arguments and the errors are those of
+        :meth:`generate`.
         """
         several = [messages] if all(isinstance(each, Mapping) for each in messages) else messages
-        tokens = [chat_tokens(self.tokenizer, each, tools) for each in several]  # type: ignore[arg-type]
-        texts = [self.tokenizer.decode(each) for each in tokens]
-        return self._run(texts, tokens, sampling_params, progress)
+        placed = [with_place(each) if contexts else each for each in several]  # type: ignore[arg-type]
+        prompts = [chat_prompt(self.tokenizer, each, tools) for each in placed]  # type: ignore[arg-type]
+        texts = [self.tokenizer.decode(each.tokens) for each in prompts]
+        pairs = zip(self._beside(contexts, len(prompts)), prompts, strict=True)
+        beside = [(each, prompt.shared) for each, prompt in pairs]
+        return self._run(texts, [each.tokens for each in prompts], sampling_params, progress, beside)
 
     def embed(
         self,
@@ -177,6 +193,7 @@ class LLM:
         tokens: Sequence[list[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         progress: Reporter,
+        beside: Sequence[tuple[list[list[int]], int]],
     ) -> list[RequestOutput]:
         chosen = sampling_params or SamplingParams()
         params = [chosen] * len(tokens) if isinstance(chosen, SamplingParams) else list(chosen)
@@ -185,7 +202,7 @@ class LLM:
             raise UsageError(f"there are {len(tokens)} prompts, and {len(params)} sampling params")
         results: dict[int, RequestOutput] = {}
         with StopRequest() as stop, progress("generating", len(tokens), "prompt") as bar:
-            for place, result in self.as_completed(tokens, params, stop, texts=texts):
+            for place, result in self.as_completed(tokens, params, stop, texts=texts, beside=beside):
                 results[place] = result
                 bar.advance()
         if stop.wanted:
@@ -199,6 +216,7 @@ class LLM:
         stop: StopRequest,
         *,
         texts: Sequence[str | None] | None = None,
+        beside: Sequence[tuple[list[list[int]], int]] | None = None,
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Continues ``prompts`` of tokens, and gives each one's place and result as soon as it is there. It ends early
         once ``stop`` is wanted, or when the caller leaves it: what has not finished then is dropped.
@@ -206,6 +224,7 @@ class LLM:
         Args:
             params: of each prompt.
             texts: the prompts as text, for the results.
+            beside: the contexts of each, as tokens, and how many tokens of the prompt stand before them.
 
         Raises:
             UsageError: a prompt does not fit. Nothing is generated then.
@@ -213,8 +232,11 @@ class LLM:
         places = {str(self._count + place): place for place in range(len(prompts))}
         self._count += len(prompts)
         try:
-            for id, text, prompt, sampling in zip(places, texts or [None] * len(prompts), prompts, params, strict=True):
-                self._gatherer.submit(Request(id, prompt, sampling), text)
+            told, others = texts or [None] * len(prompts), beside or [([], 0)] * len(prompts)
+            for id, text, prompt, sampling, (contexts, shared) in zip(
+                places, told, prompts, params, others, strict=True
+            ):
+                self._gatherer.submit(Request(id, prompt, sampling, contexts=contexts, shared=shared), text)
             while self._gatherer.pending and not stop.wanted:
                 if self.engine.stopped:
                     raise UsageError(
@@ -243,8 +265,21 @@ class LLM:
         _, (tokens,) = self._tokenized(prompt)
         return tokens
 
-    def _tokenized(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[str | None], list[list[int]]]:
-        """Text, where there is one, and tokens of each prompt."""
+    def _beside(self, contexts: Sequence[Context] | Sequence[Sequence[Context]], count: int) -> list[list[list[int]]]:
+        """The tokens of the contexts of each of ``count`` prompts."""
+        if isinstance(contexts, str) or any(isinstance(each, int) for each in contexts):
+            raise UsageError("contexts are a list of texts, or such a list for each prompt", hint="contexts=[text]")
+        common = all(_single(each) for each in contexts)
+        several = [contexts] * count if common else contexts
+        if len(several) != count:
+            raise UsageError(f"there are {count} prompts, and {len(several)} lists of contexts")
+        return [self._tokenized(list(each), False)[1] for each in several]  # type: ignore[arg-type]
+
+    def _tokenized(
+        self, prompts: Prompt | Sequence[Prompt], special: bool = True
+    ) -> tuple[list[str | None], list[list[int]]]:
+        """Text, where there is one, and tokens of each prompt, with those that the model wants around a text where it
+        is ``special``."""
         texts: list[str | None] = []
         tokens: list[list[int]] = []
         for prompt in [prompts] if _single(prompts) else prompts:
@@ -253,7 +288,7 @@ class LLM:
                 content = prompt.get("prompt_token_ids", prompt.get("prompt"))
             if isinstance(content, str):
                 texts.append(content)
-                tokens.append(self.tokenizer(content)["input_ids"])
+                tokens.append(self.tokenizer(content, add_special_tokens=special)["input_ids"])
             elif isinstance(content, Sequence) and all(isinstance(token, int) for token in content):
                 texts.append(None)
                 tokens.append([token for token in content if isinstance(token, int)])

@@ -12,6 +12,7 @@ import torch
 
 from penstock.core.randomness import derive, uniforms
 from penstock.models.sampling import Sampling
+from penstock.ops.paged.contexts import Contexts
 from penstock.ops.paged.contract import PagedBatch
 from penstock.ops.paged.watch import watched_places
 from penstock.serve.choose.asked import SLOT, Asked, Masked, Ruled, Scattered, depths_of, nodes_of
@@ -214,7 +215,7 @@ class Planner:
         parents = _branched(entries, positions, offsets, ends)
         rated = (offsets >= rated_from[rows]) & (offsets < rated_to[rows])
         wanted = offsets >= (counts - scored)[rows]
-        inputs = np.stack([*_tokens(batch, ends), positions])
+        inputs = np.stack([*_tokens(batch, ends), _shifted(entries, positions, ends)])
         draws = np.stack([*asked.draws.view(np.int64), asked.slots + 1])
         ahead = np.concatenate([[0], scored.cumsum()])
         for first, last in itertools.pairwise(itertools.accumulate(batch.parts, initial=0)):
@@ -227,6 +228,9 @@ class Planner:
                 rows[all_own] - first,
                 places[all_own],
             )
+            contexts = tuple(_contexts(entries[own]))
+            if contexts:
+                plan = dataclasses.replace(plan, contexts=contexts)
             if fields.packed[own].any():
                 plan = dataclasses.replace(plan, packed=torch.from_numpy(fields.packed[own].astype(np.int32)))
             if parents is not None:
@@ -328,6 +332,25 @@ def _branched(entries: list[Entry], positions: np.ndarray, offsets: np.ndarray, 
             parents[own] = np.array(entry.parents) + newest + 1
             positions[own] = entry.start + newest + np.array(tree_depths(entry.parents))
     return parents
+
+
+def _shifted(entries: list[Entry], places: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The positions of tokens at these ``places`` in their texts: those that see contexts stand behind the longest."""
+    positions = places
+    for entry, end in zip(entries, ends.tolist(), strict=True):
+        if entry.beside is not None:
+            if positions is places:
+                positions = places.copy()
+            first = max(0, entry.beside.after - entry.start)
+            positions[end - entry.count + first : end] += entry.beside.shift
+    return positions
+
+
+def _contexts(entries: list[Entry]) -> Iterator[Contexts]:
+    """What those of a part's ``entries`` see beside their own text."""
+    for number, entry in enumerate(entries):
+        if entry.beside is not None:
+            yield Contexts(number, entry.beside.after, torch.from_numpy(entry.beside.slots), *entry.beside.weighing)
 
 
 def _tokens(batch: Batch, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -441,7 +441,7 @@ class Runner:
     ) -> tuple[Any, np.ndarray] | None:
         """What one of the ``graphs`` gives for ``part``, with the inputs and ``more`` rows of them, and the rows of its
         tokens; None where none is for it."""
-        if graphs is None or lane or part.plan.masks is not None:
+        if graphs is None or lane or part.plan.masks is not None or part.plan.contexts:
             return None
         shape = graphs.shape_for(part.plan)
         if shape is None:

@@ -24,7 +24,7 @@ from penstock.serve.http.streams import EventStream, event, gathered, unless_gon
 async def begun(service: Service, chat: Chat, kind: str, param: str, key: str) -> tuple[Generation, Form]:
     """The answer to ``chat`` in the making, and how it is read; ``param`` is the field that its messages come from."""
     prompt, extra, form = await asyncio.to_thread(ask, chat, service.tokens, service.engine.ready.context)
-    return Generation(service, kind, [service.checked(prompt, param)], chat, key, **extra), form
+    return Generation(service, kind, [service.checked(prompt.tokens, param)], chat, key, **extra), form
 
 
 async def answer(

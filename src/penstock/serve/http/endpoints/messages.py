@@ -34,4 +34,4 @@ async def count(body: Conversation, service: Here, response: Response) -> dict[s
     service.check_model(body.model)
     response.headers.update(service.ignored(body))
     prompt, _, _ = await asyncio.to_thread(ask, body.chat(), service.tokens, service.engine.ready.context)
-    return {"input_tokens": len(prompt)}
+    return {"input_tokens": len(prompt.tokens)}

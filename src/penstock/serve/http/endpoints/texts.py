@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -33,8 +34,12 @@ async def completions(request: Request, body: Completion, service: Here) -> Resp
     if body.stream and body.best_of not in (None, body.n):
         raise ApiError(400, "which continuations are best is known at the end: nothing to stream", param="best_of")
     service.admit(body.n * len(body.prompts()))  # before any work goes into them
-    prompts = [await service.encoded(prompt, body) for prompt in body.prompts()]
-    generation = Generation(service, Completions.kind, prompts, body, request.state.key)
+    contexts = await service.contexts(body)
+    before = service.tokens.encode(body.contexts_prefix, body.add_special_tokens) if contexts else []
+    prompts = [before + await service.encoded(prompt, body) for prompt in body.prompts()]
+    generation = Generation(
+        service, Completions.kind, prompts, body, request.state.key, contexts=contexts, shared=len(before)
+    )
     shapes = Completions(service.tokens, prompts, body)
     return await _answer(request, service, generation, shapes, body, headers)
 
@@ -45,10 +50,10 @@ async def chat(request: Request, body: Chat, service: Here) -> Response:
     service.check_model(body.model)
     headers = service.ignored(body)
     prompt, extra, form = await asyncio.to_thread(ask, body, service.tokens, service.engine.ready.context)
-    generation = Generation(
-        service, Chats.kind, [service.checked(prompt, "messages")], body, request.state.key, **extra
-    )
-    shapes = Chats(service.tokens, prompt, body, form)
+    read, contexts = service.checked(prompt.tokens, "messages"), await service.contexts(body)
+    beside: dict[str, Any] = {"contexts": contexts, "shared": prompt.shared}
+    generation = Generation(service, Chats.kind, [read], body, request.state.key, **beside, **extra)
+    shapes = Chats(service.tokens, read, body, form)
     if body.search is not None:
         whole = await unless_gone(request, searched(service, generation, shapes, body))
         return JSONResponse(whole, headers=headers)

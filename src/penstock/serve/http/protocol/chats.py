@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from penstock.core.errors import UsageError
+from penstock.serve.chat import Message, with_place
 from penstock.serve.choose.sampling import MOST_LOGPROBS
 from penstock.serve.dialogue.answer import Function, functions_of
 from penstock.serve.http.protocol.body import LARGEST, Body
@@ -172,7 +173,7 @@ class Chat(Generate):
             return {name: functions[name] for name in names}
         return functions
 
-    def for_template(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, dict[str, Any]]:
+    def for_template(self) -> tuple[list[Message], list[dict[str, Any]] | None, dict[str, Any]]:
         """Messages, tools and further variables, as chat templates know them."""
         tools = None if self.tool_choice == "none" else self.tools or None
         variables: dict[str, Any] = dict(self.chat_template_kwargs or {})
@@ -184,7 +185,8 @@ class Chat(Generate):
             variables["continue_final_message"] = True
         if self.opened is not None:
             variables["add_generation_prompt"] = self.opened
-        return [message.for_template() for message in self.messages], tools, variables
+        messages: list[Message] = [message.for_template() for message in self.messages]
+        return with_place(messages) if self.contexts else messages, tools, variables
 
     def answer_options(self, turn_stops: tuple[str, ...], context: int) -> dict[str, Any]:
         """Those of SamplingParams that a chat's answer has besides: ``turn_stops`` end the assistant's turn, and

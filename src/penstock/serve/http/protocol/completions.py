@@ -19,6 +19,8 @@ class Completion(Generate):
     add_special_tokens: bool = True
     best_of: Annotated[int, Field(ge=1, le=MOST)] | None = None
     echo: bool = False
+    #: What stands before the contexts.
+    contexts_prefix: str = ""
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     def options(self) -> dict[str, Any]:
@@ -26,6 +28,12 @@ class Completion(Generate):
         if self.echo and self.logprobs is not None:
             given["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
         return super().options() | {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def special(self) -> bool:
+        """Whether the tokens that the model wants around a text are added to prompts: with contexts, they are with what
+        stands before these."""
+        return self.add_special_tokens and not self.contexts
 
     def echoes(self, prompts: list[list[int]]) -> list[list[int]]:
         """For each continuation, the prompt that its text begins with; none where nothing is echoed."""

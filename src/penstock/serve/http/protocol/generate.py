@@ -18,6 +18,9 @@ from penstock.serve.choose.sampling import (
 from penstock.serve.http.protocol.body import LARGEST, Body, Token, TokenKey
 from penstock.serve.http.protocol.guided import GUIDED, ResponseFormat, StructuredOutputs
 
+#: Of a request.
+MOST_CONTEXTS = 1024
+
 
 class StreamOptions(Body):
     include_usage: bool = False
@@ -93,6 +96,15 @@ class Generate(Body):
     drafts: bool | None = None
     #: What the answer is expected to be; it is drafted from that.
     prediction: Expected | None = None
+    #: Texts, such as documents that were found, or their tokens: just as they are, they stand before the prompt, or
+    #: before the text of the user's first message.
+    contexts: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1)] | Annotated[list[Token], Field(min_length=1)]],
+            Field(max_length=MOST_CONTEXTS),
+        ]
+        | None
+    ) = None
     #: A request can stand back behind others, but never push ahead of them.
     priority: Annotated[int, Field(ge=0, le=1000)] = 0
 
@@ -110,6 +122,8 @@ class Generate(Body):
             raise ValueError(f"what the answer must be is said once, not by {' and '.join(guided)}")
         if self.truncate_prompt_tokens == 0:
             raise ValueError("truncate_prompt_tokens 0 would leave nothing of the prompt")
+        if self.contexts and self.truncate_prompt_tokens is not None:
+            raise ValueError("truncate_prompt_tokens cuts the prompt's beginning, behind which contexts stand")
         return self
 
     def grammar(self) -> dict[str, Any] | None:

@@ -1,0 +1,1 @@
+"""What is reused of contexts that are no prefix."""
