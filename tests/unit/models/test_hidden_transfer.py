@@ -10,9 +10,12 @@ from penstock.models.decoder import Decoder
 from penstock.models.heads.headed import Headed
 from penstock.models.heads.hidden_transfer import HiddenTransfer
 from penstock.models.tapped import TappedDecoder
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.decode.roster import Roster
+from penstock.serve.messages import Request
 from penstock.speculate.drafters.head import Head
-from penstock.testing.model_head import check_drafts, learnt
-from penstock.testing.serve_model import SHAPE
+from penstock.testing.model_head import check_drafts, learnt, watched
+from penstock.testing.serve_model import SHAPE, small_mixture
 from penstock.testing.speculate_drafter import engine_with, outcomes
 
 DEEP = SHAPE.model_copy(update={"layers": 4})
@@ -82,3 +85,22 @@ def test_random_transfers_change_no_token(tree):
     engine = engine_with(Head(source="a head"), target, draft=model.head.requires_grad_(False).eval(), tree=tree)
     assert outcomes(engine) == outcomes(engine_with(None, target))
     assert engine.snapshot().drafted_tokens > 0
+
+
+def test_what_is_drafted_does_not_depend_on_copies_with_noise_beside_it():
+    """Steps with those are computed otherwise, and keep the states all the same."""
+    kind = HiddenTransfer(left=1, tokens=2)
+    head = learnt(small_mixture(), kind).head.requires_grad_(False).eval()
+    drafted = []
+    for rules in ([None], [None, Roster(copies=2)]):
+        engine = engine_with(Head(source="a head"), small_mixture(), draft=head)
+        drafts = watched(engine)
+        for number, rule in enumerate(rules):
+            sampling = SamplingParams(temperature=0, max_tokens=12, rule=rule, drafts=rule is None)
+            engine.add(Request(str(number), [3 + number, 1, 4, 1, 5], sampling))
+        while engine.busy:
+            engine.step()
+        drafted.append({text: window for text, window in drafts if text[0] == 3})
+    alone, beside = drafted
+    assert len(alone) > 3
+    assert alone == beside
