@@ -48,7 +48,8 @@ class StepRoom:
         self.lead = 0
         self.preempted: list[Sequence] = []
         self.found = self.dropped = self.reused = 0
-        #: Of each call of take: where its entries begin and end, and whether it let a sequence in.
+        #: Of each call of take: where its entries begin and end, and whether the sequence may have found something in
+        #: the prefix tree, since it was let in or has contexts.
         self._takes: list[tuple[int, int, bool]] = []
         self._taken: set[int] = set()
 
@@ -90,7 +91,7 @@ class StepRoom:
             if count:
                 self._enter(member, count, scored, window, again * scored)
         self._taken.add(id(sequence))
-        self._takes.append((begin, len(self.entries), waited))
+        self._takes.append((begin, len(self.entries), waited or bool(sequence.contexts)))
         return sum(shares) + len(window.tokens) + again * scored
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -204,8 +205,8 @@ class StepRoom:
         self.lead = min(lead, len(self.parts) - 1)
 
     def _cuts(self) -> list[int]:
-        """Where the entries can be cut apart: between calls of :meth:`take`, except where a sequence that was let in
-        found blocks in the prefix tree which an earlier entry only now computes."""
+        """Where the entries can be cut apart: between calls of :meth:`take`, except where a sequence found blocks in
+        the prefix tree which an earlier entry only now computes."""
         size = self._memory.pool.block_size
         writers = {
             block: index
