@@ -137,6 +137,16 @@ def test_interleaved_1f1b_is_no_slower_than_1f1b_for_any_number_of_microbatches(
         assert run("interleaved_1f1b", p, m).makespan <= 3 * (m + p - 1)
 
 
+@pytest.mark.parametrize(("p", "m"), [(4, 11), (3, 8), (5, 13), (4, 17)])
+def test_uneven_rounds_hold_no_more_than_their_first_and_smallest(p, m):
+    """Of rounds that differ by one, a device holds what it would with as many rounds of the smaller size."""
+    rounds, small = m // p, m // (m // p)
+    assert max(run("interleaved_1f1b", p, m).peak_activations) == 2 * (p - 1) + small + 1
+    if small % p == 0:
+        even = run("interleaved_1f1b", p, rounds * small)
+        assert run("interleaved_1f1b", p, m).peak_activations == even.peak_activations
+
+
 def test_grouped_interleaving_holds_half_of_interleaved_1f1b():
     """The figures of the authors' program, in units of a forward of a p-th of the model."""
     found = run("grouped_interleaving", 4, 8, group=2)
@@ -202,6 +212,12 @@ def test_more_microbatches_do_not_repeat_bubbles(name, p):
         assert found.makespan <= 3 * (m + p - 1)
         assert max(found.peak_bytes) <= p + 1
     assert run(name, p, 12 * p).makespan <= run(name, p, 8 * p).makespan + 3 * 4 * p + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bitpipe", "chimera", "hanayo"])
+def test_many_microbatches_on_many_devices_take_less_than_1f1b(name):
+    assert run(name, 32, 256).makespan < run("1f1b", 32, 256).makespan == 861
 
 
 @pytest.mark.parametrize("p", [4, 6, 8, 12])
