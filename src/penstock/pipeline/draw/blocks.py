@@ -54,7 +54,8 @@ def joined(own: Sequence[Block]) -> list[bool]:
     background from shining through between the two.
     """
     return [
-        following is not None and math.isclose(this.end, following.start) for this, following in zip_longest(own, own[1:])
+        following is not None and math.isclose(this.end, following.start)
+        for this, following in zip_longest(own, own[1:])
     ]
 
 
