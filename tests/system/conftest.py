@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Served]:
-    """Room for 8 sequences and a queue of 4; a key is needed."""
+    """Room for 8 sequences, a queue of 4, and 2 adapters; a key is needed."""
     from served import Served  # which a process that only hands out tests does not need
 
-    with Served("--queue", "4", "--body-limit", "0.25", "--control", "--request-templates", key="secret-1") as served:
+    options = ("--control", "--request-templates", "--set", "adapter_slots=2")
+    with Served("--queue", "4", "--body-limit", "0.25", *options, key="secret-1") as served:
         yield served
         assert not served.until_idle()["cache_blocks_held"]

@@ -93,8 +93,8 @@ def test_answers_are_those_of_the_weights_that_are_there_and_say_which(server: S
 
 
 def test_nobody_controls_a_server_that_was_not_started_for_it():
-    for path in ("/pause", "/resume", "/sleep", "/wake", "/weights"):
-        found = asked(path, json={"folder": "x"})
+    for path in ("/pause", "/resume", "/sleep", "/wake", "/weights", "/adapters"):
+        found = asked(path, json={"folder": "x", "name": "a"})
         assert (found.status_code, found.json()["error"]["code"]) == (403, "no_control")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from penstock.cli._adapters import ADAPTER, chosen_adapters
 from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_REUSE, chosen_cache
 from penstock.cli._ranks import TENSOR_PARALLEL, chosen_ranks
 
@@ -41,6 +42,7 @@ def batch(
     kv_codec: str | None = KV_CODEC,
     kv_reuse: str | None = KV_REUSE,
     tensor_parallel: int | None = TENSOR_PARALLEL,
+    adapter: list[str] = ADAPTER,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
 ) -> None:
     """Answer the requests of an OpenAI batch file. Run again, it goes on where it was stopped or killed.
@@ -64,7 +66,9 @@ def batch(
     from penstock.serve.offline.gather import Gatherer
 
     cache, ranks = chosen_cache(kv, kv_budget, kv_codec, kv_reuse), chosen_ranks(tensor_parallel)
+    called = name or hub.name_of(model)
     base = {"batching": "batchllm", "draft": draft, "draft_tree": draft_tree or "", **cache, **ranks}
+    base |= chosen_adapters(adapter, called)
     config = build(EngineConfig, apply_overrides(base, overrides), "the engine's options")
     for path, there in ((source, source.is_file()), (target.parent, target.parent.is_dir())):
         if not there:
@@ -78,7 +82,7 @@ def batch(
         take_template(tokenizer, chat_template)
     with contextlib.closing(open_engine(folder, config, device, show)) as engine:
         settle()
-        run = BatchRun(Gatherer(engine, tokenizer), Tokens(tokenizer, form, True), name or hub.name_of(model), window)
+        run = BatchRun(Gatherer(engine, tokenizer), Tokens(tokenizer, form, True), called, window)
         summary = run.run(source, target, show)
     refused = f", of which {summary.refused:,} are refused" if summary.refused else ""
     earlier = f" ({summary.before:,} were there before)" if summary.before else ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from penstock.cli._adapters import ADAPTER, chosen_adapters
 from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_REUSE, chosen_cache
 from penstock.cli._ranks import TENSOR_PARALLEL, chosen_ranks
 
@@ -58,7 +59,7 @@ def serve(
     ),
     strict: bool = typer.Option(False, "--strict", help="Refuse requests with fields that are not known here."),
     control: bool = typer.Option(
-        False, "--control", help="Let clients pause the engine, put it to sleep, and give it other weights."
+        False, "--control", help="Let clients pause the engine, put it to sleep, and give it weights and adapters."
     ),
     draft: str | None = typer.Option(
         None,
@@ -83,6 +84,7 @@ def serve(
     kv_codec: str | None = KV_CODEC,
     kv_reuse: str | None = KV_REUSE,
     tensor_parallel: int | None = TENSOR_PARALLEL,
+    adapter: list[str] = ADAPTER,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     queue: int = typer.Option(1024, "--queue", min=0, help="Most continuations that wait; more get status 429."),
     deadline: float = typer.Option(600.0, "--deadline", help="Most seconds that a request may take."),
@@ -135,6 +137,8 @@ def serve(
     With a cache of 8-bit integers, which holds more tokens: `penstock serve python-6m --kv-codec int8`
 
     On two devices, each of which has half of the model: `penstock serve org/name --tensor-parallel 2`
+
+    With a LoRA adapter, which requests name as their model: `penstock serve org/name --adapter sql=org/name-sql`
     """
     import asyncio
     import contextlib
@@ -156,7 +160,9 @@ def serve(
     options = {"draft": draft, "draft_tree": draft_tree, "record": record, "eviction": kv_eviction}
     options |= {"kv_host": kv_host, "kv_disk": kv_disk}
     chosen: dict[str, Any] = {key: str(value) for key, value in options.items() if value is not None}
+    called = name or hub.name_of(model)
     chosen |= chosen_cache(kv, kv_budget, kv_codec, kv_reuse) | chosen_ranks(tensor_parallel)
+    chosen |= chosen_adapters(adapter, called)
     engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
     given = {
         "body": body_limit,
@@ -177,7 +183,6 @@ def serve(
     if chat_template is not None:
         read_text(chat_template)  # that it cannot be read is said before the model is loaded
     listener = bind(host, port)
-    called = name or hub.name_of(model)
 
     def started(service: Service) -> None:
         settle()

@@ -46,6 +46,9 @@ CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 DOWNLOADS = ("*.json", "model*.safetensors", "tokenizer*", "merges.txt", "vocab.txt", "*.jinja")
 
+#: Where a run leaves what it has added to its base.
+ADAPTER = "adapter"
+
 #: Where the models lie that come with the package.
 BOXED = Path(str(importlib.resources.files("penstock.models"))) / "boxed"
 
@@ -139,6 +142,27 @@ def _model_in(folder: Path) -> Path:
     )
 
 
+def resolve_adapter(source: str | Path) -> Path:
+    """The folder of an adapter in the form of PEFT: one with an adapter_config.json; a run folder (its ``adapter/``); a
+    name on the Hugging Face hub.
+
+    Raises:
+        UsageError: it is none of these, or the hub did not give it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = next((place for place in (path, path / ADAPTER) if (place / peft.CONFIG).is_file()), None)
+        if found is None:
+            raise UsageError(
+                f"there is no adapter in {path}: it has neither {peft.CONFIG} nor {ADAPTER}/{peft.CONFIG}",
+                hint="Name a folder that PEFT has written, or a run folder of an adapter.",
+            )
+        return found
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+        return _download(str(source), "an adapter", (peft.CONFIG, peft.WEIGHTS))
+    raise UsageError(f"there is no adapter {str(source)!r}", hint="Name a folder that PEFT has written.")
+
+
 def _packaged(name: str) -> Path:
     package, module, inside = PACKAGED[name]
     found = importlib.util.find_spec(module)
@@ -158,14 +182,14 @@ def _described(file: Path) -> Path:
     return folder_of(file)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, what: str = "a model", files: tuple[str, ...] = DOWNLOADS) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(DOWNLOADS)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # The client's errors (network, name, access, cache) have no base of their own.
         raise UsageError(
-            f"there is no folder {name} here, and the Hugging Face hub did not give a model of that name: {error}",
+            f"there is no folder {name} here, and the Hugging Face hub did not give {what} of that name: {error}",
             hint="Check the spelling and the network, log in if the model is gated, "
             "or download the folder elsewhere and name its path.",
         ) from error

@@ -22,6 +22,7 @@ from penstock.core.progress import Reporter, silent
 from penstock.models import hub
 from penstock.models.acceptance import folder as acceptance
 from penstock.models.acceptance.head import AcceptanceHead
+from penstock.models.adapters.slots import AdapterSlots, matrices, read
 from penstock.models.decoder import Decoder
 from penstock.models.heads import folder as heads
 from penstock.models.heads.contract import Continues, Continuing, Foresees, HeadModule, Transfers
@@ -63,6 +64,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLAIN = Plain()
+
+#: Of adapters, where none says what rank they have.
+DEFAULT_RANK = 16
 
 #: Tokens for which a CPU's cache has room at most, unless the configuration says otherwise.
 MOST_CPU_TOKENS = 1 << 18
@@ -209,7 +213,10 @@ def build_engine(
     """
     runner, drafting = build_runners(model, config, draft, report, pieces, ranks, predictor)
     if config.record is None:
-        return Engine(config, runner, stop, grammars, drafting, _tiers(model, config, runner.cache))
+        engine = Engine(config, runner, stop, grammars, drafting, _tiers(model, config, runner.cache))
+        for name, folder in config.adapters.items():
+            engine.load_adapter(name, folder)
+        return engine
     options = {**config.model_dump(mode="json"), "record": None, "cache_tokens": runner.blocks * runner.block_size}
     header = {"model": model.config.model_dump(mode="json"), "source": source, "engine": options}
     return Engine(config, Recorder(runner, config.record, header), stop, grammars, drafting)
@@ -236,6 +243,22 @@ def _tiers(model: Decoder, config: EngineConfig, cache: PagedCache) -> Tiers | N
     disk = None if config.kv_disk is None else DiskBlocks(config.kv_disk, space(), config.kv_disk_size)
     with explained_shortage():
         return Tiers(HostBlocks(cache, places), disk, space=space)
+
+
+def _adapter_slots(model: Decoder, through: Decoder, config: EngineConfig) -> AdapterSlots | None:
+    """Room for adapters of ``model``, where ``config`` wants some. Tokens go ``through`` it, or one of its layers.
+
+    Raises:
+        PenstockError: one of those that it names cannot be had, or it names a matrix that the model does not have.
+    """
+    if not config.room_for_adapters:
+        return None
+    family = hub.family_of(model)
+    given = [read(hub.resolve_adapter(folder), family, model) for folder in config.adapters.values()]
+    rank = max((len(each.a) for additions in given for each in additions.values()), default=DEFAULT_RANK)
+    found = {name.removesuffix(".weight") for additions in given for name in additions}
+    targets = config.adapter_targets or {each.rpartition(".")[2] for each in found & matrices(model, family).keys()}
+    return AdapterSlots(through, family, config.room_for_adapters, config.adapter_rank or rank, sorted(targets))
 
 
 def build_runner(
@@ -297,6 +320,7 @@ def build_runners(
         # One more than sequences use: the runner's own.
         memories = [backend.open(dataclasses.replace(shape, blocks=blocks + 1)) for backend, shape in opened]
         kinds = _kinds(config, memories, keeps)
+        kinds[0]["adapters"] = _adapter_slots(model, models[0], config)
         # There are no graphs with a plain backend that was taken since no other knows the model's attention.
         compiled = compiled and (config.attention is not None or all(memory.fix([], 0) for memory in memories))
         for each, memory, context, kind in zip(models, memories, contexts, kinds, strict=True):
@@ -317,6 +341,8 @@ def build_runners(
             settle_memory(runners, config, DeviceMemory(device), compiled, rehearse, report)
         else:
             runners[0].memory = {"weights": sum(map(weight_bytes, models)), "cache": (blocks + 1) * block_bytes}
+            if runners[0].adapter_bytes:
+                runners[0].memory["adapters"] = runners[0].adapter_bytes
             if memories[0].watch is not None:
                 runners[0].memory["queries"] = memories[0].watch.bytes
         if ranks is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ByteSize, Field, PositiveInt, field_validator, model_validator
+from pydantic import ByteSize, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from penstock.core.config import Config
 from penstock.core.errors import UsageError, nearest
@@ -74,6 +74,12 @@ class EngineConfig(Config):
         tensor_parallel: how many ranks divide the model among them, each a process with a device of its own (on the
             CPU, with its share of the cores). They compute every step together; what each has of weights and cache is
             its share.
+        adapters: folders of LoRA adapters that PEFT has written, by the names that requests choose them by.
+        adapter_slots: room for so many adapters at a time, with those that are loaded later; for those of ``adapters``
+            there is room in any case.
+        adapter_rank: the highest rank of an adapter; None takes the highest of ``adapters``, or 16 without any.
+        adapter_targets: the matrices that adapters may add to, as their names end, such as ``q_proj``; nothing takes
+            those that ``adapters`` add to, or all of attention and of dense feed-forward blocks without any.
         check: compare the cache's books with the sequences after every step.
     """
 
@@ -102,6 +108,10 @@ class EngineConfig(Config):
     deterministic: bool = False
     record: Path | None = None
     tensor_parallel: PositiveInt = 1
+    adapters: dict[str, Path] = Field(default_factory=dict)
+    adapter_slots: NonNegativeInt = 0
+    adapter_rank: PositiveInt | None = None
+    adapter_targets: tuple[str, ...] = ()
     check: bool = False
 
     @field_validator("draft", mode="before")
@@ -218,10 +228,22 @@ class EngineConfig(Config):
             f"kv = {self.kv.policy_name}": self.kv.compresses,
             f"kv_reuse = {self.kv_reuse.policy_name}": self.kv_reuse.weighing is not None,
             f"codec = {self.codec.policy_name}": isinstance(self.codec, LearnedCodec),
+            "adapters": bool(self.room_for_adapters),
         }
         for option, wanted in alone.items():
             if wanted and self.tensor_parallel > 1:
                 raise ValueError(f"{option} is for a model on one device: leave it out, or tensor_parallel")
+        return self
+
+    @model_validator(mode="after")
+    def _adapted(self) -> EngineConfig:
+        reasons = {
+            "deterministic": "what adapters add is computed for all rows of an adapter together",
+            "record": "a recording has no adapters to compute its steps with",
+        }
+        for option, reason in reasons.items():
+            if getattr(self, option) and self.room_for_adapters:
+                raise ValueError(f"{option} needs an engine without adapters: {reason}")
         return self
 
     @model_validator(mode="after")
@@ -253,6 +275,11 @@ class EngineConfig(Config):
     def rows(self) -> int:
         """The most rows of a sequence that goes on that are scored in a step: its newest token, and what is drafted."""
         return 1 + (len(full(self.draft_tree, self.draft.most, MOST)) if self.draft else 0)
+
+    @property
+    def room_for_adapters(self) -> int:
+        """How many there may be at a time."""
+        return max(self.adapter_slots, len(self.adapters))
 
     def budget(self, device: torch.device) -> int:
         """``tokens``, or what it is on ``device`` where it is not set."""

@@ -38,6 +38,7 @@ class Request:
             what its parent was given.
         contexts: texts that stand behind the first ``shared`` tokens of the prompt and before the others, as the
             engine's :mod:`~penstock.serve.kv.reuse.contract` encodes them.
+        adapter: the name of the adapter by which it is computed; empty for the model alone. A fork has its parent's.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Request:
     given: int | None = None
     contexts: list[list[int]] = dataclasses.field(default_factory=list)
     shared: int = 0
+    adapter: str = ""
 
     @property
     def length(self) -> int:
@@ -84,17 +86,20 @@ class Act(enum.StrEnum):
     SLEEP = "sleep"
     WAKE = "wake"
     LOAD = "load"
+    LOAD_ADAPTER = "load_adapter"
+    DROP_ADAPTER = "drop_adapter"
 
 
 @dataclasses.dataclass(frozen=True)
 class Control:
     """Tells the engine to ``act``; weights are loaded from ``folder``, and are called by ``version`` where one is
-    given. ``id`` is that of the answer."""
+    given; so is the adapter that is called ``name``. ``id`` is that of the answer."""
 
     id: str
     act: Act
     folder: str = ""
     version: int | None = None
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +166,7 @@ class Snapshot:
         embedded_texts, embedded_tokens: of which vectors were made.
         version: of the weights.
         paused, asleep: whether it was told to be.
+        adapters: the names of those that requests can choose.
     """
 
     steps: int
@@ -192,3 +198,4 @@ class Snapshot:
     version: int = 0
     paused: bool = False
     asleep: bool = False
+    adapters: tuple[str, ...] = ()

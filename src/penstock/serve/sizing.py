@@ -75,13 +75,15 @@ def settle_memory(
             each.capture(report)
         graphs = left - meter.free()
     weights = sum(weight_bytes(each.model) for each in runners)
+    adapters = {"adapters": first.adapter_bytes} if first.adapter_bytes else {}
     first.memory = {
         "weights": weights,
+        **adapters,
         "cache": first.cache.shape.blocks * block,
         "steps": steps,
         "graphs": graphs,
         # The driver's context, code, and fixed buffers; and other processes.
-        "other": meter.total - before - small - weights,
+        "other": meter.total - before - small - weights - first.adapter_bytes,
     }
     first.memory["left"] = meter.total - sum(first.memory.values())
     log.info("memory: %s", described(first.memory))

@@ -22,7 +22,7 @@ import functools
 import itertools
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,7 @@ class EngineMachine(RuleBasedStateMachine):
         drafts: what drafts, what decides how much, and how it branches.
         models: what is served, and what drafts for it.
         oracle: says what tokens should come out; None is what is served.
+        options: more of the engine's.
     """
 
     batching: Batching
@@ -206,6 +207,7 @@ class EngineMachine(RuleBasedStateMachine):
     codec: Codec = PlainCodec()
     models: tuple[Decoder, Decoder] = small_model(), small_draft()
     oracle: Decoder | None = None
+    options: Mapping[str, Any] = {}
 
     @initialize(
         loop=st.integers(0, 7),
@@ -244,6 +246,7 @@ class EngineMachine(RuleBasedStateMachine):
             controller=controller,
             kv=self.kv,
             check=True,
+            **self.options,
         )
         model, draft_model = self.models
         drafts = small_head() if drafter is not None and drafter.head is not None else draft_model
@@ -253,6 +256,8 @@ class EngineMachine(RuleBasedStateMachine):
         disk = DiskBlocks(Path(self.folder.name), "machine", 1 << 20)
         tiers = Tiers(HostBlocks(runner.cache, places), disk, AtOnce()) if places else None
         self.engine = Engine(config, runner, draft=drafting, tiers=tiers)
+        for name, place in config.adapters.items():
+            self.engine.load_adapter(name, place)
         if self.engine.speculation is not None:
             # By a clock that goes on by itself: a course of events is the same each time.
             self.engine.speculation.clock = itertools.count().__next__
@@ -345,6 +350,7 @@ class EngineMachine(RuleBasedStateMachine):
     def _enter(self, request: Request, given: int, of: Name | None = None) -> None:
         """Adds or forks ``request``, which the engine refuses exactly where it cannot fit, or where the parent
         has ended and its last news is still to be told."""
+        request, oracle = self._asked(request, of)
         try:
             self.engine.add(request) if of is None else self.engine.fork(of[0], request, of[1])
         except UsageError:
@@ -355,8 +361,12 @@ class EngineMachine(RuleBasedStateMachine):
         limit = len(request.prompt) + min(request.sampling.max_tokens, left)
         for index in range(request.sampling.n):
             self.accounts[request.id, index] = Account(
-                self._oracle, request, index, list(request.prompt), given, limit, self.kv
+                oracle, request, index, list(request.prompt), given, limit, self.kv
             )
+
+    def _asked(self, request: Request, of: Name | None) -> tuple[Request, Decoder]:
+        """``request``, a fork ``of`` another where one is named, as the engine gets it, and who knows its answer."""
+        return request, self._oracle
 
     @property
     def _oracle(self) -> Decoder:
@@ -395,7 +405,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.rated.add(delta.id)
             prompt = account.request.prompt
             assert [each.token for each in delta.prompt_logprobs] == prompt[1:]
-            known = rated(self._oracle, tuple(prompt), account.given, self.kv)
+            known = rated(account.model, tuple(prompt), account.given, self.kv)
             for each, wanted in zip(delta.prompt_logprobs, known, strict=True):
                 assert abs(each.logprob - wanted) < 1e-3
 

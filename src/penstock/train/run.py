@@ -51,7 +51,6 @@ from penstock.train.validation import Validation
 
 CONFIG, SUMMARY = "run.json", "summary.json"
 CHECKPOINTS, MODEL, STORE, TOKENIZER = "checkpoints", "model", "store", "tokenizer"
-ADAPTER = "adapter"
 
 #: What the weights of a finished model can be stored in.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -289,7 +288,7 @@ class Run:
         if model is not None:
             if isinstance(model, Decoder):
                 if self.config.tuner.adds:
-                    with atomic_folder(self.folder / ADAPTER) as folder:
+                    with atomic_folder(self.folder / hub.ADAPTER) as folder:
                         self.config.tuner.write(model, folder, str(self.config.start_from))
                 model = self.config.tuner.merged(model)
             with atomic_folder(self.folder / MODEL) as folder:

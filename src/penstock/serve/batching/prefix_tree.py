@@ -40,7 +40,7 @@ def grow(sequences: List[Sequence], block_size: int) -> list[Branch]:
     The prompts are sorted, and the tree follows from what neighbours share: the time grows with the total length of
     the prompts, and with n log n comparisons of them.
     """
-    ordered = sorted(sequences, key=lambda sequence: sequence.tokens)
+    ordered = sorted(sequences, key=lambda sequence: (sequence.adapter.key, sequence.tokens))
     path, before = [Branch(0)], 0
     closed: list[Branch] = []
     for place, sequence in enumerate(ordered):
@@ -66,9 +66,9 @@ def _close(path: list[Branch], depth: int) -> Iterator[Branch]:
 
 def _shared(one: Sequence, other: Sequence, size: int) -> int:
     """How many of their first tokens two sequences share in whole blocks. The last token of either is not counted: it
-    is computed in any case."""
+    is computed in any case. With different adapters they share nothing."""
     a, b = one.tokens, other.tokens
-    low, high = 0, (min(len(a), len(b)) - 1) // size
+    low, high = 0, (min(len(a), len(b)) - 1) // size if one.adapter.key == other.adapter.key else 0
     while low < high:
         middle = (low + high + 1) // 2
         if a[low * size : middle * size] == b[low * size : middle * size]:

@@ -16,6 +16,7 @@ from penstock.core.events import EventLog
 from penstock.serve.choose.grammar import Grammars, Matcher
 from penstock.serve.choose.restriction import restriction_of
 from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.engine.adapters import Adapter, Adapters
 from penstock.serve.engine.executor import Changeable, Executor, Readable
 from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.memory import Memory
@@ -60,6 +61,7 @@ class Engine:
         executor: who computes.
         speculation: who drafts; None where nothing is drafted.
         steps: the parts of a step, with the batcher.
+        adapters: that requests can choose.
         paused, asleep: whether it was told to be: requests wait then.
     """
 
@@ -80,6 +82,7 @@ class Engine:
         self.events = EventLog()
         self._config, self._stop, self._grammars = config, frozenset(stop), grammars
         self.executor, self._counters = executor, Counters()
+        self.adapters = Adapters(executor)
         batcher, tokens = config.batching.start(self.limits), self.limits.tokens
         self.speculation = Speculation(config.controller, config.draft.most, draft) if config.draft else None
         self.steps = EngineSteps(
@@ -108,18 +111,19 @@ class Engine:
 
         Raises:
             UsageError: its prompt is empty, too long or has unknown tokens, its sampling names unknown tokens or has a
-                grammar that cannot be used, its contexts do not fit, or its id is in use.
+                grammar that cannot be used, its contexts do not fit, its adapter is not there, or its id is in use.
         """
         if request.contexts:
             self._check_contexts(request)
             if self._config.kv_reuse.weighing is None:
                 request = _in_a_row(request)
         self._check(request)
+        adapter = self.adapters.named(request.adapter)
         given = len(request.prompt) if request.given is None else request.given
         limit = self._limit(request, given)
         matchers = [self._matcher(request) for _ in range(request.sampling.continuations)]
         for index, matcher in enumerate(matchers):
-            self._enter(request, index, limit, given, matcher)
+            self._enter(request, index, limit, given, matcher, adapter)
 
     def fork(self, id: str, request: Request, index: int = 0) -> None:
         """Starts ``request``, whose prompt begins as the continuation ``index`` of the request ``id`` does, on the same
@@ -130,8 +134,8 @@ class Engine:
         grammar that both have, which goes on where the parent is.
 
         Raises:
-            UsageError: there is no such continuation; the new prompt does not begin with its prompt; or what
-                :meth:`add` refuses.
+            UsageError: there is no such continuation; the new prompt does not begin with its prompt; it has another
+                adapter; or what :meth:`add` refuses.
         """
         parent = self._kept.get(id) or self._living(id, index)
         if parent.contexts or request.contexts:
@@ -141,12 +145,14 @@ class Engine:
             )
         if parent.tokens[: parent.prompt] != request.prompt[: parent.prompt]:
             raise UsageError(f"the prompt of {request.id!r} does not begin with that of {id!r}")
+        if request.adapter != parent.adapter.name:
+            raise UsageError(f"{request.id!r} names the adapter {request.adapter!r}, and {id!r} has another")
         self._check(request)
         limit = self._limit(request, parent.prompt)
         matchers = [self._matcher(request, parent) for _ in range(request.sampling.continuations)]
         self.events.add("forked", id, index, into=request.id)
         for number, matcher in enumerate(matchers):
-            child = self._enter(request, number, limit, parent.prompt, matcher, parent)
+            child = self._enter(request, number, limit, parent.prompt, matcher, parent.adapter, parent)
             if not child.companions and self.memory.fork(parent, child):
                 self.steps.batcher.remove(child)
                 child.cached = child.computed
@@ -374,14 +380,15 @@ class Engine:
         limit: int,
         prompt: int,
         matcher: Matcher | None,
+        adapter: Adapter,
         origin: Sequence | None = None,
     ) -> Sequence:
         """A new sequence waits; its first ``prompt`` tokens count as given."""
         sampling = request.sampling.model_copy(update={"seed": request.sampling.seed + index})
         stop = self._stop if not sampling.ignore_eos or matcher is not None else frozenset()
         stop |= set(sampling.stop_tokens)
-        tokens, companions = list(request.prompt), tuple(self._companions(request, limit, prompt))
-        contexts = tuple(self._contexts(request))
+        tokens, companions = list(request.prompt), tuple(self._companions(request, limit, prompt, adapter))
+        contexts = tuple(self._contexts(request, adapter))
         # What a group drafts would have to be checked for all of its members, and by all copies; nor does what sees
         # contexts draft anything.
         alone = not companions and not contexts and sampling.again is None
@@ -401,6 +408,7 @@ class Engine:
             contexts=contexts,
             weighing=self._config.kv_reuse.weighing if contexts else None,
             origin=origin,
+            adapter=adapter,
         )
         if request.deadline is not None:
             sequence.deadline = time.monotonic() + request.deadline
@@ -427,7 +435,7 @@ class Engine:
         draft.extend(tokens[prompt:])
         return draft
 
-    def _companions(self, request: Request, limit: int, given: int) -> Iterable[Sequence]:
+    def _companions(self, request: Request, limit: int, given: int, adapter: Adapter) -> Iterable[Sequence]:
         """Sequences with the rule's prompts, which go on with what the request's prompt has behind its ``given``
         tokens."""
         generated = request.prompt[given:]
@@ -435,14 +443,15 @@ class Engine:
             plain = SamplingParams(temperature=0)
             own = dataclasses.replace(request, prompt=list(prompt), sampling=plain)
             most = limit - given + len(prompt)
-            yield Sequence(own, -1, plain, [*prompt, *generated], most, self._arrivals, prompt=len(prompt))
+            text = [*prompt, *generated]
+            yield Sequence(own, -1, plain, text, most, self._arrivals, prompt=len(prompt), adapter=adapter)
 
-    def _contexts(self, request: Request) -> Iterable[Sequence]:
+    def _contexts(self, request: Request, adapter: Adapter) -> Iterable[Sequence]:
         """Sequences of the request's contexts, each behind the shared tokens of its prompt."""
         for context in request.contexts:
             text, plain = [*request.prompt[: request.shared], *context], SamplingParams(temperature=0)
             own = dataclasses.replace(request, prompt=text, sampling=plain, contexts=[])
-            yield Sequence(own, -1, plain, text, len(text), self._arrivals)
+            yield Sequence(own, -1, plain, text, len(text), self._arrivals, adapter=adapter)
 
     # Steps
 
@@ -536,7 +545,7 @@ class Engine:
         """Puts other weights in the place of the model's, between steps: those of a folder, or tensors by the names of
         ``Decoder.state_dict``, such as a trainer's. What was computed with the old ones is forgotten: every request
         that comes is answered as by a new engine, and those under way go on with the new weights behind the tokens that
-        they have.
+        they have. Adapters stay, on the new weights.
 
         Args:
             version: what they are called from now on, in every delta; one more than before if not given.
@@ -560,6 +569,25 @@ class Engine:
             self._tiers.forget()
         self.steps.version = self.version + 1 if version is None else version
         return self.version
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Loads the adapter of ``folder``, between steps: requests choose it by ``name`` from now on.
+
+        Raises:
+            PenstockError: it cannot be had, or does not fit the model, or there is no slot, or the name is taken.
+                Nothing has changed then.
+        """
+        sequences = [*(each for own in self._sequences.values() for each in own), *self._kept.values()]
+        self.adapters.load(name, Path(folder), {each.adapter for each in sequences})
+
+    def drop_adapter(self, name: str) -> None:
+        """No request can choose the adapter ``name`` any more. Those that have it go on with it to their end, and what
+        is forked from them has it too; then its slot is free.
+
+        Raises:
+            UsageError: there is no such.
+        """
+        self.adapters.drop(name)
 
     def _changeable(self) -> Changeable:
         if not isinstance(self.executor, Changeable):
@@ -651,6 +679,7 @@ class Engine:
             version=self.version,
             paused=self.paused,
             asleep=self.asleep,
+            adapters=self.adapters.names,
             **dataclasses.asdict(self._counters),
         )
 

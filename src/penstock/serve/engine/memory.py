@@ -36,7 +36,7 @@ class Held:
         dropped: how many of them are not in the blocks any more, since the cache was compressed when it had been
             ``compacted`` tokens; ``known`` tokens were left.
         due: how many are computed when it is compressed next.
-        committed: how many of the blocks are in the prefix tree, the last of them at ``node``.
+        committed: how many of the blocks are in the prefix tree, the last of them at ``node``; without such, its root.
     """
 
     slot: int | None
@@ -148,7 +148,7 @@ class Memory:
             return []
         coming = []
         for member in sequence.members:
-            found = self.pool.follow(member.blocks(self.pool.block_size, self._reusable(member)))
+            found = self._match(member)
             coming += self._tiers.fetch(self._names(member, found[-1] if found else None, len(found)))
         return coming
 
@@ -178,7 +178,7 @@ class Memory:
     def _names(self, sequence: Sequence, last: int | None, first: int) -> Iterator[bytes]:
         """Of the blocks that a sequence begins with, from the block number ``first`` on, which is behind the block
         ``last`` of the tree."""
-        name = b"" if last is None else self.pool.name(last)
+        name = sequence.adapter.key if last is None else self.pool.name(last)
         for tokens in sequence.blocks(self.pool.block_size, self._reusable(sequence), first):
             name = name_behind(name, tokens)
             yield name
@@ -186,13 +186,20 @@ class Memory:
     def _prefix(self, sequence: Sequence) -> Prefix:
         """Blocks that hold the first tokens of a sequence that waits: those of where it goes on from, or those that the
         prefix tree knows."""
-        found = self.pool.follow(sequence.blocks(self.pool.block_size, self._reusable(sequence)))
+        found = self._match(sequence)
         origin = sequence.origin
         if origin is not None and origin in self.kept:  # one that runs may be about to write to what would be copied
             shared = self._shared(origin, sequence)
             if shared.computed > len(found) * self.pool.block_size:
                 return shared
         return Prefix(found, min(len(found) * self.pool.block_size, len(sequence.tokens)))
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        """The blocks that the prefix tree has of what a sequence begins with, and may take from there."""
+        return self.pool.follow(sequence.blocks(self.pool.block_size, self._reusable(sequence)), self._root(sequence))
+
+    def _root(self, sequence: Sequence) -> int:
+        return self.pool.root(sequence.adapter.key)
 
     def _needed(self, members: List[Sequence], prefixes: List[Prefix]) -> int:
         """Blocks that ``members`` take beside those of their ``prefixes``, of which the last may have to be copied."""
@@ -246,6 +253,7 @@ class Memory:
         """``sequence`` runs; its first tokens are in the blocks of ``prefix``."""
         blocks, computed, dropped, compacted, known = prefix
         held = sequence.held = Held(self._slots.pop(), [], computed, dropped, compacted, known)
+        held.node = self._root(sequence)
         held.due = self._due(sequence, compacted, dropped)
         self._append(held, blocks)
         whole = 0 if dropped else computed // self.pool.block_size
@@ -396,7 +404,7 @@ class Memory:
         self._compactions.append(Compaction(held.slot, held.computed, held.known, packed, sources, targets))
         held.dropped, held.compacted, held.known = held.computed - left, held.computed, left
         held.due = self._due(sequence, held.computed, held.dropped)
-        held.committed, held.node = 0, ROOT
+        held.committed, held.node = 0, self._root(sequence)
         return 0
 
     def packed(self, held: Held) -> int:
@@ -470,7 +478,7 @@ class Memory:
         held.computed = computed
         if held.committed > computed // size:
             # Where a twin of a block is in the tree, the block itself is not: the next commit finds the way anew.
-            held.committed, held.node = 0, ROOT
+            held.committed, held.node = 0, self._root(sequence)
 
     def renew(self, sequence: Sequence) -> None:
         """Makes those who keep something by slot look at ``sequence`` anew: its text was changed from outside."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.engine.adapters import BASE, Adapter
 from penstock.serve.kv.reuse.contract import Weighing
 from penstock.serve.messages import Finish, Request
 
@@ -59,9 +60,11 @@ class Sequence:
         members: those that have memory while it runs: the sequence, its companions and its contexts.
         origin: the sequence whose text it goes on from, and whose blocks it takes if they are still there; None where
             there is no such.
+        adapter: what is added to the model for its tokens, its companions' too.
     """
 
     __slots__ = (
+        "adapter",
         "arrival",
         "cached",
         "companions",
@@ -112,6 +115,7 @@ class Sequence:
         contexts: tuple[Sequence, ...] = (),
         weighing: Weighing | None = None,
         origin: Sequence | None = None,
+        adapter: Adapter = BASE,
     ) -> None:
         self.request = request
         self.index = index
@@ -140,7 +144,7 @@ class Sequence:
             each.leader = self
         self.lockstep = (self, *companions)
         self.members = (*self.lockstep, *contexts)
-        self.origin = origin
+        self.origin, self.adapter = origin, adapter
         # The prompt is the same for all continuations: one of them tells.
         told = sampling.prompt_logprobs is not None and index == 0
         self.rated: list[np.ndarray] | None = [] if told else None

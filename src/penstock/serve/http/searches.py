@@ -30,6 +30,7 @@ async def searched(service: Service, generation: Generation, shapes: Chats, body
         ApiError: what is asked for does not go together, is not offered, or the program failed.
     """
     assert body.search is not None
+    service.check_alone(body.model, "searches")
     check(service, body, body.search)
     request, wanted = generation.requests[0], body.search
     work = {
@@ -54,7 +55,7 @@ async def searched(service: Service, generation: Generation, shapes: Chats, body
     ledger, usage = record["ledger"], generation.usage
     usage.prompt, usage.completion = ledger["prompt"], ledger["generated"]
     piece = Piece(0, record["text"], [], None, None, "stop" if whole else "length")
-    return head(generation, shapes.whole, service.name) | {
+    return head(generation, shapes.whole) | {
         "choices": [shapes.choice(piece)],
         "usage": usage.record(),
         "search": {name: record[name] for name in ("answer", "score", "exhausted", "notes", "ledger")},

@@ -191,6 +191,8 @@ class Generation:
         sampling: how its tokens are chosen.
         usage: so far.
         key: whose it is.
+        model: what computes it, as clients write it: the model, or one of its adapters.
+        adapter: the latter's name; empty of the model itself.
         version: of the weights that its newest tokens come from.
         outcome: how the choices end that have not ended by themselves: ``disconnect`` unless something fails.
     """
@@ -209,6 +211,8 @@ class Generation:
     ) -> None:
         self.id, self.created = f"{kind}{uuid.uuid4().hex}", int(time.time())
         self.key, self.version = key, 0
+        self.adapter = service.check_model(body.model)
+        self.model = self.adapter or service.name
         self.usage, self.outcome = Usage(sum(map(len, prompts))), "disconnect"
         self._service, self._nothing = service, body.wanted == 0
         self._begun = time.monotonic()
@@ -220,7 +224,9 @@ class Generation:
         )
         given = (self.sampling, body.priority, key, service.limits.deadline)
         self.requests = [
-            Request(f"{self.id}/{number}", prompt, *given, contexts=contexts or [], shared=shared)
+            Request(
+                *(f"{self.id}/{number}", prompt, *given), contexts=contexts or [], shared=shared, adapter=self.adapter
+            )
             for number, prompt in enumerate(prompts)
         ]
         self.usage.prompt = sum(request.length for request in self.requests)
@@ -360,12 +366,22 @@ class Service:
         self._seeds += 1
         return derive(self._seed, "requests", self._seeds) >> 1
 
-    def check_model(self, name: str | None) -> None:
-        """Refuses a request for another model."""
-        if name is not None and name != self.name:
-            raise ApiError(
-                404, f"there is no model {name!r} here; this is {self.name!r}", param="model", code="model_not_found"
-            )
+    def check_model(self, name: str | None) -> str:
+        """The adapter that ``name`` is, the empty one for the model itself; a request for any other is refused."""
+        if name is None or name == self.name:
+            return ""
+        adapters = self.engine.snapshot.adapters
+        if name in adapters:
+            return name
+        also = f", with the adapters {', '.join(adapters)}" if adapters else ""
+        raise ApiError(
+            404, f"there is no model {name!r} here; this is {self.name!r}{also}", param="model", code="model_not_found"
+        )
+
+    def check_alone(self, name: str | None, what: str) -> None:
+        """Refuses a request for another model, and for one of the adapters, with which there is no ``what``."""
+        if self.check_model(name):
+            raise ApiError(400, f"{what} are of the model itself, {self.name!r}, without adapters", param="model")
 
     def ignored(self, body: Body) -> dict[str, str]:
         """A header that names the fields of ``body`` that are not known, where there are any; the log has them too.

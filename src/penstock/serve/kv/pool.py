@@ -13,7 +13,7 @@ from penstock.core.errors import PenstockError
 from penstock.serve.kv.evictions.contract import Order, Tree
 from penstock.serve.kv.evictions.lru import RecentOrder
 
-#: The node that every sequence starts from.
+#: The node that every sequence starts from whose keys and values are by the model alone; see :meth:`BlockPool.root`.
 ROOT = 0
 
 
@@ -40,7 +40,8 @@ class BlockPool:
     """Hands out blocks. A block is *held* by one or more sequences, or *idle* (nobody holds it, but the tree knows
     what it holds, so that a later sequence can take it as it is), or *free*.
 
-    The tree has a node per full block, reached from its parent's node by the block's tokens. A policy says in which
+    The tree has a node per full block, reached from its parent's node by the block's tokens; the same tokens under
+    another root are other blocks, whose keys and values were computed otherwise. A policy says in which
     order idle blocks are evicted. What an evicted block led to leaves the tree with it.
 
     Args:
@@ -64,6 +65,7 @@ class BlockPool:
         self._where: dict[int, int] = {}
         self._children, self._uses = [0] * blocks, [0] * blocks
         self._names: dict[int, bytes] = {}
+        self._roots, self._root_names = {b"": ROOT}, {ROOT: b""}
         self._ids = ROOT
         self._start, self._idle = start, start(self)
         self.evicted = 0
@@ -79,19 +81,27 @@ class BlockPool:
         """How many blocks sequences hold."""
         return self.blocks - self.available
 
-    def match(self, tokens: Sequence[int], count: int) -> list[int]:
-        """The blocks of the longest known prefix within the first ``count`` tokens, in whole blocks.
+    def root(self, name: bytes) -> int:
+        """The node that texts start from whose keys and values depend on what has this ``name``; the empty one is that
+        of the model alone."""
+        if name not in self._roots:
+            id = -len(self._roots)  # nodes have ids above that of the first root
+            self._roots[name], self._root_names[id] = id, name
+        return self._roots[name]
+
+    def match(self, tokens: Sequence[int], count: int, root: int = ROOT) -> list[int]:
+        """The blocks of the longest known prefix within the first ``count`` tokens, in whole blocks, from ``root`` on.
 
         They are not held yet: :meth:`share` them before anything else is taken.
         """
         size = self.block_size
-        return self.follow(tokens[start : start + size] for start in range(0, count - size + 1, size))
+        return self.follow((tokens[start : start + size] for start in range(0, count - size + 1, size)), root)
 
-    def follow(self, pieces: Iterable[Sequence[int]]) -> list[int]:
+    def follow(self, pieces: Iterable[Sequence[int]], root: int = ROOT) -> list[int]:
         """The blocks that hold the first of these ``pieces`` of a text, one each, as far as they are known; the same
         holds for them."""
         found: list[int] = []
-        node = ROOT
+        node = root
         for tokens in pieces:
             block = self._tree.get((node, tuple(tokens)))
             if block is None:
@@ -105,7 +115,7 @@ class BlockPool:
         return block in self._nodes
 
     def node_of(self, block: int | None) -> int:
-        """The id of the tree's node at ``block``; the root's for None."""
+        """The id of the tree's node at ``block``; the first root's for None."""
         return ROOT if block is None else self._nodes[block].id
 
     # What a policy sees of blocks in the tree
@@ -123,13 +133,14 @@ class BlockPool:
         return self._uses[block]
 
     def name(self, block: int) -> bytes:
-        """A name for the tokens of ``block`` and all before them; see :func:`name_behind`."""
+        """A name for the tokens of ``block`` and all before them, which begin behind that of their root; see
+        :func:`name_behind`."""
         chain: list[Node] = []
         here: int | None = block
         while here is not None and self._nodes[here].id not in self._names:
             chain.append(self._nodes[here])
             here = self.parent(here)
-        name = b"" if here is None else self._names[self._nodes[here].id]
+        name = self._root_names[chain[-1].key[0]] if here is None else self._names[self._nodes[here].id]
         for node in reversed(chain):
             name = self._names[node.id] = name_behind(name, node.key[1])
         return name
@@ -214,7 +225,7 @@ class BlockPool:
         known = self._tree.get(key, block)
         if known not in self._nodes:
             above = self._where.get(parent)
-            if above is None and parent != ROOT:
+            if above is None and parent not in self._root_names:
                 return parent
             depth = 0
             if above is not None:
@@ -259,5 +270,5 @@ class BlockPool:
         for key, block in self._tree.items():  # looking keys up would hash the tokens of every block
             if block not in self._nodes or self._nodes[block].key != key:
                 raise InvariantError(f"the tree does not lead to block {block}")
-            if key[0] != ROOT and key[0] not in self._where:
+            if key[0] not in self._root_names and key[0] not in self._where:
                 raise InvariantError(f"what leads to block {block} is not in the tree any more")

@@ -211,7 +211,7 @@ class EngineClient:
             if missing:
                 self.abort(id)
 
-    async def control(self, id: str, act: Act, folder: str = "", version: int | None = None) -> None:
+    async def control(self, id: str, act: Act, folder: str = "", version: int | None = None, name: str = "") -> None:
         """Has the engine do what an operator says, and waits until that is done; :attr:`snapshot` tells of it then.
 
         Raises:
@@ -222,7 +222,7 @@ class EngineClient:
             raise self.failure
         queue = self._queues[id] = asyncio.Queue[Answer]()
         try:
-            await self._send(Control(id, act, folder, version))
+            await self._send(Control(id, act, folder, version, name))
             news = await queue.get()
             if isinstance(news, PenstockError):
                 raise news

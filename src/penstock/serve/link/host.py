@@ -129,4 +129,9 @@ def _control(engine: Engine, wanted: Control) -> None:
             engine.wake()
         case Act.LOAD:
             engine.load(hub.resolve(wanted.folder), wanted.version)
-    log.warning("%s: done; the weights' version is %d", wanted.act, engine.version)
+        case Act.LOAD_ADAPTER:
+            engine.load_adapter(wanted.name, wanted.folder)
+        case Act.DROP_ADAPTER:
+            engine.drop_adapter(wanted.name)
+    done = " ".join(filter(None, (wanted.act.value, wanted.name)))
+    log.warning("%s: done; the weights' version is %d", done, engine.version)

@@ -90,6 +90,8 @@ def opened(wanted: Open, channel: Channel[Message]) -> tuple[Host, Ready]:
     if is_encoder(folder):
         if config.tensor_parallel > 1:
             raise UsageError("an encoder is not divided among ranks", hint="Leave out tensor_parallel.")
+        if config.room_for_adapters:
+            raise UsageError("an encoder is served without adapters", hint="Leave out adapters and adapter_slots.")
         device = pick(wanted.device)
         dtype = dtype_of(config, device)
         model: PooledModel | PairModel

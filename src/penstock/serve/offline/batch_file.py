@@ -161,11 +161,12 @@ def _mark(custom_id: str | None) -> int:
 
 @dataclasses.dataclass
 class _Task:
-    """A line under way: the shapes of its response, whether its answer is to have no tokens, and the results of its
-    prompts as far as they are known."""
+    """A line under way: the model or the adapter that it names, the shapes of its response, whether its answer is to
+    have no tokens, and the results of its prompts as far as they are known."""
 
     place: int
     custom_id: str
+    model: str
     shapes: Completions | Chats
     nothing: bool
     results: dict[str, RequestOutput | None]
@@ -250,7 +251,8 @@ class BatchRun:
         else:
             body = _known(build(Chat, line.body, "the body"))
             prompts, shared, extra, shapes = self._chat(body)
-        if body.model not in (None, self._name):
+        adapter = "" if body.model in (None, self._name) else str(body.model)
+        if adapter and adapter not in self._gatherer.engine.adapters.names:
             what = f"there is no model {body.model!r} here; this is {self._name!r}"
             raise ApiError(404, what, param="model", code="model_not_found")
         if body.stream:
@@ -259,11 +261,13 @@ class BatchRun:
         options = {"seed": seed} | body.options() | extra
         sampling = build(SamplingParams, options, "the request").tokenized(self._tokens.encode, self._tokens.bare)
         contexts = self._tokens.contexts(body.contexts)
-        task = _Task(place, line.custom_id, shapes, body.wanted == 0, {})
+        task = _Task(place, line.custom_id, adapter or self._name, shapes, body.wanted == 0, {})
         try:
             for number, prompt in enumerate(prompts):
                 id = f"{place}/{number}"
-                request = Request(id, prompt, sampling, body.priority, contexts=contexts, shared=shared)
+                request = Request(
+                    *(id, prompt, sampling, body.priority), contexts=contexts, shared=shared, adapter=adapter
+                )
                 self._gatherer.submit(request, shown=shapes.shown)
                 task.results[request.id] = None
         except Exception:
@@ -319,7 +323,7 @@ class BatchRun:
             "id": f"{task.shapes.kind}-{task.place}",
             "object": task.shapes.whole,
             "created": int(time.time()),
-            "model": self._name,
+            "model": task.model,
             "choices": [task.shapes.choice(piece) for piece in pieces],
             "usage": usage.record(),
             **task.shapes.about(pieces),

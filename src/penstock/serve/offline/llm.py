@@ -40,7 +40,8 @@ class LLM:
         for result in llm.generate(["def add(", "class Stack:"], SamplingParams(max_tokens=32)):
             print(result.prompt, result.outputs[0].text)
 
-    Its methods and results have the shape that vLLM's users know.
+    With ``LLM("python-6m", adapters={"sql": "runs/sql"})``, ``llm.generate(prompts, adapter="sql")`` answers by an
+    adapter. Its methods and results have the shape that vLLM's users know.
 
     Args:
         model: whatever ``hub.resolve`` takes: a model or run folder, a boxed model, a hub name.
@@ -77,6 +78,7 @@ class LLM:
         *,
         contexts: Sequence[Context] | Sequence[Sequence[Context]] = (),
         prefix: str = "",
+        adapter: str | Sequence[str] = "",
         progress: Reporter = show,
     ) -> list[RequestOutput]:
         """Continues ``prompts``, one or several; the results come in their order. A request that fails on the way has
@@ -88,17 +90,18 @@ class LLM:
                 a list of them for each. How they are encoded, and when they are not computed again, is the engine's
                 option ``kv_reuse``; see docs/cache.md.
             prefix: what stands before the contexts.
+            adapter: the name of the adapter for all of them, or one for each; the empty one is the model alone.
             progress: how to report; ``core.progress.silent`` is quiet.
 
         Raises:
-            UsageError: a prompt does not fit, or there are not as many sampling params as prompts. Nothing is
-                generated then.
+            UsageError: a prompt does not fit, there is no such adapter, or there are not as many sampling params or
+                adapters as prompts. Nothing is generated then.
             KeyboardInterrupt: after Ctrl-C; the engine is free for the next call.
         """
         texts, tokens = self._tokenized(prompts, not contexts)
         before = self._encoded(prefix) if contexts else []
         beside = [(each, len(before)) for each in self._beside(contexts, len(tokens))]
-        return self._run(texts, [[*before, *each] for each in tokens], sampling_params, progress, beside)
+        return self._run(texts, [[*before, *each] for each in tokens], sampling_params, adapter, progress, beside)
 
     def chat(
         self,
@@ -107,6 +110,7 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         contexts: Sequence[Context] | Sequence[Sequence[Context]] = (),
+        adapter: str | Sequence[str] = "",
         progress: Reporter = show,
     ) -> list[RequestOutput]:
         """The assistant's next message in a conversation, or in each of several.
@@ -121,7 +125,7 @@ class LLM:
         texts = [self.tokenizer.decode(each.tokens) for each in prompts]
         pairs = zip(self._beside(contexts, len(prompts)), prompts, strict=True)
         beside = [(each, prompt.shared) for each, prompt in pairs]
-        return self._run(texts, [each.tokens for each in prompts], sampling_params, progress, beside)
+        return self._run(texts, [each.tokens for each in prompts], sampling_params, adapter, progress, beside)
 
     def embed(
         self,
@@ -177,6 +181,15 @@ class LLM:
         """
         return self.engine.load(weights if isinstance(weights, Mapping) else hub.resolve(weights), version)
 
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Loads the LoRA adapter of ``folder``, which PEFT or a run has written; see
+        :meth:`~penstock.serve.engine.engine.Engine.load_adapter`."""
+        self.engine.load_adapter(name, folder)
+
+    def drop_adapter(self, name: str) -> None:
+        """No prompt can name the adapter any more; its slot is free once none that has it is under way."""
+        self.engine.drop_adapter(name)
+
     def _embedder(self, pooling: Pooling | None) -> Embedder:
         runner = self.engine.executor
         if self.engine.asleep:
@@ -192,6 +205,7 @@ class LLM:
         texts: Sequence[str | None],
         tokens: Sequence[list[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: str | Sequence[str],
         progress: Reporter,
         beside: Sequence[tuple[list[list[int]], int]],
     ) -> list[RequestOutput]:
@@ -200,9 +214,12 @@ class LLM:
         params = [each.tokenized(self._encoded, self._bare) for each in params]
         if len(params) != len(tokens):
             raise UsageError(f"there are {len(tokens)} prompts, and {len(params)} sampling params")
+        adapters = [adapter] * len(tokens) if isinstance(adapter, str) else list(adapter)
+        if len(adapters) != len(tokens):
+            raise UsageError(f"there are {len(tokens)} prompts, and {len(adapters)} adapters")
         results: dict[int, RequestOutput] = {}
         with StopRequest() as stop, progress("generating", len(tokens), "prompt") as bar:
-            for place, result in self.as_completed(tokens, params, stop, texts=texts, beside=beside):
+            for place, result in self.as_completed(tokens, params, stop, texts=texts, beside=beside, adapters=adapters):
                 results[place] = result
                 bar.advance()
         if stop.wanted:
@@ -217,6 +234,7 @@ class LLM:
         *,
         texts: Sequence[str | None] | None = None,
         beside: Sequence[tuple[list[list[int]], int]] | None = None,
+        adapters: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Continues ``prompts`` of tokens, and gives each one's place and result as soon as it is there. It ends early
         once ``stop`` is wanted, or when the caller leaves it: what has not finished then is dropped.
@@ -225,18 +243,21 @@ class LLM:
             params: of each prompt.
             texts: the prompts as text, for the results.
             beside: the contexts of each, as tokens, and how many tokens of the prompt stand before them.
+            adapters: the names of each prompt's; the empty one is the model alone.
 
         Raises:
-            UsageError: a prompt does not fit. Nothing is generated then.
+            UsageError: a prompt does not fit, or there is no such adapter. Nothing is generated then.
         """
         places = {str(self._count + place): place for place in range(len(prompts))}
         self._count += len(prompts)
         try:
             told, others = texts or [None] * len(prompts), beside or [([], 0)] * len(prompts)
-            for id, text, prompt, sampling, (contexts, shared) in zip(
-                places, told, prompts, params, others, strict=True
+            names = adapters or [""] * len(prompts)
+            for id, text, prompt, sampling, (contexts, shared), adapter in zip(
+                places, told, prompts, params, others, names, strict=True
             ):
-                self._gatherer.submit(Request(id, prompt, sampling, contexts=contexts, shared=shared), text)
+                request = Request(id, prompt, sampling, contexts=contexts, shared=shared, adapter=adapter)
+                self._gatherer.submit(request, text)
             while self._gatherer.pending and not stop.wanted:
                 if self.engine.stopped:
                     raise UsageError(

@@ -27,8 +27,8 @@ from penstock.speculate.tree import depths as tree_depths
 
 class Fields(NamedTuple):
     """The numbers of a batch's entries, one array int64 [E] each; ``drafted`` are tentative tokens, ``given`` those of
-    the prompt, ``dropped`` those that are not in the cache any more, and
-    ``packed`` those that share the first places."""
+    the prompt, ``dropped`` those that are not in the cache any more,
+    ``packed`` those that share the first places, and ``adapters`` are slots."""
 
     slots: np.ndarray
     starts: np.ndarray
@@ -40,6 +40,7 @@ class Fields(NamedTuple):
     given: np.ndarray
     dropped: np.ndarray
     packed: np.ndarray
+    adapters: np.ndarray
 
     @classmethod
     def of(cls, entries: list[Entry]) -> Fields:
@@ -47,11 +48,12 @@ class Fields(NamedTuple):
             (
                 *(each.slot, each.start, each.count, each.scored),
                 *(each.rated_from, each.rated, len(each.window), each.sequence.prompt, each.dropped, each.packed),
+                each.sequence.adapter.slot,
             )
             for each in entries
         ]
-        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int64, 10 * len(rows))
-        return cls(*np.ascontiguousarray(flat.reshape(-1, 10).T))
+        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int64, 11 * len(rows))
+        return cls(*np.ascontiguousarray(flat.reshape(-1, 11).T))
 
 
 class Planner:
@@ -217,6 +219,7 @@ class Planner:
         wanted = offsets >= (counts - scored)[rows]
         inputs = np.stack([*_tokens(batch, ends), _shifted(entries, positions, ends)])
         draws = np.stack([*asked.draws.view(np.int64), asked.slots + 1])
+        worn = np.repeat(fields.adapters, counts)
         ahead = np.concatenate([[0], scored.cumsum()])
         for first, last in itertools.pairwise(itertools.accumulate(batch.parts, initial=0)):
             begin, end = ends[first] - counts[first], ends[last - 1]
@@ -243,6 +246,7 @@ class Planner:
             yield Part(
                 *(inputs[:, all_own], plan, np.flatnonzero(wanted[all_own]), np.flatnonzero(rated[all_own]), drawn),
                 self._copied(entries[own], ends[own] - begin),
+                worn[all_own] if worn[all_own].any() else None,
             )
 
     def _copied(self, entries: list[Entry], ends: np.ndarray) -> Copied | None:

@@ -19,7 +19,7 @@ from penstock.core.errors import PenstockError, UsageError
 from penstock.core.garbage import settled
 from penstock.core.progress import Reporter, silent
 from penstock.models import hub
-from penstock.models.attention import AttentionContext
+from penstock.models.adapters.slots import AdapterSlots
 from penstock.models.decoder import Decoder
 from penstock.models.paged import PagedTokens
 from penstock.ops.cuts import draw_cut
@@ -82,6 +82,7 @@ class Runner:
         planner: makes the one who makes steps of batches, of the slots and the size of a block.
         compactor: compresses caches, where some are.
         keeps_hidden: whether hidden states of all tokens are kept, for a head that drafts from them.
+        adapters: room for adapters of the model; without it, tokens that have one are computed as if they had none.
 
     Attributes:
         context: most tokens of a sequence.
@@ -101,6 +102,7 @@ class Runner:
         planner: Callable[[int, int], Planner] = Planner,
         compactor: Compactor | None = None,
         keeps_hidden: bool = False,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         self.model, self.cache, self.weights = model, cache, Weights(model)
         self.device, self.shape = cache.shape.device, model.config
@@ -110,10 +112,12 @@ class Runner:
         self._kinds, self._compactor = (planner, sampler), compactor
         self.hidden = HiddenStates(cache.shape, self.shape.hidden) if keeps_hidden else None
         self.forget()
-        self._trunk: Callable[[Tensor, AttentionContext], tuple[Tensor, ...]] = model.trunk
-        self._tip: Callable[..., Tensor] = model.tip
-        self._decodes: StepGraphs | None = None
-        self._prompts: StepGraphs | None = None
+        self._adapters = adapters
+        # With adapters, both also take the slots of the tokens' own, as ``owners``.
+        self._trunk: Callable[..., tuple[Tensor, ...]] = self._through.trunk
+        self._tip: Callable[..., Tensor] = self._through.tip
+        #: Of prompts and of decodes, for steps without adapters and for those with some.
+        self._captured: dict[bool, tuple[StepGraphs, StepGraphs]] = {}
         self._alone: list[StepShape] = []
         self._beside: list[StepShape] = []
         self._place: tuple[Tensor, ...] = ()
@@ -127,6 +131,11 @@ class Runner:
         self.sampler = sampler(self._slots, self.shape.vocabulary, self.device)
         # Of slot s at s + 1; what stands at 0 is of no meaning.
         self._newest = torch.zeros(self._slots + 1, dtype=torch.int64, device=self.device)
+
+    @property
+    def _through(self) -> Decoder | AdapterSlots:
+        """What tokens go through."""
+        return self.model if self._adapters is None else self._adapters
 
     @functools.cached_property
     def _side(self) -> torch.cuda.Stream:
@@ -180,8 +189,8 @@ class Runner:
 
     def compile_pass(self) -> None:
         """Compiles the pass, once it runs."""
-        self._trunk = torch.compile(self.model.trunk, dynamic=True)
-        self._tip = torch.compile(self.model.tip, dynamic=True)
+        self._trunk = torch.compile(self._through.trunk, dynamic=True)
+        self._tip = torch.compile(self._through.tip, dynamic=True)
 
     def timed(self, shape: StepShape) -> tuple[float, float]:
         """Seconds until a pass of ``shape`` is queued, and until it is computed; see :func:`graphs.seconds`."""
@@ -200,61 +209,68 @@ class Runner:
                 hint="Set engine.compile=false, or choose another engine.attention.",
             )
 
-    def _graphs(self) -> tuple[StepGraphs, StepGraphs]:
-        """Of prompts and of decodes; nothing is captured yet."""
+    def _graphs(self) -> dict[bool, tuple[StepGraphs, StepGraphs]]:
+        """Of prompts and of decodes, for steps without adapters and, where there can be some, with them; nothing
+        is captured yet."""
         common: dict[str, Any] = {"pages": self._pages, "padding": self.blocks, "pool": torch.cuda.graph_pool_handle()}
-        return (
-            StepGraphs(self._begun_in_place, 3, self.cache, **common),
-            StepGraphs(self._decoded, 9, self.cache, **common),
-        )
+        return {
+            adapted: (
+                StepGraphs(self._begun_in_place, 3 + adapted, self.cache, **common),
+                StepGraphs(self._decoded, 9 + adapted, self.cache, **common),
+            )
+            for adapted in ((False,) if self._adapters is None else (False, True))
+        }
 
     def try_graphs(self, free: Callable[[], int]) -> int:
         """About how many bytes :meth:`capture` will take; ``free`` says how many are free. The runner must be compiled,
         and its cache may still change its size."""
-        prompts, decodes = self._graphs()
+        taken = 0
         with settled():
-            taken = prompts.try_out(self._beside, free) + decodes.try_out(self._alone, free)
+            for prompts, decodes in self._graphs().values():
+                taken += prompts.try_out(self._beside, free) + decodes.try_out(self._alone, free)
         self._place = ()  # of those graphs, and counted with them
         return taken
 
     def capture(self, report: Reporter = silent) -> None:
         """Captures the chosen steps as graphs. The cache stays as it is from now on."""
-        prompts, decodes = self._graphs()
-        with report("capturing", len(self._beside) + len(self._alone), "graph") as bar, settled():
+        graphs = self._graphs()
+        with report("capturing", len(graphs) * (len(self._beside) + len(self._alone)), "graph") as bar, settled():
             # Every capture makes a full collection.
-            prompts.capture(self._beside, bar)
-            decodes.capture(self._alone, bar)
-        self._prompts, self._decodes = prompts, decodes
+            for prompts, decodes in graphs.values():
+                prompts.capture(self._beside, bar)
+                decodes.capture(self._alone, bar)
+        self._captured = graphs
 
-    def _begun(self, inputs: Tensor, plainly: bool = False) -> tuple[Tensor, ...]:
-        """What the last layer needs to go on with any of the tokens with ``inputs`` int64 [3, N], as of a part;
-        ``plainly`` without what was compiled."""
+    def _begun(self, inputs: Tensor, plainly: bool = False, **worn: Tensor) -> tuple[Tensor, ...]:
+        """What the last layer needs to go on with any of the tokens with ``inputs`` int64 [3, N], as of a part; where
+        some have adapters, their slots are ``worn``. It goes ``plainly`` without what was compiled."""
         known, places, positions = inputs
         tokens = torch.where(places > 0, self._newest[places], known)
-        return (self.model.trunk if plainly else self._trunk)(tokens, PagedTokens(positions, self.cache))
+        return (self._through.trunk if plainly else self._trunk)(tokens, PagedTokens(positions, self.cache), **worn)
 
     def _begun_in_place(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`_begun` gives, in the memory of the first time, which had the most rows: graphs have none of
         their own."""
-        begun = self._begun(inputs)
+        begun = self._begun(inputs[:3], **_worn(inputs[3:]))
         self._place = self._place or begun
         return tuple(place[: len(new)].copy_(new) for place, new in zip(self._place, begun, strict=True))
 
     def _decoded(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """The logits, the tokens that are drawn from them, and, where they are kept, the hidden states of sequences
-        that decode. ``inputs`` int64 [9, N] are a part's and its draws. The tokens are put where the next step finds
-        them."""
-        begun = self._begun(inputs[:3])
-        hidden = self._tip(*begun)
+        that decode. ``inputs`` int64 [9, N] are a part's and its draws, and behind them the slots of adapters where
+        some have one. The tokens are put where the next step finds them."""
+        worn = _worn(inputs[9:])
+        begun = self._begun(inputs[:3], **worn)
+        hidden = self._tip(*begun, **worn)
         logits = self.model.logits(hidden)
         tokens = draw_cut(logits, inputs[3:8].view(torch.float64))
         self._newest.index_copy_(0, inputs[8], tokens)
         return (logits, tokens) if self.hidden is None else (logits, tokens, self._kept(begun, hidden))
 
-    def _kept(self, begun: tuple[Tensor, ...], hidden: Tensor | None = None) -> Tensor:
+    def _kept(self, begun: tuple[Tensor, ...], hidden: Tensor | None = None, **worn: Tensor) -> Tensor:
         """The states that are kept of tokens, of which :meth:`_begun` gave these: the last ``hidden`` ones, which may
         be there already."""
-        return self._tip(*begun) if hidden is None else hidden
+        return self._tip(*begun, **worn) if hidden is None else hidden
 
     @torch.inference_mode()
     def states(self, texts: List[List[int]]) -> list[Tensor]:
@@ -285,10 +301,23 @@ class Runner:
             self.weights.load(weights)
             self.weights.source = None
 
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory of the room for adapters."""
+        return 0 if self._adapters is None else self._adapters.nbytes
+
+    @property
+    def adapter_slots(self) -> int:
+        return 0 if self._adapters is None else self._adapters.slots
+
+    def load_adapter(self, slot: int, folder: Path) -> bytes:
+        assert self._adapters is not None
+        return self._adapters.load(slot, hub.resolve_adapter(folder))
+
     def sleep(self) -> None:
         self.close()
-        self._awake = _Awake(self.blocks, self._decodes is not None)
-        self._prompts = self._decodes = None
+        self._awake = _Awake(self.blocks, bool(self._captured))
+        self._captured = {}
         self._place = ()
         self.resize(0)
         self.weights.release()
@@ -390,27 +419,29 @@ class Runner:
     def _pass(self, part: Part, lane: int = 0) -> Passed:
         if part.copied is not None:
             return self._pass_copies(part, part.copied, lane)
-        count = part.inputs.shape[1]
+        count, owners = part.inputs.shape[1], self._owners(part)
+        own = [] if owners is None else [owners[None]]
+        prompts, decodes = self._captured.get(owners is not None, (None, None))
         if part.decoding:
-            replayed = self._replayed(self._decodes, part, lane, part.draws)
+            replayed = self._replayed(decodes, part, lane, part.draws, *own)
             if replayed is not None:
                 logits, drawn, *states = replayed[0]
                 if self.hidden is not None:
                     self._keep(self.hidden, part, states[0][:count])
                 return Passed(logits[:count], drawn=drawn[:count])
-        replayed = self._replayed(self._prompts, part, lane)
+        replayed = self._replayed(prompts, part, lane, *own)
         if replayed is None:
             self.cache.plan(part.plan, lane)
-            replayed = self._begun(self._on_device(part.inputs)), np.arange(count)
+            replayed = self._begun(self._on_device(part.inputs), **self._worn(owners)), np.arange(count)
         begun, places = replayed
 
         def hidden(rows: np.ndarray) -> Tensor:
             index = self._on_device(places[rows])
-            return self._tip(*(each[index] for each in begun))
+            return self._tip(*(each[index] for each in begun), **self._worn(owners, rows))
 
         if self.hidden is not None:
             index = self._on_device(places[np.arange(count)])
-            self._keep(self.hidden, part, self._kept(tuple(each[index] for each in begun)))
+            self._keep(self.hidden, part, self._kept(tuple(each[index] for each in begun), **self._worn(owners)))
         logits = self.model.logits(hidden(part.scored)) if len(part.scored) else None
         return Passed(logits, hidden(part.rated) if len(part.rated) else None)
 
@@ -418,19 +449,31 @@ class Runner:
         """Computes ``part`` and beside it what is ``copied`` of it, with noise in the routers. As this is of no shape
         that was captured, and compiled code would be compiled anew for the noise, it runs eagerly."""
         inputs, plan = copied.beside(part.inputs, part.plan, self.blocks, self.block_size)
-        own, count = part.inputs.shape[1], inputs.shape[1]
+        own, count, owners, tip = part.inputs.shape[1], inputs.shape[1], self._owners(part), self._through.tip
+        if owners is not None:
+            owners = np.concatenate([owners, owners[copied.rows]])
         noise = self._on_device(copied.noise(self.shape, inputs[2, own:]))
         self.cache.plan(plan, lane)
         with shaken(self.model, noise):
-            begun = self._begun(self._on_device(inputs), plainly=True)
-            wanted = self._on_device(np.concatenate([part.scored, np.arange(own, count)]))
-            scores = self.model.logits(self.model.tip(*(each[wanted] for each in begun)))
+            begun = self._begun(self._on_device(inputs), plainly=True, **self._worn(owners))
+
+            def states(rows: np.ndarray) -> Tensor:
+                index = self._on_device(rows)
+                return tip(*(each[index] for each in begun), **self._worn(owners, rows))
+
+            scores = self.model.logits(states(np.concatenate([part.scored, np.arange(own, count)])))
         if self.hidden is not None:
             mine = tuple(each[:own] for each in begun)
-            self._keep(self.hidden, part, self._kept(mine, self.model.tip(*mine)))
-        rated = self._on_device(part.rated)
-        states = self.model.tip(*(each[rated] for each in begun)) if len(part.rated) else None
-        return Passed(copied.averaged(scores, part.scored), states)
+            self._keep(self.hidden, part, self._kept(mine, states(np.arange(own))))
+        return Passed(copied.averaged(scores, part.scored), states(part.rated) if len(part.rated) else None)
+
+    def _owners(self, part: Part) -> np.ndarray | None:
+        """The slots of the adapters of the tokens of ``part``; None where none has one, or there is no room for any."""
+        return None if self._adapters is None else part.adapters
+
+    def _worn(self, owners: np.ndarray | None, rows: np.ndarray | slice = slice(None)) -> dict[str, Any]:
+        """Of some ``rows``, what their pass is told of adapters."""
+        return {} if owners is None else {"owners": self._on_device(owners[rows])}
 
     def _keep(self, kept: HiddenStates, part: Part, states: Tensor) -> None:
         """Keeps the hidden ``states`` [N, hidden] of the tokens of ``part``."""
@@ -455,8 +498,13 @@ class Runner:
 class TappedRunner(Runner):
     """Keeps the states that a :class:`~penstock.models.tapped.TappedDecoder` gives between its layers."""
 
-    def _kept(self, begun: tuple[Tensor, ...], hidden: Tensor | None = None) -> Tensor:
+    def _kept(self, begun: tuple[Tensor, ...], hidden: Tensor | None = None, **worn: Tensor) -> Tensor:
         return begun[2]
+
+
+def _worn(rows: Tensor) -> dict[str, Any]:
+    """What a pass is told of adapters, of inputs int64 [1, N], or [0, N] where there are none."""
+    return {"owners": rows[0]} if len(rows) else {}
 
 
 def _joined(pieces: Iterable[Tensor | None]) -> Tensor | None:

@@ -28,6 +28,7 @@ class Part:
         draws: int64 [6, S], of the S scored ones: how the next token is drawn where nothing changes the scores, as
             float64 (see :attr:`Asked.draws`); and where it belongs in the list of newest ones.
         copied: copies of scored rows, with other experts; None where there are none.
+        adapters: int64 [N], the slots of the tokens' adapters, 0 for none; None where no token has one.
     """
 
     inputs: np.ndarray
@@ -36,6 +37,7 @@ class Part:
     rated: np.ndarray
     draws: np.ndarray
     copied: Copied | None = None
+    adapters: np.ndarray | None = None
 
     @property
     def decoding(self) -> bool:

@@ -13,6 +13,7 @@ from penstock.serve.batching.batchllm import group, schedule
 from penstock.serve.batching.prefix_tree import Branch, grow
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
+from penstock.serve.engine.adapters import BASE, Adapter
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.messages import Request
 from penstock.testing.serve_simulation import roofline, simulate, simulated_engine
@@ -152,6 +153,16 @@ def test_a_chain_of_ten_thousand_prefixes_is_no_trouble():
     sequences = [sequence(tokens[: 2 + place], 1, place) for place in range(2998)]
     assert len(list(grow(sequences, 1)[-1].walk())) == 2998
     assert len(list(schedule(sequences, 1))) == 2998
+
+
+def test_prompts_with_different_adapters_share_nothing():
+    one, other = Adapter("a", 1, b"a"), Adapter("b", 2, b"b")
+    sequences = [sequence([1, 2, 3, place]) for place in range(6)]
+    for place, each in enumerate(sequences):
+        each.adapter = (BASE, one, other)[place % 3]
+    branches = grow(sequences, 1)
+    assert [branch.depth for branch in branches] == [3, 3, 3, 0]
+    assert all(len({each.adapter for each in branch.walk()}) == 1 for branch in branches[:3])
 
 
 # BatchLLM [235]

@@ -19,6 +19,7 @@ from penstock.core.progress import silent
 from penstock.models import hub
 from penstock.models.text import stream_text
 from penstock.serve.reader import Reader
+from tiny_adapters import written
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 PROMPTS = ["def fibonacci(n):\n", "import os\n\nclass Walker:\n", "x = [", "def fibonacci(n):\n    "]
@@ -273,3 +274,26 @@ def test_other_weights_and_sleep(plain):
     assert llm.load("python-1m") == 2
     assert texts(llm.generate(PROMPTS[0], GREEDY, progress=silent)) == [plain(PROMPTS[0], GREEDY)]
     assert idle(llm)
+
+
+def test_prompts_have_the_adapters_that_they_name(tmp_path):
+    model = hub.load("python-1m")
+    folders = {
+        name: written(tmp_path / name, model, seed, size=0.1, base_model_name_or_path="python-1m")
+        for seed, name in enumerate("ab")
+    }
+    with LLM("python-1m", device="cpu", cache_tokens=2048, adapters={"a": folders["a"]}, adapter_slots=2) as llm:
+        llm.load_adapter("b", folders["b"])
+        names = ["", "a", "b"]
+        told = texts(llm.generate([PROMPTS[0]] * 3, GREEDY, adapter=names, progress=silent))
+        assert len(set(told)) == 3
+        for name, text in zip(names, told, strict=True):
+            assert texts(llm.generate(PROMPTS[0], GREEDY, adapter=name, progress=silent)) == [text]
+        with LLM(hub.resolve(folders["b"]), device="cpu", cache_tokens=2048) as alone:
+            assert texts(alone.generate(PROMPTS[0], GREEDY, progress=silent)) == [told[2]]
+        with pytest.raises(UsageError, match="there are 3 prompts, and 2 adapters"):
+            llm.generate([PROMPTS[0]] * 3, GREEDY, adapter=["a", "b"], progress=silent)
+        llm.drop_adapter("b")
+        with pytest.raises(UsageError, match="there is no adapter 'b' here"):
+            llm.chat([{"role": "user", "content": "Hi"}], GREEDY, adapter="b", progress=silent)
+        assert idle(llm)

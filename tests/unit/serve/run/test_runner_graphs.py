@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from penstock.serve.kv.policies.h2o import HeavyHitters
 from penstock.serve.messages import Request
 from penstock.testing.rehearsed_graphs import RehearsedGraphs
 from penstock.testing.serve_model import SHAPE, small_model
+from tiny_adapters import written
 
 CONFIG = EngineConfig(attention="reference", cache_tokens=4000, sequences=8, tokens=40, check=True)
 
@@ -42,14 +44,15 @@ def warm(stand_ins: None, monkeypatch: pytest.MonkeyPatch) -> Engine:
     return engine
 
 
-def answers(engine: Engine, kinds: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """The tokens of requests that arrive a few at a time, each of the next of the ``kinds``."""
+def answers(engine: Engine, kinds: list[dict[str, Any]], adapters: tuple[str, ...] = ("",)) -> dict[str, list[int]]:
+    """The tokens of requests that arrive a few at a time, each of the next of the ``kinds`` and ``adapters``."""
     told: dict[str, list[int]] = {}
     waiting = [
         Request(
             str(place),
             [1 + (place * step) % (SHAPE.vocabulary - 1) for step in range(3 + 2 * place)],
             SamplingParams(max_tokens=9 + place, ignore_eos=True, seed=place, **kinds[place % len(kinds)]),
+            adapter=adapters[place % len(adapters)],
         )
         for place in range(12)
     ]
@@ -73,7 +76,7 @@ SPECIAL: list[dict[str, Any]] = [
 @pytest.mark.parametrize("kinds", [PLAIN[:1], PLAIN, [*PLAIN, {"temperature": 0.9, "logprobs": 2}], [*PLAIN, *SPECIAL]])
 def test_answers_are_those_of_a_cold_runner(warm: Engine, kinds: list[dict[str, Any]]) -> None:
     replayed = set()
-    for graphs in (warm.executor._prompts, warm.executor._decodes):
+    for graphs in warm.executor._captured[False]:
         replay = graphs.replay
         graphs.replay = lambda shape, *rest, replay=replay: (replayed.add(shape), replay(shape, *rest))[1]
     assert answers(warm, kinds) == answers(build_engine(small_model(), CONFIG), kinds)
@@ -90,6 +93,27 @@ def test_caches_that_are_compressed_are_those_of_a_cold_runner(stand_ins, monkey
     warm.executor.capture()
     assert answers(warm, PLAIN) == answers(build_engine(small_model(), config), PLAIN)
     assert warm.snapshot().dropped_tokens > 50
+
+
+def test_steps_with_adapters_have_graphs_of_their_own(stand_ins, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """A step in which nobody has an adapter replays one that adds nothing."""
+    monkeypatch.setattr("penstock.serve.run.runner.chosen", lambda *_: 10**9)
+    folders = {name: written(tmp_path / name, small_model(), seed) for seed, name in enumerate("ab")}
+    config = CONFIG.model_copy(update={"adapters": folders})
+    warm = build_engine(copy.deepcopy(small_model()), config)
+    warm.executor.compile(config.tokens)
+    warm.executor.capture()
+    replayed = set()
+    for adapted, pair in warm.executor._captured.items():
+        for place, graphs in enumerate(pair):
+            replay, kind = graphs.replay, (adapted, place)
+            graphs.replay = lambda *rest, replay=replay, kind=kind: (replayed.add(kind), replay(*rest))[1]
+    cold = build_engine(copy.deepcopy(small_model()), config)
+    assert answers(warm, PLAIN, ("", "a", "b")) == answers(cold, PLAIN, ("", "a", "b"))
+    assert {(True, 0), (True, 1)} <= replayed
+    replayed.clear()
+    assert answers(warm, PLAIN) == answers(build_engine(small_model(), CONFIG), PLAIN)
+    assert replayed == {(False, 0), (False, 1)}
 
 
 def test_what_a_graph_draws_is_what_is_told(warm: Engine) -> None:
@@ -114,7 +138,7 @@ def test_the_next_start_captures_the_same_steps_and_times_none(
         runner = build_runner(small_model(), CONFIG.model_copy(update=options))
         runner.compile(CONFIG.tokens)
         runner.capture()
-        return list(runner._prompts._captured)
+        return list(runner._captured[False][0]._captured)
 
     first = captured()
     assert first and max(shape.rows for shape in first) <= 100

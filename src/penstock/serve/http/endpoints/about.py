@@ -33,24 +33,25 @@ PAGE_POLICY = (
 
 @router.get("/v1/models")
 async def models(service: Here) -> dict[str, Any]:
-    """The model that is served here."""
-    return {"object": "list", "data": [_model(service)]}
+    """The model that is served here, and its adapters."""
+    names = ("", *service.engine.snapshot.adapters)
+    return {"object": "list", "data": [_model(service, name) for name in names]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, service: Here) -> dict[str, Any]:
-    """The model of this name, if it is served here."""
-    service.check_model(name)
-    return _model(service)
+    """The model of this name, if it is served here, or the adapter."""
+    return _model(service, service.check_model(name))
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(service: Service, adapter: str) -> dict[str, Any]:
     return {
-        "id": service.name,
+        "id": adapter or service.name,
         "object": "model",
         "created": service.created,
         "owned_by": "penstock",
         "max_model_len": service.engine.ready.context,
+        "parent": service.name if adapter else None,
     }
 
 

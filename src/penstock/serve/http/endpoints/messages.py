@@ -25,7 +25,7 @@ async def message(request: Request, body: CreateMessage, service: Here) -> Respo
     headers = service.ignored(body)
     generation, form = await begun(service, body.chat(), Messages.kind, "messages", request.state.key)
     blocks = Blocks(form, service.tokens, body.skip_special_tokens is False)
-    return await answer(request, generation, blocks, Messages(blocks, service.name), body.stream, headers)
+    return await answer(request, generation, blocks, Messages(blocks, generation.model), body.stream, headers)
 
 
 @router.post("/v1/messages/count_tokens")

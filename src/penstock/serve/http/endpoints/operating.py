@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Response
 
 from penstock.serve.http.endpoints.here import Here
 from penstock.serve.http.errors import ApiError
-from penstock.serve.http.protocol.operating import Weights
+from penstock.serve.http.protocol.operating import Adapter, Weights
 from penstock.serve.http.service import Service
 from penstock.serve.messages import Act
 
@@ -60,9 +60,40 @@ async def weights(service: Here) -> dict[str, Any]:
     return _state(service)
 
 
+@router.post("/adapters")
+async def load_adapter(body: Adapter, service: Here, response: Response) -> dict[str, Any]:
+    """Loads an adapter, which requests can name from now on."""
+    response.headers.update(service.ignored(body))
+    if body.name == service.name:
+        raise ApiError(400, f"{body.name!r} is what the model is called", param="name")
+    await _control(service, Act.LOAD_ADAPTER, body.folder, name=body.name)
+    return _adapters(service)
+
+
+@router.get("/adapters")
+async def adapters(service: Here) -> dict[str, Any]:
+    """The adapters that requests can name."""
+    return _adapters(service)
+
+
+@router.delete("/adapters/{name:path}")
+async def drop_adapter(name: str, service: Here) -> dict[str, Any]:
+    """No request can name an adapter any more; those under way go on with it."""
+    await _control(service, Act.DROP_ADAPTER, name=name)
+    return _adapters(service)
+
+
 async def _done(service: Service, act: Act, folder: str = "", version: int | None = None) -> dict[str, Any]:
-    await service.engine.control(f"ctl-{uuid.uuid4().hex}", act, folder, version)
+    await _control(service, act, folder, version)
     return _state(service)
+
+
+async def _control(service: Service, act: Act, folder: str = "", version: int | None = None, name: str = "") -> None:
+    await service.engine.control(f"ctl-{uuid.uuid4().hex}", act, folder, version, name)
+
+
+def _adapters(service: Service) -> dict[str, Any]:
+    return {"adapters": list(service.engine.snapshot.adapters)}
 
 
 def _state(service: Service) -> dict[str, Any]:

@@ -27,7 +27,7 @@ async def respond(request: Request, body: Respond, service: Here) -> Response:
         before = kept.find(key, body.previous_response_id, "previous_response_id").messages
     generation, form = await begun(service, body.chat(before), Responses.kind, "input", key)
     blocks = Blocks(form, service.tokens, body.skip_special_tokens is False)
-    shape = Responses(service.tokens, body, blocks, service.name)
+    shape = Responses(service.tokens, body, blocks, generation.model)
 
     def keep(record: dict[str, Any]) -> None:
         if body.kept:

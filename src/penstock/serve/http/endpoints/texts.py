@@ -74,7 +74,7 @@ async def _answer(
     if not body.stream:
         whole = generation.chosen(await unless_gone(request, gathered(pieces)))
         return JSONResponse(
-            head(generation, shapes.whole, service.name)
+            head(generation, shapes.whole)
             | {"choices": [shapes.choice(piece) for piece in whole], "usage": generation.usage.record()}
             | shapes.about(whole),
             headers=headers,
@@ -99,7 +99,7 @@ async def _chunks(
         try:
             piece: Piece | None = first
             while piece is not None:
-                heading = head(generation, shapes.chunk, service.name)
+                heading = head(generation, shapes.chunk)
                 if piece.choice not in opened:
                     opened.add(piece.choice)
                     opening = shapes.opening(piece.choice)
@@ -115,6 +115,6 @@ async def _chunks(
             yield event(told(error)[1])
             return
     if usage:
-        heading = head(generation, shapes.chunk, service.name)
+        heading = head(generation, shapes.chunk)
         yield event(heading | {"choices": [], "usage": generation.usage.record()})
     yield b"data: [DONE]\n\n"

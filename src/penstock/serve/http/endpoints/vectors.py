@@ -71,7 +71,7 @@ async def rerank(request: Request, body: Rerank, service: Here) -> Response:
 
 def _begun(service: Service, body: OfTexts, kind: str) -> tuple[dict[str, str], str]:
     """The headers of the answer, and its name."""
-    service.check_model(body.model)
+    service.check_alone(body.model, "vectors")
     return service.ignored(body), f"{kind}{uuid.uuid4().hex}"
 
 

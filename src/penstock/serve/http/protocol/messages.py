@@ -138,7 +138,7 @@ class CreateMessage(Generate, Conversation):
     inference_geo: str | None = None
 
     def common(self) -> dict[str, Any]:
-        own = ("metadata", "model", "stop")
+        own = ("metadata", "stop")
         names = [name for name in Generate.model_fields if name in self.model_fields_set and name not in own]
         stops = [*self.stops(), *(self.stop_sequences or ())]
         return {name: getattr(self, name) for name in names} | ({"stop": stops} if stops else {})

@@ -12,13 +12,13 @@ from penstock.serve.http.text import Tokens
 LEAST = -9999.0
 
 
-def head(generation: Generation, object: str, model: str) -> dict[str, Any]:
+def head(generation: Generation, object: str) -> dict[str, Any]:
     """What a response, or a chunk of one, begins with."""
     return {
         "id": generation.id,
         "object": object,
         "created": generation.created,
-        "model": model,
+        "model": generation.model,
         "weights_version": generation.version,
     }
 

@@ -1,0 +1,179 @@
+"""Several adapters at once in one model: to each token's products is added what the token's own adapter says."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penstock.core.errors import ModelError, UsageError
+from penstock.models.adapters import peft
+from penstock.models.adapters.low_rank import chosen, linears
+from penstock.models.adapters.peft import Addition
+from penstock.models.attention import AttentionContext
+from penstock.models.blank import without_weights
+from penstock.models.decoder import Decoder
+from penstock.models.families.contract import Family
+from penstock.ops.low_rank import LowRank, Wearing, wearing
+
+#: What an adapter may add to, in words.
+PLACES = "the matrices of attention and of dense feed-forward blocks"
+
+
+class AdapterSlots:
+    """Room for the adapters of a model. Its layers and weights stay what they are: what is added is added behind them,
+    and where no row has an adapter, nothing is computed.
+
+    Args:
+        model: the decoder.
+        family: that of ``model``, by which folders name its matrices.
+        slots: how many adapters there may be, numbered from 1. 0 is none.
+        rank: the most columns of their B.
+        targets: the matrices that they may add to, by the ends of their names, such as ``q_proj``; empty: all.
+
+    Attributes:
+        slots, rank: as given.
+
+    Raises:
+        ConfigError: the model has no matrix of such a name.
+    """
+
+    def __init__(self, model: Decoder, family: Family, slots: int, rank: int, targets: Sequence[str] = ()) -> None:
+        self._model, self._family, self.slots, self.rank = model, family, slots, rank
+        self._wearing: Wearing | None = None
+        blank = _blank(model)
+        weight = model.embedding.weight
+        options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+        # Matrix units want rows of whole 16 bytes.
+        width = -(-rank // 8) * 8 if weight.is_cuda else rank
+        self._matrices: dict[str, LowRank] = {}
+        #: Of each matrix on disk, the layer that it is part of, and how many of the layer's pieces come before it.
+        self._places: dict[str, tuple[str, int]] = {}
+        self._shapes = matrices(model, family)
+        for name, (pieces, own) in chosen(blank, family, targets).items():
+            layer = blank.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            ends = torch.tensor([piece.rows for piece in pieces]).cumsum(0).tolist()
+            self._matrices[name] = room = LowRank(
+                torch.zeros(len(own), slots, width, layer.in_features, **options),
+                [torch.zeros(slots, width, pieces[place].rows, **options) for place in own],
+                [(ends[place] - pieces[place].rows, ends[place]) for place in own],
+            )
+            self._places |= {pieces[place].module: (name, number) for number, place in enumerate(own)}
+            model.get_submodule(name).register_forward_hook(functools.partial(self._added, room))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all slots."""
+        return sum(each.nbytes for room in self._matrices.values() for each in (room.a, *room.b))
+
+    def _added(self, room: LowRank, layer: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+        """The hook behind ``layer``."""
+        return out if self._wearing is None else self._wearing.add(out, inputs[0], room)
+
+    def trunk(self, tokens: Tensor, context: AttentionContext, owners: Tensor | None = None) -> tuple[Tensor, ...]:
+        """:meth:`Decoder.trunk` of ``tokens`` [N] whose adapters are in the slots ``owners`` int64 [N]."""
+        self._wearing = None if owners is None else wearing(owners)
+        try:
+            return self._model.trunk(tokens, context)
+        finally:
+            self._wearing = None
+
+    def tip(self, *begun: Tensor, owners: Tensor | None = None) -> Tensor:
+        """:meth:`Decoder.tip`, likewise."""
+        self._wearing = None if owners is None else wearing(owners)
+        try:
+            return self._model.tip(*begun)
+        finally:
+            self._wearing = None
+
+    def load(self, slot: int, folder: Path) -> bytes:
+        """Puts the adapter of ``folder`` into ``slot``, in the place of what was there.
+
+        Returns:
+            A name for what it computes: those of two adapters that are not equal differ.
+
+        Raises:
+            ModelError, UsageError: it does not fit the model, or the room for it. Nothing has changed then.
+        """
+        names = read(folder, self._family, self._model)
+        for name, addition in names.items():
+            self._check(folder, name.removesuffix(".weight"), addition)
+        for room in self._matrices.values():
+            room.a[:, slot - 1].zero_()
+            for b in room.b:
+                b[slot - 1].zero_()
+        for name, (a, b, scale, _) in names.items():
+            layer, piece = self._places[name.removesuffix(".weight")]
+            room = self._matrices[layer]
+            room.a[piece, slot - 1, : len(a)].copy_(a)
+            room.b[piece][slot - 1, : len(a)].copy_((b.float() * scale).T)
+        return digest(names)
+
+    def _check(self, folder: Path, module: str, addition: Addition) -> None:
+        shape, rank = (addition.b.shape[0], addition.a.shape[1]), len(addition.a)
+        if module not in self._shapes:
+            raise ModelError(
+                f"the adapter {folder} adds to {module}, which is none of {PLACES} of this model",
+                hint="It is of another base, or of experts, routers, embeddings or a head: what adds to those can only "
+                "be merged, which opening its folder as a model does.",
+            )
+        if shape != self._shapes[module]:
+            raise ModelError(
+                f"the adapter {folder} adds {list(shape)} to {module}, which is {list(self._shapes[module])} here: it "
+                "is of another base"
+            )
+        if module not in self._places:
+            end = module.rpartition(".")[2]
+            raise UsageError(
+                f"the adapter {folder} adds to {module}, for which no room is kept",
+                hint=f"Start the engine with {end} among its adapter_targets, or with an adapter that has it.",
+            )
+        if rank > self.rank:
+            raise UsageError(
+                f"the adapter {folder} has the rank {rank}, and there is room for {self.rank}",
+                hint=f"Start the engine with adapter_rank={rank}.",
+            )
+
+
+def matrices(model: Decoder, family: Family) -> dict[str, tuple[int, int]]:
+    """[out, in] of the matrices of ``model`` on disk that adapters may add to, also where it has them quantized."""
+    blank, shapes = _blank(model), dict[str, tuple[int, int]]()
+    for name, pieces in linears(blank, family).items():
+        layer = blank.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        shapes |= {piece.module: (piece.rows, layer.in_features) for piece in pieces}
+    return shapes
+
+
+def read(folder: Path, family: Family, model: Decoder) -> dict[str, Addition]:
+    """What the adapter in ``folder`` adds to ``model``, by the names of its ``family``.
+
+    Raises:
+        ModelError: the folder is damaged, or the adapter is of a kind that is not supported.
+    """
+    found = peft.named(peft.read(folder), lambda name: family.weight(name, model.config))
+    if not found:
+        raise ModelError(f"the adapter {folder} adds nothing")
+    return found
+
+
+def digest(additions: Mapping[str, Addition]) -> bytes:
+    """16 bytes that tell ``additions`` from others."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, (a, b, scale, _) in sorted(additions.items()):
+        hashed.update(f"{name} {tuple(a.shape)} {a.dtype} {tuple(b.shape)} {b.dtype} {scale!r}".encode())
+        for matrix in (a, b):
+            hashed.update(matrix.contiguous().view(torch.uint8).numpy().tobytes())
+    return hashed.digest()
+
+
+def _blank(model: Decoder) -> Decoder:
+    """One of the same shape, whose matrices are none but plain ones."""
+    with without_weights():
+        return Decoder(model.config)
