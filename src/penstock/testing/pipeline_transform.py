@@ -60,6 +60,9 @@ def check_schedules(policy: PipelineTransform, draws: int = 40, processes: int =
             made = built(schedule, devices, microbatches)
             for variant in candidates:
                 check_transform(variant, made, getattr(variant, "times", Times()))
+                if made.overlapped:
+                    overlapping = Times(transfer=0.1, host=0.5, output=1.0, overlap=0.7)
+                    check_transform(_made_for(variant, overlapping), made, overlapping)
     draw = numpy_generator(0, "testing/pipeline.transform")
     for _ in range(draws):
         drawn = built(flushing[draw.integers(len(flushing))], 4, 4 * int(draw.integers(1, 4)))
@@ -82,10 +85,13 @@ def check_any_times(policy: PipelineTransform, schedule: Schedule, draw: np.rand
 
     each = {field: seconds(schedule.stages) for field in ("forward", "input_grad", "weight_grad")}
     transfer, host, output = seconds(3)
-    times = Times(**each, transfer=transfer, host=5 * host, output=output)  # so that some copies do not hide
-    if "times" in type(policy).model_fields:
-        policy = policy.model_copy(update={"times": times})
-    check_transform(policy, schedule, times)
+    overlap = int(draw.integers(1, 5)) / 4
+    times = Times(**each, transfer=transfer, host=5 * host, output=output, overlap=overlap)  # some copies do not hide
+    check_transform(_made_for(policy, times), schedule, times)
+
+
+def _made_for(policy: PipelineTransform, times: Times) -> PipelineTransform:
+    return policy.model_copy(update={"times": times}) if "times" in type(policy).model_fields else policy
 
 
 def check_on_processes(policy: PipelineTransform, size: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from penstock.core.errors import UsageError
 from penstock.pipeline.ir.schedule import Schedule, WeightRule
 from penstock.policy import Policy, contract
@@ -19,7 +17,7 @@ class PipelineTransform(Policy):
     """Makes a better schedule of any schedule with a flush."""
 
     def apply(self, schedule: Schedule) -> Schedule:
-        """The transformed schedule. Overlapped pairs are taken apart: their tasks follow each other.
+        """The transformed schedule. Overlapped pairs stay pairs where their tasks still follow each other.
 
         Raises:
             UsageError: it has no flush, or the options do not fit it.
@@ -29,7 +27,7 @@ class PipelineTransform(Policy):
                 f"{self.policy_name} transforms schedules with one version of the weights; this one stashes several",
                 hint="Transform 1f1b, which has the order of pipedream and one update a step.",
             )
-        return self.transform(dataclasses.replace(schedule, overlapped=frozenset()))
+        return self.transform(schedule)
 
     def transform(self, schedule: Schedule) -> Schedule:
         """What a policy gives: the transformed schedule."""

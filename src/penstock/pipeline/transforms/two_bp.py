@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from penstock.pipeline.ir.schedule import Kind, Schedule, Task
 from penstock.pipeline.simulate.simulator import simulate
@@ -20,7 +20,7 @@ class TwoBP(PipelineTransform):
 
     F and I run as if there were no W; a W takes the first gap after its I that is long enough, and what finds none
     comes at the end. Activations are held longer. Where uneven stages make that slower than W at once after I, it is W
-    at once. The split and the use of idle time are the paper's, as is the concatenation of W that follow each other,
+    at once; where forwards overlap with whole backwards, and that saves more, the schedule stays as it was. The split and the use of idle time are the paper's, as is the concatenation of W that follow each other,
     which is the runtime's; that W only goes where it fits is our reading.
     """
 
@@ -32,8 +32,9 @@ class TwoBP(PipelineTransform):
         bare = _with_orders(at_once, ((task for task in order if task.kind is not Kind.W) for order in at_once.orders))
         run = simulate(bare, costs)
         timed = zip(bare.orders, run.starts, run.ends, strict=True)
-        filled = _with_orders(schedule, (_fill(*order, costs.weight_grad) for order in timed))
-        return min(filled, at_once, key=lambda candidate: simulate(candidate, costs).makespan)
+        filled = _with_orders(schedule, (_fill(*order, costs.weight_grad, schedule.overlapped) for order in timed))
+        candidates = [filled, at_once] + [schedule] * bool(schedule.overlapped)
+        return min(candidates, key=lambda candidate: simulate(candidate, costs).makespan)
 
 
 def _with_orders(schedule: Schedule, orders: Iterable[Iterable[Task]]) -> Schedule:
@@ -47,15 +48,22 @@ def _split(order: Iterable[Task]) -> Iterator[Task]:
         yield from (task._replace(kind=kind) for kind in kinds)
 
 
-def _fill(order: tuple[Task, ...], starts: list[float], ends: list[float], weights: tuple[float, ...]) -> list[Task]:
-    """F and I of one device with each W, of ``weights`` seconds for each stage, in a gap or at the end."""
+def _fill(
+    order: tuple[Task, ...],
+    starts: list[float],
+    ends: list[float],
+    weights: tuple[float, ...],
+    overlapped: Collection[Task],
+) -> list[Task]:
+    """F and I of one device with each W, of ``weights`` seconds for each stage, in a gap or at the end; none comes
+    between an ``overlapped`` forward and its backward."""
     pending: deque[Task] = deque()
     filled: list[Task] = []
     for task, end, following in zip(order, ends, [*starts[1:], math.inf], strict=False):
         filled.append(task)
         if task.kind is Kind.I:
             pending.append(task._replace(kind=Kind.W))
-        while pending and end + weights[pending[0].stage] <= following:
+        while pending and task not in overlapped and end + weights[pending[0].stage] <= following:
             end += weights[pending[0].stage]
             filled.append(pending.popleft())
     return filled

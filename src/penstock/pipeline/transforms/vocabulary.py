@@ -46,7 +46,8 @@ class VocabularyParallelism(PipelineTransform):
             raise UsageError("the vocabulary of this schedule is sharded already", hint="Transform it once.")
         if not self.times.product:
             return schedule
-        candidates = [schedule, *(shard(schedule, self.barriers, self.times, part) for part in SHIFTS)]
+        alone = dataclasses.replace(schedule, overlapped=frozenset())  # other passes come between those of a pair
+        candidates = [schedule, *(shard(alone, self.barriers, self.times, part) for part in SHIFTS)]
         runs = [simulate(found, self.times.costs(found)) for found in candidates]
         return min(runs, key=lambda run: (run.makespan, max(run.peak_bytes))).schedule
 
