@@ -20,8 +20,9 @@ class TwoBP(PipelineTransform):
 
     F and I run as if there were no W; a W takes the first gap after its I that is long enough, and what finds none
     comes at the end. Activations are held longer. Where uneven stages make that slower than W at once after I, it is W
-    at once; where forwards overlap with whole backwards, and that saves more, the schedule stays as it was. The split and the use of idle time are the paper's, as is the concatenation of W that follow each other,
-    which is the runtime's; that W only goes where it fits is our reading.
+    at once; where forwards overlap with whole backwards, and that saves more, the schedule stays as it was. The split
+    and the use of idle time are the paper's, as is the concatenation of W that follow each other, which is the
+    runtime's; that W only goes where it fits is our reading.
     """
 
     times: Times = Times()
