@@ -19,7 +19,8 @@ class Interleaved1F1B(PipelineSchedule):
     The bubble shrinks v-fold, to (p-1)/v times the forward and backward of a microbatch on a p-th of the model, for v
     times the transfers. Device d starts with 2(p-1-d) + (v-1)p forwards. The paper wants m to be a multiple of p. Where
     it is not, the m // p rounds (one, where m < p) are larger, as in PyTorch, and as even as they can be, which is ours
-    where PyTorch refuses. The smaller ones come first, as what a device holds grows with the first round.
+    where PyTorch refuses. The larger ones come first: a device holds more than with the smaller ones first, but those
+    would wait for each other for ever (p = 9, m = 23, v = 3).
     """
 
     chunks: int = Field(2, ge=2)
@@ -34,8 +35,8 @@ class Interleaved1F1B(PipelineSchedule):
 
 
 def even_rounds(microbatches: int, count: int) -> list[range]:
-    """The microbatches in ``count`` rounds, the smaller ones first."""
-    bounds = [microbatches * k // count for k in range(count + 1)]
+    """The microbatches in ``count`` rounds, the larger ones first."""
+    bounds = [-(-microbatches * k // count) for k in range(count + 1)]
     return [range(first, last) for first, last in itertools.pairwise(bounds)]
 
 
