@@ -195,8 +195,9 @@ def _provide(words: list[str], place: Path) -> None:
 
 
 def start_server(words: list[str], place: Path) -> subprocess.Popen[str]:
+    told = words[: words.index("2>")] if "2>" in words else words  # the rest is the shell's
     process = subprocess.Popen(
-        [sys.executable, "-m", *words],
+        [sys.executable, "-m", *told],
         cwd=place,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
