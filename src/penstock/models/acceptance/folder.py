@@ -10,7 +10,16 @@ from penstock.core.errors import ModelError, UsageError
 from penstock.core.files import read_json, write_json
 from penstock.models.acceptance.head import AcceptanceHead, Pair, like
 from penstock.models.decoder import Decoder
-from penstock.models.heads.weights import called, fill, marks, read_weights, same_marks, sizes_of, write_weights
+from penstock.models.heads.weights import (
+    called,
+    fill,
+    folder_with,
+    marks,
+    read_weights,
+    same_marks,
+    sizes_of,
+    write_weights,
+)
 
 DESCRIPTION, WEIGHTS = "acceptance.json", "acceptance.safetensors"
 
@@ -21,14 +30,6 @@ BESIDE = "acceptance"
 def command(draft: str = "DRAFT", target: str = "MODEL") -> str:
     """What to type to train a head."""
     return f"penstock train --preset acceptance --set target={target} --set draft={draft} --out runs/acceptance"
-
-
-def find(source: str | Path) -> Path | None:
-    """The folder of a head: ``source`` itself, or that of a run that trained one (its ``model/``, else the newest of
-    its ``checkpoints/``); None if it is none of these."""
-    folder = Path(source)
-    newest_first = sorted(folder.glob("checkpoints/step-*"), reverse=True)
-    return next((each for each in (folder, folder / "model", *newest_first) if (each / DESCRIPTION).is_file()), None)
 
 
 def save(pair: Pair, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -45,14 +46,14 @@ def save(pair: Pair, folder: Path, dtype: torch.dtype | None = None) -> None:
 
 
 def load(source: str | Path, draft: Decoder, target: Decoder, names: tuple[str, str]) -> AcceptanceHead:
-    """The head ``source`` (see :func:`find`), on the device and in the dtype of ``draft``, for what that drafts for
-    ``target``; these are called ``names``.
+    """The head in ``source``, on the device and in the dtype of ``draft``, for what that drafts for ``target``; these
+    are called ``names``. Where it is looked for, :func:`~penstock.models.heads.weights.folder_with` says.
 
     Raises:
         UsageError: there is no head, or it is for other models; the hint is the command that trains one.
         ModelError: the folder is damaged.
     """
-    folder = find(source)
+    folder = folder_with(DESCRIPTION, source)
     again = f"Train one: {command(*names)}, and name it: --set controller.head=runs/acceptance"
     if folder is None:
         raise UsageError(

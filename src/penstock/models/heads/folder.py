@@ -16,7 +16,16 @@ from penstock.core.files import read_json, write_json
 from penstock.models.decoder import Decoder
 from penstock.models.heads.contract import Head, HeadModule
 from penstock.models.heads.headed import Headed
-from penstock.models.heads.weights import called, fill, marks, read_weights, same_marks, sizes_of, write_weights
+from penstock.models.heads.weights import (
+    called,
+    fill,
+    folder_with,
+    marks,
+    read_weights,
+    same_marks,
+    sizes_of,
+    write_weights,
+)
 from penstock.policy import Choice, index
 
 DESCRIPTION, WEIGHTS = "head.json", "head.safetensors"
@@ -37,14 +46,8 @@ def command(kind: str = "early-exit", target: str = "MODEL") -> str:
 
 
 def find(source: str | Path) -> Path | None:
-    """The folder of a head: ``source`` itself, or that of a run that trained one (its ``model/``, else the newest of
-    its ``checkpoints/``); None if it is none of these."""
-    folder = Path(source)
-    newest_first = sorted(folder.glob("checkpoints/step-*"), reverse=True)
-    for candidate in (folder, folder / "model", *newest_first):
-        if (candidate / DESCRIPTION).is_file():
-            return candidate
-    return None
+    """The folder of a head; see :func:`~penstock.models.heads.weights.folder_with`."""
+    return folder_with(DESCRIPTION, source)
 
 
 def save(model: Headed, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -24,6 +24,14 @@ ROUNDED = 2**-7
 MARKS = {"target": "target.norm.", "draft": "draft.norm."}
 
 
+def folder_with(description: str, source: str | Path) -> Path | None:
+    """The folder with a file ``description``: ``source`` itself, or that of a run that trained the weights (its
+    ``model/``, else the newest of its ``checkpoints/``); None if it is none of these."""
+    folder = Path(source)
+    newest_first = sorted(folder.glob("checkpoints/step-*"), reverse=True)
+    return next((each for each in (folder, folder / "model", *newest_first) if (each / description).is_file()), None)
+
+
 def write_weights(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
     """Writes ``tensors`` by name, in ``dtype`` if it is given.
 
