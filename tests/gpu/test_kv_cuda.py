@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nearly import agreement
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.policy import index
@@ -28,7 +29,9 @@ def engine_of(name: str, **options: object) -> Engine:
         model = Decoder(SHAPE)
     model = model.initialize(0).to("cuda", torch.bfloat16).eval()
     kv = {"name": name, "budget": 0.3, "every": 32}
-    return build_engine(model, EngineConfig.model_validate({"kv": kv, "sequences": 16, "check": True, **options}))
+    # A share of the memory would count what the engines of earlier tests still hold.
+    common = {"kv": kv, "sequences": 16, "cache_tokens": 20_000, "check": True}
+    return build_engine(model, EngineConfig.model_validate({**common, **options}))
 
 
 def told(engine: Engine, numbers: range) -> dict[str, list[int]]:
@@ -44,7 +47,7 @@ def told(engine: Engine, numbers: range) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_do_not_depend_on_the_batch(name):
-    engine = engine_of(name, deterministic=True, memory=0.3)
+    engine = engine_of(name, deterministic=True)
     together = told(engine, range(12))
     assert engine.snapshot().dropped_tokens > 1000
     for number in (0, 5, 11):
@@ -60,12 +63,10 @@ def test_layers_that_share_say_what_they_say_on_the_cpu():
             {"kv": {"name": "minicache", "start": 0, "every": 32}, "sequences": 4, "cache_tokens": 2000, "check": True}
         )
         found.append(told(build_engine(model, config), range(3)))
-    pairs = [(one, other) for id in found[0] for one, other in zip(found[0][id][:8], found[1][id][:8], strict=True)]
-    assert sum(one == other for one, other in pairs) > 0.8 * len(pairs)
+    assert agreement(*found) > 0.8
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_graphs_give_nearly_the_tokens_of_the_eager_pass(name):
-    found = [told(engine_of(name, compile=compiled, memory=0.4), range(12)) for compiled in (True, False)]
-    pairs = [(one, other) for id in found[0] for one, other in zip(found[0][id][:8], found[1][id][:8], strict=True)]
-    assert sum(one == other for one, other in pairs) > 0.8 * len(pairs)
+    found = [told(engine_of(name, compile=compiled), range(12)) for compiled in (True, False)]
+    assert agreement(*found) > 0.8

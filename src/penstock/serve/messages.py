@@ -6,6 +6,8 @@ import dataclasses
 import enum
 from collections.abc import Mapping
 
+import msgspec
+
 from penstock.core.progress import quantity
 from penstock.serve.choose.logprobs import LogprobRows
 from penstock.serve.choose.sampling import SamplingParams
@@ -110,8 +112,7 @@ class Abort:
     index: int | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, omit_defaults=True):  # one for each sequence at each step
     """News of one continuation of a request.
 
     Attributes:

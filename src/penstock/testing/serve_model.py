@@ -51,7 +51,8 @@ def draft_of(model: Decoder, noise: float = 0.1) -> Decoder:
     with torch.no_grad():
         for name, parameter in other.named_parameters():
             spread = noise * float(parameter.std()) if parameter.dim() > 1 else 0.0
-            parameter.add_(spread * torch.randn(parameter.shape, generator=torch_generator(1, f"testing/draft/{name}")))
+            drawn = torch.randn(parameter.shape, generator=torch_generator(1, f"testing/draft/{name}"))
+            parameter.add_(spread * drawn.to(parameter.device))
     return other
 
 

@@ -10,9 +10,12 @@ from penstock.serve.engine.sequence import Sequence
 
 def go_on(running: List[Sequence], room: Room) -> None:
     """Takes all that decode, so that none of them stalls, then pieces of the prompts under way (Sarathi-Serve)."""
+    prompts = []
     for sequence in running:
         if sequence.decoding:
             room.take(sequence)
-    for sequence in running:
-        if not sequence.decoding and room.tokens:
+        else:
+            prompts.append(sequence)
+    for sequence in prompts:
+        if room.tokens:
             room.take(sequence)

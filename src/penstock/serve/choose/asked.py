@@ -25,7 +25,7 @@ SLOT = np.dtype(
         ("alternatives", "i8"),
         *(
             (name, "?")
-            for name in ("penalized", "biased", "grammar", "rule", "rescored", "led", "spread", "restricted")
+            for name in ("penalized", "biased", "grammar", "rule", "rescored", "led", "spread", "restricted", "special")
         ),
     ]
 )
@@ -103,8 +103,11 @@ class Asked:
         """float64 [5, R]: temperature and cuts of each, in the order of OPTIONS, and the number by which it is drawn:
         0 for the first of the most probable tokens."""
         rows = self.rows
-        uniform = np.where(rows["temperature"] > 0, self.uniform, 0)
-        return np.stack([*(rows[name].astype(np.float64) for name, _ in OPTIONS), uniform])
+        draws = np.empty((len(OPTIONS) + 1, len(rows)))
+        for place, (name, _) in enumerate(OPTIONS):
+            draws[place] = rows[name]
+        draws[-1] = np.where(draws[0] > 0, self.uniform, 0)
+        return draws
 
     @functools.cached_property
     def owners(self) -> np.ndarray:

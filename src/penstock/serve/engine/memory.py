@@ -351,14 +351,11 @@ class Memory:
             0, or how many blocks more than are available it takes; then nothing was done.
         """
         growing = [(each.held, count) for each, count in pieces if each.held is not None]
-        needs = [(held, self._fresh(held, count), self._frozen(held)) for held, count in growing]
-        missing = sum(fresh + frozen for _, fresh, frozen in needs) - self.pool.available
-        while missing > 0:
+        needs = self._needs(growing)
+        while needs and (missing := sum([fresh + frozen for _, fresh, frozen in needs]) - self.pool.available) > 0:
             if not self._let_go(missing + self.pool.available):
                 return missing
-            # A block that was shared with one that let go may be a sequence's own now.
-            needs = [(held, fresh, self._frozen(held)) for held, fresh, _ in needs]
-            missing = sum(fresh + frozen for _, fresh, frozen in needs) - self.pool.available
+            needs = self._needs(growing)  # a block that was shared with one that let go may be a sequence's own now
         for held, fresh, frozen in needs:
             if frozen:
                 self._own(held)
@@ -494,13 +491,17 @@ class Memory:
         members = [*(member for sequence in self.running for member in sequence.members), *self.kept]
         self.pool.check([member.held.blocks for member in members if member.held is not None])
 
-    def _fresh(self, held: Held, count: int) -> int:
-        return max(0, -(-(held.places + count) // self.pool.block_size) - len(held.blocks))
-
-    def _frozen(self, held: Held) -> bool:
-        """Whether the next token goes to a block that is not this sequence's alone, as it may after a fork."""
-        first = held.places // self.pool.block_size
-        return first < len(held.blocks) and self.pool.frozen(held.blocks[first])
+    def _needs(self, growing: list[tuple[Held, int]]) -> list[tuple[Held, int, bool]]:
+        """Of those that need any for so many more tokens: how many fresh blocks, and whether the next token goes to a
+        block that is not this sequence's alone, as it may after a fork."""
+        size, needs = self.pool.block_size, []
+        for held, count in growing:
+            place, has = held.computed - held.dropped, len(held.blocks)
+            fresh, first = -(-(place + count) // size) - has, place // size
+            frozen = first < has and self.pool.frozen(held.blocks[first])
+            if fresh > 0 or frozen:
+                needs.append((held, max(fresh, 0), frozen))
+        return needs
 
     def _own(self, held: Held) -> None:
         """A copy, for the sequence alone, of the block that its next token goes to."""

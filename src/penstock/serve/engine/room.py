@@ -114,7 +114,7 @@ class StepRoom:
         if sequence.rated is not None:
             first = max(start, sequence.rated_from - 1)
             rated = max(0, min(start + count, len(sequence.request.prompt) - 1) - first)
-        parents = tuple(window.parents) if window.branched else ()
+        parents = tuple(window.parents) if drafted and window.branched else ()
         sees = sequence.contexts and start + count > sequence.shared
         self.entries.append(
             Entry(
@@ -239,12 +239,22 @@ def _first(entry: Entry) -> int:
 def _shares(sequence: Sequence, budget: int, again: int) -> list[int]:
     """How many of ``budget`` tokens go to ``sequence`` and to its companions: none beyond where its cache is to be
     compressed. The last tokens of all are computed in the same step, ``again`` times more with other experts."""
-    wanted = [member.remaining for member in sequence.members]
-    fit = [NEVER if member.held is None else member.held.due - member.held.computed for member in sequence.members]
-    if sum(wanted) + again <= budget and all(count <= most for count, most in zip(wanted, fit, strict=True)):
-        return wanted
+    shares, left = [], budget - again
+    for member in sequence.members:
+        wanted, held = member.remaining, member.held
+        most = left if held is None else min(left, held.due - held.computed)
+        if wanted > most:
+            return _pieces(sequence, budget)
+        shares.append(wanted)
+        left -= wanted
+    return shares
+
+
+def _pieces(sequence: Sequence, budget: int) -> list[int]:
+    """As many of ``budget`` tokens as ``sequence`` and its companions can have before their last ones."""
     shares = []
-    for count, most in zip(wanted, fit, strict=True):
-        shares.append(min(count - 1, most, budget))
+    for member in sequence.members:
+        most = NEVER if member.held is None else member.held.due - member.held.computed
+        shares.append(min(member.remaining - 1, most, budget))
         budget -= shares[-1]
     return shares

@@ -194,6 +194,8 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         """Whether only its newest token remains to be computed, and its companions'."""
+        if len(self.members) == 1:  # asked for each sequence at each step
+            return self.remaining == 1
         return all(member.remaining == 1 for member in self.lockstep) and self.informed
 
     @property

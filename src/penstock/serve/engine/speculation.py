@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.sequence import Sequence
@@ -57,7 +58,7 @@ class Speculation:
             if entry.window[:1] == (AWAITED,):
                 window, parents = (tuple(each.get(entry.slot, ())) for each in (drafted.windows, drafted.parents))
                 less = len(entry.window) - len(window)
-                batch.entries[place] = dataclasses.replace(
+                batch.entries[place] = msgspec.structs.replace(
                     entry, count=entry.count - less, scored=entry.scored - less, window=window, parents=parents
                 )
         batch.proposals = self._model.proposals(drafted, len(batch.tables))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -164,8 +164,8 @@ class DraftModel(Drafting):
                 count = min(entry.count - 1, left)
                 left -= count
                 if count:
-                    pieces.append(dataclasses.replace(entry, count=count, scored=0))
-                rest.append(dataclasses.replace(entry, start=entry.start + count, count=entry.count - count))
+                    pieces.append(msgspec.structs.replace(entry, count=count, scored=0))
+                rest.append(msgspec.structs.replace(entry, start=entry.start + count, count=entry.count - count))
             self._pass(pieces, tables)
             entries = rest
         return entries

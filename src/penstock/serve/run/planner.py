@@ -125,8 +125,9 @@ class Planner:
         row["grammar"], row["rule"] = sequence.matcher is not None, sampling.rule is not None
         row["restricted"] = sequence.restriction is not None
         row["led"], row["spread"] = sequence.leader is not None, sampling.spread
-        special = sampling.penalized or sampling.logit_bias or sampling.min_tokens or sampling.waits
-        row["rescored"] = bool(special) or bool(sequence.companions) or bool(row["restricted"])
+        row["special"] = row["grammar"] or row["rule"] or row["restricted"] or row["led"]
+        changed = sampling.penalized or sampling.logit_bias or sampling.min_tokens or sampling.waits
+        row["rescored"] = bool(changed) or bool(sequence.companions) or bool(row["restricted"])
         if sampling.logit_bias:
             tokens, added = zip(*sampling.logit_bias.items(), strict=True)
             self._biases[slot] = np.array(tokens, np.int64), np.array(added, np.float32)
@@ -155,8 +156,7 @@ class Planner:
         asked = Asked(first, slots, counts, rows, uniforms(rows["key"], counts), window=window, parents=parents)
         if rows["biased"].any():
             asked = dataclasses.replace(asked, biases=self._scattered(slots, np.flatnonzero(rows["biased"])))
-        special = rows["rule"] | rows["grammar"] | rows["restricted"] | rows["led"]
-        if (special | (counts < rows["least"])).any():
+        if (rows["special"] | (counts < rows["least"])).any():
             asked = dataclasses.replace(asked, **self._special(asked, list(_rows(entries))))
         return asked
 
@@ -217,10 +217,9 @@ class Planner:
         parents = _branched(entries, positions, offsets, ends)
         rated = (offsets >= rated_from[rows]) & (offsets < rated_to[rows])
         wanted = offsets >= (counts - scored)[rows]
-        inputs = np.stack([*_tokens(batch, ends), _shifted(entries, positions, ends)])
-        draws = np.stack([*asked.draws.view(np.int64), asked.slots + 1])
-        worn = np.repeat(fields.adapters, counts)
-        ahead = np.concatenate([[0], scored.cumsum()])
+        inputs = _stacked(*_tokens(batch, ends), _shifted(entries, positions, ends))
+        draws, drawn = _stacked(*asked.draws.view(np.int64), asked.slots + 1), scored.cumsum()
+        worn = np.repeat(fields.adapters, counts) if fields.adapters.any() else None
         for first, last in itertools.pairwise(itertools.accumulate(batch.parts, initial=0)):
             begin, end = ends[first] - counts[first], ends[last - 1]
             own, all_own = slice(first, last), slice(begin, end)
@@ -242,18 +241,18 @@ class Planner:
                 ends_of = (starts + counts)[rows[all_own]]
                 watched = watched_places(slots[rows[all_own]], positions[all_own], ends_of, self._watched)
                 plan = dataclasses.replace(plan, watched=torch.from_numpy(watched))
-            drawn = draws[:, ahead[first] : ahead[last]]
             yield Part(
-                *(inputs[:, all_own], plan, np.flatnonzero(wanted[all_own]), np.flatnonzero(rated[all_own]), drawn),
+                *(inputs[:, all_own], plan, np.flatnonzero(wanted[all_own]), np.flatnonzero(rated[all_own])),
+                draws[:, drawn[first] - scored[first] : drawn[last - 1]],
                 self._copied(entries[own], ends[own] - begin),
-                worn[all_own] if worn[all_own].any() else None,
+                worn[all_own] if worn is not None and worn[all_own].any() else None,
             )
 
     def _copied(self, entries: list[Entry], ends: np.ndarray) -> Copied | None:
         """The copies of the last tokens of ``entries``, which end before the rows ``ends``."""
-        counts = np.array([entry.again for entry in entries])
-        if not counts.any():
+        if not any(entry.again for entry in entries):
             return None
+        counts = np.array([entry.again for entry in entries])
         noises = [self._noise[entry.slot] for entry in entries if entry.again]
         return Copied(
             rows=np.repeat(ends - 1, counts),
@@ -275,9 +274,10 @@ class Planner:
         """
         size = self._size
         tables = np.ascontiguousarray(tables[:, : -(-int(lengths.max()) // size)])
-        starts = np.concatenate([[0], ends])
+        starts = np.zeros(len(ends) + 1, np.int32)
+        starts[1:] = ends
         return PagedBatch(
-            starts=torch.from_numpy(starts.astype(np.int32)),
+            starts=torch.from_numpy(starts),
             lengths=torch.from_numpy(lengths.astype(np.int32)),
             tables=torch.from_numpy(tables),
             slots=torch.from_numpy(tables[rows, places // size].astype(np.int64) * size + places % size),
@@ -355,6 +355,14 @@ def _contexts(entries: list[Entry]) -> Iterator[Contexts]:
     for number, entry in enumerate(entries):
         if entry.beside is not None:
             yield Contexts(number, entry.beside.after, torch.from_numpy(entry.beside.slots), *entry.beside.weighing)
+
+
+def _stacked(*rows: np.ndarray) -> np.ndarray:
+    """int64 [n, N]: ``rows``, one below the other. For few tokens, np.stack takes longer."""
+    stacked = np.empty((len(rows), len(rows[0])), np.int64)
+    for place, row in zip(stacked, rows, strict=True):
+        place[:] = row
+    return stacked
 
 
 def _tokens(batch: Batch, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
