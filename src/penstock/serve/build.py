@@ -30,6 +30,7 @@ from penstock.models.invariant import make_invariant
 from penstock.models.paged import cache_shape
 from penstock.models.pairing import require_same_tokens
 from penstock.models.shares import Share, divided
+from penstock.models.streamed import stream_of
 from penstock.models.tapped import TappedDecoder
 from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedCache
@@ -88,9 +89,8 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
         )
     if config.tensor_parallel > 1:
         return _open_divided(source, folder, tokenizer, config, where, report)
-    # Kernels whose bits do not depend on the batch are for plain matrices.
-    load = hub.load if config.deterministic else hub.load_for_inference
-    model = load(folder, device=where, dtype=dtype_of(config, where)).eval()
+    load = loader(config, where)
+    model = load(folder).eval()
     draft: Decoder | HeadModule | None = None
     predictor: AcceptanceHead | None = None
     called = Path(source).name if folder.parent == hub.BOXED else str(source)
@@ -105,9 +105,28 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
     stop, grammars = _ends(folder, tokenizer, model.config.vocabulary)
     pieces = pieces_of_text(tokenizer, config.codec, model.config.context)
     engine = build_engine(model, config, stop, report, grammars, str(source), draft, pieces, predictor=predictor)
-    if isinstance(engine.executor, Runner):
-        engine.executor.weights.source = lambda: load(folder, dtype=dtype_of(config, where)).state_dict()
+    if isinstance(engine.executor, Runner) and stream_of(model) is None:
+        engine.executor.weights.source = lambda: load(folder).state_dict()
     return engine
+
+
+def loader(config: EngineConfig, device: torch.device) -> Callable[[Path], Decoder]:
+    """Loads a model from its folder as ``config`` has it on ``device``.
+
+    Raises:
+        UsageError: layers are to stay on disk, and the device has memory of its own.
+    """
+    dtype = dtype_of(config, device)
+    if config.resident_weights is not None:
+        if device.type != "cpu":
+            raise UsageError(
+                f"layers that stay on disk are read into the host's memory, and the device is {device}",
+                hint="Serve with --device cpu, or leave out resident_weights.",
+            )
+        return functools.partial(hub.load_streamed, resident=config.resident_weights, dtype=dtype)
+    # Kernels whose bits do not depend on the batch are for plain matrices.
+    load = hub.load if config.deterministic else hub.load_for_inference
+    return functools.partial(load, device=device, dtype=dtype)
 
 
 def _ends(folder: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> tuple[frozenset[int], Grammars | None]:

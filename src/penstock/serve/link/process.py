@@ -24,6 +24,7 @@ from penstock.core.progress import show
 from penstock.models import hub
 from penstock.models.encoders.folder import is_classifier, is_encoder
 from penstock.models.encoders.pooling import cuts_of, pooling_of
+from penstock.models.formats.weight_file import LostWeightsError
 from penstock.serve.build import dtype_of, open_engine
 from penstock.serve.config import EngineConfig
 from penstock.serve.embed.encoder_engine import EncoderEngine
@@ -143,7 +144,7 @@ def main() -> None:
     channel.send(News([], host.snapshot()))
     try:
         serve(host, channel)
-    except RankLostError as error:
+    except (RankLostError, LostWeightsError) as error:
         _end(error, channel)
 
 
