@@ -11,6 +11,7 @@ from penstock.testing.speculate_drafter import (
     check_engine,
     check_grown,
     check_loops,
+    check_meanwhile,
     check_proposals,
     check_twin,
 )
@@ -64,3 +65,9 @@ def test_proposals_depend_on_the_text_alone_and_are_no_longer_than_asked(name, s
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_drafter_can_be_made_from_its_description(name):
     rebuilt(POLICIES[name])
+
+
+@pytest.mark.parametrize("tree", [(), BRANCHES])
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if policy.meanwhile])
+def test_what_is_drafted_while_something_is_verified_is_what_would_be_drafted_behind_it(name, tree):
+    check_meanwhile(POLICIES[name], tree)

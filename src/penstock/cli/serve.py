@@ -140,7 +140,9 @@ def serve(
 
     On two devices, each of which has half of the model: `penstock serve org/name --tensor-parallel 2`
 
-    A model that is larger than memory, on a CPU: `penstock serve org/name --resident-weights 8GB`
+    A model that is larger than memory, on a CPU: `penstock serve org/name --resident-weights 8GB`, and with a small one
+    that drafts while its layers are read: `penstock serve org/name --resident-weights 8GB --draft cascade
+    --set draft.source=org/small --set controller=fallback`
 
     With a LoRA adapter, which requests name as their model: `penstock serve org/name --adapter sql=org/name-sql`
     """

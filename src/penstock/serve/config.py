@@ -42,8 +42,8 @@ class EngineConfig(Config):
         loop: in which order scheduling, computing and publishing follow each other.
         attention: attention over the cache; None picks the best that serves the device.
         codec: how keys and values lie in the cache's blocks; in fewer bits, the same memory holds more tokens.
-        resident_weights: most bytes of weights in memory, such as ``8GB``, for a model that is larger: layers that do not
-            fit are read from disk in each pass, on a CPU. None has the whole model in memory.
+        resident_weights: most bytes of weights in memory, such as ``8GB``, for a model that is larger: layers that do
+            not fit are read from disk in each pass, on a CPU. None has the whole model in memory.
         dtype: of weights, and of a plain cache; ``auto`` is bf16 on CUDA devices that have units for it, else fp32.
         tokens: the token budget of a step, at least ``sequences``, so that all of them can go on in one; None is 8,192
             on CUDA, which such a step keeps busy, and 2,048 on the CPU.
