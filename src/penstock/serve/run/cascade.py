@@ -7,6 +7,7 @@ from collections.abc import Sequence as List
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import numpy as np
+from torch import Tensor
 
 from penstock.serve.choose.sampler import Sampled
 from penstock.serve.engine.batch import Batch, Entry
@@ -53,7 +54,7 @@ class CascadeDraft(ConfidentDraft):
 
     What it computes meanwhile lies in blocks of its own as far as the sequences have none yet. If the guess was right,
     the next step takes over the tokens; what is in its cache for them is computed anew when it is needed, several
-    tokens in a pass.
+    tokens in a pass. What ``goes_on`` says meanwhile may be by what it knew before the verification, or behind it.
 
     Args:
         runner: of the model, with a :class:`~penstock.serve.run.draft.DraftPlanner`. The last of its blocks are no
@@ -90,8 +91,8 @@ class CascadeDraft(ConfidentDraft):
 
     def prepare(self, batch: Batch) -> None:
         for guess in self._guesses.values():
-            known = guess.sequence.tokens
-            guess.wrong = guess.wrong or known[: len(guess.text)] != guess.text[: len(known)]
+            known, text = guess.sequence.tokens, list(guess.text)  # as it is now: it grows in the other thread
+            guess.wrong = guess.wrong or known[: len(text)] != text[: len(known)]
         running, self._running = self._running, None
         if running is not None:
             running.result()
@@ -150,7 +151,8 @@ class CascadeDraft(ConfidentDraft):
         return Guess(entry.sequence, tentative, list(tentative.tokens), most)
 
     def _meanwhile(self, guesses: dict[int, Guess], tables: np.ndarray, goes_on: GoesOn | None) -> None:
-        # Of a tree, another way may be accepted than the one that is computed here.
+        """What the other thread does. Of a tree, another way may be accepted than the one that is computed here, so
+        that none of it counts as computed behind it."""
         with self._coverage.set_aside():
             self._go_on(guesses, tables, goes_on)
 
@@ -194,8 +196,8 @@ class CascadeDraft(ConfidentDraft):
         """As ``goes_on`` has it, but no further for a guess that has turned out to be wrong."""
         confident = None if goes_on is None else self._going(goes_on)
 
-        def going(entries: list[Entry], tokens: object, rows: List[int]) -> list[bool]:
-            more = [True] * len(entries) if confident is None else confident(entries, tokens, rows)  # type: ignore[arg-type]
+        def going(entries: list[Entry], tokens: Tensor, rows: List[int]) -> list[bool]:
+            more = [True] * len(entries) if confident is None else confident(entries, tokens, rows)
             return [on and not guesses[entry.slot].wrong for on, entry in zip(more, entries, strict=True)]
 
         return going
