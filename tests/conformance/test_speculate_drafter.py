@@ -17,8 +17,12 @@ from penstock.testing.speculate_drafter import (
 )
 
 POLICIES = enrolled("speculate.drafter")
-#: What heads draft has laws of its own in the suite: see ``test_model_head.py``.
-MOST = [pytest.param(name, marks=pytest.mark.slow if name == "head" else ()) for name in POLICIES]
+#: What heads draft has laws of its own in the suite: see ``test_model_head.py``. And what is drafted meanwhile is what
+#: would be drafted behind it, as is tested below.
+MOST = [
+    pytest.param(name, marks=pytest.mark.slow if name == "head" or policy.meanwhile else ())
+    for name, policy in POLICIES.items()
+]
 BRANCHING = [name for name, policy in POLICIES.items() if policy.branches]
 
 

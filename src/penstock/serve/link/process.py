@@ -91,6 +91,8 @@ def opened(wanted: Open, channel: Channel[Message]) -> tuple[Host, Ready]:
     if is_encoder(folder):
         if config.tensor_parallel > 1:
             raise UsageError("an encoder is not divided among ranks", hint="Leave out tensor_parallel.")
+        if config.resident_weights is not None:
+            raise UsageError("an encoder has all of its weights in memory", hint="Leave out resident_weights.")
         if config.room_for_adapters:
             raise UsageError("an encoder is served without adapters", hint="Leave out adapters and adapter_slots.")
         device = pick(wanted.device)
