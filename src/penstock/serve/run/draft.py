@@ -239,7 +239,7 @@ class ConfidentDraft(DraftModel):
             assert isinstance(self.sampler, ConfidentSampler)
             for entry, sure in zip(entries, self.sampler.confidence[list(rows)].tolist(), strict=True):
                 chances.setdefault(entry.slot, []).append(sure)
-            return [goes_on(chances[entry.slot]) for entry in entries]
+            return [goes_on(chances[each.slot]) for each in entries]
 
         return going
 
