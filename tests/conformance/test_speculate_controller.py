@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from penstock.testing.enrolled import enrolled, rebuilt
-from penstock.testing.speculate_controller import check_bounds, check_ends, check_engine, check_predictions
+from penstock.testing.speculate_controller import (
+    check_bounds,
+    check_confidence,
+    check_ends,
+    check_engine,
+    check_predictions,
+)
+from penstock.testing.speculate_drafter import BRANCHES
 
 POLICIES = enrolled("speculate.controller")
 
@@ -20,6 +27,13 @@ def test_lengths_stay_within_what_there_is_and_follow_from_what_was_seen(name, s
 def test_drafting_ends_where_the_predictions_of_the_whole_text_say(name):
     check_ends(POLICIES[name])
     check_predictions(POLICIES[name])
+
+
+@pytest.mark.parametrize("tree", [(), BRANCHES])
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if policy.by_confidence])
+def test_drafting_ends_where_the_model_is_not_sure_of_the_whole_text(name, tree):
+    check_ends(POLICIES[name])
+    check_confidence(POLICIES[name], tree=tree)
 
 
 @pytest.mark.parametrize("name", POLICIES)

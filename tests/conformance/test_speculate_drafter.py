@@ -11,13 +11,18 @@ from penstock.testing.speculate_drafter import (
     check_engine,
     check_grown,
     check_loops,
+    check_meanwhile,
     check_proposals,
     check_twin,
 )
 
 POLICIES = enrolled("speculate.drafter")
-#: What heads draft has laws of its own in the suite: see ``test_model_head.py``.
-MOST = [pytest.param(name, marks=pytest.mark.slow if name == "head" else ()) for name in POLICIES]
+#: What heads draft has laws of its own in the suite: see ``test_model_head.py``. And what is drafted meanwhile is what
+#: would be drafted behind it, as is tested below.
+MOST = [
+    pytest.param(name, marks=pytest.mark.slow if name == "head" or policy.meanwhile else ())
+    for name, policy in POLICIES.items()
+]
 BRANCHING = [name for name, policy in POLICIES.items() if policy.branches]
 
 
@@ -64,3 +69,9 @@ def test_proposals_depend_on_the_text_alone_and_are_no_longer_than_asked(name, s
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_drafter_can_be_made_from_its_description(name):
     rebuilt(POLICIES[name])
+
+
+@pytest.mark.parametrize("tree", [(), BRANCHES])
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if policy.meanwhile])
+def test_what_is_drafted_while_something_is_verified_is_what_would_be_drafted_behind_it(name, tree):
+    check_meanwhile(POLICIES[name], tree)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from penstock.models import hub
 from penstock.serve.run.record import read_steps
 from served import Served, alive, children
 
@@ -210,3 +212,14 @@ def test_ranks_end_with_the_server(way):
         server.process.wait(PATIENCE)
         assert all(gone(each) for each in (engine, *ranks))
         assert "Traceback" not in server.said()
+
+
+def test_weights_that_go_away_end_the_server_with_the_name_of_their_file(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(hub.resolve("python-1m"), model)
+    with Served("--resident-weights", "3.7MB", "--device", "cpu", model=str(model)) as server:
+        assert answer_of(server, GREEDY) == (200, None)
+        (model / "model.safetensors").unlink()
+        status, error = answer_of(server, GREEDY)
+        assert (status, error["code"]) == (503, "engine_died")
+        assert f"{model}/model.safetensors is gone" in error["message"]

@@ -9,6 +9,7 @@ import typer
 from penstock.cli._adapters import ADAPTER, chosen_adapters
 from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_REUSE, chosen_cache
 from penstock.cli._ranks import TENSOR_PARALLEL, chosen_ranks
+from penstock.cli._weights import RESIDENT_WEIGHTS, chosen_weights
 
 
 def batch(
@@ -42,6 +43,7 @@ def batch(
     kv_codec: str | None = KV_CODEC,
     kv_reuse: str | None = KV_REUSE,
     tensor_parallel: int | None = TENSOR_PARALLEL,
+    resident_weights: str | None = RESIDENT_WEIGHTS,
     adapter: list[str] = ADAPTER,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
 ) -> None:
@@ -68,7 +70,7 @@ def batch(
     cache, ranks = chosen_cache(kv, kv_budget, kv_codec, kv_reuse), chosen_ranks(tensor_parallel)
     called = name or hub.name_of(model)
     base = {"batching": "batchllm", "draft": draft, "draft_tree": draft_tree or "", **cache, **ranks}
-    base |= chosen_adapters(adapter, called)
+    base |= chosen_adapters(adapter, called) | chosen_weights(resident_weights)
     config = build(EngineConfig, apply_overrides(base, overrides), "the engine's options")
     for path, there in ((source, source.is_file()), (target.parent, target.parent.is_dir())):
         if not there:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from penstock.cli._weights import RESIDENT_WEIGHTS, chosen_weights
+
 
 def generate(
     model: str = typer.Argument("python-6m", help="A model or run folder, a GGUF file, a boxed model or a hub name."),
@@ -17,21 +19,26 @@ def generate(
     top_p: float = typer.Option(0.95, "--top-p", help="Draw from the tokens that make up this probability."),
     min_p: float = typer.Option(0.0, "--min-p", help="Least share of the most probable token's probability."),
     seed: int = typer.Option(0, "--seed", help="The same seed gives the same text."),
+    resident_weights: str | None = RESIDENT_WEIGHTS,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
 ) -> None:
     """Continue a prompt, streaming to the terminal.
 
     Examples: `penstock generate python-6m --prompt 'def fibonacci('`, `penstock generate file.gguf --prompt 'Once '`
+
+    A model that is larger than memory, on a CPU: `penstock generate org/name --resident-weights 8GB -p 'Once '`
     """
     import sys
 
     from penstock.core.config import build
-    from penstock.core.devices import inference_dtype, pick
+    from penstock.core.devices import pick
     from penstock.core.errors import UsageError
     from penstock.core.files import read_text
     from penstock.models import hub
     from penstock.models.sampling import Sampling
     from penstock.models.text import stream_text
+    from penstock.serve.build import loader
+    from penstock.serve.config import EngineConfig
 
     if (prompt is None) == (prompt_file is None):
         raise UsageError("give the text to continue with --prompt or --prompt-file")
@@ -44,12 +51,13 @@ def generate(
         "seed": seed,
     }
     sampling = build(Sampling, options, "the sampling options")
+    engine = build(EngineConfig, chosen_weights(resident_weights), "the engine's options")
     where = pick(device)
     if prompt_file is not None:
         text = read_text(prompt_file)
     else:
         text = sys.stdin.read() if prompt == "-" else str(prompt)
-    decoder = hub.load_for_inference(model, device=where, dtype=inference_dtype(where)).eval()
+    decoder = loader(engine, where)(hub.resolve(model)).eval()
     tokenizer = hub.load_tokenizer(model)
     pieces = stream_text(decoder, tokenizer, text, sampling, hub.end_tokens(model, tokenizer))
     typer.echo(text, nl=False)

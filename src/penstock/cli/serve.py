@@ -12,6 +12,7 @@ import typer
 from penstock.cli._adapters import ADAPTER, chosen_adapters
 from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_REUSE, chosen_cache
 from penstock.cli._ranks import TENSOR_PARALLEL, chosen_ranks
+from penstock.cli._weights import RESIDENT_WEIGHTS, chosen_weights
 
 if TYPE_CHECKING:
     import socket
@@ -84,6 +85,7 @@ def serve(
     kv_codec: str | None = KV_CODEC,
     kv_reuse: str | None = KV_REUSE,
     tensor_parallel: int | None = TENSOR_PARALLEL,
+    resident_weights: str | None = RESIDENT_WEIGHTS,
     adapter: list[str] = ADAPTER,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     queue: int = typer.Option(1024, "--queue", min=0, help="Most continuations that wait; more get status 429."),
@@ -138,6 +140,10 @@ def serve(
 
     On two devices, each of which has half of the model: `penstock serve org/name --tensor-parallel 2`
 
+    A model that is larger than memory, on a CPU: `penstock serve org/name --resident-weights 8GB`, and with a small one
+    that drafts while its layers are read: `penstock serve org/name --resident-weights 8GB --draft cascade
+    --set draft.source=org/small --set controller=fallback`
+
     With a LoRA adapter, which requests name as their model: `penstock serve org/name --adapter sql=org/name-sql`
     """
     import asyncio
@@ -162,7 +168,7 @@ def serve(
     chosen: dict[str, Any] = {key: str(value) for key, value in options.items() if value is not None}
     called = name or hub.name_of(model)
     chosen |= chosen_cache(kv, kv_budget, kv_codec, kv_reuse) | chosen_ranks(tensor_parallel)
-    chosen |= chosen_adapters(adapter, called)
+    chosen |= chosen_adapters(adapter, called) | chosen_weights(resident_weights)
     engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
     given = {
         "body": body_limit,

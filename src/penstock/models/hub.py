@@ -26,7 +26,7 @@ from penstock.models.adapters.folder import folder_of as folder_of_adapter
 from penstock.models.blank import without_weights
 from penstock.models.companions import GENERATION
 from penstock.models.config import DecoderConfig
-from penstock.models.decoder import Decoder
+from penstock.models.decoder import Decoder, Layer
 from penstock.models.families.contract import Family, effective
 from penstock.models.families.mapping import CLASSIFIER, SCALAR_HEAD, as_classifier, general, placed, views_on
 from penstock.models.families.nearest import nearest_family
@@ -36,6 +36,7 @@ from penstock.models.formats.safetensors import STORED, WEIGHTS, WEIGHTS_INDEX, 
 from penstock.models.linear import Linear
 from penstock.models.quantized import QuantizedLinear
 from penstock.models.shares import Divided, Share, cuts, divided
+from penstock.models.streamed import first_that_stay, stored_layers, stream_layers
 from penstock.policy import create, index
 
 if TYPE_CHECKING:
@@ -314,6 +315,52 @@ def _load(
     return decoder
 
 
+def load_streamed(source: str | Path, resident: int, *, dtype: torch.dtype | None = None) -> Decoder:
+    """Loads a model for inference on a CPU, of whose weights no more than ``resident`` bytes are in memory at a time.
+    What does not fit is read anew in each pass (:mod:`penstock.models.streamed`); the files have to stay as they are.
+    A model that fits is loaded whole.
+
+    Raises:
+        UsageError: as :func:`load`; or the budget is too small for any layer, or the weights are not stored as plain
+            numbers.
+        ModelError: as :func:`load`.
+    """
+    folder = resolve(source)
+    family, config, hub = _read(folder)
+    _refuse_unstreamable(folder, hub)
+    weights = _weights(folder, family, config, hub)
+    with without_weights():
+        decoder = Decoder(config)
+    _check(folder, weights, views_on(decoder, family), _tied_head(config, family))
+    dtype = dtype or _dtype(folder, hub, weights)
+    stored = stored_layers(decoder, placed(decoder, family), weights.headers, dtype)
+    layers = decoder.layers.to(dtype)
+    others = decoder.parameter_count() - sum(each.numel() for each in layers.parameters())
+    stay = first_that_stay(stored, others * dtype.itemsize, resident)
+    decoder.layers = layers[:stay]
+    _allocate(decoder, torch.device("cpu"), dtype)
+    _fill(decoder, family, weights)
+    if stay < len(stored):
+        stream_layers(decoder, [cast(Layer, each) for each in layers[stay:]], stored[stay:])
+    vars(decoder)["origin"] = Origin(family.policy_name, {key: hub[key] for key in TOKEN_IDS if key in hub})
+    return decoder.requires_grad_(False)
+
+
+def _refuse_unstreamable(folder: Path, hub: dict[str, Any]) -> None:
+    """Refuses weights that are not stored as plain numbers, each where it is used."""
+    coded = {
+        "it is a GGUF file": (folder / GGUF_INDEX).is_file(),
+        "its matrices are quantized": bool(hub.get("quantization_config")),
+        "it is an adapter over a base": (folder / ADAPTER_INDEX).is_file(),
+    }
+    for reason, holds in coded.items():
+        if holds:
+            raise UsageError(
+                f"the layers of {folder} cannot be read from disk as they are needed: {reason}",
+                hint="Leave out resident_weights, or name a folder with plain safetensors.",
+            )
+
+
 def load_reward(source: str | Path, *, device: str | torch.device = "cpu") -> Decoder:
     """Loads a reward model: a decoder whose head gives a text one number.
 
@@ -416,7 +463,7 @@ def _check(folder: Path, weights: Weights, wanted: Mapping[str, Tensor], optiona
                 f"{folder} {which} {', '.join(sorted(names)[:3])}{more}",
                 hint=f"Its weights are not those of the model that its {CONFIG} describes.",
             )
-    for name, (path, shape, dtype) in stored.items():
+    for name, (path, shape, dtype, _) in stored.items():
         if name in wanted and not _fits(shape, wanted[name].shape):
             raise ModelError(f"{name} in {path} is {list(shape)}, but {CONFIG} implies {list(wanted[name].shape)}")
         if dtype not in weights.dtypes:

@@ -30,6 +30,7 @@ from penstock.models.invariant import make_invariant
 from penstock.models.paged import cache_shape
 from penstock.models.pairing import require_same_tokens
 from penstock.models.shares import Share, divided
+from penstock.models.streamed import stream_of
 from penstock.models.tapped import TappedDecoder
 from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedCache
@@ -37,6 +38,7 @@ from penstock.ops.paged.invariant import Invariant
 from penstock.parallel.tensor import join
 from penstock.policy import index
 from penstock.serve.calibration import learned_tables, pieces_of_text
+from penstock.serve.choose.confidence import ConfidentBranchingSampler, ConfidentProposingSampler, ConfidentSampler
 from penstock.serve.choose.grammar import Grammars
 from penstock.serve.choose.invariant import InvariantSampler
 from penstock.serve.choose.proposals import BranchingSampler, ProposingSampler
@@ -50,8 +52,9 @@ from penstock.serve.kv.tiers import Tiers
 from penstock.serve.ranks.group import Ranks
 from penstock.serve.ranks.runner import LeadingRunner, RankRunner
 from penstock.serve.rehearsal import rehearsal_blocks, rehearse_first_uses, rehearse_largest_steps
+from penstock.serve.run.cascade import CascadeDraft, spare_blocks
 from penstock.serve.run.chains import Chains
-from penstock.serve.run.draft import Drafting, DraftModel, DraftPlanner, PredictingDraft
+from penstock.serve.run.draft import ConfidentDraft, Drafting, DraftModel, DraftPlanner, PredictingDraft
 from penstock.serve.run.graphs import prompt_shapes, window_shapes
 from penstock.serve.run.heads import ContinuingDraft, ContinuingRunner, draft_with
 from penstock.serve.run.planner import Planner
@@ -88,9 +91,8 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
         )
     if config.tensor_parallel > 1:
         return _open_divided(source, folder, tokenizer, config, where, report)
-    # Kernels whose bits do not depend on the batch are for plain matrices.
-    load = hub.load if config.deterministic else hub.load_for_inference
-    model = load(folder, device=where, dtype=dtype_of(config, where)).eval()
+    load = loader(config, where)
+    model = load(folder).eval()
     draft: Decoder | HeadModule | None = None
     predictor: AcceptanceHead | None = None
     called = Path(source).name if folder.parent == hub.BOXED else str(source)
@@ -105,9 +107,28 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
     stop, grammars = _ends(folder, tokenizer, model.config.vocabulary)
     pieces = pieces_of_text(tokenizer, config.codec, model.config.context)
     engine = build_engine(model, config, stop, report, grammars, str(source), draft, pieces, predictor=predictor)
-    if isinstance(engine.executor, Runner):
-        engine.executor.weights.source = lambda: load(folder, dtype=dtype_of(config, where)).state_dict()
+    if isinstance(engine.executor, Runner) and stream_of(model) is None:
+        engine.executor.weights.source = lambda: load(folder).state_dict()
     return engine
+
+
+def loader(config: EngineConfig, device: torch.device) -> Callable[[Path], Decoder]:
+    """Loads a model from its folder as ``config`` has it on ``device``.
+
+    Raises:
+        UsageError: layers are to stay on disk, and the device has memory of its own.
+    """
+    dtype = dtype_of(config, device)
+    if config.resident_weights is not None:
+        if device.type != "cpu":
+            raise UsageError(
+                f"layers that stay on disk are read into the host's memory, and the device is {device}",
+                hint="Serve with --device cpu, or leave out resident_weights.",
+            )
+        return functools.partial(hub.load_streamed, resident=config.resident_weights, dtype=dtype)
+    # Kernels whose bits do not depend on the batch are for plain matrices.
+    load = hub.load if config.deterministic else hub.load_for_inference
+    return functools.partial(load, device=device, dtype=dtype)
 
 
 def _ends(folder: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> tuple[frozenset[int], Grammars | None]:
@@ -303,6 +324,11 @@ def build_runners(
             hint=f"Train one: {acceptance.command()}",
         )
     keeps = [isinstance(head, Foresees | Continues | Transfers), predictor is not None]
+    if config.draft is not None and config.draft.meanwhile and on_cuda:
+        raise UsageError(
+            f"{config.draft.policy_name!r} drafts while layers are read from disk, which is for a CPU",
+            hint="Draft with the same model, by its name, or serve with --device cpu.",
+        )
     opened = [_opened(each, config, pieces, report) for each in models]
     if isinstance(head, Transfers):
         models[0] = TappedDecoder(model, head.layers)
@@ -318,7 +344,11 @@ def build_runners(
     runners: list[Runner] = []
     with explained_shortage():
         # One more than sequences use: the runner's own.
-        memories = [backend.open(dataclasses.replace(shape, blocks=blocks + 1)) for backend, shape in opened]
+        counts = [blocks + 1, blocks + 1 + config.sequences * _spare(config)]
+        memories = [
+            backend.open(dataclasses.replace(shape, blocks=count))
+            for (backend, shape), count in zip(opened, counts, strict=False)
+        ]
         kinds = _kinds(config, memories, keeps)
         kinds[0]["adapters"] = _adapter_slots(model, models[0], config)
         # There are no graphs with a plain backend that was taken since no other knows the model's attention.
@@ -340,7 +370,8 @@ def build_runners(
 
             settle_memory(runners, config, DeviceMemory(device), compiled, rehearse, report)
         else:
-            runners[0].memory = {"weights": sum(map(weight_bytes, models)), "cache": (blocks + 1) * block_bytes}
+            cache = sum(count * each.block_bytes for count, each in zip(counts, runners, strict=False))
+            runners[0].memory = {"weights": sum(map(weight_bytes, models)), "cache": cache}
             if runners[0].adapter_bytes:
                 runners[0].memory["adapters"] = runners[0].adapter_bytes
             if memories[0].watch is not None:
@@ -350,6 +381,12 @@ def build_runners(
         if compiled:
             rehearse_first_uses(Engine(config, runners[0], draft=_drafting(runners, config, head, predictor)))
     return runners[0], _drafting(runners, config, head, predictor)
+
+
+def _spare(config: EngineConfig) -> int:
+    """How many blocks the model that drafts has for each slot beside those of sequences."""
+    meanwhile = config.draft is not None and config.draft.meanwhile
+    return spare_blocks(config.rows, config.block_size) if meanwhile else 0
 
 
 def _blocks(config: EngineConfig, device: torch.device, block_bytes: int, context: int) -> int:
@@ -402,7 +439,12 @@ def _drafting(
     growth = Trees() if config.draft_tree else Chains()
     if head is not None:
         return draft_with(head, runners[0], config.verifier, growth, config.sequences, **_drafting_kind(config))
-    return DraftModel(runners[1], config.verifier, growth, config.budget(runners[1].device)) if runners[1:] else None
+    if not runners[1:]:
+        return None
+    given = runners[1], config.verifier, growth, config.budget(runners[1].device)
+    if config.draft is not None and config.draft.meanwhile:
+        return CascadeDraft(*given, slots=config.sequences, rows=config.rows)
+    return (ConfidentDraft if config.controller.by_confidence else DraftModel)(*given)
 
 
 def _drafting_kind(config: EngineConfig) -> dict[str, Any]:
@@ -412,9 +454,13 @@ def _drafting_kind(config: EngineConfig) -> dict[str, Any]:
     stream = "sample" if config.verifier.matches else "draft"
     told = config.controller.weighs or not config.verifier.matches
     planner = functools.partial(DraftPlanner, stream=stream)
-    sampler: Callable[..., Sampler] = ProposingSampler if told else Sampler
+    sure = config.controller.by_confidence
+    sampler: Callable[..., Sampler] = ConfidentSampler if sure else Sampler
+    if told:
+        sampler = ConfidentProposingSampler if sure else ProposingSampler
     if config.draft_tree:
-        sampler = functools.partial(BranchingSampler, branches=config.draft_tree, verifier=config.verifier)
+        kind = ConfidentBranchingSampler if sure else BranchingSampler
+        sampler = functools.partial(kind, branches=config.draft_tree, verifier=config.verifier)
     return {"sampler": sampler, "planner": planner}
 
 

@@ -42,6 +42,8 @@ class EngineConfig(Config):
         loop: in which order scheduling, computing and publishing follow each other.
         attention: attention over the cache; None picks the best that serves the device.
         codec: how keys and values lie in the cache's blocks; in fewer bits, the same memory holds more tokens.
+        resident_weights: most bytes of weights in memory, such as ``8GB``, for a model that is larger: layers that do
+            not fit are read from disk in each pass, on a CPU. None has the whole model in memory.
         dtype: of weights, and of a plain cache; ``auto`` is bf16 on CUDA devices that have units for it, else fp32.
         tokens: the token budget of a step, at least ``sequences``, so that all of them can go on in one; None is 8,192
             on CUDA, which such a step keeps busy, and 2,048 on the CPU.
@@ -87,6 +89,7 @@ class EngineConfig(Config):
     loop: Annotated[Loop, Choice("serve.loop")] = Overlapped()
     attention: Annotated[PagedAttention, Choice("attention.paged")] | None = None
     codec: Annotated[Codec, Choice("kv.codec")] = PlainCodec()
+    resident_weights: ByteSize | None = None
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     tokens: PositiveInt | None = None
     sequences: PositiveInt = 256
@@ -244,6 +247,18 @@ class EngineConfig(Config):
         for option, reason in reasons.items():
             if getattr(self, option) and self.room_for_adapters:
                 raise ValueError(f"{option} needs an engine without adapters: {reason}")
+        return self
+
+    @model_validator(mode="after")
+    def _streamable(self) -> EngineConfig:
+        whole = {
+            "tensor_parallel": self.tensor_parallel > 1,
+            "adapters": bool(self.room_for_adapters),
+            "kv_disk": self.kv_disk is not None,
+        }
+        for option, wanted in whole.items():
+            if wanted and self.resident_weights is not None:
+                raise ValueError(f"{option} needs all weights in memory: leave it out, or resident_weights")
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ import torch
 from penstock.core.errors import PenstockError
 from penstock.core.progress import Reporter, silent
 from penstock.models.decoder import Decoder
+from penstock.models.streamed import StreamedLayer, stream_of
 from penstock.serve.config import EngineConfig
 from penstock.serve.messages import described
 from penstock.serve.run.runner import Runner
@@ -90,9 +91,14 @@ def settle_memory(
 
 
 def weight_bytes(model: Decoder) -> int:
-    """What the weights of ``model`` take; tied ones count once."""
-    tensors = {each.data_ptr(): each for each in [*model.parameters(), *model.buffers()]}
-    return sum(each.numel() * each.element_size() for each in tensors.values())
+    """What the weights of ``model`` take; tied ones count once, and of layers on disk the buffers that they take turns
+    in."""
+    streamed = {name for name, each in model.named_modules() if isinstance(each, StreamedLayer)}
+    stream, tensors = stream_of(model), dict[int, torch.Tensor]()
+    for name, each in [*model.named_parameters(), *model.named_buffers()]:
+        if ".".join(name.split(".", 2)[:2]) not in streamed:
+            tensors[each.data_ptr()] = each
+    return sum(each.nbytes for each in [*tensors.values(), *(stream.buffers if stream else ())])
 
 
 def blocks_in(room: float, block_bytes: int, block_size: int, context: int) -> int:

@@ -87,6 +87,11 @@ class Drafter(Policy):
         """Whether its drafts can be trees: then they are :class:`Branching`."""
         return False
 
+    @property
+    def meanwhile(self) -> bool:
+        """Whether its model drafts on while what it has drafted is verified (``serve/run/cascade.py``)."""
+        return False
+
     def start(self, tokens: List[int]) -> Draft:
         """A draft for a sequence that has ``tokens`` now."""
         raise NotImplementedError

@@ -4,10 +4,10 @@ What each clause is there to catch:
 
 - :func:`check_bounds` plays random steps: a length below 0 or above what the drafter can, more verified than was
   drafted, one that decides by something that it was not told;
-- :func:`check_ends`: of those that predict, a product of the wrong numbers, one that forgets, a rule the wrong way
-  round;
-- :func:`check_predictions` compares with the whole text computed anew: what is predicted of another token, place or
-  sequence, and a token that is lost;
+- :func:`check_ends`: of those that predict or go by confidence, a product of the wrong numbers, one that forgets, a
+  rule the wrong way round;
+- :func:`check_predictions` and :func:`check_confidence` compare with the whole text computed anew: what is predicted
+  of another token, place or sequence, or the confidence in it, and a token that is lost;
 - :func:`check_engine`: tokens that change with the length, with drafts that are thrown away, and with steps in which
   nothing is drafted between others, with a drafter of each kind.
 """
@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import torch
 
 from penstock.core.randomness import numpy_generator
 from penstock.models.attention import CausalRows
+from penstock.models.decoder import Decoder
 from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
 from penstock.speculate.contract import Drafter
@@ -29,8 +32,9 @@ from penstock.speculate.controllers.contract import Control, Controller, Seen
 from penstock.speculate.drafters.model import Model
 from penstock.speculate.drafters.ngram import Ngram
 from penstock.testing.model_head import watched
+from penstock.testing.reference import next_logits
 from penstock.testing.serve_model import SHAPE, draft_of, predictor_of, small_model
-from penstock.testing.speculate_drafter import engine_with, outcomes
+from penstock.testing.speculate_drafter import BRANCHES, engine_with, outcomes
 
 #: Drafters of both kinds: by the text, and by a model.
 DRAFTERS: tuple[Drafter, ...] = (Ngram(shortest=1), Model(source="a model", tokens=4))
@@ -43,6 +47,10 @@ def check(controller: Controller) -> None:
     if controller.predicts:
         check_ends(controller)
         check_predictions(controller)
+    if controller.by_confidence:
+        check_ends(controller)
+        check_confidence(controller)
+        check_confidence(controller, tree=BRANCHES)
     check_engine(controller)
 
 
@@ -70,8 +78,8 @@ def check_bounds(controller: Controller, seed: int, steps: int = 200) -> None:
 
 
 def check_ends(controller: Controller, trials: int = 200) -> None:
-    """Asserts of a controller that predicts that it ends where a rejection is certain, goes on where acceptances are,
-    and does not change its mind for more tokens, or for less likely ones."""
+    """Asserts of a controller that predicts, or goes by confidence, that it ends where a rejection is certain, goes on
+    where acceptances are, and does not change its mind for more tokens, or for less likely ones."""
     draw, most = numpy_generator(0, "testing/controller/ends"), 8
     control = controller.start(most)
     assert all(control.goes_on([1.0] * count) for count in range(1, most)), "it ends for nothing"
@@ -113,6 +121,80 @@ def check_predictions(controller: Controller, most: int = 5) -> None:
         else:
             ended.add(len(window))
     assert len(ended) > 1, f"behind {ended} tokens, always alike"
+
+
+def check_confidence(controller: Controller, most: int = 5, tree: Sequence[int] = ()) -> None:
+    """Asserts of a controller that goes by confidence that it is asked behind each drafted token, of a ``tree`` behind
+    each on the way that the model would take itself, by the model's own probabilities of these behind the whole text,
+    and that drafting ends where it says."""
+    draft, lengths = draft_of(small_model(), 0.3), set[int]()
+    engine = engine_with(Model(source="a model", tokens=most), controller=controller, draft=draft, tree=tree)
+    asked, drafts = _asked(engine), _drafted(engine)
+    for number, temperature in enumerate((0, 0, 0, 0) if tree else (0, 0.8, 0, 1.2)):
+        prompt = [(7 * place + 3 * number) % SHAPE.vocabulary for place in range(5 + 6 * number)]
+        engine.add(Request(str(number), prompt, SamplingParams(temperature=temperature, seed=number, max_tokens=24)))
+    while engine.busy:
+        asked.clear()
+        drafts.clear()
+        engine.step()
+        for text, room, window, parents in drafts:
+            chances = _confidence(draft, text, window, parents)
+            for end in range(1, len(chances) + 1):
+                said = [on for each, on in asked if _alike(each, chances[:end])]
+                assert said, f"it was not asked about {chances[:end]}"
+                assert said[0] == (end < len(chances)) or end == room, "drafting does not end where it says"
+            lengths.add(len(chances))
+    assert len(lengths) > 1, f"behind {lengths} tokens, always alike"
+
+
+def _alike(some: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether they are the same numbers, but for rounding."""
+    return len(some) == len(others) and all(abs(one - other) < 1e-4 for one, other in zip(some, others, strict=True))
+
+
+def _asked(engine: Engine) -> list[tuple[list[float], bool]]:
+    """What the controller of ``engine`` is asked behind drafted tokens from now on, and what it says."""
+    assert engine.speculation is not None
+    said, seen = engine.speculation.goes_on, list[tuple[list[float], bool]]()
+    assert said is not None
+
+    def saying(chances: Sequence[float]) -> bool:
+        seen.append((list(chances), said(chances)))
+        return seen[-1][1]
+
+    engine.speculation.goes_on = saying
+    return seen
+
+
+def _drafted(engine: Engine) -> list[tuple[list[int], int, tuple[int, ...], tuple[int, ...]]]:
+    """The texts behind which ``engine`` drafts from now on, with how many tokens ahead it may, what it drafts, and the
+    parents of a tree's tokens."""
+    assert engine.speculation is not None
+    draft, seen = engine.speculation.draft, list[tuple[list[int], int, tuple[int, ...], tuple[int, ...]]]()
+
+    def drafting(batch: Batch) -> None:
+        ahead = [each.ahead for each in batch.entries]
+        draft(batch)
+        for each, most in zip(batch.entries, ahead, strict=True):
+            if each.window:
+                seen.append((list(each.sequence.tokens), most, each.window, each.parents))
+
+    vars(engine.speculation)["draft"] = drafting
+    return seen
+
+
+def _confidence(draft: Decoder, text: list[int], window: Sequence[int], parents: Sequence[int]) -> list[float]:
+    """The probabilities that ``draft`` gives the tokens of a chain behind ``text``, or of a tree those that are the
+    likeliest in their places, one behind the other."""
+    way, found, node = list(text), list[float](), -1
+    while True:
+        children = [each for each, parent in enumerate(parents or range(-1, len(window) - 1)) if parent == node]
+        if not children:
+            return found
+        chances = next_logits(draft, way).softmax(-1)
+        node = max(children, key=lambda each: float(chances[window[each]]))
+        way.append(window[node])
+        found.append(float(chances[window[node]]))
 
 
 def check_engine(controller: Controller) -> None:

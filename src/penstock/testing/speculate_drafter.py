@@ -10,6 +10,8 @@ What each clause is there to catch:
   neighbour that is not drafted for and gets another's token;
 - :func:`check_twin` lets a model draft for itself: whatever it gets wrong of a text, a place, a draw, a penalty, or of
   keys and values that somebody else wrote, cut back or left out, makes it draft what it does not say itself;
+- :func:`check_meanwhile`: what is drafted while something is verified is not what would be drafted behind it, since it
+  is of another text, sequence, place, draw or penalty, or what it was drawn from is told of another token;
 - :func:`check_proposals`: more tokens than were asked for, or a draft that a text's growth by pieces changes;
 - :func:`check_trees`: the same of trees, and ways that are no trees, or not the chain's; then the engine and the twin
   again, where sequences go on by any of several ways: keys and values of a way that was not taken, or that stay where
@@ -39,13 +41,18 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.choose.window import accept_prefix
 from penstock.serve.config import EngineConfig
 from penstock.serve.decode.momentum import Momentum
+from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Delta, Finish, Request
+from penstock.serve.run.cascade import CascadeDraft
 from penstock.speculate.contract import AWAITED, Branching, Drafter
 from penstock.speculate.controllers.contract import Controller
 from penstock.speculate.controllers.fixed import Fixed
+from penstock.speculate.drafters.model import Model
 from penstock.speculate.tree import Tree, chain, depths, drafts_at, path
+from penstock.speculate.verifiers.accept_residual import AcceptResidual
 from penstock.speculate.verifiers.contract import Verifier
+from penstock.speculate.verifiers.recursive_distinct import RecursiveDistinct
 from penstock.testing.reference import greedy
 from penstock.testing.serve_model import SHAPE, draft_of, head_of, predictor_of, small_model
 
@@ -64,6 +71,7 @@ def check(drafter: Drafter) -> None:
     check_twin(drafter)
     check_engine(drafter)
     check_loops(drafter)
+    check_meanwhile(drafter)
     check_trees(drafter)
 
 
@@ -137,6 +145,7 @@ def check_trees(drafter: Drafter) -> None:
     check_grown(drafter, seed=0)
     check_engine(drafter, tree=BRANCHES)
     check_twin(drafter, tree=BRANCHES)
+    check_meanwhile(drafter, tree=BRANCHES)
 
 
 def check_grown(drafter: Drafter, seed: int) -> None:
@@ -242,7 +251,52 @@ def check_twin(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None:
     assert places > now.output_tokens / 3
     wrong = places - sum(now.accepted_at)
     assert not wrong, f"{wrong} of {places} tokens that a model drafted for itself were not its own"
+    model = engine.speculation and engine.speculation.model
+    if isinstance(model, CascadeDraft):
+        # But for those who were thrown out, cut back or fed meanwhile, and where the next step had no room.
+        assert 3 * model.right > model.guessed, f"{model.right} of {model.guessed} guesses of its own text were right"
     return engine
+
+
+def check_meanwhile(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None:
+    """Asserts of a model that drafts on while its drafts are verified that it drafts what one does that waits, token
+    for token and from the same distributions, and that some was drafted meanwhile. Returns its engine; None for
+    others."""
+    if not drafter.meanwhile:
+        return None
+    # Few tokens by a model that is mostly of the same mind, and room for whatever is drafted: many guesses are right.
+    much: dict[str, Any] = {"cache_tokens": 2000, "tokens": 400, "draft": draft_of(small_model(), 0.05), "tree": tree}
+    much |= {"controller": Fixed(length=2), "verifier": RecursiveDistinct() if tree else AcceptResidual()}
+    engines = [engine_with(each, **much) for each in (drafter, Model(source="a model", tokens=drafter.most))]
+    found, wanted = (_proposed(engine) for engine in engines)
+    assert len(found) == len(wanted), "drafts are made in other steps"
+    for (text, window, chances), (right_text, right_window, right) in zip(found, wanted, strict=True):
+        assert text == right_text, "the text is another one"
+        assert window == right_window, "what is drafted meanwhile is not what would be drafted"
+        assert chances.shape == right.shape and torch.allclose(chances, right, atol=1e-4), "nor drawn from the same"
+    drafting = engines[0].speculation and engines[0].speculation.model
+    assert isinstance(drafting, CascadeDraft) and drafting.right, "nothing was drafted meanwhile"
+    return engines[0]
+
+
+def _proposed(engine: Engine) -> list[tuple[list[int], tuple[int, ...], Tensor]]:
+    """The texts behind which ``engine`` drafts for requests of all kinds, what it drafts, and the distributions that it
+    is drawn from, as far as they are told."""
+    assert engine.speculation is not None
+    draft, seen = engine.speculation.draft, list[tuple[list[int], tuple[int, ...], Tensor]]()
+
+    def watching(batch: Batch) -> None:
+        draft(batch)
+        for entry in batch.entries:
+            if entry.window:
+                told = batch.proposals
+                rows = [] if told is None else [row for row in told.rows[entry.slot].tolist() if row >= 0]
+                chances = torch.empty(0) if told is None else told.chances[rows].clone()
+                seen.append((list(entry.sequence.tokens), entry.window, chances))
+
+    vars(engine.speculation)["draft"] = watching
+    played(engine, 0, times=1)
+    return seen
 
 
 #: What requests ask for whose text goes round in circles.
@@ -314,9 +368,10 @@ def engine_with(
     draft: Decoder | HeadModule | None = None,
     cache_tokens: int = 400,
     tree: Sequence[int] = (),
+    tokens: int = 40,
 ) -> Engine:
     """A small engine that drafts as much as it may, unless it has a ``controller``."""
-    sizes = {"tokens": 40, "sequences": 8, "block_size": 4, "cache_tokens": cache_tokens}
+    sizes = {"tokens": tokens, "sequences": 8, "block_size": 4, "cache_tokens": cache_tokens}
     more = {"draft_tree": tuple(tree), **({} if verifier is None else {"verifier": verifier})}
     config = EngineConfig(attention=Reference(), draft=drafter, controller=controller or Fixed(), check=True, **sizes)
     config = config.model_copy(update=more)

@@ -66,3 +66,40 @@ def test_all_controllers_are_measured_with_a_model():
     trees = {options.get("draft_tree") for options in script.settings(quick=True).values()}
     assert trees > {None}
     assert set(script.settings(quick=True)) < set(script.settings(quick=False))
+
+
+def test_drafts_that_are_made_meanwhile_stand_beside_those_that_wait_and_plain_decoding_from_disk():
+    script = load("cascade")
+    bench = Bench("cascade", torch.device("cpu"), quick=True)
+    bench.console.quiet = True
+    engine = engine_with(Ngram(shortest=1))
+
+    def run() -> float:
+        return load("speculate").run(engine, [[1, 2, 3] * 4], 1, 8)
+
+    names = [*script.settings(), "in memory"]
+    script.measure(bench, dict.fromkeys(names, run), dict.fromkeys(names, engine), "a disk")
+    compared = {(row.subject, row.peer) for row in bench.rows if row.peer}
+    assert compared == {(name, script.PLAIN) for name in names[1:]} | {
+        ("cascade, fixed", "model, fixed"),
+        ("cascade, fallback", "model, fallback"),
+    }
+    assert [row.subject for row in bench.rows if 428 in row.papers] == [script.WHOLE]
+
+
+def test_a_stream_is_held_up_to_the_rate_of_a_disk(monkeypatch):
+    script, slept = load("cascade"), list[float]()
+    monkeypatch.setattr(script.time, "perf_counter", lambda: 5.0)
+    monkeypatch.setattr(script.time, "sleep", slept.append)
+
+    class Stream:
+        read = 100
+
+        def fill(self, number: int, buffer: torch.Tensor) -> dict[str, int]:
+            self.read += 30
+            return {}
+
+    stream = Stream()
+    script.hold_up(stream, lambda: 10.0)
+    stream.fill(0, torch.empty(0))
+    assert slept == [3.0]

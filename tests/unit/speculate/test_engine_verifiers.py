@@ -21,6 +21,7 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.messages import Request
 from penstock.speculate.controllers.specdec_pp import SpecDecPlusPlus
+from penstock.speculate.drafters.cascade import Cascade
 from penstock.speculate.drafters.head import Head
 from penstock.speculate.drafters.model import Model
 from penstock.speculate.drafters.ngram import Ngram
@@ -55,6 +56,7 @@ def law(sampling: Sampling, length: int, prompt: list[int]) -> dict[tuple[int, .
 
 DRAFTS = {
     "a model": (MODEL, lambda: draft_of(small_model(), 0.3)),
+    "a model meanwhile": (Cascade(source="a model", tokens=3), lambda: draft_of(small_model(), 0.1)),
     "the text": (Ngram(tokens=3, shortest=1), lambda: None),
     "a head": (Head(source="a head", tokens=3), lambda: learnt(small_model(), EarlyExit(layers=2)).head.eval()),
 }
@@ -67,6 +69,8 @@ DRAFTS = {
         ("exact_match", "a model", ""),
         ("accept_residual", "a head", ""),
         ("recursive_distinct", "a model", "2,2"),
+        ("accept_residual", "a model meanwhile", ""),
+        pytest.param("recursive_distinct", "a model meanwhile", "2,2", marks=pytest.mark.slow),
         *(
             pytest.param(verifier, "a model", "3,2", marks=pytest.mark.slow)
             for verifier in index().names("speculate.verifier")

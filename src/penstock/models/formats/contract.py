@@ -16,11 +16,13 @@ GGUF, GGUF_INDEX = ".gguf", "gguf.json"
 
 class Stored(NamedTuple):
     """A weight on disk, as the header of its file describes it: ``shape`` is that of the weight, however it is coded,
-    and ``dtype`` what the format calls its numbers."""
+    and ``dtype`` what the format calls its numbers, which lie in a row from the byte ``begin`` of the file on (None:
+    they do not)."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: str
+    begin: int | None = None
 
 
 class Weights(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,12 @@ class Safetensors:
         found: dict[str, Stored] = {}
         for path in _files(folder):
             with _open(path) as file:
+                begins = _begins(path)
                 for name in file.keys():  # noqa: SIM118
                     if name in found:
                         raise ModelError(f"{name} is in {found[name].path.name} and again in {path}")
                     header = file.get_slice(name)
-                    found[name] = Stored(path, tuple(header.get_shape()), header.get_dtype())
+                    found[name] = Stored(path, tuple(header.get_shape()), header.get_dtype(), begins[name])
         # Frequencies that old versions of transformers stored; they follow from config.json.
         self.headers = {name: stored for name, stored in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
@@ -77,6 +79,15 @@ def _files(folder: Path) -> list[Path]:
             hint="Convert it once with transformers, whose save_pretrained() writes safetensors.",
         )
     raise ModelError(f"{folder} has no weights: neither {WEIGHTS} nor {WEIGHTS_INDEX}")
+
+
+def _begins(path: Path) -> dict[str, int]:
+    """At which byte of a whole safetensors file each tensor begins: behind the length of the header, in 8 bytes, and
+    the header."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + each["data_offsets"][0] for name, each in header.items() if name != "__metadata__"}
 
 
 @contextlib.contextmanager

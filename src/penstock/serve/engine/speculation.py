@@ -26,13 +26,16 @@ class Speculation:
         model: the one that drafts, or a head; None where what is drafted comes out of the text.
 
     Attributes:
+        model: the one that drafts, or a head; None without one.
         drafted, accepted: how often tokens at each depth were verified, and one of them accepted.
+        goes_on: asked behind each drafted token if there is to be another; None where the controller does not care.
         clock: says how many seconds have passed.
     """
 
     def __init__(self, controller: Controller, most: int, model: Drafting | None) -> None:
-        self._control, self._weighs, self._model = controller.start(most), controller.weighs, model
-        self._goes_on = self._control.goes_on if controller.predicts else None
+        self._control, self._weighs, self.model = controller.start(most), controller.weighs, model
+        asks = controller.predicts or controller.by_confidence
+        self.goes_on = self._control.goes_on if asks else None
         self._published = 0.0
         self.clock: Callable[[], float] = time.perf_counter
         self.drafted, self.accepted = [0] * most, [0] * most
@@ -44,13 +47,13 @@ class Speculation:
 
     def draft(self, batch: Batch) -> None:
         """Has drafted what the entries of ``batch`` await. They are shorter then where less was drafted or kept."""
-        if self._model is None:
+        if self.model is None:
             return
-        self._model.prepare(batch)
+        self.model.prepare(batch)
         if not batch.ahead:
             return
         begun = self.clock()
-        drafted = self._model.draft(batch, self._goes_on)
+        drafted = self.model.draft(batch, self.goes_on)
         if self._weighs:
             confidence = drafted.confidence()
             drafted.cut(dict(zip(confidence, self._control.kept(list(confidence.values())), strict=True)))
@@ -61,7 +64,7 @@ class Speculation:
                 batch.entries[place] = msgspec.structs.replace(
                     entry, count=entry.count - less, scored=entry.scored - less, window=window, parents=parents
                 )
-        batch.proposals = self._model.proposals(drafted, len(batch.tables))
+        batch.proposals = self.model.proposals(drafted, len(batch.tables))
         batch.drafting = self.clock() - begun
 
     def learn(self, batch: Batch, counts: list[int]) -> None:

@@ -24,6 +24,7 @@ from penstock.core.progress import show
 from penstock.models import hub
 from penstock.models.encoders.folder import is_classifier, is_encoder
 from penstock.models.encoders.pooling import cuts_of, pooling_of
+from penstock.models.formats.weight_file import LostWeightsError
 from penstock.serve.build import dtype_of, open_engine
 from penstock.serve.config import EngineConfig
 from penstock.serve.embed.encoder_engine import EncoderEngine
@@ -90,6 +91,8 @@ def opened(wanted: Open, channel: Channel[Message]) -> tuple[Host, Ready]:
     if is_encoder(folder):
         if config.tensor_parallel > 1:
             raise UsageError("an encoder is not divided among ranks", hint="Leave out tensor_parallel.")
+        if config.resident_weights is not None:
+            raise UsageError("an encoder has all of its weights in memory", hint="Leave out resident_weights.")
         if config.room_for_adapters:
             raise UsageError("an encoder is served without adapters", hint="Leave out adapters and adapter_slots.")
         device = pick(wanted.device)
@@ -143,7 +146,7 @@ def main() -> None:
     channel.send(News([], host.snapshot()))
     try:
         serve(host, channel)
-    except RankLostError as error:
+    except (RankLostError, LostWeightsError) as error:
         _end(error, channel)
 
 

@@ -7,12 +7,17 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from penstock.serve.choose.proposals import ProposingSampler
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Entry
 from penstock.serve.engine.sequence import Sequence
+
+#: Whether more is drafted behind some entries, by the tokens int64 [N] that were drafted for them and the rows of the
+#: pass that they were drafted in.
+Going = Callable[[list[Entry], Tensor, List[int]], list[bool]]
 
 
 @dataclasses.dataclass
@@ -26,6 +31,7 @@ class Drafted:
         rows: by slot, the rows behind which what follows its newest token, and each of its window, was drawn; -1 where
             nothing was.
         parents: of trees, by slot, as of :attr:`~penstock.serve.engine.batch.Entry.parents`.
+        ways: of trees, by slot, which of its tokens are on the way that the model would take itself.
     """
 
     windows: dict[int, list[int]] = dataclasses.field(default_factory=dict)
@@ -33,6 +39,7 @@ class Drafted:
     drafts: list[list[int]] = dataclasses.field(default_factory=list)
     rows: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     parents: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    ways: dict[int, list[int]] = dataclasses.field(default_factory=dict)
 
     def confidence(self) -> dict[int, list[float]]:
         """By slot, for each token the probability of the one that was the likeliest in its place."""
@@ -43,6 +50,26 @@ class Drafted:
         """No more than so many tokens of each slot are verified, all in a row."""
         for slot, count in kept.items():
             del self.windows[slot][count:], self.rows[slot][count:]
+
+    def way(self, slot: int) -> list[int]:
+        """The tokens of a slot that the model would say itself, one behind the other."""
+        window = self.windows[slot]
+        return [window[node] for node in self.ways[slot]] if slot in self.ways else list(window)
+
+    def adopt(self, other: Drafted, slot: int, most: int) -> None:
+        """Takes over what ``other`` has of ``slot``: of a chain, the first ``most`` tokens, of a tree all."""
+        trees, rows = slot in other.parents, other.rows.get(slot, [])
+        self.windows[slot] = other.windows[slot] if trees else other.windows[slot][:most]
+        if trees:
+            self.parents[slot], self.ways[slot] = other.parents[slot], other.ways[slot]
+        first, own = sum(map(len, self.chances)), [row for row in rows if row >= 0] if other.chances else []
+        if own:
+            self.chances.append(torch.cat(other.chances)[own])
+            self.drafts += [other.drafts[row] for row in own]
+        if rows:
+            places = {row: first + place for place, row in enumerate(own)}
+            kept = [places.get(row, -1) for row in rows]
+            self.rows[slot] = kept if trees else kept[:most]
 
 
 class Chains:
@@ -55,7 +82,7 @@ class Chains:
         first: list[Entry],
         wanted: dict[int, int],
         tables: np.ndarray,
-        going: Callable[[list[Entry], Tensor], list[bool]] | None = None,
+        going: Going | None = None,
     ) -> Drafted:
         """What is drafted behind the scored entries of ``first``.
 
@@ -66,8 +93,7 @@ class Chains:
             first: what the first pass computes.
             wanted: how far the texts are to go, by slot, in tokens that have to be computed here.
             tables: the blocks of each slot.
-            going: says behind which of some entries, with the tokens int64 [N] that were drafted for them, there are to
-                be more; None is all of them.
+            going: says behind which entries there are to be more; None is all of them.
         """
         drafted, open_ = Drafted(), first
         # Where the host has to see each token, or has it at no cost, it is read at once; else all of them at the end.
@@ -83,7 +109,7 @@ class Chains:
             at_once = on_host or sampled.ready is None
             if at_once:
                 _read([queued.pop()], drafted)
-            more = [True] * len(scored) if going is None else going(scored, sampled.tokens)
+            more = [True] * len(scored) if going is None else going(scored, sampled.tokens, range(len(scored)))
             pairs = zip(scored, more, strict=True)
             open_ = [_next(entry) for entry, on in pairs if on and entry.start + entry.count < wanted[entry.slot]]
             open_ = [entry for entry in open_ if not at_once or _goes_on(entry.sequence)]

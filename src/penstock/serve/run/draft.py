@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 from penstock.models.acceptance.head import AcceptanceHead
+from penstock.serve.choose.confidence import ConfidentSampler
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.sequence import Sequence
-from penstock.serve.run.chains import Chains, Drafted
+from penstock.serve.run.chains import Chains, Drafted, Going
 from penstock.serve.run.planner import Planner
 from penstock.serve.run.runner import Runner
 from penstock.serve.run.trees import Trees
@@ -198,7 +200,7 @@ class PredictingDraft(DraftModel):
             return super().draft(batch)
         wanted, chances = self._awaited(batch), dict[int, list[float]]()
 
-        def going(entries: list[Entry], tokens: Tensor) -> list[bool]:
+        def going(entries: list[Entry], tokens: Tensor, rows: List[int]) -> list[bool]:
             predicted = self._predicted(entries, tokens, batch.tables)
             for entry, chance in zip(entries, predicted, strict=True):
                 chances.setdefault(entry.slot, []).append(chance)
@@ -216,6 +218,32 @@ class PredictingDraft(DraftModel):
         return chances
 
 
+class ConfidentDraft(DraftModel):
+    """Drafts with a model, and ends where that is not sure any more. Its sampler is a
+    :class:`~penstock.serve.choose.confidence.ConfidentSampler`."""
+
+    def draft(self, batch: Batch, goes_on: GoesOn | None = None) -> Drafted:
+        wanted = self._awaited(batch)
+        return self._grown(self._first(batch, wanted), wanted, batch.tables, goes_on)
+
+    def _grown(self, first: list[Entry], wanted: dict[int, int], tables: np.ndarray, goes_on: GoesOn | None) -> Drafted:
+        """What is drafted behind ``first``, as far as ``goes_on`` has it."""
+        going = None if goes_on is None else self._going(goes_on)
+        return self._growth.grow(self._pass, self.sampler, first, wanted, tables, going)
+
+    def _going(self, goes_on: GoesOn) -> Going:
+        """Asks ``goes_on`` by how sure the model was of what it has drafted for each sequence."""
+        chances: dict[int, list[float]] = {}
+
+        def going(entries: list[Entry], tokens: Tensor, rows: List[int]) -> list[bool]:
+            assert isinstance(self.sampler, ConfidentSampler)
+            for entry, sure in zip(entries, self.sampler.confidence[list(rows)].tolist(), strict=True):
+                chances.setdefault(entry.slot, []).append(sure)
+            return [goes_on(chances[each.slot]) for each in entries]
+
+        return going
+
+
 class Coverage:
     """How many tokens of each block the cache of a model that drafts holds, from the block's first on.
 
@@ -225,6 +253,15 @@ class Coverage:
 
     def __init__(self, blocks: int, size: int) -> None:
         self._held, self._size = np.zeros(blocks, np.int64), size
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """What is computed in this context is behind what was there before, and void at its end."""
+        held = self._held.copy()
+        try:
+            yield
+        finally:
+            self._held = held
 
     def copy(self, sources: List[int], targets: List[int]) -> None:
         """Blocks were copied."""

@@ -10,7 +10,7 @@ import numpy as np
 from penstock.serve.choose.proposals import BranchingSampler
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Entry
-from penstock.serve.run.chains import Drafted
+from penstock.serve.run.chains import Drafted, Going
 from penstock.speculate.tree import path
 
 
@@ -28,6 +28,7 @@ class Trees:
         first: list[Entry],
         wanted: dict[int, int],
         tables: np.ndarray,
+        going: Going | None = None,
     ) -> Drafted:
         """See :meth:`penstock.serve.run.chains.Chains.grow`."""
         assert isinstance(sampler, BranchingSampler)
@@ -39,10 +40,19 @@ class Trees:
                 break
             drafts = sampler.drafts.tolist()
             begun = len(drafted.drafts)
-            row = 0
+            row, asked = 0, list[tuple[Entry, int]]()
             for entry in scored:
-                growing[entry.slot].take(drafts[row : row + entry.scored], begun + row)
+                own = growing[entry.slot]
+                if own.way_row is not None:
+                    asked.append((entry, row + own.way_row))
+                own.take(drafts[row : row + entry.scored], begun + row)
                 row += entry.scored
+            if going is not None and asked:
+                rows = [row for _, row in asked]
+                more = going([entry for entry, _ in asked], sampled.tokens[rows], rows)
+                for (entry, _), on in zip(asked, more, strict=True):
+                    if not on:
+                        growing[entry.slot].end()
             if sampler.proposed is not None:
                 drafted.chances.append(sampler.proposed)
                 drafted.drafts += drafts
@@ -50,7 +60,7 @@ class Trees:
             entries = [each.generation() for each in growing.values() if each.goes_on]
         for slot, each in growing.items():
             drafted.windows[slot], drafted.parents[slot] = each.tokens, each.parents
-            drafted.rows[slot] = each.rows
+            drafted.rows[slot], drafted.ways[slot] = each.rows, each.way
         return drafted
 
 
@@ -64,6 +74,7 @@ class Growing:
     Attributes:
         tokens, parents: as of :class:`~penstock.speculate.tree.Tree`.
         rows: of the newest token and each of the tree, which row what follows it was drafted in; -1 for none.
+        way: which tokens are the first drafts behind each other, from the newest token on.
     """
 
     def __init__(self, entry: Entry, wanted: int) -> None:
@@ -73,12 +84,26 @@ class Growing:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.rows = [-1]
+        self.way: list[int] = []
+
+    @property
+    def way_row(self) -> int | None:
+        """Which of the tokens of the last generation that go on is on the way of the first drafts; None where that has
+        ended."""
+        end = self.way[-1] if self.way else -1
+        return self._last.index(end) if end in self._last else None
+
+    def end(self) -> None:
+        """There are no more generations."""
+        self._last = ()
 
     def take(self, drafts: List[List[int]], row: int) -> None:
         """Of each token of the last generation that goes on, in order, the ``drafts`` behind it, -1 for none, and the
         first one's ``row``. Whatever is drafted twice in a place is there once."""
         ended: list[tuple[int, int]] = []
         going: list[tuple[int, int]] = []
+        at = self.way_row
+        first = None if at is None or drafts[at][0] < 0 else (drafts[at][0], self._last[at])
         for number, (node, own) in enumerate(zip(self._last, drafts, strict=True)):
             self.rows[node + 1] = row + number
             before = [self.tokens[each] for each in path(self.parents, node)]
@@ -87,6 +112,8 @@ class Growing:
                     (going if self._allows(before, token) else ended).append((token, node))
         # Those that go on are the last, since the last are scored.
         for token, node in (*ended, *going):
+            if (token, node) == first:
+                self.way.append(len(self.tokens))
             self.tokens.append(token)
             self.parents.append(node)
             self.rows.append(-1)

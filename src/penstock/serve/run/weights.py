@@ -10,6 +10,7 @@ from torch import Tensor
 from penstock.core.errors import UsageError
 from penstock.models.decoder import Decoder
 from penstock.models.quantized import QuantizedLinear
+from penstock.models.streamed import stream_of
 
 
 class Weights:
@@ -31,12 +32,17 @@ class Weights:
 
         Raises:
             UsageError: one is missing, or is of no use here or of another shape, or the model's matrices are
-                quantized. Nothing has changed then.
+                quantized, or some of its layers on disk. Nothing has changed then.
         """
         if any(isinstance(module, QuantizedLinear) for module in self._model.modules()):
             raise UsageError(
                 "the model's matrices are computed with as they are quantized, and do not take other weights",
                 hint="Open a model that is not quantized, or start a new engine.",
+            )
+        if stream_of(self._model) is not None:
+            raise UsageError(
+                "some of the model's layers stay on disk, where they are read from in each pass",
+                hint="Open a model without resident_weights, or start a new engine with the other weights.",
             )
         own = self._model.state_dict()
         tied = {"head.weight"} if self._model.config.tied else set()

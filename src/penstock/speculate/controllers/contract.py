@@ -52,11 +52,13 @@ class Control:
 
     def goes_on(self, chances: Sequence[float]) -> bool:
         """Whether another token is drafted for a sequence, here always. Asked behind each drafted token where the
-        controller predicts.
+        controller predicts, or decides by confidence.
 
         Args:
             chances: of each token that was drafted for the sequence in this step, the predicted probability that it is
-                accepted if those before it are. All of them are verified, so that these may depend on what was drafted.
+                accepted if those before it are, or the drafting model's own probability of it; of a tree, those on the
+                way that this model would take itself. All of them are verified, so that these may depend on what was
+                drafted.
         """
         return True
 
@@ -67,9 +69,9 @@ class Control:
 @contract(
     "speculate.controller",
     law="no more is drafted than the drafter can, and no more is verified than was drafted, whatever was seen before; "
-    "two that have seen the same decide the same; where it predicts, drafting ends behind a certain rejection and not "
-    "for certain acceptances, what ends it does so behind more tokens as well, and the engine drafts as far as it says "
-    "of the whole text; the tokens that come out are the target's",
+    "two that have seen the same decide the same; where it predicts or goes by confidence, drafting ends behind a "
+    "certain rejection and not for certain acceptances, what ends it does so behind more tokens as well, and the "
+    "engine drafts as far as it says of the whole text; the tokens that come out are the target's",
 )
 class Controller(Policy):
     """Decides how many tokens are drafted."""
@@ -86,6 +88,12 @@ class Controller(Policy):
         return False
 
     @property
+    def by_confidence(self) -> bool:
+        """Whether it is asked behind each drafted token if there is to be another, by the drafting model's own
+        probability of each."""
+        return False
+
+    @property
     def predictions(self) -> str | None:
         """The folder of that head; None takes the one beside the model that drafts."""
         return None
@@ -95,10 +103,15 @@ class Controller(Policy):
         None if it does."""
         if branches and (self.weighs or self.predicts):
             return f"the controller {self.policy_name!r} weighs chains: leave draft_tree out"
-        if self.predicts and drafter.model is None:
+        if (self.predicts or self.by_confidence) and drafter.model is None:
             return (
-                f"the controller {self.policy_name!r} predicts what is accepted of a model's drafts, and the drafter "
+                f"the controller {self.policy_name!r} judges what a model drafts, and the drafter "
                 f"{drafter.policy_name!r} has no model: draft with one, or leave the controller out"
+            )
+        if self.predicts and drafter.meanwhile:
+            return (
+                f"the controller {self.policy_name!r} predicts for a model that waits while its drafts are verified, "
+                f"and {drafter.policy_name!r} goes on: take the controller fallback, or the drafter model"
             )
         return None
 
