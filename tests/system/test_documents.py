@@ -20,6 +20,7 @@ from penstock.cli import build_app
 from penstock.models import hub
 from printed_commands import PROGRAMS, ROOT, Command, blocks, inline
 from programs import ENVIRONMENT, Program
+from tiny_chats import make_chat_model, turns, write_lines
 from tiny_runs import MODEL, make_corpus, write_config
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
@@ -82,13 +83,18 @@ def test_no_option_of_train_is_one_of_torchrun():
 # What the documents take for granted: a configuration, texts, a model of one's own, finished runs.
 
 SMALL_DATA = "data={corpus={name='folder',path='texts'},vocabulary=300,held_out=0.2}"
+SMALL_CHATS = ["steps=2", "epochs=none", "compile=false", "batch={tokens=256,micro_tokens=128,stages=[{length=64}]}"]
 SMALL = {
-    ("train", "--preset"): ["--set", SMALL_DATA, "--set", "compile=false", "--set", "minutes=0.02"],
+    ("train", "--preset", "demo"): ["--set", SMALL_DATA, "--set", "compile=false", "--set", "minutes=0.02"],
+    **{
+        ("train", "--preset", name): [word for each in SMALL_CHATS for word in ("--set", each)]
+        for name in ("sft", "kto", "distill", "reward")
+    },
     ("train", "--resume"): ["--set", "minutes=0.02"],
     ("data", "build"): ["--held-out", "0.2"],
 }
 #: These need a GPU, minutes, the hub, a name of one's own, or the answer of another command; they are only parsed.
-NOT_HERE = ("cuda", "MODEL", "|", "trace.json", "runs/first/pipeline.json", "start_from=smollm2", "Qwen/Qwen3-8B")
+NOT_HERE = ("cuda", "MODEL", "|", "trace.json", "runs/first/pipeline.json", "Qwen/Qwen3-8B")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +111,14 @@ def place(tmp_path_factory) -> Path:
     (folder / "in.jsonl").write_text(json.dumps(question) + "\n")
     problem = {"id": "1", "prompt": "def add(a, b):", "tests": ["assert add(1, 2) == 3"]}
     (folder / "problems.jsonl").write_text(json.dumps(problem) + "\n")
+    for name in ("chat", "large"):
+        make_chat_model(folder / "path" / "to" / name)
+    asked = [turns(f"what is {number}?", f"{number} is a word") for number in range(20)]
+    write_lines(folder / "chats.jsonl", [{"messages": each} for each in asked])
+    pairs = [{"prompt": each[:1], "chosen": each[1:], "rejected": turns("", "a word")[1:]} for each in asked]
+    write_lines(folder / "pairs.jsonl", pairs)
+    write_lines(folder / "ratings.jsonl", [{"messages": each, "label": bool(i % 2)} for i, each in enumerate(asked)])
+    write_lines(folder / "questions.jsonl", [{"id": "1", "messages": asked[0][:1]}])
     (folder / "score.py").write_text("def score(problem, text):\n    return float('return' in text)\n")
     data = {"corpus": {"name": "folder", "path": "texts"}, "vocabulary": 300, "held_out": 0.2, "store": "store"}
     model = {**MODEL, "layers": 8, "vocabulary": 300}
@@ -114,7 +128,10 @@ def place(tmp_path_factory) -> Path:
 
 
 def shrunk(words: list[str]) -> list[str]:
-    """The command with options that make it small."""
+    """The command with options, and a model to start from, that make it small."""
+    words = [word.replace("start_from=smollm2", "start_from=path/to/chat") for word in words]
+    if "sft" in words and not any(word.startswith("start_from=") for word in words):
+        words = [*words, "--set", "start_from=path/to/chat"]
     more = [option for verb, options in SMALL.items() if set(verb) <= set(words) for option in options]
     if words[0] == "torchrun":
         return [TORCHRUN, "--standalone", *words[1:], *more]  # on a port that is free
@@ -171,15 +188,14 @@ def test_the_commands_of_a_document_run_in_their_order(place, tmp_path, document
                 shutil.rmtree(place / given, ignore_errors=True)
             _provide(words, place)
             if words[:2] == ["penstock", "serve"]:
+                stop_server(served)
                 served = start_server(words, place)
             elif words[0] == "curl":
                 run(["curl", "--fail", "--silent", "--show-error", *words[1:]], place)
             else:
                 run(shrunk(words), place)
     finally:
-        if served is not None:
-            served.terminate()
-            served.communicate(timeout=60)
+        stop_server(served)
 
 
 def _provide(words: list[str], place: Path) -> None:
@@ -204,10 +220,17 @@ def start_server(words: list[str], place: Path) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    until = time.monotonic() + 120
+    until, said = time.monotonic() + 120, ""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("Try:"):
             return process
+        said += line
         assert time.monotonic() < until
-    raise AssertionError("the server ended before it had begun")
+    raise AssertionError(f"the server ended before it had begun:\n{said}")
+
+
+def stop_server(process: subprocess.Popen[str] | None) -> None:
+    if process is not None:
+        process.terminate()
+        process.communicate(timeout=60)
