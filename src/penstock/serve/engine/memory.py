@@ -200,7 +200,9 @@ class Memory:
         taken = self.chunks.find(sequence.chunks, held.computed, fresh)
         sequence.exact = min((each.chunk.start for each in taken if not each.whole), default=sequence.limit)
         if taken:
-            self._append(held, self._take(fresh))
+            blocks = self._take(fresh)
+            self._append(held, blocks)
+            self._restored += blocks  # some of their tokens nobody computes
             places = _places(held.blocks, len(sequence.tokens), size)
             filled = [each.chunk.start + each.places for each in taken]
             for each, own in zip(taken, filled, strict=True):
@@ -404,7 +406,7 @@ class Memory:
         return {*itertools.chain(*self._copies), *moved, *self.chunks.busy}
 
     def restored(self) -> list[int]:
-        """Blocks that came back since they were told last."""
+        """Blocks that came back, or were filled from elsewhere, since they were told last."""
         told, self._restored = self._restored, []
         return told
 
