@@ -12,14 +12,10 @@ POLICIES = enrolled("kv.reuse")
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_scores_order_and_what_is_found(name):
-    kv_reuse.check_one(POLICIES[name])
-    kv_reuse.check_scores(POLICIES[name])
-    kv_reuse.check_order(POLICIES[name])
-    kv_reuse.check_apart(POLICIES[name])
-    kv_reuse.check_found(POLICIES[name])
+    kv_reuse.check_scene(POLICIES[name])
 
 
-@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if policy.weighing is not None])
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if not policy.plain])
 def test_tokens_are_those_of_a_request_by_itself(name):
     kv_reuse.check_crowd(POLICIES[name], 5, rounds=6)
 

@@ -15,18 +15,27 @@ KV_BUDGET = typer.Option(
     None, "--kv-budget", metavar="X", help="How much of it: a share such as 0.25, or a number of tokens."
 )
 KV_REUSE = typer.Option(
-    None, "--kv-reuse", metavar="POLICY", help="How contexts are encoded that requests name: ape; else in a row."
+    None,
+    "--kv-reuse",
+    metavar="POLICY",
+    help="How contexts are encoded that requests name: ape or cache_craft; else in a row.",
+)
+KV_RECOMPUTE = typer.Option(
+    None, "--kv-recompute", metavar="X", help="With cache_craft: the share of a moved context that is computed again."
 )
 KV_CODEC = typer.Option(
     None, "--kv-codec", metavar="CODEC", help="How the cache holds keys and values, such as int8; else plain."
 )
 
 
-def chosen_cache(kv: str | None, budget: float | None, codec: str | None, reuse: str | None) -> dict[str, Any]:
-    """The engine's options for ``--kv``, ``--kv-budget``, ``--kv-codec`` and ``--kv-reuse``; none where none is given.
+def chosen_cache(
+    kv: str | None, budget: float | None, codec: str | None, reuse: str | None, recompute: float | None
+) -> dict[str, Any]:
+    """The engine's options for ``--kv``, ``--kv-budget``, ``--kv-codec``, ``--kv-reuse`` and ``--kv-recompute``; none
+    where none is given.
 
     Raises:
-        UsageError: a budget of nothing.
+        UsageError: a budget of nothing, or a share of it.
     """
     if kv is None and budget is not None:
         raise UsageError(
@@ -38,6 +47,11 @@ def chosen_cache(kv: str | None, budget: float | None, codec: str | None, reuse:
         chosen["kv"] = {"name": kv} if budget is None else {"name": kv, "budget": budget}
     if codec is not None:
         chosen["codec"] = codec
+    if reuse is None and recompute is not None:
+        raise UsageError(
+            f"--kv-recompute {recompute:g} says how much of contexts is computed again that are moved",
+            hint="Move them with --kv-reuse cache_craft.",
+        )
     if reuse is not None:
-        chosen["kv_reuse"] = reuse
+        chosen["kv_reuse"] = reuse if recompute is None else {"name": reuse, "recompute": recompute}
     return chosen

@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from penstock.cli._adapters import ADAPTER, chosen_adapters
-from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_REUSE, chosen_cache
+from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_RECOMPUTE, KV_REUSE, chosen_cache
 from penstock.cli._ranks import TENSOR_PARALLEL, chosen_ranks
 from penstock.cli._weights import RESIDENT_WEIGHTS, chosen_weights
 
@@ -42,6 +42,7 @@ def batch(
     kv_budget: float | None = KV_BUDGET,
     kv_codec: str | None = KV_CODEC,
     kv_reuse: str | None = KV_REUSE,
+    kv_recompute: float | None = KV_RECOMPUTE,
     tensor_parallel: int | None = TENSOR_PARALLEL,
     resident_weights: str | None = RESIDENT_WEIGHTS,
     adapter: list[str] = ADAPTER,
@@ -67,7 +68,7 @@ def batch(
     from penstock.serve.offline.batch_file import BatchRun
     from penstock.serve.offline.gather import Gatherer
 
-    cache, ranks = chosen_cache(kv, kv_budget, kv_codec, kv_reuse), chosen_ranks(tensor_parallel)
+    cache, ranks = chosen_cache(kv, kv_budget, kv_codec, kv_reuse, kv_recompute), chosen_ranks(tensor_parallel)
     called = name or hub.name_of(model)
     base = {"batching": "batchllm", "draft": draft, "draft_tree": draft_tree or "", **cache, **ranks}
     base |= chosen_adapters(adapter, called) | chosen_weights(resident_weights)

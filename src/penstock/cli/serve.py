@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from penstock.cli._adapters import ADAPTER, chosen_adapters
-from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_REUSE, chosen_cache
+from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_RECOMPUTE, KV_REUSE, chosen_cache
 from penstock.cli._ranks import TENSOR_PARALLEL, chosen_ranks
 from penstock.cli._weights import RESIDENT_WEIGHTS, chosen_weights
 
@@ -84,6 +84,7 @@ def serve(
     ),
     kv_codec: str | None = KV_CODEC,
     kv_reuse: str | None = KV_REUSE,
+    kv_recompute: float | None = KV_RECOMPUTE,
     tensor_parallel: int | None = TENSOR_PARALLEL,
     resident_weights: str | None = RESIDENT_WEIGHTS,
     adapter: list[str] = ADAPTER,
@@ -136,6 +137,9 @@ def serve(
 
     With documents that requests name, each computed once: `penstock serve smollm2 --kv-reuse ape`
 
+    With such documents in a row, of which a part is computed again where they come in another order: `penstock serve
+    smollm2 --kv-reuse cache_craft --kv-recompute 0.3`
+
     With a cache of 8-bit integers, which holds more tokens: `penstock serve python-6m --kv-codec int8`
 
     On two devices, each of which has half of the model: `penstock serve org/name --tensor-parallel 2`
@@ -167,7 +171,7 @@ def serve(
     options |= {"kv_host": kv_host, "kv_disk": kv_disk}
     chosen: dict[str, Any] = {key: str(value) for key, value in options.items() if value is not None}
     called = name or hub.name_of(model)
-    chosen |= chosen_cache(kv, kv_budget, kv_codec, kv_reuse) | chosen_ranks(tensor_parallel)
+    chosen |= chosen_cache(kv, kv_budget, kv_codec, kv_reuse, kv_recompute) | chosen_ranks(tensor_parallel)
     chosen |= chosen_adapters(adapter, called) | chosen_weights(resident_weights)
     engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
     given = {

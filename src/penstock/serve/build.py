@@ -48,6 +48,7 @@ from penstock.serve.engine.engine import Engine
 from penstock.serve.kv.compaction import Compactor
 from penstock.serve.kv.disk import DiskBlocks, fingerprint
 from penstock.serve.kv.host import HostBlocks
+from penstock.serve.kv.moving import Mover
 from penstock.serve.kv.tiers import Tiers
 from penstock.serve.ranks.group import Ranks
 from penstock.serve.ranks.runner import LeadingRunner, RankRunner
@@ -177,7 +178,7 @@ def build_following(model: Decoder, config: EngineConfig, blocks: int) -> RankRu
         backend, shape = _opened(model, config, None, silent)
         memory = backend.open(dataclasses.replace(shape, blocks=blocks + 1))
         context = min(config.context or model.config.context, model.config.context)
-        return RankRunner(model, memory, config.sequences, context, **_kinds(config, [memory], [False])[0])
+        return RankRunner(model, memory, config.sequences, context, **_kinds(config, model, [memory], [False])[0])
 
 
 def load_draft(
@@ -349,7 +350,7 @@ def build_runners(
             backend.open(dataclasses.replace(shape, blocks=count))
             for (backend, shape), count in zip(opened, counts, strict=False)
         ]
-        kinds = _kinds(config, memories, keeps)
+        kinds = _kinds(config, model, memories, keeps)
         kinds[0]["adapters"] = _adapter_slots(model, models[0], config)
         # There are no graphs with a plain backend that was taken since no other knows the model's attention.
         compiled = compiled and (config.attention is not None or all(memory.fix([], 0) for memory in memories))
@@ -403,9 +404,9 @@ def _blocks(config: EngineConfig, device: torch.device, block_bytes: int, contex
     return min(rehearsal_blocks(config, device, context), most)
 
 
-def _kinds(config: EngineConfig, memories: List[PagedCache], keeps: List[bool]) -> list[dict[str, Any]]:
-    """How the runners of the model, and of one that drafts where there is one, differ from a plain one; ``keeps`` says
-    whether they keep hidden states."""
+def _kinds(config: EngineConfig, model: Decoder, memories: List[PagedCache], keeps: List[bool]) -> list[dict[str, Any]]:
+    """How the runners of the ``model``, and of one that drafts where there is one, differ from a plain one; ``keeps``
+    says whether they keep hidden states."""
     kinds: list[dict[str, Any]] = [{"window": config.rows - 1, "sampler": Sampler, "keeps_hidden": keeps[0]}]
     if config.deterministic:
         kinds[0]["sampler"] = InvariantSampler
@@ -413,6 +414,8 @@ def _kinds(config: EngineConfig, memories: List[PagedCache], keeps: List[bool]) 
     rows, kv = _most_rows(config, shape.device), config.kv.fitted(shape.layers, shape.head_dim)
     if (compactor := Compactor.of(memories[0], kv, config.sequences, rows)) is not None:
         kinds[0] |= {"compactor": compactor, "planner": functools.partial(Planner, watched=kv.watches)}
+    if config.kv_reuse.moves:
+        kinds[0]["mover"] = Mover(memories[0], model.config, model.rotary)
     if memories[1:]:
         kinds.append(
             {"window": 1, "keeps_hidden": keeps[1], **_drafting_kind(config)}
@@ -479,6 +482,15 @@ def _opened(
             "it has windows, chunks, sinks, bounds on scores or latents",
             hint="Serve it with kv = full.",
         )
+    if config.kv_reuse.moves:
+        reason = Mover.refuses(shape)
+        if reason is not None:
+            raise UsageError(
+                f"kv_reuse = {config.kv_reuse.policy_name} moves keys to other positions, and this model's cannot be "
+                f"moved: {reason}",
+                hint="Serve it with kv_reuse = prefix.",
+            )
+        cache = dataclasses.replace(cache, needs=cache.needs | {"weighed"})
     if config.kv_reuse.weighing is not None:
         if cache.needs or cache.windows != {None}:
             raise UsageError(

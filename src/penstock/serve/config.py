@@ -208,15 +208,17 @@ class EngineConfig(Config):
 
     @model_validator(mode="after")
     def _contexts_apart(self) -> EngineConfig:
-        if self.kv_reuse.weighing is None:
+        if self.kv_reuse.plain:
             return self
         if self.kv.compresses:
             raise ValueError(
-                f"kv_reuse = {self.kv_reuse.policy_name} shares what contexts have in the cache, and kv = "
+                f"kv_reuse = {self.kv_reuse.policy_name} takes what contexts have in the cache, and kv = "
                 f"{self.kv.policy_name} throws parts of it out: choose one of them"
             )
         if self.record is not None:
-            raise ValueError("record needs kv_reuse = prefix: a recording has no contexts beside texts")
+            raise ValueError(
+                "record needs kv_reuse = prefix: a recording has no contexts that are encoded apart, or moved"
+            )
         return self
 
     @model_validator(mode="after")
@@ -229,7 +231,7 @@ class EngineConfig(Config):
             "kv_host": bool(self.kv_host),
             "record": self.record is not None,
             f"kv = {self.kv.policy_name}": self.kv.compresses,
-            f"kv_reuse = {self.kv_reuse.policy_name}": self.kv_reuse.weighing is not None,
+            f"kv_reuse = {self.kv_reuse.policy_name}": not self.kv_reuse.plain,
             f"codec = {self.codec.policy_name}": isinstance(self.codec, LearnedCodec),
             "adapters": bool(self.room_for_adapters),
         }

@@ -158,7 +158,8 @@ class Snapshot:
         sequence_steps: how often a step brought tokens of a sequence, one or several.
         drafted_at, accepted_at: drafted and accepted tokens by their place behind the newest one.
         dropped_tokens: how many went out of caches that were compressed.
-        reused_tokens: tokens of contexts that were encoded apart, found in the cache.
+        reused_tokens: tokens of contexts that were encoded apart or moved, found in the cache.
+        renewed_tokens: tokens of contexts that were moved, computed again.
         step_seconds: of the last step.
         hits, misses: full blocks of the sequences that were let in, found in the cache and not.
         evicted: blocks that were evicted from the prefix tree.
@@ -187,6 +188,7 @@ class Snapshot:
     sequence_steps: int = 0
     dropped_tokens: int = 0
     reused_tokens: int = 0
+    renewed_tokens: int = 0
     drafted_at: tuple[int, ...] = ()
     accepted_at: tuple[int, ...] = ()
     hits: int = 0

@@ -22,6 +22,7 @@ from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contexts import Contexts, attend_beside
 from penstock.ops.paged.masks import Masks, masks_of
 from penstock.ops.paged.paired import PairedLayers
+from penstock.ops.paged.weighed import Weighed, shares
 from penstock.policy import Policy, contract
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class CacheShape:
         latent: how many of a key's first numbers are its value, of which nothing else is kept; None where values are
             their own.
         needs: what attention has to do besides: "cap", "sinks" or "chunk", as of
-            :class:`~penstock.ops.attention.Extras`, "latent", "paired" or "contexts".
+            :class:`~penstock.ops.attention.Extras`, "latent", "paired", "contexts" or "weighed".
         paired: how keys and values lie that layers share; None where they never share any. The ``needs`` have "paired"
             too.
         codec: how keys and values lie in the memory.
@@ -90,6 +91,7 @@ NEEDS = {
     "latent": "latent attention",
     "paired": "layers that share keys and values",
     "contexts": "contexts beside a text",
+    "weighed": "attention that is weighed by the parts of a text",
 }
 
 #: Of a cache.
@@ -145,6 +147,7 @@ class PagedBatch:
             token; None where it keeps none of them.
         contexts: what some of the sequences see beside their own tokens, of a cache whose needs have "contexts". Such
             a sequence has no mask.
+        weighed: tokens of whose attention is asked where it goes, of a cache whose needs have "weighed".
     """
 
     starts: Tensor
@@ -157,6 +160,7 @@ class PagedBatch:
     watched: Tensor | None = None
     packed: Tensor | None = None
     contexts: tuple[Contexts, ...] = ()
+    weighed: tuple[Weighed, ...] = ()
 
     @functools.cached_property
     def masks(self) -> Masks | None:
@@ -260,11 +264,27 @@ class PagedCache:
             start, end = batch.starts[contexts.sequence : contexts.sequence + 2].tolist()
             length = int(batch.lengths[contexts.sequence])
             first = max(contexts.after, length - (end - start))
-            rows, places = slice(end - (length - first), end), torch.arange(length)
-            blocks = batch.tables[contexts.sequence].long()[places // self.shape.block_size]
-            slots = torch.cat([blocks * self.shape.block_size + places % self.shape.block_size, contexts.slots])
+            rows, own = slice(end - (length - first), end), self._slots(batch, contexts.sequence, length)
+            slots = torch.cat([own, contexts.slots])
             keys, values = (each[0].transpose(0, 1) for each in self.read(slots, slice(layer, layer + 1)))
             out[rows] = attend_beside(query[rows], keys, values, contexts, scale=scale, first=first, own=length)
+
+    def weigh(
+        self, batch: PagedBatch, layer: int, query: Tensor, scale: float, window: int | None, extras: Extras
+    ) -> None:
+        """Adds to what is :attr:`PagedBatch.weighed` what ``layer`` has of it. A backend that knows "weighed" calls
+        this once the keys of ``batch`` are stored."""
+        for each in batch.weighed:
+            behind = int(batch.starts[each.sequence + 1]) - int(batch.lengths[each.sequence])
+            slots = self._slots(batch, each.sequence, each.last)
+            keys = self.read(slots, slice(layer, layer + 1))[0][0].transpose(0, 1)
+            own = query[behind + each.first : behind + each.last]
+            each.add(shares(own, keys, each, scale, window, extras) / self.shape.layers)
+
+    def _slots(self, batch: PagedBatch, sequence: int, count: int) -> Tensor:
+        """Where the first ``count`` tokens of a ``sequence`` of ``batch`` are."""
+        places, size = torch.arange(count), self.shape.block_size
+        return batch.tables[sequence].long()[places // size] * size + places % size
 
     def codes(self, slots: Tensor, layers: slice = ALL_LAYERS) -> list[Tensor]:
         """The keys and the values of the tokens in ``slots`` int64 [n], on any device, as in :attr:`PagedBatch.slots`,
@@ -290,13 +310,14 @@ class PagedCache:
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Puts ``keys`` and ``values``, as :meth:`read` gives them, in place of those in ``slots``, none of which comes
         twice. They are coded anew: what only changes its place is better moved as :meth:`codes`."""
-        shape, codes = self.shape, []
-        for part, vectors in enumerate((keys, values)[: shape.parts]):
-            layers = [
-                shape.codec.encode(own.transpose(0, 1), shape.table(layer, part)) for layer, own in enumerate(vectors)
-            ]
-            codes.append(torch.stack(layers).transpose(1, 2))
-        self.put(slots, codes)
+        given = (keys, values)[: self.shape.parts]
+        self.put(slots, [self.encoded(vectors, part) for part, vectors in enumerate(given)])
+
+    def encoded(self, vectors: Tensor, part: int) -> Tensor:
+        """Keys (0) or values (1), as :meth:`read` gives them, as :meth:`codes` does."""
+        encode, table = self.shape.codec.encode, self.shape.table
+        layers = [encode(own.transpose(0, 1), table(layer, part)) for layer, own in enumerate(vectors)]
+        return torch.stack(layers).transpose(1, 2)
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copies the keys and values of single tokens in all layers, from the slots ``sources[i]`` to ``targets[i]``,

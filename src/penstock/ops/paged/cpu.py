@@ -128,6 +128,7 @@ class NativeCache(PagedCache):
         tokens.cap, tokens.chunk = extras.cap or 0.0, UNBOUNDED if extras.chunk is None else extras.chunk
         self._attend(*self._arguments, layer, scale, UNBOUNDED if window is None else window)
         self.see_contexts(self._batch, layer, query, out, scale)
+        self.weigh(self._batch, layer, query, scale, window, extras)
         return out
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
@@ -187,7 +188,7 @@ class Native(PagedAttention):
     """
 
     rank: ClassVar[int] = 10
-    knows: ClassVar[frozenset[str]] = frozenset({"cap", "sinks", "chunk", "contexts"})
+    knows: ClassVar[frozenset[str]] = frozenset({"cap", "sinks", "chunk", "contexts", "weighed"})
     codecs: ClassVar[frozenset[str]] = frozenset({"plain", "bf16", "int8"})
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -65,6 +65,7 @@ class ReferenceCache(PagedCache):
             rows = (x.unsqueeze(0) for x in (query[own], keys, values))
             out[own] = attend_rows(*rows, scale=scale, mask=mask[None, None], extras=extras)[0]
         self.see_contexts(self._batch, layer, query, out, scale)
+        self.weigh(self._batch, layer, query, scale, window, extras)
         return out
 
     def _decoded(self, layer: int, where: Tensor, packed: int) -> tuple[Tensor, Tensor]:

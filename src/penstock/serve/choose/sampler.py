@@ -32,6 +32,7 @@ class Sampled:
         ready: when a copy to the host is there; None where nothing is copied.
         order: int64 [R], on the device, the rows that the tokens were chosen in, where trees were verified: the tokens
             that a sequence takes are the first of its rows all the same.
+        weighed: what came of each :attr:`~penstock.ops.paged.contract.PagedBatch.weighed`, in order.
     """
 
     tokens: Tensor
@@ -40,6 +41,7 @@ class Sampled:
     counts: Tensor | None = None
     ready: torch.cuda.Event | None = None
     order: Tensor | None = None
+    weighed: tuple[Tensor, ...] = ()
 
     def to_host(self) -> Sampled:
         """The same on the host. On CUDA the copy is only queued: :meth:`wait` before it is read."""
@@ -48,9 +50,10 @@ class Sampled:
         tokens = self.tokens.to("cpu", non_blocking=True)
         counts = None if self.counts is None else self.counts.to("cpu", non_blocking=True)
         logprobs, prompt = (each and each.to_host() for each in (self.logprobs, self.prompt))
+        weighed = tuple(each.to("cpu", non_blocking=True) for each in self.weighed)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
-        return Sampled(tokens, logprobs, prompt, counts, ready)
+        return Sampled(tokens, logprobs, prompt, counts, ready, weighed=weighed)
 
     def settled(self, sequences: int) -> list[int]:
         """How many tokens each of so many ``sequences`` takes."""

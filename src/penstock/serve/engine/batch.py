@@ -11,7 +11,9 @@ import numpy as np
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled
 from penstock.serve.engine.sequence import Sequence
+from penstock.serve.kv.chunks import Chunk
 from penstock.serve.kv.compaction import Compaction
+from penstock.serve.kv.moving import Move
 from penstock.serve.kv.reuse.contract import Weighing
 from penstock.speculate.tree import depths
 
@@ -33,7 +35,8 @@ class Beside(NamedTuple):
 
 
 class Entry(msgspec.Struct, frozen=True):  # one for each sequence at each step: a frozen dataclass takes longer
-    """A piece of a sequence: its tokens [start, start + count), which the cache does not have yet.
+    """A piece of a sequence: its tokens [start, start + count), which the cache does not have yet. A sequence has
+    several in a step where the cache has some of the tokens between them.
 
     Attributes:
         sequence: whose tokens they are.
@@ -54,6 +57,7 @@ class Entry(msgspec.Struct, frozen=True):  # one for each sequence at each step:
             the positions of their depths.
         again: how often the last token is computed again with other experts.
         beside: the contexts that some of the tokens see; None where there are none.
+        weighed: of which contexts in its text it is asked what their tokens, as far as they are here, look at.
     """
 
     sequence: Sequence
@@ -69,6 +73,7 @@ class Entry(msgspec.Struct, frozen=True):  # one for each sequence at each step:
     parents: tuple[int, ...] = ()
     again: int = 0
     beside: Beside | None = None
+    weighed: tuple[Chunk, ...] = ()
 
     @property
     def ahead(self) -> int:
@@ -85,7 +90,9 @@ class Batch:
         tables: int32 [slots, most blocks], the blocks of each slot's sequence.
         compactions: caches to be compressed before anything else.
         copies: blocks (from, to) to be copied before the step, since a sequence writes to a frozen one.
-        restored: blocks that were brought back since the last step: what else was known of them is void.
+        moves, keeps: tokens that are moved before the step, and behind it, see :class:`~penstock.serve.run.step.Step`.
+        restored: blocks that were brought back, or filled from others, since the last step: what else was known of them is
+            void.
         parts: how many of the entries, in order, make a nano-batch: a pass of its own, beside the others where the
             device can do two things at a time. No entry reads what an entry of another part writes.
         lead: the part that goes first where two want the same.
@@ -109,6 +116,8 @@ class Batch:
     begun: float = 0.0
     drafting: float = 0.0
     compactions: list[Compaction] = dataclasses.field(default_factory=list)
+    moves: list[Move] = dataclasses.field(default_factory=list)
+    keeps: list[Move] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.parts = self.parts or (len(self.entries),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as List
@@ -23,6 +24,7 @@ from penstock.serve.engine.memory import Memory
 from penstock.serve.engine.sequence import Sequence, common
 from penstock.serve.engine.speculation import Speculation
 from penstock.serve.engine.steps import Counters, EngineSteps
+from penstock.serve.kv.chunks import chunks_of
 from penstock.serve.kv.tiers import Tiers
 from penstock.serve.messages import Delta, Finish, Request, Snapshot
 from penstock.speculate.prediction import Prediction
@@ -78,7 +80,7 @@ class Engine:
         self.context = min(config.context or shape.context, shape.context, blocks * size)
         self.limits = Limits(config.budget(executor.device), config.sequences, blocks, size, shape)
         kv = config.kv.fitted(shape.layers, shape.head_dim)
-        self.memory = Memory(config.sequences, blocks, size, self.context, kv, config.eviction, tiers)
+        self.memory = Memory(config.sequences, blocks, size, self.context, kv, config.eviction, tiers, config.kv_reuse)
         self.events = EventLog()
         self._config, self._stop, self._grammars = config, frozenset(stop), grammars
         self.executor, self._counters = executor, Counters()
@@ -115,15 +117,16 @@ class Engine:
         """
         if request.contexts:
             self._check_contexts(request)
-            if self._config.kv_reuse.weighing is None:
-                request = _in_a_row(request)
+        ends = [*itertools.accumulate(map(len, request.contexts), initial=request.shared)]
+        if request.contexts and self._config.kv_reuse.weighing is None:
+            request = _in_a_row(request)
         self._check(request)
         adapter = self.adapters.named(request.adapter)
         given = len(request.prompt) if request.given is None else request.given
         limit = self._limit(request, given)
         matchers = [self._matcher(request) for _ in range(request.sampling.continuations)]
         for index, matcher in enumerate(matchers):
-            self._enter(request, index, limit, given, matcher, adapter)
+            self._enter(request, index, limit, given, matcher, adapter, ends=ends)
 
     def fork(self, id: str, request: Request, index: int = 0) -> None:
         """Starts ``request``, whose prompt begins as the continuation ``index`` of the request ``id`` does, on the same
@@ -138,9 +141,9 @@ class Engine:
                 adapter; or what :meth:`add` refuses.
         """
         parent = self._kept.get(id) or self._living(id, index)
-        if parent.contexts or request.contexts:
+        if parent.contexts or parent.chunks or request.contexts:
             raise UsageError(
-                f"{request.id!r} cannot go on from {id!r}: one of them sees contexts that are encoded apart",
+                f"{request.id!r} cannot go on from {id!r}: one of them has contexts that are encoded apart, or moved",
                 hint="Ask anew, or serve with kv_reuse = prefix.",
             )
         if parent.tokens[: parent.prompt] != request.prompt[: parent.prompt]:
@@ -309,13 +312,13 @@ class Engine:
                 "a prompt's log-probabilities are told behind what follows its contexts alone",
                 hint=f"Set prompt_logprobs_from to {request.shared + 1} or more, or leave prompt_logprobs out.",
             )
-        if self._config.kv_reuse.weighing is None:
+        if self._config.kv_reuse.plain:
             return
         sampling = request.sampling
         if request.keep or request.given is not None or sampling.companions or sampling.again is not None:
             raise UsageError(
-                "a request with contexts that are encoded apart cannot be kept, nor go on from another, nor have a "
-                "rule with prompts of its own, or one that has tokens computed again",
+                "a request with contexts that are encoded apart, or moved, cannot be kept, nor go on from another, nor "
+                "have a rule with prompts of its own, or one that has tokens computed again",
                 hint="Serve with kv_reuse = prefix, which puts contexts into the prompt.",
             )
 
@@ -382,16 +385,19 @@ class Engine:
         matcher: Matcher | None,
         adapter: Adapter,
         origin: Sequence | None = None,
+        ends: List[int] = (),
     ) -> Sequence:
-        """A new sequence waits; its first ``prompt`` tokens count as given."""
+        """A new sequence waits; its first ``prompt`` tokens count as given, and contexts stand between ``ends`` in
+        them."""
         sampling = request.sampling.model_copy(update={"seed": request.sampling.seed + index})
         stop = self._stop if not sampling.ignore_eos or matcher is not None else frozenset()
         stop |= set(sampling.stop_tokens)
         tokens, companions = list(request.prompt), tuple(self._companions(request, limit, prompt, adapter))
         contexts = tuple(self._contexts(request, adapter))
+        chunks = chunks_of(tokens, ends, adapter.key) if self._config.kv_reuse.moves else ()
         # What a group drafts would have to be checked for all of its members, and by all copies; nor does what sees
-        # contexts draft anything.
-        alone = not companions and not contexts and sampling.again is None
+        # contexts, or has some that a model which drafts knows nothing of, draft anything.
+        alone = not companions and not contexts and not chunks and sampling.again is None
         sequence = Sequence(
             request,
             index,
@@ -407,6 +413,7 @@ class Engine:
             companions=companions,
             contexts=contexts,
             weighing=self._config.kv_reuse.weighing if contexts else None,
+            chunks=chunks,
             origin=origin,
             adapter=adapter,
         )

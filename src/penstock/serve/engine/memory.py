@@ -13,16 +13,21 @@ from typing import NamedTuple
 import numpy as np
 
 from penstock.serve.engine.sequence import Sequence, common
+from penstock.serve.kv.chunks import Chunks
 from penstock.serve.kv.compaction import Compaction
 from penstock.serve.kv.evictions.contract import Eviction
 from penstock.serve.kv.evictions.lru import LeastRecentlyUsed
 from penstock.serve.kv.policies.contract import CachePolicy
 from penstock.serve.kv.policies.full import Full
 from penstock.serve.kv.pool import ROOT, BlockPool, name_behind
+from penstock.serve.kv.reuse.contract import Reuse
+from penstock.serve.kv.reuse.prefix import PrefixReuse
 from penstock.serve.kv.tiers import Tiers
 
 #: Of a cache that is not compressed, when it is due.
 NEVER = 1 << 62
+
+NO_PLACES = np.empty(0, np.int64)
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,6 +42,9 @@ class Held:
             ``compacted`` tokens; ``known`` tokens were left.
         due: how many are computed when it is compressed next.
         committed: how many of the blocks are in the prefix tree, the last of them at ``node``; without such, its root.
+        filled: int64, ascending, which tokens behind the ``computed`` ones are in the blocks already, or will be.
+        moved, renewed: of its contexts that were cached by themselves, how many tokens were taken, and how many are
+            computed again.
     """
 
     slot: int | None
@@ -48,6 +56,30 @@ class Held:
     due: int = NEVER
     committed: int = 0
     node: int = ROOT
+    filled: np.ndarray = dataclasses.field(default_factory=lambda: NO_PLACES)
+    moved: int = 0
+    renewed: int = 0
+
+    def runs(self, count: int) -> list[tuple[int, int]]:
+        """The next ``count`` tokens to be computed, those in a row together: where they begin, and how many."""
+        if not self.filled.size:
+            return [(self.computed, count)]
+        ahead = np.arange(self.computed, self.computed + count + len(self.filled))
+        places = np.setdiff1d(ahead, self.filled, assume_unique=True)[:count]
+        pieces = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+        return [(int(piece[0]), len(piece)) for piece in pieces]
+
+    def advance(self, count: int) -> None:
+        """The next ``count`` tokens are computed, and with them those in the blocks directly behind them."""
+        if not self.filled.size:
+            self.computed += count
+            return
+        if count:
+            start, length = self.runs(count)[-1]
+            self.computed = start + length
+        self.filled = self.filled[np.searchsorted(self.filled, self.computed) :]
+        row = int((self.filled == self.computed + np.arange(len(self.filled))).sum())
+        self.computed, self.filled = self.computed + row, self.filled[row:]
 
     @property
     def places(self) -> int:
@@ -77,9 +109,11 @@ class Memory:
         policy: what the cache of a sequence keeps.
         eviction: the order in which blocks that nobody holds go.
         tiers: where evicted blocks go, and come back from.
+        reuse: how contexts of requests are encoded.
 
     Attributes:
         pool: the blocks.
+        chunks: which contexts are cached by themselves.
         tables: int32 [slots, most blocks of a sequence], the blocks of each slot's sequence.
         running: sequences that have memory, by priority and arrival. Companions have some, and are not listed.
         kept: sequences that have ended and hold their blocks, but no slot, for others to go on from. Of these, the one
@@ -96,6 +130,7 @@ class Memory:
         policy: CachePolicy | None = None,
         eviction: Eviction = LeastRecentlyUsed(),
         tiers: Tiers | None = None,
+        reuse: Reuse = PrefixReuse(),
     ) -> None:
         self.pool, self._policy = BlockPool(blocks, block_size, eviction.start), policy or Full()
         self.tables = np.zeros((slots, -(-context // block_size)), np.int32)
@@ -105,7 +140,7 @@ class Memory:
         self._copies: list[tuple[int, int]] = []
         self._compactions: list[Compaction] = []
         self.hits = self.misses = 0
-        self._tiers = tiers
+        self._tiers, self.chunks = tiers, Chunks(self.pool, reuse, self._take, tiers)
         self._leaving: list[tuple[bytes, int]] = []
         self._restored: list[int] = []
         if tiers is not None:
@@ -130,6 +165,8 @@ class Memory:
             if not self._let_go(missing):
                 break
             prefixes = [self._prefix(each) for each in members]
+        # So do blocks that contexts are taken from: else it would depend on others whether they are.
+        missing += sum(self.chunks.room(each.chunks) for each in members)
         if missing > self.pool.available and self.running:
             return False
         for prefix in prefixes:
@@ -137,6 +174,7 @@ class Memory:
         for member, prefix in zip(members, prefixes, strict=True):
             self._enter(member, prefix)
             self._restore(member)
+            self._fill(member)
             found = member.computed // self.pool.block_size
             self.hits += found
             self.misses += len(member.tokens) // self.pool.block_size - found
@@ -150,7 +188,37 @@ class Memory:
         for member in sequence.members:
             found = self._match(member)
             coming += self._tiers.fetch(self._names(member, found[-1] if found else None, len(found)))
+            coming += self.chunks.fetch(member.chunks)
         return coming
+
+    def _fill(self, sequence: Sequence) -> None:
+        """One who was let in takes what is cached of its contexts by themselves."""
+        held, size = sequence.held, self.pool.block_size
+        if not sequence.chunks or held is None:
+            return
+        fresh = -(-len(sequence.tokens) // size) - len(held.blocks)
+        taken = self.chunks.find(sequence.chunks, held.computed, fresh)
+        sequence.exact = min((each.chunk.start for each in taken if not each.whole), default=sequence.limit)
+        if taken:
+            blocks = self._take(fresh)
+            self._append(held, blocks)
+            self._restored += blocks  # some of their tokens nobody computes
+            places = _places(held.blocks, len(sequence.tokens), size)
+            filled = [each.chunk.start + each.places for each in taken]
+            for each, own in zip(taken, filled, strict=True):
+                self.chunks.move(each, places[own])
+                held.renewed += 0 if each.whole else len(each.chunk.tokens) - len(own)
+            held.filled = np.concatenate(filled)
+            held.moved = len(held.filled)
+            held.advance(0)
+
+    def keep_chunks(self, sequence: Sequence) -> None:
+        """The prompt of a running sequence is about to be computed to its end: its contexts are cached. Blocks are
+        taken for them that nobody wants in this step."""
+        held = sequence.held
+        assert held is not None
+        places = _places(held.blocks, sequence.prompt, self.pool.block_size)
+        self.chunks.keep(sequence.chunks, places)
 
     def _restore(self, sequence: Sequence) -> None:
         """Brings back what one who was let in begins with, behind what the pool has of it."""
@@ -217,7 +285,7 @@ class Memory:
         after which a log-probability is, nor those whose queries will be asked for. Of a context, nothing is wanted."""
         if sequence.is_context:
             return len(sequence.tokens)
-        most = len(sequence.tokens) - 1
+        most = min(len(sequence.tokens) - 1, sequence.exact)
         if sequence.rated is not None:
             most = min(most, sequence.rated_from - 1)
         return min(most, self._due(sequence, compacted, dropped) - max(1, self._policy.watches))
@@ -302,6 +370,7 @@ class Memory:
         for sequence in list(self.kept):
             self.forget(sequence)
         self.pool.forget()
+        self.chunks.forget()
         for told in (self._copies, self._compactions, self._leaving, self._restored):
             told.clear()
         return ran
@@ -334,10 +403,10 @@ class Memory:
         """Blocks that are read or written before the next step: what comes back at once must not get there."""
         places = [each for work in self._compactions for each in (work.sources, work.targets)]
         moved = np.unique(np.concatenate(places) // self.pool.block_size).tolist() if places else []
-        return {*itertools.chain(*self._copies), *moved}
+        return {*itertools.chain(*self._copies), *moved, *self.chunks.busy}
 
     def restored(self) -> list[int]:
-        """Blocks that came back since they were told last."""
+        """Blocks that came back, or were filled from elsewhere, since they were told last."""
         told, self._restored = self._restored, []
         return told
 
@@ -367,7 +436,7 @@ class Memory:
         """``count`` more tokens of ``sequence`` are about to be computed."""
         held = sequence.held
         assert held is not None
-        held.computed += count
+        held.advance(count)
         if held.computed // self.pool.block_size > held.committed or not sequence.remaining:
             self.commit(sequence)
 
@@ -425,7 +494,7 @@ class Memory:
         assert held is not None
         if held.dropped:
             return
-        known = min(held.computed, len(sequence.tokens))
+        known = min(held.computed, len(sequence.tokens), sequence.exact)
         if sequence.is_context and sequence.remaining:
             known -= known % size
         for tokens in sequence.blocks(size, known, held.committed):
@@ -489,7 +558,7 @@ class Memory:
             InvariantError: they differ.
         """
         members = [*(member for sequence in self.running for member in sequence.members), *self.kept]
-        self.pool.check([member.held.blocks for member in members if member.held is not None])
+        self.pool.check([*(each.held.blocks for each in members if each.held is not None), *self.chunks.holding])
 
     def _needs(self, growing: list[tuple[Held, int]]) -> list[tuple[Held, int, bool]]:
         """Of those that need any for so many more tokens: how many fresh blocks, and whether the next token goes to a

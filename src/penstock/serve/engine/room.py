@@ -11,7 +11,7 @@ import numpy as np
 
 from penstock.core.events import Detail, EventLog
 from penstock.serve.engine.batch import Beside, Entry
-from penstock.serve.engine.memory import NEVER, Memory
+from penstock.serve.engine.memory import NEVER, Held, Memory
 from penstock.serve.engine.sequence import Sequence
 from penstock.speculate.contract import AWAITED, Branching, Draft
 from penstock.speculate.tree import Tree, chain, path, pruned
@@ -37,7 +37,8 @@ class StepRoom:
         preempted: sequences that lost their memory to those that were taken.
         found: prompt tokens that those who were let in found in the cache.
         dropped: tokens that went out of caches that were compressed.
-        reused: tokens of contexts that those who were let in found in the cache.
+        reused: tokens of contexts that those who were let in found in the cache by themselves.
+        renewed: tokens of such contexts that are computed again.
     """
 
     def __init__(self, memory: Memory, tokens: int, events: EventLog, ahead: int = 0, branches: List[int] = ()) -> None:
@@ -47,7 +48,7 @@ class StepRoom:
         self.parts: tuple[int, ...] = ()
         self.lead = 0
         self.preempted: list[Sequence] = []
-        self.found = self.dropped = self.reused = 0
+        self.found = self.dropped = self.reused = self.renewed = 0
         #: Of each call of take: where its entries begin and end, and whether the sequence may have found something in
         #: the prefix tree, since it was let in or has contexts.
         self._takes: list[tuple[int, int, bool]] = []
@@ -97,12 +98,16 @@ class StepRoom:
     def _admit(self, sequence: Sequence) -> bool:
         if not self._memory.admit(sequence):
             return False
-        reused = sum(max(0, context.computed - sequence.shared) for context in sequence.contexts)
-        detail = {"cached": sequence.computed + reused, "tokens": sequence.request.length}
+        held = sequence.held
+        assert held is not None
+        beside = sum(max(0, context.computed - sequence.shared) for context in sequence.contexts)
+        cached = held.computed + len(held.filled) + beside
+        detail = {"cached": cached, "tokens": sequence.request.length}
         if sequence.cached < 0:
-            sequence.cached = sequence.computed + reused
-            self.found += sequence.cached
-            self.reused += reused
+            sequence.cached = cached
+            self.found += cached
+            self.reused += beside + held.moved
+            self.renewed += held.renewed
         self._events.add("admitted", sequence.request.id, sequence.index, **detail)
         return True
 
@@ -110,22 +115,40 @@ class StepRoom:
         held, drafted = sequence.held, len(window.tokens)
         assert held is not None and held.slot is not None
         count, scored = count + drafted, scored + drafted
-        start, first, rated = held.computed, held.computed, 0
+        *others, (start, last) = held.runs(count)
+        for begin, length in others:
+            self._append(sequence, held, begin, length)
+        self._append(sequence, held, start, last, scored, window, again)
+        self.tokens -= count + again
+        sequence.in_flight += bool(scored)
+        self._memory.advance(sequence, count)
+
+    def _append(
+        self,
+        sequence: Sequence,
+        held: Held,
+        start: int,
+        count: int,
+        scored: int = 0,
+        window: Tree = NOTHING,
+        again: int = 0,
+    ) -> None:
+        """Takes ``count`` tokens of a running sequence in a row, from ``start`` on."""
+        first, rated, end = start, 0, start + count
         if sequence.rated is not None:
             first = max(start, sequence.rated_from - 1)
-            rated = max(0, min(start + count, len(sequence.request.prompt) - 1) - first)
-        parents = tuple(window.parents) if drafted and window.branched else ()
-        sees = sequence.contexts and start + count > sequence.shared
+            rated = max(0, min(end, len(sequence.request.prompt) - 1) - first)
+        parents = tuple(window.parents) if window.tokens and window.branched else ()
+        sees = sequence.contexts and end > sequence.shared
+        assert held.slot is not None
         self.entries.append(
             Entry(
                 *(sequence, held.slot, start, count, scored, rated, first - start),
                 *(tuple(window.tokens), held.dropped, self._memory.packed(held), parents, again),
                 self._beside(sequence) if sees else None,
+                tuple(each for each in sequence.chunks if each.asks(start, end)) if sequence.chunks else (),
             )
         )
-        self.tokens -= count + again
-        sequence.in_flight += bool(scored)
-        self._memory.advance(sequence, count)
 
     def _shares_beside(self, sequence: Sequence, budget: int) -> list[int]:
         """How many of ``budget`` tokens go to ``sequence`` and to its contexts: first what they all begin with, which
@@ -211,7 +234,7 @@ class StepRoom:
         writers = {
             block: index
             for index, entry in enumerate(self.entries)
-            for block in _blocks(entry)[_first(entry) // size : (_first(entry) + entry.count) // size]
+            for block in _blocks(entry)[_first(entry) // size : -(-(_first(entry) + entry.count) // size)]
         }
         cuts: list[int] = []
         first = len(self.entries)  # that a later entry belongs to

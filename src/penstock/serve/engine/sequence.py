@@ -13,6 +13,8 @@ import numpy as np
 
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.engine.adapters import BASE, Adapter
+from penstock.serve.kv.chunks import Chunk
+from penstock.serve.kv.pool import numbers_of
 from penstock.serve.kv.reuse.contract import Weighing
 from penstock.serve.messages import Finish, Request
 
@@ -54,6 +56,9 @@ class Sequence:
         contexts: texts that it sees beside its own, from its token number ``shared`` on, with which each of them
             begins too. They are no continuations, and gain no tokens.
         weighing: how it sees them; None without any.
+        chunks: contexts in its text, which are cached by themselves.
+        exact: how many of its first tokens have the keys and values that they would be given in a row; all of them,
+            where no contexts were moved.
         mark: stands for both where texts are compared: numbers that are no tokens, none without contexts.
         leader: of a companion or context, the sequence that it belongs to.
         lockstep: the sequence and its companions, which go on with the same tokens.
@@ -67,10 +72,12 @@ class Sequence:
         "adapter",
         "arrival",
         "cached",
+        "chunks",
         "companions",
         "contexts",
         "deadline",
         "draft",
+        "exact",
         "finish",
         "guessed",
         "held",
@@ -114,6 +121,7 @@ class Sequence:
         companions: tuple[Sequence, ...] = (),
         contexts: tuple[Sequence, ...] = (),
         weighing: Weighing | None = None,
+        chunks: tuple[Chunk, ...] = (),
         origin: Sequence | None = None,
         adapter: Adapter = BASE,
     ) -> None:
@@ -139,6 +147,7 @@ class Sequence:
         self.companions = companions
         self.contexts, self.shared, self.weighing = contexts, request.shared, weighing
         self.mark = _mark(contexts, weighing)
+        self.chunks, self.exact = chunks, limit
         self.leader: Sequence | None = None
         for each in (*companions, *contexts):
             each.leader = self
@@ -182,7 +191,8 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens that must be computed before the next one can be sampled; 1 where it decodes."""
-        return len(self.tokens) + self.in_flight - (0 if self.held is None else self.held.computed)
+        held = self.held
+        return len(self.tokens) + self.in_flight - (0 if held is None else held.computed + len(held.filled))
 
     def ready(self, ahead: int = 0) -> bool:
         """Whether its next step, in which up to ``ahead`` tokens may be drafted, can be formed now: nothing that it has
@@ -242,4 +252,4 @@ def _mark(contexts: tuple[Sequence, ...], weighing: Weighing | None) -> list[int
     digest = hashlib.blake2b(repr(weighing).encode(), digest_size=16)
     for context in sorted(context.tokens for context in contexts):
         digest.update(array("q", [len(context), *context]).tobytes())
-    return [number | -(1 << 63) for number in array("q", digest.digest())]
+    return numbers_of(digest.digest())

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Counters:
     """What an engine did since its start: steps, sequences thrown out, prompt tokens and those of them that were found
     in the cache, tokens that came out, tokens that were drafted and accepted, how often a step brought tokens of a
-    sequence, tokens that went out of caches that were compressed, and those of contexts beside prompts that were found
-    in the cache."""
+    sequence, tokens that went out of caches that were compressed, and those of contexts that were found in the cache by
+    themselves, and that were computed again all the same."""
 
     steps: int = 0
     preemptions: int = 0
@@ -38,6 +38,7 @@ class Counters:
     sequence_steps: int = 0
     dropped_tokens: int = 0
     reused_tokens: int = 0
+    renewed_tokens: int = 0
 
 
 class EngineSteps:
@@ -92,11 +93,17 @@ class EngineSteps:
         self._counters.cached_tokens += room.found
         self._counters.dropped_tokens += room.dropped
         self._counters.reused_tokens += room.reused
-        if not room.entries:
-            return None
+        self._counters.renewed_tokens += room.renewed
         memory, given = self._memory, (room.parts, room.lead, ahead)
+        for entry in room.entries:
+            if entry.scored and entry.sequence.chunks:
+                memory.keep_chunks(entry.sequence)
+        moves, keeps = memory.chunks.told()
+        if not room.entries:  # nor is anything left to move: whoever is let in computes something, or is thrown out
+            return None
         self.last = Batch(room.entries, memory.tables, memory.copies(), memory.restored(), *given, begun=begun)
         self.last.compactions = memory.compactions()
+        self.last.moves, self.last.keeps = moves, keeps
         return self.last
 
     def launch(self, batch: Batch) -> None:
@@ -110,6 +117,7 @@ class EngineSteps:
             return []
         batch.sampled.wait()
         _rate(batch)
+        self._learn(batch)
         entries = [entry for entry in batch.entries if entry.scored]
         rows = None if batch.sampled.logprobs is None else batch.sampled.logprobs.rows
         tokens, counts = batch.sampled.tokens.tolist(), batch.sampled.settled(len(entries))
@@ -125,6 +133,17 @@ class EngineSteps:
             first += entry.scored
             row += 0 if most is None else entry.scored  # others have no rows there
         return deltas
+
+    def _learn(self, batch: Batch) -> None:
+        """Takes note of what tokens of contexts look at."""
+        assert batch.sampled is not None
+        drawn = iter(batch.sampled.weighed)
+        for entry in [each for each in batch.entries if each.sequence.chunks]:
+            # An executor that only simulates a model has nothing to tell.
+            for chunk, own in zip(entry.weighed, drawn, strict=False):
+                chunk.learn(max(entry.start, chunk.start), own.numpy())
+            if entry.scored:
+                self._memory.chunks.learn(entry.sequence.chunks)
 
     def _settle(self, entry: Entry, tokens: list[int], logprobs: LogprobRows | None) -> Delta:
         """Hands the ``tokens`` that a step settled to their sequence, up to one that ends it."""

@@ -23,6 +23,11 @@ def name_behind(name: bytes, tokens: Iterable[int]) -> bytes:
     return hashlib.blake2b(name + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
+def numbers_of(name: bytes) -> list[int]:
+    """Two negative numbers, which are no tokens, that stand for a ``name`` among those of a block."""
+    return [number | -(1 << 63) for number in array("q", name)]
+
+
 class Node(NamedTuple):
     """A full block in the prefix tree: ``key`` is (parent's id, the block's tokens), ``id`` is never used again, and
     ``depth`` blocks lead to it."""

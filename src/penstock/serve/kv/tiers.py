@@ -110,6 +110,10 @@ class Tiers:
             self._names.move_to_end(name)
         return found
 
+    def knows(self, name: bytes) -> bool:
+        """Whether the block ``name`` is here, in the host's memory, on disk or on the way."""
+        return name in self._names or name in self._reading or (self._disk is not None and name in self._disk)
+
     def load(self, places: List[int], blocks: List[int]) -> None:
         """Copies ``places`` that were just found to ``blocks`` of the pool."""
         self._host.load(places, blocks)

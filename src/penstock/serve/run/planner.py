@@ -15,6 +15,7 @@ from penstock.models.sampling import Sampling
 from penstock.ops.paged.contexts import Contexts
 from penstock.ops.paged.contract import PagedBatch
 from penstock.ops.paged.watch import watched_places
+from penstock.ops.paged.weighed import Weighed
 from penstock.serve.choose.asked import SLOT, Asked, Masked, Ruled, Scattered, depths_of, nodes_of
 from penstock.serve.decode.contract import DecodeRule
 from penstock.serve.engine.batch import Batch, Entry
@@ -90,6 +91,8 @@ class Planner:
             asked=asked,
             rated=np.array(list(itertools.chain(*following)), np.int64),
             alternatives=max((entry.sequence.sampling.prompt_logprobs or 0 for entry in rated), default=0),
+            moves=tuple(batch.moves),
+            keeps=tuple(batch.keeps),
         )
 
     def ask(self, entries: list[Entry], fields: Fields) -> tuple[tuple[Placed, ...], Asked]:
@@ -233,6 +236,9 @@ class Planner:
             contexts = tuple(_contexts(entries[own]))
             if contexts:
                 plan = dataclasses.replace(plan, contexts=contexts)
+            weighed = tuple(_weighed(entries[own]))
+            if weighed:
+                plan = dataclasses.replace(plan, weighed=weighed)
             if fields.packed[own].any():
                 plan = dataclasses.replace(plan, packed=torch.from_numpy(fields.packed[own].astype(np.int32)))
             if parents is not None:
@@ -363,6 +369,14 @@ def _stacked(*rows: np.ndarray) -> np.ndarray:
     for place, row in zip(stacked, rows, strict=True):
         place[:] = row
     return stacked
+
+
+def _weighed(entries: list[Entry]) -> Iterator[Weighed]:
+    """Of which tokens of a part's ``entries`` it is asked what they look at."""
+    for number, entry in enumerate(entries):
+        for chunk in entry.weighed:
+            first, last = chunk.within(entry.start, entry.start + entry.count)
+            yield Weighed(number, first, last, chunk.bounds)
 
 
 def _tokens(batch: Batch, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

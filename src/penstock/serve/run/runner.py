@@ -30,6 +30,7 @@ from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.embed.pooled import decoder_states
 from penstock.serve.engine.batch import Batch
 from penstock.serve.kv.compaction import Compactor
+from penstock.serve.kv.moving import Mover
 from penstock.serve.run.copies import Copied, shaken
 from penstock.serve.run.graphs import (
     StepGraphs,
@@ -81,6 +82,7 @@ class Runner:
         sampler: makes the one who chooses tokens, of the slots, the vocabulary and the device.
         planner: makes the one who makes steps of batches, of the slots and the size of a block.
         compactor: compresses caches, where some are.
+        mover: moves contexts, where some are.
         keeps_hidden: whether hidden states of all tokens are kept, for a head that drafts from them.
         adapters: room for adapters of the model; without it, tokens that have one are computed as if they had none.
 
@@ -101,6 +103,7 @@ class Runner:
         sampler: Callable[[int, int, torch.device], Sampler] = Sampler,
         planner: Callable[[int, int], Planner] = Planner,
         compactor: Compactor | None = None,
+        mover: Mover | None = None,
         keeps_hidden: bool = False,
         adapters: AdapterSlots | None = None,
     ) -> None:
@@ -109,7 +112,7 @@ class Runner:
         self.blocks, self.block_size = cache.shape.blocks - 1, cache.shape.block_size
         self.context = context
         self._slots, self._pages, self._window = slots, -(-context // self.block_size), window
-        self._kinds, self._compactor = (planner, sampler), compactor
+        self._kinds, self._compactor, self._mover = (planner, sampler), compactor, mover
         self.hidden = HiddenStates(cache.shape, self.shape.hidden) if keeps_hidden else None
         self.forget()
         self._adapters = adapters
@@ -346,6 +349,9 @@ class Runner:
     def execute(self, step: Step, proposals: Proposals | None = None) -> Sampled | None:
         """Queues the forward passes and the sampling of ``step``, whose tentative tokens were drawn from ``proposals``
         where it matters; what is known then, once it was waited for."""
+        if self._mover is not None:
+            for moved in step.moves:
+                self._mover.move(moved)
         if self._compactor is not None:
             for work in step.compactions:
                 self._compactor.compact(work)
@@ -358,10 +364,15 @@ class Runner:
         for placed in step.placed:
             self.sampler.place(placed.slot, placed.tokens, placed.prompt)
         passed = self._pass_all(step.parts, step.lead)
+        if self._mover is not None:
+            for kept in step.keeps:
+                self._mover.move(kept)
         logits = _joined([each.logits for each in passed])
         prompt = self._rated(step, _joined([each.rated for each in passed]))
+        weighed = tuple(each.sums for part in step.parts for each in part.plan.weighed if each.sums is not None)
         if logits is None:
-            return None if prompt is None else Sampled(self._newest[:0], prompt=prompt).to_host()
+            nothing = prompt is None and not weighed
+            return None if nothing else Sampled(self._newest[:0], prompt=prompt, weighed=weighed).to_host()
         ready = all(each.drawn is not None for each in passed)
         drawn = _joined([each.drawn for each in passed]) if ready else None
         asked = step.asked
@@ -370,7 +381,7 @@ class Runner:
             self._newest.index_copy_(0, self._on_device(asked.slots[asked.first] + 1), newest)
         if sampled.order is not None:
             self._move_together(step, sampled.order)
-        return dataclasses.replace(sampled, prompt=prompt).to_host()
+        return dataclasses.replace(sampled, prompt=prompt, weighed=weighed).to_host()
 
     def _move_together(self, step: Step, order: Tensor) -> None:
         """Moves what was computed of the tokens that are settled to where it were had they been in a row: that of row
@@ -484,7 +495,7 @@ class Runner:
     ) -> tuple[Any, np.ndarray] | None:
         """What one of the ``graphs`` gives for ``part``, with the inputs and ``more`` rows of them, and the rows of its
         tokens; None where none is for it."""
-        if graphs is None or lane or part.plan.masks is not None or part.plan.contexts:
+        if graphs is None or lane or part.plan.masks is not None or part.plan.contexts or part.plan.weighed:
             return None
         shape = graphs.shape_for(part.plan)
         if shape is None:

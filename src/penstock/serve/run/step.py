@@ -12,6 +12,7 @@ import numpy as np
 from penstock.ops.paged.contract import PagedBatch
 from penstock.serve.choose.asked import Asked
 from penstock.serve.kv.compaction import Compaction
+from penstock.serve.kv.moving import Move
 from penstock.serve.run.copies import Copied
 
 
@@ -68,6 +69,8 @@ class Step:
         asked: what the scored rows of all parts want, in order.
         rated: int64 [K], tokens of prompts whose log-probabilities are wanted, in the order of the parts' rated rows.
         alternatives: how many of the most probable tokens are told beside each of these.
+        moves: tokens of contexts that are moved to where they stand, before anything else is done.
+        keeps: those that are moved to where they are cached, once the passes are computed.
     """
 
     compactions: tuple[Compaction, ...]
@@ -78,3 +81,5 @@ class Step:
     asked: Asked
     rated: np.ndarray
     alternatives: int
+    moves: tuple[Move, ...] = ()
+    keeps: tuple[Move, ...] = ()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 from penstock.policy import policy
-from penstock.serve.kv.reuse.contract import Reuse, Weighing
+from penstock.serve.kv.reuse.contract import Reuse
 
 
 @policy("kv.reuse", "prefix")
@@ -15,10 +13,3 @@ class PrefixReuse(Reuse):
     Nothing is lost in quality, and of contexts that come in another order nothing is found behind the first one that
     differs.
     """
-
-    @property
-    def weighing(self) -> Weighing | None:
-        return None
-
-    def limit(self) -> Self:
-        return self
