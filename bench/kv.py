@@ -3,8 +3,9 @@
 Quality: smollm2 reads the beginning of a file of the standard library; then the cache is compressed, and the loss of
 what follows is measured, token by token, as the cache goes on being compressed. Beside it, how many of the tokens that
 it writes are those of the full cache, and how many values it recalls of a list that was read before the cache was
-compressed. Layers that share keys and values are measured in the same way, by where they begin to. Throughput:
-python-6m serves many long requests from a pool of fixed size, with the full cache and with a quarter of it.
+compressed. Layers that share keys and values are measured in the same way, by where they begin to, and low-rank keys
+with values on the host by how much of them a step sees. Throughput: python-6m serves many long requests from a pool of
+fixed size, with the full cache, with a quarter of it, and with low-rank keys.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
+from penstock.serve.kv.policies.contract import Budgeted, CachePolicy
 from penstock.serve.kv.policies.minicache import MiniCache
+from penstock.serve.kv.policies.shadow import ShadowKV
 from penstock.serve.messages import Request
 
 QUALITY, SPEED = "smollm2", "python-6m"
@@ -42,6 +45,8 @@ WRITTEN = 3
 LISTS, PAIRS, SHOWN, ASKED = 12, 8, 4, 3
 #: Where layers may begin to share keys and values.
 STARTS = (0.5, 0.0)
+#: What a step sees of tokens whose keys are of low rank.
+SEEN = (0.1, 0.25)
 #: Requests, their tokens in and out, and the tokens that the pool has room for.
 REQUESTS, IN, OUT, POOL = 48, 448, 128, 4096
 EVERY = 32
@@ -64,16 +69,15 @@ CITIES = (
 
 def policies(budget: float) -> dict[str, dict[str, Any]]:
     """The options of every policy that has a budget."""
-    names = [each.name for each in index().entries("kv.policy") if "budget" in each.load().model_fields]
+    names = [each.name for each in index().entries("kv.policy") if issubclass(each.load(), Budgeted)]
     return {name: {"name": name, "budget": budget, "every": EVERY} for name in names}
 
 
-def sharing(model: Decoder, start: float, tokens: int) -> tuple[dict[str, Any], float]:
-    """The options of ``minicache`` where layers begin to share behind the share ``start`` of them, and what is left of
-    a cache with so many tokens."""
-    policy = MiniCache(start=start, every=EVERY)
-    fitted = policy.fitted(model.config.layers, model.config.head_dim)
-    return policy.describe(), fitted.keeps(tokens) / tokens
+def left_by(policy: CachePolicy, model: Decoder, tokens: int) -> float:
+    """What is left on the device of a cache with so many tokens, where it is compressed by then."""
+    fitted = policy.fitted(model.config)
+    due = fitted.due(tokens, 0, 0)
+    return 1.0 if due is None or due > tokens else fitted.keeps(tokens) / tokens
 
 
 def opened(model: Decoder, kv: dict[str, Any], tokens: int, sequences: int = 8) -> Engine:
@@ -224,8 +228,14 @@ def quality(bench: Bench, name: str, model: Decoder) -> None:
     """That of every policy at every budget, and of layers that share, beside the full cache and beside one another."""
     measured = Quality(bench, name, model)
     for start in STARTS:
-        kv, left = sharing(model, start, measured.read)
-        measured.of("minicache", kv, f"{measured.setting}, {left:.0%} kept", papers=(210,))
+        paired = MiniCache(start=start, every=EVERY)
+        where = f"{measured.setting}, {left_by(paired, model, measured.read):.0%} kept"
+        measured.of("minicache", paired.describe(), where, papers=(210,))
+    for seen in SEEN:
+        shadow = ShadowKV(budget=seen, every=EVERY)
+        left = left_by(shadow, model, measured.read)
+        where = f"{measured.setting}, {left:.0%} on the device, {seen:.0%} seen"
+        measured.of("shadow", shadow.describe(), where, papers=(299,))
     for budget in BUDGETS[: 1 if bench.quick else None]:
         where = f"{measured.setting}, {budget:.0%} kept"
         found = {
@@ -259,25 +269,29 @@ def throughput(bench: Bench, model: Decoder) -> None:
     count, length, output, pool = (8, 64, 32, 512) if bench.quick else (REQUESTS, IN, OUT, POOL)
     draw = numpy_generator(0, "bench/kv/throughput")
     prompts = [[int(token) for token in draw.integers(4, 4000, size=length)] for _ in range(count)]
-    kinds = {"full": {"name": "full"}, **policies(BUDGETS[0])}
+    shadow = ShadowKV(budget=SEEN[0], every=EVERY)
+    kinds = {"full": {"name": "full"}, **policies(BUDGETS[0]), "shadow": shadow.describe()}
     engines = {name: opened(model, kv, pool, sequences=64) for name, kv in kinds.items()}
     runs = {name: functools.partial(served, engine, prompts, output) for name, engine in engines.items()}
-    setting = f"{SPEED}, {count} requests of {length} + {output} tokens, a pool for {pool:,}, {BUDGETS[0]:.0%} kept"
-    values = bench.turns(runs, setting, 3)
+    served_there = f"{SPEED}, {count} requests of {length} + {output} tokens, a pool for {pool:,}"
+    settings = dict.fromkeys(kinds, f"{served_there}, {BUDGETS[0]:.0%} kept")
+    settings["shadow"] = f"{served_there}, {left_by(shadow, model, length):.0%} on the device, {SEEN[0]:.0%} seen"
+    values = bench.turns(runs, settings["full"], 3)
+    papers = {"h2o": (411,), "shadow": (299,)}
     for name in list(runs)[1:]:
         bench.compared(
             subject=name,
             peer="full",
-            setting=setting,
+            setting=settings[name],
             metric="serving throughput",
             unit="tokens/s",
             values=values[name],
             peer_values=values["full"],
-            papers=(411,) if name == "h2o" else (),
+            papers=papers.get(name, ()),
         )
     for name, engine in engines.items():
         together = most_together(engine, prompts, output)
-        bench.row(subject=name, setting=setting, metric="requests at a time", unit="", value=together)
+        bench.row(subject=name, setting=settings[name], metric="requests at a time", unit="", value=together)
 
 
 def most_together(engine: Engine, prompts: list[list[int]], output: int) -> float:

@@ -14,6 +14,7 @@ from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
+from penstock.serve.kv.policies.contract import Budgeted
 from penstock.serve.messages import Request
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.gpu
 SHAPE = DecoderConfig(
     vocabulary=2000, hidden=512, layers=4, heads=8, kv_heads=2, head_dim=128, ffn=1024, context=1024, qk_norm=True
 )
-NAMES = [each.name for each in index().entries("kv.policy") if "budget" in each.load().model_fields]
+NAMES = [each.name for each in index().entries("kv.policy") if issubclass(each.load(), Budgeted)]
 
 
 def engine_of(name: str, **options: object) -> Engine:
@@ -55,14 +56,21 @@ def test_tokens_do_not_depend_on_the_batch(name):
         assert told(engine, range(number, number + 1))[str(number)] == together[str(number)]
 
 
-def test_layers_that_share_say_what_they_say_on_the_cpu():
+@pytest.mark.parametrize(
+    "kv",
+    [
+        {"name": "minicache", "start": 0, "every": 32},
+        {"name": "shadow", "budget": 0.3, "outliers": 2, "every": 32},
+    ],
+)
+def test_packed_caches_say_what_they_say_on_the_cpu(kv):
     found = []
     for device in ("cuda", "cpu"):
         model = Decoder(SHAPE).initialize(0).to(device).eval()
-        config = EngineConfig.model_validate(
-            {"kv": {"name": "minicache", "start": 0, "every": 32}, "sequences": 4, "cache_tokens": 2000, "check": True}
-        )
-        found.append(told(build_engine(model, config), range(3)))
+        config = EngineConfig.model_validate({"kv": kv, "sequences": 4, "cache_tokens": 2000, "check": True})
+        engine = build_engine(model, config)
+        found.append(told(engine, range(3)))
+        assert engine.snapshot().dropped_tokens > 0
     assert agreement(*found) > 0.8
 
 

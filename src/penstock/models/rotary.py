@@ -16,6 +16,7 @@ from penstock.models.config import (
     RopeConfig,
     YarnScaling,
 )
+from penstock.ops.rotary import Rotation
 
 #: Cosines and sines of tokens, each [*T, 1, turned / 2], for each of a model's rotary embeddings.
 Turns = tuple[tuple[Tensor, Tensor], ...]
@@ -66,6 +67,17 @@ class Rotaries(nn.ModuleList):
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Turns:
         """What each gives for ``positions`` [*T]."""
         return tuple(rotary(positions, dtype) for rotary in self)
+
+
+def rotations(config: DecoderConfig) -> tuple[Rotation | None, ...]:
+    """What turns the keys of each layer, for texts of up to ``config.context`` tokens; None where nothing does."""
+    ropes = (config.rope_of(layer) for layer in range(config.layers))
+    return tuple(None if rope is None else _rotation(config, rope) for rope in ropes)
+
+
+def _rotation(config: DecoderConfig, rope: RopeConfig) -> Rotation:
+    frequencies, magnitude = scaled_frequencies(rope, config.rotated_of(rope), config.context)
+    return Rotation(frequencies, magnitude, rope.interleaved)
 
 
 def scaled_frequencies(rope: RopeConfig, dim: int, context: int) -> tuple[Tensor, float]:

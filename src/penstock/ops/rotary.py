@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
         return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rotation:
+    """The rotation of one layer's keys, for those who turn them back, and anew.
+
+    Attributes:
+        frequencies: float32 [turned / 2], the angle of each pair for a position.
+        magnitude: the factor on cosines and sines.
+        interleaved: see :func:`rotate`.
+    """
+
+    frequencies: Tensor
+    magnitude: float = 1.0
+    interleaved: bool = False
+
+    def turn(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """``keys`` [*, D] turned by ``positions`` int64 [*] or broadcastable to it."""
+        return self._turned(keys, positions, self.magnitude, 1)
+
+    def back(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """``keys`` [*, D] as they were before they were turned by ``positions``."""
+        return self._turned(keys, positions, 1 / self.magnitude, -1)
+
+    def _turned(self, keys: Tensor, positions: Tensor, magnitude: float, way: int) -> Tensor:
+        angles = positions.unsqueeze(-1).float() * self.frequencies.to(positions.device)
+        return rotate(keys, magnitude * angles.cos(), way * magnitude * angles.sin(), self.interleaved)
 
 
 def rotate_heads(

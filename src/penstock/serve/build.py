@@ -23,6 +23,7 @@ from penstock.models import hub
 from penstock.models.acceptance import folder as acceptance
 from penstock.models.acceptance.head import AcceptanceHead
 from penstock.models.adapters.slots import AdapterSlots, matrices, read
+from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.heads import folder as heads
 from penstock.models.heads.contract import Continues, Continuing, Foresees, HeadModule, Transfers
@@ -49,6 +50,7 @@ from penstock.serve.kv.compaction import Compactor
 from penstock.serve.kv.disk import DiskBlocks, fingerprint
 from penstock.serve.kv.host import HostBlocks
 from penstock.serve.kv.moving import Mover
+from penstock.serve.kv.policies.contract import CachePolicy
 from penstock.serve.kv.tiers import Tiers
 from penstock.serve.ranks.group import Ranks
 from penstock.serve.ranks.runner import LeadingRunner, RankRunner
@@ -341,7 +343,9 @@ def build_runners(
     block_bytes = sum(shape.block_bytes for _, shape in opened)
     for each, (_, shape), kept in zip(models, opened, keeps, strict=False):
         block_bytes += config.block_size * each.config.hidden * shape.dtype.itemsize if kept else 0
-    blocks = _blocks(config, device, block_bytes, contexts[0])
+    # Elsewhere, what goes to the host's memory goes to that of the cache.
+    aside = sum(shape.aside_bytes for _, shape in opened)
+    blocks = _blocks(config, device, block_bytes if on_cuda else block_bytes + aside, contexts[0])
     runners: list[Runner] = []
     with explained_shortage():
         # One more than sequences use: the runner's own.
@@ -370,6 +374,7 @@ def build_runners(
                 rehearse_largest_steps(config, runners[0], _drafting(runners, config, head, predictor))
 
             settle_memory(runners, config, DeviceMemory(device), compiled, rehearse, report)
+            _require_room_aside(aside * runners[0].cache.shape.blocks)
         else:
             cache = sum(count * each.block_bytes for count, each in zip(counts, runners, strict=False))
             runners[0].memory = {"weights": sum(map(weight_bytes, models)), "cache": cache}
@@ -377,6 +382,8 @@ def build_runners(
                 runners[0].memory["adapters"] = runners[0].adapter_bytes
             if memories[0].watch is not None:
                 runners[0].memory["queries"] = memories[0].watch.bytes
+            if aside:
+                runners[0].memory["aside"] = (blocks + 1) * aside
         if ranks is not None:
             ranks.ask_memory()
         if compiled:
@@ -404,6 +411,22 @@ def _blocks(config: EngineConfig, device: torch.device, block_bytes: int, contex
     return min(rehearsal_blocks(config, device, context), most)
 
 
+def _require_room_aside(wanted: int) -> None:
+    """Refuses to move more to the host's memory than there is."""
+    if wanted > (free := _free_memory()):
+        raise PenstockError(
+            f"a full pool of compressed caches has {wanted / 2**30:.1f} GiB in the host's memory, of which "
+            f"{free / 2**30:.1f} GiB are free",
+            hint="Lower engine.cache_tokens, or free memory.",
+        )
+
+
+def _fitted(config: EngineConfig, model: DecoderConfig) -> CachePolicy:
+    """The cache policy for a model."""
+    context = min(config.context or model.context, model.context)
+    return config.kv.fitted(model.model_copy(update={"context": context}))
+
+
 def _kinds(config: EngineConfig, model: Decoder, memories: List[PagedCache], keeps: List[bool]) -> list[dict[str, Any]]:
     """How the runners of the ``model``, and of one that drafts where there is one, differ from a plain one; ``keeps``
     says whether they keep hidden states."""
@@ -411,7 +434,7 @@ def _kinds(config: EngineConfig, model: Decoder, memories: List[PagedCache], kee
     if config.deterministic:
         kinds[0]["sampler"] = InvariantSampler
     shape = memories[0].shape
-    rows, kv = _most_rows(config, shape.device), config.kv.fitted(shape.layers, shape.head_dim)
+    rows, kv = _most_rows(config, shape.device), _fitted(config, model.config)
     if (compactor := Compactor.of(memories[0], kv, config.sequences, rows)) is not None:
         kinds[0] |= {"compactor": compactor, "planner": functools.partial(Planner, watched=kv.watches)}
     if config.kv_reuse.moves:
@@ -499,15 +522,15 @@ def _opened(
                 hint="Serve it with kv_reuse = prefix.",
             )
         cache = dataclasses.replace(cache, needs=cache.needs | {"contexts"})
-    paired = config.kv.fitted(cache.layers, cache.head_dim).paired
-    if paired is not None:
+    view = _fitted(config, shape).view
+    if view is not None:
         if config.codec.policy_name not in ("plain", "bf16"):
             raise UsageError(
-                f"the cache policy {config.kv.policy_name!r} keeps norms beside directions, and the codec "
+                f"the cache policy {config.kv.policy_name!r} keeps {view.holds}, and the codec "
                 f"{config.codec.policy_name!r} would round them as if they were one vector",
                 hint="Take the codec plain or bf16.",
             )
-        cache = dataclasses.replace(cache, paired=paired, needs=cache.needs | {"paired"})
+        cache = dataclasses.replace(cache, view=view, needs=cache.needs | {"view"})
     backend = _backend(config, cache)
     backend.prepare(cache, report)
     return backend, dataclasses.replace(cache, learned=learned_tables(model, config.codec, pieces, report))

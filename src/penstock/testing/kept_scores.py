@@ -10,7 +10,8 @@ from torch import Tensor
 
 from penstock.models.decoder import Decoder
 from penstock.ops.attention import PLAIN, Extras
-from penstock.serve.kv.policies.contract import Cached, CachePolicy
+from penstock.ops.paged.view import Packed, View
+from penstock.serve.kv.policies.contract import Cached, CachePolicy, Kept
 from penstock.testing.paged_scene import attention as attended
 
 
@@ -21,9 +22,10 @@ class KeptRows:
 
     Attributes:
         positions: int64 [T], of the piece.
-        keys, values: by layer.
+        keys, values: by layer, of the tokens that are not packed.
         queries: of all tokens so far, by layer, float64 [N, H, D].
         scale: of the scores.
+        view, packed: what is left of the first tokens, and how they are seen, where some are packed.
     """
 
     positions: Tensor
@@ -32,6 +34,8 @@ class KeptRows:
     queries: list[Tensor] = dataclasses.field(default_factory=list)
     scale: float = 0.0
     keeps: bool = True
+    view: View | None = None
+    packed: Packed | None = None
 
     def attend(
         self,
@@ -57,7 +61,21 @@ class KeptRows:
         length = self.keys[layer].shape[1]
         seen = torch.ones(len(query), length, dtype=torch.bool).tril(length - len(query))
         rows = (self.keys[layer].transpose(0, 1), self.values[layer].transpose(0, 1))
+        if self.packed is not None:
+            return self._attend_packed(layer, query, *rows, seen)
         return attended(query.double(), *rows, seen, scale=scale).to(query.dtype)
+
+    def _attend_packed(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+        """Query by query, to what each sees of the packed tokens, and to the others, of which ``keys`` and ``values``
+        [n, K, D] are, as far as they are ``seen`` [T, n]."""
+        assert self.view is not None and self.packed is not None
+        found = []
+        for row, own in zip(query, seen, strict=True):
+            (early,) = self.view.seen(layer, row.unsqueeze(0), self.packed, self.scale)
+            key, value = torch.cat([early.keys[0].double(), keys]), torch.cat([early.values[0].double(), values])
+            mask = torch.cat([torch.ones(early.keys.shape[1], dtype=torch.bool), own])
+            found.append(attended(row.double().unsqueeze(0), key, value, mask.unsqueeze(0), scale=self.scale))
+        return torch.cat(found).to(query.dtype)
 
 
 class KeptScores:
@@ -71,7 +89,7 @@ class KeptScores:
 
     def __init__(self, model: Decoder, policy: CachePolicy, prompt: int) -> None:
         self._model, self._prompt = model, prompt
-        self._policy = policy.fitted(model.config.layers, model.config.head_dim)
+        self._policy = policy.fitted(model.config)
         self._begin([])
 
     def _begin(self, text: Sequence[int]) -> None:
@@ -104,17 +122,24 @@ class KeptScores:
         return self._logits[: len(tokens)]
 
     def _compress(self) -> None:
-        computed, context = len(self._text), self._context
-        count, paired = self._policy.keeps(computed), self._policy.paired
-        if paired is not None:
-            # Attention has the keys and values that the layers share, in each of them.
-            whole = Cached(torch.stack(context.keys).float(), torch.stack(context.values).float())
-            kept = self._policy.compress(whole, count)
-            context.keys = list(paired.restored(kept.keys, computed).double())
-            context.values = list(paired.restored(kept.values, computed).double())
-        else:
+        computed = len(self._text)
+        count, view = self._policy.keeps(computed), self._policy.view
+        if view is None:
             self._compress_layers(count)
+        else:
+            self._pack(view, count)
         self._dropped, self._compacted = computed - count, computed
+
+    def _pack(self, view: View, count: int) -> None:
+        context = self._context
+        keys, values = (torch.stack(each).float() for each in (context.keys, context.values))
+        if context.packed is not None:
+            early = view.restored(context.packed)
+            keys, values = (torch.cat(pair, 2) for pair in zip(early, (keys, values), strict=True))
+        kept = self._policy.compress(Cached(keys, values), count)
+        context.view, context.packed = view, packed_of(self._policy, kept, len(self._text))
+        first = view.places(context.packed.tokens)
+        context.keys, context.values = (list(each[:, :, first:].double()) for each in (kept.keys, kept.values))
 
     def _compress_layers(self, count: int) -> None:
         computed, context = len(self._text), self._context
@@ -127,6 +152,19 @@ class KeptScores:
             kept = self._policy.compress(Cached(keys.float(), values.float(), shares, drawn), count)
             context.keys[layer], context.values[layer] = kept.keys.double(), kept.values.double()
             self._drawn[layer : layer + 1] = [] if kept.drawn is None else [kept.drawn]
+
+
+def packed_of(policy: CachePolicy, kept: Kept, computed: int) -> Packed:
+    """What is packed of a cache that was compressed to ``kept`` with so many tokens ``computed``."""
+    assert policy.view is not None
+    tokens, aside = policy.packed(computed), kept.aside
+    first = policy.view.places(tokens)
+
+    def fetch(layer: int, wanted: Tensor) -> Tensor:
+        assert aside is not None
+        return torch.stack([aside[layer, head, wanted[..., head]] for head in range(wanted.shape[-1])], -2)
+
+    return Packed.of(kept.keys[:, :, :first], kept.values[:, :, :first], tokens, fetch)
 
 
 def shares_of(queries: Tensor, keys: Tensor, scale: float) -> Tensor:

@@ -2,11 +2,14 @@
 
 What each clause is there to catch:
 
-- :func:`check_sizes`: a policy that is due at a place which it has passed, that keeps more than it says, or that goes
-  on although its budget covers all;
+- :func:`check_sizes`: a policy that is due at a place which it has passed, or that keeps more than it says, or than its
+  budget;
 - :func:`check_rows`: layers and heads that are computed together and touch each other, tokens that change their order,
   results of another size or dtype, a request for fewer tokens that does not give fewer;
 - :func:`check_shared`: a layer that is given another one's norms, and directions that come from nowhere;
+- :func:`check_strong`: a key that is packed, and that a query likes more than all others, and does not see;
+- :func:`check_copied`: blocks that are copied without what the host's memory has beside them;
+- :func:`check_limit`: tokens that are not those of the full cache where the policy says that they are;
 - :func:`check_engine`: a sequence whose tokens depend on the batch, on chunks of its prompt, on blocks that it shares,
   on a fork, or on having been thrown out; blocks that are lost, or not given back; a place that is taken for a
   position; queries that are another sequence's, or too old; what is remembered of one token and told of another;
@@ -19,21 +22,33 @@ cache. Each policy's own rule is tested by brute force beside this.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections import defaultdict
+
 import torch
 from hypothesis.stateful import run_state_machine_as_test
 from torch import Tensor
 
 from penstock.core.randomness import numpy_generator, torch_generator
+from penstock.models.config import DecoderConfig
+from penstock.models.paged import cache_shape
+from penstock.ops.paged.paired import PairedLayers
 from penstock.ops.paged.reference import Reference
+from penstock.ops.paged.view import Packed
 from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
-from penstock.serve.kv.policies.contract import Cached, CachePolicy, Kept
+from penstock.serve.kv.compaction import Compaction, Compactor
+from penstock.serve.kv.policies.contract import Budgeted, Cached, CachePolicy, Kept
 from penstock.serve.messages import Request
 from penstock.speculate.controllers.fixed import Fixed
 from penstock.speculate.drafters.ngram import Ngram
 from penstock.testing.alike import alike
+from penstock.testing.kept_scores import packed_of
+from penstock.testing.paged_scene import attention as attended
+from penstock.testing.reference import greedy
 from penstock.testing.serve_batching import crowd, machine_of
 from penstock.testing.serve_model import SHAPE, small_model
 
@@ -43,6 +58,9 @@ def check(policy: CachePolicy, crowds: int = 3, examples: int = 6, steps: int = 
     check_sizes(policy)
     check_rows(policy)
     check_shared(policy)
+    check_strong(policy)
+    check_copied(policy)
+    check_limit(policy)
     check_held(policy)
     check_engine(policy, crowds, examples, steps)
 
@@ -51,7 +69,7 @@ def tight(policy: CachePolicy, **more: object) -> CachePolicy:
     """``policy`` with a budget that small texts exceed, where it has one."""
     known = type(policy).model_fields
     small = {"budget": 0.4, "every": 5, "history": 4, "window": 4, "recent": 2, "sinks": 2, "pool": 3}
-    small |= {"start": 0.0, "retained": 0.2}
+    small |= {"start": 0.0, "retained": 0.2, "rank": 3, "chunk": 2, "outliers": 1}
     own = {name: value for name, value in {**small, **more}.items() if name in known}
     if isinstance(known.get("recent") and known["recent"].default, float):
         own.pop("recent")
@@ -59,9 +77,9 @@ def tight(policy: CachePolicy, **more: object) -> CachePolicy:
 
 
 def check_sizes(policy: CachePolicy) -> None:
-    """Asserts that compressions follow each other, each leaves as much as it says, and none comes where all is kept."""
+    """Asserts that compressions follow each other, and each leaves as much as it says, and no more than a budget."""
     policies = (policy, tight(policy), tight(policy, whole_prompt=False), tight(policy, budget=9))
-    for each in [each.fitted(8, 64) for each in policies]:
+    for each in [each.fitted(_model(8, 64)) for each in policies]:
         for prompt in (1, 7, 40):
             computed = dropped = 0
             first = each.due(prompt, 0, 0)
@@ -70,20 +88,26 @@ def check_sizes(policy: CachePolicy) -> None:
                 left = each.keeps(due)
                 assert computed < due, "a compression is due that is past"
                 assert 0 < left < due - dropped, f"of {due - dropped} tokens {left} are kept"
+                if isinstance(each, Budgeted):
+                    most = max(each.least, each.budget if each.budget > 1 else math.ceil(each.budget * due))
+                    assert left <= most, f"{left} tokens are kept where the budget is {most}"
                 computed, dropped = due, due - left
-    for option in {"budget", "retained"} & type(policy).model_fields.keys():
-        assert tight(policy, **{option: 1}).due(10, 0, 0) is None, "a budget that covers all throws something out"
+
+
+def _model(layers: int, head_dim: int) -> DecoderConfig:
+    return SHAPE.model_copy(update={"layers": layers, "head_dim": head_dim})
 
 
 def check_rows(policy: CachePolicy, seeds: int = 6) -> None:
     """Asserts that each head is compressed as if it were alone, and each layer where they share nothing, to as many
     places, in the cache's dtype."""
-    chosen = tight(policy).fitted(4, 8)
+    chosen = tight(policy).fitted(_model(4, 8))
     if not chosen.compresses:
         return
-    paired = chosen.paired is not None
-    count, layers = (chosen.keeps(25), [slice(None)]) if paired else (11, list(range(4)))
-    assert not (paired and (chosen.watches or chosen.remembers))
+    view = chosen.view
+    count, layers = (11, list(range(4))) if view is None else (chosen.keeps(25), [slice(None)])
+    heads = [slice(0, 1), slice(1, 2)] if view is None or view.head_by_head else []
+    assert not (view is not None and (chosen.watches or chosen.remembers))
     for seed in range(seeds):
         draw = torch_generator(seed, "testing/kv_policy")
         dtype = (torch.float32, torch.bfloat16)[seed % 2]
@@ -94,7 +118,7 @@ def check_rows(policy: CachePolicy, seeds: int = 6) -> None:
         assert whole.keys.shape == whole.values.shape == (4, 2, count, 8) and whole.keys.dtype == dtype
         assert (whole.drawn is not None) == chosen.remembers
         for layer in layers:
-            for head in (slice(0, 1), slice(1, 2)):
+            for head in heads:
                 own = Cached(
                     keys[layer, head],
                     values[layer, head],
@@ -107,15 +131,16 @@ def check_rows(policy: CachePolicy, seeds: int = 6) -> None:
 def check_shared(policy: CachePolicy) -> None:
     """Asserts that layers which share keys and values have vectors of the norms that were theirs, and that nothing
     changes where all layers have the same directions."""
-    chosen = tight(policy).fitted(4, 8)
-    paired = chosen.paired
-    if paired is None:
+    chosen = tight(policy).fitted(_model(4, 8))
+    paired = chosen.view
+    if not isinstance(paired, PairedLayers):
         return
     draw = torch_generator(0, "testing/kv_policy/shared")
     keys, values = (torch.randn(4, 2, 25, 8, generator=draw) for _ in range(2))
 
     def found(vectors: Tensor) -> Tensor:
-        return paired.restored(chosen.compress(Cached(vectors, values), chosen.keeps(25)).keys, 25)
+        kept = chosen.compress(Cached(vectors, values), chosen.keeps(25))
+        return paired.restored(packed_of(chosen, kept, 25))[0]
 
     norms, kept = (torch.linalg.vector_norm(each, dim=-1).sort(-1).values for each in (keys, found(keys)))
     torch.testing.assert_close(kept, norms, msg="a vector has another norm than it had")
@@ -131,6 +156,75 @@ def _same(alone: Kept, whole: Kept, layer: int | slice, head: slice) -> None:
         torch.testing.assert_close(one, other[layer, head])
 
 
+def check_strong(policy: CachePolicy) -> None:
+    """Asserts that a token which a query likes more than all others is what it sees, wherever it is packed."""
+    chosen = tight(policy).fitted(_model(4, 8))
+    view = chosen.view
+    if view is None:
+        return
+    draw = torch_generator(0, "testing/kv_policy/strong")
+    for place in range(chosen.packed(25)):
+        keys, values = (torch.randn(4, 2, 25, 8, generator=draw) for _ in range(2))
+        query = torch.randn(1, 4, 8, generator=draw)
+        keys[:, :, place] = 40 * torch.nn.functional.normalize(query[0, ::2], dim=-1)
+        values[:, :, place] = torch.randn(2, 8, generator=draw)
+        packed = packed_of(chosen, chosen.compress(Cached(keys, values), chosen.keeps(25)), 25)
+        for layer in range(4):
+            (seen,) = view.seen(layer, query, packed, 8**-0.5)
+            whole = torch.ones(1, seen.keys.shape[1], dtype=torch.bool)
+            found = attended(query, seen.keys[0], seen.values[0], whole, scale=8**-0.5)[0, ::2]
+            near = torch.linalg.vector_norm(found - values[layer, :, place]) < 0.05
+            assert near, f"token {place} of a cache, which a query likes more than all others, is not what it sees"
+
+
+def check_copied(policy: CachePolicy) -> None:
+    """Asserts that tokens which are packed are the same in copies of their blocks, whatever comes to the blocks
+    themselves."""
+    chosen, draw = tight(policy).fitted(SHAPE), torch_generator(0, "testing/kv_policy/copied")
+    view = chosen.view
+    if view is None:
+        return
+    shape = cache_shape(SHAPE, 2, torch.float32, torch.device("cpu"), blocks=60)
+    cache = Reference().open(dataclasses.replace(shape, view=view))
+    compactor, sources, targets = Compactor(cache, chosen), torch.arange(25), 26 + torch.arange(chosen.keeps(25))
+
+    def compressed() -> None:
+        cache.write(sources, *(torch.randn(SHAPE.layers, SHAPE.kv_heads, 25, 8, generator=draw) for _ in range(2)))
+        compactor.compact(Compaction(0, 25, 0, 0, sources.numpy(), targets.numpy()))
+
+    def found(slots: Tensor) -> tuple[Tensor, Tensor]:
+        own = slots[: view.places(chosen.packed(25))]
+        return view.restored(Packed.of(*cache.read(own), chosen.packed(25), cache.fetch(own)))
+
+    compressed()
+    before, blocks = found(targets), sorted(set((targets // 2).tolist()))
+    cache.copy(blocks, [block + 20 for block in blocks])
+    compressed()
+    for one, other in zip(found(targets + 40), before, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, msg="a copy of blocks has not all that they had")
+
+
+def check_limit(policy: CachePolicy) -> None:
+    """Asserts that in the limiting case nothing is ever compressed, or the tokens are those of the full cache all the
+    same."""
+    limit = tight(policy).limit()
+    if limit.fitted(SHAPE).due(10, 0, 0) is None:
+        return
+    config = EngineConfig(kv=limit, attention=Reference(), sequences=3, block_size=2, cache_tokens=400, check=True)
+    engine, draw = build_engine(small_model(), config), numpy_generator(0, "testing/kv_policy/limit")
+    told: dict[str, list[int]] = defaultdict(list)
+    prompts = [[int(token) for token in draw.integers(50, size=66 + 4 * number)] for number in range(3)]
+    for number, prompt in enumerate(prompts):
+        engine.add(Request(str(number), prompt, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)))
+    while engine.busy:
+        for delta in engine.step():
+            told[delta.id] += delta.tokens
+    assert engine.snapshot().dropped_tokens > 0, "a cache that is to be compressed never was"
+    for number, prompt in enumerate(prompts):
+        wanted = greedy(small_model(), prompt, 16)
+        assert told[str(number)] == wanted, "in the limiting case, tokens are not those of the full cache"
+
+
 def check_held(policy: CachePolicy) -> None:
     """Asserts that sequences hold no more blocks than the policy says once their prompts are computed, and none that
     are not counted."""
@@ -144,7 +238,7 @@ def check_held(policy: CachePolicy) -> None:
     for number in range(4):
         prompt = [int(token) for token in draw.integers(50, size=20 + 3 * number)]
         engine.add(Request(str(number), prompt, SamplingParams(temperature=0, max_tokens=30)))
-    fitted = chosen.fitted(SHAPE.layers, SHAPE.head_dim)
+    fitted = chosen.fitted(SHAPE)
     while engine.busy:
         engine.step()
         done = [each.held for each in engine.memory.running if each.held is not None and each.held.dropped]

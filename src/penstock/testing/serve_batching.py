@@ -383,11 +383,13 @@ class EngineMachine(RuleBasedStateMachine):
         return min(self.engine.context - max(length, other), both // 2) if limits.sequences > 1 else 0
 
     def _step(self) -> None:
+        before = self.engine.steps.last
         for delta in self.engine.step():
             self._receive(delta)
         for event in self.engine.events.fresh():
             self._hear(event)
-            if event.kind == "preempted":
+            # Where a cache that is compressed wanted the room of the only one, there is no batch after it.
+            if event.kind == "preempted" and self.engine.steps.last is not before:
                 self._judge_preemption((event.id, event.index), int(event.detail["taken"]))
         now, limits = self.engine.snapshot(), self.engine.limits
         assert now.batch_tokens <= limits.tokens

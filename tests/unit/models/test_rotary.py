@@ -14,11 +14,12 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from penstock.core.randomness import torch_generator
-from penstock.models.config import RopeConfig
+from penstock.models.config import LongRopeScaling, RopeConfig, YarnScaling
 from penstock.models.families.contract import HubConfig
 from penstock.models.families.rope import rope_from_hub
-from penstock.models.rotary import Rotary, scaled_frequencies
+from penstock.models.rotary import Rotaries, Rotary, rotations, scaled_frequencies
 from penstock.ops.rotary import rotate
+from penstock.testing.serve_model import SHAPE
 
 CONTEXT = 4096
 THETAS = st.floats(50.0, 1e7)
@@ -118,3 +119,25 @@ def test_frequencies_are_real_on_the_meta_device() -> None:
         rotary = turning(32)
     assert torch.equal(rotary.frequencies, turning(32).frequencies)
     assert torch.equal(rotary.to("meta").frequencies, rotary.frequencies)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig(theta=300.0, fraction=0.5),
+        RopeConfig(interleaved=True),
+        RopeConfig(scaling=YarnScaling(factor=4, original_context=32)),
+        RopeConfig(
+            scaling=LongRopeScaling(short=(1,) * 4, long=(2, 3, 4, 5), original_context=64, attention_factor=1.2)
+        ),
+    ],
+)
+def test_keys_are_turned_as_the_model_does_and_back(rope):
+    config = SHAPE.model_copy(update={"rope": rope, "unrotated_layers": (1,)})
+    turns, nothing = rotations(config)
+    assert nothing is None and turns is not None
+    keys, positions = torch.randn(9, 2, 8, generator=torch_generator(0, "test/rotary")), 7 * torch.arange(9)
+    ((cos, sin),) = Rotaries(config, config.context)(positions, torch.float32)
+    found = turns.turn(keys, positions[:, None])
+    torch.testing.assert_close(found, rotate(keys, cos, sin, rope.interleaved))
+    torch.testing.assert_close(turns.back(found, positions[:, None]), keys)

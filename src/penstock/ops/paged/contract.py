@@ -21,11 +21,12 @@ from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contexts import Contexts, attend_beside
 from penstock.ops.paged.masks import Masks, masks_of
-from penstock.ops.paged.paired import PairedLayers
+from penstock.ops.paged.view import Fetch, View
 from penstock.ops.paged.weighed import Weighed, shares
 from penstock.policy import Policy, contract
 
 if TYPE_CHECKING:
+    from penstock.ops.paged.aside import Aside
     from penstock.ops.paged.watch import Watch
 
 
@@ -43,9 +44,9 @@ class CacheShape:
         latent: how many of a key's first numbers are its value, of which nothing else is kept; None where values are
             their own.
         needs: what attention has to do besides: "cap", "sinks" or "chunk", as of
-            :class:`~penstock.ops.attention.Extras`, "latent", "paired", "contexts" or "weighed".
-        paired: how keys and values lie that layers share; None where they never share any. The ``needs`` have "paired"
-            too.
+            :class:`~penstock.ops.attention.Extras`, "latent", "view", "contexts" or "weighed".
+        view: how attention sees caches that were compressed as a whole; None where each place has a token always. The
+            ``needs`` have "view" too.
         codec: how keys and values lie in the memory.
         learned: the codec's tables, [layers, 2, K, ...], of keys and of values (of a latent cache
             [layers, 1, 1, ...]),
@@ -63,7 +64,7 @@ class CacheShape:
     windows: frozenset[int | None] = frozenset({None})
     latent: int | None = None
     needs: frozenset[str] = frozenset()
-    paired: PairedLayers | None = None
+    view: View | None = None
     codec: Codec = dataclasses.field(default_factory=Plain)
     learned: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -78,6 +79,14 @@ class CacheShape:
         vectors = self.parts * self.layers * self.block_size * self.kv_heads
         return vectors * self.codec.vector_bytes(self.head_dim, self.dtype)
 
+    @property
+    def aside_bytes(self) -> int:
+        """Bytes that a block has in the host's memory besides, for what its view moves there."""
+        if self.view is None:
+            return 0
+        each = self.layers * self.kv_heads * self.codec.vector_bytes(self.head_dim, self.dtype)
+        return self.view.aside(self.block_size) * each
+
     def table(self, layer: int, part: int) -> Tensor | None:
         """What was learned of the keys (0) or the values (1) of ``layer``."""
         return None if self.learned is None else self.learned[layer, part]
@@ -89,7 +98,7 @@ NEEDS = {
     "sinks": "attention sinks",
     "chunk": "chunked attention",
     "latent": "latent attention",
-    "paired": "layers that share keys and values",
+    "view": "views of compressed caches",
     "contexts": "contexts beside a text",
     "weighed": "attention that is weighed by the parts of a text",
 }
@@ -141,8 +150,8 @@ class PagedBatch:
         open: int32 [B], for masked blocks: so many of the last new tokens of each sequence see each other whatever
             their order, besides all that is before them. None is 0 everywhere.
         shape: that the batch was given for a plan that was made to be replayed; see :meth:`PagedCache.fix`.
-        packed: int32 [B], how many tokens share the first places of each sequence, as the cache's
-            :class:`~penstock.ops.paged.paired.PairedLayers` has it; ``lengths`` counts places. None is 0 everywhere.
+        packed: int32 [B], how many tokens share the first places of each sequence, as the :attr:`CacheShape.view` has
+            it; ``lengths`` counts places. None is 0 everywhere.
         watched: int64 [N], where the cache's :class:`~penstock.ops.paged.watch.Watch` keeps the query of each new
             token; None where it keeps none of them.
         contexts: what some of the sequences see beside their own tokens, of a cache whose needs have "contexts". Such
@@ -189,9 +198,11 @@ class PagedCache:
 
     Attributes:
         watch: keeps queries, where somebody wants to know what they look at.
+        aside: what the view of compressed caches has in the host's memory.
     """
 
     watch: Watch | None = None
+    aside: Aside | None = None
 
     def __init__(self, shape: CacheShape) -> None:
         self.shape = shape
@@ -285,6 +296,11 @@ class PagedCache:
         """Where the first ``count`` tokens of a ``sequence`` of ``batch`` are."""
         places, size = torch.arange(count), self.shape.block_size
         return batch.tables[sequence].long()[places // size] * size + places % size
+
+    def fetch(self, slots: Tensor) -> Fetch | None:
+        """What gives the vectors in the host's memory of a sequence whose places are in ``slots``; None where there are
+        none."""
+        return None if self.aside is None else functools.partial(self.aside.read, slots)
 
     def codes(self, slots: Tensor, layers: slice = ALL_LAYERS) -> list[Tensor]:
         """The keys and the values of the tokens in ``slots`` int64 [n], on any device, as in :attr:`PagedBatch.slots`,

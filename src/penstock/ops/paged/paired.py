@@ -7,15 +7,16 @@ over the vectors of all layers of as many places as it takes. Heads, keys and va
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-#: Gives the vectors [n, K, D] of layers int64 [n] at places int64 [n].
-Take = Callable[[Tensor, Tensor], Tensor]
+from penstock.ops.paged.view import Packed, Seen, View
 
 
 class Shared(NamedTuple):
@@ -28,7 +29,8 @@ class Shared(NamedTuple):
     norms: Tensor
 
 
-class PairedLayers(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class PairedLayers(View):
     """The last ``2 * pairs`` of so many ``layers`` share directions, two by two.
 
     Attributes:
@@ -37,6 +39,8 @@ class PairedLayers(NamedTuple):
         head_dim: numbers of a vector.
         retained: which share of the tokens is kept in both layers of a pair.
     """
+
+    holds: ClassVar[str] = "norms beside directions"
 
     layers: int
     pairs: int
@@ -78,8 +82,19 @@ class PairedLayers(NamedTuple):
         laid = torch.nn.functional.pad(laid, (0, 0, 0, self.layers * places - laid.shape[1]))
         return laid.view(-1, self.layers, places, self.head_dim).transpose(0, 1)
 
-    def restore(self, layer: int, tokens: int, take: Take) -> Tensor:
-        """The vectors [n, K, D] of so many tokens in ``layer``, of those that ``take`` gives."""
+    def seen(self, layer: int, query: Tensor, packed: Packed, scale: float) -> Iterator[Seen]:
+        keys, values = (self._restore(layer, packed.tokens, take).unsqueeze(0) for take in _parts(packed))
+        yield Seen(slice(0, len(query)), keys, values)
+
+    def restored(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        found = [
+            torch.stack([self._restore(layer, packed.tokens, take) for layer in range(self.layers)])
+            for take in _parts(packed)
+        ]
+        return found[0].transpose(1, 2), found[1].transpose(1, 2)
+
+    def _restore(self, layer: int, tokens: int, take: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The vectors [n, K, D] of so many tokens in ``layer``, of those that ``take`` gives of layers at places."""
         places, number = self.places(tokens), torch.arange(tokens)
 
         def at(numbers: Tensor) -> Tensor:
@@ -97,10 +112,7 @@ class PairedLayers(NamedTuple):
         directions = at(first + number)
         return (directions.float() * own.float()).to(directions.dtype)
 
-    def restored(self, laid: Tensor, tokens: int) -> Tensor:
-        """The vectors [layers, K, n, D] of so many tokens that :meth:`lay` has ``laid`` [layers, K, m, D]."""
-        found = [
-            self.restore(layer, tokens, lambda layers, places: laid[layers.to(laid.device), :, places.to(laid.device)])
-            for layer in range(self.layers)
-        ]
-        return torch.stack(found).transpose(1, 2)
+
+def _parts(packed: Packed) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """What gives the keys and the values of layers at places."""
+    return [functools.partial(packed.take, part) for part in (0, 1)]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from penstock.ops.attention import PLAIN, Extras, attend_rows, causal_mask
+from penstock.ops.paged.aside import Aside
 from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.contract import ALL_LAYERS, NEEDS, CacheShape, PagedAttention, PagedBatch, PagedCache
+from penstock.ops.paged.view import Packed
 from penstock.policy import policy
 
 
@@ -23,6 +25,8 @@ class ReferenceCache(PagedCache):
     def allocate(self) -> None:
         shape = self.shape
         count, dtype = shape.codec.stored(shape.head_dim, shape.dtype)
+        if shape.view is not None and (each := shape.view.aside(shape.block_size)):
+            self.aside = Aside(shape, each)
         self._memory = torch.zeros(
             shape.layers,
             shape.parts,
@@ -58,30 +62,45 @@ class ReferenceCache(PagedCache):
             own = slice(starts[index], starts[index + 1])
             place = torch.arange(length)
             block = self._batch.tables[index].long()[place // self.shape.block_size]
-            where = (block * self.shape.block_size + place % self.shape.block_size).to(key.device)
-            packed = 0 if self._batch.packed is None else int(self._batch.packed[index])
-            keys, values = self._decoded(layer, where, packed)
-            mask = self._mask(index, own, torch.arange(len(keys)), window, extras.chunk).to(key.device)
+            where = block * self.shape.block_size + place % self.shape.block_size
+            if self._batch.packed is not None and (packed := int(self._batch.packed[index])):
+                out[own] = self._attend_packed(layer, query[own], index, where, packed, scale)
+                continue
+            keys, values = self._decoded(layer, where.to(key.device))
+            mask = self._mask(index, own, torch.arange(length), window, extras.chunk).to(key.device)
             rows = (x.unsqueeze(0) for x in (query[own], keys, values))
             out[own] = attend_rows(*rows, scale=scale, mask=mask[None, None], extras=extras)[0]
         self.see_contexts(self._batch, layer, query, out, scale)
         self.weigh(self._batch, layer, query, scale, window, extras)
         return out
 
-    def _decoded(self, layer: int, where: Tensor, packed: int) -> tuple[Tensor, Tensor]:
-        """The keys and values [S, K, D] of a sequence whose places are in the slots ``where``, of which ``packed``
-        tokens share the first."""
-        found, paired = [], self.shape.paired
-        for part in range(self.shape.parts):
-            take = functools.partial(self._vectors, part, layer, where)
-            if packed and paired is not None:
-                own = torch.arange(paired.places(packed), len(where))
-                found.append(torch.cat([paired.restore(layer, packed, take), take(layer, own)]))
-            else:
-                found.append(take(layer, torch.arange(len(where))))
+    def _attend_packed(self, layer: int, query: Tensor, index: int, where: Tensor, tokens: int, scale: float) -> Tensor:
+        """Attention [T, H, D] of a sequence whose places are in the slots ``where``, of which so many ``tokens`` share
+        the first."""
+        view = self.shape.view
+        assert view is not None
+        own, on_device = slice(*self._batch.starts[index : index + 2].tolist()), where.to(query.device)
+        packed = Packed(tokens, functools.partial(self._vectors, layer, on_device), self.fetch(where))
+        rest, found = self._decoded(layer, on_device[view.places(tokens) :]), []
+        behind = self._mask(index, own, torch.arange(len(rest[0])), None, None).to(query.device)
+        for seen in view.seen(layer, query, packed, scale):
+            keys, values = (
+                torch.cat([early, late.expand(len(early), -1, -1, -1)], 1)
+                for early, late in zip((seen.keys, seen.values), rest, strict=True)
+            )
+            mask = torch.nn.functional.pad(behind[seen.rows], (seen.keys.shape[1], 0), value=True)
+            # Rows of a batch are queries that see the same.
+            rows, seen_by = (each.reshape(len(keys), -1, *each.shape[1:]) for each in (query[seen.rows], mask))
+            found.append(attend_rows(rows, keys, values, scale=scale, mask=seen_by.unsqueeze(1)).flatten(0, 1))
+        return torch.cat(found)
+
+    def _decoded(self, layer: int, where: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values [S, K, D] of the tokens in the slots ``where``."""
+        places = torch.arange(len(where))
+        found = [self._vectors(layer, where, part, layer, places) for part in range(self.shape.parts)]
         return found[0], found[-1][..., : self.shape.latent]
 
-    def _vectors(self, part: int, layer: int, where: Tensor, layers: Tensor | int, places: Tensor) -> Tensor:
+    def _vectors(self, layer: int, where: Tensor, part: int, layers: Tensor | int, places: Tensor) -> Tensor:
         """The keys (0) or values (1) [n, K, D] that lie in ``layers`` at ``places`` of a sequence in the slots
         ``where``, decoded as ``layer``'s."""
         shape, stored = self.shape, self._memory.flatten(2, 3)[layers, part, where[places]]
@@ -107,6 +126,8 @@ class ReferenceCache(PagedCache):
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
         self._memory[:, :, targets] = self._memory[:, :, sources]
+        if self.aside is not None:
+            self.aside.copy(sources, targets)
 
     def codes(self, slots: Tensor, layers: slice = ALL_LAYERS) -> list[Tensor]:
         found = self._memory[layers].flatten(2, 3)[:, :, slots.to(self.shape.device)].transpose(2, 3)

@@ -91,8 +91,8 @@ class Batch:
         compactions: caches to be compressed before anything else.
         copies: blocks (from, to) to be copied before the step, since a sequence writes to a frozen one.
         moves, keeps: tokens that are moved before the step, and behind it, see :class:`~penstock.serve.run.step.Step`.
-        restored: blocks that were brought back, or filled from others, since the last step: what else was known of them is
-            void.
+        restored: blocks that were brought back, or filled from others, since the last step: what else was known of
+            them is void.
         parts: how many of the entries, in order, make a nano-batch: a pass of its own, beside the others where the
             device can do two things at a time. No entry reads what an entry of another part writes.
         lead: the part that goes first where two want the same.

@@ -79,7 +79,7 @@ class Engine:
         shape, blocks, size = executor.shape, executor.blocks, executor.block_size
         self.context = min(config.context or shape.context, shape.context, blocks * size)
         self.limits = Limits(config.budget(executor.device), config.sequences, blocks, size, shape)
-        kv = config.kv.fitted(shape.layers, shape.head_dim)
+        kv = config.kv.fitted(shape)
         self.memory = Memory(config.sequences, blocks, size, self.context, kv, config.eviction, tiers, config.kv_reuse)
         self.events = EventLog()
         self._config, self._stop, self._grammars = config, frozenset(stop), grammars

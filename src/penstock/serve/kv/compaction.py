@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from penstock.ops.paged.contract import PagedCache
+from penstock.ops.paged.view import Packed
 from penstock.ops.paged.watch import Watch
 from penstock.serve.kv.policies.contract import Cached, CachePolicy
 
@@ -82,7 +83,7 @@ class Compactor:
         )
         keys, values = self._cache.read(sources)
         if work.packed:
-            keys, values = self._unpacked(keys, work.packed), self._unpacked(values, work.packed)
+            keys, values = self._unpacked(keys, values, sources, work.packed)
         drawn = self._read(sources, work.known)
         kept = [
             self._policy.compress(
@@ -91,14 +92,20 @@ class Compactor:
             for own, attention in self._attention(keys, work)
         ]
         self._cache.write(targets, torch.cat([each.keys for each in kept]), torch.cat([each.values for each in kept]))
+        if self._cache.aside is not None:
+            self._cache.aside.write(targets, torch.cat([each.aside for each in kept if each.aside is not None]))
         if self._policy.remembers:
             self._drawn[:, :, targets] = torch.cat([each.drawn for each in kept if each.drawn is not None])
 
-    def _unpacked(self, vectors: Tensor, packed: int) -> Tensor:
-        """Those [layers, K, n, D] of all tokens in places with ``vectors`` [layers, K, m, D]."""
-        paired = self._policy.paired
-        assert paired is not None
-        return torch.cat([paired.restored(vectors, packed), vectors[:, :, paired.places(packed) :]], 2)
+    def _unpacked(self, keys: Tensor, values: Tensor, slots: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Those [layers, K, n, D] of all tokens in places with ``keys`` and ``values`` [layers, K, m, D], which are in
+        ``slots``, and of which so many tokens share the first."""
+        view = self._policy.view
+        assert view is not None
+        restored = view.restored(Packed.of(keys, values, tokens, self._cache.fetch(slots)))
+        first = view.places(tokens)
+        early, late = zip(restored, (keys[:, :, first:], values[:, :, first:]), strict=True)
+        return torch.cat(early, 2), torch.cat(late, 2)
 
     def _read(self, sources: Tensor, known: int) -> Tensor | None:
         """What is remembered of the tokens: float32 [layers, K, n]."""

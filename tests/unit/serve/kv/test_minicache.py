@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from penstock.core.errors import PenstockError, UsageError
+from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.serve.build import build_engine
 from penstock.serve.config import EngineConfig
 from penstock.serve.kv.policies.contract import Cached
 from penstock.serve.kv.policies.minicache import MiniCache, interpolated
+from penstock.testing.kept_scores import packed_of
 from penstock.testing.serve_model import SHAPE, small_model
 
 LAYERS, HEADS, LENGTH, DIM = 5, 2, 20, 8
@@ -28,13 +30,17 @@ def vectors(seed: int) -> Tensor:
     )
 
 
+def model(layers: int, dim: int) -> DecoderConfig:
+    return SHAPE.model_copy(update={"layers": layers, "head_dim": dim})
+
+
 def shared(policy: MiniCache, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """What the layers have of ``keys`` and ``values`` afterwards."""
-    fitted = policy.fitted(LAYERS, DIM)
-    assert fitted.paired is not None
+    fitted = policy.fitted(model(LAYERS, DIM))
+    assert fitted.view is not None
     kept = fitted.compress(Cached(keys, values), fitted.keeps(LENGTH))
     assert kept.keys.shape == (LAYERS, HEADS, fitted.keeps(LENGTH), DIM)
-    return fitted.paired.restored(kept.keys, LENGTH), fitted.paired.restored(kept.values, LENGTH)
+    return fitted.view.restored(packed_of(fitted, kept, LENGTH))
 
 
 def on_the_arc(first: list[float], second: list[float], share: float) -> list[float]:
@@ -92,12 +98,12 @@ def test_what_was_merged_merges_to_itself():
 def test_where_all_is_retained_the_cache_stays_as_it_is():
     policy = MiniCache(retained=1)
     assert not policy.compresses
-    assert policy.fitted(2, 8).due(10, 0, 0) is None
+    assert policy.fitted(model(2, 8)).due(10, 0, 0) is None
 
 
 @pytest.mark.parametrize(("layers", "start", "pairs"), [(30, 0.5, 7), (32, 0.5, 8), (5, 0.2, 2), (2, 0.0, 1)])
 def test_places_are_those_of_the_formula(layers, start, pairs):
-    policy = MiniCache(start=start, retained=0.05).fitted(layers, 64)
+    policy = MiniCache(start=start, retained=0.05).fitted(model(layers, 64))
     for tokens in (1, 17, 100, 1000):
         each = tokens + math.ceil(tokens / 20) + math.ceil(2 * tokens / 64)
         assert policy.keeps(tokens) == math.ceil(((layers - 2 * pairs) * tokens + pairs * each) / layers)
@@ -117,14 +123,14 @@ def test_opposite_and_missing_directions():
         ({"kv": {"name": "minicache"}}, r"no layers.*kv.start"),
         ({"kv": {"name": "minicache", "start": 0, "retained": 0.9}}, r"saves nothing.*kv.retained"),
         ({"kv": {"name": "minicache", "start": 0}, "codec": "int8"}, r"norms.*bf16"),
-        ({"kv": {"name": "minicache", "start": 0}, "attention": "cpu"}, "layers that share keys and values"),
+        ({"kv": {"name": "minicache", "start": 0}, "attention": "cpu"}, "views of compressed caches"),
         ({"kv": {"name": "minicache", "budget": 0.5}}, "budget"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, message):
     with pytest.raises((UsageError, PenstockError), match="(?s)" + message) as raised:
         build_engine(small_model(), EngineConfig.model_validate({"cache_tokens": 100, **options}))
-    assert message.endswith(("budget", "values")) or isinstance(raised.value, UsageError)
+    assert message.endswith(("budget", "caches")) or isinstance(raised.value, UsageError)
 
 
 def test_a_model_with_windows_is_refused():

@@ -2,8 +2,9 @@
 
 A token's place in the cache is not its position in the text. Keys are rotated by position when they are stored, so
 that what is kept can move together into fewer blocks, and the blocks that become free are the pool's again. Each head
-of each layer may keep other tokens; all keep as many, so that a sequence has one table of blocks. Where layers share
-keys and values, the tokens of all of them lie end to end in fewer places, see :mod:`penstock.ops.paged.paired`.
+of each layer may keep other tokens; all keep as many, so that a sequence has one table of blocks. A policy may also
+keep all tokens in fewer places, in a form of its own, which attention sees by a view: see
+:mod:`penstock.ops.paged.view`.
 
 When a cache is compressed depends on the sequence alone: a policy names the number of computed tokens at which it is
 due, and no piece of a batch goes beyond it. What a sequence says is so the same in any batch, with any chunks of its
@@ -17,11 +18,12 @@ import math
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor
 
-from penstock.ops.paged.paired import PairedLayers
-from penstock.policy import Policy, contract
+from penstock.models.config import DecoderConfig
+from penstock.ops.paged.view import View
+from penstock.policy import Policy, contract, unwritten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +47,21 @@ class Cached:
 @dataclasses.dataclass(frozen=True)
 class Kept:
     """What takes the place of it, in the order of the text: ``keys`` and ``values`` [*, m, D], and ``drawn`` float32
-    [*, m], which is remembered of each, where the policy does that."""
+    [*, m], which is remembered of each, where the policy does that. What goes to the host's memory are the vectors
+    ``aside`` [*, p, D] of the tokens that are packed, where the policy's view says so."""
 
     keys: Tensor
     values: Tensor
     drawn: Tensor | None = None
+    aside: Tensor | None = None
 
 
 @contract(
     "kv.policy",
     law="a budget that covers all gives the tokens of the full cache; what is kept is as much as the policy says, and "
     "the rest of the blocks are the pool's again; the tokens of a sequence do not depend on the batch, on chunks, "
-    "sharing, forks or preemption; layers that share keys and values "
-    "keep their norms; what is kept equals the paper's rule by brute force",
+    "sharing, forks or preemption; layers that share keys and values keep their norms; a packed token that a query "
+    "likes most is what it sees; what is kept equals the paper's rule by brute force",
 )
 class CachePolicy(Policy):
     """Decides what the cache of a sequence keeps, and when the rest goes."""
@@ -76,18 +80,22 @@ class CachePolicy(Policy):
         return 0
 
     @property
-    def paired(self) -> PairedLayers | None:
-        """Where the keys and values lie of which layers share some: all that were computed when the cache was
-        compressed. None where each place has one token. Such a policy watches and remembers nothing."""
+    def view(self) -> View | None:
+        """How attention sees the tokens that are :meth:`packed`. None where each place has one token. Such a policy
+        watches and remembers nothing."""
         return None
 
     def packed(self, computed: int) -> int:
         """How many tokens share the first places of a cache that was compressed with so many ``computed``; 0 where each
         has one."""
-        return 0 if self.paired is None else computed
+        return 0 if self.view is None else computed
 
-    def fitted(self, layers: int, head_dim: int) -> CachePolicy:
-        """The policy for a model with so many layers, and numbers of a head.
+    def limit(self) -> CachePolicy:
+        """The limiting case: with these options, tokens are those of the full cache."""
+        raise unwritten(type(self), "limit()", "return the policy with a budget that covers all")
+
+    def fitted(self, model: DecoderConfig) -> CachePolicy:
+        """The policy for a ``model`` with texts of up to its ``context``.
 
         Raises:
             UsageError: it is of no use there.
@@ -105,8 +113,8 @@ class CachePolicy(Policy):
 
     def compress(self, cached: Cached, count: int) -> Kept:
         """What is kept of ``cached``: ``count`` tokens in each head. The leading dimensions are computed each by
-        itself; where layers are :attr:`paired`, ``cached`` has all of them, and its tokens are in the order of the text
-        in none, and what is kept are places."""
+        itself; where the policy has a :attr:`view`, ``cached`` has all layers and heads, its tokens are in the order in
+        which that restores them, and what is kept are places."""
         raise NotImplementedError
 
 
@@ -133,6 +141,16 @@ class Repeated(CachePolicy):
         return place
 
 
+def _whole(budget: float) -> float:
+    if budget > 1 and budget != int(budget):
+        raise ValueError(f"a budget of {budget} is neither a share nor a number of tokens")
+    return budget
+
+
+#: Up to 1 a share of tokens, above it a number.
+Budget = Annotated[float, Field(gt=0), AfterValidator(_whole)]
+
+
 class Budgeted(Repeated):
     """Keeps what a budget allows.
 
@@ -140,14 +158,10 @@ class Budgeted(Repeated):
         budget: up to 1 a share of the tokens that were computed, above it a number of tokens.
     """
 
-    budget: Annotated[float, Field(gt=0)] = 0.5
+    budget: Budget = 0.5
 
-    @field_validator("budget")
-    @classmethod
-    def _whole(cls, budget: float) -> float:
-        if budget > 1 and budget != int(budget):
-            raise ValueError(f"a budget of {budget} is neither a share nor a number of tokens")
-        return budget
+    def limit(self) -> CachePolicy:
+        return self.model_copy(update={"budget": 1.0})
 
     @property
     def compresses(self) -> bool:

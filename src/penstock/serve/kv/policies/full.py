@@ -14,6 +14,9 @@ class Full(CachePolicy):
     def compresses(self) -> bool:
         return False
 
+    def limit(self) -> CachePolicy:
+        return self
+
     def due(self, prompt: int, computed: int, dropped: int) -> int | None:
         return None
 

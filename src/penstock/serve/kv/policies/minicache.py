@@ -9,6 +9,7 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from penstock.core.errors import UsageError
+from penstock.models.config import DecoderConfig
 from penstock.ops.paged.paired import PairedLayers, Shared
 from penstock.policy import policy
 from penstock.serve.kv.policies.contract import Cached, CachePolicy, Kept, Repeated
@@ -45,12 +46,16 @@ class MiniCache(Repeated):
         return self.retained < 1
 
     @property
-    def paired(self) -> PairedLayers | None:
+    def view(self) -> PairedLayers | None:
         return self._paired
 
-    def fitted(self, layers: int, head_dim: int) -> CachePolicy:
+    def limit(self) -> CachePolicy:
+        return self.model_copy(update={"retained": 1.0})
+
+    def fitted(self, model: DecoderConfig) -> CachePolicy:
         if not self.compresses:
             return self
+        layers, head_dim = model.layers, model.head_dim
         paired = PairedLayers(layers, int(layers * (1 - self.start)) // 2, head_dim, self.retained)
         if not paired.pairs:
             raise UsageError(
