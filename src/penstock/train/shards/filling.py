@@ -67,7 +67,9 @@ def fill(
     arithmetic = torch.bfloat16 if rounds and not adds else None
     dtype = torch.bfloat16 if rounds and adds else torch.float32
     done = set(kept)
-    for unit in (*model.layers, model):
+    # An embedding that is no head, too, is needed at the very beginning and the very end alone.
+    apart = [] if model.config.shares_head else [model.embedding]
+    for unit in (*apart, *model.layers, model):
         parameters = {id(parameter) for parameter in unit.parameters()}
         names = [name for name, p in model.named_parameters() if id(p) in parameters and name not in done]
         for name, weight in source(names):
