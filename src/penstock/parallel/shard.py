@@ -31,8 +31,11 @@ def mesh_of(world: World, shards: int, device: torch.device) -> DeviceMesh:
     """
     if world.size % shards:
         raise UsageError(
-            f"{world.size} processes do not make whole groups of {shards} that hold a model together",
-            hint=f"Set parallel.shard to a divisor of {world.size}, or to all.",
+            f"{world.size} processes do not make whole groups of {shards} that hold a model together"
+            if world.size > 1
+            else f"this is one process, and {shards} are to hold the model together",
+            hint=f"Start {shards} processes or a multiple of it, under torchrun, or set parallel.shard=all, which fits "
+            "any number.",
         )
     groups = world.size // shards
     with world.explained("a new group of processes"):

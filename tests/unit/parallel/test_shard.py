@@ -65,13 +65,13 @@ def check_matrices(world: World, size: int) -> list[str]:
     return faults
 
 
-def test_rows_and_whole_matrices():
-    """On four processes that hold tensors together, and on two pairs of them."""
+@pytest.mark.parametrize("group", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_rows_and_whole_matrices(group):
+    """On four processes, in two groups that hold tensors together, or in one."""
 
     def work(world: World) -> list[str]:
         torch.set_num_threads(1)
-        checks = (check_rows, check_matrices)
-        return [f"{fault}, in groups of {size}" for size in (4, 2) for check in checks for fault in check(world, size)]
+        return check_rows(world, group) + check_matrices(world, group)
 
     assert agreed(4, work) == [[]] * 4
 
