@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,13 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: weights, optimizer state, averages and masters."""
     found = {}
     for path in sorted(checkpoint.rglob("*.safetensors")):
-        found |= {f"{path.stem}/{name}": tensor for name, tensor in load_file(path).items()}
+        found |= {f"{_group(path)}/{name}": tensor for name, tensor in load_file(path).items()}
     return found
+
+
+def _group(path: Path) -> str:
+    """What a file holds, or a process's part of it."""
+    return re.sub(r"-\d+-of-\d+$", "", path.stem)
 
 
 def assert_same_bits(one: Path, other: Path) -> None:

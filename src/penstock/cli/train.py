@@ -29,9 +29,11 @@ def train(
 ) -> None:
     """Train a model: from a file, from a preset, or from where a run was stopped.
 
-    Under `torchrun`, all processes train one model, each on its part of every batch; or, with parallel.pipeline=P, P of
-    them hold a part of the model each and work on it by pipeline.schedule, after pipeline.transforms, or along the
-    paths of pipeline.route. Layers are cut evenly, or as pipeline.cuts, pipeline.speeds or pipeline.partition say.
+    Under `torchrun`, all processes train one model, each on its part of every batch. With parallel.shard=all each holds
+    only some rows of every parameter, or, with parallel.shard=N, groups of N hold the model together. With
+    parallel.pipeline=P, P of them hold a part of the model each and work on it by pipeline.schedule, after
+    pipeline.transforms, or along the paths of pipeline.route. Layers are cut evenly, or as pipeline.cuts,
+    pipeline.speeds or pipeline.partition say.
 
     Examples: `penstock train --preset demo --set optim.lr=3e-3 --out runs/try`,
     `penstock train --preset sft --set start_from=smollm2 --set data.chats=chats.jsonl --out runs/sft`,
@@ -43,6 +45,7 @@ def train(
     `penstock train --preset drafter-early-exit --set target=runs/try --out runs/exit`,
     `penstock train --preset acceptance --set target=python-6m --set draft=python-1m --out runs/acceptance`,
     `penstock train --resume runs/try`, `torchrun --nproc-per-node 8 -m penstock train config.toml`,
+    `torchrun --nproc-per-node 8 -m penstock train config.toml --set parallel.shard=all`,
     `torchrun --nproc-per-node 4 -m penstock train config.toml --set parallel.pipeline=4 --set pipeline.schedule=zb-h1`,
     `... --set parallel.pipeline=4 --set 'pipeline.transforms=[2bp, pipeoffload]'`,
     `... --set parallel.pipeline=4 --set pipeline.schedule=zb-h2 --set pipeline.post_validation=true`,

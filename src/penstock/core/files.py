@@ -67,26 +67,32 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         try:
             yield temporary
-            for path in sorted(temporary.rglob("*")):
-                if path.is_file():
-                    fsync_file(path)
-                else:
-                    fsync_directory(path)
-            fsync_directory(temporary)
-            temporary.chmod(0o755)
-            old = temporary.with_suffix(".old")
-            if target.exists():
-                target.rename(old)
-            try:
-                temporary.rename(target)
-            except OSError:
-                if old.exists():
-                    old.rename(target)
-                raise
-            fsync_directory(target.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            appear(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def appear(temporary: Path, target: Path) -> None:
+    """Makes a finished folder durable, and gives it its name. One that has that name is replaced, as of
+    :func:`atomic_folder`."""
+    for path in sorted(temporary.rglob("*")):
+        if path.is_file():
+            fsync_file(path)
+        else:
+            fsync_directory(path)
+    fsync_directory(temporary)
+    temporary.chmod(0o755)
+    old = temporary.with_suffix(".old")
+    if target.exists():
+        target.rename(old)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    fsync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

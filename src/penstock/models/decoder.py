@@ -383,13 +383,18 @@ class Decoder(nn.Module):
         sqrt(2 layers) (GPT-2's rule), norms one and biases zero. Each tensor depends on the seed and its own name only.
         """
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(0.0 if self.config.norm == "rms_offset" else 1.0)
-            elif parameter.dim() == 1:
-                parameter.zero_()
-            else:
-                parameter.copy_(self._drawn(name, parameter.shape, seed))
+            self.initialize_one(name, parameter, seed)
         return self
+
+    @torch.no_grad()
+    def initialize_one(self, name: str, weight: Tensor, seed: int) -> None:
+        """Fills ``weight`` as :meth:`initialize` fills the parameter of that name."""
+        if name.endswith("norm.weight"):
+            weight.fill_(0.0 if self.config.norm == "rms_offset" else 1.0)
+        elif weight.dim() == 1:
+            weight.zero_()
+        else:
+            weight.copy_(self._drawn(name, weight.shape, seed))
 
     def _drawn(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         """The initial values of a matrix."""

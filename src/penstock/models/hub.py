@@ -9,7 +9,7 @@ import importlib.resources
 import importlib.util
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -28,7 +28,7 @@ from penstock.models.companions import GENERATION
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder, Layer
 from penstock.models.families.contract import Family, effective
-from penstock.models.families.mapping import CLASSIFIER, SCALAR_HEAD, as_classifier, general, placed, views_on
+from penstock.models.families.mapping import CLASSIFIER, SCALAR_HEAD, as_classifier, general, pieces, placed, views_on
 from penstock.models.families.nearest import nearest_family
 from penstock.models.formats.contract import GGUF, GGUF_INDEX, Weights
 from penstock.models.formats.renamed import Renamed
@@ -310,8 +310,7 @@ def _load(
         _keep_packed(decoder, family, weights)
     _allocate(decoder, device, dtype or _dtype(folder, hub, weights))
     _fill(decoder, family, weights)
-    # Kept on the instance and not declared by Decoder, which knows nothing of folders.
-    vars(decoder)["origin"] = Origin(family.policy_name, {key: hub[key] for key in TOKEN_IDS if key in hub})
+    _remember(decoder, family, hub)
     return decoder
 
 
@@ -342,7 +341,7 @@ def load_streamed(source: str | Path, resident: int, *, dtype: torch.dtype | Non
     _fill(decoder, family, weights)
     if stay < len(stored):
         stream_layers(decoder, [cast(Layer, each) for each in layers[stay:]], stored[stay:])
-    vars(decoder)["origin"] = Origin(family.policy_name, {key: hub[key] for key in TOKEN_IDS if key in hub})
+    _remember(decoder, family, hub)
     return decoder.requires_grad_(False)
 
 
@@ -359,6 +358,43 @@ def _refuse_unstreamable(folder: Path, hub: dict[str, Any]) -> None:
                 f"the layers of {folder} cannot be read from disk as they are needed: {reason}",
                 hint="Leave out resident_weights, or name a folder with plain safetensors.",
             )
+
+
+def blank(source: str | Path) -> Decoder:
+    """The like of what :func:`load` gives, whose weights lie on the meta device: :func:`read_weights` has them.
+
+    Raises:
+        UsageError, ModelError: as :func:`load`.
+    """
+    folder = resolve(source)
+    family, config, hub = _read(folder)
+    with without_weights():
+        decoder = Decoder(config)
+    _check(folder, _weights(folder, family, config, hub), views_on(decoder, family), _tied_head(config, family))
+    _remember(decoder, family, hub)
+    return decoder
+
+
+def read_weights(source: str | Path, names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Those of the weights in a folder that have one of ``names`` in a decoder, one at a time, in ``dtype`` and in the
+    host's memory.
+
+    Raises:
+        UsageError, ModelError: as :func:`load`.
+    """
+    folder = resolve(source)
+    family, config, hub = _read(folder)
+    weights = _weights(folder, family, config, hub)
+    with without_weights():
+        decoder = Decoder(config)
+    for name, meta in decoder.named_parameters():
+        if name in names:
+            weight = torch.empty(meta.shape, dtype=dtype)
+            views = dict(pieces(config, family, name, weight))
+            for place, tensor in weights.read(views.keys()):
+                _same_shape(place, weights, tensor.shape, views[place].shape)
+                views[place].copy_(tensor)
+            yield name, weight
 
 
 def load_reward(source: str | Path, *, device: str | torch.device = "cpu") -> Decoder:
@@ -511,10 +547,10 @@ def _keep_packed(decoder: Decoder, family: Family, weights: Weights) -> None:
         stack = stacks.get(name, [])
         whole = type(module) is Linear and general(f"{name}.weight") not in family.transposed
         if whole and stack and all(hub in weights.quantized for hub in stack):
-            pieces = dict(weights.packed(stack))
+            packed = dict(weights.packed(stack))
             for hub in stack:
-                _same_shape(hub, weights, pieces[hub].shape, shapes[hub])
-            decoder.set_submodule(name, QuantizedLinear([pieces[hub] for hub in stack], module.bias))
+                _same_shape(hub, weights, packed[hub].shape, shapes[hub])
+            decoder.set_submodule(name, QuantizedLinear([packed[hub] for hub in stack], module.bias))
 
 
 def _same_shape(name: str, weights: Weights, shape: tuple[int, ...], wanted: torch.Size) -> None:
@@ -562,6 +598,11 @@ def family_of(decoder: Decoder, family: str | None = None) -> Family:
         "no Hugging Face folder can express this model; what stands in the way: "
         + "; ".join(f"as {name}, {', '.join(lost)}" for name, lost in nearest_ones)
     )
+
+
+def _remember(decoder: Decoder, family: Family, hub: Mapping[str, Any]) -> None:
+    # Kept on the instance and not declared by Decoder, which knows nothing of folders.
+    vars(decoder)["origin"] = Origin(family.policy_name, {key: hub[key] for key in TOKEN_IDS if key in hub})
 
 
 def _origin(decoder: Decoder) -> Origin | None:
@@ -618,19 +659,12 @@ def save(
 def _write(
     decoder: Decoder, family: Family, folder: Path, dtype: torch.dtype | None, shard_bytes: int, scheme: str | None
 ) -> None:
-    stated = dtype or decoder.embedding.weight.dtype
-    origin = _origin(decoder)
-    hub = family.config_to_hub(decoder.config) | {"torch_dtype": str(stated).removeprefix("torch.")}
-    # Unknown ids are written as null: where they are absent, transformers invents some.
-    hub |= origin.token_ids if origin else dict.fromkeys(TOKEN_IDS)
-    if decoder.config.scalar_head:
-        hub = as_classifier(hub)
+    hub = _config_of(decoder, family, dtype or decoder.embedding.weight.dtype)
     compress: Compress = _as_they_are
     if scheme is not None:
         compress, hub["quantization_config"] = _quantizing(decoder, family, scheme)
     shards = _shards(views_on(decoder, family), dtype, shard_bytes)
-    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    files = files if len(shards) > 1 else [WEIGHTS]
+    files = [_part_name(i, len(shards)) for i in range(len(shards))] if len(shards) > 1 else [WEIGHTS]
     places: dict[str, str] = {}
     total = 0
     for file, shard in zip(files, shards, strict=True):
@@ -638,13 +672,67 @@ def _write(
         tensors = compress(plain)
         places |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
-        try:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise PenstockError(f"cannot write {folder / file}: {error}", hint="Is the disk full?") from error
+        _save_file(tensors, folder / file)
     if len(shards) > 1:
         write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     write_json(folder / CONFIG, hub)
+
+
+def _config_of(decoder: Decoder, family: Family, dtype: torch.dtype) -> dict[str, Any]:
+    """The contents of config.json."""
+    origin = _origin(decoder)
+    hub = family.config_to_hub(decoder.config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    # Unknown ids are written as null: where they are absent, transformers invents some.
+    hub |= origin.token_ids if origin else dict.fromkeys(TOKEN_IDS)
+    return as_classifier(hub) if decoder.config.scalar_head else hub
+
+
+def save_part(decoder: Decoder, folder: Path, weights: Mapping[str, Tensor], part: int, parts: int) -> list[Path]:
+    """Writes some of the weights of a decoder's folder, which several processes write together, each its own ``part``;
+    :func:`save_rest` completes it. Returns the files.
+
+    Args:
+        decoder: the model, without additions; only its shape counts.
+        folder: exists.
+        weights: by their names in the decoder, whole, in the host's memory and in the dtype to be stored.
+        part: which of the ``parts``, from 0.
+        parts: how many there are.
+
+    Raises:
+        PenstockError: the disk is full.
+    """
+    family = family_of(decoder)
+    named = (item for name, weight in weights.items() for item in pieces(decoder.config, family, name, weight))
+    tensors = {place: view.contiguous() for place, view in named}
+    if not tensors:
+        return []
+    path = folder / _part_name(part, parts)
+    _save_file(tensors, path)
+    return [path]
+
+
+def save_rest(decoder: Decoder, folder: Path, owners: Mapping[str, int], parts: int, dtype: torch.dtype) -> None:
+    """Writes what :func:`save_part` leaves out: config.json, and which of the ``parts`` has which weight, which follows
+    from those that have a decoder's parameters, ``owners``."""
+    family = family_of(decoder)
+    with without_weights():
+        plain = Decoder(decoder.config)
+    views = list(placed(plain, family))
+    places = {place: _part_name(owners[name], parts) for name, place, _ in views}
+    total = sum(view.numel() * dtype.itemsize for _, _, view in views)
+    write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    write_json(folder / CONFIG, _config_of(decoder, family, dtype))
+
+
+def _part_name(part: int, parts: int) -> str:
+    return f"model-{part + 1:05}-of-{parts:05}.safetensors"
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise PenstockError(f"cannot write {path}: {error}", hint="Is the disk full?") from error
 
 
 def _as_they_are(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import datetime
 import functools
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
@@ -21,6 +22,9 @@ from penstock.parallel.watch import LossError, Watch
 #: How long processes wait for one that is busy elsewhere, with building a token store, say. One that has ended is
 #: noticed at once.
 PATIENCE = datetime.timedelta(hours=1)
+
+#: Seconds in which it is known that a process has ended whose end others have run into.
+NOTICED = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +185,20 @@ class World:
             return votes.tolist()
 
         return answer
+
+    @contextlib.contextmanager
+    def blaming(self) -> Iterator[None]:
+        """Turns a failure inside the block that comes of a lost process into an error that names that one. Others stay
+        what they are."""
+        try:
+            yield
+        except RuntimeError as error:  # gloo and NCCL raise nothing narrower
+            deadline = time.monotonic() + NOTICED
+            while self.watch is not None and self.watch.loss is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            if self.watch is None or self.watch.loss is None:
+                raise
+            raise LossError(self.watch.loss) from error
 
     def barrier(self) -> None:
         """Waits for all processes."""

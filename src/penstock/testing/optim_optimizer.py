@@ -9,16 +9,20 @@ Bugs that its clauses are there to catch:
 - round trip: state outside of ``optimizer.state``, and a resumed run that goes another way.
 - independence, stack: norms taken over too many dimensions; batches of matrices that are mixed up; stacks of experts
   that are taken for one matrix, or do not decay.
+- shards: what needs a whole matrix, and takes the rows that a process has for one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from penstock.core.randomness import torch_generator
+from penstock.testing.sharded import on_shards
 from penstock.train.checkpoint import optimizer_tensors, restore_optimizer
 from penstock.train.optim.contract import Optimizer
 
@@ -53,6 +57,7 @@ def check(options: Optimizer) -> None:
     check_round_trip(options)
     check_independence(options)
     check_stack(options)
+    check_shards(options)
 
 
 def check_limit(options: Optimizer, updates: int = 5) -> None:
@@ -140,6 +145,30 @@ def check_stack(options: Optimizer) -> None:
         whole.step()
         parts.step()
     _assert_same_move(stack[name], torch.stack(list(matrices.values())), initial)
+
+
+def check_shards(options: Optimizer) -> None:
+    """Parameters of which two processes have some rows each are updated as whole ones are."""
+    alone = parameters()
+    run([options.build(alone)], alone, 3)
+
+    def work(divided: Callable[[Tensor], DTensor]) -> list[str]:
+        own = {name: nn.Parameter(divided(parameter.detach())) for name, parameter in parameters().items()}
+        optimizer = options.build(own)
+        for step in range(3):
+            for name, parameter in own.items():
+                parameter.grad = divided(_gradient(name, alone[name], step))
+            optimizer.step()
+        complaints = []
+        for name, parameter in own.items():
+            try:
+                _assert_same_move(cast(DTensor, parameter.data).full_tensor(), alone[name], parameters()[name])
+            except AssertionError:
+                complaints.append(f"rows of {name} move elsewhere than the whole")
+        return complaints
+
+    complaints = on_shards(work)
+    assert not complaints, "; ".join(complaints)
 
 
 def parameters(shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> Parameters:

@@ -7,17 +7,21 @@ Bugs that its clauses are there to catch:
 - mixture: shares that do not sum to 1, or differ between tensors; negative ones; an update of the weights themselves.
 - constant: rounding that moves an average of equal numbers, as a sum of shares in bf16 does.
 - resume: memory in the policy, which a checkpoint does not hold.
+- shards: a norm of the rows that a process has, taken for that of all.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from penstock.core.randomness import torch_generator
 from penstock.testing.enrolled import rebuilt
+from penstock.testing.sharded import on_shards
 from penstock.train.averages.contract import Average
 
 
@@ -27,6 +31,7 @@ def check(average: Average, updates: int = 30) -> None:
     check_mixture(average, updates)
     check_constant(average)
     check_resume(average, updates)
+    check_shards(average)
 
 
 def check_example(average: Average) -> None:
@@ -81,6 +86,29 @@ def check_resume(average: Average, updates: int) -> None:
         average.update(straight, weights, count)
         rebuilt(average).update(resumed, weights, count)
     assert all(map(torch.equal, straight, resumed))
+
+
+def check_shards(average: Average, updates: int = 6) -> None:
+    """Averages of weights of which two processes have some rows each are those of the whole weights."""
+    iterates = _walk(updates)
+    for weights in iterates[1:]:
+        for weight, first in zip(weights, iterates[0], strict=True):
+            half = -(-len(weight) // 2)
+            weight[:half].lerp_(first[:half], 0.999)  # what one of the processes has hardly moves
+    alone = [x.clone() for x in iterates[0]]
+    for count, weights in enumerate(iterates[1:], 1):
+        average.update(alone, weights, count)
+
+    def work(divided: Callable[[Tensor], DTensor]) -> list[str]:
+        averages = [divided(x.clone()) for x in iterates[0]]
+        for count, weights in enumerate(iterates[1:], 1):
+            average.update(averages, [divided(x) for x in weights], count)
+        pairs = zip(averages, alone, strict=True)
+        same = all(torch.allclose(ours.full_tensor(), theirs, rtol=0, atol=1e-12) for ours, theirs in pairs)
+        return [] if same else ["averages of weights in shards are others than those of whole weights"]
+
+    complaints = on_shards(work)
+    assert not complaints, "; ".join(complaints)
 
 
 def _walk(updates: int) -> list[list[Tensor]]:

@@ -4,6 +4,10 @@
 other; ``trainer/`` in it holds the optimizer's state and ``state.json``, and ``manifest.json`` the length and BLAKE2b
 of every file. A checkpoint appears under its name only when it is whole and on disk (:func:`atomic_folder`), so a
 killed process leaves either all of it or nothing; damage done later is found by the manifest.
+
+Where processes have the model in shards, each writes some of the weights and of the state, every tensor whole, into a
+file of its own, such as ``optimizer-00002-of-00004.safetensors``. So a checkpoint is the same whoever wrote it, and any
+number of processes goes on with it.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +25,15 @@ import torch
 from torch import Tensor
 
 from penstock.core.errors import CheckpointError, PenstockError, UsageError
-from penstock.core.files import atomic_folder, checksum, explain_os_errors, read_json, write_json
+from penstock.core.files import atomic_folder, explain_os_errors, read_json, write_json
 from penstock.models.companions import copy_companions
+from penstock.parallel.shard import like
+from penstock.parallel.shared_folder import Entry, entry
 from penstock.train import folders
 from penstock.train.folders import Trained
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
+MANIFEST, TRAINER = "manifest.json", "trainer"
 _NAME = re.compile(r"step-\d{8,}")
 
 
@@ -43,7 +49,25 @@ class TrainerState:
 
     position: dict[str, Any]
     description: dict[str, Any]
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of some safetensors files, each read when it is asked for."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        opened = [safetensors.safe_open(path, framework="pt") for path in files]
+        self._files: dict[str, Any] = {name: file for file in opened for name in file.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,35 +107,46 @@ def save(folder: Path, step: int, model: Trained, tokenizer: Path, state: Traine
     with atomic_folder(target) as temporary:
         folders.save(model, temporary)
         copy_companions(tokenizer, temporary)
-        trainer = temporary / "trainer"
-        trainer.mkdir()
         for group, tensors in state.tensors.items():
-            _write_tensors(trainer / f"{group}.safetensors", tensors)
-        write_json(
-            trainer / "state.json",
-            {"schema": SCHEMA, "position": state.position, **state.description, "groups": sorted(state.tensors)},
-        )
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        write_json(temporary / MANIFEST, {path.relative_to(temporary).as_posix(): _entry(path) for path in files})
+            write_tensors(temporary / TRAINER / f"{group}.safetensors", tensors)
+        complete(temporary, state, {})
+    prune(folder, step, keeping)
+    return target
+
+
+def complete(folder: Path, state: TrainerState, entries: Mapping[str, Entry]) -> None:
+    """Writes what says what the others are into a checkpoint's ``folder``, where all other files are.
+
+    Args:
+        folder: not under its name yet.
+        state: the tensors in it are not written here.
+        entries: of the manifest, as far as they are known.
+    """
+    write_json(
+        folder / TRAINER / "state.json",
+        {"schema": SCHEMA, "position": state.position, **state.description, "groups": sorted(state.tensors)},
+    )
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    write_json(folder / MANIFEST, {name: entries.get(name) or entry(path) for name, path in files.items()})
+
+
+def prune(folder: Path, step: int, keeping: Keeping) -> None:
+    """Removes the checkpoints below ``folder`` that need not be kept beside that of ``step``."""
     kept = keeping.kept([found for found in map(step_of, checkpoints(folder)) if found <= step])
     for path in checkpoints(folder):
         if step_of(path) not in kept:
             with explain_os_errors(f"cannot remove {path}"):
                 shutil.rmtree(path)
-    return target
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors into a file of the folder that holds the trainer's state."""
+    path.parent.mkdir(exist_ok=True)
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         safetensors.torch.save_file(contiguous, path)
     except safetensors.SafetensorError as error:
         raise PenstockError(f"cannot write {path}: {error}", hint="Is the disk full?") from error
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    """What the manifest says about a file."""
-    return {"bytes": path.stat().st_size, "blake2b": checksum(path)}
 
 
 def copy(checkpoint: Path, folder: Path) -> Path:
@@ -161,7 +196,7 @@ def verify(checkpoint: Path) -> None:
         if not path.is_file():
             raise CheckpointError(f"{checkpoint} is damaged: {name} is missing")
         try:
-            found = _entry(path)
+            found = entry(path)
         except OSError as error:
             raise CheckpointError(f"{checkpoint} cannot be read: {name}: {error.strerror}") from error
         if found != expected:
@@ -192,12 +227,16 @@ def newest(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
 
 def load_state(checkpoint: Path) -> TrainerState:
     """The trainer's state of a verified checkpoint."""
-    stored = read_json(checkpoint / "trainer" / "state.json")
+    stored = read_json(checkpoint / TRAINER / "state.json")
     if stored.get("schema") != SCHEMA:
         raise CheckpointError(
             f"{checkpoint} has the schema {stored.get('schema')!r}, and this version of Penstock reads {SCHEMA}"
         )
-    tensors = {g: safetensors.torch.load_file(checkpoint / "trainer" / f"{g}.safetensors") for g in stored["groups"]}
+    trainer = checkpoint / TRAINER
+    tensors = {
+        group: Stored([*trainer.glob(f"{group}.safetensors"), *trainer.glob(f"{group}-*-of-*.safetensors")])
+        for group in stored["groups"]
+    }
     description = {k: v for k, v in stored.items() if k not in ("schema", "position", "groups")}
     return TrainerState(stored["position"], description, tensors)
 
@@ -227,4 +266,4 @@ def restore_optimizer(
             raise CheckpointError(f"the checkpoint has optimizer state of {name!r}, which this model does not have")
         if value.dim() and value.shape != parameter.shape:
             raise CheckpointError(f"the checkpoint's optimizer state of {name!r} is {tuple(value.shape)}")
-        optimizer.state[parameter][key] = value.to(parameter.device)
+        optimizer.state[parameter][key] = like(parameter, value)

@@ -39,7 +39,8 @@ def compile_loss(updater: Updater, batch: Batch, lengths: Set[int]) -> str:
     """Compiles the loss for every shape that the run will use, so that no step waits for it.
 
     Args:
-        updater: whose loss it is; in a pipeline, the layers that are here are compiled as well.
+        updater: whose loss it is; in a pipeline, the layers that are here are compiled as well, and of a model in
+            shards its layers alone.
         batch: any.
         lengths: of the sequences that ``batch`` will be cut to.
 
@@ -47,8 +48,9 @@ def compile_loss(updater: Updater, batch: Batch, lengths: Set[int]) -> str:
         Why the run goes on without compiling, or nothing.
     """
     plain, device = updater.loss, updater.device
-    if updater.pipeline:
-        updater.pipeline.compile()
+    parts = updater.pipeline or updater.shards
+    if parts:
+        parts.compile()
     else:
         updater.loss = torch.compile(plain, dynamic=False)
     try:
@@ -61,8 +63,8 @@ def compile_loss(updater: Updater, batch: Batch, lengths: Set[int]) -> str:
                 updater.rehearse(micro, context)
     except RuntimeError as error:  # from PyTorch's compiler, which leans on tools outside it, such as C++ headers
         updater.loss = plain
-        if updater.pipeline:
-            updater.pipeline.use_eager()
+        if parts:
+            parts.use_eager()
         return f"the compiler failed ({type(error).__name__})"
     finally:
         updater.model.zero_grad()

@@ -140,9 +140,19 @@ class BatchConfig(Config):
 
 
 class ParallelConfig(Config):
-    """How the processes share the work: in pipelines of ``pipeline`` devices each; several pipelines share a batch."""
+    """How the processes share the work: in pipelines of ``pipeline`` devices each; several pipelines share a batch. Or
+    ``shard`` of them, or all, hold the model together, each some rows of every parameter; several such groups share a
+    batch, too.
+    """
 
     pipeline: PositiveInt = 1
+    shard: PositiveInt | Literal["all"] = 1
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.pipeline > 1 and self.shard != 1:
+            raise ValueError("a pipeline's stages are not sharded: give parallel.pipeline or parallel.shard, not both")
+        return self
 
 
 class PipelineConfig(Config):
@@ -306,8 +316,10 @@ class TrainConfig(Config):
                 f"data.new_tokens have to be learnt by the embedding, which the tuner {self.tuner.policy_name} leaves "
                 "as it is: set tuner=full"
             )
-        if self.parallel.pipeline > 1:
-            raise ValueError("data.new_tokens are given to a model on one device: set parallel.pipeline=1")
+        if self.parallel.pipeline > 1 or self.parallel.shard != 1:
+            raise ValueError(
+                "data.new_tokens are given to a model on one device: set parallel.pipeline=1 and parallel.shard=1"
+            )
 
     def _head_complete(self) -> None:
         if self.target is None:
@@ -325,5 +337,7 @@ class TrainConfig(Config):
             raise ValueError(f"the objective {self.objective.policy_name!r} trains models, not heads")
         if self.tuner.adds:
             raise ValueError(f"a head is trained beside the model as it is: no tuner {self.tuner.policy_name!r}")
+        if self.parallel.shard != 1:
+            raise ValueError("a head is trained beside a whole model: set parallel.shard=1")
         if self.parallel.pipeline > 1 or self.validation.every is not None:
             raise ValueError("a head is trained without a pipeline, and evaluated at the end: no validation.every")

@@ -6,7 +6,7 @@ import dataclasses
 import lzma
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -75,10 +75,18 @@ class Sample:
 
 
 @torch.no_grad()
-def affordable(model: Decoder, split: Split, *, window: int, rows: int = 8, seconds: float) -> Sample:
+def affordable(
+    model: Decoder,
+    split: Split,
+    *,
+    window: int,
+    rows: int = 8,
+    seconds: float,
+    agreed: Callable[[float], float] = lambda took: took,
+) -> Sample:
     """As many documents of ``split`` as :func:`bits_per_byte` can do in about ``seconds``: all, or a random choice.
 
-    One batch is timed for it; one document, the shortest, is always there.
+    One batch is timed for it, of which it took what is ``agreed``; one document, the shortest, is always there.
     """
     device = model.embedding.weight.device
     tokens, context = torch.zeros(rows, window, dtype=torch.int64, device=device), CausalRows.of(window, device)
@@ -91,7 +99,7 @@ def affordable(model: Decoder, split: Split, *, window: int, rows: int = 8, seco
             hidden.flatten(0, 1), model.head.weight, tokens.flatten(), cap=model.config.logits_cap
         ).item()
         took = min(took, time.monotonic() - began)
-    room = seconds / took * rows
+    room = seconds / agreed(took) * rows
     chosen = []
     for number in numpy_generator(0, "evaluate/sample").permutation(split.documents).tolist():
         cost = max(1, math.ceil((split.length(number) - 1) / max(1, window // 2)))

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from penstock.core.devices import peak_flops
@@ -19,6 +18,7 @@ from penstock.core.signals import StopRequest
 from penstock.core.trackers import Tracker, WeightsAndBiases
 from penstock.data.loader import Batch, Batches
 from penstock.models.beside import Beside
+from penstock.parallel.shard import total_norm
 from penstock.parallel.world import World
 from penstock.train import checkpoint, folders
 from penstock.train.compiling import compile_loss, eager_seconds, obstacle
@@ -33,6 +33,7 @@ from penstock.train.precision import Precision, Weights
 from penstock.train.report import Position, Reading, Report
 from penstock.train.resuming import description_of, groups_of, restore, resume_command, state_of
 from penstock.train.saving import Saver
+from penstock.train.shards.shards import Shards
 from penstock.train.update import Updater, explain_memory
 from penstock.train.validation import Validation
 
@@ -52,6 +53,7 @@ class Trainer:
         folder: the run folder.
         world: this process's place among those of the run.
         pipeline: where processes hold parts of the model, of which ``model`` is this one's.
+        shards: where they hold rows of its parameters.
 
     Raises:
         ModelError: no checkpoint could hold the model.
@@ -66,15 +68,16 @@ class Trainer:
         folder: Path,
         world: World | None = None,
         pipeline: Pipeline | None = None,
+        shards: Shards | None = None,
     ) -> None:
         self.config, self.model, self.loader, self.folder = config, model, loader, folder
-        self.world, self.pipeline = world or World(), pipeline
+        self.world, self.pipeline, self.shards = world or World(), pipeline, shards
         self.device = next(model.parameters()).device
         folders.check(model)
         self.rows = config.batch.tokens // config.batch.length
         self.length = Length(updates(config, loader.samples if config.epochs else 0), config.minutes)
         self.weights = Weights(model, self._precision())
-        self.updater = Updater(self.config, model, self.weights, self.world, pipeline)
+        self.updater = Updater(self.config, model, self.weights, self.world, pipeline, shards)
         self.order_note = ""  # what the user should know of how the run goes on
         self.validation: Validation | None = None  # of the run, which has the held-out documents
         self._resume = resume_command(folder)
@@ -211,12 +214,16 @@ class Trainer:
     def _step(self, batch: Batch) -> Reading:
         length = self.config.batch.length_at(self.progress)
         factor = self.config.schedule.factor(self.position.step, self.length.total_steps(self.position))
-        with explain_memory(self.device):
+        with explain_memory(self.device), self._exchanging():
             measured = self.update(batch, length, factor)
         self.position.step += 1
         self.position.samples += self.rows
         self.position.tokens += self.config.batch.tokens
         return Reading(self.position.step, factor, length, measured)
+
+    def _exchanging(self) -> contextlib.AbstractContextManager[None]:
+        """Where shards are exchanged in the block, and one that has them is lost, the error names it."""
+        return self.world.blaming() if self.shards else contextlib.nullcontext()
 
     def update(self, batch: Batch, length: int, factor: float) -> dict[str, Tensor]:
         """Makes one update; see :meth:`~penstock.train.update.Updater.update`."""
@@ -273,7 +280,8 @@ class Trainer:
         """Validates the weights; whether they are the best so far, and to be kept."""
         whole = self.whole()
         assert self.validation is not None and not isinstance(whole, Beside)  # the configuration refuses it for heads
-        measured = self.validation.measure(whole, self.weights, self.device)
+        with self.shards.measured() if self.shards else contextlib.nullcontext():
+            measured = self.validation.measure(whole, self.weights, self.device)
         if log is not None:
             log.write(self.position.step, {f"validation_{self.validation.material.measure}": measured})
         self._clock = time.monotonic()  # validation is no part of the time in steps
@@ -312,23 +320,36 @@ class Trainer:
         """
         if self.position.step == self._saved:
             return
-        size = torch.nn.utils.get_total_norm(self.updater.masters).item()
+        with self._exchanging():
+            size = total_norm(self.updater.masters).item()
         require_finite(size, "the norm of the weights", self.position.step, self._resume)
-        model, state = self.whole(), state_of(self.updater, self.config)
-        if model is not None:
-            if not isinstance(model, Beside):
-                model = self.config.tuner.merged(model)
-            config, best = self.config, self.position.best_step if self.config.validation.keep_best else None
-            keeping = checkpoint.Keeping(config.keep_checkpoints, config.keep_every, best)
-            self._saver.save(self.position.step, model, state, keeping)
+        config, best = self.config, self.position.best_step if self.config.validation.keep_best else None
+        keeping = checkpoint.Keeping(config.keep_checkpoints, config.keep_every, best)
+        if self.shards:
+            self._save_shards(self.shards, keeping)
+        else:
+            model, state = self.whole(), state_of(self.updater, self.config)
+            if model is not None:
+                if not isinstance(model, Beside):
+                    model = self.config.tuner.merged(model)
+                self._saver.save(self.position.step, model, state, keeping)
         self._saved = self.position.step
         self.world.barrier()
 
+    def _save_shards(self, shards: Shards, keeping: checkpoint.Keeping) -> None:
+        self._saver.wait()  # its copies are let go of before there are new ones
+        folder, tokenizer, step = self._saver.folder, self._saver.tokenizer, self.position.step
+        with self._exchanging():
+            state = state_of(self.updater, self.config)
+            write = shards.checkpoint(folder, step, tokenizer, state, keeping, self.weights.dtype)
+        self._saver.run(step, write)
+
     def whole(self) -> Trained | None:
-        """The whole model in the leading process, None in the others. All processes call this."""
+        """The model where it can be computed with: in the leading process, None in the others; where it is in shards,
+        in all processes, which compute it together. All of them call this."""
         if self.pipeline:
             return self.pipeline.whole()
-        return self.model if self.world.leads else None
+        return self.model if self.world.leads or self.shards else None
 
     def resume(self, folder: Path) -> None:
         """Continues from a verified checkpoint.

@@ -9,7 +9,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from penstock.parallel.shard import like
 from penstock.train.folders import Trained
 
 Precision = Literal["fp32", "autocast", "bf16"]
@@ -19,17 +21,23 @@ class Weights:
     """The fp32 weights that the optimizer updates, beside the model's own in the precision of its arithmetic.
 
     In ``fp32`` and ``autocast`` they are the model's own parameters. In ``bf16`` the model is cast, and the masters
-    are separate.
+    are separate; those of a model in shards are its own also then, since its layers round them when they put them
+    together.
 
     Attributes:
         masters: by the Decoder's parameter name (a tied matrix once).
+        rounded: whether the arithmetic sees them rounded.
         separate: whether they are tensors of their own.
+        dtype: of the weights in the arithmetic.
     """
 
     def __init__(self, model: Trained, precision: Precision) -> None:
         self.precision = precision
-        self.separate = precision == "bf16"
         self.masters: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        self.rounded = precision == "bf16"
+        self.separate = self.rounded and not any(isinstance(master, DTensor) for master in self.masters.values())
+        self.dtype = torch.bfloat16 if self.rounded else torch.float32
         if self.separate:
             self.masters = {n: nn.Parameter(p.detach().float().clone()) for n, p in self.masters.items()}
             model.to(torch.bfloat16)
@@ -38,7 +46,8 @@ class Weights:
     def arithmetic(self, device: torch.device) -> AbstractContextManager[object]:
         """The context in which the forward pass runs."""
         if self.precision == "autocast":
-            return torch.autocast(device.type, dtype=torch.bfloat16)
+            # What is put together from shards is not to stay beyond its use.
+            return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=not self._sharded)
         return contextlib.nullcontext()
 
     def collect_gradients(self) -> None:
@@ -65,5 +74,6 @@ class Weights:
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Replaces the masters, and with them the model's weights."""
         for name, master in self.masters.items():
-            master.copy_(values[name])
+            value = values[name]
+            master.copy_(value if isinstance(value, DTensor) else like(master, value))
         self.publish()

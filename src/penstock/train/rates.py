@@ -39,4 +39,4 @@ class Rates:
         before = [parameter.detach().clone() for parameter, _ in self._scaled]
         optimizer.step()
         for (parameter, factor), old in zip(self._scaled, before, strict=True):
-            torch.lerp(old, parameter, factor, out=parameter)
+            parameter.copy_(torch.lerp(old, parameter, factor))

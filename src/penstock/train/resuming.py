@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from penstock import __version__
 from penstock.core.errors import CheckpointError
 from penstock.models import hub
+from penstock.parallel.shard import like
 from penstock.train import checkpoint, folders
 from penstock.train.checkpoint import TrainerState
 from penstock.train.config import TrainConfig
@@ -25,12 +27,14 @@ def resume_command(folder: Path) -> str:
     return f"penstock train --resume {shlex.quote(str(folder))}"
 
 
-def groups_of(updater: Updater) -> dict[str, dict[str, Tensor]]:
+def groups_of(updater: Updater) -> dict[str, Mapping[str, Tensor]]:
     """The tensors of a checkpoint beside the model's, as far as they are here."""
-    tensors = {"optimizer": checkpoint.optimizer_tensors(updater.optimizer, updater.names)}
+    tensors: dict[str, Mapping[str, Tensor]] = {
+        "optimizer": checkpoint.optimizer_tensors(updater.optimizer, updater.names)
+    }
     if updater.averages:
         tensors["average"] = dict(zip(updater.weights.masters, updater.averages, strict=True))
-    if updater.weights.separate or updater.adds:
+    if updater.weights.rounded or updater.adds:
         tensors["masters"] = dict(updater.weights.masters)
     if updater.model.config.moe is not None:
         tensors["loads"] = updater.loads.tensors()
@@ -43,7 +47,8 @@ def description_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def state_of(updater: Updater, config: TrainConfig) -> TrainerState:
-    """What a checkpoint keeps beside the weights. All processes call this; of a pipeline's, the leading one gets it."""
+    """What a checkpoint keeps beside the weights. All processes call this; of a pipeline's, the leading one gets it; of
+    a model in shards, each gets those of its own."""
     tensors = groups_of(updater)
     if updater.pipeline:
         tensors = {group: updater.pipeline.collect(parts) for group, parts in tensors.items()}
@@ -62,7 +67,8 @@ def restore(updater: Updater, folder: Path, state: TrainerState, config: TrainCo
     if updater.pipeline:
         updater.pipeline.part.take(hub.load(folder))
         entries = updater.pipeline.own(entries)
-    elif not updater.adds:  # else the base is there, and what is added to it among the masters
+    elif not updater.adds and not updater.shards:
+        # Else the base is there, and what is added to it among the masters; or the shards were filled from the folder.
         folders.import_state(updater.model, folder)
     checkpoint.restore_optimizer(updater.optimizer, updater.names, entries)
     own = updater.pipeline.own if updater.pipeline else dict
@@ -71,7 +77,7 @@ def restore(updater: Updater, folder: Path, state: TrainerState, config: TrainCo
     if updater.averages:
         averages = own(state.tensors["average"])
         for average, name in zip(updater.averages, updater.weights.masters, strict=True):
-            average.copy_(averages[name])
+            average.copy_(like(average, averages[name]))
     updater.loads.restore(state.tensors.get("loads", {}))
     updater.position = Position(**{**state.position, "guard": Guard(**state.position.get("guard", {}))})
 
@@ -84,7 +90,7 @@ def _require_same(updater: Updater, folder: Path, state: TrainerState, config: T
             f"{folder} was written with the tuner {before}, and this configuration has {tuner}",
             hint="Leave tuner as it was, or start a new run from this model with start_from.",
         )
-    needed = {"average": bool(updater.averages), "masters": updater.weights.separate or updater.adds}
+    needed = {"average": bool(updater.averages), "masters": updater.weights.rounded or updater.adds}
     lacking = [group for group, wanted in needed.items() if wanted and group not in state.tensors]
     if former == now and not lacking:
         return

@@ -27,7 +27,7 @@ from penstock.core.progress import Reporter, silent
 from penstock.models import hub
 from penstock.models.acceptance.head import Pair
 from penstock.models.beside import Beside
-from penstock.models.blank import assembled
+from penstock.models.blank import assembled, without_weights
 from penstock.models.companions import copy_companions
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
@@ -40,13 +40,16 @@ from penstock.train.config import TrainConfig
 from penstock.train.folders import Trained
 from penstock.train.length import unfinished_warmup
 from penstock.train.loop import Trainer
+from penstock.train.machine import fast_precision
 from penstock.train.material import store
 from penstock.train.material.contract import Material
 from penstock.train.material.dialogues import REFERENCE, Dialogues
 from penstock.train.material.texts import Texts
 from penstock.train.pipeline import recovery
 from penstock.train.pipeline.pipeline import Pipeline
+from penstock.train.precision import Precision
 from penstock.train.resuming import resume_command
+from penstock.train.shards.shards import Shards
 from penstock.train.validation import Validation
 
 CONFIG, SUMMARY = "run.json", "summary.json"
@@ -90,9 +93,10 @@ class Run:
             named = next((name for name, dtype in DTYPES.items() if dtype == stored), None)
             config = config.model_copy(update={"export_dtype": named})
         pipeline = Pipeline(config, shape, folder, world) if config.parallel.pipeline > 1 else None
+        shards = Shards.of(config, world, self.device)
         rank, size = (pipeline.grid.pipeline, pipeline.grid.pipelines) if pipeline else (world.rank, world.size)
         rows_of_each(config.batch, size, "pipelines" if pipeline else "processes")
-        model = self._part(pipeline, found) if pipeline else self._model(found)
+        model = self._part(pipeline, found) if pipeline else self._model(found, blank=shards is not None)
         folders.check(model)
         if isinstance(model, Decoder):
             if model.config.vocabulary < shape.vocabulary:
@@ -101,17 +105,24 @@ class Run:
             config.tuner.attach(model, config.seed)
             if config.objective.scalar:
                 model.head.requires_grad_(True)  # what is not there yet is trained, whatever the tuner trains
+        if shards is not None:
+            assert isinstance(model, Decoder)  # the configuration refuses heads
+            config, precision = self._with_precision(config)
+            shards.fill(model, precision, found if found and not config.tuner.adds else config.start_from)
         self.material: Material = kind(config, self._store_folder, parent, shape, world, report)
         self.notes += self.material.notes
         self.config = config = config.model_copy(update={"data": self.material.settled()})
         self.tokenizer = folder / TOKENIZER
         self._provide_tokenizer()
-        if found is None and world.leads and isinstance(model, Decoder):
-            self.material.prepare(model, folder, report)
+        if shards is not None:
+            self.material.agreed = lambda seconds: world.largest(seconds)[0]
+        if found is None and (world.leads or shards) and isinstance(model, Decoder):
+            with shards.measured() if shards else contextlib.nullcontext():
+                self.material.prepare(model, folder, report)
         world.barrier()
         self.material.take(folder)
         loader = self.material.loader(rank, size)
-        self.trainer = Trainer(config, model, loader, self.tokenizer, folder, world, pipeline)
+        self.trainer = Trainer(config, model, loader, self.tokenizer, folder, world, pipeline, shards)
         self.trainer.validation = Validation(config.validation, self.material, world)
         if found is not None:
             self.trainer.resume(found)
@@ -217,8 +228,18 @@ class Run:
         self.config = self.trainer.config
         write_json(self.folder / CONFIG, self.config.model_dump(mode="json"))
 
-    def _model(self, found: Path | None) -> Trained:
-        """What is trained, at the beginning, or the like for the weights of the checkpoint ``found``."""
+    def _with_precision(self, config: TrainConfig) -> tuple[TrainConfig, Precision]:
+        """``config`` with a precision, where it leaves that to the machine, and which that is: shards are made for
+        one."""
+        if config.precision != "auto":
+            return config, config.precision
+        answer = fast_precision(self.device, self.world)
+        chosen = {**config.chosen, "precision": f"{answer.choice}: {answer.reason}"}
+        return config.model_copy(update={"precision": answer.choice, "chosen": chosen}), answer.choice
+
+    def _model(self, found: Path | None, *, blank: bool) -> Trained:
+        """What is trained, at the beginning, or the like for the weights of the checkpoint ``found``; ``blank``, on the
+        meta device."""
         shape, named, head = self.config.model, self.config.target, self.config.head
         if named is not None:
             target = hub.load(named, device=self.device, dtype=torch.float32)
@@ -230,8 +251,11 @@ class Run:
             return Pair.new(draft, target, self.config.seed, (drafting, named))
         if shape is None:
             # What is added to a base is put on top of it again; checkpoints have both merged.
-            source = None if self.config.tuner.adds else found
-            return hub.load(source or str(self.config.start_from), device=self.device, dtype=torch.float32)
+            source = (None if self.config.tuner.adds else found) or str(self.config.start_from)
+            return hub.blank(source) if blank else hub.load(source, device=self.device, dtype=torch.float32)
+        if blank:
+            with without_weights():
+                return Decoder(shape)
         return (Decoder(shape) if found else Decoder(shape).initialize(self.config.seed)).to(self.device)
 
     def _part(self, pipeline: Pipeline, found: Path | None) -> Decoder:
@@ -284,18 +308,11 @@ class Run:
             seconds: for the evaluation, of part of the held-out documents if need be; None: as the configuration says.
         """
         self.trainer.use_average()
-        model, position = self.trainer.whole(), self.trainer.position
-        if model is not None:
-            if isinstance(model, Decoder):
-                if self.config.tuner.adds:
-                    with atomic_folder(self.folder / hub.ADAPTER) as folder:
-                        self.config.tuner.write(model, folder, str(self.config.start_from))
-                model = self.config.tuner.merged(model)
-            with atomic_folder(self.folder / MODEL) as folder:
-                folders.save(model, folder, DTYPES.get(self.config.export_dtype or ""))
-                copy_companions(self.tokenizer, folder)
+        model, position = self._exported(), self.trainer.position
+        with self.trainer.shards.measured() if self.trainer.shards else contextlib.nullcontext():
+            measured = self._evaluate(model, report, seconds)
         summary = {
-            **self._evaluate(model, report, seconds),
+            **measured,
             "documents": self.material.evaluated_count,
             "tokens_per_s": position.tokens / max(position.seconds, 1e-9),
             "parameters": self.trainer.parameters,
@@ -312,9 +329,28 @@ class Run:
         self.world.barrier()
         return summary
 
+    def _exported(self) -> Trained | None:
+        """Writes the finished model, and what was added to its base; returns what is to be evaluated, where it is."""
+        model, shards, dtype = self.trainer.whole(), self.trainer.shards, DTYPES.get(self.config.export_dtype or "")
+        if isinstance(model, Decoder) and self.config.tuner.adds and self.world.leads:
+            with atomic_folder(self.folder / hub.ADAPTER) as folder:
+                self.config.tuner.write(model, folder, str(self.config.start_from))
+        if shards is not None:
+            with self.world.blaming():
+                shards.export(self.folder / MODEL, self.tokenizer, dtype or self.trainer.weights.dtype)
+            return model
+        if isinstance(model, Decoder):
+            model = self.config.tuner.merged(model)
+        if model is not None:
+            with atomic_folder(self.folder / MODEL) as folder:
+                folders.save(model, folder, dtype)
+                copy_companions(self.tokenizer, folder)
+        return model
+
     def _evaluate(self, whole: Trained | None, report: Reporter, seconds: float | None) -> dict[str, Any]:
         """The material's measure of the model on what is held out, or how often a head agrees with its target there, or
-        what it predicts of what that accepts, if anything is. The leading process measures, on its own device."""
+        what it predicts of what that accepts, if anything is. The leading process measures, on its own device; a model
+        in shards, all of them."""
         of_head = "agreement" if self.config.draft is None else "acceptance"
         key = self.material.measure if self.config.target is None else of_head
         if not self.material.held_out:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from penstock.core.errors import CheckpointError, PenstockError
 from penstock.models.beside import Beside
 from penstock.models.blank import assembled
+from penstock.parallel.watch import LossError
 from penstock.train import checkpoint
 from penstock.train.checkpoint import Keeping, TrainerState
 from penstock.train.folders import Trained
@@ -33,7 +36,7 @@ class Saver:
     """
 
     def __init__(self, folder: Path, tokenizer: Path, background: bool, resume: str) -> None:
-        self._folder, self._tokenizer, self._resume = folder, tokenizer, resume
+        self.folder, self.tokenizer, self._resume = folder, tokenizer, resume
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="penstock-checkpoint") if background else None
         self._pending: Future[None] | None = None
 
@@ -43,15 +46,26 @@ class Saver:
         Raises:
             CheckpointError: this one, or the one before that was under way, cannot be written.
         """
+        if self._pool is not None:
+            self.wait()
+            weights = {name: copied(p) for name, p in model.named_parameters()}
+            model = model.holding(weights) if isinstance(model, Beside) else assembled(model, weights)
+            tensors = {group: {name: copied(t) for name, t in named.items()} for group, named in state.tensors.items()}
+            state = TrainerState(copy.deepcopy(state.position), state.description, tensors)
+        save = functools.partial(checkpoint.save, self.folder, step, model, self.tokenizer, state, keeping=keeping)
+        self.run(step, save)
+
+    def run(self, step: int, write: Callable[[], object]) -> None:
+        """Runs ``write``, which writes the checkpoint of ``step`` from what nothing else changes, or begins to.
+
+        Raises:
+            CheckpointError: as :meth:`save` raises it.
+        """
         if self._pool is None:
-            self._write(step, model, state, keeping)
-            return
-        self.wait()
-        weights = {name: _copied(p) for name, p in model.named_parameters()}
-        model = model.holding(weights) if isinstance(model, Beside) else assembled(model, weights)
-        tensors = {group: {name: _copied(t) for name, t in named.items()} for group, named in state.tensors.items()}
-        state = TrainerState(copy.deepcopy(state.position), state.description, tensors)
-        self._pending = self._pool.submit(self._write, step, model, state, keeping)
+            self._explained(step, write)
+        else:
+            self.wait()
+            self._pending = self._pool.submit(self._explained, step, write)
 
     def wait(self) -> None:
         """Returns when nothing is being written any more.
@@ -68,9 +82,11 @@ class Saver:
         with contextlib.suppress(Exception):
             self.wait()
 
-    def _write(self, step: int, model: Trained, state: TrainerState, keeping: Keeping) -> None:
+    def _explained(self, step: int, write: Callable[[], object]) -> None:
         try:
-            checkpoint.save(self._folder, step, model, self._tokenizer, state, keeping=keeping)
+            write()
+        except LossError:
+            raise
         except PenstockError as error:
             raise CheckpointError(
                 f"no checkpoint could be saved at step {step}: {error.what}",
@@ -79,7 +95,7 @@ class Saver:
             ) from error
 
 
-def _copied(tensor: Tensor) -> Tensor:
+def copied(tensor: Tensor) -> Tensor:
     """A copy in main memory, which nothing else changes."""
     here = tensor.detach()
     return here.clone() if here.device.type == "cpu" else here.cpu()

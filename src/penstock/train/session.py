@@ -75,7 +75,7 @@ def train_to_the_end(run: Run, report: Reporter, evaluation: float | None = None
 
 def _dtype(run: Run) -> str:
     """What the finished model is stored in, and why."""
-    stored = run.config.export_dtype or str(next(run.trainer.model.parameters()).dtype).removeprefix("torch.")
+    stored = run.config.export_dtype or str(run.trainer.weights.dtype).removeprefix("torch.")
     return f"{stored}, like {run.config.start_from}" if run.config.start_from else stored
 
 

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from penstock.core.errors import PenstockError
 from penstock.data.loader import Batch
 from penstock.models.attention import CausalRows, PackedRows
+from penstock.parallel.shard import total_norm
 from penstock.parallel.world import World
 from penstock.train.batches import Microbatch, microbatches
 from penstock.train.config import TrainConfig
@@ -23,6 +25,7 @@ from penstock.train.pipeline.post_validated import PostValidated
 from penstock.train.precision import Weights
 from penstock.train.rates import Rates
 from penstock.train.report import Position
+from penstock.train.shards.shards import Shards
 
 
 class Updater:
@@ -34,6 +37,7 @@ class Updater:
         weights: the model's, and those that the optimizer updates.
         world: this process's place among those of the run.
         pipeline: where processes hold parts of the model, of which ``model`` is this one's.
+        shards: where they hold rows of its parameters.
 
     Attributes:
         position: how far the run is.
@@ -47,9 +51,15 @@ class Updater:
     """
 
     def __init__(
-        self, config: TrainConfig, model: Trained, weights: Weights, world: World, pipeline: Pipeline | None
+        self,
+        config: TrainConfig,
+        model: Trained,
+        weights: Weights,
+        world: World,
+        pipeline: Pipeline | None = None,
+        shards: Shards | None = None,
     ) -> None:
-        self.model, self.weights, self.world, self.pipeline = model, weights, world, pipeline
+        self.model, self.weights, self.world, self.pipeline, self.shards = model, weights, world, pipeline, shards
         self.device = next(model.parameters()).device
         self.masters = list(weights.masters.values())
         self.optimizer = config.optim.build(weights.masters)
@@ -90,7 +100,8 @@ class Updater:
         return microbatches(batch, length, self._config.batch.micro_tokens, self.device)
 
     def rehearse(self, micro: Batch, context: CausalRows | PackedRows) -> None:
-        """Forward and backward of a microbatch by what is here of the model, without the other processes."""
+        """Forward and backward of a microbatch by what is here of the model, without the other processes; of a model
+        in shards, together with them."""
         with explain_memory(self.device):
             if self.pipeline:
                 self.pipeline.rehearse(micro, context)
@@ -200,11 +211,9 @@ class Updater:
             self.weights.collect_gradients()
             total += loss.detach()
         gradients = [m.grad for m in self.masters if m.grad is not None]
-        self.world.sum_([*gradients, total])
-        return total, {
-            "grad_norm": torch.nn.utils.get_total_norm(gradients),
-            "grad_l1": torch.nn.utils.get_total_norm(gradients, norm_type=1.0),
-        }
+        # Those of shards were summed when they were computed.
+        self.world.sum_([*(grad for grad in gradients if not isinstance(grad, DTensor)), total])
+        return total, {"grad_norm": total_norm(gradients), "grad_l1": total_norm(gradients, 1.0)}
 
     def use_average(self) -> None:
         """Puts the averaged weights into the model."""
@@ -220,5 +229,6 @@ def explain_memory(device: torch.device) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise PenstockError(
             f"the memory of {device} does not suffice",
-            hint="Lower batch.micro_tokens, which leaves the batch as it is, or set activation_checkpointing = true.",
+            hint="Lower batch.micro_tokens, which leaves the batch as it is, set activation_checkpointing = true, or "
+            'let several devices hold the model together: parallel.shard = "all".',
         ) from error

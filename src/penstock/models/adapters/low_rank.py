@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from penstock.core.errors import ConfigError, nearest
 from penstock.core.randomness import torch_generator
-from penstock.models.blank import assembled
+from penstock.models.blank import assembled, without_weights
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
 from penstock.models.families.mapping import general, placed
@@ -52,7 +52,6 @@ class LowRankLinear(Linear):
         options: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
         self.a = nn.ParameterDict({str(i): torch.zeros(rank, base.in_features, **options) for i in chosen})
         self.b = nn.ParameterDict({str(i): torch.zeros(pieces[i].rows, rank, **options) for i in chosen})
-        vars(self)["base"] = base  # no submodule, which would have the weight twice
 
     @torch.no_grad()
     def initialize(self, seed: int, name: str) -> None:
@@ -78,15 +77,22 @@ class LowRankLinear(Linear):
                 added.append(out.new_zeros(()).expand(*out.shape[:-1], piece.rows))
         return out + (added[0] if len(added) == 1 else torch.cat(added, -1))
 
+    def plain(self) -> Linear:
+        """The layer that this one stands for."""
+        with without_weights():
+            layer = Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        layer.weight, layer.bias = self.weight, self.bias
+        return layer
+
     @torch.no_grad()
-    def merged(self) -> Tensor:
-        """The weight with what is added to it, in its dtype."""
-        exact = torch.promote_types(self.weight.dtype, torch.float32)
-        whole = self.weight.to(exact).clone()
+    def merged(self, weight: Tensor) -> Tensor:
+        """``weight``, the layer's own, with what is added to it, in its dtype."""
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        whole = weight.to(exact, copy=True)
         parts = torch.split(whole, [piece.rows for piece in self.pieces])
         for place, (a, b) in self.additions().items():
             parts[place].add_(b.to(exact) @ a.to(exact), alpha=self.scale)
-        return whole.to(self.weight.dtype)
+        return whole.to(weight.dtype)
 
 
 def linears(decoder: Decoder, family: Family) -> dict[str, list[Piece]]:
@@ -130,10 +136,19 @@ def attached(decoder: Decoder) -> Iterator[tuple[str, LowRankLinear]]:
             yield name, module
 
 
+def initialize(decoder: Decoder, seed: int) -> None:
+    """Gives all additions their initial values."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, LowRankLinear):
+            module.initialize(seed, name)
+        elif name.startswith(f"{POOLS}."):
+            module.initialize(seed, name.removeprefix(f"{POOLS}."))
+
+
 def detach(decoder: Decoder) -> None:
     """Removes all additions: the decoder is what it was before they were attached."""
     for name, layer in list(attached(decoder)):
-        decoder.set_submodule(name, vars(layer)["base"])
+        decoder.set_submodule(name, layer.plain())
     if hasattr(decoder, POOLS):
         delattr(decoder, POOLS)
 
@@ -150,5 +165,5 @@ def merged(decoder: Decoder) -> Decoder:
         for name, parameter in decoder.named_parameters()
         if not any(name.startswith(prefix) for prefix in own)
     }
-    weights |= {f"{name}.weight": layer.merged() for name, layer in layers.items()}
+    weights |= {f"{name}.weight": layer.merged(layer.weight) for name, layer in layers.items()}
     return assembled(decoder, weights)

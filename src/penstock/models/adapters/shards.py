@@ -78,7 +78,9 @@ class ShardedLinear(LowRankLinear):
         vars(self)["pools"] = {place: pool for place, (_, pool) in pools.items()}  # no submodules: the decoder has them
         for place, (name, pool) in pools.items():
             for which in ("a", "b"):
-                picked = pool.picked(which, layer, rank, seed, name).to(base.weight.device)
+                picked = pool.picked(which, layer, rank, seed, name)
+                if not base.weight.is_meta:  # where the weights get their memory later, these numbers are real already
+                    picked = picked.to(base.weight.device)
                 self.register_buffer(f"{which}{place}", picked, persistent=False)
 
     def additions(self) -> dict[int, tuple[Tensor, Tensor]]:

@@ -39,15 +39,20 @@ def views_on(decoder: Decoder, family: Family) -> dict[str, Tensor]:
 def placed(decoder: Decoder, family: Family) -> Iterator[tuple[str, str, Tensor]]:
     """Of each weight the name of our parameter, its own name on disk, and the view of the parameter that it is."""
     for name, parameter in decoder.named_parameters():
-        layer, stack = _layer(name), family.tensors[general(name)]
-        if name == "head.weight" and decoder.config.scalar_head:
-            stack = (SCALAR_HEAD,)
-        matrices = parameter.detach() if "{expert}" in stack[0] else parameter.detach().unsqueeze(0)
-        for expert, matrix in enumerate(matrices):
-            parts = matrix.split(_rows(decoder.config, name, len(matrix), len(stack)))
-            for hub, part in zip(stack, parts, strict=True):
-                place = hub.format(layer=layer, expert=expert)
-                yield name, place, part.mT if general(name) in family.transposed else part
+        for hub, view in pieces(decoder.config, family, name, parameter.detach()):
+            yield name, hub, view
+
+
+def pieces(config: DecoderConfig, family: Family, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The views of one weight, ``tensor``, that has the ``name`` in a decoder, by their names on disk."""
+    layer, stack = _layer(name), family.tensors[general(name)]
+    if name == "head.weight" and config.scalar_head:
+        stack = (SCALAR_HEAD,)
+    matrices = tensor if "{expert}" in stack[0] else tensor.unsqueeze(0)
+    for expert, matrix in enumerate(matrices):
+        parts = matrix.split(_rows(config, name, len(matrix), len(stack)))
+        for hub, part in zip(stack, parts, strict=True):
+            yield hub.format(layer=layer, expert=expert), part.mT if general(name) in family.transposed else part
 
 
 def general(name: str) -> str:

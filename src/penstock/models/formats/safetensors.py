@@ -48,10 +48,12 @@ class Safetensors:
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         for path, group in itertools.groupby(self.headers.items(), key=lambda item: item[1].path):
+            wanted = [name for name, _ in group if name in names]
+            if not wanted:
+                continue
             with _open(path) as file:
-                for name, _ in group:
-                    if name in names:
-                        yield name, file.get_tensor(name)
+                for name in wanted:
+                    yield name, file.get_tensor(name)
 
     def packed(self, names: Collection[str]) -> Iterator[tuple[str, Packed]]:
         yield from ()

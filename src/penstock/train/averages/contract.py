@@ -14,13 +14,16 @@ from penstock.policy import Policy, contract, unwritten
     "train.average",
     law="after any number of updates a mixture of the initial weights and those after each update, the same in all "
     "tensors, and for weights that stay the weights themselves bit for bit; a function of averages, weights and count "
-    "alone; along one run equal to the averages that the policy gives, worked out by hand",
+    "alone; along one run equal to the averages that the policy gives, worked out by hand; of weights in shards those "
+    "of whole weights",
 )
 class Average(Policy):
     """A running average of the weights, beside the weights themselves.
 
     ``elementwise``: no weight's average depends on another weight, so that processes that hold parts of a model can
     average each their own.
+
+    Weights in shards are DTensors, whose norms are those of all their rows.
 
     A policy gives :meth:`update`, and :meth:`example` for its law.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +14,10 @@ from penstock.models.decoder import Decoder
 from penstock.train.config import DataConfig, TrainConfig
 
 
+def _own(seconds: float) -> float:
+    return seconds
+
+
 class Material(ABC):
     """What a run trains on, and is measured by.
 
@@ -21,12 +26,15 @@ class Material(ABC):
         unit: the same in words.
         folder: the store's.
         notes: what the user should know.
+        agreed: what counts as the time that a measurement has taken, of the seconds that it took here: where processes
+            measure together, they are to end together.
     """
 
     measure: ClassVar[str]
     unit: str
     folder: Path
     notes: list[str]
+    agreed: Callable[[float], float] = staticmethod(_own)
 
     @classmethod
     def enlarged(cls, config: TrainConfig, parent: Path | str | None, shape: DecoderConfig) -> DecoderConfig:
@@ -53,7 +61,7 @@ class Material(ABC):
 
     def prepare(self, model: Decoder, folder: Path, report: Reporter) -> None:
         """Computes what the run needs of the model at its beginning into the run folder ``folder``, if anything. The
-        leading process of a new run calls this before :meth:`take`."""
+        leading process of a new run calls this before :meth:`take`; where the model is in shards, all of them do."""
         return
 
     def take(self, folder: Path) -> None:

@@ -59,6 +59,7 @@ class Dialogues(Material):
         report: Reporter,
     ) -> None:
         self._config, self.folder, self._parent, self.notes = config, folder, str(parent), []
+        self._leads = world.leads
         self._kind = cast(Kind, config.objective.learns_from)
         self.unit = f"nats a {config.objective.unit}"
         if world.leads and not folder.exists():
@@ -196,8 +197,10 @@ class Dialogues(Material):
     def prepare(self, model: Decoder, folder: Path, report: Reporter) -> None:
         config, taught = self._config, self._config.objective.teacher
         if config.objective.refers:
-            reference.compute(model, self.store, folder / REFERENCE, config.batch, report)
-        if taught is not None:
+            found = reference.compute(model, self.store, config.batch, report)
+            if self._leads:
+                reference.write(found, folder / REFERENCE)
+        if taught is not None and self._leads:
             tokens, device = config.batch.micro_tokens or config.batch.tokens, str(model.embedding.weight.device)
             teacher.compute(taught, self.store, folder / TEACHER, tokens, device, report)
 
@@ -241,7 +244,7 @@ class Dialogues(Material):
                     counted += self._config.objective.count(micro).item()
                 done += len(part.tokens)
                 bar.advance(len(part.tokens))
-                if seconds is not None and time.monotonic() - began > seconds:
+                if seconds is not None and self.agreed(time.monotonic() - began) > seconds:
                     break
         self._evaluated = sum(len(loader.packed.rows[row]) for row in loader.order(0, done))
         return loss / max(counted, 1)

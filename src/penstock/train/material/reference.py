@@ -24,19 +24,27 @@ from penstock.train.objectives.preference import by_sequence, log_probabilities
 CHUNK = 2048
 
 
-def compute(model: Decoder, store: ExampleStore, folder: Path, batch: BatchConfig, report: Reporter) -> None:
-    """Writes the log-probability of what is learnt of each sequence of ``store`` under ``model`` into the new
-    ``folder``, a file of float32 a split; NaN for sequences that stand in no row."""
+#: The log-probability of what is learnt of each sequence, by splits; NaN for sequences that stand in no row.
+Reference = dict[SplitName, npt.NDArray[np.float32]]
+
+
+def compute(model: Decoder, store: ExampleStore, batch: BatchConfig, report: Reporter) -> Reference:
+    """What ``model`` finds probable of the sequences of ``store``."""
+    return {name: _of_split(model, store.split(name), batch, report) for name in SPLITS}
+
+
+def write(found: Reference, folder: Path) -> None:
+    """Writes what :func:`compute` has found into the new ``folder``, a file of float32 a split."""
     with atomic_folder(folder) as partial:
-        for name in SPLITS:
-            examples = store.split(name)
-            found = _of_split(model, examples, batch, report) if examples.count else np.empty(0, np.float32)
-            (partial / f"{name}.bin").write_bytes(found.astype("<f4").tobytes())
+        for name, values in found.items():
+            (partial / f"{name}.bin").write_bytes(values.astype("<f4").tobytes())
 
 
 @torch.no_grad()
 def _of_split(model: Decoder, examples: Examples, batch: BatchConfig, report: Reporter) -> npt.NDArray[np.float32]:
     found = np.full(examples.count * examples.width, np.nan, np.float32)
+    if not examples.count:
+        return found
     loader = PackedLoader(examples, length=batch.length, sampler=Sequential(), seed=0)
     device = model.embedding.weight.device
     with report("reference", loader.samples, "row") as bar:
@@ -51,7 +59,7 @@ def _of_split(model: Decoder, examples: Examples, batch: BatchConfig, report: Re
 
 
 def read(examples: Examples, folder: Path, name: SplitName, length: int) -> npt.NDArray[np.float32]:
-    """What :func:`compute` has written of a split.
+    """What :func:`write` has written of a split.
 
     Raises:
         DataError: it is not there, or of rows of another length.

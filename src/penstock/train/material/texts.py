@@ -112,7 +112,8 @@ class Texts(Material):
     def evaluate(self, model: Decoder, report: Reporter = silent, seconds: float | None = None) -> float:
         window = self._config.batch.length
         if seconds is not None:
-            self.evaluated = affordable(model, self.store.split("held_out"), window=window, seconds=seconds)
+            split = self.store.split("held_out")
+            self.evaluated = affordable(model, split, window=window, seconds=seconds, agreed=self.agreed)
         return bits_per_byte(model, self.evaluated, window=window, report=report)
 
     def agreement(self, model: Headed, report: Reporter = silent, seconds: float | None = None) -> list[float]:

@@ -30,7 +30,7 @@ class Limit:
     "optim.optimizer",
     law="in the limiting case that the policy gives, equal to a known optimizer bit for bit; nothing moves at the rate "
     "0, nor a parameter without a gradient; parameters do not depend on each other, nor the matrices of a stack; all "
-    "state survives a checkpoint bit for bit",
+    "state survives a checkpoint bit for bit; parameters of which processes have some rows each move as whole ones do",
 )
 class Optimizer(Policy):
     """An optimizer: the peak learning rate ``lr``, decoupled ``weight_decay``, and how to build it.
@@ -45,7 +45,9 @@ class Optimizer(Policy):
         """The optimizer of the named ``parameters`` (names as in the Decoder).
 
         Each group's ``lr`` is its peak rate; the loop multiplies it by the schedule's factor. All state lies in
-        ``optimizer.state[parameter]`` as tensors, so that checkpoints can name it.
+        ``optimizer.state[parameter]`` as tensors, so that checkpoints can name it. Parameters in shards are DTensors:
+        what works number by number works on them as it is, and :func:`~penstock.parallel.shard.of_matrices` gives what
+        does not its matrices whole.
         """
         raise NotImplementedError
 

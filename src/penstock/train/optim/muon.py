@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from penstock.core.processor import fast_dtype
+from penstock.parallel.shard import of_matrices
 from penstock.policy import policy
 from penstock.train.optim.adamw import AdamW, Beta
 from penstock.train.optim.contract import Limit, Optimizer, is_matrix
@@ -28,7 +29,7 @@ class Muon(Optimizer):
     rest, which decay by ``adam_weight_decay``.
 
     bf16 is precise enough for the orthogonalisation; ``precision`` "auto" is the dtype in which the device multiplies
-    fastest.
+    fastest. Of a model in shards, each process orthogonalises its part of the matrices, whole.
     """
 
     lr: PositiveFloat = 3e-3
@@ -95,12 +96,11 @@ class MuonWithAdam(torch.optim.Optimizer):
         gradients = [p.grad for p in members if p.grad is not None]
         torch._foreach_lerp_(momenta, gradients, 1 - self.options.momentum)
         nesterov = torch._foreach_lerp(gradients, momenta, self.options.momentum)
-        stacked = torch.stack(tuple(nesterov)).flatten(0, -3)
-        updates = orthogonalize(stacked.to(self._dtype(stacked.device)), self.options.iterations)
+        dtype, iterations = self._dtype(members[0].device), self.options.iterations
+        updates = of_matrices(nesterov, lambda batch: orthogonalize(batch.to(dtype), iterations).to(batch.dtype))
         scale = 0.2 * max(members[0].shape[-2:]) ** 0.5
         torch._foreach_mul_(members, 1 - lr * weight_decay)
-        shaped = updates.to(members[0].dtype).view(len(members), *members[0].shape)
-        torch._foreach_add_(members, list(shaped), alpha=-lr * scale)
+        torch._foreach_add_(members, updates, alpha=-lr * scale)
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         named = {"fp32": torch.float32, "bf16": torch.bfloat16}

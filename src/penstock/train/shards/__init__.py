@@ -1,0 +1,1 @@
+"""Training a model of which each process holds a shard."""

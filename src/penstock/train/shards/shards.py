@@ -1,0 +1,177 @@
+"""Training a model in shards: what the loop does differently where each process holds some rows of every parameter."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+
+from penstock.models import hub
+from penstock.models.adapters import low_rank
+from penstock.models.blank import without_weights
+from penstock.models.companions import copy_companions
+from penstock.models.decoder import Decoder, Layer
+from penstock.parallel.shard import mesh_of, reshard, whole
+from penstock.parallel.shared_folder import Entry, SharedFolder
+from penstock.parallel.world import World
+from penstock.train import checkpoint
+from penstock.train.checkpoint import Keeping, TrainerState
+from penstock.train.config import TrainConfig
+from penstock.train.precision import Precision
+from penstock.train.saving import copied
+from penstock.train.shards.filling import fill, source_of
+
+
+class Shards:
+    """This process's shards of a run's model, and the exchange of what one process alone does not have.
+
+    Parameters and all that belongs to them are known by the names that they have in the whole Decoder. Each has an
+    owner among the processes, who writes it, whole, into checkpoints and into the finished model: so neither results
+    nor checkpoints depend on the layout, and no process has to hold more than its part of either. PyTorch's own sharded
+    checkpoints are not used: their planners exchange pickles, they know no names on disk but those of modules, so that
+    none would be a model folder, and what a killed process leaves of one looks like a checkpoint.
+
+    Args:
+        config: the run's; its ``parallel`` section says how many processes hold the model together.
+        world: this process's place.
+        device: this process's.
+
+    Attributes:
+        model: in shards, once it is filled.
+
+    Raises:
+        UsageError: the processes do not make whole groups of so many.
+    """
+
+    model: Decoder
+
+    def __init__(self, config: TrainConfig, world: World, device: torch.device) -> None:
+        self._config, self._world, self._device = config, world, device
+        wanted = config.parallel.shard
+        self._mesh = mesh_of(world, world.size if wanted == "all" else wanted, device)
+
+    @classmethod
+    def of(cls, config: TrainConfig, world: World, device: torch.device) -> Shards | None:
+        """The shards of a run; None where each process holds the whole model."""
+        wanted = config.parallel.shard
+        return cls(config, world, device) if wanted not in (1, "all") or (wanted == "all" and world.size > 1) else None
+
+    def fill(self, model: Decoder, precision: Precision, folder: Path | str | None) -> None:
+        """Gives ``model``, which is prepared and on the meta device, its weights: those in a model folder, or initial
+        ones. All processes call this."""
+        config = self._config
+        source = source_of(model, folder, config.seed)
+        fill(model, self._mesh, self._device, precision, source, config.seed, config.tuner.adds)
+        self.model, self._parameters = model, dict(model.named_parameters())
+        sizes = {name: parameter.numel() for name, parameter in self._parameters.items()}
+        self._owners = shared_out(sizes, self._world.size)
+
+    def compile(self) -> None:
+        """Compiles the layers, from their next pass on; what is put together and let go of stays outside."""
+        run = torch.compile(Layer.forward, dynamic=False)
+        for layer in cast(Iterable[Layer], self.model.layers):
+            self._run_by(layer, functools.partial(run, layer))
+
+    def use_eager(self) -> None:
+        """Undoes :meth:`compile`."""
+        for layer in cast(Iterable[Layer], self.model.layers):
+            self._run_by(layer, functools.partial(Layer.forward, layer))
+
+    def _run_by(self, layer: Layer, forward: Callable[..., object]) -> None:
+        if self._config.activation_checkpointing:
+            forward = functools.partial(recompute, forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = forward  # type: ignore[method-assign, assignment]
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """Within the block all processes compute with the model, the same at the same time, without gradients."""
+        with self._world.blaming():
+            yield
+            reshard(self.model)
+
+    # What is written.
+
+    def checkpoint(
+        self, folder: Path, step: int, tokenizer: Path, state: TrainerState, keeping: Keeping, dtype: torch.dtype
+    ) -> Callable[[], None]:
+        """What writes this process's part of the checkpoint of ``step``, from copies of this moment. All processes call
+        this, and then what it returns; arguments as of :func:`penstock.train.checkpoint.save`, of whose state each
+        process has some rows; ``dtype`` is that of the weights."""
+        weights = self._weights(dtype)
+        groups = {group: self._collected(tensors) for group, tensors in state.tensors.items()}
+        described = TrainerState(copy.deepcopy(state.position), state.description, {group: {} for group in groups})
+        shared = SharedFolder(folder / f"step-{step:08}", self._world)
+        rank, size = self._world.rank, self._world.size
+
+        def own(place: Path) -> list[Path]:
+            files = self._save_part(place, weights)
+            for group, tensors in groups.items():
+                if tensors:
+                    files.append(place / checkpoint.TRAINER / f"{group}-{rank + 1:05}-of-{size:05}.safetensors")
+                    checkpoint.write_tensors(files[-1], tensors)
+            return files
+
+        def last(place: Path, entries: dict[str, Entry]) -> None:
+            self._save_rest(place, tokenizer, dtype)
+            checkpoint.complete(place, described, entries)
+
+        def write() -> None:
+            shared.write(own, last)
+            if self._world.leads:
+                checkpoint.prune(folder, step, keeping)
+
+        return write
+
+    def export(self, target: Path, tokenizer: Path, dtype: torch.dtype) -> None:
+        """Writes the model into the new folder ``target``, with ``tokenizer`` beside it. All processes call this."""
+        weights, shared = self._weights(dtype), SharedFolder(target, self._world)
+        shared.write(
+            lambda place: self._save_part(place, weights), lambda place, _: self._save_rest(place, tokenizer, dtype)
+        )
+
+    def _save_part(self, place: Path, weights: Mapping[str, Tensor]) -> list[Path]:
+        return hub.save_part(self.model, place, weights, self._world.rank, self._world.size)
+
+    def _save_rest(self, place: Path, tokenizer: Path, dtype: torch.dtype) -> None:
+        hub.save_rest(self.model, place, self._owners, self._world.size, dtype)
+        copy_companions(tokenizer, place)
+
+    def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Those of a plain model that this process owns, whole: where something was added, with both merged."""
+        with without_weights():
+            plain = [name for name, _ in Decoder(self.model.config).named_parameters()]
+        layers = {f"{name}.weight": layer for name, layer in low_rank.attached(self.model)}
+        mine: dict[str, Tensor] = {}
+        for name in plain:
+            weight = whole(self._parameters[name])
+            if self._owners[name] == self._world.rank:
+                merged = layers[name].merged(weight) if name in layers else weight
+                mine[name] = copied(merged.to(dtype))
+        return mine
+
+    def _collected(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of ``tensors`` that this process owns, whole, by the name of their parameter, perhaps with ``/key``
+        after it."""
+        mine: dict[str, Tensor] = {}
+        for name in sorted(tensors):
+            value = whole(tensors[name])
+            if self._owners[name.split("/")[0]] == self._world.rank:
+                mine[name] = copied(value)
+        return mine
+
+
+def shared_out(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """A rank for each name, so that their sizes add up to about the same: the largest first, to whoever has least."""
+    loads = [0] * ranks
+    owners: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owners[name] = min(range(ranks), key=lambda rank: loads[rank])
+        loads[owners[name]] += sizes[name]
+    return owners
