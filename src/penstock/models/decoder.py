@@ -297,12 +297,17 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the first layer takes in for ``tokens`` (integers [*T]) at ``positions``: [*T, hidden]."""
+        x = self.embedded(tokens)
+        if self.config.learned_positions:
+            x = x + self.position_embedding(positions)
+        return x
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """What ``tokens`` (integers [*T]) are wherever they stand: [*T, hidden]."""
         x: Tensor = self.embedding(tokens)
         if self.config.embedding_scale != 1:
             # Rounded to the weights' dtype before it multiplies, as the models with such a scale were trained.
             x = x * x.new_full((), self.config.embedding_scale)
-        if self.config.learned_positions:
-            x = x + self.position_embedding(positions)
         return x
 
     def finish(self, x: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def test_what_is_drafted_does_not_depend_on_copies_with_noise_beside_it():
             engine.add(Request(str(number), [3 + number, 1, 4, 1, 5], sampling))
         while engine.busy:
             engine.step()
-        drafted.append({text: window for text, window in drafts if text[0] == 3})
+        drafted.append({text: tree for text, tree in drafts if text[0] == 3})
     alone, beside = drafted
     assert len(alone) > 3
     assert alone == beside

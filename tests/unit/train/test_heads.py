@@ -50,6 +50,7 @@ def options(store, model, **changes) -> TrainConfig:
         {"name": "early_exit", "layers": 1},
         {"name": "eagle"},
         {"name": "hidden_transfer", "left": 1, "tokens": 2},
+        {"name": "ppd", "tokens": 3},
     ],
 )
 def test_a_head_is_trained_for_a_model_and_drafts_for_it(store, target, tmp_path, head, capsys):

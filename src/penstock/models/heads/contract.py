@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -116,6 +116,22 @@ class Continues(Protocol):
         ...
 
 
+@runtime_checkable
+class Prompts(Protocol):
+    """A head that is some tokens of its own, which the target computes behind those of the text, to guess what comes
+    there."""
+
+    @property
+    def reach(self) -> int:
+        """How many tokens it is, and guesses: the one that stands j places behind a token of the text says what comes
+        j + 1 places behind it."""
+        ...
+
+    def prompted(self, target: Decoder) -> Decoder:
+        """``target``, to which the tokens -1, -2 and so on are these, in order."""
+        ...
+
+
 @contract(
     "model.head",
     law="a guess depends on no token that it has not seen; only the head learns, and the target stays as it is; a head "
@@ -125,6 +141,9 @@ class Continues(Protocol):
 class Head(Policy):
     """A head on a model: it drafts tokens with the model's own layers or hidden states, and is trained for this model
     (``penstock train --preset drafter-early-exit --set target=MODEL``)."""
+
+    #: The policy of ``speculate.drafter`` by which an engine drafts with it.
+    drafter: ClassVar[str] = "head"
 
     def build(self, shape: DecoderConfig) -> HeadModule:
         """The head for models of this ``shape``, with weights of any value.

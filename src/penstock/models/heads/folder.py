@@ -50,6 +50,17 @@ def find(source: str | Path) -> Path | None:
     return folder_with(DESCRIPTION, source)
 
 
+def drafter_of(source: str | Path) -> str:
+    """The policy of ``speculate.drafter`` that drafts with the head ``source`` (see :func:`find`), which is there.
+
+    Raises:
+        PenstockError: its description is damaged.
+    """
+    folder = find(source)
+    assert folder is not None
+    return describe(folder).kind.drafter
+
+
 def save(model: Headed, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Writes the head of ``model`` into a folder that exists.
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field, PositiveInt
@@ -15,7 +14,7 @@ from penstock.models.attention import AttentionContext
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.heads.contract import Guess, Head, HeadModule
-from penstock.ops.attention import PLAIN, Extras, attend_rows, causal_mask
+from penstock.models.heads.pseudo_rows import PseudoRows
 from penstock.policy import policy
 
 
@@ -62,53 +61,10 @@ class Transfer(HeadModule):
                 states, _ = layer(states, rotary, context)
         # Of a row of T tokens: the text, then the first token behind each of them, then the second one, ...
         pseudo = self.transfer(states).transpose(-3, -2).flatten(-3, -2)
-        every = TransferredRows.of(context.positions, self.reach, target.config.context)
+        every = PseudoRows.of(context.positions, self.reach, target.config.context)
         passed = self.passed(target, torch.cat([states, pseudo], -2), every)
         for depth, guessed in enumerate(passed.chunk(1 + self.reach, -2)[1:]):
             yield Guess(guessed, depth + 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class TransferredRows:
-    """Rows [B, S] of a text's T tokens and, behind them, of pseudo tokens: the first one behind each of the T, then the
-    second one, and so on. A pseudo token sees the text up to the token that it was made of, and those before it that
-    were made of the same.
-
-    Attributes:
-        positions: int64 [B, S].
-        seen: bool [B, S, S], which tokens each one sees, windows and chunks aside.
-    """
-
-    keeps: ClassVar[bool] = False
-    positions: Tensor
-    seen: Tensor
-
-    @classmethod
-    def of(cls, positions: Tensor, pseudo: int, context: int) -> TransferredRows:
-        """The rows of texts whose tokens have these ``positions`` [B, T], with so many ``pseudo`` tokens behind each.
-        Those that would have a position behind the ``context`` have its last one: nothing is guessed for them."""
-        length, device = positions.shape[-1], positions.device
-        made_of = torch.arange(length, device=device).repeat(1 + pseudo)
-        rank = torch.arange(1 + pseudo, device=device).repeat_interleave(length)
-        documents = (positions == 0).cumsum(-1)[..., made_of]
-        text = (rank == 0) & (made_of <= made_of.unsqueeze(1))
-        before = (made_of == made_of.unsqueeze(1)) & (rank <= rank.unsqueeze(1))
-        same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
-        return cls((positions[..., made_of] + rank).clamp(max=context - 1), same & (text | before))
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        extras: Extras = PLAIN,
-    ) -> Tensor:
-        mask = self.seen & causal_mask(self.positions, self.positions, window, extras.chunk)
-        return attend_rows(query, key, value, scale=scale, mask=mask.unsqueeze(1), extras=extras)
 
 
 @policy("model.head", "hidden_transfer", papers=[407])

@@ -21,14 +21,14 @@ from penstock.policy import policy
 from penstock.train.objectives.contract import Example, Objective
 
 
-@policy("train.objective", "self_distillation", papers=[162])
+@policy("train.objective", "self_distillation", papers=[162, 333])
 class SelfDistillation(Objective):
     """Cross-entropy of what a head guesses against what its target says in the same place.
 
     What a draft is accepted for is to be what the target says, not what the text has, so the target's whole
-    distribution is learnt. From the paper: the model itself is the teacher of its exit. Ours: texts are those of the
-    corpus, not of the model's own making; guesses further ahead, which count only where those before were right, weigh
-    less.
+    distribution is learnt. From the papers: the model itself is the teacher of its exit [162], and of its prompt tokens
+    [333]. Ours: texts are those of the corpus, not of the model's own making; guesses further ahead, which count only
+    where those before were right, weigh less.
 
     Attributes:
         decay: the weight of a guess for the token that is k further ahead is ``decay``**k.
