@@ -18,15 +18,24 @@ class Tree(NamedTuple):
         tokens: of the text.
         parents: of each token the index of the one before it, which stands earlier; -1 for those behind the newest
             token of the text.
+        probes: how many probes stand behind the newest token of the text, and behind each of the tree: rows of the step
+            that are no tokens of any text, of which the last accepted token's say what is drafted next. Empty where
+            there are none.
     """
 
     tokens: list[int]
     parents: list[int]
+    probes: List[int] = ()
 
     @property
     def branched(self) -> bool:
         """Whether not all tokens are in a row."""
         return self.parents != list(range(-1, len(self.parents) - 1))
+
+    @property
+    def rows(self) -> int:
+        """How many rows of a step it is."""
+        return len(self.tokens) + sum(self.probes)
 
 
 def chain(tokens: List[int]) -> Tree:
@@ -80,7 +89,21 @@ def pruned(tree: Tree, kept: Collection[int]) -> Tree:
     """``tree`` with none but the nodes that are ``kept``, the parents of each among them."""
     left = sorted(kept)
     number = {node: place for place, node in enumerate(left)} | {-1: -1}
-    return Tree([tree.tokens[node] for node in left], [number[tree.parents[node]] for node in left])
+    probes = [tree.probes[0], *(tree.probes[node + 1] for node in left)] if tree.probes else ()
+    return Tree([tree.tokens[node] for node in left], [number[tree.parents[node]] for node in left], probes)
+
+
+def way_of(tree: Tree, tokens: List[int]) -> list[int]:
+    """The nodes that ``tokens`` are, one behind the other from the newest token of the text on."""
+    way, node = [], -1
+    for token in tokens:
+        node = next(
+            each
+            for each in range(node + 1, len(tree.tokens))
+            if tree.parents[each] == node and tree.tokens[each] == token
+        )
+        way.append(node)
+    return way
 
 
 def woven(texts: Iterator[List[int]], branches: List[int], most: int) -> Tree:
