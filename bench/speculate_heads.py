@@ -10,6 +10,7 @@ import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,8 +35,9 @@ TARGET = "python-6m"
 OUTPUT = 192
 PROMPTS = 4
 REPETITIONS = 5
-#: Of whom a paper says that it is faster than which others on the model itself: Medusa, and its own first layers.
-FASTER = {"hidden_transfer": (("medusa", "early_exit"), (407,))}
+#: Of whom a paper says that it is faster than which others: plain decoding, or, on the model itself, Medusa and its own
+#: first layers.
+FASTER = {"hidden_transfer": (("medusa", "early_exit"), (407,)), "ppd": (("plain decoding",), (333,))}
 
 
 def settings(kind: str) -> TrainConfig:
@@ -55,14 +57,24 @@ def trained(target: Decoder, kind: str, quick: bool) -> HeadModule:
         return heads.load(Path(made) / "run", target)
 
 
+def drafting(kind: str | None) -> dict[str, Any]:
+    """How an engine drafts with a head of this ``kind``: always as much as it can, but where trees are chosen by what
+    steps take, for which they have to be timed."""
+    if kind is None:
+        return {}
+    head = settings(kind).head
+    assert head is not None
+    timed = head.drafter == "ppd"
+    return {"draft": {"name": head.drafter, "source": kind}, "controller": "measured" if timed else "fixed"}
+
+
 def main(bench: Bench) -> None:
     """Trains the heads, and measures them."""
     script = load("speculate")
     target = hub.load(TARGET, device=bench.device, dtype=torch.float32).eval()
     engines: dict[str, Engine] = {}
     for kind in [None, *index().names("model.head")]:
-        draft = {} if kind is None else {"draft": {"name": "head", "source": kind}, "controller": "fixed"}
-        config = EngineConfig.model_validate({"sequences": 4, "cache_tokens": 4096, **draft})
+        config = EngineConfig.model_validate({"sequences": 4, "cache_tokens": 4096, **drafting(kind)})
         head = None if kind is None else trained(target, kind, bench.quick)
         engines[kind or "plain decoding"] = build_engine(target, config, draft=head)
     output, todo = (24, script.prompts(1)) if bench.quick else (OUTPUT, script.prompts(PROMPTS))
@@ -79,10 +91,10 @@ def measure(bench: Bench, runs: dict[str, Callable[[], float]], engines: dict[st
         if name == "plain decoding":
             continue
         beside = {"subject": name, "values": values[name], **common}
-        bench.compared(peer="plain decoding", peer_values=values["plain decoding"], **beside)
         others, papers = FASTER.get(name, ((), ()))
-        for other in others:
-            bench.compared(peer=other, peer_values=values[other], papers=papers, **beside)
+        for other in dict.fromkeys(["plain decoding", *others]):
+            claimed = papers if other in others else ()
+            bench.compared(peer=other, peer_values=values[other], papers=claimed, **beside)
         now = engine.snapshot()
         tokens = now.output_tokens / now.sequence_steps
         bench.row(subject=name, setting=setting, metric="tokens a step of a sequence", unit="", value=tokens)

@@ -123,6 +123,9 @@ def serve(
     With tokens that a head drafts, which `penstock train --preset drafter-early-exit --set target=python-6m --out
     runs/exit` has trained: `penstock serve python-6m --draft runs/exit`
 
+    With prompt tokens that guess and are verified in one pass, which `penstock train --preset drafter-ppd --set
+    target=python-6m --out runs/ppd` has trained: `penstock serve python-6m --draft runs/ppd`
+
     With drafted tokens, and a trace of every request: `penstock serve python-6m --draft python-1m --trace trace.json`
 
     With several drafts for a place: `penstock serve python-6m --draft python-1m --draft-tree 3,2`

@@ -26,7 +26,7 @@ from penstock.models.adapters.slots import AdapterSlots, matrices, read
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.heads import folder as heads
-from penstock.models.heads.contract import Continues, Continuing, Foresees, HeadModule, Transfers
+from penstock.models.heads.contract import Continues, Continuing, Foresees, HeadModule, Prompts, Transfers
 from penstock.models.invariant import make_invariant
 from penstock.models.paged import cache_shape
 from penstock.models.pairing import require_same_tokens
@@ -65,6 +65,7 @@ from penstock.serve.run.record import Recorder
 from penstock.serve.run.runner import Runner, TappedRunner
 from penstock.serve.run.trees import Trees
 from penstock.serve.sizing import blocks_in, explained_shortage, settle_memory, weight_bytes
+from penstock.speculate.contract import Drafter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -321,6 +322,8 @@ def build_runners(
             "this head goes on from its own hidden states and drafts a chain, no tree",
             hint="Leave draft_tree out, or draft with a model, a head of another kind, or ngram.",
         )
+    if config.draft is not None and head is not None:
+        _require_able(config.draft, head)
     if config.controller.predicts and models[1:] and predictor is None:
         raise UsageError(
             f"the controller {config.controller.policy_name!r} needs a head that predicts what is accepted",
@@ -335,6 +338,8 @@ def build_runners(
     opened = [_opened(each, config, pieces, report) for each in models]
     if isinstance(head, Transfers):
         models[0] = TappedDecoder(model, head.layers)
+    if isinstance(head, Prompts):
+        models[0] = head.prompted(model)
     if isinstance(head, Continues):
         # What it has is little, and a codec would have to learn of it by other means than of a model.
         models.append(head.continuing(model))
@@ -356,6 +361,7 @@ def build_runners(
         ]
         kinds = _kinds(config, model, memories, keeps)
         kinds[0]["adapters"] = _adapter_slots(model, models[0], config)
+        kinds[0]["probes"] = len(config.draft.widths) if config.draft is not None else 0
         # There are no graphs with a plain backend that was taken since no other knows the model's attention.
         compiled = compiled and (config.attention is not None or all(memory.fix([], 0) for memory in memories))
         for each, memory, context, kind in zip(models, memories, contexts, kinds, strict=True):
@@ -395,6 +401,21 @@ def _spare(config: EngineConfig) -> int:
     """How many blocks the model that drafts has for each slot beside those of sequences."""
     meanwhile = config.draft is not None and config.draft.meanwhile
     return spare_blocks(config.rows, config.block_size) if meanwhile else 0
+
+
+def _require_able(drafter: Drafter, head: HeadModule) -> None:
+    """Refuses a ``drafter`` that does not draft with this ``head``."""
+    prompts = head.reach if isinstance(head, Prompts) else 0
+    if bool(prompts) != bool(drafter.widths):
+        raise UsageError(
+            f"the drafter {drafter.policy_name!r} does not draft with a head of this kind",
+            hint="Name the head's folder alone as the drafter, and the one that drafts with it is taken.",
+        )
+    if prompts < len(drafter.widths):
+        raise UsageError(
+            f"the head has {prompts} prompt tokens, and {len(drafter.widths)} tokens are to be drafted ahead",
+            hint=f"Set draft.tokens={prompts}, or train a head with more: --set head.tokens={len(drafter.widths)}",
+        )
 
 
 def _blocks(config: EngineConfig, device: torch.device, block_bytes: int, context: int) -> int:
@@ -484,9 +505,10 @@ def _drafting_kind(config: EngineConfig) -> dict[str, Any]:
     sampler: Callable[..., Sampler] = ConfidentSampler if sure else Sampler
     if told:
         sampler = ConfidentProposingSampler if sure else ProposingSampler
-    if config.draft_tree:
+    branches = config.draft_tree or (config.draft.widths if config.draft is not None else ())
+    if branches:
         kind = ConfidentBranchingSampler if sure else BranchingSampler
-        sampler = functools.partial(kind, branches=config.draft_tree, verifier=config.verifier)
+        sampler = functools.partial(kind, branches=branches, verifier=config.verifier)
     return {"sampler": sampler, "planner": planner}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,7 @@ from penstock.serve.kv.reuse.prefix import PrefixReuse
 from penstock.speculate.contract import Drafter
 from penstock.speculate.controllers.contract import Controller
 from penstock.speculate.controllers.measured import Measured
+from penstock.speculate.drafting import Drafting
 from penstock.speculate.tree import MOST, depths, full
 from penstock.speculate.verifiers.contract import Verifier
 from penstock.speculate.verifiers.exact_match import ExactMatch
@@ -125,7 +127,7 @@ class EngineConfig(Config):
             return draft
         boxed = hub.boxed_models()
         if heads.find(draft) is not None:
-            return {"name": "head", "source": str(draft)}
+            return {"name": heads.drafter_of(draft), "source": str(draft)}
         if str(draft) in boxed or "/" in str(draft) or Path(draft).exists():
             return {"name": "model", "source": str(draft)}
         known = {*boxed, *index().names("speculate.drafter")} - {"model", "head"}
@@ -173,7 +175,7 @@ class EngineConfig(Config):
     @model_validator(mode="after")
     def _verifiable(self) -> EngineConfig:
         verifier, most = self.verifier, max(self.draft_tree, default=1)
-        if verifier.matches:
+        if verifier.matches or (self.draft is not None and self.draft.widths):
             return self
         if verifier.most != 1 and most == 1:
             raise ValueError(
@@ -270,28 +272,56 @@ class EngineConfig(Config):
         if self.draft is None:
             raise ValueError("draft_tree says how a drafter branches, and there is none: set draft, such as ngram")
         if not self.draft.branches:
-            raise ValueError(f"the drafter {self.draft.policy_name!r} drafts chains: leave draft_tree out")
+            kind = "shapes its trees itself" if self.draft.widths else "drafts chains"
+            raise ValueError(f"the drafter {self.draft.policy_name!r} {kind}: leave draft_tree out")
         ahead = self.draft.most
         if max(depths(full(self.draft_tree, ahead, MOST)), default=0) < ahead:
             raise ValueError(
                 f"draft_tree comes to more than the {MOST} tokens that a tree may have, where {ahead} are drafted "
                 "ahead: draft fewer ahead, or fewer for each place"
             )
+        for reason in self._against_trees():
+            raise ValueError(f"{reason}: leave draft_tree out")
+        return self
+
+    def _against_trees(self) -> Iterator[str]:
+        """Why steps with masks cannot be had with these settings."""
         reasons = {
             "deterministic needs tokens in a row": self.deterministic,
             "a model divided among ranks verifies chains": self.tensor_parallel > 1,
             "trees need the cache's codec 'plain'": not isinstance(self.codec, PlainCodec),
             f"{self.kv.policy_name!r} compresses the cache": self.kv.due(1, 0, 0) is not None,
         }
-        for reason, holds in reasons.items():
-            if holds:
-                raise ValueError(f"{reason}: leave draft_tree out")
+        yield from (reason for reason, holds in reasons.items() if holds)
+
+    @model_validator(mode="after")
+    def _probing(self) -> EngineConfig:
+        """What a drafter that probes, and shapes its trees itself, does not go together with."""
+        if self.draft is None or not self.draft.widths:
+            return self
+        name, most, verifier = self.draft.policy_name, max(self.draft.widths), self.verifier
+        for reason in self._against_trees():
+            raise ValueError(f"{reason}: draft with another drafter than {name!r}")
+        if self.record is not None:
+            raise ValueError(f"record needs another drafter than {name!r}: a recording has no probes")
+        if not verifier.matches and most > 1 and verifier.most is not None and verifier.most < most:
+            raise ValueError(
+                f"{name!r} drafts up to {most} tokens for a place, and {verifier.policy_name!r} is for "
+                f"{verifier.most}: set draft.drafts={verifier.most}"
+            )
+        if verifier.drafting is Drafting.GREEDY and not verifier.matches and most > 1:
+            raise ValueError(
+                f"{name!r} drafts fewer tokens for a place where more do not pay, and {verifier.policy_name!r} needs "
+                "all of them: take another verifier, such as recursive_distinct"
+            )
         return self
 
     @property
     def rows(self) -> int:
-        """The most rows of a sequence that goes on that are scored in a step: its newest token, and what is drafted."""
-        return 1 + (len(full(self.draft_tree, self.draft.most, MOST)) if self.draft else 0)
+        """The most rows of a sequence that goes on in a step: its newest token, what is drafted, and probes."""
+        if self.draft is None:
+            return 1
+        return 1 + (self.draft.rows or len(full(self.draft_tree, self.draft.most, MOST)))
 
     @property
     def room_for_adapters(self) -> int:

@@ -9,8 +9,11 @@ more (its chance to accept a token is the token's own).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from penstock.policy import Policy, contract
 from penstock.speculate.tree import Tree
@@ -50,11 +53,44 @@ class Branching(Draft, Protocol):
         ...
 
 
+class Shaper(Protocol):
+    """Says what trees a drafter that probes verifies, for all sequences of an engine."""
+
+    def plan(self, ahead: int, seconds: Callable[[np.ndarray], np.ndarray]) -> None:
+        """The next step may draft ``ahead`` tokens on each way, 1 or more, and takes ``seconds`` (or any other unit) if
+        each sequence has so many rows."""
+        ...
+
+    def shape(self, guessed: int) -> Tree:
+        """A tree of :data:`AWAITED` tokens and of probes for a sequence of which so many tokens are ``guessed``: no way
+        has more."""
+        ...
+
+    def learn(self, shape: Tree, way: List[int]) -> None:
+        """Of a tree that was verified, the nodes on this ``way`` were accepted."""
+        ...
+
+
+@runtime_checkable
+class Probing(Draft, Protocol):
+    """A draft whose tokens were guessed by probes: rows of the step before, behind the token that was accepted last."""
+
+    def shape(self, shaper: Shaper, guessed: int, ahead: int, most: int) -> Tree:
+        """A tree of up to ``most`` rows, for as many tokens as are ``guessed``, of which none stands more than
+        ``ahead`` tokens behind the newest one, nor a probe.
+
+        Args:
+            shaper: that of the engine's drafter.
+        """
+        ...
+
+
 @contract(
     "speculate.drafter",
     law="the tokens that come out are those of plain decoding, draw for draw: greedy ones identical, sampled ones of "
     "exactly the same distribution; at most as many tokens are drafted as were asked for, and behind the same text the "
-    "same ones; all of this also where trees are drafted, and a tree of one branch is the chain",
+    "same ones; all of this also where trees are drafted, and a tree of one branch is the chain; what probes guess is "
+    "drafted no further than they guessed, and none is where its guess would be behind the text's end",
 )
 class Drafter(Policy):
     """Drafts tokens for the sequences of an engine: out of their text, or with a model.
@@ -91,6 +127,21 @@ class Drafter(Policy):
     def meanwhile(self) -> bool:
         """Whether its model drafts on while what it has drafted is verified (``serve/run/cascade.py``)."""
         return False
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """How many drafts a place has at most, by depth, where it drafts by probes: then its drafts are
+        :class:`Probing`, and there is a :meth:`shaper`. Empty for all others."""
+        return ()
+
+    @property
+    def rows(self) -> int:
+        """How many rows of a step the trees have at most that it drafts by probes."""
+        return 0
+
+    def shaper(self) -> Shaper | None:
+        """Shapes the trees of an engine where it drafts by probes."""
+        return None
 
     def start(self, tokens: List[int]) -> Draft:
         """A draft for a sequence that has ``tokens`` now."""

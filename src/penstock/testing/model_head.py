@@ -30,18 +30,25 @@ from penstock.models.decoder import Decoder
 from penstock.models.heads import folder as heads
 from penstock.models.heads.contract import Continues, Exits, Head, HeadModule
 from penstock.models.heads.headed import Headed
+from penstock.policy import create
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.engine.batch import Batch as EngineBatch
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
-from penstock.speculate.drafters.head import Head as HeadDrafter
+from penstock.speculate.contract import Drafter
+from penstock.speculate.sparse_tree import ranks_of
+from penstock.speculate.tree import Tree, path
 from penstock.testing.refusals import refused
 from penstock.testing.serve_model import SHAPE, small_model
 from penstock.testing.speculate_drafter import engine_with, outcomes
 from penstock.train.objectives.self_distillation import SelfDistillation
 
-#: What drafts with a head in the suites, wherever that comes from.
-DRAFTER = HeadDrafter(source="a head")
+
+def drafter_of(kind: Head) -> Drafter:
+    """What drafts with a head of this kind in the suites, wherever that comes from."""
+    made = create("speculate.drafter", kind.drafter, source="a head")
+    assert isinstance(made, Drafter)
+    return made
 
 
 def check(kind: Head) -> None:
@@ -129,11 +136,12 @@ def check_folder(kind: Head) -> None:
 
 
 def check_drafts(kind: Head, target: Decoder | None = None) -> None:
-    """What an engine drafts for greedy requests is what the head guesses on the whole text, in each place, also where
-    a text goes on as two, whose last block is copied; for the small model of the suites, or another ``target``."""
+    """What an engine drafts for greedy requests is what the head guesses on the whole text, in each place, and of a
+    tree the likeliest tokens in order, also where a text goes on as two, whose last block is copied; for the small
+    model of the suites, or another ``target``."""
     target = target or small_model()
     model = learnt(target, kind)
-    engine = engine_with(DRAFTER, target, draft=_frozen(model))
+    engine = engine_with(drafter_of(kind), target, draft=_frozen(model))
     drafts = watched(engine)
     for number in range(3):
         prompt = [(7 * place + 3 * number) % SHAPE.vocabulary for place in range(5 + 6 * number)]
@@ -147,32 +155,39 @@ def check_drafts(kind: Head, target: Decoder | None = None) -> None:
     while engine.busy:
         engine.step()
     compared = 0
-    for text, window in drafts:
-        for depth, token in enumerate(window):
-            wanted = _guessed(model, [*text, *window[:depth]], len(text), depth)
-            assert token == wanted, f"drafted {token} at depth {depth} behind {len(text)} tokens, and guessed {wanted}"
+    for text, tree in drafts:
+        ranks = ranks_of(tree.parents)
+        for node, token in enumerate(tree.tokens):
+            way = [tree.tokens[each] for each in path(tree.parents, node)[:-1]]
+            logits = _guessed(model, [*text, *way], len(text), len(way))
+            assert logits is not None
+            wanted = int(logits.topk(ranks[node] + 1).indices[-1])
+            there = f"at depth {len(way)} behind {len(text)} tokens"
+            assert token == wanted, f"drafted {token} {there} as number {ranks[node]}, and guessed {wanted}"
             compared += 1
         if isinstance(model.head, Continues):
             ((_, _, logits),) = _guesses(model, torch.tensor([text]))
-            assert window[0] == int(logits[0, -1].argmax()), "a head drafts by other hidden states than it learns from"
+            first = tree.tokens[0]
+            assert first == int(logits[0, -1].argmax()), "a head drafts by other hidden states than it learns from"
     assert compared > 20
 
 
-def _guessed(model: Headed, tokens: list[int], settled: int, depth: int) -> int | None:
-    """The likeliest token at ``depth`` behind the first ``settled`` of the ``tokens``, by what the engine may know: the
-    hidden states of all settled ones but the newest, or whatever the target's layers make of all of them."""
+def _guessed(model: Headed, tokens: list[int], settled: int, depth: int) -> Tensor | None:
+    """The logits [vocabulary] of the token at ``depth`` behind the first ``settled`` of the ``tokens``, by what the
+    engine may know: the hidden states of all settled ones but the newest, or whatever the target's layers make of all
+    of them."""
     if isinstance(model.head, Continues):
         return _continued(model, model.head, tokens, settled)
     for ahead, _, logits in _guesses(model, torch.tensor([tokens])):
         place = settled + depth - 1 - ahead
         if isinstance(model.head, Exits) or place == settled - 2:
-            return int(logits[0, place].argmax())
+            return logits[0, place]
     return None
 
 
 @torch.no_grad()
-def _continued(model: Headed, head: Continues, tokens: list[int], settled: int) -> int:
-    """The likeliest token behind ``tokens``, token by token: by the target's hidden states behind all of the first
+def _continued(model: Headed, head: Continues, tokens: list[int], settled: int) -> Tensor:
+    """The logits of the token behind ``tokens``, token by token: by the target's hidden states behind all of the first
     ``settled`` tokens but the newest, and then by the head's own."""
     target, decoder = model.target, head.continuing(model.target)
     known = target(torch.tensor([tokens[: settled - 1]]), CausalRows.of(settled - 1)).hidden
@@ -180,17 +195,17 @@ def _continued(model: Headed, head: Continues, tokens: list[int], settled: int) 
     for length in range(settled, len(tokens) + 1):
         hidden = decoder(torch.tensor([tokens[:length]]), CausalRows.of(length)).hidden
         decoder.before = torch.cat([decoder.before, hidden[:, -1:]], 1)
-    return int(target.logits(hidden[0, -1]).argmax())
+    return target.logits(hidden[0, -1])
 
 
-def watched(engine: Engine) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def watched(engine: Engine) -> list[tuple[tuple[int, ...], Tree]]:
     """The texts behind which ``engine`` drafts from now on, each with what is drafted."""
     assert engine.speculation is not None
-    draft, seen = engine.speculation.draft, list[tuple[tuple[int, ...], tuple[int, ...]]]()
+    draft, seen = engine.speculation.draft, list[tuple[tuple[int, ...], Tree]]()
 
     def watching(batch: EngineBatch) -> None:
         draft(batch)
-        seen.extend((tuple(each.sequence.tokens), each.window) for each in batch.entries if each.window)
+        seen.extend((tuple(each.sequence.tokens), each.tree) for each in batch.entries if each.window)
 
     vars(engine.speculation)["draft"] = watching
     return seen
@@ -198,7 +213,7 @@ def watched(engine: Engine) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 def check_tokens(kind: Head) -> None:
     """Tokens are those of an engine that drafts nothing."""
-    engine = engine_with(DRAFTER, draft=_frozen(learnt(small_model(), kind)))
+    engine = engine_with(drafter_of(kind), draft=_frozen(learnt(small_model(), kind)))
     assert outcomes(engine) == _plain(), "a head changes the tokens of a text"
     assert engine.snapshot().drafted_tokens > 0
 

@@ -249,7 +249,7 @@ class EngineMachine(RuleBasedStateMachine):
             **self.options,
         )
         model, draft_model = self.models
-        drafts = small_head() if drafter is not None and drafter.head is not None else draft_model
+        drafts = small_head(drafter) if drafter is not None and drafter.head is not None else draft_model
         predictor = small_predictor() if drafter is not None and controller.predicts else None
         runner, drafting = build_runners(model, config, drafts, predictor=predictor)
         self.folder = tempfile.TemporaryDirectory()

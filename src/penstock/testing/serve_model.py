@@ -14,6 +14,8 @@ from penstock.models.decoder import Decoder
 from penstock.models.heads.contract import Head, HeadModule
 from penstock.models.heads.early_exit import EarlyExit
 from penstock.models.heads.headed import Headed
+from penstock.speculate.contract import Drafter
+from penstock.testing.enrolled import enrolled
 
 SHAPE = DecoderConfig(
     vocabulary=50,
@@ -63,6 +65,13 @@ def head_of(model: Decoder, kind: Head | None = None) -> HeadModule:
     return Headed.new(model, kind, seed=0).head.eval()
 
 
+def head_for(drafter: Drafter, model: Decoder) -> HeadModule:
+    """A head that ``drafter``, which drafts with one, drafts with for ``model`` in the suites."""
+    kinds = [each for each in enrolled("model.head").values() if isinstance(each, Head)]
+    own = [each for each in kinds if each.drafter == drafter.policy_name]
+    return head_of(model, None if drafter.policy_name == EarlyExit.drafter else own[0])
+
+
 def predictor_of(draft: Decoder) -> AcceptanceHead:
     """A head that predicts what is accepted of what ``draft`` drafts, in the suites. It has learnt nothing, and says
     all kinds of things."""
@@ -85,6 +94,6 @@ def small_draft() -> Decoder:
 
 
 @functools.cache
-def small_head() -> HeadModule:
-    """A head that drafts for the small one."""
-    return head_of(small_model())
+def small_head(drafter: Drafter) -> HeadModule:
+    """A head that ``drafter`` drafts with for the small one."""
+    return head_for(drafter, small_model())

@@ -31,13 +31,18 @@ from penstock.speculate.contract import Drafter
 from penstock.speculate.controllers.contract import Control, Controller, Seen
 from penstock.speculate.drafters.model import Model
 from penstock.speculate.drafters.ngram import Ngram
+from penstock.speculate.drafters.ppd import ParallelPromptDecoding
 from penstock.testing.model_head import watched
 from penstock.testing.reference import next_logits
 from penstock.testing.serve_model import SHAPE, draft_of, predictor_of, small_model
 from penstock.testing.speculate_drafter import BRANCHES, engine_with, outcomes
 
-#: Drafters of both kinds: by the text, and by a model.
-DRAFTERS: tuple[Drafter, ...] = (Ngram(shortest=1), Model(source="a model", tokens=4))
+#: Drafters of each kind: by the text, by a model, and by probes.
+DRAFTERS: tuple[Drafter, ...] = (
+    Ngram(shortest=1),
+    Model(source="a model", tokens=4),
+    ParallelPromptDecoding(source="a head"),
+)
 
 
 def check(controller: Controller) -> None:
@@ -107,7 +112,7 @@ def check_predictions(controller: Controller, most: int = 5) -> None:
     while engine.busy:
         engine.step()
     ended = set()
-    for text, window in drafts:
+    for text, (window, _, _) in drafts:
         going = []
         with torch.no_grad():
             hidden = draft(torch.tensor([[*text, *window]]), CausalRows.of(len(text) + len(window))).hidden[0]

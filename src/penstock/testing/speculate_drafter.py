@@ -15,7 +15,8 @@ What each clause is there to catch:
 - :func:`check_proposals`: more tokens than were asked for, or a draft that a text's growth by pieces changes;
 - :func:`check_trees`: the same of trees, and ways that are no trees, or not the chain's; then the engine and the twin
   again, where sequences go on by any of several ways: keys and values of a way that was not taken, or that stay where
-  they were computed, positions by place, penalties and grammars of another way.
+  they were computed, positions by place, penalties and grammars of another way;
+- :func:`check_shapes`: of those that probe, trees that are too large or too tall, and probes for what nobody will read.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.serve.run.cascade import CascadeDraft
-from penstock.speculate.contract import AWAITED, Branching, Drafter
+from penstock.speculate.contract import AWAITED, Branching, Drafter, Probing
 from penstock.speculate.controllers.contract import Controller
 from penstock.speculate.controllers.fixed import Fixed
 from penstock.speculate.drafters.model import Model
@@ -54,7 +56,7 @@ from penstock.speculate.verifiers.accept_residual import AcceptResidual
 from penstock.speculate.verifiers.contract import Verifier
 from penstock.speculate.verifiers.recursive_distinct import RecursiveDistinct
 from penstock.testing.reference import greedy
-from penstock.testing.serve_model import SHAPE, draft_of, head_of, predictor_of, small_model
+from penstock.testing.serve_model import SHAPE, draft_of, head_for, head_of, predictor_of, small_model
 
 #: Chances, in eighths, of the token (column) after the token (row): a model that likes to repeat itself.
 TABLE = ((1, 5, 1, 1), (1, 0, 6, 1), (5, 1, 1, 1), (2, 2, 2, 2))
@@ -73,6 +75,7 @@ def check(drafter: Drafter) -> None:
     check_loops(drafter)
     check_meanwhile(drafter)
     check_trees(drafter)
+    check_shapes(drafter)
 
 
 def check_distribution(drafter: Drafter, length: int = 3) -> None:
@@ -180,6 +183,33 @@ def _check_tree(tree: Tree, ahead: int, most: int) -> None:
     assert len(set(drafted)) == len(drafted), "a place has a draft twice"
 
 
+def check_shapes(drafter: Drafter) -> None:
+    """Asserts of one that probes that its trees, whatever was accepted and whatever steps take, are no larger than they
+    may be, no taller than what is guessed, and have no row that is of no use to the text."""
+    shaper, draft = drafter.shaper(), drafter.start([0, 1, 2])
+    if not drafter.widths:
+        assert shaper is None
+        return
+    assert shaper is not None and isinstance(draft, Probing), "a drafter that probes starts drafts without shape()"
+    generator = numpy_generator(0, "testing/drafter/shapes")
+    for trial in range(60):
+        reach, slope = int(generator.integers(1, drafter.most + 1)), float(generator.random())
+        shaper.plan(reach, lambda rows, slope=slope: 1 + slope * rows)  # type: ignore[misc]
+        for guessed, ahead, most in generator.integers(0, [drafter.most + 3, 9, drafter.rows + 9], (4, 3)).tolist():
+            tree = draft.shape(shaper, guessed, ahead, most)
+            assert tree == draft.shape(shaper, guessed, ahead, most), "a shape depends on how often it was asked for"
+            tall, counts = [0, *depths(tree.parents)], Counter(tree.parents)
+            assert tree.tokens == [AWAITED] * len(tree.parents) and tree.rows <= min(most, drafter.rows)
+            assert all(-1 <= parent < node for node, parent in enumerate(tree.parents))
+            assert max(tall) <= min(guessed, ahead, reach), f"{max(tall)} tokens, of which {guessed} are guessed"
+            assert all(drafts <= drafter.widths[tall[parent + 1]] for parent, drafts in counts.items())
+            assert len(tree.probes) == len(tall) and all(0 <= count <= drafter.most for count in tree.probes)
+            assert all(depth + count <= ahead for depth, count in zip(tall, tree.probes, strict=True) if count)
+            if tree.tokens and trial < 50:
+                node = int(generator.integers(-1, len(tree.tokens)))
+                shaper.learn(tree, path(tree.parents, node))
+
+
 #: What requests of all kinds ask for.
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0},
@@ -225,9 +255,10 @@ def check_twin(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None:
     nothing. Of a tree, one way is. Returns the engine; None for a drafter without a model or a head."""
     if drafter.model is None and drafter.head is None:
         return None
-    # An exit behind all layers that has learnt nothing is the model itself.
-    itself = small_model() if drafter.head is None else head_of(small_model(), EarlyExit(layers=SHAPE.layers))
-    engine = engine_with(drafter, draft=itself, cache_tokens=120, tree=tree)
+    target, itself = _twins(drafter)
+    engine = engine_with(drafter, target, draft=itself, cache_tokens=120, tree=tree)
+    if drafter.widths and engine.speculation is not None:
+        engine.speculation.shaper = Ragged(drafter)
     played(engine, 0, times=1)
     for number in range(4):
         prompt = [(3 * place + number // 2) % 11 for place in range(14 + number)]
@@ -245,10 +276,18 @@ def check_twin(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None:
             engine.feed(parent.request.id, [1, 2])
     while engine.busy:
         engine.step()
+    engine.add(Request("cut back", [5, 3, 1], SamplingParams(temperature=0.8, max_tokens=80)))
+    for _ in range(3):
+        for _ in range(5):
+            engine.step()
+        # What there is besides is in the cache: the next step can draft at once.
+        engine.truncate("cut back", len(engine.memory.running[0].tokens) - 1)
+    while engine.busy:
+        engine.step()
     now = engine.snapshot()
     assert now.preemptions, "nobody was thrown out"
     places = sum(now.drafted_at)
-    assert places > now.output_tokens / 3
+    assert places > now.output_tokens / 4
     wrong = places - sum(now.accepted_at)
     assert not wrong, f"{wrong} of {places} tokens that a model drafted for itself were not its own"
     model = engine.speculation and engine.speculation.model
@@ -297,6 +336,52 @@ def _proposed(engine: Engine) -> list[tuple[list[int], tuple[int, ...], Tensor]]
     vars(engine.speculation)["draft"] = watching
     played(engine, 0, times=1)
     return seen
+
+
+class Ragged:
+    """Shapes trees of all kinds, whatever is accepted: see :class:`~penstock.speculate.contract.Shaper`."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self._most, self._widths = drafter.most, drafter.widths
+        self._draw = numpy_generator(0, "testing/drafter/ragged")
+
+    def plan(self, ahead: int, seconds: Callable[[np.ndarray], np.ndarray]) -> None:
+        """They cost what they may."""
+
+    def shape(self, guessed: int) -> Tree:
+        parents: list[int] = []
+        level = [-1]
+        for width in self._widths[:guessed]:
+            first = len(parents)
+            for node in level:
+                # The first of them goes on in any case.
+                parents += [node] * int(self._draw.integers(int(node == level[0]), min(width, 2) + 1))
+            level = list(range(first, len(parents)))
+        probes = self._draw.integers(0, self._most + 1, 1 + len(parents)).tolist()
+        return Tree([AWAITED] * len(parents), parents, [max(1, probes[0]), *probes[1:]])
+
+    def learn(self, shape: Tree, way: Sequence[int]) -> None:
+        """Nothing."""
+
+
+def _twins(drafter: Drafter) -> tuple[Decoder, Decoder | HeadModule]:
+    """A model, and what drafts for it and is always right."""
+    if drafter.head is None:
+        return small_model(), small_model()
+    if drafter.widths:
+        # To a model for which all tokens are the same, a probe is the token in its place, if it sees those before it.
+        return unseeing_model(), head_for(drafter, unseeing_model())
+    # An exit behind all layers that has learnt nothing is the model itself.
+    return small_model(), head_of(small_model(), EarlyExit(layers=SHAPE.layers))
+
+
+@functools.cache
+def unseeing_model() -> Decoder:
+    """A small model whose text depends on nothing but where it is, and how far what it attends to goes back."""
+    model = Decoder(SHAPE.model_copy(update={"learned_positions": True})).initialize(0).eval()
+    with torch.no_grad():
+        model.embedding.weight.zero_()
+    return model
 
 
 #: What requests ask for whose text goes round in circles.
@@ -377,7 +462,7 @@ def engine_with(
     config = config.model_copy(update=more)
     target = model or small_model()
     if draft is None:
-        draft = draft_of(target) if drafter is None or drafter.head is None else head_of(target)
+        draft = draft_of(target) if drafter is None or drafter.head is None else head_for(drafter, target)
     predictor = None
     if drafter is not None and config.controller.predicts and isinstance(draft, Decoder):
         predictor = predictor_of(draft)

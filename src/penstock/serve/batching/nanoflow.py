@@ -26,7 +26,7 @@ class NanoFlowBatcher(SarathiBatcher):
 
     def form(self, running: List[Sequence], room: Room) -> None:
         super().form(running, room)
-        decodes = sum(1 for _ in itertools.takewhile(lambda entry: entry.count == 1, room.entries))
+        decodes = sum(1 for _ in itertools.takewhile(lambda entry: entry.rows == 1, room.entries))
         mix = Mix(work_of(room.entries[:decodes]), work_of(room.entries[decodes:]))
         cuts = cuts_of(room.entries, decodes)
         split = self._planner.best(mix, tuple(cuts))
@@ -38,17 +38,17 @@ class NanoFlowBatcher(SarathiBatcher):
 def work_of(entries: List[Entry]) -> Work:
     """What ``entries`` ask for."""
     return Work(
-        tokens=sum(entry.count for entry in entries),
+        tokens=sum(entry.rows for entry in entries),
         scored=sum(entry.scored for entry in entries),
-        read=sum(entry.start + 1 for entry in entries if entry.count == 1),
-        pairs=sum(entry.count * (entry.start + (entry.count + 1) / 2) for entry in entries if entry.count > 1),
+        read=sum(entry.start + 1 for entry in entries if entry.rows == 1),
+        pairs=sum(entry.rows * (entry.start + (entry.rows + 1) / 2) for entry in entries if entry.rows > 1),
     )
 
 
 def cuts_of(entries: List[Entry], decodes: int) -> dict[int, int]:
     """Places at which a step can be cut, in quarters, and how many entries are before each; the first ``decodes`` of
     them have one token. Prompts are not cut: a quarter of them is where one ends nearby, if one does."""
-    ends = list(itertools.accumulate(entry.count for entry in entries[decodes:]))
+    ends = list(itertools.accumulate(entry.rows for entry in entries[decodes:]))
     places = {round(decodes * quarter / QUARTERS): quarter for quarter in range(1, QUARTERS + 1)}
     for quarter in range(1, QUARTERS) if ends else ():
         before = bisect_left(ends, ends[-1] * quarter / QUARTERS)

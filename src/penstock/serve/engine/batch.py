@@ -15,7 +15,7 @@ from penstock.serve.kv.chunks import Chunk
 from penstock.serve.kv.compaction import Compaction
 from penstock.serve.kv.moving import Move
 from penstock.serve.kv.reuse.contract import Weighing
-from penstock.speculate.tree import depths
+from penstock.speculate.tree import Tree, chain, depths
 
 
 class Beside(NamedTuple):
@@ -56,6 +56,10 @@ class Entry(msgspec.Struct, frozen=True):  # one for each sequence at each step:
             token; none where they are in a row. A tree's tokens lie in the cache in the order of the window, and have
             the positions of their depths.
         again: how often the last token is computed again with other experts.
+        probes: how many probes stand behind the newest token, and behind each of the window; none where there are no
+            probes at all. They are rows that are no tokens of the sequence, each of which sees the tokens on the way to
+            its own, that one, and the probes before it behind the same. They are computed behind the window, count
+            neither as its tokens nor among the scored ones, and nothing of them stays in the cache.
         beside: the contexts that some of the tokens see; None where there are none.
         weighed: of which contexts in its text it is asked what their tokens, as far as they are here, look at.
     """
@@ -74,6 +78,17 @@ class Entry(msgspec.Struct, frozen=True):  # one for each sequence at each step:
     again: int = 0
     beside: Beside | None = None
     weighed: tuple[Chunk, ...] = ()
+    probes: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many tokens and probes are computed."""
+        return self.count + sum(self.probes) if self.probes else self.count
+
+    @property
+    def tree(self) -> Tree:
+        """The window, as a tree."""
+        return Tree(list(self.window), list(self.parents) or chain(self.window).parents, self.probes)
 
     @property
     def ahead(self) -> int:
@@ -124,5 +139,5 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """How many tokens are computed, copies with other experts too."""
-        return sum(entry.count + entry.again for entry in self.entries)
+        """How many tokens are computed, probes and copies with other experts too."""
+        return sum(entry.rows + entry.again for entry in self.entries)

@@ -86,7 +86,9 @@ class Engine:
         self.executor, self._counters = executor, Counters()
         self.adapters = Adapters(executor)
         batcher, tokens = config.batching.start(self.limits), self.limits.tokens
-        self.speculation = Speculation(config.controller, config.draft.most, draft) if config.draft else None
+        self.speculation = (
+            Speculation(config.controller, config.draft.most, draft, config.draft.shaper()) if config.draft else None
+        )
         self.steps = EngineSteps(
             *(self.memory, batcher, executor, tokens, self._counters, self.events, self._drop, self.speculation),
             config.draft_tree,

@@ -41,6 +41,7 @@ class Held:
         dropped: how many of them are not in the blocks any more, since the cache was compressed when it had been
             ``compacted`` tokens; ``known`` tokens were left.
         due: how many are computed when it is compressed next.
+        probed: how many probes stood behind the token that the newest one follows; their states are kept for it.
         committed: how many of the blocks are in the prefix tree, the last of them at ``node``; without such, its root.
         filled: int64, ascending, which tokens behind the ``computed`` ones are in the blocks already, or will be.
         moved, renewed: of its contexts that were cached by themselves, how many tokens were taken, and how many are
@@ -54,6 +55,7 @@ class Held:
     compacted: int = 0
     known: int = 0
     due: int = NEVER
+    probed: int = 0
     committed: int = 0
     node: int = ROOT
     filled: np.ndarray = dataclasses.field(default_factory=lambda: NO_PLACES)
@@ -529,11 +531,12 @@ class Memory:
         return np.concatenate(found)
 
     def truncate(self, sequence: Sequence, computed: int) -> None:
-        """Cuts a running sequence back to its first ``computed`` tokens in the cache; to none where the cache was
-        compressed since."""
+        """Cuts a running sequence back to its first ``computed`` tokens in the cache, or to what it has where that is
+        less; to none where the cache was compressed since. Blocks behind that go back to the pool."""
         held, size = sequence.held, self.pool.block_size
         assert held is not None
-        if computed >= held.computed:
+        computed = min(computed, held.computed)
+        if computed == held.computed and (held.filled.size or held.places > (len(held.blocks) - 1) * size):
             return
         if held.dropped and computed < held.compacted:
             computed, held.dropped, held.compacted, held.known = 0, 0, 0, 0
@@ -549,7 +552,7 @@ class Memory:
     def renew(self, sequence: Sequence) -> None:
         """Makes those who keep something by slot look at ``sequence`` anew: its text was changed from outside."""
         assert sequence.held is not None
-        sequence.held = dataclasses.replace(sequence.held)
+        sequence.held = dataclasses.replace(sequence.held, probed=0)
 
     def check(self) -> None:
         """Compares the pool's books with what sequences hold.

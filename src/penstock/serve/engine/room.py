@@ -13,7 +13,7 @@ from penstock.core.events import Detail, EventLog
 from penstock.serve.engine.batch import Beside, Entry
 from penstock.serve.engine.memory import NEVER, Held, Memory
 from penstock.serve.engine.sequence import Sequence
-from penstock.speculate.contract import AWAITED, Branching, Draft
+from penstock.speculate.contract import AWAITED, Branching, Draft, Probing, Shaper
 from penstock.speculate.tree import Tree, chain, path, pruned
 
 NOTHING = Tree([], [])
@@ -28,6 +28,7 @@ class StepRoom:
         events: told who is let in and who is thrown out.
         ahead: how many tokens may be drafted for a sequence, on each way of a tree.
         branches: how many drafts a place of them has, by depth.
+        shaper: of the trees of those that draft by probes, if any does.
 
     Attributes:
         tokens: of the budget, left.
@@ -41,8 +42,17 @@ class StepRoom:
         renewed: tokens of such contexts that are computed again.
     """
 
-    def __init__(self, memory: Memory, tokens: int, events: EventLog, ahead: int = 0, branches: List[int] = ()) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        tokens: int,
+        events: EventLog,
+        ahead: int = 0,
+        branches: List[int] = (),
+        shaper: Shaper | None = None,
+    ) -> None:
         self._memory, self._events, self._ahead, self._branches = memory, events, ahead, branches
+        self._shaper = shaper
         self.tokens = tokens
         self.entries: list[Entry] = []
         self.parts: tuple[int, ...] = ()
@@ -93,7 +103,7 @@ class StepRoom:
                 self._enter(member, count, scored, window, again * scored)
         self._taken.add(id(sequence))
         self._takes.append((begin, len(self.entries), waited or bool(sequence.contexts)))
-        return sum(shares) + len(window.tokens) + again * scored
+        return sum(shares) + window.rows + again * scored
 
     def _admit(self, sequence: Sequence) -> bool:
         if not self._memory.admit(sequence):
@@ -119,7 +129,7 @@ class StepRoom:
         for begin, length in others:
             self._append(sequence, held, begin, length)
         self._append(sequence, held, start, last, scored, window, again)
-        self.tokens -= count + again
+        self.tokens -= count + sum(window.probes) + again
         sequence.in_flight += bool(scored)
         self._memory.advance(sequence, count)
 
@@ -147,6 +157,7 @@ class StepRoom:
                 *(tuple(window.tokens), held.dropped, self._memory.packed(held), parents, again),
                 self._beside(sequence) if sees else None,
                 tuple(each for each in sequence.chunks if each.asks(start, end)) if sequence.chunks else (),
+                tuple(window.probes) if any(window.probes) else (),
             )
         )
 
@@ -175,13 +186,16 @@ class StepRoom:
         fit = blocks * size - len(sequence.tokens) + held.dropped
         due = held.due - held.computed - sequence.remaining
         most = min(budget - others, fit, due)
-        ahead = min(self._ahead, sequence.limit - len(sequence.tokens) - 1)
-        if min(most, ahead) < 1:
+        left = sequence.limit - len(sequence.tokens) - 1
+        if min(most, self._ahead, left) < 1:
             return NOTHING
-        window = self._drafted(sequence, sequence.draft, ahead, most)
-        if window.tokens:
+        if self._shaper is not None and isinstance(sequence.draft, Probing):
+            window = sequence.draft.shape(self._shaper, held.probed, left, most)
+        else:
+            window = self._drafted(sequence, sequence.draft, min(self._ahead, left), most)
+        if window.rows:
             sequence.guessed = True
-            self._memory.reserve([(sequence, sequence.remaining + len(window.tokens))])
+            self._memory.reserve([(sequence, sequence.remaining + window.rows)])
         return window
 
     def _drafted(self, sequence: Sequence, draft: Draft, ahead: int, most: int) -> Tree:

@@ -46,7 +46,7 @@ class Sequence:
         matcher: where it stands in its grammar; None without one.
         restriction: which tokens its request forbids; None where it forbids none.
         draft: proposes what may follow; None where nothing is drafted for it.
-        guessed: whether tokens were drafted for it that are not settled yet.
+        guessed: whether tokens were drafted for it that are not settled yet, or probes are on their way.
         waits: whether the host must know all of its tokens before the next one can be chosen.
         rated: log-probabilities of its prompt's tokens from ``rated_from`` on, as far as known, a row of
             :class:`~penstock.serve.choose.logprobs.LogprobRows` each; None where they are not wanted, or told already.

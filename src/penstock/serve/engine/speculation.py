@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as List
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from penstock.serve.engine.batch import Batch
+from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.sequence import Sequence
-from penstock.speculate.contract import AWAITED
+from penstock.speculate.contract import AWAITED, Shaper
 from penstock.speculate.controllers.contract import Controller, Seen
+from penstock.speculate.tree import way_of
 
 if TYPE_CHECKING:
     from penstock.serve.run.draft import Drafting
@@ -24,6 +26,7 @@ class Speculation:
         controller: decides how many tokens are drafted, and verified.
         most: how many the drafter drafts at a time at most.
         model: the one that drafts, or a head; None where what is drafted comes out of the text.
+        shaper: of the trees of those that draft by probes.
 
     Attributes:
         model: the one that drafts, or a head; None without one.
@@ -32,8 +35,9 @@ class Speculation:
         clock: says how many seconds have passed.
     """
 
-    def __init__(self, controller: Controller, most: int, model: Drafting | None) -> None:
+    def __init__(self, controller: Controller, most: int, model: Drafting | None, shaper: Shaper | None = None) -> None:
         self._control, self._weighs, self.model = controller.start(most), controller.weighs, model
+        self.shaper = shaper
         asks = controller.predicts or controller.by_confidence
         self.goes_on = self._control.goes_on if asks else None
         self._published = 0.0
@@ -42,8 +46,11 @@ class Speculation:
 
     def ahead(self, running: list[Sequence]) -> int:
         """How many tokens may be drafted for a sequence in the next step, where these run."""
-        going = sum(each.draft is not None and each.decoding for each in running)
-        return self._control.ahead(max(1, going))
+        going = max(1, sum(each.draft is not None and each.decoding for each in running))
+        ahead = self._control.ahead(going)
+        if ahead and self.shaper is not None:
+            self.shaper.plan(ahead, lambda rows: self._control.seconds(going * rows))
+        return ahead
 
     def draft(self, batch: Batch) -> None:
         """Has drafted what the entries of ``batch`` await. They are shorter then where less was drafted or kept."""
@@ -61,8 +68,10 @@ class Speculation:
             if entry.window[:1] == (AWAITED,):
                 window, parents = (tuple(each.get(entry.slot, ())) for each in (drafted.windows, drafted.parents))
                 less = len(entry.window) - len(window)
+                probes = tuple(drafted.probes.get(entry.slot, entry.probes[:1]))
+                count, scored = entry.count - less, entry.scored - less
                 batch.entries[place] = msgspec.structs.replace(
-                    entry, count=entry.count - less, scored=entry.scored - less, window=window, parents=parents
+                    entry, count=count, scored=scored, window=window, parents=parents, probes=probes
                 )
         batch.proposals = self.model.proposals(drafted, len(batch.tables))
         batch.drafting = self.clock() - begun
@@ -81,5 +90,19 @@ class Speculation:
             for depth in range(length):
                 self.drafted[depth] += 1
                 self.accepted[depth] += depth < taken
-        prompts = batch.tokens - len(going) - sum(len(each.window) for each in going)
-        self._control.learn(Seen(len(going), prompts, batch.ahead, drafted, accepted, batch.drafting, now - since))
+        rows, probes = batch.tokens, sum(sum(each.probes) for each in going)
+        prompts = rows - len(going) - sum(len(each.window) for each in going) - probes
+        self._control.learn(
+            Seen(len(going), prompts, batch.ahead, drafted, accepted, batch.drafting, now - since, rows, probes)
+        )
+
+    def probed(self, entry: Entry, tokens: List[int]) -> int:
+        """How many probes stood behind the last of the ``tokens`` of ``entry``'s window that were accepted, all that it
+        settled but the last; or behind its newest one."""
+        if not entry.probes:
+            return 0
+        tree = entry.tree
+        way = way_of(tree, tokens[:-1])
+        if self.shaper is not None:
+            self.shaper.learn(tree, way)
+        return entry.probes[way[-1] + 1 if way else 0]

@@ -82,7 +82,8 @@ class EngineSteps:
         begun, ahead = 0.0, 0
         if self._speculation is not None:
             begun, ahead = self._speculation.clock(), self._speculation.ahead(self._memory.running)
-        room = StepRoom(self._memory, self._tokens, self._events, ahead, self._branches)
+        shaper = None if self._speculation is None else self._speculation.shaper
+        room = StepRoom(self._memory, self._tokens, self._events, ahead, self._branches, shaper)
         room.compact(each for each in self._memory.running if each.length < each.limit)
         # One whose last token is on its way has nothing more to compute; one that waits for a token is left out.
         running = [each for each in self._memory.running if each.length < each.limit and each.ready(ahead)]
@@ -164,9 +165,11 @@ class EngineSteps:
             )
         if sequence.draft is not None:
             sequence.draft.extend(tokens[:kept])
-            if sequence.guessed and sequence.held is not None:
-                # Keys and values of drafted tokens that were not accepted are nobody's.
-                self._memory.truncate(sequence, entry.start + entry.count - len(window) + len(tokens) - 1)
+            if sequence.held is not None:
+                if sequence.guessed:
+                    # Keys and values of probes, and of drafted tokens that were not accepted, are nobody's.
+                    self._memory.truncate(sequence, entry.start + entry.count - len(window) + len(tokens) - 1)
+                sequence.held.probed = 0 if self._speculation is None else self._speculation.probed(entry, tokens)
             sequence.guessed = False
         if len(sequence.tokens) - kept == len(sequence.request.prompt):
             self._events.add("first", sequence.request.id, sequence.index)

@@ -32,6 +32,7 @@ class Drafted:
             nothing was.
         parents: of trees, by slot, as of :attr:`~penstock.serve.engine.batch.Entry.parents`.
         ways: of trees, by slot, which of its tokens are on the way that the model would take itself.
+        probes: where there are some, by slot, as of :attr:`~penstock.serve.engine.batch.Entry.probes`.
     """
 
     windows: dict[int, list[int]] = dataclasses.field(default_factory=dict)
@@ -40,6 +41,7 @@ class Drafted:
     rows: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     parents: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     ways: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    probes: dict[int, list[int]] = dataclasses.field(default_factory=dict)
 
     def confidence(self) -> dict[int, list[float]]:
         """By slot, for each token the probability of the one that was the likeliest in its place."""

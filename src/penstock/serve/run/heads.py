@@ -12,7 +12,7 @@ from torch import Tensor
 
 from penstock.core.devices import upload
 from penstock.core.progress import Reporter, silent
-from penstock.models.heads.contract import Continuing, Exits, Foresees, HeadModule, Transfers
+from penstock.models.heads.contract import Continuing, Exits, Foresees, HeadModule, Prompts, Transfers
 from penstock.models.paged import PagedTokens
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Batch, Entry
@@ -21,6 +21,7 @@ from penstock.serve.run.draft import Drafting, DraftModel, GoesOn
 from penstock.serve.run.hidden import HiddenStates
 from penstock.serve.run.planner import Fields, Planner
 from penstock.serve.run.runner import Passed, Runner
+from penstock.serve.run.shapes import Shapes
 from penstock.serve.run.step import Part
 from penstock.serve.run.trees import Trees
 from penstock.speculate.verifiers.contract import Verifier
@@ -114,7 +115,7 @@ class AtOnceDraft(HeadDraft):
     # What those who guess give
 
     def _foresee(self, known: Tensor, entries: list[Entry], tables: np.ndarray) -> None:
-        """Tokens are guessed behind ``entries``, by what is ``known``: states [N, hidden] of the tokens before."""
+        """Tokens are guessed behind ``entries``, by what is :meth:`_known_of` for them."""
         raise NotImplementedError
 
     def _ahead(self, rows: Tensor, depth: int) -> Tensor:
@@ -122,6 +123,10 @@ class AtOnceDraft(HeadDraft):
         raise NotImplementedError
 
     # What they have from here
+
+    def _known_of(self, entries: list[Entry], tables: np.ndarray) -> Tensor:
+        """Of the tokens before ``entries``, the states [N, hidden] that the target keeps."""
+        return self._hidden.read(tables, [(entry.slot, entry.start - 1) for entry in entries])
 
     @property
     def sampler(self) -> Sampler:
@@ -146,9 +151,8 @@ class AtOnceDraft(HeadDraft):
     @torch.inference_mode()
     def _pass(self, entries: list[Entry], tables: np.ndarray, depth: int) -> tuple[list[Entry], Sampled | None]:
         if depth == 0:
-            before = [(entry.slot, entry.start - 1) for entry in entries]
-            self._row_of = {slot: row for row, (slot, _) in enumerate(before)}
-            self._foresee(self._hidden.read(tables, before), entries, tables)
+            self._row_of = {entry.slot: row for row, entry in enumerate(entries)}
+            self._foresee(self._known_of(entries, tables), entries, tables)
         rows = upload(np.array([self._row_of[each.slot] for each in entries for _ in range(each.scored)]), self._device)
         logits = self._target.model.logits(self._ahead(rows, depth))
         placed, asked = self._planner.ask(entries, Fields.of(entries))
@@ -205,6 +209,29 @@ class TransferDraft(AtOnceDraft):
 
     def _ahead(self, rows: Tensor, depth: int) -> Tensor:
         return self._passed[rows, depth]
+
+
+class ProbedDraft(AtOnceDraft):
+    """Drafts what the probes of the step before have guessed, as trees of the shapes that were planned."""
+
+    _states: Tensor
+
+    def draft(self, batch: Batch, goes_on: GoesOn | None = None) -> Drafted:
+        self._growth = Shapes(batch)
+        return super().draft(batch)
+
+    def _copy(self, sources: list[int], targets: list[int]) -> None:
+        """What is drafted from does not lie in blocks."""
+
+    def _known_of(self, entries: list[Entry], tables: np.ndarray) -> Tensor:
+        """[N, reach, hidden]"""
+        return self._target.probed[upload(np.array([entry.slot for entry in entries]), self._device)]
+
+    def _foresee(self, known: Tensor, entries: list[Entry], tables: np.ndarray) -> None:
+        self._states = known
+
+    def _ahead(self, rows: Tensor, depth: int) -> Tensor:
+        return self._states[rows, depth]
 
 
 class ContinuingRunner(Runner):
@@ -281,5 +308,7 @@ def draft_with(
     more = verifier, growth, planner(slots, target.block_size), sampler(slots, vocabulary, device)
     if isinstance(head, Transfers):
         return TransferDraft(target, head, *more)
+    if isinstance(head, Prompts):
+        return ProbedDraft(target, head.reach, *more)
     assert isinstance(head, Foresees)
     return ForesightDraft(target, head, *more)

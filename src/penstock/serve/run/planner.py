@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from collections.abc import Sequence as List
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,13 +28,14 @@ from penstock.speculate.tree import depths as tree_depths
 
 
 class Fields(NamedTuple):
-    """The numbers of a batch's entries, one array int64 [E] each; ``drafted`` are tentative tokens, ``given`` those of
-    the prompt, ``dropped`` those that are not in the cache any more,
-    ``packed`` those that share the first places, and ``adapters`` are slots."""
+    """The numbers of a batch's entries, one array int64 [E] each; ``counts`` are all rows, of which the last ones are
+    ``probes``, ``drafted`` are tentative tokens, ``given`` those of the prompt, ``dropped`` those that are not in the
+    cache any more, ``packed`` those that share the first places, and ``adapters`` are slots."""
 
     slots: np.ndarray
     starts: np.ndarray
     counts: np.ndarray
+    probes: np.ndarray
     scored: np.ndarray
     rated_from: np.ndarray
     rated: np.ndarray
@@ -47,14 +49,14 @@ class Fields(NamedTuple):
     def of(cls, entries: list[Entry]) -> Fields:
         rows = [
             (
-                *(each.slot, each.start, each.count, each.scored),
+                *(each.slot, each.start, each.rows, each.rows - each.count, each.scored),
                 *(each.rated_from, each.rated, len(each.window), each.sequence.prompt, each.dropped, each.packed),
                 each.sequence.adapter.slot,
             )
             for each in entries
         ]
-        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int64, 11 * len(rows))
-        return cls(*np.ascontiguousarray(flat.reshape(-1, 11).T))
+        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int64, len(cls._fields) * len(rows))
+        return cls(*np.ascontiguousarray(flat.reshape(-1, len(cls._fields)).T))
 
 
 class Planner:
@@ -90,6 +92,7 @@ class Planner:
             lead=batch.lead,
             asked=asked,
             rated=np.array(list(itertools.chain(*following)), np.int64),
+            probes=_first_probes(batch.entries) if fields.probes.any() else None,
             alternatives=max((entry.sequence.sampling.prompt_logprobs or 0 for entry in rated), default=0),
             moves=tuple(batch.moves),
             keeps=tuple(batch.keeps),
@@ -148,7 +151,7 @@ class Planner:
             scored = fields.scored > 0
             entries, fields = [entry for entry in entries if entry.scored], Fields(*(each[scored] for each in fields))
         slots, widths = fields.slots, fields.scored
-        counts = fields.starts + fields.counts - fields.drafted - fields.given
+        counts = fields.starts + fields.counts - fields.probes - fields.drafted - fields.given
         first = widths.cumsum() - widths
         window, parents = _window(entries, int(fields.drafted.max(initial=0)))
         if window is not None:
@@ -213,13 +216,17 @@ class Planner:
         entries = batch.entries
         slots, starts, counts, scored = fields.slots, fields.starts, fields.counts, fields.scored
         rated_from, rated_to, ends = fields.rated_from, fields.rated_from + fields.rated, counts.cumsum()
+        tokens = counts - fields.probes
         rows = np.repeat(np.arange(len(entries)), counts)
         offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
         positions = offsets + np.repeat(starts, counts)
         places = positions - np.repeat(fields.dropped, counts)
         parents = _branched(entries, positions, offsets, ends)
         rated = (offsets >= rated_from[rows]) & (offsets < rated_to[rows])
-        wanted = offsets >= (counts - scored)[rows]
+        wanted, probing = offsets >= (tokens - scored)[rows], None
+        if fields.probes.any():
+            probing = offsets >= tokens[rows]
+            wanted &= ~probing
         inputs = _stacked(*_tokens(batch, ends), _shifted(entries, positions, ends))
         draws, drawn = _stacked(*asked.draws.view(np.int64), asked.slots + 1), scored.cumsum()
         worn = np.repeat(fields.adapters, counts) if fields.adapters.any() else None
@@ -252,6 +259,7 @@ class Planner:
                 draws[:, drawn[first] - scored[first] : drawn[last - 1]],
                 self._copied(entries[own], ends[own] - begin),
                 worn[all_own] if worn is not None and worn[all_own].any() else None,
+                np.flatnonzero(probing[all_own]) if probing is not None and probing[all_own].any() else None,
             )
 
     def _copied(self, entries: list[Entry], ends: np.ndarray) -> Copied | None:
@@ -293,11 +301,11 @@ class Planner:
 def _singles_first(batch: Batch) -> Batch:
     """``batch`` with the entries of one token first in each part, where windows came between them: kernels for one
     token a sequence are the fastest."""
-    if not any(entry.window for entry in batch.entries):
+    if not any(entry.window or entry.probes for entry in batch.entries):
         return batch
     ordered: list[Entry] = []
     for first, last in itertools.pairwise(itertools.accumulate(batch.parts, initial=0)):
-        ordered += sorted(batch.entries[first:last], key=lambda entry: entry.count > 1)
+        ordered += sorted(batch.entries[first:last], key=lambda entry: entry.rows > 1)
     batch.entries[:] = ordered
     return batch
 
@@ -333,15 +341,38 @@ def _window(entries: list[Entry], width: int) -> tuple[np.ndarray | None, np.nda
 def _branched(entries: list[Entry], positions: np.ndarray, offsets: np.ndarray, ends: np.ndarray) -> np.ndarray | None:
     """Where, among the new tokens of its own sequence, the one before each stands; their ``positions`` follow from
     that. None where all are in a row."""
-    if not any(entry.parents for entry in entries):
+    if not any(entry.parents or entry.probes for entry in entries):
         return None
     parents: np.ndarray = offsets - 1
     for entry, end in zip(entries, ends.tolist(), strict=True):
-        if entry.parents:
-            own, newest = slice(end - len(entry.parents), end), entry.count - len(entry.parents) - 1
-            parents[own] = np.array(entry.parents) + newest + 1
-            positions[own] = entry.start + newest + np.array(tree_depths(entry.parents))
+        if entry.parents or entry.probes:
+            way = with_probes(entry.parents or range(-1, len(entry.window) - 1), entry.probes)
+            own, newest = slice(end - len(way), end), entry.count - len(entry.window) - 1
+            parents[own] = np.array(way, np.int64) + newest + 1
+            positions[own] = entry.start + newest + np.array(tree_depths(way), np.int64)
     return parents
+
+
+def with_probes(parents: List[int], probes: List[int]) -> list[int]:
+    """The ``parents`` of a tree's tokens, and behind them those of the ``probes``: behind the newest token of the text,
+    and then behind each of the tree's, they are in a row."""
+    way = list(parents)
+    for node, count in enumerate(probes, -1):
+        for number in range(count):
+            way.append(len(way) - 1 if number else node)
+    return way
+
+
+def _first_probes(entries: list[Entry]) -> np.ndarray:
+    """For each scored row, int64 [R], which of all probes is the first that stands behind it; -1 where none does."""
+    found: list[int] = []
+    first = 0
+    for entry in entries:
+        counts = entry.probes if entry.scored and entry.probes else (0,) * entry.scored
+        for count in counts:
+            found.append(first if count else -1)
+            first += count
+    return np.array(found, np.int64)
 
 
 def _shifted(entries: list[Entry], places: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -381,16 +412,18 @@ def _weighed(entries: list[Entry]) -> Iterator[Weighed]:
 
 def _tokens(batch: Batch, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The batch's tokens, and where those stand in the list of newest ones that are not known here yet; 0 in place of
-    the others."""
+    the others. Probes are -1, -2 and so on, by how far they stand behind their token."""
     known: list[int] = []
     places = np.zeros(int(ends[-1]), np.int64)
     for entry, end in zip(batch.entries, ends.tolist(), strict=True):
         own = entry.sequence.tokens[entry.start : entry.start + entry.count]
         own += entry.window
         if len(own) < entry.count:
-            places[end - 1] = entry.slot + 1
+            places[end - 1 - sum(entry.probes)] = entry.slot + 1
             own.append(0)
         known += own
+        for count in entry.probes:
+            known += range(-1, -1 - count, -1)
     return np.array(known), places
 
 

@@ -24,6 +24,7 @@ from penstock.models.decoder import Decoder
 from penstock.models.paged import PagedTokens
 from penstock.ops.cuts import draw_cut
 from penstock.ops.paged.contract import PagedCache, StepShape
+from penstock.serve.choose.asked import Asked
 from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled, Sampler
@@ -51,12 +52,13 @@ RATED = 256
 
 @dataclasses.dataclass(frozen=True)
 class Passed:
-    """What came of a part: ``logits`` of its scored rows and hidden states of its ``rated`` ones, None without such;
-    and the next tokens, where they are ``drawn`` already."""
+    """What came of a part: ``logits`` of its scored rows and hidden states of its ``rated`` ones and of its ``probes``,
+    None without such; and the next tokens, where they are ``drawn`` already."""
 
     logits: Tensor | None
     rated: Tensor | None = None
     drawn: Tensor | None = None
+    probes: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +87,15 @@ class Runner:
         mover: moves contexts, where some are.
         keeps_hidden: whether hidden states of all tokens are kept, for a head that drafts from them.
         adapters: room for adapters of the model; without it, tokens that have one are computed as if they had none.
+        probes: how many probes stand behind a token at most. The model knows them as the tokens -1, -2 and so on.
 
     Attributes:
         context: most tokens of a sequence.
         planner, sampler: make steps of batches, and choose tokens.
         hidden: the hidden states of the tokens in the cache; None where they are not kept.
+        probed: of each slot, the hidden states of the probes behind the token that the newest one follows, [slots,
+            ``probes``, hidden]: what is drafted behind the newest one comes from them. Those that were not there are of
+            no meaning.
         memory: bytes of the device's memory by what they are for, as far as whoever made the runner knows.
     """
 
@@ -106,6 +112,7 @@ class Runner:
         mover: Mover | None = None,
         keeps_hidden: bool = False,
         adapters: AdapterSlots | None = None,
+        probes: int = 0,
     ) -> None:
         self.model, self.cache, self.weights = model, cache, Weights(model)
         self.device, self.shape = cache.shape.device, model.config
@@ -114,6 +121,7 @@ class Runner:
         self._slots, self._pages, self._window = slots, -(-context // self.block_size), window
         self._kinds, self._compactor, self._mover = (planner, sampler), compactor, mover
         self.hidden = HiddenStates(cache.shape, self.shape.hidden) if keeps_hidden else None
+        self.probed = torch.zeros(slots, probes, self.shape.hidden, dtype=cache.shape.dtype, device=self.device)
         self.forget()
         self._adapters = adapters
         # With adapters, both also take the slots of the tokens' own, as ``owners``.
@@ -379,9 +387,24 @@ class Runner:
         sampled, newest = self.sampler.sample(logits, asked, drawn, proposals)
         if sampled.tokens is not drawn:
             self._newest.index_copy_(0, self._on_device(asked.slots[asked.first] + 1), newest)
+        if step.probes is not None:
+            self._keep_probed(asked, sampled, step.probes, _joined([each.probes for each in passed]))
         if sampled.order is not None:
             self._move_together(step, sampled.order)
         return dataclasses.replace(sampled, prompt=prompt, weighed=weighed).to_host()
+
+    def _keep_probed(self, asked: Asked, sampled: Sampled, first: np.ndarray, states: Tensor | None) -> None:
+        """Keeps, of the ``states`` [P, hidden] of a step's probes, those behind the last token of each sequence that
+        was accepted, or behind its newest one; the ``first`` int64 [R] behind each row is given."""
+        assert states is not None
+        row = self._on_device(asked.first)
+        if sampled.counts is not None:
+            row = row + sampled.counts - 1
+            row = row if sampled.order is None else sampled.order[row]
+        reach = torch.arange(self.probed.shape[1], device=self.device)
+        # Where there are fewer, those of another row are taken, of which nothing is read.
+        places = (self._on_device(first)[row].unsqueeze(1) + reach).clamp(0, len(states) - 1)
+        self.probed.index_copy_(0, self._on_device(asked.slots[asked.first]), states[places].to(self.probed.dtype))
 
     def _move_together(self, step: Step, order: Tensor) -> None:
         """Moves what was computed of the tokens that are settled to where it were had they been in a row: that of row
@@ -454,7 +477,8 @@ class Runner:
             index = self._on_device(places[np.arange(count)])
             self._keep(self.hidden, part, self._kept(tuple(each[index] for each in begun), **self._worn(owners)))
         logits = self.model.logits(hidden(part.scored)) if len(part.scored) else None
-        return Passed(logits, hidden(part.rated) if len(part.rated) else None)
+        probes = None if part.probes is None else hidden(part.probes)
+        return Passed(logits, hidden(part.rated) if len(part.rated) else None, probes=probes)
 
     def _pass_copies(self, part: Part, copied: Copied, lane: int) -> Passed:
         """Computes ``part`` and beside it what is ``copied`` of it, with noise in the routers. As this is of no shape
@@ -476,7 +500,8 @@ class Runner:
         if self.hidden is not None:
             mine = tuple(each[:own] for each in begun)
             self._keep(self.hidden, part, self._kept(mine, states(np.arange(own))))
-        return Passed(copied.averaged(scores, part.scored), states(part.rated) if len(part.rated) else None)
+        rated, probes = (None if rows is None or not len(rows) else states(rows) for rows in (part.rated, part.probes))
+        return Passed(copied.averaged(scores, part.scored), rated, probes=probes)
 
     def _owners(self, part: Part) -> np.ndarray | None:
         """The slots of the adapters of the tokens of ``part``; None where none has one, or there is no room for any."""

@@ -21,8 +21,8 @@ class Part:
     """A pass through the model, which computes some neighbouring entries of a batch.
 
     Attributes:
-        inputs: int64 [3, N]: the tokens, or 0; where the others stand in the list of newest ones, or 0; and their
-            positions.
+        inputs: int64 [3, N]: the tokens, or 0, and of probes -1, -2 and so on; where the others stand in the list of
+            newest ones, or 0; and their positions.
         plan: where they belong.
         scored: rows after which the scores of the next token are wanted.
         rated: rows after which the log-probability of the prompt's next token is.
@@ -30,6 +30,7 @@ class Part:
             float64 (see :attr:`Asked.draws`); and where it belongs in the list of newest ones.
         copied: copies of scored rows, with other experts; None where there are none.
         adapters: int64 [N], the slots of the tokens' adapters, 0 for none; None where no token has one.
+        probes: rows that are probes, whose states are kept for what is drafted next; None where there are none.
     """
 
     inputs: np.ndarray
@@ -39,6 +40,7 @@ class Part:
     draws: np.ndarray
     copied: Copied | None = None
     adapters: np.ndarray | None = None
+    probes: np.ndarray | None = None
 
     @property
     def decoding(self) -> bool:
@@ -71,6 +73,8 @@ class Step:
         alternatives: how many of the most probable tokens are told beside each of these.
         moves: tokens of contexts that are moved to where they stand, before anything else is done.
         keeps: those that are moved to where they are cached, once the passes are computed.
+        probes: int64 [R], for each scored row of all parts, which of the probes of all parts is the first that stands
+            behind it, -1 where none does; None where there are none.
     """
 
     compactions: tuple[Compaction, ...]
@@ -83,3 +87,4 @@ class Step:
     alternatives: int
     moves: tuple[Move, ...] = ()
     keeps: tuple[Move, ...] = ()
+    probes: np.ndarray | None = None

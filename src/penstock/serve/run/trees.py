@@ -33,7 +33,7 @@ class Trees:
         """See :meth:`penstock.serve.run.chains.Chains.grow`."""
         assert isinstance(sampler, BranchingSampler)
         drafted, depth, entries = Drafted(), 0, first
-        growing = {entry.slot: Growing(entry, wanted[entry.slot]) for entry in first if entry.scored}
+        growing = {entry.slot: self._growing(entry, wanted[entry.slot]) for entry in first if entry.scored}
         while entries:
             scored, sampled = compute(entries, tables, depth)
             if sampled is None:
@@ -62,6 +62,10 @@ class Trees:
             drafted.windows[slot], drafted.parents[slot] = each.tokens, each.parents
             drafted.rows[slot], drafted.ways[slot] = each.rows, each.way
         return drafted
+
+    def _growing(self, entry: Entry, wanted: int) -> Growing:
+        """The tree behind ``entry``."""
+        return Growing(entry, wanted)
 
 
 class Growing:
@@ -97,7 +101,7 @@ class Growing:
         """There are no more generations."""
         self._last = ()
 
-    def take(self, drafts: List[List[int]], row: int) -> None:
+    def take(self, drafts: list[list[int]], row: int) -> None:
         """Of each token of the last generation that goes on, in order, the ``drafts`` behind it, -1 for none, and the
         first one's ``row``. Whatever is drafted twice in a place is there once."""
         ended: list[tuple[int, int]] = []
@@ -106,10 +110,20 @@ class Growing:
         first = None if at is None or drafts[at][0] < 0 else (drafts[at][0], self._last[at])
         for number, (node, own) in enumerate(zip(self._last, drafts, strict=True)):
             self.rows[node + 1] = row + number
-            before = [self.tokens[each] for each in path(self.parents, node)]
-            for token in dict.fromkeys(own):
-                if token >= 0:
-                    (going if self._allows(before, token) else ended).append((token, node))
+            self._divide(node, own, ended, going)
+        self._add(ended, going, first)
+
+    def _divide(self, node: int, own: List[int], ended: list[tuple[int, int]], going: list[tuple[int, int]]) -> None:
+        """Puts the drafts behind ``node``, each with it, to those that end the text or to those that do not."""
+        before = [self.tokens[each] for each in path(self.parents, node)]
+        for token in dict.fromkeys(own):
+            if token >= 0:
+                (going if self._allows(before, token) else ended).append((token, node))
+
+    def _add(
+        self, ended: list[tuple[int, int]], going: list[tuple[int, int]], first: tuple[int, int] | None = None
+    ) -> None:
+        """The next generation of the tree is there; ``first`` of it is the next on the way of the first drafts."""
         # Those that go on are the last, since the last are scored.
         for token, node in (*ended, *going):
             if (token, node) == first:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from penstock.policy import Policy, contract
 from penstock.speculate.contract import Drafter
 
@@ -21,6 +23,8 @@ class Seen:
         accepted: how many of those were accepted.
         drafting: seconds that the drafting took.
         seconds: that the step took, with the drafting.
+        rows: how many tokens were computed in it, and probes.
+        probes: how many of them were these.
     """
 
     sequences: int
@@ -30,6 +34,8 @@ class Seen:
     accepted: Sequence[int]
     drafting: float
     seconds: float
+    rows: int = 0
+    probes: int = 0
 
 
 class Control:
@@ -61,6 +67,10 @@ class Control:
                 drafted.
         """
         return True
+
+    def seconds(self, rows: np.ndarray) -> np.ndarray:
+        """What steps of so many ``rows`` take, in any unit, for those who shape trees; here all the same."""
+        return np.ones(rows.shape)
 
     def learn(self, seen: Seen) -> None:
         """A step is over."""
@@ -103,6 +113,8 @@ class Controller(Policy):
         None if it does."""
         if branches and (self.weighs or self.predicts):
             return f"the controller {self.policy_name!r} weighs chains: leave draft_tree out"
+        if drafter.widths and self.weighs:
+            return f"the controller {self.policy_name!r} weighs chains, and {drafter.policy_name!r} drafts trees"
         if (self.predicts or self.by_confidence) and drafter.model is None:
             return (
                 f"the controller {self.policy_name!r} judges what a model drafts, and the drafter "

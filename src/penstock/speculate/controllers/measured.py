@@ -7,6 +7,7 @@ from collections import deque
 from statistics import median
 from typing import Annotated
 
+import numpy as np
 from pydantic import Field
 
 from penstock.policy import policy
@@ -26,6 +27,7 @@ class Measuring(Control):
         #: How often so many tokens were to be drafted, and were accepted, old trials fading.
         self._tried, self._accepted = [0.0] * most, [0.0] * most
         self._since = 0  # steps in which nothing was drafted
+        self._by_rows: dict[int, deque[float]] = {}  # seconds of steps with prompts and without
 
     def ahead(self, sequences: int) -> int:
         crowd = sequences.bit_length()
@@ -56,7 +58,25 @@ class Measuring(Control):
             expected += reached
         return expected
 
+    def seconds(self, rows: np.ndarray) -> np.ndarray:
+        # Between sizes that were timed it is a straight line, and beyond them the last of these goes on; no step takes
+        # less than a smaller one.
+        known = sorted(self._by_rows)
+        if len(known) < 2:
+            return super().seconds(rows)
+        sizes = 2.0 ** (np.array(known) / 2)
+        times = np.maximum.accumulate([median(self._by_rows[each]) for each in known])
+        slope = (times[-1] - times[-2]) / (sizes[-1] - sizes[-2])
+        seconds: np.ndarray = np.interp(rows, sizes, times) + slope * np.maximum(0, rows - sizes[-1])
+        return seconds
+
     def learn(self, seen: Seen) -> None:
+        if seen.rows:
+            self._by_rows.setdefault(round(2 * math.log2(seen.rows)), deque(maxlen=TIMES)).append(seen.seconds)
+        if seen.probes and not any(seen.drafted):
+            # What was probed is drafted in the next step: until then nothing was tried.
+            self._since = self._policy.patience if self._since else 0
+            return
         if seen.ahead:
             # Depths that were not tried are forgotten too: they may have become better.
             self._tried = [self._policy.memory * each for each in self._tried]
