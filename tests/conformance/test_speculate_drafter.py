@@ -13,6 +13,7 @@ from penstock.testing.speculate_drafter import (
     check_loops,
     check_meanwhile,
     check_proposals,
+    check_shapes,
     check_twin,
 )
 
@@ -64,6 +65,11 @@ def test_one_way_of_the_trees_that_a_model_drafts_for_itself_is_always_right(nam
 @pytest.mark.parametrize("name", POLICIES)
 def test_proposals_depend_on_the_text_alone_and_are_no_longer_than_asked(name, seed):
     check_proposals(POLICIES[name], seed)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_trees_with_probes_are_no_larger_and_no_taller_than_they_may_be(name):
+    check_shapes(POLICIES[name])
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -12,11 +12,12 @@ from penstock.models.heads.early_exit import EarlyExit
 from penstock.models.heads.headed import Headed
 from penstock.models.heads.hidden_transfer import HiddenTransfer
 from penstock.models.heads.medusa import Medusa
+from penstock.models.heads.ppd import ParallelPrompts
+from penstock.policy import create
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.messages import Request
-from penstock.speculate.drafters.head import Head
 
 pytestmark = pytest.mark.gpu
 
@@ -32,6 +33,7 @@ HEADS = [
     Eagle(),
     HiddenTransfer(left=3),
     HiddenTransfer(left=1),
+    ParallelPrompts(),
 ]
 
 
@@ -46,9 +48,8 @@ def model() -> Decoder:
 @pytest.mark.parametrize("kind", HEADS, ids=str)
 def test_heads_draft_beside_graphs(model, kind, loop):
     head = Headed.new(model, kind, 0).head.eval()
-    config = EngineConfig(
-        sequences=16, memory=0.5, draft=Head(source="a head", tokens=3), controller="fixed", loop=loop, check=True
-    )
+    draft = create("speculate.drafter", kind.drafter, source="a head", tokens=3)
+    config = EngineConfig(sequences=16, memory=0.5, draft=draft, controller="fixed", loop=loop, check=True)
     engine = build_engine(model, config, draft=head)
     lengths: dict[str, int] = {}
     for number in range(24):

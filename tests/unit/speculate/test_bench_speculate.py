@@ -48,14 +48,16 @@ def test_heads_stand_beside_plain_decoding_and_one_beside_those_that_it_is_to_be
     bench.console.quiet = True
     engine = engine_with(Ngram(shortest=1))
     load("speculate").run(engine, [[1, 2, 3] * 4], 1, 8)
-    names = ("plain decoding", "early_exit", "medusa", "hidden_transfer")
+    names = ("plain decoding", "early_exit", "medusa", "hidden_transfer", "ppd")
     runs = {name: lambda speed=speed: float(speed) for speed, name in enumerate(names, 1)}
     script.measure(bench, runs, dict.fromkeys(names, engine))
     claims = {(row.subject, row.peer) for row in bench.rows if 407 in row.papers}
     assert claims == {("hidden_transfer", "medusa"), ("hidden_transfer", "early_exit")}
-    assert {row.subject for row in bench.rows if row.peer == "plain decoding"} == {*names[1:]}
+    assert {(row.subject, row.peer) for row in bench.rows if 333 in row.papers} == {("ppd", "plain decoding")}
+    assert [row.subject for row in bench.rows if row.peer == "plain decoding"] == [*names[1:]]
     for name in index().names("model.head"):
         assert script.settings(name).head.policy_name == name
+        assert script.drafting(name)["draft"]["source"] == name
 
 
 def test_all_controllers_are_measured_with_a_model():

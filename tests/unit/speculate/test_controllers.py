@@ -6,6 +6,7 @@ import itertools
 import math
 from statistics import mean
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,3 +94,32 @@ def test_measured_drafts_nothing_where_that_loses_and_looks_again_now_and_then()
     rounds(control, 0.05, 0.3, 600)
     assert control.ahead(1) == 0
     assert mean(rounds(control, 0.95, 0.1, 3000)[-300:]) > 3
+
+
+def test_what_steps_take_is_a_line_between_the_sizes_that_were_timed_and_goes_on_behind_them():
+    control = Measured().start(4)
+    rows = np.array([1, 2, 3, 4, 8, 16])
+    assert control.seconds(rows).tolist() == [1] * 6  # nothing is known
+    for size, times in ((2, (1.0, 9.0, 1.0)), (4, (2.0, 2.0, 50.0)), (8, (1.5,))):
+        for seconds in times:
+            control.learn(Seen(1, 0, 0, [0], [0], 0.0, seconds, rows=size))
+    # 1 of 2 rows in the median, 2 of 4, and no less of 8.
+    assert control.seconds(rows) == pytest.approx([1, 1, 1.5, 2, 2, 2])
+    control.learn(Seen(1, 0, 0, [0], [0], 0.0, 4.0, rows=16))
+    assert control.seconds(np.array([12, 16, 24])) == pytest.approx([3, 4, 6])
+
+
+def test_a_step_that_only_probes_is_no_trial_and_the_next_one_drafts():
+    control = Measured(trials=1, patience=4).start(1)
+    for length, accepted, seconds in ((0, 0, 1.0), (1, 0, 9.0)):
+        assert control.ahead(1) == length
+        control.learn(Seen(1, 0, length, [length], [accepted], 0.0, seconds, rows=1 + length))
+    while control.ahead(1) == 0:
+        control.learn(Seen(1, 0, 0, [0], [0], 0.0, 1.0, rows=1))
+    before = control.tokens(1)
+    control.learn(Seen(1, 0, 1, [0], [0], 0.0, 1.0, rows=3, probes=2))
+    assert control.tokens(1) == before
+    assert control.ahead(1) == 1
+    control.learn(Seen(1, 0, 1, [1], [0], 0.0, 9.0, rows=5, probes=3))
+    assert control.tokens(1) < before
+    assert control.ahead(1) == 0

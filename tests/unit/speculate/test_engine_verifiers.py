@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 
 import numpy as np
@@ -11,7 +12,13 @@ import torch
 
 from penstock.core.config import build
 from penstock.core.errors import ConfigError
+from penstock.data.loader import Batch
+from penstock.models.attention import CausalRows
+from penstock.models.decoder import Decoder
+from penstock.models.heads.contract import HeadModule
 from penstock.models.heads.early_exit import EarlyExit
+from penstock.models.heads.headed import Headed
+from penstock.models.heads.ppd import ParallelPrompts
 from penstock.models.sampling import Sampling, probabilities
 from penstock.policy import create, index
 from penstock.serve.build import build_engine
@@ -25,17 +32,20 @@ from penstock.speculate.drafters.cascade import Cascade
 from penstock.speculate.drafters.head import Head
 from penstock.speculate.drafters.model import Model
 from penstock.speculate.drafters.ngram import Ngram
+from penstock.speculate.drafters.ppd import ParallelPromptDecoding
 from penstock.speculate.verifiers.accept_residual import AcceptResidual
 from penstock.testing.model_head import learnt
 from penstock.testing.reference import next_logits
 from penstock.testing.serve_model import draft_of, predictor_of, small_model
 from penstock.testing.serve_rows import Rows
 from penstock.testing.speculate_drafter import KINDS, engine_with, outcomes
+from penstock.train.objectives.self_distillation import SelfDistillation
 
 PROMPT = [3, 1, 4, 1, 5]
 #: The model goes on with what is in it, in one of six texts.
 REPEATING = [16, 7, 38, 16, 7, 38, 16, 7, 38]
 MODEL = Model(source="a model", tokens=3)
+PROBING = {"name": "ppd", "source": "a head"}
 
 
 def sequence(sampling: SamplingParams) -> Sequence:
@@ -59,7 +69,23 @@ DRAFTS = {
     "a model meanwhile": (Cascade(source="a model", tokens=3), lambda: draft_of(small_model(), 0.1)),
     "the text": (Ngram(tokens=3, shortest=1), lambda: None),
     "a head": (Head(source="a head", tokens=3), lambda: learnt(small_model(), EarlyExit(layers=2)).head.eval()),
+    "probes": (ParallelPromptDecoding(source="a head"), lambda: guessing(small_model())),
+    "probes in a row": (ParallelPromptDecoding(source="a head", drafts=1), lambda: guessing(small_model())),
 }
+
+
+@functools.cache
+def guessing(target: Decoder) -> HeadModule:
+    """Prompt tokens that have learnt what the ``target`` says behind the :data:`PROMPT`."""
+    model = Headed.new(target, ParallelPrompts(tokens=3), seed=0)
+    texts = torch.tensor([[*PROMPT, *text] for text in law(Sampling(temperature=1.5, top_k=3), 3, PROMPT)])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(20):
+        batch = Batch(texts[:, :-1], texts[:, 1:], torch.zeros_like(texts[:, 1:]))
+        optimizer.zero_grad()
+        SelfDistillation().loss(model, batch, CausalRows.of(texts.shape[1] - 1)).backward()
+        optimizer.step()
+    return model.head.requires_grad_(False).eval()
 
 
 @pytest.mark.parametrize(
@@ -71,6 +97,18 @@ DRAFTS = {
         ("recursive_distinct", "a model", "2,2"),
         ("accept_residual", "a model meanwhile", ""),
         pytest.param("recursive_distinct", "a model meanwhile", "2,2", marks=pytest.mark.slow),
+        ("recursive_distinct", "probes", ""),
+        *(
+            pytest.param(verifier, probes, "", marks=pytest.mark.slow)
+            for verifier, probes in (
+                ("exact_match", "probes"),
+                ("k_seq", "probes"),
+                ("importance", "probes"),
+                ("recursive", "probes"),
+                ("accept_residual", "probes in a row"),
+                ("greedy_drafts", "probes in a row"),
+            )
+        ),
         *(
             pytest.param(verifier, "a model", "3,2", marks=pytest.mark.slow)
             for verifier in index().names("speculate.verifier")
@@ -92,13 +130,14 @@ def test_sampled_texts_have_the_models_distribution(verifier, drafts, tree):
     engine = build_engine(small_model(), config, draft=draft, predictor=predictor)
     texts: dict[str, list[int]] = {}
     prompt = REPEATING if drafts == "the text" else PROMPT
+    length = 4 if drafts.startswith("probes") else 3  # there are none before the first token
     for seed in range(500):
-        params = SamplingParams(temperature=1.5, top_k=3, seed=seed, max_tokens=3)
+        params = SamplingParams(temperature=1.5, top_k=3, seed=seed, max_tokens=length)
         engine.add(Request(str(seed), prompt, params))
     while engine.busy:
         for delta in engine.step():
             texts.setdefault(delta.id, []).extend(delta.tokens)
-    found, wanted = Counter(tuple(text) for text in texts.values()), law(sampling, 3, prompt)
+    found, wanted = Counter(tuple(text) for text in texts.values()), law(sampling, length, prompt)
     assert set(found) <= set(wanted)
     # Those that are expected less than 5 times are counted together.
     often = [text for text, chance in wanted.items() if chance * len(texts) >= 5]
@@ -168,6 +207,13 @@ def test_more_is_accepted_than_by_matching_where_texts_are_sampled():
         ({"draft_tree": "2", "deterministic": True}, "tokens in a row"),
         ({"draft_tree": "2", "codec": "int8"}, "codec 'plain'"),
         ({"draft": "ngram", "draft_tree": "2", "kv": "sink_window"}, "compresses the cache"),
+        ({"draft": PROBING, "draft_tree": "2"}, "shapes its trees itself"),
+        ({"draft": PROBING, "controller": "tetris"}, "weighs chains"),
+        ({"draft": PROBING, "deterministic": True}, "tokens in a row: draft with another drafter"),
+        ({"draft": PROBING, "record": "steps"}, "a recording has no probes"),
+        ({"draft": PROBING, "verifier": "accept_residual"}, "set draft.drafts=1"),
+        ({"draft": PROBING, "verifier": "greedy_drafts"}, "take another verifier"),
+        ({"draft": "ppd"}, "source"),
         ({"verifier": "accept_residual", "deterministic": True}, "deterministic needs the verifier 'exact_match'"),
         ({"verifier": "accept_residual", "record": "steps"}, "record needs the verifier 'exact_match'"),
     ],

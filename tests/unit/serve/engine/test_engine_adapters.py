@@ -20,6 +20,7 @@ from penstock.models.decoder import Decoder
 from penstock.models.heads.eagle import Eagle
 from penstock.models.heads.early_exit import EarlyExit
 from penstock.models.heads.hidden_transfer import HiddenTransfer
+from penstock.models.heads.ppd import ParallelPrompts
 from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
@@ -50,13 +51,19 @@ ENGINES: dict[str, dict[str, Any]] = {
     "head": {"draft": "head"},
     "transfer": {"draft": "transfer"},
     "eagle": {"draft": "eagle"},
+    "ppd": {"draft": "ppd"},
     "host": {"kv_host": 1 << 20, "cache_tokens": 48},
     "disk": {"kv_host": 1 << 20, "cache_tokens": 48, "kv_disk": "here"},
     "snapkv": {"kv": "snapkv"},
     "int8": {"codec": "int8"},
 }
 
-HEADS = {"head": EarlyExit(layers=1), "transfer": HiddenTransfer(left=1, tokens=2), "eagle": Eagle()}
+HEADS = {
+    "head": EarlyExit(layers=1),
+    "transfer": HiddenTransfer(left=1, tokens=2),
+    "eagle": Eagle(),
+    "ppd": ParallelPrompts(),
+}
 
 #: Those that have nothing that no other one has are for ``-m slow``.
 KINDS = [
@@ -91,7 +98,7 @@ def open_engine(kind: str, model: Decoder, place: Path, **more) -> Engine:
     drafts, draft = options.pop("draft", None), None
     if isinstance(drafts, str) and drafts in HEADS:
         draft = head_of(model, HEADS[drafts])
-        options["draft"] = {"name": "head", "source": "a"}
+        options["draft"] = {"name": HEADS[drafts].drafter, "source": "a"}
     elif drafts == "model":
         draft, options["draft"] = draft_of(small_model()), {"name": "model", "source": "a"}
     elif drafts is not None:
