@@ -217,12 +217,14 @@ class Planner:
         slots, starts, counts, scored = fields.slots, fields.starts, fields.counts, fields.scored
         rated_from, rated_to, ends = fields.rated_from, fields.rated_from + fields.rated, counts.cumsum()
         tokens = counts - fields.probes
-        rows = np.repeat(np.arange(len(entries)), counts)
-        offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-        positions = offsets + np.repeat(starts, counts)
-        places = positions - np.repeat(fields.dropped, counts)
+        rows = np.arange(len(entries)) if ends[-1] == len(entries) else np.repeat(np.arange(len(entries)), counts)
+        offsets = np.arange(ends[-1]) - (ends - counts)[rows]
+        positions = offsets + starts[rows]
+        places = positions - fields.dropped[rows]
         parents = _branched(entries, positions, offsets, ends)
-        rated = (offsets >= rated_from[rows]) & (offsets < rated_to[rows])
+        rated = np.zeros(ends[-1], bool)
+        if fields.rated.any():
+            rated = (offsets >= rated_from[rows]) & (offsets < rated_to[rows])
         wanted, probing = offsets >= (tokens - scored)[rows], None
         if fields.probes.any():
             probing = offsets >= tokens[rows]
