@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
-from itertools import chain
 from typing import Self, TypeVar
 
 import numpy as np
@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 
 #: Seconds that a replica which died again waits longer each time before it is started.
 PAUSE = 2.0
+
+#: How often a request is sent to another replica.
+MOVES = 1
 
 #: Seconds between two states that a reader is told.
 STATES = 0.1
@@ -149,7 +152,7 @@ class Replicas:
     async def _answer(self, request: Request) -> AsyncGenerator[Delta]:
         telling = Retelling()
         try:
-            while True:
+            for moves in itertools.count():
                 with self._sent(request) as client:
                     try:
                         async with aclosing(client.stream(request)) as news:
@@ -159,7 +162,7 @@ class Replicas:
                                     yield rest
                         return
                     except EngineDiedError as error:
-                        self._leave(request, error)
+                        self._leave(request, error, moves)
                         telling.begin_again()
         finally:
             self._cut -= {(request.id, index) for index in range(request.sampling.continuations)}
@@ -187,17 +190,19 @@ class Replicas:
 
     async def embed(self, id: str, texts: Sequence[list[int]], seconds: list[int] | None = None) -> np.ndarray:
         """Vectors, as of :meth:`~penstock.serve.link.client.EngineClient.embed`."""
-        request = Request(id, [*chain.from_iterable(texts)], SamplingParams())
+        request = Request(id, [*itertools.chain.from_iterable(texts)], SamplingParams())
         return await self._anywhere(request, lambda client: client.embed(id, texts, seconds))
 
     async def _anywhere(self, request: Request, work: Callable[[EngineClient], Awaitable[T]]) -> T:
         """What a replica makes of ``work``, another one where the first is lost."""
+        moves = 0
         while True:
             with self._sent(request) as client:
                 try:
                     return await work(client)
                 except EngineDiedError as error:
-                    self._leave(request, error)
+                    self._leave(request, error, moves)
+                    moves += 1
 
     @contextlib.contextmanager
     def _sent(self, request: Request) -> Iterator[EngineClient]:
@@ -211,12 +216,14 @@ class Replicas:
             self._dispatcher.done(request.id)
             self._change()
 
-    def _leave(self, request: Request, error: EngineDiedError) -> None:
-        """The replica that had ``request`` is lost.
+    def _leave(self, request: Request, error: EngineDiedError, moves: int) -> None:
+        """The replica that had ``request`` is lost, which was sent to another one so many times.
 
         Raises:
-            ReplicaLostError: no other one may answer it.
+            ReplicaLostError: no other one is to answer it.
         """
+        if moves == MOVES:  # it may be the request that ends them, and would end all
+            raise ReplicaLostError(f"the replicas that had the request were lost one after the other: {error}")
         if not self._dispatcher.may_move(request.id):
             raise ReplicaLostError(f"the replica that had begun to answer was lost: {error}; ask again") from error
         self._resent += 1

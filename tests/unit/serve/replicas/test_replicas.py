@@ -126,13 +126,34 @@ def test_vectors_and_searches_are_made_elsewhere():
 def test_when_none_is_left_it_is_said():
     async def work() -> None:
         several = over(Engine(0), Engine(0))
-        with pytest.raises(NoReplicaError):
+        with pytest.raises(ReplicaLostError, match="one after the other"):
             await told(several, request())
         await several.dead.wait()
         assert several.failure is not None
         assert [each.state for each in several.snapshot.replicas] == ["dead", "dead"]
         with pytest.raises(EngineDiedError):
             await told(several, request())
+        await several.close()
+
+        several = over(Engine())
+        await several.drain(0)
+        with pytest.raises(NoReplicaError):
+            await told(several, request())
+        several.undrain(0)
+        assert await told(several, request()) == ANSWER
+        await several.close()
+
+    played(work)
+
+
+def test_a_request_that_ends_engines_does_not_end_all():
+    async def work() -> None:
+        last = Engine(0)
+        several = over(Engine(0), Engine(0), last)
+        with pytest.raises(ReplicaLostError, match="one after the other"):
+            await told(several, request())
+        assert last.failure is None
+        assert several.snapshot.resent == 1
         await several.close()
 
     played(work)
