@@ -168,6 +168,7 @@ def serve(
     A model that is larger than memory, on a CPU: `penstock serve org/name --resident-weights 8GB`, and with a small one
     that drafts while its layers are read: `penstock serve org/name --resident-weights 8GB --draft cascade
     --set draft.source=org/small --set controller=fallback`
+
     On four devices, each pair of which has an engine of its own: `penstock serve org/name --replicas 2
     --tensor-parallel 2`
 
