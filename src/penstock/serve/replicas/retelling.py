@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
+
+import msgspec
 
 from penstock.serve.choose.logprobs import LogprobRows
 from penstock.serve.messages import Delta
@@ -42,4 +43,4 @@ class Retelling:
             return None
         rows = delta.logprobs
         left = rows if rows is None or not known else LogprobRows(rows.table[known:])
-        return dataclasses.replace(delta, tokens=delta.tokens[known:], logprobs=left, prompt_logprobs=scores)
+        return msgspec.structs.replace(delta, tokens=delta.tokens[known:], logprobs=left, prompt_logprobs=scores)
