@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
 
+from penstock.models import hub
 from penstock.serve.link import client, follower, process
 from penstock.serve.ranks import group
 from programs import ENVIRONMENT, Program, run_penstock
@@ -32,11 +34,15 @@ class Forked:
         main: what it runs.
         session: whether it has a session of its own.
         end: the file descriptor that it is given.
+        environment: variables of it, beside those of this one.
     """
 
-    def __init__(self, main: Callable[[], None], session: bool, end: int) -> None:
+    def __init__(
+        self, main: Callable[[], None], session: bool, end: int, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.pid = os.fork()
         if self.pid == 0:
+            os.environ.update(environment)
             self._begin(main, session, end)
         self._status: int | None = None
 
@@ -76,6 +82,10 @@ class Forked:
 
 def serve_with_a_forked_engine(*arguments: str) -> None:
     """What a process runs that is ``penstock serve``."""
+    if "--replicas" in arguments:
+        # A fork amidst a thread that imports would wait for it: what the later ones are started beside is there before.
+        tokenizer = hub.load_tokenizer(hub.resolve(arguments[0]))
+        hub.load_tokenizer = lambda folder: tokenizer
     client.start = functools.partial(Forked, process.main, True)  # type: ignore[assignment]
     group.start = functools.partial(Forked, follower.main, False)  # type: ignore[assignment]
     run_penstock("serve", *arguments)
@@ -113,6 +123,11 @@ class Served:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+
+    @property
+    def engines(self) -> list[int]:
+        """The ids of the engines' processes, replica by replica."""
+        return [each["process"] for each in self.http.get("/replicas").json()["replicas"]]
 
     @property
     def engine(self) -> int:

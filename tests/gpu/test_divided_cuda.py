@@ -13,6 +13,7 @@ from penstock.models import hub
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.offline.llm import LLM
 from penstock.serve.ranks.group import RankLostError
+from tiny_adapters import written
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,6 +37,18 @@ def test_two_devices_say_what_one_says(compiled):
 
 def test_what_is_drafted_is_checked_by_both():
     assert said(tensor_parallel=2, draft="ngram") == said()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_adapters_are_divided_as_the_matrices_are(tmp_path, compiled):
+    folder = written(tmp_path, hub.load(MODEL, dtype=torch.float32), 0, rank=4, size=0.1)
+    options = {"device": "cuda", "cache_tokens": 8192, "sequences": 16, "dtype": "fp32", "compile": compiled}
+    found = []
+    for ranks in (1, 2):
+        with LLM(MODEL, tensor_parallel=ranks, adapters={"a": folder}, **options) as llm:
+            results = llm.generate(PROMPTS, PARAMS, adapter="a")
+            found.append([result.outputs[0].token_ids for result in results])
+    assert found[0] == found[1] != said(compile=compiled)
 
 
 def test_the_cache_of_both_is_sized_by_what_is_left():

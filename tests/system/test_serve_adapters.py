@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,3 +131,20 @@ def test_the_command_line_opens_with_them(folder, tmp_path):
 def test_what_the_command_line_cannot_read_is_said_before_anything_is_loaded(given, why):
     with pytest.raises(UsageError, match=why):
         chosen_adapters(given, MODEL)
+
+
+def test_an_adapter_reaches_every_rank_of_every_replica_also_of_one_that_comes_later(folder):
+    options = ("--replicas", "2", "--tensor-parallel", "2", "--routing", "round_robin", "--set", "adapter_slots=1")
+    merged = plain(hub.load(hub.resolve(folder), dtype=torch.float32).eval())
+    with Served(*options, "--control") as server:
+        assert server.post("/adapters", name="sql", folder=str(folder)).json() == {"adapters": ["sql"]}
+        for killed in (False, True):
+            if killed:
+                os.kill(server.engines[1], signal.SIGKILL)
+                server.until(lambda now: now['replica_restarts_total{replica="1"}'] == 1)
+            answers = [server.post("/v1/completions", **BODY, model="sql").json() for _ in range(2)]
+            assert [answer["choices"][0]["text"] for answer in answers] == [merged] * 2
+            told = [server.http.get(f"/v1/requests/{answer['id']}/events").json() for answer in answers]
+            assert {each["continuations"][0]["events"][0]["replica"] for each in told} == {0, 1}
+        assert server.http.delete("/adapters/sql").json() == {"adapters": []}
+        assert server.post("/v1/completions", **BODY, model="sql").status_code == 404

@@ -87,6 +87,22 @@ def serve(
     kv_recompute: float | None = KV_RECOMPUTE,
     tensor_parallel: int | None = TENSOR_PARALLEL,
     resident_weights: str | None = RESIDENT_WEIGHTS,
+    replicas: int = typer.Option(
+        1,
+        "--replicas",
+        metavar="N",
+        min=1,
+        help="Serve N engines behind the address, each with devices of its own, or on the CPU with its share of cores.",
+    ),
+    routing: str = typer.Option(
+        "prefix", "--routing", metavar="POLICY", help="Which of them gets a request: prefix, least_loaded, round_robin."
+    ),
+    routing_option: list[str] = typer.Option(
+        [], "--routing-option", metavar="NAME=VALUE", help="An option of the policy, such as ahead=4."
+    ),
+    restarts: int = typer.Option(
+        3, "--restarts", min=0, help="How often within an hour a replica that died is started again."
+    ),
     adapter: list[str] = ADAPTER,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     queue: int = typer.Option(1024, "--queue", min=0, help="Most continuations that wait; more get status 429."),
@@ -153,6 +169,9 @@ def serve(
     that drafts while its layers are read: `penstock serve org/name --resident-weights 8GB --draft cascade
     --set draft.source=org/small --set controller=fallback`
 
+    On four devices, each pair of which has an engine of its own: `penstock serve org/name --replicas 2
+    --tensor-parallel 2`
+
     With a LoRA adapter, which requests name as their model: `penstock serve org/name --adapter sql=org/name-sql`
     """
     import asyncio
@@ -171,6 +190,7 @@ def serve(
     from penstock.serve.http.service import Limits
     from penstock.serve.observe.log import start
     from penstock.serve.observe.trace import Trace
+    from penstock.serve.replicas.config import Replication
 
     options = {"draft": draft, "draft_tree": draft_tree, "record": record, "eviction": kv_eviction}
     options |= {"kv_host": kv_host, "kv_disk": kv_disk}
@@ -179,6 +199,8 @@ def serve(
     chosen |= chosen_cache(kv, kv_budget, kv_codec, kv_reuse, kv_recompute) | chosen_ranks(tensor_parallel)
     chosen |= chosen_adapters(adapter, called) | chosen_weights(resident_weights)
     engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
+    kept = {"replicas": replicas, "restarts": restarts, "routing": apply_overrides({"name": routing}, routing_option)}
+    replication = build(Replication, kept, "the replicas' options")
     given = {
         "body": body_limit,
         "queue": queue,
@@ -214,6 +236,7 @@ def serve(
             run(
                 model,
                 engine,
+                replication,
                 device=device,
                 name=called,
                 listener=listener,
@@ -263,6 +286,7 @@ def _greeting(service: Service, listener: socket.socket, keys: list[str]) -> str
     from penstock.serve.http.guard import is_loopback
 
     host, port = listener.getsockname()[:2]
+    several = len(service.engine.snapshot.replicas)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     if keys:
         access, header = "It takes requests with an API key.", ' -H "Authorization: Bearer $KEY"'
@@ -277,7 +301,7 @@ def _greeting(service: Service, listener: socket.socket, keys: list[str]) -> str
     elif not service.engine.ready.writes:
         path, body = "embeddings", f'{{"model": "{service.name}", "input": ["A cat sleeps.", "sorted(numbers)"]}}'
     return (
-        f"Serving {service.name} at {url}\n{access}\n"
+        f"Serving {service.name} at {url}{f' with {several} replicas' if several else ''}\n{access}\n"
         f"Page: {url}/\n"
         f"Try:  curl {url}/v1/{path}{header} -H 'Content-Type: application/json' -d '{body}'"
     )

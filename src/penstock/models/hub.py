@@ -35,7 +35,7 @@ from penstock.models.formats.renamed import Renamed
 from penstock.models.formats.safetensors import STORED, WEIGHTS, WEIGHTS_INDEX, Safetensors
 from penstock.models.linear import Linear
 from penstock.models.quantized import QuantizedLinear
-from penstock.models.shares import Divided, Share, cuts, divided
+from penstock.models.shares import Divided, Portion, Share, cuts, divided, portion_of
 from penstock.models.streamed import first_that_stay, stored_layers, stream_layers
 from penstock.policy import create, index
 
@@ -311,6 +311,8 @@ def _load(
     _allocate(decoder, device, dtype or _dtype(folder, hub, weights))
     _fill(decoder, family, weights)
     _remember(decoder, family, hub)
+    if share is not None:
+        vars(decoder)["portion"] = Portion(config, share)
     return decoder
 
 
@@ -588,7 +590,9 @@ def family_of(decoder: Decoder, family: str | None = None) -> Family:
     origin = _origin(decoder)
     families.sort(key=lambda each: (origin is not None and each.policy_name == origin.family, each.rank), reverse=True)
     # Of each family there are reward models.
-    plain = decoder.config.model_copy(update={"scalar_head": False})
+    portion = portion_of(decoder)
+    whole = decoder.config if portion is None else portion.whole
+    plain = whole.model_copy(update={"scalar_head": False})
     losses = {each.policy_name: each.losses(plain) for each in families}
     for each in families:
         if not losses[each.policy_name]:

@@ -39,6 +39,20 @@ class Share:
         return start, min(start + part, whole)
 
 
+@dataclasses.dataclass(frozen=True)
+class Portion:
+    """What a decoder is that a rank has: its ``share`` of a model of the shape ``whole``."""
+
+    whole: DecoderConfig
+    share: Share
+
+
+def portion_of(model: Decoder) -> Portion | None:
+    """What ``model`` is of a larger one; None where it is whole. It is noted where shares are loaded."""
+    found: Portion | None = vars(model).get("portion")
+    return found
+
+
 def divided(config: DecoderConfig, size: int) -> DecoderConfig:
     """The shape of what each of ``size`` ranks has of a model. Heads of keys and values that are fewer than ranks are
     kept by several; the vocabulary is rounded up.

@@ -181,7 +181,8 @@ def build_following(model: Decoder, config: EngineConfig, blocks: int) -> RankRu
         backend, shape = _opened(model, config, None, silent)
         memory = backend.open(dataclasses.replace(shape, blocks=blocks + 1))
         context = min(config.context or model.config.context, model.config.context)
-        return RankRunner(model, memory, config.sequences, context, **_kinds(config, model, [memory], [False])[0])
+        kind = {**_kinds(config, model, [memory], [False])[0], "adapters": _adapter_slots(model, model, config)}
+        return RankRunner(model, memory, config.sequences, context, **kind)
 
 
 def load_draft(

@@ -235,7 +235,6 @@ class EngineConfig(Config):
             f"kv = {self.kv.policy_name}": self.kv.compresses,
             f"kv_reuse = {self.kv_reuse.policy_name}": not self.kv_reuse.plain,
             f"codec = {self.codec.policy_name}": isinstance(self.codec, LearnedCodec),
-            "adapters": bool(self.room_for_adapters),
         }
         for option, wanted in alone.items():
             if wanted and self.tensor_parallel > 1:

@@ -41,6 +41,7 @@ class Request:
         contexts: texts that stand behind the first ``shared`` tokens of the prompt and before the others, as the
             engine's :mod:`~penstock.serve.kv.reuse.contract` encodes them.
         adapter: the name of the adapter by which it is computed; empty for the model alone. A fork has its parent's.
+        whole: nobody is shown a part of the answer, so that it may be computed anew elsewhere.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Request:
     contexts: list[list[int]] = dataclasses.field(default_factory=list)
     shared: int = 0
     adapter: str = ""
+    whole: bool = False
 
     @property
     def length(self) -> int:
@@ -145,6 +147,26 @@ def described(memory: Mapping[str, int]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReplicaState:
+    """One of several engines with the same model.
+
+    Attributes:
+        state: ``ready``, ``draining`` and ``drained`` (it takes no requests; some are under way, or none), ``starting``
+            or ``dead``.
+        under_way: continuations that were sent there.
+        restarts: how often it was started again.
+        process: its id; 0 while there is none.
+        now: its engine's state, the last known.
+    """
+
+    state: str
+    under_way: int
+    restarts: int
+    process: int
+    now: Snapshot
+
+
+@dataclasses.dataclass(frozen=True)
 class Snapshot:
     """An engine's state at the end of a step, for the metrics and the live page.
 
@@ -169,6 +191,8 @@ class Snapshot:
         version: of the weights.
         paused, asleep: whether it was told to be.
         adapters: the names of those that requests can choose.
+        replicas: what this adds up, where it is the state of several engines.
+        resent: requests that were sent to another replica, as theirs was lost.
     """
 
     steps: int
@@ -202,3 +226,5 @@ class Snapshot:
     paused: bool = False
     asleep: bool = False
     adapters: tuple[str, ...] = ()
+    replicas: tuple[ReplicaState, ...] = ()
+    resent: int = 0

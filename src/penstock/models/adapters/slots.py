@@ -17,8 +17,11 @@ from penstock.models.adapters.low_rank import chosen, linears
 from penstock.models.adapters.peft import Addition
 from penstock.models.attention import AttentionContext
 from penstock.models.blank import without_weights
+from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
+from penstock.models.families.mapping import general, placed
+from penstock.models.shares import Cut, Portion, cuts, divided, portion_of
 from penstock.ops.low_rank import LowRank, Wearing, wearing
 
 #: What an adapter may add to, in words.
@@ -46,7 +49,10 @@ class AdapterSlots:
     def __init__(self, model: Decoder, family: Family, slots: int, rank: int, targets: Sequence[str] = ()) -> None:
         self._model, self._family, self.slots, self.rank = model, family, slots, rank
         self._wearing: Wearing | None = None
-        blank = _blank(model)
+        portion = portion_of(model)
+        blank = _blank(model.config if portion is None else divided(portion.whole, portion.share.size))
+        #: Of each matrix on disk that ranks divide, what this one has, and of which of the two: A or B.
+        self._cuts = {} if portion is None else _cuts(portion, blank, family)
         weight = model.embedding.weight
         options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         # Matrix units want rows of whole 16 bytes.
@@ -65,7 +71,8 @@ class AdapterSlots:
                 [(ends[place] - pieces[place].rows, ends[place]) for place in own],
             )
             self._places |= {pieces[place].module: (name, number) for number, place in enumerate(own)}
-            model.get_submodule(name).register_forward_hook(functools.partial(self._added, room))
+            # Before what sums a layer's output over ranks: what is added to it is a part of that sum, too.
+            model.get_submodule(name).register_forward_hook(functools.partial(self._added, room), prepend=True)
 
     @property
     def nbytes(self) -> int:
@@ -111,6 +118,9 @@ class AdapterSlots:
         for name, (a, b, scale, _) in names.items():
             layer, piece = self._places[name.removesuffix(".weight")]
             room = self._matrices[layer]
+            if name in self._cuts:
+                cut, of_a = self._cuts[name]
+                a, b = (cut.of(a, 1), b) if of_a else (a, cut.of(b, 0))
             room.a[piece, slot - 1, : len(a)].copy_(a)
             room.b[piece][slot - 1, : len(a)].copy_((b.float() * scale).T)
         return digest(names)
@@ -142,8 +152,9 @@ class AdapterSlots:
 
 
 def matrices(model: Decoder, family: Family) -> dict[str, tuple[int, int]]:
-    """[out, in] of the matrices of ``model`` on disk that adapters may add to, also where it has them quantized."""
-    blank, shapes = _blank(model), dict[str, tuple[int, int]]()
+    """[out, in] of the matrices of ``model`` on disk that adapters may add to, also where it has them quantized, or has
+    a rank's share of them."""
+    blank, shapes = _blank(_whole(model)), dict[str, tuple[int, int]]()
     for name, pieces in linears(blank, family).items():
         layer = blank.get_submodule(name)
         assert isinstance(layer, nn.Linear)
@@ -157,7 +168,7 @@ def read(folder: Path, family: Family, model: Decoder) -> dict[str, Addition]:
     Raises:
         ModelError: the folder is damaged, or the adapter is of a kind that is not supported.
     """
-    found = peft.named(peft.read(folder), lambda name: family.weight(name, model.config))
+    found = peft.named(peft.read(folder), lambda name: family.weight(name, _whole(model)))
     if not found:
         raise ModelError(f"the adapter {folder} adds nothing")
     return found
@@ -173,7 +184,27 @@ def digest(additions: Mapping[str, Addition]) -> bytes:
     return hashed.digest()
 
 
-def _blank(model: Decoder) -> Decoder:
-    """One of the same shape, whose matrices are none but plain ones."""
+def _whole(model: Decoder) -> DecoderConfig:
+    """The shape of ``model``, or of that of which it is a rank's share."""
+    portion = portion_of(model)
+    return model.config if portion is None else portion.whole
+
+
+def _blank(shape: DecoderConfig) -> Decoder:
+    """A decoder of the ``shape``, whose matrices are none but plain ones."""
     with without_weights():
-        return Decoder(model.config)
+        return Decoder(shape)
+
+
+def _cuts(portion: Portion, part: Decoder, family: Family) -> dict[str, tuple[Cut, bool]]:
+    """What a rank, which has the shape of ``part``, takes of additions to matrices on disk, and whether it takes it of
+    A or of B.
+
+    The two rules are those of the matrices themselves: where a rank has rows of W it has the same rows of B, and its
+    product with all of A; where it has columns of W it has the same columns of A, and what all of B makes of that is a
+    part of the sum that the ranks add up.
+    """
+    whole = _blank(portion.whole)
+    transposed = {there: general(ours) in family.transposed for ours, there, _ in placed(whole, family)}
+    found = cuts(whole, part, family, portion.share)
+    return {name: (cut, (cut.axis == -1) != transposed[name]) for name, cut in found.items() if name in transposed}

@@ -16,6 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from penstock.core.errors import PenstockError, UsageError
 from penstock.core.faults import faults
 from penstock.serve.link.client import EngineDiedError
+from penstock.serve.replicas.replica import ReplicaLostError
+from penstock.serve.routing.dispatcher import NoReplicaError
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ def content(error: Exception) -> tuple[int, dict[str, Any]]:
         status, (message, param) = 400, _first_fault(error)
     elif isinstance(error, HTTPException):
         status, message = error.status_code, _unread(error.__cause__) or str(error.detail)
+    elif isinstance(error, NoReplicaError | ReplicaLostError):
+        status, message, code = 503, str(error), "no_replica" if isinstance(error, NoReplicaError) else "replica_lost"
     elif isinstance(error, EngineDiedError):
         status, message, code = 503, f"{error}; the server ends", "engine_died"
     elif isinstance(error, UsageError):

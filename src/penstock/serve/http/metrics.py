@@ -18,13 +18,28 @@ WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class EngineCollector(Collector):
-    """An engine's newest state, what the ``memory`` of each rank's device is for, and the ``codec`` of its cache."""
+    """An engine's newest state, what the ``memory`` of each rank's device is for, and the ``codec`` of its cache. Of
+    several replicas, the figures of each have its number; ``memory`` has the ranks of one behind those of another."""
 
     def __init__(self, newest: Callable[[], Snapshot], memory: Sequence[Mapping[str, int]], codec: str) -> None:
         self._newest, self._memory, self._codec = newest, memory, codec
 
     def collect(self) -> Iterator[Metric]:
         now = self._newest()
+        if not now.replicas:
+            yield from self._families(now, self._memory)
+            return
+        found, ranks = dict[str, Metric](), len(self._memory) // len(now.replicas)
+        for number, replica in enumerate(now.replicas):
+            for family in self._families(replica.now, self._memory[number * ranks : (number + 1) * ranks]):
+                own = [each._replace(labels={"replica": str(number), **each.labels}) for each in family.samples]
+                family.samples = []
+                found.setdefault(family.name, family).samples += own
+        yield from found.values()
+        yield from _replicas(now)
+
+    def _families(self, now: Snapshot, ranks: Sequence[Mapping[str, int]]) -> Iterator[Metric]:
+        """Of one engine, the memory of whose ``ranks`` is given."""
         gauges = {
             "running": ("Sequences that have memory.", now.running),
             "waiting": ("Sequences that wait for memory.", now.waiting),
@@ -84,13 +99,28 @@ class EngineCollector(Collector):
             "Memory of each rank's device, by what it is for, as measured at the start.",
             labels=["use", "rank"],
         )
-        for rank, memory in enumerate(self._memory):
+        for rank, memory in enumerate(ranks):
             for use, size in memory.items():
                 parts.add_metric([use, str(rank)], size)
         yield parts
         codec = GaugeMetricFamily("penstock_cache_codec", "1, for the codec of the cache.", labels=["codec"])
         codec.add_metric([self._codec], 1)
         yield codec
+
+
+def _replicas(now: Snapshot) -> Iterator[Metric]:
+    """What there is to say of replicas beside the figures of their engines."""
+    states = GaugeMetricFamily("penstock_replica_state", "1, for the state of a replica.", labels=["replica", "state"])
+    sent = GaugeMetricFamily("penstock_replica_under_way", "Continuations that were sent there.", labels=["replica"])
+    again = CounterMetricFamily("penstock_replica_restarts", "Starts after a death.", labels=["replica"])
+    for number, each in enumerate(now.replicas):
+        states.add_metric([str(number), each.state], 1)
+        sent.add_metric([str(number)], each.under_way)
+        again.add_metric([str(number)], each.restarts)
+    yield states
+    yield sent
+    yield again
+    yield CounterMetricFamily("penstock_resent", "Requests sent to another replica, as theirs was lost.", now.resent)
 
 
 class ServerMetrics:

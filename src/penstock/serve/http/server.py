@@ -7,7 +7,7 @@ import contextlib
 import math
 import signal
 import socket
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -23,6 +23,8 @@ from penstock.serve.http.errors import ApiError
 from penstock.serve.http.service import Limits, Service
 from penstock.serve.http.text import Tokens
 from penstock.serve.link.client import EngineClient, Watcher
+from penstock.serve.replicas.config import Replication
+from penstock.serve.replicas.replicas import Replicas
 
 #: Connections that wait to be accepted.
 QUEUE = 2048
@@ -74,6 +76,7 @@ class Server(uvicorn.Server):
 async def serve(
     model: str,
     engine: EngineConfig,
+    replication: Replication,
     *,
     device: str,
     name: str,
@@ -92,6 +95,7 @@ async def serve(
     """Serves ``model`` on ``listener``, a bound socket, until a signal ends it.
 
     Args:
+        replication: how many engines with the model there are.
         name: what clients call it.
         keys, local: see :class:`~penstock.serve.http.guard.Guard`.
         chat_template: a file to take in place of the model's own.
@@ -107,9 +111,12 @@ async def serve(
         EngineDiedError: the engine died meanwhile.
     """
     folder = hub.resolve(model)
-    client, tokenizer = await asyncio.gather(
-        EngineClient.open(str(folder), engine, device, limits.patience), asyncio.to_thread(hub.load_tokenizer, folder)
+    opening: Coroutine[None, None, EngineClient | Replicas] = (
+        EngineClient.open(str(folder), engine, device, limits.patience)
+        if replication.replicas == 1
+        else Replicas.open(str(folder), engine, replication, device, limits.patience)
     )
+    client, tokenizer = await asyncio.gather(opening, asyncio.to_thread(hub.load_tokenizer, folder))
     try:
         if chat_template is not None:
             take_template(tokenizer, chat_template)
@@ -140,7 +147,7 @@ async def serve(
         await client.close()
 
 
-async def _end_with(client: EngineClient, server: uvicorn.Server) -> None:
+async def _end_with(client: EngineClient | Replicas, server: uvicorn.Server) -> None:
     await client.dead.wait()
     await asyncio.sleep(LAST_WORDS)
     server.should_exit = True

@@ -32,6 +32,7 @@ from penstock.serve.messages import Delta, Finish, Request
 from penstock.serve.observe.history import Course, History
 from penstock.serve.observe.log import EventLines
 from penstock.serve.reader import Reader
+from penstock.serve.replicas.replicas import Replicas
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +226,11 @@ class Generation:
         given = (self.sampling, body.priority, key, service.limits.deadline)
         self.requests = [
             Request(
-                *(f"{self.id}/{number}", prompt, *given), contexts=contexts or [], shared=shared, adapter=self.adapter
+                *(f"{self.id}/{number}", prompt, *given),
+                contexts=contexts or [],
+                shared=shared,
+                adapter=self.adapter,
+                whole=not body.stream,
             )
             for number, prompt in enumerate(prompts)
         ]
@@ -344,7 +349,7 @@ class Service:
         self,
         name: str,
         tokens: Tokens,
-        engine: EngineClient,
+        engine: EngineClient | Replicas,
         limits: Limits,
         strict: bool = False,
         control: bool = False,

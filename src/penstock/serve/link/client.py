@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol, Self
 
 import numpy as np
@@ -38,8 +40,18 @@ class Watcher(Protocol):
         """Takes in what was decided since the last call, and the engine's newest state where it is new."""
 
 
-def start(end: int) -> subprocess.Popen[bytes]:
-    """Starts the process of an engine, which gets the file descriptor ``end`` of a socket pair.
+def show(watchers: Sequence[Watcher], events: Sequence[Event], snapshot: Snapshot | None) -> None:
+    """Shows news to ``watchers``; one that fails keeps nobody from the answers."""
+    for watcher in watchers:
+        try:
+            watcher.see(events, snapshot)
+        except Exception:
+            log.exception("%s cannot take in what the engine decided", type(watcher).__name__)
+
+
+def start(end: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Starts the process of an engine, which gets the file descriptor ``end`` of a socket pair, and the variables of
+    ``environment`` beside those of this process.
 
     It has a session of its own: a terminal's Ctrl-C is for the front end, which ends the engine when it is done.
     """
@@ -48,6 +60,7 @@ def start(end: int) -> subprocess.Popen[bytes]:
         pass_fds=[end],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
+        env={**os.environ, **environment},
     )
 
 
@@ -86,11 +99,19 @@ class EngineClient:
         return self._process.pid
 
     @classmethod
-    async def open(cls, model: str, config: EngineConfig, device: str = "auto", patience: float = 300.0) -> Self:
+    async def open(
+        cls,
+        model: str,
+        config: EngineConfig,
+        device: str = "auto",
+        patience: float = 300.0,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> Self:
         """Starts a process and loads ``model`` in it.
 
         Args:
             patience: seconds after which an engine that has work, and says nothing, is taken for dead.
+            environment: variables of the process, beside those of this one.
 
         Raises:
             PenstockError: the model cannot be had, or does not fit.
@@ -98,7 +119,7 @@ class EngineClient:
         """
         ours, theirs = socket.socketpair()
         with theirs:
-            process = start(theirs.fileno())
+            process = start(theirs.fileno(), environment)
         client = cls(process, *await asyncio.open_unix_connection(sock=ours))
         try:
             await client._begin(Open(str(model), config.model_dump_json(), device))
@@ -259,6 +280,10 @@ class EngineClient:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._buried()
 
+    def kill(self) -> None:
+        """Ends the process at once, as if it had died."""
+        self._process.kill()
+
     async def _buried(self) -> int:
         """The exit status of the process, which gets some seconds to end by itself."""
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -282,12 +307,13 @@ class EngineClient:
     async def _listen(self) -> None:
         while (message := await self._receive()) is not None:
             if isinstance(message, News):
+                if message.snapshot is not None:
+                    self.snapshot = message.snapshot
                 if message.events or message.snapshot is not None:
-                    self._show(message)
+                    show(self.watchers, message.events, message.snapshot)
                 for delta in message.deltas:
                     self._hand(delta.id, delta)
                 if message.snapshot is not None:
-                    self.snapshot = message.snapshot
                     async with self._changed:
                         self._changed.notify_all()
             elif isinstance(message, Vectors | Done):
@@ -299,14 +325,6 @@ class EngineClient:
                 await self._die(EngineDiedError(message.what, hint=message.hint))
                 return
         await self._die(await self._post_mortem())
-
-    def _show(self, news: News) -> None:
-        """Shows ``news`` to the watchers; one that fails keeps nobody from the answers."""
-        for watcher in self.watchers:
-            try:
-                watcher.see(news.events, news.snapshot)
-            except Exception:
-                log.exception("%s cannot take in what the engine decided", type(watcher).__name__)
 
     def _hand(self, id: str, news: Answer) -> None:
         # Nobody listens any more to a request that was aborted meanwhile.

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -65,9 +66,11 @@ def _do(runner: RankRunner, message: Do, channel: Channel[Message]) -> None:
             runner.choose([StepShape(*each) for each in beside], [StepShape(*each) for each in alone])
         case "try_graphs", []:
             runner.try_graphs(lambda: 0)
+        case "load_adapter", [slot, folder]:
+            runner.load_adapter(slot, Path(folder))
         case "describe", []:
-            cache = (runner.blocks + 1) * runner.block_bytes
-            channel.send(Done({"weights": weight_bytes(runner.model), "cache": cache}))
+            memory = {"weights": weight_bytes(runner.model), "cache": (runner.blocks + 1) * runner.block_bytes}
+            channel.send(Done(memory | ({"adapters": runner.adapter_bytes} if runner.adapter_bytes else {})))
         case ("forget" | "resize" | "compile_pass" | "capture") as what, arguments:
             getattr(runner, what)(*arguments)
 

@@ -10,7 +10,8 @@ def sentence(event: Event, waited: float | None = None) -> str:
     told = event.detail
     match event.kind:
         case "arrived":
-            return f"arrived with {count(told['tokens'], 'token')}; {count(told['waiting'], 'other')} waited"
+            where = f" at replica {told['replica']}" if "replica" in told else ""
+            return f"arrived{where} with {count(told['tokens'], 'token')}; {count(told['waiting'], 'other')} waited"
         case "admitted":
             after = "" if waited is None else f" after waiting {seconds(waited)}"
             found = f"{told['cached']} of its {count(told['tokens'], 'token')} were in the cache"

@@ -114,6 +114,12 @@ class LeadingRunner(RankRunner):
         self._lead("capture")
         super().capture(report)
 
+    def load_adapter(self, slot: int, folder: Path) -> bytes:
+        # Where it does not fit, that is said here, and nothing has changed anywhere.
+        key = super().load_adapter(slot, folder)
+        self._lead("load_adapter", slot, str(folder))
+        return key
+
     def execute(self, step: Step, proposals: Proposals | None = None) -> Sampled | None:
         assert self.ranks is not None
         self._lead("execute", encoded(step))

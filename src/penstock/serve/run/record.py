@@ -166,6 +166,8 @@ def flatten(step: Step) -> tuple[Arrays, dict[str, Any]]:
         arrays[f"placed.{number}"] = placed.tokens
     for number, part in enumerate(step.parts):
         own = {"inputs": part.inputs, "scored": part.scored, "rated": part.rated, "draws": part.draws}
+        if part.adapters is not None:
+            own["adapters"] = part.adapters
         if part.copied is not None:
             own |= {f"copied.{name}": values for name, values in vars(part.copied).items()}
         plan = {name: values.numpy() for name in PLAN if (values := getattr(part.plan, name)) is not None}
@@ -197,7 +199,9 @@ def unflatten(arrays: Arrays, more: dict[str, Any]) -> Step:
         own = {name: arrays[f"part.{number}.{name}"] for name in ("inputs", "scored", "rated", "draws")}
         names = [name for name in PLAN if f"part.{number}.{name}" in arrays]
         plan: dict[str, Any] = {name: torch.from_numpy(arrays[f"part.{number}.{name}"]) for name in names}
-        return Part(plan=PagedBatch(**plan), copied=record(Copied, f"part.{number}.copied"), **own)
+        adapters = arrays.get(f"part.{number}.adapters")
+        copied = record(Copied, f"part.{number}.copied")
+        return Part(plan=PagedBatch(**plan), copied=copied, adapters=adapters, **own)
 
     def compaction(number: int, known: list[int]) -> Compaction:
         slot, computed, first, packed = known

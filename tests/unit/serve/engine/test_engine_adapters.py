@@ -350,7 +350,7 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(folders, tmp_path)
     assert room.executor.memory["adapters"] > 0
 
 
-@pytest.mark.parametrize("option", [{"deterministic": True}, {"record": "steps"}, {"tensor_parallel": 2}])
+@pytest.mark.parametrize("option", [{"deterministic": True}, {"record": "steps"}])
 def test_options_that_do_not_go_with_adapters_say_so(option):
     with pytest.raises(ConfigError, match="adapters"):
         build(EngineConfig, {"adapter_slots": 1, **option})

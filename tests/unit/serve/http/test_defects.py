@@ -13,8 +13,8 @@ from penstock.serve.http.app import make_app
 from penstock.serve.http.service import Limits, Service
 from penstock.serve.http.shapes import completions
 from penstock.serve.http.text import Tokens
-from penstock.serve.link.client import EngineClient
-from penstock.serve.link.wire import News, Ready
+from penstock.serve.link.client import show
+from penstock.serve.link.wire import Ready
 from penstock.serve.messages import Delta, Finish
 from penstock.serve.reader import Reader
 
@@ -123,8 +123,6 @@ def test_a_watcher_that_fails_keeps_nobody_from_the_answers(caplog):
         def see(self, events, snapshot):
             seen.append(snapshot)
 
-    client = EngineClient.__new__(EngineClient)
-    client.watchers = [Failing(), Seeing()]
-    client._show(News([], None))
+    show([Failing(), Seeing()], [], None)
     assert seen == [None]
     assert "Failing cannot take in" in caplog.text

@@ -7,7 +7,7 @@ import dataclasses
 from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.serve.http.metrics import ServerMetrics
-from penstock.serve.messages import Snapshot, described
+from penstock.serve.messages import ReplicaState, Snapshot, described
 
 MEMORY = {"weights": 16_400_000_000, "cache": 48_000_000_000, "left": 12_000_000_000}
 #: Of another rank.
@@ -22,6 +22,28 @@ def test_memory_is_told_by_what_it_is_for_and_of_which_rank():
     assert told == {("0", use): size for use, size in MEMORY.items()} | {("1", use): size for use, size in LESS.items()}
     assert described(MEMORY) == "weights 16.4 GB, cache 48 GB, left 12 GB"
     assert 'penstock_cache_codec{codec="int8"} 1.0' in text
+
+
+def test_the_figures_of_each_replica_have_its_number():
+    each = [
+        ReplicaState(state, under_way, 2 - under_way, 0, dataclasses.replace(SNAPSHOT, running=running, hits=9))
+        for state, under_way, running in (("ready", 2, 5), ("draining", 1, 7))
+    ]
+    now = dataclasses.replace(SNAPSHOT, replicas=tuple(each), resent=3)
+    text = ServerMetrics(lambda: now, [MEMORY, LESS], "plain").text().decode()
+    found = {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    first, second = ("replica", "0"), ("replica", "1")
+    assert (found["penstock_running", first], found["penstock_running", second]) == (5, 7)
+    assert found["penstock_memory_bytes", ("rank", "0"), second, ("use", "weights")] == LESS["weights"]
+    assert found["penstock_replica_state", second, ("state", "draining")] == 1
+    assert found["penstock_replica_under_way", first] == 2
+    assert found["penstock_replica_restarts_total", second] == 1
+    assert found["penstock_resent_total",] == 3
+    assert text.count("# TYPE penstock_cache_hits_total counter") == 1
 
 
 def test_there_are_no_figures_of_memory_that_is_not_known():

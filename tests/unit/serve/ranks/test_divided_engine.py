@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from transformers import AutoConfig
 
 import gguf_files
 from penstock.core.channel import Channel
+from penstock.core.errors import ModelError, UsageError
 from penstock.models import hub
+from penstock.models.adapters.slots import matrices
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
@@ -30,6 +34,7 @@ from penstock.serve.ranks.wire import body, parse
 from penstock.testing.enrolled import enrolled
 from penstock.testing.ranks import agreed
 from penstock.testing.transformers_peer import SHAPE, TOKEN_IDS, peer, prompt, randomize
+from tiny_adapters import written
 
 FAMILIES: Mapping[str, Family] = enrolled("model.family")
 
@@ -37,6 +42,9 @@ FAMILIES: Mapping[str, Family] = enrolled("model.family")
 DIFFERENT = ("minimax_m2", "gpt_oss", "deepseek_v3", "gpt2")
 
 CONFIG = EngineConfig(tokens=8, sequences=2, block_size=4, cache_tokens=80, check=True)
+
+#: For more requests at a time.
+FOUR = CONFIG.model_copy(update={"sequences": 4})
 
 #: Greedy, and drawn with everything that is kept of a sequence.
 SAMPLINGS = (
@@ -57,8 +65,51 @@ def said(engine: Engine, tokens: int) -> list[list[int]]:
     return [answers[row] for row in sorted(answers)]
 
 
-def check(size: int, folders: Mapping[str, Path], tokens: int, config: EngineConfig = CONFIG) -> None:
-    """Asserts that ``size`` ranks say of each model in ``folders`` what one device does."""
+def said_with(more: Path, engine: Engine, tokens: int) -> list[list[int]]:
+    """What ``engine`` answers, which has the adapters ``a`` and ``b``: all in one batch, by the model alone too; then
+    that of the folder ``more`` is loaded in the place of one of them, while a request with that is under way."""
+    answers: dict[str, list[int]] = {}
+
+    def add(row: int, adapter: str) -> None:
+        params = SamplingParams.model_validate({**SAMPLINGS[row % 2], "max_tokens": tokens, "ignore_eos": True})
+        engine.add(Request(str(row), prompt(2, 6).tolist()[0], params, adapter=adapter))
+
+    def step() -> None:
+        for delta in engine.step():
+            answers.setdefault(delta.id, []).extend(delta.tokens)
+
+    for row, adapter in enumerate(("", "", "a", "a", "b", "b")):
+        add(row, adapter)
+    step()
+    engine.drop_adapter("a")
+    engine.load_adapter("c", more)
+    for row in (6, 7):
+        add(row, "c")
+    while engine.busy:
+        step()
+    return [answers[str(row)] for row in range(8)]
+
+
+Saying = Callable[[Engine, int], list[list[int]]]
+
+
+def check(
+    size: int,
+    folders: Mapping[str, Path],
+    tokens: int,
+    config: EngineConfig = CONFIG,
+    adapters: Mapping[str, Mapping[str, Path]] = MappingProxyType({}),
+) -> None:
+    """Asserts that ``size`` ranks say of each model in ``folders`` what one device does; with its ``adapters`` a, b and
+    c, where it has some."""
+
+    def options(name: str) -> EngineConfig:
+        own = {each: adapters[name][each] for each in ("a", "b")} if name in adapters else {}
+        return config.model_copy(update={"adapters": own, "adapter_slots": 3 if own else 0})
+
+    def saying(name: str) -> Saying:
+        return functools.partial(said_with, adapters[name]["c"]) if name in adapters else said
+
     ends = [socket.socketpair() for _ in range(1, size)]
     cpu = torch.device("cpu")
 
@@ -71,10 +122,10 @@ def check(size: int, folders: Mapping[str, Path], tokens: int, config: EngineCon
         for name, folder in folders.items():
             model = open_share(folder, config, cpu, share)
             if world.rank:
-                follow(model, config, channels[world.rank - 1])
+                follow(model, options(name), channels[world.rank - 1])
             else:
                 ranks = Ranks(share, channels, world=world)
-                answers[name] = said(build_engine(model, config, ranks=ranks), tokens)
+                answers[name] = saying(name)(build_engine(model, options(name), ranks=ranks), tokens)
                 ranks.tell("leave")
         return answers
 
@@ -83,7 +134,7 @@ def check(size: int, folders: Mapping[str, Path], tokens: int, config: EngineCon
         for end in pair:
             end.close()
     for name, folder in folders.items():
-        alone = said(build_engine(hub.load_for_inference(folder).eval(), config), tokens)
+        alone = saying(name)(build_engine(hub.load_for_inference(folder).eval(), options(name)), tokens)
         assert together[name] == alone, f"{size} ranks say of {name} something else"
 
 
@@ -125,6 +176,67 @@ def test_two_ranks_say_of_quantized_models_what_one_device_does(tmp_path):
         hub.save(randomize(Decoder(shape)), folders[scheme], scheme=scheme)
     gguf_files.write(tmp_path / "q8.gguf", peer("llama", **gguf_files.SHAPE), "llama", gguf_files.coded("Q8_0"))
     check(2, {**folders, "gguf": hub.resolve(tmp_path / "q8.gguf")}, tokens=2)
+
+
+@pytest.fixture(scope="module")
+def adapters(families, tmp_path_factory) -> Callable[[str], dict[str, Path]]:
+    """Three adapters of a family, of different ranks; the last one is on some of the matrices only."""
+    folder = tmp_path_factory.mktemp("adapters")
+
+    @functools.cache
+    def of(name: str) -> dict[str, Path]:
+        model = hub.load(families[name])
+        names = list(matrices(model, hub.family_of(model)))
+        kinds = {"a": (3, names), "b": (5, names), "c": (2, names[::3])}
+        return {
+            each: written(folder / name / each, model, seed, rank, own.__contains__)
+            for seed, (each, (rank, own)) in enumerate(kinds.items())
+        }
+
+    return of
+
+
+def test_two_ranks_compute_several_adapters_as_one_device_does(families, adapters):
+    chosen = {name: families[name] for name in ("llama", "phi3", "gpt2", "deepseek_v3")}
+    check(2, chosen, tokens=4, config=FOUR, adapters={name: adapters(name) for name in chosen})
+
+
+def test_adapters_make_a_difference(families, adapters):
+    """Without which the others would say nothing."""
+    engine = build_engine(
+        hub.load_for_inference(families["llama"]).eval(),
+        FOUR.model_copy(update={"adapters": {each: adapters("llama")[each] for each in "ab"}, "adapter_slots": 3}),
+    )
+    plain, _, a, _, b, _, c, _ = said_with(adapters("llama")["c"], engine, 6)
+    assert len({tuple(each) for each in (plain, a, b, c)}) == 4
+
+
+def test_adapters_that_do_not_fit_change_nothing_on_any_rank(families, adapters):
+    """What refuses is the first rank, before the others hear of it; they go on together."""
+
+    class Told(Ranks):
+        def tell(self, what, *arguments):
+            told.append(what)
+
+    told: list[str] = []
+    config = CONFIG.model_copy(update={"adapters": {"a": adapters("llama")["a"]}, "adapter_slots": 2})
+    model = open_share(families["llama"], config, torch.device("cpu"), Share(0, 2))
+    ranks = Told(Share(0, 2), [])
+    ranks.ask_memory = lambda: None  # type: ignore[method-assign]
+    engine = build_engine(model, config, ranks=ranks)
+    assert told.count("load_adapter") == 1
+    with pytest.raises(ModelError, match="another base"):
+        engine.load_adapter("b", adapters("gpt2")["b"])
+    with pytest.raises(UsageError, match="has the rank 5, and there is room for 3"):
+        engine.load_adapter("b", adapters("llama")["b"])
+    engine.load_adapter("c", adapters("llama")["c"])
+    assert told.count("load_adapter") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_compute_adapters_of_every_family(families, adapters, size):
+    check(size, families, tokens=6, config=FOUR, adapters={name: adapters(name) for name in families})
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from penstock.serve.http.protocol.tokenizing import Detokenize, Tokenize
 from penstock.serve.http.service import Service
 from penstock.serve.http.streams import STREAMED, EventStream, event
 from penstock.serve.observe.history import Course
+from penstock.serve.replicas.states import described
 
 router = APIRouter()
 
@@ -83,12 +84,18 @@ async def detokenize(body: Detokenize, service: Here, response: Response) -> dic
 
 @router.get("/health")
 async def health(service: Here) -> Response:
-    """200 while requests are served; 503 once the engine is dead, or the server ends."""
+    """200 while requests are served; 503 once the engine is dead, no replica takes requests, or the server ends."""
     if service.engine.failure is not None:
         raise service.engine.failure
     now = service.engine.snapshot
     status = "draining" if service.draining else "asleep" if now.asleep else "paused" if now.paused else "ok"
-    return JSONResponse({"status": status}, 503 if service.draining else 200)
+    if not now.replicas:
+        return JSONResponse({"status": status}, 503 if service.draining else 200)
+    ready = [each.state == "ready" for each in now.replicas]
+    if status == "ok" and not all(ready):
+        status = "degraded" if any(ready) else "unavailable"
+    serves = any(ready) and not service.draining
+    return JSONResponse({"status": status, "replicas": described(now.replicas)}, 200 if serves else 503)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

@@ -13,6 +13,8 @@ from penstock.serve.http.errors import ApiError
 from penstock.serve.http.protocol.operating import Adapter, Weights
 from penstock.serve.http.service import Service
 from penstock.serve.messages import Act
+from penstock.serve.replicas.replicas import Replicas
+from penstock.serve.replicas.states import described
 
 
 async def _open(service: Here) -> None:
@@ -81,6 +83,38 @@ async def drop_adapter(name: str, service: Here) -> dict[str, Any]:
     """No request can name an adapter any more; those under way go on with it."""
     await _control(service, Act.DROP_ADAPTER, name=name)
     return _adapters(service)
+
+
+@router.get("/replicas")
+async def replicas(service: Here) -> dict[str, Any]:
+    """The replicas, and what each is at."""
+    return _listed(service)
+
+
+@router.post("/replicas/{number}/drain")
+async def drain(number: int, service: Here) -> dict[str, Any]:
+    """Sends a replica no more requests, and waits until those that it has have ended."""
+    await _several(service).drain(number)
+    return _listed(service)
+
+
+@router.post("/replicas/{number}/undrain")
+async def undrain(number: int, service: Here) -> dict[str, Any]:
+    """Sends a replica requests again."""
+    _several(service).undrain(number)
+    return _listed(service)
+
+
+def _listed(service: Service) -> dict[str, Any]:
+    states = _several(service).snapshot.replicas
+    processes = [{"process": each.process or None} for each in states]
+    return {"replicas": [each | own for each, own in zip(described(states), processes, strict=True)]}
+
+
+def _several(service: Service) -> Replicas:
+    if not isinstance(service.engine, Replicas):
+        raise ApiError(400, "this server has one engine: start it with --replicas N", code="no_replicas")
+    return service.engine
 
 
 async def _done(service: Service, act: Act, folder: str = "", version: int | None = None) -> dict[str, Any]:

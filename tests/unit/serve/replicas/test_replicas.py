@@ -1,0 +1,227 @@
+"""Several engines as one, over engines that do as they are told to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+
+from penstock.core.errors import PenstockError, UsageError
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.config import EngineConfig
+from penstock.serve.link.client import EngineDiedError
+from penstock.serve.link.wire import Errand, Ready
+from penstock.serve.messages import Act, Delta, Finish, Request, Snapshot
+from penstock.serve.replicas import replicas
+from penstock.serve.replicas.config import Replication
+from penstock.serve.replicas.placement import Place
+from penstock.serve.replicas.replica import ReplicaLostError
+from penstock.serve.replicas.replicas import Replicas
+from penstock.serve.routing.dispatcher import NoReplicaError
+
+ANSWER = [5, 6, 7, 8]
+
+
+class Engine:
+    """Answers with ANSWER and tells vectors of ones; dies behind ``tokens`` of an answer, and refuses an ``act``."""
+
+    ready = Ready(100, 4, 50, [{"weights": 1}], "plain")
+    outstanding = pid = 0
+
+    def __init__(self, tokens: int | None = None, act: Act | None = None) -> None:
+        self.snapshot = Snapshot(*[0] * 13, 0.0)
+        self.failure: EngineDiedError | None = None
+        self.dead, self.watchers, self.done, self.aborted = asyncio.Event(), [], [], []
+        self._tokens, self._act = tokens, act
+
+    async def stream(self, request: Request) -> AsyncGenerator[Delta]:
+        for place, token in enumerate(ANSWER):
+            await self._live(place)
+            yield Delta(request.id, 0, [token], finish=Finish.LENGTH if token == ANSWER[-1] else None)
+
+    async def embed(self, id: str, texts: list[list[int]], seconds: list[int] | None) -> np.ndarray:
+        await self._live(0)
+        return np.ones((len(texts), 2), np.float32)
+
+    async def run(self, errand: Errand) -> str:
+        await self._live(0)
+        return "{}"
+
+    async def _live(self, told: int) -> None:
+        await asyncio.sleep(0)
+        if told == self._tokens:
+            self.kill()
+        if self.failure is not None:
+            raise self.failure
+
+    async def control(self, id: str, act: Act, folder: str = "", version: int | None = None, name: str = "") -> None:
+        await self._live(-1)
+        if act is self._act:
+            raise PenstockError("not this one")
+        self.done.append((act, version, name))
+
+    def abort(self, id: str, index: int | None = None) -> None:
+        self.aborted.append((id, index))
+
+    def abandon(self, reason: PenstockError) -> None:
+        pass
+
+    def kill(self) -> None:
+        self.failure = EngineDiedError("killed")
+        self.dead.set()
+
+    async def close(self) -> None:
+        pass
+
+
+def over(*engines: Engine, restarts: int = 0) -> Replicas:
+    """Replicas with ``engines``."""
+    replication = Replication.model_validate({"replicas": len(engines), "restarts": restarts, "routing": "round_robin"})
+    opened = [(Place(EngineConfig(), "cpu", {}), engine) for engine in engines]
+    return Replicas("m", EngineConfig(), replication, 1.0, opened)  # type: ignore[arg-type]
+
+
+def request(whole: bool = False) -> Request:
+    return Request("r", [1, 2], SamplingParams(max_tokens=4), whole=whole)
+
+
+def played(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(work(), 20))
+
+
+async def told(several: Replicas, wanted: Request) -> list[int]:
+    return [token async for delta in several.stream(wanted) for token in delta.tokens]
+
+
+@pytest.mark.parametrize(("tokens", "whole", "moves"), [(0, False, True), (2, False, False), (2, True, True)])
+def test_who_has_been_shown_nothing_is_answered_by_another(tokens, whole, moves):
+    async def work() -> None:
+        several = over(Engine(tokens), Engine())
+        if moves:
+            assert await told(several, request(whole)) == ANSWER
+        else:
+            with pytest.raises(ReplicaLostError, match="killed; ask again"):
+                await told(several, request(whole))
+        assert several.snapshot.resent == moves
+        assert [each.under_way for each in several.snapshot.replicas] == [0, 0]
+        await several.close()
+
+    played(work)
+
+
+def test_vectors_and_searches_are_made_elsewhere():
+    async def work() -> None:
+        several = over(Engine(0), Engine(), Engine(0))
+        assert (await several.embed("v", [[1], [2]])).shape == (2, 2)
+        assert await several.run(Errand(request(), "guest", "{}")) == "{}"
+        assert several.snapshot.resent == 2
+        await several.close()
+
+    played(work)
+
+
+def test_when_none_is_left_it_is_said():
+    async def work() -> None:
+        several = over(Engine(0), Engine(0))
+        with pytest.raises(ReplicaLostError, match="one after the other"):
+            await told(several, request())
+        await several.dead.wait()
+        assert several.failure is not None
+        assert [each.state for each in several.snapshot.replicas] == ["dead", "dead"]
+        with pytest.raises(EngineDiedError):
+            await told(several, request())
+        await several.close()
+
+        several = over(Engine())
+        await several.drain(0)
+        with pytest.raises(NoReplicaError):
+            await told(several, request())
+        several.undrain(0)
+        assert await told(several, request()) == ANSWER
+        await several.close()
+
+    played(work)
+
+
+def test_a_request_that_ends_engines_does_not_end_all():
+    async def work() -> None:
+        last = Engine(0)
+        several = over(Engine(0), Engine(0), last)
+        with pytest.raises(ReplicaLostError, match="one after the other"):
+            await told(several, request())
+        assert last.failure is None
+        assert several.snapshot.resent == 1
+        await several.close()
+
+    played(work)
+
+
+def test_what_is_to_end_is_not_begun_anew():
+    """A whole request is aborted, or one of its continuations, and then its replica dies."""
+
+    async def work() -> None:
+        for index in (None, 0):
+            second = Engine()
+            several = over(Engine(2), second)
+            news = several.stream(request(whole=True))
+            await anext(news)
+            several.abort("r", index)
+            if index is None:
+                with pytest.raises(ReplicaLostError):
+                    [delta async for delta in news]
+            else:
+                assert [delta async for delta in news]
+                assert ("r", 0) in second.aborted
+            await several.close()
+
+    played(work)
+
+
+def test_operators_reach_all_or_none():
+    async def work() -> None:
+        first, second = Engine(), Engine()
+        several = over(first, second)
+        await several.control("c", Act.LOAD, "folder")
+        assert first.done == second.done == [(Act.LOAD, 1, "")]
+        await several.close()
+
+        first, second = Engine(act=Act.LOAD), Engine()
+        several = over(first, second)
+        with pytest.raises(PenstockError, match="not this one"):
+            await several.control("c", Act.LOAD, "folder")
+        assert second.done == []
+        await several.close()
+
+        first, second, third = Engine(), Engine(act=Act.LOAD_ADAPTER), Engine()
+        several = over(first, second, third)
+        with pytest.raises(UsageError, match="replica 1: not this one"):
+            await several.control("c", Act.LOAD_ADAPTER, "folder", name="a")
+        undone = [(Act.LOAD_ADAPTER, None, "a"), (Act.DROP_ADAPTER, None, "a")]
+        assert first.done == third.done == undone
+        await several.close()
+
+    played(work)
+
+
+def test_one_that_does_not_do_as_the_others_comes_back_as_they_are(monkeypatch):
+    async def work() -> None:
+        later = Engine()
+
+        async def opened(*_: Any) -> Engine:
+            return later
+
+        monkeypatch.setattr(replicas, "_opened", opened)
+        first, second = Engine(), Engine(act=Act.LOAD)
+        several = over(first, second, restarts=1)
+        await several.control("c", Act.PAUSE)
+        await several.control("c", Act.LOAD, "folder", 9)
+        while several.snapshot.replicas[1].state != "ready":
+            await asyncio.sleep(0)
+        assert later.done == [(Act.LOAD, 9, ""), (Act.PAUSE, None, "")]
+        assert several.snapshot.replicas[1].restarts == 1
+        await several.close()
+
+    played(work)
