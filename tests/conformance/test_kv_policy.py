@@ -18,12 +18,18 @@ def test_sizes_rows_and_memory(name):
     kv_policy.check_strong(POLICIES[name])
     kv_policy.check_copied(POLICIES[name])
     kv_policy.check_limit(POLICIES[name])
+    kv_policy.check_together(POLICIES[name])
     kv_policy.check_held(POLICIES[name])
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_tokens_are_those_of_a_sequence_by_itself(name):
     kv_policy.check_engine(POLICIES[name], crowds=1, examples=1, steps=10)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_under_pressure_caches_are_compressed_before_anybody_is_preempted(name):
+    kv_policy.check_pressure(POLICIES[name], crowds=2, examples=0, steps=0)
 
 
 @pytest.mark.slow

@@ -14,6 +14,12 @@ KV = typer.Option(
 KV_BUDGET = typer.Option(
     None, "--kv-budget", metavar="X", help="How much of it: a share such as 0.25, or a number of tokens."
 )
+KV_WHEN = typer.Option(
+    None,
+    "--kv-when",
+    metavar="WHEN",
+    help="When it gives up the rest: due, at once; or pressure, once blocks are short.",
+)
 KV_REUSE = typer.Option(
     None,
     "--kv-reuse",
@@ -29,22 +35,33 @@ KV_CODEC = typer.Option(
 
 
 def chosen_cache(
-    kv: str | None, budget: float | None, codec: str | None, reuse: str | None, recompute: float | None
+    kv: str | None,
+    budget: float | None,
+    when: str | None,
+    codec: str | None,
+    reuse: str | None,
+    recompute: float | None,
 ) -> dict[str, Any]:
-    """The engine's options for ``--kv``, ``--kv-budget``, ``--kv-codec``, ``--kv-reuse`` and ``--kv-recompute``; none
-    where none is given.
+    """The engine's options for ``--kv``, ``--kv-budget``, ``--kv-when``, ``--kv-codec``, ``--kv-reuse`` and
+    ``--kv-recompute``; none where none is given.
 
     Raises:
-        UsageError: a budget of nothing, or a share of it.
+        UsageError: a budget of nothing, a time for it, or a share of it.
     """
     if kv is None and budget is not None:
         raise UsageError(
             f"--kv-budget {budget:g} says how much is kept, and not what",
             hint="Name a policy with --kv, such as h2o, snapkv or sink_window.",
         )
+    if kv is None and when is not None:
+        raise UsageError(
+            f"--kv-when {when} says when a cache is compressed, and not what is kept of it",
+            hint="Name a policy with --kv, such as h2o, snapkv or sink_window.",
+        )
     chosen: dict[str, Any] = {}
     if kv is not None:
-        chosen["kv"] = {"name": kv} if budget is None else {"name": kv, "budget": budget}
+        options = {"name": kv, "budget": budget, "when": when}
+        chosen["kv"] = {name: value for name, value in options.items() if value is not None}
     if codec is not None:
         chosen["codec"] = codec
     if reuse is None and recompute is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from penstock.cli._adapters import ADAPTER, chosen_adapters
-from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_RECOMPUTE, KV_REUSE, chosen_cache
+from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_RECOMPUTE, KV_REUSE, KV_WHEN, chosen_cache
 from penstock.cli._ranks import TENSOR_PARALLEL, chosen_ranks
 from penstock.cli._weights import RESIDENT_WEIGHTS, chosen_weights
 
@@ -40,6 +40,7 @@ def batch(
     ),
     kv: str | None = KV,
     kv_budget: float | None = KV_BUDGET,
+    kv_when: str | None = KV_WHEN,
     kv_codec: str | None = KV_CODEC,
     kv_reuse: str | None = KV_REUSE,
     kv_recompute: float | None = KV_RECOMPUTE,
@@ -68,7 +69,7 @@ def batch(
     from penstock.serve.offline.batch_file import BatchRun
     from penstock.serve.offline.gather import Gatherer
 
-    cache, ranks = chosen_cache(kv, kv_budget, kv_codec, kv_reuse, kv_recompute), chosen_ranks(tensor_parallel)
+    cache, ranks = chosen_cache(kv, kv_budget, kv_when, kv_codec, kv_reuse, kv_recompute), chosen_ranks(tensor_parallel)
     called = name or hub.name_of(model)
     base = {"batching": "batchllm", "draft": draft, "draft_tree": draft_tree or "", **cache, **ranks}
     base |= chosen_adapters(adapter, called) | chosen_weights(resident_weights)

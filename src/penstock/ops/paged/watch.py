@@ -58,10 +58,10 @@ class Watch:
         self._queries[layer].index_copy_(0, self._places, query)
         self.scales[layer] = scale
 
-    def read(self, slot: int, end: int) -> Tensor:
+    def read(self, slot: int, end: int, count: int) -> Tensor:
         """The queries [layers, n, H, D] of the sequence in ``slot`` at its last n positions before ``end``, in order;
-        n is ``width``, or ``end`` where that is less."""
-        positions = torch.arange(max(0, end - self.width), end, device=self._device)
+        n is ``count``, at most the width, or ``end`` where that is less."""
+        positions = torch.arange(max(0, end - count), end, device=self._device)
         return self._queries[:, 1 + slot * self.width + positions % self.width]
 
 

@@ -80,7 +80,8 @@ class Engine:
         self.context = min(config.context or shape.context, shape.context, blocks * size)
         self.limits = Limits(config.budget(executor.device), config.sequences, blocks, size, shape)
         kv = config.kv.fitted(shape)
-        self.memory = Memory(config.sequences, blocks, size, self.context, kv, config.eviction, tiers, config.kv_reuse)
+        reuse, tentative = config.kv_reuse, config.rows - 1
+        self.memory = Memory(config.sequences, blocks, size, self.context, kv, config.eviction, tiers, reuse, tentative)
         self.events = EventLog()
         self._config, self._stop, self._grammars = config, frozenset(stop), grammars
         self.executor, self._counters = executor, Counters()
@@ -183,6 +184,7 @@ class Engine:
             sequence.matcher.rollback(gone)
         for member in sequence.lockstep:
             del member.tokens[len(member.tokens) - gone :]
+            member.compressed = [place for place in member.compressed if place < len(member.tokens)]
             if member.held is not None:
                 self.memory.truncate(member, len(member.tokens) - 1)
         self._changed(sequence)

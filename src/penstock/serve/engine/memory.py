@@ -42,6 +42,8 @@ class Held:
             ``compacted`` tokens; ``known`` tokens were left.
         due: how many are computed when it is compressed next.
         probed: how many probes stood behind the token that the newest one follows; their states are kept for it.
+        ripe: from how many on it may be compressed where blocks are missing.
+        seen: from how many on its slot has all queries that the policy could ask about.
         committed: how many of the blocks are in the prefix tree, the last of them at ``node``; without such, its root.
         filled: int64, ascending, which tokens behind the ``computed`` ones are in the blocks already, or will be.
         moved, renewed: of its contexts that were cached by themselves, how many tokens were taken, and how many are
@@ -56,6 +58,8 @@ class Held:
     known: int = 0
     due: int = NEVER
     probed: int = 0
+    ripe: int = NEVER
+    seen: int = 0
     committed: int = 0
     node: int = ROOT
     filled: np.ndarray = dataclasses.field(default_factory=lambda: NO_PLACES)
@@ -91,13 +95,14 @@ class Held:
 
 class Prefix(NamedTuple):
     """What a sequence finds of its first tokens: the blocks, how many tokens were computed, and, where that cache was
-    compressed, what :class:`Held` has of it."""
+    compressed, what :class:`Held` has of it, and what the sequence has of where."""
 
     blocks: list[int]
     computed: int
     dropped: int = 0
     compacted: int = 0
     known: int = 0
+    compressed: tuple[int, ...] = ()
 
 
 class Memory:
@@ -112,6 +117,7 @@ class Memory:
         eviction: the order in which blocks that nobody holds go.
         tiers: where evicted blocks go, and come back from.
         reuse: how contexts of requests are encoded.
+        tentative: most tokens of a sequence that one step may compute for nothing, since they were drafted.
 
     Attributes:
         pool: the blocks.
@@ -133,8 +139,10 @@ class Memory:
         eviction: Eviction = LeastRecentlyUsed(),
         tiers: Tiers | None = None,
         reuse: Reuse = PrefixReuse(),
+        tentative: int = 0,
     ) -> None:
         self.pool, self._policy = BlockPool(blocks, block_size, eviction.start), policy or Full()
+        self._tentative = tentative
         self.tables = np.zeros((slots, -(-context // block_size)), np.int32)
         self.running: list[Sequence] = []
         self.kept: OrderedDict[Sequence, None] = OrderedDict()
@@ -243,6 +251,7 @@ class Memory:
         self._restored += blocks
         self._append(held, blocks)
         held.computed = min(held.computed + len(blocks) * size, len(sequence.tokens))
+        self._see(sequence, held)
         self.commit(sequence)
 
     def _names(self, sequence: Sequence, last: int | None, first: int) -> Iterator[bytes]:
@@ -293,8 +302,24 @@ class Memory:
         return min(most, self._due(sequence, compacted, dropped) - max(1, self._policy.watches))
 
     def _due(self, sequence: Sequence, computed: int, dropped: int) -> int:
+        """When a cache is compressed next, whoever else there is."""
+        if self._policy.patient:
+            return next((place for place in sequence.compressed if place > computed), NEVER)
         due = self._policy.due(sequence.prompt, computed, dropped)
         return NEVER if due is None else due
+
+    def _schedule(self, sequence: Sequence, held: Held) -> None:
+        """Says when what is ``held`` is compressed next. Where it was before, it may not be anywhere else."""
+        held.due, held.ripe = self._due(sequence, held.compacted, held.dropped), NEVER
+        if self._policy.patient and held.due == NEVER:
+            ripe = self._policy.due(sequence.prompt, held.compacted, held.dropped)
+            held.ripe = NEVER if ripe is None else max(ripe, held.seen)
+
+    def _see(self, sequence: Sequence, held: Held) -> None:
+        """What is ``held`` was computed by others: the slot has none of its queries, and it may be computed in the step
+        that is being formed."""
+        held.seen = held.computed + max(1, self._policy.watches) if held.computed else 0
+        self._schedule(sequence, held)
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Lets ``child``, whose tokens begin as the parent's do, run on the same blocks. Tells whether it could: only
@@ -314,17 +339,22 @@ class Memory:
         assert held is not None
         reusable = self._reusable(child, held.dropped, held.compacted)
         computed = max(0, min(held.computed, common(parent.tokens, child.tokens), reusable))
-        if held.dropped and (computed < held.compacted or parent.prompt != child.prompt):
+        compressed, own = (
+            tuple(place for place in each.compressed if place <= held.compacted) for each in (parent, child)
+        )
+        other = child.preempted and own != compressed  # what it said was said behind another cache
+        if held.dropped and (computed < held.compacted or parent.prompt != child.prompt or other):
             return Prefix([], 0)
         blocks = held.blocks[: -(-(computed - held.dropped) // self.pool.block_size)]
-        return Prefix(blocks, computed, held.dropped, held.compacted, held.known)
+        return Prefix(blocks, computed, held.dropped, held.compacted, held.known, compressed)
 
     def _enter(self, sequence: Sequence, prefix: Prefix) -> None:
         """``sequence`` runs; its first tokens are in the blocks of ``prefix``."""
-        blocks, computed, dropped, compacted, known = prefix
+        blocks, computed, dropped, compacted, known, compressed = prefix
         held = sequence.held = Held(self._slots.pop(), [], computed, dropped, compacted, known)
         held.node = self._root(sequence)
-        held.due = self._due(sequence, compacted, dropped)
+        sequence.compressed[: len(compressed)] = compressed
+        self._see(sequence, held)
         self._append(held, blocks)
         whole = 0 if dropped else computed // self.pool.block_size
         for index, block in enumerate(blocks[:whole]):
@@ -471,9 +501,27 @@ class Memory:
         packed = self.packed(held)
         self._compactions.append(Compaction(held.slot, held.computed, held.known, packed, sources, targets))
         held.dropped, held.compacted, held.known = held.computed - left, held.computed, left
-        held.due = self._due(sequence, held.computed, held.dropped)
+        self._schedule(sequence, held)
         held.committed, held.node = 0, self._root(sequence)
         return 0
+
+    def gain(self, sequence: Sequence) -> int:
+        """How many more blocks were available if the cache of a running sequence was compressed now: 0 where it may not
+        be, such as while what it said already is computed again."""
+        held = sequence.held
+        if held is None or held.computed < held.ripe:
+            return 0
+        if sequence.remaining > 1 and len(sequence.tokens) > sequence.prompt:
+            return 0
+        left = -(-self._policy.keeps(held.computed) // self.pool.block_size)
+        return max(0, self.pool.own_among(held.blocks) - left)
+
+    def press(self, sequence: Sequence) -> None:
+        """The cache of a running sequence is due: it is compressed before more of it is computed."""
+        held = sequence.held
+        assert held is not None
+        sequence.compressed.append(held.computed)
+        self._schedule(sequence, held)
 
     def packed(self, held: Held) -> int:
         """How many tokens share the first places of what is ``held``, see :meth:`CachePolicy.packed`."""
@@ -538,9 +586,11 @@ class Memory:
         computed = min(computed, held.computed)
         if computed == held.computed and (held.filled.size or held.places > (len(held.blocks) - 1) * size):
             return
+        # Queries of tokens that are cut off have taken the places of earlier ones.
+        held.seen = max(held.seen, held.computed - self._tentative) if self._policy.watches else held.seen
         if held.dropped and computed < held.compacted:
-            computed, held.dropped, held.compacted, held.known = 0, 0, 0, 0
-            held.due = self._due(sequence, 0, 0)
+            computed, held.dropped, held.compacted, held.known, held.seen = 0, 0, 0, 0, 0
+        self._schedule(sequence, held)
         kept = -(-(computed - held.dropped) // size)
         self.pool.release(held.blocks[kept:])
         del held.blocks[kept:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as List
 
 import numpy as np
@@ -63,6 +63,7 @@ class StepRoom:
         #: the prefix tree, since it was let in or has contexts.
         self._takes: list[tuple[int, int, bool]] = []
         self._taken: set[int] = set()
+        self._pressed = False
 
     def compact(self, sequences: Iterable[Sequence]) -> None:
         """Compresses the caches of those of ``sequences`` that are due, before anything is taken."""
@@ -72,17 +73,48 @@ class StepRoom:
                 if held is not None and held.computed >= held.due and not sequence.guessed:
                     self._compact(sequence, member)
 
-    def _compact(self, sequence: Sequence, member: Sequence) -> None:
+    def _compact(self, sequence: Sequence, member: Sequence, why: Detail | None = None) -> None:
         held = member.held
         assert held is not None
         before = held.places
         while (missing := self._memory.compact(member)) > 0:
+            if self._press(sequence, missing):
+                continue
             victim = self._memory.running[-1]
             self._preempt(victim, sequence, missing)
             if victim is sequence:
                 return
         self.dropped += before - held.places
-        self._events.add("compressed", sequence.request.id, sequence.index, tokens=before, kept=held.places)
+        told: Detail = {"tokens": before, "kept": held.places, **(why or {})}
+        self._events.add("compressed", sequence.request.id, sequence.index, **told)
+
+    def _growing(self) -> Iterator[tuple[Sequence, Sequence]]:
+        """Running sequences, each with one of its members whose cache was let grow and gives blocks up if it is
+        compressed: the last by priority and arrival first, who would be preempted first."""
+        for sequence in reversed(self._memory.running):
+            if not sequence.guessed and sequence.length < sequence.limit:
+                for member in sequence.members:
+                    if self._memory.gain(member):
+                        yield sequence, member
+
+    def _press(self, winner: Sequence, missing: int) -> bool:
+        """Compresses a cache of one who has not been taken yet, since ``winner`` misses so many blocks. Tells whether
+        there was one."""
+        for sequence, member in self._growing():
+            if id(sequence) not in self._taken:
+                self._memory.press(member)
+                by: Detail = {"by": winner.request.id, "by_index": winner.index, "missing": missing}
+                self._compact(sequence, member, by)
+                return True
+        return False
+
+    def _wait(self) -> bool:
+        """Whether there will be blocks in the next step, before which a cache of one who was taken is compressed."""
+        for _, member in () if self._pressed else self._growing():
+            self._memory.press(member)
+            self._pressed = True
+            break
+        return self._pressed
 
     def take(self, sequence: Sequence, most: int | None = None) -> int:
         if id(sequence) in self._taken or self.tokens == 0 or not sequence.ready(self._ahead):
@@ -215,9 +247,13 @@ class StepRoom:
 
     def _reserve(self, sequence: Sequence, shares: list[int]) -> bool:
         """Blocks for as many more tokens of a running sequence and its companions as ``shares`` says, at others'
-        expense where there are none."""
+        expense where there are none: caches that may be are compressed before anybody is preempted."""
         pieces = [(each, count) for each, count in zip(sequence.members, shares, strict=True) if count]
         while (missing := self._memory.reserve(pieces)) > 0:
+            if self._press(sequence, missing):
+                continue
+            if self._wait():
+                return False
             victim = next(each for each in reversed(self._memory.running) if id(each) not in self._taken)
             self._preempt(victim, sequence, missing)
             if victim is sequence:

@@ -40,6 +40,8 @@ class Sequence:
         held: its memory while it runs, None while it waits; see :class:`~penstock.serve.engine.memory.Memory`.
         cached: prompt tokens that were found in the cache when it was admitted first; -1 before.
         preempted: whether it lost its memory and has to be computed again.
+        compressed: with how many tokens computed its cache was compressed since blocks were missing, ascending. There
+            it is compressed again whenever it is computed again.
         deadline: time.monotonic() at which it ends, or None.
         finish: why it ended, None while it lives.
         stop: tokens that end it.
@@ -74,6 +76,7 @@ class Sequence:
         "cached",
         "chunks",
         "companions",
+        "compressed",
         "contexts",
         "deadline",
         "draft",
@@ -137,6 +140,7 @@ class Sequence:
         self.held: Held | None = None
         self.cached = -1
         self.preempted = False
+        self.compressed: list[int] = []
         self.finish: Finish | None = None
         self.stop = frozenset(stop)
         self.matcher = matcher

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from collections.abc import Sequence as List
 
 import numpy as np
 import torch
@@ -13,10 +14,14 @@ from torch import Tensor
 from penstock.ops.paged.contract import PagedCache
 from penstock.ops.paged.view import Packed
 from penstock.ops.paged.watch import Watch
-from penstock.serve.kv.policies.contract import Cached, CachePolicy
+from penstock.serve.kv.policies.contract import Cached, CachePolicy, Kept
 
-#: Numbers of an attention matrix that are in memory at a time; layers that do not fit together are computed in turn.
-SCORES = 1 << 26
+#: Numbers of an attention matrix that are in memory at a time; layers that do not fit together are computed in turn. On
+#: CPUs they stay in the processor's own memory.
+SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
+
+#: Numbers of keys and values that are; caches that do not fit together are compressed in turn.
+VECTORS = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +55,22 @@ class Compactor:
 
     def __init__(self, cache: PagedCache, policy: CachePolicy) -> None:
         self._cache, self._policy = cache, policy
+        self._most = SCORES.get(cache.shape.device.type, SCORES["cuda"])
         self._drawn = torch.zeros(0)
         self.resize()
 
     @classmethod
-    def of(cls, cache: PagedCache, policy: CachePolicy, slots: int, tokens: int) -> Compactor | None:
-        """One for a ``cache`` whose batches have up to ``slots`` sequences and ``tokens`` tokens; None where the
-        ``policy`` keeps all."""
+    def of(
+        cls, cache: PagedCache, policy: CachePolicy, slots: int, tokens: int, tentative: int = 0
+    ) -> Compactor | None:
+        """One for a ``cache`` whose batches have up to ``slots`` sequences and ``tokens`` tokens, of which up to
+        ``tentative`` of each sequence may be computed for nothing; None where the ``policy`` keeps all."""
         if not policy.compresses:
             return None
         if policy.watches:
-            cache.watch = Watch(cache.shape, slots, policy.watches, tokens)
+            # A patient policy asks behind tokens that were taken back, whose queries are in the places of earlier ones.
+            width = policy.watches + (tentative if policy.patient else 0)
+            cache.watch = Watch(cache.shape, slots, width, tokens)
         return cls(cache, policy)
 
     def resize(self) -> None:
@@ -76,26 +86,90 @@ class Compactor:
             blocks = self._drawn.view(*self._drawn.shape[:2], -1, self._cache.shape.block_size)
             blocks[:, :, targets] = blocks[:, :, sources]
 
-    def compact(self, work: Compaction) -> None:
-        """Compresses the cache of a sequence. All that it has is read before anything is written."""
-        sources, targets = (
-            torch.from_numpy(each).to(self._cache.shape.device) for each in (work.sources, work.targets)
-        )
-        keys, values = self._cache.read(sources)
-        if work.packed:
-            keys, values = self._unpacked(keys, values, sources, work.packed)
-        drawn = self._read(sources, work.known)
+    def compact(self, works: List[Compaction]) -> None:
+        """Compresses the caches of sequences: all that are due in a step, in a stage of its own before anything else is
+        computed (FastCache [276]). What comes out is what one after the other would give, to the last bit where the
+        product of two matrices does not depend on those beside it, as on CPUs. Those with equally many tokens are
+        computed together, layer by layer, each head of each sequence by itself; all are read before any is written.
+
+        Ours: which caches are compressed together is decided by what is due in a step, and caches of unequal lengths,
+        which would need masks in every policy, are computed one after the other within the stage.
+        """
+        for stage in self._stages(works):
+            kept = [(alike, self._kept(alike)) for alike in self._alike(stage)]
+            for alike, each in kept:
+                self._write(alike, each)
+
+    def _stages(self, works: List[Compaction]) -> Iterator[list[Compaction]]:
+        """``works`` in order, in pieces that fit into memory, none of which touches what an earlier one of its piece
+        writes, as it may where that one has lost its blocks again."""
+        stage: list[Compaction] = []
+        written: set[int] = set()
+        share = 0.0
+        for work in works:
+            touched = {*self._blocks(work.sources), *self._blocks(work.targets)}
+            if stage and (share + self._share(work) > 1 or not written.isdisjoint(touched)):
+                yield stage
+                stage, written, share = [], set(), 0.0
+            stage.append(work)
+            written.update(self._blocks(work.targets))
+            share += self._share(work)
+        if stage:
+            yield stage
+
+    def _alike(self, works: List[Compaction]) -> list[list[Compaction]]:
+        """``works`` that can be computed together: as many tokens of each, as many that are kept, and as many queries,
+        of which a short text has fewer. Where heads are laid together, each is by itself."""
+        found: dict[tuple[int, ...], list[Compaction]] = {}
+        for work in works:
+            queries, view = min(self._policy.watches, work.computed), self._policy.view
+            own = 0 if view is None or view.head_by_head else len(found)
+            found.setdefault((len(work.sources), len(work.targets), work.packed, queries, own), []).append(work)
+        return list(found.values())
+
+    def _blocks(self, places: np.ndarray) -> list[int]:
+        found: list[int] = np.unique(places // self._cache.shape.block_size).tolist()
+        return found
+
+    def _share(self, work: Compaction) -> float:
+        """How much of what may be in memory at a time ``work`` takes."""
+        shape, count = self._cache.shape, len(work.sources)
+        scores = self._policy.watches * shape.heads * count
+        return max(scores / self._most, 2 * shape.layers * shape.kv_heads * shape.head_dim * count / VECTORS)
+
+    def _kept(self, works: List[Compaction]) -> Kept:
+        """What is kept of caches of equal lengths: its rows are those of the first sequence's heads, then those of the
+        next."""
+        sources = self._joined([work.sources for work in works])
+        keys, values = (_apart(each, len(works)) for each in self._cache.read(sources))
+        if packed := works[0].packed:
+            keys, values = self._unpacked(keys, values, sources, packed)
+        drawn = self._read(sources, works)
         kept = [
             self._policy.compress(
-                Cached(keys[own], values[own], attention, None if drawn is None else drawn[own]), len(targets)
+                Cached(keys[own], values[own], attention, None if drawn is None else drawn[own]),
+                len(works[0].targets),
             )
-            for own, attention in self._attention(keys, work)
+            for own, attention in self._attention(keys, works)
         ]
-        self._cache.write(targets, torch.cat([each.keys for each in kept]), torch.cat([each.values for each in kept]))
-        if self._cache.aside is not None:
-            self._cache.aside.write(targets, torch.cat([each.aside for each in kept if each.aside is not None]))
-        if self._policy.remembers:
-            self._drawn[:, :, targets] = torch.cat([each.drawn for each in kept if each.drawn is not None])
+        remembered = [each.drawn for each in kept if each.drawn is not None]
+        return Kept(
+            torch.cat([each.keys for each in kept]),
+            torch.cat([each.values for each in kept]),
+            torch.cat(remembered) if self._policy.remembers else None,
+            torch.cat([each.aside for each in kept if each.aside is not None]) if self._cache.aside else None,
+        )
+
+    def _write(self, works: List[Compaction], kept: Kept) -> None:
+        targets = self._joined([work.targets for work in works])
+        self._cache.write(targets, _end_to_end(kept.keys, len(works)), _end_to_end(kept.values, len(works)))
+        if kept.aside is not None and self._cache.aside is not None:
+            self._cache.aside.write(targets, kept.aside)
+        if kept.drawn is not None:
+            self._drawn[:, :, targets] = _end_to_end(kept.drawn, len(works))
+
+    def _joined(self, places: List[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(places)).to(self._cache.shape.device)
 
     def _unpacked(self, keys: Tensor, values: Tensor, slots: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Those [layers, K, n, D] of all tokens in places with ``keys`` and ``values`` [layers, K, m, D], which are in
@@ -107,26 +181,39 @@ class Compactor:
         early, late = zip(restored, (keys[:, :, first:], values[:, :, first:]), strict=True)
         return torch.cat(early, 2), torch.cat(late, 2)
 
-    def _read(self, sources: Tensor, known: int) -> Tensor | None:
-        """What is remembered of the tokens: float32 [layers, K, n]."""
+    def _read(self, sources: Tensor, works: List[Compaction]) -> Tensor | None:
+        """What is remembered of the tokens: float32 [layers, S * K, n]."""
         if not self._policy.remembers:
             return None
-        drawn = self._drawn.new_zeros(*self._drawn.shape[:2], len(sources))
-        drawn[:, :, :known] = self._drawn[:, :, sources[:known]]
+        drawn = _apart(self._drawn[:, :, sources], len(works))
+        for work, own in zip(works, drawn.chunk(len(works), 1), strict=True):  # of what has come since
+            own[:, :, work.known :] = 0
         return drawn
 
-    def _attention(self, keys: Tensor, work: Compaction) -> Iterator[tuple[slice, Tensor | None]]:
+    def _attention(self, keys: Tensor, works: List[Compaction]) -> Iterator[tuple[slice, Tensor | None]]:
         """Layers, and in these the attention of the last queries, as of :class:`Cached`."""
-        watch, layers = self._cache.watch, len(keys)
+        watch, layers, count = self._cache.watch, len(keys), len(works)
         if watch is None:
             yield slice(0, layers), None
             return
-        queries = watch.read(work.slot, work.computed)
-        each = max(1, SCORES // (queries[0].numel() // queries.shape[-1] * keys.shape[2]))
+        queries = torch.stack([watch.read(work.slot, work.computed, self._policy.watches) for work in works], 1)
+        each = max(1, self._most // (queries[0].numel() // queries.shape[-1] * keys.shape[2]))
         for first in range(0, layers, each):
             own = slice(first, first + each)
-            scales = torch.tensor(watch.scales[own], device=keys.device).view(-1, 1, 1, 1, 1)
-            yield own, attention(queries[own], keys[own], scales)
+            scales = torch.tensor(watch.scales[own], device=keys.device).repeat_interleave(count).view(-1, 1, 1, 1, 1)
+            rows = keys[own].view(-1, keys.shape[1] // count, *keys.shape[2:])
+            found = attention(queries[own].flatten(0, 1), rows, scales)
+            yield own, found.view(-1, keys.shape[1], *found.shape[2:])
+
+
+def _apart(rows: Tensor, count: int) -> Tensor:
+    """Rows [layers, K, count * n, ...] of ``count`` sequences, end to end, as [layers, count * K, n, ...]."""
+    return rows.view(*rows.shape[:2], count, -1, *rows.shape[3:]).transpose(1, 2).flatten(1, 2)
+
+
+def _end_to_end(rows: Tensor, count: int) -> Tensor:
+    """What :func:`_apart` was made of."""
+    return rows.view(len(rows), count, -1, *rows.shape[2:]).transpose(1, 2).flatten(2, 3)
 
 
 def attention(queries: Tensor, keys: Tensor, scales: Tensor | float) -> Tensor:

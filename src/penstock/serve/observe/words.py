@@ -28,7 +28,10 @@ def sentence(event: Event, waited: float | None = None) -> str:
         case "settled":
             return f"{count(told['drafted'], 'token')} drafted, {told['accepted']} accepted"
         case "compressed":
-            return f"its cache was compressed from {count(told['tokens'], 'token')} to {told['kept']}"
+            done = f"its cache was compressed from {count(told['tokens'], 'token')} to {told['kept']}"
+            if "by" not in told:
+                return done
+            return f"{done}, since {called(told['by'], told['by_index'])} needed {count(told['missing'], 'more block')}"
         case "forked":
             return f"forked into {told['into']}"
         case "finished":

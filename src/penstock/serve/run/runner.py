@@ -361,8 +361,7 @@ class Runner:
             for moved in step.moves:
                 self._mover.move(moved)
         if self._compactor is not None:
-            for work in step.compactions:
-                self._compactor.compact(work)
+            self._compactor.compact(step.compactions)
         if step.copies.size:
             self.cache.copy(*step.copies.tolist())
             if self._compactor is not None:

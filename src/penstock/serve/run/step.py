@@ -63,7 +63,7 @@ class Step:
     """What an executor does in one step, in this order.
 
     Attributes:
-        compactions: caches that are compressed, one after the other.
+        compactions: caches that are compressed before anything else, as one after the other would be.
         copies: int64 [2, C], blocks to be copied, from and to.
         placed: sequences that take slots, where penalties have to be kept for them, or were for the one before.
         parts: the passes; several are computed at the same time where the device can.

@@ -433,8 +433,10 @@ def test_nobody_goes_on_from_a_text_with_moved_contexts():
 
 
 def test_the_command_line_says_how_much():
-    assert chosen_cache(None, None, None, "cache_craft", 0.2) == {"kv_reuse": {"name": "cache_craft", "recompute": 0.2}}
-    assert chosen_cache(None, None, None, "cache_craft", None) == {"kv_reuse": "cache_craft"}
+    assert chosen_cache(None, None, None, None, "cache_craft", 0.2) == {
+        "kv_reuse": {"name": "cache_craft", "recompute": 0.2}
+    }
+    assert chosen_cache(None, None, None, None, "cache_craft", None) == {"kv_reuse": "cache_craft"}
     with pytest.raises(UsageError, match=r"--kv-recompute 0\.2") as raised:
-        chosen_cache(None, None, None, None, 0.2)
+        chosen_cache(None, None, None, None, None, 0.2)
     assert "--kv-reuse cache_craft" in str(raised.value)

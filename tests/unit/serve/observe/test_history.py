@@ -147,6 +147,8 @@ def test_sentences():
     assert sentence(event(1.0, "forked", into="x")) == "forked into x"
     told = sentence(event(1.0, "compressed", tokens=90, kept=1))
     assert told == "its cache was compressed from 90 tokens to 1"
+    told = sentence(event(1.0, "compressed", tokens=90, kept=1, by="x", by_index=0, missing=1))
+    assert told == "its cache was compressed from 90 tokens to 1, since x needed 1 more block"
     told = {"cached": 16, "tokens": 20, "forked": "y"}
     assert (
         sentence(event(1.0, "admitted", **told)) == "got memory: 16 of its 20 tokens were in the cache, shared with y"

@@ -9,13 +9,17 @@ keep all tokens in fewer places, in a form of its own, which attention sees by a
 When a cache is compressed depends on the sequence alone: a policy names the number of computed tokens at which it is
 due, and no piece of a batch goes beyond it. What a sequence says is so the same in any batch, with any chunks of its
 prompt, from shared blocks, and after a preemption.
+
+A *patient* policy lets caches that are due grow until blocks are missing, and depends on who else is there by that
+alone. Where a cache was compressed is remembered with its sequence, which is compressed there again whenever it is
+computed again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field, PositiveInt
@@ -61,7 +65,10 @@ class Kept:
     law="a budget that covers all gives the tokens of the full cache; what is kept is as much as the policy says, and "
     "the rest of the blocks are the pool's again; the tokens of a sequence do not depend on the batch, on chunks, "
     "sharing, forks or preemption; layers that share keys and values keep their norms; a packed token that a query "
-    "likes most is what it sees; what is kept equals the paper's rule by brute force",
+    "likes most is what it sees; caches that are compressed together become, to the last bit, what they become one "
+    "after the other; what is kept equals the paper's rule by brute force; one that waits for pressure gives the "
+    "tokens of the full cache where nothing presses, and else those of a cache compressed where it was, with fewer "
+    "preemptions",
 )
 class CachePolicy(Policy):
     """Decides what the cache of a sequence keeps, and when the rest goes."""
@@ -73,6 +80,11 @@ class CachePolicy(Policy):
     def compresses(self) -> bool:
         """Whether anything is ever thrown out or merged."""
         return True
+
+    @property
+    def patient(self) -> bool:
+        """Whether caches that are due are compressed only where blocks are missing, before anybody is preempted."""
+        return False
 
     @property
     def watches(self) -> int:
@@ -122,14 +134,20 @@ class Repeated(CachePolicy):
     """Compresses a cache at the end of the prompt, and again whenever that leaves ``every`` tokens fewer.
 
     Attributes:
+        when: at once when it is ``due``, or from then on, under ``pressure``: once blocks are missing.
         every: how far beyond what it keeps a cache may grow before it is compressed.
         whole_prompt: compress no sooner than at the end of the prompt. Without it, the prompt is compressed as it is
             computed, in pieces, and never takes more memory than what is kept and ``every``; its later pieces do not
             see what went before.
     """
 
+    when: Literal["due", "pressure"] = "due"
     every: PositiveInt = 64
     whole_prompt: bool = True
+
+    @property
+    def patient(self) -> bool:
+        return self.when == "pressure"
 
     def due(self, prompt: int, computed: int, dropped: int) -> int | None:
         if not self.compresses:

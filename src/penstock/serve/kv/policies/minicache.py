@@ -107,12 +107,13 @@ class MiniCache(Repeated):
 def interpolated(first: Tensor, second: Tensor, share: float) -> Tensor:
     """Unit vectors [*, D] on the arc from ``first`` to ``second``, which are such or zero: the ``share`` of it away
     from ``first``. Where they are opposite, and there is no one arc, it is the nearer of the two."""
+    # In float64: the last bit of a sine may depend on where in a vector of the processor it is computed.
     angle = 2 * torch.atan2(
-        torch.linalg.vector_norm(first - second, dim=-1, keepdim=True),
-        torch.linalg.vector_norm(first + second, dim=-1, keepdim=True),
+        torch.linalg.vector_norm(first - second, dim=-1, keepdim=True).double(),
+        torch.linalg.vector_norm(first + second, dim=-1, keepdim=True).double(),
     )
-    sine = angle.sin()
-    arc = (((1 - share) * angle).sin() * first + (share * angle).sin() * second) / sine
+    before, behind, sine = (each.sin().to(first.dtype) for each in ((1 - share) * angle, share * angle, angle))
+    arc = (before * first + behind * second) / sine
     straight = first if share < 0.5 else second
     # On the shortest arcs the sine says nothing any more, and the middle is the straight one.
     chord = torch.where(angle < 1, (1 - share) * first + share * second, straight)
