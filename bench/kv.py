@@ -271,6 +271,7 @@ def throughput(bench: Bench, model: Decoder) -> None:
     prompts = [[int(token) for token in draw.integers(4, 4000, size=length)] for _ in range(count)]
     shadow = ShadowKV(budget=SEEN[0], every=EVERY)
     kinds = {"full": {"name": "full"}, **policies(BUDGETS[0]), "shadow": shadow.describe()}
+    kinds["snapkv under pressure"] = {**kinds["snapkv"], "when": "pressure"}
     engines = {name: opened(model, kv, pool, sequences=64) for name, kv in kinds.items()}
     runs = {name: functools.partial(served, engine, prompts, output) for name, engine in engines.items()}
     served_there = f"{SPEED}, {count} requests of {length} + {output} tokens, a pool for {pool:,}"
