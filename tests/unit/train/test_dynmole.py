@@ -235,7 +235,9 @@ def test_what_is_served_is_what_the_model_says(model, trained):
     assert llm.generate(prompts, sampling, progress=silent)[0].outputs[0].token_ids == found[len(asked) :]
 
 
-@pytest.mark.parametrize(("precision", "changes"), [("fp32", {"activation_checkpointing": True}), ("bf16", {})])
+@pytest.mark.parametrize(
+    ("precision", "changes"), [("fp32", {"activation_checkpointing": True}), ("bf16", {"checkpoint_background": True})]
+)
 def test_a_run_resumes_bit_for_bit(model, data, tmp_path, precision, changes):
     options = chat_config(
         model, data=data, tuner=SMALL, steps=4, checkpoint_steps=2, keep_checkpoints=9, precision=precision, **changes
@@ -276,6 +278,8 @@ def test_what_cannot_be_is_refused_and_says_what_to_do(model, trained, data, tmp
         LLM(str(folder), deterministic=True, dtype="fp32", cache_tokens=512, progress=silent)
     with pytest.raises(ConfigError, match="nothing can be trained on top of it"):
         Run.create(chat_config(folder, data=data, steps=1), tmp_path / "run")
+    with pytest.raises(ConfigError, match="beside a whole model: set parallel"):
+        Run.create(chat_config(model, data=data, tuner=SMALL, steps=1, parallel={"shard": "all"}), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"top_k \(9\) is above experts \(8\)"):
         build(TrainConfig, {"start_from": "python-1m", "steps": 1, "tuner": {"name": "dynmole", "top_k": 9}})
 

@@ -88,7 +88,9 @@ def wear(decoder: Decoder, family: Family, folder: Path) -> None:
         mixture = Mixture(*(config[key] for key in Mixture._fields))
         rank, scale = int(config["r"]), config["lora_alpha"] / config["r"]
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelError(f"{folder / peft.CONFIG} does not describe experts and how they are chosen, as Penstock writes it") from error
+        raise ModelError(
+            f"{folder / peft.CONFIG} does not describe experts and how they are chosen, as Penstock writes it"
+        ) from error
     for name, pieces in low_rank.linears(decoder, family).items():
         places = [i for i, piece in enumerate(pieces) if f"{piece.module}.router.weight" in tensors]
         if places:

@@ -32,10 +32,10 @@ class DynMoLE(LowRank):
     takes all experts, each weighted by its probability; others take the most probable ones, by ``top_p`` and no fewer
     than ``top_k``; and the entropy is a part of the loss, with ``entropy_weight``. As the authors' code has it: the
     entropy is compared as it stands, up to (1 - n^(1 - q)) / (q - 1) for n experts and q = ``entropy_index``; the
-    experts of ``top_p`` are no more probable than that together; weights of a part are not scaled up to 1; each matrix
-    has a router; and so are the defaults of how experts are chosen, and of ``entropy_weight``. Our reading: the entropy
-    in the loss is the mean over the tokens that are predicted, and over all routers, and for objectives over pairs it
-    counts once a pair. Ours are the folder, and the other defaults.
+    experts of ``top_p`` are no more probable than that together; weights of a part are not scaled up to 1; and so are
+    the defaults of how experts are chosen, and of ``entropy_weight``. Our reading: each matrix has a router of its own;
+    the entropy in the loss is the mean over the tokens that are predicted, and over all routers, and for objectives
+    over pairs it counts once a pair. Ours are the folder, and the other defaults.
 
     No plain model computes the same, so nothing is merged: what the run leaves is a folder of its own kind, which opens
     on the base that it names. All experts are computed, and weighted by 0 where they are not taken. Not built: the loss
