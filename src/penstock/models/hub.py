@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from penstock.core.errors import DataError, ModelError, PenstockError, UsageError, nearest
 from penstock.core.files import atomic_folder, explain_os_errors, fsync_directory, fsync_file, read_json, write_json
-from penstock.models.adapters import peft
+from penstock.models.adapters import peft, routed_folder
 from penstock.models.adapters.folder import INDEX as ADAPTER_INDEX
 from penstock.models.adapters.folder import folder_of as folder_of_adapter
+from penstock.models.adapters.routed import routed
 from penstock.models.blank import without_weights
 from penstock.models.companions import GENERATION
 from penstock.models.config import DecoderConfig
@@ -282,9 +283,9 @@ def load_for_inference(
     share: Share | None = None,
 ) -> Decoder:
     """Loads a model as :func:`load` does, with two differences: it has no gradients, and on a CPU quantized matrices of
-    its layers and of its head stay as they are stored, where products read them. ``dtype`` is that of the others. With
-    a ``share`` it is that of a rank, of which nothing else is read; :mod:`penstock.parallel.tensor` makes ranks compute
-    together.
+    its layers and of its head stay as they are stored, where products read them (but not below an adapter that cannot
+    be merged). ``dtype`` is that of the others. With a ``share`` it is that of a rank, of which nothing else is read;
+    :mod:`penstock.parallel.tensor` makes ranks compute together.
 
     Raises:
         UsageError: as :func:`load`; or that many ranks cannot divide the model.
@@ -298,6 +299,12 @@ def _load(
 ) -> Decoder:
     folder = resolve(source)
     family, config, hub = _read(folder)
+    adapter = _routed_adapter(folder)
+    if adapter is not None and share is not None:
+        raise UsageError(
+            f"{adapter} adds something else for each token, and is not divided among devices",
+            hint="Leave out tensor_parallel.",
+        )
     weights = _weights(folder, family, config, hub)
     with without_weights():
         decoder = whole = Decoder(config)
@@ -306,14 +313,24 @@ def _load(
     _check(folder, weights, views_on(whole, family), _tied_head(config, family))
     if share is not None:
         weights = Divided(weights, cuts(whole, decoder, family, share))
-    if packed:
+    if packed and adapter is None:
         _keep_packed(decoder, family, weights)
     _allocate(decoder, device, dtype or _dtype(folder, hub, weights))
     _fill(decoder, family, weights)
+    if adapter is not None:
+        routed_folder.wear(decoder, family, adapter)
     _remember(decoder, family, hub)
     if share is not None:
         vars(decoder)["portion"] = Portion(config, share)
     return decoder
+
+
+def _routed_adapter(folder: Path) -> Path | None:
+    """The adapter of a model folder, where it is one that nothing can be merged of."""
+    if not (folder / ADAPTER_INDEX).is_file():
+        return None
+    adapter = Path(read_json(folder / ADAPTER_INDEX)["adapter"])
+    return adapter if routed_folder.is_routed(adapter) else None
 
 
 def load_streamed(source: str | Path, resident: int, *, dtype: torch.dtype | None = None) -> Decoder:
@@ -366,9 +383,14 @@ def blank(source: str | Path) -> Decoder:
     """The like of what :func:`load` gives, whose weights lie on the meta device: :func:`read_weights` has them.
 
     Raises:
-        UsageError, ModelError: as :func:`load`.
+        UsageError, ModelError: as :func:`load`; or it is an adapter that cannot be merged.
     """
     folder = resolve(source)
+    if _routed_adapter(folder) is not None:
+        raise UsageError(
+            f"{folder} is an adapter that adds something else for each token, and is not divided among devices",
+            hint="Name its base.",
+        )
     family, config, hub = _read(folder)
     with without_weights():
         decoder = Decoder(config)
@@ -460,9 +482,12 @@ def _weights(folder: Path, family: Family, config: DecoderConfig, hub: dict[str,
     if (folder / ADAPTER_INDEX).is_file():
         index = read_json(folder / ADAPTER_INDEX)
         base, adapter = Path(index["base"]), Path(index["adapter"])
+        own = _weights(base, family, config, read_json(base / CONFIG))
+        if routed_folder.is_routed(adapter):
+            return own
         found = peft.read_whole(adapter)
         additions = peft.named(found.additions, lambda name: family.weight(name, config))
-        weights: Weights = peft.Adapted(_weights(base, family, config, read_json(base / CONFIG)), additions, adapter)
+        weights: Weights = peft.Adapted(own, additions, adapter)
         if found.head is None:
             return weights
         return peft.Judging(weights, found.head, family.tensors["head.weight"][0], adapter / peft.WEIGHTS)
@@ -637,11 +662,14 @@ def save(
             :data:`~penstock.models.formats.schemes.SCHEMES`; None stores them as they are.
 
     Raises:
-        UsageError: the folder holds a model, or there is no such family or scheme.
+        UsageError: the folder holds a model, there is no such family or scheme, or the model has an adapter that cannot
+            be merged.
         ModelError: the family cannot express the model, or the scheme does not fit its matrices.
         PenstockError: the disk is full, or the folder cannot be written.
     """
     chosen = family_of(decoder, family)
+    for _, layer in routed(decoder):
+        layer.merged(layer.weight)  # which is refused
     if not folder.exists():
         with atomic_folder(folder) as fresh:
             _write(decoder, chosen, fresh, dtype, shard_bytes, scheme)

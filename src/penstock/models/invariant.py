@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.core.errors import UsageError
+from penstock.models.adapters.routed import routed
 from penstock.models.decoder import Attention, Decoder, FeedForward, MixtureOfExperts
 from penstock.models.linear import Linear
 from penstock.models.norms import RMSNorm
@@ -46,6 +47,11 @@ def make_invariant(model: Decoder) -> Decoder:
     if unknown:
         raise UsageError(
             f"a model with such {', '.join(unknown)} cannot be computed with the same bits in any batch",
+            hint="Leave out deterministic.",
+        )
+    if next(routed(model), None) is not None:
+        raise UsageError(
+            "an adapter that adds something else for each token cannot be computed with the same bits in any batch",
             hint="Leave out deterministic.",
         )
     for module in model.modules():

@@ -30,7 +30,7 @@ from penstock.models.companions import copy_companions
 from penstock.parallel.shard import like
 from penstock.parallel.shared_folder import Entry, entry
 from penstock.train import folders
-from penstock.train.folders import Trained
+from penstock.train.folders import Exported
 
 SCHEMA = 1
 MANIFEST, TRAINER = "manifest.json", "trainer"
@@ -86,7 +86,7 @@ class Keeping:
         }
 
 
-def save(folder: Path, step: int, model: Trained, tokenizer: Path, state: TrainerState, *, keeping: Keeping) -> Path:
+def save(folder: Path, step: int, model: Exported, tokenizer: Path, state: TrainerState, *, keeping: Keeping) -> Path:
     """Writes the checkpoint of ``step`` below ``folder`` and removes those up to it that need not be kept.
 
     One of the same step is replaced, and those of later steps are removed: only damaged ones are there, which a resumed

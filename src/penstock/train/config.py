@@ -287,6 +287,8 @@ class TrainConfig(Config):
             raise ValueError(f"the objective {self.objective.policy_name} trains without a pipeline")
         if (self.tuner != Full() or self.rates) and self.parallel.pipeline > 1:
             raise ValueError("a pipeline trains all weights at one rate: set parallel.pipeline=1 with tuner or rates")
+        if not self.tuner.merges and self.parallel.shard != 1:
+            raise ValueError(f"the tuner {self.tuner.policy_name} trains beside a whole model: set parallel.shard=1")
         if self.tuner.adds and self.start_from is None:
             raise ValueError(f"the tuner {self.tuner.policy_name} adds to a model that is there: set start_from")
         if self.pipeline.route is not None and self.parallel.pipeline == 1:

@@ -9,12 +9,16 @@ import torch
 from penstock.models import hub
 from penstock.models.acceptance import folder as acceptance
 from penstock.models.acceptance.head import Pair
+from penstock.models.adapters.routed_folder import RoutedAdapter
 from penstock.models.decoder import Decoder
 from penstock.models.heads import folder as heads
 from penstock.models.heads.headed import Headed
 
 #: What a run trains.
 Trained = Decoder | Headed | Pair
+
+#: What its folders hold: an adapter that cannot be merged lies there without its base.
+Exported = Trained | RoutedAdapter
 
 
 def check(model: Trained) -> None:
@@ -27,13 +31,15 @@ def check(model: Trained) -> None:
         hub.family_of(model)
 
 
-def save(model: Trained, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes a model, or a head, into a folder that exists.
+def save(model: Exported, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes a model, a head or an adapter into a folder that exists; ``dtype`` is that of a model or head.
 
     Raises:
         PenstockError: the disk is full, or the folder cannot be written.
     """
-    if isinstance(model, Headed):
+    if isinstance(model, RoutedAdapter):
+        model.write(folder)
+    elif isinstance(model, Headed):
         heads.save(model, folder, dtype)
     elif isinstance(model, Pair):
         acceptance.save(model, folder, dtype)

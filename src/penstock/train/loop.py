@@ -23,7 +23,7 @@ from penstock.parallel.world import World
 from penstock.train import checkpoint, folders
 from penstock.train.compiling import compile_loss, eager_seconds, obstacle
 from penstock.train.config import TrainConfig
-from penstock.train.folders import Trained
+from penstock.train.folders import Exported, Trained
 from penstock.train.guard import require_finite
 from penstock.train.length import Length, updates
 from penstock.train.machine import fast_precision, worth_compiling
@@ -330,9 +330,10 @@ class Trainer:
         else:
             model, state = self.whole(), state_of(self.updater, self.config)
             if model is not None:
+                exported: Exported = model
                 if not isinstance(model, Beside):
-                    model = self.config.tuner.merged(model)
-                self._saver.save(self.position.step, model, state, keeping)
+                    exported = self.config.tuner.exported(model, str(self.config.start_from))
+                self._saver.save(self.position.step, exported, state, keeping)
         self._saved = self.position.step
         self.world.barrier()
 

@@ -26,6 +26,8 @@ from penstock.core.files import atomic_folder, read_json, write_json
 from penstock.core.progress import Reporter, silent
 from penstock.models import hub
 from penstock.models.acceptance.head import Pair
+from penstock.models.adapters.routed import routed
+from penstock.models.adapters.routed_folder import RoutedAdapter
 from penstock.models.beside import Beside
 from penstock.models.blank import assembled, without_weights
 from penstock.models.companions import copy_companions
@@ -37,7 +39,7 @@ from penstock.parallel.world import World
 from penstock.train import checkpoint, folders
 from penstock.train.batches import rows_of_each
 from penstock.train.config import TrainConfig
-from penstock.train.folders import Trained
+from penstock.train.folders import Exported, Trained
 from penstock.train.length import unfinished_warmup
 from penstock.train.loop import Trainer
 from penstock.train.machine import fast_precision
@@ -101,6 +103,12 @@ class Run:
         if isinstance(model, Decoder):
             if model.config.vocabulary < shape.vocabulary:
                 model.enlarge(shape.vocabulary)
+            if next(routed(model), None) is not None:
+                raise ConfigError(
+                    f"{config.start_from} is an adapter that adds something else for each token, and nothing can be "
+                    "trained on top of it",
+                    hint="Start from its base; or continue its run with --resume or --branch.",
+                )
             self._give_head(model)
             config.tuner.attach(model, config.seed)
             if config.objective.scalar:
@@ -250,7 +258,7 @@ class Run:
             draft = hub.load(drafting, device=self.device, dtype=torch.float32)
             return Pair.new(draft, target, self.config.seed, (drafting, named))
         if shape is None:
-            # What is added to a base is put on top of it again; checkpoints have both merged.
+            # What is added to a base is put on top of it again; checkpoints have both merged, where that can be.
             source = (None if self.config.tuner.adds else found) or str(self.config.start_from)
             return hub.blank(source) if blank else hub.load(source, device=self.device, dtype=torch.float32)
         if blank:
@@ -339,12 +347,14 @@ class Run:
             with self.world.blaming():
                 shards.export(self.folder / MODEL, self.tokenizer, dtype or self.trainer.weights.dtype)
             return model
+        exported: Exported | None = model
         if isinstance(model, Decoder):
-            model = self.config.tuner.merged(model)
-        if model is not None:
+            exported = self.config.tuner.exported(model, str(self.config.start_from))
+        if exported is not None:
             with atomic_folder(self.folder / MODEL) as folder:
-                folders.save(model, folder, dtype)
+                folders.save(exported, folder, dtype)
                 copy_companions(self.tokenizer, folder)
+            return model if isinstance(exported, RoutedAdapter) else exported
         return model
 
     def _evaluate(self, whole: Trained | None, report: Reporter, seconds: float | None) -> dict[str, Any]:

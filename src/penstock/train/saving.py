@@ -17,12 +17,13 @@ from pathlib import Path
 from torch import Tensor
 
 from penstock.core.errors import CheckpointError, PenstockError
+from penstock.models.adapters.routed_folder import RoutedAdapter
 from penstock.models.beside import Beside
 from penstock.models.blank import assembled
 from penstock.parallel.watch import LossError
 from penstock.train import checkpoint
 from penstock.train.checkpoint import Keeping, TrainerState
-from penstock.train.folders import Trained
+from penstock.train.folders import Exported
 
 
 class Saver:
@@ -40,7 +41,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="penstock-checkpoint") if background else None
         self._pending: Future[None] | None = None
 
-    def save(self, step: int, model: Trained, state: TrainerState, keeping: Keeping) -> None:
+    def save(self, step: int, model: Exported, state: TrainerState, keeping: Keeping) -> None:
         """Writes the checkpoint of ``step``, or begins to.
 
         Raises:
@@ -48,8 +49,11 @@ class Saver:
         """
         if self._pool is not None:
             self.wait()
-            weights = {name: copied(p) for name, p in model.named_parameters()}
-            model = model.holding(weights) if isinstance(model, Beside) else assembled(model, weights)
+            if isinstance(model, RoutedAdapter):
+                model = model.copied()
+            else:
+                weights = {name: copied(p) for name, p in model.named_parameters()}
+                model = model.holding(weights) if isinstance(model, Beside) else assembled(model, weights)
             tensors = {group: {name: copied(t) for name, t in named.items()} for group, named in state.tensors.items()}
             state = TrainerState(copy.deepcopy(state.position), state.description, tensors)
         save = functools.partial(checkpoint.save, self.folder, step, model, self.tokenizer, state, keeping=keeping)

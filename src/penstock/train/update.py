@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Updater:
         names: of the masters, by ``id``.
         averages: the running average of each master, if there is one.
         loads: of the experts.
-        loss: the objective's, compiled perhaps.
+        loss: the objective's, with what the tuner adds to it, compiled perhaps.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class Updater:
         self.names = {id(parameter): name for name, parameter in weights.masters.items()}
         self.averages = [m.detach().clone() for m in self.masters] if config.average else []
         self.loads = Loads(model)
-        self.loss = config.objective.loss
+        tuner, objective = config.tuner, config.objective
+        self.loss: Callable[..., Tensor] = lambda model, batch, context: tuner.loss(objective, model, batch, context)
         self.position = Position()
         self._config = config
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]

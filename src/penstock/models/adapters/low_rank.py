@@ -72,10 +72,14 @@ class LowRankLinear(Linear):
         for place, piece in enumerate(self.pieces):
             if place in additions:
                 a, b = additions[place]
-                added.append(F.linear(F.linear(x, a), b) * self.scale)
+                added.append(self.product(place, x, a, b) * self.scale)
             else:
                 added.append(out.new_zeros(()).expand(*out.shape[:-1], piece.rows))
         return out + (added[0] if len(added) == 1 else torch.cat(added, -1))
+
+    def product(self, place: int, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """What is added for tokens x [*T, in] to the piece at ``place``, before it is scaled: [*T, rows]."""
+        return F.linear(F.linear(x, a), b)
 
     def plain(self) -> Linear:
         """The layer that this one stands for."""

@@ -24,6 +24,9 @@ from penstock.ops.quantized.contract import Packed
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
+#: The type of adapters with experts and routers, which is none of PEFT's: see ``routed_folder.py``.
+ROUTED = "DYNMOLE"
+
 #: What PEFT calls the modules of sequence classifiers that are trained whole; decoders have the first.
 HEADS = ("score", "classifier")
 
@@ -126,12 +129,18 @@ def read_whole(folder: Path) -> Whole:
     for key in UNREAD:
         if config.get(key) and not (heads and key == "modules_to_save" and set(config[key]) <= set(HEADS)):
             raise ModelError(f"{folder / CONFIG}: adapters with {key} are not supported")
+    if config["peft_type"] == ROUTED:
+        raise ModelError(
+            f"{folder / CONFIG}: the adapter adds something else for each token ({ROUTED}), and can neither be merged "
+            "nor be one of several beside a model",
+            hint="Name its folder in place of the model: it opens on the base that it names.",
+        )
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise ModelError(
             f"{folder / CONFIG}: only adapters of the type LORA without biases are supported, "
             f"and this is {config.get('peft_type')!r}, bias {config.get('bias')!r}"
         )
-    tensors = _tensors(folder / WEIGHTS)
+    tensors = tensors_in(folder / WEIGHTS)
     head = tensors.pop(PREFIX + SCALAR_HEAD, None) if heads else None
     if heads and head is None:
         raise ModelError(f"{folder / WEIGHTS} lacks {SCALAR_HEAD}", hint="It is the adapter of no reward model.")
@@ -162,10 +171,15 @@ def described(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder / CONFIG} does not describe an adapter")
     if not isinstance(config.get("base_model_name_or_path"), str):
         raise ModelError(f"{folder / CONFIG} does not name its base_model_name_or_path")
-    return {"lora_alpha": 8, **config}
+    return {"lora_alpha": 8, "peft_type": None, **config}
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def tensors_in(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, by name.
+
+    Raises:
+        ModelError: it is missing or damaged.
+    """
     if not path.is_file():
         raise ModelError(f"{path} is missing", hint="An adapter's weights must be safetensors.")
     try:
