@@ -16,8 +16,10 @@ from types import MappingProxyType
 from typing import Any
 
 import httpx
+import torch
 
 from penstock.models import hub
+from penstock.models.decoder import Layer
 from penstock.serve.link import client, follower, process
 from penstock.serve.ranks import group
 from programs import ENVIRONMENT, Program, run_penstock
@@ -91,16 +93,41 @@ def serve_with_a_forked_engine(*arguments: str) -> None:
     run_penstock("serve", *arguments)
 
 
+def serve_with_a_failing_rank(rank: int, *arguments: str) -> None:
+    """What a process runs that is ``penstock serve``: a layer in the engines' processes of this ``rank`` raises amid a
+    step, once requests are under way."""
+    true, calls = Layer.forward, 0
+
+    def fails(self: Layer, *given: Any, **options: Any) -> Any:
+        nonlocal calls
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() == rank:
+            calls += 1
+            if calls == 51:
+                raise ValueError("a bad shape")
+        return true(self, *given, **options)
+
+    Layer.forward = fails  # type: ignore[method-assign]
+    serve_with_a_forked_engine(*arguments)
+
+
 class Served:
     """A server on a free loopback port; ends with the ``with`` block.
 
-    Its engine is a fork of it, for which PyTorch need not be imported anew, unless it is to be started ``as_shipped``.
+    Its engine is a fork of it, for which PyTorch need not be imported anew, unless it is to be started ``as_shipped``;
+    what runs then is ``forking``.
     """
 
-    def __init__(self, *arguments: str, model: str = MODEL, key: str | None = None, as_shipped: bool = False) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        model: str = MODEL,
+        key: str | None = None,
+        as_shipped: bool = False,
+        forking: Callable[..., None] = serve_with_a_forked_engine,
+    ) -> None:
         given = ENVIRONMENT | ({"PENSTOCK_API_KEY": key} if key else {})
         line = (model, "--port", "0", *SMALL, *arguments)
-        run = functools.partial(run_penstock, "serve") if as_shipped else serve_with_a_forked_engine
+        run = functools.partial(run_penstock, "serve") if as_shipped else forking
         self.process = Program(run, *line, environment=given)
         while "\nTry: " not in self.process.out() and self.process.poll() is None:
             time.sleep(0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import pytest
 
 from penstock.models import hub
 from penstock.serve.run.record import read_steps
-from served import Served, alive, children
+from served import Served, alive, children, serve_with_a_failing_rank
 
 GREEDY = {"prompt": "class Stack:", "max_tokens": 24, "temperature": 0}
 LONG = {"prompt": "import", "max_tokens": 2000, "ignore_eos": True}
@@ -199,6 +200,34 @@ def test_a_divided_model_answers_as_the_whole_one_and_ends_with_a_rank_that_is_k
         assert "start it again" in divided.said()
         assert "Traceback" not in divided.said()
         assert gone(engine)
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_rank_that_fails_is_told_with_its_reason_and_ends_the_server(rank):
+    forking = functools.partial(serve_with_a_failing_rank, rank)
+    with Served("--tensor-parallel", "2", forking=forking) as server:
+        processes = [server.engine, *children(server.engine)]
+        assert len(processes) == 2
+        status, error = answer_of(server, LONG)
+        assert (status, error["code"]) == (503, "engine_died")
+        assert f"rank {rank}: ValueError('a bad shape')" in error["message"]
+        assert server.process.wait(PATIENCE) == 1
+        assert f"error: rank {rank}: ValueError('a bad shape')" in server.said()
+        assert all(gone(each) for each in processes)
+
+
+@pytest.mark.slow
+def test_a_replica_one_of_whose_ranks_fails_is_started_again():
+    forking = functools.partial(serve_with_a_failing_rank, 1)
+    with Served("--replicas", "2", "--tensor-parallel", "2", "--restarts", "9", "--control", forking=forking) as server:
+        first = server.engines
+        ranks = [child for engine in first for child in children(engine)]
+        assert len(ranks) == 2
+        # The other one goes on with it, and fails in its turn.
+        answer_of(server, LONG)
+        server.until(lambda _: not {*first} & {*server.engines})
+        assert all(gone(each) for each in (*first, *ranks))
+        assert "rank 1: ValueError('a bad shape')" in server.said()
 
 
 @pytest.mark.slow

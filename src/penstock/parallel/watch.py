@@ -120,7 +120,8 @@ class Watch:
         self._line.send(rank=rank, host=self.host, password=password)
         os.register_at_fork(after_in_child=self._line.socket.close)  # a child that lives on would keep the line open
         self._loss: Loss | None = None
-        self._known, self._over = threading.Event(), threading.Event()
+        #: That a process is lost, that the work is done, and one of both.
+        self._known, self._over, self._settled = threading.Event(), threading.Event(), threading.Event()
         threading.Thread(target=self._listen, name="penstock-watch", daemon=True).start()
 
     @property
@@ -128,10 +129,10 @@ class Watch:
         """The process that was lost, as far as is known."""
         return self._loss
 
-    def lost(self) -> Loss:
-        """Waits until a process is lost, which one this says."""
-        self._known.wait()
-        return self._awaited(0)
+    def lost(self) -> Loss | None:
+        """Waits until a process is lost, which one this says, or until the work is done: then it is None."""
+        self._settled.wait()
+        return self._loss
 
     def too_long(self, beats: int) -> bool:
         """Whether a process that gave no sign of life at so many beats counts as lost."""
@@ -176,6 +177,10 @@ class Watch:
         if self._loss is None:
             self._over.wait(ANSWER)
 
+    def close(self) -> None:
+        """Ends the watch of a process that goes on after a loss."""
+        self._line.socket.close()
+
     def _awaited(self, seconds: float) -> Loss:
         self._known.wait(seconds)
         return self._loss or Loss.silent(0, 0, self.patience)  # since the desk never takes long
@@ -197,10 +202,12 @@ class Watch:
             for message in messages or ():
                 if "over" in message:
                     self._over.set()
+                    self._settled.set()
                     return
                 if "what" in message:
                     self._loss = Loss(**message)
         self._known.set()
+        self._settled.set()
 
 
 class _Line:
@@ -261,9 +268,9 @@ class _Desk:
             opened.close()
 
     def serve(self) -> None:
-        """Serves all lines until the run is over."""
+        """Serves all lines until the run is over, or, after a loss, until they are closed."""
         beat = time.monotonic() + BEAT
-        while len(self._done) < self._size:
+        while len(self._done) < self._size and (self._loss is None or len(self._selector.get_map()) > 1):
             until = beat if self._loss else min(beat, self._deadline)
             for key, _ in self._selector.select(max(0.0, until - time.monotonic())):
                 if key.fileobj is self._server:
@@ -277,6 +284,8 @@ class _Desk:
                 self._beat()
                 beat = time.monotonic() + BEAT
         self._tell(over=True)
+        if self._loss is not None:
+            self._close()
 
     def _hear(self, caller: _Caller) -> None:
         messages = caller.line.receive()

@@ -663,11 +663,14 @@ class Engine:
                 self._end(sequence, Finish.DEADLINE)
 
     def close(self) -> None:
-        """Ends the engine: what is on its way is computed to its end, and told to nobody."""
-        self._loop.drain()
-        self.executor.close()
-        if self._tiers is not None:
-            self._tiers.close()
+        """Ends the engine: what is on its way is computed to its end, and told to nobody. Where that fails, the engine
+        has ended all the same."""
+        try:
+            self._loop.drain()
+        finally:
+            self.executor.close()
+            if self._tiers is not None:
+                self._tiers.close()
 
     def snapshot(self) -> Snapshot:
         """The engine's state now."""

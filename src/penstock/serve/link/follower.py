@@ -22,9 +22,10 @@ from penstock.core.garbage import settle
 from penstock.models.decoder import Decoder
 from penstock.models.shares import Share
 from penstock.ops.paged.contract import StepShape
+from penstock.parallel.world import World
 from penstock.serve.build import build_following, open_share
 from penstock.serve.config import EngineConfig
-from penstock.serve.ranks.group import met, store
+from penstock.serve.ranks.group import blaming, met, store
 from penstock.serve.ranks.runner import RankRunner
 from penstock.serve.ranks.wire import Do, Done, Follow, Message, Refusal, body, parse
 from penstock.serve.run.record import decoded
@@ -33,17 +34,23 @@ from penstock.serve.sizing import weight_bytes
 log = logging.getLogger(__name__)
 
 
-def follow(model: Decoder, config: EngineConfig, channel: Channel[Message]) -> None:
-    """Does what comes through ``channel`` with ``model``, a share, until it is to leave, or the first rank is gone."""
+def follow(model: Decoder, config: EngineConfig, channel: Channel[Message], world: World) -> None:
+    """Does what comes through ``channel`` with ``model``, a share, until it is to leave, or the first rank is gone.
+
+    Raises:
+        LossError: another rank of the ``world`` was lost or has failed.
+    """
     runner: RankRunner | None = None
+    assert world.watch is not None
     for message in _messages(channel):
         if message.what == "leave":
             return
-        if message.what == "open":
-            runner = build_following(model, config, message.arguments[0])
-        else:
-            assert runner is not None
-            _do(runner, message, channel)
+        with blaming(world.watch):
+            if message.what == "open":
+                runner = build_following(model, config, message.arguments[0])
+            else:
+                assert runner is not None
+                _do(runner, message, channel)
 
 
 def _messages(channel: Channel[Message]) -> Iterator[Do]:
@@ -98,11 +105,15 @@ def main() -> None:
     except PenstockError as error:
         channel.send(Refusal(error.what, error.hint, error.exit_code))
         return
+    except Exception as error:  # nobody foresaw it
+        log.exception("rank %d cannot be opened", wanted.rank)
+        channel.send(Refusal(repr(error), "", 1))
+        return
     settle()
     channel.send(Done({}))
     world = met(share, store(share.size, wanted.port))
     with world.together(lambda error: log.error("%s", error)):
-        follow(model, config, channel)
+        follow(model, config, channel, world)
     world.end()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import socket
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from penstock.parallel.tensor import ExchangeError
 from penstock.parallel.watch import Loss, LossError, Watch
 from penstock.parallel.world import World
 from penstock.serve.ranks.wire import Do, Done, Follow, Message, Refusal, body, parse
+from penstock.serve.sizing import explained_shortage
+
+log = logging.getLogger(__name__)
 
 #: How long ranks wait for each other within a step.
 PATIENCE = datetime.timedelta(minutes=5)
@@ -30,7 +34,7 @@ SILENCE, GRACE = 60.0, 5.0
 
 
 class RankLostError(PenstockError):
-    """A rank was lost while it was needed."""
+    """A rank was lost, or has failed, while it was needed."""
 
 
 def start(end: int) -> subprocess.Popen[bytes]:
@@ -62,9 +66,24 @@ def met(share: Share, store: dist.TCPStore) -> World:  # type: ignore[name-defin
     return world
 
 
+@contextlib.contextmanager
+def blaming(watch: Watch) -> Iterator[None]:
+    """Within the block an exchange may fail, for which this finds out who is lost; and memory may be short.
+
+    Raises:
+        LossError: a rank was lost.
+        PenstockError: the device has no memory left.
+    """
+    try:
+        with explained_shortage():
+            yield
+    except ExchangeError as error:
+        raise watch.waited(None, "a step", patience=2.0) from error
+
+
 class Ranks:
     """The ranks beside the first one, which is this process. All that is to be done together is done in the order in
-    which they are told; a rank that is lost ends the work of all.
+    which they are told; a rank that is lost or fails, be it this one, ends the work of all.
 
     Args:
         share: this process's.
@@ -87,6 +106,8 @@ class Ranks:
         self.share, self.memory = share, list[dict[str, int]]()
         self._channels, self._processes, self._world = [*channels], [*processes], world
         self._store: Any = None
+        self._failure: RankLostError | None = None
+        self._ending: threading.Thread | None = None
         self._threads = torch.get_num_threads()
 
     @classmethod
@@ -126,8 +147,8 @@ class Ranks:
         """
         self._heard()
         self._world = met(self.share, self._store)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            threading.Thread(target=self._free, name="penstock-abort", daemon=True).start()
+        self._ending = threading.Thread(target=self._end_all, name="penstock-abort", daemon=True)
+        self._ending.start()
 
     def tell(self, what: str, *arguments: Any) -> None:
         """Lets the others do what this one does now.
@@ -145,37 +166,70 @@ class Ranks:
         Raises:
             RankLostError: one has been.
         """
+        if self._failure is not None:
+            raise self._failure
         if self._watch.loss is not None:
             raise _lost(self._watch.loss)
 
     def ask_memory(self) -> None:
         """Asks the others what the memory of their devices is for."""
-        self.tell("describe")
-        self.memory = [each.memory for each in self._heard()]
+        with self.together():
+            self.tell("describe")
+            self.memory = [each.memory for each in self._heard()]
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Within the block an exchange may fail, for which this finds out who is lost.
+        """Within the block this rank does what the others do too. Where it raises something, they would wait for it in
+        vain: they learn of it, and all end.
 
         Raises:
-            RankLostError: a rank was lost.
+            RankLostError: a rank was lost or has failed, perhaps this one.
         """
         try:
-            yield
-        except ExchangeError as error:
-            raise _lost(self._watch.waited(None, "a step", patience=2.0).loss) from error
+            self.require()
+            with blaming(self._watch):
+                yield
+        except BaseException as error:
+            self._failure = self._found(error)
+            self.close()
+            if error is self._failure or not isinstance(error, Exception):
+                raise
+            raise self._failure from error
+
+    def _found(self, error: BaseException) -> RankLostError:
+        """Why all end after ``error`` here, which they are told."""
+        if isinstance(error, RankLostError):
+            return error
+        if isinstance(error, LossError):
+            return _lost(error.loss)
+        if isinstance(error, Exception) and not isinstance(error, PenstockError):  # nobody foresaw it
+            log.error("rank %d has failed", self.share.rank, exc_info=error)
+        return _lost(self._watch.failed(error))
 
     def watch(self, tell: Callable[[PenstockError], None]) -> None:
         """Calls ``tell`` from another thread once a rank is lost: this one may wait for it in vain."""
         watch = self._watch
-        threading.Thread(target=lambda: tell(_lost(watch.lost())), name="penstock-ranks", daemon=True).start()
 
-    def _free(self) -> None:
-        """Ends what waits on the device for a rank once that is lost: NCCL itself would for minutes, and then end this
-        process."""
-        self._watch.lost()
-        with contextlib.suppress(RuntimeError, ValueError):
-            dist.distributed_c10d._abort_process_group()
+        def wait() -> None:
+            loss = watch.lost()
+            if loss is not None:
+                tell(_lost(loss))
+
+        threading.Thread(target=wait, name="penstock-ranks", daemon=True).start()
+
+    def _end_all(self) -> None:
+        """Once a rank is lost, ends what waits for it: on the device, where NCCL itself would for minutes, and then end
+        this process; and the others, which may not notice, and for which this one may wait."""
+        if self._watch.lost() is None:
+            return
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            with contextlib.suppress(RuntimeError, ValueError):
+                dist.distributed_c10d._abort_process_group()
+        _end(self._processes)
+
+    def _wait_for_end(self) -> None:
+        if self._ending is not None:
+            self._ending.join((1 + len(self._processes)) * GRACE)
 
     @property
     def _watch(self) -> Watch:
@@ -190,6 +244,8 @@ class Ranks:
             if isinstance(answer, Refusal):
                 kind = UsageError if answer.exit_code == UsageError.exit_code else PenstockError
                 raise kind(f"rank {rank}: {answer.what}", hint=answer.hint)
+            if not isinstance(answer, Done) and self._world is not None:
+                raise self._watch.waited(None, "an answer", patience=2.0)
             if not isinstance(answer, Done):
                 raise RankLostError(f"rank {rank} {self._end_of(rank)} while it was opened")
             answers.append(answer)
@@ -203,24 +259,34 @@ class Ranks:
 
     def close(self) -> None:
         """Ends all of them, and leaves their group; again, it does nothing."""
-        if self._world is not None:
+        lost = self._world is not None and (self._failure is not None or self._watch.loss is not None)
+        if self._world is not None and not lost:
             with contextlib.suppress(PenstockError, RuntimeError):
-                if self._watch.loss is None:
-                    self.tell("leave")
-                    self._world.leave()
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            self._world = None
+                self.tell("leave")
+                self._world.leave()
         for channel in self._channels:
             channel.close()
-        for process in self._processes:
-            try:
-                process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        if lost and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            self._wait_for_end()  # two threads must not leave the group at a time
+        if self._world is not None and dist.is_initialized():
+            dist.destroy_process_group()  # which those notice that wait on the CPU
+        if lost:
+            self._wait_for_end()
+            self._watch.close()
+        self._world = None
+        _end(self._processes)
         torch.set_num_threads(self._threads)
         self._processes, self._channels = [], []
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Waits for ``processes``, which are about to end, and kills those that do not."""
+    for process in processes:
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _check(size: int, device: torch.device) -> None:
@@ -241,5 +307,6 @@ def _check(size: int, device: torch.device) -> None:
 
 
 def _lost(loss: Loss) -> RankLostError:
-    # What to do about it is not what a training run would do.
-    return RankLostError(LossError(loss).what, hint="The engine needs all of its ranks: start it again.")
+    # What to do about a rank that could not say it is not what a training run would do.
+    told = loss.hint if loss.told else ""
+    return RankLostError(LossError(loss).what, hint=told or "The engine needs all of its ranks: start it again.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,9 @@ class SampledTogether(Sampled):
         return cls(**known, ranks=ranks)
 
     def wait(self) -> None:
-        super().wait()
-        if self.ranks is not None:
+        assert self.ranks is not None
+        with self.ranks.together():
+            super().wait()
             self.ranks.require()
 
 
@@ -80,54 +82,62 @@ class LeadingRunner(RankRunner):
     def __init__(self, *arguments: Any, ranks: Ranks, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.ranks = ranks
-        self._lead("open", self.blocks)
+        ranks.tell("open", self.blocks)
 
-    def _lead(self, what: str, *arguments: Any) -> None:
-        if self.ranks is not None:  # before, there is nobody who could
+    @contextlib.contextmanager
+    def _led(self, what: str, *arguments: Any) -> Iterator[None]:
+        """Within the block this rank does what it tells the others to do."""
+        if self.ranks is None:  # there is nobody yet who could
+            yield
+            return
+        with self.ranks.together():
             self.ranks.tell(what, *arguments)
+            yield
 
     def forget(self) -> None:
-        self._lead("forget")
-        super().forget()
+        with self._led("forget"):
+            super().forget()
 
     def resize(self, blocks: int) -> None:
-        self._lead("resize", blocks)
-        super().resize(blocks)
+        with self._led("resize", blocks):
+            super().resize(blocks)
 
     def compile_pass(self) -> None:
-        self._lead("compile_pass")
-        super().compile_pass()
+        with self._led("compile_pass"):
+            super().compile_pass()
 
     def timed(self, shape: StepShape) -> tuple[float, float]:
-        self._lead("timed", list(shape))
-        return super().timed(shape)
+        with self._led("timed", list(shape)):
+            return super().timed(shape)
 
     def choose(self, beside: List[StepShape], alone: List[StepShape]) -> None:
-        self._lead("choose", [list(shape) for shape in beside], [list(shape) for shape in alone])
-        super().choose(beside, alone)
+        with self._led("choose", [list(shape) for shape in beside], [list(shape) for shape in alone]):
+            super().choose(beside, alone)
 
     def try_graphs(self, free: Callable[[], int]) -> int:
-        self._lead("try_graphs")
-        return super().try_graphs(free)
+        with self._led("try_graphs"):
+            return super().try_graphs(free)
 
     def capture(self, report: Reporter = silent) -> None:
-        self._lead("capture")
-        super().capture(report)
+        with self._led("capture"):
+            super().capture(report)
 
     def load_adapter(self, slot: int, folder: Path) -> bytes:
+        assert self.ranks is not None
         # Where it does not fit, that is said here, and nothing has changed anywhere.
         key = super().load_adapter(slot, folder)
-        self._lead("load_adapter", slot, str(folder))
+        self.ranks.tell("load_adapter", slot, str(folder))
         return key
 
     def execute(self, step: Step, proposals: Proposals | None = None) -> Sampled | None:
         assert self.ranks is not None
-        self._lead("execute", encoded(step))
-        with self.ranks.together():
+        with self._led("execute", encoded(step)):
             sampled = super().execute(step, proposals)
         return None if sampled is None else SampledTogether.by(self.ranks, sampled)
 
     def close(self) -> None:
-        super().close()
-        if self.ranks is not None:
-            self.ranks.close()
+        try:
+            super().close()
+        finally:
+            if self.ranks is not None:
+                self.ranks.close()

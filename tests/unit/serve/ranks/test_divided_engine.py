@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,7 +15,7 @@ from transformers import AutoConfig
 
 import gguf_files
 from penstock.core.channel import Channel
-from penstock.core.errors import ModelError, UsageError
+from penstock.core.errors import ModelError, PenstockError, UsageError
 from penstock.models import hub
 from penstock.models.adapters.slots import matrices
 from penstock.models.config import DecoderConfig
@@ -27,13 +28,16 @@ from penstock.serve.build import build_engine, open_share
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
+from penstock.serve.link import follower
 from penstock.serve.link.follower import follow
 from penstock.serve.messages import Request
-from penstock.serve.ranks.group import Ranks
+from penstock.serve.ranks import group
+from penstock.serve.ranks.group import RankLostError, Ranks
 from penstock.serve.ranks.wire import body, parse
 from penstock.testing.enrolled import enrolled
-from penstock.testing.ranks import agreed
+from penstock.testing.ranks import agreed, ranks
 from penstock.testing.transformers_peer import SHAPE, TOKEN_IDS, peer, prompt, randomize
+from served import Forked
 from tiny_adapters import written
 
 FAMILIES: Mapping[str, Family] = enrolled("model.family")
@@ -90,6 +94,18 @@ def said_with(more: Path, engine: Engine, tokens: int) -> list[list[int]]:
     return [answers[str(row)] for row in range(8)]
 
 
+@contextlib.contextmanager
+def ending_all(ends: Iterable[tuple[socket.socket, socket.socket]]) -> Iterator[None]:
+    """Ends all channels when this process fails: each process has all ``ends`` open, and would wait for what it could
+    say itself."""
+    try:
+        yield
+    except BaseException:
+        for pair in ends:
+            pair[0].shutdown(socket.SHUT_RDWR)
+        raise
+
+
 Saying = Callable[[Engine, int], list[list[int]]]
 
 
@@ -119,14 +135,15 @@ def check(
         channels = [Channel(pair[min(world.rank, 1)], body, parse) for pair in ends]
         if world.rank:
             channels[world.rank - 1].listen()
-        for name, folder in folders.items():
-            model = open_share(folder, config, cpu, share)
-            if world.rank:
-                follow(model, options(name), channels[world.rank - 1])
-            else:
-                ranks = Ranks(share, channels, world=world)
-                answers[name] = saying(name)(build_engine(model, options(name), ranks=ranks), tokens)
-                ranks.tell("leave")
+        with ending_all(ends):
+            for name, folder in folders.items():
+                model = open_share(folder, config, cpu, share)
+                if world.rank:
+                    follow(model, options(name), channels[world.rank - 1], world)
+                else:
+                    others = Ranks(share, channels, world=world)
+                    answers[name] = saying(name)(build_engine(model, options(name), ranks=others), tokens)
+                    others.tell("leave")
         return answers
 
     (together, *_) = agreed(size, work)
@@ -221,9 +238,9 @@ def test_adapters_that_do_not_fit_change_nothing_on_any_rank(families, adapters)
     told: list[str] = []
     config = CONFIG.model_copy(update={"adapters": {"a": adapters("llama")["a"]}, "adapter_slots": 2})
     model = open_share(families["llama"], config, torch.device("cpu"), Share(0, 2))
-    ranks = Told(Share(0, 2), [])
-    ranks.ask_memory = lambda: None  # type: ignore[method-assign]
-    engine = build_engine(model, config, ranks=ranks)
+    others = Told(Share(0, 2), [])
+    others.ask_memory = lambda: None  # type: ignore[method-assign]
+    engine = build_engine(model, config, ranks=others)
     assert told.count("load_adapter") == 1
     with pytest.raises(ModelError, match="another base"):
         engine.load_adapter("b", adapters("gpt2")["b"])
@@ -231,6 +248,72 @@ def test_adapters_that_do_not_fit_change_nothing_on_any_rank(families, adapters)
         engine.load_adapter("b", adapters("llama")["b"])
     engine.load_adapter("c", adapters("llama")["c"])
     assert told.count("load_adapter") == 2
+
+
+def failing(model: Decoder, error: Exception, calls: int) -> None:
+    """Makes the last feed-forward block of ``model`` raise ``error`` at so many ``calls``, between two exchanges."""
+
+    def fail(*_: object) -> None:
+        nonlocal calls
+        calls -= 1
+        if not calls:
+            raise error
+
+    list(model.layers)[-1].mlp.register_forward_pre_hook(fail)
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "error", "reason"),
+    [
+        (2, 0, ValueError("a bad shape"), "rank 0: ValueError('a bad shape')"),
+        (2, 1, ValueError("a bad shape"), "rank 1: ValueError('a bad shape')"),
+        (4, 2, torch.OutOfMemoryError("nothing left"), "rank 2: the device has too little memory"),
+    ],
+)
+def test_a_rank_that_fails_in_a_step_ends_all_and_is_named(families, size, rank, error, reason):
+    """The others wait for it in an exchange: the first rank says whose fault it was, now and if it is asked again."""
+    ends = [socket.socketpair() for _ in range(1, size)]
+
+    def work(world: World) -> list[str]:
+        torch.set_num_threads(1)
+        share = Share(world.rank, size)
+        model = open_share(families["llama"], CONFIG, torch.device("cpu"), share)
+        if world.rank == rank:
+            failing(model, error, calls=3)
+        channels = [Channel(pair[min(world.rank, 1)], body, parse) for pair in ends]
+        if world.rank:
+            channels[world.rank - 1].listen()
+            with world.together(print):
+                follow(model, CONFIG, channels[world.rank - 1], world)
+        engine = build_engine(model, CONFIG, ranks=Ranks(share, channels, world=world))
+        told = []
+        for act in (lambda: said(engine, 8), engine.step, engine.close):
+            with pytest.raises(RankLostError) as lost:
+                act()
+            told.append(str(lost.value))
+        return told
+
+    results = ranks(size, work)  # waits until all have ended
+    for end in (end for pair in ends for end in pair):
+        end.close()
+    first, *later = results[0]["returned"]
+    assert first.startswith(reason)
+    assert {*later} == {first}
+    assert results[1:] == [{}] * (size - 1), "the others end themselves"
+
+
+def test_a_rank_that_cannot_be_opened_says_why(families, monkeypatch):
+    def fails(*_: object) -> None:
+        raise ValueError("nobody foresaw it")
+
+    monkeypatch.setattr(follower, "open_share", fails)
+    monkeypatch.setattr(group, "start", functools.partial(Forked, follower.main, False))
+    others = Ranks.start(2, str(families["llama"]), CONFIG.model_dump_json(), torch.device("cpu"))
+    (process,) = others._processes
+    with pytest.raises(PenstockError, match=r"rank 1: ValueError\('nobody foresaw it'\)"):
+        others.meet()
+    others.close()
+    assert process.wait(0) == 0
 
 
 @pytest.mark.slow
