@@ -20,6 +20,7 @@ from penstock.core.errors import UsageError
 from penstock.core.randomness import derive
 from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams, best
+from penstock.serve.embed.judge import Judge
 from penstock.serve.http.conversations import Conversations
 from penstock.serve.http.errors import ApiError
 from penstock.serve.http.metrics import ServerMetrics
@@ -338,6 +339,7 @@ class Service:
         limits: what is taken on.
         strict: whether requests with fields that are not known are refused.
         control: whether the engine is controlled over HTTP: paused, given other weights.
+        judge: how the model judges pairs of texts; None where it does not.
 
     Attributes:
         history: what became of the newest requests.
@@ -353,7 +355,9 @@ class Service:
         limits: Limits,
         strict: bool = False,
         control: bool = False,
+        judge: Judge | None = None,
     ) -> None:
+        self.judge = judge
         self.name, self.tokens, self.engine, self.limits = name, tokens, engine, limits
         self._strict, self.control = strict, control
         self.metrics, self.history = (
