@@ -199,6 +199,7 @@ def serve(
     from penstock.serve.chat import NO_TEMPLATE
     from penstock.serve.config import EngineConfig
     from penstock.serve.dialogue.guess import named
+    from penstock.serve.embed.judge import NO_JUDGE
     from penstock.serve.http.server import bind
     from penstock.serve.http.server import serve as run
     from penstock.serve.http.service import Limits
@@ -242,6 +243,8 @@ def serve(
         settle()
         if service.engine.ready.writes and not service.tokens.templated:
             typer.secho(f"Note: {NO_TEMPLATE}.", fg="yellow", err=True)
+        if service.engine.ready.writes and service.judge is None and "rerank" in model.lower():
+            typer.secho(f"Note: {NO_JUDGE}.", fg="yellow", err=True)
         typer.echo(_greeting(service, listener, keys))
 
     with contextlib.ExitStack() as opened:

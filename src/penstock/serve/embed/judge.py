@@ -23,6 +23,12 @@ PROMPTS = "config_sentence_transformers.json"
 #: What judges answer where nothing else is said: that the document is an answer, and that it is none.
 ANSWERS = ("yes", "no")
 
+#: What a user is told of a model that is called a reranker.
+NO_JUDGE = (
+    "the model's folder does not say how it judges documents, so scores and rankings are cosines of vectors, for which "
+    "it may not have been trained; give --rerank-template FILE"
+)
+
 #: Stand in a template to see what it writes.
 _QUERY, _DOCUMENT, _INSTRUCTION = "querystandshere", "documentstandshere", "instructionstandshere"
 
