@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.core.errors import ModelError, UsageError
-from penstock.core.files import read_json, read_text
+from penstock.core.files import read_json
 from penstock.models.encoders.folder import CONFIG
 from penstock.models.encoders.pooling import MODULES
 from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import MOST_LOGPROBS, SamplingParams
+from penstock.serve.embed.pair_template import PairTemplate, open_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-#: In which sentence-transformers says what stands before texts.
-PROMPTS = "config_sentence_transformers.json"
 
 #: What judges answer where nothing else is said: that the document is an answer, and that it is none.
 ANSWERS = ("yes", "no")
@@ -28,9 +26,6 @@ NO_JUDGE = (
     "the model's folder does not say how it judges documents, so scores and rankings are cosines of vectors, for which "
     "it may not have been trained; give --rerank-template FILE"
 )
-
-#: Stand in a template to see what it writes.
-_QUERY, _DOCUMENT, _INSTRUCTION = "querystandshere", "documentstandshere", "instructionstandshere"
 
 #: A prompt by its place, and how it is to be continued.
 Question = tuple[int, SamplingParams]
@@ -42,40 +37,13 @@ class Judge:
     p(yes) / (p(yes) + p(no)), of the model's probabilities of two tokens behind the prompt.
 
     Attributes:
-        tokenizer: of the model.
-        template: in Jinja's language. It is given ``query``, ``document`` and, where there is one, ``instruction``; and
-            ``messages`` of the roles ``query``, ``document`` and ``system`` with the same, as sentence-transformers'
-            and vLLM's templates want them.
+        template: writes pairs.
         yes, no: the tokens.
-        instruction: of requests that bring none; None leaves it to the template.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    template: str
+    template: PairTemplate
     yes: int
     no: int
-    instruction: str | None = None
-
-    def prompt(self, query: str, document: str, instruction: str | None = None, most: int | None = None) -> list[int]:
-        """The tokens of a pair; where they are more than ``most``, of the beginning alone of the document.
-
-        Raises:
-            UsageError: nothing of the document would be left, or the template takes no instruction.
-        """
-        if instruction is not None and _INSTRUCTION not in self._text(_QUERY, _DOCUMENT, _INSTRUCTION):
-            raise UsageError("the model's template for rankings has no place for an instruction")
-        tokens = self._tokens(query, document, instruction)
-        if most is None or len(tokens) <= most:
-            return tokens
-        told = self.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)
-        ends = [end for _, end in told["offset_mapping"]]
-        left = len(ends)
-        while len(tokens) > most:
-            left -= len(tokens) - most
-            if left < 1:
-                raise UsageError(f"{most} tokens are too few: the template and the query alone have as many")
-            tokens = self._tokens(query, document[: ends[left - 1]], instruction)
-        return tokens
 
     def rounds(self, count: int) -> Generator[list[Question], Sequence[TokenLogprobs], list[float]]:
         """How ``count`` prompts are judged: questions for a model, which are asked at once, and for which the first
@@ -93,40 +61,6 @@ class Judge:
             both = [(place, token) for place in range(count) for token in (self.yes, self.no)]
             questions = [(place, _continued(token)) for place, token in both if token not in known[place]]
         return [each[self.yes] - each[self.no] for each in known]
-
-    def check(self) -> Judge:
-        """The same, if its template writes pairs.
-
-        Raises:
-            UsageError: it does not.
-        """
-        text = self._text(_QUERY, _DOCUMENT, self.instruction)
-        missing = [what for what, word in (("query", _QUERY), ("document", _DOCUMENT)) if word not in text]
-        if missing:
-            raise UsageError(f"the template for rankings leaves out the {' and the '.join(missing)}", hint=_HINT)
-        return self
-
-    def _tokens(self, query: str, document: str, instruction: str | None) -> list[int]:
-        text = self._text(query, document, self.instruction if instruction is None else instruction)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    def _text(self, query: str, document: str, instruction: str | None) -> str:
-        given = {"query": query, "document": document}
-        given |= {} if instruction is None else {"instruction": instruction}
-        roles = {"instruction": "system"}
-        order = sorted(given, key=lambda name: name != "instruction")
-        messages = [{"role": roles.get(name, name), "content": given[name]} for name in order]
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=True, **given
-            )
-        except Exception as error:  # a template is a program of the model's makers, and raises what it likes
-            raise UsageError(f"the template for rankings takes no query and document: {error}", hint=_HINT) from error
-        return text
-
-
-_HINT = "Give one with --rerank-template FILE, in Jinja's language, that writes {{ query }} and {{ document }}."
 
 
 def _continued(*tokens: int) -> SamplingParams:
@@ -164,8 +98,7 @@ def open_judge(
     yes, no = found or (_token(tokenizer, ANSWERS[0]), _token(tokenizer, ANSWERS[1]))
     if yes == no or not 0 <= min(yes, no) <= max(yes, no) < len(tokenizer):
         raise UsageError(f"the tokens {yes} and {no} cannot stand for yes and no", hint="Name two of the vocabulary.")
-    text = str(tokenizer.chat_template or "") if template is None else read_text(template)
-    return Judge(tokenizer, text, yes, no, _instruction(folder)).check()
+    return Judge(open_template(folder, tokenizer, template), yes, no)
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
@@ -214,11 +147,3 @@ def _by_config(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, i
             hint="Name both answers: --rerank-answers YES,NO.",
         )
     return _token(tokenizer, str(named[1])), _token(tokenizer, str(named[0]))
-
-
-def _instruction(folder: Path) -> str | None:
-    """The prompt that sentence-transformers takes where none is named."""
-    told = _table(folder / PROMPTS)
-    prompts = told.get("prompts") if isinstance(told, dict) else None
-    found = prompts.get(told.get("default_prompt_name")) if isinstance(prompts, dict) else None
-    return found if isinstance(found, str) and found else None

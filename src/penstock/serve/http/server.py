@@ -20,6 +20,7 @@ from penstock.serve.chat import take_template
 from penstock.serve.config import EngineConfig
 from penstock.serve.dialogue.contract import Dialogue
 from penstock.serve.embed.judge import Judge, open_judge
+from penstock.serve.embed.pair_template import PairTemplate, open_template, writes_pairs
 from penstock.serve.http.app import make_app
 from penstock.serve.http.connection import Connection, quietly, room
 from penstock.serve.http.errors import ApiError
@@ -161,15 +162,20 @@ async def serve(
 
 def _judge(
     folder: Path, tokenizer: PreTrainedTokenizerBase, template: Path | None, answers: tuple[str, str] | None
-) -> Judge | None:
-    if not is_encoder(folder):
+) -> Judge | PairTemplate | None:
+    encoder = is_encoder(folder)
+    if not encoder and not hub.read_config(folder).scalar_head:
         return open_judge(folder, tokenizer, template, answers)
-    if template is not None or answers is not None:
+    if answers is not None or (encoder and template is not None):
         raise UsageError(
-            "the model is an encoder, which gives no answers by which it could judge",
-            hint="Leave out --rerank-template and --rerank-answers.",
+            "the model gives no answers by which it could judge",
+            hint="Leave out --rerank-answers, and --rerank-template for an encoder.",
         )
-    return None
+    if encoder:
+        return None
+    if template is None and not (tokenizer.chat_template and writes_pairs(tokenizer)):
+        return None  # pairs as the tokenizer has them
+    return open_template(folder, tokenizer, template)
 
 
 async def _end_with(client: EngineClient | Replicas, server: uvicorn.Server) -> None:

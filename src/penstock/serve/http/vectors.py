@@ -102,7 +102,8 @@ async def compared(
     """
     if service.judge is not None:
         return await _judged(request, service, service.judge, id, one, other, param, body)
-    if body.told() is not None:
+    told = body.told()
+    if told is not None and service.pairs is None:
         raise UsageError("this model takes no instruction: it compares texts as they are")
     form, most = form_of(service), body.truncate_prompt_tokens
     if not form.pairs:
@@ -111,12 +112,22 @@ async def compared(
         return Compared((vectors[: len(one)] * vectors[len(one) :]).sum(1), found.tokens)
     service.admit(1)
     pairs, longest = zip(one if len(one) > 1 else [*one] * len(other), other, strict=True), _longest(service, most)
-    encoded = await asyncio.to_thread(lambda: [service.tokens.encode_pair(*pair, longest) for pair in pairs])
+    encoded = await asyncio.to_thread(lambda: [_pair(service, *pair, told, longest) for pair in pairs])
     seconds = [second for _, second in encoded]
     found = await _computed(request, service, id, [tokens for tokens, _ in encoded], seconds, param)
-    told = found.vectors[:, 0]
-    scores = 1 / (1 + np.exp(-told.astype(np.float64))) if form.sigmoid and body.use_activation else told
+    numbers = found.vectors[:, 0]
+    scores = 1 / (1 + np.exp(-numbers.astype(np.float64))) if form.sigmoid and body.use_activation else numbers
     return Compared(scores, found.tokens)
+
+
+def _pair(service: Service, one: str, other: str, told: str | None, longest: int | None) -> tuple[list[int], int]:
+    """The tokens of a pair, and where the second text begins if the model is told."""
+    if service.pairs is None:
+        return service.tokens.encode_pair(one, other, longest)
+    for each in (one, other, told or ""):
+        check_characters(each)
+    tokens = service.pairs.prompt(one, other, told, longest)
+    return tokens, len(tokens)
 
 
 async def _judged(
@@ -138,7 +149,7 @@ async def _judged(
     def written() -> list[list[int]]:
         for each in (*one, *other, told or ""):
             check_characters(each)
-        return [judge.prompt(*pair, told, longest) for pair in pairs]
+        return [judge.template.prompt(*pair, told, longest) for pair in pairs]
 
     prompts = await asyncio.to_thread(written)
     for prompt in prompts:

@@ -223,7 +223,7 @@ class LLM:
     def _judged(
         self, judge: Judge, queries: list[str], texts: list[str], instruction: str | None, progress: Reporter
     ) -> Tensor:
-        prompts = [judge.prompt(query, text, instruction) for query in queries for text in texts]
+        prompts = [judge.template.prompt(query, text, instruction) for query in queries for text in texts]
         if not prompts:
             return torch.zeros(len(queries), len(texts))
         rounds = judge.rounds(len(prompts))

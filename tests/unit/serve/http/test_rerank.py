@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -20,11 +21,12 @@ from penstock.models import hub
 from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.config import EngineConfig
 from penstock.serve.embed.judge import Judge, open_judge
+from penstock.serve.embed.pair_template import PairTemplate, open_template, writes_pairs
 from penstock.serve.http.app import make_app
 from penstock.serve.http.service import Limits, Service
 from penstock.serve.http.text import Tokens
 from penstock.serve.link import process, wire
-from penstock.serve.messages import Delta, Request
+from penstock.serve.messages import Delta, Embed, Request
 from penstock.serve.offline.llm import LLM
 from penstock.testing.transformers_peer import SHAPE, randomize
 
@@ -93,7 +95,7 @@ class Engine:
 
     def __init__(self, model: Path) -> None:
         config = EngineConfig(cache_tokens=4096, sequences=8, tokens=256, dtype="fp32")
-        self._host, self.ready = process.opened(wire.Open(str(model), config.model_dump_json(), "cpu"), self)
+        self._host, self.ready = process.opened(wire.Open(str(model), config.model_dump_json(), "cpu"), self)  # type: ignore[arg-type]
         self.watchers: list[Any] = []
         self.asked: list[Request] = []
         self.cached: list[tuple[str, int]] = []
@@ -101,6 +103,14 @@ class Engine:
     @property
     def snapshot(self) -> Any:
         return self._host.snapshot()
+
+    async def embed(self, id: str, texts: list[list[int]], seconds: list[int] | None = None) -> np.ndarray:
+        self._host.take(Embed(id, texts, seconds))
+        found = np.zeros((len(texts), 1), np.float32)
+        while self._host.busy:
+            for each in self._host.step()[1]:
+                found[each.places] = np.frombuffer(each.rows, np.float32).reshape(len(each.places), -1)  # type: ignore[union-attr]
+        return found
 
     def send(self, message: wire.Message) -> None:
         raise AssertionError(message)
@@ -206,7 +216,7 @@ def test_the_python_interface_says_the_same(folder):
 @pytest.mark.parametrize("top", [[(7, -1.0), (8, -3.0)], [(7, -1.0), (9, -2.0)]])
 def test_a_token_that_is_not_told_is_asked_for(folder, top):
     """Both are known after a round where both are probable."""
-    rounds = Judge(hub.load_tokenizer(folder), TEMPLATE, 7, 8).rounds(2)
+    rounds = Judge(PairTemplate(hub.load_tokenizer(folder), TEMPLATE), 7, 8).rounds(2)
     probable, asked = top[1][0] == 8, list[list[tuple[int, tuple[int, ...] | None]]]()
     questions = next(rounds)
     with pytest.raises(StopIteration) as done:
@@ -220,6 +230,38 @@ def test_a_token_that_is_not_told_is_asked_for(folder, top):
     assert done.value.value == [2.0, 2.0]
     rest = [] if probable else [[(0, (8,)), (1, (8,))]]
     assert asked == [[(0, (7, 8)), (1, (7, 8))], *rest]
+
+
+@pytest.fixture(scope="module")
+def classifier(folder, tmp_path_factory) -> Path:
+    """A decoder with a head of one row, and the same template."""
+    place = tmp_path_factory.mktemp("classifier") / "classifier"
+    tokenizer = hub.load_tokenizer(folder)
+    tokenizer.save_pretrained(place)
+    shape = {**SHAPE, "vocab_size": len(tokenizer), "max_position_embeddings": 256, "num_labels": 1, "pad_token_id": 0}
+    model = transformers.Qwen3ForSequenceClassification(transformers.Qwen3Config(**shape)).eval()
+    randomize(model).save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("templated", [True, False])
+def test_a_decoder_with_a_scalar_head_scores_pairs_as_transformers_does(classifier, templated):
+    tokenizer = hub.load_tokenizer(classifier)
+    assert writes_pairs(tokenizer)
+    assert not writes_pairs(hub.load_tokenizer("python-1m"))
+    template = open_template(classifier, tokenizer) if templated else None
+    service = Service("m", Tokens(tokenizer), Engine(classifier), Limits(), judge=template)  # type: ignore[arg-type]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier).eval()
+    theirs = transformers.AutoTokenizer.from_pretrained(classifier)
+    pairs = [(written(QUERY, each),) if templated else (QUERY, each) for each in DOCUMENTS]
+    with torch.no_grad():
+        expected = [model(**theirs(*each, return_tensors="pt")).logits.item() for each in pairs]
+    body = {"query": QUERY, "documents": DOCUMENTS, "use_activation": False}
+    ranked = answer(service, "/v1/rerank", body)["results"]
+    assert {each["index"]: each["relevance_score"] for each in ranked} == pytest.approx(
+        dict(enumerate(expected)), abs=1e-5
+    )
+    assert post(service, "/v1/completions", {"prompt": "x"}).status_code == 400
 
 
 def opened(folder: Path, **options: Any) -> Judge | None:
@@ -238,18 +280,18 @@ def test_a_folder_says_how_it_judges(folder, tmp_path):
     (plain / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     judge = opened(plain)
     assert judge is not None
-    assert (judge.yes, judge.no, judge.instruction) == (yes, no, "search")
-    tokenizer = judge.tokenizer
-    assert tokenizer.decode(judge.prompt("q", "d")) == written("q", "d", "search")
-    assert tokenizer.decode(judge.prompt("q", "d", "x")) == written("q", "d", "x")
+    assert (judge.yes, judge.no, judge.template.instruction) == (yes, no, "search")
+    tokenizer = judge.template.tokenizer
+    assert tokenizer.decode(judge.template.prompt("q", "d")) == written("q", "d", "search")
+    assert tokenizer.decode(judge.template.prompt("q", "d", "x")) == written("q", "d", "x")
     # A template of the caller's own, which has the document first and takes no instruction.
     template = tmp_path / "judge.jinja"
     template.write_text("{{ document }}\n{{ query }}?")
     own = opened(plain, template=template, answers=(WORDS[1], WORDS[0]))
     assert own is not None
-    assert (own.yes, own.no, tokenizer.decode(own.prompt("q", "d"))) == (no, yes, "d\nq?")
+    assert (own.yes, own.no, tokenizer.decode(own.template.prompt("q", "d"))) == (no, yes, "d\nq?")
     with pytest.raises(UsageError, match="no place for an instruction"):
-        own.prompt("q", "d", "x")
+        own.template.prompt("q", "d", "x")
 
 
 def test_what_a_folder_does_not_say_is_refused(folder, tmp_path):
