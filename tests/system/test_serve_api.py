@@ -394,5 +394,5 @@ def test_an_encoder_is_served_as_sentence_transformers_computes_it():
         wanted = sentence_transformers.SentenceTransformer(folder, device="cpu").encode(texts, convert_to_tensor=True)
         assert torch.allclose(found, wanted.float(), atol=2e-6)
         assert served.figures()["embedded_texts_total"] == 150
-        with pytest.raises(openai.BadRequestError, match="this model is an encoder"):
+        with pytest.raises(openai.BadRequestError, match="this model makes vectors of texts"):
             client.completions.create(model="minilm", prompt="x")

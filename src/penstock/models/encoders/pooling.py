@@ -85,7 +85,7 @@ def pooling_of(folder: Path, usual: Pooling) -> Pooling:
             way = _way(folder / str(module.get("path", "")) / "config.json")
         elif kind == "Normalize":
             normalize = True
-        elif kind != "Transformer":
+        elif kind not in ("Transformer", "LogitScore"):  # the latter makes rankings, of no vectors
             raise ModelError(
                 f"{path} has a module of the type {kind!r}", hint="Transformer, Pooling and Normalize are supported."
             )

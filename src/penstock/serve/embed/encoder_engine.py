@@ -9,7 +9,7 @@ from penstock.core.events import EventLog
 from penstock.serve.messages import Delta, Request, Snapshot
 
 #: What whoever wants a text of an encoder is told.
-WRITES_NOTHING = "this model is an encoder: it makes vectors of texts, and writes none"
+WRITES_NOTHING = "this model makes vectors of texts, or numbers of pairs of them, and writes none"
 
 
 class EncoderEngine:

@@ -1,9 +1,9 @@
-"""Models that read a pair of texts at once (cross-encoders): tokens in, a number out."""
+"""Models that read a pair of texts at once, cross-encoders and decoders with a scalar head: tokens in, a number out."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor
 
 from penstock.core.errors import ModelError
 from penstock.core.files import read_json
-from penstock.models.encoders.classifier import Classifier
+from penstock.models import hub
 from penstock.models.encoders.encoder import Texts
 from penstock.models.encoders.folder import CONFIG, load_classifier
-from penstock.serve.embed.pooled import longest
+from penstock.serve.embed.pooled import decoder_states, longest
+
+#: The numbers [n] of texts of these lengths, whose flat tokens [N] are given, and where the second of each begins.
+Numbers = Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +25,7 @@ class PairModel:
     """A model that says of a pair of texts how near they are.
 
     Attributes:
-        classifier: the model itself.
+        numbers: the model itself.
         context: most tokens of a pair.
         vocabulary: how many tokens there are.
         sigmoid: its numbers are the logits of scores.
@@ -31,7 +34,7 @@ class PairModel:
         size: numbers of a pair.
     """
 
-    classifier: Classifier
+    numbers: Numbers
     context: int
     vocabulary: int
     sigmoid: bool
@@ -44,7 +47,7 @@ class PairModel:
         """A number float32 [n, 1] for each of the pairs ``texts``, on the CPU, computed at once; the second text of
         each begins with its token number ``seconds``."""
         flat = torch.tensor([token for text in texts for token in text], device=self.device)
-        found: Tensor = self.classifier(flat, Texts([len(text) for text in texts], self.device, seconds))
+        found = self.numbers(flat, [len(text) for text in texts], seconds)
         return found.unsqueeze(-1).float().cpu()
 
 
@@ -58,7 +61,32 @@ def paired_encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> Pa
     shape = classifier.encoder.config
     context = min(shape.context, longest(folder))
     weights = sum(each.nbytes for each in classifier.parameters())
-    return PairModel(classifier, context, shape.vocabulary, _sigmoid(folder), device, weights)
+
+    def numbers(flat: Tensor, lengths: Sequence[int], seconds: Sequence[int]) -> Tensor:
+        found: Tensor = classifier(flat, Texts(lengths, device, seconds))
+        return found
+
+    return PairModel(numbers, context, shape.vocabulary, _sigmoid(folder), device, weights)
+
+
+def paired_decoder(folder: Path, device: torch.device, dtype: torch.dtype) -> PairModel:
+    """The decoder in ``folder`` with a head of one row (``...ForSequenceClassification`` with one label), which reads
+    the last token of a pair.
+
+    Raises:
+        ModelError: the folder is damaged, or asks for what is not supported.
+    """
+    decoder = hub.load_for_inference(folder, device=device, dtype=dtype).eval()
+    shape, states = decoder.config, decoder_states(decoder)
+    weights = sum(each.nbytes for each in decoder.parameters())
+
+    def numbers(flat: Tensor, lengths: Sequence[int], _: Sequence[int]) -> Tensor:
+        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
+        found: Tensor = decoder.head(states(flat, lengths)[ends]).squeeze(-1)
+        return found
+
+    context = min(shape.context, longest(folder))
+    return PairModel(numbers, context, shape.vocabulary, _sigmoid(folder), device, weights)
 
 
 def _sigmoid(folder: Path) -> bool:

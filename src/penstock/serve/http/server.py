@@ -9,14 +9,18 @@ import signal
 import socket
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from penstock.core.errors import UsageError
 from penstock.models import hub
+from penstock.models.encoders.folder import is_encoder
 from penstock.serve.chat import take_template
 from penstock.serve.config import EngineConfig
 from penstock.serve.dialogue.contract import Dialogue
+from penstock.serve.embed.judge import Judge, open_judge
+from penstock.serve.embed.pair_template import PairTemplate, open_template, writes_pairs
 from penstock.serve.http.app import make_app
 from penstock.serve.http.connection import Connection, quietly, room
 from penstock.serve.http.errors import ApiError
@@ -25,6 +29,9 @@ from penstock.serve.http.text import Tokens
 from penstock.serve.link.client import EngineClient, Watcher
 from penstock.serve.replicas.config import Replication
 from penstock.serve.replicas.replicas import Replicas
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Connections that wait to be accepted.
 QUEUE = 2048
@@ -89,6 +96,8 @@ async def serve(
     guest_templates: bool,
     strict: bool,
     control: bool,
+    rerank_template: Path | None,
+    rerank_answers: tuple[str, str] | None,
     started: Callable[[Service], None],
     watchers: Sequence[Watcher] = (),
 ) -> None:
@@ -103,6 +112,8 @@ async def serve(
         guest_templates: let requests bring a chat template of their own.
         strict: refuse requests with fields that are not known.
         control: let clients pause the engine, and give it other weights.
+        rerank_template, rerank_answers: how a decoder judges pairs, where its folder does not say so; see
+            :func:`~penstock.serve.embed.judge.open_judge`.
         started: is called when it takes requests.
         watchers: see the engine's decisions.
 
@@ -118,9 +129,11 @@ async def serve(
     )
     client, tokenizer = await asyncio.gather(opening, asyncio.to_thread(hub.load_tokenizer, folder))
     try:
+        judge = _judge(folder, tokenizer, rerank_template, rerank_answers)
         if chat_template is not None:
             take_template(tokenizer, chat_template)
-        service = Service(name, Tokens(tokenizer, dialogue, guest_templates), client, limits, strict, control)
+        tokens = Tokens(tokenizer, dialogue, guest_templates)
+        service = Service(name, tokens, client, limits, strict, control, judge)
         client.watchers += watchers
         app = make_app(service, keys, local)
         asyncio.get_running_loop().set_exception_handler(quietly)
@@ -145,6 +158,24 @@ async def serve(
             raise client.failure
     finally:
         await client.close()
+
+
+def _judge(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, template: Path | None, answers: tuple[str, str] | None
+) -> Judge | PairTemplate | None:
+    encoder = is_encoder(folder)
+    if not encoder and not hub.read_config(folder).scalar_head:
+        return open_judge(folder, tokenizer, template, answers)
+    if answers is not None or (encoder and template is not None):
+        raise UsageError(
+            "the model gives no answers by which it could judge",
+            hint="Leave out --rerank-answers, and --rerank-template for an encoder.",
+        )
+    if encoder:
+        return None
+    if template is None and not (tokenizer.chat_template and writes_pairs(tokenizer)):
+        return None  # pairs as the tokenizer has them
+    return open_template(folder, tokenizer, template)
 
 
 async def _end_with(client: EngineClient | Replicas, server: uvicorn.Server) -> None:

@@ -20,6 +20,8 @@ from penstock.core.errors import UsageError
 from penstock.core.randomness import derive
 from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams, best
+from penstock.serve.embed.judge import Judge
+from penstock.serve.embed.pair_template import PairTemplate
 from penstock.serve.http.conversations import Conversations
 from penstock.serve.http.errors import ApiError
 from penstock.serve.http.metrics import ServerMetrics
@@ -338,6 +340,8 @@ class Service:
         limits: what is taken on.
         strict: whether requests with fields that are not known are refused.
         control: whether the engine is controlled over HTTP: paused, given other weights.
+        judge: how the model judges pairs of texts, or how one that makes a number of a pair has it written; None where
+            neither is.
 
     Attributes:
         history: what became of the newest requests.
@@ -353,7 +357,10 @@ class Service:
         limits: Limits,
         strict: bool = False,
         control: bool = False,
+        judge: Judge | PairTemplate | None = None,
     ) -> None:
+        self.judge = judge if isinstance(judge, Judge) else None
+        self.pairs = judge if isinstance(judge, PairTemplate) else None
         self.name, self.tokens, self.engine, self.limits = name, tokens, engine, limits
         self._strict, self.control = strict, control
         self.metrics, self.history = (

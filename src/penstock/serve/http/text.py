@@ -63,7 +63,7 @@ class Tokens:
         Raises:
             UsageError: it is no text: a half of a surrogate pair stands alone in it.
         """
-        _check_characters(text)
+        check_characters(text)
         ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
         return ids
 
@@ -93,8 +93,8 @@ class Tokens:
         Raises:
             UsageError: one is no text, or nothing of the second would be left.
         """
-        _check_characters(one)
-        _check_characters(other)
+        check_characters(one)
+        check_characters(other)
         whole = self.backend.encode(one, other)
         if most is not None and len(whole.ids) > most:
             first, second = (self.backend.encode(each, add_special_tokens=False) for each in (one, other))
@@ -138,11 +138,16 @@ class Tokens:
                 "chat_template: a chat template is a program, and whoever runs the server gives it, by --chat-template "
                 "FILE, or lets requests bring their own, by --request-templates"
             )
-        _check_characters(json.dumps([list(messages), tools, variables], ensure_ascii=False))
+        check_characters(json.dumps([list(messages), tools, variables], ensure_ascii=False))
         return chat_prompt(self._tokenizer, messages, tools, variables, self.dialogue, special, template)
 
 
-def _check_characters(text: str) -> None:
+def check_characters(text: str) -> None:
+    """Refuses what is no text.
+
+    Raises:
+        UsageError: a half of a surrogate pair stands alone in it.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import NamedTuple
 
 import numpy as np
 from fastapi import Request
 
+from penstock.core.errors import UsageError
+from penstock.serve.choose.logprobs import TokenLogprobs
+from penstock.serve.embed.judge import Judge, Question
 from penstock.serve.http.errors import ApiError
 from penstock.serve.http.protocol.vectors import Compares
 from penstock.serve.http.service import Service
 from penstock.serve.http.streams import unless_gone
+from penstock.serve.http.text import check_characters
 from penstock.serve.link.wire import VectorForm
+from penstock.serve.messages import Request as Asked
 
 
 class Compared(NamedTuple):
@@ -87,11 +93,18 @@ async def compared(
     body: Compares,
 ) -> Compared:
     """How near texts are to the ``other`` ones, the field ``param`` of ``request``: pair by pair, or one to each of
-    several. A model of pairs reads them together; else they are the cosines of their vectors.
+    several. A model of pairs reads them together, and so does one that judges; else they are the cosines of their
+    vectors.
 
     Raises:
         ApiError: a text does not fit or is empty, or the client went away, or the deadline passed.
+        UsageError: there is an instruction, and the model takes none.
     """
+    if service.judge is not None:
+        return await _judged(request, service, service.judge, id, one, other, param, body)
+    told = body.told()
+    if told is not None and service.pairs is None:
+        raise UsageError("this model takes no instruction: it compares texts as they are")
     form, most = form_of(service), body.truncate_prompt_tokens
     if not form.pairs:
         found = await made(request, service, id, [*one, *other], param, most)
@@ -99,12 +112,81 @@ async def compared(
         return Compared((vectors[: len(one)] * vectors[len(one) :]).sum(1), found.tokens)
     service.admit(1)
     pairs, longest = zip(one if len(one) > 1 else [*one] * len(other), other, strict=True), _longest(service, most)
-    encoded = await asyncio.to_thread(lambda: [service.tokens.encode_pair(*pair, longest) for pair in pairs])
+    encoded = await asyncio.to_thread(lambda: [_pair(service, *pair, told, longest) for pair in pairs])
     seconds = [second for _, second in encoded]
     found = await _computed(request, service, id, [tokens for tokens, _ in encoded], seconds, param)
-    told = found.vectors[:, 0]
-    scores = 1 / (1 + np.exp(-told.astype(np.float64))) if form.sigmoid and body.use_activation else told
+    numbers = found.vectors[:, 0]
+    scores = 1 / (1 + np.exp(-numbers.astype(np.float64))) if form.sigmoid and body.use_activation else numbers
     return Compared(scores, found.tokens)
+
+
+def _pair(service: Service, one: str, other: str, told: str | None, longest: int | None) -> tuple[list[int], int]:
+    """The tokens of a pair, and where the second text begins if the model is told."""
+    if service.pairs is None:
+        return service.tokens.encode_pair(one, other, longest)
+    for each in (one, other, told or ""):
+        check_characters(each)
+    tokens = service.pairs.prompt(one, other, told, longest)
+    return tokens, len(tokens)
+
+
+async def _judged(
+    request: Request,
+    service: Service,
+    judge: Judge,
+    id: str,
+    one: Sequence[str],
+    other: Sequence[str],
+    param: str,
+    body: Compares,
+) -> Compared:
+    pairs = list(zip(one if len(one) > 1 else [*one] * len(other), other, strict=True))
+    service.admit(len(pairs))
+    most, told = body.truncate_prompt_tokens, body.told()
+    # A sequence has room for what follows.
+    longest = None if most is None else min(service.engine.ready.context - 1, most if most > 0 else 1 << 62)
+
+    def written() -> list[list[int]]:
+        for each in (*one, *other, told or ""):
+            check_characters(each)
+        return [judge.template.prompt(*pair, told, longest) for pair in pairs]
+
+    prompts = await asyncio.to_thread(written)
+    for prompt in prompts:
+        service.checked(prompt, param)
+    work = asyncio.wait_for(_answered(service, judge, id, prompts), service.limits.deadline)
+    try:
+        logits = np.array(await unless_gone(request, work))
+    except TimeoutError as error:
+        raise ApiError(504, f"the texts took longer than {service.limits.deadline:g} seconds") from error
+    return Compared(1 / (1 + np.exp(-logits)) if body.use_activation else logits, sum(map(len, prompts)))
+
+
+async def _answered(service: Service, judge: Judge, id: str, prompts: list[list[int]]) -> list[float]:
+    """The logits of the scores of ``prompts``."""
+    rounds, count = judge.rounds(len(prompts)), 0
+    questions = next(rounds)
+    while True:
+        told = await _said(service, f"{id}/{count}", prompts, questions)
+        count += 1
+        try:
+            questions = rounds.send(told)
+        except StopIteration as done:
+            logits: list[float] = done.value
+            return logits
+
+
+async def _said(service: Service, id: str, prompts: list[list[int]], questions: list[Question]) -> list[TokenLogprobs]:
+    """With what the model would continue ``prompts``."""
+    asked = [Asked(f"{id}/{place}", prompts[place], sampling, whole=True) for place, sampling in questions]
+    found: dict[str, TokenLogprobs] = {}
+    async with aclosing(service.engine.stream(*asked)) as news:
+        async for delta in news:
+            if delta.logprobs:
+                found[delta.id] = delta.logprobs[0]
+    if len(found) < len(asked):
+        raise ApiError(503, "the engine ended the work on the texts before it was done; try again")
+    return [found[each.id] for each in asked]
 
 
 def _longest(service: Service, most: int | None) -> int | None:

@@ -28,7 +28,7 @@ from penstock.models.formats.weight_file import LostWeightsError
 from penstock.serve.build import dtype_of, open_engine
 from penstock.serve.config import EngineConfig
 from penstock.serve.embed.encoder_engine import EncoderEngine
-from penstock.serve.embed.paired import PairModel, paired_encoder
+from penstock.serve.embed.paired import PairModel, paired_decoder, paired_encoder
 from penstock.serve.embed.pooled import LAST, PooledModel, pooled_decoder, pooled_encoder
 from penstock.serve.embed.waiting import WaitingTexts
 from penstock.serve.link.host import Host
@@ -39,6 +39,9 @@ from penstock.serve.ranks.runner import LeadingRunner, RankRunner
 from penstock.serve.run.runner import Runner
 
 log = logging.getLogger(__name__)
+
+#: What models are called that write nothing.
+NO_WRITER = "a model that makes vectors or numbers"
 
 #: Seconds between two snapshots of a busy engine.
 SNAPSHOTS = 0.1
@@ -88,18 +91,19 @@ def opened(wanted: Open, channel: Channel[Message]) -> tuple[Host, Ready]:
         PenstockError: it cannot be had, or does not fit.
     """
     config, folder = EngineConfig.model_validate_json(wanted.config), hub.resolve(wanted.model)
-    if is_encoder(folder):
+    encoder = is_encoder(folder)
+    if encoder or hub.read_config(folder).scalar_head:
         if config.tensor_parallel > 1:
-            raise UsageError("an encoder is not divided among ranks", hint="Leave out tensor_parallel.")
+            raise UsageError(f"{NO_WRITER} is not divided among ranks", hint="Leave out tensor_parallel.")
         if config.resident_weights is not None:
-            raise UsageError("an encoder has all of its weights in memory", hint="Leave out resident_weights.")
+            raise UsageError(f"{NO_WRITER} has all of its weights in memory", hint="Leave out resident_weights.")
         if config.room_for_adapters:
-            raise UsageError("an encoder is served without adapters", hint="Leave out adapters and adapter_slots.")
+            raise UsageError(f"{NO_WRITER} is served without adapters", hint="Leave out adapters and adapter_slots.")
         device = pick(wanted.device)
         dtype = dtype_of(config, device)
         model: PooledModel | PairModel
-        if is_classifier(folder):
-            model = paired_encoder(folder, device, dtype)
+        if not encoder or is_classifier(folder):
+            model = (paired_encoder if encoder else paired_decoder)(folder, device, dtype)
             form = VectorForm(model.size, False, [], pairs=True, sigmoid=model.sigmoid)
         else:
             model = pooled_encoder(folder, device, dtype, None)

@@ -46,7 +46,7 @@ class VectorForm:
 class Ready:
     """The engine stands: ``context`` is the most tokens of a sequence, ``sequences`` the most that run at a time, and
     ``memory`` has bytes of each rank's device by what they are for, and ``codec`` is the cache's. ``vectors`` is None
-    where it makes none, and one that does not write is an encoder's."""
+    where it makes none, and one that does not write is an encoder's, or has a scalar head."""
 
     context: int
     sequences: int

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from penstock.core.config import build
@@ -16,9 +17,11 @@ from penstock.models import hub
 from penstock.models.encoders.pooling import Pooling, pooling_of
 from penstock.serve.build import open_engine
 from penstock.serve.chat import chat_prompt, with_place
+from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.embed.embedder import Embedder
+from penstock.serve.embed.judge import Judge, open_judge
 from penstock.serve.embed.pooled import LAST, pooled_decoder
 from penstock.serve.messages import Request
 from penstock.serve.offline.gather import Gatherer, RequestOutput
@@ -47,16 +50,28 @@ class LLM:
         model: whatever ``hub.resolve`` takes: a model or run folder, a boxed model, a hub name.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: how to report what takes long at the start, on a GPU; ``core.progress.silent`` is quiet.
+        rerank_template, rerank_answers: how it judges documents in :meth:`score`, where its folder does not say so; see
+            :func:`~penstock.serve.embed.judge.open_judge`.
         options: those of :class:`~penstock.serve.config.EngineConfig`.
 
     Raises:
         PenstockError: the model cannot be had or does not fit, or an option is wrong.
     """
 
-    def __init__(self, model: str | Path, *, device: str = "auto", progress: Reporter = show, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        device: str = "auto",
+        progress: Reporter = show,
+        rerank_template: Path | None = None,
+        rerank_answers: tuple[str, str] | None = None,
+        **options: Any,
+    ) -> None:
         config = build(EngineConfig, options, "the engine's options")
         self._folder = folder = hub.resolve(model)
         self.tokenizer = hub.load_tokenizer(folder)
+        self._judge = open_judge(folder, self.tokenizer, rerank_template, rerank_answers)
         self.engine = open_engine(folder, config, device, progress)
         self._gatherer = Gatherer(self.engine, self.tokenizer)
         self._count = 0
@@ -150,9 +165,24 @@ class LLM:
         texts: str | Sequence[str],
         *,
         pooling: Pooling | None = None,
+        instruction: str | None = None,
         progress: Reporter = show,
     ) -> Tensor:
-        """How near texts are to queries: the cosines float32 [queries, texts] of their vectors."""
+        """How near texts are to queries, float32 [queries, texts]: p(yes) / (p(yes) + p(no)) of what a model that
+        judges documents would answer, see :class:`~penstock.serve.embed.judge.Judge`; of any other, and where
+        ``pooling`` is given, the cosines of their vectors.
+
+        Args:
+            instruction: what makes a text an answer, for models that judge, in place of their own.
+
+        Raises:
+            UsageError: a pair is too long, or there is an instruction, and the model takes none.
+        """
+        if self._judge is not None and pooling is None:
+            one, other = ([each] if isinstance(each, str) else list(each) for each in (queries, texts))
+            return self._judged(self._judge, one, other, instruction, progress)
+        if instruction is not None:
+            raise UsageError("this model takes no instruction: it compares texts as they are")
         return self._embedder(pooling).score(queries, texts, progress=progress)
 
     def pause(self) -> None:
@@ -189,6 +219,22 @@ class LLM:
     def drop_adapter(self, name: str) -> None:
         """No prompt can name the adapter any more; its slot is free once none that has it is under way."""
         self.engine.drop_adapter(name)
+
+    def _judged(
+        self, judge: Judge, queries: list[str], texts: list[str], instruction: str | None, progress: Reporter
+    ) -> Tensor:
+        prompts = [judge.template.prompt(query, text, instruction) for query in queries for text in texts]
+        if not prompts:
+            return torch.zeros(len(queries), len(texts))
+        rounds = judge.rounds(len(prompts))
+        questions = next(rounds)
+        while True:
+            tokens, params = [prompts[place] for place, _ in questions], [sampling for _, sampling in questions]
+            results = self.generate(tokens, params, progress=progress)
+            try:
+                questions = rounds.send([_first(each) for each in results])
+            except StopIteration as done:
+                return torch.tensor(done.value).sigmoid().view(len(queries), len(texts))
 
     def _embedder(self, pooling: Pooling | None) -> Embedder:
         runner = self.engine.executor
@@ -319,6 +365,18 @@ class LLM:
                     hint='Give text, a list of tokens, or {"prompt_token_ids": [...]}.',
                 )
         return texts, tokens
+
+
+def _first(result: RequestOutput) -> TokenLogprobs:
+    """What a model that judges would say first.
+
+    Raises:
+        UsageError: it could say nothing.
+    """
+    told = result.outputs[0].logprobs
+    if not told:
+        raise UsageError(f"a pair cannot be judged: {result.error or result.outputs[0].finish_reason}")
+    return told.rows[0]
 
 
 def _single(prompts: Prompt | Sequence[Prompt]) -> bool:

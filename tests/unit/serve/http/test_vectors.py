@@ -197,10 +197,10 @@ def test_vectors_are_cut_where_the_folder_says_they_may(tmp_path):
         ("/v1/score", {"text_1": "a"}, "text_2 or documents"),
         ("/v1/score", {"text_1": "a", "queries": "a", "text_2": "b"}, "one of the two"),
         ("/v1/rerank", {"query": "a", "documents": [{"image": "b"}]}, "a document is text, and 'image' is not"),
-        ("/v1/completions", {"prompt": "x"}, "this model is an encoder"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "this model is an encoder"),
-        ("/v1/responses", {"input": "x"}, "this model is an encoder"),
-        ("/v1/messages", {"messages": [], "max_tokens": 3}, "this model is an encoder"),
+        ("/v1/completions", {"prompt": "x"}, "this model makes vectors of texts"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "this model makes vectors of texts"),
+        ("/v1/responses", {"input": "x"}, "this model makes vectors of texts"),
+        ("/v1/messages", {"messages": [], "max_tokens": 3}, "this model makes vectors of texts"),
     ],
 )
 def test_what_cannot_be_is_said(path, body, said):

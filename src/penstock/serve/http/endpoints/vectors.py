@@ -41,9 +41,8 @@ async def embeddings(request: Request, body: Embeddings, service: Here) -> Respo
 @router.post("/v1/score")
 @router.post("/score", include_in_schema=False)
 async def score(request: Request, body: Scores, service: Here) -> Response:
-    """How near texts are to each other, pair by pair: what a cross-encoder says, or the cosines of their vectors."""
+    """How near texts are to each other, pair by pair: what a model of pairs says, or the cosines of their vectors."""
     headers, id = _begun(service, body, "score-")
-    form_of(service)
     one, other = body.sides()
     found = await compared(request, service, id, one, other, "text_2", body)
     data = [{"object": "score", "index": place, "score": value} for place, value in enumerate(found.scores.tolist())]
@@ -54,10 +53,9 @@ async def score(request: Request, body: Scores, service: Here) -> Response:
 @router.post("/rerank", include_in_schema=False)
 @router.post("/v2/rerank", include_in_schema=False)
 async def rerank(request: Request, body: Rerank, service: Here) -> Response:
-    """The documents that are nearest to a query, the nearest first: by what a cross-encoder says, or by the cosines of
+    """The documents that are nearest to a query, the nearest first: by what a model of pairs says, or by the cosines of
     their vectors."""
     headers, id = _begun(service, body, "rerank-")
-    form_of(service)
     documents = body.texts()
     found = await compared(request, service, id, [body.query], documents, "documents", body)
     order = np.argsort(-found.scores, kind="stable")[: body.top_n].tolist()

@@ -69,8 +69,22 @@ class Document(Body):
 class Compares(OfTexts):
     """What scores and rankings have in common."""
 
-    #: Whether scores of a cross-encoder are between 0 and 1, where it has that; else they are its logits.
+    #: Whether scores of a model that reads pairs are between 0 and 1, where it has that; else they are its logits.
     use_activation: bool = True
+    #: What makes a document an answer, for models whose template has a place for that.
+    instruction: str | None = None
+    #: The same by another name.
+    instruct: str | None = None
+
+    def told(self) -> str | None:
+        """The instruction.
+
+        Raises:
+            UsageError: it is there twice.
+        """
+        if self.instruction is not None and self.instruct is not None:
+            raise UsageError("give instruction or instruct, one of the two")
+        return self.instruction if self.instruct is None else self.instruct
 
 
 class Scores(Compares):
