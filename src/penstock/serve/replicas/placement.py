@@ -37,11 +37,11 @@ def places(config: EngineConfig, replicas: int, device: str) -> list[Place]:
     if config.record is not None:
         raise UsageError("several replicas would record their steps into one file", hint="Leave out --record.")
     if where.type != "cuda":
-        own = cores().choice
-        if replicas > own:
+        most = cores().choice
+        if replicas > most:
             raise UsageError(
-                f"{replicas} replicas on the CPU need {replicas} cores, and there are {own}",
-                hint=f"Set --replicas to {own} or fewer." if own > 1 else "Leave --replicas out.",
+                f"{replicas} replicas on the CPU need {replicas} cores, and there are {most}",
+                hint=f"Set --replicas to {most} or fewer." if most > 1 else "Leave --replicas out.",
             )
         share = {THREADS: str(max(1, torch.get_num_threads() // replicas))}
         config = config.model_copy(update={"memory": config.memory / replicas})
