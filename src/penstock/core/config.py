@@ -105,7 +105,10 @@ def _split(override: str) -> tuple[list[str], str]:
     key, separator, text = override.partition("=")
     path = [part.strip() for part in key.split(".")]
     if not separator or not all(path):
-        raise UsageError(f"cannot read the override {override!r}", hint="Write --set section.key=value.")
+        raise UsageError(
+            f"cannot read the override {override!r}",
+            hint="Write key=value, or section.key=value.",
+        )
     return path, text
 
 
@@ -139,6 +142,8 @@ def _explain(cls: type[BaseModel], place: Place, fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{where}: required, but not given"
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "byte_size":
+        message = "give a number of bytes, such as 500MB or 8GB"
     return f"{where}: {message} (got {_SHORT.repr(fault['input'])})" if where else message
 
 

@@ -215,7 +215,7 @@ class EngineConfig(Config):
         if self.kv.compresses:
             raise ValueError(
                 f"kv_reuse = {self.kv_reuse.policy_name} takes what contexts have in the cache, and kv = "
-                f"{self.kv.policy_name} throws parts of it out: choose one of them"
+                f"{self.kv.policy_name} does not keep it as it is: choose one of them"
             )
         if self.record is not None:
             raise ValueError(
@@ -289,7 +289,7 @@ class EngineConfig(Config):
             "deterministic needs tokens in a row": self.deterministic,
             "a model divided among ranks verifies chains": self.tensor_parallel > 1,
             "trees need the cache's codec 'plain'": not isinstance(self.codec, PlainCodec),
-            f"{self.kv.policy_name!r} compresses the cache": self.kv.due(1, 0, 0) is not None,
+            f"{self.kv.policy_name!r} compresses the cache": self.kv.compresses,
         }
         yield from (reason for reason, holds in reasons.items() if holds)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, PositiveInt
+from pydantic import ByteSize, Field, PositiveInt
 
 from penstock.core.config import Config, apply_overrides, build, parse_value, read_toml
 from penstock.core.errors import ConfigError, UsageError
@@ -154,6 +154,7 @@ class Tree(Config):
     either: Annotated[Small | Large, Field(discriminator="kind")] = Small()
     many: tuple[Small, ...] = ()
     named: dict[str, Small] = Field(default_factory=dict)
+    room: ByteSize = ByteSize(0)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,7 @@ class Tree(Config):
         ({}, "depth: required, but not given"),
         ({"small": {"width": -3}}, "small.width: Input should be greater than 0 (got -3)"),
         ({"small": 3}, "small: "),
+        ({"room": "much"}, "room: give a number of bytes, such as 500MB or 8GB (got 'much')"),
     ],
 )
 def test_every_fault_is_named_with_its_key(tree, fault):

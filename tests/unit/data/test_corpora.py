@@ -261,5 +261,5 @@ class TestParquet:
 def test_options_are_checked():
     with pytest.raises(ConfigError, match="has no option 'feild': did you mean 'field'"):
         create("data.corpus", "jsonl", path="a.jsonl", feild="x")
-    with pytest.raises(ConfigError, match="path: Field required"):
+    with pytest.raises(ConfigError, match="needs 'path'"):
         create("data.corpus", "folder")

@@ -314,7 +314,8 @@ class Engine:
         if rated and request.sampling.prompt_logprobs_from <= request.shared:
             raise UsageError(
                 "a prompt's log-probabilities are told behind what follows its contexts alone",
-                hint=f"Set prompt_logprobs_from to {request.shared + 1} or more, or leave prompt_logprobs out.",
+                hint="Leave prompt_logprobs (or echo with logprobs) out, or ask from Python with SamplingParams whose "
+                f"prompt_logprobs_from is {request.shared + 1} or more.",
             )
         if self._config.kv_reuse.plain:
             return

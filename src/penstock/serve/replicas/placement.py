@@ -9,6 +9,7 @@ import torch
 
 from penstock.core.devices import pick
 from penstock.core.errors import UsageError
+from penstock.core.processor import cores
 from penstock.serve.config import EngineConfig
 
 #: The variables that tell a process which devices there are for it, and how many threads it may compute with.
@@ -30,12 +31,18 @@ def places(config: EngineConfig, replicas: int, device: str) -> list[Place]:
     others; on the CPU, threads and memory are divided.
 
     Raises:
-        UsageError: there are not enough devices, or an option is for one engine only.
+        UsageError: there are not enough devices or cores, or an option is for one engine only.
     """
     where = pick(device)
     if config.record is not None:
         raise UsageError("several replicas would record their steps into one file", hint="Leave out --record.")
     if where.type != "cuda":
+        most = cores().choice
+        if replicas > most:
+            raise UsageError(
+                f"{replicas} replicas on the CPU need {replicas} cores, and there are {most}",
+                hint=f"Set --replicas to {most} or fewer." if most > 1 else "Leave --replicas out.",
+            )
         share = {THREADS: str(max(1, torch.get_num_threads() // replicas))}
         config = config.model_copy(update={"memory": config.memory / replicas})
         return [Place(_own(config, number, replicas), str(where), share) for number in range(replicas)]

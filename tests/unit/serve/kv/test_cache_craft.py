@@ -396,7 +396,7 @@ def test_llm_counts_what_it_finds():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kv": "h2o"}, "throws parts of it out"),
+        ({"kv": "h2o"}, "does not keep it as it is"),
         ({"record": "steps.bin"}, "record needs kv_reuse = prefix"),
         ({"tensor_parallel": 2}, "kv_reuse = cache_craft is for a model on one device"),
         ({"deterministic": True}, "it has no attention that is weighed"),

@@ -144,7 +144,7 @@ def test_batch_files_have_them_too(llm, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kv": "h2o"}, "throws parts of it out"),
+        ({"kv": "h2o"}, "does not keep it as it is"),
         ({"record": "steps.bin"}, "record needs kv_reuse = prefix"),
         ({"tensor_parallel": 2}, "kv_reuse = ape is for a model on one device"),
         ({"deterministic": True}, "it has no contexts beside a text"),
@@ -224,7 +224,7 @@ def test_log_probabilities_of_what_stands_behind_contexts(policy):
     ]
     assert told == pytest.approx(wanted, abs=1e-5)
     params = params.model_copy(update={"prompt_logprobs_from": len(BEFORE)})
-    with pytest.raises(UsageError, match="Set prompt_logprobs_from to 8 or more"):
+    with pytest.raises(UsageError, match="prompt_logprobs_from is 8 or more"):
         engine.add(Request("b", prompt, params, contexts=CONTEXTS[:2], shared=len(BEFORE)))
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from penstock.core.errors import UsageError
+from penstock.core.processor import Answer
 from penstock.serve.config import EngineConfig
+from penstock.serve.replicas import placement
 from penstock.serve.replicas.placement import places
 
 
@@ -22,6 +24,7 @@ def four(monkeypatch) -> None:
 
 def test_a_processor_is_divided(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(placement, "cores", lambda: Answer(3, "told"))
     config = EngineConfig(kv_disk=Path("blocks"), kv_host=10**9, kv_disk_size=9 * 10**9)
     found = places(config, 3, "cpu")
     assert [place.environment for place in found] == [{"OMP_NUM_THREADS": "2"}] * 3
@@ -45,8 +48,10 @@ def test_each_replica_has_devices_of_its_own(four, monkeypatch):
         ({}, 5, "cuda", "5 replicas need 5 devices"),
         ({}, 2, "cuda:1", "replicas take the first devices"),
         ({"record": "steps.bin"}, 2, "cpu", "into one file"),
+        ({}, 4, "cpu", "need 4 cores, and there are 3"),
     ],
 )
-def test_what_there_is_no_place_for_is_refused(four, options, replicas, device, words):
+def test_what_there_is_no_place_for_is_refused(four, monkeypatch, options, replicas, device, words):
+    monkeypatch.setattr(placement, "cores", lambda: Answer(3, "told"))
     with pytest.raises(UsageError, match=words):
         places(EngineConfig.model_validate(options), replicas, device)
