@@ -27,12 +27,29 @@ from penstock.serve.run.trees import Trees
 from penstock.speculate.verifiers.contract import Verifier
 
 
+def written_over(batch: Batch, size: int) -> bool:
+    """Whether some of the blocks, of ``size`` tokens, that ``batch`` copies from are written to, by its copies or by
+    what is drafted for it. Then the copies cannot be made before it is drafted: the target makes them once more, behind
+    that."""
+    sources, targets = (set(each) for each in zip(*batch.copies, strict=True))
+    for entry in batch.entries:
+        if entry.window:
+            first, last = entry.start - entry.dropped, entry.start - entry.dropped + entry.rows - 1
+            targets.update(batch.tables[entry.slot, first // size : last // size + 1].tolist())
+    return not sources.isdisjoint(targets)
+
+
 class HeadDraft(Drafting):
     """Drafts for the sequences that decode: what the target keeps of the tokens before their newest one is there."""
 
     @property
     def planner(self) -> Planner:
         """Says what the next tokens of sequences ask for."""
+        raise NotImplementedError
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block of the target's cache."""
         raise NotImplementedError
 
     def _copy(self, sources: list[int], targets: list[int]) -> None:
@@ -43,10 +60,9 @@ class HeadDraft(Drafting):
         first = list(self._decoding(batch, wanted))
         if first and batch.copies:
             # Blocks that the target copies at the beginning of its step are read before that here.
-            sources, targets = (list(each) for each in zip(*batch.copies, strict=True))
-            if not set(sources).isdisjoint(targets):
-                return []  # the target copies once more, which is the same only where no source is written over
-            self._copy(sources, targets)
+            if written_over(batch, self.block_size):
+                return []
+            self._copy(*(list(each) for each in zip(*batch.copies, strict=True)))
         return first
 
     def _decoding(self, batch: Batch, wanted: dict[int, int]) -> Iterator[Entry]:
@@ -80,6 +96,10 @@ class ExitDraft(HeadDraft):
     @property
     def planner(self) -> Planner:
         return self._runner.planner
+
+    @property
+    def block_size(self) -> int:
+        return self._runner.block_size
 
     def _copy(self, sources: list[int], targets: list[int]) -> None:
         self._runner.cache.copy(sources, targets)
@@ -140,6 +160,10 @@ class AtOnceDraft(HeadDraft):
     def _hidden(self) -> HiddenStates:
         assert self._target.hidden is not None
         return self._target.hidden
+
+    @property
+    def block_size(self) -> int:
+        return self._target.block_size
 
     def _copy(self, sources: list[int], targets: list[int]) -> None:
         self._hidden.copy(sources, targets)
@@ -275,10 +299,9 @@ class ContinuingDraft(DraftModel):
 
     def draft(self, batch: Batch, goes_on: GoesOn | None = None) -> Drafted:
         if batch.copies:
-            sources, targets = (list(each) for each in zip(*batch.copies, strict=True))
-            if not set(sources).isdisjoint(targets) or self._target.hidden is None:
-                return Drafted()  # the target copies once more, which is the same only where no source is written over
-            self._target.hidden.copy(sources, targets)
+            if written_over(batch, self._target.block_size) or self._target.hidden is None:
+                return Drafted()
+            self._target.hidden.copy(*(list(each) for each in zip(*batch.copies, strict=True)))
         drafted = super().draft(batch)
         for entry in batch.entries:
             if entry.slot in drafted.windows and entry.count > 1:
