@@ -281,7 +281,7 @@ def test_whatever_the_schema_allows_or_forbids(server, mode, examples):
     schema.config.update(base_url=server.url)
     operations = [found.ok() for found in schema.get_all_operations()]
     posts = [operation for operation in operations if operation.method == "post"]
-    assert (len(operations), len(posts)) == (24, 12)
+    assert (len(operations), len(posts)) == (27, 14)
     for operation in operations if mode == "positive" else posts:
         assert asked(server, operation, mode, examples) >= (examples if operation in posts else 1)
 
