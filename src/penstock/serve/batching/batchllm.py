@@ -37,9 +37,10 @@ class Group:
 
     @property
     def decode_ratio(self) -> float:
-        """Tokens that the group decodes at most, for each token that it computes before, the common ones once."""
-        decoded = sum(sequence.limit - sequence.prompt for sequence in self.members)
-        return decoded / (self.shared + sum(sequence.prompt - self.shared for sequence in self.members))
+        """Tokens that the group decodes at most, for each token that it computes before, the common ones once. What
+        others have generated already, forks and those that were preempted, they have to compute too."""
+        decoded = sum(sequence.limit - len(sequence.tokens) for sequence in self.members)
+        return decoded / (self.shared + sum(len(sequence.tokens) - self.shared for sequence in self.members))
 
 
 def schedule(sequences: List[Sequence], block_size: int) -> Iterator[Sequence]:

@@ -209,6 +209,15 @@ def test_batchllm_s_groups_save_the_most(seed):
     assert first in max(groups, key=lambda one: one.decode_ratio).members
 
 
+def test_batchllm_counts_what_forks_and_the_preempted_have_to_compute_again():
+    """Of the tokens that they share, most were generated: what was given is less than what is shared."""
+    sequences = [sequence([1, 2, 3, 4, place], 5, place) for place in range(2)]
+    for each in sequences:
+        each.prompt = 2  # as of a fork whose parent was given two tokens
+    (one,) = [each for each in group(sequences, 2) if len(each.members) == 2]
+    assert (one.shared, one.decode_ratio) == (4, 2 * 5 / 6)
+
+
 def test_batchllm_computes_a_shared_prefix_once():
     """With a cache that holds a few groups, where first come, first served throws prefixes out and computes them
     again; and no step more is needed, and no block more."""
