@@ -11,6 +11,10 @@ from penstock.policy import policy
 from penstock.serve.kv.policies.contract import Budgeted, Cached, Kept, watched
 
 
+#: Similarities that differ by less are equal.
+GRAIN = 2.0**-12
+
+
 @policy("kv.policy", "kv_merger", papers=[287])
 class KVMerger(Budgeted):
     """Merges runs of neighbouring tokens whose keys are alike, and throws nothing out.
@@ -47,7 +51,8 @@ class KVMerger(Budgeted):
         """The number of the run of each token, int64 [*, n], of ``count`` in all: the neighbours that are the most
         alike are linked, the earlier of equal ones."""
         length = keys.shape[-2]
-        alike = cosine_similarity(keys[..., :-1, :], keys[..., 1:, :], -1)
+        # The same two tokens are as alike wherever they stand, in the first layer, up to rounding: they must be equal.
+        alike = (cosine_similarity(keys[..., :-1, :], keys[..., 1:, :], -1) / GRAIN).round()
         alike[..., length - 1 - self.recent :] = -torch.inf
         order = alike.sort(dim=-1, descending=True, stable=True).indices
         begins = torch.ones(keys.shape[:-1], dtype=torch.int64, device=keys.device)
