@@ -10,7 +10,6 @@ from torch.nn.functional import cosine_similarity
 from penstock.policy import policy
 from penstock.serve.kv.policies.contract import Budgeted, Cached, Kept, watched
 
-
 #: Similarities that differ by less are equal.
 GRAIN = 2.0**-12
 
