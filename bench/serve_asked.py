@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import random
 import time
+from collections.abc import Iterable
 
 import torch
 
@@ -43,6 +44,9 @@ ASKED = {
     "top-p 0.95, top-k 40, 5 log-probabilities": {"top_p": 0.95, "top_k": 40, "logprobs": 5},
 }
 BATCHES = (1, 16, 128, 256)
+#: Standard deviation of the scores where they are to be as uneven as a trained model's, so that top-p leaves some
+#: hundred tokens; those of random weights are nearly equal, and it leaves 95 in 100 of all.
+UNEVEN = 4.0
 
 #: Prompts, with what is wanted after each.
 Asking = list[tuple[list[int], SamplingParams]]
@@ -110,12 +114,12 @@ def measure(bench: Bench, engine: Engine, setting: str, known: str, requests: As
         bench.rows[-1] = row.model_copy(update={**beside, "ratio": row.value / float(beside["peer_value"])})
 
 
-def measure_asked(bench: Bench, engine: Engine, name: str) -> None:
+def measure_asked(bench: Bench, engine: Engine, name: str, choices: Iterable[str]) -> None:
     """What asking for more costs, at several sizes of the batch."""
     for count in BATCHES[:1] if bench.quick else BATCHES:
         plain = alike(count, {})
-        for asked, options in ASKED.items():
-            some = alike(count, options)
+        for asked in choices:
+            some = alike(count, ASKED[asked])
             bench.compare(
                 subject="penstock",
                 peer="penstock, plain sampling",
@@ -133,13 +137,17 @@ def main(bench: Bench) -> None:
     if bench.device.type != "cuda":
         raise UsageError("serve_asked measures large vocabularies and experts", hint="Give --device cuda.")
     for name, shape in ((SPARSE, EXPERTS), (DENSE, serve.SHAPES[DENSE])):
-        engine = build_engine(serve.random_model(shape, bench.device), serve.OFFLINE, report=show)
+        model = serve.random_model(shape, bench.device)
+        engine = build_engine(model, serve.OFFLINE, report=show)
         with settled():  # as a server is
             one, many = f"{name}: one request", f"{name}: 384 requests, lognormal lengths"
             measure(bench, engine, f"{one}, 128 in and 256 out", one, alike(1, {}, 256))
             measure(bench, engine, many, many, lognormal(24 if bench.quick else 384))
             if shape is not EXPERTS:
-                measure_asked(bench, engine, name)
-        del engine
+                measure_asked(bench, engine, name, ASKED)
+                deviation = shape.hidden**0.5 * model.embedding.weight.std().item()
+                model.norm.weight.data.fill_(UNEVEN / deviation)
+                measure_asked(bench, engine, f"{name}, uneven scores", ["top-p 0.95"])
+        del engine, model
         gc.collect()
         torch.cuda.empty_cache()

@@ -70,7 +70,7 @@ def settings(quick: bool) -> dict[str, dict[str, Any]]:
     for drafter, options in drafters.items():
         for name in names:
             # Some have no say about what comes out of the text.
-            if drafter == "model" or name not in ("tetris", "specdec_pp"):
+            if drafter == "model" or name not in ("fallback", "tetris", "specdec_pp"):
                 found[f"{drafter}, {name}"] = {**options, "controller": name}
         for tree in TREES[:1] if quick else TREES:
             for name in ("measured", "fixed"):

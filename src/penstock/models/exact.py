@@ -11,6 +11,7 @@ from penstock.models.blank import assembled
 from penstock.models.decoder import Decoder
 from penstock.models.invariant import make_invariant
 from penstock.models.paged import PagedTokens, cache_shape
+from penstock.ops.logprobs import logprob_table
 from penstock.ops.paged.contract import PagedBatch
 from penstock.ops.paged.invariant import Invariant
 
@@ -54,7 +55,8 @@ class ExactForward:
         hidden = model(flat[:-1], self._context(count)).hidden
         # One row after the other: what a library makes of one may depend on how many there are.
         rows = (row for states in hidden.split(SCORED) for row in model.logits(states).float())
-        return torch.stack([row.log_softmax(-1)[token] for row, token in zip(rows, flat[1:], strict=True)]).cpu()
+        told = [logprob_table(row.unsqueeze(0), token.view(1), 0) for row, token in zip(rows, flat[1:], strict=True)]
+        return torch.cat(told)[:, 2].contiguous().view(torch.float32).cpu()
 
     def _context(self, count: int) -> PagedTokens:
         """The context of a text of ``count`` tokens, whose keys and values are in a memory of its own."""

@@ -12,7 +12,7 @@ from penstock.ops.draw import MANY
 #: Scores that lie side by side in a piece of a row, how many such lines a piece has, and warps of a program.
 LANES, LINES, WARPS = 4096, 4, 16
 #: Lanes that are kept in registers, where so few have all that top-k leaves.
-FEW = 128
+FEW = 256
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -154,7 +154,8 @@ def floor_kernel(  # type: ignore[no-untyped-def]
     One program a row, which looks for the floor among the keys: it keeps an interval [low, high) in which it lies, and
     asks at three places inside how much is above, until nothing is left to be asked. Score s is in lane s % lanes. The
     best of each lane are as many tokens, so what the k-th best of these does not reach, top-k cuts; and what reaches
-    it is in k lanes, or a few more that tie, which registers can hold."""
+    it is in k lanes, or a few more that tie, which registers can hold. Without top-k, the best few tokens are looked at
+    in the same way, and the whole row only if they do not have the share."""
     own, lane = tl.program_id(0), tl.arange(0, lanes)
     row = scores + own.to(tl.int64) * size
     temperature, top_k = tl.load(cuts + own), tl.load(cuts + count + own)
@@ -172,11 +173,14 @@ def floor_kernel(  # type: ignore[no-untyped-def]
     heat = tl.maximum(temperature, 1e-30)
     top, cold = _score(end - 1, narrow), (1.4426950408889634 / heat).to(tl.float32)
     left, above, aim, share = many, 0.0 * heat, 0.0 * heat, top_p < 1
-    if (top_k > 0) & (top_k < size):
-        wanted = top_k.to(tl.int32)
+    limited = (top_k > 0) & (top_k < size)
+    if limited | share:
+        # Half of the room, since some may tie with the last.
+        wanted = tl.where(limited, top_k, few // 2).to(tl.int32)
+        reached, least = low, _score(low, narrow)
         if wanted <= lanes:
-            low = _count_floor(best, low, end, wanted)
-        mine = (best >= low.to(tl.int32)).to(tl.int32)
+            reached = _count_floor(best, low, end, wanted)
+        mine = (best >= reached.to(tl.int32)).to(tl.int32)
         number = tl.sum(mine, 0)
         if number <= few:
             tl.store(picked + own * few + tl.cumsum(mine, 0) - 1, lane, mine > 0)
@@ -186,15 +190,23 @@ def floor_kernel(  # type: ignore[no-untyped-def]
             at = which[:, None] + tl.arange(0, depth)[None, :] * lanes
             kept = tl.load(row + at, (place < number)[:, None] & (at < size), -float("inf")).to(tl.float32)
             keys = _key(kept, narrow)
-            low = _count_floor(keys, low, end, wanted)
+            if limited:
+                low = _count_floor(keys, reached, end, wanted)
+                reached = low
+            weights = tl.where(keys >= reached.to(tl.int32), tl.exp2((kept - top) * cold), 0.0)
+            mass = tl.sum(weights).to(tl.float64)
             if share:
-                weights = tl.where(keys >= low.to(tl.int32), tl.exp2((kept - top) * cold), 0.0)
-                aim = top_p * tl.sum(weights).to(tl.float64)
-                low, above = _mass_floor(keys, weights, low, end, aim)
-                share = top_p > 1
-                left = 0
-        else:
-            low = _count_floor_of_row(row, size, low, end, wanted, narrow, lanes, lines)
+                whole = mass
+                if not limited:
+                    whole, _, _ = _masses(row, size, top, cold, least, least, least, lanes, lines)
+                aim = top_p * whole
+                # Of all tokens, the best few nearly always have the share.
+                if mass >= aim:
+                    low, above = _mass_floor(keys, weights, reached, end, aim)
+                    share = top_p > 1
+                    left = 0
+        elif limited:
+            low = _count_floor_of_row(row, size, reached, end, wanted, narrow, lanes, lines)
     if share:
         least = _score(low, narrow)
         whole, _, _ = _masses(row, size, top, cold, least, least, least, lanes, lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as List
 from typing import overload
@@ -11,6 +10,8 @@ from typing import overload
 import numpy as np
 import torch
 from torch import Tensor
+
+from penstock.ops.logprobs import logprob_table
 
 #: Columns before the alternatives: the token, its rank, its log-probability, and entropy and certainty of the position.
 FIXED = 5
@@ -148,18 +149,7 @@ class Logprobs:
     def of(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | None = None) -> Logprobs:
         """Those of ``tokens`` [R], given ``logits`` [R, vocabulary], with ``most`` alternatives; entropy and certainty
         for the rows that bool [R] ``spread`` names, of none without it: they cost a pass over all scores."""
-        scores = logits.float().log_softmax(-1)
-        chosen = scores.gather(-1, tokens.unsqueeze(-1))
-        rank = (scores > chosen).sum(-1, keepdim=True) + 1
-        top = scores.topk(min(most, scores.shape[-1]), -1)
-        pairs = torch.stack([top.indices.int(), top.values.view(torch.int32)], -1).flatten(1)
-        shape = (
-            chosen.new_zeros(len(scores), 2)
-            if spread is None
-            else torch.where(spread.unsqueeze(-1), _spread(scores), 0.0)
-        )
-        values = torch.cat([chosen, shape], -1).view(torch.int32)
-        return Logprobs(torch.cat([tokens.unsqueeze(-1).int(), rank.int(), values, pairs], -1))
+        return Logprobs(logprob_table(logits, tokens, most, spread))
 
     @staticmethod
     def joined(parts: List[Logprobs]) -> Logprobs:
@@ -174,11 +164,3 @@ class Logprobs:
     def rows(self) -> LogprobRows:
         """The same as rows; it must be on the host."""
         return LogprobRows(self.packed.numpy())
-
-
-def _spread(scores: Tensor) -> Tensor:
-    """Entropy and certainty [R, 2], given log-probabilities [R, vocabulary]."""
-    # A token that cannot come adds nothing to the entropy, and its certainty is without bound.
-    entropy = torch.special.entr(scores.exp()).sum(-1)
-    certainty = -scores.mean(-1) - math.log(scores.shape[-1])
-    return torch.stack([entropy, certainty], -1)

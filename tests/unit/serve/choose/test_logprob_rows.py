@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.models import hub
+from penstock.ops import logprobs as tables
 from penstock.serve.build import build_engine
 from penstock.serve.choose import logprobs
 from penstock.serve.choose.logprobs import LogprobRows, TokenLogprobs
@@ -65,7 +66,7 @@ def test_how_probabilities_are_spread_is_computed_only_where_it_is_asked_for(mon
         logprobs.Logprobs.of(scores, tokens, 1, torch.tensor(asked)).rows
         for asked in ([True] * 3, [True, False, False])
     )
-    monkeypatch.setattr(logprobs, "_spread", None)  # may not be called
+    monkeypatch.setattr(tables, "_spread", None)  # may not be called
     plain = logprobs.Logprobs.of(scores, tokens, 1).rows
     assert plain.entropies == plain.certainties == [0.0] * 3
     assert plain == [dataclasses.replace(each, entropy=0.0, certainty=0.0) for each in whole]
