@@ -30,7 +30,7 @@ class _Uninitialized(TorchFunctionMode):
 
 
 def assembled(like: Any, weights: Mapping[str, Tensor]) -> Decoder:
-    """A Decoder of the shape of ``like`` and from the same folder (see ``models/hub.py``), with ``weights`` by name."""
+    """A Decoder of the shape of ``like`` and of its origin (``models/hub/family.py``), with ``weights`` by name."""
     with without_weights():
         model = Decoder(like.config)
     named = {

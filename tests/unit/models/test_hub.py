@@ -27,6 +27,7 @@ from penstock.core.errors import DataError, ModelError, PenstockError, UsageErro
 from penstock.models import hub
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.models.hub import folders
 from penstock.testing.transformers_peer import peer, published
 
 SHAPE = DecoderConfig(vocabulary=31, hidden=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn=20, context=32)
@@ -93,7 +94,7 @@ def test_a_run_resolves_to_its_newest_checkpoint_and_then_to_its_model(tmp_path:
 
 def test_boxed_models(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By bare name, unless a folder here has that name."""
-    monkeypatch.setattr(hub, "BOXED", folder.parent)
+    monkeypatch.setattr(folders, "BOXED", folder.parent)
     assert hub.resolve(folder.name) == folder
     with pytest.raises(UsageError, match="did you mean 'model-folder'"):
         hub.resolve("model-foldr")

@@ -137,7 +137,7 @@ class Part(Decoder):
     @torch.no_grad()
     def take(self, whole: Decoder) -> Part:
         """Copies its weights from a whole Decoder of the same shape, into its own memory and dtype; returns itself."""
-        vars(self).update({key: value for key, value in vars(whole).items() if key == "origin"})  # see models/hub.py
+        vars(self).update({key: value for key, value in vars(whole).items() if key == "origin"})  # models/hub/family.py
         source = dict(whole.named_parameters())
         for name, parameter in self.named_parameters():
             parameter.copy_(self.own(name, source[name]))

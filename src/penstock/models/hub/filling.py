@@ -1,0 +1,63 @@
+"""A decoder on the meta device gets its memory, and its memory the weights of a folder."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from penstock.core.errors import ModelError
+from penstock.models.decoder import Decoder
+from penstock.models.families.contract import Family
+from penstock.models.families.mapping import general, placed, views_on
+from penstock.models.formats.contract import Weights
+from penstock.models.hub.folders import CONFIG
+from penstock.models.hub.weights import require_shape, tied_head
+from penstock.models.linear import Linear
+from penstock.models.quantized import QuantizedLinear
+
+
+def allocate(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> None:
+    """Gives a decoder on the meta device memory, uninitialized."""
+    blank = {
+        name: nn.Parameter(torch.empty(meta.shape, dtype=dtype, device=device), requires_grad=meta.requires_grad)
+        for name, meta in decoder.named_parameters()
+    }
+    if decoder.config.shares_head and isinstance(decoder.head, Linear):
+        blank["head.weight"] = blank["embedding.weight"]
+    decoder.load_state_dict(blank, assign=True)
+    decoder.rotary.to(device)
+
+
+def keep_packed(decoder: Decoder, family: Family, weights: Weights) -> None:
+    """Replaces those linear layers of a decoder on the meta device whose matrices are quantized, and a tied head."""
+    stacks: dict[str, list[str]] = {}
+    shapes: dict[str, torch.Size] = {}
+    for ours, hub, view in placed(decoder, family):
+        stacks.setdefault(ours.removesuffix(".weight"), []).append(hub)
+        shapes[hub] = view.shape
+    if decoder.config.shares_head:
+        stacks["head"] = stacks["embedding"]
+    for name, module in list(decoder.named_modules()):
+        stack = stacks.get(name, [])
+        whole = type(module) is Linear and general(f"{name}.weight") not in family.transposed
+        if whole and stack and all(hub in weights.quantized for hub in stack):
+            packed = dict(weights.packed(stack))
+            for hub in stack:
+                require_shape(hub, weights, packed[hub].shape, shapes[hub])
+            decoder.set_submodule(name, QuantizedLinear([packed[hub] for hub in stack], module.bias))
+
+
+def fill(decoder: Decoder, family: Family, weights: Weights) -> None:
+    """Copies stored weights into the decoder, which they have been checked against."""
+    views = views_on(decoder, family)
+    for name, tensor in weights.read(views.keys()):
+        require_shape(name, weights, tensor.shape, views[name].shape)
+        views[name].copy_(tensor)
+    tied = tied_head(decoder.config, family)
+    for name, head in weights.read([] if tied is None else [tied]):
+        embedding = decoder.embedding.weight
+        if not torch.equal(head.to(embedding), embedding):
+            raise ModelError(
+                f"{name} in {weights.headers[name].path} differs from the embedding, to which {CONFIG} ties it",
+                hint=f"Set tie_word_embeddings to false in {CONFIG} to use it.",
+            )

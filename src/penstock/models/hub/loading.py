@@ -1,0 +1,143 @@
+"""Models from folders: to train, for inference, as reward models, or their weights alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from penstock.core.errors import ModelError, UsageError
+from penstock.models.adapters import routed_folder
+from penstock.models.blank import without_weights
+from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
+from penstock.models.families.contract import effective
+from penstock.models.families.mapping import views_on
+from penstock.models.hub.description import describe, read_config
+from penstock.models.hub.family import remember
+from penstock.models.hub.filling import allocate, fill, keep_packed
+from penstock.models.hub.folders import resolve
+from penstock.models.hub.weights import check_weights, routed_adapter, stated_dtype, weights_of
+from penstock.models.shares import Divided, Portion, Share, cuts, divided
+
+
+def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Decoder:
+    """Loads a model. Peak memory is the model and one shard.
+
+    Args:
+        source: see :func:`resolve`.
+        device: where the weights go.
+        dtype: their dtype; None takes the one that config.json states, or else that of the stored tensors.
+
+    Raises:
+        UsageError: there is no such model.
+        ModelError: the folder is damaged or incomplete, or holds a model that the Decoder cannot be.
+    """
+    return _load(source, torch.device(device), dtype, packed=False)
+
+
+def load_for_inference(
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    share: Share | None = None,
+) -> Decoder:
+    """Loads a model as :func:`load` does, with two differences: it has no gradients, and on a CPU quantized matrices of
+    its layers and of its head stay as they are stored, where products read them (but not below an adapter that cannot
+    be merged). ``dtype`` is that of the others. With a ``share`` it is that of a rank, of which nothing else is read;
+    :mod:`penstock.parallel.tensor` makes ranks compute together.
+
+    Raises:
+        UsageError: as :func:`load`; or that many ranks cannot divide the model.
+        ModelError: as :func:`load`.
+    """
+    return _load(source, torch.device(device), dtype, torch.device(device).type == "cpu", share)
+
+
+def _load(
+    source: str | Path, device: torch.device, dtype: torch.dtype | None, packed: bool, share: Share | None = None
+) -> Decoder:
+    folder = resolve(source)
+    described = describe(folder)
+    family, config = described.family, described.config
+    adapter = routed_adapter(folder)
+    if adapter is not None and share is not None:
+        raise UsageError(
+            f"{adapter} adds something else for each token, and is not divided among devices",
+            hint="Leave out tensor_parallel.",
+        )
+    weights = weights_of(described)
+    with without_weights():
+        decoder = whole = Decoder(config)
+        if share is not None:
+            decoder = Decoder(divided(config, share.size))
+    check_weights(described, weights, views_on(whole, family))
+    if share is not None:
+        weights = Divided(weights, cuts(whole, decoder, family, share))
+    if packed and adapter is None:
+        keep_packed(decoder, family, weights)
+    allocate(decoder, device, dtype or stated_dtype(described, weights))
+    fill(decoder, family, weights)
+    if adapter is not None:
+        routed_folder.wear(decoder, family, adapter)
+    remember(decoder, described)
+    if share is not None:
+        vars(decoder)["portion"] = Portion(config, share)
+    return decoder
+
+
+def load_reward(source: str | Path, *, device: str | torch.device = "cpu") -> Decoder:
+    """Loads a reward model: a decoder whose head gives a text one number.
+
+    Raises:
+        UsageError: there is no such model, or it has another head.
+        ModelError: as :func:`load` raises it.
+    """
+    decoder = load(source, device=device)
+    if not decoder.config.scalar_head:
+        raise UsageError(
+            f"{resolve(source)} has a head over a vocabulary: it is no reward model",
+            hint="Name a model that was trained by penstock train --preset reward, or that was saved as a sequence "
+            "classifier with one label.",
+        )
+    return decoder.requires_grad_(False)
+
+
+def dtype_of(source: str | Path) -> torch.dtype:
+    """The dtype that a model folder states, or else that of its stored tensors; ``source`` as in :func:`resolve`."""
+    described = describe(resolve(source))
+    return stated_dtype(described, weights_of(described))
+
+
+def import_state(decoder: Decoder, folder: Path) -> None:
+    """Copies the weights in ``folder`` into a decoder of the same shape, in place, in its own device and dtype.
+
+    Raises:
+        ModelError: the folder is damaged or incomplete, or of another model. The decoder is untouched then, unless
+            the damage is to the bytes of a tensor.
+    """
+    described = describe(folder)
+    _same_model(folder, described.config, decoder)
+    weights = weights_of(described)
+    check_weights(described, weights, views_on(decoder, described.family))
+    fill(decoder, described.family, weights)
+
+
+def weights_for(decoder: Decoder, folder: Path) -> dict[str, Tensor]:
+    """The weights in ``folder`` by the names of ``decoder.state_dict()``, for a decoder of the same shape, in its dtype
+    and in the host's memory.
+
+    Raises:
+        UsageError, ModelError: the folder is damaged or incomplete, or of another model.
+    """
+    _same_model(folder, read_config(folder), decoder)
+    return load(folder, dtype=decoder.embedding.weight.dtype).state_dict()
+
+
+def _same_model(folder: Path, config: DecoderConfig, decoder: Decoder) -> None:
+    there, here = effective(config), effective(decoder.config)
+    if there != here:
+        differing = ", ".join(sorted(key for key in {*there, *here} if there.get(key) != here.get(key)))
+        raise ModelError(f"{folder} holds another model than this one: they differ in {differing}")
