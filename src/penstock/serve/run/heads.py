@@ -27,16 +27,31 @@ from penstock.serve.run.trees import Trees
 from penstock.speculate.verifiers.contract import Verifier
 
 
-def written_over(batch: Batch, size: int) -> bool:
-    """Whether some of the blocks, of ``size`` tokens, that ``batch`` copies from are written to, by its copies or by
-    what is drafted for it. Then the copies cannot be made before it is drafted: the target makes them once more, behind
-    that."""
-    sources, targets = (set(each) for each in zip(*batch.copies, strict=True))
+def copied_ahead(batch: Batch, size: int, copy: Callable[[list[int], list[int]], None]) -> bool:
+    """Makes those copies of blocks before the target's step that the target makes at its beginning, since drafts read
+    what is copied; it makes them once more, behind what is drafted. So that both come to the same, none are made, and
+    nothing can be drafted, where a block that is copied from is written to, by the copies or by what would be drafted.
+
+    Args:
+        batch: what the target will compute.
+        size: tokens of a block.
+        copy: copies from the blocks of a list to those of another.
+
+    Returns:
+        Whether all is copied.
+    """
+    if not batch.copies:
+        return True
+    sources, targets = (list(each) for each in zip(*batch.copies, strict=True))
+    written = set(targets)
     for entry in batch.entries:
         if entry.window:
             first, last = entry.start - entry.dropped, entry.start - entry.dropped + entry.rows - 1
-            targets.update(batch.tables[entry.slot, first // size : last // size + 1].tolist())
-    return not sources.isdisjoint(targets)
+            written.update(batch.tables[entry.slot, first // size : last // size + 1].tolist())
+    if not written.isdisjoint(sources):
+        return False
+    copy(sources, targets)
+    return True
 
 
 class HeadDraft(Drafting):
@@ -58,12 +73,7 @@ class HeadDraft(Drafting):
 
     def _first(self, batch: Batch, wanted: dict[int, int]) -> list[Entry]:
         first = list(self._decoding(batch, wanted))
-        if first and batch.copies:
-            # Blocks that the target copies at the beginning of its step are read before that here.
-            if written_over(batch, self.block_size):
-                return []
-            self._copy(*(list(each) for each in zip(*batch.copies, strict=True)))
-        return first
+        return first if first and copied_ahead(batch, self.block_size, self._copy) else []
 
     def _decoding(self, batch: Batch, wanted: dict[int, int]) -> Iterator[Entry]:
         for entry in batch.entries:
@@ -298,10 +308,10 @@ class ContinuingDraft(DraftModel):
         self._target = target
 
     def draft(self, batch: Batch, goes_on: GoesOn | None = None) -> Drafted:
-        if batch.copies:
-            if written_over(batch, self._target.block_size) or self._target.hidden is None:
-                return Drafted()
-            self._target.hidden.copy(*(list(each) for each in zip(*batch.copies, strict=True)))
+        kept = self._target.hidden
+        assert kept is not None
+        if not copied_ahead(batch, self._target.block_size, kept.copy):
+            return Drafted()
         drafted = super().draft(batch)
         for entry in batch.entries:
             if entry.slot in drafted.windows and entry.count > 1:
