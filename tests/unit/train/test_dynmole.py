@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from penstock import LLM, SamplingParams
 from penstock.cli import build_app
 from penstock.core.config import build
-from penstock.core.errors import CheckpointError, ConfigError, ModelError, UsageError
+from penstock.core.errors import ConfigError, ModelError, UsageError
 from penstock.core.progress import silent
 from penstock.data.loader import Batch
 from penstock.models import hub
@@ -29,7 +29,6 @@ from penstock.train.run import Run
 from penstock.train.session import train_to_the_end
 from penstock.train.tuners.dynmole import DynMoLE
 from tiny_chats import chat_config, make_chat_model, turns, write_lines
-from tiny_runs import assert_same_bits
 
 SMALL = {"name": "dynmole", "rank": 2, "experts": 4, "threshold": 1.2}
 EVERY = Mixture(experts=4, entropy_index=2.0, threshold=9.0, top_p=0.75, top_k=1)
@@ -233,23 +232,6 @@ def test_what_is_served_is_what_the_model_says(model, trained):
     llm = LLM(str(folder), dtype="fp32", cache_tokens=512, progress=silent)
     prompts = [{"prompt_token_ids": asked}, {"prompt_token_ids": asked[:4]}]
     assert llm.generate(prompts, sampling, progress=silent)[0].outputs[0].token_ids == found[len(asked) :]
-
-
-@pytest.mark.parametrize(
-    ("precision", "changes"), [("fp32", {"activation_checkpointing": True}), ("bf16", {"checkpoint_background": True})]
-)
-def test_a_run_resumes_bit_for_bit(model, data, tmp_path, precision, changes):
-    options = chat_config(
-        model, data=data, tuner=SMALL, steps=4, checkpoint_steps=2, keep_checkpoints=9, precision=precision, **changes
-    )
-    Run.create(options, tmp_path / "whole").trainer.train()
-    Run.create(options, tmp_path / "run").trainer.train()
-    last = tmp_path / "run" / "checkpoints" / "step-00000004"
-    (last / "adapter_config.json").unlink()
-    Run.reopen(tmp_path / "run").trainer.train()
-    assert_same_bits(last, tmp_path / "whole" / "checkpoints" / "step-00000004")
-    with pytest.raises(CheckpointError, match="was written with the tuner"):
-        Run.reopen(tmp_path / "run", overrides=["tuner.rank=3"])
 
 
 def test_layers_that_are_computed_twice_give_the_same_gradients(model, data, tmp_path):

@@ -25,6 +25,7 @@ from tiny_chats import chat_config, make_chat_model, turns, write_lines
 from tiny_runs import assert_same_bits
 
 LORA, MOS = {"name": "lora", "rank": 4}, {"name": "mos", "rank": 4, "budget": 2}
+DYNMOLE = {"name": "dynmole", "rank": 2, "experts": 4, "threshold": 1.2}
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +59,26 @@ def test_an_adapters_run_leaves_the_adapter_and_the_merged_model(model, data, tm
     assert (stored["r"], stored["base_model_name_or_path"]) == (4, str(model))
 
 
-@pytest.mark.parametrize(("tuner", "precision"), [(LORA, "fp32"), (LORA, "bf16"), (MOS, "bf16")])
-def test_an_adapters_run_resumes_bit_for_bit(model, data, tmp_path, tuner, precision):
-    options = chat_config(
-        model, data=data, tuner=tuner, steps=6, checkpoint_steps=3, keep_checkpoints=9, precision=precision
-    )
+@pytest.mark.parametrize(
+    ("tuner", "last_written", "changes"),
+    [
+        (LORA, "config.json", {"precision": "fp32"}),
+        (LORA, "config.json", {"precision": "bf16"}),
+        (MOS, "config.json", {"precision": "bf16"}),
+        (DYNMOLE, "adapter_config.json", {"precision": "fp32", "activation_checkpointing": True}),
+        (DYNMOLE, "adapter_config.json", {"precision": "bf16", "checkpoint_background": True}),
+    ],
+)
+def test_an_adapters_run_resumes_bit_for_bit(model, data, tmp_path, tuner, last_written, changes):
+    options = chat_config(model, data=data, tuner=tuner, steps=4, checkpoint_steps=2, keep_checkpoints=9, **changes)
     Run.create(options, tmp_path / "whole").trainer.train()
     Run.create(options, tmp_path / "run").trainer.train()
-    last = tmp_path / "run" / "checkpoints" / "step-00000006"
-    (last / "config.json").unlink()
+    last = tmp_path / "run" / "checkpoints" / "step-00000004"
+    (last / last_written).unlink()
     Run.reopen(tmp_path / "run").trainer.train()
-    assert_same_bits(last, tmp_path / "whole" / "checkpoints" / "step-00000006")
+    assert_same_bits(last, tmp_path / "whole" / "checkpoints" / "step-00000004")
     with pytest.raises(CheckpointError, match="was written with the tuner"):
-        Run.reopen(tmp_path / "run", overrides=["tuner.rank=2"])
+        Run.reopen(tmp_path / "run", overrides=["tuner.rank=3"])
 
 
 def test_frozen_parts_stay(model, data, tmp_path):
