@@ -8,21 +8,19 @@ first forwards of the next one are made again. Without several GPUs, tiny shapes
 from __future__ import annotations
 
 import functools
-import gc
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from penstock.core.bench import Bench
-from penstock.core.config import build
 from penstock.core.errors import PenstockError
 from penstock.data.loader import Batch
 from penstock.parallel.world import World
+from penstock.testing.timed_updates import TimedUpdates
 from penstock.testing.workers import Workers, serve
-from penstock.train.config import TrainConfig
 from penstock.train.loop import Trainer
 from penstock.train.pipeline.pipeline import Pipeline
 
@@ -38,82 +36,41 @@ UPDATES, REPETITIONS = 6, 3
 PATIENCE = 240.0
 
 
-class Subjects:
-    """In a worker: trainers by order. One at a time is in memory."""
+class Subjects(TimedUpdates):
+    """In a worker: trainers by a schedule, whether all wait, and a limit."""
 
     def __init__(self, world: World) -> None:
-        self.world = world
-        self.on_cuda = torch.cuda.device_count() >= world.size
-        self.device = torch.device(f"cuda:{world.local_rank}" if self.on_cuda else "cpu")
-        if self.on_cuda:
-            torch.cuda.set_device(self.device)
-        self.length = 4096 if self.on_cuda else 32
+        super().__init__(world, LARGE, TINY, UPDATES, warm=4)
         self.microbatches = 4 * world.size
         self.folder = Path(tempfile.mkdtemp(prefix="penstock-bench-"))
         shape = (self.microbatches, self.length)
-        vocabulary = (LARGE if self.on_cuda else TINY)["vocabulary"]
-        tokens = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(self.shape["vocabulary"], shape, generator=torch.Generator().manual_seed(0))
         self.batch = Batch(tokens, tokens, torch.zeros_like(tokens))
         world.sum_([torch.zeros(1, device=self.device)])  # NCCL begins with all processes
-        self.prepared = ""
 
-    def __call__(self, order: str) -> dict[str, Any]:
-        """Answers ``order``, a schedule, whether all wait, and a limit, with what some updates took."""
-        if order != self.prepared:
-            self._prepare(order)
-        peak = torch.cuda.max_memory_allocated() if self.on_cuda else 0
-        return {"seconds": self._timed(UPDATES), "peak": peak}
-
-    def _prepare(self, order: str) -> None:
-        self.trainer: Trainer | None = None
-        gc.collect()
-        if self.on_cuda:
-            torch.cuda.empty_cache()
+    def made(self, order: str) -> Callable[[int], object]:
         name, _, limit = order.partition(" | ")
         schedule, _, how = name.partition(", ")
-        pipeline = {"schedule": schedule, "post_validation": f", {how}" == VALIDATED, "timeout": PATIENCE / 3}
-        config = build(TrainConfig, self._tree(pipeline, LIMITS[limit]), "the benchmark")
+        config = self.config(
+            self.microbatches * self.length,
+            parallel={"pipeline": self.world.size},
+            pipeline={"schedule": schedule, "post_validation": f", {how}" == VALIDATED, "timeout": PATIENCE / 3},
+            compile=False,
+            clip=LIMITS[limit],
+        )
         assert config.model is not None
         made = Pipeline(config, config.model, self.folder, self.world)
         with torch.no_grad():
             part = made.part.to(self.device)
             for parameter in part.parameters():
                 parameter.normal_(std=0.02)
-        self.trainer = Trainer(config, part, None, None, self.folder, self.world, made)  # type: ignore[arg-type]
-        self.prepared = order
-        if self.on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        self._timed(4)  # loads kernels, finds memory, and is profiled
+        trainer = Trainer(config, part, None, None, self.folder, self.world, made)  # type: ignore[arg-type]
+        return functools.partial(self._updated, trainer)
 
-    def _tree(self, pipeline: dict[str, Any], clip: float) -> dict[str, Any]:
-        tokens = self.microbatches * self.length
-        return {
-            "model": {**(LARGE if self.on_cuda else TINY), "context": self.length},
-            "batch": {"tokens": tokens, "micro_tokens": self.length, "stages": [{"length": self.length}]},
-            "optim": {"name": "adamw", "lr": 1e-6},
-            "parallel": {"pipeline": self.world.size},
-            "pipeline": pipeline,
-            "precision": "bf16" if self.on_cuda else "fp32",
-            "compile": False,
-            "clip": clip,
-            "steps": 1000,
-        }
-
-    def _timed(self, updates: int) -> float:
-        """Seconds of so many updates of the slowest process, which nobody waits for in between but they themselves."""
-        assert self.trainer is not None
-        self._synchronize()
-        self.world.barrier()
-        began = time.perf_counter()
-        for _ in range(updates):
-            self.trainer.update(self.batch, self.length, 1.0)
-        self.trainer.updater.settle()
-        self._synchronize()
-        return self.world.largest(time.perf_counter() - began)[0]
-
-    def _synchronize(self) -> None:
-        if self.on_cuda:
-            torch.cuda.synchronize(self.device)
+    def _updated(self, trainer: Trainer, count: int) -> None:
+        for _ in range(count):
+            trainer.update(self.batch, self.length, 1.0)
+        trainer.updater.settle()
 
 
 def main(bench: Bench) -> None:

@@ -8,9 +8,7 @@ several GPUs, tiny shapes over gloo show that it works.
 from __future__ import annotations
 
 import functools
-import gc
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from penstock.core.bench import Bench
-from penstock.core.config import build
 from penstock.core.errors import PenstockError
 from penstock.data.loader import Batch
 from penstock.models.blank import without_weights
@@ -30,8 +27,8 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families.llama import Llama
 from penstock.parallel.world import World
+from penstock.testing.timed_updates import TimedUpdates
 from penstock.testing.workers import Workers, serve
-from penstock.train.config import TrainConfig
 from penstock.train.loop import Trainer
 from penstock.train.shards.shards import Shards
 
@@ -45,48 +42,28 @@ ACCUMULATED, UPDATES, REPETITIONS = 4, 2, 3
 PATIENCE = 900.0
 
 
-class Subjects:
-    """In a worker: subjects by order. One at a time is in memory."""
+class Subjects(TimedUpdates):
+    """In a worker: both subjects by their names."""
 
     def __init__(self, world: World) -> None:
-        self.world = world
-        self.on_cuda = torch.cuda.device_count() >= world.size
-        self.device = torch.device(f"cuda:{world.local_rank}" if self.on_cuda else "cpu")
-        if self.on_cuda:
-            torch.cuda.set_device(self.device)
-        self.shape, self.length = (LARGE, 4096) if self.on_cuda else (TINY, 32)
+        super().__init__(world, {**LARGE, "tied": False}, {**TINY, "tied": False}, UPDATES, warm=2)
         draw = torch.Generator().manual_seed(world.rank)
         tokens = torch.randint(self.shape["vocabulary"], (ACCUMULATED, self.length), generator=draw)
         self.batch = Batch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens))
-        self.prepared = ""
-        self._update: Callable[[], object] = lambda: None
 
-    def __call__(self, order: str) -> dict[str, float]:
-        """Answers the name of a subject with what some updates took of it, and the most memory that it had."""
-        if order != self.prepared:
-            self._update = lambda: None
-            gc.collect()
-            if self.on_cuda:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            self._update = (self._ours if order == OURS else self._theirs)()
-            self.prepared = order
-            self._timed(2)  # compiles, loads kernels and finds memory
-        seconds = self._timed(UPDATES)
-        return {"seconds": seconds, "peak": float(torch.cuda.max_memory_allocated()) if self.on_cuda else 0.0}
+    def made(self, order: str) -> Callable[[int], object]:
+        update = (self._ours if order == OURS else self._theirs)()
+
+        def updated(count: int) -> None:
+            for _ in range(count):
+                update()
+
+        return updated
 
     def _ours(self) -> Callable[[], object]:
-        tokens = self.world.size * ACCUMULATED * self.length
-        tree = {
-            "model": {**self.shape, "context": self.length, "tied": False},
-            "batch": {"tokens": tokens, "micro_tokens": self.length, "stages": [{"length": self.length}]},
-            "optim": {"name": "adamw", "lr": 1e-6},
-            "parallel": {"shard": "all"},
-            "precision": "bf16" if self.on_cuda else "fp32",
-            "activation_checkpointing": True,
-            "steps": 1000,
-        }
-        config = build(TrainConfig, tree, "the benchmark")
+        config = self.config(
+            self.world.size * ACCUMULATED * self.length, parallel={"shard": "all"}, activation_checkpointing=True
+        )
         assert config.model is not None
         assert config.precision != "auto"
         shards = Shards(config, self.world, self.device)
@@ -100,7 +77,7 @@ class Subjects:
         return lambda: trainer.update(self.batch, self.length, 1.0)
 
     def _theirs(self) -> Callable[[], object]:
-        shape = DecoderConfig(**self.shape, context=self.length, tied=False)  # type: ignore[arg-type]
+        shape = DecoderConfig(**self.shape, context=self.length)
         config = transformers.LlamaConfig(**Llama().config_to_hub(shape), use_cache=False)
         with torch.device("meta"):
             model = transformers.LlamaForCausalLM(config).train()
@@ -128,20 +105,6 @@ class Subjects:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-
-    def _timed(self, updates: int) -> float:
-        """Seconds of so many updates of the slowest process."""
-        self._synchronize()
-        self.world.barrier()
-        began = time.perf_counter()
-        for _ in range(updates):
-            self._update()
-        self._synchronize()
-        return self.world.largest(time.perf_counter() - began)[0]
-
-    def _synchronize(self) -> None:
-        if self.on_cuda:
-            torch.cuda.synchronize(self.device)
 
 
 def main(bench: Bench) -> None:
