@@ -202,6 +202,24 @@ def test_a_divided_model_answers_as_the_whole_one_and_ends_with_a_rank_that_is_k
         assert gone(engine)
 
 
+@pytest.mark.slow
+def test_stages_answer_as_the_whole_model_and_end_with_one_that_is_killed(server):
+    with Served("--pipeline-parallel", "2") as cut, ThreadPoolExecutor(1) as pool:
+        texts = [each.post("/v1/completions", **GREEDY).json()["choices"][0]["text"] for each in (cut, server)]
+        assert texts[0] == texts[1]
+        engine = cut.engine
+        (rank,) = children(engine)
+        under_way = pool.submit(answer_of, cut, LONG)
+        cut.until(lambda now: now["running"] == 1)
+        os.kill(rank, signal.SIGKILL)
+        status, error = under_way.result(PATIENCE)
+        assert (status, error["code"]) == (503, "engine_died")
+        assert "rank 1 has ended without a word" in error["message"]
+        assert cut.process.wait(PATIENCE) == 1
+        assert "Traceback" not in cut.said()
+        assert gone(engine)
+
+
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_fails_is_told_with_its_reason_and_ends_the_server(rank):
     forking = functools.partial(serve_with_a_failing_rank, rank)

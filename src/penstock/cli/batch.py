@@ -8,7 +8,7 @@ import typer
 
 from penstock.cli._adapters import ADAPTER, chosen_adapters
 from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_RECOMPUTE, KV_REUSE, KV_WHEN, chosen_cache
-from penstock.cli._ranks import TENSOR_PARALLEL, chosen_ranks
+from penstock.cli._ranks import PIPELINE_PARALLEL, TENSOR_PARALLEL, chosen_ranks
 from penstock.cli._weights import RESIDENT_WEIGHTS, chosen_weights
 
 
@@ -45,6 +45,7 @@ def batch(
     kv_reuse: str | None = KV_REUSE,
     kv_recompute: float | None = KV_RECOMPUTE,
     tensor_parallel: int | None = TENSOR_PARALLEL,
+    pipeline_parallel: int | None = PIPELINE_PARALLEL,
     resident_weights: str | None = RESIDENT_WEIGHTS,
     adapter: list[str] = ADAPTER,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
@@ -69,7 +70,8 @@ def batch(
     from penstock.serve.offline.batch_file import BatchRun
     from penstock.serve.offline.gather import Gatherer
 
-    cache, ranks = chosen_cache(kv, kv_budget, kv_when, kv_codec, kv_reuse, kv_recompute), chosen_ranks(tensor_parallel)
+    cache = chosen_cache(kv, kv_budget, kv_when, kv_codec, kv_reuse, kv_recompute)
+    ranks = chosen_ranks(tensor_parallel, pipeline_parallel)
     called = name or hub.name_of(model)
     base = {"batching": "batchllm", "draft": draft, "draft_tree": draft_tree or "", **cache, **ranks}
     base |= chosen_adapters(adapter, called) | chosen_weights(resident_weights)

@@ -11,7 +11,7 @@ import typer
 
 from penstock.cli._adapters import ADAPTER, chosen_adapters
 from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_RECOMPUTE, KV_REUSE, KV_WHEN, chosen_cache
-from penstock.cli._ranks import TENSOR_PARALLEL, chosen_ranks
+from penstock.cli._ranks import PIPELINE_PARALLEL, TENSOR_PARALLEL, chosen_ranks
 from penstock.cli._weights import RESIDENT_WEIGHTS, chosen_weights
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def serve(
     kv_reuse: str | None = KV_REUSE,
     kv_recompute: float | None = KV_RECOMPUTE,
     tensor_parallel: int | None = TENSOR_PARALLEL,
+    pipeline_parallel: int | None = PIPELINE_PARALLEL,
     resident_weights: str | None = RESIDENT_WEIGHTS,
     replicas: int = typer.Option(
         1,
@@ -177,7 +178,8 @@ def serve(
 
     With a cache of 8-bit integers, which holds more tokens: `penstock serve python-6m --kv-codec int8`
 
-    On two devices, each of which has half of the model: `penstock serve org/name --tensor-parallel 2`
+    On two devices, each of which has half of the model: `penstock serve org/name --tensor-parallel 2`, or, where they
+    are slowly connected, half of its layers: `penstock serve org/name --pipeline-parallel 2`
 
     A model that is larger than memory, on a CPU: `penstock serve org/name --resident-weights 8GB`, and with a small one
     that drafts while its layers are read: `penstock serve org/name --resident-weights 8GB --draft cascade
@@ -211,7 +213,8 @@ def serve(
     options |= {"kv_host": kv_host, "kv_disk": kv_disk}
     chosen: dict[str, Any] = {key: str(value) for key, value in options.items() if value is not None}
     called = name or hub.name_of(model)
-    chosen |= chosen_cache(kv, kv_budget, kv_when, kv_codec, kv_reuse, kv_recompute) | chosen_ranks(tensor_parallel)
+    chosen |= chosen_cache(kv, kv_budget, kv_when, kv_codec, kv_reuse, kv_recompute)
+    chosen |= chosen_ranks(tensor_parallel, pipeline_parallel)
     chosen |= chosen_adapters(adapter, called) | chosen_weights(resident_weights)
     engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
     kept = {"replicas": replicas, "restarts": restarts, "routing": apply_overrides({"name": routing}, routing_option)}

@@ -376,7 +376,7 @@ class Decoder(nn.Module):
         """From now on texts have no more than ``context`` tokens, by which LongRoPE chooses its factors; other models
         do not change. What was kept of texts before is void."""
         if any(isinstance(rope.scaling, LongRopeScaling) for rope in self.config.ropes):
-            self.rotary = Rotaries(self.config, context).to(self.embedding.weight.device)
+            self.rotary = Rotaries(self.config, context).to(next(self.parameters()).device)
 
     def parameter_count(self) -> int:
         """Number of parameters, a tied matrix counted once."""

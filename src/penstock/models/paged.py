@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -51,8 +52,10 @@ def cache_shape(
     codec: Codec = PLAIN_CODEC,
     *,
     blocks: int = 1,
+    layers: Sequence[int] | None = None,
 ) -> CacheShape:
-    """What the cache of a model looks like."""
+    """What the cache of a model looks like, or of those of its ``layers`` that are given."""
+    layers = range(shape.layers) if layers is None else layers
     latent = shape.latent
     needs = {
         "cap": shape.attention_cap is not None,
@@ -61,7 +64,7 @@ def cache_shape(
         "latent": latent is not None,
     }
     return CacheShape(
-        layers=shape.layers,
+        layers=len(layers),
         heads=shape.heads,
         kv_heads=1 if latent else shape.kv_heads,
         head_dim=latent.rank + latent.rotated if latent else shape.head_dim,
@@ -69,7 +72,7 @@ def cache_shape(
         block_size=block_size,
         dtype=dtype,
         device=device,
-        windows=frozenset(None if shape.chunked else shape.window_of(layer) for layer in range(shape.layers)),
+        windows=frozenset(None if shape.chunked else shape.window_of(layer) for layer in layers),
         latent=latent.rank if latent else None,
         needs=frozenset(name for name, needed in needs.items() if needed),
         codec=codec,

@@ -32,7 +32,12 @@ class ExchangeError(PenstockError):
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
+def exchanging() -> Iterator[None]:
+    """Within the block tensors are exchanged with other ranks.
+
+    Raises:
+        ExchangeError: a rank is lost.
+    """
     try:
         yield
     except RuntimeError as error:  # gloo and NCCL raise nothing narrower
@@ -63,14 +68,14 @@ def gathered_from_ranks(x: Tensor, ranks: int) -> Tensor:
 
 def _sum(x: Tensor) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
-    with _explained():
+    with exchanging():
         dist.all_reduce(total)
     return total
 
 
 def _gather(x: Tensor, ranks: int) -> Tensor:
     pieces = x.new_empty(ranks, *x.shape)
-    with _explained():
+    with exchanging():
         dist.all_gather(list(pieces.unbind()), x.contiguous())
     return pieces
 

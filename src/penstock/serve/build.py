@@ -53,7 +53,8 @@ from penstock.serve.kv.moving import Mover
 from penstock.serve.kv.policies.contract import CachePolicy
 from penstock.serve.kv.tiers import Tiers
 from penstock.serve.ranks.group import Ranks
-from penstock.serve.ranks.runner import LeadingRunner, RankRunner
+from penstock.serve.ranks.runner import LastStageRunner, LeadingRunner, RankRunner, StageRunner
+from penstock.serve.ranks.stages import StageDecoder, stages
 from penstock.serve.rehearsal import rehearsal_blocks, rehearse_first_uses, rehearse_largest_steps
 from penstock.serve.run.cascade import CascadeDraft, spare_blocks
 from penstock.serve.run.chains import Chains
@@ -93,7 +94,7 @@ def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", 
             f"{source} is a reward model, which gives a text a number and writes none",
             hint=f"Search with it: --scorer reward_model --scorer-option model={source}",
         )
-    if config.tensor_parallel > 1:
+    if config.ranks > 1:
         return _open_divided(source, folder, tokenizer, config, where, report)
     load = loader(config, where)
     model = load(folder).eval()
@@ -150,9 +151,14 @@ def _open_divided(
     report: Reporter,
 ) -> Engine:
     """An engine for the model in ``folder``, which is divided among ranks; this process is the first of them."""
-    divided(hub.read_config(folder), config.tensor_parallel)  # what cannot be divided is refused before anything starts
-    stop, grammars = _ends(folder, tokenizer, hub.read_config(folder).vocabulary)
-    ranks = Ranks.start(config.tensor_parallel, str(folder), config.model_dump_json(), device)
+    shape = hub.read_config(folder)
+    # What cannot be divided is refused before anything starts.
+    if config.pipeline_parallel > 1:
+        stages(shape.layers, config.pipeline_parallel)
+    else:
+        divided(shape, config.tensor_parallel)
+    stop, grammars = _ends(folder, tokenizer, shape.vocabulary)
+    ranks = Ranks.start(config.ranks, str(folder), config.model_dump_json(), device)
     try:
         model = open_share(folder, config, device, ranks.share)
         ranks.meet()
@@ -165,11 +171,14 @@ def _open_divided(
 
 
 def open_share(folder: str | Path, config: EngineConfig, device: torch.device, share: Share) -> Decoder:
-    """The ``share`` of the model in ``folder`` that a rank has on ``device``; nothing else of it is read.
+    """The ``share`` of the model in ``folder`` that a rank has on ``device``, or its stage; nothing else of it is read.
 
     Raises:
         PenstockError: the model cannot be had, or not be divided.
     """
+    if config.pipeline_parallel > 1:
+        part = functools.partial(StageDecoder, share=share)
+        return hub.load_for_inference(folder, device=device, dtype=dtype_of(config, device), part=part).eval()
     model = hub.load_for_inference(folder, device=device, dtype=dtype_of(config, device), share=share).eval()
     return join(model, hub.read_config(Path(folder)), share)
 
@@ -182,7 +191,8 @@ def build_following(model: Decoder, config: EngineConfig, blocks: int) -> RankRu
         memory = backend.open(dataclasses.replace(shape, blocks=blocks + 1))
         context = min(config.context or model.config.context, model.config.context)
         kind = {**_kinds(config, model, [memory], [False])[0], "adapters": _adapter_slots(model, model, config)}
-        return RankRunner(model, memory, config.sequences, context, **kind)
+        made = StageRunner if isinstance(model, StageDecoder) else RankRunner
+        return made(model, memory, config.sequences, context, **kind)
 
 
 def load_draft(
@@ -310,10 +320,11 @@ def build_runners(
     Raises:
         PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
     """
-    device = model.embedding.weight.device
+    device = _weight(model).device
     on_cuda = device.type == "cuda"
-    # Compiled code chooses its kernels by the batch.
-    compiled = config.compile and not config.deterministic and on_cuda and can_compile(device)
+    # Compiled code chooses its kernels by the batch; and what stages send each other is in none.
+    plain = config.deterministic or config.pipeline_parallel > 1
+    compiled = config.compile and not plain and on_cuda and can_compile(device)
     models = [model]
     if isinstance(draft, Decoder) and config.draft is not None and config.draft.model is not None:
         models.append(draft)
@@ -369,7 +380,8 @@ def build_runners(
             if isinstance(each, Continuing):
                 runners.append(ContinuingRunner(each, memory, config.sequences, context, target=runners[0], **kind))
             elif ranks is not None:
-                runners.append(LeadingRunner(each, memory, config.sequences, context, ranks=ranks, **kind))
+                leading = LastStageRunner if isinstance(each, StageDecoder) else LeadingRunner
+                runners.append(leading(each, memory, config.sequences, context, ranks=ranks, **kind))
             else:
                 made = TappedRunner if isinstance(each, TappedDecoder) else Runner
                 runners.append(made(each, memory, config.sequences, context, **kind))
@@ -425,7 +437,7 @@ def _blocks(config: EngineConfig, device: torch.device, block_bytes: int, contex
     if config.cache_tokens is not None:
         return -(-config.cache_tokens // config.block_size)
     if device.type != "cuda":
-        free = _free_memory() / config.tensor_parallel  # which all ranks share
+        free = _free_memory() / config.ranks  # which all ranks share
         room = min(free * config.memory / 2, MOST_CPU_TOKENS * block_bytes / config.block_size)
         return blocks_in(room, block_bytes, config.block_size, context)
     # With fewer than are wanted, the largest steps are those that these allow.
@@ -514,15 +526,21 @@ def _drafting_kind(config: EngineConfig) -> dict[str, Any]:
     return {"sampler": sampler, "planner": planner}
 
 
+def _weight(model: Decoder) -> Tensor:
+    """A weight of ``model``, or of a stage of one, on the device and in the dtype of all."""
+    return model.embedding.weight if hasattr(model, "embedding") else next(model.parameters())
+
+
 def _opened(
     model: Decoder, config: EngineConfig, pieces: Tensor | None, report: Reporter
 ) -> tuple[PagedAttention, CacheShape]:
     """What a cache for ``model`` is opened by, and its shape but for the number of blocks."""
-    weight, shape = model.embedding.weight, model.config
+    weight, shape = _weight(model), model.config
     model.expect(min(config.context or shape.context, shape.context))
     if config.deterministic:
         make_invariant(model)
-    cache = cache_shape(shape, config.block_size, weight.dtype, weight.device, config.codec)
+    held = model.held if isinstance(model, StageDecoder) else None
+    cache = cache_shape(shape, config.block_size, weight.dtype, weight.device, config.codec, layers=held)
     if config.kv.compresses and (cache.needs or cache.windows != {None}):
         raise UsageError(
             f"the cache policy {config.kv.policy_name!r} throws tokens out, and this model's attention counts them: "

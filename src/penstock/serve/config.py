@@ -78,6 +78,8 @@ class EngineConfig(Config):
         tensor_parallel: how many ranks divide the model among them, each a process with a device of its own (on the
             CPU, with its share of the cores). They compute every step together; what each has of weights and cache is
             its share.
+        pipeline_parallel: how many ranks have neighbouring layers of the model each, with their part of the cache. As
+            many steps are under way at a time, each of other sequences.
         adapters: folders of LoRA adapters that PEFT has written, by the names that requests choose them by.
         adapter_slots: room for so many adapters at a time, with those that are loaded later; for those of ``adapters``
             there is room in any case.
@@ -113,6 +115,7 @@ class EngineConfig(Config):
     deterministic: bool = False
     record: Path | None = None
     tensor_parallel: PositiveInt = 1
+    pipeline_parallel: PositiveInt = 1
     adapters: dict[str, Path] = Field(default_factory=dict)
     adapter_slots: NonNegativeInt = 0
     adapter_rank: PositiveInt | None = None
@@ -237,8 +240,26 @@ class EngineConfig(Config):
             f"codec = {self.codec.policy_name}": isinstance(self.codec, LearnedCodec),
         }
         for option, wanted in alone.items():
-            if wanted and self.tensor_parallel > 1:
-                raise ValueError(f"{option} is for a model on one device: leave it out, or tensor_parallel")
+            if wanted and self.ranks > 1:
+                way = "tensor_parallel" if self.tensor_parallel > 1 else "pipeline_parallel"
+                raise ValueError(f"{option} is for a model on one device: leave it out, or {way}")
+        return self
+
+    @model_validator(mode="after")
+    def _in_stages(self) -> EngineConfig:
+        """What stages do not go together with."""
+        if self.pipeline_parallel == 1:
+            return self
+        if self.tensor_parallel > 1:
+            raise ValueError(
+                "tensor_parallel divides each layer among all ranks, and pipeline_parallel gives each rank its own "
+                "layers: choose one of them"
+            )
+        if self.room_for_adapters:
+            raise ValueError(
+                "a stage has room for adapters of its own layers alone, for which they are not cut: leave out "
+                "pipeline_parallel, or merge the adapter"
+            )
         return self
 
     @model_validator(mode="after")
@@ -256,6 +277,7 @@ class EngineConfig(Config):
     def _streamable(self) -> EngineConfig:
         whole = {
             "tensor_parallel": self.tensor_parallel > 1,
+            "pipeline_parallel": self.pipeline_parallel > 1,
             "adapters": bool(self.room_for_adapters),
             "kv_disk": self.kv_disk is not None,
         }
@@ -287,7 +309,7 @@ class EngineConfig(Config):
         """Why steps with masks cannot be had with these settings."""
         reasons = {
             "deterministic needs tokens in a row": self.deterministic,
-            "a model divided among ranks verifies chains": self.tensor_parallel > 1,
+            "a model divided among ranks verifies chains": self.ranks > 1,
             "trees need the cache's codec 'plain'": not isinstance(self.codec, PlainCodec),
             f"{self.kv.policy_name!r} compresses the cache": self.kv.compresses,
         }
@@ -314,6 +336,11 @@ class EngineConfig(Config):
                 "all of them: take another verifier, such as recursive_distinct"
             )
         return self
+
+    @property
+    def ranks(self) -> int:
+        """How many processes compute together."""
+        return max(self.tensor_parallel, self.pipeline_parallel)
 
     @property
     def rows(self) -> int:

@@ -37,15 +37,18 @@ class ScriptedSteps:
 
     Args:
         batches: for each call of :meth:`form`, whether there is something to compute; nothing after them.
+        stages: of the model.
     """
 
-    def __init__(self, batches: list[bool]) -> None:
+    def __init__(self, batches: list[bool], stages: int = 1) -> None:
+        self.stages, self.most = stages, 0
         self._batches = deque(batches)
         self._formed: list[Batch] = []
         self._launched: list[Batch] = []
         self.published: list[int] = []
 
-    def form(self) -> Batch | None:
+    def form(self, pieces: int | None = None) -> Batch | None:
+        assert pieces is None or pieces + self.queued == self.stages, "each stage has a piece before any is published"
         if not self._batches or not self._batches.popleft():
             return None
         self._formed.append(Batch([], NOBODY))
@@ -54,6 +57,7 @@ class ScriptedSteps:
     def launch(self, batch: Batch) -> None:
         assert batch is self._formed[len(self._launched)], "batches are launched in the order in which they are formed"
         self._launched.append(batch)
+        self.most = max(self.most, self.queued)
 
     def publish(self, batch: Batch) -> list[Delta]:
         place = len(self.published)
@@ -72,25 +76,26 @@ def check(loop: Loop) -> None:
     for seed in range(12):
         draw = numpy_generator(seed, "testing/loop/order")
         batches = draw.integers(2, size=draw.integers(13)).astype(bool).tolist()
-        check_order(loop, batches, frozenset(draw.integers(24, size=draw.integers(6)).tolist()))
+        check_order(loop, batches, frozenset(draw.integers(24, size=draw.integers(6)).tolist()), 1 + seed % 4)
     for seed in range(2):
         assert outcomes(loop, seed) == outcomes(Plain(), seed), "tokens differ from those of the plain loop"
 
 
-def check_order(loop: Loop, batches: list[bool], drains: frozenset[int] = frozenset()) -> None:
+def check_order(loop: Loop, batches: list[bool], drains: frozenset[int] = frozenset(), stages: int = 1) -> None:
     """Asserts that every batch is launched once and published once, in order, that ``idle`` says whether all are
-    published, that ``drain`` (before the steps that ``drains`` names) leaves nothing queued, and that a loop with
-    nothing to compute comes to rest."""
-    steps = ScriptedSteps(batches)
+    published, that ``drain`` (before the steps that ``drains`` names) leaves nothing queued, that a loop with
+    nothing to compute comes to rest, and that no more batches are queued than ``stages`` or the device and the host can
+    be busy with."""
+    steps = ScriptedSteps(batches, stages)
     stepper = loop.start(steps)
     heard = []
-    for number in range(2 * len(batches) + 2):
+    for number in range(2 * len(batches) + stages + 2):
         if number in drains:
             heard += [delta.index for delta in stepper.drain()]
             assert stepper.idle and steps.queued == 0
         heard += [delta.index for delta in stepper.step()]
         assert stepper.idle == (steps.queued == 0)
-    assert stepper.idle
+    assert stepper.idle and steps.most <= max(stages, 2)
     assert heard == steps.published == list(range(sum(batches)))
 
 

@@ -22,7 +22,7 @@ def allocate(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> None
         name: nn.Parameter(torch.empty(meta.shape, dtype=dtype, device=device), requires_grad=meta.requires_grad)
         for name, meta in decoder.named_parameters()
     }
-    if decoder.config.shares_head and isinstance(decoder.head, Linear):
+    if decoder.config.shares_head and isinstance(getattr(decoder, "head", None), Linear):
         blank["head.weight"] = blank["embedding.weight"]
     decoder.load_state_dict(blank, assign=True)
     decoder.rotary.to(device)
@@ -35,7 +35,7 @@ def keep_packed(decoder: Decoder, family: Family, weights: Weights) -> None:
     for ours, hub, view in placed(decoder, family):
         stacks.setdefault(ours.removesuffix(".weight"), []).append(hub)
         shapes[hub] = view.shape
-    if decoder.config.shares_head:
+    if decoder.config.shares_head and "embedding" in stacks:  # a stage may have neither
         stacks["head"] = stacks["embedding"]
     for name, module in list(decoder.named_modules()):
         stack = stacks.get(name, [])
@@ -53,7 +53,7 @@ def fill(decoder: Decoder, family: Family, weights: Weights) -> None:
     for name, tensor in weights.read(views.keys()):
         require_shape(name, weights, tensor.shape, views[name].shape)
         views[name].copy_(tensor)
-    tied = tied_head(decoder.config, family)
+    tied = tied_head(decoder.config, family) if hasattr(decoder, "embedding") else None
     for name, head in weights.read([] if tied is None else [tied]):
         embedding = decoder.embedding.weight
         if not torch.equal(head.to(embedding), embedding):

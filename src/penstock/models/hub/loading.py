@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,36 +44,45 @@ def load_for_inference(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     share: Share | None = None,
+    part: Callable[[DecoderConfig], Decoder] | None = None,
 ) -> Decoder:
     """Loads a model as :func:`load` does, with two differences: it has no gradients, and on a CPU quantized matrices of
     its layers and of its head stay as they are stored, where products read them (but not below an adapter that cannot
     be merged). ``dtype`` is that of the others. With a ``share`` it is that of a rank, of which nothing else is read;
-    :mod:`penstock.parallel.tensor` makes ranks compute together.
+    :mod:`penstock.parallel.tensor` makes ranks compute together. ``part`` makes, of the shape of the model, a decoder
+    that has some of its layers, under their names in the whole; it is filled, and nothing else is read.
 
     Raises:
         UsageError: as :func:`load`; or that many ranks cannot divide the model.
         ModelError: as :func:`load`.
     """
-    return _load(source, torch.device(device), dtype, torch.device(device).type == "cpu", share)
+    return _load(source, torch.device(device), dtype, torch.device(device).type == "cpu", share, part)
 
 
 def _load(
-    source: str | Path, device: torch.device, dtype: torch.dtype | None, packed: bool, share: Share | None = None
+    source: str | Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    packed: bool,
+    share: Share | None = None,
+    part: Callable[[DecoderConfig], Decoder] | None = None,
 ) -> Decoder:
     folder = resolve(source)
     described = describe(folder)
     family, config = described.family, described.config
     adapter = routed_adapter(folder)
-    if adapter is not None and share is not None:
+    if adapter is not None and (share is not None or part is not None):
         raise UsageError(
             f"{adapter} adds something else for each token, and is not divided among devices",
-            hint="Leave out tensor_parallel.",
+            hint="Leave out tensor_parallel and pipeline_parallel.",
         )
     weights = weights_of(described)
     with without_weights():
         decoder = whole = Decoder(config)
         if share is not None:
             decoder = Decoder(divided(config, share.size))
+        if part is not None:
+            decoder = part(config)
     check_weights(described, weights, views_on(whole, family))
     if share is not None:
         weights = Divided(weights, cuts(whole, decoder, family, share))

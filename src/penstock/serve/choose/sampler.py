@@ -59,10 +59,11 @@ class Sampled:
         """How many tokens each of so many ``sequences`` takes."""
         return [1] * sequences if self.counts is None else self.counts.tolist()
 
-    def wait(self) -> None:
-        """Waits until the values are there."""
+    def wait(self) -> Sampled:
+        """Waits until the values are there, and gives them."""
         if self.ready is not None:
             self.ready.synchronize()
+        return self
 
 
 class Sampler:

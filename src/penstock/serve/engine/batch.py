@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
 
 from penstock.serve.choose.proposals import Proposals
-from penstock.serve.choose.sampler import Sampled
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.kv.chunks import Chunk
 from penstock.serve.kv.compaction import Compaction
 from penstock.serve.kv.moving import Move
 from penstock.serve.kv.reuse.contract import Weighing
 from penstock.speculate.tree import Tree, chain, depths
+
+if TYPE_CHECKING:
+    from penstock.serve.engine.executor import Awaited
 
 
 class Beside(NamedTuple):
@@ -113,7 +115,7 @@ class Batch:
         lead: the part that goes first where two want the same.
         ahead: how many tokens may be drafted for a sequence in this step.
         proposals: what the tentative tokens were drawn from, where a verifier asks for it.
-        sampled: what came out.
+        sampled: what comes out, to be waited for.
         seconds: what the step took on the host.
         begun: when it was formed, and ``drafting``, the seconds that drafting for it took, where anything is drafted.
     """
@@ -126,7 +128,7 @@ class Batch:
     lead: int = 0
     ahead: int = 0
     proposals: Proposals | None = None
-    sampled: Sampled | None = None
+    sampled: Awaited | None = None
     seconds: float = 0.0
     begun: float = 0.0
     drafting: float = 0.0

@@ -93,6 +93,7 @@ class Engine:
         self.steps = EngineSteps(
             *(self.memory, batcher, executor, tokens, self._counters, self.events, self._drop, self.speculation),
             config.draft_tree,
+            config.pipeline_parallel,
         )
         self._loop = config.loop.start(self.steps)
         self._sequences: dict[str, list[Sequence]] = {}
@@ -422,6 +423,8 @@ class Engine:
             origin=origin,
             adapter=adapter,
         )
+        # In a pipeline tokens are drawn where texts do not begin: they go from step to step by way of the host.
+        sequence.waits |= self._config.pipeline_parallel > 1
         if request.deadline is not None:
             sequence.deadline = time.monotonic() + request.deadline
             heappush(self._deadlines, (sequence.deadline, sequence.arrival, sequence))

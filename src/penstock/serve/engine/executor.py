@@ -14,6 +14,14 @@ from penstock.serve.choose.sampler import Sampled
 from penstock.serve.engine.batch import Batch
 
 
+class Awaited(Protocol):
+    """What will come out of a batch."""
+
+    def wait(self) -> Sampled | None:
+        """What has come out, once it is there; None where nothing does."""
+        ...
+
+
 class Executor(Protocol):
     """Computes batches: a model with its cache, a simulation of one, or one who passes steps on to others."""
 
@@ -42,7 +50,7 @@ class Executor(Protocol):
         """Bytes of the device's memory by what they are for, as far as it is known."""
         ...
 
-    def launch(self, batch: Batch) -> Sampled | None:
+    def launch(self, batch: Batch) -> Awaited | None:
         """Queues the work of ``batch``; what comes out is there once it was waited for. None where nothing does."""
         ...
 

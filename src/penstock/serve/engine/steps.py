@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from penstock.core.events import EventLog
 from penstock.serve.choose.logprobs import LogprobRows
+from penstock.serve.choose.sampler import Sampled
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.executor import Executor
 from penstock.serve.engine.memory import Memory
@@ -53,9 +54,11 @@ class EngineSteps:
         end: called with a sequence and the reason when its last token is known.
         speculation: drafts; None where nothing is drafted.
         branches: how many drafts a place has, by depth, where trees are drafted.
+        stages: how many stages of a model compute one behind the other.
 
     Attributes:
         batcher: holds those that wait.
+        stages: as given.
         last: the batch that was formed last.
         version: of the weights that compute.
     """
@@ -71,14 +74,15 @@ class EngineSteps:
         end: Callable[[Sequence, Finish], None],
         speculation: Speculation | None = None,
         branches: List[int] = (),
+        stages: int = 1,
     ) -> None:
         self._memory, self.batcher, self._executor = memory, batcher, executor
         self._tokens, self._counters, self._events, self._end = tokens, counters, events, end
         self._speculation, self._branches = speculation, branches
         self.last = Batch([], memory.tables)
-        self.version = 0
+        self.version, self.stages = 0, stages
 
-    def form(self) -> Batch | None:
+    def form(self, pieces: int | None = None) -> Batch | None:
         begun, ahead = 0.0, 0
         if self._speculation is not None:
             begun, ahead = self._speculation.clock(), self._speculation.ahead(self._memory.running)
@@ -87,7 +91,7 @@ class EngineSteps:
         room.compact(each for each in self._memory.running if each.length < each.limit)
         # One whose last token is on its way has nothing more to compute; one that waits for a token is left out.
         running = [each for each in self._memory.running if each.length < each.limit and each.ready(ahead)]
-        self.batcher.form(running, room)
+        self.batcher.form(running if pieces is None else self._piece(running, pieces), room)
         for victim in room.preempted:
             self.batcher.add(victim)
         self._counters.preemptions += len(room.preempted)
@@ -107,6 +111,15 @@ class EngineSteps:
         self.last.moves, self.last.keeps = moves, keeps
         return self.last
 
+    def _piece(self, ready: list[Sequence], pieces: int) -> list[Sequence]:
+        """Those of ``ready`` that take part in a step: of those that decode, one of so many ``pieces``, and no more
+        than one of as many as there are stages of all that decode, so that they do not stay together."""
+        going = [each for each in ready if each.decoding]
+        under_way = sum(each.in_flight > 0 for each in self._memory.running)
+        most = min(-(-len(going) // pieces), -(-(len(going) + under_way) // self.stages))
+        later = {*going[most:]}
+        return [each for each in ready if each not in later]
+
     def launch(self, batch: Batch) -> None:
         self._counters.steps += 1
         if self._speculation is not None:
@@ -114,14 +127,14 @@ class EngineSteps:
         batch.sampled = self._executor.launch(batch)
 
     def publish(self, batch: Batch) -> list[Delta]:
-        if batch.sampled is None:
+        sampled = None if batch.sampled is None else batch.sampled.wait()
+        if sampled is None:
             return []
-        batch.sampled.wait()
-        _rate(batch)
-        self._learn(batch)
+        _rate(batch, sampled)
+        self._learn(batch, sampled)
         entries = [entry for entry in batch.entries if entry.scored]
-        rows = None if batch.sampled.logprobs is None else batch.sampled.logprobs.rows
-        tokens, counts = batch.sampled.tokens.tolist(), batch.sampled.settled(len(entries))
+        rows = None if sampled.logprobs is None else sampled.logprobs.rows
+        tokens, counts = sampled.tokens.tolist(), sampled.settled(len(entries))
         if self._speculation is not None:
             self._speculation.learn(batch, counts)
         deltas = []
@@ -135,10 +148,9 @@ class EngineSteps:
             row += 0 if most is None else entry.scored  # others have no rows there
         return deltas
 
-    def _learn(self, batch: Batch) -> None:
+    def _learn(self, batch: Batch, sampled: Sampled) -> None:
         """Takes note of what tokens of contexts look at."""
-        assert batch.sampled is not None
-        drawn = iter(batch.sampled.weighed)
+        drawn = iter(sampled.weighed)
         for entry in [each for each in batch.entries if each.sequence.chunks]:
             # An executor that only simulates a model has nothing to tell.
             for chunk, own in zip(entry.weighed, drawn, strict=False):
@@ -207,12 +219,12 @@ def _take(sequence: Sequence, token: int) -> Finish | None:
     return Finish.LENGTH if len(sequence.tokens) >= sequence.limit else None
 
 
-def _rate(batch: Batch) -> None:
+def _rate(batch: Batch, sampled: Sampled) -> None:
     """Hands the log-probabilities of prompt tokens in ``batch`` to their sequences."""
     rated = [entry for entry in batch.entries if entry.rated]
-    if batch.sampled is None or batch.sampled.prompt is None:
+    if sampled.prompt is None:
         return
-    rows, first = batch.sampled.prompt.rows, 0
+    rows, first = sampled.prompt.rows, 0
     for entry in rated:
         own = rows.cut(first, first + entry.rated, entry.sequence.sampling.prompt_logprobs or 0).table
         first += entry.rated

@@ -52,7 +52,7 @@ def form_of(service: Service) -> VectorForm:
         raise ApiError(
             400,
             "this server makes no vectors: it records its steps (--record), or its model is divided among ranks "
-            "(--tensor-parallel)",
+            "(--tensor-parallel, --pipeline-parallel)",
         )
     return form
 

@@ -93,8 +93,10 @@ def opened(wanted: Open, channel: Channel[Message]) -> tuple[Host, Ready]:
     config, folder = EngineConfig.model_validate_json(wanted.config), hub.resolve(wanted.model)
     encoder = is_encoder(folder)
     if encoder or hub.read_config(folder).scalar_head:
-        if config.tensor_parallel > 1:
-            raise UsageError(f"{NO_WRITER} is not divided among ranks", hint="Leave out tensor_parallel.")
+        if config.ranks > 1:
+            raise UsageError(
+                f"{NO_WRITER} is not divided among ranks", hint="Leave out tensor_parallel and pipeline_parallel."
+            )
         if config.resident_weights is not None:
             raise UsageError(f"{NO_WRITER} has all of its weights in memory", hint="Leave out resident_weights.")
         if config.room_for_adapters:

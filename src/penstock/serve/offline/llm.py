@@ -25,7 +25,7 @@ from penstock.serve.embed.judge import Judge, open_judge
 from penstock.serve.embed.pooled import LAST, pooled_decoder
 from penstock.serve.messages import Request
 from penstock.serve.offline.gather import Gatherer, RequestOutput
-from penstock.serve.ranks.runner import RankRunner
+from penstock.serve.ranks.runner import ALONE, RankRunner
 from penstock.serve.run.runner import Runner
 
 #: A prompt: text, tokens, or a table with ``prompt`` or ``prompt_token_ids``.
@@ -243,7 +243,7 @@ class LLM:
         if not isinstance(runner, Runner):
             raise UsageError("an engine that records its steps makes no vectors", hint="Leave out `record`.")
         if isinstance(runner, RankRunner):
-            raise UsageError("a model that is divided among ranks makes no vectors", hint="Leave out tensor_parallel.")
+            raise UsageError("a model that is divided among ranks makes no vectors", hint=ALONE)
         return Embedder(pooled_decoder(runner.model, pooling or pooling_of(self._folder, LAST)), self.tokenizer)
 
     def _run(

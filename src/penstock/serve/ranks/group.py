@@ -295,7 +295,7 @@ def _check(size: int, device: torch.device) -> None:
         if size > there:
             raise UsageError(
                 f"{size} ranks need as many devices, and there are {there}",
-                hint=f"Set tensor_parallel to {there} or fewer.",
+                hint=f"Divide the model among {there} or fewer.",
             )
         if device.index:
             raise UsageError(f"ranks take the first {size} devices, and not {device}", hint="Leave the device out.")

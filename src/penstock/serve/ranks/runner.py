@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from penstock.core.errors import UsageError
 from penstock.core.progress import Reporter, silent
+from penstock.models.paged import PagedTokens
 from penstock.ops.paged.contract import StepShape
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled
+from penstock.serve.engine.batch import Batch
 from penstock.serve.ranks.group import Ranks
+from penstock.serve.ranks.stages import StageDecoder
+from penstock.serve.run.copies import shaken
 from penstock.serve.run.record import encoded
 from penstock.serve.run.runner import Passed, Runner
 from penstock.serve.run.step import Part, Step
 
 #: What those can do who want what is not there.
-ALONE = "Leave out tensor_parallel."
+ALONE = "Leave out tensor_parallel and pipeline_parallel."
 
 
 class RankRunner(Runner):
@@ -62,11 +68,12 @@ class SampledTogether(Sampled):
         known = {field.name: getattr(sampled, field.name) for field in dataclasses.fields(sampled)}
         return cls(**known, ranks=ranks)
 
-    def wait(self) -> None:
+    def wait(self) -> Sampled:
         assert self.ranks is not None
         with self.ranks.together():
             super().wait()
             self.ranks.require()
+        return self
 
 
 class LeadingRunner(RankRunner):
@@ -141,3 +148,71 @@ class LeadingRunner(RankRunner):
         finally:
             if self.ranks is not None:
                 self.ranks.close()
+
+
+class Later:
+    """What will come out of a ``step`` whose last stage is computed when it is waited for."""
+
+    def __init__(self, runner: LastStageRunner, step: Step) -> None:
+        self._runner, self.step = runner, step
+        self.sampled: Sampled | None = None
+
+    def wait(self) -> Sampled | None:
+        self._runner.reach(self)
+        return self.sampled
+
+
+class LastStageRunner(LeadingRunner):
+    """That of the first rank of a pipeline, which has the last stage.
+
+    The other stages begin with a step as soon as they are told; this one computes its own part when somebody waits for
+    what comes out. So several steps are under way at a time, each in another stage.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._later: deque[Later] = deque()
+
+    def launch(self, batch: Batch) -> Later:
+        assert self.ranks is not None
+        step = self.plan(batch)
+        with self.ranks.together():
+            self.ranks.tell("execute", encoded(step))
+        self._later.append(Later(self, step))
+        return self._later[-1]
+
+    def reach(self, later: Later) -> None:
+        """Computes the steps up to that of ``later``, in order, as far as they have not been computed yet."""
+        assert self.ranks is not None
+        with self.ranks.together():
+            while later in self._later:
+                each = self._later.popleft()
+                each.sampled = Runner.execute(self, each.step)
+            if later.sampled is not None:
+                later.sampled.wait()
+            self.ranks.require()
+
+
+class StageRunner(RankRunner):
+    """That of any other rank of a pipeline: what it computes goes to the next one, and nothing is drawn."""
+
+    model: StageDecoder
+
+    @torch.inference_mode()
+    def execute(self, step: Step, proposals: Proposals | None = None) -> None:
+        if step.copies.size:
+            self.cache.copy(*step.copies.tolist())
+        for part in step.parts:
+            self._hand_on(part)
+
+    def _hand_on(self, part: Part) -> None:
+        """Computes ``part``, and what is copied of it, and sends it on."""
+        inputs, plan, own = part.inputs, part.plan, part.inputs.shape[1]
+        with contextlib.ExitStack() as shaking:
+            if part.copied is not None:
+                inputs, plan = part.copied.beside(inputs, plan, self.blocks, self.block_size)
+                noise = part.copied.noise(self.shape, inputs[2, own:])
+                shaking.enter_context(shaken(self.model, self._on_device(noise)))
+            self.cache.plan(plan)
+            tokens, _, positions = self._on_device(inputs)
+            self.model.hand_on(tokens, PagedTokens(positions, self.cache))

@@ -48,7 +48,7 @@ def places(config: EngineConfig, replicas: int, device: str) -> list[Place]:
         return [Place(_own(config, number, replicas), str(where), share) for number in range(replicas)]
     if where.index:
         raise UsageError(f"replicas take the first devices, and not {where}", hint="Leave the device out.")
-    each, there = config.tensor_parallel, _visible()
+    each, there = config.ranks, _visible()
     if len(there) < replicas * each:
         of = f" of {each} ranks" if each > 1 else ""
         raise UsageError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import cast
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from penstock.core.devices import upload
 from penstock.core.randomness import uniforms
 from penstock.models.config import DecoderConfig
-from penstock.models.decoder import Decoder, Layer, MixtureOfExperts
+from penstock.models.decoder import Decoder, MixtureOfExperts
 from penstock.ops.paged.contract import PagedBatch
 
 
@@ -90,7 +89,7 @@ class Copied:
 @contextlib.contextmanager
 def shaken(model: Decoder, noise: Tensor) -> Iterator[None]:
     """Within it, ``noise`` [layers, C, experts] is added to the routers' logits of the last C tokens of each pass."""
-    blocks = (cast(Layer, layer).mlp for layer in model.layers)
+    blocks = (getattr(layer, "mlp", None) for layer in model.layers)  # in a stage, some layers are none
     sparse = [(mlp, own) for mlp, own in zip(blocks, noise, strict=True) if isinstance(mlp, MixtureOfExperts)]
     try:
         for experts, own in sparse:

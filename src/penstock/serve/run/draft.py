@@ -174,7 +174,7 @@ class DraftModel(Drafting):
 
     def _pass(self, entries: list[Entry], tables: np.ndarray, depth: int = 0) -> tuple[list[Entry], Sampled | None]:
         entries = sorted(entries, key=lambda entry: entry.count > 1)  # kernels for one token a sequence are the fastest
-        sampled = self.runner.launch(Batch(entries, tables))
+        sampled = self.runner.execute(self.runner.plan(Batch(entries, tables)))
         for entry in entries:
             # A tree's tokens are not where those will be that are accepted.
             self._coverage.extend(tables[entry.slot], entry.start, entry.start + entry.count - len(entry.window))

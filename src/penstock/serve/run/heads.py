@@ -115,7 +115,7 @@ class ExitDraft(HeadDraft):
         self._runner.cache.copy(sources, targets)
 
     def _pass(self, entries: list[Entry], tables: np.ndarray, depth: int) -> tuple[list[Entry], Sampled | None]:
-        return entries, self._runner.launch(Batch(entries, tables))
+        return entries, self._runner.execute(self._runner.plan(Batch(entries, tables)))
 
 
 class AtOnceDraft(HeadDraft):

@@ -30,6 +30,7 @@ from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.embed.pooled import decoder_states
 from penstock.serve.engine.batch import Batch
+from penstock.serve.engine.executor import Awaited
 from penstock.serve.kv.compaction import Compactor
 from penstock.serve.kv.moving import Mover
 from penstock.serve.run.copies import Copied, shaken
@@ -290,7 +291,7 @@ class Runner:
         found = decoder_states(self.model)(flat, lengths).float().cpu()
         return [each.clone() for each in torch.split(found, lengths)]
 
-    def launch(self, batch: Batch) -> Sampled | None:
+    def launch(self, batch: Batch) -> Awaited | None:
         return self.execute(self.plan(batch), batch.proposals)
 
     def plan(self, batch: Batch) -> Step:

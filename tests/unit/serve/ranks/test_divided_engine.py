@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 import torch
-from transformers import AutoConfig
 
 import gguf_files
+from divided_ranks import FAMILIES, ending_all, example
 from penstock.core.channel import Channel
 from penstock.core.errors import ModelError, PenstockError, UsageError
 from penstock.models import hub
 from penstock.models.adapters.slots import matrices
-from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.models.families.contract import Family
 from penstock.models.formats.schemes import SCHEMES
 from penstock.models.shares import Share
 from penstock.parallel.world import World
@@ -34,13 +31,10 @@ from penstock.serve.messages import Request
 from penstock.serve.ranks import group
 from penstock.serve.ranks.group import RankLostError, Ranks
 from penstock.serve.ranks.wire import body, parse
-from penstock.testing.enrolled import enrolled
 from penstock.testing.ranks import agreed, ranks
-from penstock.testing.transformers_peer import SHAPE, TOKEN_IDS, peer, prompt, randomize
+from penstock.testing.transformers_peer import peer, prompt, randomize
 from served import Forked
 from tiny_adapters import written
-
-FAMILIES: Mapping[str, Family] = enrolled("model.family")
 
 #: Norms over all heads, of which two ranks have the same; experts with biases; latents; a layout of its own.
 DIFFERENT = ("minimax_m2", "gpt_oss", "deepseek_v3", "gpt2")
@@ -94,18 +88,6 @@ def said_with(more: Path, engine: Engine, tokens: int) -> list[list[int]]:
     return [answers[str(row)] for row in range(8)]
 
 
-@contextlib.contextmanager
-def ending_all(ends: Iterable[tuple[socket.socket, socket.socket]]) -> Iterator[None]:
-    """Ends all channels when this process fails: each process has all ``ends`` open, and would wait for what it could
-    say itself."""
-    try:
-        yield
-    except BaseException:
-        for pair in ends:
-            pair[0].shutdown(socket.SHUT_RDWR)
-        raise
-
-
 Saying = Callable[[Engine, int], list[list[int]]]
 
 
@@ -153,13 +135,6 @@ def check(
     for name, folder in folders.items():
         alone = saying(name)(build_engine(hub.load_for_inference(folder).eval(), options(name)), tokens)
         assert together[name] == alone, f"{size} ranks say of {name} something else"
-
-
-def example(name: str) -> DecoderConfig:
-    """A tiny shape in which everything that the family has makes a difference."""
-    family = FAMILIES[name]
-    keys = {**SHAPE, **dict.fromkeys(TOKEN_IDS), **family.example}
-    return family.config_from_hub(AutoConfig.for_model(name, **keys).to_dict())
 
 
 @pytest.fixture(scope="module")

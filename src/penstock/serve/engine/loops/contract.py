@@ -10,11 +10,19 @@ from penstock.serve.messages import Delta
 
 
 class Steps(Protocol):
-    """The parts of a step, as an engine offers them to its loop."""
+    """The parts of a step, as an engine offers them to its loop.
 
-    def form(self) -> Batch | None:
+    Attributes:
+        stages: how many batches can be computed at a time, since the model is cut into so many stages.
+    """
+
+    stages: int
+
+    def form(self, pieces: int | None = None) -> Batch | None:
         """The next batch, None where there is nothing to compute. A sequence whose next token cannot be chosen before
-        the last ones are known here (a grammar that follows the text, say) is left out while they are on their way."""
+        the last ones are known here (a grammar that follows the text, say) is left out while they are on their way. Of
+        those that decode it has one of so many ``pieces``, where that is given: the others are for batches that are
+        formed before this one is published."""
         ...
 
     def launch(self, batch: Batch) -> None:

@@ -1,0 +1,88 @@
+"""Ranks that divide a tiny model among them, forked from one process, and the families that it may be of."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from penstock.core.channel import Channel
+from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
+from penstock.models.families.contract import Family
+from penstock.models.shares import Share
+from penstock.parallel.world import World
+from penstock.serve.build import build_engine, open_share
+from penstock.serve.config import EngineConfig
+from penstock.serve.engine.engine import Engine
+from penstock.serve.link.follower import follow
+from penstock.serve.ranks.group import Ranks
+from penstock.serve.ranks.wire import body, parse
+from penstock.testing.enrolled import enrolled
+from penstock.testing.ranks import ranks
+from penstock.testing.transformers_peer import SHAPE, TOKEN_IDS
+
+FAMILIES: Mapping[str, Family] = enrolled("model.family")
+
+
+def example(name: str) -> DecoderConfig:
+    """A tiny shape in which everything that the family has makes a difference."""
+    family = FAMILIES[name]
+    keys = {**SHAPE, **dict.fromkeys(TOKEN_IDS), **family.example}
+    return family.config_from_hub(AutoConfig.for_model(name, **keys).to_dict())
+
+
+@contextlib.contextmanager
+def ending_all(ends: Iterable[tuple[socket.socket, socket.socket]]) -> Iterator[None]:
+    """Ends all channels when this process fails: each process has all ``ends`` open, and would wait for what it could
+    say itself."""
+    try:
+        yield
+    except BaseException:
+        for pair in ends:
+            pair[0].shutdown(socket.SHUT_RDWR)
+        raise
+
+
+def together(
+    size: int,
+    folder: Path,
+    config: EngineConfig,
+    act: Callable[[Engine], Any],
+    change: Callable[[int, Decoder], object] = lambda rank, model: None,
+) -> list[dict[str, Any]]:
+    """What ``act`` returns of an engine whose model, that in ``folder``, is divided among ``size`` ranks, as
+    :func:`~penstock.testing.ranks.ranks` tells it; ``change`` is called with each rank and what it has of the model."""
+    ends = [socket.socketpair() for _ in range(1, size)]
+
+    def work(world: World) -> Any:
+        torch.set_num_threads(1)
+        share = Share(world.rank, size)
+        model = open_share(folder, config, torch.device("cpu"), share)
+        change(world.rank, model)
+        if world.rank:
+            channel = Channel(ends[world.rank - 1][1], body, parse)
+            channel.listen()
+            with world.together(print):
+                follow(model, config, channel, world)
+            return None
+        others = Ranks(share, [Channel(pair[0], body, parse) for pair in ends], world=world)
+        again = [pair[0].dup() for pair in ends]
+        try:
+            told = act(build_engine(model, config, ranks=others))
+            others.tell("leave")
+        except BaseException:
+            for end in again:  # what this process closes is open in others
+                end.shutdown(socket.SHUT_RDWR)
+            raise
+        return told
+
+    results = ranks(size, work)
+    for end in (end for pair in ends for end in pair):
+        end.close()
+    return results
