@@ -31,6 +31,11 @@ RANKS = 2
 
 def main(bench: Bench) -> None:
     """Measures the two in turn."""
+    measure(bench, "tensor_parallel")
+
+
+def measure(bench: Bench, way: str) -> None:
+    """Measures a model that is divided in this ``way``, an option of the engine, beside one that is not."""
     serve, on_cuda = load("serve"), bench.device.type == "cuda"
     if on_cuda and torch.cuda.device_count() < RANKS:
         raise UsageError(f"this benchmark needs {RANKS} CUDA devices")
@@ -43,7 +48,7 @@ def main(bench: Bench) -> None:
         alone, divided = (
             opened.enter_context(
                 contextlib.closing(
-                    open_engine(folder, config.model_copy(update={"tensor_parallel": ranks}), bench.device.type, show)
+                    open_engine(folder, config.model_copy(update={way: ranks}), bench.device.type, show)
                 )
             )
             for ranks in (1, RANKS)

@@ -35,8 +35,22 @@ def test_two_devices_say_what_one_says(compiled):
     assert said(tensor_parallel=2, compile=compiled) == said(compile=compiled)
 
 
-def test_what_is_drafted_is_checked_by_both():
-    assert said(tensor_parallel=2, draft="ngram") == said()
+@pytest.mark.parametrize("way", ["tensor_parallel", "pipeline_parallel"])
+def test_what_is_drafted_is_checked_by_both(way):
+    assert said(**{way: 2}, draft="ngram") == said()
+
+
+@pytest.mark.parametrize("loop", ["overlapped", "plain"])
+def test_two_stages_say_what_one_device_says(loop):
+    assert said(pipeline_parallel=2, loop=loop) == said(compile=False)
+
+
+def test_the_cache_of_both_stages_is_sized_by_what_the_last_one_has_left():
+    with LLM(MODEL, device="cuda", pipeline_parallel=2, sequences=16, memory=0.3) as llm:
+        executor = llm.engine.executor
+        (other,) = executor.ranks.memory
+        assert executor.memory["cache"] >= other["cache"] > 2**30
+        assert len([*llm.generate(PROMPTS, PARAMS)]) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -64,8 +78,9 @@ def _bytes() -> int:
     return sum(each.numel() * 2 for each in hub.load(MODEL).parameters())
 
 
-def test_a_rank_that_is_killed_is_named_though_nobody_waits_for_nccl():
-    with LLM(MODEL, device="cuda", tensor_parallel=2, cache_tokens=8192, sequences=16) as llm:
+@pytest.mark.parametrize("way", ["tensor_parallel", "pipeline_parallel"])
+def test_a_rank_that_is_killed_is_named_though_nobody_waits_for_nccl(way):
+    with LLM(MODEL, device="cuda", **{way: 2}, cache_tokens=8192, sequences=16) as llm:
         llm.generate(PROMPTS, PARAMS)
         os.kill(llm.engine.executor.ranks._processes[0].pid, signal.SIGKILL)
         time.sleep(2)
