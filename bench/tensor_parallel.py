@@ -47,9 +47,7 @@ def measure(bench: Bench, way: str) -> None:
         folder = opened.enter_context(stored(shape, bench.device)) if on_cuda else hub.resolve(shape)
         alone, divided = (
             opened.enter_context(
-                contextlib.closing(
-                    open_engine(folder, config.model_copy(update={way: ranks}), bench.device.type, show)
-                )
+                contextlib.closing(open_engine(folder, config.model_copy(update={way: ranks}), bench.device.type, show))
             )
             for ranks in (1, RANKS)
         )

@@ -11,20 +11,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from penstock.core.channel import Channel
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
 from penstock.models.shares import Share
-from penstock.parallel.world import World
-from penstock.serve.build import build_engine, open_share
+from penstock.serve.build import open_share
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
-from penstock.serve.link.follower import follow
-from penstock.serve.ranks.group import Ranks
-from penstock.serve.ranks.wire import body, parse
+from penstock.testing import divided_engine
 from penstock.testing.enrolled import enrolled
-from penstock.testing.ranks import ranks
 from penstock.testing.transformers_peer import SHAPE, TOKEN_IDS
 
 FAMILIES: Mapping[str, Family] = enrolled("model.family")
@@ -56,33 +51,12 @@ def together(
     act: Callable[[Engine], Any],
     change: Callable[[int, Decoder], object] = lambda rank, model: None,
 ) -> list[dict[str, Any]]:
-    """What ``act`` returns of an engine whose model, that in ``folder``, is divided among ``size`` ranks, as
-    :func:`~penstock.testing.ranks.ranks` tells it; ``change`` is called with each rank and what it has of the model."""
-    ends = [socket.socketpair() for _ in range(1, size)]
+    """What ``act`` returns of an engine whose model, that in ``folder``, is divided among ``size`` ranks; ``change`` is
+    called with each rank and what it has of the model."""
 
-    def work(world: World) -> Any:
-        torch.set_num_threads(1)
-        share = Share(world.rank, size)
+    def part(share: Share) -> Decoder:
         model = open_share(folder, config, torch.device("cpu"), share)
-        change(world.rank, model)
-        if world.rank:
-            channel = Channel(ends[world.rank - 1][1], body, parse)
-            channel.listen()
-            with world.together(print):
-                follow(model, config, channel, world)
-            return None
-        others = Ranks(share, [Channel(pair[0], body, parse) for pair in ends], world=world)
-        again = [pair[0].dup() for pair in ends]
-        try:
-            told = act(build_engine(model, config, ranks=others))
-            others.tell("leave")
-        except BaseException:
-            for end in again:  # what this process closes is open in others
-                end.shutdown(socket.SHUT_RDWR)
-            raise
-        return told
+        change(share.rank, model)
+        return model
 
-    results = ranks(size, work)
-    for end in (end for pair in ends for end in pair):
-        end.close()
-    return results
+    return divided_engine.together(size, part, config, act)

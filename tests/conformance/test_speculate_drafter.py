@@ -13,6 +13,7 @@ from penstock.testing.speculate_drafter import (
     check_loops,
     check_meanwhile,
     check_proposals,
+    check_runs,
     check_shapes,
     check_twin,
 )
@@ -81,3 +82,8 @@ def test_a_drafter_can_be_made_from_its_description(name):
 @pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if policy.meanwhile])
 def test_what_is_drafted_while_something_is_verified_is_what_would_be_drafted_behind_it(name, tree):
     check_meanwhile(POLICIES[name], tree)
+
+
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if policy.tokens_of_run is not None])
+def test_runs_in_a_pipeline(name):
+    check_runs(POLICIES[name])

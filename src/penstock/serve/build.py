@@ -191,8 +191,10 @@ def build_following(model: Decoder, config: EngineConfig, blocks: int) -> RankRu
         memory = backend.open(dataclasses.replace(shape, blocks=blocks + 1))
         context = min(config.context or model.config.context, model.config.context)
         kind = {**_kinds(config, model, [memory], [False])[0], "adapters": _adapter_slots(model, model, config)}
-        made = StageRunner if isinstance(model, StageDecoder) else RankRunner
-        return made(model, memory, config.sequences, context, **kind)
+        if isinstance(model, StageDecoder):
+            kind |= {"stages": config.pipeline_parallel, "tokens_of_run": _tokens_of_run(config)}
+            return StageRunner(model, memory, config.sequences, context, **kind)
+        return RankRunner(model, memory, config.sequences, context, **kind)
 
 
 def load_draft(
@@ -380,7 +382,9 @@ def build_runners(
             if isinstance(each, Continuing):
                 runners.append(ContinuingRunner(each, memory, config.sequences, context, target=runners[0], **kind))
             elif ranks is not None:
-                leading = LastStageRunner if isinstance(each, StageDecoder) else LeadingRunner
+                leading: Callable[..., LeadingRunner] = LeadingRunner
+                if isinstance(each, StageDecoder):
+                    leading = functools.partial(LastStageRunner, tokens_of_run=_tokens_of_run(config))
                 runners.append(leading(each, memory, config.sequences, context, ranks=ranks, **kind))
             else:
                 made = TappedRunner if isinstance(each, TappedDecoder) else Runner
@@ -408,6 +412,11 @@ def build_runners(
         if compiled:
             rehearse_first_uses(Engine(config, runners[0], draft=_drafting(runners, config, head, predictor)))
     return runners[0], _drafting(runners, config, head, predictor)
+
+
+def _tokens_of_run(config: EngineConfig) -> int | None:
+    """How many drafted tokens of a sequence go through a pipeline in a run of their own; None where there are none."""
+    return None if config.draft is None else config.draft.tokens_of_run
 
 
 def _spare(config: EngineConfig) -> int:

@@ -90,7 +90,8 @@ class Probing(Draft, Protocol):
     law="the tokens that come out are those of plain decoding, draw for draw: greedy ones identical, sampled ones of "
     "exactly the same distribution; at most as many tokens are drafted as were asked for, and behind the same text the "
     "same ones; all of this also where trees are drafted, and a tree of one branch is the chain; what probes guess is "
-    "drafted no further than they guessed, and none is where its guess would be behind the text's end",
+    "drafted no further than they guessed, and none is where its guess would be behind the text's end; and what is "
+    "verified in runs of their own, in the stages of a pipeline, is too",
 )
 class Drafter(Policy):
     """Drafts tokens for the sequences of an engine: out of their text, or with a model.
@@ -127,6 +128,12 @@ class Drafter(Policy):
     def meanwhile(self) -> bool:
         """Whether its model drafts on while what it has drafted is verified (``serve/run/cascade.py``)."""
         return False
+
+    @property
+    def tokens_of_run(self) -> int | None:
+        """How many of its tokens a pipeline computes in a run of their own, behind that of the newest token; None where
+        all are computed with it."""
+        return None
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -16,6 +16,8 @@ What each clause is there to catch:
 - :func:`check_trees`: the same of trees, and ways that are no trees, or not the chain's; then the engine and the twin
   again, where sequences go on by any of several ways: keys and values of a way that was not taken, or that stay where
   they were computed, positions by place, penalties and grammars of another way;
+- :func:`check_runs`: of those whose drafts go through a pipeline in runs, a run that sees what is behind it or does not
+  see what is before it, or is given up although it can be reached;
 - :func:`check_shapes`: of those that probe, trees that are too large or too tall, and probes for what nobody will read.
 """
 
@@ -36,6 +38,7 @@ from penstock.core.randomness import numpy_generator
 from penstock.models.decoder import Decoder
 from penstock.models.heads.contract import HeadModule
 from penstock.models.heads.early_exit import EarlyExit
+from penstock.models.shares import Share
 from penstock.ops.draw import draw_softmax
 from penstock.ops.paged.reference import Reference
 from penstock.serve.build import build_engine
@@ -46,6 +49,7 @@ from penstock.serve.decode.momentum import Momentum
 from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Delta, Finish, Request
+from penstock.serve.ranks.stages import StageDecoder
 from penstock.serve.run.cascade import CascadeDraft
 from penstock.speculate.contract import AWAITED, Branching, Drafter, Probing
 from penstock.speculate.controllers.contract import Controller
@@ -55,6 +59,7 @@ from penstock.speculate.tree import Tree, chain, depths, drafts_at, path
 from penstock.speculate.verifiers.accept_residual import AcceptResidual
 from penstock.speculate.verifiers.contract import Verifier
 from penstock.speculate.verifiers.recursive_distinct import RecursiveDistinct
+from penstock.testing.divided_engine import together
 from penstock.testing.reference import greedy
 from penstock.testing.serve_model import SHAPE, draft_of, head_for, head_of, predictor_of, small_model
 
@@ -76,6 +81,36 @@ def check(drafter: Drafter) -> None:
     check_meanwhile(drafter)
     check_trees(drafter)
     check_shapes(drafter)
+    check_runs(drafter)
+
+
+def check_runs(drafter: Drafter) -> None:
+    """Asserts that an engine of two stages says what one without drafts says on one device, if the drafter's tokens go
+    through a pipeline in runs."""
+    if drafter.tokens_of_run is None:
+        return
+    config = EngineConfig(attention=Reference(), tokens=48, sequences=3, block_size=4, cache_tokens=160, check=True)
+    options = {"draft": drafter, "controller": Fixed(), "pipeline_parallel": 2}
+
+    def part(share: Share) -> Decoder:
+        return StageDecoder(SHAPE, share).take(small_model())
+
+    results = together(2, part, config.model_copy(update=options), _repeated)
+    wanted = _repeated(build_engine(small_model(), config))
+    assert results[0].get("returned") == wanted, "in runs, the tokens are not those of plain decoding"
+
+
+def _repeated(engine: Engine) -> list[list[int]]:
+    """What ``engine`` answers to texts that repeat themselves: greedy, drawn, and with penalties."""
+    found: dict[str, list[int]] = {}
+    for number, more in enumerate(({}, {"temperature": 0.3, "seed": 5}, {"repetition_penalty": 1.2})):
+        text = [int(token) for token in numpy_generator(number, "testing/runs").integers(SHAPE.vocabulary, size=5)] * 3
+        params = SamplingParams.model_validate({"temperature": 0, "max_tokens": 24, "ignore_eos": True, **more})
+        engine.add(Request(str(number), text, params))
+    while engine.busy:
+        for delta in engine.step():
+            found.setdefault(delta.id, []).extend(delta.tokens)
+    return [found[id] for id in sorted(found)]
 
 
 def check_distribution(drafter: Drafter, length: int = 3) -> None:

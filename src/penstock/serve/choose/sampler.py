@@ -139,6 +139,14 @@ class Sampler:
         tokens[others] = self._drawn(scores[others], asked.draws[:, ~greedy])
         return tokens
 
+    def foretold(self, logits: Tensor, asked: Asked, rows: np.ndarray) -> Tensor:
+        """The tokens that some of the ``rows`` of what is ``asked``, int64 [K], will be given, by their ``logits``
+        [K, V], if nothing changes these."""
+        tokens, drawn = logits.argmax(-1), np.flatnonzero(asked.rows["temperature"][rows] > 0)
+        if drawn.size:
+            tokens[self._of(drawn)] = self._drawn(logits[self._of(drawn)], asked.draws[:, rows[drawn]])
+        return tokens
+
     def _drawn(self, scores: Tensor, draws: np.ndarray) -> Tensor:
         """Tokens that are drawn from ``scores`` [R, V], as ``draws`` [5, R] say."""
         _, top_k, top_p, min_p, _ = draws

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from penstock.parallel.world import World
 from penstock.serve.build import build_following, open_share
 from penstock.serve.config import EngineConfig
 from penstock.serve.ranks.group import blaming, met, store
-from penstock.serve.ranks.runner import RankRunner
+from penstock.serve.ranks.runner import RankRunner, StageRunner
 from penstock.serve.ranks.wire import Do, Done, Follow, Message, Refusal, body, parse
 from penstock.serve.run.record import decoded
 from penstock.serve.sizing import weight_bytes
@@ -42,24 +43,48 @@ def follow(model: Decoder, config: EngineConfig, channel: Channel[Message], worl
     """
     runner: RankRunner | None = None
     assert world.watch is not None
-    for message in _messages(channel):
+    orders = Orders(channel)
+    for message in orders:
         if message.what == "leave":
             return
         with blaming(world.watch):
             if message.what == "open":
                 runner = build_following(model, config, message.arguments[0])
+                if isinstance(runner, StageRunner):
+                    runner.skipped = orders.skipped
             else:
                 assert runner is not None
                 _do(runner, message, channel)
 
 
-def _messages(channel: Channel[Message]) -> Iterator[Do]:
-    while True:
-        for message in channel.pending(wait=True):
+class Orders:
+    """What is to be done, in order, from a ``channel``; but that something is to be skipped overtakes the rest."""
+
+    def __init__(self, channel: Channel[Message]) -> None:
+        self._channel, self._skipped = channel, 0
+        self._waiting: deque[Do] = deque()
+
+    def __iter__(self) -> Iterator[Do]:
+        while True:
+            self._hear(wait=not self._waiting)
+            while self._waiting:
+                yield self._waiting.popleft()
+
+    def skipped(self, number: int) -> bool:
+        """Whether what is speculative of the step with this ``number`` is to be skipped, as far as is known now. Of the
+        steps before it, none is asked for any more."""
+        self._hear(wait=False)
+        return number <= self._skipped
+
+    def _hear(self, wait: bool) -> None:
+        for message in self._channel.pending(wait):
             if message is None:
                 os._exit(0)
             assert isinstance(message, Do)
-            yield message
+            if message.what == "skip":
+                (self._skipped,) = message.arguments
+            else:
+                self._waiting.append(message)
 
 
 def _do(runner: RankRunner, message: Do, channel: Channel[Message]) -> None:

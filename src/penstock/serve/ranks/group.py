@@ -171,6 +171,11 @@ class Ranks:
         if self._watch.loss is not None:
             raise _lost(self._watch.loss)
 
+    @property
+    def lost(self) -> bool:
+        """Whether one of them is, as far as is known, or all have been closed."""
+        return self._world is None or self._failure is not None or self._watch.loss is not None
+
     def ask_memory(self) -> None:
         """Asks the others what the memory of their devices is for."""
         with self.together():

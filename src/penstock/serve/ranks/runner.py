@@ -10,6 +10,7 @@ from collections.abc import Sequence as List
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +18,12 @@ from penstock.core.errors import UsageError
 from penstock.core.progress import Reporter, silent
 from penstock.models.paged import PagedTokens
 from penstock.ops.paged.contract import StepShape
+from penstock.serve.choose.asked import Asked
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled
 from penstock.serve.engine.batch import Batch
 from penstock.serve.ranks.group import Ranks
+from penstock.serve.ranks.runs import runs_of
 from penstock.serve.ranks.stages import StageDecoder
 from penstock.serve.run.copies import shaken
 from penstock.serve.run.record import encoded
@@ -166,12 +169,24 @@ class LastStageRunner(LeadingRunner):
     """That of the first rank of a pipeline, which has the last stage.
 
     The other stages begin with a step as soon as they are told; this one computes its own part when somebody waits for
-    what comes out. So several steps are under way at a time, each in another stage.
+    what comes out. So several steps are under way at a time, each in another stage. Where a step has drafted tokens,
+    its runs follow each other in the same way; those that are behind a token that was not what was drafted are given
+    up, and stages that have not begun with them skip them.
+
+    Args:
+        arguments, options: those of :class:`LeadingRunner`.
+        tokens_of_run: how many drafted tokens of a sequence a run has; None where there is one run.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    model: StageDecoder
+
+    def __init__(self, *arguments: Any, tokens_of_run: int | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._later: deque[Later] = deque()
+        self._tokens_of_run, self._number = tokens_of_run, 0
+        self._step: Step | None = None
+        #: Tokens of the runs that were given up, and will be heard of all the same.
+        self._given_up: list[int] = []
 
     def launch(self, batch: Batch) -> Later:
         assert self.ranks is not None
@@ -187,23 +202,103 @@ class LastStageRunner(LeadingRunner):
         with self.ranks.together():
             while later in self._later:
                 each = self._later.popleft()
+                self._step, self._number = each.step, self._number + 1
                 each.sampled = Runner.execute(self, each.step)
             if later.sampled is not None:
                 later.sampled.wait()
             self.ranks.require()
 
+    def close(self) -> None:
+        if self.ranks is not None and not self.ranks.lost:
+            with self.ranks.together():
+                self._forget_given_up()
+        super().close()
+
+    def _forget_given_up(self) -> None:
+        for tokens in self._given_up:
+            self.model.arrives(tokens)
+            self.model.announce(False)
+        self._given_up.clear()
+
+    def _pass_all(self, parts: List[Part], lead: int) -> list[Passed]:
+        assert self.ranks is not None and self._step is not None
+        self._forget_given_up()
+        step = self._step
+        first, *speculative = runs_of(step, self._tokens_of_run, self.ranks.share.size - 1)
+        if not speculative or len(parts) > 1:
+            return super()._pass_all(parts, lead)
+        passed, scored = self._pass(first), parts[0].scored
+        assert passed.logits is not None
+        logits = passed.logits.new_zeros(len(scored), passed.logits.shape[-1])
+        rows = _rows_of(step, [first, *speculative])
+        logits[rows[0]] = passed.logits
+        for number, run in enumerate(speculative, 1):
+            if not self._goes_on(step.asked, logits, rows[number - 1], rows[number:]):
+                self.ranks.tell("skip", self._number)
+                self._given_up = [each.inputs.shape[1] for each in speculative[number - 1 :]]
+                break
+            self.model.arrives(run.inputs.shape[1])
+            found = self._pass(run).logits
+            assert found is not None
+            logits[rows[number]] = found
+        return [dataclasses.replace(passed, logits=logits)]
+
+    def _goes_on(self, asked: Asked, logits: Tensor, known: np.ndarray, later: List[np.ndarray]) -> bool:
+        """Whether any of the rows of ``later`` runs may still be reached, once those that are ``known`` are computed.
+        Windows of sequences that end there are cut off, so that nobody reads what is not computed."""
+        assert asked.window is not None
+        tokens = self.sampler.foretold(logits[known], asked, known).tolist()
+        for row, token in zip(known.tolist(), tokens, strict=True):
+            own, place = asked.owners[row], row - asked.first[asked.owners[row]]
+            if place < asked.window.shape[1] and not asked.rows["rescored"][row] and asked.window[own, place] != token:
+                asked.window[own, place:] = -1
+        ahead = np.concatenate(later)
+        places = ahead - asked.first[asked.owners[ahead]] - 1
+        return bool((asked.window[asked.owners[ahead], places] >= 0).any())
+
+
+def _rows_of(step: Step, runs: List[Part]) -> list[np.ndarray]:
+    """Which of the scored rows of ``step`` each of its ``runs`` has."""
+    slots = step.parts[0].plan.slots.numpy()[step.parts[0].scored]
+    return [np.flatnonzero(np.isin(slots, run.plan.slots.numpy()[run.scored])) for run in runs]
+
 
 class StageRunner(RankRunner):
-    """That of any other rank of a pipeline: what it computes goes to the next one, and nothing is drawn."""
+    """That of any other rank of a pipeline: what it computes goes to the next one, and nothing is drawn.
+
+    Args:
+        arguments, options: those of :class:`~penstock.serve.run.runner.Runner`.
+        stages: how many there are.
+        tokens_of_run: as of :class:`LastStageRunner`.
+
+    Attributes:
+        skipped: whether what is speculative of a step, by its number from 1, is to be skipped.
+    """
 
     model: StageDecoder
 
+    def __init__(self, *arguments: Any, stages: int, tokens_of_run: int | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._stages, self._tokens_of_run, self._number = stages, tokens_of_run, 0
+        self.skipped: Callable[[int], bool] = lambda number: False
+
     @torch.inference_mode()
     def execute(self, step: Step, proposals: Proposals | None = None) -> None:
+        self._number += 1
         if step.copies.size:
             self.cache.copy(*step.copies.tolist())
-        for part in step.parts:
-            self._hand_on(part)
+        runs = runs_of(step, self._tokens_of_run, self._stages - 1)
+        if len(step.parts) > 1:
+            for part in step.parts:
+                self._hand_on(part)
+            return
+        for number, run in enumerate(runs):
+            if number:
+                computed = self.model.arrives(run.inputs.shape[1]) and not self.skipped(self._number)
+                self.model.announce(computed)
+                if not computed:
+                    continue
+            self._hand_on(run)
 
     def _hand_on(self, part: Part) -> None:
         """Computes ``part``, and what is copied of it, and sends it on."""

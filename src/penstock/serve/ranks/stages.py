@@ -59,17 +59,15 @@ class StageDecoder(Part):
         for place, layer in enumerate(self._own(self.layers)):
             layer.attention.layer = place  # in the cache, which has the stage's own layers alone
         self._before, self._after = (share.rank - 1) % share.size, (share.rank + 1) % share.size
+        self._given: Tensor | None = None
         #: What is on its way to the next stage; it has to stay in memory until it is there.
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         if self._begins:
             return super().embed(tokens, positions)
-        like = next(self.parameters())
-        x = torch.empty(*tokens.shape, self.config.hidden, dtype=like.dtype, device=like.device)
-        with exchanging():
-            dist.recv(x, self._before)
-        return x
+        x, self._given = self._given, None
+        return self._received(len(tokens)) if x is None else x
 
     def hand_on(self, tokens: Tensor, context: AttentionContext) -> None:
         """Computes the layers of a stage that is not the last for ``tokens`` [N], and sends what comes out to the next
@@ -78,7 +76,43 @@ class StageDecoder(Part):
         Raises:
             ExchangeError: a rank is lost.
         """
-        x = self._through(self.layers, tokens, context)[0].contiguous()
+        self._send(self._through(self.layers, tokens, context)[0].contiguous())
+
+    def arrives(self, tokens: int) -> bool:
+        """Whether the stage before this one has computed a speculative run of so many ``tokens``; what it sent is taken
+        in then, and goes on with the next pass.
+
+        Raises:
+            ExchangeError: a rank is lost.
+        """
+        if self._begins:
+            return True
+        told = torch.zeros(1, dtype=torch.int64)
+        with exchanging():
+            dist.recv(told, self._before)
+        self._given = self._received(tokens) if told else None
+        return self._given is not None
+
+    def announce(self, computed: bool) -> None:
+        """Tells the next stage whether a speculative run will be sent, or is skipped; one that has arrived is dropped
+        then.
+
+        Raises:
+            ExchangeError: a rank is lost.
+        """
+        if not computed:
+            self._given = None
+        if not self.ends:
+            self._send(torch.tensor([int(computed)]))
+
+    def _received(self, tokens: int) -> Tensor:
+        like = next(self.parameters())
+        x = torch.empty(tokens, self.config.hidden, dtype=like.dtype, device=like.device)
+        with exchanging():
+            dist.recv(x, self._before)
+        return x
+
+    def _send(self, x: Tensor) -> None:
         with exchanging():
             while self._sent and self._sent[0][0].is_completed():
                 self._sent.popleft()
