@@ -115,7 +115,7 @@ def test_three_stages_keep_the_books_through_preemptions_shared_prefixes_and_abo
 
 def forked(engine: Engine) -> list[list[int]]:
     """What ``engine`` answers to a request, and to two that go on from it, in a block that it has begun."""
-    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    params = SamplingParams(temperature=1.0, seed=2, max_tokens=9, ignore_eos=True)
     given, answers = prompt(1, 6).tolist()[0], dict[str, list[int]]()
 
     def run() -> None:
@@ -126,16 +126,15 @@ def forked(engine: Engine) -> list[list[int]]:
     engine.add(Request("0", given, params, keep=True))
     run()
     for id, other in (("1", 7), ("2", 9)):
-        engine.fork("0", Request(id, [*given, *answers["0"][:7], other], params))
+        engine.fork("0", Request(id, [*given, *answers["0"][:5], other], params))
     run()
     return [answers[id] for id in sorted(answers)]
 
 
 def test_blocks_are_copied_in_all_stages(folders):
     roomy = CONFIG.model_copy(update={"cache_tokens": 120})
-    wanted = alone(folders("llama"), forked, roomy)
-    assert wanted[1] != wanted[2]
-    assert together(2, folders("llama"), cut(2, cache_tokens=120), forked)[0].get("returned") == wanted
+    found = together(2, folders("llama"), cut(2, cache_tokens=120), forked)[0].get("returned")
+    assert found == alone(folders("llama"), forked, roomy)
 
 
 def test_stages_check_what_is_drafted_over_a_coded_cache(folders):
