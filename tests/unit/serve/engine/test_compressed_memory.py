@@ -9,7 +9,7 @@ from penstock.core.randomness import numpy_generator
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
-from penstock.serve.engine.memory import Memory
+from penstock.serve.engine.memory.memory import Memory
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.kv.policies.sink_window import SinkWindow
 from penstock.serve.messages import Request

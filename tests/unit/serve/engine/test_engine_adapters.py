@@ -29,7 +29,7 @@ from penstock.serve.decode.roster import Roster
 from penstock.serve.decode.uscd import UncertaintyAwareContrast
 from penstock.serve.engine.adapters import Adapter
 from penstock.serve.engine.engine import Engine
-from penstock.serve.engine.memory import Memory
+from penstock.serve.engine.memory.memory import Memory
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.messages import Finish, Request
 from penstock.testing.alike import alike

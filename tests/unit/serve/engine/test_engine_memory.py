@@ -9,7 +9,7 @@ from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
-from penstock.serve.engine.memory import Memory
+from penstock.serve.engine.memory.memory import Memory
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.kv.pool import ROOT, BlockPool, InvariantError
 from penstock.serve.messages import Finish, Request
