@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from penstock.testing.engine.machine import machine_of
 from penstock.testing.enrolled import enrolled
 from penstock.testing.serve_batching import (
     check_crowding,
@@ -14,7 +15,6 @@ from penstock.testing.serve_batching import (
     check_priority,
     check_progress,
     check_stall_free,
-    machine_of,
 )
 
 POLICIES = enrolled("serve.batching")

@@ -4,8 +4,8 @@
 ``train.schedule`` in :mod:`penstock.testing.train_schedule`; the module says which bugs its clauses are there to catch,
 and holds a function for each clause. A law fails with an ``AssertionError`` that names the clause's complaint.
 
-:mod:`penstock.testing.reference` decodes by recomputing everything; :mod:`penstock.testing.house` knows which package
-may import which.
+:mod:`penstock.testing.engine` plays any course of events on an engine, and :mod:`penstock.testing.reference` says what
+should come out of it, by recomputing everything; :mod:`penstock.testing.house` knows which package may import which.
 """
 
 from __future__ import annotations

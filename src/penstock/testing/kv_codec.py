@@ -35,8 +35,9 @@ from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.calibration import learned_tables
 from penstock.testing.alike import alike
 from penstock.testing.attention_paged import BRIEF, CROWDED, Course, Place, check_course, courses
+from penstock.testing.engine.crowds import crowd
+from penstock.testing.engine.machine import EngineMachine, machine_of
 from penstock.testing.enrolled import enrolled
-from penstock.testing.serve_batching import EngineMachine, crowd, machine_of
 from penstock.testing.serve_model import SHAPE, small_draft, small_model
 
 #: Sizes of heads that are tried.

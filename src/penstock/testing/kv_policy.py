@@ -56,10 +56,13 @@ from penstock.serve.messages import Request
 from penstock.speculate.controllers.fixed import Fixed
 from penstock.speculate.drafters.ngram import Ngram
 from penstock.testing.alike import alike
+from penstock.testing.engine.accounts import expected
+from penstock.testing.engine.crowds import crowd
+from penstock.testing.engine.machine import machine_of
+from penstock.testing.engine.requests import numbers
 from penstock.testing.kept_scores import packed_of
 from penstock.testing.paged_scene import attention as attended
 from penstock.testing.reference import greedy
-from penstock.testing.serve_batching import crowd, expected, machine_of, numbers
 from penstock.testing.serve_model import SHAPE, small_model
 
 

@@ -47,10 +47,11 @@ from penstock.serve.kv.host import HostBlocks
 from penstock.serve.kv.reuse.contract import Reuse, Weighing
 from penstock.serve.kv.tiers import Tiers
 from penstock.serve.messages import Request
+from penstock.testing.at_once import AtOnce
 from penstock.testing.beside_scores import BesideScores
+from penstock.testing.engine.requests import numbers
 from penstock.testing.moved_scores import MovedScores, MovedTexts
 from penstock.testing.reference import continued
-from penstock.testing.serve_batching import AtOnce, numbers
 from penstock.testing.serve_model import SHAPE
 
 #: Texts of which requests have some as contexts, and what stands before and behind them.

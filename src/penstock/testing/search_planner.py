@@ -35,10 +35,10 @@ from penstock.search.prices import Prices, Unit
 from penstock.search.programs.coverage import Coverage
 from penstock.search.search import Search
 from penstock.serve.choose.sampling import SamplingParams
+from penstock.testing.engine.requests import numbers
 from penstock.testing.refusals import refused
 from penstock.testing.search_program import ENDS, scored, small_engine
 from penstock.testing.search_table import Letters
-from penstock.testing.serve_batching import numbers
 from penstock.testing.serve_model import SHAPE
 
 SMALL = DecoderConfig(vocabulary=50, hidden=16, layers=2, heads=2, kv_heads=1, head_dim=8, ffn=24, context=64)

@@ -32,8 +32,8 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
+from penstock.testing.engine.requests import numbers
 from penstock.testing.search_table import Letters
-from penstock.testing.serve_batching import numbers
 from penstock.testing.serve_model import SHAPE, small_model
 
 #: Tokens that end a text; and the letter that ends a step, which stands for several tokens.

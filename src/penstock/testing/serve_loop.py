@@ -22,7 +22,7 @@ from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.loops.contract import Loop
 from penstock.serve.engine.loops.plain import Plain
 from penstock.serve.messages import Delta, Finish, Request
-from penstock.testing.serve_batching import PREFIXES
+from penstock.testing.engine.requests import PREFIXES
 from penstock.testing.serve_model import SHAPE, small_model
 
 #: The tables of no sequence.

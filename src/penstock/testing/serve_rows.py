@@ -10,7 +10,7 @@ from torch import Tensor
 from penstock.serve.choose.asked import Asked
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Entry
-from penstock.serve.engine.memory import Held
+from penstock.serve.engine.memory.held import Held
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.run.planner import Fields, Planner
 

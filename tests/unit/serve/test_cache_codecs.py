@@ -15,7 +15,7 @@ from penstock.serve.build import build_engine, build_runner
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.messages import Request
-from penstock.testing.serve_batching import numbers
+from penstock.testing.engine.requests import numbers
 from penstock.testing.serve_model import small_model
 
 

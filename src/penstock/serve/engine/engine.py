@@ -20,7 +20,7 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.engine.adapters import Adapter, Adapters
 from penstock.serve.engine.executor import Changeable, Executor, Readable
 from penstock.serve.engine.limits import Limits
-from penstock.serve.engine.memory import Memory
+from penstock.serve.engine.memory.memory import Memory
 from penstock.serve.engine.sequence import Sequence, common
 from penstock.serve.engine.speculation import Speculation
 from penstock.serve.engine.steps import Counters, EngineSteps

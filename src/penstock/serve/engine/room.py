@@ -11,7 +11,8 @@ import numpy as np
 
 from penstock.core.events import Detail, EventLog
 from penstock.serve.engine.batch import Beside, Entry
-from penstock.serve.engine.memory import NEVER, Held, Memory
+from penstock.serve.engine.memory.held import NEVER, Held
+from penstock.serve.engine.memory.memory import Memory
 from penstock.serve.engine.sequence import Sequence
 from penstock.speculate.contract import AWAITED, Branching, Draft, Probing, Shaper
 from penstock.speculate.tree import Tree, chain, path, pruned

@@ -21,7 +21,7 @@ from penstock.serve.messages import Finish, Request
 if TYPE_CHECKING:
     from penstock.serve.choose.grammar import Matcher
     from penstock.serve.choose.restriction import Restriction
-    from penstock.serve.engine.memory import Held
+    from penstock.serve.engine.memory.held import Held
     from penstock.speculate.contract import Draft
 
 
@@ -37,7 +37,7 @@ class Sequence:
         limit: most tokens in all.
         arrival: its number among all sequences of the engine.
         in_flight: queued steps that will append tokens.
-        held: its memory while it runs, None while it waits; see :class:`~penstock.serve.engine.memory.Memory`.
+        held: its memory while it runs, None while it waits; see :class:`~penstock.serve.engine.memory.memory.Memory`.
         cached: prompt tokens that were found in the cache when it was admitted first; -1 before.
         preempted: whether it lost its memory and has to be computed again.
         compressed: with how many tokens computed its cache was compressed since blocks were missing, ascending. There

@@ -12,7 +12,7 @@ from penstock.serve.choose.logprobs import LogprobRows
 from penstock.serve.choose.sampler import Sampled
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.executor import Executor
-from penstock.serve.engine.memory import Memory
+from penstock.serve.engine.memory.memory import Memory
 from penstock.serve.engine.room import StepRoom
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.engine.speculation import Speculation

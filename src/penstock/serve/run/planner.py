@@ -20,7 +20,7 @@ from penstock.ops.paged.weighed import Weighed
 from penstock.serve.choose.asked import SLOT, Asked, Masked, Ruled, Scattered, depths_of, nodes_of
 from penstock.serve.decode.contract import DecodeRule
 from penstock.serve.engine.batch import Batch, Entry
-from penstock.serve.engine.memory import Held
+from penstock.serve.engine.memory.held import Held
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.run.copies import Copied
 from penstock.serve.run.step import Part, Placed, Step

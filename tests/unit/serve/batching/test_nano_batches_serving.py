@@ -29,8 +29,8 @@ from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.room import StepRoom
 from penstock.serve.messages import Request
 from penstock.serve.run.runner import Runner
+from penstock.testing.engine.machine import machine_of
 from penstock.testing.reference import greedy
-from penstock.testing.serve_batching import machine_of
 from penstock.testing.serve_model import SHAPE, small_model
 from penstock.testing.serve_simulation import simulate, simulated_engine
 

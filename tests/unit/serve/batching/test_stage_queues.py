@@ -10,7 +10,7 @@ from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.messages import Request
-from penstock.testing.serve_batching import numbers
+from penstock.testing.engine.requests import numbers
 from penstock.testing.serve_model import small_model
 
 PREFILL, DECODE = Stage(fixed=1, each=0.01, most=2), Stage(fixed=0.5, each=0.1, most=8)

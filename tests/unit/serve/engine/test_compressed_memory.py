@@ -9,11 +9,12 @@ from penstock.core.randomness import numpy_generator
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
-from penstock.serve.engine.memory import Memory
+from penstock.serve.engine.memory.memory import Memory
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.kv.policies.sink_window import SinkWindow
 from penstock.serve.messages import Request
-from penstock.testing.serve_batching import expected, numbers
+from penstock.testing.engine.accounts import expected
+from penstock.testing.engine.requests import numbers
 from penstock.testing.serve_model import small_model
 
 SIZE, BLOCKS = 3, 24

@@ -29,11 +29,13 @@ from penstock.serve.decode.roster import Roster
 from penstock.serve.decode.uscd import UncertaintyAwareContrast
 from penstock.serve.engine.adapters import Adapter
 from penstock.serve.engine.engine import Engine
-from penstock.serve.engine.memory import Memory
+from penstock.serve.engine.memory.memory import Memory
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.messages import Finish, Request
 from penstock.testing.alike import alike
-from penstock.testing.serve_batching import EngineMachine, Name, crowd, machine_of
+from penstock.testing.engine.accounts import Name
+from penstock.testing.engine.crowds import crowd
+from penstock.testing.engine.machine import EngineMachine, machine_of
 from penstock.testing.serve_model import draft_of, head_of, small_model
 from tiny_adapters import written
 

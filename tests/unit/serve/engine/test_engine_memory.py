@@ -9,12 +9,12 @@ from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
-from penstock.serve.engine.memory import Memory
+from penstock.serve.engine.memory.memory import Memory
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.kv.pool import ROOT, BlockPool, InvariantError
 from penstock.serve.messages import Finish, Request
+from penstock.testing.engine.requests import numbers
 from penstock.testing.reference import greedy
-from penstock.testing.serve_batching import numbers
 from penstock.testing.serve_model import small_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)

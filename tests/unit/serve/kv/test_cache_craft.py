@@ -44,8 +44,8 @@ from penstock.serve.kv.reuse.prefix import PrefixReuse
 from penstock.serve.kv.simulator import play
 from penstock.serve.kv.tiers import Tiers
 from penstock.serve.messages import Request
+from penstock.testing.at_once import AtOnce
 from penstock.testing.kv_reuse import BEFORE, BEHIND, CONTEXTS, answered, opened
-from penstock.testing.serve_batching import AtOnce
 from penstock.testing.serve_model import SHAPE, small_model
 
 CRAFT = CacheCraft()

@@ -28,8 +28,9 @@ from penstock.serve.kv.disk import DiskBlocks, fingerprint
 from penstock.serve.kv.host import HostBlocks
 from penstock.serve.kv.tiers import Tiers
 from penstock.serve.messages import Finish, Request
+from penstock.testing.at_once import AtOnce
+from penstock.testing.engine.requests import numbers
 from penstock.testing.reference import greedy
-from penstock.testing.serve_batching import AtOnce, numbers
 from penstock.testing.serve_model import small_model
 
 #: What follows each of these, one after the other, does not fit into a cache of 80 tokens.

@@ -1,0 +1,116 @@
+"""What each continuation should say, by the reference decoder, and what it has said."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+from penstock.models.decoder import Decoder
+from penstock.models.sampling import Sampling
+from penstock.serve.decode.uscd import UncertaintyAwareContrast
+from penstock.serve.engine.sequence import Sequence as EngineSequence
+from penstock.serve.kv.policies.contract import CachePolicy
+from penstock.serve.kv.policies.full import Full
+from penstock.serve.messages import Finish, Request
+from penstock.testing.engine.requests import CONTRAST, STOP
+from penstock.testing.kept_scores import KeptScores
+from penstock.testing.reference import Scores, continued, prompt_logprobs
+
+FULL = Full()
+
+#: Where the caches of a sequence and of its companions were compressed; None is where the policy is due.
+Places = tuple[tuple[int, ...], ...] | None
+
+#: What is known to follow a text, by what decides it.
+_FOLLOWS: dict[tuple[object, ...], list[int]] = {}
+
+
+def expected(
+    model: Decoder,
+    tokens: tuple[int, ...],
+    given: int,
+    temperature: float,
+    seed: int,
+    rule: UncertaintyAwareContrast | None,
+    count: int,
+    guess: Sequence[int],
+    kv: CachePolicy = FULL,
+    places: Places = None,
+) -> list[int]:
+    """The ``count`` tokens that follow ``tokens`` by ``model``, of which so many were ``given``."""
+    known = _FOLLOWS.setdefault((model, tokens, given, temperature, seed, rule, kv, places), [])
+    if len(known) < count:
+        text = [*tokens, *known]
+        sampling = Sampling(temperature=temperature, seed=seed, max_tokens=len(tokens) + count - given)
+        compressed: Iterable[tuple[int, ...] | None] = places or itertools.repeat(None)
+        scores = Scores if kv == FULL else functools.partial(_kept, kv, iter(compressed))
+        known += continued(model, text, given, sampling, rule, guess[len(known) :], scores)
+    return known[:count]
+
+
+def _kept(
+    kv: CachePolicy,
+    places: Iterator[tuple[int, ...] | None],
+    model: Decoder,
+    likely: Sequence[int],
+    prompt: int,
+) -> KeptScores:
+    return KeptScores(model, kv, prompt, next(places))
+
+
+@functools.cache
+def rated(
+    model: Decoder, prompt: tuple[int, ...], given: int = 0, kv: CachePolicy = FULL, places: Places = None
+) -> list[float]:
+    """The log-probabilities of the tokens of ``prompt`` but the first."""
+    if kv == FULL:
+        return prompt_logprobs(model, prompt)
+    scores = KeptScores(model, kv, given, places[0] if places else None).every(prompt)
+    return [float(each.log_softmax(-1)[token]) for each, token in zip(scores, prompt[1:], strict=False)]
+
+
+#: A request and one of its continuations.
+Name = tuple[str, int]
+
+
+@dataclasses.dataclass
+class Account:
+    """What is known of one continuation: its ``text`` when it was touched last, of which ``given`` tokens were its
+    prompt, its ``limit`` of tokens in all, what its cache keeps (``kv``), and the tokens that were ``told``; the
+    ``model`` says what they should be. The engine has it as ``sequence``.
+    """
+
+    model: Decoder
+    request: Request
+    index: int
+    text: list[int]
+    given: int
+    limit: int
+    kv: CachePolicy
+    sequence: EngineSequence
+    touched: bool = False
+    told: list[int] = dataclasses.field(default_factory=list)
+    finish: Finish | None = None
+    aborted: bool = False
+
+    @property
+    def places(self) -> Places:
+        """Where its cache was compressed, which the load decides where the policy is patient."""
+        return tuple(tuple(each.compressed) for each in self.sequence.lockstep) if self.kv.patient else None
+
+    @property
+    def ahead(self) -> list[int]:
+        """What follows the text."""
+        sampling = self.request.sampling
+        rule = CONTRAST if sampling.rule is not None else None
+        seed = sampling.seed + self.index if sampling.temperature else 0  # greedy ones are all the same
+        left = self.limit - len(self.text)
+        guess = self.told[-left:] if self.touched else self.told
+        for count in (min(len(guess), left), left):
+            asked = (self.model, tuple(self.text), self.given, sampling.temperature, seed, rule)
+            follows = expected(*asked, count, guess, self.kv, self.places)
+            if STOP in sampling.stop_tokens and STOP in follows:
+                return follows[: follows.index(STOP) + 1]
+        return follows

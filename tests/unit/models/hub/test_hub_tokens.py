@@ -1,0 +1,34 @@
+"""The tokenizer beside a model, and the tokens that end its texts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from penstock.core.errors import DataError
+from penstock.models import hub
+
+
+def test_tokenizer(folder: Path) -> None:
+    with pytest.raises(DataError, match="has no tokenizer"):
+        hub.load_tokenizer(folder)
+    model = tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
+    words = tokenizers.Tokenizer(model)
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?").save_pretrained(folder)
+    loaded = hub.load_tokenizer(str(folder))
+    assert loaded.encode("b a c") == [1, 0, 2]
+    assert loaded.eos_token_id == 2
+    assert hub.end_tokens(folder, loaded) == {2}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"eos_token_id": 9})
+    )
+    assert hub.end_tokens(folder, loaded) == {2, 7, 9}
+    (folder / "tokenizer.json").write_text('{"model"')
+    with pytest.raises(DataError, match="cannot be read"):
+        hub.load_tokenizer(folder)
