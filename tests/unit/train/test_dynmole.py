@@ -19,7 +19,7 @@ from penstock.core.progress import silent
 from penstock.data.loader import Batch
 from penstock.models import hub
 from penstock.models.adapters.low_rank import LowRankLinear, attached
-from penstock.models.adapters.routed import Mixture, routed, tsallis
+from penstock.models.adapters.routed import Mixture, routed, tsallis, unevenness
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
 from penstock.ops.cross_entropy import IGNORE
@@ -105,7 +105,7 @@ def test_routing_switches_at_the_threshold():
     entropy = tsallis(logarithms, 2.0).item()
     below = math.nextafter(entropy, 0)
     for threshold, taken in ((entropy, [1, 0, 0, 0]), (below, [1, 1, 1, 1])):
-        weights, found = EVERY._replace(threshold=threshold, top_p=0.7).weights(logarithms)
+        weights, _, found = EVERY._replace(threshold=threshold, top_p=0.7).choose(logarithms)
         assert found.item() == entropy
         torch.testing.assert_close(weights, logarithms.exp() * torch.tensor(taken))
 
@@ -116,7 +116,7 @@ def test_routing_switches_at_the_threshold():
 )
 def test_certain_tokens_take_the_most_probable_experts(top_p, top_k, taken):
     logarithms = torch.tensor([[0.5, 0.05, 0.3, 0.15]], dtype=torch.float64).log()
-    weights, _ = EVERY._replace(top_p=top_p, top_k=top_k).weights(logarithms)
+    weights = EVERY._replace(top_p=top_p, top_k=top_k).choose(logarithms).weights
     assert set(weights[0].nonzero().flatten().tolist()) == taken
     for expert in taken:
         assert weights[0, expert].item() == pytest.approx(logarithms[0, expert].exp().item())
@@ -150,12 +150,49 @@ def batch() -> Batch:
     return Batch(tokens, targets, torch.zeros_like(tokens))
 
 
+def test_the_unevenness_of_even_and_of_collapsed_loads():
+    for count in (2, 5, 8):
+        even = torch.full((7, count), 1 / count, dtype=torch.float64)
+        alone = torch.eye(count, dtype=torch.float64)
+        assert unevenness(even, even).item() == pytest.approx(1, rel=1e-12)
+        assert unevenness(alone[:1].expand(7, -1), alone[:1].expand(7, -1)).item() == count
+        # Each token is certain of another expert: none is taken more than the others.
+        assert unevenness(alone, alone).item() == pytest.approx(1, rel=1e-12)
+    # Of the probabilities 1/2, 1/4 and 1/4, and of 1/4, 1/4 and 1/2, the first expert alone is taken.
+    probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]], dtype=torch.float64)
+    taken = probabilities * torch.tensor([1.0, 0, 0])
+    assert unevenness(taken, probabilities).item() == pytest.approx(3 * 0.375 * 0.375)
+
+
+def test_the_loss_has_the_load_of_the_predicted_tokens(model):
+    """Against a loop over routers and tokens; and evenly routed, it is 1 a token."""
+    decoder, given, context = mixed(model, threshold=0.8), batch(), CausalRows.of(20, "cpu")
+    inputs: dict[str, torch.Tensor] = {}
+    for name, layer in routed(decoder):
+        layer.register_forward_hook(lambda _, given, out, name=name: inputs.update({name: given[0]}))
+    options = {**{k: v for k, v in SMALL.items() if k != "name"}, "entropy_weight": 0.0, "balance_weight": 0.5}
+    tuner, count = DynMoLE(**options), (given.targets != IGNORE).sum()
+    found = tuner.loss(NextToken(), decoder, given, context) - NextToken().loss(decoder, given, context)
+    loads = []
+    for name, layer in routed(decoder):
+        for router in layer.router.values():
+            p = (inputs[name] @ router.T).softmax(-1)[given.targets != IGNORE]
+            f = torch.stack([layer.mixture.choose(each.log()).weights for each in p])
+            loads.append(sum(4 * f[:, e].mean() * p[:, e].mean() for e in range(4)))
+    torch.testing.assert_close(found, 0.5 * count * torch.stack(loads).mean(), rtol=1e-9, atol=0)
+    for _, layer in routed(decoder):
+        for router in layer.router.values():
+            router.data.zero_()
+    found = tuner.loss(NextToken(), decoder, given, context) - NextToken().loss(decoder, given, context)
+    torch.testing.assert_close(found, 0.5 * count.double(), rtol=1e-9, atol=0)
+
+
 def test_the_loss_has_the_mean_entropy_of_the_predicted_tokens(model):
     decoder, given, context = mixed(model), batch(), CausalRows.of(20, "cpu")
     inputs: dict[str, torch.Tensor] = {}
     for name, layer in routed(decoder):
         layer.register_forward_hook(lambda _, given, out, name=name: inputs.update({name: given[0]}))
-    tuner = DynMoLE(**{**{k: v for k, v in SMALL.items() if k != "name"}, "entropy_weight": 0.5})
+    tuner = DynMoLE(**{**{k: v for k, v in SMALL.items() if k != "name"}, "entropy_weight": 0.5, "balance_weight": 0.0})
     found = tuner.loss(NextToken(), decoder, given, context)
     plain = NextToken().loss(decoder, given, context)
     entropies = []
@@ -166,7 +203,7 @@ def test_the_loss_has_the_mean_entropy_of_the_predicted_tokens(model):
     count = (given.targets != IGNORE).sum()
     wanted = plain + 0.5 * count * torch.stack(entropies).mean()
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
-    assert all(layer.entropies is None for _, layer in routed(decoder))
+    assert all(layer.choices is None for _, layer in routed(decoder))
     rows = [Batch(*(each[row : row + 1] for each in (given.tokens, given.targets, given.documents))) for row in (0, 1)]
     torch.testing.assert_close(sum(tuner.loss(NextToken(), decoder, row, context) for row in rows), found)
 

@@ -68,18 +68,21 @@ class LowRankLinear(Linear):
         return {int(place): (self.a[place], self.b[place]) for place in self.a}
 
     def forward(self, x: Tensor) -> Tensor:
-        out, added, additions = super().forward(x), [], self.additions()
+        # One product for all pieces: passes over numbers as many as the layer's output cost more than its zeros do.
+        out, narrow, wide, additions = super().forward(x), [], [], self.additions()
         for place, piece in enumerate(self.pieces):
             if place in additions:
                 a, b = additions[place]
-                added.append(self.product(place, x, a, b) * self.scale)
+                narrow.append(self.narrow(place, x, a))
+                wide.append(b)
             else:
-                added.append(out.new_zeros(()).expand(*out.shape[:-1], piece.rows))
-        return out + (added[0] if len(added) == 1 else torch.cat(added, -1))
+                wide.append(self.weight.new_zeros(piece.rows, 0))
+        scaled = torch.cat(narrow, -1).flatten(0, -2) * self.scale
+        return torch.addmm(out.flatten(0, -2), scaled, torch.block_diag(*wide).T).view(out.shape)
 
-    def product(self, place: int, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """What is added for tokens x [*T, in] to the piece at ``place``, before it is scaled: [*T, rows]."""
-        return F.linear(F.linear(x, a), b)
+    def narrow(self, place: int, x: Tensor, a: Tensor) -> Tensor:
+        """What tokens x [*T, in] give to the B of the piece at ``place``, before it is scaled: [*T, rank]."""
+        return F.linear(x, a)
 
     def plain(self) -> Linear:
         """The layer that this one stands for."""

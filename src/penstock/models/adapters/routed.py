@@ -34,16 +34,36 @@ class Mixture(NamedTuple):
     top_p: float
     top_k: int
 
-    def weights(self, log_probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """By what each expert's addition is multiplied, [*T, experts]: its probability, or 0 where it is not taken; and
-        the entropies [*T]. The weights of those that are taken are not scaled up to 1."""
+    def choose(self, log_probabilities: Tensor) -> Chosen:
+        """What tokens choose, by their logarithms of the experts' probabilities [*T, experts]."""
         entropy = tsallis(log_probabilities, self.entropy_index)
         probabilities = log_probabilities.exp()
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         taken = ordered.cumsum(-1) <= self.top_p
         taken[..., : self.top_k] = True
         taken = torch.zeros_like(taken).scatter(-1, order, taken) | (entropy > self.threshold)[..., None]
-        return probabilities * taken, entropy
+        return Chosen(probabilities * taken, probabilities, entropy)
+
+
+class Chosen(NamedTuple):
+    """How tokens have chosen among experts.
+
+    Attributes:
+        weights: by what each expert's addition is multiplied, [*T, experts]: its probability, or 0 where it is not
+            taken. Those of a part are not scaled up to 1.
+        probabilities: of the experts, [*T, experts].
+        entropy: of the probabilities, [*T].
+    """
+
+    weights: Tensor
+    probabilities: Tensor
+    entropy: Tensor
+
+
+def unevenness(weights: Tensor, probabilities: Tensor) -> Tensor:
+    """n sum_e f_e p_e for n experts, with f and p the means of ``weights`` and ``probabilities`` [N, n] over tokens: 1
+    where all experts are taken evenly, and n where all tokens take the same one alone. A scalar."""
+    return probabilities.shape[-1] * (weights.mean(0) * probabilities.mean(0)).sum()
 
 
 def tsallis(log_probabilities: Tensor, index: float) -> Tensor:
@@ -66,10 +86,10 @@ class RoutedLinear(LowRankLinear):
     Attributes:
         router: [experts, in], by the place of its piece.
         a, b: [experts * rank, in] and [rows, experts * rank], those of one expert after those of another.
-        entropies: where this is a list, each pass adds the routers' entropies [*T].
+        choices: where this is a list, each pass adds what tokens have chosen, a router at a time.
     """
 
-    entropies: list[Tensor] | None = None
+    choices: list[Chosen] | None = None
 
     def __init__(
         self, base: Linear, pieces: Sequence[Piece], chosen: Sequence[int], rank: int, scale: float, mixture: Mixture
@@ -95,14 +115,14 @@ class RoutedLinear(LowRankLinear):
             hint="Open the folder that the run leaves, which lies on its base; or train with tuner=lora to merge.",
         )
 
-    def product(self, place: int, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def narrow(self, place: int, x: Tensor, a: Tensor) -> Tensor:
         logits = F.linear(x, self.router[str(place)])
         exact = torch.promote_types(logits.dtype, torch.float32)
-        weights, entropy = self.mixture.weights(logits.to(exact).log_softmax(-1))
-        if self.entropies is not None:
-            self.entropies.append(entropy)
-        narrow = F.linear(x, a)
-        return F.linear(narrow * weights.repeat_interleave(self.expert_rank, -1).to(narrow.dtype), b)
+        chosen = self.mixture.choose(logits.to(exact).log_softmax(-1))
+        if self.choices is not None:
+            self.choices.append(chosen)
+        narrow = super().narrow(place, x, a)
+        return narrow * chosen.weights.repeat_interleave(self.expert_rank, -1).to(narrow.dtype)
 
 
 def routed(decoder: Decoder) -> Iterator[tuple[str, RoutedLinear]]:

@@ -13,7 +13,7 @@ from penstock.core.errors import ConfigError
 from penstock.data.loader import Batch
 from penstock.models import hub
 from penstock.models.adapters import low_rank, routed_folder
-from penstock.models.adapters.routed import Mixture, RoutedLinear, routed
+from penstock.models.adapters.routed import Mixture, RoutedLinear, routed, unevenness
 from penstock.models.adapters.routed_folder import RoutedAdapter
 from penstock.models.attention import AttentionContext
 from penstock.models.decoder import Decoder
@@ -32,15 +32,16 @@ class DynMoLE(LowRank):
     takes all experts, each weighted by its probability; others take the most probable ones, by ``top_p`` and no fewer
     than ``top_k``; and the entropy is a part of the loss, with ``entropy_weight``. As the authors' code has it: the
     entropy is compared as it stands, up to (1 - n^(1 - q)) / (q - 1) for n experts and q = ``entropy_index``; the
-    experts of ``top_p`` are no more probable than that together; weights of a part are not scaled up to 1; and so are
-    the defaults of how experts are chosen, and of ``entropy_weight``. Our reading: each matrix has a router of its own;
-    the entropy in the loss is the mean over the tokens that are predicted, and over all routers, and for objectives
-    over pairs it counts once a pair. Ours are the folder, and the other defaults.
+    experts of ``top_p`` are no more probable than that together; weights of a part are not scaled up to 1; the loss
+    also has, with ``balance_weight``, n sum_e f_e p_e for an even load, where f and p are the means of the experts'
+    weights and probabilities; and so are the defaults of how experts are chosen, and of both weights in the loss. Our
+    reading: each matrix has a router of its own; entropy and load are means over the tokens of a microbatch that are
+    predicted, and then over all routers, and for objectives over pairs they count once a pair. Ours are the folder,
+    and the other defaults.
 
     No plain model computes the same, so nothing is merged: what the run leaves is a folder of its own kind, which opens
-    on the base that it names. All experts are computed, and weighted by 0 where they are not taken. Not built: the loss
-    for an even load of the experts, which the authors' code has beside that of the entropy; kernels that skip experts;
-    several such adapters in one batch; reward models.
+    on the base that it names. All experts are computed, and weighted by 0 where they are not taken. Not built: kernels
+    that skip experts; several such adapters in one batch; reward models.
     """
 
     merges: ClassVar[bool] = False
@@ -53,6 +54,7 @@ class DynMoLE(LowRank):
     top_p: float = Field(0.75, gt=0, le=1)
     top_k: PositiveInt = 2
     entropy_weight: NonNegativeFloat = 0.01
+    balance_weight: NonNegativeFloat = 0.001
     targets: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -80,15 +82,18 @@ class DynMoLE(LowRank):
     def loss(self, objective: Objective, model: Decoder, batch: Batch, context: AttentionContext) -> Tensor:
         layers = [layer for _, layer in routed(model)]
         for layer in layers:
-            layer.entropies = []
+            layer.choices = []
         loss = objective.loss(model, batch, context)
-        found = [entropy.flatten() for layer in layers for entropy in layer.entropies or []]
+        found = [chosen for layer in layers for chosen in layer.choices or []]
         for layer in layers:
-            layer.entropies = None  # a pass that is computed again for its gradient leaves nothing
-        predicted = (batch.targets != IGNORE).flatten()
-        of_tokens = torch.stack(found).mean(0) * predicted
-        share = objective.count(batch) / predicted.sum().clamp(min=1)
-        return loss + self.entropy_weight * share * of_tokens.sum()
+            layer.choices = None  # a pass that is computed again for its gradient leaves nothing
+        # Means, written so that their shapes do not depend on how many tokens are predicted.
+        predicted = (batch.targets != IGNORE).flatten().to(found[0].entropy.dtype)
+        shares = (predicted * predicted.numel() / predicted.sum().clamp(min=1))[:, None]
+        uncertain = torch.stack([chosen.entropy.flatten() for chosen in found]) @ shares / predicted.numel()
+        uneven = [unevenness(*(each.flatten(0, -2) * shares for each in chosen[:2])) for chosen in found]
+        added = self.entropy_weight * uncertain.mean() + self.balance_weight * torch.stack(uneven).mean()
+        return loss + objective.count(batch) * added
 
     def exported(self, model: Decoder, base: str) -> RoutedAdapter:
         return routed_folder.taken_from(model, base, self.alpha)
