@@ -19,7 +19,8 @@ def linear_cross_entropy(
     """Summed cross-entropy of ``hidden @ weight.T`` against ``targets``, in nats.
 
     Where gradients are wanted they are computed in the forward pass, chunk by chunk, while each chunk's logits exist:
-    logits are computed once, and at most ``chunk`` rows of them are alive.
+    logits are computed once, and at most ``chunk`` rows of them are alive. On the CPU, rows that are not predicted have
+    no logits.
 
     Args:
         hidden: [N, D].
@@ -31,6 +32,7 @@ def linear_cross_entropy(
     Returns:
         A scalar, float32 (float64 for float64 inputs). Divide by the number of predicted tokens for the mean.
     """
+    hidden, targets, _ = _predicted(hidden, targets)
     if torch.is_grad_enabled():
         learnt = weight.requires_grad  # a frozen head needs no gradient, which is as much work as its logits
         loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, cap, learnt)  # type: ignore[no-untyped-call]
@@ -44,8 +46,22 @@ def linear_log_probabilities(
 ) -> Tensor:
     """The log-probability of each target, float32 [N], 0 for :data:`IGNORE`; arguments as of
     :func:`linear_cross_entropy`. Logits are computed again in the backward pass, ``chunk`` rows at a time."""
+    count = len(targets)
+    hidden, targets, kept = _predicted(hidden, targets)
     pieces = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
-    return torch.cat([recompute(_picked, rows, weight, wanted, cap, use_reentrant=False) for rows, wanted in pieces])
+    found = torch.cat([recompute(_picked, rows, weight, wanted, cap, use_reentrant=False) for rows, wanted in pieces])
+    return found if kept is None else found.new_zeros(count).index_add(0, kept, found)
+
+
+def _predicted(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows that are predicted, and their places; all of them, and None, where there are no others, where counting
+    them would wait for a device, and where compiled code has one shape for any."""
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return hidden, targets, None
+    kept = (targets != IGNORE).nonzero().flatten()
+    if len(kept) == len(targets):
+        return hidden, targets, None
+    return hidden.index_select(0, kept), targets.index_select(0, kept), kept
 
 
 def _picked(rows: Tensor, weight: Tensor, wanted: Tensor, cap: float | None) -> Tensor:
@@ -106,9 +122,10 @@ class _Scored(NamedTuple):
         return (self.scores.gather(1, self.labels) - self.normalizer).squeeze(1) * self.counted
 
     def gradient(self) -> Tensor:
-        """Its gradient in the logits."""
-        wanted = torch.arange(self.scores.shape[1], device=self.scores.device) == self.labels
-        gradient = (self.scores - self.normalizer).exp() - wanted.to(self.scores.dtype)
-        if self.cap is not None:
-            gradient = gradient * (1 - (self.scores / self.cap).square())
-        return gradient * self.counted.unsqueeze(1)
+        """Its gradient in the logits, which takes the place of :attr:`scores`: they are large."""
+        slope = None if self.cap is None else 1 - (self.scores / self.cap).square()
+        gradient = self.scores.sub_(self.normalizer).exp_()
+        gradient.scatter_add_(1, self.labels, gradient.new_full(self.labels.shape, -1.0))
+        if slope is not None:
+            gradient.mul_(slope)
+        return gradient.mul_(self.counted.unsqueeze(1))

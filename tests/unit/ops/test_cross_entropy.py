@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from penstock.core.randomness import torch_generator
-from penstock.ops.cross_entropy import IGNORE, linear_cross_entropy
+from penstock.ops.cross_entropy import IGNORE, linear_cross_entropy, linear_log_probabilities
 
 
 def problem(rows: int, vocabulary: int = 7, width: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -51,6 +51,19 @@ def test_ignored_rows_count_nothing():
     grads = torch.autograd.grad(loss, (hidden, weight))
     assert loss == 0
     assert all(grad.abs().max() == 0 for grad in grads)
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_log_probabilities_of_the_predicted_rows(chunk: int):
+    hidden, weight, targets = problem(11)
+    found = linear_log_probabilities(hidden, weight, targets, chunk=chunk)
+    wanted = -F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(found, wanted)
+    factors = torch.arange(11.0, dtype=found.dtype)
+    grads = [torch.autograd.grad((each * factors).sum(), (hidden, weight)) for each in (found, wanted)]
+    torch.testing.assert_close(*grads)
+    none = linear_log_probabilities(hidden, weight, torch.full((11,), IGNORE))
+    assert none.shape == (11,) and not none.any()
 
 
 def test_large_logits_stay_finite():
