@@ -1,0 +1,385 @@
+"""Fine-tuning beside TRL and PEFT: SFT, LoRA and DPO of smollm2, the same rows in the same order; and what SFT changes.
+
+Generated dialogues are packed into rows, of which each update takes one. TRL's trainers get those very tokens, masks
+and batches: for SFT the rows as they are packed, without padding (its attention keeps the conversations apart, too);
+for DPO, which it cannot pack, the pairs of a row as a padded batch. The optimizer's settings are the same, LoRA begins
+with the same numbers, and what the model at the beginning finds probable is computed before the run by both. In fp32
+the losses of all updates have to agree to a thousandth; in bf16, where each multiplies in its own way, they are told.
+
+A token counts where it is no padding. Each side runs in a process of its own, in turn; its memory is the highest while
+it makes updates: of the process on the CPU, of tensors on CUDA. The first update of a run is not timed. On the CPU
+nothing is compiled, since such short runs would not be; on CUDA ours is, and TRL's trainers are as they come.
+
+The last rows are the accuracy on `penstock eval`'s held-out questions of arithmetic, before and after SFT on others.
+
+TRL is best kept in a place of its own. Make one, and say where its Python is:
+
+    python -m venv .trl && .trl/bin/pip install torch trl==1.16.0 peft==0.21.2 transformers datasets accelerate
+    PENSTOCK_TRL=.trl/bin/python penstock bench finetune
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from penstock.core.bench import Bench
+from penstock.core.config import build
+from penstock.core.devices import synchronize
+from penstock.core.errors import PenstockError, UsageError
+from penstock.core.progress import silent
+from penstock.data.chats.examples import ExampleStore
+from penstock.data.chats.packing import PackedLoader
+from penstock.data.loader import Batch
+from penstock.data.samplers.shuffle import Shuffle
+from penstock.eval.run import evaluate
+from penstock.eval.tasks.arithmetic import Arithmetic
+from penstock.models import hub
+from penstock.ops.cross_entropy import IGNORE
+from penstock.serve.offline.llm import LLM
+from penstock.train.config import TrainConfig
+from penstock.train.run import Run
+from penstock.train.session import train_to_the_end
+
+MODEL = "smollm2"
+#: The most by which losses may differ in fp32.
+EXACT = 1e-3
+ADAM = {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0}
+
+
+class Task(NamedTuple):
+    """What is trained: objective, tuner, the data's key and the rate; and what the peer is called."""
+
+    objective: dict[str, Any]
+    tuner: dict[str, Any]
+    key: str
+    lr: float
+    peer: str
+
+
+TASKS = {
+    "sft": Task({"name": "sft"}, {"name": "full"}, "chats", 2e-5, "TRL's SFTTrainer"),
+    "lora": Task({"name": "sft"}, {"name": "lora", "rank": 16}, "chats", 5e-4, "TRL's SFTTrainer, PEFT"),
+    "dpo": Task({"name": "dpo", "beta": 0.1}, {"name": "full"}, "preferences", 2e-6, "TRL's DPOTrainer"),
+}
+
+
+class Shape(NamedTuple):
+    """How much is trained: the tokens of a row, which is a batch; updates; and rounds in which sides take turns."""
+
+    length: int
+    updates: int
+    rounds: int
+
+
+def shape_of(bench: Bench) -> Shape:
+    """What fits into minutes, and a quick one into one."""
+    if bench.device.type == "cuda":
+        return Shape(2048, 4, 1) if bench.quick else Shape(8192, 40, 3)
+    return Shape(256, 3, 1) if bench.quick else Shape(1024, 7, 2)
+
+
+# Data
+
+
+def dialogues(count: int) -> Iterator[dict[str, Any]]:
+    """Conversations of one to four turns about sums, which the assistant works out: about half of the tokens."""
+    draw = random.Random(0)
+    for _ in range(count):
+        messages = []
+        for _ in range(draw.randint(1, 4)):
+            question, answer = _sum(draw)
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        yield {"messages": messages}
+
+
+def preferences(count: int) -> Iterator[dict[str, Any]]:
+    """Questions with an answer that is right, and a shorter one that is not."""
+    draw = random.Random(0)
+    for _ in range(count):
+        question, answer = _sum(draw)
+        wrong = f"It is {draw.randint(1, 999)}{draw.choice(['.', ', I think.', ', more or less, but do check it.'])}"
+        yield {"prompt": question, "chosen": answer, "rejected": wrong}
+
+
+def _sum(draw: random.Random) -> tuple[str, str]:
+    numbers = [draw.randint(10, 99) for _ in range(draw.randint(2, 6))]
+    asked = " + ".join(map(str, numbers))
+    steps, total = [], numbers[0]
+    for number in numbers[1:]:
+        steps.append(f"{total} and {number} make {total + number}")
+        total += number
+    question = draw.choice([f"How much is {asked}?", f"I have bills of {asked} to pay. Work out the sum, please."])
+    return question, f"Step by step: {', '.join(steps)}. The answer is {total}."
+
+
+def write_data(folder: Path, count: int) -> None:
+    """A file for each kind of data."""
+    for name, records in (("chats", dialogues(count)), ("preferences", preferences(2 * count))):
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+# What the peer gets
+
+
+def segments(batch: Batch) -> list[tuple[list[int], list[int]]]:
+    """The sequences of a row: their tokens, and the label of each token, IGNORE where nothing is learnt from it. What
+    fills the row is left out."""
+    found = []
+    tokens, targets, documents = (values[0] for values in (batch.tokens, batch.targets, batch.documents))
+    for number in documents.unique():
+        own = documents == number
+        if (targets[own] != IGNORE).any():
+            found.append((tokens[own].tolist(), [IGNORE, *targets[own][:-1].tolist()]))
+    return found
+
+
+def packed_row(batch: Batch) -> dict[str, list[int]]:
+    """A row as TRL has packed ones."""
+    parts = segments(batch)
+    return {
+        "input_ids": [token for tokens, _ in parts for token in tokens],
+        "labels": [label for _, labels in parts for label in labels],
+        "seq_lengths": [len(tokens) for tokens, _ in parts],
+    }
+
+
+def pairs(batch: Batch) -> list[dict[str, list[int]]]:
+    """The pairs of a row. What stands behind an answer's last learnt token is seen by none that counts."""
+    sides = []
+    for tokens, labels in segments(batch):
+        learnt = [place for place, label in enumerate(labels) if label != IGNORE]
+        sides.append((tokens[: learnt[0]], tokens[learnt[0] : learnt[-1] + 1]))
+    return [
+        {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        for (prompt, chosen), (_, rejected) in zip(sides[0::2], sides[1::2], strict=True)
+    ]
+
+
+def batches(store: Path, shape: Shape) -> list[Batch]:
+    """The batches of all updates, as the trainer takes them."""
+    loader = PackedLoader(ExampleStore.open(store).split("train"), length=shape.length, sampler=Shuffle(), seed=0)
+    return [loader.batch(number, 1) for number in range(shape.updates)]
+
+
+# The sides
+
+
+class Side(NamedTuple):
+    """What came of a side's run: losses, seconds of all updates but the first, and bytes."""
+
+    losses: list[float]
+    seconds: list[float]
+    memory: int
+
+
+def restart_peak(device: torch.device) -> None:
+    """Forgets how much memory was in use at most."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """How much memory was in use at most since then: of tensors on CUDA, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def asked_of(name: str, folder: Path, shape: Shape, device: str) -> dict[str, Any]:
+    """The configuration of a run of ours."""
+    task = TASKS[name]
+    return {
+        "start_from": MODEL,
+        "objective": task.objective,
+        "tuner": task.tuner,
+        "data": {task.key: str(folder / f"{task.key}.jsonl"), "store": str(folder / f"{name}-store"), "held_out": 0.0},
+        "batch": {"tokens": shape.length, "stages": [{"length": shape.length}]},
+        "optim": {"name": "adamw", "lr": task.lr, **ADAM},
+        "steps": shape.updates,
+        "device": device,
+        "precision": "bf16" if device == "cuda" else "fp32",
+        "compile": device == "cuda",
+    }
+
+
+def ours(config: dict[str, Any], folder: Path) -> Side:
+    """Trains; what LoRA begins with is left in ``folder``."""
+    run = Run.create(build(TrainConfig, config), folder / "run")
+    trainer, length = run.trainer, run.config.batch.length
+    if run.config.tuner.adds and not (folder / "first").exists():
+        (folder / "first").mkdir()
+        run.config.tuner.write(trainer.model, folder / "first", MODEL)
+    trainer.compile()
+    losses, ends = [], []
+    restart_peak(run.device)
+    for number in range(run.config.steps or 0):
+        losses.append(trainer.update(trainer.loader.batch(number, 1), length, 1.0)["loss"].item())
+        synchronize(run.device)
+        ends.append(time.perf_counter())
+    return Side(losses, [after - before for before, after in itertools.pairwise(ends)], peak_bytes(run.device))
+
+
+def run_apart(command: list[str], asked: dict[str, Any], who: str) -> Side:
+    """What a side says that runs in a process of its own.
+
+    Raises:
+        PenstockError: it fails.
+    """
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PenstockError(f"{who} failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
+    return Side(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def compare(bench: Bench, name: str, python: str, data: Path, weights: Path, shape: Shape) -> None:
+    """The rows of a task."""
+    task, device = TASKS[name], bench.device.type
+    sides: dict[str, list[Side]] = {"ours": [], "theirs": []}
+    folder = data / name
+    folder.mkdir()
+    todo: list[Batch] = []
+    for number in range(shape.rounds):
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            config = asked_of(name, data, shape, device)
+            asked = {"config": config, "folder": place}
+            sides["ours"].append(run_apart([sys.executable, __file__], asked, "ours"))
+            todo = todo or batches(data / f"{name}-store", shape)
+            first = Path(place, "first")
+            peers = {
+                "task": name,
+                "model": str(weights),
+                "adapter": str(first) if first.exists() else None,
+                "batches": [pairs(batch) if name == "dpo" else [packed_row(batch)] for batch in todo],
+                "lr": task.lr,
+                "beta": task.objective.get("beta"),
+                "folder": place,
+                "cuda": device == "cuda",
+                **ADAM,
+            }
+            script = str(Path(__file__).parent / "peers" / "trl_finetune.py")
+            sides["theirs"].append(run_apart([python, script], peers, task.peer))
+        print(f"{name}: round {number + 1} of {shape.rounds}", file=sys.stderr)
+    counted = sum(len(tokens) for batch in todo[1:] for tokens, _ in segments(batch))
+    setting = f"{name}, {MODEL}, {'bf16' if device == 'cuda' else 'fp32'}, {shape.length} tokens an update"
+    shown = {"subject": "penstock", "peer": task.peer, "setting": setting}
+    rates = {who: [counted / sum(side.seconds) for side in found] for who, found in sides.items()}
+    bench.compared(
+        **shown, metric="training throughput", unit="tokens/s", values=rates["ours"], peer_values=rates["theirs"]
+    )
+    bench.compared(
+        **shown,
+        metric="peak memory",
+        unit="GiB",
+        better="lower",
+        values=[side.memory / 2**30 for side in sides["ours"]],
+        peer_values=[side.memory / 2**30 for side in sides["theirs"]],
+        claim="parity",
+    )
+    compare_curves(bench, shown, sides["ours"][0].losses, sides["theirs"][0].losses)
+
+
+def compare_curves(bench: Bench, shown: dict[str, str], own: list[float], others: list[float]) -> None:
+    """A row of how far apart the losses are.
+
+    Raises:
+        PenstockError: too far, for fp32.
+    """
+    far = max(abs(one - other) for one, other in zip(own, others, strict=True))
+    bench.row(
+        subject=shown["subject"],
+        setting=f"{shown['setting']}: {len(own)} updates, beside {shown['peer']}",
+        metric="largest difference of the losses",
+        unit="",
+        better="lower",
+        value=far,
+    )
+    if bench.device.type == "cpu" and far > EXACT:
+        raise PenstockError(f"{shown['setting']}: the losses are {far:.1e} apart: {own} here, and {others} there")
+
+
+# Before and after
+
+
+def tune(bench: Bench, data: Path) -> None:
+    """Rows of how many held-out questions of arithmetic are answered right, before and after SFT on others."""
+    asked, shown = (64, 20) if bench.quick else (1500, 100)
+    task = Arithmetic(samples=asked, digits=2, shots=0, part="train")
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{task.instruction}\n\n{sample.prompt}"},
+                {"role": "assistant", "content": sample.reference.strip()},
+            ]
+        }
+        for sample in task.draw()
+    ]
+    (data / "arithmetic.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
+    config = {
+        "start_from": MODEL,
+        "objective": "sft",
+        "data": {"chats": str(data / "arithmetic.jsonl"), "held_out": 0.0},
+        "batch": {"tokens": 512, "stages": [{"length": 512}]},
+        "optim": {"name": "adamw", "lr": 1e-4, **ADAM},
+        "epochs": 1.0,
+        "device": bench.device.type,
+    }
+    questions = Arithmetic(samples=shown, digits=2, shots=0)
+    setting = f"{MODEL}, {asked} generated questions of arithmetic, once; {shown} others asked"
+    accuracy(bench, "before SFT", setting, MODEL, questions)
+    train_to_the_end(Run.create(build(TrainConfig, config), data / "tuned"), silent)
+    accuracy(bench, "after SFT", setting, str(data / "tuned"), questions)
+
+
+def accuracy(bench: Bench, subject: str, setting: str, model: str, questions: Arithmetic) -> None:
+    """A row of the share of ``questions`` that ``model`` answers right, asked by its chat template."""
+    llm = LLM(model, device=bench.device.type, batching="batchllm", progress=silent)
+    (found,) = evaluate(llm, questions, chat=True, progress=silent)
+    bench.row(
+        subject=subject,
+        setting=setting,
+        metric=found.metric,
+        unit="",
+        value=found.estimate.value,
+        low=found.estimate.low,
+        high=found.estimate.high,
+    )
+
+
+def main(bench: Bench) -> None:
+    """Measures all tasks, and fails where losses in fp32 are not the same."""
+    python = os.environ.get("PENSTOCK_TRL")
+    if python is None:
+        raise UsageError(
+            "there is no TRL to stand beside",
+            hint="Install it in a place of its own, and set PENSTOCK_TRL to its Python; the script says how.",
+        )
+    shape = shape_of(bench)
+    with tempfile.TemporaryDirectory() as name:
+        data, weights = Path(name), Path(name, "weights")
+        write_data(data, max(64, shape.updates * shape.length // 64))
+        hub.save(hub.load(MODEL, dtype=torch.float32), weights)
+        hub.load_tokenizer(hub.resolve(MODEL)).save_pretrained(weights)
+        for each in TASKS:
+            compare(bench, each, python, data, weights, shape)
+        tune(bench, data)
+
+
+if __name__ == "__main__":
+    given = json.load(sys.stdin)
+    print(json.dumps(ours(given["config"], Path(given["folder"]))._asdict()))
