@@ -79,7 +79,7 @@ def check_gradient(tuner: Tuner, model: Decoder, batch: Batch) -> None:
     step = 1e-6
     found = (moved(step) - moved(-2 * step)) / (2 * step)
     moved(step)
-    assert abs(found - wanted) <= 1e-5 * max(1.0, abs(wanted)), f"the gradient is {wanted}, and a difference {found}"
+    assert abs(found - wanted) <= 1e-7 * max(1.0, abs(wanted)), f"the gradient is {wanted}, and a difference {found}"
 
 
 def check_training(tuner: Tuner, model: Decoder, batch: Batch) -> None:

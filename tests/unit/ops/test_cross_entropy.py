@@ -45,6 +45,13 @@ def test_gradients_equal_differences():
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, chunk=4).sin(), (hidden, weight))
 
 
+@pytest.fixture(autouse=True, params=["predicted rows", "all rows"])
+def computed(request, monkeypatch) -> None:
+    """What is computed on the CPU, and in code of one shape for any targets, as it is compiled."""
+    if request.param == "all rows":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
 def test_ignored_rows_count_nothing():
     hidden, weight, _ = problem(6)
     loss = linear_cross_entropy(hidden, weight, torch.full((6,), IGNORE))

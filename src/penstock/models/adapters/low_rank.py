@@ -78,7 +78,8 @@ class LowRankLinear(Linear):
             else:
                 wide.append(self.weight.new_zeros(piece.rows, 0))
         scaled = torch.cat(narrow, -1).flatten(0, -2) * self.scale
-        return torch.addmm(out.flatten(0, -2), scaled, torch.block_diag(*wide).T).view(out.shape)
+        below: Tensor = torch.block_diag(*wide)  # type: ignore[no-untyped-call]
+        return torch.addmm(out.flatten(0, -2), scaled, below.T).view(out.shape)
 
     def narrow(self, place: int, x: Tensor, a: Tensor) -> Tensor:
         """What tokens x [*T, in] give to the B of the piece at ``place``, before it is scaled: [*T, rank]."""
