@@ -318,7 +318,7 @@ def compare_curves(bench: Bench, shown: dict[str, str], own: list[float], others
 
 def tune(bench: Bench, data: Path) -> None:
     """Rows of how many held-out questions of arithmetic are answered right, before and after SFT on others."""
-    asked, shown = (64, 20) if bench.quick else (1500, 100)
+    asked, shown = (64, 8) if bench.quick else (1500, 100)
     task = Arithmetic(samples=asked, digits=2, shots=0, part="train")
     records = [
         {
