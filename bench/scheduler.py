@@ -15,7 +15,7 @@ from penstock.serve.batching.contract import Batching
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
-from penstock.serve.link.wire import News, frame
+from penstock.serve.link.wire import News, body
 from penstock.serve.messages import Request
 from penstock.testing.enrolled import enrolled
 from penstock.testing.serve_simulation import simulated_engine
@@ -59,7 +59,7 @@ def told_seconds(logprobs: int | None) -> float:
         engine.add(Request(str(number), [number, 1, 2, 3], sampling))
     while len(engine.memory.running) < TOLD or any(not each.decoding for each in engine.memory.running):
         engine.step()
-    return step_seconds(lambda: frame(News(engine.step())))
+    return step_seconds(lambda: body(News(engine.step())))
 
 
 def main(bench: Bench) -> None:
