@@ -17,6 +17,7 @@ from penstock.testing import reference
 from penstock.train.run import Run
 from penstock.train.session import train_to_the_end
 from programs import penstock
+from tiny_adapters import merged, written
 from tiny_runs import config, make_store
 
 
@@ -93,16 +94,19 @@ def test_prompts_from_files_and_pipes(model, command, tmp_path, monkeypatch):
         ([], "give the text to continue with --prompt or --prompt-file"),
         (["-p", "a", "--prompt-file", "b"], "give the text to continue with --prompt or --prompt-file"),
         (["-p", ""], "the prompt is empty"),
-        (["-p", "x = 1; " * 99], "tokens, and the model's context is 64"),
+        (["-p", "x = 1; " * 99], "tokens, and a sequence can have 64"),
         (["--prompt-file", "nowhere"], "cannot read nowhere: No such file"),
         (["--prompt-file", "binary"], "binary is not UTF-8 text"),
         (["-p", "a", "-t", "-1"], "temperature: Input should be greater than or equal to 0"),
         (["-p", "a", "-t", "nan"], "temperature: "),
-        (["-p", "a", "--top-k", "0"], "top_k: Input should be greater than 0"),
+        (["-p", "a", "--top-k", "0"], "top_k: Input should be greater than or equal to 1"),
         (["-p", "a", "--top-p", "0"], "top_p: Input should be greater than 0"),
         (["-p", "a", "--top-p", "1.5"], "top_p: Input should be less than or equal to 1"),
         (["-p", "a", "--min-p", "2"], "min_p: Input should be less than or equal to 1"),
-        (["-p", "a", "-n", "0"], "max_tokens: Input should be greater than 0"),
+        (["-p", "a", "-n", "0"], "max_tokens: Input should be greater than or equal to 1"),
+        (["-p", "a", "--kv", "shadw"], "did you mean 'shadow'"),
+        (["-p", "a", "--controller", "fixed"], "nothing drafts: set draft=ngram"),
+        (["-p", "a", "--adapter", "sql"], "cannot read --adapter 'sql'"),
         (["-p", "a", "--device", "cuda:99"], "CUDA device"),
         (["-p", "a", "--device", "abacus"], "there is no device called 'abacus'"),
     ],
@@ -124,6 +128,33 @@ def test_a_model_that_is_not_there(command, tmp_path, monkeypatch, source, messa
     status, out, errors = command(source, "-p", "a")
     assert (status, out) == (2, "")
     assert errors.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--draft", "ngram", "--set", "draft.tokens=3"],
+        ["--kv", "snapkv", "--kv-budget", "40", "--kv-codec", "plain"],
+        ["--resident-weights", "1GB"],
+        ["--set", "deterministic=true"],
+    ],
+)
+def test_options_of_the_engine_that_leave_the_text_as_it_is(model, command, options):
+    arguments = [model, "--prompt", "def f(", "-n", 20, "-t", 0, *options]
+    assert command(*arguments) == (0, wanted(model, "def f(", Sampling(temperature=0, max_tokens=20)), "")
+
+
+def test_an_adapter_continues_the_prompt(model, command, tmp_path):
+    decoder = hub.load(model).eval()
+    folders = [written(tmp_path / name, decoder, seed) for seed, name in enumerate(("a", "b"))]
+    hub.save(merged(decoder, folders[0]), tmp_path / "merged")
+    hub.load_tokenizer(model).save_pretrained(tmp_path / "merged")
+    prompt = [model, "--prompt", "def f(", "-n", 12, "-t", 0]
+    told = command(*prompt, "--adapter", f"a={folders[0]}")
+    assert told == (0, wanted(tmp_path / "merged", "def f(", Sampling(temperature=0, max_tokens=12)), "")
+    assert told[1] != command(*prompt)[1]
+    both = [f"--adapter={name}={folder}" for name, folder in zip("ab", folders, strict=True)]
+    assert "continued by one adapter" in command(*prompt, *both)[2]
 
 
 def test_as_a_process(model):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock.cli._adapters import chosen_adapters
+from penstock.cli._engine import Asked
 from penstock.core.errors import UsageError
 from penstock.models import hub
 from penstock.models.decoder import Decoder
@@ -130,7 +130,7 @@ def test_the_command_line_opens_with_them(folder, tmp_path):
 )
 def test_what_the_command_line_cannot_read_is_said_before_anything_is_loaded(given, why):
     with pytest.raises(UsageError, match=why):
-        chosen_adapters(given, MODEL)
+        Asked({"adapter": given}, ()).config(called=MODEL)
 
 
 def test_an_adapter_reaches_every_rank_of_every_replica_also_of_one_that_comes_later(folder):

@@ -41,6 +41,19 @@ def other(tmp_path_factory) -> tuple[Path, Decoder]:
     return folder, model.eval()
 
 
+def test_a_server_of_streamed_weights_refuses_others_and_goes_on(other):
+    with Served("--control", "--resident-weights", "4MB") as server:
+        before = server.post("/v1/completions", **BODY).json()["choices"]
+        refused = server.post("/weights", folder=str(other[0]))
+        assert refused.status_code == 400
+        assert "some of the model's layers stay on disk" in refused.json()["error"]["message"]
+        assert "without resident_weights" in refused.json()["error"]["message"]
+        assert server.post("/adapters", name="a", folder=str(other[0])).status_code == 400
+        for act in ("sleep", "wake", "pause", "resume"):
+            assert server.post(f"/{act}").status_code == 200
+        assert server.post("/v1/completions", **BODY).json()["choices"] == before
+
+
 @pytest.mark.parametrize(("stop", "go", "state"), [("pause", "resume", "paused"), ("sleep", "wake", "asleep")])
 def test_an_answer_goes_on_behind_a_pause(server: Served, own, stop, go, state):
     texts: list[str] = []

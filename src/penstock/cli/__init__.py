@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from penstock import __version__
+from penstock.cli._help import Command
 from penstock.core.errors import PenstockError
 
 
@@ -36,7 +37,7 @@ def build_app() -> typer.Typer:
         if hasattr(module, "app"):
             app.add_typer(module.app, name=found.name)
         else:
-            app.command(found.name)(getattr(module, found.name))
+            app.command(found.name, cls=Command)(getattr(module, found.name))
     return app
 
 

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import typer
 
-from penstock.cli._adapters import ADAPTER, chosen_adapters
-from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_RECOMPUTE, KV_REUSE, KV_WHEN, chosen_cache
-from penstock.cli._ranks import PIPELINE_PARALLEL, TENSOR_PARALLEL, chosen_ranks
-from penstock.cli._weights import RESIDENT_WEIGHTS, chosen_weights
+from penstock.cli._engine import ASKED, Asked, opens_engine
 
 
+@opens_engine
 def batch(
     model: str = typer.Argument(..., help="A model or run folder, a GGUF file, a boxed model or a hub name."),
     source: Path = typer.Argument(..., metavar="IN.jsonl", help="Requests, one a line."),
@@ -20,62 +18,38 @@ def batch(
         None, "--name", help="What the requests call the model; its own name if not given.", show_default=False
     ),
     window: int = typer.Option(4096, "--window", min=1, help="Most lines under way, and planned, at a time."),
-    overrides: list[str] = typer.Option(
-        [], "--set", metavar="KEY=VALUE", help="Set an engine option, such as batching=sarathi. May be given again."
-    ),
     chat_template: Path | None = typer.Option(
         None, "--chat-template", metavar="FILE", help="A Jinja file that writes chats, in place of the model's own."
     ),
     dialogue: str | None = typer.Option(
-        None, "--dialogue", metavar="FORMAT", help="How the model writes calls, such as hermes; else guessed."
+        None, "--dialogue", metavar="FORMAT", help="How the model writes calls: {serve.dialogue}; else guessed."
     ),
-    draft: str | None = typer.Option(
-        None,
-        "--draft",
-        metavar="DRAFTER",
-        help="Draft tokens and check them together: ngram, a smaller model, a head.",
-    ),
-    draft_tree: str | None = typer.Option(
-        None, "--draft-tree", metavar="N,N,...", help="How many drafts each place has, by depth, such as 3,2: a tree."
-    ),
-    kv: str | None = KV,
-    kv_budget: float | None = KV_BUDGET,
-    kv_when: str | None = KV_WHEN,
-    kv_codec: str | None = KV_CODEC,
-    kv_reuse: str | None = KV_REUSE,
-    kv_recompute: float | None = KV_RECOMPUTE,
-    tensor_parallel: int | None = TENSOR_PARALLEL,
-    pipeline_parallel: int | None = PIPELINE_PARALLEL,
-    resident_weights: str | None = RESIDENT_WEIGHTS,
-    adapter: list[str] = ADAPTER,
+    engine: Asked = ASKED,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
 ) -> None:
     """Answer the requests of an OpenAI batch file. Run again, it goes on where it was stopped or killed.
 
     Example: `penstock batch python-6m in.jsonl out.jsonl`, where a line of the input is
     `{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "def add(", "max_tokens": 32}}`
+
+    With tokens that are drafted and checked together, and a quarter of the cache:
+    `penstock batch smollm2 in.jsonl out.jsonl --draft ngram --kv snapkv --kv-budget 0.25`
     """
     import contextlib
 
-    from penstock.core.config import apply_overrides, build
     from penstock.core.errors import UsageError
     from penstock.core.garbage import settle
     from penstock.core.progress import show
     from penstock.models import hub
     from penstock.serve.build import open_engine
     from penstock.serve.chat import take_template
-    from penstock.serve.config import EngineConfig
     from penstock.serve.dialogue.guess import named
     from penstock.serve.http.text import Tokens
     from penstock.serve.offline.batch_file import BatchRun
     from penstock.serve.offline.gather import Gatherer
 
-    cache = chosen_cache(kv, kv_budget, kv_when, kv_codec, kv_reuse, kv_recompute)
-    ranks = chosen_ranks(tensor_parallel, pipeline_parallel)
     called = name or hub.name_of(model)
-    base = {"batching": "batchllm", "draft": draft, "draft_tree": draft_tree or "", **cache, **ranks}
-    base |= chosen_adapters(adapter, called) | chosen_weights(resident_weights)
-    config = build(EngineConfig, apply_overrides(base, overrides), "the engine's options")
+    config = engine.config({"batching": "batchllm"}, called)
     for path, there in ((source, source.is_file()), (target.parent, target.parent.is_dir())):
         if not there:
             raise UsageError(f"there is no {path}")
@@ -86,9 +60,9 @@ def batch(
     tokenizer = hub.load_tokenizer(folder)
     if chat_template is not None:
         take_template(tokenizer, chat_template)
-    with contextlib.closing(open_engine(folder, config, device, show)) as engine:
+    with contextlib.closing(open_engine(folder, config, device, show)) as opened:
         settle()
-        run = BatchRun(Gatherer(engine, tokenizer), Tokens(tokenizer, form, True), called, window)
+        run = BatchRun(Gatherer(opened, tokenizer), Tokens(tokenizer, form, True), called, window)
         summary = run.run(source, target, show)
     refused = f", of which {summary.refused:,} are refused" if summary.refused else ""
     earlier = f" ({summary.before:,} were there before)" if summary.before else ""

@@ -11,7 +11,7 @@ import typer
 def search(
     model: str = typer.Argument(..., help="A model folder, a run folder, a boxed model or a hub name."),
     problems: Path = typer.Argument(..., metavar="PROBLEMS.jsonl", help="Problems, one a line, each with a prompt."),
-    program: str = typer.Option("best_of_n", "--program", "-p", help="How the budget is spent."),
+    program: str = typer.Option("best_of_n", "--program", "-p", help="How the budget is spent: {search.program}."),
     options: list[str] = typer.Option(
         [],
         "--option",
@@ -20,7 +20,9 @@ def search(
         help="Set an option of the program, such as n=16. May be given again.",
     ),
     scorer: str | None = typer.Option(
-        None, "--scorer", help="What texts are worth: a scorer's name, or a Python file with score(problem, text)."
+        None,
+        "--scorer",
+        help="What texts are worth: a scorer ({search.scorer}), or a Python file with score(problem, text).",
     ),
     scorer_options: list[str] = typer.Option(
         [],

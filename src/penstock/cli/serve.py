@@ -5,14 +5,11 @@ from __future__ import annotations
 import enum
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from penstock.cli._adapters import ADAPTER, chosen_adapters
-from penstock.cli._cache import KV, KV_BUDGET, KV_CODEC, KV_RECOMPUTE, KV_REUSE, KV_WHEN, chosen_cache
-from penstock.cli._ranks import PIPELINE_PARALLEL, TENSOR_PARALLEL, chosen_ranks
-from penstock.cli._weights import RESIDENT_WEIGHTS, chosen_weights
+from penstock.cli._engine import ASKED, Asked, merged, opens_engine
 
 if TYPE_CHECKING:
     import socket
@@ -32,6 +29,7 @@ class Level(enum.StrEnum):
     DEBUG = "debug"
 
 
+@opens_engine
 def serve(
     model: str = typer.Argument("python-6m", help="A model or run folder, a GGUF file, a boxed model or a hub name."),
     host: str = typer.Option("127.0.0.1", "--host", help="The address to listen at."),
@@ -44,9 +42,6 @@ def serve(
     ),
     api_key_file: Path | None = typer.Option(None, "--api-key-file", help="A file with a key in each line."),
     no_key: bool = typer.Option(False, "--no-key", help="Serve everybody who can reach the address, without a key."),
-    overrides: list[str] | None = typer.Option(
-        None, "--set", metavar="KEY=VALUE", help="Set an engine option, such as batching=orca. May be given again."
-    ),
     chat_template: Path | None = typer.Option(
         None, "--chat-template", metavar="FILE", help="A Jinja file that writes chats, in place of the model's own."
     ),
@@ -56,7 +51,7 @@ def serve(
         help="Let requests bring a chat template, which is a program: for clients that you trust.",
     ),
     dialogue: str | None = typer.Option(
-        None, "--dialogue", metavar="FORMAT", help="How the model writes calls, such as hermes; else guessed."
+        None, "--dialogue", metavar="FORMAT", help="How the model writes calls: {serve.dialogue}; else guessed."
     ),
     strict: bool = typer.Option(False, "--strict", help="Refuse requests with fields that are not known here."),
     control: bool = typer.Option(
@@ -71,33 +66,7 @@ def serve(
     rerank_answers: str | None = typer.Option(
         None, "--rerank-answers", metavar="YES,NO", help="The tokens for yes and no, as the vocabulary writes them."
     ),
-    draft: str | None = typer.Option(
-        None,
-        "--draft",
-        metavar="DRAFTER",
-        help="Draft tokens and check them together: ngram, a smaller model, a head.",
-    ),
-    draft_tree: str | None = typer.Option(
-        None, "--draft-tree", metavar="N,N,...", help="How many drafts each place has, by depth, such as 3,2: a tree."
-    ),
-    kv: str | None = KV,
-    kv_budget: float | None = KV_BUDGET,
-    kv_when: str | None = KV_WHEN,
-    kv_eviction: str | None = typer.Option(
-        None, "--kv-eviction", metavar="POLICY", help="Which prefixes leave the cache first: lru, gdsf, lec, succinct."
-    ),
-    kv_host: str | None = typer.Option(
-        None, "--kv-host", metavar="BYTES", help="Host memory for prefixes that leave the cache, such as 8GB."
-    ),
-    kv_disk: Path | None = typer.Option(
-        None, "--kv-disk", metavar="FOLDER", help="Where they go besides, and are found after a restart."
-    ),
-    kv_codec: str | None = KV_CODEC,
-    kv_reuse: str | None = KV_REUSE,
-    kv_recompute: float | None = KV_RECOMPUTE,
-    tensor_parallel: int | None = TENSOR_PARALLEL,
-    pipeline_parallel: int | None = PIPELINE_PARALLEL,
-    resident_weights: str | None = RESIDENT_WEIGHTS,
+    engine: Asked = ASKED,
     replicas: int = typer.Option(
         1,
         "--replicas",
@@ -105,16 +74,15 @@ def serve(
         min=1,
         help="Serve N engines behind the address, each with devices of its own, or on the CPU with its share of cores.",
     ),
-    routing: str = typer.Option(
-        "prefix", "--routing", metavar="POLICY", help="Which of them gets a request: prefix, least_loaded, round_robin."
+    routing: str | None = typer.Option(
+        None, "--routing", metavar="POLICY", help="Which of them gets a request: {serve.routing}; else prefix."
     ),
     routing_option: list[str] = typer.Option(
         [], "--routing-option", metavar="NAME=VALUE", help="An option of the policy, such as ahead=4."
     ),
-    restarts: int = typer.Option(
-        3, "--restarts", min=0, help="How often within an hour a replica that died is started again."
+    restarts: int | None = typer.Option(
+        None, "--restarts", min=0, help="How often within an hour a replica that died is started again; else 3."
     ),
-    adapter: list[str] = ADAPTER,
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     queue: int = typer.Option(1024, "--queue", min=0, help="Most continuations that wait; more get status 429."),
     deadline: float = typer.Option(600.0, "--deadline", help="Most seconds that a request may take."),
@@ -124,14 +92,12 @@ def serve(
         ["exact_match", "majority", "self_certainty"],
         "--search-scorer",
         metavar="SCORER",
-        help="A scorer that searches may name; unit_tests runs what clients send, in a sandbox. May be given again.",
+        help="A scorer that searches may name ({search.scorer}); unit_tests runs what clients send, in a sandbox. May "
+        "be given again.",
     ),
     drain: float = typer.Option(30.0, "--drain", help="Seconds for requests under way after SIGTERM or Ctrl-C."),
     read_timeout: float = typer.Option(
         30.0, "--read-timeout", help="Seconds for a request's head, or a part of its body, to arrive."
-    ),
-    record: Path | None = typer.Option(
-        None, "--record", metavar="FILE", help="Write all steps there, for `penstock replay`: prompts and answers too."
     ),
     patience: float = typer.Option(300.0, "--patience", help="Seconds of silence after which a busy engine is dead."),
     trace: Path | None = typer.Option(
@@ -159,7 +125,7 @@ def serve(
 
     With drafts that end where a rejection is likely, as says a head that `penstock train --preset acceptance --set
     target=python-6m --set draft=python-1m --out runs/acceptance` has trained: `penstock serve python-6m --draft
-    python-1m --set controller.name=specdec_pp --set controller.head=runs/acceptance`
+    python-1m --controller specdec_pp --set controller.head=runs/acceptance`
 
     With a quarter of the cache: `penstock serve smollm2 --kv snapkv --kv-budget 0.25`
 
@@ -183,7 +149,7 @@ def serve(
 
     A model that is larger than memory, on a CPU: `penstock serve org/name --resident-weights 8GB`, and with a small one
     that drafts while its layers are read: `penstock serve org/name --resident-weights 8GB --draft cascade
-    --set draft.source=org/small --set controller=fallback`
+    --set draft.source=org/small --controller fallback`
 
     On four devices, each pair of which has an engine of its own: `penstock serve org/name --replicas 2
     --tensor-parallel 2`
@@ -193,13 +159,12 @@ def serve(
     import asyncio
     import contextlib
 
-    from penstock.core.config import apply_overrides, build
+    from penstock.core.config import build
     from penstock.core.files import read_text
     from penstock.core.garbage import settle
     from penstock.models import hub
     from penstock.policy import lookup
     from penstock.serve.chat import NO_TEMPLATE
-    from penstock.serve.config import EngineConfig
     from penstock.serve.dialogue.guess import named
     from penstock.serve.embed.judge import NO_JUDGE
     from penstock.serve.http.server import bind
@@ -208,17 +173,16 @@ def serve(
     from penstock.serve.observe.log import start
     from penstock.serve.observe.trace import Trace
     from penstock.serve.replicas.config import Replication
+    from penstock.serve.replicas.placement import check
 
-    options = {"draft": draft, "draft_tree": draft_tree, "record": record, "eviction": kv_eviction}
-    options |= {"kv_host": kv_host, "kv_disk": kv_disk}
-    chosen: dict[str, Any] = {key: str(value) for key, value in options.items() if value is not None}
     called = name or hub.name_of(model)
-    chosen |= chosen_cache(kv, kv_budget, kv_when, kv_codec, kv_reuse, kv_recompute)
-    chosen |= chosen_ranks(tensor_parallel, pipeline_parallel)
-    chosen |= chosen_adapters(adapter, called) | chosen_weights(resident_weights)
-    engine = build(EngineConfig, apply_overrides(chosen, overrides or []), "the engine's options")
-    kept = {"replicas": replicas, "restarts": restarts, "routing": apply_overrides({"name": routing}, routing_option)}
-    replication = build(Replication, kept, "the replicas' options")
+    config = engine.config(called=called)
+    flags = {} if routing is None else {"name": ("--routing", routing)}
+    routes = merged({}, flags, routing_option, "--routing-option") or None
+    kept = {"replicas": replicas, "restarts": restarts, "routing": routes}
+    several = {name: value for name, value in kept.items() if value is not None}
+    replication = build(Replication, several, "the replicas' options")
+    check(config, replicas)
     given = {
         "body": body_limit,
         "queue": queue,
@@ -258,7 +222,7 @@ def serve(
         asyncio.run(
             run(
                 model,
-                engine,
+                config,
                 replication,
                 device=device,
                 name=called,

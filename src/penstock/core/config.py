@@ -79,7 +79,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
     another ``name`` in such a table drops the options that it had in ``tree``.
     """
     result = _copy(tree)
-    for path, text in sorted(map(_split, overrides), key=lambda pair: (len(pair[0]), pair[0][-1] != "name")):
+    for path, text in sorted(map(path_of, overrides), key=lambda pair: (len(pair[0]), pair[0][-1] != "name")):
         node = result
         for part in path[:-1]:
             below = node.setdefault(part, {})
@@ -100,8 +100,12 @@ def overridden(source: str, overrides: Sequence[str]) -> str:
     return f"{source} with {' '.join(f'--set {each}' for each in overrides)}" if overrides else source
 
 
-def _split(override: str) -> tuple[list[str], str]:
-    """The path and the text of an override ``a.b=c``."""
+def path_of(override: str) -> tuple[list[str], str]:
+    """The path and the text of an override ``a.b=c``.
+
+    Raises:
+        UsageError: it is not of that form.
+    """
     key, separator, text = override.partition("=")
     path = [part.strip() for part in key.split(".")]
     if not separator or not all(path):

@@ -292,11 +292,13 @@ def _adapter_slots(model: Decoder, through: Decoder, config: EngineConfig) -> Ad
     if not config.room_for_adapters:
         return None
     family = hub.family_of(model)
-    given = [read(hub.resolve_adapter(folder), family, model) for folder in config.adapters.values()]
-    rank = max((len(each.a) for additions in given for each in additions.values()), default=DEFAULT_RANK)
-    found = {name.removesuffix(".weight") for additions in given for name in additions}
+    folders = {hub.resolve_adapter(folder) for folder in config.adapters.values()}
+    given = {folder: read(folder, family, model) for folder in folders}
+    rank = max((len(each.a) for additions in given.values() for each in additions.values()), default=DEFAULT_RANK)
+    found = {name.removesuffix(".weight") for additions in given.values() for name in additions}
     targets = config.adapter_targets or {each.rpartition(".")[2] for each in found & matrices(model, family).keys()}
-    return AdapterSlots(through, family, config.room_for_adapters, config.adapter_rank or rank, sorted(targets))
+    rank = config.adapter_rank or rank
+    return AdapterSlots(through, family, config.room_for_adapters, rank, sorted(targets), given)
 
 
 def build_runner(
@@ -602,6 +604,8 @@ def _backend(config: EngineConfig, cache: CacheShape) -> PagedAttention:
     named = Invariant() if config.deterministic else config.attention
     if named is not None:
         reason = named.refuses(cache)
+        if reason is not None and config.deterministic:
+            raise _not_deterministic(config, named.lacks(cache.needs), reason)
         if reason is not None:
             raise UsageError(f"the attention backend {named.policy_name!r} does not serve here: {reason}")
         return named
@@ -612,6 +616,24 @@ def _backend(config: EngineConfig, cache: CacheShape) -> PagedAttention:
             return backend
     raise PenstockError(
         f"no attention backend serves {cache.device} with {cache.dtype}, and reads blocks in {cache.codec.policy_name}"
+    )
+
+
+def _not_deterministic(config: EngineConfig, lacks: str | None, reason: str) -> UsageError:
+    """The error where ``config`` is deterministic, and the attention for that does not serve for a ``reason``: perhaps
+    since it ``lacks`` what other options want."""
+    others = [f"kv = {config.kv.policy_name}"] if config.kv.compresses else []
+    others += [] if config.kv_reuse.plain else [f"kv_reuse = {config.kv_reuse.policy_name}"]
+    if lacks is not None and others:
+        (what,) = others  # they exclude each other
+        return UsageError(
+            f"deterministic does not go together with {what}: attention whose bits do not depend on the batch is not "
+            "there for it",
+            hint=f"Leave out deterministic, or {what.partition(' ')[0]}.",
+        )
+    return UsageError(
+        f"deterministic needs attention whose bits do not depend on the batch, and here there is none: {reason}",
+        hint="Leave out deterministic.",
     )
 
 

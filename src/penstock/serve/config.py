@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -125,19 +125,17 @@ class EngineConfig(Config):
     @field_validator("draft", mode="before")
     @classmethod
     def _model_that_drafts(cls, draft: Any) -> Any:
-        """What is no drafter is a head's folder, or a model."""
-        if not isinstance(draft, str | Path) or index().find("speculate.drafter", str(draft)) is not None:
+        """What is no drafter is a head's folder, or a model; of a table, the ``name`` may be one."""
+        table = {"name": draft} if isinstance(draft, str | Path) else draft
+        name = table.get("name") if isinstance(table, Mapping) else None
+        if not isinstance(name, str | Path) or index().find("speculate.drafter", str(name)) is not None:
             return draft
-        boxed = hub.boxed_models()
-        if heads.find(draft) is not None:
-            return {"name": heads.drafter_of(draft), "source": str(draft)}
-        if str(draft) in boxed or "/" in str(draft) or Path(draft).exists():
-            return {"name": "model", "source": str(draft)}
-        known = {*boxed, *index().names("speculate.drafter")} - {"model", "head"}
-        raise UsageError(
-            f"nothing drafts that is called {str(draft)!r}: {nearest(str(draft), known)}",
-            hint="Name a drafter such as ngram, a smaller model (a folder, a boxed model, org/name), or a head.",
-        )
+        if table.get("source", str(name)) != str(name):
+            raise UsageError(
+                f"two models or heads are to draft, {str(name)!r} and {str(table['source'])!r}",
+                hint="Name a drafter, such as model, and its source; or the model alone.",
+            )
+        return {**table, **_drafting(name)}
 
     @field_validator("draft_tree", mode="before")
     @classmethod
@@ -152,6 +150,36 @@ class EngineConfig(Config):
         while tree[-1:] == (1,):
             tree = tree[:-1]
         return tree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_engine(cls, tree: Any) -> Any:
+        """What is said of several engines is no option of one."""
+        for option in ("replicas", "routing", "restarts"):
+            if isinstance(tree, Mapping) and option in tree:
+                raise ValueError(
+                    f"{option} is for several engines behind one address, and these are the options of one: serve them "
+                    "with penstock serve MODEL --replicas N, and send requests there"
+                )
+        return tree
+
+    @model_validator(mode="after")
+    def _of_use(self) -> EngineConfig:
+        """Options that say more of another one, without which nobody would heed them."""
+        drafts, adapts = self.draft is not None, bool(self.room_for_adapters)
+        heeded = {
+            "controller": (drafts, "draft", "says how many tokens are drafted, and nothing drafts: set draft=ngram"),
+            "verifier": (drafts, "draft", "says which drafted tokens stay, and nothing drafts: set draft=ngram"),
+            "kv_disk_size": (self.kv_disk is not None, "kv_disk", "is of a folder that is not named: set kv_disk"),
+            "adapter_rank": (adapts, "adapters", "is of adapters, and there is no room for any: set adapter_slots"),
+            "adapter_targets": (adapts, "adapters", "is of adapters, and there is no room for any: set adapter_slots"),
+        }
+        for option, (use, other, reason) in heeded.items():
+            # A program that tells all options to another one, tells those too that nobody chose.
+            chosen = option in self.model_fields_set and other not in self.model_fields_set
+            if not use and (chosen or getattr(self, option) != type(self).model_fields[option].default):
+                raise ValueError(f"{option} {reason}, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _all_can_go_on(self) -> EngineConfig:
@@ -357,3 +385,21 @@ class EngineConfig(Config):
     def budget(self, device: torch.device) -> int:
         """``tokens``, or what it is on ``device`` where it is not set."""
         return self.tokens or max(8192 if device.type == "cuda" else 2048, self.sequences)
+
+
+def _drafting(name: str | Path) -> dict[str, Any]:
+    """The drafter that drafts with the head or the model ``name``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    boxed = hub.boxed_models()
+    if heads.find(name) is not None:
+        return {"name": heads.drafter_of(name), "source": str(name)}
+    if str(name) in boxed or "/" in str(name) or Path(name).exists():
+        return {"name": "model", "source": str(name)}
+    known = {*boxed, *index().names("speculate.drafter")} - {"model", "head"}
+    raise UsageError(
+        f"nothing drafts that is called {str(name)!r}: {nearest(str(name), known)}",
+        hint="Name a drafter such as ngram, a smaller model (a folder, a boxed model, org/name), or a head.",
+    )

@@ -493,7 +493,8 @@ def engine_with(
     """A small engine that drafts as much as it may, unless it has a ``controller``."""
     sizes = {"tokens": tokens, "sequences": 8, "block_size": 4, "cache_tokens": cache_tokens}
     more = {"draft_tree": tuple(tree), **({} if verifier is None else {"verifier": verifier})}
-    config = EngineConfig(attention=Reference(), draft=drafter, controller=controller or Fixed(), check=True, **sizes)
+    drafts = {} if drafter is None else {"draft": drafter, "controller": controller or Fixed()}
+    config = EngineConfig.model_validate({"attention": Reference(), "check": True, **drafts, **sizes})
     config = config.model_copy(update=more)
     target = model or small_model()
     if draft is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
 
-from penstock.core.errors import UsageError
+from penstock.core.errors import ModelError, UsageError
 from penstock.models import hub
 from penstock.models.attention import CausalRows
 from penstock.search.scorers.contract import Candidate
@@ -46,6 +48,17 @@ def test_rewards_are_those_of_transformers_whatever_is_scored_beside(classifier)
 def test_what_is_no_reward_model_is_refused():
     with pytest.raises(UsageError, match="it is no reward model"):
         RewardModel(model="python-1m").score({"prompt": "a"}, [Candidate("b", "")])
+
+
+@pytest.mark.parametrize("told", [{"id2label": {"0": "bad", "1": "so", "2": "good"}}, {"num_labels": 3}])
+def test_a_classifier_with_several_labels_is_told_what_is_accepted(classifier, tmp_path, told):
+    hub_config = json.loads((classifier[0] / "config.json").read_text())
+    hub_config.pop("id2label", None)
+    (tmp_path / "config.json").write_text(json.dumps(hub_config | told))
+    with pytest.raises(ModelError, match="sorts texts into 3 kinds") as raised:
+        hub.load_reward(tmp_path)
+    assert "a classifier with one label" in str(raised.value)
+    assert "a decoder that answers yes or no" in str(raised.value)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "mixtral", "qwen3"])

@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class AdapterSlots:
         slots: how many adapters there may be, numbered from 1. 0 is none.
         rank: the most columns of their B.
         targets: the matrices that they may add to, by the ends of their names, such as ``q_proj``; empty: all.
+        known: what :func:`read` has said of folders already; each is not read again when it is loaded first.
 
     Attributes:
         slots, rank: as given.
@@ -46,7 +48,16 @@ class AdapterSlots:
         ConfigError: the model has no matrix of such a name.
     """
 
-    def __init__(self, model: Decoder, family: Family, slots: int, rank: int, targets: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        family: Family,
+        slots: int,
+        rank: int,
+        targets: Sequence[str] = (),
+        known: Mapping[Path, dict[str, Addition]] = MappingProxyType({}),
+    ) -> None:
+        self._known = dict(known)
         self._model, self._family, self.slots, self.rank = model, family, slots, rank
         self._wearing: Wearing | None = None
         portion = portion_of(model)
@@ -108,7 +119,7 @@ class AdapterSlots:
         Raises:
             ModelError, UsageError: it does not fit the model, or the room for it. Nothing has changed then.
         """
-        names = read(folder, self._family, self._model)
+        names = self._known.pop(folder, None) or read(folder, self._family, self._model)
         for name, addition in names.items():
             self._check(folder, name.removesuffix(".weight"), addition)
         for room in self._matrices.values():

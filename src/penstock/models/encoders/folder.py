@@ -18,6 +18,7 @@ from penstock.models.encoders.classifier import Classifier
 from penstock.models.encoders.contract import EncoderFamily
 from penstock.models.encoders.encoder import Encoder
 from penstock.models.families.contract import HubConfig
+from penstock.models.families.mapping import require_one_label
 from penstock.models.formats.renamed import Renamed
 from penstock.models.formats.safetensors import Safetensors
 from penstock.policy import create, index
@@ -67,12 +68,7 @@ def load_classifier(folder: Path, device: torch.device, dtype: torch.dtype) -> C
         raise ModelError(
             f"{folder / CONFIG} describes a classifier, and those of {family.policy_name} are not supported"
         )
-    labels = len(hub.get("id2label") or ()) or hub.get("num_labels", 2)
-    if labels != 1:
-        raise ModelError(
-            f"{folder / CONFIG} describes a model that sorts texts into {labels} kinds",
-            hint="Name one that makes a single number of a pair: /v1/score and /v1/rerank compare those.",
-        )
+    require_one_label(folder / CONFIG, hub, 2)
     with _explained(folder), without_weights():
         classifier = Classifier(Encoder(family.config_from_hub(hub)), family.head_from_hub(hub))
     _blank(classifier, device, dtype)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from penstock.core.errors import ModelError
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
@@ -26,6 +28,25 @@ def as_classifier(hub: Mapping[str, Any]) -> dict[str, Any]:
             architecture = architecture.removesuffix(ending)
         named.append(architecture.removesuffix(CLASSIFIER) + CLASSIFIER)
     return {**hub, "architectures": named, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+
+
+def require_one_label(path: Path, hub: Mapping[str, Any], default: int = 1) -> None:
+    """Refuses the contents ``hub`` of ``path``, a classifier's config.json, where it makes several numbers of a text.
+
+    Args:
+        default: how many it makes where the file does not say.
+
+    Raises:
+        ModelError: it does.
+    """
+    labels = len(hub.get("id2label") or ()) or hub.get("num_labels", default)
+    if labels != 1:
+        raise ModelError(
+            f"{path} describes a model that sorts texts into {labels} kinds",
+            hint="Accepted as rerankers, judges and reward models are: a classifier with one label, which makes one "
+            "number of a text or a pair; an embedding model; and a decoder that answers yes or no "
+            "(--rerank-template).",
+        )
 
 
 def views_on(decoder: Decoder, family: Family) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from penstock.core.errors import ModelError, UsageError
 from penstock.core.files import read_json
 from penstock.models.config import DecoderConfig
 from penstock.models.families.contract import Family
-from penstock.models.families.mapping import CLASSIFIER
+from penstock.models.families.mapping import CLASSIFIER, require_one_label
 from penstock.models.families.nearest import nearest_family
 from penstock.models.hub.family import CONTRACT, family_named
 from penstock.models.hub.folders import CONFIG
@@ -52,6 +52,8 @@ def describe(folder: Path) -> Description:
     if kind not in families:
         raise ModelError(f"{path}: the model_type {kind!r} is not supported", hint=_alternatives(folder, raw))
     family = family_named(kind)
+    if _classifies(raw):
+        require_one_label(path, raw)
     try:
         config = family.config_from_hub(raw)
         return Description(folder, family, config.model_copy(update={"scalar_head": _classifies(raw)}), raw)

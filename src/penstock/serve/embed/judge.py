@@ -126,11 +126,17 @@ def _by_modules(folder: Path) -> tuple[int, int] | None:
             if not isinstance(yes, int) or not isinstance(no, int):
                 raise ModelError(
                     f"{path} has no {' and '.join(_TOKEN_IDS)}, and a score by one token alone is not supported",
-                    hint="Name both answers: --rerank-answers YES,NO.",
+                    hint=_ACCEPTED,
                 )
             return yes, no
     return None
 
+
+#: What a user is told whose model scores in another way.
+_ACCEPTED = (
+    "Accepted are the tokens of two answers, by whose probabilities a model is asked (--rerank-answers YES,NO), and a "
+    "classifier with one label."
+)
 
 _TOKEN_IDS = ("true_token_id", "false_token_id")
 
@@ -144,6 +150,6 @@ def _by_config(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, i
     if not isinstance(named, list) or len(named) != 2:
         raise ModelError(
             f"{folder / CONFIG}: classifier_from_token is {named!r}, and two tokens are expected, for no and yes",
-            hint="Name both answers: --rerank-answers YES,NO.",
+            hint=_ACCEPTED,
         )
     return _token(tokenizer, str(named[1])), _token(tokenizer, str(named[0]))

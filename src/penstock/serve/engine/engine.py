@@ -104,6 +104,8 @@ class Engine:
         self._tiers = tiers
         self._fetching: dict[Sequence, list[Future[bool]]] = {}
         self.paused = self.asleep = False
+        #: A step failed, and whoever made it knows why.
+        self._failed = False
 
     @property
     def ends(self) -> frozenset[int]:
@@ -493,7 +495,11 @@ class Engine:
             return deltas
         self._arrive()
         begun = time.perf_counter()
-        deltas = self._loop.step()
+        try:
+            deltas = self._loop.step()
+        except Exception:
+            self._failed = True
+            raise
         deltas, self._untold = self._untold + deltas, []
         self.steps.last.seconds = time.perf_counter() - begun
         if self._config.check:
@@ -668,9 +674,10 @@ class Engine:
 
     def close(self) -> None:
         """Ends the engine: what is on its way is computed to its end, and told to nobody. Where that fails, the engine
-        has ended all the same."""
+        has ended all the same. Where a step has failed before, there is nothing left to compute."""
         try:
-            self._loop.drain()
+            if not self._failed:
+                self._loop.drain()
         finally:
             self.executor.close()
             if self._tiers is not None:

@@ -67,7 +67,10 @@ class StepRoom:
         self._pressed = False
 
     def compact(self, sequences: Iterable[Sequence]) -> None:
-        """Compresses the caches of those of ``sequences`` that are due, before anything is taken."""
+        """Compresses the caches of those of ``sequences`` that are due, before anything is taken. Where caches are
+        never compressed, nobody is asked."""
+        if not self._memory.compresses:
+            return
         for sequence in list(sequences):
             for member in sequence.members:
                 held = member.held

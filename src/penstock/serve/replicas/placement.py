@@ -33,9 +33,8 @@ def places(config: EngineConfig, replicas: int, device: str) -> list[Place]:
     Raises:
         UsageError: there are not enough devices or cores, or an option is for one engine only.
     """
+    check(config, replicas)
     where = pick(device)
-    if config.record is not None:
-        raise UsageError("several replicas would record their steps into one file", hint="Leave out --record.")
     if where.type != "cuda":
         most = cores().choice
         if replicas > most:
@@ -57,6 +56,18 @@ def places(config: EngineConfig, replicas: int, device: str) -> list[Place]:
         )
     own = [",".join(there[number * each : (number + 1) * each]) for number in range(replicas)]
     return [Place(_own(config, number, replicas), "cuda", {DEVICES: ids}) for number, ids in enumerate(own)]
+
+
+def check(config: EngineConfig, replicas: int) -> None:
+    """Refuses options that are for one engine only, where there are several ``replicas``.
+
+    Raises:
+        UsageError: there is such an option.
+    """
+    if config.record is not None and replicas > 1:
+        raise UsageError(
+            "several replicas would record their steps into one file", hint="Leave out --record, or --replicas."
+        )
 
 
 def _visible() -> list[str]:

@@ -304,6 +304,7 @@ class Runner:
                 "the codec of the cache has learned of the weights that are here",
                 hint="Start a new engine, or serve with another engine.codec.",
             )
+        self.weights.check()
         self.close()
         if isinstance(weights, Path):
             read = functools.partial(hub.weights_for, self.model, weights)

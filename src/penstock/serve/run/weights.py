@@ -25,14 +25,11 @@ class Weights:
         self._away: dict[str, Tensor] = {}
         self.source: Callable[[], Mapping[str, Tensor]] | None = None
 
-    @torch.no_grad()
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Puts ``weights``, by the names of ``Decoder.state_dict``, in the place of those that are here, in their dtype
-        and on their device.
+    def check(self) -> None:
+        """Asked before other weights are read, which may be many.
 
         Raises:
-            UsageError: one is missing, or is of no use here or of another shape, or the model's matrices are
-                quantized, or some of its layers on disk. Nothing has changed then.
+            UsageError: the model takes no others: its matrices are quantized, or some of its layers on disk.
         """
         if any(isinstance(module, QuantizedLinear) for module in self._model.modules()):
             raise UsageError(
@@ -44,6 +41,17 @@ class Weights:
                 "some of the model's layers stay on disk, where they are read from in each pass",
                 hint="Open a model without resident_weights, or start a new engine with the other weights.",
             )
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Puts ``weights``, by the names of ``Decoder.state_dict``, in the place of those that are here, in their dtype
+        and on their device.
+
+        Raises:
+            UsageError: one is missing, or is of no use here or of another shape, or what :meth:`check` refuses.
+                Nothing has changed then.
+        """
+        self.check()
         own = self._model.state_dict()
         tied = {"head.weight"} if self._model.config.tied else set()
         _refuse("lack", own.keys() - weights.keys() - tied)

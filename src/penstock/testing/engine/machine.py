@@ -99,9 +99,9 @@ class EngineMachine(RuleBasedStateMachine):
             cache_tokens=cache,
             draft=drafter,
             draft_tree=tree,
-            controller=controller,
             kv=self.kv,
             check=True,
+            **({} if drafter is None else {"controller": controller}),
             **self.options,
         )
         model, draft_model = self.models

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
+from penstock.core.events import EventLog
 from penstock.core.randomness import numpy_generator
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.memory.memory import Memory
+from penstock.serve.engine.room import StepRoom
 from penstock.serve.engine.sequence import Sequence
+from penstock.serve.kv.policies.contract import CachePolicy
+from penstock.serve.kv.policies.full import Full
 from penstock.serve.kv.policies.sink_window import SinkWindow
 from penstock.serve.messages import Request
 from penstock.testing.engine.accounts import expected
@@ -195,3 +201,15 @@ def test_one_goes_on_from_what_is_left_of_a_kept_cache():
     for id, sequence in (("kept", kept), ("other", other), ("next", following)):
         asked = (small_model(), tuple(texts[id]), sequence.prompt, 0.0, 0, None, len(told[id]), told[id], policy)
         assert told[id] == expected(*asked, (tuple(sequence.compressed),))
+
+
+def test_nobody_is_asked_where_caches_are_never_compressed():
+    asked: list[CachePolicy] = []
+
+    def running(policy: CachePolicy) -> Iterator[Sequence]:
+        asked.append(policy)
+        yield from ()
+
+    for policy in (Full(), SinkWindow()):
+        StepRoom(Memory(2, 8, 4, 16, policy), 8, EventLog()).compact(running(policy))
+    assert asked == [SinkWindow()]

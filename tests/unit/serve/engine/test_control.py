@@ -255,6 +255,34 @@ def test_deadlines_pass_while_it_is_paused(tmp_path):
     assert [delta.finish for delta in engine.step()] == [Finish.DEADLINE]
 
 
+def test_weights_that_cannot_be_taken_are_not_even_read(tmp_path, monkeypatch):
+    """What a model does not fit into memory with, is not read into memory to say so."""
+    shape = SHAPE.model_copy(update={"layers": 5})  # two of them are in memory while they compute
+    hub.save(Decoder(shape).initialize(0), tmp_path / "whole")
+    with pytest.raises(UsageError, match="at least") as told:
+        hub.load_streamed(tmp_path / "whole", 1, dtype=torch.float32)
+    least = int(str(told.value).split("at least ")[1].split(" bytes")[0].replace(",", ""))
+    streamed = hub.load_streamed(tmp_path / "whole", least, dtype=torch.float32).eval()
+    engine = build_engine(streamed, EngineConfig.model_validate(SIZES), frozenset({7}))
+    before = answered(engine)
+    monkeypatch.setattr(hub, "weights_for", lambda *given: pytest.fail("the weights were read"))
+    for weights in (tmp_path / "whole", Decoder(shape).initialize(1).state_dict()):
+        with pytest.raises(UsageError, match="without resident_weights"):
+            engine.load(weights)
+    engine.sleep()
+    engine.wake()
+    assert answered(engine) == before
+
+
+def answered(engine: Engine) -> Told:
+    told: Told = {}
+    for request in requests():
+        engine.add(request)
+    while engine.busy:
+        note(told, engine.step())
+    return told
+
+
 def test_an_engine_that_records_keeps_its_weights(tmp_path):
     engine = open_engine("overlapped", tmp_path, record=tmp_path / "steps")
     for act in (engine.sleep, lambda: engine.load(model(1).state_dict())):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from penstock.core.config import build
-from penstock.core.errors import ConfigError
+from penstock.core.errors import ConfigError, UsageError
 from penstock.models.decoder import Decoder
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
@@ -74,6 +74,20 @@ def test_every_bit_is_the_same_alone_and_in_any_batch(dtype):
         assert [each for each in alone if isinstance(each, int)] == [
             each for each in drafted[request.id] if isinstance(each, int)
         ]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kv": {"name": "shadow", "rank": 0.5}}, r"together with kv = shadow: .*\nLeave out deterministic, or kv\."),
+        ({"kv_reuse": "cache_craft"}, r"with kv_reuse = cache_craft: .*\nLeave out deterministic, or kv_reuse\."),
+        ({"kv_reuse": "ape"}, "with kv_reuse = ape"),
+    ],
+)
+def test_what_has_no_such_attention_is_told_by_the_user_s_own_options(options, said):
+    with pytest.raises(UsageError, match=said) as raised:
+        engine(torch.float32, 400, 40, **options)
+    assert "invariant" not in str(raised.value)
 
 
 def test_another_attention_is_refused():

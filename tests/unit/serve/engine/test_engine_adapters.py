@@ -15,6 +15,7 @@ from hypothesis.stateful import rule, run_state_machine_as_test
 from penstock.core.config import build
 from penstock.core.errors import ConfigError, UsageError
 from penstock.models import hub
+from penstock.models.adapters import peft
 from penstock.models.config import MoEConfig
 from penstock.models.decoder import Decoder
 from penstock.models.heads.eagle import Eagle
@@ -91,6 +92,16 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def merged(folders) -> dict[str, Decoder]:
     """What requests of each name are answered by, without any for the empty one."""
     return {"": small_model()} | {name: hub.load(hub.resolve(folder)).eval() for name, folder in folders.items()}
+
+
+def test_adapters_that_are_there_from_the_start_are_read_once(folders, tmp_path, monkeypatch):
+    opened, read = [], peft.read
+    monkeypatch.setattr(peft, "read", lambda folder: (opened.append(folder), read(folder))[1])
+    engine = open_engine("plain", small_model(), tmp_path, adapters={"a": folders["a"], "b": folders["b"]})
+    assert sorted(opened) == sorted([folders["a"], folders["b"]])
+    engine.drop_adapter("a")
+    engine.load_adapter("a", folders["a"])  # which may have changed meanwhile
+    assert len(opened) == 3
 
 
 def open_engine(kind: str, model: Decoder, place: Path, **more) -> Engine:

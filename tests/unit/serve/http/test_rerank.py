@@ -298,7 +298,9 @@ def test_what_a_folder_does_not_say_is_refused(folder, tmp_path):
     plain = tmp_path / "plain"
     shutil.copytree(folder, plain)
     (plain / "1_LogitScore" / "config.json").write_text('{"true_token_id": 7, "false_token_id": null}')
-    with pytest.raises(ModelError, match="by one token alone is not supported"):
+    with pytest.raises(
+        ModelError, match=r"by one token alone is not supported\n.*--rerank-answers YES,NO\), and a classifier with"
+    ):
         opened(plain)
     template = tmp_path / "judge.jinja"
     for text, why in (("{{ query }}", "leaves out the document"), ("{{ query", "takes no query and document")):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from penstock import LLM, SamplingParams
-from penstock.cli._cache import chosen_cache
+from penstock.cli._engine import Asked
 from penstock.core.errors import UsageError
 from penstock.core.progress import silent
 from penstock.models.config import (
@@ -399,7 +399,7 @@ def test_llm_counts_what_it_finds():
         ({"kv": "h2o"}, "does not keep it as it is"),
         ({"record": "steps.bin"}, "record needs kv_reuse = prefix"),
         ({"tensor_parallel": 2}, "kv_reuse = cache_craft is for a model on one device"),
-        ({"deterministic": True}, "it has no attention that is weighed"),
+        ({"deterministic": True}, "deterministic does not go together with kv_reuse = cache_craft"),
         ({"kv_reuse": {"name": "cache_craft", "recompute": 1.5}}, "recompute"),
     ],
 )
@@ -433,10 +433,9 @@ def test_nobody_goes_on_from_a_text_with_moved_contexts():
 
 
 def test_the_command_line_says_how_much():
-    assert chosen_cache(None, None, None, None, "cache_craft", 0.2) == {
-        "kv_reuse": {"name": "cache_craft", "recompute": 0.2}
-    }
-    assert chosen_cache(None, None, None, None, "cache_craft", None) == {"kv_reuse": "cache_craft"}
+    given = {"kv_reuse": "cache_craft", "kv_recompute": 0.2}
+    assert Asked(given, ()).config().kv_reuse == CacheCraft(recompute=0.2)
+    assert Asked({"kv_reuse": "cache_craft"}, ()).config().kv_reuse == CRAFT
     with pytest.raises(UsageError, match=r"--kv-recompute 0\.2") as raised:
-        chosen_cache(None, None, None, None, None, 0.2)
-    assert "--kv-reuse cache_craft" in str(raised.value)
+        Asked({"kv_recompute": 0.2}, ()).config()
+    assert "--kv-reuse, such as cache_craft" in str(raised.value)

@@ -18,6 +18,7 @@ from penstock.core.errors import ConfigError, UsageError
 from penstock.core.progress import silent
 from penstock.models import hub
 from penstock.models.text import stream_text
+from penstock.serve.messages import Request
 from penstock.serve.reader import Reader
 from tiny_adapters import written
 
@@ -214,6 +215,53 @@ def test_a_rules_prompt_may_be_text(llm):
     (plain_one,) = texts(llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=8), progress=silent))
     assert one == other != plain_one
     assert idle(llm)
+
+
+@pytest.mark.parametrize("caught", [False, True])
+def test_a_failure_is_raised_once(caught, monkeypatch):
+    """Where it was, and not once more when the engine is left, whose last step would fail likewise."""
+    failing = LLM("python-1m", device="cpu", sequences=2, tokens=64, cache_tokens=256)
+    failure = RuntimeError("the device is gone")
+
+    def launch(batch):
+        raise failure
+
+    def publish(batch):
+        raise AssertionError("a step after the failure")
+
+    left = False
+    outer = contextlib.nullcontext() if caught else pytest.raises(RuntimeError, match="gone")
+    with outer as raised, failing:
+        failing.engine.add(Request("r", [1, 2], SamplingParams(max_tokens=9)))
+        failing.engine.step()
+        monkeypatch.setattr(failing.engine.executor, "launch", launch)
+        monkeypatch.setattr(failing.engine.steps, "publish", publish)
+        with pytest.raises(RuntimeError, match="gone") if caught else contextlib.nullcontext():
+            failing.engine.step()
+        left = True
+    assert left == caught
+    if raised is not None:
+        assert raised.value is failure and failure.__context__ is None
+
+
+@pytest.mark.parametrize("option", [{"replicas": 2}, {"routing": "prefix"}, {"restarts": 0}])
+def test_several_engines_are_for_a_server(option):
+    with pytest.raises(ConfigError, match="penstock serve MODEL --replicas N"):
+        LLM("python-1m", **option)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"controller": "measured"}, "nothing drafts: set draft=ngram"),
+        ({"controller": "fixed", "draft": None}, "nothing drafts"),
+        ({"verifier": "accept_residual"}, "nothing drafts"),
+        ({"adapter_targets": ["q_proj"]}, "no room for any: set adapter_slots"),
+    ],
+)
+def test_options_that_nobody_would_heed(option, said):
+    with pytest.raises(ConfigError, match=said):
+        LLM("python-1m", **option)
 
 
 def test_a_request_that_fails_loses_no_others(llm, plain, monkeypatch):

@@ -79,7 +79,8 @@ class Engine:
 
 def over(*engines: Engine, restarts: int = 0) -> Replicas:
     """Replicas with ``engines``."""
-    replication = Replication.model_validate({"replicas": len(engines), "restarts": restarts, "routing": "round_robin"})
+    kept = {"restarts": restarts, "routing": "round_robin"} if len(engines) > 1 else {}
+    replication = Replication.model_validate({"replicas": len(engines), **kept})
     opened = [(Place(EngineConfig(), "cpu", {}), engine) for engine in engines]
     return Replicas("m", EngineConfig(), replication, 1.0, opened)  # type: ignore[arg-type]
 

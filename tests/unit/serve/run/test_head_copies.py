@@ -20,9 +20,8 @@ PROMPT = [25, 24, 15, 13, 28, 25, 43, 12, 48, 11, 31, 29, 44, 40, 43, 2, 40, 12,
 def told(drafter: Head | None) -> tuple[list[int], list[float], bool]:
     """What follows PROMPT, and its log-probabilities. With a ``drafter``, the third token is taken back once it is
     there, in a cache with few free blocks: tells whether a step then copied from a block that it wrote to."""
-    config = EngineConfig(
-        attention=Reference(), block_size=2, cache_tokens=34, draft=drafter, controller="fixed", sequences=2, check=True
-    )
+    drafts = {} if drafter is None else {"draft": drafter, "controller": "fixed"}
+    config = EngineConfig(attention=Reference(), block_size=2, cache_tokens=34, sequences=2, check=True, **drafts)
     runner, drafting = build_runners(small_model(), config, None if drafter is None else small_head(drafter))
     engine = Engine(config, runner, draft=drafting)
     engine.add(Request("a", PROMPT, SamplingParams(temperature=0, max_tokens=8, logprobs=1)))

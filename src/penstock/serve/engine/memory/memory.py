@@ -72,6 +72,11 @@ class Memory:
         self.pool, self.tables, self.chunks = self._blocks.pool, self._blocks.tables, self._returning.chunks
 
     @property
+    def compresses(self) -> bool:
+        """Whether caches of running sequences are ever compressed."""
+        return self._compression.policy.compresses
+
+    @property
     def free_slots(self) -> int:
         """How many more sequences could run."""
         return len(self._slots)
