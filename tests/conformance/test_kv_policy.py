@@ -16,10 +16,12 @@ def test_sizes_rows_and_memory(name):
     kv_policy.check_rows(POLICIES[name])
     kv_policy.check_shared(POLICIES[name])
     kv_policy.check_strong(POLICIES[name])
+    kv_policy.check_selected(POLICIES[name])
     kv_policy.check_copied(POLICIES[name])
     kv_policy.check_limit(POLICIES[name])
     kv_policy.check_together(POLICIES[name])
     kv_policy.check_held(POLICIES[name])
+    kv_policy.check_continued(POLICIES[name])
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -149,7 +149,7 @@ def _show_batch(title: str, found: dict[str, float]) -> None:
 @app.command()
 def search(
     runs: list[Path] = typer.Argument(
-        ..., metavar="RUN...", help="Folders of penstock search --program coverage, one for each model."
+        ..., metavar="RUN...", help="Folders of penstock search --program coverage, one for each model, dense or with --kv block_topk."
     ),
     budget: float | None = typer.Option(
         None, "--budget", min=0, help="What a problem may cost; if not given, the best choice for any budget is shown."
@@ -162,7 +162,8 @@ def search(
     overrides: list[str] = typer.Option([], "--set", help="An option of the rule, as key=value.", metavar="KEY=VALUE"),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """Recommend a model, a length and a number of texts for a search, by what models drew for problems of the kind.
+    """Recommend a model, its attention, a length and a number of texts for a search, by what models drew for problems
+    of the kind.
 
     Example: `penstock plan search drawn-1m drawn-6m --budget 2e10`, where each folder is of
     `penstock search MODEL problems.jsonl --program coverage --option n=16 --scorer score.py --out FOLDER`
@@ -201,20 +202,27 @@ SHOWN = 16
 
 def _show_choices(choices: list[Choice], unit: str) -> None:
     """A table for the reader, then options for the search; of many choices, some from the cheapest to the dearest."""
+    import dataclasses
+
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(f"{unit} a problem", "one is right", "model", "tokens at most", "texts")
+    table = Table(f"{unit} a problem", "one is right", "model", "attention", "tokens at most", "texts")
     last = len(choices) - 1
     for place in sorted({round(last * step / (SHOWN - 1)) for step in range(SHOWN)}):
         choice = choices[place]
-        row = (f"{choice.cost:,.4g}", f"{choice.accuracy:.1%}", choice.name, choice.length, choice.samples)
+        read = "dense" if choice.sparse is None else f"block_topk {choice.sparse.budget:g}"
+        row = (f"{choice.cost:,.4g}", f"{choice.accuracy:.1%}", choice.name, read, choice.length, choice.samples)
         table.add_row(*map(str, row))
     Console().print(table)
     if len(choices) == 1:
+        (choice,) = choices
+        given = "" if choice.sparse is None else " --kv block_topk" + "".join(
+            f" --set kv.{name}={value:g}" for name, value in dataclasses.asdict(choice.sparse).items()
+        )
         typer.echo(
-            f"\n# For the search: penstock search {choices[0].name} PROBLEMS.jsonl --option n={choices[0].samples} "
-            f"--max-tokens {choices[0].length}"
+            f"\n# For the search: penstock search {choice.name} PROBLEMS.jsonl --option n={choice.samples} "
+            f"--max-tokens {choice.length}{given}"
         )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from penstock.cli._cache import KV, KV_BUDGET, chosen_cache
+
 
 def search(
     model: str = typer.Argument(..., help="A model folder, a run folder, a boxed model or a hub name."),
@@ -56,6 +58,8 @@ def search(
         help="Reads the answer off a text; the last line, or \\boxed{}, if not given.",
     ),
     seed: int = typer.Option(0, "--seed", help="The same seed gives the same trees."),
+    kv: str | None = KV,
+    kv_budget: float | None = KV_BUDGET,
     overrides: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="Set an engine option, such as sequences=64. May be given again."
     ),
@@ -105,6 +109,7 @@ def search(
         _unescaped(step),
         last_line if answer is None else matching(answer),
     )
+    engine = apply_overrides(chosen_cache(kv, kv_budget, None, None, None, None), overrides)
     further = dict(_named(each) for each in models)
     tables = read_problems(problems)
     out.mkdir(parents=True, exist_ok=True)
@@ -120,6 +125,7 @@ def search(
             "step": plan.step,
             "answer": answer,
             "models": further or None,
+            "kv": engine.get("kv"),
         }
         results = Results(out, settings)
         left = [(place, table) for place, table in enumerate(tables) if place not in results.done]
@@ -129,7 +135,6 @@ def search(
             typer.echo(f"scorers that run code are contained by {grade()} only; see docs/search.md", err=True)
         stopped = False
         if left:
-            engine = apply_overrides({}, overrides)
             llm = LLM(model, device=device, **engine)
             others = {name: LLM(each, device=device, **engine) for name, each in further.items()}
             plan = dataclasses.replace(plan, models=others)

@@ -67,7 +67,7 @@ class Searches:
     def __init__(self, engine: Engine, model: str) -> None:
         self._engine = engine
         self._texts = TokenizedTexts(hub.load_tokenizer(hub.resolve(model)))
-        self._prices = Prices(engine.limits.model)
+        self._prices = Prices(engine.limits.model, selection=engine.limits.selection)
         self._errands: dict[str, _Errand] = {}
 
     @property

@@ -23,18 +23,19 @@ class Budget(Config):
 @dataclasses.dataclass(frozen=True)
 class Wish:
     """An extension that is asked for: of a text with ``length`` tokens, the first ``computed`` of which have been
-    computed, by up to ``most``, at the ``prices`` of the model that computes it."""
+    computed, by up to ``most``, at the ``prices`` of the model that computes it. ``given`` tokens were the prompt."""
 
     length: int
     computed: int
     most: int
     prices: Prices
+    given: int
 
     def price(self, unit: Unit, count: int) -> float:
         """Of ``count`` tokens: all positions before the last of them are computed."""
         if unit == "generated":
             return float(count)
-        return self.prices.cost(unit, self.computed, self.length - 1 + count) if count else 0.0
+        return self.prices.cost(unit, self.computed, self.length - 1 + count, self.given) if count else 0.0
 
 
 @dataclasses.dataclass

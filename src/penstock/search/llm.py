@@ -24,6 +24,7 @@ from penstock.search.scorers.contract import Candidate, Problem, Scorer, Scoring
 from penstock.search.search import Search, Voice
 from penstock.serve.chat import chat_tokens
 from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.engine.engine import Engine
 from penstock.serve.offline import llm
 
 #: No budget: programs end on their own.
@@ -192,8 +193,8 @@ class LLM(llm.LLM):
         ]
         engines = {name: model.engine for name, model in plan.models.items()}
         driver = Driver(self.engine, plan.sampling, plan.scorers, plan.seconds, engines)
-        prices = Prices(self.engine.limits.model, named(plan.device))
-        others = {name: Prices(engine.limits.model, named(plan.device)) for name, engine in engines.items()}
+        prices = _prices(self.engine, plan.device)
+        others = {name: _prices(engine, plan.device) for name, engine in engines.items()}
         places: dict[Play, int] = {}
 
         def plays() -> Iterator[Play]:
@@ -212,6 +213,11 @@ class LLM(llm.LLM):
                 yield place, SearchResult.of(str(play.search.problem.get("id", place)), play)
             if asked.wanted and stop is None:
                 raise KeyboardInterrupt
+
+
+def _prices(engine: Engine, device: str) -> Prices:
+    """What tokens of ``engine`` cost, with what they read of its cache."""
+    return Prices(engine.limits.model, named(device), selection=engine.limits.selection)
 
 
 def begun(

@@ -366,7 +366,7 @@ class Play:
             computed = max(min(known.get(each, each.computed), own) for each, own in zip(line, common, strict=True))
             computed = min(computed, len(piece.branch.tokens) - 1)
             prices = self._prices[piece.branch.model]
-            wishes.append(Wish(len(piece.branch.tokens), computed, piece.wanted - piece.count, prices))
+            wishes.append(Wish(len(piece.branch.tokens), computed, piece.wanted - piece.count, prices, line[0].start))
             known |= _passed(piece.branch)
         return wishes
 

@@ -483,6 +483,8 @@ def _kinds(config: EngineConfig, model: Decoder, memories: List[PagedCache], kee
     if (compactor := Compactor.of(memories[0], kv, config.sequences, rows, config.rows - 1)) is not None:
         watched = 0 if memories[0].watch is None else memories[0].watch.width
         kinds[0] |= {"compactor": compactor, "planner": functools.partial(Planner, watched=watched)}
+    if kv.selection is not None:
+        kinds[0]["planner"] = functools.partial(Planner, selects=True)
     if config.kv_reuse.moves:
         kinds[0]["mover"] = Mover(memories[0], model.config, model.rotary)
     if memories[1:]:
@@ -552,9 +554,10 @@ def _opened(
         make_invariant(model)
     held = model.held if isinstance(model, StageDecoder) else None
     cache = cache_shape(shape, config.block_size, weight.dtype, weight.device, config.codec, layers=held)
-    if config.kv.compresses and (cache.needs or cache.windows != {None}):
+    if not config.kv.dense and (cache.needs or cache.windows != {None}):
+        does = "throws tokens out" if config.kv.compresses else "leaves tokens unread"
         raise UsageError(
-            f"the cache policy {config.kv.policy_name!r} throws tokens out, and this model's attention counts them: "
+            f"the cache policy {config.kv.policy_name!r} {does}, and this model's attention counts them: "
             "it has windows, chunks, sinks, bounds on scores or latents",
             hint="Serve it with kv = full.",
         )
@@ -575,6 +578,8 @@ def _opened(
                 hint="Serve it with kv_reuse = prefix.",
             )
         cache = dataclasses.replace(cache, needs=cache.needs | {"contexts"})
+    if (selection := config.kv.selection) is not None:
+        cache = dataclasses.replace(cache, selection=selection, needs=cache.needs | {"selection"})
     view = _fitted(config, shape).view
     if view is not None:
         if config.codec.policy_name not in ("plain", "bf16"):

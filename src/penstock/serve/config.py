@@ -225,10 +225,10 @@ class EngineConfig(Config):
     @model_validator(mode="after")
     def _drafted_from_whole_texts(self) -> EngineConfig:
         drafts = self.draft is not None and (self.draft.model or self.draft.head) is not None
-        if drafts and self.kv.compresses:
+        if drafts and not self.kv.dense:
             raise ValueError(
                 f"a model or head that drafts reads what the cache has in every place, and {self.kv.policy_name!r} "
-                "compresses it by what the model attends to: draft with 'ngram', or serve with the full cache"
+                "keeps or reads a part, by what the model attends to: draft with 'ngram', or serve with the full cache"
             )
         return self
 
@@ -243,10 +243,10 @@ class EngineConfig(Config):
     def _contexts_apart(self) -> EngineConfig:
         if self.kv_reuse.plain:
             return self
-        if self.kv.compresses:
+        if not self.kv.dense:
             raise ValueError(
                 f"kv_reuse = {self.kv_reuse.policy_name} takes what contexts have in the cache, and kv = "
-                f"{self.kv.policy_name} does not keep it as it is: choose one of them"
+                f"{self.kv.policy_name} does not keep it as it is, or does not read it whole: choose one of them"
             )
         if self.record is not None:
             raise ValueError(
@@ -263,7 +263,7 @@ class EngineConfig(Config):
             "deterministic": self.deterministic,
             "kv_host": bool(self.kv_host),
             "record": self.record is not None,
-            f"kv = {self.kv.policy_name}": self.kv.compresses,
+            f"kv = {self.kv.policy_name}": not self.kv.dense,
             f"kv_reuse = {self.kv_reuse.policy_name}": not self.kv_reuse.plain,
             f"codec = {self.codec.policy_name}": isinstance(self.codec, LearnedCodec),
         }
@@ -340,6 +340,7 @@ class EngineConfig(Config):
             "a model divided among ranks verifies chains": self.ranks > 1,
             "trees need the cache's codec 'plain'": not isinstance(self.codec, PlainCodec),
             f"{self.kv.policy_name!r} compresses the cache": self.kv.compresses,
+            f"{self.kv.policy_name!r} reads blocks of tokens in a row": self.kv.selection is not None,
         }
         yield from (reason for reason, holds in reasons.items() if holds)
 

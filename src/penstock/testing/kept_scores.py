@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from penstock.models.decoder import Decoder
 from penstock.ops.attention import PLAIN, Extras
+from penstock.ops.paged.selection import BlockSelection
 from penstock.ops.paged.view import Packed, View
 from penstock.serve.kv.policies.contract import Cached, CachePolicy, Kept
 from penstock.testing.paged_scene import attention as attended
@@ -26,6 +28,7 @@ class KeptRows:
         queries: of all tokens so far, by layer, float64 [N, H, D].
         scale: of the scores.
         view, packed: what is left of the first tokens, and how they are seen, where some are packed.
+        selection, given: what tokens behind the ``given`` ones read, where they do not read all.
     """
 
     positions: Tensor
@@ -36,6 +39,8 @@ class KeptRows:
     keeps: bool = True
     view: View | None = None
     packed: Packed | None = None
+    selection: BlockSelection | None = None
+    given: int = 0
 
     def attend(
         self,
@@ -63,7 +68,25 @@ class KeptRows:
         rows = (self.keys[layer].transpose(0, 1), self.values[layer].transpose(0, 1))
         if self.packed is not None:
             return self._attend_packed(layer, query, *rows, seen)
+        if self.selection is not None:
+            return self._attend_selected(self.selection, query.double(), *rows, seen, scale).to(query.dtype)
         return attended(query.double(), *rows, seen, scale=scale).to(query.dtype)
+
+    def _attend_selected(
+        self, selection: BlockSelection, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float
+    ) -> Tensor:
+        """Token by token and KV head by KV head: those behind the prompt see the tokens of their blocks alone."""
+        heads, out = keys.shape[1], attended(query, keys, values, seen, scale=scale)
+        groups = query.shape[1] // heads
+        for row, place in enumerate(range(len(keys) - len(query), len(keys))):
+            for head in range(heads) if place >= self.given else ():
+                own = slice(head * groups, (head + 1) * groups)
+                mask = torch.zeros(1, len(keys), dtype=torch.bool)
+                for block in best_blocks(selection, query[row, own], keys[: place + 1, head]):
+                    mask[:, block * selection.block : min((block + 1) * selection.block, place + 1)] = True
+                rows = (query[row : row + 1, own], keys[:, head : head + 1], values[:, head : head + 1])
+                out[row, own] = attended(*rows, mask, scale=scale)[0]
+        return out
 
     def _attend_packed(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
         """Query by query, to what each sees of the packed tokens, and to the others, of which ``keys`` and ``values``
@@ -95,7 +118,7 @@ class KeptScores:
 
     def _begin(self, text: Sequence[int]) -> None:
         self._text: list[int] = []
-        self._context = KeptRows(torch.zeros(0))
+        self._context = KeptRows(torch.zeros(0), selection=self._policy.selection, given=self._prompt)
         self._drawn: list[Tensor] = []
         self._dropped = self._compacted = 0
         self._logits: list[Tensor] = []
@@ -158,6 +181,19 @@ class KeptScores:
             kept = self._policy.compress(Cached(keys.float(), values.float(), shares, drawn), count)
             context.keys[layer], context.values[layer] = kept.keys.double(), kept.values.double()
             self._drawn[layer : layer + 1] = [] if kept.drawn is None else [kept.drawn]
+
+
+def best_blocks(selection: BlockSelection, query: Tensor, keys: Tensor) -> list[int]:
+    """The blocks that the newest of some tokens reads in a KV head, by the rule's definition: ``query`` [H / K, D] is
+    that of the token, and ``keys`` [n, D] are those of all, its own among them."""
+    length, size = len(keys), selection.block
+    blocks = [keys[first : first + size] for first in range(0, length, size)]
+    budget = selection.budget * length if selection.budget <= 1 else selection.budget
+    count = max(math.ceil(budget / size), selection.first + selection.newest)
+    worth = [max(float(each @ block.mean(0)) for each in query) for block in blocks]
+    always = [*range(selection.first), *range(len(blocks) - selection.newest, len(blocks))]
+    order = sorted(range(len(blocks)), key=lambda number: (number not in always, -worth[number], number))
+    return sorted(order[:count])
 
 
 def packed_of(policy: CachePolicy, kept: Kept, computed: int) -> Packed:

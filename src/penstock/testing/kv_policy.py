@@ -8,6 +8,9 @@ What each clause is there to catch:
   results of another size or dtype, a request for fewer tokens that does not give fewer;
 - :func:`check_shared`: a layer that is given another one's norms, and directions that come from nowhere;
 - :func:`check_strong`: a key that is packed, and that a query likes more than all others, and does not see;
+- :func:`check_selected`: tokens that read more than the budget, or others than the blocks that are worth the most to
+  them; what a token reads that depends on what is computed beside it; a key that a query likes more than all others, and
+  does not read; keys that are of no token, or of later ones;
 - :func:`check_copied`: blocks that are copied without what the host's memory has beside them;
 - :func:`check_limit`: tokens that are not those of the full cache where the policy says that they are;
 - :func:`check_engine`: a sequence whose tokens depend on the batch, on chunks of its prompt, on blocks that it shares,
@@ -15,6 +18,8 @@ What each clause is there to catch:
   position; queries that are another sequence's, or too old; what is remembered of one token and told of another;
 - :func:`check_together`: caches that are compressed together and take each other's tokens, queries, or what is
   remembered; one that is read after another has written there; sums whose order depends on who else is there;
+- :func:`check_continued`: blocks of what was said that are taken for those of a prompt, or the other way round, where
+  they are not the same;
 - :func:`check_held`: a cache that grows beyond what the policy says;
 - :func:`check_pressure`: a cache that is compressed although nothing presses, or only once somebody was preempted; one
   that is computed again and not compressed where it was, or amidst what was said already; queries that drafts have
@@ -42,11 +47,13 @@ from penstock.models.paged import cache_shape
 from penstock.ops.paged.contract import CacheShape, PagedBatch, PagedCache
 from penstock.ops.paged.paired import PairedLayers
 from penstock.ops.paged.reference import Reference
+from penstock.ops.paged.selection import BlockSelection
 from penstock.ops.paged.view import Packed
 from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
+from penstock.serve.engine.engine import Engine
 from penstock.serve.engine.loops.plain import Plain
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.kv.compaction import Compaction, Compactor
@@ -60,7 +67,7 @@ from penstock.testing.engine.accounts import expected
 from penstock.testing.engine.crowds import crowd
 from penstock.testing.engine.machine import machine_of
 from penstock.testing.engine.requests import numbers
-from penstock.testing.kept_scores import packed_of
+from penstock.testing.kept_scores import best_blocks, packed_of
 from penstock.testing.paged_scene import attention as attended
 from penstock.testing.reference import greedy
 from penstock.testing.serve_model import SHAPE, small_model
@@ -72,10 +79,12 @@ def check(policy: CachePolicy, crowds: int = 3, examples: int = 6, steps: int = 
     check_rows(policy)
     check_shared(policy)
     check_strong(policy)
+    check_selected(policy)
     check_copied(policy)
     check_limit(policy)
     check_together(policy)
     check_held(policy)
+    check_continued(policy)
     check_engine(policy, crowds, examples, steps)
     check_pressure(policy, crowds, examples, steps)
 
@@ -84,7 +93,7 @@ def tight(policy: CachePolicy, **more: object) -> CachePolicy:
     """``policy`` with a budget that small texts exceed, where it has one."""
     known = type(policy).model_fields
     small = {"budget": 0.4, "every": 5, "history": 4, "window": 4, "recent": 2, "sinks": 2, "pool": 3}
-    small |= {"start": 0.0, "retained": 0.2, "rank": 3, "chunk": 2, "outliers": 1}
+    small |= {"start": 0.0, "retained": 0.2, "rank": 3, "chunk": 2, "outliers": 1, "block": 2, "newest": 1}
     own = {name: value for name, value in {**small, **more}.items() if name in known}
     if isinstance(known.get("recent") and known["recent"].default, float):
         own.pop("recent")
@@ -268,6 +277,41 @@ def check_strong(policy: CachePolicy) -> None:
             assert near, f"token {place} of a cache, which a query likes more than all others, is not what it sees"
 
 
+def check_selected(policy: CachePolicy, seeds: int = 4) -> None:
+    """Asserts that tokens read the blocks that the rule names by brute force, in float64, computed alone or beside
+    others; that they are as many as the budget says; and that a token which a query likes more than all others is what
+    it sees, wherever it is."""
+    for chosen in (tight(policy), tight(policy, budget=9), tight(policy, block=4, newest=2, budget=16)):
+        if (selection := chosen.selection) is None:
+            return
+        for seed in range(seeds):
+            draw = torch_generator(seed, "testing/kv_policy/selected")
+            query, keys = (torch.randn(25, heads, 8, generator=draw).double() for heads in (4, 2))
+            together = selection.chosen(query, keys, 0)
+            for place in range(25):
+                alone = selection.chosen(query[place : place + 1], keys[: place + 1], place)[0]
+                for head in range(2):
+                    found = alone[head].tolist()
+                    own = query[place, 2 * head : 2 * head + 2], keys[: place + 1, head]
+                    wanted = best_blocks(selection, *own)
+                    assert found == wanted, f"token {place} reads the blocks {found}, and the rule says {wanted}"
+                    beside = together[place, head, : len(wanted)].tolist()
+                    assert beside == wanted, f"computed beside others, token {place} reads the blocks {beside}"
+        for place in range(24):
+            _check_found(selection, place)
+
+
+def _check_found(selection: BlockSelection, place: int) -> None:
+    """Of 25 tokens, the newest likes the one at ``place`` the most."""
+    draw = torch_generator(place, "testing/kv_policy/found")
+    keys, values = (torch.randn(25, 2, 8, generator=draw) for _ in range(2))
+    query = torch.randn(1, 4, 8, generator=draw)
+    keys[place] = 80 * torch.nn.functional.normalize(query[0, ::2], dim=-1)
+    found = selection.attend(query, keys, values, 24, 8**-0.5)[0, ::2]
+    near = torch.linalg.vector_norm(found - values[place]) < 0.05
+    assert near, f"token {place}, which a query likes more than all others, is not what it reads"
+
+
 def check_copied(policy: CachePolicy) -> None:
     """Asserts that tokens which are packed are the same in copies of their blocks, whatever comes to the blocks
     themselves."""
@@ -299,7 +343,7 @@ def check_limit(policy: CachePolicy) -> None:
     """Asserts that in the limiting case nothing is ever compressed, or the tokens are those of the full cache all the
     same."""
     limit = tight(policy).limit()
-    if limit.fitted(SHAPE).due(10, 0, 0) is None:
+    if limit.fitted(SHAPE).due(10, 0, 0) is None and limit.selection is None:
         return
     config = EngineConfig(kv=limit, attention=Reference(), sequences=3, block_size=2, cache_tokens=400, check=True)
     engine, draw = build_engine(small_model(), config), numpy_generator(0, "testing/kv_policy/limit")
@@ -310,7 +354,7 @@ def check_limit(policy: CachePolicy) -> None:
     while engine.busy:
         for delta in engine.step():
             told[delta.id] += delta.tokens
-    assert engine.snapshot().dropped_tokens > 0, "a cache that is to be compressed never was"
+    assert engine.snapshot().dropped_tokens > 0 or not limit.compresses, "a cache that is to be compressed never was"
     for number, prompt in enumerate(prompts):
         wanted = greedy(small_model(), prompt, 16)
         assert told[str(number)] == wanted, "in the limiting case, tokens are not those of the full cache"
@@ -338,6 +382,45 @@ def check_held(policy: CachePolicy) -> None:
         assert all(len(held.blocks) <= -(-each // 2) for held, each in zip(done, most, strict=True))
     assert engine.snapshot().dropped_tokens > 40
     assert engine.snapshot().held == 0
+
+
+def check_continued(policy: CachePolicy) -> None:
+    """Asserts that a request whose prompt is what another one says is answered as if it came alone; and that the other
+    one says the same, though it is thrown out once that prompt is in the cache, and computed again."""
+    config = EngineConfig(
+        kv=tight(policy, budget=8), attention=Reference(), sequences=2, block_size=2, cache_tokens=400, check=True
+    )
+    prompt = numbers("continued", 20)
+
+    def asked(engine: Engine, id: str, text: list[int], count: int) -> list[int]:
+        engine.add(Request(id, text, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)))
+        found: list[int] = []
+        while id in engine._sequences:
+            for delta in engine.step():
+                said[delta.id] += delta.tokens
+                found += delta.tokens if delta.id == id else []
+        return found
+
+    said = defaultdict[str, list[int]](list)
+    alone = asked(build_engine(small_model(), config), "a", prompt, 24)
+    longer = asked(build_engine(small_model(), config), "b", [*prompt, *alone[:13]], 6)
+    engine = build_engine(small_model(), config)
+    said.clear()
+    engine.add(Request("a", prompt, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)))
+    sequence = engine._sequences["a"][0]
+    while len(said["a"]) < 13:
+        for delta in engine.step():
+            said[delta.id] += delta.tokens
+    found = asked(engine, "b", [*prompt, *alone[:13]], 6)
+    assert found == longer, "what was said before is taken for a prompt, and is not the same"
+    engine._settle()
+    engine.memory.release(sequence)
+    sequence.preempted = True
+    engine.steps.batcher.add(sequence)
+    while engine.busy:
+        for delta in engine.step():
+            said[delta.id] += delta.tokens
+    assert said["a"] == alone, "a prompt is taken for what was said, and is not the same"
 
 
 def check_engine(policy: CachePolicy, crowds: int, examples: int, steps: int) -> None:

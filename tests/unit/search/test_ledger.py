@@ -18,7 +18,7 @@ SHAPE = DecoderConfig(
 PRICES = Prices(SHAPE)
 
 wishes = st.builds(
-    lambda length, new, most: Wish(length, max(0, length - 1 - new), most, PRICES),
+    lambda length, new, most: Wish(length, max(0, length - 1 - new), most, PRICES, length),
     st.integers(1, 40),
     st.integers(0, 5),
     st.integers(0, 12),

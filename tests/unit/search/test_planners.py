@@ -18,6 +18,7 @@ from penstock.core.progress import silent
 from penstock.models.attention import CachedRows
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.ops.paged.selection import BlockSelection
 from penstock.search.planners.contract import Candidate, Drawn
 from penstock.search.planners.drawn import candidates_of
 from penstock.search.planners.kinetics import Kinetics
@@ -25,12 +26,14 @@ from penstock.search.prices import Prices
 from penstock.search.runs import Results
 from penstock.testing.search_planner import DEVICE, LARGE, SMALL, counted
 
-KEEP, BLOCK = 8, 4
+KEEP, BLOCK = 12, 4
+SPARSE = BlockSelection(BLOCK, KEEP, 1, 1)
 EXPERTS = {"experts": 4, "ffn": 16, "router": {"name": "softmax", "top_k": 2}}
 
 
 class BlockSparse(CachedRows):
-    """Decodes one token at a time; each head of keys reads the blocks whose mean key its queries like best.
+    """Decodes one token at a time; each head of keys reads its first and its newest block, and of the others those
+    whose mean key one of its queries likes best.
 
     Attributes:
         read: numbers of keys and values that were read for the newest token, means of blocks among them.
@@ -47,11 +50,12 @@ class BlockSparse(CachedRows):
         self._cache[layer] = keys, values
         asked = query[0, 0].unflatten(0, (len(keys), -1))  # [K, H / K, D]
         if keys.shape[1] > KEEP:
-            blocks = -(-keys.shape[1] // BLOCK)
-            means = torch.stack([each.mean(1) for each in keys.split(BLOCK, 1)], 1)
-            best = torch.bmm(asked, means.transpose(1, 2)).sum(1)[:, : blocks - (keys.shape[1] % BLOCK > 0)]
-            chosen = best.topk(KEEP // BLOCK).indices  # whole blocks
-            places = (chosen[..., None] * BLOCK + torch.arange(BLOCK)).flatten(1)[..., None].expand(-1, -1, 8)
+            newest = (keys.shape[1] - 1) // BLOCK * BLOCK
+            means = torch.stack([each.mean(1) for each in keys[:, BLOCK:newest].split(BLOCK, 1)], 1)
+            best = torch.bmm(asked, means.transpose(1, 2)).amax(1).topk(KEEP // BLOCK - 2).indices
+            places = ((1 + best)[..., None] * BLOCK + torch.arange(BLOCK)).flatten(1)
+            always = torch.tensor([*range(BLOCK), *range(newest, keys.shape[1])]).expand(len(keys), -1)
+            places = torch.cat([places, always], 1)[..., None].expand(-1, -1, 8)
             keys, values = keys.gather(1, places), values.gather(1, places)
             self.read += means.numel()
         self.read += keys.numel() + values.numel()
@@ -71,20 +75,23 @@ def decoded(context: CachedRows, length: int) -> Iterator[tuple[torch.Tensor, in
 
 def test_sparse_attention_costs_what_it_computes_and_reads():
     """With as many tokens as are kept and fewer, and with more, in whole blocks and not."""
-    context, prices = BlockSparse(), Kinetics(keep=KEEP, block=BLOCK).prices(LARGE, DEVICE)
-    for position, (_, flops) in enumerate(decoded(context, 13)):
-        assert prices.cost("flops", position, position + 1) == flops
-        assert prices.cost("eflops", position, position + 1) == pytest.approx(flops + 40 * 2 * context.read)
+    context, prices = BlockSparse(), Kinetics().prices(LARGE, DEVICE, 2, SPARSE)
+    for position, (_, flops) in enumerate(decoded(context, 22)):
+        assert prices.cost("flops", position, position + 1, 0) == flops
+        assert prices.cost("eflops", position, position + 1, 0) == pytest.approx(flops + 40 * 2 * context.read)
 
 
 def test_kept_blocks_that_cover_the_context_are_dense_attention():
     """The same logits, and the same price."""
     for (sparse, _), (dense, _) in zip(decoded(BlockSparse(), KEEP), decoded(CachedRows(), KEEP), strict=True):
         torch.testing.assert_close(sparse, dense)
-    sparse, dense = (Kinetics(keep=keep).prices(LARGE, DEVICE) for keep in (KEEP, None))
+    sparse, dense = (Kinetics().prices(LARGE, DEVICE, 2, selection) for selection in (SPARSE, None))
     for unit in ("tokens", "flops", "eflops"):
-        assert sparse.cost(unit, 0, KEEP) == dense.cost(unit, 0, KEEP)
-    assert sparse.cost("eflops", 0, 40) < dense.cost("eflops", 0, 40)
+        assert sparse.cost(unit, 0, KEEP, 0) == dense.cost(unit, 0, KEEP)
+    assert sparse.cost("eflops", 0, 40, 0) < dense.cost("eflops", 0, 40)
+    assert sparse.cost("eflops", 0, 40, 25) == pytest.approx(
+        dense.cost("eflops", 0, 25) + sparse.cost("eflops", 25, 40, 0)
+    )
 
 
 @pytest.mark.parametrize("moe", [None, EXPERTS])
@@ -121,6 +128,17 @@ def test_memory_moves_the_choice_to_the_larger_model():
     assert found["eflops"] > found["flops"]
 
 
+def test_sparse_attention_is_chosen_where_it_is_worth_it():
+    """The same texts for less; and dense attention where its texts are right that much more often."""
+    prompt, right = 4, (True, True, *(False,) * 6)
+    dense = Candidate("large", LARGE, (Drawn(prompt, (50,) * 8, right),))
+    for found, name in (((50,) * 8, right), "sparse"), (((50,) * 8, (True, *(False,) * 7)), "dense"):
+        sparse = Candidate("large", LARGE, (Drawn(prompt, *found),), SPARSE)
+        budget = Kinetics().frontier([dense], "eflops", DEVICE)[0].cost
+        choice = Kinetics().choose([dense, sparse], budget, "eflops", DEVICE)
+        assert ("dense" if choice.sparse is None else "sparse") == name
+
+
 def test_a_search_is_planned_from_the_runs_of_two_models(tmp_path):
     """The command, from what a boxed model drew, and a larger one as well: the dearest choice is the whole run."""
     llm = LLM("python-1m", progress=silent, cache_tokens=4096)
@@ -129,8 +147,10 @@ def test_a_search_is_planned_from_the_runs_of_two_models(tmp_path):
         sampling_params=SamplingParams(max_tokens=12), progress=silent,
     )  # fmt: skip
     folders = [tmp_path / name for name in ("python-1m", "python-6m")]
+    folders.append(tmp_path / "python-1m sparse")
     for folder in folders:
-        results = Results(folder, {"model": folder.name, "problems": "two"})
+        kv = {"name": "block_topk", "budget": 64} if "sparse" in folder.name else None
+        results = Results(folder, {"model": folder.name.split()[0], "problems": "two", "kv": kv})
         for place, each in enumerate(found):
             results.write(place, each.record())
         results.close()
@@ -142,6 +162,10 @@ def test_a_search_is_planned_from_the_runs_of_two_models(tmp_path):
     said = CliRunner().invoke(build_app(), [*asked, "--budget", str(every[-1]["cost"])], catch_exceptions=False).stdout
     best = every[-1]
     assert f"search {best['name']} PROBLEMS.jsonl --option n={best['samples']} --max-tokens {best['length']}" in said
+    sparse = CliRunner().invoke(
+        build_app(), ["plan", "search", str(folders[-1]), "--unit", "eflops", "--budget", "1e30"], catch_exceptions=False
+    )
+    assert "--kv block_topk --set kv.block=16 --set kv.budget=64 --set kv.first=1 --set kv.newest=2" in sparse.stdout
     with pytest.raises(UsageError, match="the least costs"):
         CliRunner().invoke(build_app(), [*asked, "--budget", "0.5"], catch_exceptions=False)
 

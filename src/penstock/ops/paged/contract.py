@@ -21,6 +21,7 @@ from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contexts import Contexts, attend_beside
 from penstock.ops.paged.masks import Masks, masks_of
+from penstock.ops.paged.selection import BlockSelection
 from penstock.ops.paged.view import Fetch, View
 from penstock.ops.paged.weighed import Weighed, shares
 from penstock.policy import Policy, contract
@@ -44,9 +45,11 @@ class CacheShape:
         latent: how many of a key's first numbers are its value, of which nothing else is kept; None where values are
             their own.
         needs: what attention has to do besides: "cap", "sinks" or "chunk", as of
-            :class:`~penstock.ops.attention.Extras`, "latent", "view", "contexts" or "weighed".
+            :class:`~penstock.ops.attention.Extras`, "latent", "view", "selection", "contexts" or
+            "weighed".
         view: how attention sees caches that were compressed as a whole; None where each place has a token always. The
             ``needs`` have "view" too.
+        selection: what tokens read that select; None where all read all. The ``needs`` have "selection" too.
         codec: how keys and values lie in the memory.
         learned: the codec's tables, [layers, 2, K, ...], of keys and of values (of a latent cache
             [layers, 1, 1, ...]),
@@ -65,6 +68,7 @@ class CacheShape:
     latent: int | None = None
     needs: frozenset[str] = frozenset()
     view: View | None = None
+    selection: BlockSelection | None = None
     codec: Codec = dataclasses.field(default_factory=Plain)
     learned: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -99,6 +103,7 @@ NEEDS = {
     "chunk": "chunked attention",
     "latent": "latent attention",
     "view": "views of compressed caches",
+    "selection": "block top-k attention",
     "contexts": "contexts beside a text",
     "weighed": "attention that is weighed by the parts of a text",
 }
@@ -152,6 +157,8 @@ class PagedBatch:
         shape: that the batch was given for a plan that was made to be replayed; see :meth:`PagedCache.fix`.
         packed: int32 [B], how many tokens share the first places of each sequence, as the :attr:`CacheShape.view` has
             it; ``lengths`` counts places. None is 0 everywhere.
+        given: int32 [B], from which place on the tokens of each sequence select, as the :attr:`CacheShape.selection`
+            has it; None where none do. Tokens of such a batch are in a row.
         watched: int64 [N], where the cache's :class:`~penstock.ops.paged.watch.Watch` keeps the query of each new
             token; None where it keeps none of them.
         contexts: what some of the sequences see beside their own tokens, of a cache whose needs have "contexts". Such
@@ -168,6 +175,7 @@ class PagedBatch:
     shape: StepShape | None = None
     watched: Tensor | None = None
     packed: Tensor | None = None
+    given: Tensor | None = None
     contexts: tuple[Contexts, ...] = ()
     weighed: tuple[Weighed, ...] = ()
 

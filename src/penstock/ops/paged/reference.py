@@ -67,12 +67,24 @@ class ReferenceCache(PagedCache):
                 out[own] = self._attend_packed(layer, query[own], index, where, packed, scale)
                 continue
             keys, values = self._decoded(layer, where.to(key.device))
-            mask = self._mask(index, own, torch.arange(length), window, extras.chunk).to(key.device)
-            rows = (x.unsqueeze(0) for x in (query[own], keys, values))
-            out[own] = attend_rows(*rows, scale=scale, mask=mask[None, None], extras=extras)[0]
+            if (dense := self._dense(index, own, length)) < own.stop - own.start:
+                assert self.shape.selection is not None
+                rest = slice(own.start + dense, own.stop)
+                selected = self.shape.selection.attend(query[rest], keys, values, length - (rest.stop - rest.start), scale)
+                out[rest] = selected
+            if dense:
+                mask = self._mask(index, own, torch.arange(length), window, extras.chunk).to(key.device)[:dense]
+                first = slice(own.start, own.start + dense)
+                rows = (x.unsqueeze(0) for x in (query[first], keys, values))
+                out[first] = attend_rows(*rows, scale=scale, mask=mask[None, None], extras=extras)[0]
         self.see_contexts(self._batch, layer, query, out, scale)
         self.weigh(self._batch, layer, query, scale, window, extras)
         return out
+
+    def _dense(self, index: int, own: slice, length: int) -> int:
+        """How many of the new tokens of a sequence, which come first, read all before them."""
+        count, given = own.stop - own.start, self._batch.given
+        return count if given is None else min(max(0, int(given[index]) - (length - count)), count)
 
     def _attend_packed(self, layer: int, query: Tensor, index: int, where: Tensor, tokens: int, scale: float) -> Tensor:
         """Attention [T, H, D] of a sequence whose places are in the slots ``where``, of which so many ``tokens`` share

@@ -9,6 +9,7 @@ import numpy as np
 
 from penstock.core.errors import UsageError
 from penstock.models.config import DecoderConfig
+from penstock.ops.paged.selection import BlockSelection
 from penstock.plan.hardware import Hardware
 from penstock.policy import Policy, contract, unwritten
 from penstock.search.ledger import Wish
@@ -33,11 +34,12 @@ class Drawn:
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """A model of the shape ``model``, and what it drew for each of some problems, as many texts for one as for the
-    other."""
+    other. ``sparse`` is what the tokens of these texts read; None is all before them."""
 
     name: str
     model: DecoderConfig
     drawn: tuple[Drawn, ...]
+    sparse: BlockSelection | None = None
 
     @property
     def samples(self) -> int:
@@ -48,20 +50,23 @@ class Candidate:
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """``samples`` texts of the model ``name``, each cut off after ``length`` tokens: the share of problems for which
-    one of them is right, and what a problem costs on average."""
+    one of them is right, and what a problem costs on average. ``sparse`` is what their tokens read, as of
+    :class:`Candidate`."""
 
     name: str
     length: int
     samples: int
     accuracy: float
     cost: float
+    sparse: BlockSelection | None = None
 
 
 @contract(
     "search.planner",
-    law="in the case that the policy gives, a choice costs what the ledger of a search that draws it counts, which is "
-    "the arithmetic and the bytes of a real decoder; longer texts and more of them cost no less; the choice is within "
-    "the budget, and trying every model, length and number finds none that is right more often, or as often for less; "
+    law="in the case that the policy gives, a choice costs what the ledger of a search that draws it counts, with dense "
+    "and with sparse attention, which is the arithmetic and the bytes of a real decoder; longer texts and more of them cost no less; the choice is within "
+    "the budget, and trying every model, attention, length and number "
+    "finds none that is right more often, or as often for less; "
     "a budget that pays for no choice is refused",
 )
 class Planner(Policy):
@@ -72,8 +77,11 @@ class Planner(Policy):
     the unbiased estimate from those that were drawn, where a text that would have been longer counts as wrong.
     """
 
-    def prices(self, model: DecoderConfig, hardware: Hardware, width: int = 2) -> Prices:
-        """What tokens of ``model`` cost, with numbers of ``width`` bytes."""
+    def prices(
+        self, model: DecoderConfig, hardware: Hardware, width: int = 2, selection: BlockSelection | None = None
+    ) -> Prices:
+        """What tokens of ``model`` cost, with numbers of ``width`` bytes, where those behind a prompt read what
+        ``selection`` says; all, if it is None."""
         raise NotImplementedError
 
     @classmethod
@@ -101,7 +109,7 @@ class Planner(Policy):
         every = [
             choice
             for candidate in candidates
-            for choice in _choices(candidate, unit, self.prices(candidate.model, hardware, width))
+            for choice in _choices(candidate, unit, self.prices(candidate.model, hardware, width, candidate.sparse))
         ]
         best: list[Choice] = []
         for choice in sorted(every, key=lambda each: (each.cost, -each.accuracy)):
@@ -127,13 +135,13 @@ def _choices(candidate: Candidate, unit: Unit, prices: Prices) -> Iterator[Choic
         covered = 1 - missed[(right & (lengths <= length)).sum(1)].mean(0)
         text = float(texts[rows, np.minimum(lengths, length) - 1].mean())
         for k in range(1, samples + 1):
-            yield Choice(candidate.name, length, k, float(covered[k - 1]), prompt + k * text)
+            yield Choice(candidate.name, length, k, float(covered[k - 1]), prompt + k * text, candidate.sparse)
 
 
 def _price(prompt: int, forked: int, count: int, unit: Unit, prices: Prices) -> float:
     """Of a text of ``count`` tokens, as the ledger counts: the first computes the prompt, the others are ``forked`` and
     compute its last token alone."""
-    return Wish(prompt, prompt - 1 if forked else 0, count, prices).price(unit, count)
+    return Wish(prompt, prompt - 1 if forked else 0, count, prices, prompt).price(unit, count)
 
 
 def _missed(samples: int) -> np.ndarray:

@@ -8,35 +8,50 @@ from typing import Any
 
 from penstock.core.errors import UsageError
 from penstock.models import hub
+from penstock.ops.paged.selection import BlockSelection
+from penstock.policy import create
 from penstock.search.planners.contract import Candidate, Drawn
 from penstock.search.runs import read_results
+from penstock.serve.kv.policies.contract import CachePolicy
 
 
 def candidates_of(folders: Sequence[Path], right: float = 1.0) -> list[Candidate]:
     """A candidate for each of ``folders``, named by its model: the results of searches that drew texts of the same
-    problems, such as those of ``coverage``. A text is right where its score is ``right`` or more.
+    problems, such as those of ``coverage``, with the attention that their cache policy says. A text is right where its
+    score is ``right`` or more.
 
     Raises:
-        UsageError: a folder has no such results, or has those of other problems, or of a model that another has.
+        UsageError: a folder has no such results, or has those of other problems, or of a model and an attention that
+            another has.
     """
-    found: dict[str, Candidate] = {}
+    found: dict[tuple[str, BlockSelection | None], Candidate] = {}
     problems: tuple[Any, int] | None = None
     for folder in folders:
         settings, records = read_results(folder)
-        name = settings["model"]
-        if name in found:
+        name, sparse = settings["model"], _sparse(settings)
+        if (name, sparse) in found:
             raise UsageError(f"{folder} has the results of {name}, as one before it has")
         drawn = [_drawn(folder, record, right) for record in records]
         if problems is not None and problems != (settings["problems"], len(drawn)):
             raise UsageError(f"{folder} has the results of other problems than {folders[0]}")
         problems = settings["problems"], len(drawn)
         samples = min(len(each.lengths) for each in drawn)
-        found[name] = Candidate(
+        found[name, sparse] = Candidate(
             name,
             hub.read_config(hub.resolve(name)),
             tuple(Drawn(each.prompt, each.lengths[:samples], each.right[:samples]) for each in drawn),
+            sparse,
         )
     return list(found.values())
+
+
+def _sparse(settings: dict[str, Any]) -> BlockSelection | None:
+    """What tokens behind the prompts of a run read; None for all."""
+    kv = settings.get("kv") or "full"
+    name, options = (kv, {}) if isinstance(kv, str) else (kv["name"], {key: kv[key] for key in kv if key != "name"})
+    made = create("kv.policy", name, **options)
+    assert isinstance(made, CachePolicy)
+    return made.selection
 
 
 def _drawn(folder: Path, record: dict[str, Any], right: float) -> Drawn:

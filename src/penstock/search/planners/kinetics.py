@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import PositiveInt
 
 from penstock.models.config import DecoderConfig
+from penstock.ops.paged.selection import BlockSelection
 from penstock.plan.hardware import Hardware
 from penstock.policy import policy
 from penstock.search.planners.contract import Planner
@@ -17,24 +18,22 @@ class Kinetics(Planner):
     texts and many of them make a small model read more than they make it compute, so budgets go to larger models, and,
     where attention is sparse, to longer and more texts.
 
-    From the paper: eFLOPs, the choice among models, lengths and numbers of texts, block-sparse attention that keeps the
-    best blocks. Ours, as the form is from knowledge: each text reads the prompt's keys for itself, as the ledger
-    counts; what choosing blocks costs, a key a block; accuracies are what your own models drew, not a fitted law. Not
-    built: attention that keeps the best blocks, in the engine. Its cache policies keep tokens, at no cost of choosing.
+    From the paper: eFLOPs, the choice among models, dense and block top-k attention, lengths and numbers of texts.
+    Ours, as the form is from knowledge: each text reads the prompt's keys for itself, as the ledger counts; what
+    choosing blocks costs, a key a block; accuracies are what your own models drew, with the attention that they drew it
+    with (the cache policy ``block_topk``, or dense), not a fitted law. Other cache policies count as dense.
 
     Attributes:
-        keep: tokens that a token looks at in a layer, at most; None for all.
-        block: tokens that are chosen together.
         batch: sequences that share a reading of the weights; None leaves the weights out, as in large batches.
     """
 
-    keep: PositiveInt | None = None
-    block: PositiveInt = 16
     batch: PositiveInt | None = None
 
-    def prices(self, model: DecoderConfig, hardware: Hardware, width: int = 2) -> Prices:
-        return Prices(model, hardware, width, keep=self.keep, block=self.block, batch=self.batch)
+    def prices(
+        self, model: DecoderConfig, hardware: Hardware, width: int = 2, selection: BlockSelection | None = None
+    ) -> Prices:
+        return Prices(model, hardware, width, selection=selection, batch=self.batch)
 
     @classmethod
     def limit(cls) -> Planner:
-        return cls(keep=1 << 30)  # more than any context: sparse attention is dense
+        return cls()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from penstock.models.config import DecoderConfig
+from penstock.ops.paged.selection import BlockSelection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Limits:
         blocks: of the cache.
         block_size: tokens of a block.
         model: the shape of the model.
+        selection: what tokens behind a prompt read of the cache; None where they read all.
     """
 
     tokens: int
@@ -24,3 +26,4 @@ class Limits:
     blocks: int
     block_size: int
     model: DecoderConfig
+    selection: BlockSelection | None = None

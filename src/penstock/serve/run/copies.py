@@ -56,6 +56,7 @@ class Copied:
             parents=None if plan.parents is None else more(plan.parents, np.full(count, -1)),
             watched=None if plan.watched is None else more(plan.watched, np.zeros(count)),
             packed=None if plan.packed is None else more(plan.packed, plan.packed.numpy()[owners]),
+            given=None if plan.given is None else more(plan.given, plan.given.numpy()[owners]),
         )
         return np.concatenate([inputs, inputs[:, self.rows]], 1), wide
 

@@ -67,10 +67,13 @@ class Planner:
         block_size: tokens of a block of the cache.
         stream: of the numbers by which tokens are drawn.
         watched: how many of the last queries of a sequence are kept.
+        selects: whether tokens behind the prompt read a part of the cache.
     """
 
-    def __init__(self, slots: int, block_size: int, stream: str = "sample", watched: int = 0) -> None:
-        self._size, self._stream, self._watched = block_size, stream, watched
+    def __init__(
+        self, slots: int, block_size: int, stream: str = "sample", watched: int = 0, selects: bool = False
+    ) -> None:
+        self._size, self._stream, self._watched, self._selects = block_size, stream, watched, selects
         self._table = np.zeros(slots, SLOT)
         self._held: list[Held | None] = [None] * slots
         self._biases: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -250,6 +253,8 @@ class Planner:
                 plan = dataclasses.replace(plan, weighed=weighed)
             if fields.packed[own].any():
                 plan = dataclasses.replace(plan, packed=torch.from_numpy(fields.packed[own].astype(np.int32)))
+            if self._selects:
+                plan = dataclasses.replace(plan, given=torch.from_numpy(fields.given[own].astype(np.int32)))
             if parents is not None:
                 plan = dataclasses.replace(plan, parents=torch.from_numpy(parents[all_own].astype(np.int32)))
             if self._watched:

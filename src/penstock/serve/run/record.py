@@ -40,7 +40,7 @@ _LENGTH = struct.Struct("<Q")
 FORMAT = 4
 
 #: What is written of the plan of a part.
-PLAN = ("starts", "lengths", "tables", "slots", "parents", "watched", "packed")
+PLAN = ("starts", "lengths", "tables", "slots", "parents", "watched", "packed", "given")
 
 #: Steps after which the outcome of one is there without waiting for the device: an engine has at most two under way.
 PATIENCE = 2

@@ -39,9 +39,19 @@ class Prefixes:
         due = self._compression.due(sequence, compacted, dropped)
         return min(most, due - max(1, self._compression.policy.watches))
 
+    def plain(self, sequence: Sequence) -> int:
+        """How many of its first tokens have the keys and values that they have in any text which begins so: not those
+        behind contexts that were moved, nor those behind the prompt where these read a part of the cache."""
+        selects = self._compression.policy.selection is not None
+        return min(sequence.exact, sequence.prompt) if selects else sequence.exact
+
+    def common(self, sequence: Sequence) -> int:
+        """How many of the first tokens may be taken from what any text left."""
+        return min(self.reusable(sequence), self.plain(sequence))
+
     def match(self, sequence: Sequence) -> list[int]:
         """The blocks that the prefix tree has of what a sequence begins with, and may take from there."""
-        pieces = sequence.blocks(self._blocks.size, self.reusable(sequence))
+        pieces = sequence.blocks(self._blocks.size, self.common(sequence))
         return self._blocks.pool.follow(pieces, self.root(sequence))
 
     def find(self, sequence: Sequence) -> Prefix:
@@ -101,7 +111,7 @@ class Prefixes:
         assert held is not None
         if held.dropped:
             return
-        known = min(held.computed, len(sequence.tokens), sequence.exact)
+        known = min(held.computed, len(sequence.tokens), self.plain(sequence))
         if sequence.is_context and sequence.remaining:
             known -= known % size
         for tokens in sequence.blocks(size, known, held.committed):

@@ -4,7 +4,8 @@ A token's place in the cache is not its position in the text. Keys are rotated b
 that what is kept can move together into fewer blocks, and the blocks that become free are the pool's again. Each head
 of each layer may keep other tokens; all keep as many, so that a sequence has one table of blocks. A policy may also
 keep all tokens in fewer places, in a form of its own, which attention sees by a view: see
-:mod:`penstock.ops.paged.view`.
+:mod:`penstock.ops.paged.view`. Or all tokens stay where they are, and those behind the prompt read some of them: see
+:mod:`penstock.ops.paged.selection`.
 
 When a cache is compressed depends on the sequence alone: a policy names the number of computed tokens at which it is
 due, and no piece of a batch goes beyond it. What a sequence says is so the same in any batch, with any chunks of its
@@ -26,6 +27,7 @@ from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor
 
 from penstock.models.config import DecoderConfig
+from penstock.ops.paged.selection import BlockSelection
 from penstock.ops.paged.view import View
 from penstock.policy import Policy, contract, unwritten
 
@@ -65,7 +67,8 @@ class Kept:
     law="a budget that covers all gives the tokens of the full cache; what is kept is as much as the policy says, and "
     "the rest of the blocks are the pool's again; the tokens of a sequence do not depend on the batch, on chunks, "
     "sharing, forks or preemption; layers that share keys and values keep their norms; a packed token that a query "
-    "likes most is what it sees; caches that are compressed together become, to the last bit, what they become one "
+    "likes most is what it sees; of a cache that stays whole, a token behind the prompt reads what the budget says, and "
+    "its best blocks among it; caches that are compressed together become, to the last bit, what they become one "
     "after the other; what is kept equals the paper's rule by brute force; one that waits for pressure gives the "
     "tokens of the full cache where nothing presses, and else those of a cache compressed where it was, with fewer "
     "preemptions",
@@ -96,6 +99,16 @@ class CachePolicy(Policy):
         """How attention sees the tokens that are :meth:`packed`. None where each place has one token. Such a policy
         watches and remembers nothing."""
         return None
+
+    @property
+    def selection(self) -> BlockSelection | None:
+        """What tokens behind the prompt read of a cache that stays whole. None where they read all of it."""
+        return None
+
+    @property
+    def dense(self) -> bool:
+        """Whether all tokens stay, and each is read by all that come after it."""
+        return not self.compresses and self.selection is None
 
     def packed(self, computed: int) -> int:
         """How many tokens share the first places of a cache that was compressed with so many ``computed``; 0 where each
