@@ -30,6 +30,7 @@ from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
+from penstock.serve.kv.policies.block_topk import BlockTopK
 from penstock.serve.kv.policies.contract import Budgeted, CachePolicy
 from penstock.serve.kv.policies.minicache import MiniCache
 from penstock.serve.kv.policies.shadow import ShadowKV
@@ -236,6 +237,7 @@ def quality(bench: Bench, name: str, model: Decoder) -> None:
         left = left_by(shadow, model, measured.read)
         where = f"{measured.setting}, {left:.0%} on the device, {seen:.0%} seen"
         measured.of("shadow", shadow.describe(), where, papers=(299,))
+        measured.of("block_topk", BlockTopK(budget=seen).describe(), f"{measured.setting}, {seen:.0%} seen")
     for budget in BUDGETS[: 1 if bench.quick else None]:
         where = f"{measured.setting}, {budget:.0%} kept"
         found = {

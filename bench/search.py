@@ -1,25 +1,31 @@
 """Every program of test-time search on puzzles that are checked: accuracy and tokens within a budget.
 
-The preset ``puzzles`` trains a small model the first time, which is kept. Puzzles are held out by construction; a
+The preset ``puzzles`` trains a small model the first time, ``puzzles-100m`` a larger one on CUDA; it is kept, and is
+not trained again while preset and puzzles stay as they are. Puzzles are held out by construction; a
 quarter each is small Python functions against tests, Countdown, 4x4 and 6x6 Sudoku. Scorers see what is exactly right,
 and of a part how much of it is sound, so this measures how programs spend a budget, not how judges err. The model was
 trained on puzzles alone: those programs that put questions to it in words get no sensible reply, and show what their
-questions cost. Nothing is timed: ``search_live`` does that.
+questions cost. Nothing is timed (``search_live`` does that), so on a CPU programs run side by side, one a core.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from penstock.core.bench import Bench
+import torch
+
+from penstock.core.bench import Bench, load
 from penstock.core.config import apply_overrides, build, read_toml
 from penstock.core.files import cache_folder
 from penstock.core.progress import silent
@@ -39,7 +45,7 @@ from penstock.train.session import train_to_the_end
 BUDGETS, LONGEST = (200,), 48
 
 #: Puzzles of each kind.
-COUNT = 4
+COUNT = 16
 
 #: Samples of each problem for the law of coverage: fitted to the first numbers, and held against the last.
 SAMPLES, FITTED = 16, (1, 2, 4, 8)
@@ -49,9 +55,11 @@ SAMPLES, FITTED = 16, (1, 2, 4, 8)
 SAVING: dict[str, tuple[int, ...]] = {"first_finish": (), "adaptive_sampling": (400,), "a_star": (464,)}
 
 
-def trained(changes: list[str]) -> Path:
-    """The folder of a model of the preset, which is trained where none is kept of these settings and puzzles."""
-    tree = apply_overrides(read_toml(presets.path_of("puzzles")), changes)
+def trained(bench: Bench) -> Path:
+    """The folder of the model for the device, which is trained where none is kept of these settings and puzzles."""
+    changes = [f"device={bench.device}", *(["steps=20"] if bench.quick else [])]
+    preset = "puzzles" if bench.device.type == "cpu" or bench.quick else "puzzles-100m"
+    tree = apply_overrides(read_toml(presets.path_of(preset)), changes)
     source = Path(inspect.getfile(puzzles)).read_bytes()
     digest = hashlib.blake2b(json.dumps(tree).encode() + source, digest_size=8).hexdigest()
     folder = cache_folder("bench") / f"puzzles-{digest}"
@@ -123,21 +131,43 @@ def searched(llm: LLM, program: Any, asked: list[dict[str, Any]], budget: float 
     return [found[place] for place in range(len(asked))]
 
 
+@functools.cache
+def opened(folder: Path, device: str) -> LLM:
+    """The model, once in each process."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    return LLM(folder, device=device, progress=silent, cache_tokens=16384)
+
+
+def played(
+    folder: Path, device: str, program: dict[str, Any], asked: list[dict[str, Any]], budget: float | None
+) -> list[SearchResult]:
+    """:func:`searched`, with the model of this process."""
+    return searched(opened(folder, device), program, asked, budget)
+
+
 def main(bench: Bench) -> None:
     """Trains the model, and runs every program on every problem."""
-    llm = LLM(
-        trained(["steps=20"] if bench.quick else []),
-        device=str(bench.device),
-        progress=silent,
-        cache_tokens=16384,
-    )
-    asked = problems(1 if bench.quick else COUNT)
-    drawn = covered(bench, llm, asked)
+    asked, folder = problems(1 if bench.quick else COUNT), trained(bench)
+    names = ["plain sampling", *index().names("search.program")]
+    each = functools.partial(played, folder, str(bench.device))
     found: dict[tuple[str, int], list[SearchResult]] = {}
-    for name in ["plain sampling", *index().names("search.program")]:
-        program = {"name": "best_of_n", "n": 1} if name == "plain sampling" else {"name": name}
-        for budget in BUDGETS:
-            found[name, budget] = searched(llm, program, asked, budget)
+    with ProcessPoolExecutor(
+        torch.get_num_threads() if bench.device.type == "cpu" else 1,
+        multiprocessing.get_context("spawn"),
+        load,
+        ("search",),  # the other processes know this script by its name then
+    ) as processes:
+        samples = processes.submit(each, {"name": "coverage", "n": SAMPLES}, asked, None)
+        runs = {
+            (name, budget): processes.submit(
+                each, {"name": "best_of_n", "n": 1} if name == "plain sampling" else {"name": name}, asked, budget
+            )
+            for name, budget in itertools.product(names, BUDGETS)
+        }
+        drawn = covered(bench, samples.result(), asked)
+        for (name, budget), run in runs.items():
+            found[name, budget] = run.result()
             reported(bench, name, asked, budget, found[name, budget])
     for name, papers in SAVING.items():
         saved(bench, name, papers, asked, found[name, BUDGETS[-1]], drawn)
@@ -219,10 +249,9 @@ def saved(
     )
 
 
-def covered(bench: Bench, llm: LLM, asked: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """The law of coverage, fitted to few samples and held against many. What n samples cover, from 1 on, with the
-    tokens that they take."""
-    found = searched(llm, {"name": "coverage", "n": SAMPLES}, asked, None)
+def covered(bench: Bench, found: list[SearchResult], asked: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """The law of coverage, fitted to few samples and held against many, of texts that were ``found``. What n samples
+    cover, from 1 on, with the tokens that they take."""
     counts = [(each.notes["samples"], each.notes["right"]) for each in found]
     shares = {k: coverage(counts, k) for k in range(1, SAMPLES + 1)}
     setting = f"{len(asked)} held-out puzzles, {SAMPLES} samples each"

@@ -89,7 +89,7 @@ def branches(bench: Bench) -> None:
 
 def loop(bench: Bench) -> None:
     """The best of n samples by a search, and by a loop over HTTP."""
-    folder = search.trained(["steps=20"] if bench.quick else [])
+    folder = search.trained(bench)
     asked = search.problems(1 if bench.quick else search.COUNT)
     sampling = {"temperature": 0.8, "max_tokens": search.LONGEST}
     llm = LLM(folder, device=str(bench.device), progress=silent, cache_tokens=16384)

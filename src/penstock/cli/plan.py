@@ -149,7 +149,9 @@ def _show_batch(title: str, found: dict[str, float]) -> None:
 @app.command()
 def search(
     runs: list[Path] = typer.Argument(
-        ..., metavar="RUN...", help="Folders of penstock search --program coverage, one for each model, dense or with --kv block_topk."
+        ...,
+        metavar="RUN...",
+        help="Folders of penstock search --program coverage, one for each model and attention.",
     ),
     budget: float | None = typer.Option(
         None, "--budget", min=0, help="What a problem may cost; if not given, the best choice for any budget is shown."
@@ -217,8 +219,11 @@ def _show_choices(choices: list[Choice], unit: str) -> None:
     Console().print(table)
     if len(choices) == 1:
         (choice,) = choices
-        given = "" if choice.sparse is None else " --kv block_topk" + "".join(
-            f" --set kv.{name}={value:g}" for name, value in dataclasses.asdict(choice.sparse).items()
+        given = (
+            ""
+            if choice.sparse is None
+            else " --kv block_topk"
+            + "".join(f" --set kv.{name}={value:g}" for name, value in dataclasses.asdict(choice.sparse).items())
         )
         typer.echo(
             f"\n# For the search: penstock search {choice.name} PROBLEMS.jsonl --option n={choice.samples} "

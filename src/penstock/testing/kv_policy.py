@@ -9,8 +9,8 @@ What each clause is there to catch:
 - :func:`check_shared`: a layer that is given another one's norms, and directions that come from nowhere;
 - :func:`check_strong`: a key that is packed, and that a query likes more than all others, and does not see;
 - :func:`check_selected`: tokens that read more than the budget, or others than the blocks that are worth the most to
-  them; what a token reads that depends on what is computed beside it; a key that a query likes more than all others, and
-  does not read; keys that are of no token, or of later ones;
+  them; what a token reads that depends on what is computed beside it; a key that a query likes more than all others,
+  and does not read;
 - :func:`check_copied`: blocks that are copied without what the host's memory has beside them;
 - :func:`check_limit`: tokens that are not those of the full cache where the policy says that they are;
 - :func:`check_engine`: a sequence whose tokens depend on the batch, on chunks of its prompt, on blocks that it shares,

@@ -67,11 +67,11 @@ class ReferenceCache(PagedCache):
                 out[own] = self._attend_packed(layer, query[own], index, where, packed, scale)
                 continue
             keys, values = self._decoded(layer, where.to(key.device))
-            if (dense := self._dense(index, own, length)) < own.stop - own.start:
+            if (dense := self._dense(index, starts[index + 1] - starts[index], length)) < own.stop - own.start:
                 assert self.shape.selection is not None
-                rest = slice(own.start + dense, own.stop)
-                selected = self.shape.selection.attend(query[rest], keys, values, length - (rest.stop - rest.start), scale)
-                out[rest] = selected
+                rest = query[own.start + dense : own.stop]
+                selected = self.shape.selection.attend(rest, keys, values, length - len(rest), scale)
+                out[own.start + dense : own.stop] = selected
             if dense:
                 mask = self._mask(index, own, torch.arange(length), window, extras.chunk).to(key.device)[:dense]
                 first = slice(own.start, own.start + dense)
@@ -81,10 +81,12 @@ class ReferenceCache(PagedCache):
         self.weigh(self._batch, layer, query, scale, window, extras)
         return out
 
-    def _dense(self, index: int, own: slice, length: int) -> int:
-        """How many of the new tokens of a sequence, which come first, read all before them."""
-        count, given = own.stop - own.start, self._batch.given
-        return count if given is None else min(max(0, int(given[index]) - (length - count)), count)
+    def _dense(self, index: int, count: int, length: int) -> int:
+        """How many of the ``count`` new tokens of a sequence, which come first, read all before them."""
+        if self._batch.given is None:
+            return count
+        given = int(self._batch.given[index])
+        return min(max(0, given - (length - count)), count)
 
     def _attend_packed(self, layer: int, query: Tensor, index: int, where: Tensor, tokens: int, scale: float) -> Tensor:
         """Attention [T, H, D] of a sequence whose places are in the slots ``where``, of which so many ``tokens`` share

@@ -63,11 +63,10 @@ class Choice:
 
 @contract(
     "search.planner",
-    law="in the case that the policy gives, a choice costs what the ledger of a search that draws it counts, with dense "
-    "and with sparse attention, which is the arithmetic and the bytes of a real decoder; longer texts and more of them cost no less; the choice is within "
-    "the budget, and trying every model, attention, length and number "
-    "finds none that is right more often, or as often for less; "
-    "a budget that pays for no choice is refused",
+    law="in the case that the policy gives, a choice costs what the ledger of a search that draws it counts, with "
+    "dense and with sparse attention, which is the arithmetic and the bytes of a real decoder; longer texts and more "
+    "of them cost no less; the choice is within the budget, and trying every model, attention, length and number finds "
+    "none that is right more often, or as often for less; a budget that pays for no choice is refused",
 )
 class Planner(Policy):
     """Chooses model, length and number of the texts that a budget is spent on, by what models drew for problems of the

@@ -78,9 +78,7 @@ class Engine:
     ) -> None:
         shape, blocks, size = executor.shape, executor.blocks, executor.block_size
         self.context = min(config.context or shape.context, shape.context, blocks * size)
-        self.limits = Limits(
-            config.budget(executor.device), config.sequences, blocks, size, shape, config.kv.selection
-        )
+        self.limits = Limits(config.budget(executor.device), config.sequences, blocks, size, shape, config.kv.selection)
         kv = config.kv.fitted(shape)
         reuse, tentative = config.kv_reuse, config.rows - 1
         self.memory = Memory(config.sequences, blocks, size, self.context, kv, config.eviction, tiers, reuse, tentative)

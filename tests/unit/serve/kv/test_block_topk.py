@@ -15,6 +15,8 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.kv.policies.block_topk import BlockTopK
+from penstock.serve.kv.policies.contract import CachePolicy
+from penstock.serve.kv.policies.full import Full
 from penstock.serve.messages import Request
 from penstock.testing.paged_scene import attention
 from penstock.testing.reference import greedy
@@ -23,7 +25,7 @@ from penstock.testing.serve_model import SHAPE, small_model
 PROMPT = [(7 * place + place * place) % 50 for place in range(30)]
 
 
-def engine_of(kv: BlockTopK, **options: object) -> Engine:
+def engine_of(kv: CachePolicy, **options: object) -> Engine:
     fields = {"sequences": 4, "block_size": 4, "cache_tokens": 400, "check": True, "attention": "reference"}
     return build_engine(small_model(), EngineConfig.model_validate({"kv": kv, **fields, **options}))
 
@@ -88,8 +90,7 @@ def test_tokens_attend_to_what_the_rule_reads(seed, block, budget, first, newest
 def test_a_planted_needle_is_read(place, seed):
     """Of 64 tokens in blocks of 4, of which 16 are read, one that a query head likes far more than the others."""
     draw = torch.Generator().manual_seed(seed)
-    keys, values = (torch.randn(64, 2, 8, generator=draw) for _ in range(2))
-    query = torch.randn(1, 4, 8, generator=draw)
+    keys, query = (torch.randn(count, heads, 8, generator=draw) for count, heads in ((64, 2), (1, 4)))
     keys[place] = 80 * torch.nn.functional.normalize(query[0, 1::2], dim=-1)
     blocks = BlockSelection(4, 16, 1, 1).chosen(query, keys, 63)
     assert blocks.shape == (1, 2, 4) and (blocks == place // 4).any(-1).all()
@@ -117,6 +118,17 @@ def test_texts_are_the_same_in_small_chunks_and_after_preemptions():
     assert pressed.snapshot().preemptions > 0
     for id, prompt in prompts.items():
         assert found[f"{id}.0"] == told(engine_of(kv), {id: prompt})[f"{id}.0"]
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_coded_blocks_are_read_as_they_are_decoded(codec):
+    """With a budget for all, what the full cache says in that codec; and with less, the same alone and beside others."""
+    prompts = {str(number): [(token + number) % 50 for token in PROMPT] for number in range(3)}
+    kv, options = BlockTopK(budget=0.4, block=4, newest=1), {"codec": codec}
+    together = told(engine_of(kv, **options), prompts)
+    assert told(engine_of(kv, **options), {"1": prompts["1"]})["1.0"] == together["1.0"]
+    whole = [told(engine_of(each, **options), prompts) for each in (kv.limit(), Full())]
+    assert whole[0] == whole[1]
 
 
 def test_branches_share_blocks_and_part():
@@ -147,4 +159,3 @@ def test_a_model_with_windows_is_refused():
     model = Decoder(SHAPE.model_copy(update={"window": 8})).initialize(0).eval()
     with pytest.raises(UsageError, match=r"block_topk.*leaves tokens unread"):
         build_engine(model, EngineConfig(kv=BlockTopK(), cache_tokens=100))
-

@@ -17,10 +17,10 @@ class BlockTopK(CachePolicy):
     From the paper [337]: block top-k attention in place of dense attention, so that a token costs less and the same
     budget pays for longer and for more texts; its cost is counted with what is read
     (:class:`~penstock.search.prices.Prices`). Of its code, from knowledge: blocks of 16 tokens, which are scored by the
-    mean of their keys; prompts are computed densely. Ours: a block is worth what that query head of a KV head
-    gives it that gives it the most; the ``first`` and ``newest`` blocks are always read, within the budget. Not built: mean keys that are
-    kept beside the blocks, and a kernel that reads nothing but what is chosen: the readable backend makes the means
-    anew in each step, of all keys, so it shows what the choice costs in quality, and not in time.
+    mean of their keys; prompts are computed densely. Ours: a block is worth what that query head of a KV head gives it
+    that gives it the most; the ``first`` and ``newest`` blocks are always read, within the budget. Not built: mean keys
+    that are kept beside the blocks, and a kernel that reads nothing but what is chosen: the readable backend makes the
+    means anew in each step, of all keys, so it shows what the choice costs in quality, and not in time.
 
     No memory is freed: for that, see policies that throw tokens out. What follows a prompt is found again in the cache
     by forks, not by later prompts that begin with it, which are computed densely.

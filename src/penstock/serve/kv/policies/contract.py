@@ -67,11 +67,10 @@ class Kept:
     law="a budget that covers all gives the tokens of the full cache; what is kept is as much as the policy says, and "
     "the rest of the blocks are the pool's again; the tokens of a sequence do not depend on the batch, on chunks, "
     "sharing, forks or preemption; layers that share keys and values keep their norms; a packed token that a query "
-    "likes most is what it sees; of a cache that stays whole, a token behind the prompt reads what the budget says, and "
-    "its best blocks among it; caches that are compressed together become, to the last bit, what they become one "
-    "after the other; what is kept equals the paper's rule by brute force; one that waits for pressure gives the "
-    "tokens of the full cache where nothing presses, and else those of a cache compressed where it was, with fewer "
-    "preemptions",
+    "likes most is what it sees; of a cache that stays whole, tokens behind the prompt read what the budget says; "
+    "caches that are compressed together become, to the last bit, what they become one after the other; what is kept, "
+    "or read, equals the paper's rule by brute force; one that waits for pressure gives the tokens of the full cache "
+    "where nothing presses, and else those of a cache compressed where it was, with fewer preemptions",
 )
 class CachePolicy(Policy):
     """Decides what the cache of a sequence keeps, and when the rest goes."""
