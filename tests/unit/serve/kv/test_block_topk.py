@@ -122,7 +122,7 @@ def test_texts_are_the_same_in_small_chunks_and_after_preemptions():
 
 @pytest.mark.parametrize("codec", ["bf16", "int8"])
 def test_coded_blocks_are_read_as_they_are_decoded(codec):
-    """With a budget for all, what the full cache says in that codec; and with less, the same alone and beside others."""
+    """With a budget for all, what the full cache says in that codec; with less, the same alone and beside others."""
     prompts = {str(number): [(token + number) % 50 for token in PROMPT] for number in range(3)}
     kv, options = BlockTopK(budget=0.4, block=4, newest=1), {"codec": codec}
     together = told(engine_of(kv, **options), prompts)
