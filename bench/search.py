@@ -1,11 +1,11 @@
 """Every program of test-time search on puzzles that are checked: accuracy and tokens within a budget.
 
-The preset ``puzzles`` trains a small model the first time, ``puzzles-100m`` a larger one on CUDA; it is kept, and is
-not trained again while preset and puzzles stay as they are. Puzzles are held out by construction; a
-quarter each is small Python functions against tests, Countdown, 4x4 and 6x6 Sudoku. Scorers see what is exactly right,
-and of a part how much of it is sound, so this measures how programs spend a budget, not how judges err. The model was
-trained on puzzles alone: those programs that put questions to it in words get no sensible reply, and show what their
-questions cost. Nothing is timed (``search_live`` does that), so on a CPU programs run side by side, one a core.
+The preset ``puzzles`` trains a small model the first time, ``puzzles-100m`` a larger one on CUDA. It is kept, and not
+trained again while preset and puzzles stay as they are. Puzzles are held out by construction; a quarter each is small
+Python functions against tests, Countdown, 4x4 and 6x6 Sudoku. Scorers see what is exactly right, and of a part how much
+of it is sound, so this measures how programs spend a budget, not how judges err. The model was trained on puzzles
+alone: those programs that put questions to it in words get no sensible reply, and show what their questions cost.
+Nothing is timed (``search_live`` does that), so on a CPU programs run side by side, one a core.
 """
 
 from __future__ import annotations
