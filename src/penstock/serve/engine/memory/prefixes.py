@@ -45,13 +45,13 @@ class Prefixes:
         selects = self._compression.policy.selection is not None
         return min(sequence.exact, sequence.prompt) if selects else sequence.exact
 
-    def common(self, sequence: Sequence) -> int:
+    def findable(self, sequence: Sequence) -> int:
         """How many of the first tokens may be taken from what any text left."""
         return min(self.reusable(sequence), self.plain(sequence))
 
     def match(self, sequence: Sequence) -> list[int]:
         """The blocks that the prefix tree has of what a sequence begins with, and may take from there."""
-        pieces = sequence.blocks(self._blocks.size, self.common(sequence))
+        pieces = sequence.blocks(self._blocks.size, self.findable(sequence))
         return self._blocks.pool.follow(pieces, self.root(sequence))
 
     def find(self, sequence: Sequence) -> Prefix:

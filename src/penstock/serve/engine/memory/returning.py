@@ -110,7 +110,7 @@ class Returning:
         """Of the blocks that a sequence begins with, from the block number ``first`` on, which is behind the block
         ``last`` of the tree."""
         name = sequence.adapter.key if last is None else self._blocks.pool.name(last)
-        for tokens in sequence.blocks(self._blocks.size, self._prefixes.common(sequence), first):
+        for tokens in sequence.blocks(self._blocks.size, self._prefixes.findable(sequence), first):
             name = name_behind(name, tokens)
             yield name
 
