@@ -222,7 +222,7 @@ def _show_choices(choices: list[Choice], unit: str) -> None:
         given = (
             ""
             if choice.sparse is None
-            else " --kv block_topk"
+            else " --set kv.name=block_topk"
             + "".join(f" --set kv.{name}={value:g}" for name, value in dataclasses.asdict(choice.sparse).items())
         )
         typer.echo(

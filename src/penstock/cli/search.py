@@ -7,8 +7,6 @@ from typing import Any
 
 import typer
 
-from penstock.cli._cache import KV, KV_BUDGET, chosen_cache
-
 
 def search(
     model: str = typer.Argument(..., help="A model folder, a run folder, a boxed model or a hub name."),
@@ -58,8 +56,6 @@ def search(
         help="Reads the answer off a text; the last line, or \\boxed{}, if not given.",
     ),
     seed: int = typer.Option(0, "--seed", help="The same seed gives the same trees."),
-    kv: str | None = KV,
-    kv_budget: float | None = KV_BUDGET,
     overrides: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="Set an engine option, such as sequences=64. May be given again."
     ),
@@ -109,7 +105,7 @@ def search(
         _unescaped(step),
         last_line if answer is None else matching(answer),
     )
-    engine = apply_overrides(chosen_cache(kv, kv_budget, None, None, None, None), overrides)
+    engine = apply_overrides({}, overrides)
     further = dict(_named(each) for each in models)
     tables = read_problems(problems)
     out.mkdir(parents=True, exist_ok=True)

@@ -164,7 +164,10 @@ def test_a_search_is_planned_from_the_runs_of_two_models(tmp_path):
     assert f"search {best['name']} PROBLEMS.jsonl --option n={best['samples']} --max-tokens {best['length']}" in said
     asked = ["plan", "search", str(folders[-1]), "--budget", "1e30"]
     sparse = CliRunner().invoke(build_app(), asked, catch_exceptions=False)
-    assert "--kv block_topk --set kv.block=16 --set kv.budget=64 --set kv.first=1 --set kv.newest=2" in sparse.stdout
+    assert (
+        "--set kv.name=block_topk --set kv.block=16 --set kv.budget=64 --set kv.first=1 --set kv.newest=2"
+        in sparse.stdout
+    )
     with pytest.raises(UsageError, match="the least costs"):
         CliRunner().invoke(build_app(), [*asked, "--budget", "0.5"], catch_exceptions=False)
 
