@@ -57,18 +57,20 @@ def batch(
     """
     import contextlib
 
-    from penstock.core.config import apply_overrides, build
-    from penstock.core.errors import UsageError
-    from penstock.core.garbage import settle
-    from penstock.core.progress import show
-    from penstock.models import hub
-    from penstock.serve.build import open_engine
-    from penstock.serve.chat import take_template
-    from penstock.serve.config import EngineConfig
-    from penstock.serve.dialogue.guess import named
-    from penstock.serve.http.text import Tokens
-    from penstock.serve.offline.batch_file import BatchRun
-    from penstock.serve.offline.gather import Gatherer
+    from penstock.core.garbage import loading, settle
+
+    with loading():
+        from penstock.core.config import apply_overrides, build
+        from penstock.core.errors import UsageError
+        from penstock.core.progress import show
+        from penstock.models import hub
+        from penstock.serve.build import open_engine
+        from penstock.serve.chat import take_template
+        from penstock.serve.config import EngineConfig
+        from penstock.serve.dialogue.guess import named
+        from penstock.serve.http.text import Tokens
+        from penstock.serve.offline.batch_file import BatchRun
+        from penstock.serve.offline.gather import Gatherer
 
     cache = chosen_cache(kv, kv_budget, kv_when, kv_codec, kv_reuse, kv_recompute)
     ranks = chosen_ranks(tensor_parallel, pipeline_parallel)
@@ -86,7 +88,7 @@ def batch(
     tokenizer = hub.load_tokenizer(folder)
     if chat_template is not None:
         take_template(tokenizer, chat_template)
-    with contextlib.closing(open_engine(folder, config, device, show)) as engine:
+    with contextlib.closing(open_engine(folder, config, device, show, tokenizer)) as engine:
         settle()
         run = BatchRun(Gatherer(engine, tokenizer), Tokens(tokenizer, form, True), called, window)
         summary = run.run(source, target, show)

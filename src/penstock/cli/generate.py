@@ -30,15 +30,18 @@ def generate(
     """
     import sys
 
-    from penstock.core.config import build
-    from penstock.core.devices import pick
-    from penstock.core.errors import UsageError
-    from penstock.core.files import read_text
-    from penstock.models import hub
-    from penstock.models.sampling import Sampling
-    from penstock.models.text import stream_text
-    from penstock.serve.build import loader
-    from penstock.serve.config import EngineConfig
+    from penstock.core.garbage import loading
+
+    with loading():
+        from penstock.core.config import build
+        from penstock.core.devices import pick
+        from penstock.core.errors import UsageError
+        from penstock.core.files import read_text
+        from penstock.models import hub
+        from penstock.models.sampling import Sampling
+        from penstock.models.text import stream_text
+        from penstock.serve.build import loader
+        from penstock.serve.config import EngineConfig
 
     if (prompt is None) == (prompt_file is None):
         raise UsageError("give the text to continue with --prompt or --prompt-file")

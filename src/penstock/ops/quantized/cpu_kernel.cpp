@@ -30,6 +30,7 @@ typedef int8_t signed_bytes __attribute__((vector_size(LANES)));
 constexpr int UNIT = 32, HALF = UNIT / 2;  // numbers that are decoded at a time
 constexpr int VECTORS = UNIT / LANES;      // that hold them
 constexpr int ROWS = 4, COLUMNS = 256;     // of a tile
+constexpr int LINE = 64, AHEAD = 1 << 13;  // bytes that are fetched at once, and so far before they are used
 constexpr int64_t THREAD_WORK = 1 << 16;   // multiplications that waking another thread is worth
 
 #define INLINE inline __attribute__((always_inline))
@@ -195,13 +196,17 @@ template <class Kind, int COUNT>
 void from_registers(const float *x, const Matrix &m, float *out, int64_t first, int64_t height, int64_t columns) {
     int64_t rows = std::min<int64_t>(ROWS, height - first);
     vector sums[COUNT][ROWS] = {};
-    for (int64_t k = 0; k < columns; k += UNIT)
+    const uint8_t *later = m.values + first * m.size + AHEAD;
+    int64_t step = ROWS * m.size * UNIT / columns;
+    for (int64_t k = 0; k < columns; k += UNIT, later += step) {
+        for (int line = 0; line < step; line += LINE) __builtin_prefetch(later + line);
         for (int r = 0; r < ROWS; r++) {  // rows behind the last are the last again, and not kept
             vector w[VECTORS];
             Kind::decode(m, first + std::min<int64_t>(r, rows - 1), k, w);
             for (int n = 0; n < COUNT; n++)
                 for (int v = 0; v < VECTORS; v++) sums[n][r] += read<vector>(x + n * columns + k + v * LANES) * w[v];
         }
+    }
     for (int n = 0; n < COUNT; n++)
         for (int r = 0; r < rows; r++) out[n * height + first + r] = sum(sums[n][r]);
 }
