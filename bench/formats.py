@@ -2,27 +2,35 @@
 
 The model comes in a GGUF file in Q4_1. Every other format holds the numbers that this file stands for, rounded once
 more where the format is coarser: their losses tell what is lost on top. Requests are greedy, of 32 tokens in, and 64
-out. llama.cpp (``llama-cpp-python``, where it is installed) decodes one sequence at a time through that package, so it
-stands beside one request alone.
+out.
+
+llama.cpp decodes the same file with as many threads, in a process of its own, where PENSTOCK_LLAMA says which Python
+has it:
+
+    python -m venv .llama && .llama/bin/pip install --no-binary llama-cpp-python llama-cpp-python
+    PENSTOCK_LLAMA=.llama/bin/python penstock bench formats
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib.util
+import json
+import os
 import random
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from gguf import GGMLQuantizationType, quantize
 
 from penstock.core.bench import Bench
-from penstock.core.errors import UsageError
+from penstock.core.errors import PenstockError, UsageError
 from penstock.core.processor import fast_dtype
 from penstock.core.progress import silent
 from penstock.data.building import is_held_out
@@ -42,8 +50,18 @@ from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
 
 MODEL = "smollm2"
+#: How its file stores most matrices.
+STORED = "Q4_1"
 PROMPT = 32
 LIMITS = EngineConfig(sequences=16, tokens=512, cache_tokens=4096)
+
+
+class Peer(NamedTuple):
+    """Another program that decodes: its name and version, and its tokens a second of so many requests of so many
+    tokens."""
+
+    name: str
+    rate: Callable[[int, int], float]
 
 
 def models(scratch: Path) -> dict[str, Decoder]:
@@ -52,7 +70,7 @@ def models(scratch: Path) -> dict[str, Decoder]:
     found = {
         "f32": plain,
         "Q8_0": in_blocks(hub.load(MODEL, dtype=torch.float32)).eval(),
-        "Q4_1": hub.load_for_inference(MODEL, dtype=torch.float32).eval(),
+        STORED: hub.load_for_inference(MODEL, dtype=torch.float32).eval(),
     }
     if fast_dtype(torch.device("cpu")).choice is torch.bfloat16:
         found["bf16"] = hub.load(MODEL, dtype=torch.bfloat16).eval()
@@ -114,33 +132,47 @@ def held_out(count: int, length: int = 256) -> list[torch.Tensor]:
     return found
 
 
-def llama_cpp() -> Callable[[int], float] | None:
-    """What measures llama.cpp's tokens a second at one request of so many tokens; None where it is not installed."""
-    if importlib.util.find_spec("llama_cpp") is None:
-        return None
-    from llama_cpp import Llama  # type: ignore[import-not-found, unused-ignore]
+@contextlib.contextmanager
+def llama_cpp() -> Iterator[Peer | None]:
+    """llama.cpp, and what measures it at so many requests of so many tokens; None where nobody says where it is.
 
+    Raises:
+        PenstockError: it does not run.
+    """
+    python = os.environ.get("PENSTOCK_LLAMA")
+    if python is None:
+        yield None
+        return
     (file,) = Gguf(hub.resolve(MODEL)).files
-    threads = torch.get_num_threads()
-    model: Any = Llama(str(file), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+    script = Path(__file__).parent / "peers" / "llama_rates.py"
+    line = [python, str(script), str(file), str(torch.get_num_threads())]
+    # Where PYTHONPATH leads, there may be packages for another Python.
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=alone) as process:
+        talk = process.stdin, process.stdout
 
-    def measure(length: int) -> float:
-        model.reset()
-        made = model.generate(prompts(1)[0], temp=0.0)
-        next(made)
-        begun = time.perf_counter()
-        for _ in range(length - 1):
-            next(made)
-        return (length - 1) / (time.perf_counter() - begun)
+        def answer() -> Any:
+            assert talk[1] is not None
+            said = talk[1].readline()
+            if not said:
+                raise PenstockError("llama.cpp does not run; what it says is above")
+            return json.loads(said)
 
-    return measure
+        def measure(count: int, length: int) -> float:
+            assert talk[0] is not None
+            print(json.dumps({"prompts": prompts(count), "length": length}), file=talk[0], flush=True)
+            return float(answer())
+
+        yield Peer(f"llama.cpp of llama-cpp-python {answer()['version']}", measure)
+        assert talk[0] is not None
+        talk[0].close()
 
 
 def main(bench: Bench) -> None:
     """Measures on the CPU."""
     if bench.device.type != "cpu":
         raise UsageError("the benchmark formats runs on the CPU", hint="Leave --device out, or say --device cpu.")
-    length, theirs = 16 if bench.quick else 64, llama_cpp()
+    length = 16 if bench.quick else 64
     with tempfile.TemporaryDirectory() as folder:
         found = models(Path(folder))
     pieces = held_out(2 if bench.quick else 32)
@@ -148,12 +180,15 @@ def main(bench: Bench) -> None:
         bench.row(subject=name, setting=MODEL, metric="held-out loss", unit="nats/token", better="lower",
                   value=loss(model, pieces), repetitions=1)  # fmt: skip
     engines = {name: build_engine(model, LIMITS, report=silent) for name, model in found.items()}
-    for count in (1, 4, 16):
-        runs = {name: functools.partial(rate, engine, count, length) for name, engine in engines.items()}
-        if theirs is not None and count == 1:
-            runs["llama.cpp, Q4_1"] = functools.partial(theirs, length)
-        setting = f"{MODEL}: {count} request{'s' * (count > 1)}, {PROMPT} in and {length} out"
-        values = bench.turns(runs, setting, 3)
-        for name in [name for name in values if name != "f32"]:
-            bench.compared(subject=name, peer="f32", setting=setting, metric="throughput", unit="tokens/s",
-                           values=values[name], peer_values=values["f32"])  # fmt: skip
+    with llama_cpp() as theirs:
+        for count in (1, 4, 16):
+            runs = {name: functools.partial(rate, engine, count, length) for name, engine in engines.items()}
+            setting = f"{MODEL}: {count} request{'s' * (count > 1)}, {PROMPT} in and {length} out"
+            pairs = [(name, "f32") for name in runs if name != "f32"]
+            if theirs is not None:
+                runs[theirs.name] = functools.partial(theirs.rate, count, length)
+                pairs.append((STORED, theirs.name))
+            values = bench.turns(runs, setting, 3)
+            for name, peer in pairs:
+                bench.compared(subject=name, peer=peer, setting=setting, metric="throughput", unit="tokens/s",
+                               values=values[name], peer_values=values[peer])  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 
 from penstock.models import hub
 from penstock.models.decoder import Layer
-from penstock.serve.link import client, follower, process
+from penstock.serve.link import follower, process, starting
 from penstock.serve.ranks import group
 from programs import ENVIRONMENT, Program, run_penstock
 
@@ -88,7 +88,7 @@ def serve_with_a_forked_engine(*arguments: str) -> None:
         # A fork amidst a thread that imports would wait for it: what the later ones are started beside is there before.
         tokenizer = hub.load_tokenizer(hub.resolve(arguments[0]))
         hub.load_tokenizer = lambda folder: tokenizer
-    client.start = functools.partial(Forked, process.main, True)  # type: ignore[assignment]
+    starting.start = functools.partial(Forked, process.main, True)  # type: ignore[assignment]
     group.start = functools.partial(Forked, follower.main, False)  # type: ignore[assignment]
     run_penstock("serve", *arguments)
 

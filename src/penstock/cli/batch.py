@@ -37,16 +37,18 @@ def batch(
     """
     import contextlib
 
-    from penstock.core.errors import UsageError
-    from penstock.core.garbage import settle
-    from penstock.core.progress import show
-    from penstock.models import hub
-    from penstock.serve.build import open_engine
-    from penstock.serve.chat import take_template
-    from penstock.serve.dialogue.guess import named
-    from penstock.serve.http.text import Tokens
-    from penstock.serve.offline.batch_file import BatchRun
-    from penstock.serve.offline.gather import Gatherer
+    from penstock.core.garbage import loading, settle
+
+    with loading():
+        from penstock.core.errors import UsageError
+        from penstock.core.progress import show
+        from penstock.models import hub
+        from penstock.serve.build import open_engine
+        from penstock.serve.chat import take_template
+        from penstock.serve.dialogue.guess import named
+        from penstock.serve.http.text import Tokens
+        from penstock.serve.offline.batch_file import BatchRun
+        from penstock.serve.offline.gather import Gatherer
 
     called = name or hub.name_of(model)
     config = engine.config({"batching": "batchllm"}, called)
@@ -60,7 +62,7 @@ def batch(
     tokenizer = hub.load_tokenizer(folder)
     if chat_template is not None:
         take_template(tokenizer, chat_template)
-    with contextlib.closing(open_engine(folder, config, device, show)) as opened:
+    with contextlib.closing(open_engine(folder, config, device, show, tokenizer)) as opened:
         settle()
         run = BatchRun(Gatherer(opened, tokenizer), Tokens(tokenizer, form, True), called, window)
         summary = run.run(source, target, show)

@@ -46,16 +46,19 @@ def generate(
     import contextlib
     import sys
 
-    from penstock.core.config import build
-    from penstock.core.devices import pick
-    from penstock.core.errors import UsageError
-    from penstock.core.files import read_text
-    from penstock.core.progress import show
-    from penstock.models import hub
-    from penstock.serve.build import open_engine
-    from penstock.serve.choose.sampling import SamplingParams
-    from penstock.serve.messages import Request
-    from penstock.serve.offline.stream import streamed
+    from penstock.core.garbage import loading
+
+    with loading():
+        from penstock.core.config import build
+        from penstock.core.devices import pick
+        from penstock.core.errors import UsageError
+        from penstock.core.files import read_text
+        from penstock.core.progress import show
+        from penstock.models import hub
+        from penstock.serve.build import open_engine
+        from penstock.serve.choose.sampling import SamplingParams
+        from penstock.serve.messages import Request
+        from penstock.serve.offline.stream import streamed
 
     if (prompt is None) == (prompt_file is None):
         raise UsageError("give the text to continue with --prompt or --prompt-file")
@@ -80,7 +83,7 @@ def generate(
     tokenizer = hub.load_tokenizer(folder)
     request = Request("prompt", tokenizer(text)["input_ids"], sampling, adapter=next(iter(config.adapters), ""))
     config = _no_larger(config, folder, len(request.prompt) + max_tokens)
-    with contextlib.closing(open_engine(folder, config, device, show)) as opened:
+    with contextlib.closing(open_engine(folder, config, device, show, tokenizer)) as opened:
         pieces = streamed(opened, tokenizer, request)
         typer.echo(text, nl=False)
         for piece in pieces:

@@ -31,6 +31,7 @@ class Level(enum.StrEnum):
 
 @opens_engine
 def serve(
+    context: typer.Context,
     model: str = typer.Argument("python-6m", help="A model or run folder, a GGUF file, a boxed model or a hub name."),
     host: str = typer.Option("127.0.0.1", "--host", help="The address to listen at."),
     port: int = typer.Option(8000, "--port", min=0, max=65535, help="The port; 0 picks a free one."),
@@ -159,21 +160,28 @@ def serve(
     import asyncio
     import contextlib
 
-    from penstock.core.config import build
-    from penstock.core.files import read_text
-    from penstock.core.garbage import settle
-    from penstock.models import hub
-    from penstock.policy import lookup
-    from penstock.serve.chat import NO_TEMPLATE
-    from penstock.serve.dialogue.guess import named
-    from penstock.serve.embed.judge import NO_JUDGE
-    from penstock.serve.http.server import bind
-    from penstock.serve.http.server import serve as run
-    from penstock.serve.http.service import Limits
-    from penstock.serve.observe.log import start
-    from penstock.serve.observe.trace import Trace
-    from penstock.serve.replicas.config import Replication
-    from penstock.serve.replicas.placement import check
+    from penstock.core.garbage import loading, settle
+    from penstock.serve.link.starting import Starting
+
+    # The engine's process imports what it needs while this one does.
+    starting = Starting() if replicas == 1 else None
+    if starting is not None:
+        context.call_on_close(starting.close)
+    with loading():
+        from penstock.core.config import build
+        from penstock.core.files import read_text
+        from penstock.models import hub
+        from penstock.policy import lookup
+        from penstock.serve.chat import NO_TEMPLATE
+        from penstock.serve.dialogue.guess import named
+        from penstock.serve.embed.judge import NO_JUDGE
+        from penstock.serve.http.server import bind
+        from penstock.serve.http.server import serve as run
+        from penstock.serve.http.service import Limits
+        from penstock.serve.observe.log import start
+        from penstock.serve.observe.trace import Trace
+        from penstock.serve.replicas.config import Replication
+        from penstock.serve.replicas.placement import check
 
     called = name or hub.name_of(model)
     config = engine.config(called=called)
@@ -239,6 +247,7 @@ def serve(
                 rerank_answers=answers,
                 started=started,
                 watchers=watchers,
+                starting=starting,
             )
         )
 

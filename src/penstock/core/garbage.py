@@ -1,10 +1,28 @@
-"""Garbage collections of processes that run for long."""
+"""When garbage is collected, and of what."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """For the imports of a program that is about to work: nothing is collected meanwhile, and what is there at the end
+    is taken for permanent. Modules make some hundred thousand objects that stay, and each collection amidst would look
+    through those that there are by then.
+
+    Not for libraries, which do not know what else there is.
+    """
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if on:
+            gc.enable()
 
 
 def settle() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, pieces: Sequence[Packed], bias: nn.Parameter | None) -> None:
         super().__init__()
         self._formats = []
+        self._pieces: list[Packed] | None = None
         for number, (format, same) in enumerate(itertools.groupby(pieces, key=lambda piece: piece.format)):
             parts = [piece.parts for piece in same]
             self._formats.append((format, sorted(parts[0])))
@@ -32,10 +34,18 @@ class QuantizedLinear(nn.Module):
 
     def pieces(self) -> list[Packed]:
         """The matrix, from the first rows on."""
-        return [
-            Packed(format, {name: getattr(self, f"{name}_{number}") for name in names})
-            for number, (format, names) in enumerate(self._formats)
-        ]
+        if self._pieces is None:  # which a small model would spend more time on than on their products
+            self._pieces = [
+                Packed(format, {name: getattr(self, f"{name}_{number}") for name in names})
+                for number, (format, names) in enumerate(self._formats)
+            ]
+        return self._pieces
+
+    def _apply(self, *given: Any, **options: Any) -> Self:
+        """Buffers move."""
+        self._pieces = None
+        moved: Self = super()._apply(*given, **options)  # type: ignore[no-untyped-call]
+        return moved
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])

@@ -76,19 +76,26 @@ PLAIN = Plain()
 #: Of adapters, where none says what rank they have.
 DEFAULT_RANK = 16
 
-#: Tokens for which a CPU's cache has room at most, unless the configuration says otherwise.
-MOST_CPU_TOKENS = 1 << 18
+#: Bytes that a CPU's cache has at most beside weights that are fewer, unless the configuration says otherwise.
+LEAST_CPU_SHARE = 512 << 20
 
 
-def open_engine(source: str | Path, config: EngineConfig, device: str = "auto", report: Reporter = silent) -> Engine:
-    """An engine for the model ``source`` (whatever ``hub.resolve`` takes) on ``device``.
+def open_engine(
+    source: str | Path,
+    config: EngineConfig,
+    device: str = "auto",
+    report: Reporter = silent,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Engine:
+    """An engine for the model ``source`` (whatever ``hub.resolve`` takes) on ``device``. Its ``tokenizer`` is loaded
+    where it is not given.
 
     Raises:
         PenstockError: the model cannot be had, or does not fit.
     """
     where = pick(device)
     folder = hub.resolve(source)
-    tokenizer = hub.load_tokenizer(folder)
+    tokenizer = tokenizer or hub.load_tokenizer(folder)
     if hub.read_config(folder).scalar_head:
         raise UsageError(
             f"{source} is a reward model, which gives a text a number and writes none",
@@ -366,7 +373,8 @@ def build_runners(
         block_bytes += config.block_size * each.config.hidden * shape.dtype.itemsize if kept else 0
     # Elsewhere, what goes to the host's memory goes to that of the cache.
     aside = sum(shape.aside_bytes for _, shape in opened)
-    blocks = _blocks(config, device, block_bytes if on_cuda else block_bytes + aside, contexts[0])
+    weights = sum(map(weight_bytes, models))
+    blocks = _blocks(config, device, block_bytes if on_cuda else block_bytes + aside, contexts[0], weights)
     runners: list[Runner] = []
     with explained_shortage():
         # One more than sequences use: the runner's own.
@@ -402,7 +410,7 @@ def build_runners(
             _require_room_aside(aside * runners[0].cache.shape.blocks)
         else:
             cache = sum(count * each.block_bytes for count, each in zip(counts, runners, strict=False))
-            runners[0].memory = {"weights": sum(map(weight_bytes, models)), "cache": cache}
+            runners[0].memory = {"weights": weights, "cache": cache}
             if runners[0].adapter_bytes:
                 runners[0].memory["adapters"] = runners[0].adapter_bytes
             if memories[0].watch is not None:
@@ -442,14 +450,19 @@ def _require_able(drafter: Drafter, head: HeadModule) -> None:
         )
 
 
-def _blocks(config: EngineConfig, device: torch.device, block_bytes: int, context: int) -> int:
-    """How many blocks of so many bytes sequences of a ``context`` may have; on CUDA devices, while it is found out how
-    many they can."""
+def _blocks(config: EngineConfig, device: torch.device, block_bytes: int, context: int, weights: int) -> int:
+    """How many blocks of so many bytes sequences of a ``context`` may have beside so many bytes of ``weights``; on CUDA
+    devices, while it is found out how many they can.
+
+    A CPU shares its memory with everybody else on the machine: the cache there is no larger than the model, or than a
+    small one may be, but has room for a sequence.
+    """
     if config.cache_tokens is not None:
         return -(-config.cache_tokens // config.block_size)
     if device.type != "cuda":
         free = _free_memory() / config.ranks  # which all ranks share
-        room = min(free * config.memory / 2, MOST_CPU_TOKENS * block_bytes / config.block_size)
+        sequence = -(-context // config.block_size) * block_bytes
+        room = min(free * config.memory / 2, max(LEAST_CPU_SHARE, weights, sequence))
         return blocks_in(room, block_bytes, config.block_size, context)
     # With fewer than are wanted, the largest steps are those that these allow.
     most = blocks_in(DeviceMemory(device).free() / 2, block_bytes, config.block_size, context)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from penstock.core.garbage import settle, settled
+from penstock.core.garbage import loading, settle, settled
 
 
 class Ring:
@@ -41,3 +41,13 @@ def test_settling_can_be_for_a_while():
         assert not any(each is kept for each in gc.get_objects())
         raise KeyError
     assert any(each is kept for each in gc.get_objects())
+
+
+def test_nothing_is_collected_while_a_program_loads():
+    before = [each["collections"] for each in gc.get_stats()]
+    with loading():
+        assert not gc.isenabled()
+        kept = [Ring() for _ in range(3 * gc.get_threshold()[0])]
+        assert [each["collections"] for each in gc.get_stats()] == before
+    assert gc.isenabled()
+    assert not any(each is kept[0] for each in gc.get_objects())

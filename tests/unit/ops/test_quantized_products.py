@@ -44,13 +44,13 @@ FORMATS = [
 
 @pytest.mark.parametrize("format", FORMATS, ids=repr)
 def test_the_native_product_is_that_with_the_dequantized_matrix(format, monkeypatch):
-    """Rows that fill no tile, one row of x and many; and the native one it is."""
+    """Rows that fill no tile, few rows of x and many; and the native one it is."""
     calls, original = [], cpu.product
     monkeypatch.setattr(cpu, "product", lambda *given, **named: calls.append(given[0]) or original(*given, **named))
     for rows, columns in ((1, 256), (7, 512), (37, 768)):
-        for count in (1, 2, 3, 31):
+        for count in (1, 2, 3, 4, 5, 31):
             check_product(format, random(format, rows, columns), count)
-    assert len(calls) == 3 * 4 * 2
+    assert len(calls) == 3 * 6 * 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

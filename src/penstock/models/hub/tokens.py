@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from penstock.core.errors import DataError
 from penstock.core.files import read_json
 from penstock.models.companions import GENERATION
-from penstock.models.hub.folders import CONFIG, resolve
+from penstock.models.formats.contract import GGUF_INDEX
+from penstock.models.hub.folders import BOXED, CONFIG, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,9 +48,14 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     folder = resolve(source)
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise DataError(f"{folder} has no tokenizer", hint=f"It needs one of {', '.join(TOKENIZERS)}.")
-    from transformers import AutoTokenizer
-
     try:
+        if folder.parent == BOXED or (folder / GGUF_INDEX).is_file():
+            # Penstock has written it. To find out its class, transformers would load all that it knows of the model.
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # Depending on the file at fault, nearly any: ValueError, KeyError, the Rust side's own.
         raise DataError(f"the tokenizer in {folder} cannot be read: {error}") from error

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.core import pages
 from penstock.core.errors import PenstockError
 from penstock.ops import native
 from penstock.ops.attention import PLAIN, Extras
@@ -79,7 +80,7 @@ class NativeCache(PagedCache):
         _, dtype = shape.codec.stored(shape.head_dim, shape.dtype)
         per_block = shape.block_bytes // shape.layers // dtype.itemsize
         count = shape.layers * shape.blocks * per_block
-        padded = torch.zeros(count + PADDING // dtype.itemsize, dtype=dtype)
+        padded = pages.zeros([count + PADDING // dtype.itemsize], dtype, shape.device)
         self._memory = padded[:count].view(shape.layers, shape.blocks, per_block)
         self._described = _Memory(
             self._memory.data_ptr(), shape.heads, shape.kv_heads, shape.head_dim, shape.blocks, shape.block_size

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.core import pages
 from penstock.ops.attention import PLAIN, Extras, attend_rows, causal_mask
 from penstock.ops.paged.aside import Aside
 from penstock.ops.paged.codecs.contract import Codec
@@ -27,16 +28,8 @@ class ReferenceCache(PagedCache):
         count, dtype = shape.codec.stored(shape.head_dim, shape.dtype)
         if shape.view is not None and (each := shape.view.aside(shape.block_size)):
             self.aside = Aside(shape, each)
-        self._memory = torch.zeros(
-            shape.layers,
-            shape.parts,
-            shape.blocks,
-            shape.block_size,
-            shape.kv_heads,
-            count,
-            dtype=dtype,
-            device=shape.device,
-        )
+        sizes = (shape.layers, shape.parts, shape.blocks, shape.block_size, shape.kv_heads, count)
+        self._memory = pages.zeros(sizes, dtype, shape.device)
 
     def plan(self, batch: PagedBatch, lane: int = 0) -> None:
         super().plan(batch, lane)

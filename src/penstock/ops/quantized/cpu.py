@@ -67,15 +67,15 @@ def product(
     rows = x.float().contiguous()
     if kind in ("int4", "table4"):  # the kernel decodes the low halves of bytes before the high ones
         rows = rows.view(-1, UNIT // 2, 2).transpose(1, 2).reshape(rows.shape)
-    height, columns = values.shape[0], x.shape[1]
-    values = values.contiguous().view(torch.uint8)
+    (count, columns), height = x.shape, values.shape[0]
+    values = values.contiguous()
     kept = [part if part is None else part.contiguous() for part in (scale, offset, table)]
-    out = torch.empty(rows.shape[0], height)
-    pointers = [None if part is None else part.data_ptr() for part in (rows, values, *kept, out)]
+    out = torch.empty(count, height)
+    pointers = [None if part is None else part.data_ptr() for part in kept]
     groups, shift = (1, 63) if scale is None or group is None else (scale.shape[1], group.bit_length() - 1)
-    sizes = (rows.shape[0], height, columns, values.shape[1], groups, shift, torch.get_num_threads())
-    _function(kind)(*pointers, *sizes)
-    return out.to(x.dtype)
+    sizes = (count, height, columns, values.nbytes // max(1, height), groups, shift, torch.get_num_threads())
+    _function(kind)(rows.data_ptr(), values.data_ptr(), *pointers, out.data_ptr(), *sizes)
+    return out if x.dtype is torch.float32 else out.to(x.dtype)
 
 
 @functools.cache

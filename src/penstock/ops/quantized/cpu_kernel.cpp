@@ -1,8 +1,9 @@
 // Products with quantized matrices on CPUs, which read the matrix as it is stored. Called by cpu.py.
 //
-// Numbers are decoded 32 at a time into vector registers. One row or two of x are multiplied with them there: such a
-// product waits for the matrix alone. For more rows they are kept in a tile that stays in the first cache: some rows of
-// the matrix, for a stretch of columns. Either way the matrix is read from memory once, and nothing of it is kept.
+// Numbers are decoded 32 at a time into vector registers. A few rows of x are multiplied with them there, as many as there
+// are registers for: such a product waits for the matrix alone. For more rows they are kept in a tile that stays in the
+// first cache: some rows of the matrix, for a stretch of columns. Either way the matrix is read from memory once, and
+// nothing of it is kept.
 // Numbers and sums are float32: what comes out is the product with the dequantized matrix. Vectors are the compiler's
 // own, which has them for every processor.
 
@@ -18,9 +19,9 @@
 namespace {
 
 #ifdef __AVX512F__
-constexpr int LANES = 16;
+constexpr int LANES = 16, FEW = 4;  // numbers of a vector; rows of x whose sums stay in registers
 #else
-constexpr int LANES = 8;
+constexpr int LANES = 8, FEW = 2;
 #endif
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
@@ -30,6 +31,7 @@ typedef int8_t signed_bytes __attribute__((vector_size(LANES)));
 constexpr int UNIT = 32, HALF = UNIT / 2;  // numbers that are decoded at a time
 constexpr int VECTORS = UNIT / LANES;      // that hold them
 constexpr int ROWS = 4, COLUMNS = 256;     // of a tile
+constexpr int LINE = 64, AHEAD = 1 << 13;  // bytes that are fetched at once, and so far before they are used
 constexpr int64_t THREAD_WORK = 1 << 16;   // multiplications that waking another thread is worth
 
 #define INLINE inline __attribute__((always_inline))
@@ -184,6 +186,13 @@ struct Six {  // of sixteen parts of 16 numbers, of six bits each
     }
 };
 
+// Begins to fetch so many bytes from AHEAD behind `at` on, and moves `at` behind them: the processor by itself does not
+// see that rows are read in one sweep.
+INLINE void fetch_later(const uint8_t *&at, int64_t count) {
+    for (int64_t line = 0; line < count; line += LINE) __builtin_prefetch(at + AHEAD + line);
+    at += count;
+}
+
 INLINE float sum(vector v) {
     float total = 0;
     for (int lane = 0; lane < LANES; lane++) total += v[lane];
@@ -195,13 +204,17 @@ template <class Kind, int COUNT>
 void from_registers(const float *x, const Matrix &m, float *out, int64_t first, int64_t height, int64_t columns) {
     int64_t rows = std::min<int64_t>(ROWS, height - first);
     vector sums[COUNT][ROWS] = {};
-    for (int64_t k = 0; k < columns; k += UNIT)
+    const uint8_t *at = m.values + first * m.size;
+    int64_t bytes_of_unit = ROWS * m.size * UNIT / columns;
+    for (int64_t k = 0; k < columns; k += UNIT) {
+        fetch_later(at, bytes_of_unit);
         for (int r = 0; r < ROWS; r++) {  // rows behind the last are the last again, and not kept
             vector w[VECTORS];
             Kind::decode(m, first + std::min<int64_t>(r, rows - 1), k, w);
             for (int n = 0; n < COUNT; n++)
                 for (int v = 0; v < VECTORS; v++) sums[n][r] += read<vector>(x + n * columns + k + v * LANES) * w[v];
         }
+    }
     for (int n = 0; n < COUNT; n++)
         for (int r = 0; r < rows; r++) out[n * height + first + r] = sum(sums[n][r]);
 }
@@ -232,8 +245,10 @@ void from_tiles(const float *x, int count, const Matrix &m, float *out, int64_t 
     alignas(64) float tile[ROWS * COLUMNS];
     int64_t rows = std::min<int64_t>(ROWS, height - first);
     vector sums[MOST][ROWS] = {};
+    const uint8_t *at = m.values + first * m.size;
     for (int64_t k = 0; k < columns; k += COLUMNS) {
         int width = std::min<int64_t>(COLUMNS, columns - k);
+        fetch_later(at, ROWS * m.size * width / columns);
         for (int r = 0; r < ROWS; r++)
             for (int unit = 0; unit < width; unit += UNIT) {
                 vector w[VECTORS];
@@ -259,6 +274,8 @@ void product(const float *x, const Matrix &m, float *out, int64_t count, int64_t
         int64_t first = g * ROWS;
         if (count == 1) from_registers<Kind, 1>(x, m, out, first, height, columns);
         else if (count == 2) from_registers<Kind, 2>(x, m, out, first, height, columns);
+        else if (FEW > 2 && count == 3) from_registers<Kind, 3>(x, m, out, first, height, columns);
+        else if (FEW > 2 && count == 4) from_registers<Kind, 4>(x, m, out, first, height, columns);
         else
             for (int64_t n = 0; n < count; n += MOST)
                 from_tiles<Kind>(x + n * columns, std::min<int64_t>(MOST, count - n), m, out + n * height, first, height, columns);

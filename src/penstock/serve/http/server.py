@@ -27,6 +27,7 @@ from penstock.serve.http.errors import ApiError
 from penstock.serve.http.service import Limits, Service
 from penstock.serve.http.text import Tokens
 from penstock.serve.link.client import EngineClient, Watcher
+from penstock.serve.link.starting import Starting
 from penstock.serve.replicas.config import Replication
 from penstock.serve.replicas.replicas import Replicas
 
@@ -100,6 +101,7 @@ async def serve(
     rerank_answers: tuple[str, str] | None,
     started: Callable[[Service], None],
     watchers: Sequence[Watcher] = (),
+    starting: Starting | None = None,
 ) -> None:
     """Serves ``model`` on ``listener``, a bound socket, until a signal ends it.
 
@@ -116,6 +118,7 @@ async def serve(
             :func:`~penstock.serve.embed.judge.open_judge`.
         started: is called when it takes requests.
         watchers: see the engine's decisions.
+        starting: the process of the engine, where it was started already and there is one.
 
     Raises:
         PenstockError: the model cannot be had, or does not fit.
@@ -123,7 +126,7 @@ async def serve(
     """
     folder = hub.resolve(model)
     opening: Coroutine[None, None, EngineClient | Replicas] = (
-        EngineClient.open(str(folder), engine, device, limits.patience)
+        EngineClient.open(str(folder), engine, device, limits.patience, starting=starting)
         if replication.replicas == 1
         else Replicas.open(str(folder), engine, replication, device, limits.patience)
     )

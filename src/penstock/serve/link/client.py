@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import MappingProxyType
@@ -20,6 +17,7 @@ from penstock.core.channel import HEADER, framed, length
 from penstock.core.errors import PenstockError, UsageError
 from penstock.core.events import Event
 from penstock.serve.config import EngineConfig
+from penstock.serve.link.starting import Starting
 from penstock.serve.link.wire import Done, Errand, Failed, Message, News, Open, Ready, Refused, body, parse
 from penstock.serve.messages import Abort, Act, Control, Delta, Embed, Request, Snapshot, Vectors, described
 
@@ -47,21 +45,6 @@ def show(watchers: Sequence[Watcher], events: Sequence[Event], snapshot: Snapsho
             watcher.see(events, snapshot)
         except Exception:
             log.exception("%s cannot take in what the engine decided", type(watcher).__name__)
-
-
-def start(end: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Starts the process of an engine, which gets the file descriptor ``end`` of a socket pair, and the variables of
-    ``environment`` beside those of this process.
-
-    It has a session of its own: a terminal's Ctrl-C is for the front end, which ends the engine when it is done.
-    """
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "penstock.serve.link.process", str(end)],
-        pass_fds=[end],
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        env={**os.environ, **environment},
-    )
 
 
 #: What an engine says to whoever asked it for something.
@@ -106,8 +89,9 @@ class EngineClient:
         device: str = "auto",
         patience: float = 300.0,
         environment: Mapping[str, str] = MappingProxyType({}),
+        starting: Starting | None = None,
     ) -> Self:
-        """Starts a process and loads ``model`` in it.
+        """Starts a process, unless one is ``starting`` already, and loads ``model`` in it.
 
         Args:
             patience: seconds after which an engine that has work, and says nothing, is taken for dead.
@@ -117,10 +101,8 @@ class EngineClient:
             PenstockError: the model cannot be had, or does not fit.
             EngineDiedError: the process ended.
         """
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = start(theirs.fileno(), environment)
-        client = cls(process, *await asyncio.open_unix_connection(sock=ours))
+        begun = starting or Starting(environment)
+        client = cls(begun.process, *await asyncio.open_unix_connection(sock=begun.socket))
         try:
             await client._begin(Open(str(model), config.model_dump_json(), device))
         except BaseException:

@@ -160,7 +160,3 @@ def _end(error: PenstockError, channel: Channel[Message]) -> None:
     """Says why the engine ends, and ends this process, from whichever thread: another may wait for a lost rank."""
     channel.send(Failed(error.what, error.hint, error.exit_code))
     os._exit(error.exit_code)
-
-
-if __name__ == "__main__":
-    main()

@@ -72,7 +72,7 @@ class LLM:
         self._folder = folder = hub.resolve(model)
         self.tokenizer = hub.load_tokenizer(folder)
         self._judge = open_judge(folder, self.tokenizer, rerank_template, rerank_answers)
-        self.engine = open_engine(folder, config, device, progress)
+        self.engine = open_engine(folder, config, device, progress, self.tokenizer)
         self._gatherer = Gatherer(self.engine, self.tokenizer)
         self._count = 0
 

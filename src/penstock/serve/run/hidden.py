@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.core import pages
 from penstock.core.devices import upload
 from penstock.ops.paged.contract import CacheShape, PagedBatch
 
@@ -24,7 +25,7 @@ class HiddenStates:
 
     def __init__(self, shape: CacheShape, width: int) -> None:
         self._size, self._device = shape.block_size, shape.device
-        self._states = torch.zeros(shape.blocks, self._size, width, dtype=shape.dtype, device=shape.device)
+        self._states = pages.zeros((shape.blocks, self._size, width), shape.dtype, shape.device)
 
     def write(self, places: Tensor, states: Tensor) -> None:
         """Tokens in ``places`` (int64 [N], slots of the cache) have these ``states`` [N, width]."""

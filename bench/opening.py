@@ -1,0 +1,190 @@
+"""From the command to the first token, in parts, and the peak of memory: with nothing cached, and once more.
+
+Processes of their own open a model and say when they had imported what they need, read the model, compiled it, captured
+its steps as graphs, and had a token; what is left is the rest of opening. Beside them, the whole of what a user waits
+for: `penstock serve` until a request has its first token, and `penstock batch` with one line. *Cold* is the first of
+such processes with empty folders for what Penstock, PyTorch, Triton and FlashInfer keep (the files of the model may be
+in the system's memory), *warm* are those after it.
+
+On CUDA random weights in the shape of Qwen3-8B, bf16; on the CPU python-6m, and smollm2 where it is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from penstock.core.bench import Bench
+    from penstock.core.progress import Bar
+
+#: Parts of opening that the engine's progress names, by what it calls them.
+NAMED = {"compiling": "compile", "capturing": "capture", "measuring memory": "measure memory"}
+
+PARTS = ("import", "read", *NAMED.values(), "other", "first token")
+
+
+class Stopwatch:
+    """Reports progress to nobody, and keeps the seconds that each label took, in all."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, label: str, total: float | None, unit: str) -> Iterator[Bar]:
+        from penstock.core.progress import silent
+
+        begun = time.perf_counter()
+        with silent(label, total, unit) as bar:
+            yield bar
+        self.seconds[label] = self.seconds.get(label, 0.0) + time.perf_counter() - begun
+
+
+def open_once(model: str, device: str, begun: float) -> dict[str, float]:
+    """Opens ``model`` and computes a token, as `penstock batch` does: seconds by part, and bytes at the peak. The
+    process was started at the time ``begun``."""
+    from penstock.core.garbage import loading, settle
+
+    with loading():
+        import torch
+
+        from penstock.core.devices import pick, synchronize
+        from penstock.models import hub
+        from penstock.serve.build import build_engine, loader
+        from penstock.serve.choose.sampling import SamplingParams
+        from penstock.serve.config import EngineConfig
+        from penstock.serve.messages import Request
+    marks, watch, config, where = [begun, time.time()], Stopwatch(), EngineConfig(), pick(device)
+    folder = hub.resolve(model)
+    tokenizer, decoder = hub.load_tokenizer(folder), loader(config, where)(folder).eval()
+    synchronize(where)
+    marks.append(time.time())
+    engine = build_engine(decoder, config, hub.end_tokens(folder, tokenizer), watch)
+    settle()
+    marks.append(time.time())
+    engine.add(Request("0", tokenizer("def f(")["input_ids"], SamplingParams(temperature=0, max_tokens=1)))
+    while engine.busy:
+        engine.step()
+    marks.append(time.time())
+    imported, read, opened, first = (later - earlier for earlier, later in itertools.pairwise(marks))
+    found = {"import": imported, "read": read, "first token": first}
+    found |= {name: watch.seconds.get(label, 0.0) for label, name in NAMED.items()}
+    found["other"] = opened - sum(found[name] for name in NAMED.values())
+    found["peak"] = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if where.type == "cuda":
+        found["device's peak"] = float(torch.cuda.max_memory_reserved(where))
+    return found
+
+
+def parts(model: str, device: str, environment: Mapping[str, str]) -> dict[str, float]:
+    """What :func:`open_once` finds in a process of its own."""
+    line = [sys.executable, "-P", __file__, model, device, repr(time.time())]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"opening {model} failed: {done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def serve(model: str, device: str, environment: Mapping[str, str]) -> float:
+    """Seconds until a server that is started now has answered with one token."""
+    import httpx
+
+    begun = time.perf_counter()
+    line = [sys.executable, "-m", "penstock", "serve", model, "--name", "m", "--port", "0", "--device", device]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(line, env=environment, **pipes) as server:
+        try:
+            assert server.stdout is not None
+            url = next(found[1] for each in server.stdout if (found := re.search(r"^Serving \S+ at (\S+)", each)))
+            body = {"model": "m", "prompt": "def f(", "max_tokens": 1}
+            httpx.post(f"{url}/v1/completions", json=body, timeout=600).raise_for_status()
+            return time.perf_counter() - begun
+        finally:
+            server.terminate()
+
+
+def batch(model: str, device: str, environment: Mapping[str, str]) -> float:
+    """Seconds that the command takes to answer a file of one line with one token."""
+    request = {"model": "m", "prompt": "def f(", "max_tokens": 1}
+    asked = {"custom_id": "0", "method": "POST", "url": "/v1/completions", "body": request}
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = (Path(folder, name) for name in ("in.jsonl", "out.jsonl"))
+        source.write_text(json.dumps(asked) + "\n")
+        line = [sys.executable, "-m", "penstock", "batch", model, str(source), str(target), "--name", "m"]
+        begun = time.perf_counter()
+        subprocess.run([*line, "--device", device], env=environment, check=True, capture_output=True)
+        return time.perf_counter() - begun
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[dict[str, str]]:
+    """An environment whose folders for what is kept between runs are empty, and its own."""
+    with tempfile.TemporaryDirectory(prefix="penstock-opening-") as folder:
+        places = {
+            "XDG_CACHE_HOME": "cache",
+            "TORCHINDUCTOR_CACHE_DIR": "inductor",
+            "TRITON_CACHE_DIR": "triton",
+            "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+        }
+        yield {**os.environ, **{name: str(Path(folder, place)) for name, place in places.items()}}
+
+
+def main(bench: Bench) -> None:
+    """Measures each model cold and warm."""
+    from penstock.core.bench import load
+    from penstock.core.errors import UsageError
+    from penstock.models import hub
+
+    device, rounds = str(bench.device), 1 if bench.quick else 5
+    with contextlib.ExitStack() as opened:
+        if bench.device.type == "cuda":
+            shape = "Qwen3-0.6B shape" if bench.quick else "Qwen3-8B shape"
+            models = {shape: str(opened.enter_context(load("tensor_parallel").stored(shape, bench.device)))}
+        else:
+            models = {"python-6m": "python-6m"}
+            with contextlib.suppress(UsageError):  # it is not installed
+                models |= {"smollm2": str(hub.resolve("smollm2"))}
+        for name, model in models.items():
+            with nothing_kept() as environment:
+                tell(bench, f"{name}, cold", [parts(model, device, environment)])
+                tell(bench, f"{name}, warm", [parts(model, device, environment) for _ in range(rounds)])
+                for command in (serve, batch):
+                    whole(bench, name, command.__name__, [command(model, device, environment) for _ in range(rounds)])
+
+
+def whole(bench: Bench, model: str, command: str, values: list[float]) -> None:
+    """A row of what a command took."""
+    row(bench, f"penstock {command}", f"{model}, warm", "command to first token", "s", values)
+
+
+def tell(bench: Bench, setting: str, found: list[dict[str, float]]) -> None:
+    """Rows of what processes of :func:`parts` said."""
+    for part in PARTS:
+        row(bench, part, setting, "wall time", "s", [each[part] for each in found])
+    row(bench, "all parts", setting, "wall time", "s", [sum(each[part] for part in PARTS) for each in found])
+    row(bench, "the process", setting, "peak memory", "MB", [each["peak"] / 1e6 for each in found])
+    if "device's peak" in found[0]:
+        row(bench, "the device", setting, "peak memory", "MB", [each["device's peak"] / 1e6 for each in found])
+
+
+def row(bench: Bench, subject: str, setting: str, metric: str, unit: str, values: list[float]) -> None:
+    """A row of the middle of ``values``."""
+    middle = sorted(values)[len(values) // 2]
+    bench.row(subject=subject, setting=setting, metric=metric, unit=unit, better="lower", value=middle,
+              low=min(values), high=max(values), repetitions=len(values))  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(open_once(sys.argv[1], sys.argv[2], float(sys.argv[3]))))
