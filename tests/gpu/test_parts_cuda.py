@@ -14,6 +14,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.serve.build import build_engine
 from penstock.serve.choose.asked import Asked
+from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.batch import Batch
@@ -60,17 +61,17 @@ def computed(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
     seen: list[Tensor] = []
     sample = engine.executor.sampler.sample
 
-    def seeing(logits: Tensor, asked: Asked, drawn: Tensor | None):
+    def seeing(logits: Tensor, asked: Asked, drawn: Tensor | None, proposals: Proposals | None):
         seen.append(logits.clone())
         if drawn is not None:
             assert torch.equal(sample(logits, asked)[0].tokens, drawn)
-        return sample(logits, asked, drawn)
+        return sample(logits, asked, drawn, proposals)
 
     engine.executor.sampler.sample = seeing
     sampled = engine.executor.launch(batch)
     engine.executor.sampler.sample = sample
     if sampled is not None:
-        sampled.wait()
+        sampled = sampled.wait()
     rated = sampled.prompt.rows.logprobs if sampled is not None and sampled.prompt is not None else []
     return (seen[0].float() if seen else torch.zeros(0, SHAPE.vocabulary)), torch.tensor(rated)
 
@@ -113,15 +114,14 @@ def test_replayed_steps_give_the_logits_of_queued_ones(
     monkeypatch.setattr("penstock.serve.run.runner.chosen", lambda *_: 10**9)
     engine = engine_of(compile=True, shape=SHAPE.model_copy(update=windows), temperatures=(0, 0.8))
     runner, replayed = engine.executor, set()
-    graphs = runner._prompts, runner._decodes
-    assert all(graphs)
-    for each in graphs:
+    graphs = runner._captured
+    for each in graphs[False]:
         replay = each.replay
         each.replay = lambda shape, *rest, replay=replay: (replayed.add(shape), replay(shape, *rest))[1]
     while (batch := engine.steps.form()) is not None:
-        runner._prompts = runner._decodes = None
+        runner._captured = {}
         queued, rated = computed(engine, Batch(batch.entries, batch.tables))
-        runner._prompts, runner._decodes = graphs
+        runner._captured = graphs
         logits, own = computed(engine, Batch(batch.entries, batch.tables))
         assert logits.shape == queued.shape
         if len(queued):
@@ -141,8 +141,8 @@ def test_overlapped_steps_in_parts_finish_like_whole_ones() -> None:
         form = engine.steps.form
         turn = itertools.count()
 
-        def halved() -> Batch | None:
-            batch = form()
+        def halved(pieces: int | None = None) -> Batch | None:
+            batch = form(pieces)
             if batch is not None and len(batch.entries) > 1:
                 first = 1 + next(turn) % (len(batch.entries) - 1)
                 batch.parts, batch.lead = (first, len(batch.entries) - first), first % 2

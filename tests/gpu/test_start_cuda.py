@@ -62,7 +62,8 @@ def play(engine: Engine, *requests: Request) -> None:
 
 def graphs_of(engine: Engine) -> list[Any]:
     executor: Any = engine.executor
-    return sorted([*executor._prompts._captured, *executor._decodes._captured])
+    prompts, decodes = executor._captured[False]
+    return sorted([*prompts._captured, *decodes._captured])
 
 
 def test_all_kernels_that_are_used_were_built_ahead() -> None:

@@ -38,15 +38,16 @@ class Compared:
         runner._pass_all = self.both
 
     def both(self, parts: Sequence[Part], lead: int) -> list[Passed]:
-        runner, graphs = self._runner, self._runner._prompts
+        runner, captured = self._runner, self._runner._captured
+        graphs, _ = captured[False]
         passed = self._pass_all(parts, lead)
         if all(part.decoding for part in parts):
             return passed
         shapes = [graphs.shape_for(part.plan) for part in parts]
         kept = [None if each.logits is None else each.logits.clone() for each in passed]
-        runner._prompts = None
+        runner._captured = {}
         queued = self._pass_all(parts, lead)
-        runner._prompts = graphs
+        runner._captured = captured
         for own, want in zip(kept, queued, strict=True):
             if own is not None:
                 spread = (own.float() - want.logits.float()).abs().max() / want.logits.float().pow(2).mean().sqrt()

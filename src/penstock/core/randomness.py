@@ -11,6 +11,11 @@ import hashlib
 import numpy as np
 import torch
 
+#: The numbers of SplitMix64's finalizer, and how many bits of 64 a float64 in [0, 1) has no room for.
+_ONE, _GOLDEN, _SPARE = np.uint64(1), np.uint64(0x9E3779B97F4A7C15), np.uint64(11)
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
 
 def derive(seed: int, stream: str, *counters: int) -> int:
     """A 63-bit seed for the ``stream`` (a name such as ``"init"`` or ``"dropout"``) at the given counters."""
@@ -34,12 +39,11 @@ def uniforms(keys: int | np.ndarray, counters: np.ndarray) -> np.ndarray:
 
     A key is one of :func:`derive`; the pair is mixed by the finalizer of SplitMix64 (Steele et al. 2014).
     """
-    with np.errstate(over="ignore"):
-        mixed = np.asarray(keys, np.uint64) + (counters.astype(np.uint64) + np.uint64(1)) * np.uint64(
-            0x9E3779B97F4A7C15
-        )
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-    values: np.ndarray = (mixed >> np.uint64(11)) * 2.0**-53
+    mixed: np.ndarray = np.asarray(keys, np.uint64) + (counters.astype(np.uint64) + _ONE) * _GOLDEN
+    mixed ^= mixed >> _SHIFTS[0]
+    mixed *= _FACTORS[0]
+    mixed ^= mixed >> _SHIFTS[1]
+    mixed *= _FACTORS[1]
+    mixed ^= mixed >> _SHIFTS[2]
+    values: np.ndarray = (mixed >> _SPARE) * 2.0**-53
     return values
