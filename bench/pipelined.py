@@ -14,10 +14,10 @@ from penstock.core.progress import show
 from penstock.models import hub
 from penstock.serve.build import open_engine
 from penstock.serve.config import EngineConfig
-from penstock.serve.engine.engine import Engine
 from penstock.speculate.pipelined_time import pipelined_seconds
 
 STAGES, TOKENS, STEPS = 4, 4, 64
+REPETITIONS = 5
 
 #: How the engine drafts.
 WAYS: dict[str, dict[str, Any]] = {
@@ -44,28 +44,31 @@ def main(bench: Bench) -> None:
     prompt = [*range(40, 72)] * 2
     tokens = 64 if bench.quick else 256
     work = serve.Workload("one request", [prompt], [tokens], tokens)
-    with contextlib.ExitStack() as opened:
-        engines = {way: opened.enter_context(contextlib.closing(engine(bench, way))) for way in WAYS}
-        for peer in ("plain", "ngram"):
-            bench.compare(
-                subject="pipelined",
-                peer=peer,
-                setting=f"python-6m on two devices: one request, {len(prompt)} tokens in and {tokens} out",
-                metric="throughput",
-                unit="tokens/s",
-                run=lambda: serve.run(engines["pipelined"], work),
-                peer_run=lambda p=peer: serve.run(engines[p], work),
-                repetitions=3,
-            )
+    values = {way: measured(bench, way, work) for way in WAYS}
+    for peer in ("plain", "ngram"):
+        bench.compared(
+            subject="pipelined",
+            peer=peer,
+            setting=f"python-6m on two devices: one request, {len(prompt)} tokens in and {tokens} out",
+            metric="throughput",
+            unit="tokens/s",
+            papers=(10,) if peer == "ngram" else (),
+            values=values["pipelined"],
+            peer_values=values[peer],
+        )
+
+
+def measured(bench: Bench, way: str, work: Any) -> list[float]:
+    """Tokens a second of two stages that draft in this ``way``: a process can be of one pipeline at a time, so that the
+    ways cannot take turns."""
+    config = EngineConfig.model_validate({"pipeline_parallel": 2, "sequences": 16, "cache_tokens": 8192, **WAYS[way]})
+    with contextlib.closing(open_engine(hub.resolve("python-6m"), config, bench.device.type, show)) as engine:
+        run = load("serve").run
+        run(engine, work)
+        return [run(engine, work) for _ in range(REPETITIONS)]
 
 
 def simulated(runs: int, accepted: int) -> float:
     """Tokens a second where so many are accepted in each step."""
     times = [1.0] * STAGES
     return STEPS * (1 + accepted) / pipelined_seconds(times, times, runs, TOKENS, [accepted] * STEPS)
-
-
-def engine(bench: Bench, way: str) -> Engine:
-    """One of two stages that drafts in this ``way``."""
-    config = EngineConfig.model_validate({"pipeline_parallel": 2, "sequences": 16, "cache_tokens": 8192, **WAYS[way]})
-    return open_engine(hub.resolve("python-6m"), config, bench.device.type, show)
