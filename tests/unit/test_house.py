@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import penstock
-from penstock.testing.house import ROWS, imports, room, row
+from penstock.testing.house import ROWS, beside, imports, room, row
 
 SOURCE = Path(penstock.__file__).parent
 
@@ -29,10 +29,12 @@ def misplaced(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def circle(pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """Rooms that import each other in a circle, from one of them back to it; empty if none do."""
+    """Modules and packages side by side in one package, at any depth, that import each other in a circle, from one of
+    them back to it; empty if none do."""
     graph: dict[str, set[str]] = {}
-    for one, other in between(pairs, room):
-        graph.setdefault(one, set()).add(other)
+    for one, other in {beside(*pair) for pair in pairs}:
+        if one != other:
+            graph.setdefault(one, set()).add(other)
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -50,8 +52,14 @@ def test_imports_go_up_the_rows(house):
     assert misplaced(house) == []
 
 
-def test_no_rooms_import_each_other_in_a_circle(house):
+def test_nothing_imports_in_a_circle_at_any_depth(house):
     assert circle(house) == []
+
+
+def test_the_engine_names_nobody_who_computes_for_it():
+    """Not even for types: who computes fits its ``Executor``, and who drafts its ``DraftExecutor``."""
+    for path in (SOURCE / "serve" / "engine").rglob("*.py"):
+        assert "from penstock.serve.run" not in path.read_text(encoding="utf-8"), path
 
 
 def test_schedules_as_data_need_nobody(house):
@@ -76,11 +84,27 @@ def test_schedules_as_data_need_nobody(house):
 )
 def test_what_is_wrong_is_found(tmp_path, text, wrong, turns):
     (tmp_path / "ops" / "two").mkdir(parents=True)
+    (tmp_path / "ops" / "two" / "__init__.py").touch()
     (tmp_path / "ops" / "one.py").write_text(text)
     (tmp_path / "ops" / "two" / "deep.py").write_text("from penstock.ops.one import late")
     found = list(imports(tmp_path))
     assert misplaced(found) == wrong
     assert set(circle(found)) == set(turns)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "turns"),
+    [
+        ([("serve.http.text", "serve.http.shapes.chats"), ("serve.http.shapes.blocks", "serve.http.text")], True),
+        ([("serve.kv.pool", "serve.kv.tiers"), ("serve.kv.tiers", "serve.kv.pool")], True),
+        ([("models.hub.__init__", "models.hub.loading"), ("models.hub.loading", "models.hub")], True),
+        # A room may know files beside it, and be known by others.
+        ([("serve.http.service", "serve.http.shapes.chats"), ("serve.http.shapes.chats", "serve.http.text")], False),
+        ([("data.store", "data.corpora.contract"), ("data.corpora.puzzles", "data.puzzles")], False),
+    ],
+)
+def test_a_circle_is_found_at_any_depth(pairs, turns):
+    assert bool(circle(pairs)) == turns
 
 
 def test_serving_and_training_know_nothing_of_each_other():

@@ -10,10 +10,10 @@ import torch
 from penstock.ops.linear import FEW
 from penstock.serve.choose.sampling import MOST_LOGPROBS, SamplingParams
 from penstock.serve.config import EngineConfig
+from penstock.serve.engine.drafted import DraftExecutor
 from penstock.serve.engine.engine import Engine
 from penstock.serve.engine.executor import Executor
 from penstock.serve.messages import Request
-from penstock.serve.run.draft import Drafting
 from penstock.speculate.contract import Drafter
 from penstock.speculate.controllers.fixed import Fixed
 from penstock.speculate.tree import Tree, full
@@ -69,7 +69,7 @@ class Zeros(Drafter):
         return Tree([0] * len(parents), parents)
 
 
-def rehearse_largest_steps(config: EngineConfig, executor: Executor, draft: Drafting | None = None) -> None:
+def rehearse_largest_steps(config: EngineConfig, executor: Executor, draft: DraftExecutor | None = None) -> None:
     """Answers as many requests at a time as there can be, all of which ask for what takes the most memory, and beside
     them a prompt that fills the budget of a step. Where ``config`` drafts, as many tokens are drafted as can be, by the
     model ``draft`` if it is given."""

@@ -1,6 +1,6 @@
 """The house: its rows from top to bottom, and which module imports which, read from the source.
 
-A *row* is a top-level package or module; a *room* is a package within a row.
+A *row* is a top-level package or module; a *room* is a package within a row, or within another room.
 """
 
 from __future__ import annotations
@@ -54,11 +54,15 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def imports(source: Path) -> Iterator[tuple[str, str]]:
-    """(module, what it imports) below ``source``, both without the package's own name."""
-    for path in sorted(source.rglob("*.py")):
-        parts = path.relative_to(source).with_suffix("").parts
+    """(module, module or package that it imports) below ``source``, both without the package's own name. Of a package
+    that is not there, the first part."""
+    paths = {".".join(path.relative_to(source).with_suffix("").parts): path for path in sorted(source.rglob("*.py"))}
+    there = {*paths, *(name.removesuffix(".__init__") for name in paths)}
+    for module, path in paths.items():
         for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
-            yield ".".join(parts), name
+            while name not in there and "." in name:
+                name = name.rpartition(".")[0]
+            yield module, name
 
 
 def row(module: str) -> str:
@@ -67,5 +71,15 @@ def row(module: str) -> str:
 
 
 def room(module: str) -> str:
-    """The room of ``module``: a package within a row, such as ``pipeline.run``; a loose module is a room of its own."""
+    """The room of ``module`` in its row, such as ``pipeline.run``; a loose module is a room of its own."""
     return ".".join(module.split(".")[:2])
+
+
+def beside(one: str, other: str) -> tuple[str, str]:
+    """The modules or packages, side by side in the innermost package that holds both, which ``one`` and ``other`` are
+    or lie in. A package's own ``__init__`` is the package."""
+    first, second = one.removesuffix(".__init__").split("."), other.removesuffix(".__init__").split(".")
+    shared = 0
+    while shared < min(len(first), len(second)) and first[shared] == second[shared]:
+        shared += 1
+    return ".".join(first[: shared + 1]), ".".join(second[: shared + 1])

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 
 from penstock.serve.choose.proposals import Proposals
+from penstock.serve.choose.sampler import Sampled
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.kv.chunks import Chunk
 from penstock.serve.kv.compaction import Compaction
 from penstock.serve.kv.moving import Move
 from penstock.serve.kv.reuse.contract import Weighing
 from penstock.speculate.tree import Tree, chain, depths
-
-if TYPE_CHECKING:
-    from penstock.serve.engine.executor import Awaited
 
 
 class Beside(NamedTuple):
@@ -96,6 +94,14 @@ class Entry(msgspec.Struct, frozen=True):  # one for each sequence at each step:
     def ahead(self) -> int:
         """How many tentative tokens there are on the longest way."""
         return max(depths(self.parents)) if self.parents else len(self.window)
+
+
+class Awaited(Protocol):
+    """What will come out of a batch."""
+
+    def wait(self) -> Sampled | None:
+        """What has come out, once it is there; None where nothing does."""
+        ...
 
 
 @dataclasses.dataclass

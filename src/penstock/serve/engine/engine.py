@@ -18,6 +18,7 @@ from penstock.serve.choose.grammar import Grammars, Matcher
 from penstock.serve.choose.restriction import restriction_of
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.engine.adapters import Adapter, Adapters
+from penstock.serve.engine.drafted import DraftExecutor
 from penstock.serve.engine.executor import Changeable, Executor, Readable
 from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.memory.memory import Memory
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from penstock.serve.config import EngineConfig
-    from penstock.serve.run.draft import Drafting
     from penstock.speculate.contract import Draft
 
 
@@ -73,7 +73,7 @@ class Engine:
         executor: Executor,
         stop: Iterable[int] = (),
         grammars: Grammars | None = None,
-        draft: Drafting | None = None,
+        draft: DraftExecutor | None = None,
         tiers: Tiers | None = None,
     ) -> None:
         shape, blocks, size = executor.shape, executor.blocks, executor.block_size

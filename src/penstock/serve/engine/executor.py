@@ -10,16 +10,7 @@ import torch
 from torch import Tensor
 
 from penstock.models.config import DecoderConfig
-from penstock.serve.choose.sampler import Sampled
-from penstock.serve.engine.batch import Batch
-
-
-class Awaited(Protocol):
-    """What will come out of a batch."""
-
-    def wait(self) -> Sampled | None:
-        """What has come out, once it is there; None where nothing does."""
-        ...
+from penstock.serve.engine.batch import Awaited, Batch
 
 
 class Executor(Protocol):

@@ -5,18 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as List
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from penstock.serve.engine.batch import Batch, Entry
+from penstock.serve.engine.drafted import DraftExecutor
 from penstock.serve.engine.sequence import Sequence
 from penstock.speculate.contract import AWAITED, Shaper
 from penstock.speculate.controllers.contract import Controller, Seen
 from penstock.speculate.tree import way_of
-
-if TYPE_CHECKING:
-    from penstock.serve.run.draft import Drafting
 
 
 class Speculation:
@@ -35,7 +32,9 @@ class Speculation:
         clock: says how many seconds have passed.
     """
 
-    def __init__(self, controller: Controller, most: int, model: Drafting | None, shaper: Shaper | None = None) -> None:
+    def __init__(
+        self, controller: Controller, most: int, model: DraftExecutor | None, shaper: Shaper | None = None
+    ) -> None:
         self._control, self._weighs, self.model = controller.start(most), controller.weighs, model
         self.shaper = shaper
         asks = controller.predicts or controller.by_confidence

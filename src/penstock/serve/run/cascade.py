@@ -11,9 +11,10 @@ from torch import Tensor
 
 from penstock.serve.choose.sampler import Sampled
 from penstock.serve.engine.batch import Batch, Entry
+from penstock.serve.engine.drafted import Drafted, GoesOn
 from penstock.serve.engine.sequence import Sequence
-from penstock.serve.run.chains import Chains, Drafted, Going
-from penstock.serve.run.draft import ConfidentDraft, GoesOn
+from penstock.serve.run.chains import Chains, Going
+from penstock.serve.run.draft import ConfidentDraft
 from penstock.serve.run.runner import Runner
 from penstock.serve.run.trees import Trees
 from penstock.speculate.tree import depths

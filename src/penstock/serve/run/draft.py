@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as List
 
 import msgspec
@@ -16,17 +16,14 @@ from penstock.serve.choose.confidence import ConfidentSampler
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Batch, Entry
+from penstock.serve.engine.drafted import Drafted, GoesOn
 from penstock.serve.engine.sequence import Sequence
-from penstock.serve.run.chains import Chains, Drafted, Going
+from penstock.serve.run.chains import Chains, Going
 from penstock.serve.run.planner import Planner
 from penstock.serve.run.runner import Runner
 from penstock.serve.run.trees import Trees
 from penstock.speculate.contract import AWAITED
 from penstock.speculate.verifiers.contract import Verifier
-
-#: Whether another token is drafted, by the predicted chances of those that were; see
-#: :meth:`penstock.speculate.controllers.contract.Control.goes_on`.
-GoesOn = Callable[[List[float]], bool]
 
 
 class DraftPlanner(Planner):

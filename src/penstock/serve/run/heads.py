@@ -16,8 +16,9 @@ from penstock.models.heads.contract import Continuing, Exits, Foresees, HeadModu
 from penstock.models.paged import PagedTokens
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Batch, Entry
-from penstock.serve.run.chains import Chains, Drafted
-from penstock.serve.run.draft import Drafting, DraftModel, GoesOn
+from penstock.serve.engine.drafted import Drafted, GoesOn
+from penstock.serve.run.chains import Chains
+from penstock.serve.run.draft import Drafting, DraftModel
 from penstock.serve.run.hidden import HiddenStates
 from penstock.serve.run.planner import Fields, Planner
 from penstock.serve.run.runner import Passed, Runner

@@ -29,8 +29,7 @@ from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.embed.pooled import decoder_states
-from penstock.serve.engine.batch import Batch
-from penstock.serve.engine.executor import Awaited
+from penstock.serve.engine.batch import Awaited, Batch
 from penstock.serve.kv.compaction import Compactor
 from penstock.serve.kv.moving import Mover
 from penstock.serve.run.copies import Copied, shaken

@@ -9,7 +9,8 @@ import numpy as np
 
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Batch, Entry
-from penstock.serve.run.chains import Drafted, Going
+from penstock.serve.engine.drafted import Drafted
+from penstock.serve.run.chains import Going
 from penstock.serve.run.trees import Growing, Trees
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from penstock.serve.choose.proposals import BranchingSampler
 from penstock.serve.choose.sampler import Sampled, Sampler
 from penstock.serve.engine.batch import Entry
-from penstock.serve.run.chains import Drafted, Going
+from penstock.serve.engine.drafted import Drafted
+from penstock.serve.run.chains import Going
 from penstock.speculate.tree import path
 
 
