@@ -217,6 +217,7 @@ class StepRoom:
         those that run and have not been taken yet."""
         assert sequence.draft is not None and sequence.held is not None
         held, size = sequence.held, self._memory.pool.block_size
+        # Drafts may be for nothing: a token and a block stay for each that runs and would get none, this one left out.
         others = sum(len(each.members) for each in self._memory.running if id(each) not in self._taken) - 1
         blocks = min(len(held.blocks) + max(0, self._memory.pool.available - others), self._memory.tables.shape[1])
         fit = blocks * size - len(sequence.tokens) + held.dropped
@@ -254,6 +255,8 @@ class StepRoom:
         expense where there are none: caches that may be are compressed before anybody is preempted."""
         pieces = [(each, count) for each, count in zip(sequence.members, shares, strict=True) if count]
         while (missing := self._memory.reserve(pieces)) > 0:
+            # By what it costs: compressing loses tokens of a cache, waiting a step; one that is preempted computes its
+            # whole text again. There is always a victim: this sequence runs, too, and yields where nobody is behind it.
             if self._press(sequence, missing):
                 continue
             if self._wait():
@@ -285,6 +288,8 @@ class StepRoom:
         """Where the entries can be cut apart: between calls of :meth:`take`, except where a sequence found blocks in
         the prefix tree which an earlier entry only now computes."""
         size = self._memory.pool.block_size
+        # The tree offers a block as soon as its tokens are planned, and parts are computed beside each other: who reads
+        # a block and the entry that writes it have to be in one part.
         writers = {
             block: index
             for index, entry in enumerate(self.entries)
@@ -295,6 +300,7 @@ class StepRoom:
         for begin, end, waited in reversed(self._takes):
             if end <= first:
                 cuts.append(end)
+            # All blocks of the others are of earlier steps, or their own.
             for entry in self.entries[begin:end] if waited else ():
                 found = _blocks(entry)[: _first(entry) // size]
                 if entry.beside is not None:

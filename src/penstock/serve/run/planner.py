@@ -223,9 +223,12 @@ class Planner:
         slots, starts, counts, scored = fields.slots, fields.starts, fields.counts, fields.scored
         rated_from, rated_to, ends = fields.rated_from, fields.rated_from + fields.rated, counts.cumsum()
         tokens = counts - fields.probes
+        # In most steps each entry is one token, for which np.repeat takes longer.
         rows = np.arange(len(entries)) if ends[-1] == len(entries) else np.repeat(np.arange(len(entries)), counts)
         offsets = np.arange(ends[-1]) - (ends - counts)[rows]
         positions = offsets + starts[rows]
+        # Places before positions: in the cache, the tokens of a tree lie in a row; in the text, siblings are at the
+        # same position, which `_branched` writes over these.
         places = positions - fields.dropped[rows]
         parents = _branched(entries, positions, offsets, ends)
         rated = np.zeros(ends[-1], bool)
@@ -235,6 +238,8 @@ class Planner:
         if np.count_nonzero(fields.probes):
             probing = offsets >= tokens[rows]
             wanted &= ~probing
+        # What the device gets for each row is one array, and so one copy. Its floats go as their bits, and place 0 in
+        # the list of newest tokens belongs to nobody.
         inputs = _stacked(*_tokens(batch, ends), _shifted(entries, positions, ends))
         draws, drawn = _stacked(*asked.draws.view(np.int64), asked.slots + 1), scored.cumsum()
         worn = np.repeat(fields.adapters, counts) if np.count_nonzero(fields.adapters) else None

@@ -76,6 +76,7 @@ class Compression:
         held = sequence.held
         if held is None or held.computed < held.ripe:
             return 0
+        # What it said already was said behind the caches of `compressed`, and has to be computed behind the same.
         if sequence.remaining > 1 and len(sequence.tokens) > sequence.prompt:
             return 0
         left = -(-self.policy.keeps(held.computed) // self._blocks.size)
@@ -91,6 +92,7 @@ class Compression:
         knows, stay as they are."""
         left, before = self.policy.keeps(held.computed), held.blocks
         assert held.slot is not None
+        # Released first, as there may be no others: a compaction reads all of its sources before it writes.
         self._blocks.release(before)
         held.blocks = []
         self._blocks.append(held, self._blocks.take(-(-left // self._blocks.size)))

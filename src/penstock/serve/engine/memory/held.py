@@ -55,6 +55,7 @@ class Held:
         """The next ``count`` tokens to be computed, those in a row together: where they begin, and how many."""
         if not self.filled.size:
             return [(self.computed, count)]
+        # Wherever the filled ones are, `count` of so many are left.
         ahead = np.arange(self.computed, self.computed + count + len(self.filled))
         places = np.setdiff1d(ahead, self.filled, assume_unique=True)[:count]
         pieces = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)

@@ -104,6 +104,7 @@ class Memory:
         missing += sum(self.chunks.room(each.chunks) for each in members)
         if missing > self.pool.available and self.running:
             return False
+        # All before anything is taken: what the first takes might else evict what the next has found.
         for prefix in prefixes:
             self.pool.share(prefix.blocks)
         for member, prefix in zip(members, prefixes, strict=True):
@@ -134,6 +135,7 @@ class Memory:
         sequence.compressed[: len(compressed)] = compressed
         self._compression.see(sequence, held)
         self._blocks.append(held, blocks)
+        # Blocks of a compressed cache are never in the tree, which knows whole texts only.
         whole = 0 if dropped else computed // self.pool.block_size
         for index, block in enumerate(blocks[:whole]):
             if not self.pool.known(block):

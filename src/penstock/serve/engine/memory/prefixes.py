@@ -84,6 +84,7 @@ class Prefixes:
         """Blocks that ``members`` take beside those of their ``prefixes``, of which the last may have to be copied."""
         size = self._blocks.size
         found = {block for prefix in prefixes for block in prefix.blocks}
+        # Rounded up to where the text ends and down to where the prefix does: a block begun there is copied.
         whole = sum(
             -(-(len(each.tokens) - prefix.dropped) // size) - (prefix.computed - prefix.dropped) // size
             for each, prefix in zip(members, prefixes, strict=True)
@@ -111,6 +112,7 @@ class Prefixes:
         assert held is not None
         if held.dropped:
             return
+        # A block is found by its tokens, of which the newest may be known to the device alone so far.
         known = min(held.computed, len(sequence.tokens), self.plain(sequence))
         if sequence.is_context and sequence.remaining:
             known -= known % size

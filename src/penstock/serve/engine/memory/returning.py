@@ -53,6 +53,7 @@ class Returning:
         """Brings back what one who was let in begins with, behind what the pool has of it."""
         held, size, tiers = sequence.held, self._blocks.size, self._blocks.tiers
         assert held is not None
+        # Whole blocks come back, behind the last one that the tree knows: their names follow from its name.
         if tiers is None or held.dropped or held.computed % size or held.committed < len(held.blocks):
             return
         last = held.blocks[-1] if held.blocks else None
