@@ -1,8 +1,10 @@
 """This tree beside an earlier one, in turn: serving, and the host's share of a step.
 
-``PENSTOCK_BEFORE`` names the folder of the earlier tree, by default ``.before``::
+``PENSTOCK_BEFORE`` names the folder of the earlier tree, by default ``.before``. A file ``COMMIT`` in it says which one
+that is, and so do the rows then::
 
     mkdir -p .before && git archive COMMIT pyproject.toml src bench | tar x -C .before
+    git rev-parse --short COMMIT > .before/COMMIT
     penstock bench commits
     penstock bench commits_sampling
 
@@ -19,6 +21,7 @@ import gc
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -36,8 +39,8 @@ if TYPE_CHECKING:
     from penstock.serve.engine.engine import Engine
 
 ANSWER = "figure: "
-#: Steps of sampling that are timed together.
-STEPS = 20
+#: Steps of sampling that are timed together, and steps of the host of which the median is taken.
+STEPS, DECODING = 20, 200
 #: The larger of the models on the CPU; the other one lies in the package.
 LARGE = "120 M, random"
 #: Of the requests of mixed lengths so many are taken on CUDA.
@@ -48,6 +51,9 @@ CACHE = {"Qwen3-0.6B shape": 294_912, "Qwen3-8B shape": 98_304}
 
 class Tree:
     """The process of a tree: measures what it is asked for with the scripts of that tree.
+
+    Attributes:
+        name: what rows call it where it is the earlier one.
 
     Raises:
         UsageError: the folder has no sources.
@@ -60,6 +66,8 @@ class Tree:
                 f"there is no earlier tree in {folder}",
                 hint=f"mkdir -p {folder} && git archive COMMIT pyproject.toml src bench | tar x -C {folder}",
             )
+        noted = folder / "COMMIT"
+        self.name = f"the tree of {noted.read_text().strip()}" if noted.is_file() else "the tree before"
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(device)],
             cwd=folder,
@@ -101,8 +109,12 @@ class Figures:
         """Milliseconds of the host for a step with 64 sequences that decode."""
         from penstock.testing.enrolled import enrolled
 
-        scheduler = load("scheduler")
-        return 1e3 * float(scheduler.step_seconds(scheduler.loaded(enrolled("serve.batching")[policy], waiting)))
+        engine, times = load("scheduler").loaded(enrolled("serve.batching")[policy], waiting), []
+        for _ in range(DECODING):
+            begun = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - begun)
+        return 1e3 * statistics.median(times)
 
     def sampling(self, kind: str, vocabulary: int) -> float:
         """Microseconds of a step of sampling."""
@@ -171,7 +183,7 @@ def beside(bench: Bench, both: tuple[Tree, Tree], figure: str, given: tuple[Any,
         "peer_run": lambda: before.figure(figure, *given),
         "run": lambda: now.figure(figure, *given),
     }
-    bench.compare(subject="this tree", peer="the tree before", **runs, **fields)
+    bench.compare(subject="this tree", peer=before.name, **runs, **fields)
 
 
 def main(bench: Bench) -> None:

@@ -47,7 +47,7 @@ def rates(engine: Engine, waiting: int, prompt: int, count: int) -> tuple[float,
 def main(bench: Bench) -> None:
     """Measures both loops in turn."""
     shape, model = load("serve").served(bench.device)
-    prompt, count = (256, 256) if bench.device.type == "cuda" else (64, 64)
+    prompt = count = 16 if bench.quick else 256 if bench.device.type == "cuda" else 64
     engines = {
         loop.policy_name: build_engine(
             model, EngineConfig(loop=loop, sequences=REQUESTS, cache_tokens=REQUESTS * 1024), report=show
