@@ -2,7 +2,7 @@
 
 The first layers stay in memory, as many as there is room for, and so do the embedding and the head; the others take
 turns in two buffers. Layers are wanted in the same order in each pass, for which no other choice of what stays would
-read less (Belady's optimum throws out what is wanted last, which here is what was used last).
+read less (Belady's optimum evicts what is wanted last, which here is what was used last).
 """
 
 from __future__ import annotations

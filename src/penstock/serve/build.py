@@ -568,7 +568,7 @@ def _opened(
     held = model.held if isinstance(model, StageDecoder) else None
     cache = cache_shape(shape, config.block_size, weight.dtype, weight.device, config.codec, layers=held)
     if not config.kv.dense and (cache.needs or cache.windows != {None}):
-        does = "throws tokens out" if config.kv.compresses else "leaves tokens unread"
+        does = "evicts tokens" if config.kv.compresses else "leaves tokens unread"
         raise UsageError(
             f"the cache policy {config.kv.policy_name!r} {does}, and this model's attention counts them: "
             "it has windows, chunks, sinks, bounds on scores or latents",

@@ -183,7 +183,7 @@ class Snapshot:
         reused_tokens: tokens of contexts that were encoded apart or moved, found in the cache.
         renewed_tokens: tokens of contexts that were moved, computed again.
         step_seconds: of the last step.
-        hits, misses: full blocks of the sequences that were let in, found in the cache and not.
+        hits, misses: full blocks of the sequences that were admitted, found in the cache and not.
         evicted: blocks that were evicted from the prefix tree.
         tier_bytes: that blocks take in the host's memory and on disk.
         tier_hits: blocks that came back from the host's memory to the cache, and from disk to the host's memory.

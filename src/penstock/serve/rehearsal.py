@@ -38,7 +38,7 @@ def rehearsal_blocks(config: EngineConfig, device: torch.device, context: int) -
     """The blocks that :func:`rehearse_largest_steps` needs, for sequences of ``context`` tokens at most."""
     longest = min(config.budget(device), context - 1)
     each = -(-min(SHORT + STEPS * config.rows, context) // config.block_size)
-    # Nobody is let in where less than a block for each that runs stays in hand.
+    # Nobody is admitted where less than a block for each that runs stays in hand.
     return config.sequences * (each + 1) + -(-(longest + SHORT) // config.block_size)
 
 

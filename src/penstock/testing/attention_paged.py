@@ -7,7 +7,7 @@ those of plain softmax attention in float64 over each sequence's own tokens, see
 - courses of prompts, chunks, decodes, trees and open tokens: a block or a place that is another sequence's, padding
   that is read, a window that is off by one, a mask, a parent or a scale that is forgotten, parts of the keys that are
   put together with wrong weights, numbers that follow others' in memory in another way than was thought;
-- forks, kept paths, thrown out tokens and releases among them: a copy, a move or a write that is not of all layers, of
+- forks, kept paths, evicted tokens and releases among them: a copy, a move or a write that is not of all layers, of
   keys as of values, of each head what is its own, or that reads what it has written; a write to another slot;
 - large scores: overflow, or weights that vanish;
 - sizes: a memory that is not what it is said to be once its size changes;

@@ -14,7 +14,7 @@ What each clause is there to catch:
 - :func:`check_copied`: blocks that are copied without what the host's memory has beside them;
 - :func:`check_limit`: tokens that are not those of the full cache where the policy says that they are;
 - :func:`check_engine`: a sequence whose tokens depend on the batch, on chunks of its prompt, on blocks that it shares,
-  on a fork, or on having been thrown out; blocks that are lost, or not given back; a place that is taken for a
+  on a fork, or on having been preempted; blocks that are lost, or not given back; a place that is taken for a
   position; queries that are another sequence's, or too old; what is remembered of one token and told of another;
 - :func:`check_together`: caches that are compressed together and take each other's tokens, queries, or what is
   remembered; one that is read after another has written there; sums whose order depends on who else is there;
@@ -386,7 +386,7 @@ def check_held(policy: CachePolicy) -> None:
 
 def check_continued(policy: CachePolicy) -> None:
     """Asserts that a request whose prompt is what another one says is answered as if it came alone; and that the other
-    one says the same, though it is thrown out once that prompt is in the cache, and computed again."""
+    one says the same, though it is preempted once that prompt is in the cache, and computed again."""
     config = EngineConfig(
         kv=tight(policy, budget=8), attention=Reference(), sequences=2, block_size=2, cache_tokens=400, check=True
     )
@@ -425,7 +425,7 @@ def check_continued(policy: CachePolicy) -> None:
 
 def check_engine(policy: CachePolicy, crowds: int, examples: int, steps: int) -> None:
     """Asserts that the tokens of sequences are those of the oracle, whatever happens to them: in so many ``crowds`` in
-    which they are thrown out again and again, and ``examples`` of any course of events."""
+    which they are preempted again and again, and ``examples`` of any course of events."""
 
     for chosen in (tight(policy), tight(policy, whole_prompt=False)):
         _play(chosen, crowds, examples, steps)
@@ -460,8 +460,8 @@ def check_pressure(policy: CachePolicy, crowds: int, examples: int, steps: int) 
 
 
 def check_thrown_out(policy: CachePolicy) -> None:
-    """Asserts the same of a sequence that is thrown out, and computed again in small pieces while another one grows and
-    presses; and of its fork, once it was compressed, which is thrown out too."""
+    """Asserts the same of a sequence that is preempted, and computed again in small pieces while another one grows and
+    presses; and of its fork, once it was compressed, which is preempted too."""
     config = EngineConfig(
         kv=policy, attention=Reference(), loop=Plain(), tokens=3, sequences=3, block_size=2, cache_tokens=60, check=True
     )

@@ -15,7 +15,7 @@ What each clause is there to catch:
 - :func:`check_nearer`: tokens that are computed again to no use;
 - :func:`check_counted`: what is taken from where contexts are cached and computed all the same, or counted wrongly;
 - :func:`check_crowd`: a request whose tokens depend on the batch, on chunks, on whom it shares contexts with, or on
-  having been thrown out; blocks that are lost; contexts that are overwritten, or go to others' prefixes.
+  having been preempted; blocks that are lost; contexts that are overwritten, or go to others' prefixes.
 
 The oracles are :class:`~penstock.testing.beside_scores.BesideScores`, and for contexts that are moved
 :class:`~penstock.testing.moved_scores.MovedTexts`. Where a policy moves contexts, what a request finds depends on those
@@ -309,7 +309,7 @@ def _check_shared(engine: Engine) -> None:
 
 def check_crowd(policy: Reuse, seed: int, rounds: int = 14) -> None:
     """Asserts that requests with contexts and without, coming in so many ``rounds`` on a pool so small that they are
-    thrown out, with memory and disk for what leaves it, aborted, cut back and fed, have the tokens of the oracle. Where
+    preempted, with memory and disk for what leaves it, aborted, cut back and fed, have the tokens of the oracle. Where
     contexts are moved, a first request has had all of them, and the host's memory has room for what it left."""
     draw = numpy_generator(seed, "testing/kv_reuse")
     config = EngineConfig(

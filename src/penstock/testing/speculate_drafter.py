@@ -286,7 +286,7 @@ def plain_played(seed: int, times: int = 2) -> dict[tuple[str, int], list[Delta]
 
 def check_twin(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None:
     """Asserts that a model which drafts for itself is right in every place, whatever requests ask for: where prompts
-    are computed in pieces and found in the cache, sequences are thrown out, forked, cut back and fed, and some draft
+    are computed in pieces and found in the cache, sequences are preempted, forked, cut back and fed, and some draft
     nothing. Of a tree, one way is. Returns the engine; None for a drafter without a model or a head."""
     if drafter.model is None and drafter.head is None:
         return None
@@ -302,7 +302,7 @@ def check_twin(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None:
         for _ in range(3):
             engine.step()
         parent = next((each for each in engine.memory.running if each.request.id == f"parent {number}"), None)
-        if parent is None:  # it was thrown out
+        if parent is None:  # it was preempted
             continue
         engine.fork(parent.request.id, Request(f"child {number}", list(parent.tokens), SamplingParams(**quiet)))
         engine.step()
@@ -320,14 +320,14 @@ def check_twin(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None:
     while engine.busy:
         engine.step()
     now = engine.snapshot()
-    assert now.preemptions, "nobody was thrown out"
+    assert now.preemptions, "nobody was preempted"
     places = sum(now.drafted_at)
     assert places > now.output_tokens / 4
     wrong = places - sum(now.accepted_at)
     assert not wrong, f"{wrong} of {places} tokens that a model drafted for itself were not its own"
     model = engine.speculation and engine.speculation.model
     if isinstance(model, CascadeDraft):
-        # But for those who were thrown out, cut back or fed meanwhile, and where the next step had no room.
+        # But for those who were preempted, cut back or fed meanwhile, and where the next step had no room.
         assert 3 * model.right > model.guessed, f"{model.right} of {model.guessed} guesses of its own text were right"
     return engine
 

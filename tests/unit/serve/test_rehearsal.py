@@ -58,7 +58,7 @@ def test_the_largest_steps_have_all_sequences_all_tokens_and_all_wishes(options)
     most = max(launched, key=lambda batch: (batch.tokens, len(batch.entries)))
     assert most.tokens == 48
     assert max(sum(entry.scored for entry in batch.entries) for batch in launched) >= min(7 * config.rows, 40)
-    assert any(entry.rated for batch in launched for entry in batch.entries)
+    assert any(entry.prompt_logprobs for batch in launched for entry in batch.entries)
     for entry in most.entries:
         asked = entry.sequence.sampling
         assert asked.penalized and asked.logit_bias and asked.top_p < 1 and asked.logprobs == MOST_LOGPROBS

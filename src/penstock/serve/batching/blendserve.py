@@ -81,8 +81,8 @@ class BlendServeBatcher(WavesBatcher):
 
 @policy("serve.batching", "blendserve", papers=[230])
 class BlendServe(Batching):
-    """Requests that need much compute and requests that read much memory are let in together, from the two ends of the
-    prefix tree, ordered by what its branches need (BlendServe). For work that is known beforehand; see
+    """Requests that need much compute and requests that read much memory are admitted together, from the two ends of
+    the prefix tree, ordered by what its branches need (BlendServe). For work that is known beforehand; see
     :class:`~.waves.Waves` for what arrives later.
 
     From the paper: the resource-aware prefix tree, whose order keeps each shared prefix in one piece, and the scan

@@ -23,7 +23,7 @@ class OrcaBatcher(QueueBatcher):
 
 @policy("serve.batching", "orca")
 class Orca(Batching):
-    """Every iteration, all running sequences go on by what they have to compute, and waiting ones are let in, whole
+    """Every iteration, all running sequences go on by what they have to compute, and waiting ones are admitted, whole
     prompts at a time, while budget, slots and blocks last (Orca, Yu et al. 2022).
 
     A prompt longer than what is left of the token budget is computed in pieces all the same, since a step's budget is

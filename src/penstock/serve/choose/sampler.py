@@ -27,7 +27,7 @@ class Sampled:
     Attributes:
         tokens: int64 [R], for each scored row.
         logprobs: of those of the R tokens for which they are wanted, in order; None where none are.
-        prompt: of the prompt's tokens that were rated, in order; None where none were.
+        prompt: of the prompt's tokens for which they are wanted, in order; None where none are.
         counts: int64 [S], how many of its rows' tokens each sequence takes; None where each has one row, and takes it.
         ready: when a copy to the host is there; None where nothing is copied.
         order: int64 [R], on the device, the rows that the tokens were chosen in, where trees were verified: the tokens

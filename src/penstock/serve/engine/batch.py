@@ -48,8 +48,9 @@ class Entry(msgspec.Struct, frozen=True):  # one for each sequence at each step:
         scored: after how many of the last of these tokens the scores of the next one are wanted: 0 for a piece of a
             prompt, 1 where the sequence goes on from it, 1 + len(window) where drafted tokens are verified, and as many
             as can have a next one where a tree is drafted.
-        rated: after how many of them, from ``rated_from`` on, the log-probability of the prompt's next token is wanted.
-        rated_from: the first of those, counted from ``start``.
+        prompt_logprobs: after how many of them, from ``prompt_logprobs_from`` on, the log-probability of the prompt's
+            next token is wanted.
+        prompt_logprobs_from: the first of those, counted from ``start``.
         window: the last of the tokens, where they are tentative: drafted, and not settled yet; or awaited from a model
             that drafts, until the batch is launched.
         parents: of each token of the window, where in it the one before it stands, -1 for those behind the newest
@@ -69,8 +70,8 @@ class Entry(msgspec.Struct, frozen=True):  # one for each sequence at each step:
     start: int
     count: int
     scored: int
-    rated: int = 0
-    rated_from: int = 0
+    prompt_logprobs: int = 0
+    prompt_logprobs_from: int = 0
     window: tuple[int, ...] = ()
     dropped: int = 0
     packed: int = 0

@@ -313,8 +313,8 @@ class Engine:
             if not context:
                 raise UsageError(f"context {number} is empty", hint="Leave it out.")
             self._known(context, f"context {number} has a token that")
-        rated = request.sampling.prompt_logprobs is not None
-        if rated and request.sampling.prompt_logprobs_from <= request.shared:
+        wanted = request.sampling.prompt_logprobs is not None
+        if wanted and request.sampling.prompt_logprobs_from <= request.shared:
             raise UsageError(
                 "a prompt's log-probabilities are told behind what follows its contexts alone",
                 hint="Leave prompt_logprobs (or echo with logprobs) out, or ask from Python with SamplingParams whose "

@@ -26,7 +26,7 @@ class StepRoom:
     Args:
         memory: of the engine.
         tokens: the budget of the step.
-        events: told who is let in and who is thrown out.
+        events: told who is admitted and who is preempted.
         ahead: how many tokens may be drafted for a sequence, on each way of a tree.
         branches: how many drafts a place of them has, by depth.
         shaper: of the trees of those that draft by probes, if any does.
@@ -37,9 +37,9 @@ class StepRoom:
         parts: how many entries each part has, in order; empty where nothing was split.
         lead: the part that goes first.
         preempted: sequences that lost their memory to those that were taken.
-        found: prompt tokens that those who were let in found in the cache.
+        found: prompt tokens that those who were admitted found in the cache.
         dropped: tokens that went out of caches that were compressed.
-        reused: tokens of contexts that those who were let in found in the cache by themselves.
+        reused: tokens of contexts that those who were admitted found in the cache by themselves.
         renewed: tokens of such contexts that are computed again.
     """
 
@@ -61,7 +61,7 @@ class StepRoom:
         self.preempted: list[Sequence] = []
         self.found = self.dropped = self.reused = self.renewed = 0
         #: Of each call of take: where its entries begin and end, and whether the sequence may have found something in
-        #: the prefix tree, since it was let in or has contexts.
+        #: the prefix tree, since it was admitted or has contexts.
         self._takes: list[tuple[int, int, bool]] = []
         self._taken: set[int] = set()
         self._pressed = False
@@ -180,16 +180,16 @@ class StepRoom:
         again: int = 0,
     ) -> None:
         """Takes ``count`` tokens of a running sequence in a row, from ``start`` on."""
-        first, rated, end = start, 0, start + count
-        if sequence.rated is not None:
-            first = max(start, sequence.rated_from - 1)
-            rated = max(0, min(end, len(sequence.request.prompt) - 1) - first)
+        first, prompt_logprobs, end = start, 0, start + count
+        if sequence.prompt_logprobs is not None:
+            first = max(start, sequence.prompt_logprobs_from - 1)
+            prompt_logprobs = max(0, min(end, len(sequence.request.prompt) - 1) - first)
         parents = tuple(window.parents) if window.tokens and window.branched else ()
         sees = sequence.contexts and end > sequence.shared
         assert held.slot is not None
         self.entries.append(
             Entry(
-                *(sequence, held.slot, start, count, scored, rated, first - start),
+                *(sequence, held.slot, start, count, scored, prompt_logprobs, first - start),
                 *(tuple(window.tokens), held.dropped, self._memory.packed(held), parents, again),
                 self._beside(sequence) if sees else None,
                 tuple(each for each in sequence.chunks if each.asks(start, end)) if sequence.chunks else (),

@@ -50,9 +50,9 @@ class Sequence:
         draft: proposes what may follow; None where nothing is drafted for it.
         guessed: whether tokens were drafted for it that are not settled yet, or probes are on their way.
         waits: whether the host must know all of its tokens before the next one can be chosen.
-        rated: log-probabilities of its prompt's tokens from ``rated_from`` on, as far as known, a row of
+        prompt_logprobs: of its prompt's tokens from ``prompt_logprobs_from`` on, as far as known, a row of
             :class:`~penstock.serve.choose.logprobs.LogprobRows` each; None where they are not wanted, or told already.
-        rated_from: the first token of the prompt whose log-probability is wanted.
+        prompt_logprobs_from: the first token of the prompt whose log-probability is wanted.
         companions: sequences with other prompts that go on with the same tokens, in the same steps, for the rule of
             this one to combine their scores with its own. They are no continuations of their own.
         contexts: texts that it sees beside its own, from its token number ``shared`` on, with which each of them
@@ -95,8 +95,8 @@ class Sequence:
         "origin",
         "preempted",
         "prompt",
-        "rated",
-        "rated_from",
+        "prompt_logprobs",
+        "prompt_logprobs_from",
         "request",
         "restriction",
         "sampling",
@@ -160,8 +160,8 @@ class Sequence:
         self.origin, self.adapter = origin, adapter
         # The prompt is the same for all continuations: one of them tells.
         told = sampling.prompt_logprobs is not None and index == 0
-        self.rated: list[np.ndarray] | None = [] if told else None
-        self.rated_from = max(1, sampling.prompt_logprobs_from)
+        self.prompt_logprobs: list[np.ndarray] | None = [] if told else None
+        self.prompt_logprobs_from = max(1, sampling.prompt_logprobs_from)
 
     def tentative(self) -> Sequence:
         """One that stands where this one does, and goes on by tokens that are drafted, of which this one knows

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Counters:
-    """What an engine did since its start: steps, sequences thrown out, prompt tokens and those of them that were found
+    """What an engine did since its start: steps, sequences preempted, prompt tokens and those of them that were found
     in the cache, tokens that came out, tokens that were drafted and accepted, how often a step brought tokens of a
     sequence, tokens that went out of caches that were compressed, and those of contexts that were found in the cache by
     themselves, and that were computed again all the same."""
@@ -104,7 +104,7 @@ class EngineSteps:
             if entry.scored and entry.sequence.chunks:
                 memory.keep_chunks(entry.sequence)
         moves, keeps = memory.chunks.told()
-        if not room.entries:  # nor is anything left to move: whoever is let in computes something, or is thrown out
+        if not room.entries:  # nor is anything left to move: whoever is admitted computes something, or is preempted
             return None
         self.last = Batch(room.entries, memory.tables, memory.copies(), memory.restored(), *given, begun=begun)
         self.last.compactions = memory.compactions()
@@ -185,7 +185,7 @@ class EngineSteps:
             sequence.guessed = False
         if len(sequence.tokens) - kept == len(sequence.request.prompt):
             self._events.add("first", sequence.request.id, sequence.index)
-        rated, sequence.rated = sequence.rated, None
+        prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
         if finish is not None:
             self._end(sequence, finish)
         return Delta(
@@ -193,7 +193,7 @@ class EngineSteps:
             sequence.index,
             tokens[:kept],
             logprobs if logprobs is None or kept == len(logprobs) else logprobs[:kept],
-            None if rated is None else LogprobRows.stacked(rated),
+            None if prompt_logprobs is None else LogprobRows.stacked(prompt_logprobs),
             finish,
             max(sequence.cached, 0),
             len(window),
@@ -221,14 +221,14 @@ def _take(sequence: Sequence, token: int) -> Finish | None:
 
 def _rate(batch: Batch, sampled: Sampled) -> None:
     """Hands the log-probabilities of prompt tokens in ``batch`` to their sequences."""
-    rated = [entry for entry in batch.entries if entry.rated]
+    prompt_logprobs = [entry for entry in batch.entries if entry.prompt_logprobs]
     if sampled.prompt is None:
         return
     rows, first = sampled.prompt.rows, 0
-    for entry in rated:
-        own = rows.cut(first, first + entry.rated, entry.sequence.sampling.prompt_logprobs or 0).table
-        first += entry.rated
-        if entry.sequence.rated is not None:
+    for entry in prompt_logprobs:
+        own = rows.cut(first, first + entry.prompt_logprobs, entry.sequence.sampling.prompt_logprobs or 0).table
+        first += entry.prompt_logprobs
+        if entry.sequence.prompt_logprobs is not None:
             # After preemption, what is known already comes again.
-            place = entry.start + entry.rated_from + 1 - entry.sequence.rated_from
-            entry.sequence.rated[place : place + entry.rated] = own
+            place = entry.start + entry.prompt_logprobs_from + 1 - entry.sequence.prompt_logprobs_from
+            entry.sequence.prompt_logprobs[place : place + entry.prompt_logprobs] = own

@@ -48,6 +48,6 @@ def _cut(part: Part, rows: np.ndarray, owners: np.ndarray) -> Part:
             slots=torch.from_numpy(plan.slots.numpy()[rows]),
         ),
         scored=np.searchsorted(rows, part.scored[scored]),
-        rated=np.searchsorted(rows, part.rated[np.isin(part.rated, rows)]),
+        prompt_logprobs=np.searchsorted(rows, part.prompt_logprobs[np.isin(part.prompt_logprobs, rows)]),
         draws=part.draws[:, scored],
     )

@@ -107,7 +107,7 @@ class DraftModel(Drafting):
     """Drafts with a model.
 
     Its cache has blocks of the same numbers as the target's, so that one set of tables and books holds for both: what
-    is shared, forked, cut back or thrown out there is so here. What it holds of a block may be less than the target
+    is shared, forked, cut back or evicted there is so here. What it holds of a block may be less than the target
     does, since nothing is computed here for requests that draft nothing, nor while drafting does not pay; it catches up
     when it drafts (:class:`Coverage`).
 

@@ -16,7 +16,7 @@ from penstock.ops.paged.contract import CacheShape, PagedBatch
 
 class HiddenStates:
     """What the model's last layer gave for each token whose keys and values are in the cache, in the same places: so
-    what is shared, forked, cut back or thrown out there is so here.
+    what is shared, forked, cut back or evicted there is so here.
 
     Args:
         shape: of the cache.

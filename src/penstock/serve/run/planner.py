@@ -38,8 +38,8 @@ class Fields(NamedTuple):
     counts: np.ndarray
     probes: np.ndarray
     scored: np.ndarray
-    rated_from: np.ndarray
-    rated: np.ndarray
+    prompt_logprobs_from: np.ndarray
+    prompt_logprobs: np.ndarray
     drafted: np.ndarray
     given: np.ndarray
     dropped: np.ndarray
@@ -50,8 +50,18 @@ class Fields(NamedTuple):
     def of(cls, entries: list[Entry]) -> Fields:
         rows = [
             (
-                *(each.slot, each.start, each.count, sum(each.probes), each.scored, each.rated_from, each.rated),
-                *(len(each.window), each.sequence.prompt, each.dropped, each.packed, each.sequence.adapter.slot),
+                each.slot,
+                each.start,
+                each.count,
+                sum(each.probes),
+                each.scored,
+                each.prompt_logprobs_from,
+                each.prompt_logprobs,
+                len(each.window),
+                each.sequence.prompt,
+                each.dropped,
+                each.packed,
+                each.sequence.adapter.slot,
             )
             for each in entries
         ]
@@ -87,8 +97,8 @@ class Planner:
         batch = _singles_first(batch)
         fields = Fields.of(batch.entries)
         placed, asked = self.ask(batch.entries, fields)
-        rated = [entry for entry in batch.entries if entry.rated]
-        following = [_following(entry) for entry in rated]
+        asking = [entry for entry in batch.entries if entry.prompt_logprobs]
+        following = [_following(entry) for entry in asking]
         return Step(
             compactions=tuple(batch.compactions),
             copies=np.array(batch.copies, np.int64).reshape(-1, 2).T,
@@ -96,9 +106,9 @@ class Planner:
             parts=tuple(self._parts(batch, fields, asked)),
             lead=batch.lead,
             asked=asked,
-            rated=np.array(list(itertools.chain(*following)), np.int64),
+            prompt_logprobs=np.array(list(itertools.chain(*following)), np.int64),
             probes=_first_probes(batch.entries) if np.count_nonzero(fields.probes) else None,
-            alternatives=max((entry.sequence.sampling.prompt_logprobs or 0 for entry in rated), default=0),
+            alternatives=max((entry.sequence.sampling.prompt_logprobs or 0 for entry in asking), default=0),
             moves=tuple(batch.moves),
             keeps=tuple(batch.keeps),
         )
@@ -221,8 +231,7 @@ class Planner:
         """The passes that compute ``batch``, whose scored entries ``asked`` for their next tokens."""
         entries = batch.entries
         slots, starts, counts, scored = fields.slots, fields.starts, fields.counts, fields.scored
-        rated_from, rated_to, ends = fields.rated_from, fields.rated_from + fields.rated, counts.cumsum()
-        tokens = counts - fields.probes
+        ends, tokens = counts.cumsum(), counts - fields.probes
         # In most steps each entry is one token, for which np.repeat takes longer.
         rows = np.arange(len(entries)) if ends[-1] == len(entries) else np.repeat(np.arange(len(entries)), counts)
         offsets = np.arange(ends[-1]) - (ends - counts)[rows]
@@ -231,9 +240,10 @@ class Planner:
         # same position, which `_branched` writes over these.
         places = positions - fields.dropped[rows]
         parents = _branched(entries, positions, offsets, ends)
-        rated = np.zeros(ends[-1], bool)
-        if np.count_nonzero(fields.rated):
-            rated = (offsets >= rated_from[rows]) & (offsets < rated_to[rows])
+        prompt_logprobs = np.zeros(ends[-1], bool)
+        if np.count_nonzero(fields.prompt_logprobs):
+            behind = offsets - fields.prompt_logprobs_from[rows]
+            prompt_logprobs = (behind >= 0) & (behind < fields.prompt_logprobs[rows])
         wanted, probing = offsets >= (tokens - scored)[rows], None
         if np.count_nonzero(fields.probes):
             probing = offsets >= tokens[rows]
@@ -268,7 +278,7 @@ class Planner:
                 watched = watched_places(slots[rows[all_own]], positions[all_own], ends_of, self._watched)
                 plan = dataclasses.replace(plan, watched=torch.from_numpy(watched))
             yield Part(
-                *(inputs[:, all_own], plan, wanted[all_own].nonzero()[0], rated[all_own].nonzero()[0]),
+                *(inputs[:, all_own], plan, wanted[all_own].nonzero()[0], prompt_logprobs[all_own].nonzero()[0]),
                 draws[:, drawn[first] - scored[first] : drawn[last - 1]],
                 self._copied(entries[own], ends[own] - begin),
                 worn[all_own] if worn is not None and worn[all_own].any() else None,
@@ -329,9 +339,9 @@ def _singles_first(batch: Batch) -> Batch:
 
 
 def _following(entry: Entry) -> list[int]:
-    """The tokens of a prompt that are rated in ``entry``."""
-    first = entry.start + entry.rated_from + 1
-    return entry.sequence.tokens[first : first + entry.rated]
+    """The tokens of a prompt whose log-probabilities are wanted in ``entry``."""
+    first = entry.start + entry.prompt_logprobs_from + 1
+    return entry.sequence.tokens[first : first + entry.prompt_logprobs]
 
 
 def _rows(entries: list[Entry]) -> Iterator[tuple[Sequence, int]]:

@@ -37,9 +37,10 @@ from penstock.serve.run.step import Part, Placed, Step
 _LENGTH = struct.Struct("<Q")
 
 #: A recording whose format is another cannot be read.
-FORMAT = 4
+FORMAT = 5
 
-#: What is written of the plan of a part.
+#: What is written of a part, and of its plan.
+OWN = ("inputs", "scored", "prompt_logprobs", "draws")
 PLAN = ("starts", "lengths", "tables", "slots", "parents", "watched", "packed", "given")
 
 #: Steps after which the outcome of one is there without waiting for the device: an engine has at most two under way.
@@ -159,13 +160,13 @@ def decoded(body: bytes) -> Step:
 def flatten(step: Step) -> tuple[Arrays, dict[str, Any]]:
     """``step`` as named arrays, and what is none."""
     asked = step.asked
-    arrays: Arrays = {"copies": step.copies, "rated": step.rated}
+    arrays: Arrays = {"copies": step.copies, "prompt_logprobs": step.prompt_logprobs}
     for number, work in enumerate(step.compactions):
         arrays |= {f"compaction.{number}.sources": work.sources, f"compaction.{number}.targets": work.targets}
     for number, placed in enumerate(step.placed):
         arrays[f"placed.{number}"] = placed.tokens
     for number, part in enumerate(step.parts):
-        own = {"inputs": part.inputs, "scored": part.scored, "rated": part.rated, "draws": part.draws}
+        own = {name: getattr(part, name) for name in OWN}
         if part.adapters is not None:
             own["adapters"] = part.adapters
         if part.copied is not None:
@@ -196,7 +197,7 @@ def unflatten(arrays: Arrays, more: dict[str, Any]) -> Step:
     """The step of :func:`flatten`."""
 
     def part(number: int) -> Part:
-        own = {name: arrays[f"part.{number}.{name}"] for name in ("inputs", "scored", "rated", "draws")}
+        own = {name: arrays[f"part.{number}.{name}"] for name in OWN}
         names = [name for name in PLAN if f"part.{number}.{name}" in arrays]
         plan: dict[str, Any] = {name: torch.from_numpy(arrays[f"part.{number}.{name}"]) for name in names}
         adapters = arrays.get(f"part.{number}.adapters")
@@ -238,6 +239,6 @@ def unflatten(arrays: Arrays, more: dict[str, Any]) -> Step:
         parts=parts,
         lead=more["lead"],
         asked=asked,
-        rated=arrays["rated"],
+        prompt_logprobs=arrays["prompt_logprobs"],
         alternatives=more["alternatives"],
     )

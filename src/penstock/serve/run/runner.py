@@ -47,16 +47,16 @@ from penstock.serve.run.step import Part, Step
 from penstock.serve.run.weights import Weights
 
 #: Prompt tokens whose log-probabilities are computed at a time: their scores are in memory together.
-RATED = 256
+PROMPT_LOGPROBS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Passed:
-    """What came of a part: ``logits`` of its scored rows and hidden states of its ``rated`` ones and of its ``probes``,
-    None without such; and the next tokens, where they are ``drawn`` already."""
+    """What came of a part: ``logits`` of its scored rows and hidden states of those with ``prompt_logprobs`` and of its
+    ``probes``, None without such; and the next tokens, where they are ``drawn`` already."""
 
     logits: Tensor | None
-    rated: Tensor | None = None
+    prompt_logprobs: Tensor | None = None
     drawn: Tensor | None = None
     probes: Tensor | None = None
 
@@ -376,7 +376,7 @@ class Runner:
             for kept in step.keeps:
                 self._mover.move(kept)
         logits = _joined([each.logits for each in passed])
-        prompt = self._rated(step, _joined([each.rated for each in passed]))
+        prompt = self._prompt_logprobs(step, _joined([each.prompt_logprobs for each in passed]))
         weighed = tuple(each.sums for part in step.parts for each in part.plan.weighed if each.sums is not None)
         if logits is None:
             nothing = prompt is None and not weighed
@@ -419,12 +419,13 @@ class Runner:
             if self.hidden is not None:
                 self.hidden.move(sources, targets)
 
-    def _rated(self, step: Step, hidden: Tensor | None) -> Logprobs | None:
+    def _prompt_logprobs(self, step: Step, hidden: Tensor | None) -> Logprobs | None:
         """The log-probabilities of those tokens of prompts for which they are wanted, given the ``hidden`` states
         [K, hidden] before them."""
         if hidden is None:
             return None
-        pairs = zip(torch.split(hidden, RATED), torch.split(self._on_device(step.rated), RATED), strict=True)
+        following = self._on_device(step.prompt_logprobs)
+        pairs = zip(torch.split(hidden, PROMPT_LOGPROBS), torch.split(following, PROMPT_LOGPROBS), strict=True)
         return Logprobs.joined(
             [Logprobs.of(self.model.logits(states), own, step.alternatives) for states, own in pairs]
         )
@@ -478,7 +479,7 @@ class Runner:
             self._keep(self.hidden, part, self._kept(tuple(each[index] for each in begun), **self._worn(owners)))
         logits = self.model.logits(hidden(part.scored)) if len(part.scored) else None
         probes = None if part.probes is None else hidden(part.probes)
-        return Passed(logits, hidden(part.rated) if len(part.rated) else None, probes=probes)
+        return Passed(logits, hidden(part.prompt_logprobs) if len(part.prompt_logprobs) else None, probes=probes)
 
     def _pass_copies(self, part: Part, copied: Copied, lane: int) -> Passed:
         """Computes ``part`` and beside it what is ``copied`` of it, with noise in the routers. As this is of no shape
@@ -500,8 +501,9 @@ class Runner:
         if self.hidden is not None:
             mine = tuple(each[:own] for each in begun)
             self._keep(self.hidden, part, self._kept(mine, states(np.arange(own))))
-        rated, probes = (None if rows is None or not len(rows) else states(rows) for rows in (part.rated, part.probes))
-        return Passed(copied.averaged(scores, part.scored), rated, probes=probes)
+        more = (part.prompt_logprobs, part.probes)
+        prompt, probes = (None if rows is None or not len(rows) else states(rows) for rows in more)
+        return Passed(copied.averaged(scores, part.scored), prompt, probes=probes)
 
     def _owners(self, part: Part) -> np.ndarray | None:
         """The slots of the adapters of the tokens of ``part``; None where none has one, or there is no room for any."""

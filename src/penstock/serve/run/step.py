@@ -25,7 +25,7 @@ class Part:
             newest ones, or 0; and their positions.
         plan: where they belong.
         scored: rows after which the scores of the next token are wanted.
-        rated: rows after which the log-probability of the prompt's next token is.
+        prompt_logprobs: rows after which the log-probability of the prompt's next token is wanted.
         draws: int64 [6, S], of the S scored ones: how the next token is drawn where nothing changes the scores, as
             float64 (see :attr:`Asked.draws`); and where it belongs in the list of newest ones.
         copied: copies of scored rows, with other experts; None where there are none.
@@ -36,7 +36,7 @@ class Part:
     inputs: np.ndarray
     plan: PagedBatch
     scored: np.ndarray
-    rated: np.ndarray
+    prompt_logprobs: np.ndarray
     draws: np.ndarray
     copied: Copied | None = None
     adapters: np.ndarray | None = None
@@ -69,7 +69,8 @@ class Step:
         parts: the passes; several are computed at the same time where the device can.
         lead: the part that goes first where two want the same.
         asked: what the scored rows of all parts want, in order.
-        rated: int64 [K], tokens of prompts whose log-probabilities are wanted, in the order of the parts' rated rows.
+        prompt_logprobs: int64 [K], tokens of prompts whose log-probabilities are wanted, in the order of the parts'
+            rows.
         alternatives: how many of the most probable tokens are told beside each of these.
         moves: tokens of contexts that are moved to where they stand, before anything else is done.
         keeps: those that are moved to where they are cached, once the passes are computed.
@@ -83,7 +84,7 @@ class Step:
     parts: tuple[Part, ...]
     lead: int
     asked: Asked
-    rated: np.ndarray
+    prompt_logprobs: np.ndarray
     alternatives: int
     moves: tuple[Move, ...] = ()
     keeps: tuple[Move, ...] = ()

@@ -37,7 +37,7 @@ class Model(Drafter):
     tokens [63], for all sequences of a batch together, each of which takes as many as are accepted of its own [160].
     Ours: it draws with the temperature, cuts, penalties, biases and grammar of each request, by the very draws that the
     target chooses by where the verifier is ``exact_match``; and it has a cache of its own with the blocks of the
-    target's, so that prefixes are shared, forked and thrown out for both.
+    target's, so that prefixes are shared, forked and evicted for both.
 
     Attributes:
         source: a model folder, a run folder, a boxed model or a hub name.

@@ -1,4 +1,4 @@
-"""A crowd that must be thrown out again and again."""
+"""A crowd that must be preempted again and again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from penstock.testing.engine.requests import MOST, PREFIXES, TAILS
 
 
 def crowd(machine: EngineMachine, seed: int) -> None:
-    """Plays on ``machine`` a crowd on a pool so small that sequences are thrown out, also amidst their prompts."""
+    """Plays on ``machine`` a crowd on a pool so small that sequences are preempted, also amidst their prompts."""
     draw = numpy_generator(seed, "testing/crowding")
     machine.open(
         loop=seed,

@@ -1,7 +1,7 @@
 """A machine that plays any course of events on a small engine.
 
 Requests arrive, overlap, fork, are cut back, fed, aborted and run out of time, on pools so small that sequences are
-thrown out, with and without drafts. After each step the budgets are checked, and the pool compares its books with the
+preempted, with and without drafts. After each step the budgets are checked, and the pool compares its books with the
 sequences; in the end every request has finished with the tokens of the reference decoder, which knows no cache and no
 batch, and no block is held.
 """

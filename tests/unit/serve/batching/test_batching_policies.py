@@ -219,7 +219,7 @@ def test_batchllm_counts_what_forks_and_the_preempted_have_to_compute_again():
 
 
 def test_batchllm_computes_a_shared_prefix_once():
-    """With a cache that holds a few groups, where first come, first served throws prefixes out and computes them
+    """With a cache that holds a few groups, where first come, first served evicts prefixes and computes them
     again; and no step more is needed, and no block more."""
     requests = shared_prefixes(groups=24, members=12, prefix=256, own=16, count=24)
     ours, first_come = (

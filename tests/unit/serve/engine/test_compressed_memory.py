@@ -27,7 +27,7 @@ SIZE, BLOCKS = 3, 24
 
 
 class Course:
-    """Sequences that come, grow, are compressed, forked, cut back and thrown out at random, in a memory whose places
+    """Sequences that come, grow, are compressed, forked, cut back and preempted at random, in a memory whose places
     are a list: of each token, the text up to it and where that was compressed."""
 
     def __init__(self, when: str, seed: int) -> None:

@@ -61,7 +61,7 @@ def _said(delta: Delta) -> list:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_bit_is_the_same_alone_and_in_any_batch(dtype):
-    """Together in a cache so small that some are thrown out, in chunks of a few tokens, and with drafts; and each alone
+    """Together in a cache so small that some are preempted, in chunks of a few tokens, and with drafts; and each alone
     from an empty cache, whole."""
     todo = requests()
     crowd = engine(dtype, cache=140, tokens=12)

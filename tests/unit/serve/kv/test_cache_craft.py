@@ -337,7 +337,7 @@ def test_a_request_that_is_let_in_again_takes_what_it_took_first():
     others[0].learn(1, np.ones((9, 1), np.float32))
     chunks.learn(others)
     chunks.told()
-    assert chunks.find(mine, 0, 0) == []  # as it was read by the request itself, when it was let in first
+    assert chunks.find(mine, 0, 0) == []  # as it was read by the request itself, when it was admitted first
     fresh = chunks_of([1, *own, *moved, 2], [1, 10, 16], b"")
     (taken,) = chunks.find(fresh, 0, 0)
     assert taken.chunk is fresh[0] and not taken.whole and len(taken.places) == 6

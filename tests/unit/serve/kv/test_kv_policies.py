@@ -186,7 +186,7 @@ def test_codecs_and_policies_go_together():
 
 
 def test_more_requests_fit_than_with_the_full_cache():
-    """A pool for three prompts and what follows: with a quarter of them kept, no sequence is ever thrown out."""
+    """A pool for three prompts and what follows: with a quarter of them kept, no sequence is ever preempted."""
     preempted = {}
     for name in ("full", "sink_window"):
         kv = {"name": "full"} if name == "full" else {"name": name, "budget": 0.25, "every": 8}

@@ -46,7 +46,7 @@ class Memory:
         running: sequences that have memory, by priority and arrival. Companions have some, and are not listed.
         kept: sequences that have ended and hold their blocks, but no slot, for others to go on from. Of these, the one
             that nobody went on from for the longest time lets go first where blocks are wanted.
-        hits, misses: full blocks of the sequences that were let in, found in the cache and not.
+        hits, misses: full blocks of the sequences that were admitted, found in the cache and not.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Memory:
     # Coming and going
 
     def fetch(self, sequence: Sequence) -> list[Future[bool]]:
-        """Begins to read from disk what a waiting sequence begins with; it can be let in once all of it is done."""
+        """Begins to read from disk what a waiting sequence begins with; it can be admitted once all of it is done."""
         return self._returning.fetch(sequence)
 
     def admit(self, sequence: Sequence) -> bool:
@@ -94,7 +94,7 @@ class Memory:
         if self.free_slots < len(members):
             return False
         prefixes = [self._prefixes.find(each) for each in members]
-        # A block for each running sequence stays in hand, or the newcomer would soon be thrown out again.
+        # A block for each running sequence stays in hand, or the newcomer would soon be preempted again.
         hand = len(self.tables) - self.free_slots
         while (missing := self._prefixes.needed(members, prefixes) + hand) > self.pool.available:
             if not self._let_go(missing):
@@ -286,7 +286,7 @@ class Memory:
 
     def catch_up(self, sequence: Sequence) -> None:
         """Before the contexts of a running sequence are computed further, they take from the prefix tree what has come
-        there since they were let in; those of which nothing remains to be computed give their slots back."""
+        there since they were admitted; those of which nothing remains to be computed give their slots back."""
         for context in sequence.contexts:
             self._prefixes.catch_up(context)
             held = context.held

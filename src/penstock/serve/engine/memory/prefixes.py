@@ -34,8 +34,8 @@ class Prefixes:
         if sequence.is_context:
             return len(sequence.tokens)
         most = min(len(sequence.tokens) - 1, sequence.exact)
-        if sequence.rated is not None:
-            most = min(most, sequence.rated_from - 1)
+        if sequence.prompt_logprobs is not None:
+            most = min(most, sequence.prompt_logprobs_from - 1)
         due = self._compression.due(sequence, compacted, dropped)
         return min(most, due - max(1, self._compression.policy.watches))
 
@@ -93,7 +93,7 @@ class Prefixes:
         return whole + self._blocks.pool.idle_among(found)
 
     def catch_up(self, context: Sequence) -> None:
-        """A running context takes from the tree what has come there since it was let in."""
+        """A running context takes from the tree what has come there since it was admitted."""
         held, size = context.held, self._blocks.size
         assert held is not None
         if context.remaining and held.computed == len(held.blocks) * size:

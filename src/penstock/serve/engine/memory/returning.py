@@ -1,4 +1,4 @@
-"""What sequences that are let in take from outside of the prefix tree."""
+"""What sequences that are admitted take from outside of the prefix tree."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Returning:
         self.restored: list[int] = []
 
     def fetch(self, sequence: Sequence) -> list[Future[bool]]:
-        """Begins to read from disk what a waiting sequence begins with; it can be let in once all of it is done."""
+        """Begins to read from disk what a waiting sequence begins with; it can be admitted once all of it is done."""
         tiers = self._blocks.tiers
         if tiers is None or not tiers.lasting:
             return []
@@ -50,7 +50,7 @@ class Returning:
         return coming
 
     def restore(self, sequence: Sequence) -> None:
-        """Brings back what one who was let in begins with, behind what the pool has of it."""
+        """Brings back what one who was admitted begins with, behind what the pool has of it."""
         held, size, tiers = sequence.held, self._blocks.size, self._blocks.tiers
         assert held is not None
         # Whole blocks come back, behind the last one that the tree knows: their names follow from its name.
@@ -75,7 +75,7 @@ class Returning:
         self._prefixes.commit(sequence)
 
     def fill(self, sequence: Sequence) -> None:
-        """One who was let in takes what is cached of its contexts by themselves."""
+        """One who was admitted takes what is cached of its contexts by themselves."""
         held = sequence.held
         if not sequence.chunks or held is None:
             return

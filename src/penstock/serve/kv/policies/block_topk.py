@@ -22,7 +22,7 @@ class BlockTopK(CachePolicy):
     that are kept beside the blocks, and a kernel that reads nothing but what is chosen: the readable backend makes the
     means anew in each step, of all keys, so it shows what the choice costs in quality, and not in time.
 
-    No memory is freed: for that, see policies that throw tokens out. What follows a prompt is found again in the cache
+    No memory is freed: for that, see policies that evict tokens. What follows a prompt is found again in the cache
     by forks, not by later prompts that begin with it, which are computed densely.
 
     Attributes:

@@ -80,7 +80,7 @@ class CachePolicy(Policy):
 
     @property
     def compresses(self) -> bool:
-        """Whether anything is ever thrown out or merged."""
+        """Whether anything is ever evicted or merged."""
         return True
 
     @property

@@ -16,7 +16,7 @@ GRAIN = 2.0**-12
 
 @policy("kv.policy", "kv_merger", papers=[287])
 class KVMerger(Budgeted):
-    """Merges runs of neighbouring tokens whose keys are alike, and throws nothing out.
+    """Merges runs of neighbouring tokens whose keys are alike, and evicts nothing.
 
     From the paper [287]: sets of consecutive tokens by the cosine similarity of their keys; within a set, keys and
     values are averaged with the weights of a Gaussian kernel around the key of a pivot, the token that drew the most

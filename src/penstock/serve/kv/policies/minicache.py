@@ -17,8 +17,8 @@ from penstock.serve.kv.policies.contract import Cached, CachePolicy, Kept, Repea
 
 @policy("kv.policy", "minicache", papers=[210])
 class MiniCache(Repeated):
-    """Merges the keys, and the values, of two neighbouring layers, in the deeper part of the model, and throws no token
-    out.
+    """Merges the keys, and the values, of two neighbouring layers, in the deeper part of the model, and evicts no
+    token.
 
     From the paper [210]: the vectors of a token in two neighbouring layers are split into norm and direction; the
     directions become one, interpolated on the sphere, and each layer keeps its norms; tokens whose vectors are too far
