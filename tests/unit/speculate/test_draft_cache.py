@@ -59,8 +59,8 @@ def drafting(drafter: Drafter, noise: float) -> Decoder | HeadModule:
 def test_blocks_after_rejected_drafts_are_those_of_a_clean_run(drafter):
     sizes = {"sequences": 4, "tokens": 64, "block_size": 4, "cache_tokens": 800, "check": True}
     engines = []
-    for draft in (None, drafter):
-        config = EngineConfig(deterministic=True, draft=draft, controller="fixed", **sizes)
+    for options in ({}, {"draft": drafter, "controller": "fixed"}):
+        config = EngineConfig(deterministic=True, **sizes, **options)
         # A deterministic engine replaces its model's layers.
         engines.append(build_engine(copy.deepcopy(small_model()), config, draft=drafting(drafter, 0.2)))
     clean, drafted = engines

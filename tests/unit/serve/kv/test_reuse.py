@@ -147,7 +147,7 @@ def test_batch_files_have_them_too(llm, tmp_path):
         ({"kv": "h2o"}, "does not keep it as it is"),
         ({"record": "steps.bin"}, "record needs kv_reuse = prefix"),
         ({"tensor_parallel": 2}, "kv_reuse = ape is for a model on one device"),
-        ({"deterministic": True}, "it has no contexts beside a text"),
+        ({"deterministic": True}, "deterministic does not go together with kv_reuse"),
         ({"kv_reuse": "app"}, "did you mean 'ape'"),
         ({"kv_reuse": {"name": "ape", "temperature": 0}}, "temperature"),
     ],

@@ -306,7 +306,7 @@ def test_a_host_without_room_is_told(monkeypatch):
         ({"kv": {"name": "shadow", "every": 4}}, "every is 4, and a chunk has 8"),
         ({"kv": "shadow", "codec": "int8"}, r"factors and landmarks.*bf16"),
         ({"kv": "shadow", "attention": "cpu"}, "views of compressed caches"),
-        ({"kv": "shadow", "deterministic": True}, "views of compressed caches"),
+        ({"kv": "shadow", "deterministic": True}, "deterministic does not go together with kv = shadow"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, message):

@@ -23,7 +23,7 @@ from penstock.speculate.drafters.pipelined import Pipelined
 from penstock.testing.transformers_peer import prompt, randomize
 
 CONFIG = EngineConfig.model_validate(
-    {"tokens": 24, "sequences": 4, "block_size": 4, "cache_tokens": 120, "check": True, "controller": "fixed"}
+    {"tokens": 24, "sequences": 4, "block_size": 4, "cache_tokens": 120, "check": True}
 )
 
 LENGTH = 20
@@ -38,7 +38,11 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
 def drafting(stages: int, run: int = 2, **options: Any) -> EngineConfig:
     draft = {"name": "pipelined", "tokens": 6, "run": run}
     return EngineConfig.model_validate(
-        {**CONFIG.model_dump(), "pipeline_parallel": stages, "draft": draft, "controller": {"name": "fixed"}, **options}
+        {
+            **CONFIG.model_dump(exclude_unset=True),
+            "pipeline_parallel": stages, "draft": draft, "controller": "fixed",
+            **options,
+        }
     )
 
 
