@@ -69,6 +69,21 @@ def test_a_fork_goes_on_in_its_parents_grammar(writer, tokenizer):
         assert re.fullmatch(PATTERN, whole), whole
 
 
+def test_a_fork_of_one_that_ended_and_was_kept_goes_on_in_its_grammar_from_anywhere(writer, tokenizer):
+    prompt, grammar = tokenizer("x = ")["input_ids"], Grammar(regex=PATTERN)
+    asked = SamplingParams(grammar=grammar, max_tokens=30, seed=3)
+    writer.add(Request("parent", prompt, asked, keep=True))
+    told = finish(writer)["parent", 0]
+    assert told[-1] == tokenizer.eos_token_id, "it ends by an end of text"
+    for length in range(len(told)):
+        text = prompt + told[:length]
+        writer.fork("parent", Request(str(length), text, asked.model_copy(update={"seed": length})))
+    found = finish(writer)
+    for length in range(len(told)):
+        whole = tokenizer.decode([*told[:length], *found[str(length), 0][:-1]])
+        assert re.fullmatch(PATTERN, whole), whole
+
+
 def test_what_is_fed_must_be_in_the_grammar_and_what_is_cut_can_be_written_anew(writer, tokenizer):
     prompt = tokenizer("x = ")["input_ids"]
     writer.add(Request("1", prompt, SamplingParams(grammar=Grammar(regex=PATTERN), max_tokens=30)))
