@@ -9,6 +9,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from penstock.testing.engine.machine import machine_of
 from penstock.testing.enrolled import enrolled
 from penstock.testing.serve_batching import (
+    check_charges,
     check_crowding,
     check_forks,
     check_no_starvation,
@@ -36,6 +37,7 @@ def test_the_law_of_batching_holds(name):
 def test_nobody_starves_and_the_urgent_go_first(name):
     check_no_starvation(POLICIES[name])
     check_priority(POLICIES[name])
+    check_charges(POLICIES[name])
     check_progress(POLICIES[name])
 
 
