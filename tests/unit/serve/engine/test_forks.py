@@ -146,8 +146,14 @@ def test_penalties_follow_what_is_cut_and_fed(engine):
     engine.add(Request("1", [1, 2, 3], asked))
     for _ in range(7):
         engine.step()
+    engine.events.fresh()
     engine.truncate("1", 5)
+    gone = engine.events.fresh()[-1]
+    assert (gone.kind, gone.id, gone.detail["left"]) == ("truncated", "1", 5)
+    assert gone.detail["tokens"] >= 3
     engine.feed("1", wanted[2:4])
+    (fed,) = engine.events.fresh()
+    assert (fed.kind, fed.id, fed.detail) == ("fed", "1", {"tokens": 2})
     assert [token for delta in run_out(engine) for token in delta.tokens] == wanted[4:]
 
 
