@@ -319,8 +319,8 @@ class Engine:
         if wanted and request.sampling.prompt_logprobs_from <= request.shared:
             raise UsageError(
                 "a prompt's log-probabilities are told behind what follows its contexts alone",
-                hint="Leave prompt_logprobs (or echo with logprobs) out, or ask from Python with SamplingParams whose "
-                f"prompt_logprobs_from is {request.shared + 1} or more.",
+                hint="Leave prompt_logprobs (or echo with logprobs) out, or give prompt_logprobs_from, "
+                f"{request.shared + 1} or more.",
             )
         if self._config.kv_reuse.plain:
             return

@@ -129,8 +129,8 @@ class DiskBlocks:
             with partial.open("wb") as file:
                 file.write(_header(name, content))
                 file.write(content)
-            # Nothing is synced. What a loss of power leaves under the name is torn, empty or gone: its header does not
-            # fit then, and the block is computed again. To wait for the disk, for each block, would cost more than that.
+            # Nothing is synced: what a loss of power leaves under the name is torn, empty or gone, which the header
+            # tells, and the block is computed again. To wait for the disk for each block would cost more than that.
             partial.replace(path)
         except OSError as error:
             with contextlib.suppress(OSError):
