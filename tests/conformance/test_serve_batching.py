@@ -37,7 +37,6 @@ def test_the_law_of_batching_holds(name):
 def test_nobody_starves_and_the_urgent_go_first(name):
     check_no_starvation(POLICIES[name])
     check_priority(POLICIES[name])
-    check_charges(POLICIES[name])
     check_progress(POLICIES[name])
 
 
@@ -47,6 +46,11 @@ def test_nobody_starves_and_the_urgent_go_first(name):
 def test_a_crowd_is_served_right_and_forks_leave_others_alone(name):
     check_crowding(POLICIES[name], seed=list(POLICIES).index(name))
     check_forks(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_key_does_not_pay_for_preemptions(name):
+    check_charges(POLICIES[name])
 
 
 @pytest.mark.slow

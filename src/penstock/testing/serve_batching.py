@@ -13,12 +13,12 @@
 Clauses of their own:
 
 - :func:`check_crowding`: the same, for a crowd that is thrown out again and again;
+- :func:`check_charges`: a key pays for its requests that were preempted;
 - :func:`check_forks`, forks and cuts: a block that is written to although somebody else holds it, or the prefix tree
   offers it;
 - :func:`check_rated`: log-probabilities that slip by one after a preemption;
 - :func:`check_no_starvation`: somebody waits for ever;
 - :func:`check_priority`: the urgent do not go first;
-- :func:`check_charges`: a key pays for its requests that were thrown out;
 - :func:`check_progress`: one who could go on does not; :func:`check_stall_free`: nor does one while others begin, of
   policies that promise it.
 """
@@ -53,13 +53,13 @@ def check(batching: Batching, examples: int = 20, steps: int = 20) -> None:
     """Asserts the law: the machine plays so many courses of events, the same each time."""
     chosen = alike(examples, stateful_step_count=steps)
     run_state_machine_as_test(machine_of(batching), settings=chosen)
+    check_charges(batching)
     for seed in range(8):
         check_crowding(batching, seed)
     check_forks(batching)
     check_rated(batching)
     check_no_starvation(batching)
     check_priority(batching)
-    check_charges(batching)
     check_progress(batching)
 
 
@@ -133,6 +133,37 @@ def _hear(engine: Engine, told: dict[str, list[int]]) -> None:
         told[delta.id] += delta.tokens
 
 
+def check_charges(batching: Batching) -> None:
+    """Asserts that it costs a key nothing that one of its requests was preempted: those of two keys that come later go
+    in as if there had been room for all."""
+    tight, preempted = _order_after(batching, 32)
+    roomy, none = _order_after(batching, 400)
+    assert preempted and not none, "one is preempted where blocks are short"
+    assert tight == roomy, f"after a preemption they go in in the order {tight}, else {roomy}"
+
+
+def _order_after(batching: Batching, cache: int) -> tuple[list[str], int]:
+    """In which order requests of two keys go in that come after one of each has ended in a cache of so many tokens, and
+    how often the latter were preempted."""
+    engine = simulated_engine(
+        EngineConfig(batching=batching, loop=Plain(), tokens=16, sequences=2, block_size=4, cache_tokens=cache)
+    )
+    for key, count in (("a", 25), ("b", 15)):
+        prompt = numbers(f"charged {key}", 5)
+        engine.add(Request(key, prompt, SamplingParams(temperature=0, max_tokens=count), key=key))
+    while engine.busy:
+        engine.step()
+    engine.events.fresh()
+    for number in range(8):
+        key = "ab"[number % 2]
+        prompt = numbers(f"charged {number}", 5)
+        engine.add(Request(f"{key}{number}", prompt, SamplingParams(temperature=0, max_tokens=4), key=key))
+    while engine.busy:
+        engine.step()
+    order = [event.id for event in engine.events.fresh() if event.kind == "admitted"]
+    return order, engine.snapshot().preemptions
+
+
 def check_progress(batching: Batching) -> None:
     """Asserts that once all run and decode, each of them gains a token in every step."""
     config = EngineConfig(batching=batching, loop=Plain(), tokens=32, sequences=6, block_size=4, cache_tokens=400)
@@ -174,37 +205,6 @@ def check_priority(batching: Batching) -> None:
         engine.step()
     order = [event.id for event in engine.events.fresh() if event.kind == "admitted" and not event.id.startswith("r")]
     assert sorted(order[:3]) == ["1", "3", "5"], f"admitted in the order {order}"
-
-
-def check_charges(batching: Batching) -> None:
-    """Asserts that it costs a key nothing that one of its requests was thrown out: those of two keys that come later go
-    in as if there had been room for all."""
-    tight, thrown = _order_after(batching, 32)
-    roomy, none = _order_after(batching, 400)
-    assert thrown and not none, "one is thrown out where blocks are short"
-    assert tight == roomy, f"after a preemption they go in in the order {tight}, else {roomy}"
-
-
-def _order_after(batching: Batching, cache: int) -> tuple[list[str], int]:
-    """In which order requests of two keys go in that come after one of each has ended in a cache of so many tokens, and
-    how often the latter were thrown out."""
-    engine = simulated_engine(
-        EngineConfig(batching=batching, loop=Plain(), tokens=16, sequences=2, block_size=4, cache_tokens=cache)
-    )
-    for key, count in (("a", 25), ("b", 15)):
-        prompt = numbers(f"charged {key}", 5)
-        engine.add(Request(key, prompt, SamplingParams(temperature=0, max_tokens=count), key=key))
-    while engine.busy:
-        engine.step()
-    engine.events.fresh()
-    for number in range(8):
-        key = "ab"[number % 2]
-        prompt = numbers(f"charged {number}", 5)
-        engine.add(Request(f"{key}{number}", prompt, SamplingParams(temperature=0, max_tokens=4), key=key))
-    while engine.busy:
-        engine.step()
-    order = [event.id for event in engine.events.fresh() if event.kind == "admitted"]
-    return order, engine.snapshot().preemptions
 
 
 def _small_engine(batching: Batching) -> Engine:
