@@ -9,6 +9,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from penstock.testing.engine.machine import machine_of
 from penstock.testing.enrolled import enrolled
 from penstock.testing.serve_batching import (
+    check_charges,
     check_crowding,
     check_forks,
     check_no_starvation,
@@ -45,6 +46,11 @@ def test_nobody_starves_and_the_urgent_go_first(name):
 def test_a_crowd_is_served_right_and_forks_leave_others_alone(name):
     check_crowding(POLICIES[name], seed=list(POLICIES).index(name))
     check_forks(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_key_does_not_pay_for_preemptions(name):
+    check_charges(POLICIES[name])
 
 
 @pytest.mark.slow

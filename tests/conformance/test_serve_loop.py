@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from penstock.serve.engine.loops.plain import Plain
 from penstock.serve.messages import Finish
 from penstock.testing.enrolled import enrolled
-from penstock.testing.serve_loop import check_order, outcomes
+from penstock.testing.serve_loop import check_order, check_waiting, outcomes
 
 POLICIES = enrolled("serve.loop")
 
@@ -26,3 +26,8 @@ def test_tokens_are_those_of_the_plain_loop(name, seed):
     want = outcomes(Plain(), seed)
     assert outcomes(POLICIES[name], seed) == want
     assert {finish for _, finish in want.values()} == {Finish.STOP, Finish.LENGTH}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_one_that_waits_for_the_host_keeps_nobody_else_waiting(name):
+    check_waiting(POLICIES[name])

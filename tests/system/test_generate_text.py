@@ -136,7 +136,7 @@ def test_a_model_that_is_not_there(command, tmp_path, monkeypatch, source, messa
         ["--draft", "ngram", "--set", "draft.tokens=3"],
         ["--kv", "snapkv", "--kv-budget", "40", "--kv-codec", "plain"],
         ["--resident-weights", "1GB"],
-        ["--set", "deterministic=true"],
+        ["--deterministic"],
     ],
 )
 def test_options_of_the_engine_that_leave_the_text_as_it_is(model, command, options):

@@ -166,6 +166,23 @@ def test_log_probabilities_of_the_prompt_are_the_echo_s(server):
     assert len(chat.json()["prompt_logprobs"]) == chat.json()["usage"]["prompt_tokens"]
 
 
+def test_log_probabilities_of_the_prompt_from_a_token_on_are_the_last_of_all(server):
+    body = {"prompt": "def add(a, b):", "max_tokens": 0, "prompt_logprobs": 2}
+    (whole,) = server.post("/v1/completions", **body).json()["choices"]
+    count = len(whole["prompt_logprobs"])
+    for first in (0, 1, 3, count - 1):
+        (told,) = server.post("/v1/completions", **body, prompt_logprobs_from=first).json()["choices"]
+        assert told["prompt_logprobs"][: max(1, first)] == [None] * max(1, first)
+        for one, other in zip(told["prompt_logprobs"], whole["prompt_logprobs"], strict=True):
+            assert one is None or one.keys() == other.keys()
+            for token in one or ():
+                assert one[token]["logprob"] == pytest.approx(other[token]["logprob"], abs=1e-4)
+    for wrong in ({"prompt_logprobs_from": count}, {"prompt_logprobs_from": 1, "echo": True, "logprobs": 1}):
+        answer = server.post("/v1/completions", **body, **wrong)
+        assert answer.status_code == 400
+        assert "prompt_logprobs_from" in answer.json()["error"]["message"]
+
+
 def test_an_answer_is_one_of_several_texts(server):
     for words in (["red", "green"], ['a "b"\n', "ä\\"]):
         answer = server.post("/v1/completions", prompt="x = ", guided_choice=words, max_tokens=40, seed=1)

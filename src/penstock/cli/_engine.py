@@ -186,6 +186,15 @@ FLAGS = {
             "CPU.",
         ),
     ),
+    "deterministic": Flag(
+        "deterministic",
+        typer.Option(
+            None,
+            "--deterministic",
+            help="The same bits for a request alone and in any batch, at the price of the fastest kernels.",
+        ),
+        bool | None,
+    ),
     "record": Flag(
         "record",
         typer.Option(
@@ -289,12 +298,20 @@ def merged(
         for key, (flag, value) in flags.items():
             own = key.split(".")
             if own[: len(path)] == path and _below(parse_value(text), own[len(path) :]) != _comparable(value):
-                shown = " ".join(f"{one}={other}" for one, other in value.items()) if isinstance(value, dict) else value
                 raise UsageError(
-                    f"{flag} {shown} and {word} {override} say different things of {'.'.join(path)}",
+                    f"{_written(flag, value)} and {word} {override} say different things of {'.'.join(path)}",
                     hint="Give one of them.",
                 )
     return apply_overrides(tree, told)
+
+
+def _written(flag: str, value: Any) -> str:
+    """``flag`` with its ``value``, as a user writes it."""
+    if value is True:
+        return flag
+    return f"{flag} " + (
+        " ".join(f"{one}={other}" for one, other in value.items()) if isinstance(value, dict) else str(value)
+    )
 
 
 def _named(override: str, flags: Iterable[str]) -> str:

@@ -13,6 +13,7 @@
 Clauses of their own:
 
 - :func:`check_crowding`: the same, for a crowd that is thrown out again and again;
+- :func:`check_charges`: a key pays for its requests that were preempted;
 - :func:`check_forks`, forks and cuts: a block that is written to although somebody else holds it, or the prefix tree
   offers it;
 - :func:`check_rated`: log-probabilities that slip by one after a preemption;
@@ -52,6 +53,7 @@ def check(batching: Batching, examples: int = 20, steps: int = 20) -> None:
     """Asserts the law: the machine plays so many courses of events, the same each time."""
     chosen = alike(examples, stateful_step_count=steps)
     run_state_machine_as_test(machine_of(batching), settings=chosen)
+    check_charges(batching)
     for seed in range(8):
         check_crowding(batching, seed)
     check_forks(batching)
@@ -129,6 +131,37 @@ def check_forks(batching: Batching) -> None:
 def _hear(engine: Engine, told: dict[str, list[int]]) -> None:
     for delta in engine.step():
         told[delta.id] += delta.tokens
+
+
+def check_charges(batching: Batching) -> None:
+    """Asserts that it costs a key nothing that one of its requests was preempted: those of two keys that come later go
+    in as if there had been room for all."""
+    tight, preempted = _order_after(batching, 32)
+    roomy, none = _order_after(batching, 400)
+    assert preempted and not none, "one is preempted where blocks are short"
+    assert tight == roomy, f"after a preemption they go in in the order {tight}, else {roomy}"
+
+
+def _order_after(batching: Batching, cache: int) -> tuple[list[str], int]:
+    """In which order requests of two keys go in that come after one of each has ended in a cache of so many tokens, and
+    how often the latter were preempted."""
+    engine = simulated_engine(
+        EngineConfig(batching=batching, loop=Plain(), tokens=16, sequences=2, block_size=4, cache_tokens=cache)
+    )
+    for key, count in (("a", 25), ("b", 15)):
+        prompt = numbers(f"charged {key}", 5)
+        engine.add(Request(key, prompt, SamplingParams(temperature=0, max_tokens=count), key=key))
+    while engine.busy:
+        engine.step()
+    engine.events.fresh()
+    for number in range(8):
+        key = "ab"[number % 2]
+        prompt = numbers(f"charged {number}", 5)
+        engine.add(Request(f"{key}{number}", prompt, SamplingParams(temperature=0, max_tokens=4), key=key))
+    while engine.busy:
+        engine.step()
+    order = [event.id for event in engine.events.fresh() if event.kind == "admitted"]
+    return order, engine.snapshot().preemptions
 
 
 def check_progress(batching: Batching) -> None:

@@ -4,7 +4,8 @@ What each clause is there to catch:
 
 - every batch is launched and published once, in order: one that is forgotten, published twice, or too early;
 - ``idle`` and ``drain`` tell the truth: an engine that comes to rest with tokens unsaid, or waits for ever;
-- the plain loop's tokens: a step that is formed before what it needs is known.
+- the plain loop's tokens: a step that is formed before what it needs is known;
+- :func:`check_waiting`: one waits for the host, so all wait.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from penstock.ops.paged.reference import Reference
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
+from penstock.serve.decode.momentum import Momentum
 from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.loops.contract import Loop
 from penstock.serve.engine.loops.plain import Plain
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.testing.engine.requests import PREFIXES
 from penstock.testing.serve_model import SHAPE, small_model
+from penstock.testing.serve_simulation import simulated_engine
 
 #: The tables of no sequence.
 NOBODY = np.zeros((0, 0), np.int32)
@@ -79,6 +82,7 @@ def check(loop: Loop) -> None:
         check_order(loop, batches, frozenset(draw.integers(24, size=draw.integers(6)).tolist()), 1 + seed % 4)
     for seed in range(2):
         assert outcomes(loop, seed) == outcomes(Plain(), seed), "tokens differ from those of the plain loop"
+    check_waiting(loop)
 
 
 def check_order(loop: Loop, batches: list[bool], drains: frozenset[int] = frozenset(), stages: int = 1) -> None:
@@ -124,4 +128,32 @@ def outcomes(loop: Loop, seed: int) -> dict[str, Outcome]:
             found[delta.id] = found[delta.id][0] + delta.tokens, delta.finish
         step += 1
     assert engine.snapshot().held == 0
+    return found
+
+
+def check_waiting(loop: Loop) -> None:
+    """Asserts that one whose next token the host has to know the last ones for keeps nobody else waiting: the others
+    are computed in the same steps as beside one that does not wait."""
+    greedy = SamplingParams(temperature=0)
+    wanted = steps_beside(loop, greedy)
+    for waiting in ({"bad_words": ((1, 2),)}, {"rule": Momentum()}):
+        sampling = greedy.model_copy(update=waiting)
+        assert sampling.waits
+        assert steps_beside(loop, sampling) == wanted, "one waits for the host, and others with it"
+
+
+def steps_beside(loop: Loop, sampling: SamplingParams) -> dict[int, int]:
+    """By the number of the step, how many of four plain requests are computed in it beside one with ``sampling``; steps
+    without any are left out."""
+    engine = simulated_engine(EngineConfig(loop=loop, tokens=64, sequences=8, block_size=4, cache_tokens=400))
+    for number, asked in enumerate([sampling, *[SamplingParams()] * 4]):
+        engine.add(Request(str(number), [1 + number, 2], asked.model_copy(update={"max_tokens": 12})))
+    found, before = dict[int, int](), engine.steps.last
+    for number in range(100):
+        engine.step()
+        if (batch := engine.steps.last) is not before:
+            others = sum(entry.sequence.request.id != "0" for entry in batch.entries)
+            found |= {number: others} if others else {}
+        before = batch
+    assert not engine.busy
     return found

@@ -60,6 +60,7 @@ def build_app_command(name: str):
         ({"resident_weights": "8GB"}, ["resident_weights=8GB"], {"resident_weights": 8 * 10**9}),
         ({"kv_codec": "int8"}, ["sequences=4"], {"codec": "int8", "sequences": 4}),
         ({"tensor_parallel": 2}, ["tensor_parallel=2"], {"tensor_parallel": 2}),
+        ({"deterministic": True}, ["deterministic=true"], {"deterministic": True}),
     ],
 )
 def test_both_add_up(given, overrides, wanted):
@@ -82,6 +83,7 @@ def test_both_add_up(given, overrides, wanted):
         ({"draft": "python-1m"}, ["draft.name=ngram"], "--draft python-1m and --set draft.name=ngram"),
         ({"kv_codec": "int8"}, ["codec=int4"], "--kv-codec int8 and --set codec=int4"),
         ({"tensor_parallel": 2}, ["tensor_parallel=4"], "--tensor-parallel 2 and --set tensor_parallel=4"),
+        ({"deterministic": True}, ["deterministic=false"], "--deterministic and --set deterministic=false"),
     ],
 )
 def test_what_contradicts_is_told_by_both_names(given, overrides, said):

@@ -40,8 +40,11 @@ LONGEST_REASON = 300
 class Matcher:
     """Follows one sequence through a grammar. Where the text is whole, an end-of-text token may come next."""
 
-    def __init__(self, matcher: LLMatcher, words: int) -> None:
+    def __init__(self, matcher: LLMatcher, words: int, behind: int = 0) -> None:
         self._matcher, self.words = matcher, words
+        # How many ends of text came behind a whole text that nothing can follow. The library takes them and does not
+        # count them: going back by one token, it would go back by the one before them.
+        self._behind = behind
 
     @property
     def failed(self) -> bool:
@@ -50,6 +53,7 @@ class Matcher:
 
     def consume(self, token: int) -> None:
         """Goes on by ``token``."""
+        self._behind += self._matcher.is_stopped()
         self._matcher.consume_token(token)
 
     def allowed(self, tokens: Sequence[int]) -> int:
@@ -58,12 +62,14 @@ class Matcher:
 
     def rollback(self, count: int) -> None:
         """Goes back by the last ``count`` tokens."""
-        if count:
-            self._matcher.rollback(count)
+        behind = min(count, self._behind)
+        self._behind -= behind
+        if count > behind:
+            self._matcher.rollback(count - behind)
 
     def copy(self) -> Matcher:
         """Another one that stands where this one does."""
-        return Matcher(self._matcher.deep_copy(), self.words)
+        return Matcher(self._matcher.deep_copy(), self.words, self._behind)
 
     def write_mask(self, row: np.ndarray) -> None:
         """Sets bit i of ``row`` (int32 [words], contiguous) where token i may come next, 32 tokens a word, the least

@@ -191,6 +191,7 @@ class Engine:
             if member.held is not None:
                 self.memory.truncate(member, len(member.tokens) - 1)
         self._changed(sequence)
+        self.events.add("truncated", id, index, tokens=gone, left=length)
 
     def feed(self, id: str, tokens: List[int], index: int = 0) -> None:
         """Appends ``tokens`` to the continuation ``index`` of the request ``id``, as if it had generated them; it goes
@@ -215,6 +216,7 @@ class Engine:
         for member in sequence.lockstep:
             member.tokens.extend(tokens)
         self._changed(sequence)
+        self.events.add("fed", id, index, tokens=len(tokens))
 
     def abort(self, id: str, index: int | None = None) -> None:
         """Ends a request, or only its continuation ``index``, and frees what it holds at once; an unknown one is
@@ -317,8 +319,8 @@ class Engine:
         if wanted and request.sampling.prompt_logprobs_from <= request.shared:
             raise UsageError(
                 "a prompt's log-probabilities are told behind what follows its contexts alone",
-                hint="Leave prompt_logprobs (or echo with logprobs) out, or ask from Python with SamplingParams whose "
-                f"prompt_logprobs_from is {request.shared + 1} or more.",
+                hint="Leave prompt_logprobs (or echo with logprobs) out, or give prompt_logprobs_from, "
+                f"{request.shared + 1} or more.",
             )
         if self._config.kv_reuse.plain:
             return
@@ -547,7 +549,7 @@ class Engine:
         """
         executor = self._changeable()
         if not self.asleep:
-            self._void()
+            self._void("sleep")
             executor.sleep()
             self.asleep = True
 
@@ -585,7 +587,7 @@ class Engine:
             raise UsageError(f"a version is a number from 0 on, not {version}")
         self._settle()
         executor.load(Path(weights) if isinstance(weights, str) else weights)
-        self._void()
+        self._void("load")
         if self._tiers is not None:
             self._tiers.forget()
         self.steps.version = self.version + 1 if version is None else version
@@ -617,15 +619,20 @@ class Engine:
             )
         return self.executor
 
-    def _void(self) -> None:
-        """What the cache holds is of no use any more: whoever ran waits, and is computed again."""
+    def _void(self, why: str) -> None:
+        """What the cache holds is of no use any more, since it was told to ``why``: whoever ran waits, and is computed
+        again."""
         self._settle()
         for sequence, coming in self._fetching.items():
             wait(coming)
             self.steps.batcher.add(sequence)
         self._fetching.clear()
-        for sequence in self.memory.clear():
+        lost = [(sequence, sequence.computed) for sequence in self.memory.running]
+        self.memory.clear()
+        self._counters.preemptions += len(lost)
+        for sequence, computed in lost:
             sequence.preempted = True
+            self.events.add("preempted", sequence.request.id, sequence.index, why=why, computed=computed)
             self.steps.batcher.add(sequence)
 
     # Ends

@@ -148,7 +148,8 @@ class StepRoom:
         assert held is not None
         beside = sum(max(0, context.computed - sequence.shared) for context in sequence.contexts)
         cached = held.computed + len(held.filled) + beside
-        detail = {"cached": cached, "tokens": sequence.request.length}
+        others = sequence.request.length - len(sequence.request.prompt)  # of its contexts
+        detail = {"cached": cached, "tokens": len(sequence.tokens) + others}
         if sequence.cached < 0:
             sequence.cached = cached
             self.found += cached

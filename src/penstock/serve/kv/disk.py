@@ -50,7 +50,7 @@ class DiskBlocks:
     """Blocks by name, of one model among others' in ``folder``. Those that were used last stay, whatever model they are
     of. Any thread may read and write.
 
-    Files appear whole or not at all, and what a crash or the disk did to one is noticed when it is read: then it is
+    Who reads sees whole files or none, and what a crash or the disk did to one is noticed when it is read: then it is
     removed, and the block is not there. Once something cannot be written, nothing more is.
 
     Args:
@@ -129,6 +129,8 @@ class DiskBlocks:
             with partial.open("wb") as file:
                 file.write(_header(name, content))
                 file.write(content)
+            # Nothing is synced: what a loss of power leaves under the name is torn, empty or gone, which the header
+            # tells, and the block is computed again. To wait for the disk for each block would cost more than that.
             partial.replace(path)
         except OSError as error:
             with contextlib.suppress(OSError):

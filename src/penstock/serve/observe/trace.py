@@ -39,7 +39,7 @@ ENGINE, REQUESTS = 1, 2
 STATES = {"arrived": "waiting", "admitted": "running", "preempted": "preempted"}
 
 #: Events that are shown as a mark.
-MARKS = frozenset({"first", "settled", "preempted", "compressed", "forked", "finished"})
+MARKS = frozenset({"first", "settled", "preempted", "compressed", "forked", "truncated", "fed", "finished"})
 
 _encode = msgspec.json.Encoder().encode
 

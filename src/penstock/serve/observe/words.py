@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from penstock.core.events import Event
 
+#: What an engine was told to do that makes its cache void.
+VOIDING = {"load": "was given other weights", "sleep": "was put to sleep"}
+
 
 def sentence(event: Event, waited: float | None = None) -> str:
     """What ``event`` says, in a sentence without a subject; ``waited`` seconds passed before it, where that matters."""
@@ -20,8 +23,10 @@ def sentence(event: Event, waited: float | None = None) -> str:
         case "first":
             return "its first token came"
         case "preempted":
-            missing, computed = count(told["missing"], "more block"), count(told["computed"], "computed token")
-            lost = f"the memory of its {computed} is taken"
+            lost = f"the memory of its {count(told['computed'], 'computed token')} is taken"
+            if "why" in told:
+                return f"preempted, since the engine {VOIDING[str(told['why'])]}; {lost}"
+            missing = count(told["missing"], "more block")
             if (told["by"], told["by_index"]) == (event.id, event.index):
                 return f"preempted: it needed {missing}, and nobody behind it had any to give; {lost}"
             return f"preempted by {called(told['by'], told['by_index'])}, which needed {missing}; {lost}"
@@ -32,6 +37,10 @@ def sentence(event: Event, waited: float | None = None) -> str:
             if "by" not in told:
                 return done
             return f"{done}, since {called(told['by'], told['by_index'])} needed {count(told['missing'], 'more block')}"
+        case "truncated":
+            return f"cut back by {count(told['tokens'], 'token')}, to {told['left']}"
+        case "fed":
+            return f"was fed {count(told['tokens'], 'token')}"
         case "forked":
             return f"forked into {told['into']}"
         case "finished":

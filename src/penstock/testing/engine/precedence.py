@@ -10,8 +10,9 @@ from penstock.testing.engine.accounts import Account, Name
 
 
 class Precedence:
-    """Asserts, of what the engine tells of its decisions, that the least urgent that came last goes, and that one who
-    was thrown out returns before anybody of the same priority and key who has not run yet.
+    """Asserts, of what the engine tells of its decisions, that the least urgent that came last goes, that one who was
+    thrown out returns before anybody of the same priority and key who has not run yet, and that nobody finds more in
+    the cache than there is of him.
 
     Args:
         accounts: of all continuations, in the order in which they arrived; others add to them.
@@ -32,8 +33,12 @@ class Precedence:
             assert self._rank(by) <= self._rank(name), "one who came earlier is thrown out for a later one"
             self._thrown.add(name)
         elif event.kind == "admitted":
+            cached, tokens = int(event.detail["cached"]), int(event.detail["tokens"])
+            assert cached < tokens, (
+                f"{cached} of its {tokens} tokens were in the cache, and the last is computed always"
+            )
             if name not in self._thrown:
-                self.found += int(event.detail["cached"])
+                self.found += cached
                 own = self._accounts[name].request
                 others = [self._accounts[each].request for each in self._thrown]
                 before = [each for each in others if (each.priority, each.key) == (own.priority, own.key)]

@@ -151,6 +151,28 @@ def test_continuations_do_not_share_their_place(tokenizer, grammars):
     assert allowed(two, len(tokenizer)) == before
 
 
+@pytest.mark.parametrize("regex", ["ab[0-9]{6}cd", "ab[0-9]{2,6}(cd)*", "(ab[0-9]*cd)?"])
+def test_going_back_leads_to_where_it_was_also_from_behind_the_end(tokenizer, grammars, regex):
+    """Whether the grammar ends by itself or by an end of text, and of a copy as of the original."""
+    fresh, tokens = grammars.start(Grammar(regex=regex)), tokenizer("ab080808cd")["input_ids"]
+    steps = [*tokens, tokenizer.eos_token_id, tokenizer.eos_token_id]
+    whole = fresh.copy()
+    for token in steps:
+        whole.consume(token)
+    for back in range(2, len(steps) + 1):
+        place, wanted = whole.copy(), fresh.copy()
+        place.rollback(1)
+        place.rollback(back - 1)
+        for token in steps[: len(steps) - back]:
+            wanted.consume(token)
+        left = steps[len(steps) - back :]
+        assert place.allowed(left[:-2]) == len(left[:-2])
+        np.testing.assert_array_equal(mask_of(place), mask_of(wanted))
+        for token in left:
+            place.consume(token)
+        assert not place.failed
+
+
 def test_a_model_with_more_scores_than_its_tokenizer_has_tokens(tokenizer):
     padded = Grammars(tokenizer, len(tokenizer) + 100, [tokenizer.eos_token_id])
     row = mask_of(padded.start(Grammar(regex="a+")))

@@ -3,6 +3,8 @@ or as an engine that had the weights from the start."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -134,6 +136,35 @@ def test_after_other_weights_every_answer_is_a_fresh_engines(kind, tmp_path):
     # And with the old ones again, also where a disk has blocks of both.
     assert engine.load(model(0).state_dict(), version=9) == 9
     assert answers(engine) == before
+
+
+@pytest.mark.parametrize("act", ["sleep", "load"])
+def test_who_loses_memory_to_sleep_or_other_weights_is_told_and_counted(act, tmp_path):
+    """Between two times that one gets memory, it is said that it lost it, and why."""
+    engine = open_engine("overlapped", tmp_path)
+    for request in requests():
+        engine.add(request)
+    for _ in range(4):
+        engine.step()
+    running = {(each.request.id, each.index): each.computed for each in engine.memory.running}
+    assert 0 < len(running) < 6  # some wait
+    before = engine.snapshot().preemptions
+    if act == "sleep":
+        engine.sleep()
+        engine.wake()
+    else:
+        engine.load(model(1).state_dict())
+    assert engine.snapshot().preemptions == before + len(running)
+    told = engine.events.fresh()
+    lost = {(each.id, each.index): each.detail["computed"] for each in told if each.detail.get("why") == act}
+    assert lost.keys() == running.keys() and all(lost[name] >= count for name, count in running.items())
+    finished(engine)
+    told += engine.events.fresh()
+    for name in {(each.id, each.index) for each in told}:
+        course = [each.kind for each in told if (each.id, each.index) == name]
+        course = [kind for kind in course if kind in ("admitted", "preempted")]
+        assert all(one != other for one, other in itertools.pairwise(course)), course
+    assert engine.snapshot().preemptions == sum(each.kind == "preempted" for each in told)
 
 
 @pytest.mark.parametrize("kind", ["overlapped", "model", "disk"])

@@ -69,6 +69,21 @@ def test_a_fork_goes_on_in_its_parents_grammar(writer, tokenizer):
         assert re.fullmatch(PATTERN, whole), whole
 
 
+def test_a_fork_of_one_that_ended_and_was_kept_goes_on_in_its_grammar_from_anywhere(writer, tokenizer):
+    prompt, grammar = tokenizer("x = ")["input_ids"], Grammar(regex=PATTERN)
+    asked = SamplingParams(grammar=grammar, max_tokens=30, seed=3)
+    writer.add(Request("parent", prompt, asked, keep=True))
+    told = finish(writer)["parent", 0]
+    assert told[-1] == tokenizer.eos_token_id, "it ends by an end of text"
+    for length in range(len(told)):
+        text = prompt + told[:length]
+        writer.fork("parent", Request(str(length), text, asked.model_copy(update={"seed": length})))
+    found = finish(writer)
+    for length in range(len(told)):
+        whole = tokenizer.decode([*told[:length], *found[str(length), 0][:-1]])
+        assert re.fullmatch(PATTERN, whole), whole
+
+
 def test_what_is_fed_must_be_in_the_grammar_and_what_is_cut_can_be_written_anew(writer, tokenizer):
     prompt = tokenizer("x = ")["input_ids"]
     writer.add(Request("1", prompt, SamplingParams(grammar=Grammar(regex=PATTERN), max_tokens=30)))
@@ -131,8 +146,14 @@ def test_penalties_follow_what_is_cut_and_fed(engine):
     engine.add(Request("1", [1, 2, 3], asked))
     for _ in range(7):
         engine.step()
+    engine.events.fresh()
     engine.truncate("1", 5)
+    gone = engine.events.fresh()[-1]
+    assert (gone.kind, gone.id, gone.detail["left"]) == ("truncated", "1", 5)
+    assert gone.detail["tokens"] >= 3
     engine.feed("1", wanted[2:4])
+    (fed,) = engine.events.fresh()
+    assert (fed.kind, fed.id, fed.detail) == ("fed", "1", {"tokens": 2})
     assert [token for delta in run_out(engine) for token in delta.tokens] == wanted[4:]
 
 

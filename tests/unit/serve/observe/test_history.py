@@ -145,6 +145,12 @@ def test_sentences():
     )
     assert sentence(event(1.0, "settled", drafted=1, accepted=0)) == "1 token drafted, 0 accepted"
     assert sentence(event(1.0, "forked", into="x")) == "forked into x"
+    assert sentence(event(1.0, "truncated", tokens=1, left=9)) == "cut back by 1 token, to 9"
+    assert sentence(event(1.0, "fed", tokens=2)) == "was fed 2 tokens"
+    assert sentence(event(1.0, "preempted", why="load", computed=40)) == (
+        "preempted, since the engine was given other weights; the memory of its 40 computed tokens is taken"
+    )
+    assert "was put to sleep" in sentence(event(1.0, "preempted", why="sleep", computed=1))
     told = sentence(event(1.0, "compressed", tokens=90, kept=1))
     assert told == "its cache was compressed from 90 tokens to 1"
     told = sentence(event(1.0, "compressed", tokens=90, kept=1, by="x", by_index=0, missing=1))

@@ -40,7 +40,9 @@ def drafting(stages: int, run: int = 2, **options: Any) -> EngineConfig:
     return EngineConfig.model_validate(
         {
             **CONFIG.model_dump(exclude_unset=True),
-            "pipeline_parallel": stages, "draft": draft, "controller": "fixed",
+            "pipeline_parallel": stages,
+            "draft": draft,
+            "controller": "fixed",
             **options,
         }
     )

@@ -53,7 +53,8 @@ class Stepper(Protocol):
 
 @contract(
     "serve.loop",
-    law="the same tokens as the plain loop for any requests; nothing queued is left unpublished",
+    law="the same tokens as the plain loop for any requests; nothing queued is left unpublished; one whose next token "
+    "waits for the host keeps nobody else waiting",
 )
 class Loop(Policy):
     """Repeats form, launch and publish."""

@@ -172,17 +172,15 @@ class Memory:
             self._blocks.release(sequence.held.blocks)
             sequence.held = None
 
-    def clear(self) -> list[Sequence]:
-        """What the cache holds is void. Returns those that ran, which have no memory any more."""
-        ran = list(self.running)
-        for sequence in ran:
+    def clear(self) -> None:
+        """What the cache holds is void: nobody has any memory any more."""
+        for sequence in list(self.running):
             self.release(sequence)
         for sequence in list(self.kept):
             self.forget(sequence)
         self._blocks.forget()
         self._returning.forget()
         self._compression.pending.clear()
-        return ran
 
     def _let_go(self, wanted: int) -> bool:
         """Takes the blocks of one that was kept, where ``wanted`` blocks could become available so. Tells whether it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from penstock.serve.choose.sampling import MOST, MOST_LOGPROBS
 from penstock.serve.http.protocol.body import LARGEST, Token
@@ -22,9 +22,18 @@ class Completion(Generate):
     #: What stands before the contexts.
     contexts_prefix: str = ""
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    #: The first token of the prompt, counted from 0, whose log-probability is told.
+    prompt_logprobs_from: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
+
+    @model_validator(mode="after")
+    def _is_told(self) -> Completion:
+        if self.prompt_logprobs_from is not None and (self.prompt_logprobs is None or self.echo):
+            raise ValueError("prompt_logprobs_from goes with prompt_logprobs, and without echo, which tells all tokens")
+        return self
 
     def options(self) -> dict[str, Any]:
-        given = {"best_of": self.best_of, "logprobs": self.logprobs}
+        names = ("best_of", "logprobs", "prompt_logprobs_from")
+        given = {name: getattr(self, name) for name in names}
         if self.echo and self.logprobs is not None:
             given["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
         return super().options() | {name: value for name, value in given.items() if value is not None}

@@ -23,10 +23,10 @@ def head(generation: Generation, object: str) -> dict[str, Any]:
     }
 
 
-def of_prompt(piece: Piece, tokens: Tokens, most: int) -> list[dict[int, dict[str, Any]] | None]:
+def of_prompt(piece: Piece, tokens: Tokens, most: int, first: int = 1) -> list[dict[int, dict[str, Any]] | None]:
     """For each token of the prompt, its log-probability and those of the ``most`` most probable, as vLLM tells them:
-    of the first, which nothing predicts, none."""
-    told: list[dict[int, dict[str, Any]] | None] = [None]
+    none of those before the ``first`` that is asked for, nor of the first of all, which nothing predicts."""
+    told: list[dict[int, dict[str, Any]] | None] = [None] * max(1, first)
     for position in piece.prompt_logprobs or []:
         ranked = {token: (logprob, rank) for rank, (token, logprob) in enumerate(position.top[:most], start=1)}
         ranked[position.token] = (position.logprob, position.rank)

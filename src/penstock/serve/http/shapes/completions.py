@@ -73,7 +73,8 @@ class Completions:
             if first:
                 record["prompt_token_ids"] = self._prompts[piece.choice // self._body.n]
         if first and self._body.prompt_logprobs is not None:
-            record["prompt_logprobs"] = of_prompt(piece, self._tokens, self._body.prompt_logprobs)
+            asked = self._body.prompt_logprobs, self._body.prompt_logprobs_from or 0
+            record["prompt_logprobs"] = of_prompt(piece, self._tokens, *asked)
         return record
 
     def _scored(self, piece: Piece, length: int, first: bool) -> dict[str, Any]:
