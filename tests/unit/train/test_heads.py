@@ -70,8 +70,8 @@ def test_a_head_is_trained_for_a_model_and_drafts_for_it(store, target, tmp_path
     assert any(not torch.equal(one, other) for one, other in moved)
 
     texts = []
-    for draft in (None, str(tmp_path / "run")):
-        config = EngineConfig.model_validate({"draft": draft, "controller": "fixed", "cache_tokens": 400})
+    for drafting in ({}, {"draft": str(tmp_path / "run"), "controller": "fixed"}):
+        config = EngineConfig.model_validate({"cache_tokens": 400, **drafting})
         engine = open_engine(target, config)
         engine.add(Request("one", [1, 2, 3], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)))
         tokens = [token for delta in _played(engine) for token in delta.tokens]
