@@ -52,14 +52,6 @@ def accepted(right: float, passed: float, tries: int | None = None) -> float:
     return right / accept * (1.0 if tries is None else 1 - (1 - accept) ** tries)
 
 
-def best_tries(right: float, passed: float, gain: float, loss: float, cost: float) -> int | None:
-    """How many draws at most to make before giving up, where a right answer gains, a wrong one loses, and a draw costs
-    so much ([344]): as long as the next draw is worth more than it costs, which does not depend on how many were made.
-    None where that is for ever."""
-    worth = right * gain - passed * loss - cost
-    return None if worth > 0 else 0
-
-
 def mean_best_tries(problems: Sequence[tuple[float, float]], gain: float, loss: float, cost: float, most: int) -> int:
     """The number of draws, at most ``most``, with the largest expected worth over ``problems``, given (right, passed)
     of each; of equals, the fewest. Over a mix this is finite though it is not for each: the easy ones are answered

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 import tempfile
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 from penstock.data.corpora.contract import Corpus
-from penstock.policy import create
+from penstock.testing.enrolled import rebuilt
 
 #: Long and short, with line ends of both kinds, and some that are empty, also at a seam between files.
 TEXTS = ("first text\n", "", "second\r\ntext", "ünïcödé 漢字 🙂", "", "", "a" * 3000, "again\n\n", "again\n\n", "last")
@@ -40,9 +39,7 @@ def check(corpus: Corpus, most: int | None = None) -> None:
 def check_documents(corpus: Corpus, texts: list[str] | None, most: int | None = None) -> None:
     """The law for one corpus, which has these ``texts``, or nobody knows which; for ``most`` of the documents, the size
     aside, where there are more."""
-    described = json.loads(json.dumps(corpus.describe()))
-    again = create("data.corpus", described.pop("name"), **described)
-    assert again == corpus, "its description makes another corpus"
+    again = rebuilt(corpus)
     names, found, size = set(), [], 0
     pairs = itertools.zip_longest(corpus.documents(), again.documents())
     for number, (document, same) in enumerate(itertools.islice(pairs, most)):

@@ -35,9 +35,9 @@ P = TypeVar("P", bound=Policy)
 
 
 def rebuilt(policy: P) -> P:
-    """The policy made anew from its own description, as a run that is resumed makes it."""
+    """The policy made anew from its own description, as a run that is resumed makes it; it need not be registered."""
     options = policy.describe()
-    again = create(policy.contract_name, options.pop("name"), **options)
-    assert isinstance(again, type(policy))
+    assert options.pop("name") == policy.policy_name
+    again = type(policy)(**options)
     assert again == policy, f"{policy!r} describes itself as {again!r}"
     return again

@@ -2,7 +2,8 @@
 
 Bugs that its clauses are there to catch:
 
-- the example: weights that are not normalised, or of other experts; scores of another kind; a bias in the weights.
+- the example: weights that are not normalised, not scaled, or of other experts; scores of another kind; a bias in the
+  weights.
 - routing: an expert twice; tokens that influence each other; a bias that does not choose, or that changes weights.
 - block: tokens that go to another expert than their weight, gradients that do not reach router or experts.
 - balance: a loss that falls as the load collapses, that is cut off from the router, or whose size depends on the number

@@ -5,6 +5,7 @@ Bugs that its clauses are there to catch:
 - the example: other paths than the paper's, such as half of a swap, or every microbatch swapped where half should be.
 - paths: a stage twice or none at all, too short a path, more or fewer paths than microbatches.
 - service: partial stages of which some do most of the work.
+- recovery: a lost stage that is made anew from itself, or from stages that do something else.
 - training: a path that begins without the embedding, or ends without a loss; copies of both that drift apart.
 - schedule: tasks of stages that are not on the path; devices that wait for each other; times that are not the earliest.
 """
@@ -38,6 +39,7 @@ def check_paths(policy: PipelineRoute) -> None:
     draw = numpy_generator(0, "testing/pipeline.route")
     for _ in range(50):
         check_route(policy, int(draw.integers(1, 10)), int(draw.integers(1, 25)))
+    check_recovery(policy)
     with refused(UsageError, "does nothing"):
         policy.build(0, 4)
 
@@ -47,6 +49,20 @@ def check_example(policy: PipelineRoute) -> None:
     example, stages, paths = policy.example()
     found = example.build(stages, len(paths)).paths
     assert found == paths, f"the paths are {found}, and {paths} in the example"
+
+
+def check_recovery(policy: PipelineRoute) -> None:
+    """A stage that can be made anew is so from those that take its place on other paths, or else from those before and
+    behind it."""
+    for stages in range(4, 10) if policy.recovers else ():
+        paths = policy.build(stages, 2 * stages).paths
+        for stage in range(stages):
+            first = next(path for path in paths if stage in path)
+            place = first.index(stage)
+            instead = {path[place] for path in paths} - {stage}
+            wanted = instead or {*first[max(place - 1, 0) : place], *first[place + 1 : place + 2]}
+            found = policy.neighbours(stage, stages)
+            assert sorted(found) == sorted(wanted), f"stage {stage} of {stages} is made anew from {found}, not {wanted}"
 
 
 def check_route(policy: PipelineRoute, devices: int, microbatches: int) -> None:

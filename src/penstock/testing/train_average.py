@@ -5,6 +5,7 @@ Bugs that its clauses are there to catch:
 - the example: another rule than the paper's, such as a copy of the last weights; a count that is off by one; a filter
   that lets through what it should keep.
 - mixture: shares that do not sum to 1, or differ between tensors; negative ones; an update of the weights themselves.
+- averaging: one that never moves, or is a copy of the last weights, whatever its example says.
 - constant: rounding that moves an average of equal numbers, as a sum of shares in bf16 does.
 - resume: memory in the policy, which a checkpoint does not hold.
 - shards: a norm of the rows that a process has, taken for that of all.
@@ -29,6 +30,7 @@ def check(average: Average, updates: int = 30) -> None:
     """Asserts the law of ``train.average`` on its example and on random walks."""
     check_example(average)
     check_mixture(average, updates)
+    check_averaging(average, updates)
     check_constant(average)
     check_resume(average, updates)
     check_shards(average)
@@ -53,8 +55,7 @@ def check_mixture(average: Average, updates: int) -> None:
 
     One of the tensors has iterate i = unit vector i, so its average shows the mixture's coefficients.
     """
-    units = torch.eye(updates + 1, dtype=torch.float64)
-    iterates = [[unit, *weights] for unit, weights in zip(units, _walk(updates), strict=True)]
+    iterates = _told_apart(updates)
     averages = [x.clone() for x in iterates[0]]
     for count, weights in enumerate(iterates[1:], 1):
         before = [x.clone() for x in weights]
@@ -66,6 +67,16 @@ def check_mixture(average: Average, updates: int) -> None:
         for index in range(1, len(averages)):
             mixed = torch.einsum("i,i...->...", shares, torch.stack([iterate[index] for iterate in iterates]))
             torch.testing.assert_close(averages[index], mixed, rtol=0, atol=1e-12)
+
+
+def check_averaging(average: Average, updates: int) -> None:
+    """In the end the weights after two updates or more have a share in the average."""
+    first, *later = _told_apart(updates)
+    averages = [x.clone() for x in first]
+    for count, weights in enumerate(later, 1):
+        average.update(averages, weights, count)
+    among = int((averages[0][1:] > 0).sum())
+    assert among >= 2, f"after {updates} updates the weights of {among} of them are in the average: it averages nothing"
 
 
 def check_constant(average: Average) -> None:
@@ -109,6 +120,12 @@ def check_shards(average: Average, updates: int = 6) -> None:
 
     complaints = on_shards(work)
     assert not complaints, "; ".join(complaints)
+
+
+def _told_apart(updates: int) -> list[list[Tensor]]:
+    """A walk with one tensor more, which is unit vector i after i updates: its average is the share of each of them."""
+    units = torch.eye(updates + 1, dtype=torch.float64)
+    return [[unit, *weights] for unit, weights in zip(units, _walk(updates), strict=True)]
 
 
 def _walk(updates: int) -> list[list[Tensor]]:

@@ -3,6 +3,8 @@
 Bugs that its clauses are there to catch:
 
 - the example: another curve than the paper's, a constant one too; a floor, a decay or a total that is off by one.
+- lengths: a curve that is right for runs as long as the example alone, such as one that does not fall in longer runs, or
+  is off by one there.
 - range: a factor below 0 or above 1 once the run is longer than its total, or the total less than an update.
 - purity: state that a call leaves behind, or that an option does not hold, so that a resumed run sees other factors.
 - warm-up: a jump at its end; a slope that depends on the total, so that runs of other lengths begin differently.
@@ -24,6 +26,7 @@ TOTALS = (1, 2, 7.5, 100, 1000, 1e9)
 def check(schedule: Schedule) -> None:
     """Asserts the law of ``train.schedule``, with and without a warm-up."""
     check_example(schedule)
+    check_lengths(schedule)
     for warmup_steps in (0, 1, 10, 200):
         candidate = schedule.model_copy(update={"warmup_steps": warmup_steps})
         check_range_and_purity(candidate)
@@ -46,6 +49,27 @@ def check_example(schedule: Schedule) -> None:
         assert math.isclose(found, factor, rel_tol=1e-9, abs_tol=1e-12), (
             f"the factor at step {step} of {total} is {found}, and {factor} in the example"
         )
+
+
+def check_lengths(schedule: Schedule) -> None:
+    """A longer run is a shorter one drawn out: the example's factors return in runs of other lengths, and those of the
+    schedule itself, at each update behind the warm-up, in runs of several times as many."""
+    example, factors = schedule.example()
+    _check_drawn_out(example, factors, (2, 3, 10, 1000))
+    for length, times in itertools.product((3, 5, 8, 24, 150), (2, 7)):
+        _check_drawn_out(schedule, [schedule.factor(step, length) for step in range(length + 1)], (times,))
+
+
+def _check_drawn_out(schedule: Schedule, factors: list[float], times: tuple[int, ...]) -> None:
+    """Asserts that the run whose updates have these ``factors`` can be drawn out so many ``times``."""
+    total = len(factors) - 1
+    for many in times:
+        longer = schedule.drawn_out(many)
+        for step in range(schedule.warmup_updates(total), total + 1):
+            found, wanted = longer.factor(many * step, many * total), factors[step]
+            assert math.isclose(found, wanted, rel_tol=1e-9, abs_tol=1e-9), (
+                f"the factor at step {many * step} of {many * total} is {found}, and {wanted} at step {step} of {total}"
+            )
 
 
 def check_range_and_purity(schedule: Schedule) -> None:

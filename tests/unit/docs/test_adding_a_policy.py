@@ -24,20 +24,27 @@ def files_in(document: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def distribution(tmp_path):
+def folder(tmp_path):
+    """The policy of the document and its test, and nothing else."""
+    files = files_in("adding-a-policy.md")
+    for name in ("penstock_staircase.py", "test_staircase.py"):
+        (tmp_path / name).write_text(files[name])
+    return tmp_path
+
+
+@pytest.fixture
+def distribution(folder):
     """The plug-in of the document, installed as pip would."""
     files = files_in("adding-a-policy.md")
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
     project = tomllib.loads(files["pyproject.toml"])
     assert [f"{module}.py" in files for module in project["tool"]["setuptools"]["py-modules"]] == [True]
-    metadata = tmp_path / "penstock_staircase-0.1.0.dist-info"
+    metadata = folder / "penstock_staircase-0.1.0.dist-info"
     metadata.mkdir()
     about = project["project"]
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {about['name']}\nVersion: {about['version']}\n")
     lines = [f"{name} = {value}" for name, value in about["entry-points"]["penstock.policies"].items()]
     (metadata / "entry_points.txt").write_text("\n".join(["[penstock.policies]", *lines]))
-    return tmp_path
+    return folder
 
 
 def check_the_working_directory() -> None:
@@ -47,10 +54,23 @@ def check_the_working_directory() -> None:
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:schemathesis", "test_staircase.py"]))
 
 
-def test_the_policy_of_the_document_works_as_a_plug_in_and_passes_its_test(distribution):
-    done = Program(check_the_working_directory, folder=distribution).completed()
-    assert done.returncode == 0, done.stderr
+def name_the_policy() -> None:
+    """What a process does where the plug-in is installed: it has the policy by its name."""
+    sys.path.insert(0, str(Path.cwd()))
+    policy.index.cache_clear()
+    print(policy.create("train.schedule", "staircase", stairs=4).describe())
+
+
+def test_the_policy_of_the_document_passes_its_test_in_an_empty_folder(folder):
+    done = Program(check_the_working_directory, folder=folder).completed()
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
+
+
+def test_the_policy_of_the_document_works_as_a_plug_in(distribution):
+    done = Program(name_the_policy, folder=distribution).completed()
+    assert done.returncode == 0, done.stderr
+    assert "'name': 'staircase', 'warmup': 0.0, 'warmup_steps': 0, 'stairs': 4" in done.stdout
 
 
 def test_the_benchmark_of_the_document_runs(tmp_path, monkeypatch):

@@ -77,8 +77,6 @@ def test_the_best_number_of_tries():
         best = max(range(41), key=lambda tries: (round(worth(tries, gain, loss, cost), 10), -tries))
         assert laws.mean_best_tries(problems, gain, loss, cost, 40) == best < 10
     assert laws.mean_best_tries([(0.1, 0.0), (0.01, 0.0)], 1.0, 1.0, 0.0, 40) == 40
-    assert laws.best_tries(0.1, 0.0, 1.0, 1.0, 0.0) is None
-    assert laws.best_tries(0.1, 0.2, 1.0, 1.0, 0.0) == 0
 
 
 def test_the_saturation_point_is_the_first_below_the_threshold():

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from penstock.speculate.contract import AWAITED
-from penstock.speculate.expected import tree_tokens
 from penstock.speculate.sparse_tree import best_plan, evaluated, outcome, ranks_of
 from penstock.speculate.tree import Tree, depths
 
@@ -85,7 +84,8 @@ def test_of_a_tree_the_outcome_is_that_of_every_way():
     tree = Tree([AWAITED] * 4, [-1, -1, 0, 0], [2, 1, 0, 3, 1])
     acceptance = np.array([[0.5, 0.25], [0.6, 0.2], [0.0, 0.0]])
     tokens, moves = outcome(tree, acceptance, 4)
-    assert tokens == pytest.approx(tree_tokens(tree.parents, [0.5, 0.25, 0.6, 0.2])) == pytest.approx(2.15)
+    # The newest token's own and, for each node, the product of the chances on its way.
+    assert tokens == pytest.approx(1 + 0.5 + 0.25 + 0.5 * 0.6 + 0.5 * 0.2)
     # The newest token is the last accepted one with 1/4, its second child with 1/4; of the first one's 1/2, a fifth is
     # its own, 0.6 and 0.2 its children's.
     assert moves == pytest.approx([0.25, 0.1 + 0.1, 0.25, 0.3])

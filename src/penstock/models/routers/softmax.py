@@ -39,6 +39,7 @@ class SoftmaxRouter(Router):
 
     @classmethod
     def example(cls) -> Example:
-        # Probabilities 1/8, 1/8, 1/4, 1/2, and the same the other way round.
+        # Probabilities 1/8, 1/8, 1/4, 1/2, and the same the other way round; the chosen weights sum to the scale.
         row = [0.0, 0.0, math.log(2), math.log(4)]
-        return Example(cls(top_k=2), [row, row[::-1]], [[0.0, 0.0, 1 / 3, 2 / 3], [2 / 3, 1 / 3, 0.0, 0.0]])
+        weights = [[0.0, 0.0, 1.0, 2.0], [2.0, 1.0, 0.0, 0.0]]
+        return Example(cls(top_k=2, scale=3), [row, row[::-1]], weights)

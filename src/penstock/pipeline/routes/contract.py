@@ -13,8 +13,9 @@ from penstock.policy import Policy, contract, unwritten
 @contract(
     "pipeline.route",
     law="every path has as many stages as the policy says, none twice; stages that only some microbatches pass serve "
-    "equally many, to within two; for one pair of numbers the paths that the policy gives, worked out by hand; the "
-    "schedule is complete along the paths and free of deadlock, its simulation equal to a count by brute force; "
+    "equally many, to within two; for one pair of numbers the paths that the policy gives, worked out by hand; what "
+    "is lost is made anew from the stages that take its place on other paths, or from those next to it where none does; "
+    "the schedule is complete along the paths and free of deadlock, its simulation equal to a count by brute force; "
     "updates of the trainer on several processes equal to those of one device along the same paths",
 )
 class PipelineRoute(Policy):
@@ -52,7 +53,8 @@ class PipelineRoute(Policy):
         raise NotImplementedError
 
     def neighbours(self, stage: int, stages: int) -> tuple[int, ...]:
-        """What a policy that :attr:`recovers` gives: the stages that a lost ``stage`` is averaged from."""
+        """What a policy that :attr:`recovers` gives: the stages that a lost ``stage`` is averaged from. These stand in
+        its place on other paths; where none does, they are those next to it."""
         raise NotImplementedError
 
     @classmethod

@@ -13,9 +13,9 @@ from penstock.policy import Policy, contract, unwritten
 @contract(
     "train.average",
     law="after any number of updates a mixture of the initial weights and those after each update, the same in all "
-    "tensors, and for weights that stay the weights themselves bit for bit; a function of averages, weights and count "
-    "alone; along one run equal to the averages that the policy gives, worked out by hand; of weights in shards those "
-    "of whole weights",
+    "tensors, in the end of two updates or more, and for weights that stay the weights themselves bit for bit; a "
+    "function of averages, weights and count alone; along one run equal to the averages that the policy gives, worked "
+    "out by hand; of weights in shards those of whole weights",
 )
 class Average(Policy):
     """A running average of the weights, beside the weights themselves.

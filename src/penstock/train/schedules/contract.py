@@ -12,7 +12,8 @@ from penstock.policy import Policy, contract, unwritten
 @contract(
     "train.schedule",
     law="a pure function of step and total within [0, 1]; the warm-up a straight line to 1 that does not depend on the "
-    "total; over one run equal to the factors that the policy gives, worked out by hand",
+    "total; over one run equal to the factors that the policy gives, worked out by hand, and a longer run is that one drawn "
+    "out",
 )
 class Schedule(Policy):
     """A learning-rate schedule: the factor on every group's peak rate.
@@ -21,7 +22,8 @@ class Schedule(Policy):
     which suits a run of any length; ``warmup_steps`` counts updates, so that runs of different length can share their
     beginning. One of them is given.
 
-    A policy gives :meth:`shape`, and :meth:`example` for its law.
+    A policy gives :meth:`shape`, and :meth:`example` for its law; :meth:`drawn_out` where options of its own count
+    updates.
     """
 
     warmup: float = Field(0.0, ge=0, lt=1)
@@ -53,6 +55,11 @@ class Schedule(Policy):
     def shape(self, step: int, total: float) -> float:
         """The factor after the warm-up of ``warmup_steps``, between 0 and 1."""
         raise NotImplementedError
+
+    def drawn_out(self, times: int) -> Self:
+        """The schedule that has, in a run of ``times`` as many updates, the shape of this one: options that count
+        updates are multiplied. A policy that has some besides ``warmup_steps`` says so here."""
+        return self.model_copy(update={"warmup_steps": times * self.warmup_steps})
 
     @classmethod
     def example(cls) -> tuple[Self, list[float]]:
