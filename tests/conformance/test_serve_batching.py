@@ -6,6 +6,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from penstock.serve.batching.contract import Batching
+from penstock.serve.engine.room import StepRoom
 from penstock.testing.engine.machine import machine_of
 from penstock.testing.enrolled import enrolled
 from penstock.testing.serve_batching import (
@@ -13,12 +15,14 @@ from penstock.testing.serve_batching import (
     check_crowding,
     check_forks,
     check_no_starvation,
+    check_parts,
     check_priority,
     check_progress,
+    check_shares,
     check_stall_free,
 )
 
-POLICIES = enrolled("serve.batching")
+POLICIES = {name: each.at_work() for name, each in enrolled("serve.batching").items() if isinstance(each, Batching)}
 
 
 def play(name: str, examples: int, steps: int) -> None:
@@ -37,7 +41,27 @@ def test_the_law_of_batching_holds(name):
 def test_nobody_starves_and_the_urgent_go_first(name):
     check_no_starvation(POLICIES[name])
     check_priority(POLICIES[name])
+    check_shares(POLICIES[name])
     check_progress(POLICIES[name])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=() if each == "nanoflow" else pytest.mark.slow) for each in POLICIES]
+)
+def test_parts_of_a_step_do_not_depend_on_each_other(name):
+    check_parts(POLICIES[name])
+
+
+def test_what_the_law_plays_of_nanoflow_is_split(monkeypatch):
+    split, usual = [], StepRoom.split
+
+    def counted(room, *counts, lead):
+        split.append(counts)
+        usual(room, *counts, lead=lead)
+
+    monkeypatch.setattr(StepRoom, "split", counted)
+    check_parts(POLICIES["nanoflow"])
+    assert len(split) > 10
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,14 @@ Clauses of their own:
 - :func:`check_charges`: a key pays for its requests that were preempted;
 - :func:`check_forks`, forks and cuts: a block that is written to although somebody else holds it, or the prefix tree
   offers it;
+- :func:`check_parts`: a part of a step that reads what another one writes, where steps are split; a split that leaves
+  somebody out;
 - :func:`check_rated`: log-probabilities that slip by one after a preemption;
-- :func:`check_no_starvation`: somebody waits for ever;
-- :func:`check_priority`: the urgent do not go first;
+- :func:`check_no_starvation`: somebody waits for ever, such as those of another key while the first one's keep coming,
+  or the long while short ones do;
+- :func:`check_priority`: the urgent do not go first, or only those of the key that is due;
+- :func:`check_shares`: keys are not told from each other, though the policy says that they are; a key is not charged,
+  or for each request as much whatever its length; one that comes late makes up for all that it did not ask for;
 - :func:`check_progress`: one who could go on does not; :func:`check_stall_free`: nor does one while others begin, of
   policies that promise it.
 """
@@ -39,6 +44,7 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.engine.loops.plain import Plain
 from penstock.serve.messages import Request
+from penstock.serve.run.runner import Runner
 from penstock.testing.alike import alike
 from penstock.testing.engine.accounts import rated
 from penstock.testing.engine.crowds import crowd
@@ -51,15 +57,18 @@ from penstock.testing.serve_simulation import simulated_engine
 
 def check(batching: Batching, examples: int = 20, steps: int = 20) -> None:
     """Asserts the law: the machine plays so many courses of events, the same each time."""
+    batching = batching.at_work()
     chosen = alike(examples, stateful_step_count=steps)
     run_state_machine_as_test(machine_of(batching), settings=chosen)
     check_charges(batching)
     for seed in range(8):
         check_crowding(batching, seed)
     check_forks(batching)
+    check_parts(batching)
     check_rated(batching)
     check_no_starvation(batching)
     check_priority(batching)
+    check_shares(batching)
     check_progress(batching)
 
 
@@ -87,6 +96,30 @@ def check_rated(batching: Batching) -> None:
     wanted = rated(small_model(), tuple(prompt))
     assert len(told) == len(wanted), f"{len(told)} log-probabilities of {len(wanted)} tokens"
     assert all(abs(one - other) < 1e-3 for one, other in zip(told, wanted, strict=True))
+
+
+def check_parts(batching: Batching) -> None:
+    """Asserts that the parts of a step, where the policy splits it, can be computed at the same time: here the last of
+    them is the first. Prompts come in pairs of which the second has little besides
+    what both begin with, beside others that decode."""
+    config = EngineConfig(
+        batching=batching, attention=Reference(), tokens=40, sequences=12, block_size=4, cache_tokens=800, check=True
+    )
+    engine, told, asked = build_engine(small_model(), config), defaultdict[str, list[int]](list), dict[str, list[int]]()
+    runner = engine.executor
+    assert isinstance(runner, Runner)
+    runner._pass_all = lambda parts, lead: [runner._pass(each) for each in parts[::-1]][::-1]  # type: ignore[method-assign]
+    for number in range(8):
+        for tail in range(2):
+            id = f"{number} {tail}"
+            asked[id] = numbers(f"part {number}", 9) + numbers(f"part {id}", (4, 1)[tail])
+            engine.add(Request(id, asked[id], SamplingParams(temperature=0, max_tokens=10)))
+        for _ in range(2):
+            _hear(engine, told)
+    while engine.busy:
+        _hear(engine, told)
+    for id, prompt in asked.items():
+        assert told[id] == greedy(small_model(), prompt, 10), "tokens depend on the order of a step's parts"
 
 
 def check_forks(batching: Batching) -> None:
@@ -182,29 +215,67 @@ def check_progress(batching: Batching) -> None:
 
 
 def check_no_starvation(batching: Batching) -> None:
-    """Asserts that those who came first are done in time although more come at each step than can be served."""
+    """Asserts that those who came first are done in time although more come at each step than can be served, of either
+    of two keys alone, and of short prompts with short answers alone."""
     engine, done = _small_engine(batching), set()
     for step in range(400):
-        engine.add(Request(str(step), numbers(f"starving {step}", 5), SamplingParams(temperature=0, max_tokens=4)))
+        for number in (2 * step, 2 * step + 1):
+            length, most = 20 if number % 5 == 3 else 5, 12 if number % 7 == 4 else 4
+            sampling = SamplingParams(temperature=0, max_tokens=most)
+            engine.add(Request(str(number), numbers(f"starving {number}", length), sampling, key="ab"[number % 2]))
         done |= {int(delta.id) for delta in engine.step() if delta.finish is not None}
-        if step >= 60:
-            assert set(range((step - 60) // 20)) <= done, "one who came early still waits"
+        late = set(range((step - 100) // 30)) - done
+        assert not late, f"number {min(late)} still waits at step {step}, though two come at each step"
 
 
 def check_priority(batching: Batching) -> None:
-    """Asserts that of those who wait, the urgent go in first."""
+    """Asserts that of those who wait, the urgent go in first, also where another key was given less."""
     engine = _small_engine(batching)
     for number in range(2):
-        engine.add(Request(f"runs {number}", [1, 2], SamplingParams(temperature=0, max_tokens=12)))
+        engine.add(Request(f"runs {number}", [1, 2], SamplingParams(temperature=0, max_tokens=12), key="a"))
     engine.step()
     for number in range(6):
         urgent = number % 2
         sampling = SamplingParams(temperature=0, max_tokens=4)
-        engine.add(Request(str(number), numbers(f"urgent {number}", 5), sampling, priority=1 - urgent))
+        key = "a" if urgent else "b"
+        engine.add(Request(str(number), numbers(f"urgent {number}", 5), sampling, priority=1 - urgent, key=key))
     while engine.busy:
         engine.step()
     order = [event.id for event in engine.events.fresh() if event.kind == "admitted" and not event.id.startswith("r")]
     assert sorted(order[:3]) == ["1", "3", "5"], f"admitted in the order {order}"
+
+
+def check_shares(batching: Batching) -> None:
+    """Asserts of a policy that is fair that keys which wait are given tokens alike, to within three of the longest
+    requests: one has long requests and was served alone, then another comes with short ones."""
+    if not batching.fair:
+        return
+    engine = _small_engine(batching)
+    _ask(engine, "long", 30, prompt=6, most=18)
+    for _ in range(60):
+        engine.step()
+    waiting, given = {"long": 30 - len(_admitted(engine)), "short": 80}, {"long": 0, "short": 0}
+    _ask(engine, "short", 80, prompt=3, most=5)
+    while all(waiting.values()):
+        engine.step()
+        for key in _admitted(engine):
+            waiting[key] -= 1
+            given[key] += {"long": 24, "short": 8}[key]
+        assert abs(given["long"] - given["short"]) <= 3 * 24, f"of keys that wait, one is given more: {given}"
+    while engine.busy:
+        engine.step()
+
+
+def _ask(engine: Engine, key: str, count: int, prompt: int, most: int) -> None:
+    """``count`` requests of one ``key``, each with a prompt and an answer of so many tokens."""
+    for number in range(count):
+        sampling = SamplingParams(temperature=0, max_tokens=most)
+        engine.add(Request(f"{key} {number}", numbers(f"{key} {number}", prompt), sampling, key=key))
+
+
+def _admitted(engine: Engine) -> list[str]:
+    """The keys of those who were let in since the last call, in order."""
+    return [event.id.split()[0] for event in engine.events.fresh() if event.kind == "admitted"]
 
 
 def _small_engine(batching: Batching) -> Engine:

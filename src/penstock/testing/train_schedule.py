@@ -3,8 +3,8 @@
 Bugs that its clauses are there to catch:
 
 - the example: another curve than the paper's, a constant one too; a floor, a decay or a total that is off by one.
-- lengths: a curve that is right for runs as long as the example alone, such as one that does not fall in longer runs, or
-  is off by one there.
+- lengths: a curve that is right for runs as long as the example alone, such as one that does not fall in longer runs,
+  or is off by one there.
 - range: a factor below 0 or above 1 once the run is longer than its total, or the total less than an update.
 - purity: state that a call leaves behind, or that an option does not hold, so that a resumed run sees other factors.
 - warm-up: a jump at its end; a slope that depends on the total, so that runs of other lengths begin differently.

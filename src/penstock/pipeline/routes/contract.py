@@ -13,10 +13,10 @@ from penstock.policy import Policy, contract, unwritten
 @contract(
     "pipeline.route",
     law="every path has as many stages as the policy says, none twice; stages that only some microbatches pass serve "
-    "equally many, to within two; for one pair of numbers the paths that the policy gives, worked out by hand; what "
-    "is lost is made anew from the stages that take its place on other paths, or from those next to it where none does; "
-    "the schedule is complete along the paths and free of deadlock, its simulation equal to a count by brute force; "
-    "updates of the trainer on several processes equal to those of one device along the same paths",
+    "equally many, to within two; for one pair of numbers the paths that the policy gives, worked out by hand; a stage "
+    "that can be made anew is so from those that take its place on other paths, or from those next to it where none "
+    "does; the schedule is complete along the paths and free of deadlock, its simulation equal to a count by brute "
+    "force; updates of the trainer on several processes equal to those of one device along the same paths",
 )
 class PipelineRoute(Policy):
     """Sends microbatches through a pipeline of one stage a device on paths of their own: partial, or in another order.

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from collections.abc import Sequence as List
+from typing import ClassVar
 
 from penstock.policy import policy
 from penstock.serve.batching.contract import Batcher, Batching, Room
@@ -95,6 +96,8 @@ class BatchLLM(Batching):
     ``max_tokens`` as the expected number of decoded tokens, and that the shared blocks lie in the engine's prefix
     cache, where the group keeps them alive, instead of being freed by hand.
     """
+
+    fair: ClassVar[bool] = False
 
     def start(self, limits: Limits) -> Batcher:
         return BatchLLMBatcher(limits)

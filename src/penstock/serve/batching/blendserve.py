@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from collections.abc import Sequence as List
+from typing import ClassVar
 
 from penstock.policy import policy
 from penstock.serve.batching.contract import Batcher, Batching, Room
@@ -90,6 +91,8 @@ class BlendServe(Batching):
     of all; ``max_tokens`` stands for the number of decoded tokens; branches are never split to blend better. How
     well the two overlap within a step is for the token budget to say: one that a prompt fills leaves nothing to blend.
     """
+
+    fair: ClassVar[bool] = False
 
     def start(self, limits: Limits) -> Batcher:
         return BlendServeBatcher(limits)

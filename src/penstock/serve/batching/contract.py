@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as List
-from typing import Protocol
+from typing import ClassVar, Protocol, Self
 
 from penstock.policy import Policy, contract
 from penstock.serve.engine.batch import Entry
@@ -75,11 +75,25 @@ class Batcher(Protocol):
     "serve.batching",
     law="where no two choices are within rounding of each other (played in float32 on a CPU), tokens of each request, "
     "greedy and drawn, identical to the request decoded alone, for any arrivals, lengths, shared prefixes, aborts and "
-    "preemptions; token budget and blocks never exceeded; every request finishes; no block lost",
+    "preemptions; token budget and blocks never exceeded; every request finishes; no block lost; of those who wait, "
+    "the urgent go in first, whatever their keys; nobody waits for ever while others come, of whatever length or key; "
+    "keys that wait get tokens alike, to within a few requests, where the policy tells them apart; parts of a step do "
+    "not depend on each other",
 )
 class Batching(Policy):
-    """Forms the batch of each step."""
+    """Forms the batch of each step.
+
+    Attributes:
+        fair: whether keys that wait at the same priority are given tokens alike; else keys are not told from each
+            other.
+    """
+
+    fair: ClassVar[bool] = True
 
     def start(self, limits: Limits) -> Batcher:
         """A batcher for an engine with ``limits``."""
         raise NotImplementedError
+
+    def at_work(self) -> Self:
+        """What the law plays: this policy itself, or one that does what it is for, where by default it does not."""
+        return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left
 from collections.abc import Sequence as List
+from typing import Self
 
 from pydantic import Field
 
@@ -81,3 +82,9 @@ class NanoFlow(Batching):
         if self.rates is None:
             return SarathiBatcher()
         return NanoFlowBatcher(Planner(StepCost.of(limits.model, self.rates), self.gain))
+
+    def at_work(self) -> Self:
+        # Of a device that multiplies six tokens in the time in which it reads the weights: a few that decode, or the
+        # short rest of a prompt, go beside a longer one.
+        slow = Rates(flops=6e9, bandwidth=1e9, beside=1.0)
+        return self if self.rates else self.model_copy(update={"rates": slow, "gain": 0.0})

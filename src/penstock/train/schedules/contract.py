@@ -12,8 +12,8 @@ from penstock.policy import Policy, contract, unwritten
 @contract(
     "train.schedule",
     law="a pure function of step and total within [0, 1]; the warm-up a straight line to 1 that does not depend on the "
-    "total; over one run equal to the factors that the policy gives, worked out by hand, and a longer run is that one drawn "
-    "out",
+    "total; over one run equal to the factors that the policy gives, worked out by hand, and a longer run is that one "
+    "drawn out",
 )
 class Schedule(Policy):
     """A learning-rate schedule: the factor on every group's peak rate.
