@@ -190,25 +190,32 @@ class Roofline:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes read and written a second by a copy of 2 GiB."""
-    source = torch.empty(2**30, dtype=torch.bfloat16, device=device)
+    """Bytes read and written a second by a copy of 2 GiB, on the CPU of 128 MiB."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _best(lambda: target.copy_(source))
 
 
 def matmul_rate(device: torch.device) -> float:
-    """Operations a second of a bf16 product of two matrices of 8,192."""
-    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
-    return 2 * 8192**3 / _best(lambda: a @ a)
+    """Operations a second of a bf16 product of two matrices of 8,192, on the CPU of two of 1,024 in fp32."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / _best(lambda: a @ a)
+
+
+def _wait() -> None:
+    """Until a GPU, where there is one, has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _best(work: Callable[[], object]) -> float:
     times = []
     for _ in range(6):
-        torch.cuda.synchronize()
+        _wait()
         begun = time.perf_counter()
         work()
-        torch.cuda.synchronize()
+        _wait()
         times.append(time.perf_counter() - begun)
     return min(times)
 

@@ -42,7 +42,7 @@ def test_the_peers_files_are_results_that_say_where_they_come_from():
 
 def test_policies_of_a_round_get_the_same_requests_and_rounds_share_none(batching):
     loads = batching.Loads(batching.QUICK, 64)
-    for draw in (loads.long_prompts, loads.shared_prefixes, loads.arriving):
+    for draw in (loads.long_prompts, loads.shared_prefixes, loads.arriving, loads.bursts):
         assert draw(1) == draw(1) != draw(2)
     assert loads.mixed(1, shuffled=False) != loads.mixed(1, shuffled=True)
 
@@ -56,3 +56,4 @@ def test_what_a_load_took_is_counted(batching):
     assert figures.prefilled == 12 + 12 - 8
     assert figures.throughput > 0
     assert figures.gap > 0
+    assert 0 < figures.first < figures.last
