@@ -58,18 +58,18 @@ from penstock.testing.serve_simulation import simulated_engine
 def check(batching: Batching, examples: int = 20, steps: int = 20) -> None:
     """Asserts the law: the machine plays so many courses of events, the same each time."""
     batching = batching.at_work()
+    check_no_starvation(batching)
+    check_priority(batching)
+    check_shares(batching)
+    check_progress(batching)
+    check_parts(batching)
+    check_rated(batching)
     chosen = alike(examples, stateful_step_count=steps)
     run_state_machine_as_test(machine_of(batching), settings=chosen)
     check_charges(batching)
     for seed in range(8):
         check_crowding(batching, seed)
     check_forks(batching)
-    check_parts(batching)
-    check_rated(batching)
-    check_no_starvation(batching)
-    check_priority(batching)
-    check_shares(batching)
-    check_progress(batching)
 
 
 def check_crowding(batching: Batching, seed: int) -> None:
