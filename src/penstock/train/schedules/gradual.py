@@ -40,6 +40,9 @@ class GradualWarmup(Schedule):
         # As if the warm-up were its own: some shapes begin where it ends.
         return self.after.model_copy(update={"warmup_steps": self.warmup_steps}).shape(step, total)
 
+    def drawn_out(self, times: int) -> Self:
+        return super().drawn_out(times).model_copy(update={"after": self.after.drawn_out(times)})
+
     @classmethod
     def example(cls) -> tuple[Self, list[float]]:
         return cls(growth=4, warmup_steps=3), [0.25, 0.5, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
