@@ -31,6 +31,7 @@ Clauses of their own:
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -90,7 +91,7 @@ def check_rated(batching: Batching) -> None:
         engine.step()
     engine.add(Request("rated", prompt, SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=0)))
     told: list[float] = []
-    while engine.busy:
+    for _ in _while_busy(engine):
         for delta in engine.step():
             told += [each.logprob for each in delta.prompt_logprobs or []]
     wanted = rated(small_model(), tuple(prompt))
@@ -116,7 +117,7 @@ def check_parts(batching: Batching) -> None:
             engine.add(Request(id, asked[id], SamplingParams(temperature=0, max_tokens=10)))
         for _ in range(2):
             _hear(engine, told)
-    while engine.busy:
+    for _ in _while_busy(engine):
         _hear(engine, told)
     for id, prompt in asked.items():
         assert told[id] == greedy(small_model(), prompt, 10), "tokens depend on the order of a step's parts"
@@ -140,7 +141,7 @@ def check_forks(batching: Batching) -> None:
             sampling = SamplingParams(seed=seed, max_tokens=8, temperature=1.0)
             engine.fork("parent", Request(f"child {seed}", start, sampling))
         engine.abort("parent")
-        while engine.busy:
+        for _ in _while_busy(engine):
             _hear(engine, told)
         for seed in range(2):
             drawn = Sampling(seed=seed, temperature=1.0, max_tokens=len(start) - len(prompt) + 8)
@@ -151,14 +152,23 @@ def check_forks(batching: Batching) -> None:
             _hear(engine, told)
         engine.truncate("cut", len(prompt) + 9 + back % 3)
         engine.feed("cut", [1, 2, 3])
-        while engine.busy:
+        for _ in _while_busy(engine):
             _hear(engine, told)
         for text in ([*prompt, *told["parent"]], *([*start, *told[f"child {seed}"]] for seed in range(2))):
             engine.add(Request("again", text, SamplingParams(temperature=0, max_tokens=4)))
             told["again"].clear()
-            while engine.busy:
+            for _ in _while_busy(engine):
                 _hear(engine, told)
             assert told["again"] == greedy(small_model(), text, 4), "the tree offers what somebody has overwritten"
+
+
+def _while_busy(engine: Engine, most: int = 5000) -> Iterator[None]:
+    """For each step that there is something left for; asserts that there are not more than ``most``."""
+    for _ in range(most):
+        if not engine.busy:
+            return
+        yield
+    raise AssertionError("requests do not finish")
 
 
 def _hear(engine: Engine, told: dict[str, list[int]]) -> None:
@@ -184,14 +194,14 @@ def _order_after(batching: Batching, cache: int) -> tuple[list[str], int]:
     for key, count in (("a", 25), ("b", 15)):
         prompt = numbers(f"charged {key}", 5)
         engine.add(Request(key, prompt, SamplingParams(temperature=0, max_tokens=count), key=key))
-    while engine.busy:
+    for _ in _while_busy(engine):
         engine.step()
     engine.events.fresh()
     for number in range(8):
         key = "ab"[number % 2]
         prompt = numbers(f"charged {number}", 5)
         engine.add(Request(f"{key}{number}", prompt, SamplingParams(temperature=0, max_tokens=4), key=key))
-    while engine.busy:
+    for _ in _while_busy(engine):
         engine.step()
     order = [event.id for event in engine.events.fresh() if event.kind == "admitted"]
     return order, engine.snapshot().preemptions
@@ -205,7 +215,7 @@ def check_progress(batching: Batching) -> None:
         sampling = SamplingParams(temperature=0, max_tokens=30)
         engine.add(Request(str(number), numbers(f"progress {number}", 6), sampling))
     steady = 0
-    while engine.busy:
+    for _ in _while_busy(engine):
         running = [each.request.id for each in engine.memory.running if each.decoding]
         gained = {delta.id for delta in engine.step()}
         if len(running) == 5:
@@ -239,7 +249,7 @@ def check_priority(batching: Batching) -> None:
         sampling = SamplingParams(temperature=0, max_tokens=4)
         key = "a" if urgent else "b"
         engine.add(Request(str(number), numbers(f"urgent {number}", 5), sampling, priority=1 - urgent, key=key))
-    while engine.busy:
+    for _ in _while_busy(engine):
         engine.step()
     order = [event.id for event in engine.events.fresh() if event.kind == "admitted" and not event.id.startswith("r")]
     assert sorted(order[:3]) == ["1", "3", "5"], f"admitted in the order {order}"
@@ -256,14 +266,14 @@ def check_shares(batching: Batching) -> None:
         engine.step()
     waiting, given = {"long": 30 - len(_admitted(engine)), "short": 80}, {"long": 0, "short": 0}
     _ask(engine, "short", 80, prompt=3, most=5)
-    while all(waiting.values()):
+    for _ in _while_busy(engine):
+        if not all(waiting.values()):
+            break
         engine.step()
         for key in _admitted(engine):
             waiting[key] -= 1
             given[key] += {"long": 24, "short": 8}[key]
         assert abs(given["long"] - given["short"]) <= 3 * 24, f"of keys that wait, one is given more: {given}"
-    while engine.busy:
-        engine.step()
 
 
 def _ask(engine: Engine, key: str, count: int, prompt: int, most: int) -> None:
@@ -281,7 +291,9 @@ def _admitted(engine: Engine) -> list[str]:
 def _small_engine(batching: Batching) -> Engine:
     """One that computes nothing, for two sequences at a time."""
     return simulated_engine(
-        EngineConfig(batching=batching, loop=Plain(), tokens=16, sequences=2, block_size=4, cache_tokens=400)
+        EngineConfig(
+            batching=batching, loop=Plain(), tokens=16, sequences=2, block_size=4, cache_tokens=400, check=True
+        )
     )
 
 
@@ -302,7 +314,7 @@ def check_stall_free(batching: Batching, seed: int) -> None:
     for number in range(12):
         tokens = [int(token) for token in draw.integers(SHAPE.vocabulary, size=draw.integers(1, 40))]
         engine.add(Request(str(number), tokens, SamplingParams(temperature=0, max_tokens=int(draw.integers(1, 20)))))
-    while engine.busy:
+    for _ in _while_busy(engine):
         decoding = [sequence for sequence in engine.memory.running if sequence.decoding]
         gained = {delta.id for delta in engine.step() if delta.tokens}
         for sequence in decoding:
