@@ -224,7 +224,7 @@ def test_log_probabilities_of_what_stands_behind_contexts(policy):
     ]
     assert told == pytest.approx(wanted, abs=1e-5)
     params = params.model_copy(update={"prompt_logprobs_from": len(BEFORE)})
-    with pytest.raises(UsageError, match="prompt_logprobs_from is 8 or more"):
+    with pytest.raises(UsageError, match="prompt_logprobs_from, 8 or more"):
         engine.add(Request("b", prompt, params, contexts=CONTEXTS[:2], shared=len(BEFORE)))
 
 
