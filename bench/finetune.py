@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,10 +32,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from penstock.core.bench import Bench
+from penstock.core.bench import Bench, peer_python, run_apart
 from penstock.core.config import build
 from penstock.core.devices import synchronize
-from penstock.core.errors import PenstockError, UsageError
+from penstock.core.errors import PenstockError
 from penstock.core.progress import silent
 from penstock.data.chats.examples import ExampleStore
 from penstock.data.chats.packing import PackedLoader
@@ -235,18 +233,6 @@ def ours(config: dict[str, Any], folder: Path) -> Side:
     return Side(losses, [after - before for before, after in itertools.pairwise(ends)], peak_bytes(run.device))
 
 
-def run_apart(command: list[str], asked: dict[str, Any], who: str) -> Side:
-    """What a side says that runs in a process of its own.
-
-    Raises:
-        PenstockError: it fails.
-    """
-    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise PenstockError(f"{who} failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
-    return Side(**json.loads(done.stdout.strip().splitlines()[-1]))
-
-
 def compare(bench: Bench, name: str, python: str, data: Path, weights: Path, shape: Shape) -> None:
     """The rows of a task."""
     task, device = TASKS[name], bench.device.type
@@ -258,7 +244,7 @@ def compare(bench: Bench, name: str, python: str, data: Path, weights: Path, sha
         with tempfile.TemporaryDirectory(dir=folder) as place:
             config = asked_of(name, data, shape, device)
             asked = {"config": config, "folder": place}
-            sides["ours"].append(run_apart([sys.executable, __file__], asked, "ours"))
+            sides["ours"].append(Side(**run_apart([sys.executable, __file__], asked, "ours")))
             todo = todo or batches(data / f"{name}-store", shape)
             first = Path(place, "first")
             peers = {
@@ -273,7 +259,7 @@ def compare(bench: Bench, name: str, python: str, data: Path, weights: Path, sha
                 **ADAM,
             }
             script = str(Path(__file__).parent / "peers" / "trl_finetune.py")
-            sides["theirs"].append(run_apart([python, script], peers, task.peer))
+            sides["theirs"].append(Side(**run_apart([python, script], peers, task.peer)))
         print(f"{name}: round {number + 1} of {shape.rounds}", file=sys.stderr)
     counted = sum(len(tokens) for batch in todo[1:] for tokens, _ in segments(batch))
     setting = f"{name}, {MODEL}, {'bf16' if device == 'cuda' else 'fp32'}, {shape.length} tokens an update"
@@ -363,12 +349,7 @@ def accuracy(bench: Bench, subject: str, setting: str, model: str, questions: Ar
 
 def main(bench: Bench) -> None:
     """Measures all tasks, and fails where losses in fp32 are not the same."""
-    python = os.environ.get("PENSTOCK_TRL")
-    if python is None:
-        raise UsageError(
-            "there is no TRL to stand beside",
-            hint="Install it in a place of its own, and set PENSTOCK_TRL to its Python; the script says how.",
-        )
+    python = peer_python("TRL", "PENSTOCK_TRL")
     shape = shape_of(bench)
     with tempfile.TemporaryDirectory() as name:
         data, weights = Path(name), Path(name, "weights")

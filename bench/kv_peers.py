@@ -15,11 +15,8 @@ kvpress needs another version of transformers. Make it a place of its own, and s
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,8 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from penstock.core.bench import Bench
-from penstock.core.errors import PenstockError, UsageError
+from penstock.core.bench import Bench, peer_python, run_apart
+from penstock.core.errors import PenstockError
 from penstock.data.corpora.stdlib import StandardLibrary
 from penstock.models import hub
 from penstock.models.decoder import Decoder
@@ -111,28 +108,9 @@ def ours(model: Decoder, kv: dict[str, Any], todo: list[list[int]], read: int) -
     return [statistics.fmean(rated[str(number)]) for number in range(len(todo))]
 
 
-def theirs(python: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """What kvpress says.
-
-    Raises:
-        PenstockError: it fails.
-    """
-    script = Path(__file__).parent / "peers" / "kvpress_losses.py"
-    done = subprocess.run([python, str(script)], input=json.dumps(asked), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise PenstockError(f"kvpress failed: {done.stderr.strip().splitlines()[-1]}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
 def main(bench: Bench) -> None:
     """Measures both, and fails where they differ though they keep the same tokens."""
-    python = os.environ.get("PENSTOCK_KVPRESS")
-    if python is None:
-        raise UsageError(
-            "there is no kvpress to stand beside",
-            hint="Install it in a place of its own, and set PENSTOCK_KVPRESS to its Python; the script says how.",
-        )
+    python = peer_python("kvpress", "PENSTOCK_KVPRESS")
     read, follow, count = (256, 48, 2) if bench.quick else (READ, FOLLOW, TEXTS)
     model = hub.load(MODEL, dtype=torch.float32).eval()
     todo = texts(count, read + follow)
@@ -141,7 +119,9 @@ def main(bench: Bench) -> None:
         for budget in BUDGETS[: 1 if bench.quick else None]:
             compared = pairs(read, budget)
             presses = {name: pair.press for name, pair in compared.items()}
-            told = theirs(python, {"folder": folder, "texts": todo, "read": read, "presses": presses})
+            script = str(Path(__file__).parent / "peers" / "kvpress_losses.py")
+            asked = {"folder": folder, "texts": todo, "read": read, "presses": presses}
+            told = run_apart([python, script], asked, "kvpress")
             for name, pair in compared.items():
                 _compare(
                     bench, name, pair, ours(model, pair.policy, todo, read), told, f"{read} read, {budget:.0%} kept"

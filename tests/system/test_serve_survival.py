@@ -177,6 +177,23 @@ def test_short_requests_and_random_departures_leave_every_block_free(server, req
     assert after["cache_blocks_held"] == 0
 
 
+def check_a_killed_rank(served: Served, pool: ThreadPoolExecutor) -> None:
+    """Kills rank 1 under a request: it is told so, the server ends, says whose fault it was, and leaves no process."""
+    engine = served.engine
+    (rank,) = children(engine)
+    under_way = pool.submit(answer_of, served, LONG)
+    served.until(lambda now: now["running"] == 1)
+    os.kill(rank, signal.SIGKILL)
+    status, error = under_way.result(PATIENCE)
+    assert (status, error["code"]) == (503, "engine_died")
+    assert "rank 1 has ended without a word" in error["message"]
+    assert served.process.wait(PATIENCE) == 1
+    assert "error: rank 1 has ended without a word" in served.said()
+    assert "start it again" in served.said()
+    assert "Traceback" not in served.said()
+    assert gone(engine)
+
+
 def test_a_divided_model_answers_as_the_whole_one_and_ends_with_a_rank_that_is_killed(server):
     with Served("--tensor-parallel", "2") as divided, ThreadPoolExecutor(1) as pool:
         texts = [each.post("/v1/completions", **GREEDY).json()["choices"][0]["text"] for each in (divided, server)]
@@ -187,19 +204,7 @@ def test_a_divided_model_answers_as_the_whole_one_and_ends_with_a_rank_that_is_k
             for each, ranks in ((told, "01"), (server.figures(), "0"))
         )
         assert parts[0] == parts[1] < 0.6 * whole[0]
-        engine = divided.engine
-        (rank,) = children(engine)
-        under_way = pool.submit(answer_of, divided, LONG)
-        divided.until(lambda now: now["running"] == 1)
-        os.kill(rank, signal.SIGKILL)
-        status, error = under_way.result(PATIENCE)
-        assert (status, error["code"]) == (503, "engine_died")
-        assert "rank 1 has ended without a word" in error["message"]
-        assert divided.process.wait(PATIENCE) == 1
-        assert "error: rank 1 has ended without a word" in divided.said()
-        assert "start it again" in divided.said()
-        assert "Traceback" not in divided.said()
-        assert gone(engine)
+        check_a_killed_rank(divided, pool)
 
 
 @pytest.mark.slow
@@ -207,17 +212,7 @@ def test_stages_answer_as_the_whole_model_and_end_with_one_that_is_killed(server
     with Served("--pipeline-parallel", "2") as cut, ThreadPoolExecutor(1) as pool:
         texts = [each.post("/v1/completions", **GREEDY).json()["choices"][0]["text"] for each in (cut, server)]
         assert texts[0] == texts[1]
-        engine = cut.engine
-        (rank,) = children(engine)
-        under_way = pool.submit(answer_of, cut, LONG)
-        cut.until(lambda now: now["running"] == 1)
-        os.kill(rank, signal.SIGKILL)
-        status, error = under_way.result(PATIENCE)
-        assert (status, error["code"]) == (503, "engine_died")
-        assert "rank 1 has ended without a word" in error["message"]
-        assert cut.process.wait(PATIENCE) == 1
-        assert "Traceback" not in cut.said()
-        assert gone(engine)
+        check_a_killed_rank(cut, pool)
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])

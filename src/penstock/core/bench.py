@@ -18,6 +18,7 @@ import ast
 import datetime
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import statistics
@@ -353,6 +354,34 @@ def summary(path: Path) -> str:
     """First line of a script's docstring, read without running it."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))) or ""
     return text.partition("\n")[0]
+
+
+def peer_python(peer: str, variable: str) -> str:
+    """The Python that a ``peer`` lies in which has a place of its own, as the environment's ``variable`` says.
+
+    Raises:
+        UsageError: it says nothing.
+    """
+    python = os.environ.get(variable)
+    if python is None:
+        raise UsageError(
+            f"there is no {peer} to stand beside",
+            hint=f"Install it in a place of its own, and set {variable} to its Python; the script says how.",
+        )
+    return python
+
+
+def run_apart(command: Sequence[str], asked: Mapping[str, Any], who: str) -> dict[str, Any]:
+    """What a process says, as JSON in the last line that it writes, that is ``asked`` in JSON on its standard input.
+
+    Raises:
+        PenstockError: it fails; the message calls it ``who``.
+    """
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PenstockError(f"{who} failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 def load(name: str) -> ModuleType:

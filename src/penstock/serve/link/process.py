@@ -35,7 +35,7 @@ from penstock.serve.link.host import Host
 from penstock.serve.link.wire import Done, Errand, Failed, Message, News, Open, Ready, Refused, VectorForm, body, parse
 from penstock.serve.messages import Abort, Control, Embed, Request
 from penstock.serve.ranks.group import RankLostError
-from penstock.serve.ranks.runner import LeadingRunner, RankRunner
+from penstock.serve.ranks.runner import ALONE, LeadingRunner, RankRunner
 from penstock.serve.run.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -94,9 +94,7 @@ def opened(wanted: Open, channel: Channel[Message]) -> tuple[Host, Ready]:
     encoder = is_encoder(folder)
     if encoder or hub.read_config(folder).scalar_head:
         if config.ranks > 1:
-            raise UsageError(
-                f"{NO_WRITER} is not divided among ranks", hint="Leave out tensor_parallel and pipeline_parallel."
-            )
+            raise UsageError(f"{NO_WRITER} is not divided among ranks", hint=ALONE)
         if config.resident_weights is not None:
             raise UsageError(f"{NO_WRITER} has all of its weights in memory", hint="Leave out resident_weights.")
         if config.room_for_adapters:
