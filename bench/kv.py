@@ -4,8 +4,12 @@ Quality: smollm2 reads the beginning of a file of the standard library; then the
 what follows is measured, token by token, as the cache goes on being compressed. Beside it, how many of the tokens that
 it writes are those of the full cache, and how many values it recalls of a list that was read before the cache was
 compressed. Layers that share keys and values are measured in the same way, by where they begin to, and low-rank keys
-with values on the host by how much of them a step sees. Throughput: python-6m serves many long requests from a pool of
-fixed size, with the full cache, with a quarter of it, and with low-rank keys.
+with values on the host by how much of them a step sees.
+
+Throughput: many long requests are served from a pool of fixed size, with the full cache and with a quarter of it. On
+the CPU python-6m does, also with low-rank keys. On CUDA it is random weights in the shape of Qwen3-8B, in bf16, which
+have no quality to measure: there the cache in fp8 has the same bytes too, and the steps of as many sequences are timed
+with each, which tells what the upkeep of a small cache costs.
 """
 
 from __future__ import annotations
@@ -19,11 +23,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from penstock.core.bench import Bench
+from penstock.core.bench import Bench, load
+from penstock.core.garbage import settled
+from penstock.core.progress import show
 from penstock.core.randomness import numpy_generator
 from penstock.data.corpora.stdlib import StandardLibrary
 from penstock.models import hub
 from penstock.models.decoder import Decoder
+from penstock.ops.paged.codecs.contract import Codec
+from penstock.ops.paged.codecs.fp8 import Fp8
+from penstock.ops.paged.codecs.plain import Plain
 from penstock.policy import index
 from penstock.serve.build import build_engine
 from penstock.serve.choose.logprobs import TokenLogprobs
@@ -36,7 +45,7 @@ from penstock.serve.kv.policies.minicache import MiniCache
 from penstock.serve.kv.policies.shadow import ShadowKV
 from penstock.serve.messages import Request
 
-QUALITY, SPEED = "smollm2", "python-6m"
+QUALITY, SHAPE = "smollm2", "Qwen3-8B shape"
 BUDGETS = (0.25, 0.35, 0.5)
 #: Tokens of a text before the first compression, and behind it.
 READ, FOLLOW, TEXTS = 512, 128, 6
@@ -48,9 +57,9 @@ LISTS, PAIRS, SHOWN, ASKED = 12, 8, 4, 3
 STARTS = (0.5, 0.0)
 #: What a step sees of tokens whose keys are of low rank.
 SEEN = (0.1, 0.25)
-#: Requests, their tokens in and out, and the tokens that the pool has room for.
-REQUESTS, IN, OUT, POOL = 48, 448, 128, 4096
 EVERY = 32
+#: Of the policies with a budget, those that are measured on CUDA: one looks at nothing, the others at attention.
+ON_CUDA = ("sink_window", "h2o", "snapkv")
 NAMES = ("Anna", "Boris", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "James", "Karen", "Maria")
 CITIES = (
     "Paris",
@@ -68,6 +77,35 @@ CITIES = (
 )
 
 
+class Served(NamedTuple):
+    """What is served: so many ``requests``, of ``length`` tokens in and ``output`` out, with up to ``sequences`` at a
+    time and ``tokens`` a step, from a pool with the bytes of ``pool`` tokens in the model's own dtype."""
+
+    requests: int
+    length: int
+    output: int
+    pool: int
+    sequences: int
+    tokens: int
+
+    @property
+    def whole(self) -> int:
+        """A number of requests that the pool has room for with all that they read and write."""
+        return self.pool // (self.length + self.output) - 2
+
+    def prompts(self) -> list[list[int]]:
+        """What the requests read."""
+        draw = numpy_generator(0, "bench/kv/throughput")
+        return [[int(token) for token in draw.integers(4, 4000, size=self.length)] for _ in range(self.requests)]
+
+
+QUICK = Served(requests=8, length=64, output=32, pool=512, sequences=64, tokens=1024)
+SERVED = {
+    "cpu": Served(requests=48, length=448, output=128, pool=4096, sequences=64, tokens=1024),
+    "cuda": Served(requests=128, length=2048, output=128, pool=40_960, sequences=128, tokens=4096),
+}
+
+
 def policies(budget: float) -> dict[str, dict[str, Any]]:
     """The options of every policy that has a budget."""
     names = [each.name for each in index().entries("kv.policy") if issubclass(each.load(), Budgeted)]
@@ -81,10 +119,10 @@ def left_by(policy: CachePolicy, model: Decoder, tokens: int) -> float:
     return 1.0 if due is None or due > tokens else fitted.keeps(tokens) / tokens
 
 
-def opened(model: Decoder, kv: dict[str, Any], tokens: int, sequences: int = 8) -> Engine:
-    return build_engine(
-        model, EngineConfig.model_validate({"kv": kv, "cache_tokens": tokens, "sequences": sequences, "tokens": 1024})
-    )
+def opened(model: Decoder, options: dict[str, Any], cached: int, sequences: int = 8, tokens: int = 1024) -> Engine:
+    """An engine with a cache for so many tokens, and the ``options``."""
+    sizes = {"cache_tokens": cached, "sequences": sequences, "tokens": tokens}
+    return build_engine(model, EngineConfig.model_validate({**sizes, **options}), report=show)
 
 
 def finished(engine: Engine, requests: list[Request]) -> dict[str, Any]:
@@ -191,7 +229,7 @@ class Quality:
         self._recall("full", full, self.setting)
 
     def _opened(self, kv: dict[str, Any]) -> Engine:
-        return opened(self._model, kv, self._room)
+        return opened(self._model, {"kv": kv}, self._room)
 
     def _written(self, engine: Engine) -> list[list[int]]:
         return written(engine, self._texts[:WRITTEN], self.read, self._follow // 2)
@@ -258,61 +296,156 @@ def quality(bench: Bench, name: str, model: Decoder) -> None:
             )
 
 
-def served(engine: Engine, prompts: list[list[int]], output: int) -> float:
-    """Tokens a second that come out of the engine."""
-    sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
-    begun = time.perf_counter()
-    finished(engine, [Request(str(number), prompt, sampling) for number, prompt in enumerate(prompts)])
-    return len(prompts) * output / (time.perf_counter() - begun)
+class Figures(NamedTuple):
+    """What came of a run: tokens a second, and how many sequences decode at a time, in the mean over the steps in which
+    any does."""
+
+    rate: float
+    together: float
 
 
-def throughput(bench: Bench, model: Decoder) -> None:
-    """Tokens a second from a pool of fixed size, and how many requests run at a time."""
-    count, length, output, pool = (8, 64, 32, 512) if bench.quick else (REQUESTS, IN, OUT, POOL)
-    draw = numpy_generator(0, "bench/kv/throughput")
-    prompts = [[int(token) for token in draw.integers(4, 4000, size=length)] for _ in range(count)]
-    shadow = ShadowKV(budget=SEEN[0], every=EVERY)
-    kinds = {"full": {"name": "full"}, **policies(BUDGETS[0]), "shadow": shadow.describe()}
-    kinds["snapkv under pressure"] = {**kinds["snapkv"], "when": "pressure"}
-    engines = {name: opened(model, kv, pool, sequences=64) for name, kv in kinds.items()}
-    runs = {name: functools.partial(served, engine, prompts, output) for name, engine in engines.items()}
-    served_there = f"{SPEED}, {count} requests of {length} + {output} tokens, a pool for {pool:,}"
-    settings = dict.fromkeys(kinds, f"{served_there}, {BUDGETS[0]:.0%} kept")
-    settings["shadow"] = f"{served_there}, {left_by(shadow, model, length):.0%} on the device, {SEEN[0]:.0%} seen"
-    values = bench.turns(runs, settings["full"], 3)
-    papers = {"h2o": (411,), "shadow": (299,)}
-    for name in list(runs)[1:]:
-        bench.compared(
-            subject=name,
-            peer="full",
-            setting=settings[name],
-            metric="serving throughput",
-            unit="tokens/s",
-            values=values[name],
-            peer_values=values["full"],
-            papers=papers.get(name, ()),
-        )
-    for name, engine in engines.items():
-        together = most_together(engine, prompts, output)
-        bench.row(subject=name, setting=settings[name], metric="requests at a time", unit="", value=together)
+def served(engine: Engine, prompts: list[list[int]], output: int) -> Figures:
+    """Serves the ``prompts``, which come at once."""
+    begun, seen = time.perf_counter(), []
+    add(engine, prompts, output)
+    while engine.busy:
+        engine.step()
+        seen.append(decoding(engine))
+    seconds = time.perf_counter() - begun
+    engine.memory.pool.forget()
+    return Figures(len(prompts) * output / seconds, statistics.fmean(each for each in seen if each))
 
 
-def most_together(engine: Engine, prompts: list[list[int]], output: int) -> float:
-    """How many sequences decode at a time, in the mean over the steps in which any does."""
+def step_time(bench: Bench, engine: Engine, prompts: list[list[int]], output: int) -> float:
+    """Milliseconds of a step in which all ``prompts`` decode, in the mean over three quarters of the ``output``: all
+    that is done for the cache meanwhile counts."""
+    add(engine, prompts, output)
+    while engine.busy and decoding(engine) < len(prompts):
+        engine.step()
+    steps = 3 * output // 4
+
+    def decode() -> None:
+        for _ in range(steps):
+            engine.step()
+
+    seconds = bench.seconds(decode)
+    assert decoding(engine) == len(prompts), f"{decoding(engine)} of {len(prompts)} sequences decoded at the end"
+    while engine.busy:
+        engine.step()
+    engine.memory.pool.forget()
+    return 1000 * seconds / steps
+
+
+def add(engine: Engine, prompts: list[list[int]], output: int) -> None:
+    """Asks for so many tokens behind each of the ``prompts``."""
     sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
     for number, prompt in enumerate(prompts):
         engine.add(Request(str(number), prompt, sampling))
-    seen = []
-    while engine.busy:
-        engine.step()
-        seen.append(sum(each.decoding for each in engine.memory.running))
-    engine.memory.pool.forget()
-    return statistics.fmean(each for each in seen if each)
+
+
+def decoding(engine: Engine) -> int:
+    """How many sequences do."""
+    return sum(each.decoding for each in engine.memory.running)
+
+
+def room(model: Decoder, codec: Codec, pool: int) -> int:
+    """How many tokens in a ``codec`` have the bytes of ``pool`` tokens in the dtype of the ``model``."""
+    size, dtype = model.config.head_dim, model.embedding.weight.dtype
+    return pool * Plain().vector_bytes(size, dtype) // codec.vector_bytes(size, dtype)
+
+
+def compressed(bench: Bench) -> dict[str, dict[str, Any]]:
+    """The options of caches that have a quarter of the tokens, or of low-rank keys, by name."""
+    kinds = policies(BUDGETS[0])
+    if bench.device.type == "cuda":
+        return {name: kinds[name] for name in ON_CUDA}
+    shadow = ShadowKV(budget=SEEN[0], every=EVERY).describe()
+    return {**kinds, "shadow": shadow, "snapkv under pressure": {**kinds["snapkv"], "when": "pressure"}}
+
+
+def throughput(bench: Bench, name: str, model: Decoder) -> None:
+    """Tokens a second from a pool of fixed size, and how many requests run at a time; on CUDA how long steps take,
+    too."""
+    work, on_cuda = QUICK if bench.quick else SERVED[bench.device.type], bench.device.type == "cuda"
+    kinds = {"full": {"name": "full"}, **compressed(bench)}
+    engines = {kind: opened(model, {"kv": kv}, work.pool, work.sequences, work.tokens) for kind, kv in kinds.items()}
+    served_there = f"{name}, {work.requests} requests of {work.length} + {work.output} tokens, a pool for {work.pool:,}"
+    settings = dict.fromkeys(kinds, f"{served_there}, {BUDGETS[0]:.0%} kept")
+    if "shadow" in kinds:
+        left = left_by(ShadowKV(budget=SEEN[0], every=EVERY), model, work.length)
+        settings["shadow"] = f"{served_there}, {left:.0%} on the device, {SEEN[0]:.0%} seen"
+    if on_cuda:
+        cached = room(model, Fp8(), work.pool)
+        engines["fp8"] = opened(model, {"codec": "fp8"}, cached, work.sequences, work.tokens)
+        settings["fp8"] = f"{served_there} in bf16"
+    with settled():
+        if on_cuda:
+            steps(bench, name, engines, work)
+        rates(bench, engines, settings, work)
+
+
+def steps(bench: Bench, name: str, engines: dict[str, Engine], work: Served) -> None:
+    """How long a step of as many sequences takes, beside the full cache, and where attention is looked at, beside the
+    policy that keeps as much and looks at nothing."""
+    prompts = work.prompts()[: work.whole]
+    setting = f"{name}, {len(prompts)} sequences of {work.length} + {work.output} tokens"
+    runs = {kind: functools.partial(step_time, bench, engine, prompts, work.output) for kind, engine in engines.items()}
+    values = bench.turns(runs, setting, 3)
+    beside = [(kind, "full") for kind in runs if kind != "full"]
+    beside += [(kind, "sink_window") for kind in ON_CUDA if kind != "sink_window"]
+    for kind, peer in beside:
+        bench.compared(
+            subject=kind,
+            peer=peer,
+            setting=setting,
+            metric="time of a step that decodes",
+            unit="ms",
+            better="lower",
+            values=values[kind],
+            peer_values=values[peer],
+            claim="parity" if kind == "fp8" else "gain",
+        )
+
+
+def rates(bench: Bench, engines: dict[str, Engine], settings: dict[str, str], work: Served) -> None:
+    """What comes out of the ``engines``, all of which serve the same requests."""
+    prompts, on_cuda = work.prompts(), bench.device.type == "cuda"
+    runs = {kind: functools.partial(served, engine, prompts, work.output) for kind, engine in engines.items()}
+    # Where steps were timed, all is warm.
+    values = bench.turns(runs, settings["full"], 2 if on_cuda else 3, 0 if on_cuda else 1)
+    papers = {"h2o": (411,), "shadow": (299,)}
+    for kind in list(runs)[1:]:
+        bench.compared(
+            subject=kind,
+            peer="full",
+            setting=settings[kind],
+            metric="serving throughput",
+            unit="tokens/s",
+            values=[each.rate for each in values[kind]],
+            peer_values=[each.rate for each in values["full"]],
+            papers=papers.get(kind, ()),
+        )
+    for kind, figures in values.items():
+        together = statistics.median(each.together for each in figures)
+        bench.row(subject=kind, setting=settings[kind], metric="requests at a time", unit="", value=together)
+
+
+def subject(bench: Bench) -> tuple[str, Decoder]:
+    """The model that serves, by name."""
+    serve = load("serve")
+    if bench.device.type == "cuda" and not bench.quick:
+        return SHAPE, serve.random_model(serve.SHAPES[SHAPE], bench.device)
+    found: tuple[str, Decoder] = serve.served(bench.device)
+    return found
 
 
 def main(bench: Bench) -> None:
-    """Measures quality, then throughput."""
-    small = hub.load(SPEED, device=bench.device, dtype=torch.float32).eval()
-    throughput(bench, small)
-    name = SPEED if bench.quick else QUALITY
-    quality(bench, name, hub.load(name, device=bench.device, dtype=torch.float32).eval())
+    """Measures throughput, and on the CPU quality."""
+    if bench.device.type == "cuda":
+        # Each engine compiles the same code for another cache.
+        torch._dynamo.config.recompile_limit = 64
+    name, model = subject(bench)
+    throughput(bench, name, model)
+    if bench.device.type == "cpu":
+        read = name if bench.quick else QUALITY
+        quality(bench, read, hub.load(read, device=bench.device, dtype=torch.float32).eval())
