@@ -76,6 +76,7 @@ class FlashInferCache(CudaCache):
     def __init__(self, shape: CacheShape) -> None:
         super().__init__(shape)
         self._windows = {-1 if window is None else window - 1 for window in shape.windows}
+        self._scales = None if shape.learned is None else scales_of_queries(shape, shape.learned)
         self._lanes = [self._lane()]
         self._fixed: dict[StepShape, Planned] = {}
         self._fixed_decode: dict[int, dict[int, Any]] = {}
@@ -261,20 +262,20 @@ class FlashInferCache(CudaCache):
         usual = self.shape.head_dim**-0.5
         if scale != usual:
             query = query * (scale / usual)
-        if shape.learned is not None:
-            query = (query * self._of_queries(layer, 0)).to(shape.dtype)
+        if self._scales is not None:
+            query = (query * self._scales[layer, 0]).to(shape.dtype)
         for section in planned.sections:
             wrapper = section.wrappers[-1 if window is None else window - 1]
             if isinstance(section.rows, slice):
                 wrapper.run(query[section.rows], memory, out=out[section.rows])
             else:
                 out[section.rows] = wrapper.run(query[section.rows], memory)
-        return out if shape.learned is None else (out * self._of_queries(layer, 1)).to(shape.dtype)
+        return out if self._scales is None else (out * self._scales[layer, 1]).to(shape.dtype)
 
-    def _of_queries(self, layer: int, part: int) -> Tensor:
-        """The scales of keys (0) or values (1) in fp8, for each query head: [H, 1]."""
-        assert self.shape.learned is not None
-        return self.shape.learned[layer, part].repeat_interleave(self.shape.heads // self.shape.kv_heads)[:, None]
+
+def scales_of_queries(shape: CacheShape, learned: Tensor) -> Tensor:
+    """The scales of keys (0) and values (1) in fp8, [layers, 2, K], for each query head: [layers, 2, H, 1]."""
+    return learned.repeat_interleave(shape.heads // shape.kv_heads, 2).unsqueeze(-1)
 
 
 def _edges(counts: np.ndarray) -> np.ndarray:

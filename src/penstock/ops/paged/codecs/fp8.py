@@ -34,7 +34,7 @@ class Fp8(LearnedCodec):
     def encode(self, vectors: Tensor, table: Tensor | None = None) -> Tensor:
         assert table is not None
         numbers = vectors.float() / table[:, None]
-        finite = torch.where(numbers.isinf(), torch.nan, numbers.clamp(-LARGEST, LARGEST))
+        finite = numbers.clamp(-LARGEST, LARGEST).masked_fill_(numbers.isinf(), torch.nan)
         return finite.to(E4M3).view(torch.uint8)
 
     def decode(self, stored: Tensor, head_dim: int, dtype: torch.dtype, table: Tensor | None = None) -> Tensor:
