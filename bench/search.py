@@ -11,13 +11,10 @@ Nothing is timed (``search_live`` does that), so on a CPU programs run side by s
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import itertools
-import json
 import math
 import multiprocessing
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -26,8 +23,6 @@ from typing import Any
 import torch
 
 from penstock.core.bench import Bench, load
-from penstock.core.config import apply_overrides, build, read_toml
-from penstock.core.files import cache_folder
 from penstock.core.progress import silent
 from penstock.data.puzzles import KINDS, OPERATIONS, puzzles, right
 from penstock.data.puzzles import LINE as COUNTED
@@ -36,10 +31,7 @@ from penstock.search.coverage import coverage, power_law
 from penstock.search.ledger import Budget
 from penstock.search.llm import LLM, Plan, SearchResult, program_of, scoring_of
 from penstock.serve.choose.sampling import SamplingParams
-from penstock.train import presets
-from penstock.train.config import TrainConfig
-from penstock.train.run import Run
-from penstock.train.session import train_to_the_end
+from penstock.train.kept import kept_run
 
 #: Budgets of tokens for each problem; and the longest text.
 BUDGETS, LONGEST = (200,), 48
@@ -59,17 +51,7 @@ def trained(bench: Bench) -> Path:
     """The folder of the model for the device, which is trained where none is kept of these settings and puzzles."""
     changes = [f"device={bench.device}", *(["steps=20"] if bench.quick else [])]
     preset = "puzzles" if bench.device.type == "cpu" or bench.quick else "puzzles-100m"
-    tree = apply_overrides(read_toml(presets.path_of(preset)), changes)
-    source = Path(inspect.getfile(puzzles)).read_bytes()
-    digest = hashlib.blake2b(json.dumps(tree).encode() + source, digest_size=8).hexdigest()
-    folder = cache_folder("bench") / f"puzzles-{digest}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            run = Path(scratch) / "run"
-            train_to_the_end(Run.create(build(TrainConfig, tree, "the preset"), run, report=silent), silent)
-            run.rename(folder)
-    return folder
+    return kept_run(preset, changes, Path(inspect.getfile(puzzles)).read_bytes())
 
 
 def problems(count: int) -> list[dict[str, Any]]:

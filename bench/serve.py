@@ -12,12 +12,13 @@ transformers' own generation, in static batches of the better of two sizes, and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,9 @@ def online(engine: Engine, work: Workload, rate: float) -> tuple[list[float], li
     while sent < len(due) or engine.busy:
         now = time.perf_counter() - begun
         while sent < len(due) and due[sent] <= now:
-            sampling = SamplingParams(temperature=0.6, max_tokens=work.outputs[sent], ignore_eos=True, seed=sent)
+            sampling = SamplingParams(
+                temperature=work.temperature, max_tokens=work.outputs[sent], ignore_eos=True, seed=sent
+            )
             engine.add(Request(str(sent), work.prompts[sent], sampling))
             sent += 1
         for delta in engine.step() if engine.busy else ():
@@ -149,6 +152,7 @@ class Roofline:
 
     Attributes:
         seconds: the sum over the steps of a run; 0 before there was one.
+        steps: how many there were.
     """
 
     def __init__(self, engine: Engine, rates: tuple[float, float]) -> None:
@@ -158,21 +162,27 @@ class Roofline:
         self._weights, self._head = matrices, config.vocabulary * config.hidden
         self._token_bytes = cache.block_bytes / cache.block_size
         self._pair = 4 * config.layers * config.heads * config.head_dim
-        self.seconds = 0.0
+        self.seconds, self.steps = 0.0, 0
 
     def run(self, work: Workload) -> float:
         """:func:`run`, counting what its steps cost at least."""
-        self.seconds, runner = 0.0, self._engine.executor
+        with self.counting():
+            return run(self._engine, work)
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Counts what the steps meanwhile cost at least, from 0 on."""
+        self.seconds, self.steps, runner = 0.0, 0, self._engine.executor
         launch = runner.launch
 
         def counted(batch: Batch) -> Sampled | None:
             self.seconds += self._least(batch)
+            self.steps += 1
             return launch(batch)
 
         runner.launch = counted  # type: ignore[method-assign]
-        rate = run(self._engine, work)
+        yield
         runner.launch = launch  # type: ignore[method-assign]
-        return rate
 
     def _least(self, batch: Batch) -> float:
         tokens, scored = batch.tokens, sum(entry.scored for entry in batch.entries)

@@ -4,6 +4,8 @@ python-6m continues files of the standard library that it has not seen, greedily
 a time; python-1m drafts for it, or its own text does, a chain or a tree. The head that predicts for the controller
 specdec_pp is trained before that. At one request also transformers' assisted generation and its prompt look-up, with
 the same models on the same prompts.
+
+On CUDA it is python-150m and python-15m, which are trained the first time: see ``speculate_cuda``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 
 import torch
 
-from penstock.core.bench import Bench
+from penstock.core.bench import Bench, load
 from penstock.core.config import build, read_toml
 from penstock.core.progress import show
 from penstock.data.building import is_held_out
@@ -54,12 +56,14 @@ PAPERS = {"model, bass": (160,), "model, fixed": (63,)}
 ADAPTIVE = {"model, specdec_pp": (374,)}
 
 
-def prompts(count: int) -> list[list[int]]:
-    """The first tokens of ``count`` files that neither model has seen."""
-    tokenizer = hub.load_tokenizer(TARGET)
+def prompts(count: int, source: str | Path = TARGET) -> list[list[int]]:
+    """``count`` pieces of files that neither model has seen: the first tokens of each, then those behind them."""
+    tokenizer = hub.load_tokenizer(source)
     texts = (each.text for each in StandardLibrary(tests=True).documents() if is_held_out(each.text, 0.05))
-    encoded = (tokenizer(text)["input_ids"][:PROMPT] for text in texts)
-    return list(itertools.islice((ids for ids in encoded if len(ids) == PROMPT), count))
+    files = [ids for text in texts if len(ids := tokenizer(text)["input_ids"]) >= PROMPT]
+    starts = range(0, max(map(len, files)), PROMPT)
+    pieces = (ids[start : start + PROMPT] for start in starts for ids in files)
+    return list(itertools.islice((piece for piece in pieces if len(piece) == PROMPT), count))
 
 
 def settings(quick: bool) -> dict[str, dict[str, Any]]:
@@ -140,6 +144,9 @@ def peers(todo: list[list[int]], output: int) -> dict[str, Callable[[], float]]:
 
 def main(bench: Bench) -> None:
     """Measures every crowd."""
+    if bench.device.type == "cuda":
+        load("speculate_cuda").main(bench)
+        return
     output = 24 if bench.quick else OUTPUT
     chosen = settings(bench.quick)
     models = [hub.load(name, device=bench.device, dtype=torch.float32).eval() for name in (TARGET, DRAFT)]
@@ -158,10 +165,16 @@ def main(bench: Bench) -> None:
         measure(bench, runs, engines, f"{crowd} at a time")
 
 
-def measure(bench: Bench, runs: dict[str, Callable[[], float]], engines: dict[str, Engine], setting: str) -> None:
+def measure(
+    bench: Bench,
+    runs: dict[str, Callable[[], float]],
+    engines: dict[str, Engine],
+    setting: str,
+    repetitions: int = REPETITIONS,
+) -> None:
     """The rows of one crowd: each beside plain decoding, and those that draft beside the best of transformers."""
     before = {name: engine.snapshot() for name, engine in engines.items()}
-    values = bench.turns(runs, setting, REPETITIONS)
+    values = bench.turns(runs, setting, repetitions)
     common = {"metric": "decoding speed", "unit": "tokens/s", "setting": setting}
     others = [name for name in runs if name.startswith("transformers")]
     best = max(others, key=lambda name: sum(values[name]), default=None)
