@@ -112,5 +112,5 @@ def measure(bench: Bench, runs: dict[str, Callable[[], float]], engines: dict[st
 
 def _guesses(engine: Engine) -> tuple[int, int]:
     """How often what would come out was guessed, and how often that was right."""
-    model = None if engine.speculation is None else engine.speculation.model
+    model = None if engine.steps.speculation is None else engine.steps.speculation.model
     return (model.guessed, model.right) if isinstance(model, CascadeDraft) else (0, 0)

@@ -89,12 +89,12 @@ def test_compiled_passes_and_graphs_have_adapters_too(folders):
 def test_graphs_stay_where_adapters_come_and_go(folders):
     engine = open_engine(model(), adapters={"x": folders["c"]})
     answers(engine, ("x",))
-    engine.drop_adapter("x")
-    engine.load_adapter("y", folders["a"])
+    engine.adapters.drop("x")
+    engine.adapters.load("y", folders["a"])
     wanted = answers(open_engine(merged(model(), folders["a"])), ("",))
     assert agreement(answers(engine, ("y",)), wanted) > 0.8
-    engine.sleep()
-    engine.wake()
+    engine.control.sleep()
+    engine.control.wake()
     assert agreement(answers(engine, ("y",)), wanted) > 0.8
 
 

@@ -44,10 +44,10 @@ def answers(engine: Engine, stop: int = 0) -> dict[str, list[int]]:
             told.setdefault(delta.id, []).extend(delta.tokens)
         steps += 1
         if steps == stop:
-            engine.sleep()
+            engine.control.sleep()
             for delta in engine.step():
                 told.setdefault(delta.id, []).extend(delta.tokens)
-            engine.wake()
+            engine.control.wake()
     return told
 
 
@@ -58,9 +58,9 @@ def test_sleep_frees_the_memory_and_wake_brings_all_back(options):
     allocated = torch.cuda.memory_allocated()
     held = sum(parameter.nbytes for parameter in engine.executor.model.parameters())
     held += engine.executor.blocks * engine.executor.block_bytes
-    engine.sleep()
+    engine.control.sleep()
     assert torch.cuda.memory_allocated() < allocated - 0.9 * held
-    engine.wake()
+    engine.control.wake()
     after = answers(engine)
     if "deterministic" in options:
         assert after == before
@@ -73,7 +73,7 @@ def test_sleep_frees_the_memory_and_wake_brings_all_back(options):
 def test_other_weights_are_those_of_the_graphs_too(options):
     engine = open_engine(0, **options)
     answers(engine)
-    engine.load(model(1).state_dict())
+    engine.control.load(model(1).state_dict())
     told, wanted = answers(engine), answers(open_engine(1, **options))
     if "deterministic" in options:
         assert told == wanted

@@ -66,7 +66,7 @@ class PenstockLM(TemplateLM):  # type: ignore[misc]
     @property
     def max_length(self) -> int:
         """Most tokens of a text."""
-        return self.llm.engine.context - 1  # a request asks for at least one more
+        return self.llm.engine.limits.context - 1  # a request asks for at least one more
 
     @property
     def max_gen_toks(self) -> int:
@@ -151,7 +151,7 @@ class PenstockLM(TemplateLM):  # type: ignore[misc]
             # Without eos: the engine ends a text at the token itself.
             stop = handle_stop_sequences(wanted.pop("until", None), eos=None)
             most = int(wanted.pop("max_gen_toks"))
-            prompts.append(self.tok_encode(text)[-(self.llm.engine.context - most) :])
+            prompts.append(self.tok_encode(text)[-(self.llm.engine.limits.context - most) :])
             # Of a greedy answer, lm-eval may leave the temperature out.
             wanted["temperature"] = wanted.get("temperature", 1.0) if wanted.get("do_sample") else 0.0
             taken = {name: wanted[name] for name in TAKEN if wanted.get(name) is not None}

@@ -124,7 +124,7 @@ class Evaluation:
         for place in places:
             task, sample = self.samples[place]
             prompt, sampling = task.ask(sample, llm.tokenizer, chat=self._chat)
-            self._fits(task, len(prompt) + sampling.max_tokens, llm.engine.context)
+            self._fits(task, len(prompt) + sampling.max_tokens, llm.engine.limits.context)
             prompts.append(prompt)
             params.append(sampling)
         judges, judged = ThreadPoolExecutor(JUDGES, "judge"), dict[Future[Outcome], int]()

@@ -18,9 +18,11 @@ from penstock.search.scorers.contract import Candidate, Scoring, Verdict, verdic
 from penstock.search.search import Judge, States, Work
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.engine.engine import Engine
+from penstock.serve.engine.executor import Readable
 from penstock.serve.messages import Delta, Finish, Request
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 #: Scorings, and other errands of programs, at a time.
@@ -278,7 +280,7 @@ class Driver:
         for branch in play.search.branches:
             if branch.anchor is not None:
                 anchors.setdefault(branch.model, set()).add(branch.anchor.id)
-        return sum(self._engines[model].kept_blocks(ids) for model, ids in anchors.items())
+        return sum(self._engines[model].requests.kept_blocks(ids) for model, ids in anchors.items())
 
     def _end(self, play: Play) -> None:
         """Frees what a play holds."""
@@ -329,7 +331,7 @@ class Driver:
         try:
             for name in {branch.model for branch in asked.branches}:
                 own = [branch for branch in asked.branches if branch.model == name]
-                found = self._engines[name].states([branch.tokens for branch in own])
+                found = _hidden_states(self._engines[name], [branch.tokens for branch in own])
                 for branch, states in zip(own, found, strict=True):
                     branch.hidden = states
             asked.outcome = asked.branches
@@ -367,3 +369,16 @@ def run(driver: Driver, plays: Iterator[Play], stopped: Callable[[], bool]) -> I
         if not driver.busy:
             return
         yield from driver.step()
+
+
+def _hidden_states(engine: Engine, texts: list[list[int]]) -> list[Tensor]:
+    """Of all tokens of ``texts``, see :meth:`~penstock.serve.engine.executor.Readable.states`.
+
+    Raises:
+        UsageError: the model is not here as a whole, or asleep.
+    """
+    if not isinstance(engine.executor, Readable):
+        raise UsageError("hidden states can be had of a model that one process has as a whole, and records no steps")
+    if engine.control.asleep:
+        raise UsageError("the engine is asleep", hint="Wake it before it computes hidden states.")
+    return engine.executor.states(texts)

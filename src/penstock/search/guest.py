@@ -80,7 +80,7 @@ class Searches:
         budget = Budget(amount=wanted.budget, unit=wanted.unit)
         plan = Plan(program_of(wanted.program), scorers, request.sampling, budget, wanted.step)
         driver = Driver(engine, plan.sampling, plan.scorers, wanted.seconds, like=request)
-        voice = Voice(self._texts, tuple(request.prompt), engine.ends, engine.context)
+        voice = Voice(self._texts, tuple(request.prompt), engine.ends, engine.limits.context)
         play = begun(plan, wanted.problem, {"": voice}, plan.sampling.seed, {"": self._prices}, driver)
         deadline = time.monotonic() + (float("inf") if request.deadline is None else request.deadline)
         self._errands[request.id] = _Errand(driver, play, deadline)

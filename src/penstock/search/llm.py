@@ -259,7 +259,7 @@ def _voice(model: llm.LLM, problem: Mapping[str, Any], plan: Plan) -> Voice:
         tokens = chat_tokens(model.tokenizer, problem["messages"])
     else:
         tokens = model.tokens(problem)
-    context = model.engine.context
+    context = model.engine.limits.context
     if not 0 < len(tokens) < context:
         raise UsageError(
             f"the prompt of {problem.get('id', 'a problem')} has {len(tokens)} tokens, and 1 to {context - 1} fit"

@@ -260,7 +260,7 @@ def build_engine(
     if config.record is None:
         engine = Engine(config, runner, stop, grammars, drafting, _tiers(model, config, runner.cache))
         for name, folder in config.adapters.items():
-            engine.load_adapter(name, folder)
+            engine.adapters.load(name, folder)
         return engine
     options = {**config.model_dump(mode="json"), "record": None, "cache_tokens": runner.blocks * runner.block_size}
     header = {"model": model.config.model_dump(mode="json"), "source": source, "engine": options}

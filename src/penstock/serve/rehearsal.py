@@ -26,7 +26,7 @@ def rehearse_first_uses(engine: Engine) -> None:
     """Answers a long prompt, then some short ones at a time: what is compiled or loaded on first use, such as how one
     token is drawn and how several are, and products of each small number of rows, is there before anybody waits for
     it."""
-    longest, short = (min(most, engine.context - 1) for most in (engine.limits.tokens, SHORT))
+    longest, short = (min(most, engine.limits.context - 1) for most in (engine.limits.tokens, SHORT))
     for lengths in ([longest], *([short] + [1] * more for more in range(FEW))):
         for place, length in enumerate(lengths):
             engine.add(Request(str(place), [0] * length, SamplingParams(temperature=1, max_tokens=2)))
@@ -75,17 +75,21 @@ def rehearse_largest_steps(config: EngineConfig, executor: Executor, draft: Draf
     model ``draft`` if it is given."""
     drafter = config.draft if draft or not config.draft else Zeros(tokens=config.draft.most)
     engine = Engine(config.model_copy(update={"draft": drafter, "controller": Fixed()}), executor, draft=draft)
-    prompt = [0] * min(SHORT, engine.context - 1)
+    prompt = [0] * min(SHORT, engine.limits.context - 1)
     # The bias makes a text of zeros, so that what is drafted is accepted.
     often = {"temperature": 1, "top_p": 0.9, "presence_penalty": 0.01, "logit_bias": {0: 100.0}, "ignore_eos": True}
     short = SamplingParams.model_validate(
-        {**often, "max_tokens": min(STEPS * config.rows, engine.context - len(prompt)), "logprobs": MOST_LOGPROBS}
+        {
+            **often,
+            "max_tokens": min(STEPS * config.rows, engine.limits.context - len(prompt)),
+            "logprobs": MOST_LOGPROBS,
+        }
     )
     for place in range(engine.limits.sequences - 1):
         engine.add(Request(str(place), prompt, short))
     for _ in range(2):
         engine.step()
-    longest = min(engine.limits.tokens, engine.context - 1)
+    longest = min(engine.limits.tokens, engine.limits.context - 1)
     long = SamplingParams.model_validate(
         {**often, "max_tokens": 1, "logprobs": MOST_LOGPROBS, "prompt_logprobs": MOST_LOGPROBS}
     )

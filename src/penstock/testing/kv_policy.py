@@ -395,7 +395,7 @@ def check_continued(policy: CachePolicy) -> None:
     def asked(engine: Engine, id: str, text: list[int], count: int) -> list[int]:
         engine.add(Request(id, text, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)))
         found: list[int] = []
-        while id in engine._sequences:
+        while id in engine.requests:
             for delta in engine.step():
                 said[delta.id] += delta.tokens
                 found += delta.tokens if delta.id == id else []
@@ -407,13 +407,14 @@ def check_continued(policy: CachePolicy) -> None:
     engine = build_engine(small_model(), config)
     said.clear()
     engine.add(Request("a", prompt, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)))
-    sequence = engine._sequences["a"][0]
+    sequence = engine.requests.of("a")[0]
     while len(said["a"]) < 13:
         for delta in engine.step():
             said[delta.id] += delta.tokens
     found = asked(engine, "b", [*prompt, *alone[:13]], 6)
     assert found == longer, "what was said before is taken for a prompt, and is not the same"
-    engine._settle()
+    engine.control.pause()  # what is on its way is told first
+    engine.control.resume()
     engine.memory.release(sequence)
     sequence.preempted = True
     engine.steps.batcher.add(sequence)
@@ -480,7 +481,7 @@ def check_thrown_out(policy: CachePolicy) -> None:
 
     for id, prompt in texts.items():
         engine.add(Request(id, prompt, SamplingParams(temperature=0, max_tokens=44)))
-    sequences = {id: engine._sequences[id][0] for id in "ab"}
+    sequences = {id: engine.requests.of(id)[0] for id in "ab"}
     while len(told["b"]) < 18:
         step()
     throw_out(sequences["b"])
@@ -488,7 +489,7 @@ def check_thrown_out(policy: CachePolicy) -> None:
         if "c" not in sequences and sequences["b"].running and sequences["b"].compressed and len(told["b"]) > 22:
             texts["c"] = [*texts["b"], *told["b"]]
             engine.fork("b", Request("c", texts["c"], SamplingParams(temperature=0, max_tokens=8)))
-            sequences["c"] = engine._sequences["c"][0]
+            sequences["c"] = engine.requests.of("c")[0]
         if len(told["c"]) == 3 and not sequences["c"].preempted:
             throw_out(sequences["c"])
         step()

@@ -341,12 +341,12 @@ def check_crowd(policy: Reuse, seed: int, rounds: int = 14) -> None:
                 engine.add(request)
             for _ in range(int(draw.integers(1, 5))):
                 _hear(engine, told)
-            begun = [id for id, tokens in told.items() if len(tokens) > 3 and id in engine._sequences]
+            begun = [id for id, tokens in told.items() if len(tokens) > 3 and id in engine.requests]
             if begun and number % 4 == 1:
                 aborted.add(begun[0])
                 engine.abort(begun[0])
             elif begun and number % 4 == 3:
-                _cut(engine, begun[-1], requests, told)
+                _cut(engine, begun[-1], requests, told, apart=policy.weighing is not None)
         while engine.busy:
             _hear(engine, told)
         now = engine.snapshot()
@@ -375,13 +375,12 @@ def _drawn(draw: np.random.Generator, id: str, engine: Engine, shared: Sequence[
     return Request(id, prompt, sampling, contexts=chosen, shared=len(before))
 
 
-def _cut(engine: Engine, id: str, requests: dict[str, Request], told: dict[str, list[int]]) -> None:
+def _cut(engine: Engine, id: str, requests: dict[str, Request], told: dict[str, list[int]], *, apart: bool) -> None:
     """Takes the request ``id`` back to its third token, from where it says the same again, and feeds it the fourth."""
-    engine.pause()  # what is on its way is told first
+    engine.control.pause()  # what is on its way is told first
     _hear(engine, told)
-    engine.resume()
-    if id in engine._sequences and requests[id].contexts:
-        apart = engine._config.kv_reuse.weighing is not None
+    engine.control.resume()
+    if id in engine.requests and requests[id].contexts:
         engine.truncate(id, (len(requests[id].prompt) if apart else requests[id].length) + 3)
         engine.feed(id, told[id][3:4])
         del told[id][4:]

@@ -200,14 +200,14 @@ def _continued(model: Headed, head: Continues, tokens: list[int], settled: int) 
 
 def watched(engine: Engine) -> list[tuple[tuple[int, ...], Tree]]:
     """The texts behind which ``engine`` drafts from now on, each with what is drafted."""
-    assert engine.speculation is not None
-    draft, seen = engine.speculation.draft, list[tuple[tuple[int, ...], Tree]]()
+    assert engine.steps.speculation is not None
+    draft, seen = engine.steps.speculation.draft, list[tuple[tuple[int, ...], Tree]]()
 
     def watching(batch: EngineBatch) -> None:
         draft(batch)
         seen.extend((tuple(each.sequence.tokens), each.tree) for each in batch.entries if each.window)
 
-    vars(engine.speculation)["draft"] = watching
+    vars(engine.steps.speculation)["draft"] = watching
     return seen
 
 

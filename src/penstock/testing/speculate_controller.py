@@ -159,23 +159,23 @@ def _alike(some: Sequence[float], others: Sequence[float]) -> bool:
 
 def _asked(engine: Engine) -> list[tuple[list[float], bool]]:
     """What the controller of ``engine`` is asked behind drafted tokens from now on, and what it says."""
-    assert engine.speculation is not None
-    said, seen = engine.speculation.goes_on, list[tuple[list[float], bool]]()
+    assert engine.steps.speculation is not None
+    said, seen = engine.steps.speculation.goes_on, list[tuple[list[float], bool]]()
     assert said is not None
 
     def saying(chances: Sequence[float]) -> bool:
         seen.append((list(chances), said(chances)))
         return seen[-1][1]
 
-    engine.speculation.goes_on = saying
+    engine.steps.speculation.goes_on = saying
     return seen
 
 
 def _drafted(engine: Engine) -> list[tuple[list[int], int, tuple[int, ...], tuple[int, ...]]]:
     """The texts behind which ``engine`` drafts from now on, with how many tokens ahead it may, what it drafts, and the
     parents of a tree's tokens."""
-    assert engine.speculation is not None
-    draft, seen = engine.speculation.draft, list[tuple[list[int], int, tuple[int, ...], tuple[int, ...]]]()
+    assert engine.steps.speculation is not None
+    draft, seen = engine.steps.speculation.draft, list[tuple[list[int], int, tuple[int, ...], tuple[int, ...]]]()
 
     def drafting(batch: Batch) -> None:
         ahead = [each.ahead for each in batch.entries]
@@ -184,7 +184,7 @@ def _drafted(engine: Engine) -> list[tuple[list[int], int, tuple[int, ...], tupl
             if each.window:
                 seen.append((list(each.sequence.tokens), most, each.window, each.parents))
 
-    vars(engine.speculation)["draft"] = drafting
+    vars(engine.steps.speculation)["draft"] = drafting
     return seen
 
 
@@ -222,8 +222,8 @@ def plain_outcomes() -> dict[tuple[str, int], list[int]]:
 def controlled(drafter: Drafter, controller: Controller) -> Engine:
     """A small engine whose controller sees steps that all take as long."""
     engine = engine_with(drafter, controller=controller)
-    assert engine.speculation is not None
-    engine.speculation.clock = itertools.count().__next__
+    assert engine.steps.speculation is not None
+    engine.steps.speculation.clock = itertools.count().__next__
     return engine
 
 

@@ -292,8 +292,8 @@ def check_twin(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None:
         return None
     target, itself = _twins(drafter)
     engine = engine_with(drafter, target, draft=itself, cache_tokens=120, tree=tree)
-    if drafter.widths and engine.speculation is not None:
-        engine.speculation.shaper = Ragged(drafter)
+    if drafter.widths and engine.steps.speculation is not None:
+        engine.steps.speculation.shaper = Ragged(drafter)
     played(engine, 0, times=1)
     for number in range(4):
         prompt = [(3 * place + number // 2) % 11 for place in range(14 + number)]
@@ -325,7 +325,7 @@ def check_twin(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None:
     assert places > now.output_tokens / 4
     wrong = places - sum(now.accepted_at)
     assert not wrong, f"{wrong} of {places} tokens that a model drafted for itself were not its own"
-    model = engine.speculation and engine.speculation.model
+    model = engine.steps.speculation and engine.steps.speculation.model
     if isinstance(model, CascadeDraft):
         # But for those who were preempted, cut back or fed meanwhile, and where the next step had no room.
         assert 3 * model.right > model.guessed, f"{model.right} of {model.guessed} guesses of its own text were right"
@@ -348,7 +348,7 @@ def check_meanwhile(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None
         assert text == right_text, "the text is another one"
         assert window == right_window, "what is drafted meanwhile is not what would be drafted"
         assert chances.shape == right.shape and torch.allclose(chances, right, atol=1e-4), "nor drawn from the same"
-    drafting = engines[0].speculation and engines[0].speculation.model
+    drafting = engines[0].steps.speculation and engines[0].steps.speculation.model
     assert isinstance(drafting, CascadeDraft) and drafting.right, "nothing was drafted meanwhile"
     return engines[0]
 
@@ -356,8 +356,8 @@ def check_meanwhile(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None
 def _proposed(engine: Engine) -> list[tuple[list[int], tuple[int, ...], Tensor]]:
     """The texts behind which ``engine`` drafts for requests of all kinds, what it drafts, and the distributions that it
     is drawn from, as far as they are told."""
-    assert engine.speculation is not None
-    draft, seen = engine.speculation.draft, list[tuple[list[int], tuple[int, ...], Tensor]]()
+    assert engine.steps.speculation is not None
+    draft, seen = engine.steps.speculation.draft, list[tuple[list[int], tuple[int, ...], Tensor]]()
 
     def watching(batch: Batch) -> None:
         draft(batch)
@@ -368,7 +368,7 @@ def _proposed(engine: Engine) -> list[tuple[list[int], tuple[int, ...], Tensor]]
                 chances = torch.empty(0) if told is None else told.chances[rows].clone()
                 seen.append((list(entry.sequence.tokens), entry.window, chances))
 
-    vars(engine.speculation)["draft"] = watching
+    vars(engine.steps.speculation)["draft"] = watching
     played(engine, 0, times=1)
     return seen
 

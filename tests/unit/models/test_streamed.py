@@ -221,11 +221,11 @@ def test_an_engine_says_the_same_with_the_same_bits(tmp_path):
     engine = served(model)
     assert engine.executor.memory["weights"] == least(folder) + frequencies(model)
     assert said(engine) == said(served(hub.load(folder).eval()))
-    engine.sleep()
-    engine.wake()
+    engine.control.sleep()
+    engine.control.wake()
     assert said(engine) == said(served(hub.load(folder).eval()))
     with pytest.raises(UsageError, match="stay on disk"):
-        engine.load(folder)
+        engine.control.load(folder)
 
 
 def test_an_engine_whose_bits_do_not_depend_on_the_batch_says_the_same(tmp_path):

@@ -60,16 +60,16 @@ def continued(engine: Engine, tokens: int = 40, prompt: list[int] = PROMPT) -> l
 
 
 def drafting(engine: Engine) -> CascadeDraft:
-    assert engine.speculation is not None and isinstance(engine.speculation.model, CascadeDraft)
-    return engine.speculation.model
+    assert engine.steps.speculation is not None and isinstance(engine.steps.speculation.model, CascadeDraft)
+    return engine.steps.speculation.model
 
 
 def timed(engine: Engine, read: float, compute: float, draft: float) -> Lanes:
     """The times of ``engine`` from now on, whose target needs so long to ``read`` a layer and to ``compute`` it, and
     whose draft needs so long for a pass."""
     lanes, stream = Lanes(), stream_of(engine.executor.model)  # type: ignore[attr-defined]
-    assert stream is not None and engine.speculation is not None
-    fill, hold, model = stream.fill, stream.hold, engine.speculation.model
+    assert stream is not None and engine.steps.speculation is not None
+    fill, hold, model = stream.fill, stream.hold, engine.steps.speculation.model
     passed = model._pass
 
     def reading(*args: Any) -> Any:

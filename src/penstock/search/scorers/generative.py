@@ -53,7 +53,7 @@ class Generative(Scorer):
                 prompts.append([*chat_tokens(llm.tokenizer, problem["messages"]), *more])
             else:
                 prompts.append(llm.tokens(str(problem.get("prompt", "")) + text))
-        most = llm.engine.context - 1
+        most = llm.engine.limits.context - 1
         with free:  # an engine is one thread's at a time
             replies = iter(llm.generate([each for each in prompts if len(each) <= most], asking, progress=silent))
         found: list[float | Verdict] = []

@@ -17,13 +17,11 @@ class EncoderEngine:
     :class:`~penstock.serve.embed.waiting.WaitingTexts` computes.
 
     Attributes:
-        busy, stopped: never.
-        due: no deadline.
+        busy: never.
         events: none.
     """
 
-    busy = stopped = False
-    due: float | None = None
+    busy = False
 
     def __init__(self) -> None:
         self.events = EventLog()

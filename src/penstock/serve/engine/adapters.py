@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -53,10 +53,11 @@ class Adapters:
 
     Args:
         executor: computes with them.
+        used: tells those of sequences that are not done, whose slots stay as they are.
     """
 
-    def __init__(self, executor: object) -> None:
-        self._executor = executor
+    def __init__(self, executor: object, used: Callable[[], Collection[Adapter]]) -> None:
+        self._executor, self._used = executor, used
         self._known: dict[str, Adapter] = {}
 
     @property
@@ -76,15 +77,12 @@ class Adapters:
             raise UsageError(f"there is no adapter {name!r} here: {nearest(name, self._known)}")
         return self._known[name]
 
-    def load(self, name: str, folder: Path, used: Collection[Adapter]) -> None:
-        """Loads the adapter of ``folder``; requests choose it by ``name`` from now on.
-
-        Args:
-            used: those of sequences that are not done, whose slots stay as they are.
+    def load(self, name: str, folder: str | Path) -> None:
+        """Loads the adapter of ``folder``, between steps: requests choose it by ``name`` from now on.
 
         Raises:
-            PenstockError: it cannot be had, or does not fit, or there is no slot, or the name is taken. Nothing has
-                changed then.
+            PenstockError: it cannot be had, or does not fit the model, or there is no slot, or the name is taken.
+                Nothing has changed then.
         """
         executor = self._executor
         if not isinstance(executor, Adaptable) or not executor.adapter_slots:
@@ -95,17 +93,18 @@ class Adapters:
             raise UsageError(f"{name!r} is no name for an adapter", hint="Take letters, digits, dots, dashes, slashes.")
         if name in self._known:
             raise UsageError(f"there is an adapter {name!r} already", hint="Drop it first, or choose another name.")
-        taken = {each.slot for each in (*self._known.values(), *used)}
+        taken = {each.slot for each in (*self._known.values(), *self._used())}
         free = [slot for slot in range(1, executor.adapter_slots + 1) if slot not in taken]
         if not free:
             raise UsageError(
                 f"all {executor.adapter_slots} slots for adapters are in use",
                 hint="Drop an adapter and let its requests end, or start the engine with more adapter_slots.",
             )
-        self._known[name] = Adapter(name, free[0], executor.load_adapter(free[0], folder))
+        self._known[name] = Adapter(name, free[0], executor.load_adapter(free[0], Path(folder)))
 
     def drop(self, name: str) -> None:
-        """No request can choose the adapter ``name`` any more. Its slot is free once no sequence uses it.
+        """No request can choose the adapter ``name`` any more. Those that have it go on with it to their end, and what
+        is forked from them has it too; then its slot is free.
 
         Raises:
             UsageError: there is no such.

@@ -56,7 +56,12 @@ class Readable(Protocol):
     """An executor that has the whole model here."""
 
     def states(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """See :meth:`~penstock.serve.engine.engine.Engine.states`."""
+        """The hidden states after the model's last norm of all tokens of ``texts``, float32 [tokens, hidden] each, on
+        the CPU: computed now, from the beginning, beside the batches and without their cache.
+
+        Raises:
+            UsageError: the model is not here as a whole.
+        """
         ...
 
 

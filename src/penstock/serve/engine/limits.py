@@ -17,6 +17,7 @@ class Limits:
         sequences: most sequences that run at a time.
         blocks: of the cache.
         block_size: tokens of a block.
+        context: most tokens of a sequence.
         model: the shape of the model.
         selection: what tokens behind a prompt read of the cache; None where they read all.
     """
@@ -25,5 +26,6 @@ class Limits:
     sequences: int
     blocks: int
     block_size: int
+    context: int
     model: DecoderConfig
     selection: BlockSelection | None = None

@@ -57,8 +57,7 @@ class EngineSteps:
         stages: how many stages of a model compute one behind the other.
 
     Attributes:
-        batcher: holds those that wait.
-        stages: as given.
+        batcher, speculation, stages: as given.
         last: the batch that was formed last.
         version: of the weights that compute.
     """
@@ -78,15 +77,15 @@ class EngineSteps:
     ) -> None:
         self._memory, self.batcher, self._executor = memory, batcher, executor
         self._tokens, self._counters, self._events, self._end = tokens, counters, events, end
-        self._speculation, self._branches = speculation, branches
+        self.speculation, self._branches = speculation, branches
         self.last = Batch([], memory.tables)
         self.version, self.stages = 0, stages
 
     def form(self, pieces: int | None = None) -> Batch | None:
         begun, ahead = 0.0, 0
-        if self._speculation is not None:
-            begun, ahead = self._speculation.clock(), self._speculation.ahead(self._memory.running)
-        shaper = None if self._speculation is None else self._speculation.shaper
+        if self.speculation is not None:
+            begun, ahead = self.speculation.clock(), self.speculation.ahead(self._memory.running)
+        shaper = None if self.speculation is None else self.speculation.shaper
         room = StepRoom(self._memory, self._tokens, self._events, ahead, self._branches, shaper)
         room.compact(each for each in self._memory.running if each.length < each.limit)
         # One whose last token is on its way has nothing more to compute; one that waits for a token is left out.
@@ -122,8 +121,8 @@ class EngineSteps:
 
     def launch(self, batch: Batch) -> None:
         self._counters.steps += 1
-        if self._speculation is not None:
-            self._speculation.draft(batch)
+        if self.speculation is not None:
+            self.speculation.draft(batch)
         batch.sampled = self._executor.launch(batch)
 
     def publish(self, batch: Batch) -> list[Delta]:
@@ -135,8 +134,8 @@ class EngineSteps:
         entries = [entry for entry in batch.entries if entry.scored]
         rows = None if sampled.logprobs is None else sampled.logprobs.rows
         tokens, counts = sampled.tokens.tolist(), sampled.settled(len(entries))
-        if self._speculation is not None:
-            self._speculation.learn(batch, counts)
+        if self.speculation is not None:
+            self.speculation.learn(batch, counts)
         deltas = []
         first = row = 0
         for entry, count in zip(entries, counts, strict=True):
@@ -181,7 +180,7 @@ class EngineSteps:
                 if sequence.guessed:
                     # Keys and values of probes, and of drafted tokens that were not accepted, are nobody's.
                     self._memory.truncate(sequence, entry.start + entry.count - len(window) + len(tokens) - 1)
-                sequence.held.probed = 0 if self._speculation is None else self._speculation.probed(entry, tokens)
+                sequence.held.probed = 0 if self.speculation is None else self.speculation.probed(entry, tokens)
             sequence.guessed = False
         if len(sequence.tokens) - kept == len(sequence.request.prompt):
             self._events.add("first", sequence.request.id, sequence.index)

@@ -63,7 +63,16 @@ class Host:
     def busy(self) -> bool:
         """Whether there is anything to do."""
         others = any(guest.busy for guest in self._guests.values()) or (self._texts is not None and self._texts.busy)
-        return self.engine.busy or (others and not self.engine.stopped)
+        return self.engine.busy or (others and not self._stopped)
+
+    @property
+    def due(self) -> float | None:
+        """Seconds until the next request passes its deadline, also while the engine is stopped; None without any."""
+        return None if isinstance(self.engine, EncoderEngine) else self.engine.requests.due
+
+    @property
+    def _stopped(self) -> bool:
+        return not isinstance(self.engine, EncoderEngine) and self.engine.control.stopped
 
     def snapshot(self) -> Snapshot:
         """The state now."""
@@ -106,13 +115,13 @@ class Host:
     def step(self) -> tuple[list[Delta], list[Done | Vectors]]:
         """What a step makes known, errands that are done, and vectors: a step and a pass of texts take turns."""
         # A stopped engine has requests whose deadlines pass.
-        deltas = self.engine.step() if self.engine.busy or self.engine.stopped else []
+        deltas = self.engine.step() if self.engine.busy or self._stopped else []
         done: list[Done | Vectors] = []
-        if deltas or not self.engine.stopped:
+        if deltas or not self._stopped:
             for guest in self._guests.values():
                 deltas, own = guest.take(deltas)
                 done += own
-        if self._texts is not None and not self.engine.stopped:
+        if self._texts is not None and not self._stopped:
             done += self._texts.step()
         return deltas, done
 
@@ -120,18 +129,18 @@ class Host:
 def _control(engine: Engine, wanted: Control) -> None:
     match wanted.act:
         case Act.PAUSE:
-            engine.pause()
+            engine.control.pause()
         case Act.RESUME:
-            engine.resume()
+            engine.control.resume()
         case Act.SLEEP:
-            engine.sleep()
+            engine.control.sleep()
         case Act.WAKE:
-            engine.wake()
+            engine.control.wake()
         case Act.LOAD:
-            engine.load(hub.resolve(wanted.folder), wanted.version)
+            engine.control.load(hub.resolve(wanted.folder), wanted.version)
         case Act.LOAD_ADAPTER:
-            engine.load_adapter(wanted.name, wanted.folder)
+            engine.adapters.load(wanted.name, wanted.folder)
         case Act.DROP_ADAPTER:
-            engine.drop_adapter(wanted.name)
+            engine.adapters.drop(wanted.name)
     done = " ".join(filter(None, (wanted.act.value, wanted.name)))
-    log.warning("%s: done; the weights' version is %d", done, engine.version)
+    log.warning("%s: done; the weights' version is %d", done, engine.control.version)

@@ -51,7 +51,7 @@ def serve(host: Host, channel: Channel[Message]) -> None:
     """Steps the engine while it has anything to do, and takes messages in between, until the other end closes."""
     engine, told = host.engine, 0.0
     while True:
-        for message in channel.pending(not host.busy, engine.due):
+        for message in channel.pending(not host.busy, host.due):
             if message is None:
                 engine.close()
                 return
@@ -117,7 +117,7 @@ def opened(wanted: Open, channel: Channel[Message]) -> tuple[Host, Ready]:
     if isinstance(executor, LeadingRunner) and executor.ranks is not None:
         memory += executor.ranks.memory
         executor.ranks.watch(lambda error: _end(error, channel))
-    texts, ready = None, Ready(engine.context, limits.sequences, limits.model.vocabulary, memory, codec)
+    texts, ready = None, Ready(engine.limits.context, limits.sequences, limits.model.vocabulary, memory, codec)
     if isinstance(executor, Runner) and not isinstance(executor, RankRunner):
         pooled = pooled_decoder(executor.model, pooling_of(folder, LAST))
         texts = WaitingTexts(pooled, config.budget(executor.device))

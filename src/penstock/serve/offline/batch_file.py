@@ -284,12 +284,12 @@ class BatchRun:
             self._tokens.encode(prompt, body.special) if isinstance(prompt, str) else prompt
             for prompt in body.prompts()
         ]
-        prompts = [before + body.truncated(prompt, self._gatherer.engine.context) for prompt in prompts]
+        prompts = [before + body.truncated(prompt, self._gatherer.engine.limits.context) for prompt in prompts]
         return prompts, len(before), {}, Completions(self._tokens, prompts, body)
 
     def _chat(self, body: Chat) -> tuple[list[list[int]], int, dict[str, Any], Completions | Chats]:
         """The same for a chat."""
-        prompt, extra, form = ask(body, self._tokens, self._gatherer.engine.context)
+        prompt, extra, form = ask(body, self._tokens, self._gatherer.engine.limits.context)
         return [prompt.tokens], prompt.shared, extra, Chats(self._tokens, prompt.tokens, body, form)
 
     def _end(self, result: RequestOutput) -> Iterator[dict[str, Any]]:

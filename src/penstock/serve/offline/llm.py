@@ -187,19 +187,20 @@ class LLM:
 
     def pause(self) -> None:
         """Nothing is generated until :meth:`resume`: requests of :meth:`as_completed` that are under way wait."""
-        self.engine.pause()
+        self.engine.control.pause()
 
     def resume(self) -> None:
         """Goes on after :meth:`pause`, with the same tokens as if there had been none."""
-        self.engine.resume()
+        self.engine.control.resume()
 
     def sleep(self) -> None:
-        """Frees the memory of the model and of its cache; see :meth:`~penstock.serve.engine.engine.Engine.sleep`."""
-        self.engine.sleep()
+        """Frees the memory of the model and of its cache; see
+        :meth:`~penstock.serve.engine.control.EngineControl.sleep`."""
+        self.engine.control.sleep()
 
     def wake(self) -> None:
         """Brings back what :meth:`sleep` freed."""
-        self.engine.wake()
+        self.engine.control.wake()
 
     def load(self, weights: Mapping[str, Tensor] | str | Path, version: int | None = None) -> int:
         """Puts other weights in the place of the model's: those of a folder (whatever ``hub.resolve`` takes), or
@@ -209,16 +210,16 @@ class LLM:
         Raises:
             UsageError, ModelError: they are not weights of such a model. Nothing has changed then.
         """
-        return self.engine.load(weights if isinstance(weights, Mapping) else hub.resolve(weights), version)
+        return self.engine.control.load(weights if isinstance(weights, Mapping) else hub.resolve(weights), version)
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
         """Loads the LoRA adapter of ``folder``, which PEFT or a run has written; see
-        :meth:`~penstock.serve.engine.engine.Engine.load_adapter`."""
-        self.engine.load_adapter(name, folder)
+        :meth:`~penstock.serve.engine.adapters.Adapters.load`."""
+        self.engine.adapters.load(name, folder)
 
     def drop_adapter(self, name: str) -> None:
         """No prompt can name the adapter any more; its slot is free once none that has it is under way."""
-        self.engine.drop_adapter(name)
+        self.engine.adapters.drop(name)
 
     def _judged(
         self, judge: Judge, queries: list[str], texts: list[str], instruction: str | None, progress: Reporter
@@ -238,7 +239,7 @@ class LLM:
 
     def _embedder(self, pooling: Pooling | None) -> Embedder:
         runner = self.engine.executor
-        if self.engine.asleep:
+        if self.engine.control.asleep:
             raise UsageError("the engine is asleep", hint="Call wake() before it is to make vectors.")
         if not isinstance(runner, Runner):
             raise UsageError("an engine that records its steps makes no vectors", hint="Leave out `record`.")
@@ -305,9 +306,9 @@ class LLM:
                 request = Request(id, prompt, sampling, contexts=contexts, shared=shared, adapter=adapter)
                 self._gatherer.submit(request, text)
             while self._gatherer.pending and not stop.wanted:
-                if self.engine.stopped:
+                if self.engine.control.stopped:
                     raise UsageError(
-                        "the engine is asleep" if self.engine.asleep else "the engine is paused",
+                        "the engine is asleep" if self.engine.control.asleep else "the engine is paused",
                         hint="Call wake() or resume() before it is to generate.",
                     )
                 for result in self._gatherer.step():

@@ -30,6 +30,6 @@ def crowd(machine: EngineMachine, seed: int) -> None:
                 max_tokens=MOST,
                 prompt_logprobs=int(draw.integers(2)) or None,
             )
-            machine.arrive(asked=[(prompt[: machine.engine.context - 1], sampling)], deadline=None)
+            machine.arrive(asked=[(prompt[: machine.engine.limits.context - 1], sampling)], deadline=None)
         machine.step(times=int(draw.integers(1, 5)))
     machine.teardown()

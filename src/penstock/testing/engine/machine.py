@@ -113,10 +113,10 @@ class EngineMachine(RuleBasedStateMachine):
         tiers = Tiers(HostBlocks(runner.cache, places), disk, AtOnce()) if places else None
         self.engine = Engine(config, runner, draft=drafting, tiers=tiers)
         for name, place in config.adapters.items():
-            self.engine.load_adapter(name, place)
-        if self.engine.speculation is not None:
+            self.engine.adapters.load(name, place)
+        if self.engine.steps.speculation is not None:
             # By a clock that goes on by itself: a course of events is the same each time.
-            self.engine.speculation.clock = itertools.count().__next__
+            self.engine.steps.speculation.clock = itertools.count().__next__
         self.accounts: dict[Name, Account] = {}
         self.rated: set[str] = set()
         self.precedence = Precedence(self.accounts)
@@ -216,7 +216,7 @@ class EngineMachine(RuleBasedStateMachine):
         left = self._left(request, given)
         assert left >= 1
         limit = len(request.prompt) + min(request.sampling.max_tokens, left)
-        for sequence in self.engine._sequences[request.id]:
+        for sequence in self.engine.requests.of(request.id):
             self.accounts[request.id, sequence.index] = Account(
                 oracle, request, sequence.index, list(request.prompt), given, limit, self.kv, sequence
             )
@@ -234,10 +234,10 @@ class EngineMachine(RuleBasedStateMachine):
         nearly empty."""
         limits, length = self.engine.limits, len(request.prompt)
         if request.sampling.rule is None:
-            return self.engine.context - length
+            return self.engine.limits.context - length
         other, size = len(CONTRAST.prompt) + length - given, limits.block_size
         both = limits.blocks * size - 2 * (size - 1) - length - other
-        return min(self.engine.context - max(length, other), both // 2) if limits.sequences > 1 else 0
+        return min(self.engine.limits.context - max(length, other), both // 2) if limits.sequences > 1 else 0
 
     def _step(self) -> None:
         before = self.engine.steps.last
@@ -269,11 +269,11 @@ class EngineMachine(RuleBasedStateMachine):
                 assert abs(each.logprob - wanted) < 1e-3
 
     def _lives(self, name: Name) -> bool:
-        return any(each.index == name[1] for each in self.engine._sequences.get(name[0], ()))
+        return any(each.index == name[1] for each in self.engine.requests.of(name[0]))
 
     def _text(self, name: Name) -> list[int]:
         """What the engine has of a sequence; what was told last where it has ended."""
-        for each in self.engine._sequences.get(name[0], ()):
+        for each in self.engine.requests.of(name[0]):
             if each.index == name[1]:
                 return list(each.tokens)
         account = self.accounts[name]

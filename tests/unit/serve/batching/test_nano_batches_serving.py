@@ -256,7 +256,7 @@ def engine_under(policy: NanoFlow) -> Engine:
     """An engine that computes nothing, whose policy believes it is a large model's."""
     config = EngineConfig(batching="sarathi", loop="plain", tokens=2304, sequences=256, cache_tokens=2**19)
     engine = simulated_engine(config)
-    engine.steps.batcher = policy.start(Limits(2304, 256, 2**15, 16, QWEN3_8B))
+    engine.steps.batcher = policy.start(Limits(2304, 256, 2**15, 16, 16384, QWEN3_8B))
     return engine
 
 

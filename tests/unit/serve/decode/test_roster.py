@@ -163,7 +163,7 @@ def test_short_memory_small_steps_and_drafts_change_nothing():
     for options in ({"cache_tokens": 44, "tokens": 12}, {"cache_tokens": 400, "tokens": 5, "draft": Ngram(shortest=1)}):
         engine = build_engine(small_mixture(), EngineConfig.model_validate(given | options))
         assert decode(engine, PROMPTS, samplings) == expected
-        assert engine.speculation is None or not sum(engine.speculation.drafted)
+        assert engine.steps.speculation is None or not sum(engine.steps.speculation.drafted)
 
 
 def test_no_step_computes_more_than_it_may():

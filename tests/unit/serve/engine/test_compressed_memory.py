@@ -191,12 +191,12 @@ def test_one_goes_on_from_what_is_left_of_a_kept_cache():
 
     for id, prompt in texts.items():
         engine.add(Request(id, prompt, SamplingParams(temperature=0, max_tokens=30), keep=id == "kept"))
-    (kept,), (other,) = engine._sequences["kept"], engine._sequences["other"]
+    (kept,), (other,) = engine.requests.of("kept"), engine.requests.of("other")
     drain()
     assert kept.compressed
     texts["next"] = [*texts["kept"], *told["kept"]]
     engine.fork("kept", Request("next", texts["next"], SamplingParams(temperature=0, max_tokens=8)))
-    (following,) = engine._sequences["next"]
+    (following,) = engine.requests.of("next")
     drain()
     for id, sequence in (("kept", kept), ("other", other), ("next", following)):
         asked = (small_model(), tuple(texts[id]), sequence.prompt, 0.0, 0, None, len(told[id]), told[id], policy)

@@ -111,14 +111,14 @@ def test_requests_go_on_with_the_same_tokens(kind, act, tmp_path):
     for steps in (1, 3, 2):
         for _ in range(steps):
             note(told, engine.step())
-        getattr(engine, act)()
+        getattr(engine.control, act)()
         note(told, engine.step())  # what was under way
         assert not engine.busy
         assert engine.step() == []
         if late is not None:
             engine.add(late)  # waits too
             late = None
-        getattr(engine, {"pause": "resume", "sleep": "wake"}[act])()
+        getattr(engine.control, {"pause": "resume", "sleep": "wake"}[act])()
     assert finished(engine, told) == wanted
     assert engine.snapshot().held == 0
     if act == "sleep":
@@ -129,12 +129,12 @@ def test_requests_go_on_with_the_same_tokens(kind, act, tmp_path):
 def test_after_other_weights_every_answer_is_a_fresh_engines(kind, tmp_path):
     engine, other = open_engine(kind, tmp_path), model(1)
     before = answers(engine)
-    assert engine.load(other.state_dict()) == 1
+    assert engine.control.load(other.state_dict()) == 1
     told = answers(engine)
     assert told == answers(open_engine(kind, tmp_path / "fresh", seed=1))
     assert told != before
     # And with the old ones again, also where a disk has blocks of both.
-    assert engine.load(model(0).state_dict(), version=9) == 9
+    assert engine.control.load(model(0).state_dict(), version=9) == 9
     assert answers(engine) == before
 
 
@@ -150,10 +150,10 @@ def test_who_loses_memory_to_sleep_or_other_weights_is_told_and_counted(act, tmp
     assert 0 < len(running) < 6  # some wait
     before = engine.snapshot().preemptions
     if act == "sleep":
-        engine.sleep()
-        engine.wake()
+        engine.control.sleep()
+        engine.control.wake()
     else:
-        engine.load(model(1).state_dict())
+        engine.control.load(model(1).state_dict())
     assert engine.snapshot().preemptions == before + len(running)
     told = engine.events.fresh()
     lost = {(each.id, each.index): each.detail["computed"] for each in told if each.detail.get("why") == act}
@@ -174,7 +174,7 @@ def test_those_under_way_go_on_with_the_new_weights_behind_what_they_have(kind, 
         engine.add(request)
     for _ in range(4):
         told += engine.step()
-    engine.load(model(1).state_dict())
+    engine.control.load(model(1).state_dict())
     while engine.busy:
         told += engine.step()
     assert {delta.version for delta in told} == {0, 1}
@@ -193,13 +193,13 @@ def test_weights_of_a_folder_and_sleep_after_them(tmp_path):
     other = model(1)
     hub.save(other, tmp_path / "other", family="llama")
     engine = open_engine("overlapped", tmp_path)
-    engine.load(str(tmp_path / "other"))
+    engine.control.load(str(tmp_path / "other"))
     wanted = answers(open_engine("overlapped", tmp_path, seed=1))
     assert answers(engine) == wanted
-    engine.sleep()
+    engine.control.sleep()
     assert all(parameter.numel() == 0 for parameter in runner(engine).model.parameters())  # they are read again
     assert runner(engine).cache.shape.blocks == 1
-    engine.wake()
+    engine.control.wake()
     assert answers(engine) == wanted
 
 
@@ -212,15 +212,15 @@ def test_what_cannot_be_read_again_sleeps_on(tmp_path):
     folder = tmp_path / "other"
     hub.save(model(1), folder, family="llama")
     engine = open_engine("overlapped", tmp_path)
-    engine.load(folder)
+    engine.control.load(folder)
     engine.add(requests()[0])
-    engine.sleep()
+    engine.control.sleep()
     (folder / "model.safetensors").rename(tmp_path / "away")
     with pytest.raises(PenstockError, match=r"model\.safetensors"):
-        engine.wake()
-    assert engine.asleep and not engine.busy
+        engine.control.wake()
+    assert engine.control.asleep and not engine.busy
     (tmp_path / "away").rename(folder / "model.safetensors")
-    engine.wake()
+    engine.control.wake()
     fresh = open_engine("overlapped", tmp_path, seed=1)
     fresh.add(requests()[0])
     assert finished(engine) == finished(fresh)
@@ -248,42 +248,47 @@ def test_other_weights_are_refused_and_nothing_changes(weights, message, tmp_pat
     told: Told = {}
     note(told, engine.step())
     with pytest.raises(UsageError, match=message):
-        engine.load(weights)
+        engine.control.load(weights)
     assert finished(engine, told) == wanted
-    assert engine.version == 0
+    assert engine.control.version == 0
 
 
 def test_a_folder_of_another_model_is_refused(tmp_path):
     hub.save(Decoder(SHAPE.model_copy(update={"context": 128})).initialize(0), tmp_path / "other", family="llama")
     engine = open_engine("overlapped", tmp_path)
     with pytest.raises(PenstockError, match="they differ in context"):
-        engine.load(tmp_path / "other")
+        engine.control.load(tmp_path / "other")
 
 
 def test_what_is_asked_of_an_engine_that_is_asleep(tmp_path):
     engine = open_engine("overlapped", tmp_path)
-    engine.sleep()
-    engine.sleep()
+    engine.control.sleep()
+    engine.control.sleep()
     with pytest.raises(UsageError, match="asleep"):
-        engine.load(model(1).state_dict())
-    engine.pause()
-    engine.wake()
-    engine.wake()
+        engine.control.load(model(1).state_dict())
+    engine.control.pause()
+    engine.control.wake()
+    engine.control.wake()
     engine.add(requests()[0])
     assert not engine.busy  # it is paused still
     engine.abort("0")
     assert [delta.finish for delta in engine.step()] == [Finish.ABORT]
     with pytest.raises(UsageError, match="from 0 on"):
-        engine.load(model(1).state_dict(), version=-1)
+        engine.control.load(model(1).state_dict(), version=-1)
 
 
 def test_deadlines_pass_while_it_is_paused(tmp_path):
     engine = open_engine("overlapped", tmp_path)
-    assert engine.due is None
+    assert engine.requests.due is None
     engine.add(Request("a", [1, 2], SamplingParams(), deadline=0.0))
-    engine.pause()
-    assert engine.due == 0.0
+    engine.add(Request("b", [1, 2], SamplingParams(), deadline=1e6))
+    engine.control.pause()
+    assert engine.requests.due == 0.0
     assert [delta.finish for delta in engine.step()] == [Finish.DEADLINE]
+    due = engine.requests.due
+    assert due is not None and due > 1e5
+    engine.abort("b")
+    assert engine.requests.due is None
 
 
 def test_weights_that_cannot_be_taken_are_not_even_read(tmp_path, monkeypatch):
@@ -299,9 +304,9 @@ def test_weights_that_cannot_be_taken_are_not_even_read(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "weights_for", lambda *given: pytest.fail("the weights were read"))
     for weights in (tmp_path / "whole", Decoder(shape).initialize(1).state_dict()):
         with pytest.raises(UsageError, match="without resident_weights"):
-            engine.load(weights)
-    engine.sleep()
-    engine.wake()
+            engine.control.load(weights)
+    engine.control.sleep()
+    engine.control.wake()
     assert answered(engine) == before
 
 
@@ -316,7 +321,7 @@ def answered(engine: Engine) -> Told:
 
 def test_an_engine_that_records_keeps_its_weights(tmp_path):
     engine = open_engine("overlapped", tmp_path, record=tmp_path / "steps")
-    for act in (engine.sleep, lambda: engine.load(model(1).state_dict())):
+    for act in (engine.control.sleep, lambda: engine.control.load(model(1).state_dict())):
         with pytest.raises(UsageError, match="records its steps"):
             act()
     engine.close()

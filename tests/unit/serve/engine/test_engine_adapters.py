@@ -99,8 +99,8 @@ def test_adapters_that_are_there_from_the_start_are_read_once(folders, tmp_path,
     monkeypatch.setattr(peft, "read", lambda folder: (opened.append(folder), read(folder))[1])
     engine = open_engine("plain", small_model(), tmp_path, adapters={"a": folders["a"], "b": folders["b"]})
     assert sorted(opened) == sorted([folders["a"], folders["b"]])
-    engine.drop_adapter("a")
-    engine.load_adapter("a", folders["a"])  # which may have changed meanwhile
+    engine.adapters.drop("a")
+    engine.adapters.load("a", folders["a"])  # which may have changed meanwhile
     assert len(opened) == 3
 
 
@@ -213,7 +213,7 @@ def test_requests_without_adapters_have_the_bits_that_they_have_elsewhere(folder
     assert told(engine) == plain
     answers(engine, requests("a", "b"))
     for name in folders:
-        engine.drop_adapter(name)
+        engine.adapters.drop(name)
     engine.memory.pool.forget()
     assert told(engine) == plain
 
@@ -232,15 +232,15 @@ def test_prefixes_are_found_by_those_who_have_the_same_adapter(folders, tmp_path
     for name in ("", "a", "b"):
         assert text(engine, name) == 0
         assert text(engine, name) == 16
-    engine.drop_adapter("a")
-    engine.load_adapter("again", folders["a"])
+    engine.adapters.drop("a")
+    engine.adapters.load("again", folders["a"])
     assert text(engine, "again") == 16, "the same adapter by another name"
-    engine.drop_adapter("b")
-    engine.load_adapter("b", folders["a"])
+    engine.adapters.drop("b")
+    engine.adapters.load("b", folders["a"])
     assert text(engine, "b") == 16
-    engine.drop_adapter("c")
+    engine.adapters.drop("c")
     written(tmp_path / "new", small_model(), 9, rank=2)
-    engine.load_adapter("c", tmp_path / "new")
+    engine.adapters.load("c", tmp_path / "new")
     assert text(engine, "c") == 0
 
 
@@ -288,14 +288,14 @@ def test_those_under_way_with_a_dropped_adapter_go_on_with_it(folders, merged, t
     for _ in range(4):
         for delta in engine.step():
             told.setdefault((delta.id, delta.index), ([], []))[0].extend(delta.tokens)
-    engine.drop_adapter("a")
+    engine.adapters.drop("a")
     assert engine.adapters.names == engine.snapshot().adapters == ("b",)
     with pytest.raises(UsageError, match="there is no adapter 'a' here"):
         engine.add(Request("new", [1], SamplingParams(), adapter="a"))
     with pytest.raises(UsageError, match="all 2 slots for adapters are in use"):
-        engine.load_adapter("c", folders["c"])
+        engine.adapters.load("c", folders["c"])
     assert finished(engine, told) == wanted
-    engine.load_adapter("c", folders["c"])
+    engine.adapters.load("c", folders["c"])
     assert answers(engine, requests("c")) == answers(open_engine("plain", merged["c"], tmp_path), requests(""))
 
 
@@ -303,13 +303,13 @@ def test_aborting_frees_the_slot(folders, tmp_path):
     engine = open_engine("overlapped", small_model(), tmp_path, adapters={"a": folders["a"]}, adapter_rank=4)
     engine.add(Request("one", [3, 4, 5], SamplingParams(max_tokens=40), adapter="a", keep=True))
     engine.step(), engine.step()
-    engine.drop_adapter("a")
+    engine.adapters.drop("a")
     engine.abort("one")
     with pytest.raises(UsageError, match="slots for adapters are in use"):
-        engine.load_adapter("b", folders["b"])  # it was kept, and others may go on from it
+        engine.adapters.load("b", folders["b"])  # it was kept, and others may go on from it
     engine.forget("one")
     finished(engine)
-    engine.load_adapter("b", folders["b"])
+    engine.adapters.load("b", folders["b"])
 
 
 def test_forks_have_the_adapter_of_their_parent(folders, merged, tmp_path):
@@ -323,7 +323,7 @@ def test_forks_have_the_adapter_of_their_parent(folders, merged, tmp_path):
     for other in ("", "a"):
         with pytest.raises(UsageError, match="has another"):
             engine.fork("parent", Request("child", prompt, sampling, adapter=other))
-    engine.drop_adapter("b")
+    engine.adapters.drop("b")
     engine.fork("parent", Request("child", prompt, sampling, adapter="b"))
     found = finished(engine)[("child", 0)][0]
     alone = open_engine("plain", merged["b"], tmp_path)
@@ -335,9 +335,9 @@ def test_adapters_stay_where_the_weights_change_and_through_sleep(folders, tmp_p
     engine = open_engine("overlapped", small_model(), tmp_path, adapters=folders)
     fresh = open_engine("overlapped", other, tmp_path, adapters=folders)
     answers(engine, requests("", "a", "b"))
-    engine.load(other.state_dict())
-    engine.sleep()
-    engine.wake()
+    engine.control.load(other.state_dict())
+    engine.control.sleep()
+    engine.control.wake()
     assert answers(engine, requests("", "a", "b")) == answers(fresh, requests("", "a", "b"))
 
 
@@ -350,16 +350,16 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(folders, tmp_path)
         ("b", folders["b"], "has the rank 4, and there is room for 2"),
     ):
         with pytest.raises(UsageError, match=why):
-            engine.load_adapter(name, folder)
+            engine.adapters.load(name, folder)
     with pytest.raises(UsageError, match="there is no adapter 'q'"):
-        engine.drop_adapter("q")
+        engine.adapters.drop("q")
     with pytest.raises(UsageError, match="the model itself is no adapter"):
-        engine.drop_adapter("")
+        engine.adapters.drop("")
     assert engine.adapters.names == ("a",)
     with pytest.raises(UsageError, match="no slots for adapters"):
-        open_engine("plain", small_model(), tmp_path).load_adapter("a", folders["a"])
+        open_engine("plain", small_model(), tmp_path).adapters.load("a", folders["a"])
     room = open_engine("plain", small_model(), tmp_path, adapter_slots=1)
-    room.load_adapter("c", folders["c"])
+    room.adapters.load("c", folders["c"])
     assert room.executor.memory["adapters"] > 0
 
 
@@ -385,12 +385,12 @@ class AdaptedMachine(EngineMachine):
     @rule(name=st.sampled_from(["a", "b", "c"]))
     def drop_or_load(self, name: str) -> None:
         if name in self.engine.adapters.names:
-            self.engine.drop_adapter(name)
+            self.engine.adapters.drop(name)
             return
-        used = {each.adapter for own in self.engine._sequences.values() for each in own}
+        used = self.engine.requests.adapters()
         slots = {each.slot for each in used} | {self.engine.adapters.named(n).slot for n in self.engine.adapters.names}
         try:
-            self.engine.load_adapter(name, self.options["adapters"][name])
+            self.engine.adapters.load(name, self.options["adapters"][name])
         except UsageError:
             assert len(slots - {0}) == 4, "there was a slot"
 
@@ -418,5 +418,5 @@ def test_a_request_that_runs_out_of_time_frees_its_adapter(folders, tmp_path):
     engine = open_engine("plain", small_model(), tmp_path, adapters={"a": folders["a"]}, adapter_rank=4)
     engine.add(Request("late", [3, 4], SamplingParams(max_tokens=40), adapter="a", deadline=0.0))
     assert [delta.finish for delta in engine.step()] == [Finish.DEADLINE]
-    engine.drop_adapter("a")
-    engine.load_adapter("b", folders["b"])
+    engine.adapters.drop("a")
+    engine.adapters.load("b", folders["b"])

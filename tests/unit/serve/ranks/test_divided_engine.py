@@ -79,8 +79,8 @@ def said_with(more: Path, engine: Engine, tokens: int) -> list[list[int]]:
     for row, adapter in enumerate(("", "", "a", "a", "b", "b")):
         add(row, adapter)
     step()
-    engine.drop_adapter("a")
-    engine.load_adapter("c", more)
+    engine.adapters.drop("a")
+    engine.adapters.load("c", more)
     for row in (6, 7):
         add(row, "c")
     while engine.busy:
@@ -218,10 +218,10 @@ def test_adapters_that_do_not_fit_change_nothing_on_any_rank(families, adapters)
     engine = build_engine(model, config, ranks=others)
     assert told.count("load_adapter") == 1
     with pytest.raises(ModelError, match="another base"):
-        engine.load_adapter("b", adapters("gpt2")["b"])
+        engine.adapters.load("b", adapters("gpt2")["b"])
     with pytest.raises(UsageError, match="has the rank 5, and there is room for 3"):
-        engine.load_adapter("b", adapters("llama")["b"])
-    engine.load_adapter("c", adapters("llama")["c"])
+        engine.adapters.load("b", adapters("llama")["b"])
+    engine.adapters.load("c", adapters("llama")["c"])
     assert told.count("load_adapter") == 2
 
 

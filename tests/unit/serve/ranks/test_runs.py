@@ -85,7 +85,7 @@ def said(engine: Engine, count: int = 3) -> dict[str, Any]:
             answers.setdefault(delta.id, []).extend(delta.tokens)
             rows = [] if delta.logprobs is None else delta.logprobs
             told.setdefault(delta.id, []).extend(each.logprob for each in rows)
-    now, held = engine.snapshot(), engine._kept["0"].held
+    now, held = engine.snapshot(), engine.requests.parent("0", 0).held
     assert held is not None
     length = 6 + LENGTH - 1
     slots = [held.blocks[place // 4] * 4 + place % 4 for place in range(length)]
