@@ -24,11 +24,12 @@ from penstock.core.randomness import numpy_generator
 from penstock.data.corpora.stdlib import StandardLibrary
 from penstock.models import hub
 from penstock.models.decoder import Decoder
-from penstock.serve.build import build_engine, dtype_of
+from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
+from penstock.serve.opening import dtype_of
 
 MODEL, QUICK = "smollm2", "python-1m"
 #: The library's chunks, their tokens, those of a request, and requests.

@@ -18,11 +18,12 @@ from penstock.core.progress import show
 from penstock.core.randomness import numpy_generator
 from penstock.models import hub
 from penstock.models.decoder import Decoder
-from penstock.serve.build import build_engine, dtype_of
+from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
+from penstock.serve.opening import dtype_of
 
 #: Models, and the tokens of a conversation, by the kind of device.
 LENGTHS = {"cpu": {"python-6m": 992, "smollm2": 1024}, "cuda": {"Qwen3-8B shape": 16_384}}

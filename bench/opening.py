@@ -61,10 +61,11 @@ def open_once(model: str, device: str, begun: float) -> dict[str, float]:
 
         from penstock.core.devices import pick, synchronize
         from penstock.models import hub
-        from penstock.serve.build import build_engine, loader
+        from penstock.serve.build import build_engine
         from penstock.serve.choose.sampling import SamplingParams
         from penstock.serve.config import EngineConfig
         from penstock.serve.messages import Request
+        from penstock.serve.opening import loader
     marks, watch, config, where = [begun, time.time()], Stopwatch(), EngineConfig(), pick(device)
     folder = hub.resolve(model)
     tokenizer, decoder = hub.load_tokenizer(folder), loader(config, where)(folder).eval()

@@ -12,8 +12,8 @@ from typing import Any
 from penstock.core.bench import Bench, load
 from penstock.core.progress import show
 from penstock.models import hub
-from penstock.serve.build import open_engine
 from penstock.serve.config import EngineConfig
+from penstock.serve.opening import open_engine
 from penstock.speculate.pipelined_time import pipelined_seconds
 
 STAGES, TOKENS, STEPS = 4, 4, 64

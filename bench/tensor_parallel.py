@@ -21,9 +21,9 @@ from penstock.core.errors import UsageError
 from penstock.core.garbage import settled
 from penstock.core.progress import show
 from penstock.models import hub
-from penstock.serve.build import open_engine
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
+from penstock.serve.opening import open_engine
 from penstock.serve.ranks.runner import LeadingRunner
 
 RANKS = 2

@@ -15,9 +15,9 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
 from penstock.models.shares import Share
-from penstock.serve.build import open_share
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
+from penstock.serve.opening import open_share
 from penstock.testing import divided_engine
 from penstock.testing.enrolled import enrolled
 from penstock.testing.transformers_peer import SHAPE, TOKEN_IDS

@@ -43,12 +43,12 @@ def batch(
         from penstock.core.errors import UsageError
         from penstock.core.progress import show
         from penstock.models import hub
-        from penstock.serve.build import open_engine
         from penstock.serve.chat import take_template
         from penstock.serve.dialogue.guess import named
         from penstock.serve.http.text import Tokens
         from penstock.serve.offline.batch_file import BatchRun
         from penstock.serve.offline.gather import Gatherer
+        from penstock.serve.opening import open_engine
 
     called = name or hub.name_of(model)
     config = engine.config({"batching": "batchllm"}, called)

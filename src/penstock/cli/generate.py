@@ -55,10 +55,10 @@ def generate(
         from penstock.core.files import read_text
         from penstock.core.progress import show
         from penstock.models import hub
-        from penstock.serve.build import open_engine
         from penstock.serve.choose.sampling import SamplingParams
         from penstock.serve.messages import Request
         from penstock.serve.offline.stream import streamed
+        from penstock.serve.opening import open_engine
 
     if (prompt is None) == (prompt_file is None):
         raise UsageError("give the text to continue with --prompt or --prompt-file")

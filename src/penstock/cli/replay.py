@@ -25,9 +25,10 @@ def replay(
     from penstock.models import hub
     from penstock.models.config import DecoderConfig
     from penstock.models.decoder import Decoder
-    from penstock.serve.build import build_runner, dtype_of
+    from penstock.serve.build import build_runner
     from penstock.serve.calibration import pieces_of_text
     from penstock.serve.config import EngineConfig
+    from penstock.serve.opening import dtype_of
     from penstock.serve.run.record import read_header
     from penstock.serve.run.replay import replay as run
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from penstock.core.devices import DeviceMemory
 from penstock.core.errors import PenstockError
 from penstock.core.progress import Reporter, silent
 from penstock.models.decoder import Decoder
 from penstock.models.streamed import StreamedLayer, stream_of
 from penstock.serve.config import EngineConfig
 from penstock.serve.messages import described
+from penstock.serve.rehearsal import rehearsal_blocks
 from penstock.serve.run.runner import Runner
 
 log = logging.getLogger(__name__)
+
+#: Bytes that a CPU's cache has at most beside weights that are fewer, unless the configuration says otherwise.
+LEAST_CPU_SHARE = 512 << 20
 
 
 class Meter(Protocol):
@@ -127,3 +134,48 @@ def explained_shortage() -> Iterator[None]:
             f"the device has too little memory for the model's largest steps: {str(error).splitlines()[0]}",
             hint="Free memory, or lower engine.sequences, engine.tokens or engine.context.",
         ) from error
+
+
+def blocks_for(config: EngineConfig, device: torch.device, block_bytes: int, context: int, weights: int) -> int:
+    """How many blocks of so many bytes sequences of a ``context`` may have beside so many bytes of ``weights``; on CUDA
+    devices, while it is found out how many they can.
+
+    A CPU shares its memory with everybody else on the machine: the cache there is no larger than the model, or than a
+    small one may be, but has room for a sequence.
+
+    Raises:
+        PenstockError: there is room for too few for a sequence.
+    """
+    if config.cache_tokens is not None:
+        return -(-config.cache_tokens // config.block_size)
+    if device.type != "cuda":
+        free = free_memory() / config.ranks  # which all ranks share
+        sequence = -(-context // config.block_size) * block_bytes
+        room = min(free * config.memory / 2, max(LEAST_CPU_SHARE, weights, sequence))
+        return blocks_in(room, block_bytes, config.block_size, context)
+    # With fewer than are wanted, the largest steps are those that these allow.
+    most = blocks_in(DeviceMemory(device).free() / 2, block_bytes, config.block_size, context)
+    return min(rehearsal_blocks(config, device, context), most)
+
+
+def require_room_aside(wanted: int) -> None:
+    """Refuses to move more bytes to the host's memory than there is.
+
+    Raises:
+        PenstockError: fewer than are ``wanted`` are free.
+    """
+    if wanted > (free := free_memory()):
+        raise PenstockError(
+            f"a full pool of compressed caches has {wanted / 2**30:.1f} GiB in the host's memory, of which "
+            f"{free / 2**30:.1f} GiB are free",
+            hint="Lower engine.cache_tokens, or free memory.",
+        )
+
+
+def free_memory() -> int:
+    """Bytes of main memory that are free for use."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -16,8 +16,8 @@ from penstock.models import hub
 from penstock.models.decoder import Decoder
 from penstock.models.formats.schemes import SCHEMES
 from penstock.models.quantized import QuantizedLinear
-from penstock.serve.build import open_engine
 from penstock.serve.config import EngineConfig
+from penstock.serve.opening import open_engine
 from penstock.testing.transformers_peer import peer, prompt, stepwise, whole
 
 TOKENS = prompt()

@@ -10,7 +10,7 @@ import torch
 from penstock.core.errors import UsageError
 from penstock.ops.paged.contract import PagedAttention
 from penstock.ops.paged.reference import Reference
-from penstock.serve import build
+from penstock.serve import sizing
 from penstock.serve.build import build_engine, build_runner
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
@@ -37,7 +37,7 @@ def test_as_many_bits_as_the_dtype_has_give_the_same_tokens():
 
 
 def test_the_same_memory_has_more_blocks(monkeypatch):
-    monkeypatch.setattr(build, "_free_memory", lambda: 2 * 10**6)
+    monkeypatch.setattr(sizing, "free_memory", lambda: 2 * 10**6)
     config = EngineConfig(memory=1.0, sequences=8)
     plain, coded = (build_runner(small_model(), config.model_copy(update={"codec": each})) for each in codecs("int8"))
     # Heads of 8 numbers: 32 bytes in float32, and 12 as bytes with a step.

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoTokenizer
 
 from penstock.models import hub
-from penstock.serve import build
-from penstock.serve.build import build_runner, open_engine
+from penstock.serve import sizing
+from penstock.serve.build import build_runner
 from penstock.serve.config import EngineConfig
 from penstock.serve.link.starting import Starting
+from penstock.serve.opening import open_engine
 from penstock.serve.sizing import weight_bytes
 from penstock.testing.serve_model import small_model
 
@@ -36,7 +37,7 @@ def test_an_engines_process_is_started_before_anything_large_is_imported():
 
 def test_a_model_on_a_cpu_is_opened_without_what_compiles_and_what_transformers_knows_of_models():
     found = imported(
-        "from penstock.serve.build import open_engine\n"
+        "from penstock.serve.opening import open_engine\n"
         "from penstock.serve.config import EngineConfig\n"
         "open_engine('python-1m', EngineConfig(cache_tokens=256, sequences=2), 'cpu')"
     )
@@ -65,7 +66,7 @@ def test_a_tokenizer_that_is_there_is_not_loaded_again(monkeypatch):
 @pytest.mark.parametrize("least", [1 << 12, 1 << 18], ids=["weights", "least"])
 def test_the_cache_of_a_cpu_is_no_larger_than_the_model_or_a_small_one(least, monkeypatch):
     """By the block, counted from the shape: it has as many as fit into the larger of both, and no more."""
-    monkeypatch.setattr(build, "LEAST_CPU_SHARE", least)
+    monkeypatch.setattr(sizing, "LEAST_CPU_SHARE", least)
     model = small_model()
     runner = build_runner(model, EngineConfig(block_size=4, sequences=2, tokens=16, context=16))
     shape = model.config
@@ -74,8 +75,8 @@ def test_the_cache_of_a_cpu_is_no_larger_than_the_model_or_a_small_one(least, mo
 
 
 def test_the_cache_of_a_cpu_has_room_for_a_sequence(monkeypatch):
-    monkeypatch.setattr(build, "LEAST_CPU_SHARE", 1)
-    monkeypatch.setattr(build, "weight_bytes", lambda model: 1)
+    monkeypatch.setattr(sizing, "LEAST_CPU_SHARE", 1)
+    monkeypatch.setattr("penstock.serve.build.weight_bytes", lambda model: 1)
     runner = build_runner(small_model(), EngineConfig(block_size=4, sequences=2, tokens=16, context=50))
     assert runner.blocks == 13
 

@@ -14,11 +14,12 @@ from penstock.core.errors import UsageError
 from penstock.models import hub
 from penstock.models.decoder import Decoder
 from penstock.models.heads.contract import HeadModule
-from penstock.serve.build import build_engine, load_draft
+from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
+from penstock.serve.opening import load_draft
 from penstock.serve.run.draft import Coverage
 from penstock.speculate.contract import Drafter
 from penstock.speculate.drafters.head import Head

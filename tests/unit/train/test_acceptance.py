@@ -13,10 +13,10 @@ from penstock.models.acceptance import folder as acceptance
 from penstock.models.acceptance.head import Pair
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.serve.build import open_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.messages import Request
+from penstock.serve.opening import open_engine
 from penstock.train import presets
 from penstock.train.config import TrainConfig
 from penstock.train.objectives.acceptance import Acceptance

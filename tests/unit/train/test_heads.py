@@ -17,10 +17,10 @@ from penstock.models.heads import folder as heads
 from penstock.models.heads.headed import Headed
 from penstock.models.heads.medusa import Medusa
 from penstock.ops.cross_entropy import IGNORE
-from penstock.serve.build import open_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.messages import Request
+from penstock.serve.opening import open_engine
 from penstock.train import presets
 from penstock.train.config import TrainConfig
 from penstock.train.objectives.self_distillation import SelfDistillation

@@ -24,8 +24,9 @@ from penstock.models.decoder import Decoder
 from penstock.models.shares import Share
 from penstock.ops.paged.contract import StepShape
 from penstock.parallel.world import World
-from penstock.serve.build import build_following, open_share
+from penstock.serve.build import build_following
 from penstock.serve.config import EngineConfig
+from penstock.serve.opening import open_share
 from penstock.serve.ranks.group import blaming, met, store
 from penstock.serve.ranks.runner import RankRunner, StageRunner
 from penstock.serve.ranks.wire import Do, Done, Follow, Message, Refusal, body, parse

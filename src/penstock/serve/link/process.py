@@ -25,7 +25,6 @@ from penstock.models import hub
 from penstock.models.encoders.folder import is_classifier, is_encoder
 from penstock.models.encoders.pooling import cuts_of, pooling_of
 from penstock.models.formats.weight_file import LostWeightsError
-from penstock.serve.build import dtype_of, open_engine
 from penstock.serve.config import EngineConfig
 from penstock.serve.embed.encoder_engine import EncoderEngine
 from penstock.serve.embed.paired import PairModel, paired_decoder, paired_encoder
@@ -34,6 +33,7 @@ from penstock.serve.embed.waiting import WaitingTexts
 from penstock.serve.link.host import Host
 from penstock.serve.link.wire import Done, Errand, Failed, Message, News, Open, Ready, Refused, VectorForm, body, parse
 from penstock.serve.messages import Abort, Control, Embed, Request
+from penstock.serve.opening import dtype_of, open_engine
 from penstock.serve.ranks.group import RankLostError
 from penstock.serve.ranks.runner import ALONE, LeadingRunner, RankRunner
 from penstock.serve.run.runner import Runner

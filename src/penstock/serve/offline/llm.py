@@ -15,7 +15,6 @@ from penstock.core.progress import Reporter, show
 from penstock.core.signals import StopRequest
 from penstock.models import hub
 from penstock.models.encoders.pooling import Pooling, pooling_of
-from penstock.serve.build import open_engine
 from penstock.serve.chat import chat_prompt, with_place
 from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
@@ -25,6 +24,7 @@ from penstock.serve.embed.judge import Judge, open_judge
 from penstock.serve.embed.pooled import LAST, pooled_decoder
 from penstock.serve.messages import Request
 from penstock.serve.offline.gather import Gatherer, RequestOutput
+from penstock.serve.opening import open_engine
 from penstock.serve.ranks.runner import ALONE, RankRunner
 from penstock.serve.run.runner import Runner
 

@@ -17,7 +17,7 @@ from penstock.models.config import DecoderConfig, RopeConfig, YarnScaling
 from penstock.models.decoder import Decoder
 from penstock.ops.paged.shadow import best_chunks
 from penstock.ops.paged.view import Packed
-from penstock.serve import build
+from penstock.serve import sizing
 from penstock.serve.build import build_engine, build_runner
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
@@ -279,7 +279,7 @@ def test_tokens_in_bfloat16_blocks_do_not_depend_on_the_batch():
 
 
 def test_the_hosts_memory_is_counted_where_it_is_the_caches(monkeypatch):
-    monkeypatch.setattr(build, "_free_memory", lambda: 2 * 10**6)
+    monkeypatch.setattr(sizing, "free_memory", lambda: 2 * 10**6)
     chosen = ShadowKV(rank=3, chunk=2, outliers=1, recent=2, every=8)
     runner = build_runner(small_model(), EngineConfig(memory=1.0, sequences=8, kv=chosen))
     # A block has 16 places of 32 numbers a layer; a token takes no less than 3 and half a landmark of 16.
@@ -290,10 +290,10 @@ def test_the_hosts_memory_is_counted_where_it_is_the_caches(monkeypatch):
 
 
 def test_a_host_without_room_is_told(monkeypatch):
-    monkeypatch.setattr(build, "_free_memory", lambda: 2**30)
-    build._require_room_aside(2**30)
+    monkeypatch.setattr(sizing, "free_memory", lambda: 2**30)
+    sizing.require_room_aside(2**30)
     with pytest.raises(PenstockError, match=r"2\.0 GiB in the host's memory, of which 1\.0 GiB") as raised:
-        build._require_room_aside(2**31)
+        sizing.require_room_aside(2**31)
     assert "cache_tokens" in raised.value.hint
 
 

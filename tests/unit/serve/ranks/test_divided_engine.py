@@ -21,13 +21,14 @@ from penstock.models.decoder import Decoder
 from penstock.models.formats.schemes import SCHEMES
 from penstock.models.shares import Share
 from penstock.parallel.world import World
-from penstock.serve.build import build_engine, open_share
+from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.link import follower
 from penstock.serve.link.follower import follow
 from penstock.serve.messages import Request
+from penstock.serve.opening import open_share
 from penstock.serve.ranks import group
 from penstock.serve.ranks.group import RankLostError, Ranks
 from penstock.serve.ranks.wire import body, parse

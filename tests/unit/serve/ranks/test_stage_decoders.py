@@ -15,11 +15,12 @@ from penstock.core.errors import ConfigError, UsageError
 from penstock.models import hub
 from penstock.models.decoder import Decoder, Layer
 from penstock.models.shares import Share
-from penstock.serve.build import build_engine, open_engine, open_share
+from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
+from penstock.serve.opening import open_engine, open_share
 from penstock.serve.ranks.group import RankLostError
 from penstock.serve.ranks.stages import stages
 from penstock.testing.transformers_peer import prompt, randomize
