@@ -43,9 +43,10 @@ from penstock.train.session import train_to_the_end
 TARGET, DRAFT = "python-6m", "python-1m"
 PROMPT, OUTPUT = 128, 192  # tokens in and out
 CROWDS = (1, 4, 16)
-REPETITIONS = 5
-#: Prompts of a crowd of one, one after the other.
-ALONE = 4
+#: Of one request at a time, and of several.
+REPETITIONS, REPEATED = 5, 3
+#: Prompts of a crowd of one, and for each place in a larger one: few, and it would be small for much of the time.
+ALONE, TURNS = 4, 4
 #: How many drafts each place has, by depth.
 TREES = ("2", "3,2")
 #: Lengths that are fixed, beside the most that there may be.
@@ -97,15 +98,17 @@ def predictor(draft: Decoder, target: Decoder, quick: bool) -> AcceptanceHead:
 
 
 def run(engine: Engine, todo: list[list[int]], crowd: int, output: int) -> float:
-    """Tokens a second, so many requests at a time, from an empty cache."""
+    """Tokens a second, so many requests at a time, from an empty cache: where one ends, the next one comes."""
     engine.memory.pool.forget()
+    sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+    coming = (Request(str(number), prompt, sampling) for number, prompt in enumerate(todo))
     begun = time.perf_counter()
-    for first in range(0, len(todo), crowd):
-        for number, prompt in enumerate(todo[first : first + crowd]):
-            sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
-            engine.add(Request(str(first + number), prompt, sampling))
-        while engine.busy:
-            engine.step()
+    for request in itertools.islice(coming, crowd):
+        engine.add(request)
+    while engine.busy:
+        for delta in engine.step():
+            if delta.finish is not None and (request := next(coming, None)) is not None:
+                engine.add(request)
     return len(todo) * output / (time.perf_counter() - begun)
 
 
@@ -156,13 +159,13 @@ def main(bench: Bench) -> None:
         predicts = head if config.controller.predicts else None
         engines[name] = build_engine(models[0], config, draft=models[1], predictor=predicts)
     for crowd in CROWDS[: 1 if bench.quick else None]:
-        todo = prompts(max(crowd, 1 if bench.quick else ALONE))
+        todo = prompts(1 if bench.quick else (ALONE if crowd == 1 else TURNS * crowd))
         runs: dict[str, Callable[[], float]] = {
             name: functools.partial(run, engine, todo, crowd, output) for name, engine in engines.items()
         }
         if crowd == 1:
             runs |= peers(todo, output)
-        measure(bench, runs, engines, f"{crowd} at a time")
+        measure(bench, runs, engines, f"{crowd} at a time", REPETITIONS if crowd == 1 else REPEATED)
 
 
 def measure(

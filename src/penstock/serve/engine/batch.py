@@ -124,7 +124,8 @@ class Batch:
         proposals: what the tentative tokens were drawn from, where a verifier asks for it.
         sampled: what comes out, to be waited for.
         seconds: what the step took on the host.
-        begun: when it was formed, and ``drafting``, the seconds that drafting for it took, where anything is drafted.
+        begun: when it was formed, ``drafting``, the seconds that drafting for it took, and ``took``, those of the whole
+            step if they can be told, where anything is drafted.
     """
 
     entries: list[Entry]
@@ -139,6 +140,7 @@ class Batch:
     seconds: float = 0.0
     begun: float = 0.0
     drafting: float = 0.0
+    took: float | None = None
     compactions: list[Compaction] = dataclasses.field(default_factory=list)
     moves: list[Move] = dataclasses.field(default_factory=list)
     keeps: list[Move] = dataclasses.field(default_factory=list)

@@ -11,6 +11,7 @@ import msgspec
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.drafted import DraftExecutor
 from penstock.serve.engine.sequence import Sequence
+from penstock.serve.engine.step_clock import StepClock
 from penstock.speculate.contract import AWAITED, Shaper
 from penstock.speculate.controllers.contract import Controller, Seen
 from penstock.speculate.tree import way_of
@@ -39,7 +40,7 @@ class Speculation:
         self.shaper = shaper
         asks = controller.predicts or controller.by_confidence
         self.goes_on = self._control.goes_on if asks else None
-        self._published = 0.0
+        self._steps = StepClock()
         self.clock: Callable[[], float] = time.perf_counter
         self.drafted, self.accepted = [0] * most, [0] * most
 
@@ -75,10 +76,16 @@ class Speculation:
         batch.proposals = self.model.proposals(drafted, len(batch.tables))
         batch.drafting = self.clock() - begun
 
+    def begin(self, batch: Batch) -> None:
+        """``batch`` is on its way."""
+        self._steps.begin(batch.begun)
+
+    def end(self, batch: Batch) -> None:
+        """What came out of ``batch`` is known."""
+        batch.took = self._steps.end(self.clock())
+
     def learn(self, batch: Batch, counts: list[int]) -> None:
-        """What came out of ``batch`` is known: so many tokens of each of its scored entries."""
-        now = self.clock()
-        since, self._published = max(batch.begun, self._published), now
+        """So many tokens came out of each of the scored entries of ``batch``."""
         going = [entry for entry in batch.entries if entry.scored]
         pairs = zip(going, counts, strict=True)
         may = [(each.ahead, count - 1) for each, count in pairs if each.sequence.draft is not None]
@@ -92,7 +99,7 @@ class Speculation:
         rows, probes = batch.tokens, sum(sum(each.probes) for each in going)
         prompts = rows - len(going) - sum(len(each.window) for each in going) - probes
         self._control.learn(
-            Seen(len(going), prompts, batch.ahead, drafted, accepted, batch.drafting, now - since, rows, probes)
+            Seen(len(going), prompts, batch.ahead, drafted, accepted, batch.drafting, batch.took, rows, probes)
         )
 
     def probed(self, entry: Entry, tokens: List[int]) -> int:

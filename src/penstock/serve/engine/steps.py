@@ -122,11 +122,14 @@ class EngineSteps:
     def launch(self, batch: Batch) -> None:
         self._counters.steps += 1
         if self.speculation is not None:
+            self.speculation.begin(batch)
             self.speculation.draft(batch)
         batch.sampled = self._executor.launch(batch)
 
     def publish(self, batch: Batch) -> list[Delta]:
         sampled = None if batch.sampled is None else batch.sampled.wait()
+        if self.speculation is not None:
+            self.speculation.end(batch)
         if sampled is None:
             return []
         _rate(batch, sampled)

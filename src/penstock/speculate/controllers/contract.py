@@ -22,7 +22,7 @@ class Seen:
         drafted: how many were verified, of each sequence for which some may be.
         accepted: how many of those were accepted.
         drafting: seconds that the drafting took.
-        seconds: that the step took, with the drafting.
+        seconds: that the step took, with the drafting; None where others overlapped with it and hide it.
         rows: how many tokens were computed in it, and probes.
         probes: how many of them were these.
     """
@@ -33,7 +33,7 @@ class Seen:
     drafted: Sequence[int]
     accepted: Sequence[int]
     drafting: float
-    seconds: float
+    seconds: float | None
     rows: int = 0
     probes: int = 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from statistics import median
 from typing import Annotated
 
@@ -16,6 +16,14 @@ from penstock.speculate.controllers.contract import Control, Controller, Seen
 #: The last so many times that a step of a kind was timed count.
 TIMES = 9
 
+#: Trials that go well are repeated so often in a row at most, and those that change nothing become so many times as
+#: rare in the end.
+REPEATED, RARER = 8, 8
+
+#: Where drafts win, what a step takes without them is timed anew after so many times as many steps as there are
+#: between trials where they lose.
+RENEWED = 4
+
 
 class Measuring(Control):
     """See :class:`Measured`."""
@@ -23,28 +31,40 @@ class Measuring(Control):
     def __init__(self, policy: Measured, most: int) -> None:
         self._policy = policy
         self._lengths = [0, *sorted({1, 2, 3, most // 2, most} & set(range(1, most + 1)))]
-        self._seconds: dict[tuple[int, int], deque[float]] = {}
+        self._seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=TIMES))
         #: How often so many tokens were to be drafted, and were accepted, old trials fading.
         self._tried, self._accepted = [0.0] * most, [0.0] * most
-        self._since = 0  # steps in which nothing was drafted
+        #: Steps in which nothing was drafted, how many there are between trials by now, and trials in a row.
+        self._since, self._wait, self._trials = 0, policy.patience, 0
+        self._going = 0  # steps with drafts, since what one takes without was timed
         self._by_rows: dict[int, deque[float]] = {}  # seconds of steps with prompts and without
 
     def ahead(self, sequences: int) -> int:
-        crowd = sequences.bit_length()
-        known = {length: times for length in self._lengths if (times := self._seconds.get((crowd, length)))}
-        fewest = min(self._lengths, key=lambda length: len(known.get(length, ())))
-        if len(known.get(fewest, ())) < self._policy.trials:
-            return fewest
-        rates = {length: self.tokens(length) / median(times) for length, times in known.items()}
-        best = max(self._lengths, key=lambda length: rates[length])
+        crowd, most, rates = sequences.bit_length(), self.tokens(self._lengths[-1]), dict[int, float]()
+        for length in self._lengths:
+            times = self._seconds[crowd, length]
+            if len(times) < self._policy.trials:
+                return length
+            seconds = median(times)
+            rates[length] = self.tokens(length) / seconds
+            if most / seconds < rates[0]:
+                break  # longer ones take longer, and lose whatever they bring
+        best = max(rates, key=lambda length: rates[length])
         if best:
-            self._since = 0
+            self._since, self._wait, self._trials = 0, self._policy.patience, 0
+            self._going += 1
+            if self._going > RENEWED * self._policy.patience:
+                self._going = 0
+                self._seconds[crowd, 0].clear()
             return best
+        self._going = 0
         self._since += 1
-        if self._since < self._policy.patience:
+        if self._since < self._wait:
             return 0
-        self._since = 1
-        return max(self._lengths[1:], key=lambda length: rates[length])
+        if self._trials == 0:
+            self._wait = min(2 * self._wait, RARER * self._policy.patience)
+        self._since, self._trials = 1, self._trials + 1
+        return max(list(rates)[1:], key=lambda length: rates[length])
 
     def tokens(self, length: int) -> float:
         """Tokens a step of a sequence for which ``length`` are drafted, by what was accepted lately."""
@@ -71,11 +91,11 @@ class Measuring(Control):
         return seconds
 
     def learn(self, seen: Seen) -> None:
-        if seen.rows:
+        if seen.rows and seen.seconds is not None:
             self._by_rows.setdefault(round(2 * math.log2(seen.rows)), deque(maxlen=TIMES)).append(seen.seconds)
         if seen.probes and not any(seen.drafted):
             # What was probed is drafted in the next step: until then nothing was tried.
-            self._since = self._policy.patience if self._since else 0
+            self._since = self._wait if self._since else 0
             return
         if seen.ahead:
             # Depths that were not tried are forgotten too: they may have become better.
@@ -84,11 +104,13 @@ class Measuring(Control):
         for depth in range(seen.ahead):
             self._tried[depth] += len(seen.accepted)
             self._accepted[depth] += sum(accepted > depth for accepted in seen.accepted)
-        if self._since and sum(seen.accepted) > sum(seen.drafted) / 2:
-            self._since = self._policy.patience  # a trial that went well is repeated at once
-        if not seen.prompts and seen.sequences:
-            key = seen.sequences.bit_length(), seen.ahead
-            self._seconds.setdefault(key, deque(maxlen=TIMES)).append(seen.seconds)
+        if self._since and seen.ahead:
+            if sum(seen.accepted) > sum(seen.drafted) / 2 and self._trials < REPEATED:
+                self._since = self._wait  # a trial that went well is repeated at once
+            else:
+                self._trials = 0
+        if not seen.prompts and seen.sequences and seen.seconds is not None:
+            self._seconds[seen.sequences.bit_length(), seen.ahead].append(seen.seconds)
 
 
 @policy("speculate.controller", "measured")
@@ -96,13 +118,14 @@ class Measured(Controller):
     """Takes the number of drafted tokens that brings the most tokens a second by what was measured here: none where
     speculation loses.
 
-    What a step takes is timed for a few lengths, by how many sequences go on (to a factor of two); what it brings is
-    reckoned from how often tokens at each depth were accepted lately. Where none are drafted, some are from time to
-    time, to see whether they are accepted by now.
+    What a step takes is timed for a few lengths, the shorter ones first, by how many sequences go on (to a factor of
+    two), and for none once more from time to time; what it brings is reckoned from how often tokens at each depth were
+    accepted lately. Where none are drafted, some are now and then, and more rarely the longer that changes nothing, to
+    see whether they are accepted by now.
 
     Attributes:
         trials: how often each length is timed before one is chosen.
-        patience: steps without drafts after which some are drafted.
+        patience: steps without drafts after which some are drafted at first.
         hope: how many standard errors are added to what is known of a depth.
         memory: by what the weight of what was accepted is multiplied in each step that drafts.
     """
