@@ -100,7 +100,7 @@ def test_a_trainers_tensors_in_place_have_the_trainers_log_probabilities():
     model = Decoder(SHAPE).initialize(5)
     subject = engine(Decoder(SHAPE).initialize(0).eval())
     told(subject, 50)
-    subject.load(model.state_dict())
+    subject.control.load(model.state_dict())
     exact = ExactForward(model, block_size=4)
     for text, scores in told(subject, 50):
         assert torch.equal(exact.logprobs(text), scores)
