@@ -82,6 +82,12 @@ def settle_memory(
         for each in runners:
             each.capture(report)
         graphs = left - meter.free()
+    if first.cache.shape.blocks * block >= small:
+        # The allocator cuts small pieces out of large ones, but cannot join what it got one by one: if the largest come
+        # first, no step takes more than they do.
+        rehearse()
+        for each in runners:
+            each.forget()
     weights = sum(weight_bytes(each.model) for each in runners)
     adapters = {"adapters": first.adapter_bytes} if first.adapter_bytes else {}
     first.memory = {

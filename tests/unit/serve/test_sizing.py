@@ -103,6 +103,15 @@ def test_a_cache_whose_size_is_given_stays_as_it_is(runner):
     assert sum(runner.memory.values()) == 20_000_000
 
 
+@pytest.mark.parametrize("tokens", [None, 400])
+def test_the_largest_steps_are_the_first_behind_all_that_gives_pieces_of_memory_back(runner, tokens, monkeypatch):
+    done, device = list[str](), Device(20_000_000, runner)
+    monkeypatch.setattr(device, "free", lambda free=device.free: done.append("given back") or free())
+    config = CONFIG.model_copy(update={"cache_tokens": tokens})
+    settle_memory([runner], config, device, False, lambda: done.append("largest steps"))
+    assert done[-1] == "largest steps" and done.count("largest steps") == 2
+
+
 def test_no_room_is_an_error_that_says_what_to_do(runner):
     with pytest.raises(PenstockError, match="there is room for 0 blocks") as raised:
         settle(runner, CONFIG, Device(4_000_000, runner), False)
