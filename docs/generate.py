@@ -112,17 +112,19 @@ def grid(sources: Sources, document: Path, wanted: str) -> str:
         UsageError: there are no results of that name, or none has the metric.
     """
     name, _, metric = wanted.partition(",")
-    parts = []
+    parts, known = [], set[str]()
     for result in named(sources, name):
         rows = [row for row in result.rows if row.metric.replace(" ", "-") == metric]
-        if not rows:
-            known = {row.metric.replace(" ", "-") for row in result.rows}
-            raise UsageError(f"{name!r} has no metric {metric!r}: {nearest(metric, known)}")
+        known |= {row.metric.replace(" ", "-") for row in result.rows}
+        if not rows:  # some are measured on one kind of device only
+            continue
         values = {(row.subject, row.setting): f"{format_number(row.value)} {row.unit}".strip() for row in rows}
         settings = list(dict.fromkeys(row.setting for row in rows))
         subjects = dict.fromkeys(row.subject for row in rows)
         lines = ((subject, *(values.get((subject, setting), "") for setting in settings)) for subject in subjects)
         parts.append(f"{table((rows[0].metric, *settings), lines)}\n{note(result)}")
+    if not parts:
+        raise UsageError(f"{name!r} has no metric {metric!r}: {nearest(metric, known)}")
     return "\n".join(parts)
 
 

@@ -11,6 +11,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.pipeline.run.compiled import compile_layers
 from penstock.pipeline.run.split_backward import Deferral
+from penstock.train.compiling import once_for_any_documents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -53,3 +54,19 @@ def test_the_halves_are_those_of_layers_that_are_not_compiled(packed, dtype, tol
             error = (gradient - found[1][name]).abs().max() / found[1][name].abs().max()
             assert error < tolerance, f"{name} is off by {error}"
     assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_loss_is_compiled_once_for_any_number_of_documents():
+    torch._dynamo.reset()
+    counters.clear()
+    model = Decoder(DecoderConfig(**SHAPE)).initialize(0).to(DEVICE, torch.bfloat16)
+    tokens = torch.arange(512, device=DEVICE).view(1, 512)
+
+    def loss(model: Decoder, batch: torch.Tensor, context: PackedRows) -> torch.Tensor:
+        return model(batch, context).hidden.float().square().mean()
+
+    compiled = once_for_any_documents(loss)
+    for length in (300, 100, 20, 4):
+        context = PackedRows.of(tokens // length)
+        assert compiled(model, tokens, context).item() == pytest.approx(loss(model, tokens, context).item(), rel=1e-2)
+    assert counters["stats"]["unique_graphs"] == 1

@@ -86,8 +86,6 @@ def settle_memory(
         # The allocator cuts small pieces out of large ones, but cannot join what it got one by one: if the largest come
         # first, no step takes more than they do.
         rehearse()
-        for each in runners:
-            each.forget()
     weights = sum(weight_bytes(each.model) for each in runners)
     adapters = {"adapters": first.adapter_bytes} if first.adapter_bytes else {}
     first.memory = {

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Set
+from collections.abc import Callable, Set
 
-import torch
+from torch import Tensor
 
 from penstock.core.devices import can_compile, synchronize
 from penstock.data.loader import Batch
 from penstock.models.attention import CausalRows, PackedRows
+from penstock.models.decoder import Decoder
 from penstock.train.update import Updater
 
 
@@ -52,7 +53,7 @@ def compile_loss(updater: Updater, batch: Batch, lengths: Set[int]) -> str:
     if parts:
         parts.compile()
     else:
-        updater.loss = torch.compile(plain, dynamic=False)
+        updater.loss = once_for_any_documents(plain)
     try:
         for length in lengths:
             micro, _ = next(updater.microbatches(batch, length))
@@ -70,3 +71,18 @@ def compile_loss(updater: Updater, batch: Batch, lengths: Set[int]) -> str:
         updater.model.zero_grad()
         synchronize(device)
     return ""
+
+
+def once_for_any_documents(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``loss``, compiled for each shape of a batch, but once for any number of documents."""
+    import torch._dynamo
+
+    fixed = torch.compile(loss, dynamic=False)
+
+    def run(model: Decoder, batch: Batch, context: CausalRows | PackedRows) -> Tensor:
+        if isinstance(context, PackedRows):
+            # Where documents are short there are more boundaries: to compile anew takes longer than many a run.
+            torch._dynamo.maybe_mark_dynamic(context.boundaries, 0)
+        return fixed(model, batch, context)
+
+    return run

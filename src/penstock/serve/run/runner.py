@@ -122,6 +122,8 @@ class Runner:
         self._kinds, self._compactor, self._mover = (planner, sampler), compactor, mover
         self.hidden = HiddenStates(cache.shape, self.shape.hidden) if keeps_hidden else None
         self.probed = torch.zeros(slots, probes, self.shape.hidden, dtype=cache.shape.dtype, device=self.device)
+        # Of slot s at s + 1; what stands at 0 is of no meaning. Graphs read it where it is.
+        self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
         self.forget()
         self._adapters = adapters
         # With adapters, both also take the slots of the tokens' own, as ``owners``.
@@ -140,8 +142,7 @@ class Runner:
         planner, sampler = self._kinds
         self.planner = planner(self._slots, self.block_size)
         self.sampler = sampler(self._slots, self.shape.vocabulary, self.device)
-        # Of slot s at s + 1; what stands at 0 is of no meaning.
-        self._newest = torch.zeros(self._slots + 1, dtype=torch.int64, device=self.device)
+        self._newest.zero_()
 
     @property
     def _through(self) -> Decoder | AdapterSlots:
