@@ -85,6 +85,7 @@ def test_many_crowds_are_served_right(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_law_holds_for_long_courses(name):
     play(name, examples=300, steps=80)

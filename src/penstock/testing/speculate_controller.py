@@ -9,14 +9,17 @@ What each clause is there to catch:
 - :func:`check_predictions` and :func:`check_confidence` compare with the whole text computed anew: what is predicted
   of another token, place or sequence, or the confidence in it, and a token that is lost;
 - :func:`check_engine`: tokens that change with the length, with drafts that are thrown away, and with steps in which
-  nothing is drafted between others, with a drafter of each kind.
+  nothing is drafted between others, with a drafter of each kind;
+- :func:`check_times` plays an engine whose steps all take as long: one that is timed by its end takes the next one's
+  time as well where they overlap, and plain steps seem twice as slow as they are.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from unittest import mock
 
 import torch
 
@@ -24,7 +27,7 @@ from penstock.core.randomness import numpy_generator
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
 from penstock.serve.choose.sampling import SamplingParams
-from penstock.serve.engine.batch import Batch
+from penstock.serve.engine.batch import Awaited, Batch
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
 from penstock.speculate.contract import Drafter
@@ -57,6 +60,7 @@ def check(controller: Controller) -> None:
         check_confidence(controller)
         check_confidence(controller, tree=BRANCHES)
     check_engine(controller)
+    check_times(controller)
 
 
 def check_bounds(controller: Controller, seed: int, steps: int = 200) -> None:
@@ -211,6 +215,30 @@ def check_engine(controller: Controller) -> None:
         engine = controlled(drafter, controller)
         assert outcomes(engine) == wanted, f"tokens that {drafter.policy_name} drafts change the text"
         assert engine.snapshot().held == 0
+
+
+def check_times(controller: Controller) -> None:
+    """Asserts that what it sees of a step's time is what one more step costs, where the host computes, as on a CPU, and
+    the next step is launched before the tokens of one are known."""
+    drafter = next(each for each in DRAFTERS if controller.refuses(each, branches=False) is None)
+    engine, now, told = engine_with(drafter, controller=controller), [0.0], list[float | None]()
+    launch, speculation = engine.executor.launch, engine.steps.speculation
+    assert speculation is not None
+
+    def launched(batch: Batch) -> Awaited | None:
+        now[0] += 1.0
+        return launch(batch)
+
+    def ended(batch: Batch, end: Callable[[Batch], None] = speculation.end) -> None:
+        end(batch)
+        told.append(batch.took)
+
+    with mock.patch.object(engine.executor, "launch", launched), mock.patch.object(speculation, "end", ended):
+        speculation.clock = lambda: now[0]
+        outcomes(engine)
+    known = [each for each in told if each is not None]
+    assert 2 * len(known) >= len(told), "of most steps it does not learn what they take"
+    assert set(known) == {1.0}, f"steps of 1 second take {sorted(set(known))}"
 
 
 @functools.cache

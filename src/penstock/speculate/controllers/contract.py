@@ -81,7 +81,8 @@ class Control:
     law="no more is drafted than the drafter can, and no more is verified than was drafted, whatever was seen before; "
     "two that have seen the same decide the same; where it predicts or goes by confidence, drafting ends behind a "
     "certain rejection and not for certain acceptances, what ends it does so behind more tokens as well, and the "
-    "engine drafts as far as it says of the whole text; the tokens that come out are the target's",
+    "engine drafts as far as it says of the whole text; what it is told that a step takes is what one more costs; the "
+    "tokens that come out are the target's",
 )
 class Controller(Policy):
     """Decides how many tokens are drafted."""
