@@ -64,6 +64,8 @@ class StepRoom:
         #: the prefix tree, since it was admitted or has contexts.
         self._takes: list[tuple[int, int, bool]] = []
         self._taken: set[int] = set()
+        #: Members of running sequences that have not been taken yet, counted for the first that drafts.
+        self._untaken: int | None = None
         self._pressed = False
 
     def compact(self, sequences: Iterable[Sequence]) -> None:
@@ -138,12 +140,14 @@ class StepRoom:
             if count:
                 self._enter(member, count, scored, window, again * scored)
         self._taken.add(id(sequence))
+        self._count(-len(sequence.members))
         self._takes.append((begin, len(self.entries), waited or bool(sequence.contexts)))
         return sum(shares) + window.rows + again * scored
 
     def _admit(self, sequence: Sequence) -> bool:
         if not self._memory.admit(sequence):
             return False
+        self._count(len(sequence.members))
         held = sequence.held
         assert held is not None
         beside = sum(max(0, context.computed - sequence.shared) for context in sequence.contexts)
@@ -219,7 +223,7 @@ class StepRoom:
         assert sequence.draft is not None and sequence.held is not None
         held, size = sequence.held, self._memory.pool.block_size
         # Drafts may be for nothing: a token and a block stay for each that runs and would get none, this one left out.
-        others = sum(len(each.members) for each in self._memory.running if id(each) not in self._taken) - 1
+        others = self._left() - 1
         blocks = min(len(held.blocks) + max(0, self._memory.pool.available - others), self._memory.tables.shape[1])
         fit = blocks * size - len(sequence.tokens) + held.dropped
         due = held.due - held.computed - sequence.remaining
@@ -235,6 +239,17 @@ class StepRoom:
             sequence.guessed = True
             self._memory.reserve([(sequence, sequence.remaining + window.rows)])
         return window
+
+    def _left(self) -> int:
+        """Members of running sequences that have not been taken yet."""
+        if self._untaken is None:
+            self._untaken = sum(len(each.members) for each in self._memory.running if id(each) not in self._taken)
+        return self._untaken
+
+    def _count(self, more: int) -> None:
+        """There are so many ``more`` of them."""
+        if self._untaken is not None:
+            self._untaken += more
 
     def _drafted(self, sequence: Sequence, draft: Draft, ahead: int, most: int) -> Tree:
         """What ``draft`` says of up to ``ahead`` tokens on each way and ``most`` in all, as far as a grammar allows
@@ -272,6 +287,7 @@ class StepRoom:
         """Takes the memory of ``victim``, which will be computed again, since ``winner`` misses so many blocks."""
         computed = victim.computed
         self._memory.release(victim)
+        self._count(-len(victim.members))
         victim.preempted = True
         self.preempted.append(victim)
         detail: Detail = {"by": winner.request.id, "by_index": winner.index, "missing": missing, "computed": computed}
