@@ -17,8 +17,8 @@ LONG = {"prompt": ["import os\n", "class Stack:\n"], "n": 2, "max_tokens": 60, "
 def crowded(tmp_path_factory):
     """A server that drafts, with room for 16 blocks, half of what four continuations come to; its trace."""
     trace = tmp_path_factory.mktemp("trace") / "trace.json"
-    options = ["--draft", "ngram", "--set", "cache_tokens=160", "--set", "sequences=4", "--trace", str(trace)]
-    with Served(*options, "--log-level", "debug") as served:
+    options = ["--draft", "ngram", "--set", "controller=fixed", "--set", "cache_tokens=160", "--set", "sequences=4"]
+    with Served(*options, "--trace", str(trace), "--log-level", "debug") as served:
         yield served, trace
 
 

@@ -86,8 +86,9 @@ class ByteLevel:
             if len(last) >= 3:  # an unfinished character has no more bytes
                 break
         self._decoder.decode(last)
-        #: The prompt's text shows its unfinished character as a replacement; if it stays one, it is not shown again.
-        self._shown = bool(self._decoder.getstate()[0])
+        #: The prompt's text shows its unfinished character as a replacement, or as two where it can only become half of
+        #: a pair (UTF-16's); if it stays so, it is not shown again.
+        self._shown = self._decoder.getstate()[0].decode(errors="replace")
 
     def push(self, token: int) -> str:
         return self._fresh(self._decoder.decode(self._vocabulary.says(token) or b""))
@@ -97,7 +98,7 @@ class ByteLevel:
 
     def _fresh(self, text: str) -> str:
         if text and self._shown:
-            text, self._shown = text.removeprefix(REPLACEMENT), False
+            text, self._shown = text.removeprefix(self._shown), ""
         return text
 
 

@@ -45,6 +45,14 @@ def test_the_text_is_that_of_all_tokens_at_once(kind, data):
     assert shown + stream.end() == tokenizer.decode(tokens)
 
 
+@pytest.mark.parametrize("behind", [[], [0], [199], [172]], ids=str)
+def test_half_of_a_pair_at_the_end_of_a_prompt_is_shown_once(behind):
+    """Bytes ED A0 are two replacements, which Python holds back as one unfinished character."""
+    tokenizer, prompt = made("byte level"), [198, 169, 254]
+    stream = TextStream(tokenizer, prompt)
+    assert tokenizer.decode(prompt) + stream.push(behind) + stream.end() == tokenizer.decode([*prompt, *behind])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
