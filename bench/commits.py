@@ -131,6 +131,7 @@ class Figures:
 
     def _engine(self, shape: str) -> Engine:
         """The engine of ``shape``, which stays until another is asked for."""
+        from penstock.core.garbage import settle
         from penstock.models import hub
         from penstock.models.decoder import Decoder
         from penstock.serve.build import build_engine
@@ -139,6 +140,7 @@ class Figures:
         serve = load("serve")
         if shape not in self._engines:
             self._engines.clear()
+            gc.unfreeze()
             gc.collect()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -148,9 +150,7 @@ class Figures:
                 made = Decoder(serve.SMALL).initialize(0) if shape == LARGE else hub.load(shape, dtype=torch.float32)
                 engine = build_engine(made.eval(), EngineConfig(sequences=64))
             self._engines[shape] = engine
-            # As a server does: or the collector goes through all modules now and then, of which this tree has more.
-            gc.collect()
-            gc.freeze()
+            settle()  # or the collector goes through all modules now and then, of which this tree has more
         return self._engines[shape]
 
     def _workload(self, shape: str, name: str) -> Any:

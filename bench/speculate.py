@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -107,20 +106,19 @@ def run(engine: Engine, todo: list[list[int]], crowd: int, output: int) -> float
     begun = time.perf_counter()
     for request in itertools.islice(coming, crowd):
         engine.add(request)
-    tokens, going, ended = 0, {str(number) for number in range(len(todo))}, False
+    tokens, ended = 0, False
     while not ended:
         deltas = engine.step()
         tokens += sum(len(delta.tokens) for delta in deltas)
         for delta in deltas:
             if delta.finish is not None:
-                going.remove(delta.id)
                 if (request := next(coming, None)) is not None:
                     engine.add(request)
                 else:
                     ended = True
     speed = tokens / (time.perf_counter() - begun)
-    for left in going:
-        engine.abort(left)
+    for number in range(len(todo)):
+        engine.abort(str(number))
     while engine.busy:
         engine.step()
     return speed
@@ -202,8 +200,7 @@ def measure(
         bench.compared(peer=length, peer_values=values[length], **beside)
     for name in runs:
         if name == "plain decoding":
-            middle, count = statistics.median(values[name]), len(values[name])
-            bench.row(subject=name, **common, value=middle, repetitions=count)
+            bench.measured(subject=name, values=values[name], **common)
             continue
         beside = {"subject": name, "values": values[name], **common}
         papers = PAPERS.get(name, ())

@@ -126,6 +126,19 @@ class Bench:
     ) -> Row:
         """Measures one subject. ``run`` returns the figure, and is called once more beforehand to warm up."""
         values = self.turns({subject: run}, setting, repetitions)[subject]
+        return self.measured(subject=subject, setting=setting, metric=metric, unit=unit, values=values, better=better)
+
+    def measured(
+        self,
+        *,
+        subject: str,
+        setting: str,
+        metric: str,
+        unit: str,
+        values: Sequence[float],
+        better: Literal["higher", "lower"] = "higher",
+    ) -> Row:
+        """A row of what one subject gave, one figure a repetition."""
         return self.row(
             subject=subject,
             setting=setting,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penstock.ops.draw import CHUNK, MANY, TINY, Floor, draw_softmax
+from penstock.ops.draw import MANY, TINY, Floor, chunked, draw_softmax
 
 #: Of a vocabulary more than twice as large, so many tokens are looked at first where a share of probability is cut.
 SHORTLIST = 1024
@@ -142,9 +142,7 @@ def _share(scores: Tensor, top: Tensor, heat: Tensor, share: Tensor) -> tuple[Te
 def _summed(weights: Tensor) -> Tensor:
     """The sums float64 [R] of ``weights`` float32 [R, V]. By chunks in float32 first: to widen each number takes twenty
     times as long."""
-    whole = weights.shape[-1] // CHUNK * CHUNK
-    chunks = weights[:, :whole].reshape(len(weights), whole // CHUNK, CHUNK).sum(-1)
-    return chunks.double().sum(-1) + weights[:, whole:].sum(-1).double()
+    return torch.cat([each.sum(-1) for each in chunked(weights)], -1).double().sum(-1)
 
 
 def _reached(ranked: Tensor, weights: Tensor, aim: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,11 +51,7 @@ def _compiled() -> Callable[[Tensor, Tensor, Tensor, Floor | None], Tensor]:
 
 def _draw(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Floor | None) -> Tensor:
     size, heat = logits.shape[-1], temperature.clamp(min=TINY).float().unsqueeze(-1)
-    whole = size // CHUNK * CHUNK
-    pieces = [logits[:, :whole].reshape(len(logits), -1, CHUNK)] if whole else []
-    if whole < size:
-        pieces.append(logits[:, whole:].unsqueeze(1))
-    parts = zip(*(_summed(each, heat, floor) for each in pieces), strict=True)
+    parts = zip(*(_summed(each, heat, floor) for each in chunked(logits)), strict=True)
     tops, sums, ties = (torch.cat(part, 1) for part in parts)
     # Counted from the largest, scores stay numbers however small the temperature is.
     top = tops.amax(-1, keepdim=True)
@@ -80,6 +76,14 @@ def _draw(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Floor | N
     token = chunk * CHUNK + torch.searchsorted(inside, rest, right=True)
     # Of scores that are not numbers, some token is as good as another, but one it must be.
     return token.squeeze(-1).clamp(max=size - 1)
+
+
+def chunked(rows: Tensor) -> list[Tensor]:
+    """``rows`` [R, V] in chunks [R, C, CHUNK], and what is left over [R, 1, V % CHUNK]; each only if there is any."""
+    size = rows.shape[-1]
+    whole = size // CHUNK * CHUNK
+    pieces = [rows[:, :whole].reshape(len(rows), -1, CHUNK)] if whole else []
+    return pieces if whole == size else [*pieces, rows[:, whole:].unsqueeze(1)]
 
 
 def _summed(scores: Tensor, heat: Tensor, floor: Floor | None) -> tuple[Tensor, Tensor, Tensor]:
