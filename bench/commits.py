@@ -7,6 +7,7 @@ that is, and so do the rows then::
     git rev-parse --short COMMIT > .before/COMMIT
     penstock bench commits
     penstock bench commits_sampling
+    penstock bench commits_device --device cuda
 
 Each tree is a process of its own that runs its own ``bench/serve.py``, ``scheduler.py`` and ``sampler.py``. The two
 take turns, so that only one works at a time. On CUDA both lie in the memory together, with fewer cached tokens than
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
     from penstock.serve.engine.engine import Engine
 
 ANSWER = "figure: "
-#: Steps of sampling that are timed together, and steps of the host of which the median is taken.
-STEPS, DECODING = 20, 200
+#: Steps of sampling, or of a device, that are timed together, steps before those of a device, and steps of the host of
+#: which the median is taken.
+STEPS, WARM, DECODING = 20, 60, 200
 #: The larger of the models on the CPU; the other one lies in the package.
 LARGE = "120 M, random"
 #: Of the requests of mixed lengths so many are taken on CUDA.
@@ -115,6 +117,25 @@ class Figures:
             engine.step()
             times.append(time.perf_counter() - begun)
         return 1e3 * statistics.median(times)
+
+    def running(self, shape: str, sequences: int) -> float:
+        """Microseconds that the device works in a step with so many sequences that decode."""
+        from torch.profiler import ProfilerActivity, profile
+
+        serve, engine, draw = load("serve"), self._engine(shape), random.Random(0)
+        for number in range(sequences):
+            sampling = serve.SamplingParams(seed=number, max_tokens=WARM + STEPS + 2, ignore_eos=True)
+            engine.add(serve.Request(str(number), [draw.randrange(3, 100_000) for _ in range(128)], sampling))
+        for _ in range(WARM):
+            engine.step()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            for _ in range(STEPS):
+                engine.step()
+            torch.cuda.synchronize()
+        while engine.busy:
+            engine.step()
+        return sum(event.self_device_time_total for event in seen.key_averages()) / STEPS
 
     def sampling(self, kind: str, vocabulary: int) -> float:
         """Microseconds of a step of sampling."""

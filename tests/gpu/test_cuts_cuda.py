@@ -65,8 +65,9 @@ def test_what_stays_is_what_stays_on_the_cpu(kind: str, size: int, dtype: torch.
     cut = options[0] > 0
     kept, chances = weight_kept(logits[cut], Floor(wanted.score[cut], wanted.ties[cut]), options[0][cut])
     ours, _ = weight_kept(logits[cut], Floor(found.score.cpu()[cut], found.ties.cpu()[cut]), options[0][cut])
-    # A share is summed in float32 there: tokens on the very edge may fall on the other side.
-    assert ((kept != ours) * chances).sum(-1).max() < 2e-5
+    # A share is summed in float32 there: tokens on the very edge may fall on the other side, one of equals whole.
+    edge = 1.01 / size if kind == "equal" and size > 1000 else 0
+    assert ((kept != ours) * chances).sum(-1).max() < 2e-5 + edge
     by_k = cut & (options[1] > 0) & (options[2] >= 1)
     only = by_k[cut]
     assert torch.equal(kept[only & (options[3][cut] == 0)], ours[only & (options[3][cut] == 0)])

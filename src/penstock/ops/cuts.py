@@ -161,4 +161,4 @@ def _reached(ranked: Tensor, weights: Tensor, aim: Tensor) -> tuple[Tensor, Tens
 def _weights(scores: Tensor, top: Tensor, heat: Tensor) -> Tensor:
     """What the probabilities of ``scores`` [R, n] are proportional to. Counted from the largest score ``top`` [R], they
     stay numbers however small the temperature ``heat`` [R] is."""
-    return ((scores - top.unsqueeze(-1)) / heat.float().unsqueeze(-1)).exp()
+    return (scores - top.unsqueeze(-1)).div_(heat.float().unsqueeze(-1)).exp_()

@@ -91,12 +91,29 @@ def _summed(scores: Tensor, heat: Tensor, floor: Floor | None) -> tuple[Tensor, 
     and how many are at the floor; [R, C] each."""
     top = scores.amax(-1, keepdim=True).float()
     finite = torch.where(top > -torch.inf, top, 0.0)  # nothing is left of a chunk that is forbidden as a whole
-    weights = ((scores.float() - finite) / heat.unsqueeze(-1)).exp()
     if floor is None:
+        weights = (scores.float() - finite).div_(heat.unsqueeze(-1)).exp_()
         return top.squeeze(-1), weights.sum(-1), torch.zeros_like(top).squeeze(-1)
+    if not scores.is_cuda:
+        return top.squeeze(-1), *_left(scores, top, heat, floor)
+    weights = ((scores.float() - finite) / heat.unsqueeze(-1)).exp()
     least = floor.score.view(-1, 1, 1)
     above = torch.where(scores.float() > least, weights, 0.0).sum(-1)
     return top.squeeze(-1), above, (scores.float() == least).sum(-1)
+
+
+def _left(scores: Tensor, top: Tensor, heat: Tensor, floor: Floor) -> tuple[Tensor, Tensor]:
+    """The last two of what :func:`_summed` gives, to the last bit, with a look at those chunks alone of which something
+    is left: most are below the floor as a whole."""
+    row, chunk = (top.squeeze(-1) >= floor.score.unsqueeze(-1)).nonzero(as_tuple=True)
+    those, highest, least = scores[row, chunk].float(), top[row, chunk], floor.score[row].unsqueeze(-1)
+    finite = torch.where(highest > -torch.inf, highest, 0.0)
+    weights = (those - finite).div_(heat[row]).exp_()
+    above = torch.zeros(top.shape[:2], dtype=torch.float32)
+    ties = torch.zeros(top.shape[:2], dtype=torch.int64)
+    above[row, chunk] = torch.where(those > least, weights, 0.0).sum(-1)
+    ties[row, chunk] = (those == least).sum(-1)
+    return above, ties
 
 
 def _below(total: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from penstock.ops.draw import CHUNK, draw_softmax
+from penstock.ops.draw import CHUNK, MANY, Floor, draw_softmax
 
 
 @pytest.mark.parametrize("size", [1, 2, 50, CHUNK, CHUNK + 1, 3 * CHUNK - 1, 4096])
@@ -21,6 +21,29 @@ def test_the_token_is_where_the_cumulated_probability_passes_the_number(size, dt
     reached = chances.cumsum(-1)
     at = reached.gather(1, tokens.unsqueeze(-1)).squeeze(-1)
     before = at - chances.gather(1, tokens.unsqueeze(-1)).squeeze(-1)
+    assert ((before <= uniform + 1e-5) & (uniform <= at + 1e-5)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_above_a_floor_the_token_is_of_what_is_left(dtype):
+    """Scores on a grid, where several tie with the floor: of high floors most chunks have nothing left, and the lowest
+    leave all."""
+    generator = torch.Generator().manual_seed(1)
+    logits = ((torch.randn(64, 5 * CHUNK + 9, generator=generator) * 3).round() / 2).to(dtype)
+    logits[:, CHUNK : 2 * CHUNK] = -torch.inf
+    places = torch.randint(0, 2000, (64, 1), generator=generator) ** 2 // 2000
+    least = logits.float().sort(-1, descending=True).values.gather(1, places).squeeze(-1)
+    least[:8], ties = -torch.inf, torch.randint(1, 9, (64,), generator=generator)
+    ties[:16] = MANY
+    tied = logits.float() == least.unsqueeze(-1)
+    left = (logits.float() > least.unsqueeze(-1)) | (tied & (tied.cumsum(-1) <= ties.unsqueeze(-1)))
+    temperature = torch.rand(64, generator=generator, dtype=torch.float64) * 2 + 0.05
+    uniform = torch.rand(64, generator=generator, dtype=torch.float64)
+    tokens = draw_softmax(logits, temperature, uniform, Floor(least, ties)).unsqueeze(-1)
+    assert left.gather(1, tokens).all() and (~left).any(-1)[8:].all()
+    chances = (logits.double() / temperature.unsqueeze(-1)).masked_fill(~left, -torch.inf).softmax(-1)
+    at = chances.cumsum(-1).gather(1, tokens).squeeze(-1)
+    before = at - chances.gather(1, tokens).squeeze(-1)
     assert ((before <= uniform + 1e-5) & (uniform <= at + 1e-5)).all()
 
 
