@@ -141,6 +141,11 @@ def test_prompts_that_end_with_more_than_the_answers_begin_with(model, tmp_path)
             "writes message 3 in another way when more messages follow",
         ),
         ("{{ messages[-1].content }}", "last", "does not write message 5 after those before it"),
+        (
+            f"{{% if messages[0].role == 'system' %}}{{% set messages = messages[1:] %}}{{% endif %}}{TEMPLATE}",
+            "answers",
+            "leaves out message 1, of the system",
+        ),
         (MARKED.replace("'assistant'", "'nobody'"), "answers", "tokens are masked: there is nothing in it to learn"),
     ],
 )

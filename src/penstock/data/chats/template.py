@@ -76,8 +76,8 @@ class Template:
         """A conversation as tokens.
 
         Raises:
-            DataError: the template refuses it, does not write its functions and calls, or does not tell where its
-                answers are, or all tokens are masked; the message begins with ``where``.
+            DataError: the template refuses it, leaves out one of its messages or its functions and calls, or does not
+                tell where its answers are, or all tokens are masked; the message begins with ``where``.
         """
         if chat.tools or any(map(of_tools, chat.messages)):
             self._require_tools(chat, where)
@@ -89,6 +89,7 @@ class Template:
         chosen = np.zeros(len(tokens), np.bool_)
         for begin, end in self._spans(chat, text, where, learnt):
             chosen |= (offsets[:, 0] >= begin) & (offsets[:, 0] < end) & (offsets[:, 1] > offsets[:, 0])
+        self._require_all(chat, where)
         if not chosen.any():
             raise DataError(f"{where}: all {len(tokens)} tokens are masked: there is nothing in it to learn")
         if chosen[-1] and int(tokens[-1]) not in self._ends:
@@ -153,6 +154,14 @@ class Template:
             else:
                 return [(int(begin), int(end)) for begin, end in marks[0]]
         raise DataError(f"{where}: the chat template fails: {failures[-1]}") from failures[-1]
+
+    def _require_all(self, chat: Conversation, where: str) -> None:
+        """Refuses a conversation of which the template leaves out what an answer answers, as the server does."""
+        left_out = ChatWriter(self.tokenizer, chat.tools, {"add_generation_prompt": False}).dropped(chat.messages)
+        for place in left_out:
+            role = chat.messages[place]["role"]
+            if role != "assistant":
+                raise DataError(f"{where}: the chat template leaves out message {place + 1}, of the {role}")
 
     def _require_tools(self, chat: Conversation, where: str) -> None:
         """Refuses a conversation whose functions, calls or results the template leaves out: what the model would learn
