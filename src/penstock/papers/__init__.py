@@ -1,1 +1,1 @@
-"""The bibliography (``papers.toml``) and where each paper stands: planned, implemented or measured."""
+"""The bibliography (``papers.toml``) and where each paper stands: planned, simulated, implemented or measured."""

@@ -1,4 +1,4 @@
-"""Laws of repeated sampling: coverage, saturation, and what an imperfect verifier leaves of them."""
+"""Laws of repeated sampling: coverage and saturation."""
 
 from __future__ import annotations
 
@@ -42,35 +42,6 @@ def power_law(ks: Sequence[int], covered: Sequence[float]) -> tuple[float, float
     return -math.exp(intercept), float(slope)
 
 
-def accepted(right: float, passed: float, tries: int | None = None) -> float:
-    """How often an answer is right that is drawn until a verifier accepts one, in at most ``tries``: each draw is right
-    with the chance ``right``, and wrong and accepted with ``passed``; right ones are always accepted. Where none was
-    accepted there is no answer. Without a limit this is the ceiling, right / (right + passed) ([344])."""
-    accept = right + passed
-    if accept == 0:
-        return 0.0
-    return right / accept * (1.0 if tries is None else 1 - (1 - accept) ** tries)
-
-
-def mean_best_tries(problems: Sequence[tuple[float, float]], gain: float, loss: float, cost: float, most: int) -> int:
-    """The number of draws, at most ``most``, with the largest expected worth over ``problems``, given (right, passed)
-    of each; of equals, the fewest. Over a mix this is finite though it is not for each: the easy ones are answered
-    early, and what is left are those on which the verifier is wrong ([344])."""
-    rights, passes = (np.array(each) for each in zip(*problems, strict=True))
-    open_share, worth, best, best_worth = np.ones(len(problems)), 0.0, 0, 0.0
-    for tries in range(1, most + 1):
-        worth += float((open_share * (rights * gain - passes * loss - cost)).mean())
-        open_share = open_share * (1 - rights - passes)
-        if worth > best_worth + 1e-12:
-            best, best_worth = tries, worth
-    return best
-
-
-def saturating(ceiling: float, rate: float, n: int) -> float:
-    """Accuracy after ``n`` samples or rounds: F(n) = ceiling (1 - (1 - rate)^n) ([350]; the form is from knowledge)."""
-    return ceiling * (1 - (1 - rate) ** n)
-
-
 def saturation(ceiling: float, rate: float, threshold: float) -> int:
     """The first n after which one more gains less than ``threshold``: ceiling rate (1 - rate)^n < threshold ([350])."""
     if ceiling * rate < threshold:
@@ -84,8 +55,9 @@ def saturation(ceiling: float, rate: float, threshold: float) -> int:
 
 
 def fit_saturation(ns: Sequence[int], accuracies: Sequence[float]) -> tuple[float, float]:
-    """(ceiling, rate) of :func:`saturating` by least squares: for each rate the best ceiling is linear, and the rate is
-    searched for, ever more finely.
+    """(ceiling, rate) of F(n) = ceiling (1 - (1 - rate)^n), the accuracy after ``n`` samples ([350]; the form is from
+    knowledge), by least squares: for each rate the best ceiling is linear, and the rate is searched for, ever more
+    finely.
 
     Raises:
         ValueError: fewer than two points.

@@ -123,7 +123,7 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """What results come to, in lines: how many are done and right, what was spent, and coverage where it was asked."""
-    from penstock.search.coverage import coverage, power_law
+    from penstock.search.coverage import coverage, fit_saturation, power_law
 
     count = len(records)
     totals = {name: sum(record["ledger"][name] for record in records) for name in ("generated", "tokens", "scorings")}
@@ -151,4 +151,6 @@ def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
         if sum(0 < value < 1 for value in covered) > 1:
             a, b = power_law(ks, covered)
             lines.append(f"coverage = exp({a:.3f} k^{b:.3f})")
+            ceiling, rate = fit_saturation(ks, covered)
+            lines.append(f"saturation: ceiling={min(1.0, ceiling):.3f}, rate={rate:.3f}")
     return lines

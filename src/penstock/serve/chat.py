@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.core.errors import UsageError
 from penstock.core.files import read_text
-from penstock.serve.dialogue.answer import Answer, Call, as_json, parsed
+from penstock.core.strict_json import as_json
+from penstock.models.chats import ChatWriter, Message, Messages, called, of_tools
+from penstock.serve.dialogue.answer import Answer, Call
 from penstock.serve.dialogue.contract import Dialogue
 from penstock.serve.dialogue.guess import guess
 
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-Message = Mapping[str, Any]
-Messages = Sequence[Message]
 
 #: For models that bring no template: each message under its role, and a line for the answer.
 DEFAULT_TEMPLATE = (
@@ -102,12 +100,12 @@ def chat_prompt(
     template = template or tokenizer.chat_template
     if not template:
         _tell_of_no_template(str(tokenizer.name_or_path))
-    write = _Writer(tokenizer, tools, variables or {}, template)
+    write = ChatWriter(tokenizer, tools, variables or {}, template or DEFAULT_TEMPLATE)
     if any(message.get("role") == "developer" for message in messages) and not write.keeps(messages, "developer"):
         messages = [{**each, "role": "system"} if each.get("role") == "developer" else each for each in messages]
-    if (tools or any(map(_of_tools, messages))) and not write.knows_tools(messages):
+    if (tools or any(map(of_tools, messages))) and not write.knows_tools(messages):
         messages = _in_words(messages, tools or [], dialogue or guess(str(template or "")))
-        write = _Writer(tokenizer, None, variables or {}, template)
+        write = ChatWriter(tokenizer, None, variables or {}, template or DEFAULT_TEMPLATE)
         if tools and not write.keeps(messages, "system"):
             messages = _without_system(messages)
     text = write(messages)
@@ -153,17 +151,12 @@ def chat_tokens(
 # Functions in words, for templates that know none
 
 
-def _of_tools(message: Message) -> bool:
-    """Whether a message has calls, or what one returned."""
-    return message.get("role") == "tool" or bool(message.get("tool_calls"))
-
-
 def _in_words(messages: Messages, tools: Sequence[Mapping[str, Any]], dialogue: Dialogue) -> list[Message]:
     """The conversation with functions, calls and what they returned in ordinary messages."""
     written: list[Message] = []
     for message in messages:
         if message.get("tool_calls"):
-            calls = tuple(Call(name, arguments) for name, arguments in map(_called, message["tool_calls"]))
+            calls = tuple(Call(name, arguments) for name, arguments in map(called, message["tool_calls"]))
             text = dialogue.write(Answer(str(message.get("content") or ""), calls))
             written.append({"role": message.get("role"), "content": text})
         elif message.get("role") == "tool":
@@ -198,114 +191,3 @@ def _without_system(messages: list[Message]) -> list[Message]:
         return messages
     others[place] = {**others[place], "content": f"{first['content']}\n\n{others[place].get('content') or ''}"}
     return others
-
-
-def _called(call: Mapping[str, Any]) -> tuple[str, str]:
-    """Name and arguments, as JSON, of a call in a message."""
-    told = call.get("function")
-    told = told if isinstance(told, Mapping) else {}
-    arguments = told.get("arguments", "{}")
-    return str(told.get("name", "")), arguments if isinstance(arguments, str) else as_json(arguments)
-
-
-def _with_calls(message: Message, name: str | None, as_objects: bool) -> Message:
-    """``message`` with the arguments of its calls as objects or as JSON, and another ``name`` for all functions."""
-    if not message.get("tool_calls"):
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        own, arguments = _called(call)
-        try:
-            made = parsed(arguments or "{}") if as_objects else arguments
-        except ValueError:
-            made = arguments
-        calls.append({**call, "function": {**call.get("function", {}), "name": name or own, "arguments": made}})
-    return {**message, "tool_calls": calls}
-
-
-class _Writer:
-    """Writes conversations with a model's template."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        tools: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any],
-        template: str | None,
-    ) -> None:
-        self._tokenizer, self._tools, self._variables = tokenizer, tools, variables
-        self._template = template or DEFAULT_TEMPLATE
-
-    def __call__(self, messages: Messages) -> str:
-        """The text of a conversation.
-
-        Raises:
-            UsageError: the template refuses it.
-        """
-        try:
-            # Most templates write the arguments of calls as JSON; some want them written.
-            return self._written([_with_calls(message, None, True) for message in messages])
-        except UsageError:
-            if not any(message.get("tool_calls") for message in messages):
-                raise
-        return self._written([_with_calls(message, None, False) for message in messages])
-
-    def _written(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
-        tools = self._tools if tools is None else tools
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=None if tools is None else [json.loads(json.dumps(tool)) for tool in tools],
-                chat_template=self._template,
-                tokenize=False,
-                **{"add_generation_prompt": True, **self._variables},
-            )
-        except Exception as error:  # A template is a program of the model's makers, and raises what it likes.
-            raise UsageError(f"the model's chat template refuses the conversation: {error}") from error
-        return text
-
-    def dropped(self, messages: Messages) -> list[int]:
-        """The messages whose content does not come into the text: it is looked for, with a word of its own in its
-        place. One with calls may stand for them alone."""
-        words = [f"message{place}of{len(messages)}content" for place in range(len(messages))]
-        asked = [
-            place
-            for place, each in enumerate(messages)
-            if isinstance(each.get("content"), str) and each["content"].strip() and not each.get("tool_calls")
-        ]
-        marked = [{**each, "content": words[place]} if place in asked else each for place, each in enumerate(messages)]
-        try:
-            text = self(marked)
-        except UsageError:  # a template that reads the content cannot be asked so
-            return []
-        return [place for place in asked if words[place] not in text]
-
-    def keeps(self, messages: Messages, role: str) -> bool:
-        """Whether the template takes the messages, and writes all those of ``role``."""
-        try:
-            self(messages)
-        except UsageError:
-            return False
-        return not any(messages[place].get("role") == role for place in self.dropped(messages))
-
-    def knows_tools(self, messages: Messages) -> bool:
-        """Whether the template writes the functions and the calls: their names are looked for, each with a word of its
-        own in its place."""
-        words = [f"tool{place}of{len(self._tools or ())}name" for place in range(len(self._tools or ()))]
-        marked = [
-            {**tool, "function": {**tool["function"], "name": word}} if "function" in tool else {**tool, "name": word}
-            for tool, word in zip(self._tools or (), words, strict=True)
-        ]
-        asked, renamed = list(words), []
-        for place, message in enumerate(messages):
-            word = f"call{place}of{len(messages)}name"
-            asked += [word] if message.get("tool_calls") else []
-            renamed.append(_with_calls(message, word, True))
-        for as_objects in (True, False):
-            try:
-                text = self._written([_with_calls(each, None, as_objects) for each in renamed], marked)
-            except UsageError:
-                continue
-            results = [place for place in self.dropped(messages) if messages[place].get("role") == "tool"]
-            return all(word in text for word in asked) and not results
-        return False

@@ -9,6 +9,7 @@ from penstock.data.chats.messages import conversation, preference
 from tiny_chats import turns
 
 ASKED = turns("hello", "hi there")
+CALLED = '{"name": "add", "arguments": {"a": 1}}'
 
 
 @pytest.mark.parametrize(
@@ -32,8 +33,19 @@ def test_calls_of_tools_are_kept():
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
     messages = [ASKED[0], call, {"role": "tool", "content": "3"}, ASKED[1]]
     found = conversation({"messages": messages, "tools": [{"name": "add"}]}, "here")
-    assert found.tools == [{"name": "add"}]
+    assert found.tools == [{"type": "function", "function": {"name": "add"}}]
     assert found.messages[1] == {"content": "", **call}
+
+
+@pytest.mark.parametrize("tools", ['[{"name": "add"}]', [{"name": "add"}], [{"function": {"name": "add"}}]])
+def test_calls_in_the_form_of_sharegpt(tools):
+    said = [("human", "hello"), ("function_call", CALLED), ("observation", "3"), ("gpt", "hi there")]
+    record = {"conversations": [{"from": role, "value": value} for role, value in said], "tools": tools}
+    found = conversation(record, "here")
+    assert found.tools is not None and found.tools[0]["function"] == {"name": "add"}
+    function = {"name": "add", "arguments": {"a": 1}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    assert found.messages == [ASKED[0], call, {"role": "tool", "content": "3"}, ASKED[1]]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +64,10 @@ def test_calls_of_tools_are_kept():
         ({"messages": "hello"}, "messages must be a list"),
         ({"text": "hello"}, "has the fields text, not 'messages'"),
         (["hello"], "is not a JSON object but a list"),
+        ({"messages": ASKED, "tools": "add"}, "tools is no JSON"),
+        ({"messages": ASKED, "tools": {"name": "add"}}, "tools must be a list of functions"),
+        ({"conversations": [{"from": "function_call", "value": "{"}]}, "message 1 is no JSON"),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "message 1 is no call of a function"),
     ],
 )
 def test_what_is_no_conversation_is_refused_with_the_place_and_the_reason(record, why):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from penstock.core.errors import DataError
-from penstock.data.chats.messages import Conversation
+from penstock.data.chats.messages import Conversation, conversation
 from penstock.data.chats.template import Template
 from penstock.serve.chat import chat_tokens
 from tiny_chats import MARKED, TEMPLATE, make_chat_model, turns
@@ -65,6 +65,54 @@ def test_what_comes_before_an_answer_is_what_the_server_prompts_with(model):
         assert not written.learnt[len(prompt) - 1]
 
 
+#: As Qwen's: functions are listed first, and calls are JSON.
+TOOLS = (
+    "{% if tools %}{{ tools | map('tojson') | join('\n') }}\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}"
+    '{% for call in m.tool_calls or [] %}{"name": "{{ call.function.name }}", "arguments": ARGUMENTS}{% endfor %}'
+    "<|im_end|>{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("written", ["{{ call.function.arguments | tojson }}", "{{ call.function.arguments + '' }}"])
+@pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])
+def test_calls_of_functions_are_learnt_as_the_server_writes_them(model, tmp_path, arguments, written, marked):
+    """Data sets have arguments as objects or as JSON, and templates want them as one or the other."""
+    text = TOOLS.replace("ARGUMENTS", written)
+    if not marked:
+        text = text.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    template = with_template(model, tmp_path, text)
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": arguments}}],
+    }
+    messages = [*turns("add"), call, {"role": "tool", "content": "2"}, {"role": "assistant", "content": "it is 2"}]
+    chat = conversation({"messages": messages, "tools": [ADD]}, "here")
+    assert learnt_text(template, chat) == ['{"name": "add", "arguments": {"a": 1}}<|im_end|>', "it is 2<|im_end|>"]
+    tokens = template.write(chat, "here").tokens.tolist()
+    for place in (1, 3):
+        prompt = chat_tokens(template.tokenizer, messages[:place], [ADD])
+        assert tokens[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools"),
+    [
+        (turns("add", "2"), [ADD]),
+        ([*turns("add"), {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]}], None),
+    ],
+)
+def test_functions_and_calls_that_the_template_leaves_out_are_told(model, messages, tools):
+    """Else the model would learn to say nothing in place of a call."""
+    with pytest.raises(DataError, match="line 7: the chat template does not write functions") as caught:
+        Template(model).write(conversation({"messages": messages, "tools": tools}, "here"), "chats.jsonl, line 7")
+    assert "data.chat_template=FILE" in caught.value.hint
+
+
 def test_an_answer_that_the_template_does_not_end_gets_the_end_of_text(model, tmp_path):
     bare = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     prompt = "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -93,6 +141,11 @@ def test_prompts_that_end_with_more_than_the_answers_begin_with(model, tmp_path)
             "writes message 3 in another way when more messages follow",
         ),
         ("{{ messages[-1].content }}", "last", "does not write message 5 after those before it"),
+        (
+            f"{{% if messages[0].role == 'system' %}}{{% set messages = messages[1:] %}}{{% endif %}}{TEMPLATE}",
+            "answers",
+            "leaves out message 1, of the system",
+        ),
         (MARKED.replace("'assistant'", "'nobody'"), "answers", "tokens are masked: there is nothing in it to learn"),
     ],
 )

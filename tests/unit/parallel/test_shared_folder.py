@@ -48,6 +48,23 @@ def test_all_files_appear_together(tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["made"]
 
 
+def synced(world: World, target: Path) -> bool:
+    """Whether this process has synced its own file: on another host, the leading one cannot."""
+    done, real = set(), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        done.add(os.fstat(descriptor).st_ino)
+
+    os.fsync = fsync
+    written(world, target)
+    return (target / "inner" / f"{world.rank}.txt").stat().st_ino in done
+
+
+def test_each_process_syncs_what_it_wrote(tmp_path):
+    assert [result.get("returned") for result in ranks(2, lambda world: synced(world, tmp_path / "made"))] == [True] * 2
+
+
 @pytest.mark.parametrize("lost", ["before", "last"])
 def test_nothing_appears_where_a_process_is_lost(tmp_path, lost):
     target = tmp_path / "made"

@@ -209,8 +209,6 @@ def test_the_sum_of_judgements_decides(votes):
 
 
 def test_a_verifier_that_is_wrong_caps_accuracy():
-    from penstock.search.coverage import accepted
-
     once = lambda text: {"$": 1.0} if text else {"a": 0.2, "b": 0.1, "c": 0.7}  # noqa: E731
     passes = lambda text, finished: float(text in ("a", "b"))  # noqa: E731
     right = sum(
@@ -218,7 +216,7 @@ def test_a_verifier_that_is_wrong_caps_accuracy():
         for each in outcomes(UntilAccepted(tries=3).run, once, passes)
         if each.text == "a" and each.play.search.notes["accepted"]
     )
-    assert right == pytest.approx(accepted(0.2, 0.1, 3))
+    assert right == pytest.approx(sum(0.2 * (1 - 0.2 - 0.1) ** before for before in range(3)))
 
 
 def test_a_star_finds_the_optimum_of_what_it_opened():

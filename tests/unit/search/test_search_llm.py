@@ -256,6 +256,14 @@ def test_a_folder_of_results_is_gone_on_with(llm, tmp_path):
         Results(tmp_path / "out", {"program": "beam"})
 
 
+def test_a_summary_of_coverage_has_the_options_of_saturation():
+    """Of two problems one is never solved, and one by a quarter of all samples: 0.5 (1 - (1 - 0.25)^k)."""
+    ledger = {"generated": 0, "tokens": 0, "scorings": 0, "failures": 0}
+    record = {"ledger": ledger, "score": 0.0, "exhausted": False, "error": None, "tree": []}
+    records = [{**record, "notes": {"samples": 1_000_000, "right": right}} for right in (0, 250_000)]
+    assert "saturation: ceiling=0.500, rate=0.250" in summary(records)
+
+
 def test_problems_are_read(tmp_path):
     path = tmp_path / "problems.jsonl"
     path.write_text('{"prompt": "a"}\n\n{"messages": []}\n')

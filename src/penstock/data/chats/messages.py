@@ -3,7 +3,8 @@
 A record is in one of these forms, told by its fields:
 
 - ``messages``: a list of messages, and perhaps ``tools``, the functions that the assistant may call;
-- ShareGPT's: ``conversations``, a list of ``from`` (``human``, ``gpt``, ``system``, ``tool``) and ``value``;
+- ShareGPT's: ``conversations``, a list of ``from`` (``human``, ``gpt``, ``system``, ``function_call``, whose value is
+  JSON with a ``name`` and ``arguments``, and ``observation``, what that returned) and ``value``, and perhaps ``tools``;
 - Alpaca's: ``instruction``, perhaps ``input``, and ``output``;
 - ``prompt`` and ``completion``, each a text or a list of messages.
 
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from penstock.core.errors import DataError
+from penstock.core.strict_json import parsed
 
 Message = Mapping[str, Any]
 
@@ -76,7 +78,7 @@ def conversation(record: Any, where: str) -> Conversation:
         messages += _as_messages(fields["completion"], "assistant", where)
     else:
         raise DataError(f"{where} is no conversation: it has the fields {', '.join(fields) or 'none'}, not {FORMS}")
-    return _ordered(Conversation(messages, fields.get("tools") or None), where)
+    return _ordered(Conversation(messages, _tools(fields, where)), where)
 
 
 def preference(record: Any, where: str) -> tuple[Conversation, Conversation]:
@@ -91,7 +93,7 @@ def preference(record: Any, where: str) -> tuple[Conversation, Conversation]:
     begin = [*_system(fields), *_as_messages(fields["prompt"], "user", where)] if "prompt" in fields else []
     chosen, rejected = (
         _ordered(
-            Conversation([*begin, *_as_messages(fields[key], "assistant", where)], fields.get("tools") or None),
+            Conversation([*begin, *_as_messages(fields[key], "assistant", where)], _tools(fields, where)),
             f"{where}, {key}",
         )
         for key in ("chosen", "rejected")
@@ -127,6 +129,35 @@ def _system(fields: Mapping[str, Any]) -> list[Message]:
     return [{"role": "system", "content": fields["system"]}] if fields.get("system") else []
 
 
+def _tools(fields: Mapping[str, Any], where: str) -> list[Any] | None:
+    """The functions of a record in OpenAI's form; data sets have them as JSON too, and without what is around them."""
+    tools = _json(fields.get("tools"), f"{where}, tools")
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f"{where}: tools must be a list of functions")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _calls(value: Any, where: str) -> list[Message]:
+    """The calls that are the value of a message from ``function_call``: one, or a list."""
+    found = _json(value, where)
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        raise DataError(f"{where} is no call of a function: it must be JSON with a 'name' and 'arguments'")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _json(value: Any, where: str) -> Any:
+    """What a text of JSON stands for; anything else as it is."""
+    if not isinstance(value, str) or not value:
+        return value
+    try:
+        return parsed(value)
+    except ValueError as error:
+        raise DataError(f"{where} is no JSON: {error}") from error
+
+
 def _as_messages(value: Any, role: str, where: str) -> list[Message]:
     """A text as a message of ``role``; messages as they are."""
     return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, where)
@@ -145,6 +176,8 @@ def _message(value: Any, where: str) -> Message:
     message = {key: each for key, each in value.items() if each is not None}
     if "from" in message and "value" in message:
         message = {"role": message["from"], "content": message["value"]}
+    if message.get("role") == "function_call":
+        message = {"role": "assistant", "tool_calls": _calls(message.get("content"), where)}
     role = ROLES.get(str(message.get("role")))
     if role is None:
         raise DataError(f"{where} has the role {message.get('role')!r}, not one of {', '.join(sorted({*AFTER}))}")

@@ -10,11 +10,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from penstock.core.errors import DataError
+from penstock.core.errors import DataError, UsageError
 from penstock.core.files import read_text
+from penstock.core.strict_json import is_text
 from penstock.data.chats.messages import Conversation
 from penstock.data.tokenizer import add_tokens, fingerprint, with_tokens
 from penstock.models import hub
+from penstock.models.chats import ChatWriter, forms, of_tools
 
 #: What of a conversation is learnt: all answers of the assistant, the last one alone, or every token.
 Learnt = Literal["answers", "last", "all"]
@@ -74,19 +76,20 @@ class Template:
         """A conversation as tokens.
 
         Raises:
-            DataError: the template refuses it, or does not tell where its answers are, or all tokens are masked; the
-                message begins with ``where``.
+            DataError: the template refuses it, leaves out one of its messages or its functions and calls, or does not
+                tell where its answers are, or all tokens are masked; the message begins with ``where``.
         """
+        if chat.tools or any(map(of_tools, chat.messages)):
+            self._require_tools(chat, where)
         text = self._text(chat, where)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where} is not valid Unicode: it has half of a surrogate pair") from error
+        if not is_text(text):
+            raise DataError(f"{where} is not valid Unicode: it has half of a surrogate pair")
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         tokens, offsets = np.array(encoded["input_ids"], np.int32), np.array(encoded["offset_mapping"]).reshape(-1, 2)
         chosen = np.zeros(len(tokens), np.bool_)
         for begin, end in self._spans(chat, text, where, learnt):
             chosen |= (offsets[:, 0] >= begin) & (offsets[:, 0] < end) & (offsets[:, 1] > offsets[:, 0])
+        self._require_all(chat, where)
         if not chosen.any():
             raise DataError(f"{where}: all {len(tokens)} tokens are masked: there is nothing in it to learn")
         if chosen[-1] and int(tokens[-1]) not in self._ends:
@@ -136,29 +139,45 @@ class Template:
         """The spans that the template marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        try:
-            _, marks = render_jinja_template(
-                [[dict(message) for message in chat.messages]],
-                tools=chat.tools,
-                chat_template=self.tokenizer.chat_template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
+        failures = []
+        for messages in forms(chat.messages):
+            try:
+                _, marks = render_jinja_template(
+                    [[dict(message) for message in messages]],
+                    tools=chat.tools,
+                    chat_template=self.tokenizer.chat_template,
+                    return_assistant_tokens_mask=True,
+                    **self.tokenizer.special_tokens_map,
+                )
+            except Exception as error:  # A template is a program of the model's makers, and raises what it likes.
+                failures.append(error)
+            else:
+                return [(int(begin), int(end)) for begin, end in marks[0]]
+        raise DataError(f"{where}: the chat template fails: {failures[-1]}") from failures[-1]
+
+    def _require_all(self, chat: Conversation, where: str) -> None:
+        """Refuses a conversation of which the template leaves out what an answer answers, as the server does."""
+        left_out = ChatWriter(self.tokenizer, chat.tools, {"add_generation_prompt": False}).dropped(chat.messages)
+        for place in left_out:
+            role = chat.messages[place]["role"]
+            if role != "assistant":
+                raise DataError(f"{where}: the chat template leaves out message {place + 1}, of the {role}")
+
+    def _require_tools(self, chat: Conversation, where: str) -> None:
+        """Refuses a conversation whose functions, calls or results the template leaves out: what the model would learn
+        is to say nothing in place of a call."""
+        self._text(chat, where)  # which says what is wrong where the template fails
+        if not ChatWriter(self.tokenizer, chat.tools, {"add_generation_prompt": False}).knows_tools(chat.messages):
+            raise DataError(
+                f"{where}: the chat template does not write functions, their calls and what they returned",
+                hint="Give one that does with data.chat_template=FILE.",
             )
-        except Exception as error:  # as below
-            raise DataError(f"{where}: the chat template fails: {error}") from error
-        return [(int(begin), int(end)) for begin, end in marks[0]]
 
     def _text(self, chat: Conversation, where: str, prompt: bool = False) -> str:
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                [dict(message) for message in chat.messages],
-                tools=chat.tools,
-                tokenize=False,
-                add_generation_prompt=prompt,
-            )
-        except Exception as error:  # A template is a program of the model's makers, and raises what it likes.
-            raise DataError(f"{where}: the chat template fails: {error}") from error
-        return text
+            return ChatWriter(self.tokenizer, chat.tools, {"add_generation_prompt": prompt})(chat.messages)
+        except UsageError as error:
+            raise DataError(f"{where}: the chat template fails: {error.__cause__}") from error
 
 
 def _alike(one: str, other: str) -> int:

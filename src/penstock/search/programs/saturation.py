@@ -18,9 +18,9 @@ class Saturation(Program):
     """Draws as many texts as are worth it, and takes the best: accuracy is taken to grow as ceiling (1 - (1 - rate)^n),
     and the samples end at the first n after which the next one would gain less than ``threshold``.
 
-    From the paper: the law and its saturation point. Ours: that ``ceiling`` and ``rate`` are options, to be fitted by
-    :func:`penstock.search.coverage.fit_saturation` on problems with known answers. Not built: sequential rethinking,
-    the other of the paper's two axes.
+    From the paper: the law and its saturation point. Ours: that ``ceiling`` and ``rate`` are options, as
+    ``penstock search --program coverage`` prints them where the scorer knows what is right. Not built: sequential
+    rethinking, the other of the paper's two axes.
 
     Attributes:
         ceiling: accuracy that no number of samples exceeds.

@@ -14,9 +14,9 @@ from penstock.search.search import Search
 class UntilAccepted(Program):
     """Draws text after text until the scorer, a verifier that may be wrong, accepts one.
 
-    From the paper: accuracy has a ceiling that no budget lifts, set by how often the verifier accepts what is wrong,
-    and with a cost for wrong answers the best number of tries is finite, often below ten; both are in
-    :mod:`penstock.search.coverage` (``accepted``, ``mean_best_tries``), and the latter is what ``tries`` is for.
+    From the paper: accuracy has a ceiling that no budget lifts, right / (right + passed), where ``passed`` is how often
+    a draw is wrong and accepted; and with a cost for wrong answers the best number of tries is finite, often below ten,
+    which is what ``tries`` is for. Not built: choosing ``tries`` by how often the verifier is wrong.
 
     Attributes:
         tries: texts at most.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from penstock.core.errors import UsageError
+from penstock.core.strict_json import is_text, parsed
 
 #: The schema of a function that takes nothing.
 NOTHING: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -155,40 +155,10 @@ def merged(events: Iterable[Event]) -> list[Event]:
     return found
 
 
-def as_json(value: Any) -> str:
-    """``value`` as JSON that any encoding can carry, other letters than ASCII's as they are."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return text if _is_text(text) else json.dumps(value, allow_nan=False)
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return True
-
-
-def parsed(text: str) -> Any:
-    """What the JSON ``text`` stands for.
-
-    Raises:
-        ValueError: it is no JSON.
-    """
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no number in JSON")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
 def parsed_text(text: str) -> str | None:
     """The string that the JSON ``text`` stands for; None where it is none, or no characters."""
     try:
         value = parsed(text)
     except ValueError:
         return None
-    return value if isinstance(value, str) and _is_text(value) else None
+    return value if isinstance(value, str) and is_text(value) else None

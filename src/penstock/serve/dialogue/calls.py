@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from penstock.serve.dialogue.answer import Arguments, Call, CallStart, Function, as_json, parsed_text
+from penstock.core.strict_json import as_json
+from penstock.serve.dialogue.answer import Arguments, Call, CallStart, Function, parsed_text
 from penstock.serve.dialogue.contract import Spell
 from penstock.serve.dialogue.lark import arguments_rule
 from penstock.serve.dialogue.scanner import Reading, Scanner

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
-from penstock.serve.dialogue.answer import Arguments, Content, Event, parsed, parsed_text
+from penstock.core.strict_json import parsed
+from penstock.serve.dialogue.answer import Arguments, Content, Event, parsed_text
 
 T = TypeVar("T")
 

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from penstock.serve.dialogue.answer import Arguments, Call, Function, as_json, parsed
+from penstock.core.strict_json import as_json, parsed
+from penstock.serve.dialogue.answer import Arguments, Call, Function
 from penstock.serve.dialogue.contract import Spell
 from penstock.serve.dialogue.lark import json_rule
 from penstock.serve.dialogue.scanner import Reading, Scanner

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from penstock.core.errors import UsageError
+from penstock.models.chats import Messages
 from penstock.models.vocabulary import Vocabulary
-from penstock.serve.chat import Messages, Prompt, chat_prompt
+from penstock.serve.chat import Prompt, chat_prompt
 from penstock.serve.dialogue.contract import Dialogue, Spell
 from penstock.serve.dialogue.guess import guess
 from penstock.serve.dialogue.lark import speller

@@ -78,7 +78,11 @@ def test_a_fork_of_one_that_ended_and_was_kept_goes_on_in_its_grammar_from_anywh
     for length in range(len(told)):
         text = prompt + told[:length]
         writer.fork("parent", Request(str(length), text, asked.model_copy(update={"seed": length})))
+    other = tokenizer("ab90" if "ab1" in tokenizer.decode(told) else "ab10")["input_ids"]
+    writer.fork("parent", Request("another way", prompt + other, asked))
     found = finish(writer)
+    whole = tokenizer.decode([*other, *found["another way", 0][:-1]])
+    assert re.fullmatch(PATTERN, whole), whole
     for length in range(len(told)):
         whole = tokenizer.decode([*told[:length], *found[str(length), 0][:-1]])
         assert re.fullmatch(PATTERN, whole), whole

@@ -177,6 +177,9 @@ def test_the_oldest_responses_are_forgotten():
     assert kept.find("", "large")
     with pytest.raises(ApiError):
         kept.find("", "4")
+    for id in "abc":
+        kept.keep("", {"id": id}, [], [])
+    assert kept.find("", "a"), "what was forgotten takes no room"
 
 
 def test_what_is_asked_reaches_the_engine():

@@ -7,6 +7,7 @@ import re
 import warnings
 from typing import Any, ClassVar
 
+from penstock.core.strict_json import as_json, parsed
 from penstock.policy import policy
 from penstock.serve.dialogue.answer import (
     Answer,
@@ -16,8 +17,6 @@ from penstock.serve.dialogue.answer import (
     Content,
     Function,
     Functions,
-    as_json,
-    parsed,
 )
 from penstock.serve.dialogue.calls import call_rule, json_call
 from penstock.serve.dialogue.contract import Dialogue, Spell

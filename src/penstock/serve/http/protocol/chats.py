@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from penstock.core.errors import UsageError
-from penstock.serve.chat import Message, with_place
+from penstock.models.chats import Message
+from penstock.serve.chat import with_place
 from penstock.serve.choose.sampling import MOST_LOGPROBS
 from penstock.serve.dialogue.answer import Function, functions_of
 from penstock.serve.http.protocol.body import LARGEST, Body
