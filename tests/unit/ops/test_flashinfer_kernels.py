@@ -19,7 +19,7 @@ from penstock.core.progress import Bar
 from penstock.ops.paged import flashinfer_kernels
 from penstock.ops.paged.codecs.fp8 import Fp8
 from penstock.ops.paged.contract import CacheShape
-from penstock.ops.paged.flashinfer import scales_of_queries
+from penstock.ops.paged.flashinfer import scales_of_outputs
 from penstock.ops.paged.flashinfer_kernels import build_kernels
 
 CUDA, BF16 = torch.device("cuda", 0), torch.bfloat16
@@ -144,12 +144,12 @@ def test_blocks_in_fp8_are_read_by_kernels_for_that(stand):
 
 
 @pytest.mark.parametrize("heads", [4, 8])
-def test_a_query_head_has_the_scales_of_the_key_head_that_it_shares(heads):
+def test_an_output_has_the_scale_of_the_values_that_its_head_shares(heads):
     learned = torch.rand(2, 2, 4)
-    found = scales_of_queries(shape_of(heads=heads), learned)
-    assert found.shape == (2, 2, heads, 1)
+    found = scales_of_outputs(shape_of(heads=heads), learned)
+    assert found.shape == (2, heads, 1)
     for head in range(heads):
-        assert torch.equal(found[:, :, head, 0], learned[:, :, head * 4 // heads])
+        assert torch.equal(found[:, head, 0], learned[:, 1, head * 4 // heads])
 
 
 def test_a_build_that_fails_says_why_and_what_to_do(stand, monkeypatch):

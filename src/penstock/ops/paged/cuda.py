@@ -105,3 +105,23 @@ def store(key: Tensor, value: Tensor, memory: Tensor, slots: Tensor) -> None:
     store_kernel[(key.shape[0],)](
         key, value, memory, slots, key.stride(0), value.stride(0), memory.shape[2], width, 1 << (width - 1).bit_length()
     )
+
+
+def store_fp8(query: Tensor, key: Tensor, value: Tensor, memory: Tensor, slots: Tensor, scales: Tensor) -> Tensor:
+    """Writes ``key`` and ``value`` [N, K, D], coded as by :class:`~penstock.ops.paged.codecs.fp8.Fp8`, to the ``slots``
+    int64 [N] of ``memory`` uint8 [blocks, 2, block_size, K, D]. ``scales`` float32 [2, K], contiguous, are the layer's.
+
+    Returns:
+        ``query`` [N, H, D] times the scales of the keys, whose codes it is to be compared with.
+    """
+    from penstock.ops.paged.store_kernel import LANES, store_fp8_kernel
+
+    (count, heads, dim), kv_heads = query.shape, key.shape[1]
+    scaled = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    query, key, value = query.flatten(1), key.flatten(1), value.flatten(1)
+    query_width, width = heads * dim, kv_heads * dim
+    store_fp8_kernel[(count, -(-query_width // LANES) + -(-width // LANES))](
+        query, key, value, scaled, memory, slots, scales, query.stride(0), key.stride(0), value.stride(0),
+        memory.shape[2], query_width, width, heads // kv_heads, dim, LANES,
+    )  # fmt: skip
+    return scaled

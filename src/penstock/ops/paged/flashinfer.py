@@ -14,7 +14,7 @@ from torch import Tensor
 from penstock.core.devices import pinned, upload
 from penstock.core.progress import Reporter, silent
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache, StepShape
-from penstock.ops.paged.cuda import CudaCache, store
+from penstock.ops.paged.cuda import CudaCache, store, store_fp8
 from penstock.ops.paged.flashinfer_kernels import build_kernels, kept_dtype
 from penstock.policy import policy
 
@@ -76,7 +76,7 @@ class FlashInferCache(CudaCache):
     def __init__(self, shape: CacheShape) -> None:
         super().__init__(shape)
         self._windows = {-1 if window is None else window - 1 for window in shape.windows}
-        self._scales = None if shape.learned is None else scales_of_queries(shape, shape.learned)
+        self._value_scales = None if shape.learned is None else scales_of_outputs(shape, shape.learned)
         self._lanes = [self._lane()]
         self._fixed: dict[StepShape, Planned] = {}
         self._fixed_decode: dict[int, dict[int, Any]] = {}
@@ -251,31 +251,32 @@ class FlashInferCache(CudaCache):
         planned = self._planned
         if planned is None:
             raise RuntimeError("attend() before plan()")
-        shape, memory = self.shape, self.memory[layer]
-        key, value = (shape.codec.encode(x, shape.table(layer, part)) for part, x in enumerate((key, value)))
-        store(key, value, memory, planned.slots)
+        shape, memory, learned = self.shape, self.memory[layer], self.shape.learned
+        if learned is None:
+            store(key, value, memory, planned.slots)
+            query = query.contiguous()
+        else:
+            query = store_fp8(query, key, value, memory, planned.slots, learned[layer])
         memory = memory.view(kept_dtype(shape))
-        query = query.contiguous()
         out = torch.empty_like(query)
         if planned.masked is not None:
             planned.masked.attend(query, memory, out, scale=scale, window=window)
-        usual = self.shape.head_dim**-0.5
+        usual = shape.head_dim**-0.5
         if scale != usual:
             query = query * (scale / usual)
-        if self._scales is not None:
-            query = (query * self._scales[layer, 0]).to(shape.dtype)
         for section in planned.sections:
             wrapper = section.wrappers[-1 if window is None else window - 1]
             if isinstance(section.rows, slice):
                 wrapper.run(query[section.rows], memory, out=out[section.rows])
             else:
                 out[section.rows] = wrapper.run(query[section.rows], memory)
-        return out if self._scales is None else (out * self._scales[layer, 1]).to(shape.dtype)
+        # In place it is one kernel, which multiplies in float32.
+        return out if self._value_scales is None else out.mul_(self._value_scales[layer])
 
 
-def scales_of_queries(shape: CacheShape, learned: Tensor) -> Tensor:
-    """The scales of keys (0) and values (1) in fp8, [layers, 2, K], for each query head: [layers, 2, H, 1]."""
-    return learned.repeat_interleave(shape.heads // shape.kv_heads, 2).unsqueeze(-1)
+def scales_of_outputs(shape: CacheShape, learned: Tensor) -> Tensor:
+    """The scales of values in fp8, of ``learned`` [layers, 2, K], for each query head: [layers, H, 1]."""
+    return learned[:, 1].repeat_interleave(shape.heads // shape.kv_heads, 1).unsqueeze(-1)
 
 
 def _edges(counts: np.ndarray) -> np.ndarray:
