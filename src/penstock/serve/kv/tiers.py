@@ -11,8 +11,11 @@ from typing import Protocol
 
 from penstock.serve.kv.disk import DiskBlocks
 
-#: Threads that read and write files.
-THREADS = 4
+#: Threads that read files, so many that a disk far away has enough to do, and threads that write.
+READERS, WRITERS = 16, 4
+
+#: Bytes that a thread is asked to read at once, where blocks are small.
+AT_ONCE = 2**21
 
 
 class Places(Protocol):
@@ -40,7 +43,8 @@ class Tiers:
     Args:
         host: the host's memory.
         disk: the folder, if any.
-        workers: who reads and writes files.
+        workers: who reads and writes files; None is threads, those that read apart from those that write: nobody waits
+            until what is in memory has been written.
         space: says whose keys and values those on disk are, of the weights as they are now.
 
     Attributes:
@@ -55,7 +59,8 @@ class Tiers:
         space: Callable[[], str] = str,
     ) -> None:
         self._host, self._disk, self._space = host, disk, space
-        self._workers = workers or ThreadPoolExecutor(THREADS, thread_name_prefix="penstock-kv")
+        self._readers = workers or ThreadPoolExecutor(READERS, thread_name_prefix="penstock-kv-read")
+        self._writers = workers or ThreadPoolExecutor(WRITERS, thread_name_prefix="penstock-kv-write")
         self._names: OrderedDict[bytes, int] = OrderedDict()
         self._free = list(range(host.places - 1, -1, -1))
         #: Names of blocks whose places the disk reads from or writes to.
@@ -123,21 +128,30 @@ class Tiers:
         """Begins to read those of ``names``, up to the first that is nowhere, that are on disk alone: half as many as
         there are places at most. They can be found once what is returned is done."""
         self._collect()
-        coming: list[Future[bool]] = []
+        coming: dict[Future[bool], None] = {}  # in order, each once
+        fresh: list[tuple[bytes, int]] = []
         kept: set[bytes] = set()
         for name in names:
             kept.add(name)
             if name in self._names:
                 continue
-            if name not in self._reading:
-                if self._disk is None or name not in self._disk or 2 * len(self._reading) >= self._host.places:
-                    break
-                place = self._take(kept)
-                if place is None:
-                    break
-                self._reading[name] = self._workers.submit(self._read, name, place)
-            coming.append(self._reading[name])
-        return coming
+            if name in self._reading:
+                coming[self._reading[name]] = None
+                continue
+            under_way = len(self._reading) + len(fresh)
+            if self._disk is None or name not in self._disk or 2 * under_way >= self._host.places:
+                break
+            place = self._take(kept)
+            if place is None:
+                break
+            fresh.append((name, place))
+        together = max(1, min(AT_ONCE // self._host.place_bytes, -(-len(fresh) // READERS)))
+        for first in range(0, len(fresh), together):
+            some = fresh[first : first + together]
+            reading = self._readers.submit(self._read, some)
+            self._reading.update((name, reading) for name, _ in some)
+            coming[reading] = None
+        return list(coming)
 
     def forget(self) -> None:
         """Nothing that is kept here is known any more: the model's weights have changed. What is on disk stays there,
@@ -151,7 +165,8 @@ class Tiers:
 
     def close(self) -> None:
         """Waits for what is being read and written."""
-        self._workers.shutdown()
+        self._readers.shutdown()
+        self._writers.shutdown()
         self._collect()
 
     def _take(self, kept: Collection[bytes]) -> int | None:
@@ -167,7 +182,7 @@ class Tiers:
         # Half of the places stay free for others, however slow the disk is.
         if self._disk is not None and name not in self._disk and 2 * len(self._writing) < self._host.places:
             self._writing.add(name)
-            self._workers.submit(self._written, self._disk, name, place)
+            self._writers.submit(self._written, self._disk, name, place)
 
     def _written(self, disk: DiskBlocks, name: bytes, place: int) -> None:
         try:
@@ -175,13 +190,20 @@ class Tiers:
         finally:
             self._done.put((name, place, None))
 
-    def _read(self, name: bytes, place: int) -> bool:
-        whole = False
+    def _read(self, blocks: List[tuple[bytes, int]]) -> bool:
+        """Reads each of ``blocks`` to its place; tells whether all are whole."""
+        assert self._disk is not None
+        whole, left = True, list(reversed(blocks))
         try:
-            assert self._disk is not None
-            whole = self._disk.read(name, self._host.content(place))
+            while left:
+                name, place = left[-1]
+                found = self._disk.read(name, self._host.content(place))
+                self._done.put((name, place, found))
+                left.pop()
+                whole = whole and found
         finally:
-            self._done.put((name, place, whole))
+            for name, place in left:
+                self._done.put((name, place, False))
         return whole
 
     def _collect(self) -> None:

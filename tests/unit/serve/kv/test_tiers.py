@@ -9,7 +9,10 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,16 +220,100 @@ def test_the_disk_keeps_to_its_budget_and_to_what_was_used_last(tmp_path):
     disk = DiskBlocks(tmp_path, "one", 500)
     names = [bytes([number] * 16) for number in range(8)]
     for name in names[:4]:
-        disk.write(name, memoryview(bytes(28)))
+        disk.write(name, memoryview(bytes(56)))
     assert disk.bytes == 4 * 100
-    assert disk.read(names[0], memoryview(bytearray(28)))
+    assert disk.read(names[0], memoryview(bytearray(56)))
     other = DiskBlocks(tmp_path, "other", 300)
-    other.write(names[0], memoryview(bytes(28)))
+    other.write(names[0], memoryview(bytes(56)))
     assert [name in disk for name in names[:4]] == [True] * 4, "each keeps to its own budget"
-    assert not disk.read(names[1], memoryview(bytearray(28))), "the other one removed it"
+    assert not disk.read(names[1], memoryview(bytearray(56))), "the other one removed it"
     assert len(files(tmp_path)) == 3 and other.bytes == 300
     other.write(names[1], memoryview(bytes(400)))
     assert names[1] not in other, "it is larger than the budget"
+
+
+class Rows:
+    """A host's memory of places with 64 bytes, which are those of the block that was saved there."""
+
+    places, place_bytes = 100, 64
+
+    def __init__(self) -> None:
+        self.rows = np.zeros((self.places, self.place_bytes), np.uint8)
+
+    def save(self, blocks: list[int], places: list[int]) -> None:
+        self.rows[places] = np.array(blocks)[:, None]
+
+    def load(self, places: list[int], blocks: list[int]) -> None: ...
+
+    def content(self, place: int) -> memoryview:
+        return memoryview(self.rows[place])
+
+
+class Later(Executor):
+    """Does what it was given when it is told to."""
+
+    def __init__(self) -> None:
+        self._given: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, function: Callable[..., Any], /, *given: Any, **named: Any) -> Future[Any]:
+        self._given.append((Future(), functools.partial(function, *given, **named)))
+        return self._given[-1][0]
+
+    def work(self) -> None:
+        for done, function in self._given:
+            try:
+                done.set_result(function())
+            except Exception as error:
+                done.set_exception(error)
+        self._given.clear()
+
+
+NAMES = [bytes([number] * 16) for number in range(45)]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> DiskBlocks:
+    """A disk with 45 blocks."""
+    disk = DiskBlocks(tmp_path, "space", 1 << 20)
+    tiers = Tiers(Rows(), disk)
+    for number, name in enumerate(NAMES):
+        tiers.keep([(name, number)])
+    tiers.close()
+    return disk
+
+
+def test_small_blocks_are_read_together_and_each_stands_for_itself(tmp_path, written, caplog):
+    torn = next(path for path in files(tmp_path) if NAMES[7].hex() in path.name)
+    torn.write_bytes(torn.read_bytes()[:-1])
+    rows, workers = Rows(), Later()
+    tiers = Tiers(rows, written, workers)
+    coming = tiers.fetch(iter(NAMES))
+    assert len(coming) == 15, "three of them in each"
+    assert tiers.fetch(iter(NAMES)) == coming, "others wait for the same"
+    workers.work()
+    assert [each.result() for each in coming] == [number != 2 for number in range(15)]
+    assert list(tiers.find(NAMES)) == NAMES[:7] and str(torn) in caplog.text
+    assert not tiers.knows(NAMES[7]) and tiers.disk_hits == 44
+    for first, last in ((0, 7), (8, 45)):
+        found = tiers.find(NAMES[first:last])
+        assert [rows.content(place)[-1] for place in found.values()] == list(range(first, last))
+    assert tiers.host_bytes == 44 * 64
+
+
+def test_no_place_is_lost_where_reading_fails_in_a_way_that_nobody_foresaw(written, monkeypatch):
+    workers, read = Later(), DiskBlocks.read
+    tiers = Tiers(Rows(), written, workers)
+
+    def failing(disk: DiskBlocks, name: bytes, into: memoryview) -> bool:
+        if name == NAMES[4]:
+            raise RuntimeError("no such luck")
+        return read(disk, name, into)
+
+    monkeypatch.setattr(DiskBlocks, "read", failing)
+    coming = tiers.fetch(iter(NAMES))
+    workers.work()
+    assert [each.exception() is None for each in coming] == [number != 1 for number in range(15)]
+    assert list(tiers.find(NAMES)) == NAMES[:4] and tiers.host_bytes == 43 * 64
 
 
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
