@@ -123,6 +123,7 @@ class Batch:
         ahead: how many tokens may be drafted for a sequence in this step.
         proposals: what the tentative tokens were drawn from, where a verifier asks for it.
         sampled: what comes out, to be waited for.
+        launched: when it was launched, in seconds.
         seconds: what the step took on the host.
         begun: when it was formed, ``drafting``, the seconds that drafting for it took, and ``took``, those of the whole
             step if they can be told, where anything is drafted.
@@ -137,6 +138,7 @@ class Batch:
     ahead: int = 0
     proposals: Proposals | None = None
     sampled: Awaited | None = None
+    launched: float = 0.0
     seconds: float = 0.0
     begun: float = 0.0
     drafting: float = 0.0

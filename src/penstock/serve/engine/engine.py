@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as List
@@ -239,7 +240,9 @@ class Engine:
         self._counters.prompt_tokens += request.length
         waiting = self.steps.batcher.waiting
         self.events.add("arrived", request.id, sequence.index, tokens=request.length, waiting=waiting)
-        coming = [] if sequence.origin is not None else self.memory.fetch(sequence)
+        # Where others wait for the device, what it need not compute is time for them.
+        seconds = math.inf if waiting else self.steps.prompts.seconds
+        coming = [] if sequence.origin is not None else self.memory.fetch(sequence, seconds)
         if coming:
             self._fetching[sequence] = coming
         else:

@@ -13,6 +13,7 @@ from penstock.serve.choose.sampler import Sampled
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.executor import Executor
 from penstock.serve.engine.memory.memory import Memory
+from penstock.serve.engine.prompt_clock import PromptClock
 from penstock.serve.engine.room import StepRoom
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.engine.speculation import Speculation
@@ -60,6 +61,7 @@ class EngineSteps:
         batcher, speculation, stages: as given.
         last: the batch that was formed last.
         version: of the weights that compute.
+        prompts: what tokens of prompts take.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class EngineSteps:
         self.speculation, self._branches = speculation, branches
         self.last = Batch([], memory.tables)
         self.version, self.stages = 0, stages
+        self.prompts = PromptClock()
 
     def form(self, pieces: int | None = None) -> Batch | None:
         begun, ahead = 0.0, 0
@@ -121,6 +124,7 @@ class EngineSteps:
 
     def launch(self, batch: Batch) -> None:
         self._counters.steps += 1
+        self.prompts.begin(batch)
         if self.speculation is not None:
             self.speculation.begin(batch)
             self.speculation.draft(batch)
@@ -128,6 +132,7 @@ class EngineSteps:
 
     def publish(self, batch: Batch) -> list[Delta]:
         sampled = None if batch.sampled is None else batch.sampled.wait()
+        self.prompts.end(batch, sampled is not None)
         if self.speculation is not None:
             self.speculation.end(batch)
         if sampled is None:

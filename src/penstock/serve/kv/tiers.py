@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as List
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from penstock.core.pace import Pace
 from penstock.serve.kv.disk import DiskBlocks
+
+log = logging.getLogger(__name__)
 
 #: Threads that read files, so many that a disk far away has enough to do, and threads that write.
 READERS, WRITERS = 16, 4
 
 #: Bytes that a thread is asked to read at once, where blocks are small.
 AT_ONCE = 2**21
+
+#: So many blocks from disk tell how fast it is; and each time that this speaks against it, it is taken to need that
+#: share of the time, so that it is tried again some day.
+LATELY, DOUBT = 256, 0.95
 
 
 class Places(Protocol):
@@ -34,6 +44,17 @@ class Places(Protocol):
     def content(self, place: int) -> memoryview: ...
 
 
+class Done(NamedTuple):
+    """What a worker has done: it wrote the block ``name`` (``whole`` is None), or read it to ``place``, from the time
+    ``begun`` to ``ended``, and found it whole or not."""
+
+    name: bytes
+    place: int
+    whole: bool | None
+    begun: float = 0.0
+    ended: float = 0.0
+
+
 class Tiers:
     """Blocks outside of the pool, by the names of their texts (:func:`~penstock.serve.kv.pool.name_behind`).
 
@@ -46,8 +67,10 @@ class Tiers:
         workers: who reads and writes files; None is threads, those that read apart from those that write: nobody waits
             until what is in memory has been written.
         space: says whose keys and values those on disk are, of the weights as they are now.
+        clock: says how many seconds have passed.
 
     Attributes:
+        pace: what a block from disk takes.
         host_hits, disk_hits: blocks that came back to the pool, and blocks that came from disk to the host.
     """
 
@@ -57,8 +80,9 @@ class Tiers:
         disk: DiskBlocks | None = None,
         workers: Executor | None = None,
         space: Callable[[], str] = str,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._host, self._disk, self._space = host, disk, space
+        self._host, self._disk, self._space, self._clock = host, disk, space, clock
         self._readers = workers or ThreadPoolExecutor(READERS, thread_name_prefix="penstock-kv-read")
         self._writers = workers or ThreadPoolExecutor(WRITERS, thread_name_prefix="penstock-kv-write")
         self._names: OrderedDict[bytes, int] = OrderedDict()
@@ -66,7 +90,8 @@ class Tiers:
         #: Names of blocks whose places the disk reads from or writes to.
         self._writing: set[bytes] = set()
         self._reading: dict[bytes, Future[bool]] = {}
-        self._done: SimpleQueue[tuple[bytes, int, bool | None]] = SimpleQueue()
+        self._done: SimpleQueue[Done] = SimpleQueue()
+        self.pace, self._measured = Pace(LATELY), 0.0
         self.host_hits = self.disk_hits = 0
 
     @property
@@ -124,11 +149,13 @@ class Tiers:
         self._host.load(places, blocks)
         self.host_hits += len(places)
 
-    def fetch(self, names: Iterable[bytes]) -> list[Future[bool]]:
+    def fetch(self, names: Iterable[bytes], seconds: float = math.inf) -> list[Future[bool]]:
         """Begins to read those of ``names``, up to the first that is nowhere, that are on disk alone: half as many as
-        there are places at most. They can be found once what is returned is done."""
+        there are places at most, and none where a block was computed anew in so many ``seconds`` and lately took more
+        than that to come. They can be found once what is returned is done."""
         self._collect()
-        coming: dict[Future[bool], None] = {}  # in order, each once
+        slow = self.pace.each > seconds
+        under_way: list[Future[bool]] = []
         fresh: list[tuple[bytes, int]] = []
         kept: set[bytes] = set()
         for name in names:
@@ -136,28 +163,35 @@ class Tiers:
             if name in self._names:
                 continue
             if name in self._reading:
-                coming[self._reading[name]] = None
+                under_way.append(self._reading[name])
                 continue
-            under_way = len(self._reading) + len(fresh)
-            if self._disk is None or name not in self._disk or 2 * under_way >= self._host.places:
+            count = len(self._reading) + len(fresh)
+            if self._disk is None or name not in self._disk or 2 * count >= self._host.places:
+                break
+            if slow:
+                log.debug("computed again, as a block from disk took %.4f s lately, not %.4f", self.pace.each, seconds)
+                self.pace.doubt(DOUBT)
                 break
             place = self._take(kept)
             if place is None:
                 break
             fresh.append((name, place))
-        together = max(1, min(AT_ONCE // self._host.place_bytes, -(-len(fresh) // READERS)))
-        for first in range(0, len(fresh), together):
-            some = fresh[first : first + together]
+        return [*dict.fromkeys(under_way), *self._begin(fresh)]
+
+    def _begin(self, blocks: List[tuple[bytes, int]]) -> Iterator[Future[bool]]:
+        """Has ``blocks`` read to their places, so many at once that all threads have some."""
+        together = max(1, min(AT_ONCE // self._host.place_bytes, -(-len(blocks) // READERS)))
+        for first in range(0, len(blocks), together):
+            some = blocks[first : first + together]
             reading = self._readers.submit(self._read, some)
             self._reading.update((name, reading) for name, _ in some)
-            coming[reading] = None
-        return list(coming)
+            yield reading
 
     def forget(self) -> None:
         """Nothing that is kept here is known any more: the model's weights have changed. What is on disk stays there,
         for whoever has the weights that it was computed with."""
         while self._writing or self._reading:
-            self._note(*self._done.get())
+            self._note(self._done.get())
         self._free += self._names.values()
         self._names.clear()
         if self._disk is not None:
@@ -188,7 +222,7 @@ class Tiers:
         try:
             disk.write(name, self._host.content(place))
         finally:
-            self._done.put((name, place, None))
+            self._done.put(Done(name, place, None))
 
     def _read(self, blocks: List[tuple[bytes, int]]) -> bool:
         """Reads each of ``blocks`` to its place; tells whether all are whole."""
@@ -196,14 +230,14 @@ class Tiers:
         whole, left = True, list(reversed(blocks))
         try:
             while left:
-                name, place = left[-1]
+                (name, place), begun = left[-1], self._clock()
                 found = self._disk.read(name, self._host.content(place))
-                self._done.put((name, place, found))
+                self._done.put(Done(name, place, found, begun, self._clock()))
                 left.pop()
                 whole = whole and found
         finally:
             for name, place in left:
-                self._done.put((name, place, False))
+                self._done.put(Done(name, place, False))
         return whole
 
     def _collect(self) -> None:
@@ -213,16 +247,19 @@ class Tiers:
                 done = self._done.get_nowait()
             except Empty:
                 return
-            self._note(*done)
+            self._note(done)
 
-    def _note(self, name: bytes, place: int, whole: bool | None) -> None:
-        """The block ``name`` was written (None), or was read or not."""
-        if whole is None:
-            self._writing.discard(name)
+    def _note(self, done: Done) -> None:
+        """Puts it down in the books."""
+        if done.whole is None:
+            self._writing.discard(done.name)
             return
-        del self._reading[name]
-        self.disk_hits += whole
-        if whole:
-            self._names[name] = place
+        del self._reading[done.name]
+        self.disk_hits += done.whole
+        if done.whole:
+            self._names[done.name] = done.place
+            # Several are read at a time: each second counts once.
+            self.pace.add(max(0.0, done.ended - max(done.begun, self._measured)))
+            self._measured = max(self._measured, done.ended)
         else:
-            self._free.append(place)
+            self._free.append(done.place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import functools
+import itertools
 import logging
 import os
 import subprocess
@@ -134,6 +135,20 @@ def test_what_was_written_is_found_after_a_restart(tmp_path):
     again = opened(tmp_path)
     assert play(again, 1) == [36] * 4
     assert again.snapshot().tier_hits[1] == 4 * 9
+
+
+def test_what_is_computed_sooner_than_it_is_read_is_computed(tmp_path):
+    play(opened(tmp_path), 1)
+    engine = opened(tmp_path)
+    engine.steps.prompts._pace.add(1e-9)
+    assert play(engine, 1) == [36, 0, 0, 0], "by the first one it is known how slow the disk is"
+    waiting = opened(tmp_path, sequences=1)
+    waiting.steps.prompts._pace.add(1e-9)
+    say(waiting, PROMPTS[0])
+    for number, prompt in enumerate([numbers("tiers other", 4), PROMPTS[1]]):
+        waiting.add(Request(str(number), prompt, GREEDY))
+    found = {delta.id: delta.cached for _ in range(20) for delta in waiting.step()}
+    assert found == {"0": 0, "1": 36}, "others wait for the device"
 
 
 def test_a_cache_that_is_compressed_brings_back_only_what_is_whole(tmp_path):
@@ -298,6 +313,42 @@ def test_small_blocks_are_read_together_and_each_stands_for_itself(tmp_path, wri
         found = tiers.find(NAMES[first:last])
         assert [rows.content(place)[-1] for place in found.values()] == list(range(first, last))
     assert tiers.host_bytes == 44 * 64
+
+
+def test_each_second_counts_once_however_many_are_read_at_a_time(written):
+    """Four threads, each of which takes a second for a block."""
+    now, workers = [0.0], Later()
+    tiers = Tiers(Rows(), written, workers, clock=lambda: now[0])
+    for number in range(40):
+        (coming,) = tiers.fetch(NAMES[number : number + 1])
+        assert not coming.done()
+    jobs, workers._given = workers._given, []
+    ticks: dict[int, float] = {}
+
+    def clock(number: int) -> float:
+        ticks[number] = number // 4 + (number in ticks)
+        return ticks[number]
+
+    for number, job in enumerate(jobs):
+        tiers._clock = functools.partial(clock, number)
+        workers._given = [job]
+        workers.work()
+    tiers.find([])
+    assert tiers.disk_hits == 40 and tiers.pace.each == pytest.approx(0.25, rel=0.1)
+
+
+def test_what_is_computed_sooner_stays_on_disk_and_is_tried_again_some_day(written):
+    now = itertools.count()
+    tiers = Tiers(Rows(), written, AtOnce(), clock=lambda: float(next(now)))
+    assert tiers.fetch(NAMES[:3], seconds=0.1), "nobody knows yet how fast it is"
+    assert list(tiers.find(NAMES[:5])) == NAMES[:3] and tiers.pace.each == 1.0
+    assert not tiers.fetch(NAMES[:5], seconds=0.9), "three are here, and two stay there"
+    assert tiers.fetch(NAMES[:5], seconds=1.1)
+    assert list(tiers.find(NAMES[:5])) == NAMES[:5]
+    assert not tiers.fetch(NAMES[:5], seconds=0.1), "there is nothing to decide"
+    before = tiers.pace.each
+    tries = next(number for number in range(100) if tiers.fetch(NAMES[5:7], seconds=before / 2))
+    assert tries == 14  # 0.95^13 > 1/2 > 0.95^14
 
 
 def test_no_place_is_lost_where_reading_fails_in_a_way_that_nobody_foresaw(written, monkeypatch):

@@ -83,9 +83,10 @@ class Memory:
 
     # Coming and going
 
-    def fetch(self, sequence: Sequence) -> list[Future[bool]]:
-        """Begins to read from disk what a waiting sequence begins with; it can be admitted once all of it is done."""
-        return self._returning.fetch(sequence)
+    def fetch(self, sequence: Sequence, seconds: float) -> list[Future[bool]]:
+        """Begins to read from disk what a waiting sequence begins with; it can be admitted once all of it is done. What
+        is sooner computed, at so many ``seconds`` for a token, is left there."""
+        return self._returning.fetch(sequence, seconds)
 
     def admit(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence a slot and the blocks that hold its prefix, if all of it would fit; its companions

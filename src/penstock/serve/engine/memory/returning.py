@@ -37,15 +37,17 @@ class Returning:
         self.chunks = Chunks(blocks.pool, reuse, blocks.take, blocks.tiers)
         self.restored: list[int] = []
 
-    def fetch(self, sequence: Sequence) -> list[Future[bool]]:
-        """Begins to read from disk what a waiting sequence begins with; it can be admitted once all of it is done."""
+    def fetch(self, sequence: Sequence, seconds: float) -> list[Future[bool]]:
+        """Begins to read from disk what a waiting sequence begins with; it can be admitted once all of it is done. What
+        is sooner computed, at so many ``seconds`` for a token, is left there."""
         tiers = self._blocks.tiers
         if tiers is None or not tiers.lasting:
             return []
         coming = []
         for member in sequence.members:
             found = self._prefixes.match(member)
-            coming += tiers.fetch(self._names(member, found[-1] if found else None, len(found)))
+            names = self._names(member, found[-1] if found else None, len(found))
+            coming += tiers.fetch(names, seconds * self._blocks.size)
             coming += self.chunks.fetch(member.chunks)
         return coming
 
