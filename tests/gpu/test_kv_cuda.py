@@ -79,3 +79,9 @@ def test_packed_and_selected_caches_say_what_they_say_on_the_cpu(kv):
 def test_graphs_give_nearly_the_tokens_of_the_eager_pass(name):
     found = [told(engine_of(name, compile=compiled), range(12)) for compiled in (True, False)]
     assert agreement(*found) > 0.8
+
+
+def test_a_cache_in_fp8_says_nearly_the_same_with_graphs_and_without():
+    options = {"kv": {"name": "full"}, "codec": "fp8"}
+    found = [told(engine_of("full", **options, compile=compiled), range(12)) for compiled in (True, False)]
+    assert agreement(*found) > 0.8

@@ -56,6 +56,10 @@ def test_it_is_what_the_device_takes_however_steps_overlap(behind):
         played.step(100)
         played.rest()
     assert played.clock.seconds == pytest.approx(TOKEN + 3 * STEP / 2100)
+    for _ in range(40):
+        played.step(1000)  # each the whole of a prompt
+    played.rest()
+    assert played.clock.seconds == pytest.approx(TOKEN + STEP / 1000, rel=1e-2)
     played.step(1, 1)
     played.step(1, 1, 998)
     played.step(1, 1)

@@ -172,7 +172,7 @@ def test_threads_read_and_write_beside_the_engine(tmp_path):
     assert engine.snapshot().tier_bytes[1] == sum(path.stat().st_size for path in files(tmp_path))
 
 
-@pytest.mark.parametrize("harm", ["torn", "longer", "flipped", "another's", "empty", "gone"])
+@pytest.mark.parametrize("harm", ["torn", "longer", "flipped", "flipped at its end", "another's", "empty", "gone"])
 def test_a_damaged_file_is_a_miss_that_the_log_names(tmp_path, caplog, harm):
     play(opened(tmp_path), 1)
     found = files(tmp_path)
@@ -181,6 +181,8 @@ def test_a_damaged_file_is_a_miss_that_the_log_names(tmp_path, caplog, harm):
         content = bytearray(path.read_bytes())
         if harm == "flipped":
             content[int(np.random.default_rng(len(content)).integers(len(content)))] ^= 4
+        if harm == "flipped at its end":
+            content[-1] ^= 128
         changed = {"torn": content[:-5], "longer": content + b"0", "another's": other, "empty": b""}
         path.unlink() if harm == "gone" else path.write_bytes(changed.get(harm, content))
     engine = opened(tmp_path)
@@ -283,12 +285,12 @@ class Later(Executor):
         self._given.clear()
 
 
-NAMES = [bytes([number] * 16) for number in range(45)]
+NAMES = [bytes([number] * 16) for number in range(46)]
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> DiskBlocks:
-    """A disk with 45 blocks."""
+    """A disk with 46 blocks."""
     disk = DiskBlocks(tmp_path, "space", 1 << 20)
     tiers = Tiers(Rows(), disk)
     for number, name in enumerate(NAMES):
@@ -303,16 +305,16 @@ def test_small_blocks_are_read_together_and_each_stands_for_itself(tmp_path, wri
     rows, workers = Rows(), Later()
     tiers = Tiers(rows, written, workers)
     coming = tiers.fetch(iter(NAMES))
-    assert len(coming) == 15, "three of them in each"
+    assert len(coming) == 16, "three of them in each, and one in the last"
     assert tiers.fetch(iter(NAMES)) == coming, "others wait for the same"
     workers.work()
-    assert [each.result() for each in coming] == [number != 2 for number in range(15)]
+    assert [each.result() for each in coming] == [number != 2 for number in range(16)]
     assert list(tiers.find(NAMES)) == NAMES[:7] and str(torn) in caplog.text
-    assert not tiers.knows(NAMES[7]) and tiers.disk_hits == 44
-    for first, last in ((0, 7), (8, 45)):
+    assert not tiers.knows(NAMES[7]) and tiers.disk_hits == 45
+    for first, last in ((0, 7), (8, 46)):
         found = tiers.find(NAMES[first:last])
         assert [rows.content(place)[-1] for place in found.values()] == list(range(first, last))
-    assert tiers.host_bytes == 44 * 64
+    assert tiers.host_bytes == 45 * 64
 
 
 def test_each_second_counts_once_however_many_are_read_at_a_time(written):
@@ -363,8 +365,8 @@ def test_no_place_is_lost_where_reading_fails_in_a_way_that_nobody_foresaw(writt
     monkeypatch.setattr(DiskBlocks, "read", failing)
     coming = tiers.fetch(iter(NAMES))
     workers.work()
-    assert [each.exception() is None for each in coming] == [number != 1 for number in range(15)]
-    assert list(tiers.find(NAMES)) == NAMES[:4] and tiers.host_bytes == 43 * 64
+    assert [each.exception() is None for each in coming] == [number != 1 for number in range(16)]
+    assert list(tiers.find(NAMES)) == NAMES[:4] and tiers.host_bytes == 44 * 64
 
 
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
