@@ -42,7 +42,7 @@ class PromptClock:
         """``batch`` is over, if its tokens are ``told``, or will be before that of the next is."""
         self._begun = min(self._begun, batch.launched)
         self._tokens += batch.tokens
-        self._long = self._long or any(entry.count >= PIECE for entry in batch.entries)
+        self._long = self._long or (batch.tokens >= PIECE and any(entry.count >= PIECE for entry in batch.entries))
         if told:
             now = self.clock()
             if self._long:
