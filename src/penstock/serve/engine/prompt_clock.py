@@ -41,8 +41,9 @@ class PromptClock:
     def end(self, batch: Batch, told: bool) -> None:
         """``batch`` is over, if its tokens are ``told``, or will be before that of the next is."""
         self._begun = min(self._begun, batch.launched)
-        self._tokens += batch.tokens
-        self._long = self._long or (batch.tokens >= PIECE and any(entry.count >= PIECE for entry in batch.entries))
+        tokens = batch.tokens
+        self._tokens += tokens
+        self._long = self._long or (tokens >= PIECE and any(entry.count >= PIECE for entry in batch.entries))
         if told:
             now = self.clock()
             if self._long:
