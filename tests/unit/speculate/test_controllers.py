@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from statistics import mean
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.core.randomness import numpy_generator
 from penstock.speculate.controllers.bass import Bass
 from penstock.speculate.controllers.contract import Seen
 from penstock.speculate.controllers.fixed import Fixed
@@ -18,7 +20,7 @@ from penstock.speculate.controllers.measured import Measured
 from penstock.speculate.controllers.tetris import Tetris, likeliest
 from penstock.speculate.controllers.thompson import Thompson, best_length
 from penstock.speculate.expected import chain_tokens
-from penstock.testing.speculate_controller import rounds
+from penstock.testing.speculate_controller import LOSING, WINNING, Machine, rounds
 
 MOST = 8
 
@@ -94,6 +96,21 @@ def test_measured_drafts_nothing_where_that_loses_and_looks_again_now_and_then()
     rounds(control, 0.05, 0.3, 600)
     assert control.ahead(1) == 0
     assert mean(rounds(control, 0.95, 0.1, 3000)[-300:]) > 3
+
+
+@pytest.mark.parametrize("machine", [*LOSING, *WINNING])
+def test_measured_does_as_well_where_times_vary(machine):
+    """By a tenth, and a step in twenty takes three times as long."""
+    draw, best = numpy_generator(0, "varying"), max(map(machine.gain, range(6)))
+
+    class Varying(Machine):
+        def seconds(self, length: int) -> float:
+            return super().seconds(length) * float(draw.normal(1, 0.1)) * (3 if draw.random() < 0.05 else 1)
+
+    varying = Varying(*dataclasses.astuple(machine))
+    # Of its own steps and of the plain ones that it is compared with, the mean is 1.1 times as long.
+    speeds = [1.1 * varying.speed(Measured().start(5), 1000, seed) for seed in range(3)]
+    assert mean(speeds) >= 0.95 * best
 
 
 def test_what_steps_take_is_a_line_between_the_sizes_that_were_timed_and_goes_on_behind_them():
