@@ -331,6 +331,10 @@ def check_losses(controller: Controller) -> None:
         best = max(machine.gain(length) for length in range(1 + len(machine.chances)))
         speed = machine.speed(controller.start(len(machine.chances)), 1000)
         assert speed >= 0.97 * best, f"{machine}: it gains {speed:.3f}, and {best:.3f} can be had"
+        control = controller.start(len(machine.chances))
+        dataclasses.replace(machine, chances=(0.05,) * len(machine.chances)).speed(control, 500)
+        speed = machine.speed(control, 2000)
+        assert speed >= (1 + best) / 2, f"{machine}: it gains {speed:.3f} of {best:.3f} once drafts are accepted"
 
 
 @functools.cache
