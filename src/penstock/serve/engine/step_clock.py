@@ -18,11 +18,11 @@ class _Launched:
 class StepClock:
     """Times steps by when they begin and end; those that are under way end in the order in which they began.
 
-    A step that is alone takes from the end of the one before it, if there was work to do since then, until its own: what
-    the host does in between is a part of what it costs. Where steps overlap, what one takes is when the next one begins
-    after it: its end may come late, since the host prepares the next step meanwhile, or computes it, on a CPU. The
-    first of such steps and the last one cannot be told: the one begins while nothing is under way, nothing follows the
-    other.
+    A step that is alone takes from the end of the one before it, if there was work to do since then, until its own
+    end: what the host does in between is a part of what it costs. Where steps overlap, what one takes is when the next
+    one begins after it: its end may come late, since the host prepares the next step meanwhile, or computes it, on a
+    CPU. The first of such steps and the last one cannot be told: the one begins while nothing is under way, nothing
+    follows the other.
     """
 
     def __init__(self) -> None:
