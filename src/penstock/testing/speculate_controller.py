@@ -11,7 +11,8 @@ What each clause is there to catch:
 - :func:`check_engine`: tokens that change with the length, with drafts that are thrown away, and with steps in which
   nothing is drafted between others, with a drafter of each kind;
 - :func:`check_times` plays an engine whose steps all take as long: one that is timed by its end takes the next one's
-  time as well where they overlap, and plain steps seem twice as slow as they are;
+  time as well where they overlap, and plain steps seem twice as slow as they are; and those who draft in steps of
+  their own, since they came while others were under way: all take twice as many steps;
 - :func:`check_losses`, of those that go by time, plays machines on which drafting never pays: trials that cost more
   than they may, or are repeated for nothing; and one on which it does, where one that gives up drafts nothing.
 """
@@ -224,13 +225,17 @@ def check_engine(controller: Controller) -> None:
 
 def check_times(controller: Controller) -> None:
     """Asserts that what it sees of a step's time is what one more step costs, where the host computes, as on a CPU, and
-    the next step is launched before the tokens of one are known, and has something to do between steps."""
+    the next step is launched before the tokens of one are known, and has something to do between steps; and that all
+    who draft do so in the same steps, though they have come one after the other."""
     drafter = next(each for each in DRAFTERS if controller.refuses(each, branches=False) is None)
     engine, now, told = engine_with(drafter, controller=controller), [0.0], list[float | None]()
     launch, speculation, idle = engine.executor.launch, engine.steps.speculation, set[int]()
     assert speculation is not None
 
     def launched(batch: Batch) -> Awaited | None:
+        own = {id(each.sequence) for each in batch.entries}
+        apart = [each for each in engine.memory.running if each.drafts_next and id(each) not in own]
+        assert not (batch.ahead and apart), "who came later goes on in steps of its own"
         if all(len(each.sequence.tokens) == each.sequence.prompt for each in batch.entries):
             idle.add(id(batch))  # nobody may have been there before
         now[0] += 1.0

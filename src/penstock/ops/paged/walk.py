@@ -115,7 +115,8 @@ class FixedWalk:
         self._sizes = [self._tiles * self._pieces * FIELDS, shared * 4, sequences * pages, rows]
         self._memory = torch.zeros(sum(self._sizes), dtype=torch.int32, device=cache.device)
         items, tiles, tables, positions = self._memory.split_with_sizes(self._sizes)
-        seen = torch.zeros(sequences * shape.masked**2, dtype=torch.uint8, device=cache.device)
+        # Of so many tokens, none of which is in a mask over more than so many.
+        seen = torch.zeros(shape.tokens * shape.masked, dtype=torch.uint8, device=cache.device)
         self.walk = Walk(
             items.view(-1, FIELDS),
             tiles.view(-1, 4),

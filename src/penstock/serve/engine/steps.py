@@ -88,6 +88,9 @@ class EngineSteps:
         begun, ahead = 0.0, 0
         if self.speculation is not None:
             begun, ahead = self.speculation.clock(), self.speculation.ahead(self._memory.running)
+            if ahead and self.stages == 1 and any(each.drafts_next for each in self._memory.running):
+                # Who begins meanwhile would go on in steps of its own, between those of the others, for good.
+                return None
         shaper = None if self.speculation is None else self.speculation.shaper
         room = StepRoom(self._memory, self._tokens, self._events, ahead, self._branches, shaper)
         room.compact(each for each in self._memory.running if each.length < each.limit)

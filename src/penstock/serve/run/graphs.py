@@ -24,6 +24,8 @@ PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
 PROMPTS = 8
 #: Sequences that decode beside them, in the same steps.
 BESIDE = (8, 32, 64, 128, 192, 256, 384, 512, 768)
+#: Of how many lengths windows are at most, each half as long as the one before.
+LENGTHS = 5
 #: How much longer than the host takes to queue a step the device may compute it, for a graph to be worth its padding:
 #: the host has more to do in a step than to queue it.
 SLACK = 1.2
@@ -60,13 +62,13 @@ def window_shapes(sequences: int, window: int, tokens: int, trees: bool = False)
     to ``tokens`` in all; one more takes the tokens that are left over. Those without tentative tokens may come first,
     one token each.
 
-    Sequences have as many tentative tokens as it happens, and a step has twice the rows that it needs at most where
-    they have few: there are shapes for half as many each time, and for crowds that lie half apart. With ``trees``,
-    sequences may have masks.
+    Sequences have as many tentative tokens as it happens, or as a controller has them: so that steps with few are not
+    padded to those with all, there are shapes for half as many each time, and for crowds that lie half apart. With
+    ``trees``, sequences may have masks.
     """
     powers = [1 << number for number in range(sequences.bit_length())]
     sizes = sorted({each for power in powers for each in (power, 3 * power // 2, sequences) if each <= sequences})
-    lengths = [window >> number for number in range(window.bit_length())]
+    lengths = [window >> number for number in range(min(window.bit_length(), LENGTHS))]
     masked = 1 + window if trees else 0
     pairs = [(size, length) for size in sizes for length in lengths if size * (1 + length) <= tokens]
     return [StepShape(0, size + 1, size * (1 + length) + 1, masked) for size, length in pairs]

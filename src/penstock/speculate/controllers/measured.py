@@ -26,10 +26,6 @@ CREDIT = 3
 #: In so many steps in a row at most something is learned of a length that has lost.
 REPEATED = 8
 
-#: Where drafts win, what a step takes without them is timed anew after so many times as many steps as there are
-#: between trials where they lose.
-RENEWED = 4
-
 
 class Measuring(Control):
     """See :class:`Measured`."""
@@ -43,7 +39,7 @@ class Measuring(Control):
         self._since = 0  # steps in a row in which nothing was drafted
         self._trials = 0  # and trials in a row, of which the last one asks for another
         self._again = self._trial = False
-        self._renewing = 0  # steps with drafts since what one takes without was timed
+        self._winning = 0  # steps since drafting pays
         #: Seconds of all steps that were timed, and how many more trials have taken than plain decoding had.
         self._spent, self._lost = 0.0, 0.0
         self._dear = 0.0  # and what the first step of the last trials has lost: a model computes what it has missed
@@ -72,8 +68,8 @@ class Measuring(Control):
                 break  # longer ones take longer, and lose whatever they bring
         best = max(rates, key=lambda length: rates[length])
         if rates[best] > MARGIN * plain:
-            return self._renewed(crowd, best), False
-        self._renewing = 0
+            return self._renewed(crowd, best, list(rates)), False
+        self._winning = 0
         due = self._since >= self._policy.patience and self._affords(plain, loss)
         if len(rates) > 1 and (self._again or due):
             return max(list(rates)[1:], key=lambda length: rates[length]), True
@@ -86,14 +82,17 @@ class Measuring(Control):
         """Whether a trial may lose so many seconds more, where ``plain`` decoding makes so many steps in a second."""
         return self._lost + max(loss, self._dear) <= self._policy.share * self._spent + CREDIT / plain
 
-    def _renewed(self, crowd: int, best: int) -> int:
-        """The ``best`` length, or none where it is time to see what a step takes without drafts."""
-        self._renewing += 1
-        if self._renewing <= RENEWED * self._policy.patience:
+    def _renewed(self, crowd: int, best: int, known: list[int]) -> int:
+        """The ``best`` length, or another one of the ``known`` where it is time to see what that takes by now: each has
+        its turn."""
+        turn, early = divmod(self._winning, self._policy.patience)
+        if early or not turn:
             return best
-        self._renewing = 0
-        self._seconds[crowd, 0].clear()
-        return 0
+        others = [length for length in known if length != best]
+        length = others[turn % len(others)]
+        # The last one stays: beside it, a single new one decides nothing.
+        self._seconds[crowd, length] = deque([self._seconds[crowd, length][-1]], TIMES)
+        return length
 
     def tokens(self, length: int) -> float:
         """Tokens a step of a sequence for which ``length`` are drafted, by what was accepted lately."""
@@ -127,6 +126,7 @@ class Measuring(Control):
             # What was probed is drafted in the next step: until then nothing was tried.
             self._again = self._trial
             return
+        self._winning += 1
         first, self._since = self._since > 0, 0 if seen.ahead else self._since + 1
         if seen.ahead:
             self._count(seen)
@@ -162,8 +162,7 @@ class Measuring(Control):
             self._again, self._trials = not self._hopeless(crowd, seconds - seen.drafting), 0
         else:
             self._trials += 1
-            times = self._seconds[crowd, seen.ahead] or [seconds]
-            self._again = tokens * plain > median(times) and self._trials < REPEATED
+            self._again = tokens * plain > seconds and self._trials < REPEATED
 
     def _hopeless(self, crowd: int, seconds: float) -> bool:
         """Whether steps of so many ``seconds`` lose beside plain decoding whatever is drafted in them."""
@@ -177,9 +176,9 @@ class Measured(Controller):
     speculation loses.
 
     What a step takes is timed for a few lengths, the shorter ones first, by how many sequences go on (to a factor of
-    two), and for none once more from time to time; what it brings is reckoned from how often tokens at each depth were
-    accepted lately. Where drafting loses, some tokens are drafted now and then to see whether they are accepted by now:
-    all such trials together lose no more than a share of the time.
+    two), and where one of them wins, once more for another one from time to time; what it brings is reckoned from how
+    often tokens at each depth were accepted lately. Where drafting loses, some tokens are drafted now and then to see
+    whether they are accepted by now: all such trials together lose no more than a share of the time.
 
     Attributes:
         trials: how often each length is timed before one is chosen.
