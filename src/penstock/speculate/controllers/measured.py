@@ -46,7 +46,7 @@ class Measuring(Control):
         self._by_rows: dict[int, deque[float]] = {}  # seconds of steps with prompts and without
 
     def ahead(self, sequences: int) -> int:
-        length, self._trial = self._decide(sequences.bit_length())
+        length, self._trial = self._decide(_crowd(sequences))
         return length
 
     def _decide(self, crowd: int) -> tuple[int, bool]:
@@ -57,7 +57,7 @@ class Measuring(Control):
         rates, loss = {0: plain}, 0.0
         for length in self._lengths[1:]:
             times = self._seconds[crowd, length]
-            hopeless = len(times) > 0 and self._hopeless(crowd, min(times))
+            hopeless = len(times) > 1 and self._hopeless(crowd, min(times))
             if not (hopeless or self._known(crowd, length)):
                 if self._again or self._affords(plain, loss):
                     return length, True
@@ -133,7 +133,7 @@ class Measuring(Control):
         if seen.prompts or not seen.sequences or seen.seconds is None:
             self._again = False
             return
-        crowd, seconds, first = seen.sequences.bit_length(), seen.seconds, first and seen.ahead > 0
+        crowd, seconds, first = _crowd(seen.sequences), seen.seconds, first and seen.ahead > 0
         if seen.ahead and self._trial and self._seconds[crowd, 0]:
             self._weigh(seen, crowd, seconds, first)
         if not first:
@@ -159,7 +159,7 @@ class Measuring(Control):
         self._lost = max(0.0, self._lost + seconds - tokens * plain)
         if first:
             self._dear = seconds - tokens * plain
-            self._again, self._trials = not self._hopeless(crowd, seconds - seen.drafting), 0
+            self._again, self._trials = True, 0
         else:
             self._trials += 1
             self._again = tokens * plain > seconds and self._trials < REPEATED
@@ -168,6 +168,11 @@ class Measuring(Control):
         """Whether steps of so many ``seconds`` lose beside plain decoding whatever is drafted in them."""
         times = self._seconds[crowd, 0]
         return len(times) > 0 and self.tokens(self._lengths[-1]) * median(times) < seconds
+
+
+def _crowd(sequences: int) -> int:
+    """Crowds that are alike have the same number. Most are full, or nearly: powers of two are in the middle."""
+    return round(math.log2(sequences))
 
 
 @policy("speculate.controller", "measured")
