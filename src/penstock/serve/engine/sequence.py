@@ -208,7 +208,7 @@ class Sequence:
     @property
     def drafts_next(self) -> bool:
         """Whether its tokens are awaited, behind which some may be drafted."""
-        return self.in_flight > 0 and self.draft is not None and self.length < self.limit
+        return self.in_flight > 0 and self.draft is not None
 
     @property
     def decoding(self) -> bool:
