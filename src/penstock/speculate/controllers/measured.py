@@ -39,10 +39,12 @@ class Measuring(Control):
         self._since = 0  # steps in a row in which nothing was drafted
         self._trials = 0  # and trials in a row, of which the last one asks for another
         self._again = self._trial = False
-        self._winning = 0  # steps since drafting pays
+        #: Whether drafting pays, steps since then, and of which crowd and length it is to be confirmed.
+        self._drafting, self._winning = False, 0
+        self._confirming: tuple[int, int] | None = None
         #: Seconds of all steps that were timed, and how many more trials have taken than plain decoding had.
         self._spent, self._lost = 0.0, 0.0
-        self._dear = 0.0  # and what the first step of the last trials has lost: a model computes what it has missed
+        self._dear = 0.0  # and what the first step of the last ones has lost, in which a model computes what it missed
         self._by_rows: dict[int, deque[float]] = {}  # seconds of steps with prompts and without
 
     def ahead(self, sequences: int) -> int:
@@ -59,17 +61,20 @@ class Measuring(Control):
             times = self._seconds[crowd, length]
             hopeless = len(times) > 1 and self._hopeless(crowd, min(times))
             if not (hopeless or self._known(crowd, length)):
+                loss = min(times) - self.tokens(length) / plain if times else loss
                 if self._again or self._affords(plain, loss):
                     return length, True
                 break
-            seconds = median(times)
-            rates[length], loss = self.tokens(length) / seconds, seconds - self.tokens(length) / plain
+            seconds, tokens = median(times), self.tokens(length)
+            rates[length], loss = tokens / seconds, min(times) - tokens / plain
             if hopeless or most / seconds < plain:
                 break  # longer ones take longer, and lose whatever they bring
         best = max(rates, key=lambda length: rates[length])
         if rates[best] > MARGIN * plain:
-            return self._renewed(crowd, best, list(rates)), False
-        self._winning = 0
+            if self._confirmed(crowd, best):
+                return self._renewed(crowd, best, list(rates)), False
+            return self._decide(crowd)
+        self._winning, self._drafting, self._confirming = 0, False, None
         due = self._since >= self._policy.patience and self._affords(plain, loss)
         if len(rates) > 1 and (self._again or due):
             return max(list(rates)[1:], key=lambda length: rates[length]), True
@@ -82,6 +87,19 @@ class Measuring(Control):
         """Whether a trial may lose so many seconds more, where ``plain`` decoding makes so many steps in a second."""
         return self._lost + max(loss, self._dear) <= self._policy.share * self._spent + CREDIT / plain
 
+    def _confirmed(self, crowd: int, best: int) -> bool:
+        """Whether drafting goes on, or the ``best`` length was timed since it seems to win. If not, it has to be: what
+        was timed long ago says little beside plain decoding of today, on a machine that is not always as fast."""
+        self._drafting = self._drafting or self._confirming == (crowd, best)
+        if not self._drafting:
+            self._confirming = crowd, best
+            self._forget(crowd, best)
+        return self._drafting
+
+    def _forget(self, crowd: int, length: int) -> None:
+        """Forgets what such steps took, but for one: beside it, a single new one decides nothing."""
+        self._seconds[crowd, length] = deque([median(self._seconds[crowd, length])], TIMES)
+
     def _renewed(self, crowd: int, best: int, known: list[int]) -> int:
         """The ``best`` length, or another one of the ``known`` where it is time to see what that takes by now: each has
         its turn."""
@@ -90,8 +108,7 @@ class Measuring(Control):
             return best
         others = [length for length in known if length != best]
         length = others[turn % len(others)]
-        # The last one stays: beside it, a single new one decides nothing.
-        self._seconds[crowd, length] = deque([self._seconds[crowd, length][-1]], TIMES)
+        self._forget(crowd, length)
         return length
 
     def tokens(self, length: int) -> float:
@@ -128,6 +145,7 @@ class Measuring(Control):
             return
         self._winning += 1
         first, self._since = self._since > 0, 0 if seen.ahead else self._since + 1
+        self._dear *= 1 - 1 / self._policy.patience  # it may have been a disturbance
         if seen.ahead:
             self._count(seen)
         if seen.prompts or not seen.sequences or seen.seconds is None:
@@ -156,7 +174,10 @@ class Measuring(Control):
         it was the ``first`` of some, in which a model that drafts computes what it has missed, or brought enough."""
         plain = median(self._seconds[crowd, 0])
         tokens = 1 + sum(seen.accepted) / seen.sequences
-        self._lost = max(0.0, self._lost + seconds - tokens * plain)
+        times = self._seconds[crowd, seen.ahead]
+        # That the machine was disturbed is not the trial's fault.
+        usual = seconds if first or not times else min(seconds, 2 * min(times))
+        self._lost = max(0.0, self._lost + usual - tokens * plain)
         if first:
             self._dear = seconds - tokens * plain
             self._again, self._trials = True, 0
