@@ -38,13 +38,17 @@ TOLERANCE = 0.03
 class Compared:
     """Computes each step with windows a second time without graphs, which writes the same keys and values again.
 
+    Args:
+        runner: whose steps they are.
+        most: rows of a window.
+
     Attributes:
         replayed: the shapes of those steps that a graph computed.
         queued: those of the others, in which no prompts were.
     """
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner, self._pass_all = runner, runner._pass_all
+    def __init__(self, runner: Runner, most: int) -> None:
+        self._runner, self._pass_all, self._most = runner, runner._pass_all, most
         self.replayed, self.queued = list[Any](), list[Any]()
         runner._pass_all = self.both
 
@@ -66,9 +70,7 @@ class Compared:
             own, shape = part.plan.own_shape, graphs.shape_for(part.plan)
             if shape is not None and not shape.singles:
                 self.replayed.append(shape)
-            elif shape is None and (
-                own.masked or own.rows <= 2 * len(part.plan.lengths) or 4 * len(part.scored) >= 3 * own.rows
-            ):
+            elif shape is None and part.plan.starts.diff().max() <= self._most:
                 self.queued.append(own)
         return passed
 
@@ -89,9 +91,9 @@ def test_replayed_windows_are_queued_windows(drafter, tree):
         sequences=16, cache_tokens=16384, draft=drafters[drafter], draft_tree=tree, controller="fixed", check=True
     )
     engine = build_engine(target, config, draft=draft_of(target, 0.02) if drafter == "model" else None)
-    compared = [Compared(engine.executor)]
+    compared = [Compared(engine.executor, config.rows)]
     if drafter == "model":
-        compared.append(Compared(engine.steps.speculation.model.runner))
+        compared.append(Compared(engine.steps.speculation.model.runner, config.rows - 2 if tree else 2))
     lengths: dict[str, int] = {}
 
     def step() -> None:

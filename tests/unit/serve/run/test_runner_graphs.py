@@ -159,8 +159,9 @@ def test_all_that_is_drafted_and_verified_is_replayed(stand_ins, monkeypatch, dr
     repeating = [{"temperature": 0}, {"temperature": 0, "logit_bias": {3: 30.0, 5: 30.0}}, {"temperature": 0.8}]
     assert answers(warm, repeating) == answers(cold, repeating)
     assert warm.snapshot().drafted_tokens > warm.snapshot().accepted_tokens > 20
-    # Where there are prompts, there are rows that are not scored; of a tree, few are not.
-    verified = [each for each in own if 4 * len(each[0].scored) >= 3 * each[0].inputs.shape[1]]
+    # Where there are prompts, there are rows that are not scored, or more than of a window; of a tree, few are not.
+    short = [each for each in own if each[0].plan.starts.diff().max() <= config.rows]
+    verified = [each for each in short if 4 * len(each[0].scored) >= 3 * each[0].inputs.shape[1]]
     generations = [each for each in drafted if each[0].plan.own_shape.rows <= 2 * len(each[0].plan.lengths)]
     if tree:
         assert sum(each[0].plan.masks is not None for each in verified) > 5
