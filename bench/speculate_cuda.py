@@ -11,6 +11,7 @@ that it works, the models are python-6m and python-1m.
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import itertools
 import platform
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from penstock.core.bench import Bench, load
+from penstock.core.files import cache_folder
 from penstock.core.garbage import settled
 from penstock.core.progress import show
 from penstock.data.corpora.stdlib import StandardLibrary
@@ -38,15 +40,15 @@ from penstock.train.kept import kept_run
 serve, speculate = load("serve"), load("speculate")
 
 #: Requests at a time, and the tokens wanted after each prompt.
-CROWDS = {1: 192, 8: 192, 64: 128, 256: 96}
+CROWDS = {1: 128, 8: 192, 64: 128, 256: 96}
 REPETITIONS = 3
 CACHE = 98304  # tokens
 #: Tokens of a sequence that a step scores, for so many sequences; and how many steps are timed.
 ROWS, SEQUENCES, STEPS = (1, 2, 3, 5, 9), (1, 8, 64), 32
 #: Requests a second, how many of them, and the tokens wanted.
-RATE, ARRIVING, ANSWER = 8.0, 96, 192
-#: What drafts, and controllers that share its graphs; one that weighs drafts wants their probabilities too.
-CONTROLLED = (("ngram", ("measured", "fixed")), ("model", ("measured", "fixed", "bass")), ("model", ("tetris",)))
+RATE, ARRIVING, ANSWER = 8.0, 64, 192
+#: What drafts, and controllers that share its graphs.
+CONTROLLED = {"ngram": ("measured", "fixed"), "model": ("measured", "fixed", "bass")}
 PLAIN, ONLINE = "plain decoding", ("ngram, measured", "model, measured")
 
 
@@ -54,8 +56,10 @@ def trained(bench: Bench) -> tuple[str | Path, str | Path]:
     """The model and the one that drafts for it."""
     if bench.device.type == "cpu":
         return speculate.TARGET, speculate.DRAFT
-    changes = [f"device={bench.device}", *(["steps=20"] if bench.quick else [])]
     data = Path(inspect.getfile(StandardLibrary)).read_bytes() + platform.python_version().encode()
+    # What both learn from is read, and cut in tokens, once.
+    store = cache_folder("bench") / f"python-{hashlib.blake2b(data, digest_size=8).hexdigest()}"
+    changes = [f"device={bench.device}", f"data.store={store}", *(["steps=20"] if bench.quick else [])]
     target, draft = (kept_run(preset, changes, data, show) for preset in ("python-150m", "python-15m"))
     return target, draft
 
@@ -70,14 +74,16 @@ def configured(bench: Bench, **options: Any) -> EngineConfig:
 
 def opened(bench: Bench, target: Decoder, draft: Decoder) -> dict[str, Engine]:
     """Engines by what drafts and what controls it. Those of a drafter that differ in the controller alone have cache
-    and graphs in common: one of them works at a time, and each run begins with an empty cache."""
-    plain = configured(bench)
-    engines = {PLAIN: Engine(plain, build_runners(target, plain, report=show)[0])}
-    for drafter, controllers in CONTROLLED:
+    and graphs in common, and plain decoding those of the first: one of them works at a time, and each run begins with
+    an empty cache."""
+    engines: dict[str, Engine] = {}
+    for drafter, controllers in CONTROLLED.items():
         options = {"draft": "ngram" if drafter == "ngram" else {"name": "model", "source": "draft"}}
         configs = {name: configured(bench, **options, controller=name) for name in controllers}
         first = configs[controllers[0]]
         runner, drafting = build_runners(target, first, draft if drafter == "model" else None, show)
+        if not engines:
+            engines[PLAIN] = Engine(configured(bench), runner)
         for name, config in configs.items():
             engines[f"{drafter}, {name}"] = Engine(config, runner, draft=drafting)
     return engines

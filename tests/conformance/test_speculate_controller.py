@@ -10,7 +10,9 @@ from penstock.testing.speculate_controller import (
     check_confidence,
     check_ends,
     check_engine,
+    check_losses,
     check_predictions,
+    check_times,
 )
 from penstock.testing.speculate_drafter import BRANCHES
 
@@ -39,6 +41,16 @@ def test_drafting_ends_where_the_model_is_not_sure_of_the_whole_text(name, tree)
 @pytest.mark.parametrize("name", POLICIES)
 def test_tokens_are_those_of_an_engine_that_drafts_nothing(name):
     check_engine(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_a_step_is_said_to_take_is_what_one_more_costs(name):
+    check_times(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if policy.goes_by_time])
+def test_where_drafting_loses_next_to_nothing_is_lost(name):
+    check_losses(POLICIES[name])
 
 
 @pytest.mark.parametrize("name", POLICIES)

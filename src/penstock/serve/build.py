@@ -240,7 +240,10 @@ def build_following(model: Decoder, config: EngineConfig, blocks: int) -> RankRu
 def _kinds(config: EngineConfig, model: Decoder, memories: List[PagedCache], keeps: List[bool]) -> list[dict[str, Any]]:
     """How the runners of the ``model``, and of one that drafts where there is one, differ from a plain one; ``keeps``
     says whether they keep hidden states."""
-    kinds: list[dict[str, Any]] = [{"window": config.rows - 1, "sampler": Sampler, "keeps_hidden": keeps[0]}]
+    trees = bool(config.draft_tree or (config.draft is not None and config.draft.widths))
+    kinds: list[dict[str, Any]] = [
+        {"window": config.rows - 1, "trees": trees, "sampler": Sampler, "keeps_hidden": keeps[0]}
+    ]
     if config.deterministic:
         kinds[0]["sampler"] = InvariantSampler
     shape = memories[0].shape
@@ -253,16 +256,16 @@ def _kinds(config: EngineConfig, model: Decoder, memories: List[PagedCache], kee
     if config.kv_reuse.moves:
         kinds[0]["mover"] = Mover(memories[0], model.config, model.rotary)
     if memories[1:]:
-        kinds.append(
-            {"window": 1, "keeps_hidden": keeps[1], **drafting_kind(config)}
-        )  # after a step that accepted all, it computes two tokens
+        # After a step that accepted all, it computes two tokens; and of a tree, all but the last generation.
+        window = max(1, config.rows - 3) if trees else 1
+        kinds.append({"window": window, "trees": trees, "keeps_hidden": keeps[1], **drafting_kind(config)})
     return kinds
 
 
 def _most_rows(config: EngineConfig, device: torch.device) -> int:
     """Of a pass, also where a graph pads it."""
     sequences, budget = config.sequences, config.budget(device)
-    shapes = [*prompt_shapes(sequences, budget), *window_shapes(sequences, config.rows - 1)]
+    shapes = [*prompt_shapes(sequences, budget), *window_shapes(sequences, config.rows - 1, budget)]
     return max(budget, *(shape.rows for shape in shapes))
 
 

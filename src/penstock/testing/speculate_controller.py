@@ -11,11 +11,15 @@ What each clause is there to catch:
 - :func:`check_engine`: tokens that change with the length, with drafts that are thrown away, and with steps in which
   nothing is drafted between others, with a drafter of each kind;
 - :func:`check_times` plays an engine whose steps all take as long: one that is timed by its end takes the next one's
-  time as well where they overlap, and plain steps seem twice as slow as they are.
+  time as well where they overlap, and plain steps seem twice as slow as they are; and those who draft in steps of
+  their own, since they came while others were under way: all take twice as many steps;
+- :func:`check_losses`, of those that go by time, plays machines on which drafting never pays: trials that cost more
+  than they may, or are repeated for nothing; and one on which it does, where one that gives up drafts nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -61,6 +65,8 @@ def check(controller: Controller) -> None:
         check_confidence(controller, tree=BRANCHES)
     check_engine(controller)
     check_times(controller)
+    if controller.goes_by_time:
+        check_losses(controller)
 
 
 def check_bounds(controller: Controller, seed: int, steps: int = 200) -> None:
@@ -219,26 +225,122 @@ def check_engine(controller: Controller) -> None:
 
 def check_times(controller: Controller) -> None:
     """Asserts that what it sees of a step's time is what one more step costs, where the host computes, as on a CPU, and
-    the next step is launched before the tokens of one are known."""
+    the next step is launched before the tokens of one are known, and has something to do between steps; and that all
+    who draft do so in the same steps, though they have come one after the other."""
     drafter = next(each for each in DRAFTERS if controller.refuses(each, branches=False) is None)
     engine, now, told = engine_with(drafter, controller=controller), [0.0], list[float | None]()
-    launch, speculation = engine.executor.launch, engine.steps.speculation
+    launch, speculation, idle = engine.executor.launch, engine.steps.speculation, set[int]()
     assert speculation is not None
 
     def launched(batch: Batch) -> Awaited | None:
+        own = {id(each.sequence) for each in batch.entries}
+        going = [each for each in engine.memory.running if each.length < each.limit]
+        apart = sum(each.drafts_next and id(each) not in own for each in going)
+        assert not batch.ahead or apart <= len(own), "who came later goes on in steps of its own"
+        if all(len(each.sequence.tokens) == each.sequence.prompt for each in batch.entries):
+            idle.add(id(batch))  # nobody may have been there before
         now[0] += 1.0
         return launch(batch)
 
     def ended(batch: Batch, end: Callable[[Batch], None] = speculation.end) -> None:
         end(batch)
-        told.append(batch.took)
+        now[0] += 0.25
+        if id(batch) not in idle:
+            told.append(batch.took)
 
     with mock.patch.object(engine.executor, "launch", launched), mock.patch.object(speculation, "end", ended):
         speculation.clock = lambda: now[0]
         outcomes(engine)
     known = [each for each in told if each is not None]
     assert 2 * len(known) >= len(told), "of most steps it does not learn what they take"
-    assert set(known) == {1.0}, f"steps of 1 second take {sorted(set(known))}"
+    assert set(known) == {1.25}, f"steps of 1.25 seconds take {sorted(set(known))}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """An engine with a model that drafts, as its controller sees it.
+
+    Attributes:
+        sequences: that go on.
+        plain: seconds of a step without drafts.
+        each: and of each token more that is drafted, and verified, for all of them.
+        once: and of a step that drafts at all.
+        chances: of each depth, how likely a token is accepted if those before it were.
+        missed: seconds in which the model computes what it has missed in a step without drafts.
+    """
+
+    sequences: int
+    plain: float
+    each: float
+    once: float
+    chances: tuple[float, ...]
+    missed: float = 0.0
+
+    def seconds(self, length: int) -> float:
+        """Of a step in which so many tokens are drafted."""
+        return self.plain + (self.once + self.each * length if length else 0.0)
+
+    def tokens(self, length: int) -> float:
+        """A step of a sequence, in the mean."""
+        return 1 + sum(itertools.accumulate(self.chances[:length], lambda reached, chance: reached * chance))
+
+    def gain(self, length: int) -> float:
+        """How much faster it is than plain decoding where so many tokens are always drafted."""
+        return self.tokens(length) * self.plain / self.seconds(length)
+
+    def speed(self, control: Control, steps: int, seed: int = 0) -> float:
+        """How much faster than plain decoding ``control`` makes the tokens of so many plain steps."""
+        draw, tokens, seconds, behind = numpy_generator(seed, "testing/machine"), 0, 0.0, 0
+        while tokens < steps * self.sequences:
+            length = control.ahead(self.sequences)
+            reached = draw.random((self.sequences, length)) < self.chances[:length]
+            accepted = reached.cumprod(1).sum(1).tolist()
+            catching_up = self.missed * behind if length else 0.0
+            took = self.seconds(length) + catching_up
+            # Half of what drafting adds is the drafting itself.
+            drafting = (self.once + self.each * length) / 2 + catching_up if length else 0.0
+            behind = 0 if length else behind + 1
+            control.learn(Seen(self.sequences, 0, length, [length] * self.sequences, accepted, drafting, took))
+            tokens, seconds = tokens + self.sequences + sum(accepted), seconds + took
+        return steps * self.plain / seconds
+
+
+#: Acceptance of a model that drafts, by depth.
+FAIR, GOOD = (0.6, 0.55, 0.5, 0.45, 0.4), (0.85, 0.8, 0.8, 0.8, 0.8)
+
+#: Machines on which drafting never pays: a model drafts for sixteen, of whom each row costs; the same with little
+#: to verify; trees; and a model that has missed much.
+LOSING = (
+    Machine(16, 0.010, 0.0222, 0.0, FAIR),
+    Machine(16, 0.010, 0.0062, 0.0, FAIR),
+    Machine(16, 0.010, 0.0500, 0.0, FAIR),
+    Machine(16, 0.010, 0.0062, 0.0, FAIR, missed=0.0002),
+    Machine(1, 0.010, 0.0070, 0.0, FAIR),
+)
+#: And on which it does: a little; much; and only far ahead.
+WINNING = (
+    Machine(16, 0.010, 0.0042, 0.0, FAIR),
+    Machine(16, 0.010, 0.0015, 0.0, GOOD),
+    Machine(16, 0.010, 0.0010, 0.009, GOOD),
+    Machine(16, 0.010, 0.0015, 0.0, GOOD, missed=0.0002),
+)
+
+
+def check_losses(controller: Controller) -> None:
+    """Asserts of a controller that goes by time that it is next to never slower than plain decoding, trials included,
+    and comes to the best length where drafting pays."""
+    for machine in LOSING:
+        for steps, least in ((300, 0.97), (3000, 0.98)):
+            speed = machine.speed(controller.start(len(machine.chances)), steps)
+            assert speed >= least, f"{machine}: {speed:.3f} of the speed of plain decoding in {steps} steps"
+    for machine in WINNING:
+        best = max(machine.gain(length) for length in range(1 + len(machine.chances)))
+        speed = machine.speed(controller.start(len(machine.chances)), 1000)
+        assert speed >= 0.97 * best, f"{machine}: it gains {speed:.3f}, and {best:.3f} can be had"
+        control = controller.start(len(machine.chances))
+        dataclasses.replace(machine, chances=(0.05,) * len(machine.chances)).speed(control, 500)
+        speed = machine.speed(control, 2000)
+        assert speed >= (4 + best) / 5, f"{machine}: it gains {speed:.3f} of {best:.3f} once drafts are accepted"
 
 
 @functools.cache

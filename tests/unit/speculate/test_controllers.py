@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+from collections import Counter
 from statistics import mean
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.core.randomness import numpy_generator
 from penstock.speculate.controllers.bass import Bass
 from penstock.speculate.controllers.contract import Seen
 from penstock.speculate.controllers.fixed import Fixed
@@ -18,7 +21,7 @@ from penstock.speculate.controllers.measured import Measured
 from penstock.speculate.controllers.tetris import Tetris, likeliest
 from penstock.speculate.controllers.thompson import Thompson, best_length
 from penstock.speculate.expected import chain_tokens
-from penstock.testing.speculate_controller import rounds
+from penstock.testing.speculate_controller import LOSING, WINNING, Machine, rounds
 
 MOST = 8
 
@@ -94,6 +97,46 @@ def test_measured_drafts_nothing_where_that_loses_and_looks_again_now_and_then()
     rounds(control, 0.05, 0.3, 600)
     assert control.ahead(1) == 0
     assert mean(rounds(control, 0.95, 0.1, 3000)[-300:]) > 3
+
+
+@pytest.mark.parametrize("machine", [*LOSING, *WINNING])
+def test_measured_does_as_well_where_times_vary(machine):
+    """By a tenth, and a step in twenty takes twice as long."""
+    draw, best = numpy_generator(0, "varying"), max(map(machine.gain, range(6)))
+
+    class Varying(Machine):
+        def seconds(self, length: int) -> float:
+            return super().seconds(length) * float(draw.normal(1, 0.1)) * (2 if draw.random() < 0.05 else 1)
+
+    varying = Varying(*dataclasses.astuple(machine))
+    # Of its own steps and of the plain ones that it is compared with, the mean is 1.05 times as long.
+    speeds = [1.05 * varying.speed(Measured().start(5), 1000, seed) for seed in range(5)]
+    assert mean(speeds) >= (0.95 if best == 1 else 0.85) * best
+
+
+def test_measured_takes_a_crowd_for_one_that_is_nearly_as_large():
+    """Where one of sixteen is replaced, fifteen go on beside its prompt: nothing is timed in such a step."""
+    control = Measured().start(5)
+    Machine(16, 0.010, 0.0015, 0.0, (0.9,) * 5).speed(control, 200)
+    assert control.ahead(16) == control.ahead(15) == control.ahead(13) == 5
+
+
+def test_measured_takes_another_length_once_that_has_become_faster():
+    """A length whose time was taken while the machine was disturbed has its turn again."""
+    machine, control = Machine(16, 0.010, 0.0010, 0.004, (0.8,) * 5), Measured(patience=24).start(5)
+
+    def play(steps: int, slow: dict[int, float]) -> Counter[int]:
+        lengths = Counter[int]()
+        for _ in range(steps):
+            length = control.ahead(16)
+            lengths[length] += 1
+            accepted = ([length] * 13 + [0] * 3) if length else [0] * 16
+            seconds = machine.seconds(length) * slow.get(length, 1.0)
+            control.learn(Seen(16, 0, length, [length] * 16, accepted, seconds / 2, seconds))
+        return lengths
+
+    assert play(60, {3: 2.0, 5: 2.0}).most_common(1)[0][0] == 2
+    assert play(500, {})[5] > 250
 
 
 def test_what_steps_take_is_a_line_between_the_sizes_that_were_timed_and_goes_on_behind_them():

@@ -119,11 +119,14 @@ class StepShape(NamedTuple):
         singles: sequences with one new token each, which come first.
         others: sequences behind them.
         tokens: new tokens of those.
+        masked: over how many new tokens of a sequence a mask may be, as of
+            :class:`~penstock.ops.paged.masks.Masks`; 0 where none has one.
     """
 
     singles: int
     others: int = 0
     tokens: int = 0
+    masked: int = 0
 
     @property
     def rows(self) -> int:
@@ -133,7 +136,8 @@ class StepShape(NamedTuple):
     def fits(self, shape: StepShape) -> bool:
         """Whether sequences with at least one new token each can make a batch of this shape one of ``shape``."""
         others, tokens = shape.others - self.others, shape.tokens - self.tokens
-        return self.singles <= shape.singles and 0 <= others <= tokens and (others > 0 or tokens == 0)
+        room = self.singles <= shape.singles and 0 <= others <= tokens and (others > 0 or tokens == 0)
+        return room and self.masked <= shape.masked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,9 +200,9 @@ class PagedBatch:
     def own_shape(self) -> StepShape:
         """That of the batch as it is."""
         several = np.flatnonzero(np.diff(self.starts.numpy()) > 1)
-        count = len(self.lengths)
+        count, masked = len(self.lengths), 0 if self.masks is None else int(self.masks.counts.max())
         singles = int(several[0]) if several.size else count
-        return StepShape(singles, count - singles, len(self.slots) - singles)
+        return StepShape(singles, count - singles, len(self.slots) - singles, masked)
 
 
 class PagedCache:

@@ -19,10 +19,12 @@ from penstock.ops.paged.flashinfer_kernels import build_kernels, kept_dtype
 from penstock.policy import policy
 
 if TYPE_CHECKING:
-    from penstock.ops.paged.walk import Walk
+    from penstock.ops.paged.walk import FixedWalk, Walk
 
 #: Bytes that the kernels keep partial results in.
 WORKSPACE = 256 * 2**20
+#: And those for the plan of a fixed shape, as many as FlashInfer takes for each.
+PLAN = 8 * 2**20
 
 #: Head sizes that the kernels are built for.
 HEAD_DIMS = (64, 128, 256)
@@ -51,11 +53,12 @@ class Pages(NamedTuple):
 @dataclasses.dataclass
 class Planned:
     """What the kernels need of a batch: where new keys and values go, who attends for which rows, and the walk of the
-    sequences that have masks."""
+    sequences that have masks; of a fixed shape whose sequences may have some, of all of them."""
 
     slots: Tensor
     sections: list[Section]
     masked: Walk | None = None
+    fixed: FixedWalk | None = None
 
 
 @dataclasses.dataclass
@@ -81,6 +84,8 @@ class FlashInferCache(CudaCache):
         self._fixed: dict[StepShape, Planned] = {}
         self._fixed_decode: dict[int, dict[int, Any]] = {}
         self._fixed_prefill: dict[tuple[int, int], dict[int, Any]] = {}
+        #: By window: one shape at a time is planned, and replayed before another one is.
+        self._plans = {window: torch.zeros(PLAN, dtype=torch.uint8, device=shape.device) for window in self._windows}
         self._planned: Planned | None = None
 
     def _lane(self) -> Lane:
@@ -103,8 +108,15 @@ class FlashInferCache(CudaCache):
         for shape in shapes:
             if shape in self._fixed:
                 continue
-            singles, others, tokens = shape
-            sections = []
+            singles, others, tokens, masked = shape
+            slots, sections = torch.zeros(shape.rows, dtype=torch.int64, device=self.shape.device), []
+            if masked:
+                from penstock.ops.paged.walk import FixedWalk
+
+                self._refuse_codes()
+                walk = FixedWalk(shape, self.shape, pages)
+                self._fixed[shape] = Planned(slots, [], walk.walk, walk)
+                continue
             if singles:
                 if singles not in self._fixed_decode:
                     self._fixed_decode[singles] = self._decode_wrappers(singles, singles * pages)
@@ -114,7 +126,6 @@ class FlashInferCache(CudaCache):
                     most = others * pages + -(-tokens // self.shape.block_size)
                     self._fixed_prefill[others, tokens] = self._prefill_wrappers(others, most)
                 sections.append(Section(slice(singles, shape.rows), self._fixed_prefill[others, tokens]))
-            slots = torch.zeros(shape.rows, dtype=torch.int64, device=self.shape.device)
             self._fixed[shape] = Planned(slots, sections)
         return True
 
@@ -140,9 +151,10 @@ class FlashInferCache(CudaCache):
         """The same for ``sequences`` with several new tokens, as many in all each time."""
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
-        return {
+        workspace = self._lanes[0].workspace
+        wrappers = {
             window: BatchPrefillWithPagedKVCacheWrapper(
-                self._lanes[0].workspace,
+                workspace,
                 "NHD",
                 use_cuda_graph=True,
                 qo_indptr_buf=self._buffer(sequences + 1),
@@ -152,6 +164,9 @@ class FlashInferCache(CudaCache):
             )
             for window in self._windows
         }
+        for window, wrapper in wrappers.items():
+            wrapper.reset_workspace_buffer(workspace, self._plans[window])
+        return wrappers
 
     def _buffer(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=self.shape.device)
@@ -164,8 +179,13 @@ class FlashInferCache(CudaCache):
         # The copies of the lane's last plan leave from memory that this one writes to.
         own.copied.synchronize()
         fixed = None if batch.shape is None else self._fixed[batch.shape]
+        if fixed is not None and fixed.fixed is not None:
+            fixed.slots.copy_(upload(batch.slots.numpy(), self.shape.device))
+            fixed.fixed.fill(batch)
+            self._planned = fixed
+            return
         if fixed is not None and batch.masks is not None:
-            raise ValueError("a batch with masks cannot be one of a fixed shape")
+            raise ValueError("a batch with masks cannot be one of a fixed shape that has none")
         members = self._members(batch)
         sections = self._sections(batch, members, own) if fixed is None else fixed.sections
         pages = [self._pages(batch, sequences) for sequences in members]
@@ -204,11 +224,15 @@ class FlashInferCache(CudaCache):
     def _walk(self, batch: PagedBatch) -> Walk | None:
         if batch.masks is None:
             return None
-        if self.shape.codec.policy_name != "plain":
-            raise ValueError(f"masks are not for blocks in {self.shape.codec.policy_name}")
         from penstock.ops.paged.walk import walk_of
 
+        self._refuse_codes()
         return walk_of(batch, self.shape, batch.masks.sequences)
+
+    def _refuse_codes(self) -> None:
+        """Masks are for kernels that read numbers as they are."""
+        if self.shape.codec.policy_name != "plain":
+            raise ValueError(f"masks are not for blocks in {self.shape.codec.policy_name}")
 
     def _plan_section(self, section: Section, pages: Pages, blocks: Tensor) -> None:
         """Plans the ``pages``, whose ``blocks`` are on the device already."""

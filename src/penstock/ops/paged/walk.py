@@ -95,7 +95,7 @@ def walk_of(batch: PagedBatch, shape: CacheShape, sequences: np.ndarray | None =
 
 
 class FixedWalk:
-    """Walks of batches of one ``shape``, without masks, that lie in the same memory each time.
+    """Walks of batches of one ``shape`` that lie in the same memory each time.
 
     Args:
         shape: of the batches.
@@ -104,32 +104,52 @@ class FixedWalk:
     """
 
     def __init__(self, shape: StepShape, cache: CacheShape, pages: int) -> None:
-        self._cache = cache
-        self._tiles = shape.singles + shape.others + shape.tokens // _per_tile(cache)
+        self._cache, sequences = cache, shape.singles + shape.others
+        self._tiles = sequences + shape.tokens // _per_tile(cache)
         most, pieces = _per_tile(cache) * cache.heads // cache.kv_heads, -(-pages * cache.block_size // PIECE)
         if not shape.others:
             most = cache.heads // cache.kv_heads
         busy = self._tiles * cache.kv_heads >= ENOUGH
         self._pieces = pieces if not busy and _room(self._tiles * pieces, most, cache) else 1
-        shared = self._tiles if self._pieces > 1 else 0
-        sizes = [self._tiles * self._pieces * FIELDS, shared * 4, (shape.singles + shape.others) * pages]
-        self._memory = torch.zeros(sum(sizes), dtype=torch.int32, device=cache.device)
-        self._parts = self._memory.split_with_sizes(sizes)
-        tables = self._parts[2].view(-1, pages)
-        items, tiles = self._parts[0].view(-1, FIELDS), self._parts[1].view(-1, 4)
-        self.walk = Walk(items, tiles, tables, None, None, shared * self._pieces, most)
+        shared, rows = self._tiles if self._pieces > 1 else 0, shape.rows if shape.masked else 0
+        self._sizes = [self._tiles * self._pieces * FIELDS, shared * 4, sequences * pages, rows]
+        self._memory = torch.zeros(sum(self._sizes), dtype=torch.int32, device=cache.device)
+        items, tiles, tables, positions = self._memory.split_with_sizes(self._sizes)
+        # Of so many tokens, none of which is in a mask over more than so many.
+        seen = torch.zeros(shape.tokens * shape.masked, dtype=torch.uint8, device=cache.device)
+        self.walk = Walk(
+            items.view(-1, FIELDS),
+            tiles.view(-1, 4),
+            tables.view(-1, pages),
+            positions if shape.masked else None,
+            seen if shape.masked else None,
+            shared * self._pieces,
+            most,
+        )
 
     def fill(self, batch: PagedBatch) -> None:
         """Writes the walk of ``batch`` in place of the last one."""
-        host = np.zeros(len(self._memory), np.int32)
-        items, shared, tables = np.split(host, np.cumsum([part.numel() for part in self._parts[:2]]))
-        tiles = _tiles(batch, np.arange(len(batch.lengths)), _per_tile(self._cache), None)
+        host, masks = np.zeros(len(self._memory), np.int32), batch.masks
+        items, shared, tables, positions = np.split(host, np.cumsum(self._sizes[:3]))
+        tiles = _tiles(batch, np.arange(len(batch.lengths)), _per_tile(self._cache), masks)
         pieces = -(-tiles[:, 4] // PIECE)
         own_items, own_tiles = _items(tiles, np.where(self._pieces > 1, pieces, 1), pieces, even=self._pieces > 1)
         items[: own_items.size], shared[: own_tiles.size] = own_items.ravel(), own_tiles.ravel()
         width = batch.tables.shape[1]
         tables.reshape(self.walk.tables.shape)[: len(batch.lengths), :width] = batch.tables.numpy()
+        if self.walk.seen is not None:
+            positions[:] = _in_a_row(batch) if masks is None else masks.positions
+            seen = np.zeros(0, np.uint8) if masks is None else masks.seen.view(np.uint8)
+            self.walk.seen[: len(seen)].copy_(upload(seen, self._cache.device))
         self._memory.copy_(upload(host, self._cache.device))
+
+
+def _in_a_row(batch: PagedBatch) -> np.ndarray:
+    """The positions int64 [N] of tokens that are in a row."""
+    starts, lengths = batch.starts.numpy().astype(np.int64), batch.lengths.numpy().astype(np.int64)
+    counts = np.diff(starts)
+    found: np.ndarray = np.arange(starts[-1]) + np.repeat(lengths - starts[1:], counts)
+    return found
 
 
 def _per_tile(shape: CacheShape) -> int:

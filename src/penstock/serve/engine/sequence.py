@@ -206,6 +206,11 @@ class Sequence:
         return not (self.waits or self.guessed or (ahead and self.draft is not None))
 
     @property
+    def drafts_next(self) -> bool:
+        """Whether its tokens are awaited, behind which some may be drafted."""
+        return self.in_flight > 0 and self.draft is not None
+
+    @property
     def decoding(self) -> bool:
         """Whether only its newest token remains to be computed, and its companions'."""
         if len(self.members) == 1:  # asked for each sequence at each step

@@ -78,7 +78,9 @@ class Speculation:
 
     def begin(self, batch: Batch) -> None:
         """``batch`` is on its way."""
-        self._steps.begin(batch.begun)
+        # Whoever goes on was there when the last step ended.
+        sequences = (entry.sequence for entry in batch.entries)
+        self._steps.begin(batch.begun, any(len(each.tokens) > each.prompt for each in sequences))
 
     def end(self, batch: Batch) -> None:
         """What came out of ``batch`` is known."""

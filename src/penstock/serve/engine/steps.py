@@ -88,6 +88,9 @@ class EngineSteps:
         begun, ahead = 0.0, 0
         if self.speculation is not None:
             begun, ahead = self.speculation.clock(), self.speculation.ahead(self._memory.running)
+            if ahead and self.stages == 1 and self._few_are_ready(ahead):
+                # They, and who comes now, would go on in steps of their own, between those of the others, for good.
+                return None
         shaper = None if self.speculation is None else self.speculation.shaper
         room = StepRoom(self._memory, self._tokens, self._events, ahead, self._branches, shaper)
         room.compact(each for each in self._memory.running if each.length < each.limit)
@@ -112,6 +115,12 @@ class EngineSteps:
         self.last.compactions = memory.compactions()
         self.last.moves, self.last.keeps = moves, keeps
         return self.last
+
+    def _few_are_ready(self, ahead: int) -> bool:
+        """Whether there are fewer sequences that can go on now, with up to ``ahead`` drafted tokens, than such whose
+        tokens are awaited, and which draft then."""
+        going = [each for each in self._memory.running if each.length < each.limit]
+        return sum(each.drafts_next for each in going) > sum(each.ready(ahead) for each in going)
 
     def _piece(self, ready: list[Sequence], pieces: int) -> list[Sequence]:
         """Those of ``ready`` that take part in a step: of those that decode, one of so many ``pieces``, and no more

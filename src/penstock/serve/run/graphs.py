@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -23,6 +24,8 @@ PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
 PROMPTS = 8
 #: Sequences that decode beside them, in the same steps.
 BESIDE = (8, 32, 64, 128, 192, 256, 384, 512, 768)
+#: Of how many lengths windows are at most, each half as long as the one before.
+LENGTHS = 5
 #: How much longer than the host takes to queue a step the device may compute it, for a graph to be worth its padding:
 #: the host has more to do in a step than to queue it.
 SLACK = 1.2
@@ -54,13 +57,21 @@ def prompt_shapes(sequences: int, tokens: int) -> list[StepShape]:
     return [StepShape(size, PROMPTS, length) for length in lengths for size in sizes]
 
 
-def window_shapes(sequences: int, window: int) -> list[StepShape]:
-    """Batches of up to ``sequences`` that have up to ``window`` tentative tokens each behind their newest one; one more
-    takes the tokens that are left over. Those without tentative tokens may come first, one token each."""
-    if not window:
-        return []
-    sizes = [shape.singles for shape in decode_shapes(sequences)]
-    return [StepShape(0, size + 1, size * (1 + window) + 1) for size in sizes]
+def window_shapes(sequences: int, window: int, tokens: int, trees: bool = False) -> list[StepShape]:
+    """Batches of up to ``sequences`` that have up to ``window`` tentative tokens each behind their newest one, and up
+    to ``tokens`` in all; one more takes the tokens that are left over. Those without tentative tokens may come first,
+    one token each.
+
+    Sequences have as many tentative tokens as it happens, or as a controller has them: so that steps with few are not
+    padded to those with all, there are shapes for half as many each time, and for crowds that lie half apart. With
+    ``trees``, sequences may have masks.
+    """
+    powers = [1 << number for number in range(sequences.bit_length())]
+    sizes = sorted({each for power in powers for each in (power, 3 * power // 2, sequences) if each <= sequences})
+    lengths = [window >> number for number in range(min(window.bit_length(), LENGTHS))]
+    masked = 1 + window if trees else 0
+    pairs = [(size, length) for size in sizes for length in lengths if size * (1 + length) <= tokens]
+    return [StepShape(0, size + 1, size * (1 + length) + 1, masked) for size, length in pairs]
 
 
 def rows_worth_replaying(shapes: list[StepShape], seconds: Callable[[StepShape], tuple[float, float]]) -> int:
@@ -144,6 +155,7 @@ class StepGraphs:
         self._run, self._fields, self._cache = run, fields, cache
         self._pages, self._padding, self._pool = pages, padding, pool
         self._captured: dict[StepShape, Captured] = {}
+        self._ascending: list[StepShape] = []
 
     def capture(self, shapes: list[StepShape], bar: Bar) -> None:
         """Captures the pass for batches of each of ``shapes``. Largest first: the others then fit in its memory."""
@@ -152,6 +164,7 @@ class StepGraphs:
         for shape in _largest_first(shapes):
             self._captured[shape] = self._capture(shape)
             bar.advance()
+        self._ascending = _largest_first(shapes)[::-1]
 
     def try_out(self, shapes: list[StepShape], free: Callable[[], int]) -> int:
         """About how many bytes graphs of ``shapes``, for which the cache's plans are fixed, will take: as many as the
@@ -183,8 +196,10 @@ class StepGraphs:
 
     def shape_for(self, batch: PagedBatch) -> StepShape | None:
         """The smallest captured shape that ``batch`` can be padded to, None where there is none."""
-        # The smallest were captured last.
-        return next((shape for shape in reversed(self._captured) if taken_as(batch, shape).fits(shape)), None)
+        own, alike = batch.own_shape, _all_alike(batch.own_shape)
+        large = bisect_left(self._ascending, own.rows, key=lambda shape: shape.rows)
+        given = itertools.islice(self._ascending, large, None)
+        return next((shape for shape in given if (own if shape.singles else alike).fits(shape)), None)
 
     def replay(self, shape: StepShape, inputs: np.ndarray, batch: PagedBatch) -> tuple[Any, np.ndarray]:
         """What the pass gives for ``batch``, padded to ``shape``, whose N tokens have the ``inputs`` int64 [fields, N],
@@ -207,8 +222,11 @@ def _largest_first(shapes: list[StepShape]) -> list[StepShape]:
 def taken_as(batch: PagedBatch, shape: StepShape) -> StepShape:
     """What ``batch`` counts as beside ``shape``: where that has none with one new token, such sequences are like the
     others."""
-    own = batch.own_shape
-    return own if shape.singles else StepShape(0, own.singles + own.others, own.rows)
+    return batch.own_shape if shape.singles else _all_alike(batch.own_shape)
+
+
+def _all_alike(own: StepShape) -> StepShape:
+    return StepShape(0, own.singles + own.others, own.rows, own.masked)
 
 
 def padded(batch: PagedBatch, shape: StepShape, block: int, size: int) -> PagedBatch:
@@ -227,11 +245,16 @@ def padded(batch: PagedBatch, shape: StepShape, block: int, size: int) -> PagedB
     behind = slice(shape.singles, shape.singles + own.others)
     tables[behind, : batch.tables.shape[1]] = batch.tables.numpy()[own.singles :]
     nowhere = [np.full(int(each.sum()), block * size, np.int64) for each in fill]
+    parents = None
+    if batch.parents is not None:
+        in_a_row = [np.concatenate([np.arange(-1, count - 1) for count in (0, *each)]) for each in fill]
+        parents = torch.from_numpy(_woven(batch.parents.numpy(), in_a_row, own.singles).astype(np.int32))
     return PagedBatch(
         starts=torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32)),
         lengths=torch.from_numpy(lengths),
         tables=torch.from_numpy(tables),
         slots=torch.from_numpy(_woven(batch.slots.numpy(), nowhere, own.singles)),
+        parents=parents,
         shape=shape,
         watched=None
         if batch.watched is None

@@ -88,6 +88,7 @@ class Runner:
         keeps_hidden: whether hidden states of all tokens are kept, for a head that drafts from them.
         adapters: room for adapters of the model; without it, tokens that have one are computed as if they had none.
         probes: how many probes stand behind a token at most. The model knows them as the tokens -1, -2 and so on.
+        trees: whether what is drafted for a sequence may be a tree.
 
     Attributes:
         context: most tokens of a sequence.
@@ -113,12 +114,14 @@ class Runner:
         keeps_hidden: bool = False,
         adapters: AdapterSlots | None = None,
         probes: int = 0,
+        trees: bool = False,
     ) -> None:
         self.model, self.cache, self.weights = model, cache, Weights(model)
         self.device, self.shape = cache.shape.device, model.config
         self.blocks, self.block_size = cache.shape.blocks - 1, cache.shape.block_size
         self.context = context
-        self._slots, self._pages, self._window = slots, -(-context // self.block_size), window
+        self._slots, self._pages = slots, -(-context // self.block_size)
+        self._window, self._trees = window, trees
         self._kinds, self._compactor, self._mover = (planner, sampler), compactor, mover
         self.hidden = HiddenStates(cache.shape, self.shape.hidden) if keeps_hidden else None
         self.probed = torch.zeros(slots, probes, self.shape.hidden, dtype=cache.shape.dtype, device=self.device)
@@ -197,7 +200,8 @@ class Runner:
             lambda: rows_worth_replaying(beside, self.timed),
         )
         # A step with windows is one with prompts: some tokens each, of which several are scored.
-        self.choose([shape for shape in beside if shape.rows <= most] + window_shapes(self._slots, self._window), alone)
+        windows = window_shapes(self._slots, self._window, tokens, self._trees)
+        self.choose([shape for shape in beside if shape.rows <= most] + windows, alone)
 
     def compile_pass(self) -> None:
         """Compiles the pass, once it runs."""
@@ -523,7 +527,7 @@ class Runner:
     ) -> tuple[Any, np.ndarray] | None:
         """What one of the ``graphs`` gives for ``part``, with the inputs and ``more`` rows of them, and the rows of its
         tokens; None where none is for it."""
-        if graphs is None or lane or part.plan.masks is not None or part.plan.contexts or part.plan.weighed:
+        if graphs is None or lane or part.plan.open is not None or part.plan.contexts or part.plan.weighed:
             return None
         shape = graphs.shape_for(part.plan)
         if shape is None:

@@ -81,8 +81,8 @@ class Control:
     law="no more is drafted than the drafter can, and no more is verified than was drafted, whatever was seen before; "
     "two that have seen the same decide the same; where it predicts or goes by confidence, drafting ends behind a "
     "certain rejection and not for certain acceptances, what ends it does so behind more tokens as well, and the "
-    "engine drafts as far as it says of the whole text; what it is told that a step takes is what one more costs; the "
-    "tokens that come out are the target's",
+    "engine drafts as far as it says of the whole text; what it is told that a step takes is what one more costs; one "
+    "that goes by it loses next to nothing where drafting loses; the tokens that come out are the target's",
 )
 class Controller(Policy):
     """Decides how many tokens are drafted."""
@@ -102,6 +102,11 @@ class Controller(Policy):
     def by_confidence(self) -> bool:
         """Whether it is asked behind each drafted token if there is to be another, by the drafting model's own
         probability of each."""
+        return False
+
+    @property
+    def goes_by_time(self) -> bool:
+        """Whether it goes by what steps take, and drafts nothing, but for a few trials, where that is slower."""
         return False
 
     @property

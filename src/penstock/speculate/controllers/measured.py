@@ -16,13 +16,15 @@ from penstock.speculate.controllers.contract import Control, Controller, Seen
 #: The last so many times that a step of a kind was timed count.
 TIMES = 9
 
-#: Trials that go well are repeated so often in a row at most, and those that change nothing become so many times as
-#: rare in the end.
-REPEATED, RARER = 8, 8
+#: By how much drafting has to win by what was measured. Some of what it costs is in no step that is timed: a model that
+#: drafts has to compute prompts, too.
+MARGIN = 1.03
 
-#: Where drafts win, what a step takes without them is timed anew after so many times as many steps as there are
-#: between trials where they lose.
-RENEWED = 4
+#: Trials that may lose before anything else is known, in steps without drafts.
+CREDIT = 3
+
+#: In so many steps in a row at most something is learned of a length that has lost.
+REPEATED = 8
 
 
 class Measuring(Control):
@@ -34,37 +36,80 @@ class Measuring(Control):
         self._seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=TIMES))
         #: How often so many tokens were to be drafted, and were accepted, old trials fading.
         self._tried, self._accepted = [0.0] * most, [0.0] * most
-        #: Steps in which nothing was drafted, how many there are between trials by now, and trials in a row.
-        self._since, self._wait, self._trials = 0, policy.patience, 0
-        self._going = 0  # steps with drafts, since what one takes without was timed
+        self._since = 0  # steps in a row in which nothing was drafted
+        self._trials = 0  # and trials in a row, of which the last one asks for another
+        self._again = self._trial = False
+        #: Whether drafting pays, steps since then, and of which crowd and length it is to be confirmed.
+        self._drafting, self._winning = False, 0
+        self._confirming: tuple[int, int] | None = None
+        #: Seconds of all steps that were timed, and how many more trials have taken than plain decoding had.
+        self._spent, self._lost = 0.0, 0.0
+        self._dear = 0.0  # and what the first step of the last ones has lost, in which a model computes what it missed
         self._by_rows: dict[int, deque[float]] = {}  # seconds of steps with prompts and without
 
     def ahead(self, sequences: int) -> int:
-        crowd, most, rates = sequences.bit_length(), self.tokens(self._lengths[-1]), dict[int, float]()
-        for length in self._lengths:
+        length, self._trial = self._decide(_crowd(sequences))
+        return length
+
+    def _decide(self, crowd: int) -> tuple[int, bool]:
+        """The length for a ``crowd``, and whether it is tried to see what comes of it."""
+        if not self._known(crowd, 0):
+            return 0, False
+        plain, most = 1 / median(self._seconds[crowd, 0]), self.tokens(self._lengths[-1])
+        rates, loss = {0: plain}, 0.0
+        for length in self._lengths[1:]:
             times = self._seconds[crowd, length]
-            if len(times) < self._policy.trials:
-                return length
-            seconds = median(times)
-            rates[length] = self.tokens(length) / seconds
-            if most / seconds < rates[0]:
+            hopeless = len(times) > 1 and self._hopeless(crowd, min(times))
+            if not (hopeless or self._known(crowd, length)):
+                loss = min(times) - self.tokens(length) / plain if times else loss
+                if self._again or self._affords(plain, loss):
+                    return length, True
+                break
+            seconds, tokens = median(times), self.tokens(length)
+            rates[length], loss = tokens / seconds, min(times) - tokens / plain
+            if hopeless or most / seconds < plain:
                 break  # longer ones take longer, and lose whatever they bring
         best = max(rates, key=lambda length: rates[length])
-        if best:
-            self._since, self._wait, self._trials = 0, self._policy.patience, 0
-            self._going += 1
-            if self._going > RENEWED * self._policy.patience:
-                self._going = 0
-                self._seconds[crowd, 0].clear()
+        if rates[best] > MARGIN * plain:
+            if self._confirmed(crowd, best):
+                return self._renewed(crowd, best, list(rates)), False
+            return self._decide(crowd)
+        self._winning, self._drafting, self._confirming = 0, False, None
+        due = self._since >= self._policy.patience and self._affords(plain, loss)
+        if len(rates) > 1 and (self._again or due):
+            return max(list(rates)[1:], key=lambda length: rates[length]), True
+        return 0, False
+
+    def _known(self, crowd: int, length: int) -> bool:
+        return len(self._seconds[crowd, length]) >= self._policy.trials
+
+    def _affords(self, plain: float, loss: float) -> bool:
+        """Whether a trial may lose so many seconds more, where ``plain`` decoding makes so many steps in a second."""
+        return self._lost + max(loss, self._dear) <= self._policy.share * self._spent + CREDIT / plain
+
+    def _confirmed(self, crowd: int, best: int) -> bool:
+        """Whether drafting goes on, or the ``best`` length was timed since it seems to win. If not, it has to be: what
+        was timed long ago says little beside plain decoding of today, on a machine that is not always as fast."""
+        self._drafting = self._drafting or self._confirming == (crowd, best)
+        if not self._drafting:
+            self._confirming = crowd, best
+            self._forget(crowd, best)
+        return self._drafting
+
+    def _forget(self, crowd: int, length: int) -> None:
+        """Forgets what such steps took, but for one: beside it, a single new one decides nothing."""
+        self._seconds[crowd, length] = deque([median(self._seconds[crowd, length])], TIMES)
+
+    def _renewed(self, crowd: int, best: int, known: list[int]) -> int:
+        """The ``best`` length, or another one of the ``known`` where it is time to see what that takes by now: each has
+        its turn."""
+        turn, early = divmod(self._winning, self._policy.patience)
+        if early or not turn:
             return best
-        self._going = 0
-        self._since += 1
-        if self._since < self._wait:
-            return 0
-        if self._trials == 0:
-            self._wait = min(2 * self._wait, RARER * self._policy.patience)
-        self._since, self._trials = 1, self._trials + 1
-        return max(list(rates)[1:], key=lambda length: rates[length])
+        others = [length for length in known if length != best]
+        length = others[turn % len(others)]
+        self._forget(crowd, length)
+        return length
 
     def tokens(self, length: int) -> float:
         """Tokens a step of a sequence for which ``length`` are drafted, by what was accepted lately."""
@@ -93,24 +138,62 @@ class Measuring(Control):
     def learn(self, seen: Seen) -> None:
         if seen.rows and seen.seconds is not None:
             self._by_rows.setdefault(round(2 * math.log2(seen.rows)), deque(maxlen=TIMES)).append(seen.seconds)
+        self._spent += seen.seconds or 0.0
         if seen.probes and not any(seen.drafted):
             # What was probed is drafted in the next step: until then nothing was tried.
-            self._since = self._wait if self._since else 0
+            self._again = self._trial
             return
+        self._winning += 1
+        first, self._since = self._since > 0, 0 if seen.ahead else self._since + 1
+        self._dear *= 1 - 1 / self._policy.patience  # it may have been a disturbance
         if seen.ahead:
-            # Depths that were not tried are forgotten too: they may have become better.
-            self._tried = [self._policy.memory * each for each in self._tried]
-            self._accepted = [self._policy.memory * each for each in self._accepted]
+            self._count(seen)
+        if seen.prompts or not seen.sequences or seen.seconds is None:
+            self._again = False
+            return
+        crowd, seconds, first = _crowd(seen.sequences), seen.seconds, first and seen.ahead > 0
+        if seen.ahead and self._trial and self._seconds[crowd, 0]:
+            self._weigh(seen, crowd, seconds, first)
+        if not first:
+            self._seconds[crowd, seen.ahead].append(seconds)
+        elif self._hopeless(crowd, seconds - seen.drafting):
+            # A model that drafts for the first time in a while computes what it has missed: the rest may be enough.
+            self._seconds[crowd, seen.ahead].append(seconds - seen.drafting)
+
+    def _count(self, seen: Seen) -> None:
+        """Takes note of what was accepted."""
+        # Depths that were not tried are forgotten too: they may have become better.
+        self._tried = [self._policy.memory * each for each in self._tried]
+        self._accepted = [self._policy.memory * each for each in self._accepted]
         for depth in range(seen.ahead):
             self._tried[depth] += len(seen.accepted)
             self._accepted[depth] += sum(accepted > depth for accepted in seen.accepted)
-        if self._since and seen.ahead:
-            if sum(seen.accepted) > sum(seen.drafted) / 2 and self._trials < REPEATED:
-                self._since = self._wait  # a trial that went well is repeated at once
-            else:
-                self._trials = 0
-        if not seen.prompts and seen.sequences and seen.seconds is not None:
-            self._seconds[seen.sequences.bit_length(), seen.ahead].append(seen.seconds)
+
+    def _weigh(self, seen: Seen, crowd: int, seconds: float, first: bool) -> None:
+        """Takes note of what a trial cost that took so many ``seconds``, and whether there is another one at once: if
+        it was the ``first`` of some, in which a model that drafts computes what it has missed, or brought enough."""
+        plain = median(self._seconds[crowd, 0])
+        tokens = 1 + sum(seen.accepted) / seen.sequences
+        times = self._seconds[crowd, seen.ahead]
+        # That the machine was disturbed is not the trial's fault.
+        usual = seconds if first or not times else min(seconds, 2 * min(times))
+        self._lost = max(0.0, self._lost + usual - tokens * plain)
+        if first:
+            self._dear = seconds - tokens * plain
+            self._again, self._trials = True, 0
+        else:
+            self._trials += 1
+            self._again = tokens * plain > seconds and self._trials < REPEATED
+
+    def _hopeless(self, crowd: int, seconds: float) -> bool:
+        """Whether steps of so many ``seconds`` lose beside plain decoding whatever is drafted in them."""
+        times = self._seconds[crowd, 0]
+        return len(times) > 0 and self.tokens(self._lengths[-1]) * median(times) < seconds
+
+
+def _crowd(sequences: int) -> int:
+    """Crowds that are alike have the same number. Most are full, or nearly: powers of two are in the middle."""
+    return round(math.log2(sequences))
 
 
 @policy("speculate.controller", "measured")
@@ -119,21 +202,27 @@ class Measured(Controller):
     speculation loses.
 
     What a step takes is timed for a few lengths, the shorter ones first, by how many sequences go on (to a factor of
-    two), and for none once more from time to time; what it brings is reckoned from how often tokens at each depth were
-    accepted lately. Where none are drafted, some are now and then, and more rarely the longer that changes nothing, to
-    see whether they are accepted by now.
+    two), and where one of them wins, once more for another one from time to time; what it brings is reckoned from how
+    often tokens at each depth were accepted lately. Where drafting loses, some tokens are drafted now and then to see
+    whether they are accepted by now: all such trials together lose no more than a share of the time.
 
     Attributes:
         trials: how often each length is timed before one is chosen.
-        patience: steps without drafts after which some are drafted at first.
+        patience: steps without drafts after which some are drafted.
+        share: of the time, what trials may lose beside plain decoding; a few steps more at the start.
         hope: how many standard errors are added to what is known of a depth.
         memory: by what the weight of what was accepted is multiplied in each step that drafts.
     """
 
     trials: Annotated[int, Field(ge=1, le=9)] = 3
     patience: Annotated[int, Field(ge=2, le=100_000)] = 96
+    share: Annotated[float, Field(ge=0, le=1)] = 0.01
     hope: Annotated[float, Field(ge=0, le=4)] = 0.5
     memory: Annotated[float, Field(gt=0, le=1)] = 0.98
+
+    @property
+    def goes_by_time(self) -> bool:
+        return True
 
     def start(self, most: int) -> Control:
         return Measuring(self, most)

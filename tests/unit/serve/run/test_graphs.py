@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -26,7 +28,10 @@ from penstock.serve.run.graphs import (
     decode_shapes,
     prompt_shapes,
     rows_worth_replaying,
+    taken_as,
+    window_shapes,
 )
+from penstock.speculate.tree import depths
 from penstock.testing.rehearsed_graphs import RehearsedGraphs
 from penstock.testing.serve_model import SHAPE, small_model
 
@@ -106,6 +111,90 @@ def test_a_padded_step_gives_what_the_step_gives(counts):
     torch.testing.assert_close(*results)
 
 
+#: Parents of new tokens, among their own sequence's: in a row, and trees, also of tokens behind two new ones in a row.
+TREES = [[-1], [-1, 0, 0, 1, 1, 2], [-1, 0, 1], [-1, -1, 0], [-1, 0, 1, 1, 2]]
+
+
+@pytest.mark.parametrize("chosen", [[1], [0, 1], [0, 0, 2, 3], [4, 2, 1], [1, 3, 4, 0]])
+def test_a_padded_step_of_trees_gives_what_the_step_gives(chosen):
+    model, draw = copy.deepcopy(small_model()).double(), numpy_generator(0, "trees")
+    ways = [TREES[each] for each in chosen]
+    past = [1 + int(draw.integers(0, 15)) for _ in ways]
+    counts = [len(way) for way in ways]
+    lengths = [before + count for before, count in zip(past, counts, strict=True)]
+    known, new = (torch.from_numpy(draw.integers(SHAPE.vocabulary, size=sum(each))) for each in (past, counts))
+    positions = torch.tensor(
+        [before + each for before, way in zip(past, ways, strict=True) for each in np.array(depths(way)) - 1]
+    )
+    parents = torch.tensor([parent for way in ways for parent in way], dtype=torch.int32)
+    batch = dataclasses.replace(batch_of(lengths, counts), parents=parents)
+    results = []
+    for padded in (False, True):
+        cache = opened()
+
+        def run(inputs: Tensor, cache: PagedCache = cache) -> tuple[Tensor]:
+            tokens, positions = inputs
+            return (model.logits(model(tokens, PagedTokens(positions, cache)).hidden),)
+
+        graphs = RehearsedGraphs(run, 2, cache, pages=PAGES, padding=BLOCKS)
+        capture(graphs, [StepShape(0, 6, 30), *window_shapes(4, 5, 100, trees=True)])
+        with torch.inference_mode():
+            cache.plan(batch_of(past, past))
+            run(torch.stack([known, positions_of(past, past)]))
+            inputs = torch.stack([new, positions])
+            if padded:
+                shape = graphs.shape_for(batch)
+                assert shape is not None and shape.masked
+                (output,), rows = graphs.replay(shape, inputs.numpy(), batch)
+                results.append(output[rows])
+            else:
+                cache.plan(batch)
+                results += run(inputs)
+    torch.testing.assert_close(*results)
+
+
+def test_where_tokens_have_masks_a_shape_with_room_for_them_is_taken():
+    graphs = RehearsedGraphs(lambda _: (), 2, opened(), pages=1, padding=0)
+    capture(graphs, [StepShape(0, 3, 12), StepShape(0, 3, 13, 4), StepShape(0, 3, 20, 9)])
+
+    def found(*ways: list[int]) -> StepShape | None:
+        counts = [len(way) for way in ways]
+        parents = torch.tensor([parent for way in ways for parent in way], dtype=torch.int32)
+        return graphs.shape_for(dataclasses.replace(batch_of(counts, counts), parents=parents))
+
+    assert found([-1, 0, 1], [-1]) == (0, 3, 12, 0)  # all in a row
+    assert found([-1, 0, 0], [-1]) == (0, 3, 13, 4)
+    assert found([-1, 0, 0, 1, 1], [-1]) == (0, 3, 13, 4)  # the newest token is before the mask
+    assert found([-1, 0, 0, 1, 1, 2], [-1]) == (0, 3, 20, 9)
+    assert found([-1, -1, 0, 0, 1, 1, 2, 2, 3, 3]) is None
+
+
+@given(st.sampled_from([1, 5, 16, 200]), st.sampled_from([1, 2, 5, 8, 30]), st.data())
+def test_all_that_can_be_drafted_has_a_shape_which_is_the_smallest_and_not_much_larger(sequences, window, data):
+    shapes = window_shapes(sequences, window, 10**6)
+    lengths = data.draw(st.lists(st.integers(0, window), min_size=1, max_size=sequences))
+    counts = sorted(1 + length for length in lengths)
+    batch = batch_of(counts, counts) if len(counts) * PAGES < 10**4 else None
+    assert batch is not None
+    graphs = RehearsedGraphs(lambda _: (), 2, opened(), pages=1, padding=0)
+    graphs._captured, graphs._ascending = dict.fromkeys(shapes), sorted(shapes, key=lambda shape: shape.rows)
+    found = graphs.shape_for(batch)
+    fitting = [shape for shape in shapes if taken_as(batch, shape).fits(shape)]
+    assert found is not None and found.rows == min(shape.rows for shape in fitting)
+    longest = max(lengths) or 1
+    assert found.rows - 1 <= 3 / 2 * len(counts) * 2 * (1 + longest)
+
+
+@pytest.mark.parametrize(("window", "most"), [(1, 17), (5, 51), (8, 68)])
+def test_there_are_few_shapes_of_windows_the_same_each_time(window, most):
+    shapes = window_shapes(256, window, 8192)
+    assert shapes == window_shapes(256, window, 8192) and len(set(shapes)) == len(shapes) <= most
+    assert max(shape.tokens for shape in shapes) == 256 * (1 + window) + 1
+    assert not window_shapes(256, 0, 8192)
+    assert max(shape.tokens for shape in window_shapes(256, 64, 8192)) <= 8193
+    assert {shape.masked for shape in window_shapes(8, 5, 100, trees=True)} == {6}
+
+
 def test_the_smallest_shape_that_fits_is_taken():
     graphs = RehearsedGraphs(lambda _: (), 2, opened(), pages=1, padding=0)
     capture(graphs, [StepShape(8, 4, 64), StepShape(2, 4, 16), StepShape(8, 4, 16)])
@@ -113,11 +202,11 @@ def test_the_smallest_shape_that_fits_is_taken():
     def found(*counts: int) -> StepShape | None:
         return graphs.shape_for(batch_of(list(counts), list(counts)))
 
-    assert found(1, 1, 9) == (2, 4, 16)
-    assert found(1, 1, 13) == (2, 4, 16)
-    assert found(1, 1, 14) == (8, 4, 64)  # three more sequences need a token each
-    assert found(1, 1, 1, 9) == (8, 4, 16)
-    assert found(2, 2, 2, 10) == (2, 4, 16)
+    assert found(1, 1, 9) == StepShape(2, 4, 16)
+    assert found(1, 1, 13) == StepShape(2, 4, 16)
+    assert found(1, 1, 14) == StepShape(8, 4, 64)  # three more sequences need a token each
+    assert found(1, 1, 1, 9) == StepShape(8, 4, 16)
+    assert found(2, 2, 2, 10) == StepShape(2, 4, 16)
     assert found(2, 2, 2, 9) is None  # nobody is left to take the other tokens
     assert found(*[2] * 5) is None
     assert found(*[1] * 9, 2) is None

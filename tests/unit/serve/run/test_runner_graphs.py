@@ -17,8 +17,13 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.kv.policies.h2o import HeavyHitters
 from penstock.serve.messages import Request
+from penstock.serve.run.runner import Passed, Runner
+from penstock.serve.run.step import Part
+from penstock.speculate.controllers.fixed import Fixed
+from penstock.speculate.drafters.model import Model
+from penstock.speculate.drafters.ngram import Ngram
 from penstock.testing.rehearsed_graphs import RehearsedGraphs
-from penstock.testing.serve_model import SHAPE, small_model
+from penstock.testing.serve_model import SHAPE, draft_of, small_model
 from tiny_adapters import written
 
 CONFIG = EngineConfig(attention="reference", cache_tokens=4000, sequences=8, tokens=40, check=True)
@@ -114,6 +119,58 @@ def test_steps_with_adapters_have_graphs_of_their_own(stand_ins, monkeypatch: py
     replayed.clear()
     assert answers(warm, PLAIN) == answers(build_engine(small_model(), CONFIG), PLAIN)
     assert replayed == {(False, 0), (False, 1)}
+
+
+def replays(runner: Runner, tokens: int) -> list[tuple[Part, StepShape | None]]:
+    """The passes that ``runner`` computes from now on, as graphs where there is one, and of which shape; None where
+    nothing is replayed."""
+    runner.compile(tokens)
+    runner.capture()
+    told: list[tuple[Part, StepShape | None]] = []
+    run, replayed = runner._pass, list[StepShape]()
+    for graphs in runner._captured[False]:
+        replay = graphs.replay
+        graphs.replay = lambda shape, *rest, replay=replay: (replayed.append(shape), replay(shape, *rest))[1]
+
+    def passed(part: Part, lane: int = 0) -> Passed:
+        found = run(part, lane)
+        told.append((part, replayed.pop() if replayed else None))
+        return found
+
+    runner._pass = passed
+    return told
+
+
+@pytest.mark.parametrize("tree", [(), (3, 2)])
+@pytest.mark.parametrize("drafter", ["ngram", "model"])
+def test_all_that_is_drafted_and_verified_is_replayed(stand_ins, monkeypatch, drafter: str, tree: tuple[int, ...]):
+    """Prompts are not: their graphs are left out. Tokens are those of an engine without graphs."""
+    monkeypatch.setattr("penstock.serve.run.runner.chosen", lambda *_: 0)
+    draft = {"ngram": Ngram(shortest=1, tokens=4), "model": Model(source="a model", tokens=4)}[drafter]
+    config = CONFIG.model_copy(update={"draft": draft, "controller": Fixed(), "draft_tree": tree, "tokens": 400})
+
+    def engine() -> Engine:
+        return build_engine(small_model(), config, draft=draft_of(small_model()) if drafter == "model" else None)
+
+    warm, cold = engine(), engine()
+    own, drafted = replays(warm.executor, 400), list[tuple[Part, StepShape | None]]()
+    if drafter == "model":
+        drafted = replays(warm.steps.speculation.model.runner, 400)
+    repeating = [{"temperature": 0}, {"temperature": 0, "logit_bias": {3: 30.0, 5: 30.0}}, {"temperature": 0.8}]
+    assert answers(warm, repeating) == answers(cold, repeating)
+    assert warm.snapshot().drafted_tokens > warm.snapshot().accepted_tokens > 20
+    # Where there are prompts, there are rows that are not scored, or more than of a window; of a tree, few are not.
+    short = [each for each in own if each[0].plan.starts.diff().max() <= config.rows]
+    verified = [each for each in short if 4 * len(each[0].scored) >= 3 * each[0].inputs.shape[1]]
+    generations = [each for each in drafted if each[0].plan.own_shape.rows <= 2 * len(each[0].plan.lengths)]
+    if tree:
+        assert sum(each[0].plan.masks is not None for each in verified) > 5
+        generations += [each for each in drafted if each[0].plan.masks is not None]
+    assert len(verified) > 5 and (drafter == "ngram" or len(generations) > 20)
+    for part, shape in (*verified, *generations):
+        assert shape is not None, f"{part.plan.own_shape} is replayed by no graph"
+        assert shape.rows <= 3 * part.inputs.shape[1] + 8
+    assert any(shape.others and shape.rows > 10 for _, shape in verified)
 
 
 def test_what_a_graph_draws_is_what_is_told(warm: Engine) -> None:

@@ -45,7 +45,8 @@ class Overlapped(Loop):
     device (asynchronous scheduling, a part of NanoFlow).
 
     A sequence that a stop token ends is noticed one step late; the token computed after it is dropped. One that waits
-    for its tokens takes part in every second step; where all do, steps follow each other as in the plain loop.
+    for its tokens takes part in every second step; where all do, steps follow each other as in the plain loop. They do
+    so too where tokens are drafted: all go on in the same steps, since each costs about as much for one as for many.
 
     Where the model is cut into stages, as many steps are on their way as there are stages, each with a part of the
     sequences that decode (ours).
