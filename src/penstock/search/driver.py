@@ -8,7 +8,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from penstock.core.errors import UsageError
 from penstock.models.text import TextStream
@@ -86,7 +86,8 @@ class Driver:
     ) -> None:
         self._like = like or Request("", [], sampling)
         self._prefix = "search/" if like is None else f"{like.id}/search/"
-        self._sampling, self._scoring, self._seconds = sampling, scoring, seconds
+        self._sampling = sampling.model_copy(update={"spread": True, "n": 1, "best_of": None})
+        self._scoring, self._seconds = scoring, seconds
         self._engines = {"": engine, **(others or {})}
         self._distinct = list({id(each): each for each in self._engines.values()}.values())
         self._plays: dict[Play, set[str]] = {}
@@ -181,26 +182,17 @@ class Driver:
                     return
                 leads.append(each)
         self._count += 1
-        sampling = self._sampling.model_copy(
-            update={
-                "max_tokens": piece.most,
-                "seed": branch.seed,
-                "logprobs": piece.top,
-                "spread": True,
-                "n": 1,
-                "best_of": None,
-            }
-        )
+        asked: dict[str, Any] = {"max_tokens": piece.most, "seed": branch.seed, "logprobs": piece.top}
         if branch.temperature is not None:
-            sampling = sampling.model_copy(update={"temperature": branch.temperature})
+            asked["temperature"] = branch.temperature
         if branch.model:  # these name tokens of the search's own model
-            sampling = sampling.model_copy(update={"stop_tokens": (), "logit_bias": {}})
+            asked |= {"stop_tokens": (), "logit_bias": {}}
         line, engine = branch.line, self._engines[branch.model]
         request = dataclasses.replace(
             self._like,
             id=f"{self._prefix}{self._count}",
             prompt=list(branch.tokens),
-            sampling=sampling,
+            sampling=self._sampling.model_copy(update=asked),
             keep=True,
             given=line[0].start,
             deadline=None,
@@ -227,13 +219,12 @@ class Driver:
         run = self._runs.get(delta.id)
         if run is None:  # the last word on one that was aborted
             return
-        run.cached = max(run.cached, delta.cached)
         run.told += len(delta.tokens)
         if not run.begun and (delta.tokens or delta.finish is not None):
-            run.begun = True
+            run.begun, run.cached = True, delta.cached
             self._led(run)
         rows = delta.logprobs
-        spread = zip(rows.logprobs, rows.entropies, rows.certainties, strict=True) if rows is not None else ()
+        spread = rows.spreads if rows is not None else ()
         tops = [row.top for row in rows] if rows is not None and run.piece.top else ()
         early = run.play.told(run.piece, delta.tokens, spread, tops)
         if delta.finish is not None or early:
@@ -270,7 +261,8 @@ class Driver:
             why = "length"
         elif finish not in (None, Finish.LENGTH):
             why = "error"
-        ledger.blocks = max(ledger.blocks, self._blocks(play))
+        if not any(other.play is play for other in self._runs.values()):  # until then, nothing that is held is let go
+            ledger.blocks = max(ledger.blocks, self._blocks(play))
         play.ended(piece, why, run.told)
         self._begin(play)
 
