@@ -37,7 +37,7 @@ from penstock.train.kept import kept_run
 
 #: Of each preset, as long as the solutions of its puzzles are: the budget of tokens for a problem, the longest text,
 #: and how many tokens the cache holds.
-LIMITS = {"puzzles": (200, 48, 2**14), "puzzles-100m": (400, 80, 2**17)}
+LIMITS = {"puzzles": (200, 48, 2**14), "puzzles-100m": (400, 64, 2**17)}
 
 #: Puzzles of each kind.
 COUNT = 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from penstock.search import driver as drivers
 from penstock.search.branch import Branch
 from penstock.search.driver import Driver, run
 from penstock.search.play import Play
@@ -31,4 +32,42 @@ def test_blocks_are_those_of_the_widest_round_each_counted_once(dropped, blocks)
     (play,) = run(driver, iter([Play(search, program(search), PRICES)]), lambda: False)
     assert play.error is None and play.search.ledger.generated == 5 * 6 + (5 - dropped) * 4
     assert play.search.ledger.blocks == blocks
+    assert engine.snapshot().held == 0
+
+
+async def pair(search: Search) -> Branch | None:
+    return (await search.extend(search.root.fork(2)))[0]
+
+
+def begun(driver: Driver) -> Play:
+    search = Search({}, list(range(20, 29)), Letters(), most=12, released=driver.released)
+    return Play(search, pair(search), PRICES)
+
+
+def test_tokens_are_the_same_however_many_are_taken_in_together(monkeypatch):
+    found = []
+    for bundle in (1, 5, 32):
+        monkeypatch.setattr(drivers, "BUNDLE", bundle)
+        driver = Driver(small_engine(), SAMPLING.model_copy(update={"ignore_eos": True}), {})
+        (play,) = run(driver, iter([begun(driver)]), lambda: False)
+        assert play.search.ledger.generated == 2 * 12
+        found.append([(each.tokens, each.logprobs, each.entropies, each.certainties) for each in play.search.branches])
+    assert found[0] == found[1] == found[2] and all(0 < entropy < 9 for each in found[0] for entropy in each[2])
+
+
+def test_a_search_that_is_dropped_has_all_tokens_that_came():
+    """Those that were not taken in yet too: as many as the engine gave."""
+    engine = small_engine()
+    before = engine.snapshot().output_tokens
+    driver = Driver(engine, SAMPLING.model_copy(update={"ignore_eos": True}), {})
+    play = begun(driver)
+    driver.add(play)
+    for _ in range(5):
+        assert not driver.step()
+    driver.drop(play)
+    came = engine.snapshot().output_tokens - before
+    assert came > 5 and play.search.ledger.generated == came
+    assert play.answer is not None and len(play.answer.generated) in (came // 2, came - came // 2)
+    while engine.busy:
+        engine.step()
     assert engine.snapshot().held == 0
