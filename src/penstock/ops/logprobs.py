@@ -7,10 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-#: Scores that are looked at together on a CPU: what is worked out for as many stays in its cache, and in memory that
-#: the process has. Larger pieces are given back to the system and asked for again in each step, which takes longer than
-#: to work them out.
-PIECE = 2**18
+from penstock.ops.pieces import pieces
 
 
 def logprob_table(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | None = None) -> Tensor:
@@ -27,10 +24,9 @@ def logprob_table(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | No
         from penstock.ops.logprobs_kernel import logprob_rows
 
         return logprob_rows(logits.contiguous(), tokens, most, spread)
-    rows = max(1, PIECE // logits.shape[-1])
-    asked = [None] * -(-len(logits) // rows) if spread is None else spread.split(rows)
-    pieces = zip(logits.split(rows), tokens.split(rows), asked, strict=True)
-    return torch.cat([_table(own, of, most, wanted) for own, of, wanted in pieces])
+    if spread is None:
+        return torch.cat([_table(own, chosen, most, None) for own, chosen in pieces(logits, tokens)])
+    return torch.cat([_table(own, chosen, most, asked) for own, chosen, asked in pieces(logits, tokens, spread)])
 
 
 def _table(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | None) -> Tensor:
