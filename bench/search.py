@@ -150,18 +150,21 @@ def main(bench: Bench) -> None:
             models={"strong": llm},
         )
 
-    def timed(name: str) -> Run:
+    def timed(name: str, wanted: list[dict[str, Any]]) -> Run:
         llm.engine.memory.pool.forget()  # what the one before computed is of no use to this one
         found: list[SearchResult] = []
         plan = planned(PROGRAMS.get(name, {"name": name}), budget)
-        seconds = bench.seconds(lambda: found.extend(searched(llm, plan, asked)))
+        seconds = bench.seconds(lambda: found.extend(searched(llm, plan, wanted)))
         return found, seconds
 
     samples = searched(llm, planned({"name": "coverage", "n": SAMPLES}, None), asked)
     drawn = covered(bench, samples, asked)
     names, setting = [*PROGRAMS, *index().names("search.program")], setting_of(asked, budget)
+    for name in names:  # a puzzle of each kind warms up what a program needs beside the others
+        timed(name, asked[:: len(asked) // len(KINDS)])
     with settled():
-        runs = bench.turns({name: functools.partial(timed, name) for name in names}, setting, 2)
+        turns = {name: functools.partial(timed, name, asked) for name in names}
+        runs = bench.turns(turns, setting, repetitions=2, uncounted=0)
     for name, own in runs.items():
         reported(bench, name, setting, asked, own)
     for name, papers in SAVING.items():
