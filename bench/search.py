@@ -1,11 +1,14 @@
-"""Every program of test-time search on puzzles that are checked: accuracy and tokens within a budget.
+"""Every program of test-time search on puzzles that are checked: accuracy against the tokens and the seconds it took.
 
-The preset ``puzzles`` trains a small model the first time, ``puzzles-100m`` a larger one on CUDA. It is kept, and not
-trained again while preset and puzzles stay as they are. Puzzles are held out by construction; a quarter each is small
-Python functions against tests, Countdown, 4x4 and 6x6 Sudoku. Scorers see what is exactly right, and of a part how much
-of it is sound, so this measures how programs spend a budget, not how judges err. The model was trained on puzzles
-alone: those programs that put questions to it in words get no sensible reply, and show what their questions cost.
-Nothing is timed (``search_live`` does that), so on a CPU programs run side by side, one a core.
+The preset ``puzzles`` trains a small model the first time, ``puzzles-100m`` a larger one on CUDA, on puzzles as hard as
+its setting ``hardest`` says. It is kept, and not trained again while preset and puzzles stay as they are. Puzzles are
+held out by construction; a quarter each is small Python functions against tests, Countdown, 4x4 and 6x6 Sudoku. Scorers
+see what is exactly right, and of a part how much of it is sound, so this measures how programs spend a budget, not how
+judges err. The model was trained on puzzles alone: those programs that put questions to it in words get no sensible
+reply, and show what their questions cost.
+
+A program has the engine to itself, and all puzzles at once. Its seconds are those of the whole, from the puzzles to
+their answers; the same texts come each time.
 """
 
 from __future__ import annotations
@@ -14,15 +17,13 @@ import functools
 import inspect
 import itertools
 import math
-import multiprocessing
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from penstock.core.bench import Bench, load
+from penstock.core.bench import Bench
+from penstock.core.config import read_toml
+from penstock.core.garbage import settled
 from penstock.core.progress import silent
 from penstock.data.puzzles import KINDS, OPERATIONS, puzzles, right
 from penstock.data.puzzles import LINE as COUNTED
@@ -31,10 +32,12 @@ from penstock.search.coverage import coverage, power_law
 from penstock.search.ledger import Budget
 from penstock.search.llm import LLM, Plan, SearchResult, program_of, scoring_of
 from penstock.serve.choose.sampling import SamplingParams
+from penstock.train import presets
 from penstock.train.kept import kept_run
 
-#: Budgets of tokens for each problem; and the longest text.
-BUDGETS, LONGEST = (200,), 48
+#: Of each preset, as long as the solutions of its puzzles are: the budget of tokens for a problem, the longest text,
+#: and how many tokens the cache holds.
+LIMITS = {"puzzles": (200, 48, 2**14), "puzzles-100m": (400, 64, 2**17)}
 
 #: Puzzles of each kind.
 COUNT = 16
@@ -42,24 +45,49 @@ COUNT = 16
 #: Samples of each problem for the law of coverage: fitted to the first numbers, and held against the last.
 SAMPLES, FITTED = 16, (1, 2, 4, 8)
 
+#: What a program's own name does not say: plain sampling, and REBASE, which ETS is without its prices.
+PLAIN, REBASE = "plain sampling", "ets without prices (REBASE)"
+PROGRAMS: dict[str, dict[str, Any]] = {
+    PLAIN: {"name": "best_of_n", "n": 1},
+    REBASE: {"name": "ets", "sharing": 0.0, "diversity": 0.0},
+}
+
+#: What ETS stands beside; the paper sets it beside the last.
+PEERS: dict[str, tuple[int, ...]] = {"beam": (), "dvts": (), REBASE: (321,)}
+
+#: Results of all problems, and the seconds that they took.
+Run = tuple[list[SearchResult], float]
+
 #: Programs that are said to reach the accuracy of drawing n texts with fewer tokens, and the papers that say so where
 #: that is their own baseline.
 SAVING: dict[str, tuple[int, ...]] = {"first_finish": (), "adaptive_sampling": (400,), "a_star": (464,)}
 
 
+def preset(bench: Bench) -> str:
+    """Whose model searches."""
+    return "puzzles" if bench.device.type == "cpu" or bench.quick else "puzzles-100m"
+
+
 def trained(bench: Bench) -> Path:
     """The folder of the model for the device, which is trained where none is kept of these settings and puzzles."""
     changes = [f"device={bench.device}", *(["steps=20"] if bench.quick else [])]
-    preset = "puzzles" if bench.device.type == "cpu" or bench.quick else "puzzles-100m"
-    return kept_run(preset, changes, Path(inspect.getfile(puzzles)).read_bytes())
+    return kept_run(preset(bench), changes, Path(inspect.getfile(puzzles)).read_bytes())
 
 
-def problems(count: int) -> list[dict[str, Any]]:
-    """``count`` held-out puzzles of each kind."""
+def opened(bench: Bench) -> LLM:
+    """The model, with room for the texts of many problems."""
+    cache = LIMITS[preset(bench)][2]
+    return LLM(trained(bench), device=str(bench.device), progress=silent, cache_tokens=cache)
+
+
+def problems(bench: Bench) -> list[dict[str, Any]]:
+    """Held-out puzzles of each kind, as hard as those that the model was trained on."""
+    hardest = read_toml(presets.path_of(preset(bench)))["data"]["corpus"].get("hardest", 1)
+    count = hardest if bench.quick else COUNT
     found = []
     for kind in KINDS:
         unlike: dict[str, dict[str, Any]] = {}
-        for puzzle in puzzles(kind, held_out=True):
+        for puzzle in puzzles(kind, held_out=True, hardest=hardest):
             # The end of a function's line and the indent behind it are one token: a prompt ends before it.
             asked = puzzle.prompt.rstrip("\n") if kind == "functions" else puzzle.prompt
             unlike.setdefault(puzzle.prompt, {"kind": kind, "prompt": asked, **puzzle.facts})
@@ -98,72 +126,51 @@ def _sound(line: str) -> bool:
     return found is not None and OPERATIONS[found[2]](int(found[1]), int(found[3])) == int(found[4])
 
 
-def searched(llm: LLM, program: Any, asked: list[dict[str, Any]], budget: float | None) -> list[SearchResult]:
+def searched(llm: LLM, plan: Plan, asked: list[dict[str, Any]]) -> list[SearchResult]:
     """Results of all problems, in their order."""
-    plan = Plan(
-        program_of(program),
-        {"": scoring_of(score)},
-        SamplingParams(temperature=0.8, max_tokens=LONGEST, seed=1),
-        Budget(amount=budget),
-        "\n",
-        str.strip,
-        models={"strong": llm},
-    )
     found = dict(llm.searched(plan, list(enumerate(asked))))
+    failed = [each.error for each in found.values() if each.error]
+    assert not failed, f"a program fails: {failed[0]}"
     return [found[place] for place in range(len(asked))]
-
-
-@functools.cache
-def opened(folder: Path, device: str) -> LLM:
-    """The model, once in each process."""
-    if device == "cpu":
-        torch.set_num_threads(1)
-    return LLM(folder, device=device, progress=silent, cache_tokens=16384)
-
-
-def played(
-    folder: Path, device: str, program: dict[str, Any], asked: list[dict[str, Any]], budget: float | None
-) -> list[SearchResult]:
-    """:func:`searched`, with the model of this process."""
-    return searched(opened(folder, device), program, asked, budget)
 
 
 def main(bench: Bench) -> None:
     """Trains the model, and runs every program on every problem."""
-    asked, folder = problems(1 if bench.quick else COUNT), trained(bench)
-    names = ["plain sampling", *index().names("search.program")]
-    each = functools.partial(played, folder, str(bench.device))
-    found: dict[tuple[str, int], list[SearchResult]] = {}
-    with ProcessPoolExecutor(
-        torch.get_num_threads() if bench.device.type == "cpu" else 1,
-        multiprocessing.get_context("spawn"),
-        load,
-        ("search",),  # the other processes know this script by its name then
-    ) as processes:
-        samples = processes.submit(each, {"name": "coverage", "n": SAMPLES}, asked, None)
-        runs = {
-            (name, budget): processes.submit(
-                each, {"name": "best_of_n", "n": 1} if name == "plain sampling" else {"name": name}, asked, budget
-            )
-            for name, budget in itertools.product(names, BUDGETS)
-        }
-        drawn = covered(bench, samples.result(), asked)
-        for (name, budget), run in runs.items():
-            found[name, budget] = run.result()
-            reported(bench, name, asked, budget, found[name, budget])
-    for name, papers in SAVING.items():
-        saved(bench, name, papers, asked, found[name, BUDGETS[-1]], drawn)
-    for peer in ("beam", "dvts"):
-        bench.compared(
-            subject="ets",
-            peer=peer,
-            setting=setting_of(asked, BUDGETS[-1]),
-            metric="blocks held",
-            unit="blocks",
-            values=[_blocks(found["ets", BUDGETS[-1]])],
-            peer_values=[_blocks(found[peer, BUDGETS[-1]])],
-            better="lower",
+    asked, llm = problems(bench), opened(bench)
+    budget, longest, _ = LIMITS[preset(bench)]
+
+    def planned(program: dict[str, Any], amount: float | None) -> Plan:
+        return Plan(
+            program_of(program),
+            {"": scoring_of(score)},
+            SamplingParams(temperature=0.8, max_tokens=longest, seed=1),
+            Budget(amount=amount),
+            "\n",
+            str.strip,
+            models={"strong": llm},
         )
+
+    def timed(name: str, wanted: list[dict[str, Any]]) -> Run:
+        llm.engine.memory.pool.forget()  # what the one before computed is of no use to this one
+        found: list[SearchResult] = []
+        plan = planned(PROGRAMS.get(name, {"name": name}), budget)
+        seconds = bench.seconds(lambda: found.extend(searched(llm, plan, wanted)))
+        return found, seconds
+
+    samples = searched(llm, planned({"name": "coverage", "n": SAMPLES}, None), asked)
+    drawn = covered(bench, samples, asked)
+    names, setting = [*PROGRAMS, *index().names("search.program")], setting_of(asked, budget)
+    for name in names:  # a puzzle of each kind warms up what a program needs beside the others
+        timed(name, asked[:: len(asked) // len(KINDS)])
+    with settled():
+        turns = {name: functools.partial(timed, name, asked) for name in names}
+        runs = bench.turns(turns, setting, repetitions=2, uncounted=0)
+    for name, own in runs.items():
+        reported(bench, name, setting, asked, own)
+    for name, papers in SAVING.items():
+        saved(bench, name, papers, setting, asked, runs[name][0][0], drawn)
+    for peer, papers in PEERS.items():
+        beside(bench, peer, papers, setting, runs)
 
 
 def setting_of(asked: list[dict[str, Any]], budget: int) -> str:
@@ -171,21 +178,33 @@ def setting_of(asked: list[dict[str, Any]], budget: int) -> str:
     return f"{len(asked)} held-out puzzles, {budget} tokens each"
 
 
-def reported(bench: Bench, name: str, asked: list[dict[str, Any]], budget: int, found: list[SearchResult]) -> None:
-    """The accuracy of a program, and what it took of its budget."""
-    failed = [each.error for each in found if each.error]
-    assert not failed, f"{name} fails: {failed[0]}"
-    for metric, value, unit, better in (
-        ("accuracy", 100 * _accuracy(asked, found), "%", "higher"),
-        ("tokens a problem", _tokens(found), "tokens", "lower"),
+def reported(bench: Bench, name: str, setting: str, asked: list[dict[str, Any]], runs: list[Run]) -> None:
+    """The accuracy of a program, what it took of its budget, and how long that took."""
+    found, _ = runs[0]
+    for metric, values, unit, better in (
+        ("accuracy", [100 * _accuracy(asked, found)], "%", "higher"),
+        ("tokens a problem", [_tokens(found)], "tokens", "lower"),
+        ("time", [seconds for _, seconds in runs], "s", "lower"),
     ):
-        bench.row(
-            subject=name,
-            setting=setting_of(asked, budget),
+        bench.measured(subject=name, setting=setting, metric=metric, unit=unit, values=values, better=better)
+
+
+def beside(bench: Bench, peer: str, papers: tuple[int, ...], setting: str, runs: Mapping[str, list[Run]]) -> None:
+    """The most blocks of the cache that ETS held for a problem, and its speed, beside those of ``peer``."""
+    for metric, unit, value, better in (
+        ("blocks held", "blocks", lambda run: _blocks(run[0]), "lower"),
+        ("throughput", "tokens/s", lambda run: len(run[0]) * _tokens(run[0]) / run[1], "higher"),
+    ):
+        bench.compared(
+            subject="ets",
+            peer=peer,
+            setting=setting,
             metric=metric,
-            value=value,
             unit=unit,
+            values=[value(run) for run in runs["ets"]],
+            peer_values=[value(run) for run in runs[peer]],
             better=better,
+            papers=papers,
         )
 
 
@@ -205,6 +224,7 @@ def saved(
     bench: Bench,
     name: str,
     papers: tuple[int, ...],
+    setting: str,
     asked: list[dict[str, Any]],
     found: list[SearchResult],
     drawn: list[tuple[float, float]],
@@ -221,7 +241,7 @@ def saved(
     bench.compared(
         subject=name,
         peer="best of as many texts as that takes",
-        setting=setting_of(asked, BUDGETS[-1]),
+        setting=setting,
         metric=f"tokens to {100 * accuracy:.0f}% right",
         unit="tokens",
         values=[_tokens(found)],
@@ -237,13 +257,27 @@ def covered(bench: Bench, found: list[SearchResult], asked: list[dict[str, Any]]
     counts = [(each.notes["samples"], each.notes["right"]) for each in found]
     shares = {k: coverage(counts, k) for k in range(1, SAMPLES + 1)}
     setting = f"{len(asked)} held-out puzzles, {SAMPLES} samples each"
-    rows = [(f"coverage of {k}", shares[k]) for k in (*FITTED, SAMPLES)]
+    for k in (*FITTED, SAMPLES):
+        bench.row(subject="coverage", setting=setting, metric=f"coverage of {k}", value=100 * shares[k], unit="%")
     fitted = [shares[k] for k in FITTED]
     if sum(0 < share < 1 for share in fitted) > 1:
         a, b = power_law(FITTED, fitted)
-        predicted = math.exp(a * SAMPLES**b)
-        rows.append((f"coverage of {SAMPLES} as exp(a k^b) predicts it from {FITTED[-1]} and fewer", predicted))
-    for metric, share in rows:
-        bench.row(subject="coverage", setting=setting, metric=metric, value=100 * share, unit="%")
+        told, predicted = f"exp(a k^b) of {FITTED[-1]} and fewer", math.exp(a * SAMPLES**b)
+        for metric, share in (
+            (f"coverage of {SAMPLES} by {told}", predicted),
+            (f"error of {told} at {SAMPLES}", abs(predicted - shares[SAMPLES])),
+        ):
+            bench.row(subject="coverage", setting=setting, metric=metric, value=100 * share, unit="%")
+    if shares[1]:
+        bench.compared(
+            subject="coverage",
+            peer="one sample",
+            setting=setting,
+            metric=f"right within {SAMPLES} samples",
+            unit="%",
+            values=[100 * shares[SAMPLES]],
+            peer_values=[100 * shares[1]],
+            papers=(314,),
+        )
     each = _tokens(found) / SAMPLES
     return [(share, k * each) for k, share in shares.items()]

@@ -1,13 +1,17 @@
 """Live branches of a search beside independent requests with the same prefix, and beside a loop over HTTP.
 
 256 branches of one text are set beside 256 requests with the text as their prompt, which the prefix cache shares, and
-beside 256 prompts of the same length that have nothing in common, which are all computed. Then one and the same search,
-the best of n samples, is done as most do it today: a loop that asks a server over OpenAI's interface, and picks. All
-subjects take turns, so that drift of the machine falls on all alike.
+beside as many that compute their prompts: of the same length, and with nothing in common. Each text is drawn in one go,
+and in steps between which a search would look at it: who has no branches sends it again for each step, and who has no
+cache of prefixes either computes it again.
+
+Then one and the same search, the best of n samples, is done as most do it today: a loop that asks a server over
+OpenAI's interface, and picks. All subjects take turns, so that drift of the machine falls on all alike.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -16,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from penstock.core.bench import Bench, load
+from penstock.core.garbage import settled
 from penstock.core.progress import silent
 from penstock.search.llm import LLM
 from penstock.search.search import Search
@@ -24,8 +29,8 @@ from penstock.serve.messages import Request
 
 search = load("search")
 
-#: Branches; tokens of the text that they go on from, and of what each draws.
-BRANCHES, PREFIX, LENGTH = 256, 512, 32
+#: Branches; tokens of the text that they go on from, of what each draws, and of a step of that.
+BRANCHES, PREFIX, LENGTH, STEP = 256, 512, 32, 8
 
 #: Samples of a problem, and how many problems the loop asks at a time.
 SAMPLES, AT_ONCE = 8, 16
@@ -45,57 +50,70 @@ def branches(bench: Bench) -> None:
     text = [17 * place % vocabulary for place in range(PREFIX)]
     sampling = SamplingParams(max_tokens=LENGTH, seed=1, ignore_eos=True)
 
-    async def program(search: Search) -> None:
-        await search.extend(search.root.fork(count), tokens=LENGTH)
+    def forked(step: int) -> float:
+        async def program(search: Search) -> None:
+            texts = search.root.fork(count)
+            for _ in range(LENGTH // step):
+                await search.extend(texts, tokens=step)
 
-    def forked() -> float:
         llm.engine.memory.pool.forget()
         begun = time.perf_counter()
         (found,) = llm.search({"prompt_token_ids": text}, program, sampling_params=sampling, progress=silent)
         assert found.error is None, found.error
         return found.ledger.generated / (time.perf_counter() - begun)
 
-    def requested(shared: bool) -> float:
-        llm.engine.memory.pool.forget()
-        begun, came = time.perf_counter(), 0
-        for number in range(count):
-            own = text if shared else [(token + number) % vocabulary for token in text]
-            llm.engine.add(Request(str(number), own, sampling.model_copy(update={"seed": number})))
-            # The first is computed before the others come, so that they find its prompt in the cache.
-            if shared and not number:
-                came += len(llm.engine.step())
-        while llm.engine.busy:
-            came += sum(len(delta.tokens) for delta in llm.engine.step())
-        return came / (time.perf_counter() - begun)
+    def requested(step: int, shared: bool) -> float:
+        texts = [text if shared else [(token + number) % vocabulary for token in text] for number in range(count)]
+        begun = time.perf_counter()
+        for place in range(LENGTH // step):
+            if not (place and shared):
+                llm.engine.memory.pool.forget()
+            own: dict[str, list[int]] = {}
+            for number, prompt in enumerate(texts):
+                own[str(number)] = list(prompt)
+                drawn = sampling.model_copy(update={"seed": number, "max_tokens": step})
+                llm.engine.add(Request(str(number), prompt, drawn))
+                # The first is computed before the others come, so that they find its prompt in the cache.
+                if shared and not number:
+                    told(own)
+            while llm.engine.busy:
+                told(own)
+            texts = list(own.values())
+        return count * LENGTH / (time.perf_counter() - begun)
 
-    runs: dict[str, Callable[[], float]] = {
-        "branches": forked,
-        "requests with one prefix": lambda: requested(True),
-        "requests with prefixes of their own": lambda: requested(False),
-    }
-    setting = f"python-1m: {count} texts of {LENGTH} tokens behind {PREFIX}"
-    values = bench.turns(runs, setting, 3)
-    for peer in list(runs)[1:]:
-        bench.compared(
-            subject="branches",
-            peer=peer,
-            setting=setting,
-            metric="throughput",
-            unit="tokens/s",
-            values=values["branches"],
-            peer_values=values[peer],
-        )
+    def told(own: dict[str, list[int]]) -> None:
+        for delta in llm.engine.step():
+            own[delta.id] += delta.tokens
+
+    for step, what in ((LENGTH, ""), (STEP, f", in steps of {STEP}")):
+        runs: dict[str, Callable[[], float]] = {
+            "branches": functools.partial(forked, step),
+            "requests with one prefix": functools.partial(requested, step, True),
+            "requests that compute their prefixes": functools.partial(requested, step, False),
+        }
+        setting = f"python-1m: {count} texts of {LENGTH} tokens behind {PREFIX}{what}"
+        with settled():
+            values = bench.turns(runs, setting, 3)
+        for peer in list(runs)[1:]:
+            bench.compared(
+                subject="branches",
+                peer=peer,
+                setting=setting,
+                metric="throughput",
+                unit="tokens/s",
+                values=values["branches"],
+                peer_values=values[peer],
+            )
 
 
 def loop(bench: Bench) -> None:
     """The best of n samples by a search, and by a loop over HTTP."""
-    folder = search.trained(bench)
-    asked = search.problems(1 if bench.quick else search.COUNT)
-    sampling = {"temperature": 0.8, "max_tokens": search.LONGEST}
-    llm = LLM(folder, device=str(bench.device), progress=silent, cache_tokens=16384)
+    folder, asked, llm = search.trained(bench), search.problems(bench), search.opened(bench)
+    _, longest, cache = search.LIMITS[search.preset(bench)]
+    sampling = {"temperature": 0.8, "max_tokens": longest}
     line = [sys.executable, "-m", "penstock", "serve", str(folder), "--name", "puzzles", "--port", "0"]
     with subprocess.Popen(
-        [*line, "--device", str(bench.device), "--set", "cache_tokens=16384"],
+        [*line, "--device", str(bench.device), "--set", f"cache_tokens={cache}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -6,7 +6,7 @@ A generated part stands between two lines, of which the first names the generato
     <!-- comparisons: NAME -->  those of them that stand beside a peer's; NAME,METRIC is of one metric
     <!-- grid: NAME,METRIC -->  one metric of them: subjects down, settings across
     <!-- claims: NAME,CONTRACT --> its figures of the policies of a contract, beside what their papers claim
-    <!-- points: FILE,X,Y -->   a picture of one device's file: one metric against another
+    <!-- points: FILE,X,Y -->   a picture of one device's file: a metric, the last, against one or more others
     <!-- policies: CONTRACT --> the policies of a contract
     <!-- timelines -->          a picture of each pipeline schedule, which is drawn anew too
     <!-- timelines: A,B -->     one picture of some of them
@@ -154,10 +154,10 @@ def _claimed(sources: Sources, result: Result, contract: str) -> str:
 
 @generator
 def points(sources: Sources, document: Path, wanted: str) -> str:
-    """A picture of one metric of a device's file against another."""
+    """A picture of one metric of a device's file, the last, against each of the others."""
     folder = Path(os.path.relpath(sources.root / "docs", document.parent)) / "images" / "points"
-    _, x, y = wanted.split(",")
-    label = f"{y} against {x}".replace("-", " ")
+    _, *others, y = wanted.split(",")
+    label = f"{y} against {' and '.join(others)}".replace("-", " ")
     return f"![{label}]({(folder / wanted).as_posix()}.svg)\n"
 
 
@@ -422,40 +422,63 @@ def drawn_bars(sources: Sources, name: str) -> str:
 COLOURS = ("#2f7fc1", "#c9872f", "#3d9a50", "#9050a0")
 
 
-def drawn_points(sources: Sources, name: str, x: str, y: str) -> str:
-    """Metric ``y`` against ``x`` (hyphens for spaces) of one device's file: a point a subject and setting, with the
-    subject's name; ``x`` on a scale of powers. Names keep clear of one another."""
+def drawn_points(sources: Sources, name: str, *metrics: str) -> str:
+    """The last of the ``metrics`` (hyphens for spaces) of one device's file against each of the others that the file
+    has, one panel below the other.
+
+    Raises:
+        UsageError: it has none of them.
+    """
     (result,) = named(sources, name)
-    rows = {(row.subject, row.setting, row.metric.replace(" ", "-")): row.value for row in result.rows}
+    *others, y = metrics
+    lines: list[str] = []
+    top = 0.0
+    for x in others:
+        if any(row.metric.replace(" ", "-") == x for row in result.rows):
+            drawn, height = _panel(result, x, y, top)
+            lines += drawn
+            top += height
+    if not lines:
+        raise UsageError(f"{name!r} has none of the metrics {', '.join(others)}")
+    return _svg(WIDTH, top, lines)
+
+
+def _panel(result: Result, x: str, y: str, above: float) -> tuple[list[str], float]:
+    """A point for each subject and setting that has both metrics, with the subject's name, from ``above`` on; ``x`` on
+    a scale of powers. Names keep clear of one another. The height with it."""
+    rows = {(row.subject, row.setting, row.metric.replace(" ", "-")): row for row in result.rows}
     found = [
-        (subject, setting, rows[subject, setting, x], value)
-        for (subject, setting, metric), value in rows.items()
-        if metric == y and rows.get((subject, setting, x), 0) > 0
+        (subject, setting, rows[subject, setting, x].value, row.value)
+        for (subject, setting, metric), row in rows.items()
+        if metric == y and (subject, setting, x) in rows and rows[subject, setting, x].value > 0
     ]
     settings = list(dict.fromkeys(setting for _, setting, _, _ in found))
     least, most = (bound([math.log2(each[2]) for each in found]) for bound in (min, max))
     top = max(each[3] for each in found) or 1.0
     left, width, height = 50, WIDTH - 220, 40 * LINE
+    floor = above + 20 + height
 
     def at(across: float, up: float) -> tuple[float, float]:
         share = (math.log2(across) - least) / ((most - least) or 1.0)
-        return left + share * width, 20 + (1 - up / top) * height
+        return left + share * width, floor - up / top * height
 
-    lines = [f'<path d="M{left} 10V{20 + height}H{left + width + 160}" fill="none" stroke="#888"/>']
+    lines = [f'<path d="M{left} {above + 10:g}V{floor:g}H{left + width + 160}" fill="none" stroke="#888"/>']
     for number in range(math.ceil(least), math.floor(most) + 1):
         place, _ = at(2.0**number, 0)
-        lines.append(f'<text x="{place:.1f}" y="{38 + height}" text-anchor="middle" fill="#666">{2**number}</text>')
+        said = f"{2.0**number:g}"
+        lines.append(f'<text x="{place:.1f}" y="{floor + 18:g}" text-anchor="middle" fill="#666">{said}</text>')
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         _, place = at(2.0**least, share * top)
         said = format_number(share * top)
         lines.append(f'<text x="{left - 6}" y="{place + 4:.1f}" text-anchor="end" fill="#666">{said}</text>')
     for place, setting in enumerate(settings):
-        lines.append(f'<circle cx="{left + 14}" cy="{58 + height + LINE * place}" r="4" fill="{COLOURS[place]}"/>')
-        lines.append(f'<text x="{left + 26}" y="{62 + height + LINE * place}">{escape(setting)}</text>')
+        lines.append(f'<circle cx="{left + 14}" cy="{floor + 38 + LINE * place:g}" r="4" fill="{COLOURS[place]}"/>')
+        lines.append(f'<text x="{left + 26}" y="{floor + 42 + LINE * place:g}">{escape(setting)}</text>')
     lines += _labelled([(each[0], COLOURS[settings.index(each[1])], *at(each[2], each[3])) for each in found])
-    label = f"{y.replace('-', ' ')} against {x.replace('-', ' ')}"
-    lines.append(f'<text x="{left + width}" y="{62 + height}" text-anchor="end" fill="#666">{escape(label)}</text>')
-    return _svg(WIDTH, 70 + height + LINE * len(settings), lines)
+    units = [next(row.unit for row in rows.values() if row.metric.replace(" ", "-") == each) for each in (y, x)]
+    label = " against ".join(f"{each.replace('-', ' ')} [{unit}]" for each, unit in zip((y, x), units, strict=True))
+    lines.append(f'<text x="{left + width}" y="{floor + 42:g}" text-anchor="end" fill="#666">{escape(label)}</text>')
+    return lines, 50 + 20 + height + LINE * len(settings)
 
 
 def _labelled(marks: Sequence[tuple[str, str, float, float]]) -> Iterator[str]:

@@ -1,5 +1,10 @@
-"""Puzzles with answers that can be checked, made with seeds: small Python functions, Countdown, 4x4 and 6x6
-Sudoku."""
+"""Puzzles with answers that can be checked, made with seeds: small Python functions, Countdown, 4x4 and 6x6 Sudoku.
+
+How hard one is, is its level, from 1 on. With each, more of a Sudoku is hidden, and Countdown has another number, and
+larger ones; of a function, from level 2 on, as many steps are not said as the level is above 1, and what it gives for
+some numbers is said instead; from level 3 on it has more steps. Seeds take turns among the levels up to the hardest, so
+that a model that solves the easy ones is left some that it does not.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +34,9 @@ STEPS = {
     "negate": "-({x})",
 }
 
+#: What harder functions are shown to give something for, and below which that is for the last of these.
+SHOWN, LARGE = (0, 1, 2, 4), 10_000
+
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 #: A line of a Countdown solution.
@@ -57,16 +65,16 @@ class Puzzle:
         return zlib.crc32(self.prompt.encode()) % HELD_OUT == 0
 
 
-def puzzle(kind: Kind, seed: int) -> Puzzle:
-    """The puzzle of this kind with this seed."""
-    return MAKERS[kind](random.Random(f"{kind} {seed}"))
+def puzzle(kind: Kind, seed: int, hardest: int = 1) -> Puzzle:
+    """The puzzle of this kind with this seed, of a level up to the ``hardest``."""
+    return MAKERS[kind](random.Random(f"{kind} {seed}"), 1 + seed % hardest)
 
 
-def puzzles(kind: Kind, held_out: bool) -> Iterator[Puzzle]:
+def puzzles(kind: Kind, held_out: bool, hardest: int = 1) -> Iterator[Puzzle]:
     """All puzzles of this kind for training, or those that are held out, without end; one may come again."""
     seed = 0
     while True:
-        found = puzzle(kind, seed)
+        found = puzzle(kind, seed, hardest)
         if found.held_out == held_out:
             yield found
         seed += 1
@@ -83,22 +91,30 @@ def right(kind: Kind, facts: dict[str, Any], text: str) -> bool:
     return _solved(facts["given"], lines)
 
 
-def _function(draw: random.Random) -> Puzzle:
-    said, expression = [], "x"
-    for _ in range(draw.choice((2, 2, 3))):
-        words, code = draw.choice(list(STEPS.items()))
-        digit = draw.randint(2, 9)
-        said.append(words.format(k=digit))
-        expression = code.format(x=expression, k=digit)
-    prompt = f'def f(x):\n    """{", ".join(said)}"""\n'
-    value = eval(compile(ast.parse(f"lambda x: {expression}", mode="eval"), "puzzle", "eval"))  # our own text
+def _function(draw: random.Random, level: int) -> Puzzle:
+    while True:
+        steps = [
+            (draw.choice(list(STEPS.items())), draw.randint(2, 9))
+            for _ in range(draw.choice((2, 2, 3)) + (level - 1) // 2)
+        ]
+        expression = "x"
+        for (_, code), digit in steps:
+            expression = code.format(x=expression, k=digit)
+        value = eval(compile(ast.parse(f"lambda x: {expression}", mode="eval"), "puzzle", "eval"))  # our own text
+        if level == 1 or abs(value(SHOWN[-1])) < LARGE:
+            break
+    said = [words.format(k=digit) for (words, _), digit in steps]
+    for place in draw.sample(range(len(said)), min(level - 1, len(said))):
+        said[place] = "?"
+    shown = "".join(f"; {x} to {value(x)}" for x in SHOWN) if level > 1 else ""
+    prompt = f'def f(x):\n    """{", ".join(said)}{shown}"""\n'
     tests = [f"assert f({x}) == {value(x)}" for x in (0, 1, 2, 5, -3)]
     return Puzzle("functions", prompt, f"    return {expression}\n", {"code": prompt, "tests": tests})
 
 
-def _countdown(draw: random.Random) -> Puzzle:
+def _countdown(draw: random.Random, level: int) -> Puzzle:
     while True:
-        numbers = [draw.randint(1, 9) for _ in range(3)]
+        numbers = [draw.randint(1, 1 + 8 * level) for _ in range(2 + level)]
         left, lines = list(numbers), []
         while len(left) > 1:
             one, other = (left.pop(draw.randrange(len(left))) for _ in range(2))
@@ -106,22 +122,22 @@ def _countdown(draw: random.Random) -> Puzzle:
             made = OPERATIONS[sign](one, other)
             lines.append(f"{one}{sign}{other}={made}\n")
             left.append(made)
-        if all("=-" not in line and int(line.split("=")[1]) < 100 for line in lines):
+        if all("=-" not in line and int(line.split("=")[1]) < 100 * level for line in lines):
             break
     shown = " ".join(map(str, numbers))
     return Puzzle("countdown", f"make {left[0]} of {shown}\n", "".join(lines), {"numbers": numbers, "target": left[0]})
 
 
-def _sudoku(draw: random.Random) -> Puzzle:
+def _sudoku(draw: random.Random, level: int) -> Puzzle:
     # The two squares from which all others of this size come by other names and orders.
     first, second = [1, 2, 3, 4], [3, 4, 1, 2]
     square = [first, second, *draw.choice([([2, 1, 4, 3], [4, 3, 2, 1]), ([2, 3, 4, 1], [4, 1, 2, 3])])]
-    return _hidden("sudoku", _disguised(square, draw), draw.randint(5, 9), draw)
+    return _hidden("sudoku", _disguised(square, draw), min(draw.randint(5, 9) + level - 1, 12), draw)
 
 
-def _sudoku_6(draw: random.Random) -> Puzzle:
+def _sudoku_6(draw: random.Random, level: int) -> Puzzle:
     square = [[(3 * (row % 2) + row // 2 + column) % 6 + 1 for column in range(6)] for row in range(6)]
-    return _hidden("sudoku_6", _disguised(square, draw), draw.randint(4, 10), draw)
+    return _hidden("sudoku_6", _disguised(square, draw), min(draw.randint(4, 10) + 5 * (level - 1), 26), draw)
 
 
 def _disguised(square: list[list[int]], draw: random.Random) -> list[str]:
@@ -149,7 +165,7 @@ def _hidden(kind: Kind, solved: list[str], count: int, draw: random.Random) -> P
     return Puzzle(kind, f"sudoku\n{lines(given)}\n\n", f"{lines(solved)}\n", {"given": given})
 
 
-MAKERS: dict[Kind, Callable[[random.Random], Puzzle]] = {
+MAKERS: dict[Kind, Callable[[random.Random, int], Puzzle]] = {
     "functions": _function,
     "countdown": _countdown,
     "sudoku": _sudoku,

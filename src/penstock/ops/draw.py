@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from penstock.ops.pieces import pieces
+
 #: Tokens whose weights are summed before anything is cumulated.
 CHUNK = 512
 
@@ -32,7 +34,8 @@ def draw_softmax(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Fl
     first at which the cumulated probability exceeds ``uniform``, up to rounding.
 
     The weights are summed by chunks, the chunk is found from the sums, and the token within its chunk, so that nothing
-    of the vocabulary's size is cumulated. On CUDA the whole is compiled, and reads the logits once and writes nothing.
+    of the vocabulary's size is cumulated. On CUDA the whole is compiled, and reads the logits once and writes nothing;
+    on a CPU it goes by a few rows at a time.
 
     Args:
         logits: [R, V], with a number above -inf in each row.
@@ -41,7 +44,10 @@ def draw_softmax(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Fl
         uniform: float64 [R], in [0, 1).
         floor: of each row; None where nothing is cut.
     """
-    return (_compiled() if logits.is_cuda else _draw)(logits, temperature, uniform, floor)
+    if logits.is_cuda:
+        return _compiled()(logits, temperature, uniform, floor)
+    parts = pieces(logits, temperature, uniform, *(floor or ()))
+    return torch.cat([_draw(scores, heat, aim, Floor(*cut) if cut else None) for scores, heat, aim, *cut in parts])
 
 
 @functools.cache

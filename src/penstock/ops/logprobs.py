@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from penstock.ops.pieces import pieces
+
 
 def logprob_table(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | None = None) -> Tensor:
     """The log-probabilities of ``tokens`` int64 [R] under softmax(``logits`` [R, V]), in one array, so that one copy
@@ -22,21 +24,36 @@ def logprob_table(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | No
         from penstock.ops.logprobs_kernel import logprob_rows
 
         return logprob_rows(logits.contiguous(), tokens, most, spread)
-    scores = logits.float().log_softmax(-1)
-    chosen = scores.gather(-1, tokens.unsqueeze(-1))
-    rank = (scores > chosen).sum(-1, keepdim=True) + 1
-    top = scores.topk(most, -1)
-    pairs = torch.stack([top.indices.int(), top.values.view(torch.int32)], -1).flatten(1)
-    shape = (
-        chosen.new_zeros(len(scores), 2) if spread is None else torch.where(spread.unsqueeze(-1), _spread(scores), 0.0)
-    )
+    if spread is None:
+        return torch.cat([_table(own, chosen, most, None) for own, chosen in pieces(logits, tokens)])
+    return torch.cat([_table(own, chosen, most, asked) for own, chosen, asked in pieces(logits, tokens, spread)])
+
+
+def _table(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | None) -> Tensor:
+    """:func:`logprob_table` of a few rows."""
+    scores, which = logits.float(), tokens.unsqueeze(-1)
+    # Counted from the largest score, of which softmax loses nothing: its logarithm gives those of all the others, and
+    # no second exponential is taken.
+    gaps = scores - scores.amax(-1, keepdim=True)
+    chances = gaps.softmax(-1)
+    best = chances.amax(-1, keepdim=True).log()
+    chosen = gaps.gather(-1, which) + best
+    # A comparison that is written as numbers is much faster than one written as booleans.
+    above = torch.gt(scores, scores.gather(-1, which), out=torch.empty_like(scores))
+    rank = above.sum(-1, keepdim=True).int() + 1
+    top = gaps.topk(most, -1)
+    pairs = torch.stack([top.indices.int(), (top.values + best).view(torch.int32)], -1).flatten(1)
+    shape = chosen.new_zeros(len(scores), 2)
+    if spread is not None:
+        shape = torch.where(spread.unsqueeze(-1), _spread(gaps, chances, best), shape)
     values = torch.cat([chosen, shape], -1).view(torch.int32)
-    return torch.cat([tokens.unsqueeze(-1).int(), rank.int(), values, pairs], -1)
+    return torch.cat([which.int(), rank, values, pairs], -1)
 
 
-def _spread(scores: Tensor) -> Tensor:
-    """Entropy and certainty [R, 2], given log-probabilities [R, vocabulary]."""
+def _spread(gaps: Tensor, chances: Tensor, best: Tensor) -> Tensor:
+    """Entropy and certainty [R, 2] of ``chances`` [R, V], given how far below the largest score all are, ``gaps``
+    [R, V], and the logarithm of the largest chance, ``best`` [R, 1]."""
     # A token that cannot come adds nothing to the entropy, and its certainty is without bound.
-    entropy = torch.special.entr(scores.exp()).sum(-1)
-    certainty = -scores.mean(-1) - math.log(scores.shape[-1])
+    entropy = -best.squeeze(-1) - (chances * gaps.clamp(min=torch.finfo(gaps.dtype).min)).sum(-1)
+    certainty = -best.squeeze(-1) - gaps.mean(-1) - math.log(gaps.shape[-1])
     return torch.stack([entropy, certainty], -1)

@@ -8,7 +8,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from penstock.core.errors import UsageError
 from penstock.models.text import TextStream
@@ -16,6 +16,7 @@ from penstock.search.branch import Anchor, Branch
 from penstock.search.play import Piece, Play
 from penstock.search.scorers.contract import Candidate, Scoring, Verdict, verdicts
 from penstock.search.search import Judge, States, Work
+from penstock.serve.choose.logprobs import LogprobRows
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.engine.engine import Engine
 from penstock.serve.engine.executor import Readable
@@ -24,6 +25,9 @@ from penstock.serve.messages import Delta, Finish, Request
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+#: Tokens of a branch that are taken in together where none of them decides how it goes on.
+BUNDLE = 32
 
 #: Scorings, and other errands of programs, at a time.
 ERRANDS = 4
@@ -51,7 +55,8 @@ class TokenizedTexts:
 
 @dataclasses.dataclass
 class _Run:
-    """A piece that the engine computes: for whom, its request, and what was told of it."""
+    """A piece that the engine computes: for whom, its request, and what was told of it; ``news`` is what its play does
+    not know yet."""
 
     play: Play
     piece: Piece
@@ -60,6 +65,12 @@ class _Run:
     told: int = 0
     cached: int = 0
     begun: bool = False
+    news: list[Delta] = dataclasses.field(default_factory=list)
+
+    @property
+    def watched(self) -> bool:
+        """Whether a token of it may end it, or others."""
+        return self.piece.stream is not None or self.piece.race is not None
 
 
 class Driver:
@@ -86,7 +97,8 @@ class Driver:
     ) -> None:
         self._like = like or Request("", [], sampling)
         self._prefix = "search/" if like is None else f"{like.id}/search/"
-        self._sampling, self._scoring, self._seconds = sampling, scoring, seconds
+        self._sampling = sampling.model_copy(update={"spread": True, "n": 1, "best_of": None})
+        self._scoring, self._seconds = scoring, seconds
         self._engines = {"": engine, **(others or {})}
         self._distinct = list({id(each): each for each in self._engines.values()}.values())
         self._plays: dict[Play, set[str]] = {}
@@ -133,6 +145,9 @@ class Driver:
 
     def drop(self, play: Play) -> None:
         """Ends ``play`` with the best of what it has, and leaves nothing of it in the engine."""
+        for run in self._runs.values():
+            if run.play is play:
+                self._tell(run)
         play.cut()
         self._end(play)
 
@@ -181,26 +196,17 @@ class Driver:
                     return
                 leads.append(each)
         self._count += 1
-        sampling = self._sampling.model_copy(
-            update={
-                "max_tokens": piece.most,
-                "seed": branch.seed,
-                "logprobs": piece.top,
-                "spread": True,
-                "n": 1,
-                "best_of": None,
-            }
-        )
+        asked: dict[str, Any] = {"max_tokens": piece.most, "seed": branch.seed, "logprobs": piece.top}
         if branch.temperature is not None:
-            sampling = sampling.model_copy(update={"temperature": branch.temperature})
+            asked["temperature"] = branch.temperature
         if branch.model:  # these name tokens of the search's own model
-            sampling = sampling.model_copy(update={"stop_tokens": (), "logit_bias": {}})
+            asked |= {"stop_tokens": (), "logit_bias": {}}
         line, engine = branch.line, self._engines[branch.model]
         request = dataclasses.replace(
             self._like,
             id=f"{self._prefix}{self._count}",
             prompt=list(branch.tokens),
-            sampling=sampling,
+            sampling=self._sampling.model_copy(update=asked),
             keep=True,
             given=line[0].start,
             deadline=None,
@@ -227,19 +233,25 @@ class Driver:
         run = self._runs.get(delta.id)
         if run is None:  # the last word on one that was aborted
             return
-        run.cached = max(run.cached, delta.cached)
-        run.told += len(delta.tokens)
+        run.news.append(delta)
         if not run.begun and (delta.tokens or delta.finish is not None):
-            run.begun = True
+            run.begun, run.cached = True, delta.cached
             self._led(run)
-        rows = delta.logprobs
-        spread = zip(rows.logprobs, rows.entropies, rows.certainties, strict=True) if rows is not None else ()
-        tops = [row.top for row in rows] if rows is not None and run.piece.top else ()
-        early = run.play.told(run.piece, delta.tokens, spread, tops)
+        if delta.finish is None and len(run.news) < BUNDLE and not run.watched:
+            return  # to take in each token by itself would take a good part of the time of a step
+        early = self._tell(run)
         if delta.finish is not None or early:
             if delta.finish is None:
                 self._engines[run.piece.branch.model].abort(delta.id)
             self._finish(run, delta.finish)
+
+    def _tell(self, run: _Run) -> bool:
+        """Tells its play the news of ``run``, and whether the piece is at its end."""
+        news, run.news = run.news, []
+        tokens = [token for delta in news for token in delta.tokens]
+        rows = LogprobRows.joined([delta.logprobs for delta in news if delta.logprobs is not None])
+        run.told += len(tokens)
+        return run.play.told(run.piece, tokens, rows.spreads, [row.top for row in rows] if run.piece.top else ())
 
     def _led(self, run: _Run) -> None:
         """The prompt of ``run`` is computed: others can go on from it."""
@@ -270,7 +282,8 @@ class Driver:
             why = "length"
         elif finish not in (None, Finish.LENGTH):
             why = "error"
-        ledger.blocks = max(ledger.blocks, self._blocks(play))
+        if not any(other.play is play for other in self._runs.values()):  # until then, nothing that is held is let go
+            ledger.blocks = max(ledger.blocks, self._blocks(play))
         play.ended(piece, why, run.told)
         self._begin(play)
 

@@ -136,7 +136,7 @@ class Play:
         self,
         piece: Piece,
         tokens: Sequence[int],
-        spread: Iterable[tuple[float, float, float]],
+        spread: Iterable[Sequence[float]],
         tops: Sequence[list[tuple[int, float]]] = (),
     ) -> bool:
         """``piece`` has come to these further ``tokens``; ``spread`` has log-probability, entropy and certainty of

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import re
+import statistics
 
 import pytest
 
 from penstock.data.corpora.puzzles import Puzzles
-from penstock.data.puzzles import KINDS, puzzle, puzzles, right
+from penstock.data.puzzles import KINDS, Kind, puzzle, puzzles, right
 
 
+@pytest.mark.parametrize("hardest", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_solutions_are_right(kind):
+def test_solutions_are_right(kind, hardest):
     for seed in range(60):
-        found = puzzle(kind, seed)
-        assert found == puzzle(kind, seed), "the seed decides"
+        found = puzzle(kind, seed, hardest)
+        assert found == puzzle(kind, seed, hardest), "the seed decides"
         if kind == "functions":
             scope: dict = {}
             exec(found.facts["code"] + found.solution + "\n".join(found.facts["tests"]), scope)
@@ -62,9 +65,34 @@ def test_wrong_answers_are_wrong():
     assert not right("sudoku_6", facts, "\n".join(six[:5]))
 
 
+def test_seeds_take_turns_among_levels_each_of_which_is_harder():
+    """On average: Countdown has more numbers, and more is hidden of Sudokus and of the steps of functions."""
+
+    def hides(kind: Kind, level: int) -> float:
+        return statistics.fmean(
+            len(found.facts["numbers"]) if kind == "countdown" else found.prompt.count("?") + found.prompt.count(".")
+            for found in (puzzle(kind, seed, 4) for seed in range(level - 1, 200, 4))
+        )
+
+    for kind in KINDS:
+        hidden = [hides(kind, level) for level in (1, 2, 3, 4)]
+        assert hidden == sorted(set(hidden)), f"{kind}: {hidden}"
+        assert puzzle(kind, 8, 4) == puzzle(kind, 8), "the first level is that without levels"
+
+
+def test_what_a_function_is_shown_to_give_is_what_it_gives():
+    for seed in range(1, 41, 4):
+        found = puzzle("functions", seed, 4)
+        scope: dict = {}
+        exec(found.facts["code"] + found.solution, scope)
+        shown = re.findall(r"; (-?\d+) to (-?\d+)", found.prompt)
+        assert len(shown) == 4 and all(scope["f"](int(x)) == int(value) for x, value in shown)
+
+
+@pytest.mark.parametrize("hardest", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_asked_was_never_trained_on(kind):
-    asked = {each.prompt for each in itertools.islice(puzzles(kind, held_out=True), 40)}
-    trained = [document.text for document in Puzzles(count=900).documents()]
+def test_what_is_asked_was_never_trained_on(kind, hardest):
+    asked = {each.prompt for each in itertools.islice(puzzles(kind, held_out=True, hardest=hardest), 40)}
+    trained = [document.text for document in Puzzles(count=900, hardest=hardest).documents()]
     assert not [text for text in trained if any(text.startswith(prompt) for prompt in asked)]
     assert all(len(text.splitlines()) > 2 for text in trained)

@@ -469,3 +469,26 @@ def test_points_stand_where_their_metrics_say(sources):
     found = sorted((float(dot.get("cx")), float(dot.get("cy"))) for dot in dots)
     assert found[1][0] - found[0][0] == pytest.approx(found[2][0] - found[1][0], abs=0.2)
     assert found[0][1] - found[1][1] == pytest.approx(found[1][1] - found[2][1], abs=0.2) and found[0][1] > found[1][1]
+
+
+def test_a_picture_has_a_panel_for_each_metric_that_was_measured(sources):
+    """The same heights in both, and the second as far below the first for every point."""
+    rows = [
+        Row(subject=subject, setting="wood", metric=metric, value=value, unit="m")
+        for subject, numbers in (("a", (4, 0.5, 5)), ("b", (16, 0.25, 20)))
+        for metric, value in zip(("so much", "so long", "depth"), numbers, strict=True)
+    ]
+    sources = dataclasses.replace(sources, results=[sources.results[0].model_copy(update={"rows": tuple(rows)})])
+    shown = block(sources, "points: cutting-cpu-2,so-much,so-long,never,depth")[0]
+    assert "![depth against so much and so long and never]" in shown
+    ((_, drawn),) = generate.pictures(sources, [shown])
+    svg = "{http://www.w3.org/2000/svg}"
+    dots = [
+        (float(dot.get("cx")), float(dot.get("cy"))) for dot in ElementTree.fromstring(drawn).findall(f"{svg}circle")
+    ]
+    first, second = sorted(dots[1:3]), sorted(dots[4:6])  # behind the legend's
+    assert [x for x, _ in first] == [x for x, _ in second], "both ends of their scales"
+    (a, b), (other_b, other_a) = ([y for _, y in panel] for panel in (first, second))
+    assert a > b and other_a - a == pytest.approx(other_b - b, abs=0.2) and other_b - b > a
+    with pytest.raises(UsageError, match="has none of the metrics never"):
+        generate.drawn_points(sources, "cutting-cpu-2", "never", "depth")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from penstock.data.corpora.contract import Corpus, Document
 from penstock.data.puzzles import KINDS, puzzles
@@ -23,12 +24,14 @@ class Puzzles(Corpus):
 
     Attributes:
         count: how many.
+        hardest: how hard they are: of so many levels, in turn.
     """
 
     count: PositiveInt = 3000
+    hardest: Annotated[int, Field(ge=1, le=6)] = 1
 
     def documents(self) -> Iterator[Document]:
-        sources = [puzzles(kind, held_out=False) for kind in KINDS]
+        sources = [puzzles(kind, held_out=False, hardest=self.hardest) for kind in KINDS]
         for number, source in zip(range(self.count), itertools.cycle(sources), strict=False):
             puzzle = next(source)
             yield Document(f"{puzzle.kind} {number}", puzzle.prompt + puzzle.solution)

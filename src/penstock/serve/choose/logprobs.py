@@ -81,20 +81,13 @@ class LogprobRows(List[TokenLogprobs]):
     @property
     def logprobs(self) -> list[float]:
         """Of the tokens themselves."""
-        return self._column(2)
+        values: list[float] = _floats(self.table[:, 2:3])[:, 0].tolist()
+        return values
 
     @property
-    def entropies(self) -> list[float]:
-        """Of the positions, in nats."""
-        return self._column(3)
-
-    @property
-    def certainties(self) -> list[float]:
-        """Of the positions, in nats."""
-        return self._column(4)
-
-    def _column(self, place: int) -> list[float]:
-        values: list[float] = _floats(self.table[:, place : place + 1])[:, 0].tolist()
+    def spreads(self) -> list[list[float]]:
+        """Of the tokens, log-probability, entropy and certainty each, in nats: all by one look at the array."""
+        values: list[list[float]] = _floats(self.table[:, 2:FIXED]).tolist()
         return values
 
     def __len__(self) -> int:
@@ -128,7 +121,7 @@ def _record(row: np.ndarray) -> TokenLogprobs:
 
 
 def _floats(table: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(table).view(np.float32)
+    return table.view(np.float32)
 
 
 def _bits(value: float) -> int:

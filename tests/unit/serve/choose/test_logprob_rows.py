@@ -43,8 +43,7 @@ def test_rows_are_a_sequence_of_records(wanted, start, stop, most):
     assert rows[start:stop] == wanted[start:stop]
     assert LogprobRows.joined([rows[:stop], rows[stop:]]) == wanted
     assert LogprobRows.stacked(list(rows.table)) == wanted
-    assert rows.entropies == [each.entropy for each in wanted]
-    assert rows.certainties == [each.certainty for each in wanted]
+    assert rows.spreads == [[each.logprob, each.entropy, each.certainty] for each in wanted]
     cut = [dataclasses.replace(each, top=each.top[:most]) for each in wanted[start:stop]]
     assert rows.cut(start, stop, most) == cut
 
@@ -68,7 +67,7 @@ def test_how_probabilities_are_spread_is_computed_only_where_it_is_asked_for(mon
     )
     monkeypatch.setattr(tables, "_spread", None)  # may not be called
     plain = logprobs.Logprobs.of(scores, tokens, 1).rows
-    assert plain.entropies == plain.certainties == [0.0] * 3
+    assert [each[1:] for each in plain.spreads] == [[0.0, 0.0]] * 3
     assert plain == [dataclasses.replace(each, entropy=0.0, certainty=0.0) for each in whole]
     assert some == [whole[0], *plain[1:]] and whole[0].entropy > 0
 
