@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from penstock.core.errors import ConfigError, UsageError
 from penstock.core.metrics import read_metrics
 from penstock.models import hub
+from penstock.models.companions import copy_companions
+from penstock.models.decoder import Decoder
 from penstock.parallel.world import World
 from penstock.testing.ranks import agreed
 from penstock.train import checkpoint
@@ -168,29 +170,37 @@ def test_a_run_of_one_goes_on_divided(alone, tmp_path):
         torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+def chat_model(folder: Path) -> Path:
+    """A model with a chat template, whose heads two can divide."""
+    source = make_chat_model(folder / "source")
+    shape = hub.read_config(source).model_copy(update={"kv_heads": 2, "heads": 2})
+    hub.save(Decoder(shape).initialize(0), folder / "base")
+    copy_companions(source, folder / "base")
+    return folder / "base"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "precision"), [("dpo", "fp32"), ("reward", "autocast"), ("sft", "bf16")])
 def test_fine_tuning_with_divided_layers(tmp_path, objective, precision):
     """With what is computed before the run, a new head, and examples held out."""
-    base, talks = make_chat_model(tmp_path / "base"), [turns(f"what is {i}", f"{i} a word") for i in range(24)]
+    base, talks = chat_model(tmp_path), [turns(f"what is {i}", f"{i} a word") for i in range(24)]
     key, records = "chats", [{"messages": talk} for talk in talks]
     if objective != "sft":
         key, rejected = "preferences", [turns(f"what is {i}", "no") for i in range(24)]
         records = [{"chosen": one, "rejected": other} for one, other in zip(talks, rejected, strict=True)]
     data = {"held_out": 0.25, key: str(write_lines(tmp_path / "data.jsonl", records))}
     options = {"steps": 4, "optim": {"name": "adamw", "lr": 1e-3}, "precision": precision, "compile": False}
-    chosen = chat_config(base, data=data, objective=objective, **options)
-    alone = Run.create(chosen, tmp_path / "alone")
+    alone = Run.create(chat_config(base, data=data, objective=objective, **options), tmp_path / "alone")
+    divided = chat_config(base, data=data, objective=objective, parallel={"tensor": 2}, **options)
     assert alone.trainer.train()
     summary = alone.finish()
 
     def work(world: World) -> float:
         torch.set_num_threads(1)
-        run = Run.create(chosen.model_copy(update={"parallel": divided}), tmp_path / "run", world)
+        run = Run.create(divided, tmp_path / "run", world)
         assert run.trainer.train()
         return run.finish()["held_out_loss"]
 
-    divided = options_of_pairs(chosen)
     near = 1e-5 if precision == "fp32" else 1e-2
     assert agreed(2, work) == [pytest.approx(summary["held_out_loss"], rel=near)] * 2
     losses = [
@@ -198,10 +208,6 @@ def test_fine_tuning_with_divided_layers(tmp_path, objective, precision):
     ]
     assert losses[0] == pytest.approx(losses[1], rel=near)
     assert hub.dtype_of(tmp_path / "run" / "model") == hub.dtype_of(alone.folder / "model")
-
-
-def options_of_pairs(chosen: Any) -> Any:
-    return chosen.parallel.model_copy(update={"tensor": 2})
 
 
 @pytest.mark.slow
@@ -242,7 +248,10 @@ def test_the_command_line_with_divided_layers(store, tmp_path):
         ({"optim": "muon", "parallel": {"tensor": 2}}, "the optimizer muon needs whole matrices"),
         ({"average": "naswa", "parallel": {"tensor": 2}}, "the average naswa looks at all weights together"),
         ({"model": None, "start_from": "x", "tuner": "lora", "parallel": {"tensor": 2}}, "the tuner lora adds to"),
-        ({"model": None, "target": "x", "head": "early_exit", "parallel": {"tensor": 2}}, "beside a whole model"),
+        (
+            {"model": None, "target": "x", "head": {"name": "early_exit", "layers": 1}, "parallel": {"tensor": 2}},
+            "beside a whole model",
+        ),
     ],
 )
 def test_what_needs_whole_matrices_is_refused(store, changes, told):
@@ -255,7 +264,7 @@ def test_what_needs_whole_matrices_is_refused(store, changes, told):
     [
         ({"moe": {"experts": 4, "ffn": 8}}, "it has experts", "Leave parallel.tensor out."),
         ({"heads": 6}, "it has 2 heads of keys and values", "Set parallel.tensor to 2."),
-        ({}, "this is one process, and 2 are to", "Start 2 processes"),
+        ({}, "this is one process, and 2 are to compute each layer together", "Start 2 processes"),
     ],
 )
 def test_a_model_that_cannot_be_divided_is_refused_before_the_run(store, tmp_path, model, told, hint):

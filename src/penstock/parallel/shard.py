@@ -70,6 +70,13 @@ def meshes_of(world: World, shards: int, alike: int, device: torch.device) -> Me
     Raises:
         UsageError: the processes do not make whole groups.
     """
+    if world.size % alike:
+        raise UsageError(
+            f"{world.size} processes do not make whole groups of {alike} that compute each layer together"
+            if world.size > 1
+            else f"this is one process, and {alike} are to compute each layer together",
+            hint=f"Start {alike} processes or a multiple of it, under torchrun, or set parallel.tensor=1.",
+        )
     rest = mesh_of(world, shards * alike, device)
     if alike == 1:
         return Meshes(rest, rest)

@@ -142,8 +142,8 @@ class BatchConfig(Config):
 class ParallelConfig(Config):
     """How the processes share the work: in pipelines of ``pipeline`` devices each; several pipelines share a batch. Or
     ``shard`` of them, or all, hold the model together, each some rows of every parameter; several such groups share a
-    batch, too. In the place of each process of these, ``tensor`` neighbours compute every layer together, each with some
-    heads and some numbers of the feed-forward block.
+    batch, too. In the place of each process of these, ``tensor`` neighbours compute every layer together, each with
+    some heads and some numbers of the feed-forward block.
     """
 
     pipeline: PositiveInt = 1

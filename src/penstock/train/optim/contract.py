@@ -39,8 +39,8 @@ class Optimizer(Policy):
 
     A policy gives :meth:`build`, and :meth:`limit` for its law.
 
-    ``elementwise``: how a number moves depends on its own gradients alone, so that processes that hold parts of a matrix
-    can update each their own.
+    ``elementwise``: how a number moves depends on its own gradients alone, so that processes that hold parts of a
+    matrix can update each their own.
     """
 
     elementwise: ClassVar[bool] = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -43,10 +42,13 @@ class Division:
         # To whoever asks what the model is.
         self.model.config = complete.config
         vars(self.model)["portion"] = Portion(complete.config, share)
-        kept = {name for name, _ in self.model.named_parameters() if name.startswith("layers.")} - self._own.keys()
         partial = found_in_parts(self.model)
-        #: By what the sum over processes of the gradient of what they have alike is multiplied.
-        self._factors = {name: 1.0 if name in partial else 1.0 / size for name in kept}
+        #: By what the sum over processes of the gradient of what they have alike is multiplied; in one order in all.
+        self._factors = {
+            name: 1.0 if name in partial else 1.0 / size
+            for name, _ in self.model.named_parameters()
+            if name.startswith("layers.") and name not in self._own
+        }
 
     @staticmethod
     def check(config: DecoderConfig, size: int) -> None:
@@ -82,7 +84,8 @@ class Division:
             return
         flat = torch.cat([(gradient * factor).reshape(-1) for gradient, factor in alike])
         dist.all_reduce(flat, group=self._group)
-        for (gradient, _), settled in zip(alike, flat.split([each.numel() for each, _ in alike]), strict=True):
+        pieces = torch.split(flat, [gradient.numel() for gradient, _ in alike])
+        for (gradient, _), settled in zip(alike, pieces, strict=True):
             gradient.copy_(settled.view(gradient.shape))
 
     def total_norm(self, tensors: Mapping[str, Tensor], order: float = 2.0) -> Tensor:
@@ -97,7 +100,8 @@ class Division:
             pieces = [torch.empty_like(own) for _ in self._cuts]
             dist.all_gather(pieces, own, group=self._group)
             norms += pieces
-        return torch.linalg.vector_norm(torch.stack(norms), order)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), order)
+        return norm
 
 
 class OwnParts(Mapping[str, Tensor]):
@@ -122,4 +126,4 @@ class OwnParts(Mapping[str, Tensor]):
 
 
 def _here(tensor: Tensor) -> Tensor:
-    return cast(Tensor, tensor.to_local()) if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -81,8 +81,8 @@ def fill(
         parameters = {id(parameter) for parameter in unit.parameters()}
         names = [name for name, p in model.named_parameters() if id(p) in parameters and name not in done]
         for name, weight in source(names):
-            own = weight if division is None else division.own(name, weight).contiguous()
-            _take_place(model, {name: own.to(device, dtype)})
+            share = weight if division is None else division.own(name, weight).contiguous()
+            _take_place(model, {name: share.to(device, dtype)})
         done.update(names)
         if unit in model.layers:
             shard(unit, meshes.layers, whole, arithmetic)

@@ -17,8 +17,8 @@ from penstock.models import hub
 from penstock.models.adapters import low_rank
 from penstock.models.blank import without_weights
 from penstock.models.companions import copy_companions
-from penstock.models.decoder import Decoder, Layer
 from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder, Layer
 from penstock.parallel.shard import meshes_of, reshard, total_norm, whole
 from penstock.parallel.shared_folder import Entry, SharedFolder
 from penstock.parallel.world import World
@@ -95,9 +95,7 @@ class Shards:
         if self._meshes.together is not None:
             self._division = Division(model, self._meshes.together)
             model = self._division.model
-        fill(
-            model, self._meshes, self._device, precision, source, config.seed, config.tuner.adds, self._division
-        )
+        fill(model, self._meshes, self._device, precision, source, config.seed, config.tuner.adds, self._division)
         self.model, self._parameters = model, dict(model.named_parameters())
         return model
 
