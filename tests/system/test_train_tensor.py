@@ -189,9 +189,9 @@ def test_fine_tuning_with_divided_layers(tmp_path, objective, precision):
         key, rejected = "preferences", [turns(f"what is {i}", "no") for i in range(24)]
         records = [{"chosen": one, "rejected": other} for one, other in zip(talks, rejected, strict=True)]
     data = {"held_out": 0.25, key: str(write_lines(tmp_path / "data.jsonl", records))}
-    options = {"steps": 4, "optim": {"name": "adamw", "lr": 1e-3}, "precision": precision, "compile": False}
-    alone = Run.create(chat_config(base, data=data, objective=objective, **options), tmp_path / "alone")
-    divided = chat_config(base, data=data, objective=objective, parallel={"tensor": 2}, **options)
+    changes = {"data": data, "objective": objective, "steps": 4, "optim": {"name": "adamw", "lr": 1e-3}}
+    alone = Run.create(chat_config(base, precision=precision, **changes), tmp_path / "alone")
+    divided = chat_config(base, precision=precision, parallel={"tensor": 2}, **changes)
     assert alone.trainer.train()
     summary = alone.finish()
 

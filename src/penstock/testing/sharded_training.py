@@ -56,6 +56,7 @@ DIVIDED: dict[str, dict[str, Any]] = {
             "mlp_bias": True,
         },
         "tuner": {"name": "full", "frozen": ["embedding.*", "layers.0.mlp.*", "*attention_norm.*"]},
+        "activation_checkpointing": True,
     },
 }
 

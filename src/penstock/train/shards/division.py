@@ -21,6 +21,9 @@ class Division:
     """How the processes of ``group`` divide the layers of a model: rows and columns of its matrices, by heads and by
     numbers of the feed-forward blocks. What is not divided all have alike; embedding, last norm and head are not.
 
+    PyTorch's ``parallelize_module`` is not used: queries, keys and values have one matrix, as have gate and up, and the
+    share of such a matrix is some rows of each of its parts, which no placement of a DTensor says.
+
     Args:
         complete: the model, prepared and on the meta device.
         group: those that compute it together.
