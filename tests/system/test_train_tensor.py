@@ -32,6 +32,15 @@ TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 BATCH = {"tokens": 256, "micro_tokens": 32, "stages": [{"length": 16}, {"length": 32}]}
 SHAPE = {**MODEL, "heads": 4, "kv_heads": 2, "head_dim": 8, "qk_norm": True, "tied": True, "init_std": 0.08}
 STEPS = 4
+HEAD = {
+    "model": None,
+    "target": "x",
+    "head": {"name": "early_exit", "layers": 1},
+    "objective": "self_distillation",
+    "average": None,
+    "validation": {},
+    "parallel": {"tensor": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -248,10 +257,7 @@ def test_the_command_line_with_divided_layers(store, tmp_path):
         ({"optim": "muon", "parallel": {"tensor": 2}}, "the optimizer muon needs whole matrices"),
         ({"average": "naswa", "parallel": {"tensor": 2}}, "the average naswa looks at all weights together"),
         ({"model": None, "start_from": "x", "tuner": "lora", "parallel": {"tensor": 2}}, "the tuner lora adds to"),
-        (
-            {"model": None, "target": "x", "head": {"name": "early_exit", "layers": 1}, "parallel": {"tensor": 2}},
-            "beside a whole model",
-        ),
+        (HEAD, "beside a whole model"),
     ],
 )
 def test_what_needs_whole_matrices_is_refused(store, changes, told):
