@@ -40,12 +40,12 @@ def orders(world: World) -> Any:
         torch.cuda.set_device(device)
     folder, optimizers = Path(tempfile.mkdtemp()), enrolled("optim.optimizer")
 
-    def trained(kind: str, name: str, shard: int, compiled: bool = False, **changes: Any) -> Course:
+    def trained(kind: str, name: str, size: int, compiled: bool = False, tensor: int = 1, **changes: Any) -> Course:
         start = folder / f"{kind} model"
         if not start.exists():
             write_model(start, kind)
-        config = options(kind, precise(optimizers[name]), start, shard, **changes)
-        trainer = trainer_of(config, folder, world if shard > 1 else None, device)
+        config = options(kind, precise(optimizers[name]), start, size // tensor, tensor, **changes)
+        trainer = trainer_of(config, folder, world if size > 1 else None, device)
         if compiled:
             assert trainer.shards is not None
             trainer.shards.compile()
@@ -74,8 +74,9 @@ def orders(world: World) -> Any:
             if order == "memory":
                 return memory()
             how, kind, name = order.split(" | ")
+            how, _, divided = how.partition(", ")
             changes = {} if how in ("fp32", "compiled") else {"precision": how}
-            found = trained(kind, name, world.size, how == "compiled", **changes)
+            found = trained(kind, name, world.size, how == "compiled", 2 if divided else 1, **changes)
             alone = trained(kind, name, 1, **changes)
             if not changes:
                 return "; ".join(differences(found, alone))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from penstock.policy import index
-from penstock.testing.sharded_training import KINDS
+from penstock.testing.sharded_training import DIVIDED, KINDS
 from penstock.testing.workers import Workers
 
 pytestmark = [
@@ -34,6 +34,17 @@ def test_shards_train_as_one_gpu_does(workers, kind, name):
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_low_precision_too(workers, kind, precision):
     assert set(workers.ask(f"{precision} | {kind} | adamw")) == {""}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("kind", DIVIDED)
+def test_divided_layers_train_as_one_gpu_does(workers, kind, precision):
+    """Two neighbours compute each layer together; of four, two such pairs hold the model together."""
+    assert set(workers.ask(f"{precision}, divided | {kind} | adamw")) == {""}
+
+
+def test_compiled_divided_layers_compute_the_same(workers):
+    assert set(workers.ask("compiled, divided | divided | adamw", 600)) == {""}
 
 
 def test_compiled_layers_compute_the_same(workers):

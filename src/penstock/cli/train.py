@@ -31,9 +31,9 @@ def train(
 
     Under `torchrun`, all processes train one model, each on its part of every batch. With parallel.shard=all each holds
     only some rows of every parameter, or, with parallel.shard=N, groups of N hold the model together. With
-    parallel.pipeline=P, P of them hold a part of the model each and work on it by pipeline.schedule, after
-    pipeline.transforms, or along the paths of pipeline.route. Layers are cut evenly, or as pipeline.cuts,
-    pipeline.speeds or pipeline.partition say.
+    parallel.tensor=T, T neighbours in the place of each process compute every layer together. With parallel.pipeline=P,
+    P of them hold a part of the model each and work on it by pipeline.schedule, after pipeline.transforms, or along the
+    paths of pipeline.route. Layers are cut evenly, or as pipeline.cuts, pipeline.speeds or pipeline.partition say.
 
     Examples: `penstock train --preset demo --set optim.lr=3e-3 --out runs/try`,
     `penstock train --preset sft --set start_from=smollm2 --set data.chats=chats.jsonl --out runs/sft`,
@@ -46,6 +46,7 @@ def train(
     `penstock train --preset acceptance --set target=python-6m --set draft=python-1m --out runs/acceptance`,
     `penstock train --resume runs/try`, `torchrun --nproc-per-node 8 -m penstock train config.toml`,
     `torchrun --nproc-per-node 8 -m penstock train config.toml --set parallel.shard=all`,
+    `torchrun --nproc-per-node 8 -m penstock train config.toml --set parallel.shard=all --set parallel.tensor=2`,
     `torchrun --nproc-per-node 4 -m penstock train config.toml --set parallel.pipeline=4 --set pipeline.schedule=zb-h1`,
     `... --set parallel.pipeline=4 --set 'pipeline.transforms=[2bp, pipeoffload]'`,
     `... --set parallel.pipeline=4 --set pipeline.schedule=zb-h2 --set pipeline.post_validation=true`,

@@ -97,6 +97,31 @@ def _obstacle(config: DecoderConfig, size: int) -> str | None:
     return None
 
 
+def with_divided_layers(config: DecoderConfig, size: int) -> DecoderConfig:
+    """The shape of what each of ``size`` ranks trains of a model: heads and feed-forward blocks are divided, each among
+    all, and the vocabulary is not.
+
+    Raises:
+        UsageError: they cannot divide it.
+    """
+    obstacle = _obstacle_to_training(config, size)
+    if obstacle is not None:
+        fitting = [str(count) for count in range(2, config.heads + 1) if _obstacle_to_training(config, count) is None]
+        raise UsageError(
+            f"{size} processes cannot divide the layers of this model among them: {obstacle}",
+            hint=f"Set parallel.tensor to {' or '.join(fitting)}." if fitting else "Leave parallel.tensor out.",
+        )
+    return divided(config, size).model_copy(update={"vocabulary": config.vocabulary})
+
+
+def _obstacle_to_training(config: DecoderConfig, size: int) -> str | None:
+    if config.moe is not None:
+        return "it has experts"
+    if config.latent is None and config.kv_heads % size:
+        return f"it has {config.kv_heads:,} heads of keys and values"  # which several ranks would have to train alike
+    return _obstacle(config, size)
+
+
 def _dense(config: DecoderConfig) -> bool:
     """Whether a layer has an ordinary feed-forward block."""
     return not all(config.sparse(layer) for layer in range(config.layers))
@@ -122,6 +147,13 @@ class Cut:
             shape[axis] = missing
             pieces.append(tensor.new_zeros(shape))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
+
+    def put(self, whole: Tensor, own: Tensor) -> None:
+        """Writes the share ``own`` where it belongs in ``whole``."""
+        offset = 0
+        for start, stop in self.ranges:
+            whole.narrow(self.axis, start, stop - start).copy_(own.narrow(self.axis, offset, stop - start))
+            offset += stop - start
 
     def of_packed(self, name: str, packed: Packed) -> Packed:
         """The share of the matrix ``name`` as it is stored.
@@ -153,15 +185,29 @@ def cuts(whole: Decoder, part: Decoder, family: Family, share: Share) -> dict[st
     for (name, hub, view), (_, _, target) in zip(placed(whole, family), placed(part, family), strict=True):
         axis = _differing(view, target)
         if axis is not None:
-            stack = stacks.get(name, ())
-            size = view.shape[axis]
-            pairs = stack if size == sum(own for own, _ in stack) else [(size, target.shape[axis])]
+            pairs = _pairs(stacks.get(name, []), view.shape[axis], target.shape[axis])
             found[hub] = Cut(view.shape, axis, tuple(_ranges(pairs, share)), target.shape[axis])
         elif share.rank and _in_sum(name, axes):
             found[hub] = Cut(view.shape, -1, (), view.shape[-1])
     if whole.config.tied:
         found[family.tensors["head.weight"][0]] = found[family.tensors["embedding.weight"][0]]
     return found
+
+
+def parameter_cuts(whole: Decoder, part: Decoder, share: Share) -> dict[str, Cut]:
+    """What the rank of ``share``, whose model is ``part``, takes of those parameters of ``whole`` that are divided."""
+    stacks, found = _stacks(whole, part), dict[str, Cut]()
+    for name, axis in _axes(whole, part).items():
+        if axis is not None:
+            shape, size = whole.get_parameter(name).shape, part.get_parameter(name).shape[axis]
+            found[name] = Cut(shape, axis, tuple(_ranges(_pairs(stacks.get(name, []), shape[axis], size), share)), size)
+    return found
+
+
+def _pairs(stack: list[tuple[int, int]], whole: int, part: int) -> list[tuple[int, int]]:
+    """The sizes of what stands one behind the other along a dimension, and of a share of each: a ``stack``, if it is
+    that dimension's, or one thing."""
+    return stack if whole == sum(own for own, _ in stack) else [(whole, part)]
 
 
 def _ranges(pairs: Iterable[tuple[int, int]], share: Share) -> Iterator[tuple[int, int]]:

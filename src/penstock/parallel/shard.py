@@ -8,6 +8,8 @@ compute on the rows that are here.
 
 from __future__ import annotations
 
+import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Sequence, Set
 from typing import cast
 
@@ -44,8 +46,53 @@ def mesh_of(world: World, shards: int, device: torch.device) -> DeviceMesh:
         return init_device_mesh(device.type, (groups, shards), mesh_dim_names=("replicate", "shard"))
 
 
+@dataclasses.dataclass(frozen=True)
+class Meshes:
+    """Over which processes what is sharded.
+
+    Attributes:
+        layers: those that have the same share of every layer: [groups, shards], or [shards] where there is one group.
+        rest: those that have anything of what is not divided into shares, the same way.
+        alike: how many processes compute each layer together, and all else alike: neighbours.
+        together: these.
+    """
+
+    layers: DeviceMesh
+    rest: DeviceMesh
+    alike: int = 1
+    together: dist.ProcessGroup | None = None
+
+
+def meshes_of(world: World, shards: int, alike: int, device: torch.device) -> Meshes:
+    """The ranks as groups of ``alike`` neighbours that compute each layer together, and those as larger ones of
+    ``shards`` groups, each of which holds the model once. All processes call this.
+
+    Raises:
+        UsageError: the processes do not make whole groups.
+    """
+    if world.size % alike:
+        raise UsageError(
+            f"{world.size} processes do not make whole groups of {alike} that compute each layer together"
+            if world.size > 1
+            else f"this is one process, and {alike} are to compute each layer together",
+            hint=f"Start {alike} processes or a multiple of it, under torchrun, or set parallel.tensor=1.",
+        )
+    rest = mesh_of(world, shards * alike, device)
+    if alike == 1:
+        return Meshes(rest, rest)
+    groups = world.size // (shards * alike)
+    with world.explained("a new group of processes"):
+        mesh = init_device_mesh(device.type, (groups, shards, alike), mesh_dim_names=("replicate", "shard", "tensor"))
+    layers = mesh["shard"] if groups == 1 else mesh["replicate", "shard"]
+    return Meshes(layers, rest, alike, mesh.get_group("tensor"))
+
+
 def shard(
-    module: nn.Module, mesh: DeviceMesh, whole: Set[nn.Parameter] = frozenset(), arithmetic: torch.dtype | None = None
+    module: nn.Module,
+    mesh: DeviceMesh,
+    whole: Set[nn.Parameter] = frozenset(),
+    arithmetic: torch.dtype | None = None,
+    alike: int = 1,
 ) -> None:
     """Shards the parameters of ``module``, in place, that are not sharded yet. They are put together for its forward
     and its backward pass; those of the outermost module that is sharded, from the one to the end of the other.
@@ -56,6 +103,7 @@ def shard(
         whole: parameters that stay as they are, on each rank.
         arithmetic: the dtype in which they are put together, where it is another one than theirs. Gradients are summed
             in theirs.
+        alike: how many of the processes find each gradient.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=arithmetic, reduce_dtype=arithmetic and torch.float32, cast_forward_inputs=False
@@ -63,7 +111,7 @@ def shard(
     fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=set(whole))
     # Whoever divides the loss does so by what all ranks count: gradients are added up, and not averaged.
     sharded = cast(FSDPModule, module)
-    sharded.set_gradient_divide_factor(1.0)
+    sharded.set_gradient_divide_factor(float(alike))
     sharded.set_force_sum_reduction_for_comms(True)
 
 
@@ -103,6 +151,15 @@ def total_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     """The norm of all of the tensors together, the same in all ranks."""
     norm = torch.nn.utils.get_total_norm(tensors, norm_type=order)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip(parameters: Sequence[nn.Parameter], most: float, norm: Tensor) -> None:
+    """Scales the gradients of ``parameters``, in place, so that their ``norm`` is ``most`` where it is more."""
+    meshes = defaultdict[DeviceMesh | None, list[nn.Parameter]](list)  # one operator takes those of one
+    for parameter in parameters:
+        meshes[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
+    for members in meshes.values():
+        torch.nn.utils.clip_grads_with_norm_(members, most, norm)
 
 
 def of_matrices(tensors: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:

@@ -107,7 +107,7 @@ class WidelyNormedAttention(Attention):
     def norm_widths(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(query.dtype, torch.float32)
         flat = [each.flatten(-2).to(wide) for each in (query, key)]
-        sums = sum_of_ranks(torch.stack([each.square().sum(-1) for each in flat], -1))
+        sums = self.sum_of_squares(torch.stack([each.square().sum(-1) for each in flat], -1))
         normed = []
         for each, norm, total in zip(flat, (self.query_norm, self.key_norm), sums.unbind(-1), strict=True):
             # Key heads that several ranks have are in the sum as often as they are counted here.
@@ -115,6 +115,10 @@ class WidelyNormedAttention(Attention):
             scaled = each * torch.rsqrt(mean + norm.eps).unsqueeze(-1) * norm.scale.to(wide)
             normed.append(scaled.to(query.dtype).view(*each.shape[:-1], -1, self.head_dim))
         return normed[0], normed[1]
+
+    def sum_of_squares(self, own: Tensor) -> Tensor:
+        """The sum over all ranks of what each has of its ``own``."""
+        return sum_of_ranks(own)
 
 
 def join(model: Decoder, whole: DecoderConfig, share: Share) -> Decoder:

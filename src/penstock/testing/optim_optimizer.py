@@ -10,6 +10,7 @@ Bugs that its clauses are there to catch:
 - independence, stack: norms taken over too many dimensions; batches of matrices that are mixed up; stacks of experts
   that are taken for one matrix, or do not decay.
 - shards: what needs a whole matrix, and takes the rows that a process has for one.
+- parts: what says that it is elementwise, and looks at a matrix, a row or a column.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def check(options: Optimizer) -> None:
     check_independence(options)
     check_stack(options)
     check_shards(options)
+    check_parts(options)
 
 
 def check_limit(options: Optimizer, updates: int = 5) -> None:
@@ -169,6 +171,24 @@ def check_shards(options: Optimizer) -> None:
 
     complaints = on_shards(work)
     assert not complaints, "; ".join(complaints)
+
+
+def check_parts(options: Optimizer) -> None:
+    """Of a policy that says that it is elementwise, halves of parameters are updated as the whole ones are."""
+    if not options.elementwise:
+        return
+    whole = parameters()
+    run([options.build(whole)], whole, 3)
+    for axis in (0, -1):
+        for half in (0, 1):
+            own = {name: nn.Parameter(p.detach().chunk(2, axis)[half].clone()) for name, p in parameters().items()}
+            optimizer = options.build(own)
+            for step in range(3):
+                for name, parameter in own.items():
+                    parameter.grad = _gradient(name, whole[name], step).chunk(2, axis)[half].clone()
+                optimizer.step()
+            for name, parameter in own.items():
+                _assert_same_move(parameter, whole[name].chunk(2, axis)[half], parameters()[name].chunk(2, axis)[half])
 
 
 def parameters(shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> Parameters:

@@ -43,6 +43,23 @@ KINDS: dict[str, dict[str, Any]] = {
     "partly frozen": {"tuner": {"name": "full", "frozen": ["embedding.*", "layers.0.*"]}, "average": "naswa"},
 }
 
+#: The same of models whose layers two processes can divide. Of four heads, one has those of other keys than the other.
+DIVIDED: dict[str, dict[str, Any]] = {
+    "divided": {"model": {"heads": 4, "kv_heads": 2}, "average": "ema", "rates": {"embedding.*": 0.5}},
+    "divided, biased and partly frozen": {
+        "model": {
+            "kv_heads": 2,
+            "tied": False,
+            "qk_norm": False,
+            "qkv_bias": True,
+            "output_bias": True,
+            "mlp_bias": True,
+        },
+        "tuner": {"name": "full", "frozen": ["embedding.*", "layers.0.mlp.*", "*attention_norm.*"]},
+        "activation_checkpointing": True,
+    },
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Course:
@@ -52,19 +69,19 @@ class Course:
     weights: dict[str, Tensor]
 
 
-def options(kind: str, optimizer: Optimizer, start: Path, shard: int, **changes: Any) -> TrainConfig:
+def options(kind: str, optimizer: Optimizer, start: Path, shard: int, tensor: int = 1, **changes: Any) -> TrainConfig:
     """A configuration of the trainer for batches of :func:`~penstock.testing.pipeline_training.batch`: two microbatches
     of a row each for each of four processes, or as many for fewer; it begins with the model in ``start``."""
     tree: dict[str, Any] = {
         "start_from": str(start),
         "batch": {"tokens": ROWS * LENGTH, "micro_tokens": LENGTH, "stages": [{"length": LENGTH}]},
         "optim": optimizer.describe(),
-        "parallel": {"shard": shard},
+        "parallel": {"shard": shard, "tensor": tensor},
         "precision": "fp32",
         "compile": False,
         "device": "cpu",
         "steps": 100,
-        **{key: value for key, value in KINDS[kind].items() if key != "model"},
+        **{key: value for key, value in (KINDS | DIVIDED)[kind].items() if key != "model"},
         **changes,
     }
     return build(TrainConfig, tree, "a test")
@@ -85,7 +102,7 @@ def write_model(folder: Path, kind: str) -> Path:
         "tied": True,
         "qk_norm": True,
         "init_std": 0.3,
-        **KINDS[kind].get("model", {}),
+        **(KINDS | DIVIDED)[kind].get("model", {}),
     }
     config = build(TrainConfig, {"model": shape, "steps": 1, "batch": {"stages": [{"length": LENGTH}]}}, "a test").model
     assert config is not None
@@ -101,19 +118,22 @@ def trainer_of(config: TrainConfig, folder: Path, world: World | None = None, de
     model = hub.blank(start) if shards else hub.load(start, dtype=torch.float32, device=device)
     config.tuner.attach(model, config.seed)
     if shards is not None:
-        shards.fill(model, cast(Any, config.precision), start)
+        model = shards.fill(model, cast(Any, config.precision), start)
     return Trainer(config, model, cast(Any, None), folder, folder, world, None, shards)
 
 
 def course(trainer: Trainer, updates: int = UPDATES) -> Course:
-    """Some updates; each process has its rows of every batch."""
-    mine = ROWS // trainer.world.size
-    own = slice(trainer.world.rank * mine, (trainer.world.rank + 1) * mine)
+    """Some updates; each process has its rows of every batch, or those of them that compute every layer together."""
+    shards, world = trainer.shards, trainer.world
+    reader, readers = (shards.reader, shards.readers) if shards else (world.rank, world.size)
+    mine = ROWS // readers
+    own = slice(reader * mine, (reader + 1) * mine)
     made = [trainer.update(batch(step, ROWS).each(operator.itemgetter(own)), LENGTH, 1.0) for step in range(updates)]
     reports = [[each[key].item() for key in ("loss", "grad_norm", "grad_l1")] for each in made]
-    weights = {name: whole(master).clone() for name, master in trainer.weights.masters.items()}
+    complete = shards.whole if shards else lambda name, tensor: whole(tensor)
+    weights = {name: complete(name, master).clone() for name, master in trainer.weights.masters.items()}
     for name, average in zip(trainer.weights.masters, trainer.updater.averages, strict=False):
-        weights[f"the average of {name}"] = whole(average).clone()
+        weights[f"the average of {name}"] = complete(name, average).clone()
     return Course(reports, weights)
 
 
@@ -134,22 +154,24 @@ def differences(ours: Course, theirs: Course) -> list[str]:
     return faults
 
 
-def check_shards(optimizers: Mapping[str, Optimizer], folder: Path, size: int, shard: int) -> None:
+def check_shards(optimizers: Mapping[str, Optimizer], folder: Path, size: int, shard: int, tensor: int = 1) -> None:
     """Asserts that each of ``optimizers`` trains models of all :data:`KINDS` on ``size`` processes, ``shard`` of which
-    hold a model together, as on one."""
+    hold a model together, as on one; where ``tensor`` neighbours compute each layer together in the place of each of
+    these, those of :data:`DIVIDED`."""
     torch.set_num_threads(1)
-    starts = {kind: write_model(folder / f"{kind} model", kind) for kind in KINDS}
-    cases = list(itertools.product(KINDS, optimizers))
+    kinds = KINDS if tensor == 1 else DIVIDED
+    starts = {kind: write_model(folder / f"{kind} model", kind) for kind in kinds}
+    cases = list(itertools.product(kinds, optimizers))
 
-    def configured(kind: str, name: str, shard: int) -> TrainConfig:
-        return options(kind, precise(optimizers[name]), starts[kind], shard)
+    def configured(kind: str, name: str, shard: int, tensor: int) -> TrainConfig:
+        return options(kind, precise(optimizers[name]), starts[kind], shard, tensor)
 
-    alone = {case: course(trainer_of(configured(*case, 1), folder)) for case in cases}
+    alone = {case: course(trainer_of(configured(*case, 1, 1), folder)) for case in cases}
 
     def work(world: World) -> list[str]:
         faults = []
         for kind, name in cases:
-            found = course(trainer_of(configured(kind, name, shard), folder, world))
+            found = course(trainer_of(configured(kind, name, shard, tensor), folder, world))
             faults += [f"{name}, {kind}: {fault}" for fault in differences(found, alone[kind, name])]
         return faults
 

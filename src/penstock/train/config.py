@@ -142,16 +142,20 @@ class BatchConfig(Config):
 class ParallelConfig(Config):
     """How the processes share the work: in pipelines of ``pipeline`` devices each; several pipelines share a batch. Or
     ``shard`` of them, or all, hold the model together, each some rows of every parameter; several such groups share a
-    batch, too.
+    batch, too. In the place of each process of these, ``tensor`` neighbours compute every layer together, each with
+    some heads and some numbers of the feed-forward block.
     """
 
     pipeline: PositiveInt = 1
     shard: PositiveInt | Literal["all"] = 1
+    tensor: PositiveInt = 1
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if self.pipeline > 1 and self.shard != 1:
             raise ValueError("a pipeline's stages are not sharded: give parallel.pipeline or parallel.shard, not both")
+        if self.pipeline > 1 and self.tensor > 1:
+            raise ValueError("a pipeline's layers are not divided: give parallel.pipeline or parallel.tensor, not both")
         return self
 
 
@@ -296,6 +300,8 @@ class TrainConfig(Config):
                 f"the route {self.pipeline.route.policy_name} leads through the stages of a pipeline, and "
                 "parallel.pipeline is 1: set that to their number, or pipeline.route=none"
             )
+        if self.parallel.tensor > 1:
+            self._tensor_possible()
         learns, name = self.objective.learns_from, self.objective.policy_name
         for key in ("chats", "preferences", "ratings"):
             if getattr(self.data, key) is not None and key != learns:
@@ -318,9 +324,27 @@ class TrainConfig(Config):
                 f"data.new_tokens have to be learnt by the embedding, which the tuner {self.tuner.policy_name} leaves "
                 "as it is: set tuner=full"
             )
-        if self.parallel.pipeline > 1 or self.parallel.shard != 1:
+        if self.parallel != ParallelConfig():
             raise ValueError(
-                "data.new_tokens are given to a model on one device: set parallel.pipeline=1 and parallel.shard=1"
+                "data.new_tokens are given to a model on one device: set parallel.pipeline=1, parallel.shard=1 and "
+                "parallel.tensor=1"
+            )
+
+    def _tensor_possible(self) -> None:
+        if not isinstance(self.tuner, Full):
+            raise ValueError(
+                f"the tuner {self.tuner.policy_name} adds to whole matrices, which parallel.tensor divides: set "
+                "parallel.tensor=1"
+            )
+        if not self.optim.elementwise:
+            raise ValueError(
+                f"the optimizer {self.optim.policy_name} needs whole matrices, which parallel.tensor divides: set "
+                "parallel.tensor=1, or optim=adamw"
+            )
+        if self.average is not None and not self.average.elementwise:
+            raise ValueError(
+                f"the average {self.average.policy_name} looks at all weights together, which parallel.tensor divides: "
+                "set parallel.tensor=1, or average=ema"
             )
 
     def _head_complete(self) -> None:
@@ -339,7 +363,7 @@ class TrainConfig(Config):
             raise ValueError(f"the objective {self.objective.policy_name!r} trains models, not heads")
         if self.tuner.adds:
             raise ValueError(f"a head is trained beside the model as it is: no tuner {self.tuner.policy_name!r}")
-        if self.parallel.shard != 1:
-            raise ValueError("a head is trained beside a whole model: set parallel.shard=1")
+        if self.parallel.shard != 1 or self.parallel.tensor > 1:
+            raise ValueError("a head is trained beside a whole model: set parallel.shard=1 and parallel.tensor=1")
         if self.parallel.pipeline > 1 or self.validation.every is not None:
             raise ValueError("a head is trained without a pipeline, and evaluated at the end: no validation.every")

@@ -18,7 +18,6 @@ from penstock.core.signals import StopRequest
 from penstock.core.trackers import Tracker, WeightsAndBiases
 from penstock.data.loader import Batch, Batches
 from penstock.models.beside import Beside
-from penstock.parallel.shard import total_norm
 from penstock.parallel.world import World
 from penstock.train import checkpoint, folders
 from penstock.train.compiling import compile_loss, eager_seconds, obstacle
@@ -147,7 +146,8 @@ class Trainer:
     @property
     def parameters(self) -> int:
         """Parameters of the model, all parts of it."""
-        return self.pipeline.parameters if self.pipeline else self.model.parameter_count()
+        parts = self.pipeline or self.shards
+        return parts.parameters if parts else self.model.parameter_count()
 
     @property
     def progress(self) -> float:
@@ -321,7 +321,7 @@ class Trainer:
         if self.position.step == self._saved:
             return
         with self._exchanging():
-            size = total_norm(self.updater.masters).item()
+            size = self.updater.norm(self.weights.masters).item()
         require_finite(size, "the norm of the weights", self.position.step, self._resume)
         config, best = self.config, self.position.best_step if self.config.validation.keep_best else None
         keeping = checkpoint.Keeping(config.keep_checkpoints, config.keep_every, best)

@@ -63,15 +63,14 @@ def restore(updater: Updater, folder: Path, state: TrainerState, config: TrainCo
         CheckpointError: it was written with another kind of optimizer, or lacks state that is needed now.
     """
     _require_same(updater, folder, state, config)
-    entries = state.tensors["optimizer"]
+    parts = updater.pipeline or updater.shards
+    own = parts.own if parts else dict
     if updater.pipeline:
         updater.pipeline.part.take(hub.load(folder))
-        entries = updater.pipeline.own(entries)
     elif not updater.adds and not updater.shards:
         # Else the base is there, and what is added to it among the masters; or the shards were filled from the folder.
         folders.import_state(updater.model, folder)
-    checkpoint.restore_optimizer(updater.optimizer, updater.names, entries)
-    own = updater.pipeline.own if updater.pipeline else dict
+    checkpoint.restore_optimizer(updater.optimizer, updater.names, own(state.tensors["optimizer"]))
     if "masters" in state.tensors:
         updater.weights.load(own(state.tensors["masters"]))
     if updater.averages:

@@ -95,9 +95,14 @@ class Run:
             named = next((name for name, dtype in DTYPES.items() if dtype == stored), None)
             config = config.model_copy(update={"export_dtype": named})
         pipeline = Pipeline(config, shape, folder, world) if config.parallel.pipeline > 1 else None
+        Shards.check(config, shape)
         shards = Shards.of(config, world, self.device)
-        rank, size = (pipeline.grid.pipeline, pipeline.grid.pipelines) if pipeline else (world.rank, world.size)
-        rows_of_each(config.batch, size, "pipelines" if pipeline else "processes")
+        rank, size = world.rank, world.size
+        if pipeline:
+            rank, size = pipeline.grid.pipeline, pipeline.grid.pipelines
+        elif shards:
+            rank, size = shards.reader, shards.readers
+        rows_of_each(config.batch, size, "processes" if size == world.size else "groups of processes")
         model = self._part(pipeline, found) if pipeline else self._model(found, blank=shards is not None)
         folders.check(model)
         if isinstance(model, Decoder):
@@ -116,7 +121,7 @@ class Run:
         if shards is not None:
             assert isinstance(model, Decoder)  # the configuration refuses heads
             config, precision = self._with_precision(config)
-            shards.fill(model, precision, found if found and not config.tuner.adds else config.start_from)
+            model = shards.fill(model, precision, found if found and not config.tuner.adds else config.start_from)
         self.material: Material = kind(config, self._store_folder, parent, shape, world, report)
         self.notes += self.material.notes
         self.config = config = config.model_copy(update={"data": self.material.settled()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from penstock.core.errors import PenstockError
 from penstock.data.loader import Batch
 from penstock.models.attention import CausalRows, PackedRows
-from penstock.parallel.shard import total_norm
+from penstock.parallel.shard import clip, total_norm
 from penstock.parallel.world import World
 from penstock.train.batches import Microbatch, microbatches
 from penstock.train.config import TrainConfig
@@ -68,6 +68,7 @@ class Updater:
         self.names = {id(parameter): name for name, parameter in weights.masters.items()}
         self.averages = [m.detach().clone() for m in self.masters] if config.average else []
         self.loads = Loads(model)
+        self._alike = shards.alike if shards else 1  # processes that have the same rows
         tuner, objective = config.tuner, config.objective
         self.loss: Callable[..., Tensor] = lambda model, batch, context: tuner.loss(objective, model, batch, context)
         self.position = Position()
@@ -139,7 +140,7 @@ class Updater:
                 self.optimizer.zero_grad()
                 return {**measured, "skipped": torch.ones(())}
             if self._config.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.masters, self._config.clip, norms["grad_norm"])
+                clip(self.masters, self._config.clip, norms["grad_norm"])
             self._apply()
         self._average(self.position.step + 1)
         return measured
@@ -151,6 +152,7 @@ class Updater:
         else:
             predicted = self._config.objective.count(batch).to(self.device, torch.float32)
             self.world.sum_([predicted])
+            predicted /= self._alike
         return predicted.clamp_(min=1)
 
     def _set_rates(self, factor: float) -> None:
@@ -211,10 +213,16 @@ class Updater:
             loss.backward()  # type: ignore[no-untyped-call]
             self.weights.collect_gradients()
             total += loss.detach()
-        gradients = [m.grad for m in self.masters if m.grad is not None]
+        gradients = {name: m.grad for name, m in self.weights.masters.items() if m.grad is not None}
         # Those of shards were summed when they were computed.
-        self.world.sum_([*(grad for grad in gradients if not isinstance(grad, DTensor)), total])
-        return total, {"grad_norm": total_norm(gradients), "grad_l1": total_norm(gradients, 1.0)}
+        self.world.sum_([*(grad for grad in gradients.values() if not isinstance(grad, DTensor)), total])
+        if self.shards:
+            self.shards.settle(gradients)
+        return total / self._alike, {"grad_norm": self.norm(gradients), "grad_l1": self.norm(gradients, 1.0)}
+
+    def norm(self, tensors: Mapping[str, Tensor], order: float = 2.0) -> Tensor:
+        """The norm of the named masters together, or of their gradients, over all processes that have some of them."""
+        return self.shards.total_norm(tensors, order) if self.shards else total_norm(list(tensors.values()), order)
 
     def use_average(self) -> None:
         """Puts the averaged weights into the model."""

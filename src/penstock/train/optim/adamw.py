@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -18,6 +18,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 @policy("optim.optimizer", "adamw")
 class AdamW(Optimizer):
     """AdamW (Loshchilov & Hutter, 2019), PyTorch's fused kernel; matrices decay, norms and biases do not."""
+
+    elementwise: ClassVar[bool] = True
 
     lr: PositiveFloat = 3e-4
     betas: tuple[Beta, Beta] = (0.9, 0.95)

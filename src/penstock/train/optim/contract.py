@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
@@ -30,13 +31,19 @@ class Limit:
     "optim.optimizer",
     law="in the limiting case that the policy gives, equal to a known optimizer bit for bit; nothing moves at the rate "
     "0, nor a parameter without a gradient; parameters do not depend on each other, nor the matrices of a stack; all "
-    "state survives a checkpoint bit for bit; parameters of which processes have some rows each move as whole ones do",
+    "state survives a checkpoint bit for bit; parameters of which processes have some rows each move as whole ones do, "
+    "and, of a policy that says that it is elementwise, parts of every kind",
 )
 class Optimizer(Policy):
     """An optimizer: the peak learning rate ``lr``, decoupled ``weight_decay``, and how to build it.
 
     A policy gives :meth:`build`, and :meth:`limit` for its law.
+
+    ``elementwise``: how a number moves depends on its own gradients alone, so that processes that hold parts of a
+    matrix can update each their own.
     """
+
+    elementwise: ClassVar[bool] = False
 
     lr: PositiveFloat
     weight_decay: NonNegativeFloat = 0.1

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from penstock.models import hub
 from penstock.models.adapters import low_rank
 from penstock.models.blank import without_weights
 from penstock.models.decoder import Decoder
-from penstock.parallel.shard import shard
+from penstock.parallel.shard import Meshes, shard
 from penstock.train.precision import Precision
+from penstock.train.shards.division import Division
 
 #: Gives weights by their names, one at a time, float32 in the host's memory.
 Source = Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
@@ -41,19 +41,27 @@ def source_of(model: Decoder, folder: Path | str | None, seed: int) -> Source:
 
 
 def fill(
-    model: Decoder, mesh: DeviceMesh, device: torch.device, precision: Precision, source: Source, seed: int, adds: bool
+    model: Decoder,
+    meshes: Meshes,
+    device: torch.device,
+    precision: Precision,
+    source: Source,
+    seed: int,
+    adds: bool,
+    division: Division | None = None,
 ) -> None:
-    """Gives ``model``, which is on the meta device, its weights, sharded over ``mesh``.
+    """Gives ``model``, which is on the meta device, its weights, sharded over ``meshes``.
 
     Args:
-        model: prepared: what it trains has ``requires_grad``.
-        mesh: of :func:`~penstock.parallel.shard.mesh_of`.
+        model: prepared: what it trains has ``requires_grad``; where its layers are divided, this process's share.
+        meshes: of :func:`~penstock.parallel.shard.meshes_of`.
         device: this process's.
         precision: in bf16, layers round their weights when they put them together; those of a base that nothing is
             trained of are kept rounded.
         source: of the model's own weights.
         seed: of what was added to them.
         adds: whether what is trained was added to a base that stays. It is small, and whole in each process.
+        division: of the layers.
     """
     rounds = precision == "bf16"
     kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad} if adds else set[str]()
@@ -73,9 +81,13 @@ def fill(
         parameters = {id(parameter) for parameter in unit.parameters()}
         names = [name for name, p in model.named_parameters() if id(p) in parameters and name not in done]
         for name, weight in source(names):
-            _take_place(model, {name: weight.to(device, dtype)})
+            share = weight if division is None else division.own(name, weight).contiguous()
+            _take_place(model, {name: share.to(device, dtype)})
         done.update(names)
-        shard(unit, mesh, whole, arithmetic)
+        if unit in model.layers:
+            shard(unit, meshes.layers, whole, arithmetic)
+        else:
+            shard(unit, meshes.rest, whole, arithmetic, meshes.alike)
 
 
 def _take_place(model: Decoder, weights: Mapping[str, Tensor]) -> None:

@@ -17,8 +17,9 @@ from penstock.models import hub
 from penstock.models.adapters import low_rank
 from penstock.models.blank import without_weights
 from penstock.models.companions import copy_companions
+from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder, Layer
-from penstock.parallel.shard import mesh_of, reshard, whole
+from penstock.parallel.shard import meshes_of, reshard, total_norm, whole
 from penstock.parallel.shared_folder import Entry, SharedFolder
 from penstock.parallel.world import World
 from penstock.train import checkpoint
@@ -26,6 +27,7 @@ from penstock.train.checkpoint import Keeping, TrainerState
 from penstock.train.config import TrainConfig
 from penstock.train.precision import Precision
 from penstock.train.saving import copied
+from penstock.train.shards.division import Division, OwnParts
 from penstock.train.shards.filling import fill, source_of
 
 
@@ -39,39 +41,86 @@ class Shards:
     none would be a model folder, and what a killed process leaves of one looks like a checkpoint.
 
     Args:
-        config: the run's; its ``parallel`` section says how many processes hold the model together.
+        config: the run's; its ``parallel`` section says how many processes hold the model together, and how many
+            compute each layer together.
         world: this process's place.
         device: this process's.
 
     Attributes:
-        model: in shards, once it is filled.
+        model: in shards, once it is filled; of its layers, this process's share.
+        parameters: how many the whole model has.
+        alike: how many processes have the same rows of each batch, for they compute each layer together.
+        reader, readers: which of how many parts of each batch is this process's.
 
     Raises:
         UsageError: the processes do not make whole groups of so many.
     """
 
     model: Decoder
+    parameters: int
 
     def __init__(self, config: TrainConfig, world: World, device: torch.device) -> None:
         self._config, self._world, self._device = config, world, device
-        wanted = config.parallel.shard
-        self._mesh = mesh_of(world, world.size if wanted == "all" else wanted, device)
+        wanted, self.alike = config.parallel.shard, config.parallel.tensor
+        shards = max(world.size // self.alike, 1) if wanted == "all" else wanted
+        self._meshes = meshes_of(world, shards, self.alike, device)
+        self.reader, self.readers = world.rank // self.alike, world.size // self.alike
+        self._division: Division | None = None
 
     @classmethod
     def of(cls, config: TrainConfig, world: World, device: torch.device) -> Shards | None:
         """The shards of a run; None where each process holds the whole model."""
-        wanted = config.parallel.shard
-        return cls(config, world, device) if wanted not in (1, "all") or (wanted == "all" and world.size > 1) else None
+        wanted, tensor = config.parallel.shard, config.parallel.tensor
+        alone = wanted == 1 or (wanted == "all" and world.size == 1)
+        return None if alone and tensor == 1 else cls(config, world, device)
 
-    def fill(self, model: Decoder, precision: Precision, folder: Path | str | None) -> None:
+    @staticmethod
+    def check(config: TrainConfig, shape: DecoderConfig) -> None:
+        """Refuses a model whose layers so many processes cannot divide.
+
+        Raises:
+            UsageError: it is one.
+        """
+        if config.parallel.tensor > 1:
+            Division.check(shape, config.parallel.tensor)
+
+    def fill(self, model: Decoder, precision: Precision, folder: Path | str | None) -> Decoder:
         """Gives ``model``, which is prepared and on the meta device, its weights: those in a model folder, or initial
-        ones. All processes call this."""
+        ones. All processes call this. Returns the model, or this process's share of it."""
         config = self._config
         source = source_of(model, folder, config.seed)
-        fill(model, self._mesh, self._device, precision, source, config.seed, config.tuner.adds)
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        self.parameters, self._owners = sum(sizes.values()), shared_out(sizes, self._world.size)
+        self._complete = model
+        if self._meshes.together is not None:
+            self._division = Division(model, self._meshes.together)
+            model = self._division.model
+        fill(model, self._meshes, self._device, precision, source, config.seed, config.tuner.adds, self._division)
         self.model, self._parameters = model, dict(model.named_parameters())
-        sizes = {name: parameter.numel() for name, parameter in self._parameters.items()}
-        self._owners = shared_out(sizes, self._world.size)
+        return model
+
+    # What the others have.
+
+    def settle(self, gradients: Mapping[str, Tensor]) -> None:
+        """Makes gradients those of the whole batch, in place, after the backward passes. All processes call this."""
+        if self._division is not None:
+            self._division.settle(gradients)
+
+    def total_norm(self, tensors: Mapping[str, Tensor], order: float = 2.0) -> Tensor:
+        """The norm of the named parameters together, or of as many numbers for each; the same in all processes, which
+        all call this."""
+        if self._division is not None:
+            return self._division.total_norm(tensors, order)
+        return total_norm(list(tensors.values()), order)
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        """All numbers of the parameter ``name``, or of what is kept of it, in every process. All call this."""
+        return whole(tensor) if self._division is None else self._division.whole(name, tensor)
+
+    def own(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Of whole ``tensors``, by the name of their parameter, perhaps with ``/key`` after it, this process's shares;
+        their rows are not sharded yet."""
+        return tensors if self._division is None else OwnParts(tensors, self._division)
 
     def compile(self) -> None:
         """Compiles the layers, from their next pass on; what is put together and let go of stays outside."""
@@ -137,10 +186,10 @@ class Shards:
         )
 
     def _save_part(self, place: Path, weights: Mapping[str, Tensor]) -> list[Path]:
-        return hub.save_part(self.model, place, weights, self._world.rank, self._world.size)
+        return hub.save_part(self._complete, place, weights, self._world.rank, self._world.size)
 
     def _save_rest(self, place: Path, tokenizer: Path, dtype: torch.dtype) -> None:
-        hub.save_rest(self.model, place, self._owners, self._world.size, dtype)
+        hub.save_rest(self._complete, place, self._owners, self._world.size, dtype)
         copy_companions(tokenizer, place)
 
     def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -150,7 +199,7 @@ class Shards:
         layers = {f"{name}.weight": layer for name, layer in low_rank.attached(self.model)}
         mine: dict[str, Tensor] = {}
         for name in plain:
-            weight = whole(self._parameters[name])
+            weight = self.whole(name, self._parameters[name])
             if self._owners[name] == self._world.rank:
                 merged = layers[name].merged(weight) if name in layers else weight
                 mine[name] = copied(merged.to(dtype))
@@ -161,8 +210,9 @@ class Shards:
         after it."""
         mine: dict[str, Tensor] = {}
         for name in sorted(tensors):
-            value = whole(tensors[name])
-            if self._owners[name.split("/")[0]] == self._world.rank:
+            parameter = name.split("/")[0]
+            value = self.whole(parameter, tensors[name])
+            if self._owners[parameter] == self._world.rank:
                 mine[name] = copied(value)
         return mine
 
