@@ -38,7 +38,8 @@ class WeightFormat(Policy):
     """A way to store a matrix of weights [M, K] in few bits.
 
     A policy gives :meth:`shape` and :meth:`dequantize`, and :meth:`example` for its law; a :meth:`product` of its own
-    where there is a kernel that reads the parts as they are.
+    where there is a kernel that reads the parts as they are, and what it :meth:`computes` on, where that is not a CPU
+    alone.
     """
 
     def shape(self, parts: Parts) -> tuple[int, int]:
@@ -60,6 +61,11 @@ class WeightFormat(Policy):
             piece = self.dequantize(cut(parts, start, start + step)).to(x.dtype)
             out[:, start : start + step] = F.linear(x, piece)
         return out
+
+    def computes(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a model on ``device``, with activations of this ``dtype``, is to have matrices in the format as they
+        are stored; elsewhere, it has plain numbers in their place."""
+        return device.type == "cpu"
 
     @property
     def unit(self) -> int:
@@ -114,6 +120,10 @@ class Packed:
     def dequantize(self) -> Tensor:
         """The matrix, float32 [M, K]."""
         return self.format.dequantize(self.parts)
+
+    def to(self, device: torch.device) -> Packed:
+        """The matrix on ``device``."""
+        return Packed(self.format, {name: part.to(device) for name, part in self.parts.items()})
 
 
 def cut(parts: Parts, start: int, stop: int) -> Parts:

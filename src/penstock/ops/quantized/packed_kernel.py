@@ -1,0 +1,205 @@
+"""The kernel for products with matrices in few bits, which it reads as they are stored.
+
+Up to some dozens of rows, a product takes as long as reading the matrix, so that one in 4 bits takes a quarter of the
+time of one in 16, if the matrix units do not wait for what turns bits into numbers. Hence: numbers are decoded in
+registers, on the side of the product that matrix units take from there; where there are few rows, an integer in 4 bits
+is decoded by writing it into the mantissa of 128, which is one instruction, and neither scaled nor shifted before the
+product but behind it, where few sums are; and where the rows of the matrix do not keep the device busy, sums are cut in
+pieces that are added up by a second kernel, always in the same order.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: What a decoder is told of how numbers are stored.
+KINDS = {"int4": 4, "int8": 8, "e4m3": 43}
+
+
+class Tile(NamedTuple):
+    """What a program works on: so many rows of x and of the matrix, and how many columns at a time. Numbers are scaled
+    before the product (``early``), or their sums behind it."""
+
+    rows: int
+    height: int
+    depth: int
+    warps: int
+    stages: int
+    early: bool
+
+
+#: By how many rows x has at most.
+TILES = (
+    (16, Tile(16, 64, 128, 4, 5, False)),
+    (32, Tile(32, 64, 128, 4, 5, False)),
+    (64, Tile(64, 64, 128, 4, 4, False)),
+)
+MANY = Tile(128, 128, 64, 8, 3, True)
+
+#: Programs for each processor of the device that hide how long memory takes to answer, where there are few rows; the
+#: pieces of a sum at most, and the least steps of one.
+PROGRAMS, PIECES, STEPS = 3, 16, 4
+
+#: Sums that a program adds up.
+LANES = 1024
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def raised(raw):  # type: ignore[no-untyped-def]
+    """Integers in 4 bits, 0 to 15, as 128 and so much in bfloat16, whose last bit is worth one there."""
+    return (raw.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def scaled(raw, scale, offset):  # type: ignore[no-untyped-def]
+    """The numbers [height, depth] that stored ones stand for, for a scale and offset [height] of their group."""
+    return (raw.to(tl.float32) * scale[:, None] + offset[:, None]).to(tl.bfloat16)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def halves(pairs):  # type: ignore[no-untyped-def]
+    """The first and the second of two bfloat16 in an int32."""
+    first = (pairs & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    second = ((pairs >> 16) & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return first, second
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def factors(  # type: ignore[no-untyped-def]
+    scale, offset, row, inside, group, groups, kind: tl.constexpr, shifted: tl.constexpr
+):  # fmt: skip
+    """What the stored numbers of ``row`` in a ``group`` are multiplied by, and what is added to each then; behind the
+    last group, where x is zero, any number will do."""
+    at = row.to(tl.int64) * groups + tl.minimum(group, groups - 1)
+    factor = tl.load(scale + at, inside, 0.0)
+    added = tl.zeros_like(factor)
+    if shifted:
+        added += tl.load(offset + at, inside, 0.0)
+    if kind == 4:  # stored with 8 more, and decoded with 128 more
+        added -= 136.0 * factor
+    return factor, added
+
+
+@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
+def product_kernel(  # type: ignore[no-untyped-def]
+    x, values, scale, offset, out, count, height, width, groups, each, steps,
+    kind: tl.constexpr, shifted: tl.constexpr, early: tl.constexpr, even: tl.constexpr,
+    rows: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """out [pieces, count, height] = x [count, size] times the transpose of a matrix [height, size]. The matrix is stored
+    as values [height, width], and x has as many numbers in a row: where the matrix is in 4 bits, two in a uint8, those
+    of x are in pairs, as int32. A piece has ``steps`` of ``wide`` numbers of a row, of which ``each`` make a group;
+    ``even``, if they fill all rows. One program for a tile of the result, which is computed on its side: matrix units
+    take what stands on the left from registers."""
+    row = tl.program_id(0) * tall + tl.arange(0, tall)
+    own = tl.program_id(1) * rows + tl.arange(0, rows)
+    inside, there = row < height, own < count
+    lane = tl.arange(0, wide)
+    from_values = values + row.to(tl.int64)[:, None] * width + lane[None, :]
+    from_x = x + own.to(tl.int64)[None, :] * width + lane[:, None]
+    total = tl.zeros((tall, rows), tl.float32)
+    ones = tl.full((tall, wide), 1.0, tl.bfloat16)
+    first = tl.program_id(2) * steps
+    factor, added = factors(scale, offset, row, inside, first // each, groups, kind, shifted)
+    for step in range(first, first + steps):
+        at = step * wide
+        if even:
+            raw = tl.load(from_values + at, inside[:, None], 0.0)
+            given = tl.load(from_x + at, there[None, :], 0.0)
+        else:
+            raw = tl.load(from_values + at, inside[:, None] & (at + lane < width)[None, :], 0.0)
+            given = tl.load(from_x + at, there[None, :] & (at + lane < width)[:, None], 0.0)
+        # Those of the next step, which are there when they are wanted.
+        next_factor, next_added = factors(scale, offset, row, inside, (step + 1) // each, groups, kind, shifted)
+        if kind == 4:
+            low, high = raised(raw & 15), raised(raw >> 4)
+            first_x, second_x = halves(given)
+            if early:
+                total = tl.dot(scaled(low, factor, added), first_x, total)
+                total = tl.dot(scaled(high, factor, added), second_x, total)
+            else:
+                sums = tl.dot(high, second_x, tl.dot(low, first_x))
+                whole = tl.dot(ones, second_x, tl.dot(ones, first_x))
+                total += factor[:, None] * sums + added[:, None] * whole
+        elif early:
+            total = tl.dot(scaled(raw, factor, added), given, total)
+        else:
+            sums = tl.dot(raw.to(tl.float32).to(tl.bfloat16), given)
+            total += factor[:, None] * sums
+            if shifted:
+                total += added[:, None] * tl.dot(ones, given)
+        factor, added = next_factor, next_added
+    to = out + (tl.program_id(2).to(tl.int64) * count + own.to(tl.int64)[None, :]) * height + row[:, None]
+    tl.store(to, total.to(out.dtype.element_ty), inside[:, None] & there[None, :])
+
+
+@triton.jit(do_not_specialize=["size"])  # type: ignore[untyped-decorator]
+def sum_kernel(pieces, out, size, count: tl.constexpr, lanes: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out [size], the sum of ``count`` pieces [count, size], in their order."""
+    at = tl.program_id(0).to(tl.int64) * lanes + tl.arange(0, lanes)
+    total = tl.zeros((lanes,), tl.float32)
+    for piece in tl.static_range(count):
+        total += tl.load(pieces + piece * size.to(tl.int64) + at, at < size, 0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), at < size)
+
+
+def product(kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor | None, group: int) -> Tensor:
+    """``x`` bfloat16 [N, K], in rows of whole 4 bytes, times the transpose of a matrix [M, K]: bfloat16 [N, M]. Products
+    are exact and sums float32; but with many rows, the matrix's numbers are rounded to bfloat16.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        values: uint8 [M, K / 2], int8 [M, K] or float8_e4m3fn [M, K].
+        scale, offset: float32 [M, k].
+        group: columns of a group, of whole 32.
+    """
+    tile = next((tile for most, tile in TILES if x.shape[0] <= most), MANY)
+    programs = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(values.shape[0], tile.height)
+    wanted = triton.cdiv((1 if tile.early else PROGRAMS) * processors(x.device), programs)
+    steps = triton.cdiv(x.shape[1], math.gcd(group, tile.depth))
+    return multiply(kind, x, values, scale, offset, group, tile, max(1, min(wanted, PIECES, steps // STEPS)))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def multiply(
+    kind: str,
+    x: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    group: int,
+    tile: Tile,
+    pieces: int,
+) -> Tensor:
+    """:func:`product` by such tiles, each of its sums in about so many ``pieces``."""
+    (count, size), height, depth = x.shape, values.shape[0], math.gcd(group, tile.depth)
+    whole = triton.cdiv(size, depth)
+    steps = triton.cdiv(whole, pieces)
+    pieces = triton.cdiv(whole, steps)
+    found = torch.empty(pieces, count, height, dtype=x.dtype if pieces == 1 else torch.float32, device=x.device)
+    grid = (triton.cdiv(height, tile.height), triton.cdiv(count, tile.rows), pieces)
+    product_kernel[grid](
+        x.view(torch.int32) if kind == "int4" else x,
+        values, scale, scale if offset is None else offset, found,
+        count, height, values.shape[1], scale.shape[1], group // depth, steps,
+        KINDS[kind], offset is not None, tile.early, size == pieces * steps * depth, tile.rows, tile.height,
+        depth // 2 if kind == "int4" else depth,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if pieces == 1:
+        return found[0]
+    out = torch.empty(count, height, dtype=x.dtype, device=x.device)
+    sum_kernel[(triton.cdiv(out.numel(), LANES),)](found, out, out.numel(), pieces, LANES, num_warps=4)
+    return out
