@@ -28,9 +28,7 @@ def allocate(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> None
     decoder.rotary.to(device)
 
 
-def keep_packed(
-    decoder: Decoder, family: Family, weights: Weights, device: torch.device, dtype: torch.dtype
-) -> None:
+def keep_packed(decoder: Decoder, family: Family, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
     """Replaces those linear layers of a decoder on the meta device whose matrices are quantized in a format that
     ``device`` computes in beside activations of ``dtype``, and a tied head."""
     stacks: dict[str, list[str]] = {}
@@ -48,7 +46,8 @@ def keep_packed(
             for hub in stack:
                 require_shape(hub, weights, packed[hub].shape, shapes[hub])
             if all(each.format.computes(device, dtype) for each in packed.values()):
-                layer = QuantizedLinear([packed[hub].to(device) for hub in stack], module.bias)
+                layer = QuantizedLinear([packed[hub] for hub in stack], None).to(device)
+                layer.bias = module.bias  # on the meta device still
                 decoder.set_submodule(name, layer)
 
 

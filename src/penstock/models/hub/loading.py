@@ -48,9 +48,10 @@ def load_for_inference(
 ) -> Decoder:
     """Loads a model as :func:`load` does, with two differences: it has no gradients, and quantized matrices of its
     layers and of its head stay as they are stored, where products on the device read them (but not below an adapter
-    that cannot be merged). ``dtype`` is that of the others. With a ``share`` it is that of a rank, of which nothing else is read;
-    :mod:`penstock.parallel.tensor` makes ranks compute together. ``part`` makes, of the shape of the model, a decoder
-    that has some of its layers, under their names in the whole; it is filled, and nothing else is read.
+    that cannot be merged). ``dtype`` is that of the others. With a ``share`` it is that of a rank, of which nothing
+    else is read; :mod:`penstock.parallel.tensor` makes ranks compute together. ``part`` makes, of the shape of the
+    model, a decoder that has some of its layers, under their names in the whole; it is filled, and nothing else is
+    read.
 
     Raises:
         UsageError: as :func:`load`; or that many ranks cannot divide the model.

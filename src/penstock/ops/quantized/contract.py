@@ -121,10 +121,6 @@ class Packed:
         """The matrix, float32 [M, K]."""
         return self.format.dequantize(self.parts)
 
-    def to(self, device: torch.device) -> Packed:
-        """The matrix on ``device``."""
-        return Packed(self.format, {name: part.to(device) for name, part in self.parts.items()})
-
 
 def cut(parts: Parts, start: int, stop: int) -> Parts:
     """The parts of the rows from ``start`` to ``stop``, as views."""

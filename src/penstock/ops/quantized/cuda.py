@@ -82,6 +82,7 @@ def _product(
     (count, size), height = x.shape, values.shape[0]
     if not count or not height:
         return x.new_zeros(count, height)
+    values, scale, offset = values.contiguous(), scale.contiguous(), None if offset is None else offset.contiguous()
     x = x.contiguous()
     x = x.clone() if x.data_ptr() % 16 else x
     if rounded and rounds(x, (height, size)):

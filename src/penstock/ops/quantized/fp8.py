@@ -69,6 +69,6 @@ def rounding_of_rows(x: Tensor, group: int | None) -> Tensor:
     the largest number of each ``group`` of columns becomes the largest of e4m3: half of the last of three bits behind
     the first, or of the smallest number."""
     size = group or x.shape[1]
-    largest = F.pad(x.float().abs(), (0, -x.shape[1] % size)).unflatten(1, (-1, size)).amax(-1)
+    largest = F.pad(x.float().abs(), (0, -x.shape[1] % size)).view(len(x), -1, size).amax(-1)
     least = spread(largest, x.shape[1], size) / torch.finfo(torch.float8_e4m3fn).max * 2**-10
     return torch.maximum(x.float().abs() * 2**-4, least) * (1 + 2**-10)  # divided and multiplied in float32

@@ -68,8 +68,8 @@ class Int4(Integers):
     """Integers from -8 to 7, stored with 8 added, two in a byte of ``values``, uint8 [M, K / 2], the first in its low
     bits; see :class:`Integers` for what they are multiplied with.
 
-    On CUDA, in the manner of MARLIN, the weights are read in 4 bits, asynchronously and some tiles ahead, and decoded in
-    registers by writing them into mantissas; sums are cut where the matrix would not keep the device busy. Ours: the
+    On CUDA, in the manner of MARLIN, the weights are read in 4 bits, asynchronously and some tiles ahead, and decoded
+    in registers by writing them into mantissas; sums are cut where the matrix would not keep the device busy. Ours: the
     kernel in Triton, which scales sums instead of weights where there are few rows, and plain weights in pieces for a
     library's product where there are many. Not built: weights in an order of their own for the matrix units, stripes of
     tiles that even out the last wave, and 2:4 sparsity.

@@ -51,19 +51,19 @@ PROGRAMS, PIECES, STEPS = 3, 16, 4
 LANES = 1024
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def raised(raw):  # type: ignore[no-untyped-def]
-    """Integers in 4 bits, 0 to 15, as 128 and so much in bfloat16, whose last bit is worth one there."""
+    """Integers in 4 bits, 0 to 15, raised by 128, in bfloat16, whose last bit is worth one there."""
     return (raw.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def scaled(raw, scale, offset):  # type: ignore[no-untyped-def]
     """The numbers [height, depth] that stored ones stand for, for a scale and offset [height] of their group."""
     return (raw.to(tl.float32) * scale[:, None] + offset[:, None]).to(tl.bfloat16)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def halves(pairs):  # type: ignore[no-untyped-def]
     """The first and the second of two bfloat16 in an int32."""
     first = (pairs & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -93,11 +93,11 @@ def product_kernel(  # type: ignore[no-untyped-def]
     kind: tl.constexpr, shifted: tl.constexpr, early: tl.constexpr, even: tl.constexpr,
     rows: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    """out [pieces, count, height] = x [count, size] times the transpose of a matrix [height, size]. The matrix is stored
-    as values [height, width], and x has as many numbers in a row: where the matrix is in 4 bits, two in a uint8, those
-    of x are in pairs, as int32. A piece has ``steps`` of ``wide`` numbers of a row, of which ``each`` make a group;
-    ``even``, if they fill all rows. One program for a tile of the result, which is computed on its side: matrix units
-    take what stands on the left from registers."""
+    """out [pieces, count, height] = x [count, size] times the transpose of a matrix [height, size]. The matrix is
+    stored as values [height, width], and x has as many numbers in a row: where the matrix is in 4 bits, two in a uint8,
+    those of x are in pairs, as int32. A piece has ``steps`` of ``wide`` numbers of a row, of which ``each`` make a
+    group; ``even``, if they fill all rows. One program for a tile of the result, which is computed on its side: matrix
+    units take what stands on the left from registers."""
     row = tl.program_id(0) * tall + tl.arange(0, tall)
     own = tl.program_id(1) * rows + tl.arange(0, rows)
     inside, there = row < height, own < count
@@ -151,8 +151,8 @@ def sum_kernel(pieces, out, size, count: tl.constexpr, lanes: tl.constexpr):  # 
 
 
 def product(kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor | None, group: int) -> Tensor:
-    """``x`` bfloat16 [N, K], in rows of whole 4 bytes, times the transpose of a matrix [M, K]: bfloat16 [N, M]. Products
-    are exact and sums float32; but with many rows, the matrix's numbers are rounded to bfloat16.
+    """``x`` bfloat16 [N, K], in rows of whole 4 bytes, times the transpose of a matrix [M, K]: bfloat16 [N, M].
+    Products are exact and sums float32; but with many rows, the matrix's numbers are rounded to bfloat16.
 
     Args:
         kind: one of :data:`KINDS`.

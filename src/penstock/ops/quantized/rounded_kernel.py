@@ -81,6 +81,7 @@ def blocks_kernel(  # type: ignore[no-untyped-def]
 def blocks(x: Tensor, x_scale: Tensor, values: Tensor, scale: Tensor, group: int) -> Tensor:
     """bfloat16 [N, M] of ``x`` float8_e4m3fn [N, K] and ``values`` float8_e4m3fn [M, K], with scales float32 [.., k] of
     each ``group`` of columns; all contiguous."""
+
     def programs(tile: Tile) -> int:
         found: int = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(values.shape[0], tile.columns)
         return found
