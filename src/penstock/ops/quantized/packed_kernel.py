@@ -2,8 +2,8 @@
 
 Up to some dozens of rows, a product takes as long as reading the matrix, so that one in 4 bits takes a quarter of the
 time of one in 16, if the matrix units do not wait for what turns bits into numbers. Hence: numbers are decoded in
-registers, on the side of the product that matrix units take from there; where there are few rows, an integer in 4 bits
-is decoded by writing it into the mantissa of 128, which is one instruction, and neither scaled nor shifted before the
+registers, on the side of the product that matrix units take from there; integers in 4 bits are decoded by writing them
+into the mantissa of 128, two with one instruction, and, where there are few rows, neither scaled nor shifted before the
 product but behind it, where few sums are; and where the rows of the matrix do not keep the device busy, sums are cut in
 pieces that are added up by a second kernel, always in the same order.
 """
@@ -58,17 +58,36 @@ def raised(raw):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def quarters(raw):  # type: ignore[no-untyped-def]
+    """The four integers in each uint16, from the lowest bits on, as :func:`raised` ones: of two words at a time, as
+    they lie in a register, and as matrix units want them."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, b, c;
+        shr.b32 a, $4, 4;
+        shr.b32 b, $4, 8;
+        shr.b32 c, $4, 12;
+        lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
+        lop3.b32 $1, a, 0x000f000f, 0x43004300, 0xea;
+        lop3.b32 $2, b, 0x000f000f, 0x43004300, 0xea;
+        lop3.b32 $3, c, 0x000f000f, 0x43004300, 0xea;
+        }
+        """,
+        "=r,=r,=r,=r,r", [raw], (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
 def scaled(raw, scale, offset):  # type: ignore[no-untyped-def]
     """The numbers [height, depth] that stored ones stand for, for a scale and offset [height] of their group."""
     return (raw.to(tl.float32) * scale[:, None] + offset[:, None]).to(tl.bfloat16)
 
 
 @triton.jit
-def halves(pairs):  # type: ignore[no-untyped-def]
-    """The first and the second of two bfloat16 in an int32."""
-    first = (pairs & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    second = ((pairs >> 16) & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return first, second
+def number(several, place: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The one at a ``place`` of several bfloat16 in an integer, from the lowest bits on."""
+    return ((several >> (16 * place)) & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -90,14 +109,14 @@ def factors(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
 def product_kernel(  # type: ignore[no-untyped-def]
     x, values, scale, offset, out, count, height, width, groups, each, steps,
-    kind: tl.constexpr, shifted: tl.constexpr, early: tl.constexpr, even: tl.constexpr,
+    kind: tl.constexpr, together: tl.constexpr, shifted: tl.constexpr, early: tl.constexpr, even: tl.constexpr,
     rows: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """out [pieces, count, height] = x [count, size] times the transpose of a matrix [height, size]. The matrix is
-    stored as values [height, width], and x has as many numbers in a row: where the matrix is in 4 bits, two in a uint8,
-    those of x are in pairs, as int32. A piece has ``steps`` of ``wide`` numbers of a row, of which ``each`` make a
-    group; ``even``, if they fill all rows. One program for a tile of the result, which is computed on its side: matrix
-    units take what stands on the left from registers."""
+    stored as values [height, width], and x has as many numbers in a row: where the matrix is in 4 bits, two in a uint8
+    or four in a uint16, so many of x are ``together`` too, in an int32 or an int64. A piece has ``steps`` of ``wide``
+    numbers of a row, of which ``each`` make a group; ``even``, if they fill all rows. One program for a tile of the
+    result, which is computed on its side: matrix units take what stands on the left from registers."""
     row = tl.program_id(0) * tall + tl.arange(0, tall)
     own = tl.program_id(1) * rows + tl.arange(0, rows)
     inside, there = row < height, own < count
@@ -106,9 +125,9 @@ def product_kernel(  # type: ignore[no-untyped-def]
     from_x = x + own.to(tl.int64)[None, :] * width + lane[:, None]
     total = tl.zeros((tall, rows), tl.float32)
     ones = tl.full((tall, wide), 1.0, tl.bfloat16)
-    first = tl.program_id(2) * steps
-    factor, added = factors(scale, offset, row, inside, first // each, groups, kind, shifted)
-    for step in range(first, first + steps):
+    begin = tl.program_id(2) * steps
+    factor, added = factors(scale, offset, row, inside, begin // each, groups, kind, shifted)
+    for step in range(begin, begin + steps):
         at = step * wide
         if even:
             raw = tl.load(from_values + at, inside[:, None], 0.0)
@@ -118,15 +137,26 @@ def product_kernel(  # type: ignore[no-untyped-def]
             given = tl.load(from_x + at, there[None, :] & (at + lane < width)[:, None], 0.0)
         # Those of the next step, which are there when they are wanted.
         next_factor, next_added = factors(scale, offset, row, inside, (step + 1) // each, groups, kind, shifted)
-        if kind == 4:
-            low, high = raised(raw & 15), raised(raw >> 4)
-            first_x, second_x = halves(given)
+        if together == 4:
+            first, second, third, fourth = quarters(raw)
+            a, b, c, d = number(given, 0), number(given, 1), number(given, 2), number(given, 3)
             if early:
-                total = tl.dot(scaled(low, factor, added), first_x, total)
-                total = tl.dot(scaled(high, factor, added), second_x, total)
+                total = tl.dot(scaled(first, factor, added), a, total)
+                total = tl.dot(scaled(second, factor, added), b, total)
+                total = tl.dot(scaled(third, factor, added), c, total)
+                total = tl.dot(scaled(fourth, factor, added), d, total)
             else:
-                sums = tl.dot(high, second_x, tl.dot(low, first_x))
-                whole = tl.dot(ones, second_x, tl.dot(ones, first_x))
+                sums = tl.dot(fourth, d, tl.dot(third, c, tl.dot(second, b, tl.dot(first, a))))
+                whole = tl.dot(ones, d, tl.dot(ones, c, tl.dot(ones, b, tl.dot(ones, a))))
+                total += factor[:, None] * sums + added[:, None] * whole
+        elif together == 2:
+            first, second = raised(raw & 15), raised(raw >> 4)
+            a, b = number(given, 0), number(given, 1)
+            if early:
+                total = tl.dot(scaled(first, factor, added), a, total)
+                total = tl.dot(scaled(second, factor, added), b, total)
+            else:
+                sums, whole = tl.dot(second, b, tl.dot(first, a)), tl.dot(ones, b, tl.dot(ones, a))
                 total += factor[:, None] * sums + added[:, None] * whole
         elif early:
             total = tl.dot(scaled(raw, factor, added), given, total)
@@ -151,8 +181,8 @@ def sum_kernel(pieces, out, size, count: tl.constexpr, lanes: tl.constexpr):  # 
 
 
 def product(kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor | None, group: int) -> Tensor:
-    """``x`` bfloat16 [N, K], in rows of whole 4 bytes, times the transpose of a matrix [M, K]: bfloat16 [N, M].
-    Products are exact and sums float32; but with many rows, the matrix's numbers are rounded to bfloat16.
+    """``x`` bfloat16 [N, K], at whole 8 bytes, and K even for 4 bits, times the transpose of a matrix [M, K]: bfloat16
+    [N, M]. Products are exact and sums float32; but with many rows, the matrix's numbers are rounded to bfloat16.
 
     Args:
         kind: one of :data:`KINDS`.
@@ -188,18 +218,21 @@ def multiply(
     whole = triton.cdiv(size, depth)
     steps = triton.cdiv(whole, pieces)
     pieces = triton.cdiv(whole, steps)
-    found = torch.empty(pieces, count, height, dtype=x.dtype if pieces == 1 else torch.float32, device=x.device)
+    found = torch.empty(pieces, count, height, dtype=torch.bfloat16 if pieces == 1 else torch.float32, device=x.device)
     grid = (triton.cdiv(height, tile.height), triton.cdiv(count, tile.rows), pieces)
+    together = 1
+    if kind == "int4":  # of four numbers each, at least 16 are multiplied at a time
+        together = 4 if size % 4 == 0 and depth >= 64 else 2
+        x, values = (x.view(torch.int64), values.view(torch.uint16)) if together == 4 else (x.view(torch.int32), values)
     product_kernel[grid](
-        x.view(torch.int32) if kind == "int4" else x,
-        values, scale, scale if offset is None else offset, found,
+        x, values, scale, scale if offset is None else offset, found,
         count, height, values.shape[1], scale.shape[1], group // depth, steps,
-        KINDS[kind], offset is not None, tile.early, size == pieces * steps * depth, tile.rows, tile.height,
-        depth // 2 if kind == "int4" else depth,
+        KINDS[kind], together, offset is not None, tile.early, size == pieces * steps * depth,
+        tile.rows, tile.height, depth // together,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if pieces == 1:
         return found[0]
-    out = torch.empty(count, height, dtype=x.dtype, device=x.device)
+    out = torch.empty(count, height, dtype=torch.bfloat16, device=x.device)
     sum_kernel[(triton.cdiv(out.numel(), LANES),)](found, out, out.numel(), pieces, LANES, num_warps=4)
     return out
