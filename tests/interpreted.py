@@ -64,11 +64,12 @@ def repaired(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @triton.jit
+def _number(raw):
+    """Integers in 4 bits that are stored with 8 added."""
+    return ((raw & 15).to(tl.float32) - 8.0).to(tl.bfloat16)
+
+
+@triton.jit
 def _quarters(raw):
-    """The four integers in each uint16, raised by 128, in bfloat16."""
-    return (
-        ((raw & 15) | 0x4300).to(tl.bfloat16, bitcast=True),
-        (((raw >> 4) & 15) | 0x4300).to(tl.bfloat16, bitcast=True),
-        (((raw >> 8) & 15) | 0x4300).to(tl.bfloat16, bitcast=True),
-        ((raw >> 12) | 0x4300).to(tl.bfloat16, bitcast=True),
-    )
+    """The four of them in each uint16."""
+    return _number(raw), _number(raw >> 4), _number(raw >> 8), _number(raw >> 12)

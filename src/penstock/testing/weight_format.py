@@ -7,6 +7,7 @@ Bugs that its clauses are there to catch:
 - columns: a scale that belongs to other columns; a unit that is cut in two and stands for other numbers then.
 - product: a kernel that reads other numbers than the format's definition gives, or leaves out what is left over behind
   whole vectors and blocks.
+- computes: a format that models have as plain numbers on a CPU, as it has no kernels elsewhere.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def check(format: WeightFormat, device: torch.device | str = "cpu") -> None:
     assert found.dtype == torch.float32, f"numbers are {found.dtype}"
     torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=0)
     assert format.shape(parts) == tuple(found.shape), f"the shape is said to be {format.shape(parts)}"
+    for dtype in (torch.float32, torch.bfloat16):
+        assert format.computes(torch.device("cpu"), dtype), f"models in {dtype} have plain numbers on a CPU"
     check_rows(format, parts, found)
     check_columns(format, parts, found)
     for count in (1, 2, 5, 33):

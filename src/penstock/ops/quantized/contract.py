@@ -32,7 +32,7 @@ class Example(NamedTuple):
     "weight.format",
     law="a stored matrix stands for the numbers that the format's definition gives; rows can be cut from it, and "
     "columns between its units; a product with it is that with these numbers, within the rounding that the format "
-    "states",
+    "states, and on a CPU models compute with it as it is stored",
 )
 class WeightFormat(Policy):
     """A way to store a matrix of weights [M, K] in few bits.

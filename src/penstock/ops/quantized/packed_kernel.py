@@ -3,7 +3,7 @@
 Up to some dozens of rows, a product takes as long as reading the matrix, so that one in 4 bits takes a quarter of the
 time of one in 16, if the matrix units do not wait for what turns bits into numbers. Hence: numbers are decoded in
 registers, on the side of the product that matrix units take from there; integers in 4 bits are decoded by writing them
-into the mantissa of 128, two with one instruction, and, where there are few rows, neither scaled nor shifted before the
+into mantissas, two with one instruction; where there are few rows, numbers are neither scaled nor shifted before the
 product but behind it, where few sums are; and where the rows of the matrix do not keep the device busy, sums are cut in
 pieces that are added up by a second kernel, always in the same order.
 """
@@ -19,9 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: What a decoder is told of how numbers are stored.
-KINDS = {"int4": 4, "int8": 8, "e4m3": 43}
-
 
 class Tile(NamedTuple):
     """What a program works on: so many rows of x and of the matrix, and how many columns at a time. Numbers are scaled
@@ -35,43 +32,59 @@ class Tile(NamedTuple):
     early: bool
 
 
-#: By how many rows x has at most.
-TILES = (
-    (16, Tile(16, 64, 128, 4, 5, False)),
-    (32, Tile(32, 64, 128, 4, 5, False)),
-    (64, Tile(64, 64, 128, 4, 4, False)),
-)
+#: For matrices in 4 bits and in 8, by how many rows x has at most. What programs read of x comes from the second cache
+#: again and again, so that their tiles of the matrix have to be the taller, the more rows there are and the fewer bits.
+TILES = {
+    4: (
+        (16, Tile(16, 128, 128, 4, 4, False)),
+        (32, Tile(32, 128, 128, 8, 4, False)),
+        (64, Tile(64, 256, 128, 8, 3, False)),
+    ),
+    8: (
+        (16, Tile(16, 64, 128, 4, 5, False)),
+        (32, Tile(32, 128, 128, 8, 4, False)),
+        (64, Tile(64, 128, 128, 8, 3, False)),
+    ),
+}
 MANY = Tile(128, 128, 64, 8, 3, True)
 
 #: Programs for each processor of the device that hide how long memory takes to answer, where there are few rows; the
 #: pieces of a sum at most, and the least steps of one.
-PROGRAMS, PIECES, STEPS = 3, 16, 4
+PROGRAMS, PIECES, STEPS = 2, 16, 4
 
 #: Sums that a program adds up.
 LANES = 1024
 
 
 @triton.jit
-def raised(raw):  # type: ignore[no-untyped-def]
-    """Integers in 4 bits, 0 to 15, raised by 128, in bfloat16, whose last bit is worth one there."""
-    return (raw.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
+def integers(raw):  # type: ignore[no-untyped-def]
+    """Integers in 4 bits, which are stored with 8 added, in bfloat16: written into the mantissa of 128, whose last bit
+    is worth one, they are 136 more than they ought to be."""
+    raised = (raw.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
+    return (raised.to(tl.float32) - 136.0).to(tl.bfloat16)
 
 
 @triton.jit
 def quarters(raw):  # type: ignore[no-untyped-def]
-    """The four integers in each uint16, from the lowest bits on, as :func:`raised` ones: of two words at a time, as
-    they lie in a register, and as matrix units want them."""
+    """The four :func:`integers` in each uint16, from the lowest bits on: of two words at a time, as they lie in a
+    register, and as matrix units want them."""
     return tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 a, b, c;
-        shr.b32 a, $4, 4;
-        shr.b32 b, $4, 8;
-        shr.b32 c, $4, 12;
-        lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
-        lop3.b32 $1, a, 0x000f000f, 0x43004300, 0xea;
-        lop3.b32 $2, b, 0x000f000f, 0x43004300, 0xea;
-        lop3.b32 $3, c, 0x000f000f, 0x43004300, 0xea;
+        .reg .b32 a, b, c, d, one, less;
+        mov.b32 one, 0x3f803f80;
+        mov.b32 less, 0xc308c308;
+        shr.b32 b, $4, 4;
+        shr.b32 c, $4, 8;
+        shr.b32 d, $4, 12;
+        lop3.b32 a, $4, 0x000f000f, 0x43004300, 0xea;
+        lop3.b32 b, b, 0x000f000f, 0x43004300, 0xea;
+        lop3.b32 c, c, 0x000f000f, 0x43004300, 0xea;
+        lop3.b32 d, d, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $0, a, one, less;
+        fma.rn.bf16x2 $1, b, one, less;
+        fma.rn.bf16x2 $2, c, one, less;
+        fma.rn.bf16x2 $3, d, one, less;
         }
         """,
         "=r,=r,=r,=r,r", [raw], (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
@@ -84,7 +97,7 @@ def scaled(raw, scale, offset):  # type: ignore[no-untyped-def]
     return (raw.to(tl.float32) * scale[:, None] + offset[:, None]).to(tl.bfloat16)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def number(several, place: tl.constexpr):  # type: ignore[no-untyped-def]
     """The one at a ``place`` of several bfloat16 in an integer, from the lowest bits on."""
     return ((several >> (16 * place)) & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -92,7 +105,7 @@ def number(several, place: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def factors(  # type: ignore[no-untyped-def]
-    scale, offset, row, inside, group, groups, kind: tl.constexpr, shifted: tl.constexpr
+    scale, offset, row, inside, group, groups, shifted: tl.constexpr
 ):  # fmt: skip
     """What the stored numbers of ``row`` in a ``group`` are multiplied by, and what is added to each then; behind the
     last group, where x is zero, any number will do."""
@@ -101,15 +114,13 @@ def factors(  # type: ignore[no-untyped-def]
     added = tl.zeros_like(factor)
     if shifted:
         added += tl.load(offset + at, inside, 0.0)
-    if kind == 4:  # stored with 8 more, and decoded with 128 more
-        added -= 136.0 * factor
     return factor, added
 
 
 @triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
 def product_kernel(  # type: ignore[no-untyped-def]
     x, values, scale, offset, out, count, height, width, groups, each, steps,
-    kind: tl.constexpr, together: tl.constexpr, shifted: tl.constexpr, early: tl.constexpr, even: tl.constexpr,
+    together: tl.constexpr, shifted: tl.constexpr, early: tl.constexpr, even: tl.constexpr,
     rows: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """out [pieces, count, height] = x [count, size] times the transpose of a matrix [height, size]. The matrix is
@@ -126,7 +137,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros((tall, rows), tl.float32)
     ones = tl.full((tall, wide), 1.0, tl.bfloat16)
     begin = tl.program_id(2) * steps
-    factor, added = factors(scale, offset, row, inside, begin // each, groups, kind, shifted)
+    factor, added = factors(scale, offset, row, inside, begin // each, groups, shifted)
     for step in range(begin, begin + steps):
         at = step * wide
         if even:
@@ -136,7 +147,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
             raw = tl.load(from_values + at, inside[:, None] & (at + lane < width)[None, :], 0.0)
             given = tl.load(from_x + at, there[None, :] & (at + lane < width)[:, None], 0.0)
         # Those of the next step, which are there when they are wanted.
-        next_factor, next_added = factors(scale, offset, row, inside, (step + 1) // each, groups, kind, shifted)
+        next_factor, next_added = factors(scale, offset, row, inside, (step + 1) // each, groups, shifted)
         if together == 4:
             first, second, third, fourth = quarters(raw)
             a, b, c, d = number(given, 0), number(given, 1), number(given, 2), number(given, 3)
@@ -146,18 +157,19 @@ def product_kernel(  # type: ignore[no-untyped-def]
                 total = tl.dot(scaled(third, factor, added), c, total)
                 total = tl.dot(scaled(fourth, factor, added), d, total)
             else:
-                sums = tl.dot(fourth, d, tl.dot(third, c, tl.dot(second, b, tl.dot(first, a))))
-                whole = tl.dot(ones, d, tl.dot(ones, c, tl.dot(ones, b, tl.dot(ones, a))))
-                total += factor[:, None] * sums + added[:, None] * whole
+                total += factor[:, None] * tl.dot(fourth, d, tl.dot(third, c, tl.dot(second, b, tl.dot(first, a))))
+                if shifted:
+                    total += added[:, None] * tl.dot(ones, d, tl.dot(ones, c, tl.dot(ones, b, tl.dot(ones, a))))
         elif together == 2:
-            first, second = raised(raw & 15), raised(raw >> 4)
+            first, second = integers(raw & 15), integers(raw >> 4)
             a, b = number(given, 0), number(given, 1)
             if early:
                 total = tl.dot(scaled(first, factor, added), a, total)
                 total = tl.dot(scaled(second, factor, added), b, total)
             else:
-                sums, whole = tl.dot(second, b, tl.dot(first, a)), tl.dot(ones, b, tl.dot(ones, a))
-                total += factor[:, None] * sums + added[:, None] * whole
+                total += factor[:, None] * tl.dot(second, b, tl.dot(first, a))
+                if shifted:
+                    total += added[:, None] * tl.dot(ones, b, tl.dot(ones, a))
         elif early:
             total = tl.dot(scaled(raw, factor, added), given, total)
         else:
@@ -185,12 +197,12 @@ def product(kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor 
     [N, M]. Products are exact and sums float32; but with many rows, the matrix's numbers are rounded to bfloat16.
 
     Args:
-        kind: one of :data:`KINDS`.
+        kind: int4, int8 or e4m3.
         values: uint8 [M, K / 2], int8 [M, K] or float8_e4m3fn [M, K].
         scale, offset: float32 [M, k].
         group: columns of a group, of whole 32.
     """
-    tile = next((tile for most, tile in TILES if x.shape[0] <= most), MANY)
+    tile = next((tile for most, tile in TILES[4 if kind == "int4" else 8] if x.shape[0] <= most), MANY)
     programs = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(values.shape[0], tile.height)
     wanted = triton.cdiv((1 if tile.early else PROGRAMS) * processors(x.device), programs)
     steps = triton.cdiv(x.shape[1], math.gcd(group, tile.depth))
@@ -227,7 +239,7 @@ def multiply(
     product_kernel[grid](
         x, values, scale, scale if offset is None else offset, found,
         count, height, values.shape[1], scale.shape[1], group // depth, steps,
-        KINDS[kind], together, offset is not None, tile.early, size == pieces * steps * depth,
+        together, offset is not None, tile.early, size == pieces * steps * depth,
         tile.rows, tile.height, depth // together,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

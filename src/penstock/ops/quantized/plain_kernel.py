@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.ops.quantized.packed_kernel import KINDS
-
 #: Rows and columns of the matrix that a program decodes.
 ROWS, COLUMNS = 8, 256
 
@@ -17,13 +15,13 @@ ROWS, COLUMNS = 8, 256
 @triton.jit  # type: ignore[untyped-decorator]
 def plain_kernel(  # type: ignore[no-untyped-def]
     values, scale, offset, out, height, size, groups, group,
-    kind: tl.constexpr, shifted: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+    halved: tl.constexpr, shifted: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """out [height, size]; one program for a tile of it."""
+    """out [height, size]; one program for a tile of it. The values are ``halved`` where two of them are in a byte."""
     row, at = tl.program_id(0) * rows + tl.arange(0, rows), tl.program_id(1) * columns + tl.arange(0, columns)
     inside = (row < height)[:, None] & (at < size)[None, :]
     line = row.to(tl.int64)[:, None]
-    if kind == 4:
+    if halved:
         raw = tl.load(values + line * (size // 2) + (at // 2)[None, :], inside, 0).to(tl.int32)
         number = (((raw >> (4 * (at % 2))[None, :]) & 15) - 8).to(tl.float32)
     else:
@@ -40,6 +38,6 @@ def plain(kind: str, values: Tensor, scale: Tensor, offset: Tensor | None, group
     out = torch.empty(height, size, dtype=torch.bfloat16, device=values.device)
     plain_kernel[(triton.cdiv(height, ROWS), triton.cdiv(size, COLUMNS))](
         values, scale, scale if offset is None else offset, out, height, size, scale.shape[1], group,
-        KINDS[kind], offset is not None, ROWS, COLUMNS, num_warps=4,
+        kind == "int4", offset is not None, ROWS, COLUMNS, num_warps=4,
     )  # fmt: skip
     return out
