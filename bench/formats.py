@@ -9,6 +9,8 @@ has it:
 
     python -m venv .llama && .llama/bin/pip install --no-binary llama-cpp-python llama-cpp-python
     PENSTOCK_LLAMA=.llama/bin/python penstock bench formats
+
+On CUDA it is the shape of a larger model, with random weights: see ``formats_cuda``.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from gguf import GGMLQuantizationType, quantize
 
-from penstock.core.bench import Bench
-from penstock.core.errors import PenstockError, UsageError
+from penstock.core.bench import Bench, load
+from penstock.core.errors import PenstockError
 from penstock.core.processor import fast_dtype
 from penstock.core.progress import silent
 from penstock.data.building import is_held_out
@@ -169,9 +171,10 @@ def llama_cpp() -> Iterator[Peer | None]:
 
 
 def main(bench: Bench) -> None:
-    """Measures on the CPU."""
-    if bench.device.type != "cpu":
-        raise UsageError("the benchmark formats runs on the CPU", hint="Leave --device out, or say --device cpu.")
+    """Measures on the CPU, or what ``formats_cuda`` does."""
+    if bench.device.type == "cuda":
+        load("formats_cuda").main(bench)
+        return
     length = 16 if bench.quick else 64
     with tempfile.TemporaryDirectory() as folder:
         found = models(Path(folder))

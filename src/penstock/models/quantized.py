@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from penstock.ops.quantized.contract import Packed
+from penstock.ops.quantized.contract import Packed, WeightFormat
 
 
 class QuantizedLinear(nn.Module):
@@ -22,7 +22,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, pieces: Sequence[Packed], bias: nn.Parameter | None) -> None:
         super().__init__()
-        self._formats = []
+        self._formats: list[tuple[WeightFormat, list[str]]] = []
         self._pieces: list[Packed] | None = None
         for number, (format, same) in enumerate(itertools.groupby(pieces, key=lambda piece: piece.format)):
             parts = [piece.parts for piece in same]
@@ -35,11 +35,14 @@ class QuantizedLinear(nn.Module):
     def pieces(self) -> list[Packed]:
         """The matrix, from the first rows on."""
         if self._pieces is None:  # which a small model would spend more time on than on their products
-            self._pieces = [
-                Packed(format, {name: getattr(self, f"{name}_{number}") for name in names})
-                for number, (format, names) in enumerate(self._formats)
-            ]
+            self._pieces = self._assembled()
         return self._pieces
+
+    def _assembled(self) -> list[Packed]:
+        return [
+            Packed(format, {name: getattr(self, f"{name}_{number}") for name in names})
+            for number, (format, names) in enumerate(self._formats)
+        ]
 
     def _apply(self, *given: Any, **options: Any) -> Self:
         """Buffers move."""
@@ -49,7 +52,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        found = [piece.format.product(flat, piece.parts) for piece in self.pieces()]
+        # To torch.compile only what it finds as a buffer has a shape that stays.
+        pieces = self._assembled() if torch.compiler.is_compiling() else self.pieces()
+        found = [piece.format.product(flat, piece.parts) for piece in pieces]
         out = found[0] if len(found) == 1 else torch.cat(found, -1)
         out = out if self.bias is None else out + self.bias
         return out.view(*x.shape[:-1], out.shape[-1])

@@ -7,6 +7,7 @@ Bugs that its clauses are there to catch:
 - columns: a scale that belongs to other columns; a unit that is cut in two and stands for other numbers then.
 - product: a kernel that reads other numbers than the format's definition gives, or leaves out what is left over behind
   whole vectors and blocks.
+- computes: a format that models have as plain numbers on a CPU, as it has no kernels elsewhere.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ from penstock.testing.refusals import refused
 def check(format: WeightFormat, device: torch.device | str = "cpu") -> None:
     """Asserts the law of ``weight.format`` on the policy's example, and on larger matrices made of its rows."""
     format, parts, matrix = format.example()
-    parts = {name: part.to(device) for name, part in parts.items()}
+    larger = many(parts)  # on the host, where numbers of all kinds can be indexed
+    parts, larger = ({name: part.to(device) for name, part in each.items()} for each in (parts, larger))
     wanted = torch.tensor(matrix, dtype=torch.float64, device=device)
     found = format.dequantize(parts)
     assert found.dtype == torch.float32, f"numbers are {found.dtype}"
     torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=0)
     assert format.shape(parts) == tuple(found.shape), f"the shape is said to be {format.shape(parts)}"
+    for dtype in (torch.float32, torch.bfloat16):
+        assert format.computes(torch.device("cpu"), dtype), f"models in {dtype} have plain numbers on a CPU"
     check_rows(format, parts, found)
     check_columns(format, parts, found)
     for count in (1, 2, 5, 33):
-        check_product(format, many(parts), count)
+        check_product(format, larger, count)
 
 
 def check_rows(format: WeightFormat, parts: Parts, whole: Tensor) -> None:
@@ -45,7 +49,7 @@ def check_rows(format: WeightFormat, parts: Parts, whole: Tensor) -> None:
 def check_columns(format: WeightFormat, parts: Parts, whole: Tensor) -> None:
     """Columns between two units stand for the same numbers; where a unit would be cut, that is refused."""
     if whole.shape[1] % format.unit == 0:  # of one unit alone nothing could be cut
-        parts, whole = {name: torch.cat([part, part], 1) for name, part in parts.items()}, torch.cat([whole, whole], 1)
+        parts, whole = {name: part.repeat(1, 2) for name, part in parts.items()}, whole.repeat(1, 2)
     columns = whole.shape[1]
     for start in range(columns):
         for stop in range(start + 1, columns + 1):
@@ -60,7 +64,7 @@ def check_columns(format: WeightFormat, parts: Parts, whole: Tensor) -> None:
 def many(parts: Parts) -> Parts:
     """The rows of the example again and again, in another order: 37 of them."""
     order = torch.randint(len(next(iter(parts.values()))), (37,), generator=torch_generator(0, "weight.format"))
-    return {name: part[order.to(part.device)] for name, part in parts.items()}
+    return {name: part[order] for name, part in parts.items()}
 
 
 def check_product(format: WeightFormat, parts: Parts, count: int) -> None:

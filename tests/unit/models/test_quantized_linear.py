@@ -16,6 +16,7 @@ from penstock.models import hub
 from penstock.models.decoder import Decoder
 from penstock.models.formats.schemes import SCHEMES
 from penstock.models.quantized import QuantizedLinear
+from penstock.ops.quantized.ggml import Ggml
 from penstock.serve.config import EngineConfig
 from penstock.serve.opening import open_engine
 from penstock.testing.transformers_peer import peer, prompt, stepwise, whole
@@ -62,6 +63,17 @@ def test_so_are_those_of_each_scheme(scheme, tmp_path):
     packed = hub.load_for_inference(tmp_path / scheme)
     assert len(quantized(packed)) == 3 * 4
     same(packed, hub.load(tmp_path / scheme))
+
+
+def test_matrices_are_plain_where_the_device_does_not_compute_in_their_format(tmp_path, monkeypatch):
+    """Of a file with two formats, those in one of them."""
+    monkeypatch.setattr(Ggml, "computes", lambda self, device, dtype: self.kind == "Q6_K" and dtype is torch.float32)
+    write(tmp_path / "m.gguf", peer("llama", **SHAPE), "llama", mixed)
+    packed = hub.load_for_inference(tmp_path / "m.gguf")
+    # Queries, keys and values are one matrix here.
+    assert quantized(packed) == [name for name in quantized(packed) if name.endswith("mlp.down")] != []
+    same(packed, hub.load(tmp_path / "m.gguf"))
+    assert quantized(hub.load_for_inference(tmp_path / "m.gguf", dtype=torch.bfloat16)) == []
 
 
 def test_it_takes_the_bytes_that_it_takes_on_disk(tmp_path):

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from gguf_files import blocks
-from penstock.ops.quantized import cpu
+from penstock.ops.quantized import cpu, cuda
 from penstock.ops.quantized.codebook import Codebook4
 from penstock.ops.quantized.contract import Parts, WeightFormat
-from penstock.ops.quantized.fp8 import Fp8
+from penstock.ops.quantized.fp8 import Fp8, rounding_of_rows
 from penstock.ops.quantized.ggml import Ggml
 from penstock.ops.quantized.integers import Int4, Int8
 from penstock.testing.weight_format import check_product
@@ -67,3 +67,38 @@ def test_without_a_compiler_the_product_is_the_same(monkeypatch):
     native = format.product(x, parts)
     monkeypatch.setattr(cpu, "available", lambda: False)
     torch.testing.assert_close(format.product(x, parts), native, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [None, 32, 128])
+def test_rows_differ_from_those_in_e4m3_by_no_more_than_is_said(group):
+    """And some by about as much: of ordinary size, tiny beside the largest, and zero."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 384, generator=draw) * torch.logspace(-4, 4, 64).unsqueeze(1)
+    x[:, ::3] *= 1e-4
+    x[5] = 0
+    grouped = x.view(64, -1, group or 384)
+    scale = (grouped.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-12)
+    nearest = ((grouped / scale).to(torch.float8_e4m3fn).float() * scale).view_as(x)
+    bound, off = rounding_of_rows(x, group), (x - nearest).abs()
+    assert (off <= bound).all()
+    ordinary = torch.arange(384) % 3 > 0
+    assert (off / bound)[:, ordinary].nan_to_num().max() > 0.9
+    assert (off / bound)[:, ~ordinary].nan_to_num().max() > 0.9
+
+
+def test_on_cuda_formats_stay_as_they_are_where_there_is_a_kernel(monkeypatch):
+    """By the generation of the device, what activations are, and the size of groups."""
+    monkeypatch.setattr(cuda, "can_compile", lambda device: True)
+    generation = [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(generation))
+    where, bf16 = torch.device("cuda"), torch.bfloat16
+    assert all(each.computes(where, bf16) for each in (Fp8(), Fp8(group=128), Int8(), Int4(group=32)))
+    assert not any(each.computes(where, bf16) for each in (Ggml(), Codebook4(), Int4(group=8)))
+    assert not any(each.computes(where, torch.float32) for each in (Fp8(), Int8(), Int4(group=32)))
+    generation[:] = [8, 0]
+    assert not Fp8().computes(where, bf16)
+    assert Int4(group=32).computes(where, bf16)
+    generation[:] = [7, 5]
+    assert not Int4(group=32).computes(where, bf16)
+    monkeypatch.setattr(cuda, "can_compile", lambda device: False)
+    assert all(format.computes(torch.device("cpu"), dtype) for format in FORMATS for dtype in (bf16, torch.float32))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from penstock.core.errors import ModelError
 from penstock.models.formats.contract import Stored
-from penstock.models.formats.parts import nibbles, part, scales, unpacked
+from penstock.models.formats.parts import pairs, part, scales, unpacked
 from penstock.ops.quantized.codebook import Codebook4
 from penstock.ops.quantized.contract import Packed
 from penstock.ops.quantized.fp8 import Fp8
@@ -25,7 +25,8 @@ class CompressedTensors:
     ``int-quantized``), integers of up to 8 bits in int32 words (``pack-quantized``), and MXFP4. Matrices have a scale,
     or each row, group of columns, or block has one.
 
-    Activations are quantized by whoever computes; what a scheme says about them has no part in what the weights are.
+    Activations are quantized by whoever computes, with scales of their own: of what a scheme says about them, what
+    counts is whether they are to be e4m3.
     """
 
     marker = "weight_scale"
@@ -53,7 +54,8 @@ class CompressedTensors:
         return rows, -1  # the words of a row may be longer than what it holds
 
     def pack(self, module: str, tensors: Mapping[str, Tensor]) -> Packed:
-        scheme, scale = self._scheme(module)["weights"], part(module, tensors, "weight_scale")
+        whole = self._scheme(module)
+        scheme, scale = whole["weights"], part(module, tensors, "weight_scale")
         if "weight_g_idx" in tensors:
             raise ModelError(
                 f"{module} has its columns in an order of their own (weight_g_idx), which is not supported"
@@ -64,7 +66,9 @@ class CompressedTensors:
             group, block = _block(scheme, shape)
             factors = scales(module, scale, shape, block)
             if values.dtype == torch.float8_e4m3fn:
-                return Packed(Fp8(group=group), {"values": values, "scale": factors})
+                given = whole.get("input_activations") or {}
+                rounds = given.get("type") == "float" and given.get("num_bits") == 8
+                return Packed(Fp8(group=group, rounds=rounds), {"values": values, "scale": factors})
             zeros = tensors.get("weight_zero_point")
             zeros = None if zeros is None else scales(module, zeros, shape, block)
             return Packed(Int8(group=group), {"values": values.to(torch.int8), **_affine(factors, zeros)})
@@ -87,9 +91,9 @@ class CompressedTensors:
         if not scheme.get("symmetric", True):
             words = part(module, tensors, "weight_zero_point")
             zeros = unpacked(words.T, bits, rows).T.float() - 2 ** (bits - 1)
-        values = unpacked(packed, bits, columns)
         if bits == 4 and columns % 2 == 0:
-            return Packed(Int4(group=group), {"values": nibbles(values), **_affine(factors, zeros)})
+            return Packed(Int4(group=group), {"values": pairs(packed, columns), **_affine(factors, zeros)})
+        values = unpacked(packed, bits, columns)
         signed = (values.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
         return Packed(Int8(group=group), {"values": signed, **_affine(factors, zeros)})
 

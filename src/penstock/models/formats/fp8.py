@@ -24,6 +24,7 @@ class BlockFp8:
     def __init__(self, config: Mapping[str, Any]) -> None:
         rows, columns = config["weight_block_size"]
         self._block = (int(rows), int(columns))
+        self._rounds = config.get("activation_scheme") == "dynamic"
 
     def shape(self, headers: Mapping[str, Stored]) -> tuple[int, int]:
         rows, columns = headers["weight"].shape if "weight" in headers else (-1, -1)
@@ -35,4 +36,4 @@ class BlockFp8:
             raise ModelError(f"the weight of {module} is {values.dtype}, not float8_e4m3fn")
         shape = (values.shape[0], values.shape[1])
         factors = scales(module, tensors[self.marker], shape, self._block)
-        return Packed(Fp8(group=self._block[1]), {"values": values, "scale": factors})
+        return Packed(Fp8(group=self._block[1], rounds=self._rounds), {"values": values, "scale": factors})

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from penstock.core.errors import ModelError
 from penstock.models.formats.contract import Stored
-from penstock.models.formats.parts import nibbles, part, unpacked
+from penstock.models.formats.parts import pairs, part, unpacked
 from penstock.ops.quantized.contract import Packed
 from penstock.ops.quantized.integers import Int4, Int8
 
@@ -45,9 +45,10 @@ class Gptq:
                 f"the columns of {module} are in an order of their own (desc_act), which is not supported",
                 hint="A checkpoint that was made with desc_act = false works.",
             )
-        half, values = 2 ** (self._bits - 1), unpacked(words.T, self._bits, columns)
+        half = 2 ** (self._bits - 1)
         factors = scale.T.contiguous()
         affine = {"scale": factors, "offset": factors * (half - (zeros.T.float() + self._less))}
         if self._bits == 4:
-            return Packed(Int4(group=size), {"values": nibbles(values), **affine})
+            return Packed(Int4(group=size), {"values": pairs(words.T, columns), **affine})
+        values = unpacked(words.T, self._bits, columns)
         return Packed(Int8(group=size), {"values": (values.to(torch.int16) - half).to(torch.int8), **affine})

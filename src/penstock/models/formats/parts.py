@@ -37,6 +37,12 @@ def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
     return (singles.view(-1, count, bits) * weights).sum(-1, dtype=torch.uint8)
 
 
+def pairs(words: Tensor, count: int) -> Tensor:
+    """The first ``count`` numbers of 4 bits, an even number of them, of each row of int32 ``words`` [M, n], from the
+    lowest bits on, as they lie there two in a byte: uint8 [M, count / 2]."""
+    return words.contiguous().view(torch.uint8)[:, : count // 2].contiguous()
+
+
 def nibbles(values: Tensor) -> Tensor:
     """Numbers from 0 to 15, uint8 [M, K], two in a byte, the first in its low bits: [M, K / 2]."""
     return (values[:, ::2] | values[:, 1::2] << 4).contiguous()

@@ -28,8 +28,9 @@ def allocate(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> None
     decoder.rotary.to(device)
 
 
-def keep_packed(decoder: Decoder, family: Family, weights: Weights) -> None:
-    """Replaces those linear layers of a decoder on the meta device whose matrices are quantized, and a tied head."""
+def keep_packed(decoder: Decoder, family: Family, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
+    """Replaces those linear layers of a decoder on the meta device whose matrices are quantized in a format that
+    ``device`` computes in beside activations of ``dtype``, and a tied head."""
     stacks: dict[str, list[str]] = {}
     shapes: dict[str, torch.Size] = {}
     for ours, hub, view in placed(decoder, family):
@@ -44,7 +45,10 @@ def keep_packed(decoder: Decoder, family: Family, weights: Weights) -> None:
             packed = dict(weights.packed(stack))
             for hub in stack:
                 require_shape(hub, weights, packed[hub].shape, shapes[hub])
-            decoder.set_submodule(name, QuantizedLinear([packed[hub] for hub in stack], module.bias))
+            if all(each.format.computes(device, dtype) for each in packed.values()):
+                layer = QuantizedLinear([packed[hub] for hub in stack], None).to(device)
+                layer.bias = module.bias  # on the meta device still
+                decoder.set_submodule(name, layer)
 
 
 def fill(decoder: Decoder, family: Family, weights: Weights) -> None:

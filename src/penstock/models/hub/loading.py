@@ -46,17 +46,18 @@ def load_for_inference(
     share: Share | None = None,
     part: Callable[[DecoderConfig], Decoder] | None = None,
 ) -> Decoder:
-    """Loads a model as :func:`load` does, with two differences: it has no gradients, and on a CPU quantized matrices of
-    its layers and of its head stay as they are stored, where products read them (but not below an adapter that cannot
-    be merged). ``dtype`` is that of the others. With a ``share`` it is that of a rank, of which nothing else is read;
-    :mod:`penstock.parallel.tensor` makes ranks compute together. ``part`` makes, of the shape of the model, a decoder
-    that has some of its layers, under their names in the whole; it is filled, and nothing else is read.
+    """Loads a model as :func:`load` does, with two differences: it has no gradients, and quantized matrices of its
+    layers and of its head stay as they are stored, where products on the device read them (but not below an adapter
+    that cannot be merged). ``dtype`` is that of the others. With a ``share`` it is that of a rank, of which nothing
+    else is read; :mod:`penstock.parallel.tensor` makes ranks compute together. ``part`` makes, of the shape of the
+    model, a decoder that has some of its layers, under their names in the whole; it is filled, and nothing else is
+    read.
 
     Raises:
         UsageError: as :func:`load`; or that many ranks cannot divide the model.
         ModelError: as :func:`load`.
     """
-    return _load(source, torch.device(device), dtype, torch.device(device).type == "cpu", share, part)
+    return _load(source, torch.device(device), dtype, True, share, part)
 
 
 def _load(
@@ -86,9 +87,10 @@ def _load(
     check_weights(described, weights, views_on(whole, family))
     if share is not None:
         weights = Divided(weights, cuts(whole, decoder, family, share))
+    dtype = dtype or stated_dtype(described, weights)
     if packed and adapter is None:
-        keep_packed(decoder, family, weights)
-    allocate(decoder, device, dtype or stated_dtype(described, weights))
+        keep_packed(decoder, family, weights, device, dtype)
+    allocate(decoder, device, dtype)
     fill(decoder, family, weights)
     if adapter is not None:
         routed_folder.wear(decoder, family, adapter)

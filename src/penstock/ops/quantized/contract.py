@@ -32,13 +32,14 @@ class Example(NamedTuple):
     "weight.format",
     law="a stored matrix stands for the numbers that the format's definition gives; rows can be cut from it, and "
     "columns between its units; a product with it is that with these numbers, within the rounding that the format "
-    "states",
+    "states, and on a CPU models compute with it as it is stored",
 )
 class WeightFormat(Policy):
     """A way to store a matrix of weights [M, K] in few bits.
 
     A policy gives :meth:`shape` and :meth:`dequantize`, and :meth:`example` for its law; a :meth:`product` of its own
-    where there is a kernel that reads the parts as they are.
+    where there is a kernel that reads the parts as they are, and what it :meth:`computes` on, where that is not a CPU
+    alone.
     """
 
     def shape(self, parts: Parts) -> tuple[int, int]:
@@ -60,6 +61,11 @@ class WeightFormat(Policy):
             piece = self.dequantize(cut(parts, start, start + step)).to(x.dtype)
             out[:, start : start + step] = F.linear(x, piece)
         return out
+
+    def computes(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a model on ``device``, with activations of this ``dtype``, is to have matrices in the format as they
+        are stored; elsewhere, it has plain numbers in their place."""
+        return device.type == "cpu"
 
     @property
     def unit(self) -> int:

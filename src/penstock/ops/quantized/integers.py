@@ -6,7 +6,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from penstock.ops.quantized import cpu
+from penstock.ops.quantized import cpu, cuda
 from penstock.ops.quantized.contract import Example, Parts, WeightFormat, spread
 from penstock.policy import policy
 
@@ -26,10 +26,15 @@ class Integers(WeightFormat):
         return self.group or 1
 
     def product(self, x: Tensor, parts: Parts) -> Tensor:
-        if cpu.serves(x, self.shape(parts)[1], self.group):
-            scale, offset = parts["scale"], parts.get("offset")
+        columns, scale, offset = self.shape(parts)[1], parts["scale"], parts.get("offset")
+        if cuda.serves(x, columns, self.group):
+            return cuda.product(self.policy_name, x, parts["values"], scale, offset, group=self.group)
+        if cpu.serves(x, columns, self.group):
             return cpu.product(self.policy_name, x, parts["values"], scale, offset, group=self.group)
         return super().product(x, parts)
+
+    def computes(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return device.type == "cpu" or cuda.computes(device, dtype, self.group, cuda.BFLOAT16)
 
     def dequantize(self, parts: Parts) -> Tensor:
         columns = self.shape(parts)[1]
@@ -58,10 +63,17 @@ class Int8(Integers):
         return Example(cls(group=2), parts, [[2, -4, 1.5], [128, -127, 0], [-4, -5, 16]])
 
 
-@policy("weight.format", "int4")
+@policy("weight.format", "int4", papers=[223])
 class Int4(Integers):
     """Integers from -8 to 7, stored with 8 added, two in a byte of ``values``, uint8 [M, K / 2], the first in its low
-    bits; see :class:`Integers` for what they are multiplied with."""
+    bits; see :class:`Integers` for what they are multiplied with.
+
+    On CUDA, in the manner of MARLIN, the weights are read in 4 bits, asynchronously and some tiles ahead, and decoded
+    in registers by writing them into mantissas; sums are cut where the matrix would not keep the device busy. Ours: the
+    kernel in Triton, which scales sums instead of weights where there are few rows, and plain weights in pieces for a
+    library's product where there are many. Not built: weights in an order of their own for the matrix units, stripes of
+    tiles that even out the last wave, and 2:4 sparsity.
+    """
 
     @property
     def unit(self) -> int:

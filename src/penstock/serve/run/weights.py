@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from penstock.core.errors import UsageError
 from penstock.models.decoder import Decoder
@@ -73,24 +73,31 @@ class Weights:
     @torch.no_grad()
     def release(self) -> None:
         """Frees the device's memory: on CUDA the host keeps a copy, on a CPU they are read again by :attr:`source`;
-        where there is none, they stay."""
-        for name, parameter in self._model.named_parameters():
-            if parameter.is_cuda:
-                self._away[name] = torch.empty_like(parameter, device="cpu", pin_memory=True).copy_(parameter)
-            if parameter.is_cuda or self.source is not None:
-                parameter.data = parameter.new_empty(0)
+        where there is none, they stay, and so do matrices there as they are quantized."""
+        for name, weight in self._all():
+            if weight.is_cuda:
+                self._away[name] = torch.empty_like(weight, device="cpu", pin_memory=True).copy_(weight)
+            if weight.is_cuda or (self.source is not None and isinstance(weight, nn.Parameter)):
+                weight.data = weight.new_empty(0)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Brings them back."""
-        gone = {name: parameter for name, parameter in self._model.named_parameters() if not parameter.numel()}
+        gone = {name: weight for name, weight in self._all() if not weight.numel()}
         if not gone:
             return
         found = self._away or ({} if self.source is None else self.source())
-        for name, parameter in gone.items():
+        for name, weight in gone.items():
             # A copy, since what is read may lie in a file that is mapped.
-            parameter.data = found[name].to(parameter.device, parameter.dtype, copy=True)
+            weight.data = found[name].to(weight.device, weight.dtype, copy=True)
         self._away = {}
+
+    def _all(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters, and what quantized matrices are stored in."""
+        yield from self._model.named_parameters()
+        for prefix, module in self._model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                yield from module.named_buffers(prefix)
 
 
 def _refuse(which: str, names: Iterable[str]) -> None:

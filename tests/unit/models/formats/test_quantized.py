@@ -25,6 +25,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.formats.quantized import layout_of
 from penstock.models.formats.schemes import SCHEMES
+from penstock.ops.quantized.fp8 import Fp8
 from penstock.testing.transformers_peer import expected, peer, prompt, published, whole
 
 TOKENS = prompt()
@@ -33,6 +34,25 @@ SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "tie_word_e
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_activations_are_rounded_where_the_scheme_of_fp8_says_so():
+    """Whether they are is part of what the matrix is multiplied as; other schemes have no part in it."""
+    values = draw(256, 128).to(torch.float8_e4m3fn)
+    tensors = {"weight": values, "weight_scale": torch.ones(256, 1)}
+    for given, rounds in (
+        (None, False),
+        ({"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}, True),
+        ({"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}, False),
+    ):
+        weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": given}
+        config = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"0": group}}
+        assert layout_of(config).pack("m", tensors).format == Fp8(rounds=rounds)
+    tensors = {"weight": values, "weight_scale_inv": torch.ones(2, 1)}
+    for given, rounds in ((None, False), ("dynamic", True)):
+        config = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": given}
+        assert layout_of(config).pack("m", tensors).format == Fp8(group=128, rounds=rounds)
 
 
 # compressed-tensors.

@@ -1,0 +1,119 @@
+"""Products with quantized matrices on CUDA: which kernel multiplies how many rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+
+from penstock.core.devices import can_compile
+
+#: Columns that kernels decode at a time at least: groups are of so many whole ones.
+UNIT = 32
+
+#: Up to so many rows, a product takes as long as reading the matrix; and up to so many, a kernel that decodes it for
+#: each tile of the result takes less time than a library's product with plain numbers and making these.
+FEW, SOME = 64, 512
+
+#: Plain numbers that are made at a time, and multiplied while most of them are in the device's second cache.
+PIECE = 1 << 25
+
+#: Stands for the columns of a group where a row is one.
+WHOLE = 1 << 30
+
+#: What devices can do from which generation on: multiply bfloat16, and convert e4m3.
+BFLOAT16, E4M3 = (8, 0), (8, 9)
+
+_library = Library("penstock", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "quantized_product(str kind, Tensor x, Tensor values, Tensor scale, Tensor? offset, int? group, bool rounds)"
+    " -> Tensor"
+)
+
+
+def computes(device: torch.device, dtype: torch.dtype, group: int | None, generation: tuple[int, int]) -> bool:
+    """Whether there are kernels for matrices in groups of ``group`` columns, on a ``device`` of this generation or a
+    later one, where x has the ``dtype``."""
+    fits = dtype is torch.bfloat16 and (group is None or group % UNIT == 0)
+    return fits and can_compile(device) and torch.cuda.get_device_capability(device) >= generation
+
+
+def serves(x: Tensor, columns: int, group: int | None) -> bool:
+    """Whether ``x`` [N, K] is multiplied by a kernel with a matrix of so many columns, in groups of ``group``."""
+    return x.is_cuda and x.dtype is torch.bfloat16 and columns % 2 == 0 and (group is None or group % UNIT == 0)
+
+
+def rounds(x: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether as many rows as ``x`` [N, K] has are rounded to e4m3 for a product with a matrix of the ``shape`` in it:
+    where reading the matrix takes longest, that would gain nothing, and libraries want whole 16 rows and columns."""
+    return x.shape[0] > FEW and shape[0] % 16 == 0 and shape[1] % 16 == 0
+
+
+def product(
+    kind: str,
+    x: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    *,
+    group: int | None = None,
+    rounds: bool = False,
+) -> Tensor:
+    """``x`` bfloat16 [N, K] times the transpose of a matrix [M, K]: bfloat16 [N, M]. To torch.compile it is one
+    operator, so that a pass compiled for any number of rows can choose at each call; it waits for nothing.
+
+    Args:
+        kind: how the matrix is stored: int4, int8, e4m3.
+        values: its rows as they are stored, [M, ...].
+        scale: float32 [M, k] of the groups of columns.
+        offset: the same, added.
+        group: columns of a group; None: all of them.
+        rounds: whether many rows may be rounded to e4m3, for a matrix in it.
+    """
+    out: Tensor = torch.ops.penstock.quantized_product(kind, x, values, scale, offset, group, rounds)
+    return out
+
+
+def _product(
+    kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor | None, group: int | None, rounded: bool
+) -> Tensor:
+    from penstock.ops.quantized import packed_kernel, plain_kernel
+
+    (count, size), height = x.shape, values.shape[0]
+    if not count or not height:
+        return x.new_zeros(count, height)
+    values, scale, offset = values.contiguous(), scale.contiguous(), None if offset is None else offset.contiguous()
+    x = x.contiguous()
+    x = x.clone() if x.data_ptr() % 16 else x
+    if rounded and rounds(x, (height, size)):
+        return _rounded(x, values, scale, group)
+    columns = group or WHOLE
+    if count <= SOME:
+        return packed_kernel.product(kind, x, values, scale, offset, columns)
+    out, step = x.new_empty(count, height), max(1, PIECE // size)
+    for start in range(0, height, step):
+        rows = slice(start, start + step)
+        added = None if offset is None else offset[rows]
+        piece = plain_kernel.plain(kind, values[rows], scale[rows], added, columns, size)
+        torch.mm(x, piece.T, out=out[:, rows])
+    return out
+
+
+def _rounded(x: Tensor, values: Tensor, scale: Tensor, group: int | None) -> Tensor:
+    """The product in e4m3: by a library where rows have a scale, which adds up so that no bits are lost in between."""
+    from penstock.ops.quantized import rounded_kernel
+
+    given, factors = rounded_kernel.rounded(x, group)
+    if group is not None:
+        return rounded_kernel.blocks(given, factors, values, scale, group)
+    return torch._scaled_mm(given, values.T, factors, scale.T, out_dtype=x.dtype, use_fast_accum=False)
+
+
+def _shape(
+    kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor | None, group: int | None, rounded: bool
+) -> Tensor:
+    return x.new_empty(x.shape[0], values.shape[0])
+
+
+_library.impl("quantized_product", _product, "CUDA")  # type: ignore[no-untyped-call]
+register_fake("penstock::quantized_product", _shape, lib=_library)

@@ -1,0 +1,250 @@
+"""The kernel for products with matrices in few bits, which it reads as they are stored.
+
+Up to some dozens of rows, a product takes as long as reading the matrix, so that one in 4 bits takes a quarter of the
+time of one in 16, if the matrix units do not wait for what turns bits into numbers. Hence: numbers are decoded in
+registers, on the side of the product that matrix units take from there; integers in 4 bits are decoded by writing them
+into mantissas, two with one instruction; where there are few rows, numbers are neither scaled nor shifted before the
+product but behind it, where few sums are; and where the rows of the matrix do not keep the device busy, sums are cut in
+pieces that are added up by a second kernel, always in the same order.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Tile(NamedTuple):
+    """What a program works on: so many rows of x and of the matrix, and how many columns at a time. Numbers are scaled
+    before the product (``early``), or their sums behind it."""
+
+    rows: int
+    height: int
+    depth: int
+    warps: int
+    stages: int
+    early: bool
+
+
+#: For matrices in 4 bits and in 8, by how many rows x has at most. What programs read of x comes from the second cache
+#: again and again, so that their tiles of the matrix have to be the taller, the more rows there are and the fewer bits.
+TILES = {
+    4: (
+        (16, Tile(16, 128, 128, 4, 4, False)),
+        (32, Tile(32, 128, 128, 8, 4, False)),
+        (64, Tile(64, 256, 128, 8, 3, False)),
+    ),
+    8: (
+        (16, Tile(16, 64, 128, 4, 5, False)),
+        (32, Tile(32, 128, 128, 8, 4, False)),
+        (64, Tile(64, 128, 128, 8, 3, False)),
+    ),
+}
+MANY = Tile(128, 128, 64, 8, 3, True)
+
+#: Programs for each processor of the device that hide how long memory takes to answer, where there are few rows; the
+#: pieces of a sum at most, and the least steps of one.
+PROGRAMS, PIECES, STEPS = 2, 16, 4
+
+#: Sums that a program adds up.
+LANES = 1024
+
+
+@triton.jit
+def integers(raw):  # type: ignore[no-untyped-def]
+    """Integers in 4 bits, which are stored with 8 added, in bfloat16: written into the mantissa of 128, whose last bit
+    is worth one, they are 136 more than they ought to be."""
+    raised = (raw.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
+    return (raised.to(tl.float32) - 136.0).to(tl.bfloat16)
+
+
+@triton.jit
+def quarters(raw):  # type: ignore[no-untyped-def]
+    """The four :func:`integers` in each uint16, from the lowest bits on: of two words at a time, as they lie in a
+    register, and as matrix units want them."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, b, c, d, one, less;
+        mov.b32 one, 0x3f803f80;
+        mov.b32 less, 0xc308c308;
+        shr.b32 b, $4, 4;
+        shr.b32 c, $4, 8;
+        shr.b32 d, $4, 12;
+        lop3.b32 a, $4, 0x000f000f, 0x43004300, 0xea;
+        lop3.b32 b, b, 0x000f000f, 0x43004300, 0xea;
+        lop3.b32 c, c, 0x000f000f, 0x43004300, 0xea;
+        lop3.b32 d, d, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $0, a, one, less;
+        fma.rn.bf16x2 $1, b, one, less;
+        fma.rn.bf16x2 $2, c, one, less;
+        fma.rn.bf16x2 $3, d, one, less;
+        }
+        """,
+        "=r,=r,=r,=r,r", [raw], (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def scaled(raw, scale, offset):  # type: ignore[no-untyped-def]
+    """The numbers [height, depth] that stored ones stand for, for a scale and offset [height] of their group."""
+    return (raw.to(tl.float32) * scale[:, None] + offset[:, None]).to(tl.bfloat16)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def number(several, place: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The one at a ``place`` of several bfloat16 in an integer, from the lowest bits on."""
+    return ((several >> (16 * place)) & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def factors(  # type: ignore[no-untyped-def]
+    scale, offset, row, inside, group, groups, shifted: tl.constexpr
+):  # fmt: skip
+    """What the stored numbers of ``row`` in a ``group`` are multiplied by, and what is added to each then; behind the
+    last group, where x is zero, any number will do."""
+    at = row.to(tl.int64) * groups + tl.minimum(group, groups - 1)
+    factor = tl.load(scale + at, inside, 0.0)
+    added = tl.zeros_like(factor)
+    if shifted:
+        added += tl.load(offset + at, inside, 0.0)
+    return factor, added
+
+
+@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
+def product_kernel(  # type: ignore[no-untyped-def]
+    x, values, scale, offset, out, count, height, width, groups, each, steps,
+    together: tl.constexpr, shifted: tl.constexpr, early: tl.constexpr, even: tl.constexpr,
+    rows: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """out [pieces, count, height] = x [count, size] times the transpose of a matrix [height, size]. The matrix is
+    stored as values [height, width], and x has as many numbers in a row: where the matrix is in 4 bits, two in a uint8
+    or four in a uint16, so many of x are ``together`` too, in an int32 or an int64. A piece has ``steps`` of ``wide``
+    numbers of a row, of which ``each`` make a group; ``even``, if they fill all rows. One program for a tile of the
+    result, which is computed on its side: matrix units take what stands on the left from registers."""
+    row = tl.program_id(0) * tall + tl.arange(0, tall)
+    own = tl.program_id(1) * rows + tl.arange(0, rows)
+    inside, there = row < height, own < count
+    lane = tl.arange(0, wide)
+    from_values = values + row.to(tl.int64)[:, None] * width + lane[None, :]
+    from_x = x + own.to(tl.int64)[None, :] * width + lane[:, None]
+    total = tl.zeros((tall, rows), tl.float32)
+    ones = tl.full((tall, wide), 1.0, tl.bfloat16)
+    begin = tl.program_id(2) * steps
+    factor, added = factors(scale, offset, row, inside, begin // each, groups, shifted)
+    for step in range(begin, begin + steps):
+        at = step * wide
+        if even:
+            raw = tl.load(from_values + at, inside[:, None], 0.0)
+            given = tl.load(from_x + at, there[None, :], 0.0)
+        else:
+            raw = tl.load(from_values + at, inside[:, None] & (at + lane < width)[None, :], 0.0)
+            given = tl.load(from_x + at, there[None, :] & (at + lane < width)[:, None], 0.0)
+        # Those of the next step, which are there when they are wanted.
+        next_factor, next_added = factors(scale, offset, row, inside, (step + 1) // each, groups, shifted)
+        if together == 4:
+            first, second, third, fourth = quarters(raw)
+            a, b, c, d = number(given, 0), number(given, 1), number(given, 2), number(given, 3)
+            if early:
+                total = tl.dot(scaled(first, factor, added), a, total)
+                total = tl.dot(scaled(second, factor, added), b, total)
+                total = tl.dot(scaled(third, factor, added), c, total)
+                total = tl.dot(scaled(fourth, factor, added), d, total)
+            else:
+                total += factor[:, None] * tl.dot(fourth, d, tl.dot(third, c, tl.dot(second, b, tl.dot(first, a))))
+                if shifted:
+                    total += added[:, None] * tl.dot(ones, d, tl.dot(ones, c, tl.dot(ones, b, tl.dot(ones, a))))
+        elif together == 2:
+            first, second = integers(raw & 15), integers(raw >> 4)
+            a, b = number(given, 0), number(given, 1)
+            if early:
+                total = tl.dot(scaled(first, factor, added), a, total)
+                total = tl.dot(scaled(second, factor, added), b, total)
+            else:
+                total += factor[:, None] * tl.dot(second, b, tl.dot(first, a))
+                if shifted:
+                    total += added[:, None] * tl.dot(ones, b, tl.dot(ones, a))
+        elif early:
+            total = tl.dot(scaled(raw, factor, added), given, total)
+        else:
+            sums = tl.dot(raw.to(tl.float32).to(tl.bfloat16), given)
+            total += factor[:, None] * sums
+            if shifted:
+                total += added[:, None] * tl.dot(ones, given)
+        factor, added = next_factor, next_added
+    to = out + (tl.program_id(2).to(tl.int64) * count + own.to(tl.int64)[None, :]) * height + row[:, None]
+    tl.store(to, total.to(out.dtype.element_ty), inside[:, None] & there[None, :])
+
+
+@triton.jit(do_not_specialize=["size"])  # type: ignore[untyped-decorator]
+def sum_kernel(pieces, out, size, count: tl.constexpr, lanes: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out [size], the sum of ``count`` pieces [count, size], in their order."""
+    at = tl.program_id(0).to(tl.int64) * lanes + tl.arange(0, lanes)
+    total = tl.zeros((lanes,), tl.float32)
+    for piece in tl.static_range(count):
+        total += tl.load(pieces + piece * size.to(tl.int64) + at, at < size, 0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), at < size)
+
+
+def product(kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor | None, group: int) -> Tensor:
+    """``x`` bfloat16 [N, K], at whole 8 bytes, and K even for 4 bits, times the transpose of a matrix [M, K]: bfloat16
+    [N, M]. Products are exact and sums float32; but with many rows, the matrix's numbers are rounded to bfloat16.
+
+    Args:
+        kind: int4, int8 or e4m3.
+        values: uint8 [M, K / 2], int8 [M, K] or float8_e4m3fn [M, K].
+        scale, offset: float32 [M, k].
+        group: columns of a group, of whole 32.
+    """
+    tile = next((tile for most, tile in TILES[4 if kind == "int4" else 8] if x.shape[0] <= most), MANY)
+    programs = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(values.shape[0], tile.height)
+    wanted = triton.cdiv((1 if tile.early else PROGRAMS) * processors(x.device), programs)
+    steps = triton.cdiv(x.shape[1], math.gcd(group, tile.depth))
+    return multiply(kind, x, values, scale, offset, group, tile, max(1, min(wanted, PIECES, steps // STEPS)))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def multiply(
+    kind: str,
+    x: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    group: int,
+    tile: Tile,
+    pieces: int,
+) -> Tensor:
+    """:func:`product` by such tiles, each of its sums in about so many ``pieces``."""
+    (count, size), height, depth = x.shape, values.shape[0], math.gcd(group, tile.depth)
+    whole = triton.cdiv(size, depth)
+    steps = triton.cdiv(whole, pieces)
+    pieces = triton.cdiv(whole, steps)
+    found = torch.empty(pieces, count, height, dtype=torch.bfloat16 if pieces == 1 else torch.float32, device=x.device)
+    grid = (triton.cdiv(height, tile.height), triton.cdiv(count, tile.rows), pieces)
+    together = 1
+    if kind == "int4":  # of four numbers each, at least 16 are multiplied at a time
+        together = 4 if size % 4 == 0 and depth >= 64 else 2
+        x, values = (x.view(torch.int64), values.view(torch.uint16)) if together == 4 else (x.view(torch.int32), values)
+    product_kernel[grid](
+        x, values, scale, scale if offset is None else offset, found,
+        count, height, values.shape[1], scale.shape[1], group // depth, steps,
+        together, offset is not None, tile.early, size == pieces * steps * depth,
+        tile.rows, tile.height, depth // together,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if pieces == 1:
+        return found[0]
+    out = torch.empty(count, height, dtype=torch.bfloat16, device=x.device)
+    sum_kernel[(triton.cdiv(out.numel(), LANES),)](found, out, out.numel(), pieces, LANES, num_warps=4)
+    return out

@@ -1,0 +1,160 @@
+"""Quantized matrices on a CUDA device: products by any number of rows, in graphs, and in an engine."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from penstock.models import hub
+from penstock.models.attention import CausalRows
+from penstock.models.config import DecoderConfig
+from penstock.models.decoder import Decoder
+from penstock.models.quantized import QuantizedLinear
+from penstock.ops.quantized import cuda
+from penstock.ops.quantized.contract import Packed, Parts, WeightFormat
+from penstock.ops.quantized.fp8 import Fp8
+from penstock.ops.quantized.integers import Int4, Int8
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.offline.llm import LLM
+from penstock.testing.enrolled import enrolled
+from penstock.testing.weight_format import check
+
+pytestmark = pytest.mark.gpu
+
+#: Around all numbers of rows from which on others multiply.
+COUNTS = (1, 2, 16, 17, 32, 33, cuda.FEW, cuda.FEW + 1, 128, 300, cuda.SOME, cuda.SOME + 1)
+FORMATS: list[WeightFormat] = [
+    *(Int4(group=group) for group in (None, 32, 64, 128)),
+    *(Int8(group=group) for group in (None, 32, 128)),
+    *(Fp8(group=group, rounds=rounds) for group in (None, 128) for rounds in (False, True)),
+]
+
+
+def random(format: Any, rows: int, columns: int, shifted: bool = False) -> Parts:
+    """A matrix [rows, columns] of random bits and scales."""
+    draw = torch.Generator().manual_seed(rows)
+    width = columns // 2 if isinstance(format, Int4) else columns
+    values = torch.randint(256, (rows, width), generator=draw).to(torch.uint8)
+    if isinstance(format, Fp8):  # no NaN
+        values = torch.where(values & 127 == 127, 0, values).to(torch.uint8).view(torch.float8_e4m3fn)
+    if isinstance(format, Int8):
+        values = values.view(torch.int8)
+    shape = (rows, -(-columns // format.group) if format.group else 1)
+    parts = {"values": values, "scale": torch.rand(shape, generator=draw)}
+    parts |= {"offset": torch.randn(shape, generator=draw)} if shifted else {}
+    return {name: part.cuda() for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("name", enrolled("weight.format"))
+def test_the_law_of_weight_formats_holds(name: str) -> None:
+    check(enrolled("weight.format")[name], "cuda")
+
+
+@pytest.mark.parametrize("shape", [(256, 512), (77, 384), (4096, 1536), (6144, 4096), (16, 160)])
+@pytest.mark.parametrize("format", FORMATS, ids=repr)
+def test_products_are_those_with_the_dequantized_matrix(format: Any, shape: tuple[int, int]) -> None:
+    """Up to bfloat16's rounding of the result and of the matrix, and that of rows to e4m3 where they are rounded."""
+    for shifted, count in itertools.product((False, True), COUNTS):
+        if shifted and isinstance(format, Fp8):
+            continue
+        parts = random(format, *shape, shifted)
+        x = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(count)).cuda().bfloat16()
+        found, matrix = format.product(x, parts), format.dequantize(parts).double()
+        wanted, terms = x.double() @ matrix.T, x.double().abs() @ matrix.abs().T
+        over = (found.double() - wanted).abs() - 2**-7 * wanted.abs() - 2**-8 * terms - format.rounding(x, parts)
+        assert found.dtype == torch.bfloat16
+        assert (over <= 0).all(), f"{count} rows: off by {over.max():.3g} more than may be"
+
+
+@pytest.mark.parametrize("format", [Int4(group=128), Int8(), Fp8(), Fp8(group=128)], ids=repr)
+def test_few_rows_are_multiplied_as_exactly_as_in_float32(format: Any) -> None:
+    parts = random(format, 512, 4096)
+    x = torch.randn(16, 4096, generator=torch.Generator().manual_seed(0)).cuda().bfloat16()
+    found, matrix = format.product(x, parts).double(), format.dequantize(parts).double()
+    wanted, terms = x.double() @ matrix.T, x.double().abs() @ matrix.abs().T
+    assert ((found - wanted).abs() <= 2**-8 * wanted.abs() + 2**-16 * terms).all()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=repr)
+@torch.inference_mode()
+def test_graphs_compute_what_was_there_when_they_are_replayed(format: Any) -> None:
+    parts = random(format, 256, 512)
+    for count in (1, 16, 65, 513):
+        x = torch.zeros(count, 512, dtype=torch.bfloat16, device="cuda")
+        format.product(x, parts)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = format.product(x, parts)
+        x.normal_()
+        graph.replay()
+        assert torch.equal(out, format.product(x, parts))
+
+
+@torch.inference_mode()
+def test_a_compiled_layer_is_compiled_once_for_all_numbers_of_rows() -> None:
+    layer = QuantizedLinear([_packed(Int4(group=64), 96, 128), _packed(Fp8(rounds=True), 160, 128)], None).cuda()
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True)
+    for count in (2, 5, 64, 65, 600):
+        x = torch.randn(count, 128, device="cuda").bfloat16()
+        assert torch.equal(compiled(x), layer(x))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def _packed(format: Any, rows: int, columns: int) -> Packed:
+    return Packed(format, random(format, rows, columns))
+
+
+def written(folder: Path, scheme: str) -> Path:
+    """A small model of random weights in a scheme, with python-6m's tokenizer."""
+    shape = DecoderConfig(vocabulary=4096, hidden=256, layers=3, heads=4, kv_heads=2, head_dim=64, ffn=768, context=512)
+    hub.save(Decoder(shape).initialize(0), folder / scheme, scheme=scheme)
+    hub.load_tokenizer("python-6m").save_pretrained(folder / scheme)
+    return folder / scheme
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8", "w4a16"])
+def test_a_model_stays_as_it_is_stored_and_computes_what_it_stands_for(tmp_path: Path, scheme: str) -> None:
+    folder = written(tmp_path, scheme)
+    packed = hub.load_for_inference(folder, device="cuda", dtype=torch.bfloat16).eval()
+    plain = hub.load(folder, device="cuda", dtype=torch.float32).eval()
+    layers = [module for module in packed.layers.modules() if isinstance(module, QuantizedLinear)]
+    assert len(layers) == 4 * packed.config.layers
+    assert all(part.is_cuda for layer in layers for part in layer.buffers())
+    tokens = torch.arange(200, device="cuda")[None] % packed.config.vocabulary
+    found, wanted = (_scores(model, tokens) for model in (packed, plain))
+    # Rounding of activations, to bf16 and, of more than a few dozen, to e4m3.
+    assert (found - wanted).abs().mean() < (0.2 if scheme == "fp8" else 0.1) * wanted.std()
+    exact = hub.load_for_inference(folder, device="cuda", dtype=torch.float32)
+    assert not any(isinstance(module, QuantizedLinear) for module in exact.modules())
+
+
+@torch.inference_mode()
+def _scores(model: Any, tokens: Tensor) -> Tensor:
+    found: Tensor = model.logits(model(tokens, CausalRows.of(tokens.shape[1])).hidden).float()
+    return found
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8", "w4a16"])
+def test_an_engine_with_graphs_says_the_same_after_it_has_slept(tmp_path: Path, scheme: str) -> None:
+    params = SamplingParams(temperature=0, max_tokens=32)
+    with LLM(written(tmp_path, scheme), device="cuda", cache_tokens=8192, sequences=16, compile=True) as llm:
+        prompts = ["def add(", "class Stack:", "import os"]
+        before = [result.outputs[0].token_ids for result in llm.generate(prompts, params)]
+        weights = [part for module in llm.engine.executor.model.modules() for part in _stored(module)]
+        llm.sleep()
+        assert not any(part.numel() for part in weights)
+        llm.wake()
+        assert all(part.numel() for part in weights)
+        assert [result.outputs[0].token_ids for result in llm.generate(prompts, params)] == before
+
+
+def _stored(module: Any) -> list[Tensor]:
+    return list(module.buffers()) if isinstance(module, QuantizedLinear) else []

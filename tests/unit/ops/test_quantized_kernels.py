@@ -1,0 +1,98 @@
+"""Kernels for quantized matrices on CUDA, beside the dequantized matrix in float64; also without a GPU, by Triton's
+interpreter (``TRITON_INTERPRET=1``)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from interpreted import DEVICE, repaired, runs
+from penstock.ops.quantized.contract import Parts, WeightFormat
+from penstock.ops.quantized.fp8 import Fp8
+from penstock.ops.quantized.integers import Int4, Int8
+
+packed_kernel = pytest.importorskip("penstock.ops.quantized.packed_kernel")
+from penstock.ops.quantized import cuda, plain_kernel, rounded_kernel  # noqa: E402
+from penstock.ops.quantized.packed_kernel import Tile  # noqa: E402
+
+pytestmark = runs
+__all__ = ["repaired"]
+
+KINDS: dict[str, type[Fp8 | Int8 | Int4]] = {"int4": Int4, "int8": Int8, "e4m3": Fp8}
+LATE, EARLY = Tile(16, 64, 64, 4, 3, False), Tile(16, 64, 64, 4, 3, True)
+
+
+def random(kind: str, rows: int, columns: int, group: int | None, shifted: bool) -> tuple[WeightFormat, Parts]:
+    """A matrix [rows, columns] of random bits, scales of both signs, and offsets."""
+    draw = torch.Generator().manual_seed(rows)
+    values = torch.randint(256, (rows, columns // 2 if kind == "int4" else columns), generator=draw).to(torch.uint8)
+    if kind == "e4m3":  # no NaN
+        values = torch.where(values & 127 == 127, 0, values).to(torch.uint8).view(torch.float8_e4m3fn)
+    if kind == "int8":
+        values = values.view(torch.int8)
+    shape = (rows, -(-columns // group) if group else 1)
+    parts = {"values": values, "scale": torch.randn(shape, generator=draw)}
+    parts |= {"offset": torch.randn(shape, generator=draw)} if shifted else {}
+    return KINDS[kind](group=group), {name: part.to(DEVICE) for name, part in parts.items()}
+
+
+def given(count: int, columns: int) -> Tensor:
+    return torch.randn(count, columns, generator=torch.Generator().manual_seed(count)).to(DEVICE, torch.bfloat16)
+
+
+def close(found: Tensor, x: Tensor, matrix: Tensor, bound: float = 2**-8) -> None:
+    """Up to ``bound`` of the sum of the absolute terms, and bfloat16's rounding of the result."""
+    wanted, terms = x.double() @ matrix.double().T, x.double().abs() @ matrix.double().abs().T
+    over = (found.double() - wanted).abs() - 2**-8 * wanted.abs() - bound * terms
+    assert found.dtype == torch.bfloat16
+    assert (over <= 0).all(), f"off by {over.max():.3g} more than may be"
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("group", [None, 32, 64, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_those_with_the_dequantized_matrix(kind: str, group: int | None, shifted: bool) -> None:
+    """Rows that fill no tile, few rows of x and more, sums in one piece and in several of which the last is shorter.
+    Where numbers are not rounded before the product, it is as exact as sums in float32."""
+    if kind == "e4m3" and shifted:
+        pytest.skip("e4m3 has no offsets")
+    for rows, columns, count, pieces in ((37, 160, 1, 2), (70, 384, 19, 1), (64, 448, 16, 3)):
+        format, parts = random(kind, rows, columns, group, shifted)
+        x, matrix = given(count, columns), format.dequantize(parts)
+        for tile, bound in ((LATE, 2**-20), (EARLY, 2**-8)):
+            own = parts["values"], parts["scale"], parts.get("offset"), group or cuda.WHOLE
+            close(packed_kernel.multiply(kind, x, *own, tile, pieces), x, matrix, bound)
+        plain = plain_kernel.plain(kind, *own, columns)
+        torch.testing.assert_close(plain, matrix.bfloat16(), rtol=2**-7, atol=1e-6 * float(matrix.abs().max()))
+
+
+def test_columns_that_fill_no_group_are_multiplied_too() -> None:
+    format, parts = random("int4", 33, 150, 64, True)
+    x, matrix = given(3, 150), format.dequantize(parts)
+    own = parts["values"], parts["scale"], parts["offset"], 64
+    close(packed_kernel.multiply("int4", x, *own, LATE, 2), x, matrix, 2**-20)
+
+
+@pytest.mark.parametrize("group", [None, 32, 128])
+def test_rows_are_rounded_to_the_nearest_of_e4m3(group: int | None) -> None:
+    x = given(5, 320) * torch.logspace(-6, 3, 5, device=DEVICE).unsqueeze(1).bfloat16()
+    x[1], x[2, :32] = 0, 0
+    values, scale = rounded_kernel.rounded(x, group)
+    grouped = torch.nn.functional.pad(x.float(), (0, 384 - 320 if group == 128 else 0)).view(5, -1, group or 320)
+    factors = grouped.abs().amax(-1) / 448
+    torch.testing.assert_close(scale, factors.clamp(min=1e-12), rtol=1e-6, atol=0)
+    wanted = (grouped / scale.unsqueeze(-1)).clamp(-448, 448).view(5, -1)[:, :320].to(torch.float8_e4m3fn)
+    assert torch.equal(values.float(), wanted.float())
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_products_in_e4m3_are_those_with_rounded_rows(group: int) -> None:
+    """Rows and columns that fill no tile."""
+    format, parts = random("e4m3", 80, 320, group, False)
+    x = given(19, 320)
+    values, scale = rounded_kernel.rounded(x, group)
+    tile = rounded_kernel.Tile(32, 64, 64, 4, 3)
+    found = rounded_kernel.multiply(values, scale, parts["values"], parts["scale"], group, tile)
+    rounded, matrix = Fp8(group=group).dequantize({"values": values, "scale": scale}), format.dequantize(parts)
+    close(found, rounded, matrix, 2**-20 if DEVICE == "cpu" else 2**-12)
