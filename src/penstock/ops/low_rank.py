@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, Self
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from penstock.core.errors import PenstockError
+from penstock.ops import native
+
+SOURCE = Path(__file__).with_name("low_rank_kernel.cpp")
+
 #: Rows of one adapter that are multiplied together at most.
 CHUNK = 16
 
 
-class LowRank(NamedTuple):
+class _Matrices(ctypes.Structure):
+    """Those of a :class:`LowRank`, as the native code knows them."""
+
+    _fields_ = (
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.POINTER(ctypes.c_void_p)),
+        ("ranges", ctypes.POINTER(ctypes.c_int64)),
+        *((name, ctypes.c_int64) for name in ("pieces", "slots", "rank", "size")),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
     """What the adapters in S slots add to a matrix [out, in]: pieces of its rows have an A and a B in each slot.
 
     Attributes:
@@ -27,6 +47,13 @@ class LowRank(NamedTuple):
     a: Tensor
     b: Sequence[Tensor]
     ranges: Sequence[tuple[int, int]]
+
+    @functools.cached_property
+    def described(self) -> _Matrices:
+        """The same for native code. Nothing is copied: numbers that are written later are there."""
+        b = (ctypes.c_void_p * len(self.b))(*(each.data_ptr() for each in self.b))
+        ranges = (ctypes.c_int64 * (2 * len(self.b)))(*(end for each in self.ranges for end in each))
+        return _Matrices(self.a.data_ptr(), b, ranges, *self.a.shape)
 
 
 class Wearing(Protocol):
@@ -83,6 +110,24 @@ class Chunked:
 
 
 @dataclasses.dataclass(frozen=True)
+class Native:
+    """Where the host knows whose rows are whose, and native code knows the dtype: one call for a matrix, in which the
+    rows of an adapter share its numbers. A row's bits do not depend on the others.
+
+    Attributes:
+        owners: int64 [N], the slots of the rows, counted from 1; 0 is none.
+    """
+
+    owners: Tensor
+
+    def add(self, out: Tensor, x: Tensor, matrices: LowRank) -> Tensor:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        owners, places = self.owners, (x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0))
+        _kernel()(owners.data_ptr(), len(owners), *places, matrices.described, torch.get_num_threads())
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
 class Masked:
     """Where the host may not look, and a graph is to hold for whatever rows come: each row goes through the A of all
     slots, what belongs to others becomes zero, and what is left goes through the B of all. It reads every adapter once,
@@ -111,6 +156,33 @@ class Masked:
         return out + (added[0] if len(added) == 1 else torch.cat(added, 1))
 
 
-def wearing(owners: Tensor) -> Wearing | None:
-    """Of rows with ``owners`` int64 [N], on whichever device they are; None where the host sees that all have none."""
-    return Masked(owners) if owners.is_cuda else Chunked.of(owners)
+def wearing(owners: Tensor, natively: bool) -> Wearing | None:
+    """Of rows with ``owners`` int64 [N], on whichever device they are, whose numbers :func:`native code takes
+    <takes>`, or not; None where the host sees that all have none."""
+    if owners.is_cuda:
+        return Masked(owners)
+    if not owners.any():
+        return None
+    return Native(owners.contiguous()) if natively else Chunked.of(owners)
+
+
+def takes(like: Tensor) -> bool:
+    """Whether native code adds to rows of the dtype of ``like``, on its device. It is compiled now, where it has not
+    been."""
+    if like.is_cuda or like.dtype is not torch.float32:
+        return False
+    try:
+        native.load(SOURCE)
+    except PenstockError:
+        return False
+    return True
+
+
+@functools.cache
+def _kernel() -> Callable[..., None]:
+    function = native.load(SOURCE).add
+    place, number = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [place, number, place, number, place, number, ctypes.POINTER(_Matrices), number]
+    function.restype = None
+    called: Callable[..., Any] = function
+    return called
