@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
+
+#: Columns before the alternatives: the token, its rank, its log-probability, and entropy and certainty of the position.
+FIXED = 5
 
 
 def logprob_table(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | None = None) -> Tensor:
@@ -19,9 +23,8 @@ def logprob_table(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | No
     """
     most = min(most, logits.shape[-1])
     if logits.is_cuda:
-        from penstock.ops.logprobs_kernel import logprob_rows
-
-        return logprob_rows(logits.contiguous(), tokens, most, spread)
+        wanted = torch.full_like(tokens, 2 * (most + 1))
+        return wanted_table(logits, tokens, wanted if spread is None else wanted + spread, most)
     scores = logits.float().log_softmax(-1)
     chosen = scores.gather(-1, tokens.unsqueeze(-1))
     rank = (scores > chosen).sum(-1, keepdim=True) + 1
@@ -32,6 +35,26 @@ def logprob_table(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | No
     )
     values = torch.cat([chosen, shape], -1).view(torch.int32)
     return torch.cat([tokens.unsqueeze(-1).int(), rank.int(), values, pairs], -1)
+
+
+def wanted_by(alternatives: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """What rows want to be told, int64 [R], as one number each: nothing (0) where ``alternatives`` int64 [R] is -1,
+    else twice one more than these, and 1 more with how the row is ``spread`` bool [R]."""
+    wanted: np.ndarray = np.where(alternatives < 0, 0, 2 * (alternatives + 1) + spread)
+    return wanted
+
+
+def wanted_table(logits: Tensor, tokens: Tensor, wanted: Tensor, most: int) -> Tensor:
+    """What :func:`logprob_table` tells with ``most`` alternatives, in the rows and as far as :func:`it is wanted
+    <wanted_by>`, int64 [R]; the rest of the array is of no meaning. Nothing waits for the device, so that it can be a
+    part of a graph, whatever the rows want."""
+    if logits.is_cuda:
+        from penstock.ops.logprobs_kernel import logprob_rows
+
+        return logprob_rows(logits.contiguous(), tokens, wanted, min(most, logits.shape[-1]), FIXED)
+    table, columns = logprob_table(logits, tokens, most, wanted % 2 == 1), wanted // 2 * 2 + FIXED - 2
+    there = torch.arange(table.shape[1]) < torch.where(wanted > 0, columns, 0).unsqueeze(-1)
+    return torch.where(there, table, 0)
 
 
 def _spread(scores: Tensor) -> Tensor:
