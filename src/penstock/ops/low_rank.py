@@ -11,8 +11,8 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
 from penstock.core.errors import PenstockError
 from penstock.ops import native
@@ -128,39 +128,64 @@ class Native:
 
 
 @dataclasses.dataclass(frozen=True)
-class Masked:
-    """Where the host may not look, and a graph is to hold for whatever rows come: each row goes through the A of all
-    slots, what belongs to others becomes zero, and what is left goes through the B of all. It reads every adapter once,
-    as it must where a batch has all of them.
+class Sorted:
+    """Where the host may not look, on CUDA, and a graph is to hold for whatever rows come: they are sorted on the
+    device, once for a pass, and two kernels for a matrix read each adapter for its own rows alone (the two steps are
+    those of Punica's and S-LoRA's kernels, Chen et al. 2023, Sheng et al. 2023; the tiles of sorted rows are those of
+    our experts).
 
     Attributes:
-        owners: int64 [N], the slots of the rows, counted from 1; 0 is none.
+        order: int32 [N], the rows by their slots, 0 for none.
+        ends: int32 [S + 1], where those of each slot end in it.
     """
 
-    owners: Tensor
+    order: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, owners: Tensor, slots: int) -> Self:
+        """Of rows whose slots, of so many, are ``owners`` int64 [N]."""
+        return cls(*_sorted(owners, slots + 1))
 
     def add(self, out: Tensor, x: Tensor, matrices: LowRank) -> Tensor:
-        pieces, slots, rank, size = matrices.a.shape
-        number = torch.arange(1, slots + 1, device=x.device)
-        own = (self.owners[:, None] == number)[:, None, :, None]
-        inner = F.linear(x, matrices.a.view(-1, size)).view(-1, pieces, slots, rank)
-        inner = torch.where(own, inner, torch.zeros_like(inner)).view(-1, pieces, slots * rank)
-        added, at = [], 0
-        for piece, (begin, end) in enumerate(matrices.ranges):
-            if begin > at:
-                added.append(out.new_zeros(()).expand(len(x), begin - at))
-            added.append(inner[:, piece] @ matrices.b[piece].view(slots * rank, end - begin))
-            at = end
-        if at < out.shape[1]:
-            added.append(out.new_zeros(()).expand(len(x), out.shape[1] - at))
-        return out + (added[0] if len(added) == 1 else torch.cat(added, 1))
+        begins = [begin for begin, _ in matrices.ranges]
+        found: Tensor = _added(out, x, self.order, self.ends, matrices.a, list(matrices.b), begins)
+        return found
 
 
-def wearing(owners: Tensor, natively: bool) -> Wearing | None:
-    """Of rows with ``owners`` int64 [N], on whichever device they are, whose numbers :func:`native code takes
-    <takes>`, or not; None where the host sees that all have none."""
+@custom_op("penstock::sorted_rows", mutates_args=())
+def _sorted(owners: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    from penstock.ops.experts_kernel import ordered
+
+    return ordered(owners.contiguous(), groups)
+
+
+@_sorted.register_fake
+def _(owners: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    return tuple(owners.new_empty(size, dtype=torch.int32) for size in (owners.shape[0], groups))  # type: ignore[return-value]
+
+
+@custom_op("penstock::added_low_rank", mutates_args=())
+def _added(
+    out: Tensor, x: Tensor, order: Tensor, ends: Tensor, a: Tensor, b: Sequence[Tensor], begins: Sequence[int]
+) -> Tensor:
+    from penstock.ops.low_rank_kernel import added
+
+    return added(out.contiguous(), x.contiguous(), order, ends, a, b, begins)
+
+
+@_added.register_fake
+def _(
+    out: Tensor, x: Tensor, order: Tensor, ends: Tensor, a: Tensor, b: Sequence[Tensor], begins: Sequence[int]
+) -> Tensor:
+    return out.new_empty(out.shape)
+
+
+def wearing(owners: Tensor, slots: int, natively: bool) -> Wearing | None:
+    """Of rows with ``owners`` int64 [N], of so many ``slots``, on whichever device they are, whose numbers
+    :func:`native code takes <takes>`, or not; None where the host sees that all have none."""
     if owners.is_cuda:
-        return Masked(owners)
+        return Sorted.of(owners, slots)
     if not owners.any():
         return None
     return Native(owners.contiguous()) if natively else Chunked.of(owners)

@@ -97,7 +97,7 @@ class AdapterSlots:
 
     def trunk(self, tokens: Tensor, context: AttentionContext, owners: Tensor | None = None) -> tuple[Tensor, ...]:
         """:meth:`Decoder.trunk` of ``tokens`` [N] whose adapters are in the slots ``owners`` int64 [N]."""
-        self._wearing = None if owners is None else wearing(owners, self._natively)
+        self._wearing = None if owners is None else wearing(owners, self.slots, self._natively)
         try:
             return self._model.trunk(tokens, context)
         finally:
@@ -105,7 +105,7 @@ class AdapterSlots:
 
     def tip(self, *begun: Tensor, owners: Tensor | None = None) -> Tensor:
         """:meth:`Decoder.tip`, likewise."""
-        self._wearing = None if owners is None else wearing(owners, self._natively)
+        self._wearing = None if owners is None else wearing(owners, self.slots, self._natively)
         try:
             return self._model.tip(*begun)
         finally:
