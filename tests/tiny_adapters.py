@@ -1,4 +1,4 @@
-"""Folders of adapters with random numbers, in the form that PEFT writes."""
+"""Adapters with random numbers: in folders, in the form that PEFT writes, and as what they add to a matrix."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from penstock.models import hub
 from penstock.models.adapters.slots import matrices, read
 from penstock.models.decoder import Decoder
 from penstock.models.families.mapping import views_on
+from penstock.ops.low_rank import LowRank
 
 
 def written(
@@ -61,3 +62,26 @@ def merged(model: Decoder, folder: Path) -> Decoder:
     for name, addition in read(folder, family, model).items():
         views[name].copy_(addition.to(views[name].cpu()))
     return copied
+
+
+def added(
+    slots: int, rank: int, size: int, widths: tuple[int, ...], dtype: torch.dtype, draw: torch.Generator
+) -> LowRank:
+    """What adapters add to pieces of so many rows, with a row between two of them to which nothing is added."""
+    begins = [1 + place + sum(widths[:place]) for place in range(len(widths))]
+    return LowRank(
+        torch.randn(len(widths), slots, rank, size, dtype=dtype, generator=draw),
+        [torch.randn(slots, rank, rows, dtype=dtype, generator=draw) for rows in widths],
+        [(begin, begin + rows) for begin, rows in zip(begins, widths, strict=True)],
+    )
+
+
+def row_by_row(out: torch.Tensor, x: torch.Tensor, room: LowRank, owners: torch.Tensor) -> torch.Tensor:
+    """``out``, as float64, with what each row's own adapter adds."""
+    wanted = out.to(torch.float64, copy=True)
+    for row, slot in enumerate(owners.tolist()):
+        for piece, (begin, end) in enumerate(room.ranges):
+            if slot:
+                a, b = room.a[piece, slot - 1].double(), room.b[piece][slot - 1].double()
+                wanted[row, begin:end] += x[row].double() @ a.T @ b
+    return wanted

@@ -10,12 +10,13 @@ import torch
 from nearly import agreement
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.ops.low_rank import LowRank, Sorted, wearing
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
-from tiny_adapters import merged, written
+from tiny_adapters import added, merged, row_by_row, written
 
 pytestmark = pytest.mark.gpu
 
@@ -107,3 +108,41 @@ def test_memory_says_what_the_slots_take(folders):
     memory = open_engine(model(), adapters=folders, adapter_slots=8).executor.memory
     assert memory["adapters"] > 0 and memory["other"] > 0
     assert sum(memory.values()) == pytest.approx(torch.cuda.mem_get_info()[1], rel=0.01)
+
+
+def on_device(room: LowRank) -> LowRank:
+    return LowRank(room.a.cuda(), [b.cuda() for b in room.b], room.ranges)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("size", "widths", "rank", "count"),
+    # Ranks and rows that are no whole tiles; few rows an adapter and many; pieces that share a tile of columns.
+    [(512, (256, 64, 64), 16, 40), (200, (130, 50, 70), 24, 1), (1000, (33,), 8, 700), (96, (300, 300), 136, 90)],
+)
+def test_kernels_add_the_sum_row_by_row(size, widths, rank, count, dtype):
+    """Within a graph, whoever has which adapter."""
+    draw, slots = torch.Generator().manual_seed(size), 5
+    room = added(slots, rank, size, widths, torch.float32, draw)
+    room = LowRank((room.a / size**0.5).to(dtype), [(b / rank**0.5).to(dtype) for b in room.b], room.ranges)
+    x, out = (torch.randn(count, n, generator=draw).to(dtype) for n in (size, room.ranges[-1][1] + 2))
+    given, here = (x.cuda(), out.cuda()), on_device(room)
+    owners = torch.zeros(count, dtype=torch.int64, device="cuda")
+
+    def run() -> torch.Tensor:
+        worn = wearing(owners, slots, natively=False)
+        assert isinstance(worn, Sorted)
+        return worn.add(given[1], given[0], here)
+
+    run()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for whose in (torch.randint(0, slots + 1, (count,), generator=draw), torch.full((count,), 3), 0 * owners.cpu()):
+        owners.copy_(whose)
+        graph.replay()
+        wanted = row_by_row(out, x, room, whose)
+        # What goes between the two products is rounded as the rest.
+        off = 1e-5 if dtype is torch.float32 else 2**-6
+        torch.testing.assert_close(found.cpu().double(), wanted, rtol=off, atol=off)
+        assert torch.equal(found.cpu()[whose == 0], out[whose == 0])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from penstock.core.randomness import torch_generator
-from penstock.ops.logprobs import logprob_table
+from penstock.ops.logprobs import logprob_table, wanted_by, wanted_table
 
 pytestmark = pytest.mark.gpu
 
@@ -57,3 +58,25 @@ def test_scores_that_are_not_numbers_end_all_the_same() -> None:
     logits[1] = -torch.inf
     told = logprob_table(logits, torch.tensor([0, 1, 2], device="cuda"), 5)
     assert ((told[:, 5::2] >= 0) & (told[:, 5::2] < 5000)).all()
+
+
+def test_each_row_of_a_graph_is_told_what_it_wants() -> None:
+    """Whatever it wanted when the graph was captured; of the others nothing is looked up."""
+    logits, tokens, _ = given(151_936, torch.bfloat16)
+    wanted = torch.zeros_like(tokens)
+    wanted_table(logits, tokens, wanted, 20)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        table = wanted_table(logits, tokens, wanted, 20)
+    for seed in range(3):
+        draw = np.random.default_rng(seed)
+        alternatives, spread = draw.integers(-1, 21, ROWS), draw.random(ROWS) < 0.5
+        wanted.copy_(torch.from_numpy(wanted_by(alternatives, spread)))
+        table.fill_(-7)
+        graph.replay()
+        for row, most in enumerate(alternatives.tolist()):
+            own, rest = table[row].split([0 if most < 0 else 5 + 2 * most, 45 if most < 0 else 40 - 2 * most])
+            assert (rest == -7).all()
+            if most >= 0:
+                rated = torch.tensor([bool(spread[row])], device="cuda")
+                assert torch.equal(own, logprob_table(logits[[row]], tokens[[row]], most, rated)[0])

@@ -15,6 +15,7 @@ from penstock.models.decoder import Decoder
 from penstock.serve.build import build_engine
 from penstock.serve.choose.asked import Asked
 from penstock.serve.choose.proposals import Proposals
+from penstock.serve.choose.sampler import Drawn
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.batch import Batch
@@ -61,10 +62,10 @@ def computed(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
     seen: list[Tensor] = []
     sample = engine.executor.sampler.sample
 
-    def seeing(logits: Tensor, asked: Asked, drawn: Tensor | None, proposals: Proposals | None):
+    def seeing(logits: Tensor, asked: Asked, drawn: Drawn | None, proposals: Proposals | None):
         seen.append(logits.clone())
         if drawn is not None:
-            assert torch.equal(sample(logits, asked)[0].tokens, drawn)
+            assert torch.equal(sample(logits, asked)[0].tokens, drawn.tokens)
         return sample(logits, asked, drawn, proposals)
 
     engine.executor.sampler.sample = seeing

@@ -36,6 +36,7 @@ class Vocabulary:
         self.local = not _looks_ahead(decoders)
         self._falls_back = "ByteFallback" in kinds
         self._known: dict[int, bytes | None] = {}
+        self._names: dict[int, bytes] = {}
         self._context: list[int] | None = None
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -56,8 +57,10 @@ class Vocabulary:
 
     def name(self, token: int) -> bytes:
         """What ``token`` is called where it stands alone: as it :meth:`says`, and a special one as it is written."""
-        said = self.says(token)
-        return (self.tokenizer.id_to_token(token) or "").encode() if said is None else said
+        if token not in self._names:
+            said = self.says(token)
+            self._names[token] = (self.tokenizer.id_to_token(token) or "").encode() if said is None else said
+        return self._names[token]
 
     def behind(self, before: Sequence[int], tokens: Sequence[int]) -> str:
         """The text that ``tokens`` add to that of ``before``."""

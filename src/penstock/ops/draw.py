@@ -88,8 +88,8 @@ def chunked(rows: Tensor) -> list[Tensor]:
     """``rows`` [R, V] in chunks [R, C, CHUNK], and what is left over [R, 1, V % CHUNK]; each only if there is any."""
     size = rows.shape[-1]
     whole = size // CHUNK * CHUNK
-    pieces = [rows[:, :whole].reshape(len(rows), -1, CHUNK)] if whole else []
-    return pieces if whole == size else [*pieces, rows[:, whole:].unsqueeze(1)]
+    parts = [rows[:, :whole].reshape(len(rows), -1, CHUNK)] if whole else []
+    return parts if whole == size else [*parts, rows[:, whole:].unsqueeze(1)]
 
 
 def _summed(scores: Tensor, heat: Tensor, floor: Floor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from penstock.ops.pieces import pieces
+
+#: Columns before the alternatives: the token, its rank, its log-probability, and entropy and certainty of the position.
+FIXED = 5
 
 
 def logprob_table(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | None = None) -> Tensor:
@@ -21,9 +25,8 @@ def logprob_table(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | No
     """
     most = min(most, logits.shape[-1])
     if logits.is_cuda:
-        from penstock.ops.logprobs_kernel import logprob_rows
-
-        return logprob_rows(logits.contiguous(), tokens, most, spread)
+        wanted = torch.full_like(tokens, 2 * (most + 1))
+        return wanted_table(logits, tokens, wanted if spread is None else wanted + spread, most)
     if spread is None:
         return torch.cat([_table(own, chosen, most, None) for own, chosen in pieces(logits, tokens)])
     return torch.cat([_table(own, chosen, most, asked) for own, chosen, asked in pieces(logits, tokens, spread)])
@@ -48,6 +51,26 @@ def _table(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | None) -> 
         shape = torch.where(spread.unsqueeze(-1), _spread(gaps, chances, best), shape)
     values = torch.cat([chosen, shape], -1).view(torch.int32)
     return torch.cat([which.int(), rank, values, pairs], -1)
+
+
+def wanted_by(alternatives: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """What rows want to be told, int64 [R], as one number each: nothing (0) where ``alternatives`` int64 [R] is -1,
+    else twice one more than these, and 1 more with how the row is ``spread`` bool [R]."""
+    wanted: np.ndarray = np.where(alternatives < 0, 0, 2 * (alternatives + 1) + spread)
+    return wanted
+
+
+def wanted_table(logits: Tensor, tokens: Tensor, wanted: Tensor, most: int) -> Tensor:
+    """What :func:`logprob_table` tells with ``most`` alternatives, in the rows and as far as :func:`it is wanted
+    <wanted_by>`, int64 [R]; the rest of the array is of no meaning. Nothing waits for the device, so that it can be a
+    part of a graph, whatever the rows want."""
+    if logits.is_cuda:
+        from penstock.ops.logprobs_kernel import logprob_rows
+
+        return logprob_rows(logits.contiguous(), tokens, wanted, min(most, logits.shape[-1]), FIXED)
+    table, columns = logprob_table(logits, tokens, most, wanted % 2 == 1), wanted // 2 * 2 + FIXED - 2
+    there = torch.arange(table.shape[1]) < torch.where(wanted > 0, columns, 0).unsqueeze(-1)
+    return torch.where(there, table, 0)
 
 
 def _spread(gaps: Tensor, chances: Tensor, best: Tensor) -> Tensor:

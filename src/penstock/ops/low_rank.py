@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, Self
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
+
+from penstock.core.errors import PenstockError
+from penstock.ops import native
+
+SOURCE = Path(__file__).with_name("low_rank_kernel.cpp")
 
 #: Rows of one adapter that are multiplied together at most.
 CHUNK = 16
 
 
-class LowRank(NamedTuple):
+class _Matrices(ctypes.Structure):
+    """Those of a :class:`LowRank`, as the native code knows them."""
+
+    _fields_ = (
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.POINTER(ctypes.c_void_p)),
+        ("ranges", ctypes.POINTER(ctypes.c_int64)),
+        *((name, ctypes.c_int64) for name in ("pieces", "slots", "rank", "size")),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
     """What the adapters in S slots add to a matrix [out, in]: pieces of its rows have an A and a B in each slot.
 
     Attributes:
@@ -27,6 +47,13 @@ class LowRank(NamedTuple):
     a: Tensor
     b: Sequence[Tensor]
     ranges: Sequence[tuple[int, int]]
+
+    @functools.cached_property
+    def described(self) -> _Matrices:
+        """The same for native code. Nothing is copied: numbers that are written later are there."""
+        b = (ctypes.c_void_p * len(self.b))(*(each.data_ptr() for each in self.b))
+        ranges = (ctypes.c_int64 * (2 * len(self.b)))(*(end for each in self.ranges for end in each))
+        return _Matrices(self.a.data_ptr(), b, ranges, *self.a.shape)
 
 
 class Wearing(Protocol):
@@ -83,10 +110,9 @@ class Chunked:
 
 
 @dataclasses.dataclass(frozen=True)
-class Masked:
-    """Where the host may not look, and a graph is to hold for whatever rows come: each row goes through the A of all
-    slots, what belongs to others becomes zero, and what is left goes through the B of all. It reads every adapter once,
-    as it must where a batch has all of them.
+class Native:
+    """Where the host knows whose rows are whose, and native code knows the dtype: one call for a matrix, in which the
+    rows of an adapter share its numbers. A row's bits do not depend on the others.
 
     Attributes:
         owners: int64 [N], the slots of the rows, counted from 1; 0 is none.
@@ -95,22 +121,93 @@ class Masked:
     owners: Tensor
 
     def add(self, out: Tensor, x: Tensor, matrices: LowRank) -> Tensor:
-        pieces, slots, rank, size = matrices.a.shape
-        number = torch.arange(1, slots + 1, device=x.device)
-        own = (self.owners[:, None] == number)[:, None, :, None]
-        inner = F.linear(x, matrices.a.view(-1, size)).view(-1, pieces, slots, rank)
-        inner = torch.where(own, inner, torch.zeros_like(inner)).view(-1, pieces, slots * rank)
-        added, at = [], 0
-        for piece, (begin, end) in enumerate(matrices.ranges):
-            if begin > at:
-                added.append(out.new_zeros(()).expand(len(x), begin - at))
-            added.append(inner[:, piece] @ matrices.b[piece].view(slots * rank, end - begin))
-            at = end
-        if at < out.shape[1]:
-            added.append(out.new_zeros(()).expand(len(x), out.shape[1] - at))
-        return out + (added[0] if len(added) == 1 else torch.cat(added, 1))
+        x = x if x.stride(1) == 1 else x.contiguous()
+        owners, places = self.owners, (x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0))
+        _kernel()(owners.data_ptr(), len(owners), *places, matrices.described, torch.get_num_threads())
+        return out
 
 
-def wearing(owners: Tensor) -> Wearing | None:
-    """Of rows with ``owners`` int64 [N], on whichever device they are; None where the host sees that all have none."""
-    return Masked(owners) if owners.is_cuda else Chunked.of(owners)
+@dataclasses.dataclass(frozen=True)
+class Sorted:
+    """Where the host may not look, on CUDA, and a graph is to hold for whatever rows come: they are sorted on the
+    device, once for a pass, and two kernels for a matrix read each adapter for its own rows alone (the two steps are
+    those of Punica's and S-LoRA's kernels, Chen et al. 2023, Sheng et al. 2023; the tiles of sorted rows are those of
+    our experts).
+
+    Attributes:
+        order: int32 [N], the rows by their slots, 0 for none.
+        ends: int32 [S + 1], where those of each slot end in it.
+    """
+
+    order: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, owners: Tensor, slots: int) -> Self:
+        """Of rows whose slots, of so many, are ``owners`` int64 [N]."""
+        return cls(*_sorted(owners, slots + 1))
+
+    def add(self, out: Tensor, x: Tensor, matrices: LowRank) -> Tensor:
+        begins = [begin for begin, _ in matrices.ranges]
+        found: Tensor = _added(out, x, self.order, self.ends, matrices.a, list(matrices.b), begins)
+        return found
+
+
+@custom_op("penstock::sorted_rows", mutates_args=())
+def _sorted(owners: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    from penstock.ops.experts_kernel import ordered
+
+    return ordered(owners.contiguous(), groups)
+
+
+@_sorted.register_fake
+def _(owners: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    return tuple(owners.new_empty(size, dtype=torch.int32) for size in (owners.shape[0], groups))  # type: ignore[return-value]
+
+
+@custom_op("penstock::added_low_rank", mutates_args=())
+def _added(
+    out: Tensor, x: Tensor, order: Tensor, ends: Tensor, a: Tensor, b: Sequence[Tensor], begins: Sequence[int]
+) -> Tensor:
+    from penstock.ops.low_rank_kernel import added
+
+    return added(out.contiguous(), x.contiguous(), order, ends, a, b, begins)
+
+
+@_added.register_fake
+def _(
+    out: Tensor, x: Tensor, order: Tensor, ends: Tensor, a: Tensor, b: Sequence[Tensor], begins: Sequence[int]
+) -> Tensor:
+    return out.new_empty(out.shape)
+
+
+def wearing(owners: Tensor, slots: int, natively: bool) -> Wearing | None:
+    """Of rows with ``owners`` int64 [N], of so many ``slots``, on whichever device they are, whose numbers
+    :func:`native code takes <takes>`, or not; None where the host sees that all have none."""
+    if owners.is_cuda:
+        return Sorted.of(owners, slots)
+    if not owners.any():
+        return None
+    return Native(owners.contiguous()) if natively else Chunked.of(owners)
+
+
+def takes(like: Tensor) -> bool:
+    """Whether native code adds to rows of the dtype of ``like``, on its device. It is compiled now, where it has not
+    been."""
+    if like.is_cuda or like.dtype is not torch.float32:
+        return False
+    try:
+        native.load(SOURCE)
+    except PenstockError:
+        return False
+    return True
+
+
+@functools.cache
+def _kernel() -> Callable[..., None]:
+    function = native.load(SOURCE).add
+    place, number = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [place, number, place, number, place, number, ctypes.POINTER(_Matrices), number]
+    function.restype = None
+    called: Callable[..., Any] = function
+    return called

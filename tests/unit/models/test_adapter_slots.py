@@ -4,23 +4,25 @@ model is what it was."""
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from penstock.core.errors import ModelError, UsageError
+from penstock.core.errors import ModelError, PenstockError, UsageError
 from penstock.models import hub
 from penstock.models.adapters.slots import AdapterSlots, matrices
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
 from penstock.models.quantized import QuantizedLinear
+from penstock.ops import low_rank
 from penstock.ops.attention import PLAIN
-from penstock.ops.low_rank import CHUNK, Chunked, LowRank, Masked
+from penstock.ops.low_rank import CHUNK, Chunked, Native
 from penstock.testing.enrolled import enrolled
 from penstock.testing.transformers_peer import peer
-from tiny_adapters import written
+from tiny_adapters import added, row_by_row, written
 
 FAMILIES = enrolled("model.family")
 
@@ -28,6 +30,8 @@ FAMILIES = enrolled("model.family")
 QUICK = ("llama", "phi3", "gpt2", "deepseek_v2", "gpt_oss")
 
 EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 
 TOKENS = torch.arange(3, 17)
 
@@ -228,29 +232,65 @@ def peer_config(name: str) -> dict:
 
 
 @pytest.mark.parametrize("owners", ["mixed", "runs", "one", "none"])
-def test_both_ways_to_compute_are_the_sum_row_by_row(owners):
+def test_a_library_adds_the_sum_row_by_row(owners):
     draw = torch.Generator().manual_seed(0)
-    slots, rank, size, count = 4, 3, 10, 3 * CHUNK + 5
+    slots, count = 4, 3 * CHUNK + 5
     whose = {
         "mixed": torch.randint(0, slots + 1, (count,), generator=draw),
         "runs": torch.arange(count) // CHUNK,
         "one": torch.full((count,), 3),
         "none": torch.zeros(count, dtype=torch.int64),
     }[owners]
-    options = {"generator": draw, "dtype": torch.float64}
-    room = LowRank(
-        torch.randn(2, slots, rank, size, **options),
-        [torch.randn(slots, rank, rows, **options) for rows in (4, 6)],
-        [(1, 5), (7, 13)],
-    )
-    x, out = torch.randn(count, size, **options), torch.randn(count, 14, **options)
-    wanted = out.clone()
-    for row, slot in enumerate(whose.tolist()):
-        for piece, (begin, end) in enumerate(room.ranges):
-            if slot:
-                wanted[row, begin:end] += x[row] @ room.a[piece, slot - 1].T @ room.b[piece][slot - 1]
-    assert torch.allclose(Masked(whose).add(out.clone(), x, room), wanted)
+    room = added(slots, 3, 10, (4, 6), torch.float64, draw)
+    x, out = (torch.randn(count, size, dtype=torch.float64, generator=draw) for size in (10, 14))
+    wanted = row_by_row(out, x, room, whose)
     chunked = Chunked.of(whose)
     assert (chunked is None) == (owners == "none")
     if chunked is not None:
         assert torch.allclose(chunked.add(out.clone(), x, room), wanted)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("size", "widths", "rank"),
+    # Vectors of 8 and of 16 numbers, whole ones and not; ranks in groups of 4, and what they leave over.
+    [(48, (32, 16), 4), (10, (4, 33), 3), (688, (7,), 5), (7, (16, 1, 70), 9)],
+)
+def test_native_code_adds_the_sum_row_by_row(size, widths, rank):
+    draw = torch.Generator().manual_seed(size)
+    slots, count = 5, 43
+    room = added(slots, rank, size, widths, torch.float32, draw)
+    # One adapter has nobody, and numbers that would be seen; one has many, and the others have from one row on.
+    for each in (room.a[:, 3], *(b[3] for b in room.b)):
+        each.fill_(torch.nan)
+    whose = torch.tensor([0, 1, 2, 2, 3, 3, 3, *[5] * 29, 0, 1, 3, 3, 0, 2, 5])
+    x, out = torch.randn(count, 2 * size, generator=draw)[:, size:], torch.randn(count, room.ranges[-1][1] + 2)
+    wanted = row_by_row(out, x, room, whose)
+    found = Native(whose).add(out.clone(), x, room)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-6 * wanted.abs().max().item())
+    outside = torch.ones(out.shape[1], dtype=torch.bool)
+    for begin, end in room.ranges:
+        outside[begin:end] = False
+    assert torch.equal(found[:, outside], out[:, outside])
+    assert torch.equal(found[whose == 0], out[whose == 0])
+    # Nor does a row depend on those beside it.
+    alone = [Native(whose[[row]]).add(out[[row]], x[[row]], room) for row in range(count)]
+    assert torch.equal(found, torch.cat(alone))
+
+
+def test_without_a_compiler_a_library_multiplies(monkeypatch):
+    def none(source):
+        raise PenstockError("native kernels need a C++ compiler")
+
+    some, like = torch.tensor([0, 2]), torch.zeros(1)
+    assert isinstance(low_rank.wearing(some, 2, natively=False), Chunked)
+    assert not low_rank.takes(like.bfloat16())
+    monkeypatch.setattr(low_rank.native, "load", none)
+    assert not low_rank.takes(like)
+
+
+@needs_compiler
+def test_numbers_in_fp32_are_native_code_s():
+    assert low_rank.takes(torch.zeros(1))
+    assert isinstance(low_rank.wearing(torch.tensor([0, 2]), 2, natively=True), Native)
+    assert low_rank.wearing(torch.tensor([0, 0]), 2, natively=True) is None

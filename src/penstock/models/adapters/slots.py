@@ -23,7 +23,7 @@ from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
 from penstock.models.families.mapping import general, placed
 from penstock.models.shares import Cut, Portion, cuts, divided, portion_of
-from penstock.ops.low_rank import LowRank, Wearing, wearing
+from penstock.ops.low_rank import LowRank, Wearing, takes, wearing
 
 #: What an adapter may add to, in words.
 PLACES = "the matrices of attention and of dense feed-forward blocks"
@@ -65,6 +65,7 @@ class AdapterSlots:
         #: Of each matrix on disk that ranks divide, what this one has, and of which of the two: A or B.
         self._cuts = {} if portion is None else _cuts(portion, blank, family)
         weight = model.embedding.weight
+        self._natively = takes(weight)
         options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         # Matrix units want rows of whole 16 bytes.
         width = -(-rank // 8) * 8 if weight.is_cuda else rank
@@ -96,7 +97,7 @@ class AdapterSlots:
 
     def trunk(self, tokens: Tensor, context: AttentionContext, owners: Tensor | None = None) -> tuple[Tensor, ...]:
         """:meth:`Decoder.trunk` of ``tokens`` [N] whose adapters are in the slots ``owners`` int64 [N]."""
-        self._wearing = None if owners is None else wearing(owners)
+        self._wearing = None if owners is None else wearing(owners, self.slots, self._natively)
         try:
             return self._model.trunk(tokens, context)
         finally:
@@ -104,7 +105,7 @@ class AdapterSlots:
 
     def tip(self, *begun: Tensor, owners: Tensor | None = None) -> Tensor:
         """:meth:`Decoder.tip`, likewise."""
-        self._wearing = None if owners is None else wearing(owners)
+        self._wearing = None if owners is None else wearing(owners, self.slots, self._natively)
         try:
             return self._model.tip(*begun)
         finally:

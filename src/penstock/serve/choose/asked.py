@@ -7,6 +7,7 @@ import functools
 
 import numpy as np
 
+from penstock.ops.logprobs import wanted_by
 from penstock.serve.decode.contract import DecodeRule
 from penstock.speculate.tree import path
 
@@ -108,6 +109,11 @@ class Asked:
             draws[place] = rows[name]
         draws[-1] = np.where(draws[0] > 0, self.uniform, 0)
         return draws
+
+    @property
+    def wanted(self) -> np.ndarray:
+        """int64 [R]: what log-probabilities each wants, see :func:`~penstock.ops.logprobs.wanted_by`."""
+        return wanted_by(self.rows["alternatives"], self.rows["spread"])
 
     @functools.cached_property
     def owners(self) -> np.ndarray:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from penstock.serve.choose.asked import Asked
 from penstock.serve.choose.proposals import BranchingSampler, Proposals, ProposingSampler
-from penstock.serve.choose.sampler import Sampled, Sampler
+from penstock.serve.choose.sampler import Drawn, Sampled, Sampler
 
 
 class ConfidentSampler(Sampler):
@@ -20,7 +20,7 @@ class ConfidentSampler(Sampler):
     confidence: Tensor
 
     def sample(
-        self, logits: Tensor, asked: Asked, drawn: Tensor | None = None, proposals: Proposals | None = None
+        self, logits: Tensor, asked: Asked, drawn: Drawn | None = None, proposals: Proposals | None = None
     ) -> tuple[Sampled, Tensor]:
         # Before it is remembered what was chosen, which is charged for then.
         scores = self._rescored(logits, asked) if asked.rows["rescored"].any() else logits

@@ -7,18 +7,15 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as List
 from typing import overload
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.ops.logprobs import logprob_table
-
-#: Columns before the alternatives: the token, its rank, its log-probability, and entropy and certainty of the position.
-FIXED = 5
+from penstock.ops.logprobs import FIXED, logprob_table
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenLogprobs:
+class TokenLogprobs(msgspec.Struct, frozen=True):  # one for each token that is told
     """Log-probabilities at one position: of the token there, whose rank is 1 where it is the most probable one, and of
     the most probable tokens in order (token, logprob); and how the model's probabilities are spread there.
 
@@ -103,7 +100,7 @@ class LogprobRows(List[TokenLogprobs]):
         return _record(self.table[place])
 
     def __iter__(self) -> Iterator[TokenLogprobs]:
-        return map(_record, self.table)
+        return map(_made, self.table.tolist(), _floats(self.table).tolist())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, List) and list(self) == list(other)
@@ -115,7 +112,11 @@ class LogprobRows(List[TokenLogprobs]):
 
 
 def _record(row: np.ndarray) -> TokenLogprobs:
-    names, values = row.tolist(), _floats(row).tolist()
+    return _made(row.tolist(), _floats(row).tolist())
+
+
+def _made(names: list[int], values: list[float]) -> TokenLogprobs:
+    """The record of a row, as integers and as numbers of fp32."""
     top = list(zip(names[FIXED::2], values[FIXED + 1 :: 2], strict=True))
     return TokenLogprobs(names[0], values[2], names[1], top, values[3], values[4])
 
@@ -133,10 +134,14 @@ class Logprobs:
     """Log-probabilities under the model itself, for R tokens at their positions.
 
     Attributes:
-        packed: int32 [R, 5 + 2k], the table of :class:`LogprobRows`: one array, so that one copy brings it to the host.
+        packed: int32 [N, 5 + 2k], the table of :class:`LogprobRows`: one array, so that one copy brings it to the host.
+        own: int64 [R], the rows of it that are told; None for all.
+        most: the alternatives that are told of these at most; None for all.
     """
 
     packed: Tensor
+    own: np.ndarray | None = None
+    most: int | None = None
 
     @staticmethod
     def of(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | None = None) -> Logprobs:
@@ -151,9 +156,13 @@ class Logprobs:
 
     def to_host(self) -> Logprobs:
         """The same on the host, once what is queued on the device now is done."""
-        return Logprobs(self.packed.to("cpu", non_blocking=True))
+        return dataclasses.replace(self, packed=self.packed.to("cpu", non_blocking=True))
 
     @property
     def rows(self) -> LogprobRows:
         """The same as rows; it must be on the host."""
-        return LogprobRows(self.packed.numpy())
+        table = self.packed.numpy()
+        if self.own is not None and len(self.own) < len(table):
+            table = table[self.own]
+        # A copy: rows may be kept for long, and memory that a device has written to is needed for the next steps.
+        return LogprobRows(table[:, : None if self.most is None else FIXED + 2 * self.most].copy())

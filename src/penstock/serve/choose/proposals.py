@@ -14,7 +14,7 @@ from penstock.core.randomness import derive, uniforms
 from penstock.models.sampling import draw
 from penstock.ops.cuts import cut_softmax
 from penstock.serve.choose.asked import Asked
-from penstock.serve.choose.sampler import Sampled, Sampler
+from penstock.serve.choose.sampler import Drawn, Sampled, Sampler
 from penstock.speculate.drafting import draw_drafts
 from penstock.speculate.tree import drafts_at
 from penstock.speculate.verifiers.contract import Verifier
@@ -62,7 +62,7 @@ class ProposingSampler(Sampler):
     proposed: Tensor
 
     def sample(
-        self, logits: Tensor, asked: Asked, drawn: Tensor | None = None, proposals: Proposals | None = None
+        self, logits: Tensor, asked: Asked, drawn: Drawn | None = None, proposals: Proposals | None = None
     ) -> tuple[Sampled, Tensor]:
         # What a graph drew was not written down.
         return super().sample(logits, asked)
@@ -99,7 +99,7 @@ class BranchingSampler(Sampler):
         self._branches, self._verifier = branches, verifier
 
     def sample(
-        self, logits: Tensor, asked: Asked, drawn: Tensor | None = None, proposals: Proposals | None = None
+        self, logits: Tensor, asked: Asked, drawn: Drawn | None = None, proposals: Proposals | None = None
     ) -> tuple[Sampled, Tensor]:
         scores = self._rescored(logits, asked) if asked.rows["rescored"].any() else logits
         # All rows of a step are equally far ahead.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,14 @@ from penstock.serve.choose.window import accept_path, accept_prefix, last_of
 
 if TYPE_CHECKING:
     from penstock.serve.choose.proposals import Proposals
+
+
+class Drawn(NamedTuple):
+    """What a graph has chosen already, where nothing changes the scores: ``tokens`` int64 [R], and of those what
+    :attr:`Asked.wanted` says, as a :func:`table <penstock.ops.logprobs.wanted_table>`."""
+
+    tokens: Tensor
+    told: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +96,13 @@ class Sampler:
             self._penalties.add(slot, tokens, prompt)
 
     def sample(
-        self, logits: Tensor, asked: Asked, drawn: Tensor | None = None, proposals: Proposals | None = None
+        self, logits: Tensor, asked: Asked, drawn: Drawn | None = None, proposals: Proposals | None = None
     ) -> tuple[Sampled, Tensor]:
-        """The next tokens, given ``logits`` [R, V] of the rows that ``asked``, or tokens ``drawn`` [R] from them for
+        """The next tokens, given ``logits`` [R, V] of the rows that ``asked``, or what was ``drawn`` from them for
         these draws, and what tentative tokens were drawn from; and the newest one of each sequence, [S]."""
         rows = asked.rows
         if drawn is not None and asked.plain:
-            tokens = drawn
+            tokens = drawn.tokens
         else:
             scores = self._rescored(logits, asked) if rows["rescored"].any() else logits
             tokens = self._choose(scores, asked)
@@ -117,6 +125,8 @@ class Sampler:
         if not told.size:
             return Sampled(tokens, counts=counts, order=order), newest
         most, own = int(rows["alternatives"].max()), tokens
+        if drawn is not None and tokens is drawn.tokens:
+            return Sampled(tokens, Logprobs(drawn.told, told, most), counts=counts), newest
         if order is not None or told.size < len(rows):  # else there is nothing to copy
             index = self._of(told)
             logits, own = logits[index if order is None else order[index]], tokens[index]

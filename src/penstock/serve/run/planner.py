@@ -251,7 +251,7 @@ class Planner:
         # What the device gets for each row is one array, and so one copy. Its floats go as their bits, and place 0 in
         # the list of newest tokens belongs to nobody.
         inputs = _stacked(*_tokens(batch, ends), _shifted(entries, positions, ends))
-        draws, drawn = _stacked(*asked.draws.view(np.int64), asked.slots + 1), scored.cumsum()
+        draws, drawn = _stacked(*asked.draws.view(np.int64), asked.slots + 1, asked.wanted), scored.cumsum()
         worn = np.repeat(fields.adapters, counts) if np.count_nonzero(fields.adapters) else None
         for first, last in itertools.pairwise(itertools.accumulate(batch.parts, initial=0)):
             begin, end = ends[first] - counts[first], ends[last - 1]

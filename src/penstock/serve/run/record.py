@@ -37,7 +37,7 @@ from penstock.serve.run.step import Part, Placed, Step
 _LENGTH = struct.Struct("<Q")
 
 #: A recording whose format is another cannot be read.
-FORMAT = 5
+FORMAT = 6
 
 #: What is written of a part, and of its plan.
 OWN = ("inputs", "scored", "prompt_logprobs", "draws")

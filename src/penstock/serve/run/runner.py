@@ -23,11 +23,13 @@ from penstock.models.adapters.slots import AdapterSlots
 from penstock.models.decoder import Decoder
 from penstock.models.paged import PagedTokens
 from penstock.ops.cuts import draw_cut
+from penstock.ops.logprobs import wanted_table
 from penstock.ops.paged.contract import PagedCache, StepShape
 from penstock.serve.choose.asked import Asked
 from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.proposals import Proposals
-from penstock.serve.choose.sampler import Sampled, Sampler
+from penstock.serve.choose.sampler import Drawn, Sampled, Sampler
+from penstock.serve.choose.sampling import MOST_LOGPROBS
 from penstock.serve.embed.pooled import decoder_states
 from penstock.serve.engine.batch import Awaited, Batch
 from penstock.serve.kv.compaction import Compactor
@@ -57,7 +59,7 @@ class Passed:
 
     logits: Tensor | None
     prompt_logprobs: Tensor | None = None
-    drawn: Tensor | None = None
+    drawn: Drawn | None = None
     probes: Tensor | None = None
 
 
@@ -232,7 +234,7 @@ class Runner:
         return {
             adapted: (
                 StepGraphs(self._begun_in_place, 3 + adapted, self.cache, **common),
-                StepGraphs(self._decoded, 9 + adapted, self.cache, **common),
+                StepGraphs(self._decoded, 10 + adapted, self.cache, **common),
             )
             for adapted in ((False,) if self._adapters is None else (False, True))
         }
@@ -272,16 +274,18 @@ class Runner:
         return tuple(place[: len(new)].copy_(new) for place, new in zip(self._place, begun, strict=True))
 
     def _decoded(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """The logits, the tokens that are drawn from them, and, where they are kept, the hidden states of sequences
-        that decode. ``inputs`` int64 [9, N] are a part's and its draws, and behind them the slots of adapters where
-        some have one. The tokens are put where the next step finds them."""
-        worn = _worn(inputs[9:])
+        """The logits, the tokens that are drawn from them, what is wanted of their log-probabilities, and, where they
+        are kept, the hidden states of sequences that decode. ``inputs`` int64 [10, N] are a part's and its draws, and
+        behind them the slots of adapters where some have one. The tokens are put where the next step finds them."""
+        worn = _worn(inputs[10:])
         begun = self._begun(inputs[:3], **worn)
         hidden = self._tip(*begun, **worn)
         logits = self.model.logits(hidden)
         tokens = draw_cut(logits, inputs[3:8].view(torch.float64))
         self._newest.index_copy_(0, inputs[8], tokens)
-        return (logits, tokens) if self.hidden is None else (logits, tokens, self._kept(begun, hidden))
+        told = wanted_table(logits, tokens, inputs[9], MOST_LOGPROBS)
+        kept = () if self.hidden is None else (self._kept(begun, hidden),)
+        return logits, tokens, told, *kept
 
     def _kept(self, begun: tuple[Tensor, ...], hidden: Tensor | None = None, **worn: Tensor) -> Tensor:
         """The states that are kept of tokens, of which :meth:`_begun` gave these: the last ``hidden`` ones, which may
@@ -386,11 +390,11 @@ class Runner:
         if logits is None:
             nothing = prompt is None and not weighed
             return None if nothing else Sampled(self._newest[:0], prompt=prompt, weighed=weighed).to_host()
-        ready = all(each.drawn is not None for each in passed)
-        drawn = _joined([each.drawn for each in passed]) if ready else None
+        # Only one part replays a graph: beside others, nothing has been drawn for all rows.
+        drawn = passed[0].drawn if len(passed) == 1 else None
         asked = step.asked
         sampled, newest = self.sampler.sample(logits, asked, drawn, proposals)
-        if sampled.tokens is not drawn:
+        if drawn is None or sampled.tokens is not drawn.tokens:
             self._newest.index_copy_(0, self._on_device(asked.slots[asked.first] + 1), newest)
         if step.probes is not None:
             self._keep_probed(asked, sampled, step.probes, _joined([each.probes for each in passed]))
@@ -465,10 +469,10 @@ class Runner:
         if part.decoding:
             replayed = self._replayed(decodes, part, lane, part.draws, *own)
             if replayed is not None:
-                logits, drawn, *states = replayed[0]
+                logits, tokens, told, *states = replayed[0]
                 if self.hidden is not None:
                     self._keep(self.hidden, part, states[0][:count])
-                return Passed(logits[:count], drawn=drawn[:count])
+                return Passed(logits[:count], drawn=Drawn(tokens[:count], told[:count]))
         replayed = self._replayed(prompts, part, lane, *own)
         if replayed is None:
             self.cache.plan(part.plan, lane)

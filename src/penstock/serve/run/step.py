@@ -26,8 +26,9 @@ class Part:
         plan: where they belong.
         scored: rows after which the scores of the next token are wanted.
         prompt_logprobs: rows after which the log-probability of the prompt's next token is wanted.
-        draws: int64 [6, S], of the S scored ones: how the next token is drawn where nothing changes the scores, as
-            float64 (see :attr:`Asked.draws`); and where it belongs in the list of newest ones.
+        draws: int64 [7, S], of the S scored ones: how the next token is drawn where nothing changes the scores, as
+            float64 (see :attr:`Asked.draws`); where it belongs in the list of newest ones; and what log-probabilities
+            are wanted of it (see :attr:`Asked.wanted`).
         copied: copies of scored rows, with other experts; None where there are none.
         adapters: int64 [N], the slots of the tokens' adapters, 0 for none; None where no token has one.
         probes: rows that are probes, whose states are kept for what is drafted next; None where there are none.

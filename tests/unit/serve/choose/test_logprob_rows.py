@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from penstock.models import hub
 from penstock.ops import logprobs as tables
@@ -44,7 +44,7 @@ def test_rows_are_a_sequence_of_records(wanted, start, stop, most):
     assert LogprobRows.joined([rows[:stop], rows[stop:]]) == wanted
     assert LogprobRows.stacked(list(rows.table)) == wanted
     assert rows.spreads == [[each.logprob, each.entropy, each.certainty] for each in wanted]
-    cut = [dataclasses.replace(each, top=each.top[:most]) for each in wanted[start:stop]]
+    cut = [replace(each, top=each.top[:most]) for each in wanted[start:stop]]
     assert rows.cut(start, stop, most) == cut
 
 
@@ -68,7 +68,7 @@ def test_how_probabilities_are_spread_is_computed_only_where_it_is_asked_for(mon
     monkeypatch.setattr(tables, "_spread", None)  # may not be called
     plain = logprobs.Logprobs.of(scores, tokens, 1).rows
     assert [each[1:] for each in plain.spreads] == [[0.0, 0.0]] * 3
-    assert plain == [dataclasses.replace(each, entropy=0.0, certainty=0.0) for each in whole]
+    assert plain == [replace(each, entropy=0.0, certainty=0.0) for each in whole]
     assert some == [whole[0], *plain[1:]] and whole[0].entropy > 0
 
 
@@ -82,7 +82,29 @@ def test_an_engine_tells_those_who_ask_how_probabilities_are_spread():
         for delta in engine.step():
             found[delta.id] += delta.logprobs or []
     assert all(each.entropy > 0 and each.certainty > 0 for each in found["asks"]) and len(found["asks"]) == 5
-    assert found["plain"] == [dataclasses.replace(each, entropy=0.0, certainty=0.0) for each in found["asks"]]
+    assert found["plain"] == [replace(each, entropy=0.0, certainty=0.0) for each in found["asks"]]
+
+
+def test_a_table_tells_the_rows_that_want_it_what_they_want():
+    """As a graph makes one: each row has what it would have alone, and of others nothing is read."""
+    draw = torch.Generator().manual_seed(0)
+    scores, tokens = torch.randn(5, 9, generator=draw), torch.tensor([3, 0, 8, 8, 1])
+    alternatives, spread = np.array([2, -1, 0, 12, -1]), np.array([True, True, False, True, False])
+    wanted = torch.from_numpy(tables.wanted_by(alternatives, spread))
+    assert [bool(each) for each in wanted] == [each >= 0 for each in alternatives]
+    packed, own = tables.wanted_table(scores, tokens, wanted, 20), np.flatnonzero(alternatives >= 0)
+    told = logprobs.Logprobs(packed, own, 12).rows
+    assert len(told) == len(own)
+    for place, row in enumerate(own):
+        one = logprobs.Logprobs.of(scores[[row]], tokens[[row]], alternatives[row], torch.from_numpy(spread[[row]]))
+        assert told.cut(place, place + 1, alternatives[row]) == one.rows
+
+
+def test_rows_that_are_kept_do_not_keep_what_they_were_copied_from():
+    packed = torch.zeros(3, 45, dtype=torch.int32)
+    for each in (logprobs.Logprobs(packed), logprobs.Logprobs(packed, np.array([0, 2]), 4)):
+        assert not np.shares_memory(each.rows.table, packed.numpy())
+    assert logprobs.Logprobs(packed, np.array([0, 2]), 4).rows.table.shape == (2, 13)
 
 
 def test_a_slice_shares_the_array():
@@ -95,10 +117,10 @@ def test_a_slice_shares_the_array():
 def unread(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Nobody may read a record until this is undone."""
 
-    def read(row: np.ndarray) -> TokenLogprobs:
+    def read(names: list[int], values: list[float]) -> TokenLogprobs:
         raise AssertionError("a record was made")
 
-    monkeypatch.setattr(logprobs, "_record", read)
+    monkeypatch.setattr(logprobs, "_made", read)
     return monkeypatch
 
 

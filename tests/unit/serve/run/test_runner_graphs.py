@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from penstock.ops.paged.contract import StepShape
 from penstock.ops.paged.reference import ReferenceCache
 from penstock.serve.build import build_engine, build_runner
+from penstock.serve.choose.asked import Asked
+from penstock.serve.choose.logprobs import TokenLogprobs
+from penstock.serve.choose.sampler import Drawn
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.kv.policies.h2o import HeavyHitters
-from penstock.serve.messages import Request
+from penstock.serve.messages import Delta, Request
 from penstock.serve.run.runner import Passed, Runner
 from penstock.serve.run.step import Part
 from penstock.speculate.controllers.fixed import Fixed
@@ -49,9 +56,8 @@ def warm(stand_ins: None, monkeypatch: pytest.MonkeyPatch) -> Engine:
     return engine
 
 
-def answers(engine: Engine, kinds: list[dict[str, Any]], adapters: tuple[str, ...] = ("",)) -> dict[str, list[int]]:
-    """The tokens of requests that arrive a few at a time, each of the next of the ``kinds`` and ``adapters``."""
-    told: dict[str, list[int]] = {}
+def news(engine: Engine, kinds: list[dict[str, Any]], adapters: tuple[str, ...] = ("",)) -> Iterator[Delta]:
+    """Of requests that arrive a few at a time, each of the next of the ``kinds`` and ``adapters``."""
     waiting = [
         Request(
             str(place),
@@ -65,8 +71,23 @@ def answers(engine: Engine, kinds: list[dict[str, Any]], adapters: tuple[str, ..
         for request in waiting[:2]:
             engine.add(request)
         waiting = waiting[2:]
-        for delta in engine.step():
-            told.setdefault(delta.id, []).extend(delta.tokens)
+        yield from engine.step()
+
+
+def answers(engine: Engine, kinds: list[dict[str, Any]], adapters: tuple[str, ...] = ("",)) -> dict[str, list[int]]:
+    """The tokens of such requests."""
+    told: dict[str, list[int]] = {}
+    for delta in news(engine, kinds, adapters):
+        told.setdefault(delta.id, []).extend(delta.tokens)
+    return told
+
+
+def logprobs(engine: Engine, kinds: list[dict[str, Any]]) -> dict[str, list[TokenLogprobs]]:
+    """Those of the tokens of such requests."""
+    told: dict[str, list[TokenLogprobs]] = {}
+    for delta in news(engine, kinds):
+        assert (delta.logprobs is None) == ("logprobs" not in kinds[int(delta.id) % len(kinds)])
+        told.setdefault(delta.id, []).extend(delta.logprobs or [])
     return told
 
 
@@ -182,6 +203,44 @@ def test_what_a_graph_draws_is_what_is_told(warm: Engine) -> None:
     answers(warm, PLAIN)
     assert given.count("drawn") > 10
     assert given.count("chosen") == given.count("not drawn")
+
+
+def test_log_probabilities_are_told_by_graphs(warm: Engine) -> None:
+    """To the last bit what is looked up in the same scores, whoever asks for how many beside others who ask for none.
+    Beside a graph nothing is looked up, unless scores were changed after it."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.8, "logprobs": 3},
+        {"temperature": 0},
+        {"temperature": 0, "logprobs": 0, "spread": True},
+        {"temperature": 1.2, "logprobs": 20, "top_p": 0.9},
+    ]
+    sampler, given = warm.executor.sampler, []
+    sample, looked_up = sampler.sample, sampler._told
+
+    def sampling(logits: Tensor, asked: Asked, drawn: Drawn | None, *rest: Any) -> Any:
+        given.append("drawn" if drawn else "not drawn")
+        found = sample(logits, asked, drawn, *rest)
+        if drawn and asked.plain and found[0].logprobs is not None:
+            given.append("compared")
+            rows, others = (each[0].logprobs.rows for each in (found, sample(logits, asked)))
+            wanted = asked.rows["alternatives"][asked.rows["alternatives"] >= 0].tolist()
+            for row, most in enumerate(wanted):
+                assert np.array_equal(*(each.cut(row, row + 1, most).table for each in (rows, others)))
+        return found
+
+    sampler._told = lambda *asked: (given.append("looked up"), looked_up(*asked))[1]
+    sampler.sample = sampling
+    found, wanted = (logprobs(engine, kinds) for engine in (warm, build_engine(small_model(), CONFIG)))
+    assert given.count("compared") > 10 and ("drawn", "looked up") not in itertools.pairwise(given)
+    assert [*found] == [*wanted] and any(found.values())
+    for own, cold in zip(found.values(), wanted.values(), strict=True):
+        assert [(each.token, each.rank, len(each.top)) for each in own] == [
+            (each.token, each.rank, len(each.top)) for each in cold
+        ]
+        assert [each.logprob for each in own] == pytest.approx([each.logprob for each in cold], abs=1e-4)
+        assert [each.entropy for each in own] == pytest.approx([each.entropy for each in cold], abs=1e-4)
+    logprobs(warm, [*kinds, {"temperature": 0.7, "logprobs": 2, "presence_penalty": 1.0}])
+    assert ("drawn", "looked up") in itertools.pairwise(given)
 
 
 def test_the_next_start_captures_the_same_steps_and_times_none(

@@ -1,0 +1,126 @@
+"""Kernels that add low-rank products to rows, each those of its own adapter: a batch reads the adapters that it has,
+and each of them for its own rows alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from penstock.ops.invariant_kernel import Tile, tile_of
+
+#: Of few rows an adapter, and of more: rows and columns of what is added that a program has, and how much of a sum it
+#: takes at a time.
+FEW, MANY = Tile(16, 128, 128, 4, 4), Tile(64, 128, 64, 4, 3)
+#: Pieces of a sum over what goes in: a few rows alone do not fill a device.
+SPLITS = 4
+#: Bytes of A and of B that a program has at a time at most; and the highest rank for tiles of many rows.
+ROOM, ROOM_B, HIGH = 1 << 15, 1 << 17, 64
+
+
+@triton.jit(do_not_specialize=["tiles"])  # type: ignore[untyped-decorator]
+def narrow_kernel(  # type: ignore[no-untyped-def]
+    x, a, inner, order, ends, tiles, count, pieces, slots, width, size,
+    rank: tl.constexpr, rows: tl.constexpr, depth: tl.constexpr, splits: tl.constexpr,
+    groups: tl.constexpr, padded: tl.constexpr,
+):  # fmt: skip
+    """inner float32 [splits, pieces, count, width], in ``order``: what parts of the sums over x [count, size] give for
+    the A of each row's adapter, a [pieces, slots, width, size]."""
+    tile, rest = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    piece, split = rest % pieces, rest // pieces
+    own, first, stop = tile_of(ends, tile, rows, groups, padded)
+    if (own == 0) | (own >= groups):
+        return
+    row, lane, column = first + tl.arange(0, rows), tl.arange(0, depth), tl.arange(0, rank)
+    inside_rows, inside_columns = (row < stop)[:, None], (column < width)[None, :]
+    token = tl.load(order + row, row < stop, 0)
+    from_x = x + token.to(tl.int64)[:, None] * size + lane[None, :]
+    matrix = (piece * slots + own - 1).to(tl.int64) * width * size
+    from_a = a + matrix + column.to(tl.int64)[None, :] * size + lane[:, None]
+    total = tl.zeros((rows, rank), tl.float32)
+    for at in range(split * depth, size, splits * depth):
+        inside = at + lane < size
+        given = tl.load(from_x + at, inside_rows & inside[None, :], 0.0)
+        total = tl.dot(
+            given, tl.load(from_a + at, inside_columns & inside[:, None], 0.0), total, input_precision="ieee"
+        )
+    to = inner + ((split * pieces + piece).to(tl.int64) * count + row)[:, None] * width + column[None, :]
+    tl.store(to, total, inside_rows & inside_columns)
+
+
+@triton.jit(do_not_specialize=["tiles"])  # type: ignore[untyped-decorator]
+def widen_kernel(  # type: ignore[no-untyped-def]
+    out, inner, places, found, order, ends, tiles, count, pieces, width, height,
+    rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, splits: tl.constexpr,
+    groups: tl.constexpr, padded: tl.constexpr,
+):  # fmt: skip
+    """found [count, height] = out, and what the B of each row's adapter make of ``inner``. Of each piece, ``places``
+    int64 [pieces, 3] has its first column, the one behind its last, and where its B [slots, width, its columns] lie."""
+    tile, start = tl.program_id(0) % tiles, tl.program_id(0) // tiles * columns
+    own, first, stop = tile_of(ends, tile, rows, groups, padded)
+    if own >= groups:
+        return
+    row, column, lane = first + tl.arange(0, rows), start + tl.arange(0, columns), tl.arange(0, rank)
+    inside = (row < stop)[:, None] & (column < height)[None, :]
+    token = tl.load(order + row, row < stop, 0)
+    at = token.to(tl.int64)[:, None] * height + column[None, :]
+    kind = out.dtype.element_ty
+    total = tl.load(out + at, inside, 0.0).to(tl.float32)
+    if own > 0:
+        from_inner = inner + row.to(tl.int64)[:, None] * width + lane[None, :]
+        inside_inner = (row < stop)[:, None] & (lane < width)[None, :]
+        for piece in range(pieces):
+            begin, end = tl.load(places + 3 * piece), tl.load(places + 3 * piece + 1)
+            if (start < end) & (start + columns > begin):
+                b = tl.load(places + 3 * piece + 2).to(tl.pointer_type(kind))
+                narrow = tl.zeros((rows, rank), tl.float32)
+                for split in range(splits):
+                    step = (split * pieces + piece).to(tl.int64) * count * width
+                    narrow += tl.load(from_inner + step, inside_inner, 0.0)
+                line = ((own - 1) * width + lane).to(tl.int64) * (end - begin)
+                of_piece = (lane < width)[:, None] & ((column >= begin) & (column < end))[None, :]
+                given = tl.load(b + line[:, None] + (column - begin)[None, :], of_piece, 0.0)
+                total = tl.dot(narrow.to(kind), given, total, input_precision="ieee")
+    tl.store(found + at, total.to(kind), inside)
+
+
+def added(
+    out: Tensor, x: Tensor, order: Tensor, ends: Tensor, a: Tensor, b: Sequence[Tensor], begins: Sequence[int]
+) -> Tensor:
+    """``out`` [N, height] with what is added for ``x`` [N, size], both contiguous. The rows are in ``order`` int32 [N]
+    by their slots, 0 for none, which end at ``ends`` int32; of each piece there is A, [pieces, slots, width, size], B
+    [slots, width, its columns], and where its columns begin."""
+    (count, size), height, (pieces, slots, width, _) = x.shape, out.shape[1], a.shape
+    found, groups = torch.empty_like(out), len(ends)
+    if not count:
+        return found
+    # Matrix units multiply no fewer than 16.
+    rank = max(16, triton.next_power_of_2(width))
+    tile = FEW if count <= FEW.rows * groups or rank > HIGH else MANY
+    depth = max(16, min(tile.depth, ROOM // (rank * a.itemsize)))
+    columns = max(16, min(tile.columns, ROOM_B // (rank * a.itemsize)))
+    tiles, splits = min(count, triton.cdiv(count, tile.rows) + groups), min(SPLITS, triton.cdiv(size, depth))
+    inner = torch.empty(splits, pieces, count, width, dtype=torch.float32, device=x.device)
+    common = {"splits": splits, "groups": groups, "padded": triton.next_power_of_2(groups), "num_warps": tile.warps}
+    narrow_kernel[(tiles * pieces * splits,)](
+        x, a, inner, order, ends, tiles, count, pieces, slots, width, size,
+        rank=rank, rows=tile.rows, depth=depth, num_stages=tile.stages, **common,
+    )  # fmt: skip
+    places = _places(tuple(each.data_ptr() for each in b), tuple(begins), tuple(each.shape[2] for each in b), x.device)
+    widen_kernel[(tiles * triton.cdiv(height, columns),)](
+        out, inner, places, found, order, ends, tiles, count, pieces, width, height,
+        rank=rank, rows=tile.rows, columns=columns, **common,
+    )  # fmt: skip
+    return found
+
+
+@functools.cache
+def _places(
+    addresses: tuple[int, ...], begins: tuple[int, ...], widths: tuple[int, ...], device: torch.device
+) -> Tensor:
+    rows = [(begin, begin + width, address) for begin, width, address in zip(begins, widths, addresses, strict=True)]
+    return torch.tensor(rows, dtype=torch.int64).to(device)
