@@ -114,7 +114,7 @@ def test_a_checkpoint_does_not_depend_on_the_layout(store, alone, tmp_path):
         transforms = "pipeline.transforms=[2bp, pipeoffload]"
         resumed(folder, devices, f"parallel.pipeline={devices}", "pipeline.schedule=1f1b", transforms)
         assert_same_curve(folder, alone)
-    assert read_json(folder / "run.json")["parallel"] == {"pipeline": 1, "shard": 1}
+    assert read_json(folder / "run.json")["parallel"] == {"pipeline": 1, "shard": 1, "tensor": 1}
 
 
 def test_the_profile_of_the_first_updates(store, tmp_path):
