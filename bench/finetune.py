@@ -68,7 +68,9 @@ class Task(NamedTuple):
 
 TASKS = {
     "sft": Task({"name": "sft"}, {"name": "full"}, "chats", 2e-5, "TRL's SFTTrainer"),
-    "lora": Task({"name": "sft"}, {"name": "lora", "rank": 16}, "chats", 5e-4, "TRL's SFTTrainer, PEFT"),
+    "lora": Task(
+        {"name": "sft"}, {"name": "lora", "rank": 16, "unpack": True}, "chats", 5e-4, "TRL's SFTTrainer, PEFT"
+    ),
     "dpo": Task({"name": "dpo", "beta": 0.1}, {"name": "full"}, "preferences", 2e-6, "TRL's DPOTrainer"),
 }
 

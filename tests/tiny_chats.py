@@ -38,12 +38,13 @@ def turns(*texts: str, system: str = "") -> list[dict[str, str]]:
     return first + [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def make_chat_model(folder: Path, template: str | None = TEMPLATE) -> Path:
-    """An untrained model with a tokenizer and a template, whose config names <|endoftext|> alone as its end."""
+def make_chat_model(folder: Path, template: str | None = TEMPLATE, **shape: int) -> Path:
+    """An untrained model with a tokenizer and a template, whose config names <|endoftext|> alone as its end; ``shape``
+    changes its own."""
     tokenizer = train_tokenizer([f"what is {i} and {i} a word" for i in range(99)], VOCABULARY - 2)
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     size = tokenizer.get_vocab_size()
-    model = Decoder(DecoderConfig(**SHAPE, vocabulary=size, init_std=0.08, tied=True)).initialize(0)
+    model = Decoder(DecoderConfig(**{**SHAPE, **shape}, vocabulary=size, init_std=0.08, tied=True)).initialize(0)
     hub.save(model, folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}

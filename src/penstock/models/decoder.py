@@ -21,6 +21,7 @@ from penstock.models.config import DecoderConfig, LongRopeScaling, MoEConfig, Te
 from penstock.models.latent import LatentAttention
 from penstock.models.linear import Linear
 from penstock.models.norms import RMSNorm, norm, rms_norm
+from penstock.models.quantized import packed_layers
 from penstock.models.rotary import Rotaries, Turns
 from penstock.models.routers.contract import Routing
 from penstock.ops.activations import ACTIVATIONS, clamped_swiglu, gated
@@ -379,8 +380,9 @@ class Decoder(nn.Module):
             self.rotary = Rotaries(self.config, context).to(next(self.parameters()).device)
 
     def parameter_count(self) -> int:
-        """Number of parameters, a tied matrix counted once."""
-        return sum(p.numel() for p in self.parameters())
+        """Number of parameters, a tied matrix counted once, and those of matrices that stay quantized."""
+        stored = sum(each.in_features * each.out_features for _, each in packed_layers(self))
+        return stored + sum(p.numel() for p in self.parameters())
 
     @torch.no_grad()
     def initialize(self, seed: int) -> Decoder:

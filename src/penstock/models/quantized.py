@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from penstock.ops.quantized.contract import Packed, WeightFormat
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer, for inference alone, whose matrix is stored in pieces: some rows each, in whichever formats.
+    """A linear layer whose matrix is stored in pieces: some rows each, in whichever formats. Gradients go through it,
+    and stop at the matrix, which is not trained; nothing changes the dtypes that it is stored in.
 
     Args:
         pieces: from the first rows on. Neighbours of one format are joined.
@@ -44,17 +45,44 @@ class QuantizedLinear(nn.Module):
             for number, (format, names) in enumerate(self._formats)
         ]
 
-    def _apply(self, *given: Any, **options: Any) -> Self:
-        """Buffers move."""
+    @property
+    def in_features(self) -> int:
+        return self.pieces()[0].shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return sum(piece.shape[0] for piece in self.pieces())
+
+    def dequantize(self) -> Tensor:
+        """The matrix, float32 [M, K]."""
+        return torch.cat([piece.dequantize() for piece in self.pieces()])
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Buffers move, and keep their dtypes: in others they would stand for other numbers."""
         self._pieces = None
-        moved: Self = super()._apply(*given, **options)  # type: ignore[no-untyped-call]
-        return moved
+        stored = {id(buffer) for buffer in self.buffers()}
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = function(tensor)
+            return tensor.to(found.device) if id(tensor) in stored and found.dtype != tensor.dtype else found
+
+        same: Self = super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return same
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         flat = x.reshape(-1, x.shape[-1])
         # To torch.compile only what it finds as a buffer has a shape that stays.
         pieces = self._assembled() if torch.compiler.is_compiling() else self.pieces()
-        found = [piece.format.product(flat, piece.parts) for piece in pieces]
+        found = [piece.product(flat) for piece in pieces]
         out = found[0] if len(found) == 1 else torch.cat(found, -1)
-        out = out if self.bias is None else out + self.bias
+        out = out if self.bias is None else out + self.bias.to(out.dtype)
         return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """The layers of ``model`` whose matrices stay as they are stored, by their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            yield name, module

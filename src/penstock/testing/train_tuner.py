@@ -8,6 +8,8 @@ Bugs that its clauses are there to catch:
 - gradient: a part of the loss that is cut off from what it depends on.
 - merging: rows of a stacked matrix taken for others; a scale that counts twice or not at all.
 - removing: a base that was merged into, and rounded.
+- quantized: a base of which gradients or merged weights are not those of its numbers; one that is rounded once more
+  where weights are.
 """
 
 from __future__ import annotations
@@ -18,9 +20,15 @@ from torch import Tensor
 from penstock.core.errors import UsageError
 from penstock.core.randomness import torch_generator
 from penstock.data.loader import Batch
+from penstock.models import hub
+from penstock.models.adapters import low_rank
 from penstock.models.attention import PackedRows
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.models.linear import Linear
+from penstock.models.quantized import QuantizedLinear, packed_layers
+from penstock.ops.quantized.contract import Packed
+from penstock.ops.quantized.integers import Int8
 from penstock.testing.train_objective import SHAPE, packed_batch, small_decoder
 from penstock.train.objectives.next_token import NextToken
 from penstock.train.tuners.contract import Tuner
@@ -42,6 +50,49 @@ def check(tuner: Tuner, shape: DecoderConfig = SHAPE) -> None:
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, base[name]), f"{name} is not what it was"
         assert torch.equal(outputs(model, batch), before)
+    if tuner.packs:
+        check_quantized(tuner, shape, batch)
+
+
+def check_quantized(tuner: Tuner, shape: DecoderConfig, batch: Batch) -> None:
+    """Beside a base that stays quantized, all is as beside the numbers that it stands for; what is stored does not
+    change, not even its dtypes where weights become bf16."""
+    packed, plain = both = quantized(shape)
+    names, before = {name for name, _ in plain.named_parameters()}, outputs(packed, batch)
+    torch.testing.assert_close(before, outputs(plain, batch), rtol=0, atol=1e-9)
+    stored = {name: part.clone() for name, part in packed.named_buffers()}
+    gradients = []
+    for model in both:
+        tuner.attach(model, 0)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        draw = torch_generator(0, "testing/tuner/quantized")
+        for parameter in trained.values():
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype))
+        loss = tuner.loss(NextToken(), model, batch, PackedRows.of(batch.documents))
+        gradients.append(dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True)))
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-9)
+    check_merging(tuner, packed, batch, names)
+    tuner.detach(packed)
+    assert torch.equal(outputs(packed, batch), before)
+    packed.to(torch.bfloat16)
+    for name, part in packed.named_buffers():
+        assert torch.equal(part, stored[name]), f"{name} is not what was stored"
+    assert next(packed_layers(packed), None) is not None, "the base does not stay quantized"
+
+
+def quantized(shape: DecoderConfig) -> tuple[Decoder, Decoder]:
+    """In float64, a model whose layers have matrices that are stored as 8-bit integers, and one that has the numbers
+    which these stand for."""
+    packed, plain = small_decoder(shape), small_decoder(shape)
+    for name in low_rank.linears(packed, hub.family_of(packed)):
+        layer = plain.get_submodule(name)
+        assert isinstance(layer, Linear)
+        weight = layer.weight.data
+        scale = weight.abs().amax(1, keepdim=True).float() / 127
+        stored = Packed(Int8(), {"values": (weight / scale).round().to(torch.int8), "scale": scale})
+        weight.copy_(stored.dequantize())
+        packed.set_submodule(name, QuantizedLinear([stored], layer.bias))
+    return packed, plain
 
 
 def check_merging(tuner: Tuner, model: Decoder, batch: Batch, names: set[str]) -> None:

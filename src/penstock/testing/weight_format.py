@@ -8,6 +8,7 @@ Bugs that its clauses are there to catch:
 - product: a kernel that reads other numbers than the format's definition gives, or leaves out what is left over behind
   whole vectors and blocks.
 - computes: a format that models have as plain numbers on a CPU, as it has no kernels elsewhere.
+- gradient: one of other rows; numbers that a backward pass would have to keep, where memory is what the format saves.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from penstock.core.errors import UsageError
 from penstock.core.randomness import torch_generator
-from penstock.ops.quantized.contract import Parts, WeightFormat, cut
+from penstock.ops.quantized.contract import Packed, Parts, WeightFormat, cut
 from penstock.testing.refusals import refused
 
 
@@ -37,6 +38,7 @@ def check(format: WeightFormat, device: torch.device | str = "cpu") -> None:
     check_columns(format, parts, found)
     for count in (1, 2, 5, 33):
         check_product(format, larger, count)
+        check_gradient(format.exact(), larger, count)
 
 
 def check_rows(format: WeightFormat, parts: Parts, whole: Tensor) -> None:
@@ -79,3 +81,23 @@ def check_product(format: WeightFormat, parts: Parts, count: int) -> None:
         bound = 4 * torch.finfo(dtype).eps * terms + format.rounding(rows, parts).to(terms)
         over = (found.double() - wanted).abs() - bound
         assert (over <= 0).all(), f"{count} rows of {dtype}: a number is off by {over.max():.3g} more than may be"
+
+
+def check_gradient(format: WeightFormat, parts: Parts, count: int) -> None:
+    """The gradient of ``count`` rows is that of a product with the dequantized matrix, in float64, and nothing is kept
+    for it."""
+    matrix, draw = format.dequantize(parts), torch_generator(count, "weight.format/gradient")
+    x, along = (torch.randn(count, size, generator=draw).to(matrix.device) for size in reversed(matrix.shape))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        rows, given, kept = x.to(dtype).requires_grad_(), along.to(dtype), list[Tensor]()
+        with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda none: none):
+            out = Packed(format, parts).product(rows)
+        assert not kept, f"tensors of {[tuple(each.shape) for each in kept]} are kept for the gradient"
+        (found,) = torch.autograd.grad(out, rows, given)
+        rounded = 4 * torch.finfo(dtype).eps + len(matrix) * torch.finfo(torch.float64).eps
+        bound = rounded * (given.double().abs() @ matrix.double().abs())
+        over = (found.double() - given.double() @ matrix.double()).abs() - bound
+        assert found.dtype == dtype, f"the gradient of {dtype} is {found.dtype}"
+        assert (over <= 0).all(), (
+            f"{count} rows of {dtype}: a number of the gradient is off by {over.max():.3g} too much"
+        )

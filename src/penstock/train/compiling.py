@@ -11,6 +11,7 @@ from penstock.core.devices import can_compile, synchronize
 from penstock.data.loader import Batch
 from penstock.models.attention import CausalRows, PackedRows
 from penstock.models.decoder import Decoder
+from penstock.models.quantized import packed_layers
 from penstock.train.update import Updater
 
 
@@ -18,6 +19,8 @@ def obstacle(updater: Updater) -> str:
     """Why nothing can be compiled here, or nothing."""
     if updater.pipeline and updater.recomputes:
         return "layers of a pipeline that are computed twice are not compiled"
+    if next(packed_layers(updater.model), None) is not None:
+        return "products with matrices that stay quantized are not compiled"
     if not can_compile(updater.device):
         return "there is no C++ compiler (g++ or clang++)" if updater.device.type == "cpu" else "Triton is missing"
     return ""

@@ -9,7 +9,7 @@ import torch
 from penstock.models import hub
 from penstock.models.acceptance import folder as acceptance
 from penstock.models.acceptance.head import Pair
-from penstock.models.adapters.routed_folder import RoutedAdapter
+from penstock.models.adapters.peft import Adapter
 from penstock.models.decoder import Decoder
 from penstock.models.heads import folder as heads
 from penstock.models.heads.headed import Headed
@@ -17,8 +17,8 @@ from penstock.models.heads.headed import Headed
 #: What a run trains.
 Trained = Decoder | Headed | Pair
 
-#: What its folders hold: an adapter that cannot be merged lies there without its base.
-Exported = Trained | RoutedAdapter
+#: What its folders hold: an adapter that is not merged lies there without its base.
+Exported = Trained | Adapter
 
 
 def check(model: Trained) -> None:
@@ -37,7 +37,7 @@ def save(model: Exported, folder: Path, dtype: torch.dtype | None = None) -> Non
     Raises:
         PenstockError: the disk is full, or the folder cannot be written.
     """
-    if isinstance(model, RoutedAdapter):
+    if isinstance(model, Adapter):
         model.write(folder)
     elif isinstance(model, Headed):
         heads.save(model, folder, dtype)

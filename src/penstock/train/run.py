@@ -26,8 +26,8 @@ from penstock.core.files import atomic_folder, read_json, write_json
 from penstock.core.progress import Reporter, silent
 from penstock.models import hub
 from penstock.models.acceptance.head import Pair
+from penstock.models.adapters.peft import Adapter
 from penstock.models.adapters.routed import routed
-from penstock.models.adapters.routed_folder import RoutedAdapter
 from penstock.models.beside import Beside
 from penstock.models.blank import assembled, without_weights
 from penstock.models.companions import copy_companions
@@ -35,6 +35,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.heads.headed import Headed
 from penstock.models.pairing import require_same_tokens
+from penstock.models.quantized import packed_layers
 from penstock.parallel.world import World
 from penstock.train import checkpoint, folders
 from penstock.train.batches import rows_of_each
@@ -114,6 +115,7 @@ class Run:
                     "trained on top of it",
                     hint="Start from its base; or continue its run with --resume or --branch.",
                 )
+            self._tell_packed(model)
             self._give_head(model)
             config.tuner.attach(model, config.seed)
             if config.objective.scalar:
@@ -263,9 +265,10 @@ class Run:
             draft = hub.load(drafting, device=self.device, dtype=torch.float32)
             return Pair.new(draft, target, self.config.seed, (drafting, named))
         if shape is None:
-            # What is added to a base is put on top of it again; checkpoints have both merged, where that can be.
+            # What is added to a base is put on top of it again; checkpoints have both merged, or the former alone.
             source = (None if self.config.tuner.adds else found) or str(self.config.start_from)
-            return hub.blank(source) if blank else hub.load(source, device=self.device, dtype=torch.float32)
+            load = hub.load_to_add if self.config.tuner.packs else hub.load
+            return hub.blank(source) if blank else load(source, device=self.device, dtype=torch.float32)
         if blank:
             with without_weights():
                 return Decoder(shape)
@@ -292,6 +295,15 @@ class Run:
                 f"{self.config.start_from} is a reward model, which writes no text: the objective "
                 f"{self.config.objective.policy_name} cannot train it",
                 hint="Set objective=reward, or start from the model that it was made of.",
+            )
+
+    def _tell_packed(self, model: Decoder) -> None:
+        """Notes how much memory quantized matrices take that stay as they are stored."""
+        stored = [sum(each.nbytes for each in layer.buffers()) for _, layer in packed_layers(model)]
+        if stored:
+            self.notes.append(
+                f"{len(stored)} matrices of {self.config.start_from} stay quantized, in {sum(stored) / 1e6:.4g} MB: "
+                "what is trained lies beside them, and is not merged"
             )
 
     def _check(self, shape: DecoderConfig) -> None:
@@ -359,7 +371,7 @@ class Run:
             with atomic_folder(self.folder / MODEL) as folder:
                 folders.save(exported, folder, dtype)
                 copy_companions(self.tokenizer, folder)
-            return model if isinstance(exported, RoutedAdapter) else exported
+            return model if isinstance(exported, Adapter) else exported
         return model
 
     def _evaluate(self, whole: Trained | None, report: Reporter, seconds: float | None) -> dict[str, Any]:

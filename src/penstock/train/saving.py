@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from penstock.core.errors import CheckpointError, PenstockError
-from penstock.models.adapters.routed_folder import RoutedAdapter
+from penstock.models.adapters.peft import Adapter
 from penstock.models.beside import Beside
 from penstock.models.blank import assembled
 from penstock.parallel.watch import LossError
@@ -49,7 +49,7 @@ class Saver:
         """
         if self._pool is not None:
             self.wait()
-            if isinstance(model, RoutedAdapter):
+            if isinstance(model, Adapter):
                 model = model.copied()
             else:
                 weights = {name: copied(p) for name, p in model.named_parameters()}

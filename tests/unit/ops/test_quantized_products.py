@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from gguf_files import blocks
-from penstock.ops.quantized import cpu, cuda
+from penstock.ops.quantized import contract, cpu, cuda
 from penstock.ops.quantized.codebook import Codebook4
 from penstock.ops.quantized.contract import Parts, WeightFormat
 from penstock.ops.quantized.fp8 import Fp8, rounding_of_rows
 from penstock.ops.quantized.ggml import Ggml
 from penstock.ops.quantized.integers import Int4, Int8
-from penstock.testing.weight_format import check_product
+from penstock.testing.weight_format import check_gradient, check_product
 
 KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 
@@ -51,6 +51,14 @@ def test_the_native_product_is_that_with_the_dequantized_matrix(format, monkeypa
         for count in (1, 2, 3, 4, 5, 31):
             check_product(format, random(format, rows, columns), count)
     assert len(calls) == 3 * 6 * 2
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=repr)
+def test_gradients_are_those_of_the_dequantized_matrix(format, monkeypatch):
+    """Also where it is dequantized a few rows at a time, of which the last are fewer."""
+    check_gradient(format, random(format, 37, 768), 3)
+    monkeypatch.setattr(contract, "PIECE", 4 * 768)
+    check_gradient(format, random(format, 37, 768), 40)
 
 
 @pytest.mark.parametrize("kind", KINDS)

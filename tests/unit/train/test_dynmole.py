@@ -234,7 +234,8 @@ def test_experts_of_one_that_is_certain_are_lora(model):
     plain = hub.load(model, dtype=torch.float32).double()
     for name, layer in list(attached(decoder)):
         places = [int(place) for place in layer.a]
-        single = LowRankLinear(plain.get_submodule(name), layer.pieces, places, 3, 2.0)
+        base, like = plain.get_submodule(name), plain.embedding.weight
+        single = LowRankLinear(base, layer.pieces, places, 3, 2.0, like)
         for place in layer.a:
             layer.b[place].data.normal_(generator=torch.Generator().manual_seed(2))
             layer.router[place].data.zero_()

@@ -169,7 +169,7 @@ def test_private_vectors_in_one_piece_are_lora(model):
 
 
 def test_shards_are_chosen_apart_and_none_twice_before_each_was_taken():
-    pool = Pool(torch.zeros(1, 8), rows=12, layers=6, budget=3, private=1, cuts=4)
+    pool = Pool(torch.zeros(1), inputs=8, rows=12, layers=6, budget=3, private=1, cuts=4)
     a, b = (pool.picked(which, 2, 4, 0, "x") for which in ("a", "b"))
     assert a[:4].tolist() == b[:4].tolist() == [48 + 2 * 4 + i for i in range(4)]
     assert len(set(a.tolist())) == 16

@@ -17,6 +17,10 @@ from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
 from penstock.models.families.mapping import general, placed
 from penstock.models.linear import Linear
+from penstock.models.quantized import QuantizedLinear, packed_layers
+
+#: What can be added to.
+Base = Linear | QuantizedLinear
 
 #: What a decoder calls the numbers that its layers' additions share.
 POOLS = "pools"
@@ -37,19 +41,31 @@ class Piece(NamedTuple):
 class LowRankLinear(Linear):
     """y = W x + b + scale * B A x, for each piece of the rows of W that has an A and a B.
 
+    Args:
+        base: the layer that it stands for.
+        pieces, scale: see the attributes.
+        chosen: the places of the pieces that have an A and a B.
+        rank: of B A.
+        like: what has the dtype and the device of A and B.
+
     Attributes:
-        weight, bias: those of the layer that it stands for, which stay as they are.
+        weight, bias: those of the base, which stay as they are; None where its matrix stays quantized.
+        packed: the base itself then, else None.
         pieces: of the rows of ``weight``, in their order.
         a, b: [rank, in] and [rows, rank], by the place of their piece.
         scale: what B A is multiplied by.
     """
 
-    def __init__(self, base: Linear, pieces: Sequence[Piece], chosen: Sequence[int], rank: int, scale: float) -> None:
+    def __init__(
+        self, base: Base, pieces: Sequence[Piece], chosen: Sequence[int], rank: int, scale: float, like: Tensor
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
+        self.packed = base if isinstance(base, QuantizedLinear) else None
+        for part in ("weight", "bias"):
+            self.register_parameter(part, None if self.packed is not None else getattr(base, part))
         self.pieces, self.rank, self.scale = list(pieces), rank, scale
-        options: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
+        options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         self.a = nn.ParameterDict({str(i): torch.zeros(rank, base.in_features, **options) for i in chosen})
         self.b = nn.ParameterDict({str(i): torch.zeros(pieces[i].rows, rank, **options) for i in chosen})
 
@@ -69,24 +85,31 @@ class LowRankLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         # One product for all pieces: passes over numbers as many as the layer's output cost more than its zeros do.
-        out, narrow, wide, additions = super().forward(x), [], [], self.additions()
+        out, narrow, wide, additions = self._base(x), [], [], self.additions()
         for place, piece in enumerate(self.pieces):
             if place in additions:
                 a, b = additions[place]
                 narrow.append(self.narrow(place, x, a))
                 wide.append(b)
             else:
-                wide.append(self.weight.new_zeros(piece.rows, 0))
+                wide.append(next(iter(additions.values()))[1].new_zeros(piece.rows, 0))
         scaled = torch.cat(narrow, -1).flatten(0, -2) * self.scale
         below: Tensor = torch.block_diag(*wide)  # type: ignore[no-untyped-call]
         return torch.addmm(out.flatten(0, -2), scaled, below.T).view(out.shape)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """W x + b."""
+        found: Tensor = super().forward(x) if self.packed is None else self.packed(x)
+        return found
 
     def narrow(self, place: int, x: Tensor, a: Tensor) -> Tensor:
         """What tokens x [*T, in] give to the B of the piece at ``place``, before it is scaled: [*T, rank]."""
         return F.linear(x, a)
 
-    def plain(self) -> Linear:
+    def plain(self) -> Base:
         """The layer that this one stands for."""
+        if self.packed is not None:
+            return self.packed
         with without_weights():
             layer = Linear(self.in_features, self.out_features, bias=self.bias is not None)
         layer.weight, layer.bias = self.weight, self.bias
@@ -106,9 +129,15 @@ class LowRankLinear(Linear):
 def linears(decoder: Decoder, family: Family) -> dict[str, list[Piece]]:
     """The linear layers of the decoder's blocks by their names, each with the matrices that it is on disk."""
     found: dict[str, list[Piece]] = {}
-    for ours, there, view in placed(decoder, family):
+    with without_weights():
+        plain = Decoder(decoder.config)  # which has a name for the matrices that stay quantized, too
+    for ours, there, view in placed(plain, family):
         name = ours.removesuffix(".weight")
-        if name != ours and name.startswith("layers.") and type(decoder.get_submodule(name)) is Linear:
+        if (
+            name != ours
+            and name.startswith("layers.")
+            and type(decoder.get_submodule(name)) in (Linear, QuantizedLinear)
+        ):
             rows = view.shape[1] if general(ours) in family.transposed else view.shape[0]
             found.setdefault(name, []).append(Piece(there.removesuffix(".weight"), rows))
     return found
@@ -163,15 +192,18 @@ def detach(decoder: Decoder) -> None:
 
 def merged(decoder: Decoder) -> Decoder:
     """A decoder of plain layers that computes the same; the decoder itself where it has no additions. Weights that
-    nothing is added to are shared."""
+    nothing is added to are shared, but those that stay quantized, which are plain numbers in what is returned."""
     layers = dict(attached(decoder))
     if not layers:
         return decoder
     own = {f"{name}.{part}." for name in layers for part in ("a", "b")} | {f"{POOLS}."}
     weights: dict[str, Tensor] = {
-        name: parameter.detach()
+        name.replace(".packed.", "."): parameter.detach()
         for name, parameter in decoder.named_parameters()
         if not any(name.startswith(prefix) for prefix in own)
     }
-    weights |= {f"{name}.weight": layer.merged(layer.weight) for name, layer in layers.items()}
+    dtype = decoder.embedding.weight.dtype
+    for name, packed in packed_layers(decoder):
+        weights[f"{name.removesuffix('.packed')}.weight"] = packed.dequantize().to(dtype)
+    weights |= {f"{name}.weight": layer.merged(weights[f"{name}.weight"]) for name, layer in layers.items()}
     return assembled(decoder, weights)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from penstock.core.errors import ModelError, PenstockError
 from penstock.core.files import read_json, write_json
-from penstock.models.adapters.low_rank import attached
+from penstock.models.adapters.low_rank import Base, LowRankLinear, attach, attached, linears
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
 from penstock.models.families.mapping import SCALAR_HEAD, general
 from penstock.models.formats.contract import Stored, Weights
+from penstock.models.quantized import QuantizedLinear
 from penstock.ops.quantized.contract import Packed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -34,18 +35,50 @@ HEADS = ("score", "classifier")
 UNREAD = ("use_dora", "alpha_pattern", "modules_to_save", "use_qalora", "trainable_token_indices", "lora_bias")
 
 
-def write(decoder: Decoder, folder: Path, base: str, alpha: float, family: Family) -> None:
-    """Writes the low-rank additions of ``decoder`` into ``folder``.
+class Adapter(NamedTuple):
+    """What is added to a base, without the base: a folder of PEFT's, or of a kind that is written like those.
+
+    Attributes:
+        config: the contents of adapter_config.json.
+        tensors: float32, by the name of the matrix on disk that they add to, and their own.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def on(cls, base: str, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """Of ``base``: a folder or a file, which is found from anywhere then, or whatever else names a model."""
+        named = str(Path(base).resolve()) if Path(base).exists() else base
+        taken = {name: each.detach().float() for name, each in tensors.items()}
+        return cls({**config, "base_model_name_or_path": named}, taken)
+
+    def copied(self) -> Self:
+        """With tensors of its own, in main memory, which no update changes."""
+        return self._replace(tensors={name: each.cpu().clone() for name, each in self.tensors.items()})
+
+    def write(self, folder: Path) -> None:
+        """Writes it into a folder that exists.
+
+        Raises:
+            PenstockError: the disk is full.
+        """
+        tensors = {name: each.cpu().contiguous() for name, each in self.tensors.items()}
+        try:
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise PenstockError(f"cannot write {folder / WEIGHTS}: {error}", hint="Is the disk full?") from error
+        write_json(folder / CONFIG, self.config)
+
+
+def taken_from(decoder: Decoder, base: str, alpha: float, family: Family) -> Adapter:
+    """The low-rank additions of ``decoder``, as PEFT names them.
 
     Args:
         decoder: with additions of one rank.
-        folder: exists.
         base: what the model is called that they are added to.
         alpha: scale times rank.
         family: that of ``base``, which may have the matrices [in, out] on disk.
-
-    Raises:
-        PenstockError: the disk is full.
     """
     tensors: dict[str, Tensor] = {}
     rank, transposed = 0, False
@@ -53,30 +86,22 @@ def write(decoder: Decoder, folder: Path, base: str, alpha: float, family: Famil
         rank, transposed = layer.rank, general(f"{name}.weight") in family.transposed
         for place, (a, b) in layer.additions().items():
             module = PREFIX + layer.pieces[place].module
-            tensors[f"{module}.lora_A.weight"] = a.detach().float().cpu().contiguous()
-            tensors[f"{module}.lora_B.weight"] = b.detach().float().cpu().contiguous()
-    names = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
-    if decoder.config.scalar_head:
-        tensors[f"{PREFIX}{SCALAR_HEAD}"] = decoder.head.weight.detach().float().cpu().contiguous()
-    try:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise PenstockError(f"cannot write {folder / WEIGHTS}: {error}", hint="Is the disk full?") from error
-    described = {
+            tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": names,
+        "target_modules": sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors}),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": transposed,
         "inference_mode": True,
     }
     if decoder.config.scalar_head:
-        described |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-    write_json(folder / CONFIG, described)
+        tensors[f"{PREFIX}{SCALAR_HEAD}"] = decoder.head.weight
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    return Adapter.on(base, config, tensors)
 
 
 class Addition(NamedTuple):
@@ -203,7 +228,7 @@ class Adapted:
     """
 
     def __init__(self, weights: Weights, additions: Mapping[str, Addition], source: Path) -> None:
-        self._weights, self._additions = weights, additions
+        self.base, self.additions, self.source = weights, additions, source
         self.headers: Mapping[str, Stored] = weights.headers
         self.dtypes = weights.dtypes
         self.quantized = {name for name in weights.quantized if name not in additions}
@@ -216,12 +241,18 @@ class Adapted:
                 raise ModelError(f"the adapter {source} adds {list(wanted)} to {name}, and its base {there}")
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self._weights.read(names):
-            added = self._additions.get(name)
+        for name, tensor in self.base.read(names):
+            added = self.additions.get(name)
             yield name, tensor if added is None else added.to(tensor)
 
     def packed(self, names: Collection[str]) -> Iterator[tuple[str, Packed]]:
-        return self._weights.packed(names)
+        return self.base.packed(names)
+
+    def apart(self, names: Collection[str]) -> tuple[Adapted, dict[str, Addition]]:
+        """The weights without what is added to ``names``, and that."""
+        taken = {name: each for name, each in self.additions.items() if name in names}
+        others = {name: each for name, each in self.additions.items() if name not in names}
+        return Adapted(self.base, others, self.source), taken
 
 
 class Judging:
@@ -255,3 +286,29 @@ class Judging:
 def named(additions: Mapping[str, Addition], name_of: Callable[[str], str | None]) -> dict[str, Addition]:
     """The additions by other names; those whose weights have none are kept under their own, to be refused."""
     return {name_of(name) or name: each for name, each in additions.items()}
+
+
+def wear(decoder: Decoder, family: Family, additions: Mapping[str, Addition]) -> None:
+    """Attaches ``additions``, by the names of ``family``, to layers of ``decoder`` that :func:`beside_packed` names, in
+    its dtype and on its device."""
+    like = decoder.embedding.weight
+    for name, pieces in linears(decoder, family).items():
+        found = {place: additions.get(f"{piece.module}.weight") for place, piece in enumerate(pieces)}
+        own = {place: each for place, each in found.items() if each is not None}
+        if own:
+            scale, rank = next(iter(own.values())).scale or 1.0, max(len(each.a) for each in own.values())
+            layer = LowRankLinear(cast(Base, decoder.get_submodule(name)), pieces, [], rank, scale, like)
+            for place, each in own.items():
+                layer.a[str(place)] = each.a.to(like, copy=True)
+                layer.b[str(place)] = (each.b * (each.scale / scale)).to(like)
+            attach(decoder, name, layer)
+
+
+def beside_packed(decoder: Decoder, family: Family) -> set[str]:
+    """The names in ``family`` of the matrices that stay quantized in ``decoder``, and may be added to."""
+    return {
+        f"{piece.module}.weight"
+        for name, pieces in linears(decoder, family).items()
+        if isinstance(decoder.get_submodule(name), QuantizedLinear)
+        for piece in pieces
+    }

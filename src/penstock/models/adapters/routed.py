@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from penstock.core.errors import UsageError
 from penstock.core.randomness import torch_generator
-from penstock.models.adapters.low_rank import LowRankLinear, Piece, attached
+from penstock.models.adapters.low_rank import Base, LowRankLinear, Piece, attached
 from penstock.models.decoder import Decoder
-from penstock.models.linear import Linear
 
 
 class Mixture(NamedTuple):
@@ -92,11 +91,18 @@ class RoutedLinear(LowRankLinear):
     choices: list[Chosen] | None = None
 
     def __init__(
-        self, base: Linear, pieces: Sequence[Piece], chosen: Sequence[int], rank: int, scale: float, mixture: Mixture
+        self,
+        base: Base,
+        pieces: Sequence[Piece],
+        chosen: Sequence[int],
+        rank: int,
+        scale: float,
+        like: Tensor,
+        mixture: Mixture,
     ) -> None:
-        super().__init__(base, pieces, chosen, mixture.experts * rank, scale)
+        super().__init__(base, pieces, chosen, mixture.experts * rank, scale, like)
         self.mixture, self.expert_rank = mixture, rank
-        options: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
+        options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         shape = (mixture.experts, base.in_features)
         self.router = nn.ParameterDict({str(i): torch.zeros(shape, **options) for i in chosen})
 

@@ -4,54 +4,22 @@ with the type ``DYNMOLE``, and ``adapter_model.safetensors``, with three matrice
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from penstock.core.errors import ModelError, PenstockError
-from penstock.core.files import write_json
+from penstock.core.errors import ModelError
 from penstock.models.adapters import low_rank, peft
+from penstock.models.adapters.peft import Adapter
 from penstock.models.adapters.routed import Mixture, RoutedLinear, routed
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
-from penstock.models.linear import Linear
 
 PARTS = ("router", "lora_A", "lora_B")
 
 
-class RoutedAdapter(NamedTuple):
-    """What experts and routers add to a base, without the base.
-
-    Attributes:
-        config: the contents of adapter_config.json.
-        tensors: float32, by the name of the matrix on disk that they add to, and their own.
-    """
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    def copied(self) -> RoutedAdapter:
-        """With tensors of its own, in main memory, which no update changes."""
-        return RoutedAdapter(self.config, {name: each.cpu().clone() for name, each in self.tensors.items()})
-
-    def write(self, folder: Path) -> None:
-        """Writes it into a folder that exists.
-
-        Raises:
-            PenstockError: the disk is full.
-        """
-        tensors = {name: each.cpu().contiguous() for name, each in self.tensors.items()}
-        try:
-            save_file(tensors, folder / peft.WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise PenstockError(f"cannot write {folder / peft.WEIGHTS}: {error}", hint="Is the disk full?") from error
-        write_json(folder / peft.CONFIG, self.config)
-
-
-def taken_from(decoder: Decoder, base: str, alpha: float) -> RoutedAdapter:
+def taken_from(decoder: Decoder, base: str, alpha: float) -> Adapter:
     """What is added to ``base`` in ``decoder``, which has some.
 
     Args:
@@ -67,9 +35,7 @@ def taken_from(decoder: Decoder, base: str, alpha: float) -> RoutedAdapter:
             for part, own in zip(PARTS, (layer.router[str(place)], a, b), strict=True):
                 tensors[f"{layer.pieces[place].module}.{part}.weight"] = own.detach().float()
     config["target_modules"] = sorted({name.split(".")[-3] for name in tensors})
-    named = Path(base)
-    config["base_model_name_or_path"] = str(named.resolve()) if named.is_dir() else base
-    return RoutedAdapter(config, tensors)
+    return Adapter.on(base, config, tensors)
 
 
 def is_routed(folder: Path) -> bool:
@@ -94,8 +60,8 @@ def wear(decoder: Decoder, family: Family, folder: Path) -> None:
     for name, pieces in low_rank.linears(decoder, family).items():
         places = [i for i, piece in enumerate(pieces) if f"{piece.module}.router.weight" in tensors]
         if places:
-            base = cast(Linear, decoder.get_submodule(name))
-            layer = RoutedLinear(base, pieces, places, rank, scale, mixture)
+            base = cast(low_rank.Base, decoder.get_submodule(name))
+            layer = RoutedLinear(base, pieces, places, rank, scale, decoder.embedding.weight, mixture)
             for place in places:
                 _fill(layer, place, tensors, folder)
             low_rank.attach(decoder, name, layer)

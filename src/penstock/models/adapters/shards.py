@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.core.randomness import torch_generator
-from penstock.models.adapters.low_rank import LowRankLinear, Piece
-from penstock.models.linear import Linear
+from penstock.models.adapters.low_rank import Base, LowRankLinear, Piece
 
 
 class Pool(nn.Module):
@@ -24,10 +23,10 @@ class Pool(nn.Module):
             first.
     """
 
-    def __init__(self, like: Tensor, rows: int, layers: int, budget: int, private: int, cuts: int) -> None:
+    def __init__(self, like: Tensor, inputs: int, rows: int, layers: int, budget: int, private: int, cuts: int) -> None:
         super().__init__()
         self.layers, self.shared, self.private = layers, (budget - private) * layers, private
-        self.inputs, self.rows = like.shape[1], rows
+        self.inputs, self.rows = inputs, rows
         self.cuts = {"a": math.gcd(cuts, self.inputs), "b": math.gcd(cuts, rows)}
         for name, size in (("a", self.inputs), ("b", rows)):
             shards = torch.zeros(budget * layers * self.cuts[name], size // self.cuts[name])
@@ -57,7 +56,7 @@ class ShardedLinear(LowRankLinear):
     """A :class:`LowRankLinear` whose A and B are put together from pools.
 
     Args:
-        base, pieces, scale: as there.
+        base, pieces, scale, like: as there.
         pools: those of its pieces that have an addition, by their places.
         layer: its number among those that share them.
         rank: of the additions.
@@ -66,21 +65,22 @@ class ShardedLinear(LowRankLinear):
 
     def __init__(
         self,
-        base: Linear,
+        base: Base,
         pieces: Sequence[Piece],
         pools: dict[int, tuple[str, Pool]],
         layer: int,
         rank: int,
         scale: float,
+        like: Tensor,
         seed: int,
     ) -> None:
-        super().__init__(base, pieces, [], rank, scale)
+        super().__init__(base, pieces, [], rank, scale, like)
         vars(self)["pools"] = {place: pool for place, (_, pool) in pools.items()}  # no submodules: the decoder has them
         for place, (name, pool) in pools.items():
             for which in ("a", "b"):
                 picked = pool.picked(which, layer, rank, seed, name)
-                if not base.weight.is_meta:  # where the weights get their memory later, these numbers are real already
-                    picked = picked.to(base.weight.device)
+                if not like.is_meta:  # where the weights get their memory later, these numbers are real already
+                    picked = picked.to(like.device)
                 self.register_buffer(f"{which}{place}", picked, persistent=False)
 
     def additions(self) -> dict[int, tuple[Tensor, Tensor]]:

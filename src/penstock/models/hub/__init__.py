@@ -13,7 +13,15 @@ processes). Back to a folder goes :mod:`~penstock.models.hub.saving`.
 from penstock.models.hub.description import read_config
 from penstock.models.hub.family import family_of
 from penstock.models.hub.folders import ADAPTER, BOXED, PACKAGED, boxed_models, name_of, resolve, resolve_adapter
-from penstock.models.hub.loading import dtype_of, import_state, load, load_for_inference, load_reward, weights_for
+from penstock.models.hub.loading import (
+    dtype_of,
+    import_state,
+    load,
+    load_for_inference,
+    load_reward,
+    load_to_add,
+    weights_for,
+)
 from penstock.models.hub.parts import blank, read_weights, save_part, save_rest
 from penstock.models.hub.saving import save
 from penstock.models.hub.streaming import load_streamed
@@ -34,6 +42,7 @@ __all__ = [
     "load_for_inference",
     "load_reward",
     "load_streamed",
+    "load_to_add",
     "load_tokenizer",
     "name_of",
     "read_config",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -14,6 +17,30 @@ from penstock.models.hub.folders import CONFIG
 from penstock.models.hub.weights import require_shape, tied_head
 from penstock.models.linear import Linear
 from penstock.models.quantized import QuantizedLinear
+from penstock.ops.quantized.contract import Packed, WeightFormat
+
+
+class Kept(NamedTuple):
+    """Which quantized matrices stay as they are stored.
+
+    Attributes:
+        prefix: how the names of their layers begin.
+        stays: whether those of a format do, on a device, beside activations of a dtype.
+        read_as: the format that they are read in, which stores them in the same way.
+        apart: where adapters are not merged into them, but computed beside them: the types of devices.
+    """
+
+    prefix: str
+    stays: Callable[[WeightFormat, torch.device, torch.dtype], bool]
+    read_as: Callable[[WeightFormat], WeightFormat]
+    apart: Collection[str]
+
+
+#: For inference: where products on the device read them.
+TO_INFER = Kept("", lambda format, device, dtype: format.computes(device, dtype), lambda format: format, ("cpu",))
+
+#: For training what is added to them: where they can be dequantized on the device, with products that round nothing.
+TO_ADD = Kept("layers.", lambda format, device, _: format.dequantizes(device), lambda format: format.exact(), ())
 
 
 def allocate(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> None:
@@ -28,9 +55,11 @@ def allocate(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> None
     decoder.rotary.to(device)
 
 
-def keep_packed(decoder: Decoder, family: Family, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
-    """Replaces those linear layers of a decoder on the meta device whose matrices are quantized in a format that
-    ``device`` computes in beside activations of ``dtype``, and a tied head."""
+def keep_packed(
+    decoder: Decoder, family: Family, weights: Weights, device: torch.device, dtype: torch.dtype, kept: Kept
+) -> None:
+    """Replaces those linear layers of a decoder on the meta device whose quantized matrices are ``kept`` on ``device``
+    beside activations of ``dtype``, and a tied head."""
     stacks: dict[str, list[str]] = {}
     shapes: dict[str, torch.Size] = {}
     for ours, hub, view in placed(decoder, family):
@@ -41,12 +70,13 @@ def keep_packed(decoder: Decoder, family: Family, weights: Weights, device: torc
     for name, module in list(decoder.named_modules()):
         stack = stacks.get(name, [])
         whole = type(module) is Linear and general(f"{name}.weight") not in family.transposed
-        if whole and stack and all(hub in weights.quantized for hub in stack):
+        if whole and stack and name.startswith(kept.prefix) and all(hub in weights.quantized for hub in stack):
             packed = dict(weights.packed(stack))
             for hub in stack:
                 require_shape(hub, weights, packed[hub].shape, shapes[hub])
-            if all(each.format.computes(device, dtype) for each in packed.values()):
-                layer = QuantizedLinear([packed[hub] for hub in stack], None).to(device)
+            if all(kept.stays(each.format, device, dtype) for each in packed.values()):
+                pieces = [Packed(kept.read_as(packed[hub].format), packed[hub].parts) for hub in stack]
+                layer = QuantizedLinear(pieces, None).to(device)
                 layer.bias = module.bias  # on the meta device still
                 decoder.set_submodule(name, layer)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.errors import ModelError, UsageError
-from penstock.models.adapters import routed_folder
+from penstock.models.adapters import peft, routed_folder
 from penstock.models.blank import without_weights
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
@@ -17,7 +17,7 @@ from penstock.models.families.contract import effective
 from penstock.models.families.mapping import views_on
 from penstock.models.hub.description import describe, read_config
 from penstock.models.hub.family import remember
-from penstock.models.hub.filling import allocate, fill, keep_packed
+from penstock.models.hub.filling import TO_ADD, TO_INFER, Kept, allocate, fill, keep_packed
 from penstock.models.hub.folders import resolve
 from penstock.models.hub.weights import check_weights, routed_adapter, stated_dtype, weights_of
 from penstock.models.shares import Divided, Portion, Share, cuts, divided
@@ -35,7 +35,18 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
         UsageError: there is no such model.
         ModelError: the folder is damaged or incomplete, or holds a model that the Decoder cannot be.
     """
-    return _load(source, torch.device(device), dtype, packed=False)
+    return _load(source, torch.device(device), dtype)
+
+
+def load_to_add(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Decoder:
+    """Loads a model as :func:`load` does, to train what is added to the matrices of its layers: quantized ones stay as
+    they are stored, and gradients go through products with them; but not those of GGUF files on a GPU, nor those to
+    which the model is an adapter already. ``dtype`` is that of the others.
+
+    Raises:
+        UsageError, ModelError: as :func:`load`.
+    """
+    return _load(source, torch.device(device), dtype, TO_ADD)
 
 
 def load_for_inference(
@@ -47,24 +58,24 @@ def load_for_inference(
     part: Callable[[DecoderConfig], Decoder] | None = None,
 ) -> Decoder:
     """Loads a model as :func:`load` does, with two differences: it has no gradients, and quantized matrices of its
-    layers and of its head stay as they are stored, where products on the device read them (but not below an adapter
-    that cannot be merged). ``dtype`` is that of the others. With a ``share`` it is that of a rank, of which nothing
-    else is read; :mod:`penstock.parallel.tensor` makes ranks compute together. ``part`` makes, of the shape of the
-    model, a decoder that has some of its layers, under their names in the whole; it is filled, and nothing else is
-    read.
+    layers and of its head stay as they are stored, where products on the device read them; on a CPU, what an adapter
+    adds to these is not merged, but computed beside them. ``dtype`` is that of the others. With a ``share`` it is that
+    of a rank, of which nothing else is read; :mod:`penstock.parallel.tensor` makes ranks compute together. ``part``
+    makes, of the shape of the model, a decoder that has some of its layers, under their names in the whole; it is
+    filled, and nothing else is read. An adapter is merged in these two.
 
     Raises:
         UsageError: as :func:`load`; or that many ranks cannot divide the model.
         ModelError: as :func:`load`.
     """
-    return _load(source, torch.device(device), dtype, True, share, part)
+    return _load(source, torch.device(device), dtype, TO_INFER, share, part)
 
 
 def _load(
     source: str | Path,
     device: torch.device,
     dtype: torch.dtype | None,
-    packed: bool,
+    kept: Kept | None = None,
     share: Share | None = None,
     part: Callable[[DecoderConfig], Decoder] | None = None,
 ) -> Decoder:
@@ -88,12 +99,18 @@ def _load(
     if share is not None:
         weights = Divided(weights, cuts(whole, decoder, family, share))
     dtype = dtype or stated_dtype(described, weights)
-    if packed and adapter is None:
-        keep_packed(decoder, family, weights, device, dtype)
+    beside: dict[str, peft.Addition] = {}
+    apart = kept is not None and device.type in kept.apart and share is None and part is None
+    if kept is not None and apart and isinstance(weights, peft.Adapted):
+        keep_packed(decoder, family, weights.base, device, dtype, kept)
+        weights, beside = weights.apart(peft.beside_packed(decoder, family))
+    elif kept is not None and (apart or adapter is None):
+        keep_packed(decoder, family, weights, device, dtype, kept)
     allocate(decoder, device, dtype)
     fill(decoder, family, weights)
     if adapter is not None:
         routed_folder.wear(decoder, family, adapter)
+    peft.wear(decoder, family, beside)
     remember(decoder, described)
     if share is not None:
         vars(decoder)["portion"] = Portion(config, share)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from penstock.core.errors import UsageError
 from penstock.policy import Policy, contract, unwritten
@@ -32,7 +33,8 @@ class Example(NamedTuple):
     "weight.format",
     law="a stored matrix stands for the numbers that the format's definition gives; rows can be cut from it, and "
     "columns between its units; a product with it is that with these numbers, within the rounding that the format "
-    "states, and on a CPU models compute with it as it is stored",
+    "states, and on a CPU models compute with it as it is stored; the gradient of its input is that of a product with "
+    "these numbers, and nothing is kept for it",
 )
 class WeightFormat(Policy):
     """A way to store a matrix of weights [M, K] in few bits.
@@ -55,17 +57,40 @@ class WeightFormat(Policy):
 
         Without a kernel, some rows of the matrix are dequantized at a time.
         """
-        rows, columns = self.shape(parts)
-        out, step = x.new_empty(x.shape[0], rows), max(1, PIECE // columns)
-        for start in range(0, rows, step):
-            piece = self.dequantize(cut(parts, start, start + step)).to(x.dtype)
-            out[:, start : start + step] = F.linear(x, piece)
+        out = x.new_empty(x.shape[0], self.shape(parts)[0])
+        for rows, piece in self._in_pieces(parts):
+            out[:, rows] = F.linear(x, piece.to(x.dtype))
         return out
+
+    def input_gradient(self, gradient: Tensor, parts: Parts) -> Tensor:
+        """The gradient of ``x`` in :meth:`product`, of that of its result, ``gradient`` [N, M]: [N, K], which is
+        ``gradient`` times the matrix, in its dtype. Some rows of the matrix are dequantized at a time; their sums are
+        not rounded below float32 before the end."""
+        exact = torch.promote_types(gradient.dtype, torch.float32)
+        out = gradient.new_zeros(gradient.shape[0], self.shape(parts)[1], dtype=exact)
+        for rows, piece in self._in_pieces(parts):
+            out += gradient[:, rows] @ piece.to(gradient.dtype)
+        return out.to(gradient.dtype)
+
+    def _in_pieces(self, parts: Parts) -> Iterator[tuple[slice, Tensor]]:
+        """The dequantized matrix, some rows at a time, with which those are."""
+        rows, columns = self.shape(parts)
+        step = max(1, PIECE // columns)
+        for start in range(0, rows, step):
+            yield slice(start, start + step), self.dequantize(cut(parts, start, start + step))
 
     def computes(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a model on ``device``, with activations of this ``dtype``, is to have matrices in the format as they
         are stored; elsewhere, it has plain numbers in their place."""
         return device.type == "cpu"
+
+    def dequantizes(self, device: torch.device) -> bool:
+        """Whether a matrix on ``device`` is dequantized there, without copies to the host and back."""
+        return True
+
+    def exact(self) -> WeightFormat:
+        """The format whose :meth:`product` does not round ``x``, and which is like this one but for that."""
+        return self
 
     @property
     def unit(self) -> int:
@@ -120,6 +145,28 @@ class Packed:
     def dequantize(self) -> Tensor:
         """The matrix, float32 [M, K]."""
         return self.format.dequantize(self.parts)
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x`` [N, K] times the transpose of the matrix: [N, M], in the dtype of ``x``, which gets a gradient where it
+        wants one. The matrix has none, and is not kept for that of ``x``, but dequantized once more."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            found: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+            return found
+        return self.format.product(x, self.parts)
+
+
+class _Product(torch.autograd.Function):
+    """:meth:`Packed.product`, with a gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
+        ctx.packed = packed
+        return packed.format.product(x, packed.parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.packed.format.input_gradient(gradient, ctx.packed.parts), None
 
 
 def cut(parts: Parts, start: int, stop: int) -> Parts:

@@ -47,6 +47,9 @@ class Fp8(WeightFormat):
     def computes(self, device: torch.device, dtype: torch.dtype) -> bool:
         return device.type == "cpu" or cuda.computes(device, dtype, self.group, cuda.E4M3)
 
+    def exact(self) -> WeightFormat:
+        return self.model_copy(update={"rounds": False})
+
     def rounding(self, x: Tensor, parts: Parts) -> Tensor:
         rows, columns = self.shape(parts)
         if not (self.rounds and cuda.serves(x, columns, self.group) and cuda.rounds(x, (rows, columns))):

@@ -42,6 +42,9 @@ class Ggml(WeightFormat):
         blocks = parts["blocks"]
         return torch.from_numpy(dequantize(blocks.cpu().numpy(), GGMLQuantizationType[self.kind])).to(blocks.device)
 
+    def dequantizes(self, device: torch.device) -> bool:
+        return device.type == "cpu"
+
     def product(self, x: Tensor, parts: Parts) -> Tensor:
         if cpu.serves(x, x.shape[1], None):
             return cpu.product(self.kind, x, parts["blocks"])

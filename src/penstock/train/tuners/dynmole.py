@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar, Self, cast
 
 import torch
@@ -13,11 +12,10 @@ from penstock.core.errors import ConfigError
 from penstock.data.loader import Batch
 from penstock.models import hub
 from penstock.models.adapters import low_rank, routed_folder
+from penstock.models.adapters.peft import Adapter
 from penstock.models.adapters.routed import Mixture, RoutedLinear, routed, unevenness
-from penstock.models.adapters.routed_folder import RoutedAdapter
 from penstock.models.attention import AttentionContext
 from penstock.models.decoder import Decoder
-from penstock.models.linear import Linear
 from penstock.ops.cross_entropy import IGNORE
 from penstock.policy import policy
 from penstock.train.objectives.contract import Objective
@@ -74,8 +72,9 @@ class DynMoLE(LowRank):
         layers = low_rank.chosen(model, hub.family_of(model), self.targets)
         model.requires_grad_(False)
         for name, (pieces, places) in layers.items():
-            base = cast(Linear, model.get_submodule(name))
-            layer = RoutedLinear(base, pieces, places, self.rank, self.alpha / self.rank, self.mixture)
+            base = cast(low_rank.Base, model.get_submodule(name))
+            scale, like = self.alpha / self.rank, model.embedding.weight
+            layer = RoutedLinear(base, pieces, places, self.rank, scale, like, self.mixture)
             layer.initialize(seed, name)
             low_rank.attach(model, name, layer)
 
@@ -95,8 +94,5 @@ class DynMoLE(LowRank):
         added = self.entropy_weight * uncertain.mean() + self.balance_weight * torch.stack(uneven).mean()
         return loss + objective.count(batch) * added
 
-    def exported(self, model: Decoder, base: str) -> RoutedAdapter:
+    def added(self, model: Decoder, base: str) -> Adapter:
         return routed_folder.taken_from(model, base, self.alpha)
-
-    def write(self, model: Decoder, folder: Path, base: str) -> None:
-        self.exported(model, base).write(folder)

@@ -11,7 +11,6 @@ from penstock.models import hub
 from penstock.models.adapters import low_rank
 from penstock.models.adapters.shards import Pool, ShardedLinear
 from penstock.models.decoder import Decoder
-from penstock.models.linear import Linear
 from penstock.policy import policy
 from penstock.train.tuners.contract import LowRank
 
@@ -49,24 +48,25 @@ class MixtureOfShards(LowRank):
         layers = low_rank.chosen(model, hub.family_of(model), self.targets)
         model.requires_grad_(False)
         kinds: dict[str, list[str]] = {}
+        like = model.embedding.weight
         for name, (pieces, places) in layers.items():
             for place in places:
                 kinds.setdefault(self._kind(model, name, pieces[place]), []).append(name)
         pools = nn.ModuleDict()
         for kind, names in kinds.items():
-            like, rows = model.get_submodule(names[0]).weight, int(kind.rpartition("x")[2])
-            pool = Pool(cast(nn.Parameter, like), rows, len(names), self.budget, self.private, self.shards)
+            inputs, rows = map(int, kind.rpartition("_")[2].split("x"))
+            pool = Pool(like, inputs, rows, len(names), self.budget, self.private, self.shards)
             pool.initialize(seed, kind)
             pools[kind] = pool
         for name, (pieces, places) in layers.items():
             found = {place: self._kind(model, name, pieces[place]) for place in places}
             own = {place: (kind, cast(Pool, pools[kind])) for place, kind in found.items()}
-            base, number = cast(Linear, model.get_submodule(name)), kinds[next(iter(found.values()))].index(name)
+            base, number = cast(low_rank.Base, model.get_submodule(name)), kinds[next(iter(found.values()))].index(name)
             scale = self.alpha / self.rank
-            low_rank.attach(model, name, ShardedLinear(base, pieces, own, number, self.rank, scale, seed))
+            low_rank.attach(model, name, ShardedLinear(base, pieces, own, number, self.rank, scale, like, seed))
         model.add_module(low_rank.POOLS, pools)
 
     @staticmethod
     def _kind(model: Decoder, name: str, piece: low_rank.Piece) -> str:
         """What the matrices are called that share a pool: by their names in a layer and their shapes."""
-        return f"{piece.end}_{cast(Linear, model.get_submodule(name)).in_features}x{piece.rows}"
+        return f"{piece.end}_{cast(low_rank.Base, model.get_submodule(name)).in_features}x{piece.rows}"
