@@ -20,8 +20,8 @@ class LoRA(LowRank):
 
     ``targets`` are the names of the matrices as they end in folders of the model's family, such as ``q_proj``; empty
     takes all of attention and of dense feed-forward blocks. Experts and routers stay as they are. The adapter is
-    written as PEFT reads it. Where the model's matrices are quantized, and stay so, this is QLoRA (Dettmers et al., 2023).
-    Not built: dropout; optimizer states that are moved out of a GPU's memory.
+    written as PEFT reads it. Where the model's matrices are quantized, and stay so, this is QLoRA (Dettmers et al.,
+    2023). Not built: dropout; optimizer states that are moved out of a GPU's memory.
     """
 
     rank: PositiveInt = 16
