@@ -16,11 +16,12 @@ from penstock.core.metrics import read_metrics
 from penstock.core.processor import free_threads
 from penstock.core.progress import Bar, Reporter, quantity
 from penstock.core.signals import termination_interrupts
+from penstock.models.adapters import peft
 from penstock.parallel.world import World
 from penstock.train.material.contract import Material
 from penstock.train.report import Report
 from penstock.train.resuming import resume_command
-from penstock.train.run import CHECKPOINTS, CONFIG, Run
+from penstock.train.run import CHECKPOINTS, CONFIG, MODEL, Run
 
 #: What a record of a validation holds, and how a picture calls it.
 VALIDATED = {
@@ -67,14 +68,16 @@ def train_to_the_end(run: Run, report: Reporter, evaluation: float | None = None
             print(
                 f"{_measured(run.material, summary)} after {summary['steps']} steps "
                 f"({quantity(summary['tokens'], 'tok')}, {quantity(summary['tokens_per_s'], 'tok')}/s)\n"
-                f"{'model' if run.config.target is None else 'head'}: {run.folder / 'model'} ({_dtype(run)})   "
+                f"{'model' if run.config.target is None else 'head'}: {run.folder / 'model'} ({_stored(run)})   "
                 f"loss curve: {run.folder / 'loss.png'}"
             )
         return summary
 
 
-def _dtype(run: Run) -> str:
-    """What the finished model is stored in, and why."""
+def _stored(run: Run) -> str:
+    """What the finished model is stored as: an adapter on its base, or weights of a dtype, and why."""
+    if (run.folder / MODEL / peft.CONFIG).is_file():
+        return f"an adapter on {run.config.start_from}"
     stored = run.config.export_dtype or str(run.trainer.weights.dtype).removeprefix("torch.")
     return f"{stored}, like {run.config.start_from}" if run.config.start_from else stored
 

@@ -180,9 +180,10 @@ def test_what_is_served_is_what_was_trained(trained):
         tokens.append(token)
 
 
-def test_a_routed_adapter_opens_beside_packed_matrices(bases, data, tmp_path):
+def test_a_routed_adapter_opens_beside_packed_matrices(bases, data, tmp_path, capsys):
     run = Run.create(chat_config(bases["int8"][0], data=data, tuner=DYNMOLE, steps=3), tmp_path / "run")
     train_to_the_end(run, silent)
+    assert f"(an adapter on {bases['int8'][0]})" in capsys.readouterr().out
     opened = hub.load_for_inference(tmp_path / "run", dtype=torch.float32)
     assert len(list(packed_layers(opened))) == MATRICES
     assert torch.equal(scores(opened), scores(run.trainer.model))
@@ -194,6 +195,21 @@ def test_unpacked_it_is_merged(bases, data, tmp_path):
     assert not list(packed_layers(run.trainer.model))
     train_to_the_end(run, silent)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_another_run_starts_from_where_one_has_ended(bases, data, tmp_path):
+    """What the first has added is merged; the matrices without any of it stay quantized."""
+    first = {**LORA, "targets": ["o_proj"]}
+    train_to_the_end(Run.create(chat_config(bases["int8"][0], data=data, tuner=first, steps=3), tmp_path / "a"), silent)
+    run = Run.create(chat_config(tmp_path / "a", data=data, tuner=LORA, steps=3), tmp_path / "b")
+    assert len(list(packed_layers(run.trainer.model))) == MATRICES - 2
+    began = scores(run.trainer.model)
+    torch.testing.assert_close(began, scores(hub.load(tmp_path / "a", dtype=torch.float32)), rtol=1e-4, atol=1e-4)
+    train_to_the_end(run, silent)
+    opened = hub.load_for_inference(tmp_path / "b", dtype=torch.float32)
+    assert len(list(packed_layers(opened))) == MATRICES - 2
+    torch.testing.assert_close(scores(opened), scores(run.trainer.model), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(scores(opened), began, atol=1e-2)
 
 
 def test_it_is_not_compiled_and_says_so(bases, data, tmp_path):
