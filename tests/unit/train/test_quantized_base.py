@@ -247,6 +247,13 @@ def test_adapters_of_several_ranks_lie_beside_packed_matrices(bases, tmp_path):
     torch.testing.assert_close(scores(opened), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
+def test_activations_are_rounded_for_inference_alone(bases):
+    """Where the scheme wants them in fp8."""
+    for load, rounds in ((hub.load_to_add, False), (hub.load_for_inference, True)):
+        formats = [piece.format for _, layer in packed_layers(load(bases["fp8"][0])) for piece in layer.pieces()]
+        assert [each.rounds for each in formats] == [rounds] * MATRICES
+
+
 def test_where_a_format_is_dequantized_in_the_hosts_memory_alone_it_does_not_stay_on_a_device(
     bases, tmp_path, monkeypatch
 ):
