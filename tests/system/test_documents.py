@@ -121,7 +121,7 @@ def place(tmp_path_factory) -> Path:
     write_lines(folder / "questions.jsonl", [{"id": "1", "messages": asked[0][:1]}])
     (folder / "score.py").write_text("def score(problem, text):\n    return float('return' in text)\n")
     data = {"corpus": {"name": "folder", "path": "texts"}, "vocabulary": 300, "held_out": 0.2, "store": "store"}
-    model = {**MODEL, "layers": 8, "vocabulary": 300}
+    model = {**MODEL, "layers": 8, "heads": 8, "kv_heads": 8, "vocabulary": 300}
     batch = {"tokens": 1024, "micro_tokens": 128, "stages": [{"length": 32}]}
     write_config(folder / "my.toml", folder, model=model, data=data, batch=batch, steps=2)
     return folder
