@@ -110,7 +110,8 @@ def _load(
     fill(decoder, family, weights)
     if adapter is not None:
         routed_folder.wear(decoder, family, adapter)
-    peft.wear(decoder, family, beside)
+    if beside:  # of a whole model
+        peft.wear(decoder, family, beside)
     remember(decoder, described)
     if share is not None:
         vars(decoder)["portion"] = Portion(config, share)
