@@ -10,7 +10,7 @@ blocks, columns of those that lead out of them, whose products are parts of sums
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -60,13 +60,7 @@ def divided(config: DecoderConfig, size: int) -> DecoderConfig:
     Raises:
         UsageError: they cannot divide it.
     """
-    obstacle = _obstacle(config, size)
-    if obstacle is not None:
-        fitting = [str(count) for count in range(2, config.heads + 1) if _obstacle(config, count) is None]
-        raise UsageError(
-            f"{size} ranks cannot divide this model: {obstacle}",
-            hint=f"Set tensor_parallel to {' or '.join(fitting)}." if fitting else "Leave tensor_parallel out.",
-        )
+    _require(_obstacle, config, size, f"{size} ranks cannot divide this model", "tensor_parallel")
     moe = config.moe
     if moe is not None:
         moe = moe.model_copy(update={"ffn": moe.ffn // size, "shared_ffn": moe.shared_ffn // size})
@@ -78,6 +72,19 @@ def divided(config: DecoderConfig, size: int) -> DecoderConfig:
         "vocabulary": -(-config.vocabulary // size),
     }
     return config.model_copy(update=changes)
+
+
+def _require(
+    obstacle_of: Callable[[DecoderConfig, int], str | None], config: DecoderConfig, size: int, refused: str, option: str
+) -> None:
+    """Raises what is ``refused``, and why, if there is an obstacle to ``size``; names those to which there is none."""
+    obstacle = obstacle_of(config, size)
+    if obstacle is not None:
+        fitting = [str(count) for count in range(2, config.heads + 1) if obstacle_of(config, count) is None]
+        raise UsageError(
+            f"{refused}: {obstacle}",
+            hint=f"Set {option} to {' or '.join(fitting)}." if fitting else f"Leave {option} out.",
+        )
 
 
 def _obstacle(config: DecoderConfig, size: int) -> str | None:
@@ -104,13 +111,8 @@ def with_divided_layers(config: DecoderConfig, size: int) -> DecoderConfig:
     Raises:
         UsageError: they cannot divide it.
     """
-    obstacle = _obstacle_to_training(config, size)
-    if obstacle is not None:
-        fitting = [str(count) for count in range(2, config.heads + 1) if _obstacle_to_training(config, count) is None]
-        raise UsageError(
-            f"{size} processes cannot divide the layers of this model among them: {obstacle}",
-            hint=f"Set parallel.tensor to {' or '.join(fitting)}." if fitting else "Leave parallel.tensor out.",
-        )
+    refused = f"{size} processes cannot divide the layers of this model among them"
+    _require(_obstacle_to_training, config, size, refused, "parallel.tensor")
     return divided(config, size).model_copy(update={"vocabulary": config.vocabulary})
 
 
