@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,10 @@ from penstock.testing.ranks import agreed
 from penstock.train import checkpoint
 from penstock.train.resuming import groups_of
 from penstock.train.run import Run
-from programs import ENVIRONMENT
 from tiny_chats import chat_config, make_chat_model, turns, write_lines
-from tiny_runs import MODEL, VOCABULARY, config, make_store, tensors, write_config
+from tiny_runs import MODEL, VOCABULARY, config, make_store, tensors
+from torchrun_runs import check_command_line
 
-TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 BATCH = {"tokens": 256, "micro_tokens": 32, "stages": [{"length": 16}, {"length": 32}]}
 SHAPE = {**MODEL, "heads": 4, "kv_heads": 2, "head_dim": 8, "qk_norm": True, "tied": True, "init_std": 0.08}
 STEPS = 4
@@ -222,32 +219,8 @@ def test_fine_tuning_with_divided_layers(tmp_path, objective, precision):
 @pytest.mark.slow
 def test_the_command_line_with_divided_layers(store, tmp_path):
     """torchrun starts two, which compile their layers; three, which make no pairs; and one goes on alone."""
-    constant = {"schedule": {"name": "constant", "warmup_steps": 0}}
-    batch = {**BATCH, "stages": [{"length": 32}]}
-    model = {**SHAPE, "vocabulary": VOCABULARY}
-    path = write_config(tmp_path / "config.toml", store, model=model, batch=batch, steps=6, **constant)
-
-    def started(size: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-        line = [TORCHRUN, "--standalone", "--nproc-per-node", str(size), "-m", "penstock", "train"]
-        return subprocess.run(
-            [*line, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=400, check=False
-        )
-
-    done = started(2, path, "--set", "parallel.tensor=2", "--set", "compile=true", "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert "after 6 steps" in done.stdout
-    assert "without torch.compile" not in done.stdout
-    refused = started(3, "--resume", tmp_path / "run", "--set", "steps=9")
-    assert refused.returncode != 0
-    assert refused.stderr.count("error: 3 processes do not make whole groups of 2") == 1
-    done = started(1, "--resume", tmp_path / "run", "--set", "steps=9", "--set", "parallel.tensor=1")
-    assert done.returncode == 0, done.stderr
-    alone = Run.create(config(store, model=model, batch=batch, steps=9, **constant), tmp_path / "alone")
-    assert alone.trainer.train()
-    losses = [
-        [each["loss"] for each in read_metrics(run / "metrics.jsonl")] for run in (tmp_path / "run", alone.folder)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    batch, model = {**BATCH, "stages": [{"length": 32}]}, {**SHAPE, "vocabulary": VOCABULARY}
+    check_command_line(tmp_path, store, "parallel.tensor=2", "parallel.tensor=1", batch=batch, model=model)
 
 
 @pytest.mark.parametrize(
