@@ -138,7 +138,7 @@ def test_a_model_stays_as_it_is_stored_and_computes_what_it_stands_for(tmp_path:
 
 @torch.inference_mode()
 def _scores(model: Any, tokens: Tensor) -> Tensor:
-    found: Tensor = model.logits(model(tokens, CausalRows.of(tokens.shape[1])).hidden).float()
+    found: Tensor = model.logits(model(tokens, CausalRows.of(tokens.shape[1], tokens.device)).hidden).float()
     return found
 
 

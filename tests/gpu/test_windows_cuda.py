@@ -31,8 +31,9 @@ pytestmark = pytest.mark.gpu
 SHAPE = DecoderConfig(
     vocabulary=2000, hidden=512, layers=6, heads=8, kv_heads=2, head_dim=128, ffn=1024, context=1024, qk_norm=True
 )
-#: Of the root mean square of the logits: bf16 products of another number of rows are added up in another order.
-TOLERANCE = 0.03
+#: Of the root mean square of the logits. Products of another number of rows are added up in another order, and those in
+#: bf16 are up to 0.03 from those in fp32; one token of 60 that is seen and should not be makes 0.1 and more.
+TOLERANCE = 0.05
 
 
 class Compared:

@@ -6,7 +6,6 @@ So a cut row is told by two numbers: its floor, and how many ties stay.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -44,21 +43,7 @@ def draw_cut(logits: Tensor, draws: Tensor) -> Tensor:
 
 def draw_uncut(logits: Tensor, draws: Tensor) -> Tensor:
     """What :func:`draw_cut` gives where nothing is cut, to the last bit, without looking for floors."""
-    return draw_softmax(logits, draws[0], draws[4], _no_floor(len(logits), logits.device))
-
-
-def _no_floor(rows: int, device: torch.device) -> Floor | None:
-    """The floor under all tokens, which on CUDA is given all the same: whether there is one decides how sums round."""
-    if device.type == "cpu":
-        return None
-    score, ties = _nothing_cut(1 << rows.bit_length(), device)
-    return Floor(score[:rows], ties[:rows])
-
-
-@functools.cache
-def _nothing_cut(rows: int, device: torch.device) -> Floor:
-    score = torch.full((rows,), -torch.inf, device=device)
-    return Floor(score, torch.full((rows,), MANY, device=device))
+    return draw_softmax(logits, draws[0], draws[4])
 
 
 def cut_softmax(logits: Tensor, cuts: Tensor) -> Tensor:

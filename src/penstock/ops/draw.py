@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,8 +32,7 @@ def draw_softmax(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Fl
     first at which the cumulated probability exceeds ``uniform``, up to rounding.
 
     The weights are summed by chunks, the chunk is found from the sums, and the token within its chunk, so that nothing
-    of the vocabulary's size is cumulated. On CUDA the whole is compiled, and reads the logits once and writes nothing;
-    on a CPU it goes by a few rows at a time.
+    of the vocabulary's size is cumulated. On CUDA two kernels do it; on a CPU it goes by a few rows at a time.
 
     Args:
         logits: [R, V], with a number above -inf in each row.
@@ -45,14 +42,11 @@ def draw_softmax(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Fl
         floor: of each row; None where nothing is cut.
     """
     if logits.is_cuda:
-        return _compiled()(logits, temperature, uniform, floor)
+        from penstock.ops.draw_kernel import drawn
+
+        return drawn(logits, temperature, uniform, floor)
     parts = pieces(logits, temperature, uniform, *(floor or ()))
     return torch.cat([_draw(scores, heat, aim, Floor(*cut) if cut else None) for scores, heat, aim, *cut in parts])
-
-
-@functools.cache
-def _compiled() -> Callable[[Tensor, Tensor, Tensor, Floor | None], Tensor]:
-    return torch.compile(_draw, dynamic=True)
 
 
 def _draw(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Floor | None) -> Tensor:
@@ -100,12 +94,7 @@ def _summed(scores: Tensor, heat: Tensor, floor: Floor | None) -> tuple[Tensor, 
     if floor is None:
         weights = (scores.float() - finite).div_(heat.unsqueeze(-1)).exp_()
         return top.squeeze(-1), weights.sum(-1), torch.zeros_like(top).squeeze(-1)
-    if not scores.is_cuda:
-        return top.squeeze(-1), *_left(scores, top, heat, floor)
-    weights = ((scores.float() - finite) / heat.unsqueeze(-1)).exp()
-    least = floor.score.view(-1, 1, 1)
-    above = torch.where(scores.float() > least, weights, 0.0).sum(-1)
-    return top.squeeze(-1), above, (scores.float() == least).sum(-1)
+    return top.squeeze(-1), *_left(scores, top, heat, floor)
 
 
 def _left(scores: Tensor, top: Tensor, heat: Tensor, floor: Floor) -> tuple[Tensor, Tensor]:

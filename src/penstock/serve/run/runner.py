@@ -202,8 +202,7 @@ class Runner:
             lambda: rows_worth_replaying(beside, self.timed),
         )
         # A step with windows is one with prompts: some tokens each, of which several are scored.
-        # Those of trees are queued kernel by kernel: as graphs they have not passed tests/gpu/test_windows_cuda.py yet.
-        windows = [] if self._trees else window_shapes(self._slots, self._window, tokens)
+        windows = window_shapes(self._slots, self._window, tokens, self._trees)
         self.choose([shape for shape in beside if shape.rows <= most] + windows, alone)
 
     def compile_pass(self) -> None:
