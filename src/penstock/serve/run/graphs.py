@@ -78,15 +78,18 @@ def rows_worth_replaying(shapes: list[StepShape], seconds: Callable[[StepShape],
     """The most rows that steps of ``shapes`` may have for the device to compute them about as fast as the host queues
     them kernel by kernel; 0 where none are. A graph of one with more would save nothing, and cost what it pads.
 
-    Shapes that lie :data:`APART` are timed, again and again in turns: what disturbs the machine for a while disturbs
-    all of them, and the medians are hardly touched. To queue a step takes as long whatever its rows are.
+    Shapes that lie :data:`APART` are timed, and the largest one, again and again in turns: what disturbs the machine
+    for a while disturbs all of them, and the medians are hardly touched. To queue a step takes as long whatever its
+    rows are.
 
     Args:
         seconds: what queueing a step of a shape takes, and computing it.
     """
+    ascending = sorted(shapes, key=lambda shape: shape.rows)
     tried: list[StepShape] = []
-    for shape in sorted(shapes, key=lambda shape: shape.rows):
-        if not tried or shape.rows >= APART * tried[-1].rows:
+    for shape in ascending:
+        # The largest is what a whole budget of tokens makes, step after step.
+        if not tried or shape.rows >= APART * tried[-1].rows or shape is ascending[-1]:
             tried.append(shape)
     for shape in tried:  # the first of each compiles what it needs
         seconds(shape)
