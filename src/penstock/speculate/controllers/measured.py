@@ -38,23 +38,22 @@ class Measuring(Control):
         self._tried, self._accepted = [0.0] * most, [0.0] * most
         self._since = 0  # steps in a row in which nothing was drafted
         self._trials = 0  # and trials in a row, of which the last one asks for another
-        self._again = self._trial = False
+        self._again = False
         #: Whether drafting pays, steps since then, and of which crowd and length it is to be confirmed.
         self._drafting, self._winning = False, 0
         self._confirming: tuple[int, int] | None = None
-        #: Seconds of all steps that were timed, and how many more trials have taken than plain decoding had.
+        #: Seconds of all steps that were timed, and how many more those with drafts have taken than plain decoding had.
         self._spent, self._lost = 0.0, 0.0
         self._dear = 0.0  # and what the first step of the last ones has lost, in which a model computes what it missed
         self._by_rows: dict[int, deque[float]] = {}  # seconds of steps with prompts and without
 
     def ahead(self, sequences: int) -> int:
-        length, self._trial = self._decide(_crowd(sequences))
-        return length
+        return self._decide(_crowd(sequences))
 
-    def _decide(self, crowd: int) -> tuple[int, bool]:
-        """The length for a ``crowd``, and whether it is tried to see what comes of it."""
+    def _decide(self, crowd: int) -> int:
+        """The length for a ``crowd``."""
         if not self._known(crowd, 0):
-            return 0, False
+            return 0
         plain, most = 1 / median(self._seconds[crowd, 0]), self.tokens(self._lengths[-1])
         rates, loss = {0: plain}, 0.0
         for length in self._lengths[1:]:
@@ -63,7 +62,7 @@ class Measuring(Control):
             if not (hopeless or self._known(crowd, length)):
                 loss = min(times) - self.tokens(length) / plain if times else loss
                 if self._again or self._affords(plain, loss):
-                    return length, True
+                    return length
                 break
             seconds, tokens = median(times), self.tokens(length)
             rates[length], loss = tokens / seconds, min(times) - tokens / plain
@@ -72,13 +71,13 @@ class Measuring(Control):
         best = max(rates, key=lambda length: rates[length])
         if rates[best] > MARGIN * plain:
             if self._confirmed(crowd, best):
-                return self._renewed(crowd, best, list(rates)), False
+                return self._renewed(crowd, best, list(rates))
             return self._decide(crowd)
         self._winning, self._drafting, self._confirming = 0, False, None
         due = self._since >= self._policy.patience and self._affords(plain, loss)
         if len(rates) > 1 and (self._again or due):
-            return max(list(rates)[1:], key=lambda length: rates[length]), True
-        return 0, False
+            return max(list(rates)[1:], key=lambda length: rates[length])
+        return 0
 
     def _known(self, crowd: int, length: int) -> bool:
         return len(self._seconds[crowd, length]) >= self._policy.trials
@@ -141,7 +140,7 @@ class Measuring(Control):
         self._spent += seen.seconds or 0.0
         if seen.probes and not any(seen.drafted):
             # What was probed is drafted in the next step: until then nothing was tried.
-            self._again = self._trial
+            self._again = seen.ahead > 0
             return
         self._winning += 1
         first, self._since = self._since > 0, 0 if seen.ahead else self._since + 1
@@ -152,7 +151,7 @@ class Measuring(Control):
             self._again = False
             return
         crowd, seconds, first = _crowd(seen.sequences), seen.seconds, first and seen.ahead > 0
-        if seen.ahead and self._trial and self._seconds[crowd, 0]:
+        if seen.ahead and self._seconds[crowd, 0]:
             self._weigh(seen, crowd, seconds, first)
         if not first:
             self._seconds[crowd, seen.ahead].append(seconds)
@@ -170,8 +169,9 @@ class Measuring(Control):
             self._accepted[depth] += sum(accepted > depth for accepted in seen.accepted)
 
     def _weigh(self, seen: Seen, crowd: int, seconds: float, first: bool) -> None:
-        """Takes note of what a trial cost that took so many ``seconds``, and whether there is another one at once: if
-        it was the ``first`` of some, in which a model that drafts computes what it has missed, or brought enough."""
+        """Takes note of what a step with drafts cost that took so many ``seconds``, and whether, if it was a trial,
+        there is another one at once: if it was the ``first`` of some, in which a model that drafts computes what it has
+        missed, or brought enough."""
         plain = median(self._seconds[crowd, 0])
         tokens = 1 + sum(seen.accepted) / seen.sequences
         times = self._seconds[crowd, seen.ahead]
