@@ -1,7 +1,8 @@
 """Speculation: tokens a second and accepted tokens a step of drafters and controllers, beside plain decoding.
 
 python-6m continues files of the standard library that it has not seen, greedily, for one, four and sixteen requests at
-a time; python-1m drafts for it, or its own text does, a chain or a tree. The head that predicts for the controller
+a time; python-1m drafts for it, or its own text does, a chain or a tree; and what was said the last time, where all is
+asked again. The head that predicts for the controller
 specdec_pp is trained before that. At one request also transformers' assisted generation and its prompt look-up, with
 the same models on the same prompts.
 
@@ -69,17 +70,22 @@ def prompts(count: int, source: str | Path = TARGET) -> list[list[int]]:
 
 def settings(quick: bool) -> dict[str, dict[str, Any]]:
     """The engine's options by what they are called."""
-    drafters = {"ngram": {"draft": "ngram"}, "model": {"draft": DRAFT}}
+    drafters: dict[str, dict[str, Any]] = {
+        "ngram": {"draft": "ngram"},
+        "suffix": {"draft": {"name": "suffix", "kept": 0}},  # or all would know what was said the last time
+        "model": {"draft": DRAFT},
+    }
     names = ["measured", "fixed", "specdec_pp"] if quick else index().names("speculate.controller")
     found: dict[str, dict[str, Any]] = {"plain decoding": {}}
     for drafter, options in drafters.items():
-        for name in names:
+        for name in names if drafter != "suffix" else ("measured", "fixed"):
             # Some have no say about what comes out of the text.
             if drafter == "model" or name not in ("fallback", "tetris", "specdec_pp"):
                 found[f"{drafter}, {name}"] = {**options, "controller": name}
         for tree in TREES[:1] if quick else TREES:
             for name in ("measured", "fixed"):
                 found[f"{drafter}, {name}, tree {tree}"] = {**options, "controller": name, "draft_tree": tree}
+    found["suffix, measured, asked again"] = {"draft": "suffix"}
     for length in LENGTHS[:1] if quick else LENGTHS:
         found[f"model, fixed {length}"] = {**drafters["model"], "controller": {"name": "fixed", "length": length}}
     return found

@@ -23,9 +23,9 @@ AWAITED = -1
 
 
 class Draft(Protocol):
-    """What a drafter knows of one sequence. It proposes by the text alone: asked twice behind the same text, also after
-    a preemption, it proposes the same. It is asked on the host while a batch is formed, so what it takes is part of
-    each step."""
+    """What a drafter knows of one sequence. It proposes by the text alone, or also by those of the engine's other
+    sequences (:meth:`Drafter.opened`): asked twice behind the same texts, also after a preemption, it proposes the
+    same. It is asked on the host while a batch is formed, so what it takes is part of each step."""
 
     def extend(self, tokens: List[int]) -> None:
         """The sequence goes on by ``tokens``."""
@@ -89,9 +89,9 @@ class Probing(Draft, Protocol):
     "speculate.drafter",
     law="the tokens that come out are those of plain decoding, draw for draw: greedy ones identical, sampled ones of "
     "exactly the same distribution; at most as many tokens are drafted as were asked for, and behind the same text the "
-    "same ones; all of this also where trees are drafted, and a tree of one branch is the chain; what probes guess is "
-    "drafted no further than they guessed, and none is where its guess would be behind the text's end; and what is "
-    "verified in runs of their own, in the stages of a pipeline, is too",
+    "same ones, where others say nothing; all of this also where trees are drafted, and a tree of one branch is the "
+    "chain; what probes guess is drafted no further than they guessed, and none is where its guess would be behind the "
+    "text's end; and what is verified in runs of their own, in the stages of a pipeline, is too",
 )
 class Drafter(Policy):
     """Drafts tokens for the sequences of an engine: out of their text, or with a model.
@@ -150,6 +150,10 @@ class Drafter(Policy):
         """Shapes the trees of an engine where it drafts by probes."""
         return None
 
+    def opened(self) -> Callable[[List[int]], Draft]:
+        """:meth:`start` for the sequences of one engine, whose drafts may learn from each other."""
+        return self.start
+
     def start(self, tokens: List[int]) -> Draft:
-        """A draft for a sequence that has ``tokens`` now."""
+        """A draft for a sequence that has ``tokens`` now, and no others beside it."""
         raise NotImplementedError

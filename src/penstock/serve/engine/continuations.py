@@ -38,6 +38,7 @@ class Continuations:
     ) -> None:
         self._config, self._vocabulary, self._ends, self._grammars = config, vocabulary, ends, grammars
         self._arrivals = itertools.count()
+        self._drafts = None if config.draft is None else config.draft.opened()
 
     def begin(
         self,
@@ -115,10 +116,10 @@ class Continuations:
         """What drafts for a sequence of ``tokens``, the first ``given`` of which were given; None where nothing
         does."""
         drafter = self._config.draft
-        if drafter is None or not sampling.drafts:
+        if drafter is None or self._drafts is None or not sampling.drafts:
             return None
         if not sampling.prediction or isinstance(sampling.prediction, str):
-            return drafter.start(tokens)
+            return self._drafts(tokens)
         draft = Prediction(sampling.prediction, drafter.most)
         draft.extend(tokens[given:])
         return draft
