@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -44,9 +45,18 @@ def draw_softmax(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Fl
     if logits.is_cuda:
         from penstock.ops.draw_kernel import drawn
 
-        return drawn(logits, temperature, uniform, floor)
+        # Whether something is cut must not decide how sums round.
+        score, ties = floor or _nothing_cut(1 << len(logits).bit_length(), logits.device)
+        return drawn(logits, temperature, uniform, score, ties, chunk=CHUNK, tiny=TINY)
     parts = pieces(logits, temperature, uniform, *(floor or ()))
     return torch.cat([_draw(scores, heat, aim, Floor(*cut) if cut else None) for scores, heat, aim, *cut in parts])
+
+
+@functools.cache
+def _nothing_cut(rows: int, device: torch.device) -> Floor:
+    """The floor under all tokens of up to so many rows."""
+    score = torch.full((rows,), -torch.inf, device=device)
+    return Floor(score, torch.full((rows,), MANY, device=device))
 
 
 def _draw(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Floor | None) -> Tensor:

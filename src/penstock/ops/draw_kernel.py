@@ -6,14 +6,10 @@ by timing.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from penstock.ops.draw import CHUNK, MANY, TINY, Floor
 
 #: Chunks that a program sums, and the most by which an aim comes close to the sum of all weights.
 LINES, BELOW = 8, 1 - 2.0**-40
@@ -78,28 +74,27 @@ def token_kernel(  # type: ignore[no-untyped-def]
     tl.store(tokens + row, tl.min(tl.where((inside > rest) & (weight > 0), at, size - 1), 0).to(tl.int64))
 
 
-@functools.cache
-def _nothing_cut(rows: int, device: torch.device) -> Floor:
-    score = torch.full((rows,), -torch.inf, device=device)
-    return Floor(score, torch.full((rows,), MANY, device=device))
+def drawn(
+    logits: Tensor, temperature: Tensor, uniform: Tensor, score: Tensor, ties: Tensor, *, chunk: int, tiny: float
+) -> Tensor:
+    """What :func:`penstock.ops.draw.draw_softmax` gives above a floor of these ``score`` and ``ties``.
 
-
-def drawn(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Floor | None) -> Tensor:
-    """What :func:`penstock.ops.draw.draw_softmax` gives."""
+    Args:
+        chunk: tokens whose weights are summed before anything is cumulated, a power of two.
+        tiny: stands for a temperature of 0.
+    """
     rows, size = logits.shape
-    chunks = triton.cdiv(size, CHUNK)
-    # Whether something is cut does not decide how sums round.
-    score, ties = floor or _nothing_cut(1 << rows.bit_length(), logits.device)
+    chunks = triton.cdiv(size, chunk)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     tops, sums = torch.empty((2, rows, chunks), device=logits.device).unbind()
     tied = torch.empty((rows, chunks), dtype=torch.int32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     common = (logits, logits.stride(0), temperature.contiguous())
     chunk_kernel[rows, triton.cdiv(chunks, LINES)](
-        *common, score, tops, sums, tied, size, chunks, tiny=TINY, length=CHUNK, lines=LINES
+        *common, score, tops, sums, tied, size, chunks, tiny=tiny, length=chunk, lines=LINES
     )
     token_kernel[rows,](
         *common, uniform.contiguous(), score, ties, tops, sums, tied, tokens, size, chunks,
-        tiny=TINY, below=BELOW, length=CHUNK, width=triton.next_power_of_2(chunks),
+        tiny=tiny, below=BELOW, length=chunk, width=triton.next_power_of_2(chunks),
     )  # fmt: skip
     return tokens

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from penstock.ops.draw import CHUNK, MANY, Floor, draw_softmax
+from penstock.ops.draw import CHUNK, MANY, TINY, Floor, draw_softmax
 
 Draw = Callable[..., Tensor]
 
@@ -19,8 +19,9 @@ def by_kernels(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Floo
     from penstock.ops.draw_kernel import drawn
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    moved = (logits.to(device), temperature.to(device), uniform.to(device))
-    return drawn(*moved, None if floor is None else Floor(*(each.to(device) for each in floor))).cpu()
+    floor = floor or Floor(torch.full((len(logits),), -torch.inf), torch.full((len(logits),), MANY))
+    moved = [each.to(device) for each in (logits, temperature, uniform, *floor)]
+    return drawn(*moved, chunk=CHUNK, tiny=TINY).cpu()
 
 
 @pytest.fixture(params=[draw_softmax, by_kernels])

@@ -117,7 +117,7 @@ def test_measured_does_as_well_where_times_vary(machine):
 def test_measured_takes_a_crowd_for_one_that_is_nearly_as_large():
     """Where one of sixteen is replaced, fifteen go on beside its prompt: nothing is timed in such a step."""
     control = Measured().start(5)
-    Machine(16, 0.010, 0.0015, 0.0, (0.9,) * 5).speed(control, 200)
+    Machine(16, 0.010, 0.0015, 0.0, (0.9,) * 5).speed(control, 200, overlapped=False)
     assert control.ahead(16) == control.ahead(15) == control.ahead(13) == 5
 
 
