@@ -2,9 +2,8 @@
 
 python-6m continues files of the standard library that it has not seen, greedily, for one, four and sixteen requests at
 a time; python-1m drafts for it, or its own text does, a chain or a tree; and what was said the last time, where all is
-asked again. The head that predicts for the controller
-specdec_pp is trained before that. At one request also transformers' assisted generation and its prompt look-up, with
-the same models on the same prompts.
+asked again. The head that predicts for the controller specdec_pp is trained before that. At one request also
+transformers' assisted generation and its prompt look-up, with the same models on the same prompts.
 
 On CUDA it is python-150m and python-15m, which are trained the first time: see ``speculate_cuda``.
 """
@@ -52,6 +51,8 @@ ALONE, TURNS = 4, 4
 TREES = ("2", "3,2")
 #: Lengths that are fixed, beside the most that there may be.
 LENGTHS = (2, 3)
+#: Controllers that have no say about what comes out of the text.
+UNHEARD = ("fallback", "tetris", "specdec_pp")
 #: What papers claim of a controller or drafter beside plain decoding: greater speed.
 PAPERS = {"model, bass": (160,), "model, fixed": (63,)}
 #: And of one beside the best length that is fixed.
@@ -76,12 +77,15 @@ def settings(quick: bool) -> dict[str, dict[str, Any]]:
         "model": {"draft": DRAFT},
     }
     names = ["measured", "fixed", "specdec_pp"] if quick else index().names("speculate.controller")
+    controllers = {
+        "ngram": [name for name in names if name not in UNHEARD],
+        "suffix": ["measured", "fixed"],
+        "model": names,
+    }
     found: dict[str, dict[str, Any]] = {"plain decoding": {}}
     for drafter, options in drafters.items():
-        for name in names if drafter != "suffix" else ("measured", "fixed"):
-            # Some have no say about what comes out of the text.
-            if drafter == "model" or name not in ("fallback", "tetris", "specdec_pp"):
-                found[f"{drafter}, {name}"] = {**options, "controller": name}
+        for name in controllers[drafter]:
+            found[f"{drafter}, {name}"] = {**options, "controller": name}
         for tree in TREES[:1] if quick else TREES:
             for name in ("measured", "fixed"):
                 found[f"{drafter}, {name}, tree {tree}"] = {**options, "controller": name, "draft_tree": tree}

@@ -20,9 +20,14 @@ tl = pytest.importorskip("triton.language")
 #: Where kernels run.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-runs = pytest.mark.skipif(
-    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a CUDA device, or TRITON_INTERPRET=1"
+#: Why they do not run here, or nothing.
+OBSTACLE = (
+    ""
+    if DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    else ("needs a CUDA device, or TRITON_INTERPRET=1")
 )
+
+runs = pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE)
 
 
 @pytest.fixture(autouse=True)

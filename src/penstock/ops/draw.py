@@ -16,6 +16,9 @@ CHUNK = 512
 #: Stands for a temperature of 0: the smallest by which a float32 can be divided without losing accuracy.
 TINY = torch.finfo(torch.float32).tiny
 
+#: How close an aim may come to the sum of all weights, as a share of it.
+BELOW = 1 - 2.0**-40
+
 #: More ties than any vocabulary has.
 MANY = 2**31 - 1
 
@@ -47,7 +50,7 @@ def draw_softmax(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Fl
 
         # Whether something is cut must not decide how sums round.
         score, ties = floor or _nothing_cut(1 << len(logits).bit_length(), logits.device)
-        return drawn(logits, temperature, uniform, score, ties, chunk=CHUNK, tiny=TINY)
+        return drawn(logits, temperature, uniform, score, ties, chunk=CHUNK, tiny=TINY, below=BELOW)
     parts = pieces(logits, temperature, uniform, *(floor or ()))
     return torch.cat([_draw(scores, heat, aim, Floor(*cut) if cut else None) for scores, heat, aim, *cut in parts])
 
@@ -122,4 +125,4 @@ def _left(scores: Tensor, top: Tensor, heat: Tensor, floor: Floor) -> tuple[Tens
 
 
 def _below(total: Tensor) -> Tensor:
-    return total * (1 - 2.0**-40)
+    return total * BELOW

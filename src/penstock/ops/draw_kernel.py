@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Chunks that a program sums, and the most by which an aim comes close to the sum of all weights.
-LINES, BELOW = 8, 1 - 2.0**-40
+#: Chunks that a program sums.
+LINES = 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -75,13 +75,22 @@ def token_kernel(  # type: ignore[no-untyped-def]
 
 
 def drawn(
-    logits: Tensor, temperature: Tensor, uniform: Tensor, score: Tensor, ties: Tensor, *, chunk: int, tiny: float
+    logits: Tensor,
+    temperature: Tensor,
+    uniform: Tensor,
+    score: Tensor,
+    ties: Tensor,
+    *,
+    chunk: int,
+    tiny: float,
+    below: float,
 ) -> Tensor:
     """What :func:`penstock.ops.draw.draw_softmax` gives above a floor of these ``score`` and ``ties``.
 
     Args:
         chunk: tokens whose weights are summed before anything is cumulated, a power of two.
         tiny: stands for a temperature of 0.
+        below: how close an aim may come to the sum of all weights, as a share of it.
     """
     rows, size = logits.shape
     chunks = triton.cdiv(size, chunk)
@@ -95,6 +104,6 @@ def drawn(
     )
     token_kernel[rows,](
         *common, uniform.contiguous(), score, ties, tops, sums, tied, tokens, size, chunks,
-        tiny=tiny, below=BELOW, length=chunk, width=triton.next_power_of_2(chunks),
+        tiny=tiny, below=below, length=chunk, width=triton.next_power_of_2(chunks),
     )  # fmt: skip
     return tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 
 #: Of so many places at which a run stands, the latest are known.
 PLACES = 32
@@ -45,11 +46,11 @@ class Texts:
         while self._count > self._kept and len(self._texts) > 1:
             self._forget(self._texts.popleft())
 
-    def places(self, text: Text) -> list[tuple[Text, int]]:
+    def places(self, text: Text) -> Iterator[tuple[Text, int]]:
         """Where else the last run of ``text`` stands, the latest first: the texts, and behind how many of their tokens;
         none where nothing is behind it yet."""
         known = self._places.get(tuple(text[-self._run :]), ()) if len(text) >= self._run else ()
-        return [(other, end) for other, end in reversed(known) if end < len(other)]
+        return ((other, end) for other, end in reversed(known) if end < len(other))
 
     def _forget(self, text: Text) -> None:
         text.forgotten = True

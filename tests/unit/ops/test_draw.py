@@ -3,31 +3,30 @@ which Triton's interpreter also runs (``TRITON_INTERPRET=1``)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from penstock.ops.draw import CHUNK, MANY, TINY, Floor, draw_softmax
+from penstock.ops.draw import BELOW, CHUNK, MANY, TINY, Floor, draw_softmax
 
 Draw = Callable[..., Tensor]
 
 
 def by_kernels(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Floor | None = None) -> Tensor:
+    from interpreted import DEVICE
     from penstock.ops.draw_kernel import drawn
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     floor = floor or Floor(torch.full((len(logits),), -torch.inf), torch.full((len(logits),), MANY))
-    moved = [each.to(device) for each in (logits, temperature, uniform, *floor)]
-    return drawn(*moved, chunk=CHUNK, tiny=TINY).cpu()
+    moved = [each.to(DEVICE) for each in (logits, temperature, uniform, *floor)]
+    return drawn(*moved, chunk=CHUNK, tiny=TINY, below=BELOW).cpu()
 
 
 @pytest.fixture(params=[draw_softmax, by_kernels])
 def draw(request: pytest.FixtureRequest) -> Draw:
-    if request.param is by_kernels and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1")
+    if request.param is by_kernels and (obstacle := pytest.importorskip("interpreted").OBSTACLE):
+        pytest.skip(obstacle)
     return request.param
 
 

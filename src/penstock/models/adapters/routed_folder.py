@@ -33,7 +33,7 @@ def taken_from(decoder: Decoder, base: str, alpha: float) -> Adapter:
         config |= {"r": layer.expert_rank, **layer.mixture._asdict()}
         for place, (a, b) in layer.additions().items():
             for part, own in zip(PARTS, (layer.router[str(place)], a, b), strict=True):
-                tensors[f"{layer.pieces[place].module}.{part}.weight"] = own.detach().float()
+                tensors[f"{layer.pieces[place].module}.{part}.weight"] = own
     config["target_modules"] = sorted({name.split(".")[-3] for name in tensors})
     return Adapter.on(base, config, tensors)
 
