@@ -28,7 +28,7 @@ class Draft(Protocol):
     same. It is asked on the host while a batch is formed, so what it takes is part of each step."""
 
     def extend(self, tokens: List[int]) -> None:
-        """The sequence goes on by ``tokens``."""
+        """The sequence goes on by ``tokens``: all that it has gained since it was told last, before it is asked."""
         ...
 
     def propose(self, most: int) -> list[int]:
@@ -96,8 +96,8 @@ class Probing(Draft, Protocol):
 class Drafter(Policy):
     """Drafts tokens for the sequences of an engine: out of their text, or with a model.
 
-    The engine starts a draft when a request comes, extends it by the tokens that were settled
-    (``serve/engine/steps.py``), and asks it where the budget and the cache have room (``serve/engine/room.py``). A
+    The engine starts a draft when a request comes, and asks it where the budget and the cache have room, telling it
+    before what was settled since it was asked last (``serve/engine/room.py``). A
     sequence that drafts takes part in every second of the steps that overlap, since its next step begins with its
     newest token. Requests whose rule has companions draft nothing.
     """
@@ -127,6 +127,11 @@ class Drafter(Policy):
     @property
     def meanwhile(self) -> bool:
         """Whether its model drafts on while what it has drafted is verified (``serve/run/cascade.py``)."""
+        return False
+
+    @property
+    def remembers(self) -> bool:
+        """Whether its drafts learn from texts that have ended: then each is told of the whole of its own."""
         return False
 
     @property

@@ -295,7 +295,7 @@ class Machine:
         draw, tokens, seconds, behind = numpy_generator(0, "testing/machine"), 0, 0.0, 0
         length = control.ahead(self.sequences)
         while tokens < steps * self.sequences:
-            early = control.ahead(1 if length else self.sequences) if overlapped else None
+            early = control.ahead(self.sequences) if overlapped else None
             reached = draw.random((self.sequences, length)) < self.chances[:length]
             accepted = reached.cumprod(1).sum(1).tolist()
             catching_up = self.missed * behind if length else 0.0
@@ -303,7 +303,8 @@ class Machine:
             # Half of what drafting adds is the drafting itself.
             drafting = (self.once + self.each * length) / 2 + catching_up if length else 0.0
             behind = 0 if length else behind + 1
-            control.learn(Seen(self.sequences, 0, length, [length] * self.sequences, accepted, drafting, took))
+            drafted = [length] * self.sequences if length else []
+            control.learn(Seen(self.sequences, 0, length, drafted, accepted if length else [], drafting, took))
             tokens, seconds = tokens + self.sequences + sum(accepted), seconds + took
             length = 0 if early == length == 0 else control.ahead(self.sequences)
         return steps * self.plain / seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -150,7 +151,7 @@ class Batch:
     def __post_init__(self) -> None:
         self.parts = self.parts or (len(self.entries),)
 
-    @property
+    @functools.cached_property
     def tokens(self) -> int:
-        """How many tokens are computed, probes and copies with other experts too."""
+        """How many tokens are computed, probes and copies with other experts too; asked once the batch is launched."""
         return sum(entry.rows + entry.again for entry in self.entries)

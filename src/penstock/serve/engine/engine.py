@@ -225,6 +225,7 @@ class Engine:
         """The text of ``sequence`` was changed from outside."""
         if sequence.draft is not None:
             sequence.draft = self._continuations.draft(sequence.sampling, sequence.tokens, sequence.prompt)
+            sequence.told = len(sequence.tokens)
         for member in sequence.members:
             if member.held is not None:
                 self.memory.renew(member)
@@ -295,6 +296,8 @@ class Engine:
 
     def _drop(self, sequence: Sequence, finish: Finish) -> None:
         """Ends ``sequence`` and frees what it holds."""
+        if self._config.draft is not None and self._config.draft.remembers:
+            sequence.catch_up()
         if sequence.running:
             for member in sequence.members:
                 self.memory.commit(member)

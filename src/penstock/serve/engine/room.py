@@ -125,6 +125,8 @@ class StepRoom:
     def take(self, sequence: Sequence, most: int | None = None) -> int:
         if id(sequence) in self._taken or self.tokens == 0 or not sequence.ready(self._ahead):
             return 0
+        if most != 0 and self._step(sequence):
+            return 1
         begin, waited = len(self.entries), not sequence.running
         budget = self.tokens if most is None else min(most, self.tokens)
         again = 0 if sequence.sampling.again is None else sequence.sampling.again.more
@@ -143,6 +145,32 @@ class StepRoom:
         self._count(-len(sequence.members))
         self._takes.append((begin, len(self.entries), waited or bool(sequence.contexts)))
         return sum(shares) + window.rows + again * scored
+
+    def _step(self, sequence: Sequence) -> bool:
+        """Takes the newest token of a running sequence where nothing else is to be done for it, as it is for most
+        sequences at most steps: what :meth:`take` does, the short way. Tells whether it did."""
+        held = sequence.held
+        if held is None or not sequence.alone or (self._ahead and sequence.draft is not None):
+            return False
+        start = held.computed
+        if (
+            sequence.length != start + 1
+            or start >= held.due
+            or held.filled.size
+            or sequence.prompt_logprobs is not None
+        ):
+            return False
+        if not self._memory.step(sequence, held):
+            return False
+        packed = self._memory.packed(held) if held.dropped else 0
+        assert held.slot is not None
+        self._takes.append((len(self.entries), len(self.entries) + 1, False))
+        self.entries.append(Entry(sequence, held.slot, start, 1, 1, dropped=held.dropped, packed=packed))
+        self.tokens -= 1
+        sequence.in_flight += 1
+        self._taken.add(id(sequence))
+        self._count(-1)
+        return True
 
     def _admit(self, sequence: Sequence) -> bool:
         if not self._memory.admit(sequence):
@@ -231,6 +259,7 @@ class StepRoom:
         left = sequence.limit - len(sequence.tokens) - 1
         if min(most, self._ahead, left) < 1:
             return NOTHING
+        sequence.catch_up()
         if self._shaper is not None and isinstance(sequence.draft, Probing):
             window = sequence.draft.shape(self._shaper, held.probed, left, most)
         else:

@@ -47,7 +47,8 @@ class Sequence:
         stop: tokens that end it.
         matcher: where it stands in its grammar; None without one.
         restriction: which tokens its request forbids; None where it forbids none.
-        draft: proposes what may follow; None where nothing is drafted for it.
+        draft: proposes what may follow; None where nothing is drafted for it. It knows the first ``told`` tokens, see
+            :meth:`catch_up`.
         guessed: whether tokens were drafted for it that are not settled yet, or probes are on their way.
         waits: whether the host must know all of its tokens before the next one can be chosen.
         prompt_logprobs: of its prompt's tokens from ``prompt_logprobs_from`` on, as far as known, a row of
@@ -65,6 +66,7 @@ class Sequence:
         leader: of a companion or context, the sequence that it belongs to.
         lockstep: the sequence and its companions, which go on with the same tokens.
         members: those that have memory while it runs: the sequence, its companions and its contexts.
+        alone: whether it has no others beside it, no contexts in its text, and nothing computed twice.
         origin: the sequence whose text it goes on from, and whose blocks it takes if they are still there; None where
             there is no such.
         adapter: what is added to the model for its tokens, its companions' too.
@@ -72,6 +74,7 @@ class Sequence:
 
     __slots__ = (
         "adapter",
+        "alone",
         "arrival",
         "cached",
         "chunks",
@@ -103,6 +106,7 @@ class Sequence:
         "shared",
         "stop",
         "tokens",
+        "told",
         "waits",
         "weighing",
     )
@@ -145,7 +149,7 @@ class Sequence:
         self.stop = frozenset(stop)
         self.matcher = matcher
         self.restriction = restriction
-        self.draft = draft
+        self.draft, self.told = draft, len(tokens)
         self.guessed = False
         self.waits = sampling.waits
         self.companions = companions
@@ -157,6 +161,7 @@ class Sequence:
             each.leader = self
         self.lockstep = (self, *companions)
         self.members = (*self.lockstep, *contexts)
+        self.alone = len(self.members) == 1 and not chunks and sampling.again is None
         self.origin, self.adapter = origin, adapter
         # The prompt is the same for all continuations: one of them tells.
         told = sampling.prompt_logprobs is not None and index == 0
@@ -209,6 +214,13 @@ class Sequence:
     def drafts_next(self) -> bool:
         """Whether its tokens are awaited, behind which some may be drafted."""
         return self.in_flight > 0 and self.draft is not None
+
+    def catch_up(self) -> None:
+        """Its draft knows all of its tokens from now on. It is told when it is asked, or when others may learn from it:
+        where drafting does not pay, drafts are seldom asked, and nobody shall wait for what they would learn."""
+        if self.draft is not None and self.told < len(self.tokens):
+            self.draft.extend(self.tokens[self.told :])
+            self.told = len(self.tokens)
 
     @property
     def decoding(self) -> bool:

@@ -10,7 +10,6 @@ import msgspec
 
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.drafted import DraftExecutor
-from penstock.serve.engine.sequence import Sequence
 from penstock.serve.engine.step_clock import StepClock
 from penstock.speculate.contract import AWAITED, Shaper
 from penstock.speculate.controllers.contract import Controller, Seen
@@ -44,9 +43,9 @@ class Speculation:
         self.clock: Callable[[], float] = time.perf_counter
         self.drafted, self.accepted = [0] * most, [0] * most
 
-    def ahead(self, running: list[Sequence]) -> int:
-        """How many tokens may be drafted for a sequence in the next step, where these run."""
-        going = max(1, sum(each.draft is not None and each.decoding for each in running))
+    def ahead(self, running: int) -> int:
+        """How many tokens may be drafted for a sequence in the next step, where so many run."""
+        going = max(1, running)
         ahead = self._control.ahead(going)
         if ahead and self.shaper is not None:
             self.shaper.plan(ahead, lambda rows: self._control.seconds(going * rows))
@@ -86,19 +85,24 @@ class Speculation:
         """What came out of ``batch`` is known."""
         batch.took = self._steps.end(self.clock())
 
-    def learn(self, batch: Batch, counts: list[int]) -> None:
-        """So many tokens came out of each of the scored entries of ``batch``."""
-        going = [entry for entry in batch.entries if entry.scored]
+    def learn(self, batch: Batch, going: list[Entry], counts: list[int]) -> None:
+        """So many tokens came out of each of the entries of ``batch`` that are ``going`` on, which are its scored
+        ones."""
+        if not any(each.sequence.draft is not None for each in going):
+            return
+        rows = batch.tokens
+        if not batch.ahead:  # most steps where drafting loses: then it should cost nothing
+            prompts = rows - len(going)
+            self._control.learn(Seen(len(going), prompts, 0, (), (), batch.drafting, batch.took, rows, 0))
+            return
         pairs = zip(going, counts, strict=True)
         may = [(each.ahead, count - 1) for each, count in pairs if each.sequence.draft is not None]
-        if not may:
-            return
         drafted, accepted = zip(*may, strict=True)
         for length, taken in may:
             for depth in range(length):
                 self.drafted[depth] += 1
                 self.accepted[depth] += depth < taken
-        rows, probes = batch.tokens, sum(sum(each.probes) for each in going)
+        probes = sum(sum(each.probes) for each in going)
         prompts = rows - len(going) - sum(len(each.window) for each in going) - probes
         self._control.learn(
             Seen(len(going), prompts, batch.ahead, drafted, accepted, batch.drafting, batch.took, rows, probes)

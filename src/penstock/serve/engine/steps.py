@@ -87,7 +87,7 @@ class EngineSteps:
     def form(self, pieces: int | None = None) -> Batch | None:
         begun, ahead = 0.0, 0
         if self.speculation is not None:
-            begun, ahead = self.speculation.clock(), self.speculation.ahead(self._memory.running)
+            begun, ahead = self.speculation.clock(), self.speculation.ahead(len(self._memory.running))
             if ahead and self.stages == 1 and self._few_are_ready(ahead):
                 # They, and who comes now, would go on in steps of their own, between those of the others, for good.
                 return None
@@ -152,7 +152,7 @@ class EngineSteps:
         rows = None if sampled.logprobs is None else sampled.logprobs.rows
         tokens, counts = sampled.tokens.tolist(), sampled.settled(len(entries))
         if self.speculation is not None:
-            self.speculation.learn(batch, counts)
+            self.speculation.learn(batch, entries, counts)
         deltas = []
         first = row = 0
         for entry, count in zip(entries, counts, strict=True):
@@ -191,14 +191,14 @@ class EngineSteps:
             self._events.add(
                 "settled", sequence.request.id, sequence.index, drafted=len(window), accepted=len(tokens) - 1
             )
-        if sequence.draft is not None:
-            sequence.draft.extend(tokens[:kept])
+        if sequence.guessed:
             if sequence.held is not None:
-                if sequence.guessed:
-                    # Keys and values of probes, and of drafted tokens that were not accepted, are nobody's.
-                    self._memory.truncate(sequence, entry.start + entry.count - len(window) + len(tokens) - 1)
-                sequence.held.probed = 0 if self.speculation is None else self.speculation.probed(entry, tokens)
+                # Keys and values of probes, and of drafted tokens that were not accepted, are nobody's.
+                self._memory.truncate(sequence, entry.start + entry.count - len(window) + len(tokens) - 1)
             sequence.guessed = False
+        held = sequence.held
+        if held is not None and (entry.probes or held.probed):
+            held.probed = 0 if self.speculation is None else self.speculation.probed(entry, tokens)
         if len(sequence.tokens) - kept == len(sequence.request.prompt):
             self._events.add("first", sequence.request.id, sequence.index)
         prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None

@@ -19,7 +19,7 @@ class Seen:
         sequences: how many sequences went on, with those for which nothing may be drafted.
         prompts: tokens of prompts that were computed in the same step.
         ahead: how many tokens were to be drafted at most.
-        drafted: how many were verified, of each sequence for which some may be.
+        drafted: how many were verified, of each sequence for which some may be; of none where ``ahead`` is 0.
         accepted: how many of those were accepted.
         drafting: seconds that the drafting took.
         seconds: that the step took, with the drafting; None where others overlapped with it and hide it.

@@ -23,6 +23,9 @@ MARGIN = 1.03
 #: Trials that may lose before anything else is known, in steps without drafts.
 CREDIT = 3
 
+#: Where drafting loses, it is reckoned anew once in so many steps, since what that takes is felt where steps are short.
+REST = 8
+
 #: In so many steps in a row at most something is learned of a length that has lost.
 REPEATED = 8
 
@@ -46,9 +49,14 @@ class Measuring(Control):
         self._spent, self._lost = 0.0, 0.0
         self._dear = 0.0  # and what the first step of the last ones has lost, in which a model computes what it missed
         self._by_rows: dict[int, deque[float]] = {}  # seconds of steps with prompts and without
+        self._resting: int | None = None  # of which crowd it is known that drafting loses
 
     def ahead(self, sequences: int) -> int:
-        return self._decide(_crowd(sequences))
+        crowd = _crowd(sequences)
+        if crowd == self._resting and self._since % REST:
+            return 0
+        self._resting = None
+        return self._decide(crowd)
 
     def _decide(self, crowd: int) -> int:
         """The length for a ``crowd``."""
@@ -77,6 +85,7 @@ class Measuring(Control):
         due = self._since >= self._policy.patience and self._affords(plain, loss)
         if len(rates) > 1 and (self._again or due):
             return max(list(rates)[1:], key=lambda length: rates[length])
+        self._resting = crowd
         return 0
 
     def _known(self, crowd: int, length: int) -> bool:

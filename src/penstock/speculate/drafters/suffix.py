@@ -112,6 +112,10 @@ class Suffix(Drafter):
     def branches(self) -> bool:
         return True
 
+    @property
+    def remembers(self) -> bool:
+        return self.kept > 0
+
     def opened(self) -> Callable[[List[int]], Draft]:
         texts = Texts(self.shortest, self.kept)
         return functools.partial(SuffixDraft, texts, self) if self.kept else self.start
