@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penstock.models.config import DecoderConfig
+from penstock.ops import norms
 
 
 class RMSNorm(nn.Module):
@@ -23,7 +24,7 @@ class RMSNorm(nn.Module):
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return norms.rms_norm(x, self.weight, self.eps)
 
 
 class OffsetRMSNorm(RMSNorm):
@@ -39,7 +40,7 @@ class OffsetRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, self.weight.shape, self.scale.to(wide.dtype), self.eps).to(x.dtype)
+        return norms.rms_norm(wide, self.scale, self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.Module):

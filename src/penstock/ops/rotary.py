@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from penstock.ops import rowwise
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Turns pairs among the first ``turned`` numbers of each head of ``x`` [*T, H, D] by their angles, and leaves the
@@ -66,8 +68,8 @@ def rotate_heads(
     """``query`` [*T, H, D] and ``key`` [*T, K, D], normed by root-mean-square over each head and multiplied by
     ``scales`` (of queries and keys, [D] each) where there are any, then turned by their positions.
 
-    On CUDA, where no gradient is wanted and whole heads are turned by halves, one kernel reads and writes all of it
-    once, and computes in float32 (float64 is left to PyTorch).
+    Where no gradient is wanted and whole heads are turned by halves, it is one kernel on CUDA and one native call on a
+    CPU, which read and write all of it once and compute in float32 (float64 is left to PyTorch).
 
     Args:
         cos, sin, interleaved: see :func:`rotate`.
@@ -78,6 +80,9 @@ def rotate_heads(
         from penstock.ops.rotary_kernel import rotate_both
 
         return rotate_both(query, key, cos, sin, scales, eps)
+    if plain and query.dim() == 3 and rowwise.serves(query) and key.stride(-1) == 1:
+        typed = None if scales is None else (scales[0].to(query.dtype), scales[1].to(query.dtype))
+        return rowwise.rotate_heads(query, key, cos, sin, typed, eps)
     if scales is not None:
         query, key = (
             F.rms_norm(x, scale.shape, scale.to(x.dtype), eps) for x, scale in zip((query, key), scales, strict=True)
