@@ -6,9 +6,10 @@ for DPO, which it cannot pack, the pairs of a row as a padded batch. The optimiz
 with the same numbers, and what the model at the beginning finds probable is computed before the run by both. In fp32
 the losses of all updates have to agree to a thousandth; in bf16, where each multiplies in its own way, they are told.
 
-A token counts where it is no padding. Each side runs in a process of its own, in turn; its memory is the highest while
-it makes updates: of the process on the CPU, of tensors on CUDA. The first update of a run is not timed. On the CPU
-nothing is compiled, since such short runs would not be; on CUDA ours is, and TRL's trainers are as they come.
+A token counts where it is no padding. Each side trains in a process of its own, once for each task, and they take turns
+with rounds of updates. Its memory is the highest while it makes them: of the process on the CPU, of tensors on CUDA. Of
+a round the first update is not timed, and nothing of the first round, which both make at the same time: it compiles. On
+the CPU nothing is compiled, since such short runs would not be; on CUDA ours is, and TRL's trainers are as they come.
 
 The last rows are the accuracy on `penstock eval`'s held-out questions of arithmetic, before and after SFT on others.
 
@@ -22,17 +23,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from penstock.core.bench import Bench, peer_python, run_apart
+from penstock.core.bench import Apart, Bench, peer_python
 from penstock.core.config import build
 from penstock.core.devices import synchronize
 from penstock.core.errors import PenstockError
@@ -76,18 +79,24 @@ TASKS = {
 
 
 class Shape(NamedTuple):
-    """How much is trained: the tokens of a row, which is a batch; updates; and rounds in which sides take turns."""
+    """How much is trained: the tokens of a row, which is a batch; the updates of a round; and how many rounds are
+    timed, behind one that is not."""
 
     length: int
     updates: int
     rounds: int
 
+    @property
+    def all(self) -> int:
+        """Updates of a run."""
+        return self.updates * (1 + self.rounds)
+
 
 def shape_of(bench: Bench) -> Shape:
     """What fits into minutes, and a quick one into one."""
     if bench.device.type == "cuda":
-        return Shape(2048, 4, 1) if bench.quick else Shape(8192, 40, 3)
-    return Shape(256, 3, 1) if bench.quick else Shape(1024, 7, 2)
+        return Shape(2048, 4, 1) if bench.quick else Shape(8192, 10, 3)
+    return Shape(256, 2, 1) if bench.quick else Shape(1024, 4, 2)
 
 
 # Data
@@ -171,14 +180,14 @@ def pairs(batch: Batch) -> list[dict[str, list[int]]]:
 def batches(store: Path, shape: Shape) -> list[Batch]:
     """The batches of all updates, as the trainer takes them."""
     loader = PackedLoader(ExampleStore.open(store).split("train"), length=shape.length, sampler=Shuffle(), seed=0)
-    return [loader.batch(number, 1) for number in range(shape.updates)]
+    return [loader.batch(number, 1) for number in range(shape.all)]
 
 
 # The sides
 
 
-class Side(NamedTuple):
-    """What came of a side's run: losses, seconds of all updates but the first, and bytes."""
+class Round(NamedTuple):
+    """What came of a side's round: losses, seconds of all updates but the first, and bytes."""
 
     losses: list[float]
     seconds: list[float]
@@ -211,75 +220,101 @@ def asked_of(name: str, folder: Path, shape: Shape, device: str) -> dict[str, An
         "data": {task.key: str(folder / f"{task.key}.jsonl"), "store": str(folder / f"{name}-store"), "held_out": 0.0},
         "batch": {"tokens": shape.length, "stages": [{"length": shape.length}]},
         "optim": {"name": "adamw", "lr": task.lr, **ADAM},
-        "steps": shape.updates,
+        "steps": shape.all,
         "device": device,
         "precision": "bf16" if device == "cuda" else "fp32",
         "compile": device == "cuda",
     }
 
 
-def ours(config: dict[str, Any], folder: Path) -> Side:
-    """Trains; what LoRA begins with is left in ``folder``."""
+def ours(config: dict[str, Any], folder: Path, updates: int) -> Iterator[dict[str, Any]]:
+    """Trains, in rounds of so many ``updates``: nothing when it is ready, and then what came of each. What LoRA begins
+    with is left in ``folder``."""
     run = Run.create(build(TrainConfig, config), folder / "run")
     trainer, length = run.trainer, run.config.batch.length
-    if run.config.tuner.adds and not (folder / "first").exists():
+    if run.config.tuner.adds:
         (folder / "first").mkdir()
         run.config.tuner.write(trainer.model, folder / "first", MODEL)
     trainer.compile()
-    losses, ends = [], []
-    restart_peak(run.device)
-    for number in range(run.config.steps or 0):
-        losses.append(trainer.update(trainer.loader.batch(number, 1), length, 1.0)["loss"].item())
-        synchronize(run.device)
-        ends.append(time.perf_counter())
-    return Side(losses, [after - before for before, after in itertools.pairwise(ends)], peak_bytes(run.device))
+    yield {}
+    for first in range(0, run.config.steps or 0, updates):
+        losses, ends = [], []
+        restart_peak(run.device)
+        for number in range(first, first + updates):
+            losses.append(trainer.update(trainer.loader.batch(number, 1), length, 1.0)["loss"].item())
+            synchronize(run.device)
+            ends.append(time.perf_counter())
+        seconds = [after - before for before, after in itertools.pairwise(ends)]
+        yield Round(losses, seconds, peak_bytes(run.device))._asdict()
 
 
-def compare(bench: Bench, name: str, python: str, data: Path, weights: Path, shape: Shape) -> None:
-    """The rows of a task."""
-    task, device = TASKS[name], bench.device.type
-    sides: dict[str, list[Side]] = {"ours": [], "theirs": []}
-    folder = data / name
+def answer_orders() -> None:
+    """The main function of our process: reads a line of JSON with what :func:`ours` is given, and writes a line for
+    each thing that comes of it, the next when it has read another."""
+    # Answers have the output to themselves: whatever else is printed goes where errors go.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    given = json.loads(sys.stdin.readline())
+    for answer in ours(given["config"], Path(given["folder"]), given["updates"]):
+        print(json.dumps(answer), file=answers, flush=True)
+        sys.stdin.readline()
+
+
+def play(name: str, python: str, data: Path, weights: Path, shape: Shape, device: str) -> list[list[Round]]:
+    """The rounds of both sides of a task."""
+    task, folder = TASKS[name], data / name
     folder.mkdir()
-    todo: list[Batch] = []
-    for number in range(shape.rounds):
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            config = asked_of(name, data, shape, device)
-            asked = {"config": config, "folder": place}
-            sides["ours"].append(Side(**run_apart([sys.executable, __file__], asked, "ours")))
-            todo = todo or batches(data / f"{name}-store", shape)
-            first = Path(place, "first")
-            peers = {
+    script = str(Path(__file__).parent / "peers" / "trl_finetune.py")
+    with Apart([sys.executable, __file__], "ours") as own, Apart([python, script], task.peer) as peer:
+        config = asked_of(name, data, shape, device)
+        own.ask({"config": config, "folder": str(folder), "updates": shape.updates})
+        todo, first = batches(data / f"{name}-store", shape), folder / "first"
+        peer.ask(
+            {
                 "task": name,
                 "model": str(weights),
                 "adapter": str(first) if first.exists() else None,
                 "batches": [pairs(batch) if name == "dpo" else [packed_row(batch)] for batch in todo],
+                "updates": shape.updates,
                 "lr": task.lr,
                 "beta": task.objective.get("beta"),
-                "folder": place,
+                "folder": str(folder),
                 "cuda": device == "cuda",
                 **ADAM,
             }
-            script = str(Path(__file__).parent / "peers" / "trl_finetune.py")
-            sides["theirs"].append(Side(**run_apart([python, script], peers, task.peer)))
-        print(f"{name}: round {number + 1} of {shape.rounds}", file=sys.stderr)
-    counted = sum(len(tokens) for batch in todo[1:] for tokens, _ in segments(batch))
-    setting = f"{name}, {MODEL}, {'bf16' if device == 'cuda' else 'fp32'}, {shape.length} tokens an update"
-    shown = {"subject": "penstock", "peer": task.peer, "setting": setting}
-    rates = {who: [counted / sum(side.seconds) for side in found] for who, found in sides.items()}
-    bench.compared(
-        **shown, metric="training throughput", unit="tokens/s", values=rates["ours"], peer_values=rates["theirs"]
-    )
+        )
+        with ThreadPoolExecutor(2) as pool:
+            found = [[Round(**each)] for each in pool.map(lambda side: side.ask({}), (own, peer))]
+        for number in range(shape.rounds):
+            for rounds, side in zip(found, (own, peer), strict=True):
+                rounds.append(Round(**side.ask({})))
+            print(f"{name}: round {number + 1} of {shape.rounds}", file=sys.stderr)
+    return found
+
+
+def compare(bench: Bench, name: str, python: str, data: Path, weights: Path, shape: Shape) -> None:
+    """The rows of a task."""
+    own, others = play(name, python, data, weights, shape, bench.device.type)
+    tokens = [sum(len(each) for each, _ in segments(batch)) for batch in batches(data / f"{name}-store", shape)]
+    counted = [sum(tokens[first + 1 : first + shape.updates]) for first in range(0, shape.all, shape.updates)]
+    setting = f"{name}, {MODEL}, {'bf16' if bench.device.type == 'cuda' else 'fp32'}, {shape.length} tokens an update"
+    shown = {"subject": "penstock", "peer": TASKS[name].peer, "setting": setting}
+    rates, memory = [], []
+    for side in (own, others):
+        timed = list(zip(counted, side, strict=True))[1:]
+        rates.append([count / sum(each.seconds) for count, each in timed])
+        memory.append([each.memory / 2**30 for _, each in timed])
+    bench.compared(**shown, metric="training throughput", unit="tokens/s", values=rates[0], peer_values=rates[1])
     bench.compared(
         **shown,
         metric="peak memory",
         unit="GiB",
         better="lower",
-        values=[side.memory / 2**30 for side in sides["ours"]],
-        peer_values=[side.memory / 2**30 for side in sides["theirs"]],
+        values=memory[0],
+        peer_values=memory[1],
         claim="parity",
     )
-    compare_curves(bench, shown, sides["ours"][0].losses, sides["theirs"][0].losses)
+    compare_curves(bench, shown, *([loss for each in side for loss in each.losses] for side in (own, others)))
 
 
 def compare_curves(bench: Bench, shown: dict[str, str], own: list[float], others: list[float]) -> None:
@@ -326,6 +361,7 @@ def tune(bench: Bench, data: Path) -> None:
         "optim": {"name": "adamw", "lr": 1e-4, **ADAM},
         "epochs": 1.0,
         "device": bench.device.type,
+        "compile": False,  # which takes longer than the run
     }
     questions = Arithmetic(samples=shown, digits=2, shots=0)
     setting = f"{MODEL}, {asked} generated questions of arithmetic, once; {shown} others asked"
@@ -336,7 +372,9 @@ def tune(bench: Bench, data: Path) -> None:
 
 def accuracy(bench: Bench, subject: str, setting: str, model: str, questions: Arithmetic) -> None:
     """A row of the share of ``questions`` that ``model`` answers right, asked by its chat template."""
-    llm = LLM(model, device=bench.device.type, batching="batchllm", progress=silent)
+    # For so few questions nothing is built or compiled.
+    plain = {"compile": False, "attention": "reference"} if bench.device.type == "cuda" else {}
+    llm = LLM(model, device=bench.device.type, batching="batchllm", progress=silent, **plain)
     (found,) = evaluate(llm, questions, chat=True, progress=silent)
     bench.row(
         subject=subject,
@@ -355,7 +393,7 @@ def main(bench: Bench) -> None:
     shape = shape_of(bench)
     with tempfile.TemporaryDirectory() as name:
         data, weights = Path(name), Path(name, "weights")
-        write_data(data, max(64, shape.updates * shape.length // 64))
+        write_data(data, max(64, shape.all * shape.length // 64))
         hub.save(hub.load(MODEL, dtype=torch.float32), weights)
         hub.load_tokenizer(hub.resolve(MODEL)).save_pretrained(weights)
         for each in TASKS:
@@ -364,5 +402,4 @@ def main(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    given = json.load(sys.stdin)
-    print(json.dumps(ours(given["config"], Path(given["folder"]))._asdict()))
+    answer_orders()

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from penstock.core.bench import Bench, peer_python, run_apart
+from penstock.core.bench import Apart, Bench, peer_python
 from penstock.core.errors import PenstockError
 from penstock.data.corpora.stdlib import StandardLibrary
 from penstock.models import hub
@@ -121,7 +121,8 @@ def main(bench: Bench) -> None:
             presses = {name: pair.press for name, pair in compared.items()}
             script = str(Path(__file__).parent / "peers" / "kvpress_losses.py")
             asked = {"folder": folder, "texts": todo, "read": read, "presses": presses}
-            told = run_apart([python, script], asked, "kvpress")
+            with Apart([python, script], "kvpress") as kvpress:
+                told = kvpress.ask(asked)
             for name, pair in compared.items():
                 _compare(
                     bench, name, pair, ours(model, pair.policy, todo, read), told, f"{read} read, {budget:.0%} kept"

@@ -1,10 +1,10 @@
 """From the command to the first token, in parts, and the peak of memory: with nothing cached, and once more.
 
-Processes of their own open a model and say when they had imported what they need, read the model, compiled it, captured
-its steps as graphs, and had a token; what is left is the rest of opening. Beside them, the whole of what a user waits
-for: `penstock serve` until a request has its first token, and `penstock batch` with one line. *Cold* is the first of
-such processes with empty folders for what Penstock, PyTorch, Triton and FlashInfer keep (the files of the model may be
-in the system's memory), *warm* are those after it.
+Processes of their own open a model and say when they had imported what they need, read the model, built the kernels of
+attention, compiled the model, captured its steps as graphs, and had a token; what is left is the rest of opening.
+Beside them, the whole of what a user waits for: `penstock serve` until a request has its first token, and `penstock
+batch` with one line. *Cold* is the first of such processes with empty folders for what Penstock, PyTorch, Triton and
+FlashInfer keep (the files of the model may be in the system's memory), *warm* are those after it.
 
 On CUDA random weights in the shape of Qwen3-8B, bf16; on the CPU python-6m, and smollm2 where it is installed.
 """
@@ -29,17 +29,22 @@ if TYPE_CHECKING:
     from penstock.core.bench import Bench
     from penstock.core.progress import Bar
 
-#: Parts of opening that the engine's progress names, by what it calls them.
-NAMED = {"compiling": "compile", "capturing": "capture", "measuring memory": "measure memory"}
+#: Parts of opening that the engine's progress names, by how what it calls them begins.
+NAMED = {
+    "building": "build kernels",
+    "compiling": "compile",
+    "measuring memory": "measure memory",
+    "capturing": "capture",
+}
 
 PARTS = ("import", "read", *NAMED.values(), "other", "first token")
 
 
 class Stopwatch:
-    """Reports progress to nobody, and keeps the seconds that each label took, in all."""
+    """Reports progress to nobody, and keeps the seconds that each part took, in all."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds = dict.fromkeys(NAMED.values(), 0.0)
 
     @contextlib.contextmanager
     def __call__(self, label: str, total: float | None, unit: str) -> Iterator[Bar]:
@@ -48,7 +53,9 @@ class Stopwatch:
         begun = time.perf_counter()
         with silent(label, total, unit) as bar:
             yield bar
-        self.seconds[label] = self.seconds.get(label, 0.0) + time.perf_counter() - begun
+        for beginning, part in NAMED.items():
+            if label.startswith(beginning):
+                self.seconds[part] += time.perf_counter() - begun
 
 
 def open_once(model: str, device: str, begun: float) -> dict[str, float]:
@@ -80,8 +87,8 @@ def open_once(model: str, device: str, begun: float) -> dict[str, float]:
     marks.append(time.time())
     imported, read, opened, first = (later - earlier for earlier, later in itertools.pairwise(marks))
     found = {"import": imported, "read": read, "first token": first}
-    found |= {name: watch.seconds.get(label, 0.0) for label, name in NAMED.items()}
-    found["other"] = opened - sum(found[name] for name in NAMED.values())
+    found |= watch.seconds
+    found["other"] = opened - sum(watch.seconds.values())
     found["peak"] = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if where.type == "cuda":
         found["device's peak"] = float(torch.cuda.max_memory_reserved(where))

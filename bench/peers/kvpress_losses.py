@@ -1,8 +1,8 @@
 """What kvpress loses: run by `bench/kv_peers.py` with the Python that has it, on a folder of transformers' weights.
 
-Reads JSON: ``folder``, ``texts`` (lists of tokens), ``read`` (how many of a text are read before its cache is pressed)
-and ``presses``, each with a ``kind`` and its ``options``. Writes JSON: the ``versions``, and by press the ``losses`` of
-each text behind what was read, in nats a token, and how many tokens were ``kept`` in each head.
+Reads a line of JSON: ``folder``, ``texts`` (lists of tokens), ``read`` (how many of a text are read before its cache is
+pressed) and ``presses``, each with a ``kind`` and its ``options``. Writes a line of JSON: the ``versions``, and by
+press the ``losses`` of each text behind what was read, in nats a token, and how many tokens were ``kept`` in each head.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def losses(model, text: list[int], read: int, press) -> tuple[float, int]:
 
 
 def main() -> None:
-    asked = json.load(sys.stdin)
+    asked, out = json.loads(sys.stdin.readline()), sys.stdout
+    sys.stdout = sys.stderr  # whatever else is printed
     model = AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=torch.float32, attn_implementation="eager")
     model.eval()
     found = {}
@@ -60,7 +61,7 @@ def main() -> None:
         each = [losses(model, text, asked["read"], made) for text in asked["texts"]]
         found[name] = {"losses": [loss for loss, _ in each], "kept": [kept for _, kept in each]}
     versions = {name: importlib.metadata.version(name) for name in ("kvpress", "transformers", "torch")}
-    json.dump({"versions": versions, "presses": found}, sys.stdout)
+    print(json.dumps({"versions": versions, "presses": found}), file=out, flush=True)
 
 
 if __name__ == "__main__":

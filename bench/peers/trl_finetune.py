@@ -1,10 +1,11 @@
 """What TRL's trainers make of given batches: run by `bench/finetune.py` with the Python that has them.
 
-Reads JSON: the ``task`` (sft, lora or dpo), the folder of the ``model`` in fp32, for lora that of the ``adapter`` to
-begin with, the ``batches`` of all updates, tokenized, the optimizer's ``lr``, ``betas``, ``eps`` and ``weight_decay``,
-``beta`` of DPO, a ``folder`` to write to, and whether on ``cuda``, where it multiplies in bf16. Writes JSON: the
-``losses`` of all updates, the ``seconds`` of all but the first, and the ``memory`` in bytes, the highest while they
-were made.
+Reads a line of JSON: the ``task`` (sft, lora or dpo), the folder of the ``model`` in fp32, for lora that of the
+``adapter`` to begin with, the ``batches`` of all updates, tokenized, how many ``updates`` a round has, the optimizer's
+``lr``, ``betas``, ``eps`` and ``weight_decay``, ``beta`` of DPO, a ``folder`` to write to, and whether on ``cuda``,
+where it multiplies in bf16. Writes ``{}`` when it is ready, and goes on with a round for each line that it reads, of
+which it writes JSON: the ``losses`` of its updates, the ``seconds`` of all but the first, and the ``memory`` in bytes,
+the highest while they were made.
 """
 
 from __future__ import annotations
@@ -46,17 +47,23 @@ class DPO(InOrder, DPOTrainer):
         return dataset
 
 
-class Watch(TrainerCallback):
-    """Takes times and losses, and the highest memory from the first update on."""
+class Rounds(TrainerCallback):
+    """Takes times and losses of a round, and the highest memory, answers with them, and waits for the next."""
 
-    def __init__(self, cuda: bool) -> None:
-        self.cuda, self.ends, self.losses = cuda, [], []
+    def __init__(self, cuda: bool, updates: int, out) -> None:
+        self.cuda, self.updates, self.out = cuda, updates, out
 
-    def on_train_begin(self, *_, **__):
+    def begin(self, answer: dict) -> None:
+        print(json.dumps(answer), file=self.out, flush=True)
+        sys.stdin.readline()
+        self.ends, self.losses = [], []
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5")
+
+    def on_train_begin(self, *_, **__):
+        self.begin({})
 
     def on_step_end(self, *_, **__):
         if self.cuda:
@@ -64,8 +71,11 @@ class Watch(TrainerCallback):
         self.ends.append(time.perf_counter())
 
     def on_log(self, args, state, control, logs=None, **_):
-        if "loss" in logs:
+        if "loss" in logs:  # comes after the end of its update
             self.losses.append(logs["loss"])
+            if len(self.losses) == self.updates:
+                seconds = [after - before for before, after in itertools.pairwise(self.ends)]
+                self.begin({"losses": self.losses, "seconds": seconds, "memory": self.memory()})
 
     def memory(self) -> int:
         if self.cuda:
@@ -100,17 +110,16 @@ def options(asked: dict) -> dict:
 
 
 def main() -> None:
-    asked, out = json.load(sys.stdin), sys.stdout
+    asked, out = json.loads(sys.stdin.readline()), sys.stdout
     sys.stdout = sys.stderr  # the trainers print
     model = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32)
     if asked["adapter"] is not None:
         model = PeftModel.from_pretrained(model, asked["adapter"], is_trainable=True)
     data = Dataset.from_list([example for batch in asked["batches"] for example in batch])
-    watch = Watch(asked["cuda"])
     given = {
         "train_dataset": data,
         "processing_class": AutoTokenizer.from_pretrained(asked["model"]),
-        "callbacks": [watch],
+        "callbacks": [Rounds(asked["cuda"], asked["updates"], out)],
     }
     if asked["task"] == "dpo":
         args = DPOConfig(**options(asked), beta=asked["beta"], precompute_ref_log_probs=True)
@@ -120,8 +129,6 @@ def main() -> None:
     places = iter(range(len(data)))
     trainer.groups = [[next(places) for _ in batch] for batch in asked["batches"]]
     trainer.train()
-    seconds = [after - before for before, after in itertools.pairwise(watch.ends)]
-    json.dump({"losses": watch.losses, "seconds": seconds, "memory": watch.memory()}, out)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ a paper against that paper's own baseline names it in ``papers``; see :class:`~p
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
@@ -24,11 +25,12 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -384,17 +386,47 @@ def peer_python(peer: str, variable: str) -> str:
     return python
 
 
-def run_apart(command: Sequence[str], asked: Mapping[str, Any], who: str) -> dict[str, Any]:
-    """What a process says, as JSON in the last line that it writes, that is ``asked`` in JSON on its standard input.
+class Apart:
+    """A process that answers each line of JSON on its standard input with one on its standard output.
 
-    Raises:
-        PenstockError: it fails; the message calls it ``who``.
+    A context: the process ends with the block.
+
+    Args:
+        command: that starts it.
+        who: what messages call it.
     """
-    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise PenstockError(f"{who} failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+
+    def __init__(self, command: Sequence[str], who: str) -> None:
+        self._who, self._complaints = who, tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the block)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._complaints}
+        self._process = subprocess.Popen(command, text=True, **pipes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._complaints.close()
+
+    def ask(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """What it answers.
+
+        Raises:
+            PenstockError: it has ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # then it does not answer either
+            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._complaints.seek(0)
+            said = self._complaints.read().strip().splitlines() or ["without a word"]
+            raise PenstockError(f"{self._who} failed: {said[-1]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
 
 def load(name: str) -> ModuleType:

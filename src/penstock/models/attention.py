@@ -20,6 +20,7 @@ from penstock.ops.attention import (
     attend_rows,
     attend_varlen,
     causal_mask,
+    varlen_serves,
 )
 
 
@@ -141,8 +142,9 @@ class PackedRows:
         extras: Extras = PLAIN,
     ) -> Tensor:
         length = query.shape[1]
-        half = query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
-        if half and extras.none and query.shape[-1] == value.shape[-1]:
+        head_dim = query.shape[-1]
+        fits = value.shape[-1] == head_dim and varlen_serves(query.device, query.dtype, head_dim)
+        if fits and extras.none:
             out = attend_varlen(
                 query.flatten(0, 1),
                 key.flatten(0, 1),

@@ -92,6 +92,9 @@ def _attend_plainly(
     return torch.einsum("bhts,bshd->bthd", weights.to(value.dtype), value)
 
 
+#: The size of the largest heads that PyTorch's kernel for sequences that lie end to end is built for.
+VARLEN_LARGEST = 256
+
 #: Queries at a time where keys after them are skipped. Smaller pieces skip more and cost more calls; measured on CPUs.
 QUERY_BLOCK = 256
 
@@ -124,6 +127,12 @@ def causal_mask(queries: Tensor, keys: Tensor, window: int | None = None, chunk:
     return seen if window is None else seen & (queries - keys < window)
 
 
+def varlen_serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel of :func:`attend_varlen` takes queries, keys and values of ``head_dim`` numbers."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= VARLEN_LARGEST
+
+
 def attend_varlen(
     query: Tensor,
     key: Tensor,
@@ -134,7 +143,7 @@ def attend_varlen(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Causal attention within each of several sequences that lie end to end (CUDA, bf16 or fp16).
+    """Causal attention within each of several sequences that lie end to end, where :func:`varlen_serves`.
 
     Args:
         query: [N, H, D]; key, value: [N, K, D].

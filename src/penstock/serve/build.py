@@ -38,7 +38,7 @@ from penstock.serve.kv.tiers import Tiers
 from penstock.serve.ranks.group import Ranks
 from penstock.serve.ranks.runner import LastStageRunner, LeadingRunner, RankRunner, StageRunner
 from penstock.serve.ranks.stages import StageDecoder
-from penstock.serve.rehearsal import rehearse_first_uses, rehearse_largest_steps
+from penstock.serve.rehearsal import rehearse_first_uses, rehearse_largest_steps, rehearse_prompts
 from penstock.serve.run.draft import Drafting
 from penstock.serve.run.graphs import prompt_shapes, window_shapes
 from penstock.serve.run.heads import ContinuingRunner
@@ -74,7 +74,12 @@ def build_engine(
     """
     runner, drafting = build_runners(model, config, draft, report, pieces, ranks, predictor)
     if config.record is None:
-        engine = Engine(config, runner, stop, grammars, drafting, _tiers(model, config, runner.cache))
+        tiers = _tiers(model, config, runner.cache)
+        engine = Engine(config, runner, stop, grammars, drafting, tiers)
+        # Before the first request it is known what is sooner computed than read. A CPU would take long to tell, and
+        # computes a block in more time than a disk needs for its few bytes.
+        if tiers is not None and tiers.disk_bytes and runner.device.type == "cuda":
+            engine.steps.prompts = rehearse_prompts(config, runner)
         for name, folder in config.adapters.items():
             engine.adapters.load(name, folder)
         return engine

@@ -13,6 +13,7 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.engine.drafted import DraftExecutor
 from penstock.serve.engine.engine import Engine
 from penstock.serve.engine.executor import Executor
+from penstock.serve.engine.prompt_clock import PromptClock
 from penstock.serve.messages import Request
 from penstock.speculate.contract import Drafter
 from penstock.speculate.controllers.fixed import Fixed
@@ -32,6 +33,20 @@ def rehearse_first_uses(engine: Engine) -> None:
             engine.add(Request(str(place), [0] * length, SamplingParams(temperature=1, max_tokens=2)))
         while engine.busy:
             engine.step()
+
+
+def rehearse_prompts(config: EngineConfig, executor: Executor) -> PromptClock:
+    """What a token of a long prompt takes, by the second of two that fill the budget of a step: the first also takes
+    what happens at the first use."""
+    engine = _engine(config, executor, None)
+    longest = min(engine.limits.tokens, engine.limits.context - 1)
+    for first in range(2):
+        engine.steps.prompts = PromptClock()
+        prompt = [(first + place) % executor.shape.vocabulary for place in range(longest)]
+        engine.add(Request(str(first), prompt, SamplingParams(temperature=0, max_tokens=1)))
+        while engine.busy:
+            engine.step()
+    return engine.steps.prompts
 
 
 def rehearsal_blocks(config: EngineConfig, device: torch.device, context: int) -> int:
@@ -73,8 +88,7 @@ def rehearse_largest_steps(config: EngineConfig, executor: Executor, draft: Draf
     """Answers as many requests at a time as there can be, all of which ask for what takes the most memory, and beside
     them a prompt that fills the budget of a step. Where ``config`` drafts, as many tokens are drafted as can be, by the
     model ``draft`` if it is given."""
-    drafter = config.draft if draft or not config.draft else Zeros(tokens=config.draft.most)
-    engine = Engine(config.model_copy(update={"draft": drafter, "controller": Fixed()}), executor, draft=draft)
+    engine = _engine(config, executor, draft)
     prompt = [0] * min(SHORT, engine.limits.context - 1)
     # The bias makes a text of zeros, so that what is drafted is accepted.
     often = {"temperature": 1, "top_p": 0.9, "presence_penalty": 0.01, "logit_bias": {0: 100.0}, "ignore_eos": True}
@@ -96,3 +110,9 @@ def rehearse_largest_steps(config: EngineConfig, executor: Executor, draft: Draf
     engine.add(Request("longest", [0] * longest, long))
     while engine.busy:
         engine.step()
+
+
+def _engine(config: EngineConfig, executor: Executor, draft: DraftExecutor | None) -> Engine:
+    """One that drafts by ``draft``, or zeros where ``config`` drafts and that is not given."""
+    drafter = config.draft if draft or not config.draft else Zeros(tokens=config.draft.most)
+    return Engine(config.model_copy(update={"draft": drafter, "controller": Fixed()}), executor, draft=draft)

@@ -6,6 +6,7 @@ Bugs that its clauses are there to catch:
 - groups: a parameter that is left out or updated twice; state that is no tensor, so that a checkpoint loses it.
 - zero rate: decay or steps that the schedule does not reach.
 - no gradient: a parameter that moves, or an update that fails, where a layer was not used.
+- gradients: what is put into them, so that a step which is undone is made again with others.
 - round trip: state outside of ``optimizer.state``, and a resumed run that goes another way.
 - independence, stack: norms taken over too many dimensions; batches of matrices that are mixed up; stacks of experts
   that are taken for one matrix, or do not decay.
@@ -55,6 +56,7 @@ def check(options: Optimizer) -> None:
     check_groups(options)
     check_zero_rate(options)
     check_no_gradient(options)
+    check_gradients(options)
     check_round_trip(options)
     check_independence(options)
     check_stack(options)
@@ -105,6 +107,14 @@ def check_no_gradient(options: Optimizer) -> None:
     run([optimizer], own, 2, without=still)
     for name, initial in parameters().items():
         assert torch.equal(own[name], initial) == (name == still), name
+
+
+def check_gradients(options: Optimizer) -> None:
+    """Gradients are not changed."""
+    own = parameters()
+    run([options.build(own)], own, 1)
+    for name, parameter in own.items():
+        assert parameter.grad is not None and torch.equal(parameter.grad, _gradient(name, parameter, 0)), name
 
 
 def check_round_trip(options: Optimizer) -> None:

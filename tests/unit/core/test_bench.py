@@ -6,6 +6,7 @@ import itertools
 import json
 import statistics
 import subprocess
+import sys
 import time
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core import bench as bench_module
-from penstock.core.bench import Bench, commit, load, scripts, summary, versions
+from penstock.core.bench import Apart, Bench, commit, load, scripts, summary, versions
 from penstock.core.devices import label
 from penstock.core.errors import ConfigError, PenstockError, UsageError
 from penstock.core.results import Result
@@ -253,3 +254,18 @@ def test_without_a_source_tree_there_are_no_benchmarks(monkeypatch):
     monkeypatch.setattr(bench_module, "repository", lambda: None)
     with pytest.raises(UsageError, match=r"this installation has none\nClone the repository"):
         load("train")
+
+
+def test_a_process_apart_answers_as_often_as_it_is_asked_and_says_why_it_ended():
+    script = (
+        "import json, sys\n"
+        "total = 0\n"
+        "for line in sys.stdin:\n"
+        "    total += 1 / json.loads(line)['share']\n"
+        "    print(json.dumps({'total': total}), flush=True)\n"
+    )
+    with Apart([sys.executable, "-c", script], "the peer") as peer:
+        assert [peer.ask({"share": share})["total"] for share in (0.5, 0.25)] == [2, 6]
+        for _ in range(2):
+            with pytest.raises(PenstockError, match="the peer failed: ZeroDivisionError"):
+                peer.ask({"share": 0})

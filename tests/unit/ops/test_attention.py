@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from penstock.core.randomness import torch_generator
+from penstock.models.attention import PackedRows
 from penstock.ops import attention
-from penstock.ops.attention import attend_packed_rows, attend_rows, attend_varlen, causal_mask
+from penstock.ops.attention import attend_packed_rows, attend_rows, attend_varlen, causal_mask, varlen_serves
 
 
 def heads(*shape: int, name: str) -> Tensor:
@@ -104,6 +105,36 @@ def test_bf16_stays_close():
     ours = attend_rows(query.bfloat16(), key.bfloat16(), value.bfloat16(), scale=0.35, causal=True)
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours.double(), exact, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "served"),
+    [
+        ("cuda", torch.bfloat16, 64, True),
+        ("cuda", torch.float16, 8, True),
+        ("cuda", torch.bfloat16, 256, True),
+        ("cuda", torch.bfloat16, 4, False),
+        ("cuda", torch.bfloat16, 100, False),
+        ("cuda", torch.bfloat16, 264, False),
+        ("cuda", torch.float32, 64, False),
+        ("cpu", torch.bfloat16, 64, False),
+    ],
+)
+def test_varlen_is_for_heads_that_its_kernel_has(device: str, dtype: torch.dtype, head_dim: int, served: bool):
+    assert varlen_serves(torch.device(device), dtype, head_dim) is served
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [4, 8, 100, 264])
+def test_packed_rows_take_heads_of_any_size(head_dim: int):
+    """Those that the kernel takes and those that it does not, beside fp64."""
+    exact = [heads(1, 24, count, head_dim, name=str(count)).cuda() for count in (4, 2, 2)]
+    context = PackedRows.of(torch.tensor([[0] * 7 + [1] * 17])).to(torch.device("cuda"))
+    expected, ours = (
+        context.attend(0, *(x.to(dtype) for x in exact), scale=head_dim**-0.5, window=None)
+        for dtype in (torch.float64, torch.bfloat16)
+    )
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=0.03)
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from penstock.core.bench import load
 from penstock.core.errors import PenstockError
 from penstock.core.progress import Bar
 from penstock.ops.paged import flashinfer_kernels
@@ -113,6 +114,14 @@ def test_all_are_built_at_once_and_a_bar_counts_their_kernels(stand):
     ((label, total, unit, done),) = reported.bars
     assert "FlashInfer" in label and "2" in label
     assert (total, unit, done) == (4, "kernel", 4)
+
+
+def test_the_benchmark_of_opening_has_a_name_for_the_building(stand):
+    opening = load("opening")
+    watch = opening.Stopwatch()
+    build_kernels(shape_of(), watch)
+    assert watch.seconds["build kernels"] > 0
+    assert "build kernels" in opening.PARTS and sum(watch.seconds.values()) == watch.seconds["build kernels"]
 
 
 def test_what_is_there_is_not_built_again_and_no_bar_is_shown(stand):

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from penstock.models.decoder import Decoder
 from penstock.ops.linear import FEW
 from penstock.serve.build import build_engine, build_runner
 from penstock.serve.choose.sampling import MOST_LOGPROBS
 from penstock.serve.config import EngineConfig
+from penstock.serve.engine import prompt_clock
 from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.executor import Executor
-from penstock.serve.rehearsal import rehearsal_blocks, rehearse_first_uses, rehearse_largest_steps
+from penstock.serve.rehearsal import (
+    rehearsal_blocks,
+    rehearse_first_uses,
+    rehearse_largest_steps,
+    rehearse_prompts,
+)
 from penstock.testing.serve_model import SHAPE, small_model
 
 CPU = torch.device("cpu")
@@ -62,3 +71,19 @@ def test_the_largest_steps_have_all_sequences_all_tokens_and_all_wishes(options)
     for entry in most.entries:
         asked = entry.sequence.sampling
         assert asked.penalized and asked.logit_bias and asked.top_p < 1 and asked.logprobs == MOST_LOGPROBS
+
+
+@pytest.mark.parametrize("draft", [{}, {"draft": {"name": "ngram", "tokens": 3}}], ids=["plain", "drafts"])
+def test_what_a_prompt_takes_is_that_of_the_second_that_is_computed_whole(draft, monkeypatch):
+    config = EngineConfig.model_validate({"tokens": 300, "sequences": 2, "cache_tokens": 800, "check": True, **draft})
+    executor = build_runner(Decoder(SHAPE.model_copy(update={"context": 400})).initialize(0).eval(), config)
+    batches, now, launch = batches_of(executor), [0.0], executor.launch
+    monkeypatch.setattr(prompt_clock, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def slow_at_first(batch: Batch) -> object:
+        now[0] += batch.tokens * (10.0 if len(batches) == 0 else 0.5)
+        return launch(batch)
+
+    monkeypatch.setattr(executor, "launch", slow_at_first)
+    assert rehearse_prompts(config, executor).seconds == pytest.approx(0.5)
+    assert [batch.tokens for batch in batches] == [300, 300], "nothing of the second was cached"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -45,14 +46,74 @@ class Places(Protocol):
 
 
 class Done(NamedTuple):
-    """What a worker has done: it wrote the block ``name`` (``whole`` is None), or read it to ``place``, from the time
-    ``begun`` to ``ended``, and found it whole or not."""
+    """What a worker has done: it wrote the block ``name`` (``whole`` is None), or was to read it to ``place``, where it
+    is whole or not."""
 
     name: bytes
     place: int
     whole: bool | None
-    begun: float = 0.0
-    ended: float = 0.0
+
+
+class DiskPace:
+    """What a block from disk takes, as many threads read some at a time.
+
+    Args:
+        clock: says how many seconds have passed.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self._pace, self._read, self._ended = Pace(LATELY), 0, 0.0
+
+    @property
+    def each(self) -> float:
+        """Seconds for one; 0 where nothing was read."""
+        return self._pace.each
+
+    def now(self) -> float:
+        """By the clock."""
+        return self._clock()
+
+    def add(self, begun: float) -> None:
+        """A block whose reading had ``begun`` then is here."""
+        with self._lock:
+            ended = self._clock()
+            # Several are read at a time: each second counts once.
+            self._pace.add(max(0.0, ended - max(begun, self._ended)))
+            self._ended, self._read = max(self._ended, ended), self._read + 1
+
+    def above(self, seconds: float) -> bool:
+        """Whether one takes more than that, as far as it shows while some are read: the first of all threads come
+        together, and the first of these has taken as long as all of them."""
+        return self._read >= READERS and self._pace.each > seconds
+
+    def doubt(self) -> None:
+        """It was held against the disk."""
+        with self._lock:
+            self._pace.doubt(DOUBT)
+
+
+class Fetch:
+    """What is read from disk for one text.
+
+    Args:
+        pace: of the disk.
+        seconds: in which a block is computed anew.
+    """
+
+    def __init__(self, pace: DiskPace, seconds: float) -> None:
+        self._pace, self._seconds, self._ended = pace, seconds, False
+
+    @property
+    def ended(self) -> bool:
+        """Whether what is left is sooner computed. What comes behind a block that was left is of no use: it ends once
+        and for all."""
+        if not self._ended and self._pace.above(self._seconds):
+            log.debug(
+                "the rest is computed, as a block from disk takes %.4f s, not %.4f", self._pace.each, self._seconds
+            )
+            self._ended = True
+        return self._ended
 
 
 class Tiers:
@@ -70,7 +131,7 @@ class Tiers:
         clock: says how many seconds have passed.
 
     Attributes:
-        pace: what a block from disk takes.
+        pace: of the disk.
         host_hits, disk_hits: blocks that came back to the pool, and blocks that came from disk to the host.
     """
 
@@ -82,7 +143,7 @@ class Tiers:
         space: Callable[[], str] = str,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._host, self._disk, self._space, self._clock = host, disk, space, clock
+        self._host, self._disk, self._space = host, disk, space
         self._readers = workers or ThreadPoolExecutor(READERS, thread_name_prefix="penstock-kv-read")
         self._writers = workers or ThreadPoolExecutor(WRITERS, thread_name_prefix="penstock-kv-write")
         self._names: OrderedDict[bytes, int] = OrderedDict()
@@ -91,7 +152,7 @@ class Tiers:
         self._writing: set[bytes] = set()
         self._reading: dict[bytes, Future[bool]] = {}
         self._done: SimpleQueue[Done] = SimpleQueue()
-        self.pace, self._measured = Pace(LATELY), 0.0
+        self.pace = DiskPace(clock)
         self.host_hits = self.disk_hits = 0
 
     @property
@@ -151,8 +212,8 @@ class Tiers:
 
     def fetch(self, names: Iterable[bytes], seconds: float = math.inf) -> list[Future[bool]]:
         """Begins to read those of ``names``, up to the first that is nowhere, that are on disk alone: half as many as
-        there are places at most, and none where a block was computed anew in so many ``seconds`` and lately took more
-        than that to come. They can be found once what is returned is done."""
+        there are places at most. A block is computed anew in so many ``seconds``: none is read where one lately took
+        more than that to come, and no more of them once that shows. They can be found once what is returned is done."""
         self._collect()
         slow = self.pace.each > seconds
         under_way: list[Future[bool]] = []
@@ -170,20 +231,20 @@ class Tiers:
                 break
             if slow:
                 log.debug("computed again, as a block from disk took %.4f s lately, not %.4f", self.pace.each, seconds)
-                self.pace.doubt(DOUBT)
+                self.pace.doubt()
                 break
             place = self._take(kept)
             if place is None:
                 break
             fresh.append((name, place))
-        return [*dict.fromkeys(under_way), *self._begin(fresh)]
+        return [*dict.fromkeys(under_way), *self._begin(fresh, Fetch(self.pace, seconds))]
 
-    def _begin(self, blocks: List[tuple[bytes, int]]) -> Iterator[Future[bool]]:
+    def _begin(self, blocks: List[tuple[bytes, int]], fetch: Fetch) -> Iterator[Future[bool]]:
         """Has ``blocks`` read to their places, so many at once that all threads have some."""
         together = max(1, min(AT_ONCE // self._host.place_bytes, -(-len(blocks) // READERS)))
         for first in range(0, len(blocks), together):
             some = blocks[first : first + together]
-            reading = self._readers.submit(self._read, some)
+            reading = self._readers.submit(self._read, some, fetch)
             self._reading.update((name, reading) for name, _ in some)
             yield reading
 
@@ -224,21 +285,23 @@ class Tiers:
         finally:
             self._done.put(Done(name, place, None))
 
-    def _read(self, blocks: List[tuple[bytes, int]]) -> bool:
-        """Reads each of ``blocks`` to its place; tells whether all are whole."""
+    def _read(self, blocks: List[tuple[bytes, int]], fetch: Fetch) -> bool:
+        """Reads each of ``blocks`` to its place, until the ``fetch`` is ended; tells whether all are whole."""
         assert self._disk is not None
         whole, left = True, list(reversed(blocks))
         try:
-            while left:
-                (name, place), begun = left[-1], self._clock()
+            while left and not fetch.ended:
+                (name, place), begun = left[-1], self.pace.now()
                 found = self._disk.read(name, self._host.content(place))
-                self._done.put(Done(name, place, found, begun, self._clock()))
+                if found:
+                    self.pace.add(begun)
+                self._done.put(Done(name, place, found))
                 left.pop()
                 whole = whole and found
         finally:
             for name, place in left:
                 self._done.put(Done(name, place, False))
-        return whole
+        return whole and not left
 
     def _collect(self) -> None:
         """Takes note of what the workers have done."""
@@ -258,8 +321,5 @@ class Tiers:
         self.disk_hits += done.whole
         if done.whole:
             self._names[done.name] = done.place
-            # Several are read at a time: each second counts once.
-            self.pace.add(max(0.0, done.ended - max(done.begun, self._measured)))
-            self._measured = max(self._measured, done.ended)
         else:
             self._free.append(done.place)

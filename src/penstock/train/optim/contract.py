@@ -30,9 +30,9 @@ class Limit:
 @contract(
     "optim.optimizer",
     law="in the limiting case that the policy gives, equal to a known optimizer bit for bit; nothing moves at the rate "
-    "0, nor a parameter without a gradient; parameters do not depend on each other, nor the matrices of a stack; all "
-    "state survives a checkpoint bit for bit; parameters of which processes have some rows each move as whole ones do, "
-    "and, of a policy that says that it is elementwise, parts of every kind",
+    "0, nor a parameter without a gradient; gradients stay as they are; parameters do not depend on each other, nor do "
+    "the matrices of a stack; all state survives a checkpoint bit for bit; parameters of which processes have some "
+    "rows each move as whole ones do, and, of a policy that says that it is elementwise, parts of every kind",
 )
 class Optimizer(Policy):
     """An optimizer: the peak learning rate ``lr``, decoupled ``weight_decay``, and how to build it.

@@ -95,7 +95,9 @@ class MuonWithAdam(torch.optim.Optimizer):
         momenta = [self.state[p]["momentum"] for p in members]
         gradients = [p.grad for p in members if p.grad is not None]
         torch._foreach_lerp_(momenta, gradients, 1 - self.options.momentum)
-        nesterov = torch._foreach_lerp(gradients, momenta, self.options.momentum)
+        # In place on copies: PyTorch 2.11 does it for shards in no other way, and gradients stay for who settles later.
+        nesterov = [gradient.clone() for gradient in gradients]
+        torch._foreach_lerp_(nesterov, momenta, self.options.momentum)
         dtype, iterations = self._dtype(members[0].device), self.options.iterations
         updates = of_matrices(nesterov, lambda batch: orthogonalize(batch.to(dtype), iterations).to(batch.dtype))
         scale = 0.2 * max(members[0].shape[-2:]) ** 0.5

@@ -7,6 +7,7 @@ import errno
 import functools
 import itertools
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -332,7 +333,7 @@ def test_each_second_counts_once_however_many_are_read_at_a_time(written):
         return ticks[number]
 
     for number, job in enumerate(jobs):
-        tiers._clock = functools.partial(clock, number)
+        tiers.pace._clock = functools.partial(clock, number)
         workers._given = [job]
         workers.work()
     tiers.find([])
@@ -351,6 +352,47 @@ def test_what_is_computed_sooner_stays_on_disk_and_is_tried_again_some_day(writt
     before = tiers.pace.each
     tries = next(number for number in range(100) if tiers.fetch(NAMES[5:7], seconds=before / 2))
     assert tries == 14  # 0.95^13 > 1/2 > 0.95^14
+
+
+class Disk:
+    """Brings 46 blocks, one after the other, each in so many ``seconds``."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.now, self.count = seconds, 0.0, 0
+
+    def __contains__(self, name: bytes) -> bool:
+        return name in NAMES
+
+    def read(self, name: bytes, into: memoryview) -> bool:
+        self.now += self.seconds
+        self.count += 1
+        return True
+
+
+@pytest.mark.parametrize("workers", [AtOnce, Later], ids=["at once", "later"])
+@pytest.mark.parametrize(
+    ("slower", "read"), [(0.1, 46), (0.9, 46), (1.1, 16), (50, 16)], ids=["fast", "as fast", "slow", "very slow"]
+)
+def test_of_a_disk_that_shows_slow_no_more_is_read_than_it_takes_to_see_that(slower, read, workers):
+    """From the first fetch on, with blocks that are computed in a second."""
+    disk, given = Disk(slower), workers()
+    tiers = Tiers(Rows(), disk, given, clock=lambda: disk.now)
+    coming = tiers.fetch(iter(NAMES), seconds=1.0)
+    if workers is Later:
+        given.work()
+    assert all(each.done() for each in coming) and disk.count == read
+    there = [name for name in NAMES if name in tiers.find([name])]
+    assert len(there) == read and tiers.host_bytes == read * 64, "nor are places held for the rest"
+    if read < len(NAMES):
+        assert not tiers.fetch(iter(set(NAMES) - {*there}), seconds=1.0), "the next one does not even begin"
+        assert disk.now + (len(NAMES) - len(tiers.find(NAMES))) <= 46 + 16 * slower
+
+
+def test_where_others_wait_for_the_device_a_slow_disk_is_read_to_the_end():
+    disk = Disk(50.0)
+    tiers = Tiers(Rows(), disk, AtOnce(), clock=lambda: disk.now)
+    tiers.fetch(iter(NAMES), seconds=math.inf)
+    assert disk.count == 46
 
 
 def test_no_place_is_lost_where_reading_fails_in_a_way_that_nobody_foresaw(written, monkeypatch):
