@@ -60,9 +60,10 @@ def repaired(monkeypatch: pytest.MonkeyPatch) -> None:
             return rounded(handle, torch.float8_e4m3fn, torch.uint8, tl.float8e4nv)
         return convert(self, handle, kind, mode)
 
-    from penstock.ops.quantized import packed_kernel
+    from penstock.ops.quantized import packed_kernel, plain_kernel
 
-    monkeypatch.setattr(packed_kernel, "quarters", _quarters)
+    for module in (packed_kernel, plain_kernel):
+        monkeypatch.setattr(module, "quarters", _quarters)
     monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
     monkeypatch.setattr(builder, "cast_impl", casting)
     monkeypatch.setattr(builder, "create_fp_to_fp", converting)

@@ -33,7 +33,7 @@ def test_scores_that_are_not_numbers_give_experts_all_the_same() -> None:
     assert all(len(set(row)) == 8 and max(row) < 60 for row in places.tolist())
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 64, 500, 3000, 9000])
+@pytest.mark.parametrize("tokens", [1, 7, 64, 120, 500, 700, 1500, 3000, 9000])
 @pytest.mark.parametrize(("hidden", "ffn", "experts", "few"), [(512, 192, 32, 4), (200, 72, 6, 2)])
 @torch.inference_mode()
 def test_experts_add_up(tokens: int, hidden: int, ffn: int, experts: int, few: int) -> None:

@@ -25,10 +25,13 @@ from penstock.serve.offline.llm import LLM
 from penstock.testing.enrolled import enrolled
 from penstock.testing.weight_format import check
 
+pytest.importorskip("triton")
+from penstock.ops.quantized import packed_kernel, rounded_kernel
+
 pytestmark = pytest.mark.gpu
 
 #: Around all numbers of rows from which on others multiply.
-COUNTS = (1, 2, 16, 17, 32, 33, cuda.FEW, cuda.FEW + 1, 128, 300, cuda.SOME, cuda.SOME + 1)
+COUNTS = (1, 2, 16, 17, cuda.FEW_BY_BLOCK, cuda.FEW_BY_BLOCK + 1, cuda.FEW, cuda.FEW + 1, 128, cuda.SOME, cuda.SOME + 1)
 FORMATS: list[WeightFormat] = [
     *(Int4(group=group) for group in (None, 32, 64, 128)),
     *(Int8(group=group) for group in (None, 32, 128)),
@@ -56,14 +59,14 @@ def test_the_law_of_weight_formats_holds(name: str) -> None:
     check(enrolled("weight.format")[name], "cuda")
 
 
-@pytest.mark.parametrize("shape", [(256, 512), (77, 384), (4096, 1536), (6144, 4096), (16, 160)])
+@pytest.mark.parametrize("shape", [(256, 512), (77, 384), (80, 384), (4096, 1536), (6144, 4096), (16, 160)])
 @pytest.mark.parametrize("format", FORMATS, ids=repr)
 def test_products_are_those_with_the_dequantized_matrix(format: Any, shape: tuple[int, int]) -> None:
     """Up to bfloat16's rounding of the result and of the matrix, and that of rows to e4m3 where they are rounded."""
     for shifted, count in itertools.product((False, True), COUNTS):
         if shifted and isinstance(format, Fp8):
             continue
-        parts = random(format, *shape, shifted)
+        parts = format.arranged(random(format, *shape, shifted))
         x = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(count)).cuda().bfloat16()
         found, matrix = format.product(x, parts), format.dequantize(parts).double()
         wanted, terms = x.double() @ matrix.T, x.double().abs() @ matrix.abs().T
@@ -79,6 +82,46 @@ def test_few_rows_are_multiplied_as_exactly_as_in_float32(format: Any) -> None:
     found, matrix = format.product(x, parts).double(), format.dequantize(parts).double()
     wanted, terms = x.double() @ matrix.T, x.double().abs() @ matrix.abs().T
     assert ((found - wanted).abs() <= 2**-8 * wanted.abs() + 2**-16 * terms).all()
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "e4m3"])
+def test_tiles_fit_into_the_device(kind: str) -> None:
+    """With all sizes of groups, with offsets and without."""
+    made = {"int4": Int4, "int8": Int8, "e4m3": Fp8}[kind]
+    for group, shifted, count in itertools.product((None, 32, 64, 128), (False, True), (16, 32, 64, 200)):
+        if shifted and made is Fp8:
+            continue
+        parts = random(made(group=group), 96, 4096, shifted)
+        x = torch.randn(count, 4096, generator=torch.Generator().manual_seed(count)).cuda().bfloat16()
+        own = parts["values"], parts["scale"], parts.get("offset"), group or cuda.WHOLE
+        found, matrix = packed_kernel.product(kind, x, *own).double(), made(group=group).dequantize(parts).double()
+        wanted, terms = x.double() @ matrix.T, x.double().abs() @ matrix.abs().T
+        assert ((found - wanted).abs() <= 2**-8 * wanted.abs() + 2**-16 * terms).all()
+
+
+@pytest.mark.parametrize("rows", [17, 40, 256, 1000])
+def test_products_in_e4m3_by_block_are_those_with_rounded_rows(rows: int) -> None:
+    """As exact as sums in float32 that keep few bits in between, and the same whether or not scales were arranged."""
+    if not cuda.multiplies_blocks(torch.device("cuda", 0)):
+        pytest.skip("no library multiplies by block here")
+    format = Fp8(group=128, rounds=True)
+    parts = random(format, 528, 1536)
+    x = torch.randn(rows, 1536, generator=torch.Generator().manual_seed(rows)).cuda().bfloat16()
+    values, scale = rounded_kernel.rounded(x, 128)
+    given = format.dequantize({"values": values, "scale": scale})[:rows].double()
+    found = rounded_kernel.product(x, parts["values"], parts["scale"], 128)
+    wanted, terms = given @ format.dequantize(parts).double().T, given.abs() @ format.dequantize(parts).double().abs().T
+    assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 2**-11 * terms).all()
+    assert torch.equal(found, rounded_kernel.product(x, parts["values"], cuda.arranged(parts["scale"]), 128))
+
+
+def test_scales_are_arranged_once_and_stay_so_while_an_engine_sleeps() -> None:
+    format = Fp8(group=128, rounds=True)
+    layer = QuantizedLinear([_packed(format, 96, 256), _packed(format, 160, 256)], None)
+    (kept,) = layer.pieces()
+    assert kept.parts["scale"].is_cuda and kept.parts["scale"].stride() == (1, 256)
+    away = torch.empty_like(kept.parts["scale"], device="cpu", pin_memory=True).copy_(kept.parts["scale"])
+    assert away.to("cuda", copy=True).stride() == (1, 256)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=repr)

@@ -32,12 +32,19 @@ class QuantizedLinear(nn.Module):
                 joined = torch.cat([each[name] for each in parts]) if len(parts) > 1 else parts[0][name]
                 self.register_buffer(f"{name}_{number}", joined, persistent=False)
         self.bias = bias
+        self._arrange()
 
     def pieces(self) -> list[Packed]:
         """The matrix, from the first rows on."""
         if self._pieces is None:  # which a small model would spend more time on than on their products
             self._pieces = self._assembled()
         return self._pieces
+
+    def _arrange(self) -> None:
+        """Parts have the strides that products want on the device where they are."""
+        for number, piece in enumerate(self._assembled()):
+            for name, part in piece.format.arranged(piece.parts).items():
+                setattr(self, f"{name}_{number}", part)
 
     def _assembled(self) -> list[Packed]:
         return [
@@ -67,6 +74,7 @@ class QuantizedLinear(nn.Module):
             return tensor.to(found.device) if id(tensor) in stored and found.dtype != tensor.dtype else found
 
         same: Self = super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        self._arrange()
         return same
 
     def forward(self, x: Tensor) -> Tensor:

@@ -59,8 +59,8 @@ def mixed_experts(
     gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
     plain = activation is swiglu and biases is None and not weigh_inputs
     if plain and x.is_cuda and x.dtype == torch.bfloat16 and not _wants_grad(x, weights, gate_up, down):
-        each: Tensor = _weighted(x, experts, weights, gate_up, down)
-        return each.sum(1)
+        mixed: Tensor = _mixed(x, experts, weights, gate_up, down)
+        return mixed
     order, ends = by_expert(experts, len(gate_up))
     rows = x[order // experts.shape[1]]
     if weigh_inputs:
@@ -97,14 +97,14 @@ def _(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)
 
 
-@custom_op("penstock::weighted_experts", mutates_args=())
-def _weighted(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """[N, k, hidden]: what each expert of each token makes of it, times its weight."""
-    from penstock.ops.experts_kernel import weighted
+@custom_op("penstock::mixed_experts", mutates_args=())
+def _mixed(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """[N, hidden]: what the experts of each token make of it, times their weights, added up."""
+    from penstock.ops.experts_kernel import mixed
 
-    return weighted(x.contiguous(), experts.contiguous(), weights.contiguous(), gate_up, down)
+    return mixed(x.contiguous(), experts.contiguous(), weights.contiguous(), gate_up, down)
 
 
-@_weighted.register_fake
+@_mixed.register_fake
 def _(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    return x.new_empty(*experts.shape, x.shape[1])
+    return x.new_empty(x.shape)

@@ -1,4 +1,4 @@
-"""Kernels for a mixture of experts on CUDA: choosing, ordering, and the two products.
+"""Kernels for a mixture of experts on CUDA: choosing, ordering, the two products, and adding up.
 
 Decoding reads the weights of all experts that are chosen, for a few rows each; so what counts is how fast they are
 read, and that nothing stands between. Every sum is added up in one order.
@@ -12,18 +12,23 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.ops.invariant_kernel import Tile, tile_of
+from penstock.ops.multiprocessors import stages
 
-#: Assignments that are looked at together while they are ordered.
-PIECE = 4096
+#: Assignments that are looked at together while they are ordered, and those of a warp, of which there are 8 at least.
+PIECE, OWN = 8192, 256
 
+#: Numbers of a token that a program adds up.
+COLUMNS = 1024
 
-#: By how many rows an expert has on average, at most: tiles for gate and up, and for down. Measured on an H100.
+#: By how many rows an expert has on average, at most: tiles for gate and up, and for down. Measured on an H200, for the
+#: shape of Qwen3-30B-A3B.
 TILES = [
     (10, Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)),
     (20, Tile(32, 64, 128, 4, 3), Tile(32, 64, 128, 4, 4)),
-    (64, Tile(64, 64, 128, 8, 3), Tile(64, 128, 64, 8, 3)),
+    (64, Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 8, 3)),
+    (192, Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
 ]
-MANY = Tile(128, 64, 64, 8, 3), Tile(128, 256, 64, 8, 3)
+MANY = Tile(128, 64, 64, 8, 3), Tile(128, 256, 64, 8, 4)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -82,7 +87,7 @@ def ordered(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
     order = torch.empty(experts.numel(), dtype=torch.int32, device=experts.device)
     ends = torch.empty(count, dtype=torch.int32, device=experts.device)
     piece = min(triton.next_power_of_2(max(experts.numel(), 32)), PIECE)
-    order_kernel[(count,)](experts, order, ends, experts.numel(), piece, num_warps=8)
+    order_kernel[(count,)](experts, order, ends, experts.numel(), piece, num_warps=max(8, piece // OWN))
     return order, ends
 
 
@@ -150,21 +155,48 @@ def down_kernel(  # type: ignore[no-untyped-def]
     tl.store(to, value.to(kind), inside_rows[:, None] & inside_columns[None, :])
 
 
-def weighted(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """What each of its ``experts`` [N, k] makes of each token ``x`` [N, hidden], times its share: [N, k, hidden]."""
-    groups, height, _ = down.shape
-    out = torch.empty(*experts.shape, height, dtype=x.dtype, device=x.device)
+@triton.jit  # type: ignore[untyped-decorator]
+def sum_kernel(each, out, height, few: tl.constexpr, columns: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out [N, height], the sums of each [N, few, height] over the second dimension, in its order. One program for some
+    columns of a row."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * columns + tl.arange(0, columns)
+    total = tl.zeros((columns,), tl.float32)
+    for place in tl.static_range(few):
+        total += tl.load(each + (row * few + place) * height + column, column < height, 0.0).to(tl.float32)
+    tl.store(out + row * height + column, total.to(out.dtype.element_ty), column < height)
+
+
+def summed(each: Tensor) -> Tensor:
+    """[N, hidden], the sums of contiguous ``each`` [N, k, hidden] in float32, rounded once."""
+    count, few, height = each.shape
+    out = each.new_empty(count, height)
+    columns = min(triton.next_power_of_2(height), COLUMNS)
+    sum_kernel[(count, triton.cdiv(height, columns))](each, out, height, few, columns, num_warps=4)
+    return out
+
+
+def mixed(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """What the ``experts`` [N, k] of each token make of it, ``x`` [N, hidden], times their shares [N, k], and added up
+    in their order: [N, hidden]."""
     if not experts.numel():
-        return out
-    wide, narrow = next(((wide, narrow) for most, wide, narrow in TILES if experts.numel() <= most * groups), MANY)
-    return multiply(x, experts, shares, gate_up, down, out, wide, narrow)
+        return torch.zeros_like(x)
+    wide, narrow = next(((wide, narrow) for most, wide, narrow in TILES if experts.numel() <= most * len(down)), MANY)
+    return summed(multiply(x, experts, shares, gate_up, down, _fitting(wide, x, 2), _fitting(narrow, x, 1)))
+
+
+def _fitting(tile: Tile, x: Tensor, matrices: int) -> Tile:
+    """The tile with no more stages than the device of ``x`` has room for, for a product with so many ``matrices``."""
+    size = x.itemsize * tile.depth * (tile.rows + matrices * tile.columns)
+    return tile._replace(stages=stages(x.device, tile.stages, size))
 
 
 def multiply(
-    x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor, out: Tensor, wide: Tile, narrow: Tile
+    x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor, wide: Tile, narrow: Tile
 ) -> Tensor:
-    """:func:`weighted` by such tiles, in ``out``."""
+    """What each of its ``experts`` [N, k] makes of each token ``x`` [N, hidden], times its share, by such tiles:
+    [N, k, hidden]."""
     (groups, height, ffn), few, count = down.shape, experts.shape[1], experts.numel()
+    out = torch.empty(*experts.shape, height, dtype=x.dtype, device=x.device)
     order, ends = ordered(experts, groups)
     hidden = torch.empty(count, ffn, dtype=x.dtype, device=x.device)
     padded = triton.next_power_of_2(groups)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.ops.multiprocessors import processors
+
 
 class Tile(NamedTuple):
     """What a program of a product works on: rows and columns of the result, and how much of each sum at a time."""
@@ -90,13 +92,7 @@ def _tile(x: Tensor, weight: Tensor, groups: int) -> Tile:
         return WIDE
     if x.shape[0] > NARROW.rows * groups:
         return MANY
-    return NARROW if weight.shape[-2] <= NARROW.columns * _processors(x.device) else WIDE
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
+    return NARROW if weight.shape[-2] <= NARROW.columns * processors(x.device) else WIDE
 
 
 @functools.cache

@@ -5,6 +5,7 @@ Bugs that its clauses are there to catch:
 - the example: halves of a byte in the wrong order, a sign or an offset that is lost, a scale of another group or row.
 - rows: a scale that belongs to other rows once some were cut off.
 - columns: a scale that belongs to other columns; a unit that is cut in two and stands for other numbers then.
+- strides: parts that are kept as products want them, and stand for other numbers then.
 - product: a kernel that reads other numbers than the format's definition gives, or leaves out what is left over behind
   whole vectors and blocks.
 - computes: a format that models have as plain numbers on a CPU, as it has no kernels elsewhere.
@@ -36,6 +37,7 @@ def check(format: WeightFormat, device: torch.device | str = "cpu") -> None:
         assert format.computes(torch.device("cpu"), dtype), f"models in {dtype} have plain numbers on a CPU"
     check_rows(format, parts, found)
     check_columns(format, parts, found)
+    torch.testing.assert_close(format.dequantize(format.arranged(parts)), found, rtol=0, atol=0)
     for count in (1, 2, 5, 33):
         check_product(format, larger, count)
         check_gradient(format.exact(), larger, count)

@@ -16,6 +16,8 @@ from penstock.models import hub
 from penstock.models.decoder import Decoder
 from penstock.models.formats.schemes import SCHEMES
 from penstock.models.quantized import QuantizedLinear
+from penstock.ops.quantized.contract import Packed
+from penstock.ops.quantized.fp8 import Fp8
 from penstock.ops.quantized.ggml import Ggml
 from penstock.serve.config import EngineConfig
 from penstock.serve.opening import open_engine
@@ -63,6 +65,20 @@ def test_so_are_those_of_each_scheme(scheme, tmp_path):
     packed = hub.load_for_inference(tmp_path / scheme)
     assert len(quantized(packed)) == 3 * 4
     same(packed, hub.load(tmp_path / scheme))
+
+
+def test_parts_lie_as_products_on_a_device_want_them():
+    """Also where matrices are joined, and after they were moved."""
+    format, draw = Fp8(group=128, rounds=True), torch.Generator().manual_seed(0)
+    scales = [torch.rand(rows, 2, generator=draw) for rows in (16, 32)]
+    values = [torch.zeros(len(scale), 256).to(torch.float8_e4m3fn) for scale in scales]
+    pieces = [Packed(format, {"values": v, "scale": s}) for v, s in zip(values, scales, strict=True)]
+    layer = QuantizedLinear(pieces, None)
+    (kept,) = layer.pieces()
+    assert kept.parts["scale"].stride() == (2, 1) and torch.equal(kept.parts["scale"], torch.cat(scales))
+    (moved,) = layer.to("meta").pieces()
+    assert moved.parts["scale"].stride() == (1, 48)
+    assert [name for name, _ in layer.named_buffers()] == ["values_0", "scale_0"]
 
 
 def test_matrices_are_plain_where_the_device_does_not_compute_in_their_format(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ pytestmark = runs
 __all__ = ["repaired"]
 
 KINDS: dict[str, type[Fp8 | Int8 | Int4]] = {"int4": Int4, "int8": Int8, "e4m3": Fp8}
-LATE, EARLY = Tile(16, 64, 64, 4, 3, False), Tile(16, 64, 64, 4, 3, True)
+TILE = Tile(16, 64, 64, 4, 3, 1)
 
 
 def random(kind: str, rows: int, columns: int, group: int | None, shifted: bool) -> tuple[WeightFormat, Parts]:
@@ -53,25 +53,28 @@ def close(found: Tensor, x: Tensor, matrix: Tensor, bound: float = 2**-8) -> Non
 @pytest.mark.parametrize("group", [None, 32, 64, 128])
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_those_with_the_dequantized_matrix(kind: str, group: int | None, shifted: bool) -> None:
-    """Rows that fill no tile, few rows of x and more, sums in one piece and in several of which the last is shorter.
-    Where numbers are not rounded before the product, it is as exact as sums in float32."""
+    """Rows that fill no tile, few rows of x and more, sums in one piece and in several of which the last is shorter,
+    and scales in either order. They are as exact as sums in float32."""
     if kind == "e4m3" and shifted:
         pytest.skip("e4m3 has no offsets")
     for rows, columns, count, pieces in ((37, 160, 1, 2), (70, 384, 19, 1), (64, 448, 16, 3)):
         format, parts = random(kind, rows, columns, group, shifted)
         x, matrix = given(count, columns), format.dequantize(parts)
-        for tile, bound in ((LATE, 2**-20), (EARLY, 2**-8)):
-            own = parts["values"], parts["scale"], parts.get("offset"), group or cuda.WHOLE
-            close(packed_kernel.multiply(kind, x, *own, tile, pieces), x, matrix, bound)
-        plain = plain_kernel.plain(kind, *own, columns)
-        torch.testing.assert_close(plain, matrix.bfloat16(), rtol=2**-7, atol=1e-6 * float(matrix.abs().max()))
+        for order in (lambda part: part, cuda.arranged):
+            scale, offset = (each if each is None else order(each) for each in (parts["scale"], parts.get("offset")))
+            own = parts["values"], scale, offset, group or cuda.WHOLE
+            close(packed_kernel.multiply(kind, x, *own, TILE, pieces), x, matrix, 2**-20)
+            plain = plain_kernel.plain(kind, *own, columns)
+            torch.testing.assert_close(plain, matrix.bfloat16(), rtol=2**-7, atol=1e-6 * float(matrix.abs().max()))
 
 
 def test_columns_that_fill_no_group_are_multiplied_too() -> None:
     format, parts = random("int4", 33, 150, 64, True)
     x, matrix = given(3, 150), format.dequantize(parts)
     own = parts["values"], parts["scale"], parts["offset"], 64
-    close(packed_kernel.multiply("int4", x, *own, LATE, 2), x, matrix, 2**-20)
+    close(packed_kernel.multiply("int4", x, *own, TILE, 2), x, matrix, 2**-20)
+    plain = plain_kernel.plain("int4", *own, 150)
+    torch.testing.assert_close(plain, matrix.bfloat16(), rtol=2**-7, atol=1e-6 * float(matrix.abs().max()))
 
 
 @pytest.mark.parametrize("group", [None, 32, 128])
@@ -79,6 +82,8 @@ def test_rows_are_rounded_to_the_nearest_of_e4m3(group: int | None) -> None:
     x = given(5, 320) * torch.logspace(-6, 3, 5, device=DEVICE).unsqueeze(1).bfloat16()
     x[1], x[2, :32] = 0, 0
     values, scale = rounded_kernel.rounded(x, group)
+    assert values.shape == (16, 320) and scale.stride(0) == 1
+    values, scale = values[:5], scale[:5]
     grouped = torch.nn.functional.pad(x.float(), (0, 384 - 320 if group == 128 else 0)).view(5, -1, group or 320)
     factors = grouped.abs().amax(-1) / 448
     torch.testing.assert_close(scale, factors.clamp(min=1e-12), rtol=1e-6, atol=0)
@@ -86,13 +91,16 @@ def test_rows_are_rounded_to_the_nearest_of_e4m3(group: int | None) -> None:
     assert torch.equal(values.float(), wanted.float())
 
 
-@pytest.mark.parametrize("group", [32, 128])
-def test_products_in_e4m3_are_those_with_rounded_rows(group: int) -> None:
-    """Rows and columns that fill no tile."""
-    format, parts = random("e4m3", 80, 320, group, False)
-    x = given(19, 320)
-    values, scale = rounded_kernel.rounded(x, group)
-    tile = rounded_kernel.Tile(32, 64, 64, 4, 3)
-    found = rounded_kernel.multiply(values, scale, parts["values"], parts["scale"], group, tile)
-    rounded, matrix = Fp8(group=group).dequantize({"values": values, "scale": scale}), format.dequantize(parts)
-    close(found, rounded, matrix, 2**-20 if DEVICE == "cpu" else 2**-12)
+@pytest.mark.parametrize(
+    ("bits", "count", "wanted"),
+    [
+        (4, 1, (4, 2, 8, 4)), (4, 16, (4, 2, 8, 4)), (4, 32, (4, 2, 8, 4)), (4, 64, (4, 1, 8, 4)),
+        (8, 1, (4, 1, 8, 4)), (8, 16, (4, 1, 8, 4)), (8, 32, (4, 1, 8, 4)), (8, 64, (4, 1, 4, 4)),
+        (4, 128, (2, 1, 4, 4)), (8, 128, (2, 1, 4, 4)), (4, 256, (1, 1, 2, 2)), (8, 256, (1, 1, 2, 2)),
+    ],
+)  # fmt: skip
+def test_sums_are_cut_in_about_the_pieces_that_took_least_time(bits: int, count: int, wanted: tuple[int, ...]) -> None:
+    """For the matrices of Qwen3-8B on an H200: the best of 1, 2, 4 and 8, or the next to it."""
+    tile = next((tile for most, tile in packed_kernel.TILES[bits] if count <= most), packed_kernel.MANY)
+    shapes = (6144, 4096), (24576, 4096), (4096, 12288), (4096, 4096)
+    assert tuple(packed_kernel.pieces_of(count, *shape, tile, 132) for shape in shapes) == wanted

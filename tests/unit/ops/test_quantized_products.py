@@ -94,6 +94,35 @@ def test_rows_differ_from_those_in_e4m3_by_no_more_than_is_said(group):
     assert (off / bound)[:, ~ordinary].nan_to_num().max() > 0.9
 
 
+def test_scales_by_block_of_128_columns_lie_as_a_library_wants_them():
+    """Column by column on a device, where rows may be rounded; on a CPU as they are."""
+    scale = torch.rand(48, 3)
+    format = Fp8(group=128, rounds=True)
+    for device, wanted in (("cpu", (3, 1)), ("meta", (1, 48))):
+        parts = {"values": torch.empty(48, 384, device=device).to(torch.float8_e4m3fn), "scale": scale.to(device)}
+        assert format.arranged(parts)["scale"].stride() == wanted
+        assert format.arranged(parts)["scale"].shape == (48, 3)
+        assert format.exact().arranged(parts)["scale"].stride() == (3, 1)
+    assert torch.equal(cuda.arranged(scale), scale)
+    again = cuda.arranged(cuda.arranged(scale))
+    assert again.stride() == (1, 48) and torch.equal(again, scale)
+
+
+def test_rows_are_rounded_to_e4m3_where_it_gains_time(monkeypatch):
+    """By the number of rows, the scales, and whether a library multiplies by block."""
+    monkeypatch.setattr(cuda, "multiplies_blocks", lambda device: able)
+
+    def rounded(count: int, group: int | None, rows: int = 64, columns: int = 384) -> bool:
+        return cuda.rounds(torch.empty(count, columns), (rows, columns), group)
+
+    able = True
+    assert not rounded(16, 128) and not rounded(32, 128) and rounded(33, 128) and rounded(4096, 128)
+    assert not rounded(64, None) and rounded(65, None)
+    assert not rounded(4096, 64) and not rounded(4096, 128, columns=320) and not rounded(4096, 128, rows=70)
+    able = False
+    assert not rounded(4096, 128) and rounded(65, None)
+
+
 def test_on_cuda_formats_stay_as_they_are_where_there_is_a_kernel(monkeypatch):
     """By the generation of the device, what activations are, and the size of groups."""
     monkeypatch.setattr(cuda, "can_compile", lambda device: True)

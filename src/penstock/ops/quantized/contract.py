@@ -31,10 +31,10 @@ class Example(NamedTuple):
 
 @contract(
     "weight.format",
-    law="a stored matrix stands for the numbers that the format's definition gives; rows can be cut from it, and "
-    "columns between its units; a product with it is that with these numbers, within the rounding that the format "
-    "states, and on a CPU models compute with it as it is stored; the gradient of its input is that of a product with "
-    "these numbers, and nothing is kept for it",
+    law="a stored matrix stands for the numbers that the format's definition gives, also where it is arranged for "
+    "products; rows can be cut from it, and columns between its units; a product with it is that with these numbers, "
+    "within the rounding that the format states, and on a CPU models compute with it as it is stored; the gradient of "
+    "its input is that of a product with these numbers, and nothing is kept for it",
 )
 class WeightFormat(Policy):
     """A way to store a matrix of weights [M, K] in few bits.
@@ -87,6 +87,11 @@ class WeightFormat(Policy):
     def dequantizes(self, device: torch.device) -> bool:
         """Whether a matrix on ``device`` is dequantized there, without copies to the host and back."""
         return True
+
+    def arranged(self, parts: Parts) -> Parts:
+        """The same parts with the strides in which a :meth:`product` on their device reads them fastest; it takes them
+        with any. Whoever keeps a matrix asks once."""
+        return parts
 
     def exact(self) -> WeightFormat:
         """The format whose :meth:`product` does not round ``x``, and which is like this one but for that."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.library import Library, register_fake
@@ -11,9 +13,16 @@ from penstock.core.devices import can_compile
 #: Columns that kernels decode at a time at least: groups are of so many whole ones.
 UNIT = 32
 
-#: Up to so many rows, a product takes as long as reading the matrix; and up to so many, a kernel that decodes it for
-#: each tile of the result takes less time than a library's product with plain numbers and making these.
-FEW, SOME = 64, 512
+#: Up to so many rows, they are not rounded to e4m3, for a matrix with a scale for each row, or block of columns: see
+#: :func:`rounds`. All are measured on an H200.
+FEW, FEW_BY_BLOCK = 64, 32
+
+#: Up to so many rows, a kernel that decodes the matrix for each tile of the result takes less time than a library's
+#: product with plain numbers and making these.
+SOME = 256
+
+#: Columns that have a scale in a library's products of e4m3 by block.
+BLOCK = 128
 
 #: Plain numbers that are made at a time, and multiplied while most of them are in the device's second cache.
 PIECE = 1 << 25
@@ -43,10 +52,39 @@ def serves(x: Tensor, columns: int, group: int | None) -> bool:
     return x.is_cuda and x.dtype is torch.bfloat16 and columns % 2 == 0 and (group is None or group % UNIT == 0)
 
 
-def rounds(x: Tensor, shape: tuple[int, int]) -> bool:
-    """Whether as many rows as ``x`` [N, K] has are rounded to e4m3 for a product with a matrix of the ``shape`` in it:
-    where reading the matrix takes longest, that would gain nothing, and libraries want whole 16 rows and columns."""
-    return x.shape[0] > FEW and shape[0] % 16 == 0 and shape[1] % 16 == 0
+def rounds(x: Tensor, shape: tuple[int, int], group: int | None) -> bool:
+    """Whether as many rows as ``x`` [N, K] has are rounded to e4m3 for a product with a matrix of the ``shape`` in it,
+    with scales of each ``group`` of columns.
+
+    That costs accuracy, and is done only where it gains time. Up to 16 rows, a product takes as long as reading the
+    matrix, whoever multiplies; up to :data:`FEW_BY_BLOCK`, a library's with scales by block gains little, and up to
+    :data:`FEW`, that with scales by row gains nothing. Where no library multiplies by such blocks, rows are not
+    rounded: a kernel of our own took about as long as decoding the matrix, for whatever number of rows.
+    """
+    count, (rows, columns) = x.shape[0], shape
+    if rows % 16 or columns % 16:  # which libraries want
+        return False
+    if group is None:
+        return count > FEW
+    whole = group == BLOCK and columns % group == 0
+    return count > FEW_BY_BLOCK and whole and multiplies_blocks(x.device)
+
+
+@functools.cache
+def multiplies_blocks(device: torch.device) -> bool:
+    """Whether a library multiplies e4m3 on ``device`` with scales for each row of each block of 128 columns. That
+    depends on the device and on versions of libraries, of which none tells, so that it is tried."""
+    values, scale = torch.zeros(256, 256, device=device).to(torch.float8_e4m3fn), torch.ones(256, 2, device=device)
+    try:
+        torch._scaled_mm(values, values.T, arranged(scale), arranged(scale).T, out_dtype=torch.bfloat16)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def arranged(scale: Tensor) -> Tensor:
+    """The same scales [M, k], those of a group of columns contiguous, as a library's products in e4m3 want them."""
+    return scale.T.contiguous().T
 
 
 def product(
@@ -77,16 +115,17 @@ def product(
 def _product(
     kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor | None, group: int | None, rounded: bool
 ) -> Tensor:
-    from penstock.ops.quantized import packed_kernel, plain_kernel
+    from penstock.ops.quantized import packed_kernel, plain_kernel, rounded_kernel
 
     (count, size), height = x.shape, values.shape[0]
     if not count or not height:
         return x.new_zeros(count, height)
-    values, scale, offset = values.contiguous(), scale.contiguous(), None if offset is None else offset.contiguous()
-    x = x.contiguous()
+    x, values = x.contiguous(), values.contiguous()
+    if offset is not None:
+        scale, offset = scale.contiguous(), offset.contiguous()
     x = x.clone() if x.data_ptr() % 16 else x
-    if rounded and rounds(x, (height, size)):
-        return _rounded(x, values, scale, group)
+    if rounded and rounds(x, (height, size), group):
+        return rounded_kernel.product(x, values, scale, group)
     columns = group or WHOLE
     if count <= SOME:
         return packed_kernel.product(kind, x, values, scale, offset, columns)
@@ -97,16 +136,6 @@ def _product(
         piece = plain_kernel.plain(kind, values[rows], scale[rows], added, columns, size)
         torch.mm(x, piece.T, out=out[:, rows])
     return out
-
-
-def _rounded(x: Tensor, values: Tensor, scale: Tensor, group: int | None) -> Tensor:
-    """The product in e4m3: by a library where rows have a scale, which adds up so that no bits are lost in between."""
-    from penstock.ops.quantized import rounded_kernel
-
-    given, factors = rounded_kernel.rounded(x, group)
-    if group is not None:
-        return rounded_kernel.blocks(given, factors, values, scale, group)
-    return torch._scaled_mm(given, values.T, factors, scale.T, out_dtype=x.dtype, use_fast_accum=False)
 
 
 def _shape(

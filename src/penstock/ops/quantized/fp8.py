@@ -18,8 +18,9 @@ class Fp8(WeightFormat):
     of its row).
 
     Where it ``rounds``, as most schemes want it, many rows of x are rounded to e4m3 for a product on CUDA, with a scale
-    for each row, or group of its columns, that takes its largest number to the largest of e4m3: matrix units multiply
-    twice as many numbers then.
+    for each row, or group of 128 columns, that takes its largest number to the largest of e4m3: matrix units multiply
+    twice as many numbers then. From how many rows on, and with which libraries, says
+    :func:`~penstock.ops.quantized.cuda.rounds`.
     """
 
     group: PositiveInt | None = None
@@ -44,6 +45,11 @@ class Fp8(WeightFormat):
             return cpu.product("e4m3", x, values, scale, group=self.group)
         return super().product(x, parts)
 
+    def arranged(self, parts: Parts) -> Parts:
+        if not self.rounds or parts["scale"].device.type == "cpu":
+            return parts
+        return {**parts, "scale": cuda.arranged(parts["scale"])}
+
     def computes(self, device: torch.device, dtype: torch.dtype) -> bool:
         return device.type == "cpu" or cuda.computes(device, dtype, self.group, cuda.E4M3)
 
@@ -52,7 +58,7 @@ class Fp8(WeightFormat):
 
     def rounding(self, x: Tensor, parts: Parts) -> Tensor:
         rows, columns = self.shape(parts)
-        if not (self.rounds and cuda.serves(x, columns, self.group) and cuda.rounds(x, (rows, columns))):
+        if not (self.rounds and cuda.serves(x, columns, self.group) and cuda.rounds(x, (rows, columns), self.group)):
             return super().rounding(x, parts)
         return rounding_of_rows(x, self.group) @ self.dequantize(parts).abs().T
 

@@ -3,14 +3,13 @@
 Up to some dozens of rows, a product takes as long as reading the matrix, so that one in 4 bits takes a quarter of the
 time of one in 16, if the matrix units do not wait for what turns bits into numbers. Hence: numbers are decoded in
 registers, on the side of the product that matrix units take from there; integers in 4 bits are decoded by writing them
-into mantissas, two with one instruction; where there are few rows, numbers are neither scaled nor shifted before the
-product but behind it, where few sums are; and where the rows of the matrix do not keep the device busy, sums are cut in
-pieces that are added up by a second kernel, always in the same order.
+into mantissas, two with one instruction; numbers are neither scaled nor shifted before the product but behind it; and
+where the rows of the matrix do not keep the device busy, sums are cut in pieces that are added up by a second kernel,
+always in the same order.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -19,38 +18,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.ops.multiprocessors import processors, read_shared_memory, stages
+
 
 class Tile(NamedTuple):
-    """What a program works on: so many rows of x and of the matrix, and how many columns at a time. Numbers are scaled
-    before the product (``early``), or their sums behind it."""
+    """What a program works on: so many rows of x and of the matrix, and how many columns at a time; and how many such
+    ``programs`` a processor is given at most by cutting sums in pieces."""
 
     rows: int
     height: int
     depth: int
     warps: int
     stages: int
-    early: bool
+    programs: int
 
 
-#: For matrices in 4 bits and in 8, by how many rows x has at most. What programs read of x comes from the second cache
-#: again and again, so that their tiles of the matrix have to be the taller, the more rows there are and the fewer bits.
+#: For matrices in 4 bits and in 8, by how many rows x has at most; and for more, where its sums fit into registers.
+#: Measured on an H200, for the matrices of Qwen3-8B.
 TILES = {
     4: (
-        (16, Tile(16, 128, 128, 4, 4, False)),
-        (32, Tile(32, 128, 128, 8, 4, False)),
-        (64, Tile(64, 256, 128, 8, 3, False)),
+        (16, Tile(16, 64, 128, 4, 3, 6)),
+        (32, Tile(32, 128, 128, 4, 3, 4)),
+        (64, Tile(64, 128, 128, 8, 5, 2)),
     ),
     8: (
-        (16, Tile(16, 64, 128, 4, 5, False)),
-        (32, Tile(32, 128, 128, 8, 4, False)),
-        (64, Tile(64, 128, 128, 8, 3, False)),
+        (16, Tile(16, 64, 128, 4, 3, 4)),
+        (32, Tile(32, 64, 128, 4, 3, 4)),
+        (64, Tile(64, 64, 128, 4, 3, 3)),
     ),
 }
-MANY = Tile(128, 128, 64, 8, 3, True)
+MANY = Tile(128, 128, 128, 8, 4, 1)
 
-#: Programs for each processor of the device that hide how long memory takes to answer, where there are few rows; the
-#: pieces of a sum at most, and the least steps of one.
-PROGRAMS, PIECES, STEPS = 2, 16, 4
+#: The pieces of a sum at most, and the least columns of one.
+PIECES, COLUMNS = 8, 1024
 
 #: Sums that a program adds up.
 LANES = 1024
@@ -91,12 +91,6 @@ def quarters(raw):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@triton.jit
-def scaled(raw, scale, offset):  # type: ignore[no-untyped-def]
-    """The numbers [height, depth] that stored ones stand for, for a scale and offset [height] of their group."""
-    return (raw.to(tl.float32) * scale[:, None] + offset[:, None]).to(tl.bfloat16)
-
-
 @triton.jit  # type: ignore[untyped-decorator]
 def number(several, place: tl.constexpr):  # type: ignore[no-untyped-def]
     """The one at a ``place`` of several bfloat16 in an integer, from the lowest bits on."""
@@ -105,11 +99,12 @@ def number(several, place: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def factors(  # type: ignore[no-untyped-def]
-    scale, offset, row, inside, group, groups, shifted: tl.constexpr
+    scale, offset, row, inside, group, groups, down, along, shifted: tl.constexpr
 ):  # fmt: skip
-    """What the stored numbers of ``row`` in a ``group`` are multiplied by, and what is added to each then; behind the
-    last group, where x is zero, any number will do."""
-    at = row.to(tl.int64) * groups + tl.minimum(group, groups - 1)
+    """What the stored numbers of ``row`` in a ``group`` are multiplied by, and what is added to each then, of which the
+    next row's are ``down`` from there, and the next group's ``along``; behind the last group, where x is zero, any
+    number will do."""
+    at = row.to(tl.int64) * down + tl.minimum(group, groups - 1).to(tl.int64) * along
     factor = tl.load(scale + at, inside, 0.0)
     added = tl.zeros_like(factor)
     if shifted:
@@ -119,8 +114,8 @@ def factors(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
 def product_kernel(  # type: ignore[no-untyped-def]
-    x, values, scale, offset, out, count, height, width, groups, each, steps,
-    together: tl.constexpr, shifted: tl.constexpr, early: tl.constexpr, even: tl.constexpr,
+    x, values, scale, offset, out, count, height, width, groups, down, along, each, steps,
+    together: tl.constexpr, shifted: tl.constexpr, even: tl.constexpr,
     rows: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """out [pieces, count, height] = x [count, size] times the transpose of a matrix [height, size]. The matrix is
@@ -137,7 +132,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros((tall, rows), tl.float32)
     ones = tl.full((tall, wide), 1.0, tl.bfloat16)
     begin = tl.program_id(2) * steps
-    factor, added = factors(scale, offset, row, inside, begin // each, groups, shifted)
+    factor, added = factors(scale, offset, row, inside, begin // each, groups, down, along, shifted)
     for step in range(begin, begin + steps):
         at = step * wide
         if even:
@@ -147,34 +142,22 @@ def product_kernel(  # type: ignore[no-untyped-def]
             raw = tl.load(from_values + at, inside[:, None] & (at + lane < width)[None, :], 0.0)
             given = tl.load(from_x + at, there[None, :] & (at + lane < width)[:, None], 0.0)
         # Those of the next step, which are there when they are wanted.
-        next_factor, next_added = factors(scale, offset, row, inside, (step + 1) // each, groups, shifted)
+        group = (step + 1) // each
+        next_factor, next_added = factors(scale, offset, row, inside, group, groups, down, along, shifted)
         if together == 4:
             first, second, third, fourth = quarters(raw)
             a, b, c, d = number(given, 0), number(given, 1), number(given, 2), number(given, 3)
-            if early:
-                total = tl.dot(scaled(first, factor, added), a, total)
-                total = tl.dot(scaled(second, factor, added), b, total)
-                total = tl.dot(scaled(third, factor, added), c, total)
-                total = tl.dot(scaled(fourth, factor, added), d, total)
-            else:
-                total += factor[:, None] * tl.dot(fourth, d, tl.dot(third, c, tl.dot(second, b, tl.dot(first, a))))
-                if shifted:
-                    total += added[:, None] * tl.dot(ones, d, tl.dot(ones, c, tl.dot(ones, b, tl.dot(ones, a))))
+            total += factor[:, None] * tl.dot(fourth, d, tl.dot(third, c, tl.dot(second, b, tl.dot(first, a))))
+            if shifted:
+                total += added[:, None] * tl.dot(ones, d, tl.dot(ones, c, tl.dot(ones, b, tl.dot(ones, a))))
         elif together == 2:
             first, second = integers(raw & 15), integers(raw >> 4)
             a, b = number(given, 0), number(given, 1)
-            if early:
-                total = tl.dot(scaled(first, factor, added), a, total)
-                total = tl.dot(scaled(second, factor, added), b, total)
-            else:
-                total += factor[:, None] * tl.dot(second, b, tl.dot(first, a))
-                if shifted:
-                    total += added[:, None] * tl.dot(ones, b, tl.dot(ones, a))
-        elif early:
-            total = tl.dot(scaled(raw, factor, added), given, total)
+            total += factor[:, None] * tl.dot(second, b, tl.dot(first, a))
+            if shifted:
+                total += added[:, None] * tl.dot(ones, b, tl.dot(ones, a))
         else:
-            sums = tl.dot(raw.to(tl.float32).to(tl.bfloat16), given)
-            total += factor[:, None] * sums
+            total += factor[:, None] * tl.dot(raw.to(tl.float32).to(tl.bfloat16), given)
             if shifted:
                 total += added[:, None] * tl.dot(ones, given)
         factor, added = next_factor, next_added
@@ -194,25 +177,30 @@ def sum_kernel(pieces, out, size, count: tl.constexpr, lanes: tl.constexpr):  # 
 
 def product(kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor | None, group: int) -> Tensor:
     """``x`` bfloat16 [N, K], at whole 8 bytes, and K even for 4 bits, times the transpose of a matrix [M, K]: bfloat16
-    [N, M]. Products are exact and sums float32; but with many rows, the matrix's numbers are rounded to bfloat16.
+    [N, M]. Products are exact and sums float32.
 
     Args:
         kind: int4, int8 or e4m3.
         values: uint8 [M, K / 2], int8 [M, K] or float8_e4m3fn [M, K].
-        scale, offset: float32 [M, k].
+        scale: float32 [M, k], with any strides.
+        offset: the same, with those of the scale.
         group: columns of a group, of whole 32.
     """
-    tile = next((tile for most, tile in TILES[4 if kind == "int4" else 8] if x.shape[0] <= most), MANY)
-    programs = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(values.shape[0], tile.height)
-    wanted = triton.cdiv((1 if tile.early else PROGRAMS) * processors(x.device), programs)
-    steps = triton.cdiv(x.shape[1], math.gcd(group, tile.depth))
-    return multiply(kind, x, values, scale, offset, group, tile, max(1, min(wanted, PIECES, steps // STEPS)))
+    (count, size), bits = x.shape, 4 if kind == "int4" else 8
+    largest = MANY if read_shared_memory(x.device) else TILES[bits][-1][1]
+    tile = next((tile for most, tile in TILES[bits] if count <= most), largest)
+    pieces = pieces_of(count, values.shape[0], size, tile, processors(x.device))
+    stage = math.gcd(group, tile.depth) * (2 * tile.rows + bits * tile.height // 8)
+    tile = tile._replace(stages=stages(x.device, tile.stages, stage))
+    return multiply(kind, x, values, scale, offset, group, tile, pieces)
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
+def pieces_of(count: int, height: int, size: int, tile: Tile, processors: int) -> int:
+    """In how many pieces to cut sums of ``size`` terms, for [count, height] of them on a device of so many
+    ``processors``: a power of two, so that pieces are more often alike."""
+    programs: int = triton.cdiv(count, tile.rows) * triton.cdiv(height, tile.height)
+    most = max(1, min(tile.programs * processors // programs, PIECES, size // COLUMNS))
+    return 1 << (most.bit_length() - 1)
 
 
 def multiply(
@@ -238,8 +226,8 @@ def multiply(
         x, values = (x.view(torch.int64), values.view(torch.uint16)) if together == 4 else (x.view(torch.int32), values)
     product_kernel[grid](
         x, values, scale, scale if offset is None else offset, found,
-        count, height, values.shape[1], scale.shape[1], group // depth, steps,
-        together, offset is not None, tile.early, size == pieces * steps * depth,
+        count, height, values.shape[1], scale.shape[1], *scale.stride(), group // depth, steps,
+        together, offset is not None, size == pieces * steps * depth,
         tile.rows, tile.height, depth // together,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -8,36 +8,59 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Rows and columns of the matrix that a program decodes.
-ROWS, COLUMNS = 8, 256
+from penstock.ops.quantized.packed_kernel import integers, quarters
+
+#: What a program decodes: so many rows, and in each so many stretches of columns, which are as wide as what a thread
+#: writes at once, have one scale, and so have it read once.
+ROWS, STRETCHES, WIDE = 2, 128, 8
+
+
+@triton.jit
+def valued(raw, factor, added):  # type: ignore[no-untyped-def]
+    """The numbers that stored ones stand for."""
+    return (raw.to(tl.float32) * factor + added).to(tl.bfloat16)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def plain_kernel(  # type: ignore[no-untyped-def]
-    values, scale, offset, out, height, size, groups, group,
-    halved: tl.constexpr, shifted: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+    values, scale, offset, out, height, width, down, along,
+    group: tl.constexpr, together: tl.constexpr, shifted: tl.constexpr,
+    rows: tl.constexpr, stretches: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    """out [height, size]; one program for a tile of it. The values are ``halved`` where two of them are in a byte."""
-    row, at = tl.program_id(0) * rows + tl.arange(0, rows), tl.program_id(1) * columns + tl.arange(0, columns)
-    inside = (row < height)[:, None] & (at < size)[None, :]
-    line = row.to(tl.int64)[:, None]
-    if halved:
-        raw = tl.load(values + line * (size // 2) + (at // 2)[None, :], inside, 0).to(tl.int32)
-        number = (((raw >> (4 * (at % 2))[None, :]) & 15) - 8).to(tl.float32)
-    else:
-        number = tl.load(values + line * size + at[None, :], inside, 0.0).to(tl.float32)
-    number *= tl.load(scale + line * groups + (at // group)[None, :], inside, 0.0)
+    """out [height, width * together] of values [height, width], where ``together`` numbers are in one: in 4 bits, two
+    in a uint8 or four in a uint16. The scale of the next row is ``down`` from there, and that of the next ``group`` of
+    columns ``along``. One program for a tile: ``stretches`` of ``wide`` values."""
+    row = (tl.program_id(0) * rows + tl.arange(0, rows))[:, None, None]
+    first = (tl.program_id(1) * stretches + tl.arange(0, stretches))[None, :, None] * wide
+    line, at = row.to(tl.int64), first + tl.arange(0, wide)[None, None, :]
+    raw = tl.load(values + line * width + at, (row < height) & (at < width), 0.0)
+    place = line * down + (first * together // group).to(tl.int64) * along
+    factor = tl.load(scale + place, (row < height) & (first < width), 0.0)
+    added = tl.zeros_like(factor)
     if shifted:
-        number += tl.load(offset + line * groups + (at // group)[None, :], inside, 0.0)
-    tl.store(out + line * size + at[None, :], number.to(out.dtype.element_ty), inside)
+        added += tl.load(offset + place, (row < height) & (first < width), 0.0)
+    if together == 4:
+        a, b, c, d = quarters(raw)
+        even = tl.interleave(valued(a, factor, added), valued(c, factor, added))
+        number = tl.interleave(even, tl.interleave(valued(b, factor, added), valued(d, factor, added)))
+    elif together == 2:
+        low, high = integers(raw & 15), integers(raw >> 4)
+        number = tl.interleave(valued(low, factor, added), valued(high, factor, added))
+    else:
+        number = valued(raw, factor, added)
+    column = first * together + tl.arange(0, wide * together)[None, None, :]
+    tl.store(out + line * width * together + column, number, (row < height) & (column < width * together))
 
 
 def plain(kind: str, values: Tensor, scale: Tensor, offset: Tensor | None, group: int, size: int) -> Tensor:
     """The matrix bfloat16 [M, ``size``] of its parts, as of :func:`~penstock.ops.quantized.packed_kernel.product`."""
-    height = values.shape[0]
+    height, together = values.shape[0], 1
+    if kind == "int4":
+        together = 4 if size % 4 == 0 else 2
+        values = values.view(torch.uint16) if together == 4 else values
     out = torch.empty(height, size, dtype=torch.bfloat16, device=values.device)
-    plain_kernel[(triton.cdiv(height, ROWS), triton.cdiv(size, COLUMNS))](
-        values, scale, scale if offset is None else offset, out, height, size, scale.shape[1], group,
-        kind == "int4", offset is not None, ROWS, COLUMNS, num_warps=4,
+    plain_kernel[(triton.cdiv(height, ROWS), triton.cdiv(size, STRETCHES * WIDE))](
+        values, scale, scale if offset is None else offset, out, height, values.shape[1], *scale.stride(),
+        group, together, offset is not None, ROWS, STRETCHES, WIDE // together, num_warps=4,
     )  # fmt: skip
     return out
