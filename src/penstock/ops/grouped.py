@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
+#: Numbers of bf16 in 16 bytes.
+WHOLE = 8
+
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows of group g times ``weight[g]`` transposed.
@@ -21,11 +24,17 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Returns:
         [N, out].
     """
-    if x.device.type == "cuda" and x.dtype == torch.bfloat16:
+    if x.device.type == "cuda" and x.dtype == torch.bfloat16 and fused_serves(*weight.shape[1:]):
         fused: Tensor = F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
         return fused
     looped: Tensor = _product(x, weight, ends)
     return looped
+
+
+def fused_serves(rows: int, columns: int) -> bool:
+    """Whether PyTorch's grouped product takes matrices [rows, columns] of bf16: it wants whole 16 bytes, with its
+    gradients in both directions."""
+    return rows % WHOLE == 0 and columns % WHOLE == 0
 
 
 def _groups(ends: Tensor) -> list[slice]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from penstock.core.randomness import torch_generator
-from penstock.ops.grouped import grouped_linear
+from penstock.ops.grouped import fused_serves, grouped_linear
 
 SIZES = st.lists(st.integers(0, 5), min_size=1, max_size=6)
 
@@ -61,10 +61,16 @@ def test_bf16_rounds_only_products():
     torch.testing.assert_close(ours.double(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(32, 64), (8, 8), (6, 64), (32, 10)])
+def test_the_fused_product_is_asked_for_whole_16_bytes_alone(rows, columns):
+    assert fused_serves(rows, columns) == (2 * rows % 16 == 2 * columns % 16 == 0)
+
+
 @pytest.mark.gpu
-def test_the_fused_product_equals_a_product_for_each_row():
+@pytest.mark.parametrize(("inner", "outer"), [(64, 32), (64, 6), (10, 32)])
+def test_the_fused_product_equals_a_product_for_each_row(inner, outer):
     sizes = [64, 0, 40, 24]
-    x, weight, ends = problem(sizes, inner=64, outer=32)
+    x, weight, ends = problem(sizes, inner=inner, outer=outer)
     results = []
     for dtype, device in ((torch.bfloat16, "cuda"), (torch.float64, "cpu")):
         rows, matrices = (v.detach().to(device, dtype).requires_grad_() for v in (x, weight))
