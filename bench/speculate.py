@@ -56,7 +56,7 @@ UNHEARD = ("fallback", "tetris", "specdec_pp")
 #: What papers claim of a controller or drafter beside plain decoding: greater speed.
 PAPERS = {"model, bass": (160,), "model, fixed": (63,)}
 #: And of one beside the best length that is fixed.
-ADAPTIVE = {"model, specdec_pp": (374,)}
+ADAPTIVE = {"model, specdec_pp": (374,), "model, tetris": (191,), "model, thompson": (162,)}
 
 
 def prompts(count: int, source: str | Path = TARGET) -> list[list[int]]:

@@ -394,12 +394,12 @@ def _drafting(name: str | Path) -> dict[str, Any]:
     Raises:
         UsageError: there is none.
     """
-    boxed = hub.boxed_models()
+    here = {*hub.boxed_models(), *hub.PACKAGED}
     if heads.find(name) is not None:
         return {"name": heads.drafter_of(name), "source": str(name)}
-    if str(name) in boxed or "/" in str(name) or Path(name).exists():
+    if str(name) in here or "/" in str(name) or Path(name).exists():
         return {"name": "model", "source": str(name)}
-    known = {*boxed, *index().names("speculate.drafter")} - {"model", "head"}
+    known = {*here, *index().names("speculate.drafter")} - {"model", "head"}
     raise UsageError(
         f"nothing drafts that is called {str(name)!r}: {nearest(str(name), known)}",
         hint="Name a drafter such as ngram, a smaller model (a folder, a boxed model, org/name), or a head.",

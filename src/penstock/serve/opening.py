@@ -128,8 +128,6 @@ def load_draft(
     try:
         folder = hub.resolve(source)
     except UsageError as error:
-        if not Path(source).is_dir():
-            raise
         more = f"Or train a head that drafts for this model, and name its run: {heads.command(target=name)}"
         raise UsageError(error.what, hint=f"{error.hint} {more}") from error
     require_same_tokens(source, folder, target, tokenizer)

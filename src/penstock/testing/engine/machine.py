@@ -43,6 +43,9 @@ from penstock.testing.engine.requests import CONTRAST, MOST, STOP, params, promp
 from penstock.testing.enrolled import enrolled
 from penstock.testing.serve_model import SHAPE, small_draft, small_head, small_model, small_predictor
 
+#: Chooses one of however many there are, by what is left of a division.
+ANY = st.integers(0, 2**16 - 1)
+
 
 class EngineMachine(RuleBasedStateMachine):
     """Any course of events. Subclasses name the policy, see :func:`machine_of`.
@@ -66,13 +69,13 @@ class EngineMachine(RuleBasedStateMachine):
     options: Mapping[str, Any] = {}
 
     @initialize(
-        loop=st.integers(0, 7),
+        loop=ANY,
         tokens=st.sampled_from([10, 24, 64]),
         sequences=st.sampled_from([1, 4, 10]),
         block_size=st.sampled_from([2, 4]),
         cache=st.sampled_from([36, 60, 400]),
-        draft=st.integers(0, 63),
-        eviction=st.integers(0, 7),
+        draft=ANY,
+        eviction=ANY,
         places=st.sampled_from([0, 0, 3, 40]),
     )
     def open(
