@@ -4,9 +4,10 @@ A generated part stands between two lines, of which the first names the generato
 
     <!-- figures: NAME -->      the results of a benchmark or of a peer, or of one device's file (NAME-DEVICE)
     <!-- comparisons: NAME -->  those of them that stand beside a peer's; NAME,METRIC is of one metric
-    <!-- grid: NAME,METRIC -->  one metric of them: subjects down, settings across
+    <!-- grid: NAME,METRIC -->  one metric of them: subjects and their peers down, settings across
     <!-- claims: NAME,CONTRACT --> its figures of the policies of a contract, beside what their papers claim
     <!-- points: FILE,X,Y -->   a picture of one device's file: a metric, the last, against one or more others
+    <!-- shares: FILE,METRIC --> a picture of how far a metric is from the peer's, by the share of memory that is taken
     <!-- policies: CONTRACT --> the policies of a contract
     <!-- timelines -->          a picture of each pipeline schedule, which is drawn anew too
     <!-- timelines: A,B -->     one picture of some of them
@@ -48,7 +49,7 @@ from penstock.testing.house import ROWS, imports, row
 BLOCK = re.compile(
     r"^<!-- (?P<name>[a-z]+)(?:: (?P<argument>\S+))? -->\n(?P<body>.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL
 )
-PICTURE = re.compile(r"\]\(\S*images/((?:pipeline|bars|points)/[^()\s]+|rooms)\.svg\)")
+PICTURE = re.compile(r"\]\(\S*images/((?:pipeline|bars|points|shares)/[^()\s]+|rooms)\.svg\)")
 MARKER = re.compile(r"^<!-- (?:[a-z]+(?:: \S+)?|end) -->$", re.MULTILINE)
 
 
@@ -107,6 +108,7 @@ def comparisons(sources: Sources, document: Path, wanted: str) -> str:
 @generator
 def grid(sources: Sources, document: Path, wanted: str) -> str:
     """One metric of a benchmark's figures (hyphens for spaces), subjects down and settings across, for each device.
+    What they were compared with has a line too, above them.
 
     Raises:
         UsageError: there are no results of that name, or none has the metric.
@@ -118,9 +120,13 @@ def grid(sources: Sources, document: Path, wanted: str) -> str:
         known |= {row.metric.replace(" ", "-") for row in result.rows}
         if not rows:  # some are measured on one kind of device only
             continue
-        values = {(row.subject, row.setting): f"{format_number(row.value)} {row.unit}".strip() for row in rows}
+        beside = [(row.peer, row.setting, row.peer_value) for row in rows if row.peer and row.peer_value is not None]
+        figures = [*beside, *((row.subject, row.setting, row.value) for row in rows)]
+        unit = rows[0].unit
+        values = {(who, setting): f"{format_number(value)} {unit}".strip() for who, setting, value in figures}
         settings = list(dict.fromkeys(row.setting for row in rows))
-        subjects = dict.fromkeys(row.subject for row in rows)
+        own = {row.subject for row in rows}
+        subjects = dict.fromkeys([*(who for who, _, _ in beside if who not in own), *(row.subject for row in rows)])
         lines = ((subject, *(values.get((subject, setting), "") for setting in settings)) for subject in subjects)
         parts.append(f"{table((rows[0].metric, *settings), lines)}\n{note(result)}")
     if not parts:
@@ -161,6 +167,16 @@ def points(sources: Sources, document: Path, wanted: str) -> str:
     return f"![{label}]({(folder / wanted).as_posix()}.svg)\n"
 
 
+@generator
+def shares(sources: Sources, document: Path, wanted: str) -> str:
+    """A picture of what a metric of a device's file loses beside a peer, by the share of the memory that is taken."""
+    folder = Path(os.path.relpath(sources.root / "docs", document.parent)) / "images" / "shares"
+    label = (
+        f"What is added to the {wanted.partition(',')[2].replace('-', ' ')}, by the share of the memory that is taken"
+    )
+    return f"![{label}]({(folder / wanted).as_posix()}.svg)\n"
+
+
 def named(sources: Sources, name: str) -> list[Result]:
     """The results of a benchmark, or of one device's file.
 
@@ -182,11 +198,15 @@ def note(result: Result) -> str:
 
 
 def tabulated(sources: Sources, name: str, shown: Callable[[Row], bool]) -> str:
-    """The rows of a benchmark's results that are ``shown``, a table for each device."""
-    return "\n".join(
-        f"{table(HEADINGS, (cells(row) for row in result.rows if shown(row)))}\n{note(result)}"
-        for result in named(sources, name)
-    )
+    """The rows of a benchmark's results that are ``shown``, a table for each device that has some.
+
+    Raises:
+        UsageError: there are no results of that name, or none has such a row.
+    """
+    found = [(result, [cells(row) for row in result.rows if shown(row)]) for result in named(sources, name)]
+    if not any(rows for _, rows in found):
+        raise UsageError(f"no figure of {name!r} is of the kind that is to be shown")
+    return "\n".join(f"{table(HEADINGS, rows)}\n{note(result)}" for result, rows in found if rows)
 
 
 @generator
@@ -218,7 +238,7 @@ def timelines(sources: Sources, document: Path, names: str) -> str:
 
 
 def pictures(sources: Sources, texts: Iterable[str]) -> Iterator[tuple[Path, str]]:
-    """The generated pictures that documents show: timelines, bars, points, and the house."""
+    """The generated pictures that documents show: timelines, bars, points, shares, and the house."""
     for shown in sorted({found for text in texts for found in PICTURE.findall(text)}):
         path = sources.root / "docs" / "images" / f"{shown}.svg"
         folder, _, name = shown.rpartition("/")
@@ -228,6 +248,8 @@ def pictures(sources: Sources, texts: Iterable[str]) -> Iterator[tuple[Path, str
             yield path, drawn_bars(sources, f"docs/{name}.toml")
         elif folder == "points":
             yield path, drawn_points(sources, *name.split(","))
+        elif folder == "shares":
+            yield path, drawn_shares(sources, *name.split(","))
         else:
             yield path, drawn_house(sources)
 
@@ -418,8 +440,11 @@ def drawn_bars(sources: Sources, name: str) -> str:
     return _svg(WIDTH, top + 8, [*marks, *lines])
 
 
-#: Colours of settings.
-COLOURS = ("#2f7fc1", "#c9872f", "#3d9a50", "#9050a0")
+#: Colours of settings, and of subjects.
+COLOURS = ("#2f7fc1", "#c9872f", "#3d9a50", "#9050a0", "#b0413e", "#4a8f8f", "#7a6a2f", "#666666")
+
+#: What a setting says of the share of the memory that is taken.
+SHARE = re.compile(r"(\d+)% (?:kept|on the device)")
 
 
 def drawn_points(sources: Sources, name: str, *metrics: str) -> str:
@@ -479,6 +504,56 @@ def _panel(result: Result, x: str, y: str, above: float) -> tuple[list[str], flo
     label = " against ".join(f"{each.replace('-', ' ')} [{unit}]" for each, unit in zip((y, x), units, strict=True))
     lines.append(f'<text x="{left + width}" y="{floor + 42:g}" text-anchor="end" fill="#666">{escape(label)}</text>')
     return lines, 50 + 20 + height + LINE * len(settings)
+
+
+def _added(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """How much more than the first peer's each subject's figures are, by the share of the memory that its setting names
+    (``25% kept``, ``35% on the device``); what the setting says behind that belongs to the subject's name."""
+    found = collections.defaultdict[str, dict[int, float]](dict)
+    for each in rows:
+        share, more = SHARE.search(each.setting), each.value - (each.peer_value or 0.0)
+        if share is not None and each.peer == rows[0].peer and more > 0:
+            found[each.subject + each.setting[share.end() :]][int(share[1])] = more
+    return found
+
+
+def drawn_shares(sources: Sources, name: str, metric: str) -> str:
+    """What is added to a metric (hyphens for spaces, less is better) of one device's file beside the first peer, on a
+    scale of powers, by the share of the memory that is taken: a line for each subject, named at its right end.
+
+    Raises:
+        UsageError: no row of the file has all that.
+    """
+    (result,) = named(sources, name)
+    rows = [each for each in result.rows if each.metric.replace(" ", "-") == metric and each.peer is not None]
+    added = _added(rows)
+    if not added:
+        raise UsageError(f"{name!r} has no {metric!r} beside a peer's in settings that name a share")
+    floor, height, left, width = 20 + 18 * LINE, 18 * LINE, 70, WIDTH - 230
+    powers = [math.log2(more) for values in added.values() for more in values.values()]
+    least, most = math.floor(min(powers)), math.ceil(max(powers))
+
+    def at(share: float, more: float) -> tuple[float, float]:
+        return left + share / 100 * width, floor - (math.log2(more) - least) / (most - least) * height
+
+    lines = [f'<path d="M{left} 20V{floor}H{left + width}" fill="none" stroke="#888"/>']
+    for share in (0, 25, 50, 75, 100):
+        x, _ = at(share, 2.0**least)
+        lines.append(f'<text x="{x:.1f}" y="{floor + 18}" text-anchor="middle" fill="#666">{share}%</text>')
+    for power in range(least, most + 1):
+        _, y = at(0, 2.0**power)
+        said = f"+{format_number(2.0**power)}"
+        lines.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" fill="#666">{said}</text>')
+    ends = []
+    for (subject, values), colour in zip(added.items(), itertools.cycle(COLOURS)):
+        spots = [at(share, more) for share, more in sorted(values.items())]
+        lines.append(f'<path d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in spots)}" fill="none" stroke="{colour}"/>')
+        lines += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in spots[:-1]]
+        ends.append((subject, colour, *spots[-1]))
+    lines += _labelled(ends)
+    label = f"{rows[0].metric} beside {rows[0].peer} [{rows[0].unit}], by the share of its memory that is taken"
+    lines.append(f'<text x="{left + width}" y="{floor + 42}" text-anchor="end" fill="#666">{escape(label)}</text>')
+    return _svg(WIDTH, floor + 60, lines)
 
 
 def _labelled(marks: Sequence[tuple[str, str, float, float]]) -> Iterator[str]:

@@ -136,8 +136,8 @@ def test_a_grid_has_subjects_down_and_settings_across(sources):
     other = Row(subject="bent", setting="wood", metric="depth", value=1, unit="m", repetitions=1)
     lines = block(with_row(with_row(sources, iron), other), "grid: cutting-h100,speed")
     assert lines[0] == "| speed | wood | iron |"
-    assert lines[2:4] == ["| slanted | 50.00 m/s |  |", "| bent |  | 1.000 m/s |"]
-    assert lines[4].startswith("h100 in full")
+    assert lines[2:5] == ["| straight | 2.000 m/s |  |", "| slanted | 50.00 m/s |  |", "| bent |  | 1.000 m/s |"]
+    assert lines[5].startswith("h100 in full")
     with pytest.raises(UsageError, match="no metric 'sped'"):
         block(sources, "grid: cutting,sped")
 
@@ -148,6 +148,16 @@ def test_comparisons_leave_out_what_has_no_peer(sources):
     every, compared = (block(sources, f"{name}: cutting-h100") for name in ("figures", "comparisons"))
     assert [line for line in every if line not in compared] == ["| bent | wood | speed ↑ | 1.000 m/s | 1 |  |  |  |"]
     assert [line for line in every if line in compared] == compared
+
+
+def test_devices_without_such_figures_have_no_table(sources):
+    known, other = sources.results[0], Row(subject="bent", setting="wood", metric="depth", value=1, unit="m")
+    bare = known.model_copy(update={"device": "bare", "hardware": "bare in full", "rows": (other,)})
+    sources = dataclasses.replace(sources, results=[*sources.results, bare])
+    assert not any("bare in full" in line for line in block(sources, "comparisons: cutting"))
+    assert any("bare in full" in line for line in block(sources, "figures: cutting"))
+    with pytest.raises(UsageError, match="of the kind"):
+        block(sources, "comparisons: cutting-bare")
 
 
 def test_comparisons_of_one_metric(sources):
@@ -469,6 +479,32 @@ def test_points_stand_where_their_metrics_say(sources):
     found = sorted((float(dot.get("cx")), float(dot.get("cy"))) for dot in dots)
     assert found[1][0] - found[0][0] == pytest.approx(found[2][0] - found[1][0], abs=0.2)
     assert found[0][1] - found[1][1] == pytest.approx(found[1][1] - found[2][1], abs=0.2) and found[0][1] > found[1][1]
+
+
+def test_shares_stand_where_their_settings_say(sources):
+    """The share across, evenly; what is added to the peer's figure on a scale of powers; and no point for a setting
+    without a share, for another peer, and where nothing is added."""
+
+    def row(subject: str, setting: str, value: float, peer: str = "whole", peer_value: float = 1.0) -> Row:
+        beside = {"peer": peer, "peer_value": peer_value, "ratio": value / peer_value}
+        return Row(subject=subject, setting=setting, metric="waste", value=value, unit="m", better="lower", **beside)
+
+    rows = [row("a", "wood, 20% kept", 5.0), row("a", "wood, 40% kept", 3.0), row("a", "wood, 60% kept", 2.0)]
+    rows += [row("b", "wood", 9.0), row("c", "wood, 50% kept", 9.0, "a", 2.0), row("d", "wood, 50% kept", 1.0)]
+    rows += [row("e", "wood, 40% on the device, thin", 3.0)]
+    sources = dataclasses.replace(sources, results=[sources.results[0].model_copy(update={"rows": tuple(rows)})])
+    shown = block(sources, "shares: cutting-cpu-2,waste")[0]
+    ((_, drawn),) = generate.pictures(sources, [shown])
+    svg = "{http://www.w3.org/2000/svg}"
+    root = ElementTree.fromstring(drawn)
+    dots = sorted((float(dot.get("cx")), float(dot.get("cy"))) for dot in root.findall(f"{svg}circle"))
+    one, two, same, last = dots
+    assert two == same
+    assert two[0] - one[0] == pytest.approx(last[0] - two[0], abs=0.2)
+    assert two[1] - one[1] == pytest.approx(last[1] - two[1], abs=0.2) and one[1] < two[1] < last[1]
+    assert {"a", "e, thin"} <= {text.text for text in root.findall(f"{svg}text")}
+    with pytest.raises(UsageError, match="in settings that name a share"):
+        generate.drawn_shares(sources, "cutting-cpu-2", "depth")
 
 
 def test_a_picture_has_a_panel_for_each_metric_that_was_measured(sources):
