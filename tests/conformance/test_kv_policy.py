@@ -22,6 +22,7 @@ def test_sizes_rows_and_memory(name):
     kv_policy.check_together(POLICIES[name])
     kv_policy.check_held(POLICIES[name])
     kv_policy.check_continued(POLICIES[name])
+    kv_policy.check_whole(POLICIES[name])
 
 
 @pytest.mark.parametrize("name", POLICIES)

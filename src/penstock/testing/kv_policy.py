@@ -20,6 +20,8 @@ What each clause is there to catch:
   remembered; one that is read after another has written there; sums whose order depends on who else is there;
 - :func:`check_continued`: blocks of what was said that are taken for those of a prompt, or the other way round, where
   they are not the same;
+- :func:`check_whole`: a request that is to keep all of its cache, and does not, or goes on from what is left of
+  another one's;
 - :func:`check_held`: a cache that grows beyond what the policy says;
 - :func:`check_pressure`: a cache that is compressed although nothing presses, or only once somebody was preempted; one
   that is computed again and not compressed where it was, or amidst what was said already; queries that drafts have
@@ -32,6 +34,7 @@ cache. Each policy's own rule is tested by brute force beside this.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections import defaultdict
@@ -41,6 +44,7 @@ import torch
 from hypothesis.stateful import run_state_machine_as_test
 from torch import Tensor
 
+from penstock.core.errors import UsageError
 from penstock.core.randomness import numpy_generator, torch_generator
 from penstock.models.config import DecoderConfig
 from penstock.models.paged import cache_shape
@@ -85,6 +89,7 @@ def check(policy: CachePolicy, crowds: int = 3, examples: int = 6, steps: int = 
     check_together(policy)
     check_held(policy)
     check_continued(policy)
+    check_whole(policy)
     check_engine(policy, crowds, examples, steps)
     check_pressure(policy, crowds, examples, steps)
 
@@ -422,6 +427,39 @@ def check_continued(policy: CachePolicy) -> None:
         for delta in engine.step():
             said[delta.id] += delta.tokens
     assert said["a"] == alone, "a prompt is taken for what was said, and is not the same"
+
+
+def check_whole(policy: CachePolicy) -> None:
+    """Asserts that requests which keep all of their caches, beside others that are compressed and in a pool that is too
+    small for all, say what the model does that computes everything anew; so does what goes on from one that was
+    compressed. Where tokens read a part of a cache, such requests are refused."""
+    for chosen in (tight(policy), tight(policy, when="pressure")):
+        config = EngineConfig(
+            kv=chosen, attention=Reference(), tokens=64, sequences=5, block_size=2, cache_tokens=130, check=True
+        )
+        engine, told = build_engine(small_model(), config), defaultdict[str, list[int]](list)
+        ways = {kv: SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, kv=kv) for kv in ("full", None)}
+        asked = [Request(f"{kv} {place}", numbers(f"{kv} {place}", 20), ways[kv]) for place in range(2) for kv in ways]
+        if chosen.selection is not None:
+            with contextlib.suppress(UsageError):
+                engine.add(asked[0])
+                raise AssertionError("a request is taken that would have its own way to read the cache")
+            return
+        for each in asked:
+            engine.add(each)
+        while engine.busy:
+            said = told[asked[1].id]
+            if len(asked) == 4 and len(said) >= 12:
+                asked.append(Request("full fork", [*asked[1].prompt, *said], ways["full"]))
+                engine.fork(asked[1].id, asked[-1])
+            for delta in engine.step():
+                told[delta.id] += delta.tokens
+        assert (engine.snapshot().dropped_tokens > 0) == chosen.compresses, "those beside them are not compressed"
+        assert len(asked) == 5
+        for each in asked:
+            if each.sampling.kv is not None:
+                wanted = greedy(small_model(), each.prompt, 24)
+                assert told[each.id] == wanted, f"{each.id!r}, all of whose cache stays, says something else"
 
 
 def check_engine(policy: CachePolicy, crowds: int, examples: int, steps: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
@@ -128,6 +128,7 @@ class SamplingParams(Sampling):
             are distributed.
         prediction: what the answer is expected to be, as text or tokens: it is drafted from that, where the engine
             drafts at all.
+        kv: ``full`` keeps all keys and values of the request, where the engine compresses those of others.
     """
 
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
@@ -155,6 +156,7 @@ class SamplingParams(Sampling):
     rule: Annotated[DecodeRule, Choice("decode.rule")] | None = None
     drafts: bool = True
     prediction: Annotated[str, Field(max_length=LONGEST_PREDICTION)] | tuple[Token, ...] = ()
+    kv: Literal["full"] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod

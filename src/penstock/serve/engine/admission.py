@@ -58,6 +58,12 @@ class Admission:
                 f"vocabulary of {vocabulary}"
             )
         restriction_of(sampling, (), vocabulary)
+        if sampling.kv is not None and self._limits.selection is not None:
+            raise UsageError(
+                f"kv {sampling.kv!r} is for caches that are compressed, and here tokens behind the prompt read a part of "
+                "a cache that stays whole",
+                hint="Leave kv out.",
+            )
         if not sampling.prompt_logprobs_from < len(request.prompt) + (sampling.prompt_logprobs is None):
             first, length = sampling.prompt_logprobs_from, len(request.prompt)
             raise UsageError(f"prompt_logprobs_from is {first}, and the prompt has {length} tokens")

@@ -177,6 +177,11 @@ class Sequence:
         return other
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether its cache is never compressed, whatever becomes of those of others."""
+        return self.sampling.kv == "full"
+
+    @property
     def recent(self) -> list[int]:
         """The last of its generated tokens, as many as its restriction has to know."""
         reach = 0 if self.restriction is None else self.restriction.reach

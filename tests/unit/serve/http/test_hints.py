@@ -77,6 +77,12 @@ def test_what_an_answer_must_be_can_be_said_in_three_ways(body, name, text):
     assert getattr(engine.requests[0].sampling.grammar, name) == text
 
 
+def test_a_request_can_keep_all_of_its_cache():
+    assert sampled().kv is None
+    assert sampled(kv="full").kv == "full"
+    assert "'full'" in refused("/v1/completions", prompt="x", kv="h2o")
+
+
 def test_words_and_tokens_that_may_not_come():
     asked_for = sampled(allowed_token_ids=[5, 300], bad_words=["def"])
     assert asked_for.allowed_tokens == (5, 300)

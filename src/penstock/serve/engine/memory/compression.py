@@ -29,6 +29,8 @@ class Compression:
 
     def due(self, sequence: Sequence, computed: int, dropped: int) -> int:
         """When a cache is compressed next, whoever else there is."""
+        if sequence.keeps_all:
+            return NEVER
         if self.policy.patient:
             return next((place for place in sequence.compressed if place > computed), NEVER)
         due = self.policy.due(sequence.prompt, computed, dropped)
@@ -37,7 +39,7 @@ class Compression:
     def schedule(self, sequence: Sequence, held: Held) -> None:
         """Says when what is ``held`` is compressed next. Where it was before, it may not be anywhere else."""
         held.due, held.ripe = self.due(sequence, held.compacted, held.dropped), NEVER
-        if self.policy.patient and held.due == NEVER:
+        if self.policy.patient and held.due == NEVER and not sequence.keeps_all:
             ripe = self.policy.due(sequence.prompt, held.compacted, held.dropped)
             held.ripe = NEVER if ripe is None else max(ripe, held.seen)
 

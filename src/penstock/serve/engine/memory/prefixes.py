@@ -75,7 +75,8 @@ class Prefixes:
             tuple(place for place in each.compressed if place <= held.compacted) for each in (parent, child)
         )
         other = child.preempted and own != compressed  # what it said was said behind another cache
-        if held.dropped and (computed < held.compacted or parent.prompt != child.prompt or other):
+        unlike = parent.prompt != child.prompt or child.keeps_all
+        if held.dropped and (computed < held.compacted or unlike or other):
             return Prefix([], 0)
         blocks = held.blocks[: -(-(computed - held.dropped) // self._blocks.size)]
         return Prefix(blocks, computed, held.dropped, held.compacted, held.known, compressed)

@@ -96,6 +96,8 @@ class Generate(Body):
     drafts: bool | None = None
     #: What the answer is expected to be; it is drafted from that.
     prediction: Expected | None = None
+    #: ``full``: all keys and values of the request are kept, where the server compresses those of others.
+    kv: Literal["full"] | None = None
     #: Texts, such as documents that were found, or their tokens: just as they are, they stand before the prompt, or
     #: before the text of the user's first message.
     contexts: (
@@ -188,5 +190,6 @@ class Generate(Body):
             "rule": self.rule,
             "drafts": self.drafts,
             "prediction": self.prediction and self.prediction.text(),
+            "kv": self.kv,
         }
         return {name: value for name, value in given.items() if value is not None}
