@@ -180,6 +180,9 @@ class Snapshot:
         sequence_steps: how often a step brought tokens of a sequence, one or several.
         drafted_at, accepted_at: drafted and accepted tokens by their place behind the newest one.
         dropped_tokens: how many went out of caches that were compressed.
+        policy: what the cache of a sequence keeps, by name.
+        compress_seconds: how long the host was at compressing caches: of a device's work, the time to queue it, and
+            what the host waited for meanwhile.
         reused_tokens: tokens of contexts that were encoded apart or moved, found in the cache.
         renewed_tokens: tokens of contexts that were moved, computed again.
         step_seconds: of the last step.
@@ -211,6 +214,8 @@ class Snapshot:
     step_seconds: float
     sequence_steps: int = 0
     dropped_tokens: int = 0
+    policy: str = "full"
+    compress_seconds: float = 0.0
     reused_tokens: int = 0
     renewed_tokens: int = 0
     drafted_at: tuple[int, ...] = ()

@@ -385,8 +385,9 @@ def check_held(policy: CachePolicy) -> None:
         most = [fitted.keeps(held.computed) + 5 for held in done]
         assert all(held.places <= each for held, each in zip(done, most, strict=True)), "a cache grew beyond its budget"
         assert all(len(held.blocks) <= -(-each // 2) for held, each in zip(done, most, strict=True))
-    assert engine.snapshot().dropped_tokens > 40
-    assert engine.snapshot().held == 0
+    now = engine.snapshot()
+    assert now.dropped_tokens > 40 and now.compress_seconds > 0
+    assert now.policy == chosen.policy_name and now.held == 0
 
 
 def check_continued(policy: CachePolicy) -> None:

@@ -60,8 +60,8 @@ class Admission:
         restriction_of(sampling, (), vocabulary)
         if sampling.kv is not None and self._limits.selection is not None:
             raise UsageError(
-                f"kv {sampling.kv!r} is for caches that are compressed, and here tokens behind the prompt read a part of "
-                "a cache that stays whole",
+                f"kv {sampling.kv!r} is for caches that are compressed, and here tokens behind the prompt read a part "
+                "of a cache that stays whole",
                 hint="Leave kv out.",
             )
         if not sampling.prompt_logprobs_from < len(request.prompt) + (sampling.prompt_logprobs is None):

@@ -155,7 +155,7 @@ def _companions(request: Request, limit: int, given: int, arrival: int, adapter:
 def _contexts(request: Request, arrival: int, adapter: Adapter) -> Iterable[Sequence]:
     """Sequences of the request's contexts, each behind the shared tokens of its prompt."""
     for context in request.contexts:
-        text, plain = [*request.prompt[: request.shared], *context], SamplingParams(temperature=0, kv=request.sampling.kv)
+        text, plain = [*request.prompt[: request.shared], *context], SamplingParams(temperature=0)
         own = dataclasses.replace(request, prompt=text, sampling=plain, contexts=[])
         yield Sequence(own, -1, plain, text, len(text), arrival, adapter=adapter)
 

@@ -19,7 +19,7 @@ from penstock.serve.engine.admission import Admission
 from penstock.serve.engine.continuations import Continuations, in_a_row
 from penstock.serve.engine.control import EngineControl
 from penstock.serve.engine.drafted import DraftExecutor
-from penstock.serve.engine.executor import Executor
+from penstock.serve.engine.executor import Compressing, Executor
 from penstock.serve.engine.limits import Limits
 from penstock.serve.engine.memory.memory import Memory
 from penstock.serve.engine.requests import Requests
@@ -80,6 +80,8 @@ class Engine:
         reuse, tentative = config.kv_reuse, config.rows - 1
         self.memory = Memory(config.sequences, blocks, size, context, kv, config.eviction, tiers, reuse, tentative)
         self.events, self.ends, self.executor = EventLog(), frozenset(stop), executor
+        self._policy = config.kv.policy_name
+        self._compressing = executor if isinstance(executor, Compressing) else None
         self.requests = Requests()
         self.adapters = Adapters(executor, self.requests.adapters)
         self._config, self._tiers, self._counters = config, tiers, Counters()
@@ -360,5 +362,7 @@ class Engine:
             paused=self.control.paused,
             asleep=self.control.asleep,
             adapters=self.adapters.names,
+            policy=self._policy,
+            compress_seconds=0.0 if self._compressing is None else self._compressing.compress_seconds,
             **dataclasses.asdict(self._counters),
         )

@@ -52,6 +52,17 @@ class Executor(Protocol):
 
 
 @runtime_checkable
+class Compressing(Protocol):
+    """An executor that may compress caches of sequences."""
+
+    @property
+    def compress_seconds(self) -> float:
+        """How long the host was at it so far: on a CPU as long as it takes; on another device it is the time to queue
+        the work, and whatever the host waits for meanwhile."""
+        ...
+
+
+@runtime_checkable
 class Readable(Protocol):
     """An executor that has the whole model here."""
 

@@ -68,6 +68,10 @@ class EngineCollector(Collector):
             "drafted_tokens": ("Tokens that were drafted.", now.drafted_tokens),
             "accepted_tokens": ("Tokens that were drafted and accepted.", now.accepted_tokens),
             "dropped_tokens": ("Tokens that went out of caches that were compressed.", now.dropped_tokens),
+            "compress_seconds": (
+                "Seconds that the host was at compressing caches; of a device's work, the time to queue it.",
+                now.compress_seconds,
+            ),
             "reused_tokens": ("Tokens of contexts that were in the cache by themselves.", now.reused_tokens),
             "renewed_tokens": ("Tokens of such contexts that were computed again.", now.renewed_tokens),
             "embedded_texts": ("Texts of which vectors were made.", now.embedded_texts),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as List
 
@@ -51,9 +52,13 @@ class Compactor:
     Args:
         cache: of the model, with a watch where the policy asks for queries.
         policy: says what stays.
+
+    Attributes:
+        seconds: of the host that were spent on it so far; what was queued for a device may be computed later.
     """
 
     def __init__(self, cache: PagedCache, policy: CachePolicy) -> None:
+        self.seconds = 0.0
         self._cache, self._policy = cache, policy
         self._most = SCORES.get(cache.shape.device.type, SCORES["cuda"])
         self._drawn = torch.zeros(0)
@@ -95,10 +100,13 @@ class Compactor:
         Ours: which caches are compressed together is decided by what is due in a step, and caches of unequal lengths,
         which would need masks in every policy, are computed one after the other within the stage.
         """
+        begun = time.perf_counter()
         for stage in self._stages(works):
             kept = [(alike, self._kept(alike)) for alike in self._alike(stage)]
             for alike, each in kept:
                 self._write(alike, each)
+        if works:
+            self.seconds += time.perf_counter() - begun
 
     def _stages(self, works: List[Compaction]) -> Iterator[list[Compaction]]:
         """``works`` in order, in pieces that fit into memory, none of which touches what an earlier one of its piece

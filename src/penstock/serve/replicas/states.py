@@ -16,6 +16,7 @@ OTHERS: dict[str, Callable[[Sequence[Any]], Any]] = {
     "version": max,
     "paused": all,
     "asleep": all,
+    "policy": lambda each: each[0],
     "adapters": lambda each: tuple(name for name in each[0] if all(name in others for others in each[1:])),
     "replicas": lambda each: (),
 }

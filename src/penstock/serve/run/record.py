@@ -72,6 +72,10 @@ class Recorder:
             self._tell(self._pending.popleft())
         return sampled
 
+    @property
+    def compress_seconds(self) -> float:
+        return self._runner.compress_seconds
+
     def close(self) -> None:
         while self._pending:
             self._tell(self._pending.popleft())

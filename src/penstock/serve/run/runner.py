@@ -323,6 +323,10 @@ class Runner:
             self.weights.source = None
 
     @property
+    def compress_seconds(self) -> float:
+        return 0.0 if self._compactor is None else self._compactor.seconds
+
+    @property
     def adapter_bytes(self) -> int:
         """Memory of the room for adapters."""
         return 0 if self._adapters is None else self._adapters.nbytes

@@ -50,6 +50,13 @@ def test_there_are_no_figures_of_memory_that_is_not_known():
     assert "penstock_memory_bytes{" not in ServerMetrics(lambda: SNAPSHOT, [], "plain").text().decode()
 
 
+def test_compression_is_told():
+    now = dataclasses.replace(SNAPSHOT, policy="h2o", dropped_tokens=40, compress_seconds=1.5)
+    text = ServerMetrics(lambda: now, [], "plain").text().decode()
+    assert "penstock_dropped_tokens_total 40.0" in text
+    assert "penstock_compress_seconds_total 1.5" in text
+
+
 def test_the_cache_and_its_tiers_are_told():
     now = dataclasses.replace(SNAPSHOT, hits=30, misses=4, evicted=5, tier_bytes=(600, 70), tier_hits=(8, 9))
     text = ServerMetrics(lambda: now, [], "plain").text().decode()
