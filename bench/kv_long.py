@@ -1,10 +1,10 @@
 """What is found again in prompts of some 2,000 tokens once their cache is compressed: needles, and values of lists.
 
-smollm2 reads Python's standard library, with a line in its midst that has nothing to do with it, or with a list of pairs
-there; then the cache is compressed to a quarter, and only then it is asked for what that line says, or for values of the
-list. A question is answered right where every token of the answer is the most likely one; beside that stands the loss of
-the answers, which also tells apart policies that are all wrong. All texts are generated, the same in each run; what is
-to be found stands at depths that divide the prompt evenly.
+smollm2 reads Python's standard library, with a line in its midst that has nothing to do with it, or with a list of
+pairs there; then the cache is compressed to a quarter, and only then it is asked for what that line says, or for values
+of the list. A question is answered right where every token of the answer is the most likely one; beside that stands the
+loss of the answers, which also tells apart policies that are all wrong. All texts are generated, the same in each run;
+what is to be found stands at depths that divide the prompt evenly.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ ASKED = 192
 
 
 def hidden(name: str, length: int, todo: list[kv.Question]) -> list[kv.Question]:
-    """Questions about what is given with each of them, hidden in code so that ``length`` tokens are read in all: that of
-    the first near the beginning, that of the last near the end."""
+    """Questions about what is given with each of them, hidden in code so that ``length`` tokens are read in all: that
+    of the first near the beginning, that of the last near the end."""
     found = []
     for number, (text, each) in enumerate(zip(kv.texts(name, len(todo), length), todo, strict=True)):
         around = length - each.given

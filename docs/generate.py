@@ -444,7 +444,7 @@ def drawn_bars(sources: Sources, name: str) -> str:
 COLOURS = ("#2f7fc1", "#c9872f", "#3d9a50", "#9050a0", "#b0413e", "#4a8f8f", "#7a6a2f", "#666666")
 
 #: What a setting says of the share of the memory that is taken.
-SHARE = re.compile(r"(\d+)% (?:kept|on the device)")
+SHARE = re.compile(r"(\d+)% (?:kept|of the bytes kept|on the device)")
 
 
 def drawn_points(sources: Sources, name: str, *metrics: str) -> str:
