@@ -166,3 +166,19 @@ def test_a_step_that_only_probes_is_no_trial_and_the_next_one_drafts():
     control.learn(Seen(1, 0, 1, [1], [0], 0.0, 9.0, rows=5, probes=3))
     assert control.tokens(1) < before
     assert control.ahead(1) == 0
+
+
+@pytest.mark.parametrize("trial", [0, 1])
+def test_measured_drafts_soon_though_the_machine_stood_still_in_a_trial(trial):
+    """That is not held against drafting for longer than it takes to make up for a few slow steps."""
+    machine, control = WINNING[0], Measured().start(5)
+    trials, drafted = 0, 0
+    for _ in range(400):
+        length = control.ahead(16)
+        seconds = machine.seconds(length)
+        if length:
+            seconds += 5.0 * (trials == trial)
+            trials, drafted = trials + 1, drafted + 1
+        accepted = [round(machine.tokens(length)) - 1] * 16 if length else []
+        control.learn(Seen(16, 0, length, [length] * len(accepted), accepted, 0.0, seconds))
+    assert drafted > 100

@@ -26,6 +26,9 @@ CREDIT = 3
 #: Where drafting loses, it is reckoned anew once in so many steps, since what that takes is felt where steps are short.
 REST = 8
 
+#: By how much a step may take longer than its rows would, one after the other, in plain steps.
+DISTURBED = 2
+
 #: In so many steps in a row at most something is learned of a length that has lost.
 REPEATED = 8
 
@@ -161,6 +164,10 @@ class Measuring(Control):
             return
         crowd, seconds, first = _crowd(seen.sequences), seen.seconds, first and seen.ahead > 0
         if seen.ahead and self._seconds[crowd, 0]:
+            plain = median(self._seconds[crowd, 0])
+            # That the machine was disturbed is not the drafts' fault.
+            rows = max(1 + seen.ahead, seen.rows / seen.sequences)
+            seconds = seen.drafting + min(seconds - seen.drafting, DISTURBED * rows * plain)
             self._weigh(seen, crowd, seconds, first)
         if not first:
             self._seconds[crowd, seen.ahead].append(seconds)
@@ -184,7 +191,6 @@ class Measuring(Control):
         plain = median(self._seconds[crowd, 0])
         tokens = 1 + sum(seen.accepted) / seen.sequences
         times = self._seconds[crowd, seen.ahead]
-        # That the machine was disturbed is not the trial's fault.
         usual = seconds if first or not times else min(seconds, 2 * min(times))
         self._lost = max(0.0, self._lost + usual - tokens * plain)
         if first:
