@@ -25,6 +25,9 @@ from penstock.serve.messages import Delta, Request
 #: Seconds that scorers are waited for where the engine has nothing else to do: messages wait as long.
 MOMENT = 0.01
 
+#: Branches that a search may have open at once: they are made on the engine's thread, while all others wait.
+WIDTH = 1024
+
 
 class Work(Config):
     """What is asked for beside a request; see ``penstock.serve.http.searches``.
@@ -78,7 +81,7 @@ class Searches:
         wanted, engine = build(Work, json.loads(work), "the search"), self._engine
         scorers = {} if wanted.scorer is None else {"": scoring_of(wanted.scorer)}
         budget = Budget(amount=wanted.budget, unit=wanted.unit)
-        plan = Plan(program_of(wanted.program), scorers, request.sampling, budget, wanted.step)
+        plan = Plan(program_of(wanted.program), scorers, request.sampling, budget, wanted.step, width=WIDTH)
         driver = Driver(engine, plan.sampling, plan.scorers, wanted.seconds, like=request)
         voice = Voice(self._texts, tuple(request.prompt), engine.ends, engine.limits.context)
         play = begun(plan, wanted.problem, {"": voice}, plan.sampling.seed, {"": self._prices}, driver)

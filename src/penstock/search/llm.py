@@ -101,6 +101,7 @@ class Plan:
         device: whose operations per byte eFLOPs are counted by.
         seconds: after which a scoring has failed.
         models: further ones, by name, for programs that ask them.
+        width: the most branches of a problem that may be open at once; no limit by default.
     """
 
     program: Callable[[Search], Any]
@@ -112,6 +113,7 @@ class Plan:
     device: str = "h100"
     seconds: float = 60.0
     models: Mapping[str, llm.LLM] = dataclasses.field(default_factory=dict)
+    width: int | None = None
 
 
 class LLM(llm.LLM):
@@ -245,6 +247,7 @@ def begun(
         context=own.context,
         others={name: voice for name, voice in voices.items() if name},
         released=driver.released,
+        width=plan.width,
     )
     return Play(search, plan.program(search), prices[""], {name: each for name, each in prices.items() if name})
 

@@ -103,6 +103,7 @@ class Search:
         others: further models, by name, that a program may ask.
         dice: of the program's own choices.
         released: told of texts in the cache that nobody goes on from.
+        width: the most branches that may be open at once; no limit by default.
 
     Attributes:
         root: the branch with nothing but the prompt.
@@ -111,6 +112,7 @@ class Search:
         ledger: what was spent.
         notes: what the program wants to be told beside its answer, as plain data.
         exhausted: whether the budget has ended an extension.
+        open: how many branches are neither dropped nor forked.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class Search:
         others: Mapping[str, Voice] | None = None,
         dice: Dice | None = None,
         released: Callable[[Anchor], None] = lambda anchor: None,
+        width: int | None = None,
     ) -> None:
         self.problem, self.step, self.answer = problem, step, answer
         self.voices = {"": Voice(texts, tuple(prompt), ends, context), **(others or {})}
@@ -138,6 +141,7 @@ class Search:
         self.branches: list[Branch] = []
         self.notes: dict[str, Any] = {}
         self.exhausted = False
+        self.open, self._width = 0, width
         self.root = Branch(self, list(prompt), seed)
         self._roots = {"": self.root}
         self._dice = dice or SeededDice(seed)
@@ -225,6 +229,18 @@ class Search:
     def left(self) -> float:
         """What is left of the budget, in its unit."""
         return self.ledger.left(self.budget)
+
+    def opens(self, n: int) -> None:
+        """Makes sure that ``n`` more branches may be opened, however fast a program multiplies them.
+
+        Raises:
+            UsageError: there would be more than ``width``.
+        """
+        if self._width is not None and self.open + n > self._width:
+            raise UsageError(
+                f"the search would have {self.open + n:,} branches open at once, and may have {self._width:,}: "
+                "give its program smaller options"
+            )
 
     def room(self, branch: Branch) -> int:
         """How many more tokens ``branch`` may come to."""

@@ -5,7 +5,7 @@ What each clause is there to catch:
 - :func:`check_budget`: a unit that is counted late, or for one branch only; tokens that are granted twice; a budget
   that is left over although the program would go on;
 - :func:`check_recount`: tokens, cache hits or computed positions that the ledger misses or counts twice; a branch that
-  computes what its parent did; blocks that stay in the cache;
+  computes what its parent did; blocks that stay in the cache; a count of open branches, which is limited, that is off;
 - :func:`check_limit`: draws that depend on how a text was cut into steps, or on the branch's place in the tree; texts
   that are changed on the way;
 - :func:`check_alone`: what depends on the order in which things happen to be done, or on memory being short;
@@ -130,6 +130,9 @@ def check_recount(program: Program) -> None:
     given = sum(branch.start for each in searches for branch in each.branches if branch.parent is None)
     assert grown == found.generated + found.prompt - given, "the ledger's tokens are not those of the tree"
     assert now.held == 0, f"{now.held} blocks stay in the cache"
+    for each in searches:
+        leaves = sum(not branch.dropped and not branch.children for branch in each.branches)
+        assert each.open == leaves, f"{each.open} branches are said to be open, and {leaves} are"
 
 
 def check_alone(program: Program) -> None:
