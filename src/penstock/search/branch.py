@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
@@ -172,6 +173,11 @@ class Branch:
     def logprob(self) -> float:
         """The log-probability of the text under the model."""
         return sum(self.logprobs)
+
+    @property
+    def worth(self) -> float:
+        """What programs choose by: its score; -inf where a scorer failed on it, or was not asked."""
+        return -math.inf if self.score is None or self.error is not None else self.score
 
     @property
     def entropy(self) -> float:

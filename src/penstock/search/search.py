@@ -184,8 +184,8 @@ class Search:
         return await self.extend(self.root.fork(n), **until)
 
     def judge(self, branches: Iterable[Branch], scorer: str = "", **known: Any) -> Awaitable[list[Branch]]:
-        """Has the scorer set ``branches``' scores, which are given back. One that it fails on has its ``error``, and
-        the score 0. What is ``known`` stands in place of what the problem says, such as other ``tests``."""
+        """Has the scorer set ``branches``' scores, which are given back. One that it fails on has its ``error``, the
+        score 0 and the ``worth`` -inf. What is ``known`` stands in place of what the problem says, such as other ``tests``."""
         return Judge(self, list(branches), scorer, {**self.problem, **known})
 
     def work(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
@@ -214,9 +214,10 @@ class Search:
         return self._dice.choose(weights)
 
     def best(self, branches: Iterable[Branch]) -> Branch | None:
-        """The one with the highest score, finished ones first; of equals, the earlier. None if there are none."""
+        """The one with the highest score, finished ones first, and before all those on which no scorer failed; of
+        equals, the earlier. None if there are none."""
         found = list(branches)
-        return max(found, key=lambda each: (each.finished, _value(each)), default=None)
+        return max(found, key=lambda each: (each.error is None, each.finished, each.worth), default=None)
 
     @property
     def leaves(self) -> list[Branch]:
@@ -252,10 +253,6 @@ class Search:
         anchor.users -= 1
         if not anchor.users:
             self._released(anchor)
-
-
-def _value(branch: Branch) -> float:
-    return float("-inf") if branch.score is None else branch.score
 
 
 async def _waiting(work: Awaitable[T]) -> T:

@@ -30,9 +30,9 @@ class UntilAccepted(Program):
         tried: list[Branch] = []
         while len(tried) < self.tries and not search.exhausted:
             tried += await search.judge(await search.extend(search.root.fork(1)))
-            if (tried[-1].score or 0.0) >= self.least:
+            if tried[-1].worth >= self.least:
                 break
-        search.notes |= {"tries": len(tried), "accepted": (tried[-1].score or 0.0) >= self.least}
+        search.notes |= {"tries": len(tried), "accepted": tried[-1].worth >= self.least}
         return tried[-1] if search.notes["accepted"] else search.best(tried)
 
     @classmethod
