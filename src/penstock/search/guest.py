@@ -38,7 +38,7 @@ class Work(Config):
         budget, unit: what may be spent.
         step: what ends a step of a text.
         problem: what scorers know of it.
-        seconds: after which a scoring has failed.
+        seconds: for each text, after which its scoring has failed.
     """
 
     program: dict[str, Any]

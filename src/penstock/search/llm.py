@@ -20,7 +20,7 @@ from penstock.search.driver import Driver, TokenizedTexts, run
 from penstock.search.ledger import Budget, Ledger
 from penstock.search.play import Play
 from penstock.search.prices import Prices
-from penstock.search.scorers.contract import Candidate, Problem, Scorer, Scoring
+from penstock.search.scorers.contract import Problem, Scorer, Scoring, Single
 from penstock.search.search import Search, Voice
 from penstock.serve.chat import chat_tokens
 from penstock.serve.choose.sampling import SamplingParams
@@ -99,7 +99,7 @@ class Plan:
         step: what ends a step of a text.
         answer: reads the answer off a text.
         device: whose operations per byte eFLOPs are counted by.
-        seconds: after which a scoring has failed.
+        seconds: for each text, after which its scoring has failed.
         models: further ones, by name, for programs that ask them.
         width: the most branches of a problem that may be open at once; no limit by default.
     """
@@ -295,11 +295,7 @@ def scoring_of(given: ScorerLike) -> Scoring:
         return made.score
     if not callable(made):
         raise UsageError(f"{made!r} is no scorer", hint="Give a name, or a function of the problem and a text.")
-
-    def each(problem: Problem, candidates: Sequence[Candidate]) -> list[float]:
-        return [made(problem, candidate.text) for candidate in candidates]
-
-    return each
+    return Single(made)
 
 
 def _created(contract: str, given: Any) -> Any:

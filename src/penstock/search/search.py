@@ -185,7 +185,8 @@ class Search:
 
     def judge(self, branches: Iterable[Branch], scorer: str = "", **known: Any) -> Awaitable[list[Branch]]:
         """Has the scorer set ``branches``' scores, which are given back. One that it fails on has its ``error``, the
-        score 0 and the ``worth`` -inf. What is ``known`` stands in place of what the problem says, such as other ``tests``."""
+        score 0 and the ``worth`` -inf. What is ``known`` stands in place of what the problem says, such as other
+        ``tests``."""
         return Judge(self, list(branches), scorer, {**self.problem, **known})
 
     def work(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:

@@ -195,6 +195,25 @@ def test_a_scorer_that_hangs_has_failed_after_its_time_and_the_run_goes_on(llm):
     assert llm.engine.snapshot().held == 0
 
 
+def test_a_function_that_raises_on_a_text_fails_on_that_alone(llm):
+    """It raises on the first text that it sees, and hangs on the second."""
+    seen = []
+
+    def sometimes(problem, text):
+        seen.append(text)
+        if len(seen) == 1:
+            raise ValueError("not this one")
+        if len(seen) == 2:
+            threading.Event().wait()
+        return 1.0
+
+    plan = Plan(program_of({"name": "best_of_n", "n": 8}), {"": scoring_of(sometimes)}, DRAWN, seconds=0.5)
+    ((_, found),) = llm.searched(plan, [(0, {"prompt": PROMPT})])
+    assert found.ledger.scorings == 8 and found.ledger.failures == 2 and found.score == 1
+    said = {node["error"] for node in found.tree}
+    assert said == {None, "ValueError: not this one", "it took more than 0.5 s"}
+
+
 def test_the_documents_own_program_obeys_the_law():
     """The async function that the page shows: it is held to a budget, recounted, and the same beside others."""
     page = (repository() / "docs" / "search.md").read_text()

@@ -13,7 +13,7 @@ from penstock.search.shared.voting import elected, weights
 
 @policy("search.program", "weighted_majority", papers=[93])
 class WeightedMajority(Program):
-    """Draws ``n`` texts, each of which votes for its answer with its score, or with exp(score) where scores are negative
+    """Draws ``n`` texts, each of which votes for its answer with its score; where scores are negative, with exp(score)
     (ours)."""
 
     n: PositiveInt = 8
