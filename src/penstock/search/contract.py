@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine, Mapping
+from typing import Any
+
 from penstock.policy import Policy, contract, unwritten
 from penstock.search.branch import Branch
 from penstock.search.search import Search
@@ -21,6 +24,21 @@ class Program(Policy):
     wait for, and whoever runs it decides when that is done. So one engine serves many programs at once, and a test can
     play one through all that may happen.
     """
+
+    def check(self, problem: Mapping[str, Any]) -> None:
+        """Refuses a problem whose fields it cannot read, before anything is drawn.
+
+        Raises:
+            UsageError: it cannot.
+        """
+
+    def asks(self) -> tuple[str, ...]:
+        """The names of the further models that it may ask."""
+        return ()
+
+    def __call__(self, search: Search) -> Coroutine[Any, Any, Branch | None]:
+        """:meth:`run`."""
+        return self.run(search)
 
     async def run(self, search: Search) -> Branch | None:
         """Spends the budget of ``search`` and gives the branch with the answer; None for the best finished leaf. Where

@@ -14,7 +14,7 @@ from penstock.core.config import Config, build
 from penstock.models import hub
 from penstock.search.driver import Driver, TokenizedTexts
 from penstock.search.ledger import Budget
-from penstock.search.llm import Plan, SearchResult, begun, program_of, scoring_of
+from penstock.search.llm import Plan, SearchResult, begun, checking, program_of, ready, scoring_of
 from penstock.search.play import Play
 from penstock.search.prices import Prices, Unit
 from penstock.search.search import Voice
@@ -82,6 +82,8 @@ class Searches:
         scorers = {} if wanted.scorer is None else {"": scoring_of(wanted.scorer)}
         budget = Budget(amount=wanted.budget, unit=wanted.unit)
         plan = Plan(program_of(wanted.program), scorers, request.sampling, budget, wanted.step, width=WIDTH)
+        ready(plan, ())
+        checking(plan.program)(wanted.problem)
         driver = Driver(engine, plan.sampling, plan.scorers, wanted.seconds, like=request)
         voice = Voice(self._texts, tuple(request.prompt), engine.ends, engine.limits.context)
         play = begun(plan, wanted.problem, {"": voice}, plan.sampling.seed, {"": self._prices}, driver)

@@ -69,6 +69,15 @@ class Dice(Protocol):
         ...
 
 
+def unknown_model(model: str, known: Iterable[str]) -> UsageError:
+    """The error of a program that asks a model which was not given."""
+    names = ", ".join(filter(None, known)) or "none"
+    return UsageError(
+        f"the program asks the model {model!r}, and none was given by that name; known: {names}",
+        hint=f"Give it by models={{{model!r}: LLM(...)}}, or on the command line by --model {model}=NAME.",
+    )
+
+
 class SeededDice:
     """Choices that the ``seed`` decides."""
 
@@ -156,11 +165,7 @@ class Search:
         """
         if model not in self._roots:
             if model not in self.voices:
-                known = ", ".join(filter(None, self.voices)) or "none"
-                raise UsageError(
-                    f"the program asks the model {model!r}, and none was given by that name; known: {known}",
-                    hint=f"Give it by models={{{model!r}: LLM(...)}}, or on the command line by --model {model}=NAME.",
-                )
+                raise unknown_model(model, self.voices)
             prompt = list(self.voices[model].prompt)
             self._roots[model] = Branch(self, prompt, derive(self.seed, f"search/model/{model}") >> 1, model=model)
             self.ledger.prompt += len(prompt)

@@ -98,6 +98,8 @@ def test_what_is_no_search_is_refused(llm):
         ({"program": {"name": "bean"}}, "did you mean 'beam'"),
         ({"scorer": "exact_mach"}, "did you mean 'exact_match'"),
         ({"budget": -1}, "greater than 0"),
+        ({"program": {"name": "cascade"}}, "asks the model 'strong'"),
+        ({"program": {"name": "retrieval"}, "problem": {"documents": "a"}}, "no list of texts"),
     ):
         with pytest.raises(UsageError, match=said):
             host.begin(request(llm), json.dumps(ENDLESS | changed))

@@ -17,9 +17,10 @@ from penstock.models.attention import CausalRows
 from penstock.search.answers import last_line, matching
 from penstock.search.branch import Branch
 from penstock.search.contract import Program
-from penstock.search.llm import Plan, program_of, scoring_of
+from penstock.search.llm import Plan, checking, program_of, scoring_of
 from penstock.search.page import tree_page
-from penstock.search.runs import Results, read_problems, summary
+from penstock.search.problems import read_problems
+from penstock.search.runs import Results, summary
 from penstock.testing.search_program import check_alone, check_budget, check_failures, check_recount
 
 DRAWN = SamplingParams(max_tokens=24, seed=4)
@@ -285,12 +286,48 @@ def test_a_summary_of_coverage_has_the_options_of_saturation():
 
 def test_problems_are_read(tmp_path):
     path = tmp_path / "problems.jsonl"
-    path.write_text('{"prompt": "a"}\n\n{"messages": []}\n')
+    path.write_text('{"prompt": "a"}\n\n{"messages": [{"role": "user", "content": "b"}]}\n')
     assert [set(each) for each in read_problems(path)] == [{"prompt"}, {"messages"}]
-    for text, complaint in (("{", ":1 is not JSON"), ('{"a": 1}\n', ":1 has no prompt"), ("", "has no problems")):
+    refused = (
+        ("{", ":1 is not JSON"),
+        ('{"a": 1}\n', ":1 has no prompt"),
+        ("", "has no problems"),
+        ('{"prompt": "a"}\n{"messages": "hello"}\n', ":2: 'messages' is no list of objects"),
+        ('{"messages": [{"content": "b"}]}\n', r":1: messages\[0\] has no 'role'"),
+        ('{"messages": []}\n', ":1: 'messages' is empty"),
+        ('\n{"prompt": 3}\n', ":2: 'prompt' is no text"),
+    )
+    for text, complaint in refused:
         path.write_text(text)
         with pytest.raises(UsageError, match=complaint):
             read_problems(path)
+
+
+@pytest.mark.parametrize(
+    ("program", "field", "complaint"),
+    [
+        ("retrieval", {"documents": "a text"}, "'documents' is no list of texts"),
+        ("retrieval", {"shots": [1]}, "'shots' is no list of texts"),
+        ("meta_ranking", {"references": [{"prompt": "a", "right": True}]}, r"references\[0\] has no 'answer'"),
+        ("meta_ranking", {"references": "a"}, "'references' is no list of objects"),
+    ],
+)
+def test_what_a_program_cannot_read_is_refused_by_its_line(llm, tmp_path, program, field, complaint):
+    path = tmp_path / "problems.jsonl"
+    path.write_text(json.dumps({"prompt": PROMPT}) + "\n" + json.dumps({"prompt": PROMPT} | field))
+    with pytest.raises(UsageError, match=f":2: {complaint}"):
+        read_problems(path, checking(program_of(program)))
+    with pytest.raises(UsageError, match=complaint):
+        llm.search({"prompt": PROMPT} | field, program, models={"strong": llm}, progress=silent)
+
+
+def test_a_model_that_judges_is_opened_before_anything_is_drawn(llm):
+    before = llm.engine.snapshot().output_tokens
+    with pytest.raises(UsageError, match="it is no reward model"):
+        llm.search(PROMPT, scorer={"name": "reward_model", "model": "python-1m"}, progress=silent)
+    with pytest.raises(UsageError, match="no-such-model"):
+        llm.search(PROMPT, scorer={"name": "generative", "model": "no-such-model"}, progress=silent)
+    assert llm.engine.snapshot().output_tokens == before
 
 
 def test_the_page_holds_what_was_said():
@@ -342,8 +379,10 @@ def test_further_models_write_in_their_own_tokens(llm):
     assert found.error is None and found.tokens == plain.token_ids
     assert found.ledger.generated == 4 + len(plain.token_ids)
     assert llm.engine.snapshot().held == other.engine.snapshot().held == 0
-    (found,) = llm.search(PROMPT, {"name": "cascade", "least": 1.0}, sampling_params=DRAWN, progress=silent)
-    assert "asks the model 'strong', and none was given" in found.error
+    before = llm.engine.snapshot().output_tokens
+    with pytest.raises(UsageError, match="asks the model 'strong', and none was given"):
+        llm.search(PROMPT, {"name": "cascade", "least": 1.0}, sampling_params=DRAWN, progress=silent)
+    assert llm.engine.snapshot().output_tokens == before
 
 
 def test_tests_that_a_program_wrote_come_to_the_scorer(llm):

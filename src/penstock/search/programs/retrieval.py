@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import NonNegativeInt
 
 from penstock.policy import policy
 from penstock.search.branch import Branch
 from penstock.search.contract import Program
+from penstock.search.problems import texts
 from penstock.search.search import Search
 from penstock.search.shared.retrieving import nearest
 
@@ -38,9 +40,13 @@ class Retrieval(Program):
     inquire: str = "\n\nWhat has to be looked up:\n"
     answer: str = "\n\nAnswer:\n"
 
+    def check(self, problem: Mapping[str, Any]) -> None:
+        texts(problem, "documents")
+        texts(problem, "shots")
+
     async def run(self, search: Search) -> Branch | None:
-        library = [str(each) for each in search.problem.get("documents", [])]
-        shots = [str(each) for each in search.problem.get("shots", [])][: self.shots]
+        library = texts(search.problem, "documents")
+        shots = texts(search.problem, "shots")[: self.shots]
         prompt = search.root.texts.decode(search.root.tokens)
         found = nearest(prompt, library, self.documents)
         search.notes["questions"] = []

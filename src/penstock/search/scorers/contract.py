@@ -55,6 +55,17 @@ class Verdict:
 class Scorer(Policy):
     """Says what texts are worth; more is better. It is called beside the engine, in a thread of its own."""
 
+    def open(self) -> None:
+        """Makes ready what it judges with, such as a model, before anything is drawn.
+
+        Raises:
+            PenstockError: it is not there, or is none.
+        """
+
+    def __call__(self, problem: Problem, candidates: Sequence[Candidate]) -> list[float | Verdict]:
+        """:meth:`score`."""
+        return self.score(problem, candidates)
+
     def score(self, problem: Problem, candidates: Sequence[Candidate]) -> list[float | Verdict]:
         """A number for each of the ``candidates``, which are scored together; or a verdict that one failed."""
         raise NotImplementedError
