@@ -128,5 +128,5 @@ def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
             a, b = power_law(ks, covered)
             lines.append(f"coverage = exp({a:.3f} k^{b:.3f})")
             ceiling, rate = fit_saturation(ks, covered)
-            lines.append(f"saturation: ceiling={min(1.0, ceiling):.3f}, rate={rate:.3f}")
+            lines.append(f"saturation: ceiling={ceiling:.3g}, rate={rate:.3g}")
     return lines

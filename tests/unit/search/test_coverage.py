@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from penstock.search import coverage as laws
+from penstock.search.programs.saturation import Saturation
 
 
 def test_pass_at_k_is_the_mean_over_all_subsets():
@@ -75,3 +76,16 @@ def test_planted_saturation_is_found():
     ns = [1, 2, 4, 8, 16, 32]
     found = laws.fit_saturation(ns, [saturating(0.83, 0.17, n) for n in ns])
     assert found == (pytest.approx(0.83, abs=1e-6), pytest.approx(0.17, abs=1e-6))
+
+
+@pytest.mark.parametrize("accuracies", [(0.06, 0.12, 0.25, 0.5), (0.001, 0.002, 0.004, 0.008), (0.3, 0.5, 0.8, 0.99)])
+def test_no_ceiling_above_one_is_fitted(accuracies):
+    """Against all pairs of a fine grid; without a bound, those that still double are fitted by a rate of nothing."""
+    ns = np.array([1, 2, 4, 8])
+    error = lambda ceiling, rate: ((ceiling * (1 - (1 - rate) ** ns) - accuracies) ** 2).sum()  # noqa: E731
+    ceiling, rate = laws.fit_saturation(ns.tolist(), accuracies)
+    assert 0 < ceiling <= 1 and 0 < rate <= 1
+    least = min(error(c, r) for c in np.linspace(0, 1, 51) for r in np.geomspace(1e-4, 1, 200))
+    assert error(ceiling, rate) <= least + 1e-12
+    printed = {"ceiling": float(f"{ceiling:.3g}"), "rate": float(f"{rate:.3g}")}
+    assert Saturation(**printed).rate > 0  # the program takes what is printed

@@ -281,7 +281,7 @@ def test_a_summary_of_coverage_has_the_options_of_saturation():
     ledger = {"generated": 0, "tokens": 0, "scorings": 0, "failures": 0}
     record = {"ledger": ledger, "score": 0.0, "exhausted": False, "error": None, "tree": []}
     records = [{**record, "notes": {"samples": 1_000_000, "right": right}} for right in (0, 250_000)]
-    assert "saturation: ceiling=0.500, rate=0.250" in summary(records)
+    assert "saturation: ceiling=0.5, rate=0.25" in summary(records)
 
 
 def test_problems_are_read(tmp_path):
