@@ -56,8 +56,8 @@ def saturation(ceiling: float, rate: float, threshold: float) -> int:
 
 def fit_saturation(ns: Sequence[int], accuracies: Sequence[float]) -> tuple[float, float]:
     """(ceiling, rate) of F(n) = ceiling (1 - (1 - rate)^n), the accuracy after ``n`` samples ([350]; the form is from
-    knowledge), by least squares with a ceiling of 1 at most: for each rate the error is a parabola of the ceiling, whose
-    lowest point within the bounds is the nearest to its own, and the rate is searched for, ever more finely.
+    knowledge), by least squares with a ceiling of 1 at most: for each rate the error is a parabola of the ceiling,
+    whose lowest point within the bounds is the nearest to its own, and the rate is searched for, ever more finely.
 
     Raises:
         ValueError: fewer than two points.

@@ -180,6 +180,7 @@ class Driver:
             asked = play.errands.pop(0)
             if isinstance(asked, States):
                 self._states(asked)
+                play.search.ledger.computed += sum(len(each.tokens) for each in asked.branches)
                 self._back.put((play, functools.partial(play.worked, asked)))
                 self._out += 1
             else:

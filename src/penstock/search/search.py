@@ -201,9 +201,10 @@ class Search:
 
     def hidden(self, branches: Iterable[Branch]) -> Awaitable[list[Branch]]:
         """Sets ``hidden`` of the ``branches``, which are given back: the hidden states of all their tokens after the
-        model's last norm. They are computed from the beginning, beside the engine's batch; nothing is charged for it.
+        model's last norm. They are computed from the beginning, beside the engine's batch, and charged as that.
 
         Raises:
+            BudgetSpentError: when awaited, what is left does not pay for all of it.
             UsageError: when awaited, the model is shared out among several processes, or has no weights here.
         """
         return States(list(branches))

@@ -19,6 +19,7 @@ from penstock.search.branch import Branch
 from penstock.search.contract import Program
 from penstock.search.llm import Plan, checking, program_of, scoring_of
 from penstock.search.page import tree_page
+from penstock.search.prices import Prices
 from penstock.search.problems import read_problems
 from penstock.search.runs import Results, summary
 from penstock.testing.search_program import check_alone, check_budget, check_failures, check_recount
@@ -75,7 +76,7 @@ def test_a_users_own_program(llm):
 
 
 def test_hidden_states_are_those_of_the_models_own_forward_pass(llm):
-    """Of a fork and of what it was forked from, of all tokens, the newest and the prompt's too; nothing is charged."""
+    """Of a fork and of what it was forked from, of all tokens, the newest and the prompt's too; all are charged."""
     seen: list[tuple[list[int], torch.Tensor]] = []
 
     async def program(search):
@@ -85,7 +86,11 @@ def test_hidden_states_are_those_of_the_models_own_forward_pass(llm):
         spent = search.ledger.record()
         found = await search.hidden([begun, one, two])
         seen.extend((list(branch.tokens), branch.hidden) for branch in found)
-        assert search.ledger.record() == spent
+        lengths, prices = [len(branch.tokens) for branch in found], Prices(llm.engine.limits.model)
+        charged = {unit: sum(prices.cost(unit, 0, each) for each in lengths) for unit in ("tokens", "flops", "eflops")}
+        charged |= {"computed": sum(lengths)}
+        for name, value in search.ledger.record().items():
+            assert value == pytest.approx(spent[name] + charged.get(name, 0))
         return one
 
     (found,) = llm.search(PROMPT, program, sampling_params=DRAWN, progress=silent)
@@ -96,6 +101,21 @@ def test_hidden_states_are_those_of_the_models_own_forward_pass(llm):
             wanted = model(torch.tensor([tokens]), CausalRows.of(len(tokens))).hidden[0].float()
         assert states.shape == (len(tokens), model.config.hidden) and states.dtype == torch.float32
         torch.testing.assert_close(states, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_that_the_budget_does_not_pay_for_are_not_computed(llm):
+    async def program(search):
+        text = await search.root.extend(tokens=3)
+        left = search.left
+        await search.hidden([text])
+        assert search.left == left - len(text.tokens)
+        await search.hidden([text])
+        raise AssertionError("they were computed")
+
+    prompt = len(llm.tokenizer(PROMPT)["input_ids"])
+    amount = 3 * (prompt + 3) - 2  # one token less than that the text, and its states twice, would take
+    (found,) = llm.search(PROMPT, program, budget=amount, unit="tokens", sampling_params=DRAWN, progress=silent)
+    assert found.error is None and found.exhausted and found.ledger.tokens == 2 * (prompt + 3) - 1
 
 
 def test_hidden_states_that_cannot_be_had_end_the_program_alone(llm, monkeypatch):
