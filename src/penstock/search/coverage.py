@@ -1,4 +1,4 @@
-"""Laws of repeated sampling: coverage and saturation."""
+"""Laws of repeated sampling: coverage, saturation, and what a verifier that may be wrong makes of it."""
 
 from __future__ import annotations
 
@@ -74,3 +74,44 @@ def fit_saturation(ns: Sequence[int], accuracies: Sequence[float]) -> tuple[floa
         place = int(errors.argmin())
         low, high = rates[max(place - 1, 0)], rates[min(place + 1, 100)]
     return float(ceilings[place]), float(rates[place])
+
+
+#: Of a problem: samples, those of them that are right and accepted, and those that are wrong and accepted.
+Accepted = tuple[int, int, int]
+
+
+def settled(counts: Sequence[Accepted], tries: int) -> tuple[float, float, float]:
+    """(right, wrong, drawn): how often the first sample that a verifier accepts among ``tries`` is right, how often
+    wrong, and how many are drawn, the mean over problems ([344]: resampling as a geometric process; the estimate is
+    ours). Of a problem it is the mean over all orders of its samples, which is unbiased: one is accepted with
+    :func:`pass_at_k`, and is any of the accepted ones alike.
+
+    Raises:
+        ValueError: a problem has fewer than ``tries`` samples.
+    """
+    right = wrong = drawn = 0.0
+    for samples, good, bad in counts:
+        found = [0.0, *(pass_at_k(samples, good + bad, k) for k in range(1, tries + 1))]
+        if found[-1]:
+            right += found[-1] * good / (good + bad)
+            wrong += found[-1] * bad / (good + bad)
+        drawn += sum(1 - each for each in found[:-1])
+    return right / len(counts), wrong / len(counts), drawn / len(counts)
+
+
+def ceiling(counts: Sequence[Accepted]) -> float:
+    """The share of problems that any number of tries comes to answer right: the mean of good / (good + bad), and 0
+    where none is accepted ([344])."""
+    return sum(good / (good + bad) if good else 0.0 for _, good, bad in counts) / len(counts)
+
+
+def best_tries(counts: Sequence[Accepted], cost: float, price: float) -> int:
+    """How many tries are worth most where a right answer is worth 1, a wrong one -``cost``, none 0, and a sample costs
+    ``price`` ([344]; what a sample costs is ours), of 0 to as many as each problem has; of equals, the fewest."""
+
+    def worth(tries: int) -> float:
+        right, wrong, drawn = settled(counts, tries)
+        return right - cost * wrong - price * drawn
+
+    # Sums of many terms: what differs by less than their rounding is equal.
+    return max(range(min(samples for samples, _, _ in counts) + 1), key=lambda tries: (round(worth(tries), 12), -tries))

@@ -39,3 +39,26 @@ def test_a_search_in_which_nothing_could_be_scored_has_failed(tmp_path, monkeypa
         run("in.jsonl", "--out", "out", "--scorer", "unit_tests", "-n", "4", "--option", "n=2")
     (record,) = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
     assert record["ledger"]["failures"] == record["ledger"]["scorings"] == 2
+
+
+def test_how_often_to_try_is_planned_from_texts_that_were_scored_twice(tmp_path, monkeypatch):
+    """The verifier accepts texts with an even number of letters; those are right that have a multiple of four."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "def f("}\n{"prompt": "class A"}')
+    for name, factor in (("verified", 2), ("known", 4), ("other", 4)):
+        (tmp_path / "score.py").write_text(f"def score(problem, text):\n    return len(text) % {factor} == 0")
+        shape = ["-n", "6", "--program", "coverage", "--option", "n=8", "--seed", "1" if name == "other" else "0"]
+        assert run("in.jsonl", "--out", name, "--scorer", "score.py", *shape).exit_code == 0
+    counts = []
+    for line in (tmp_path / "verified" / "results.jsonl").read_text().splitlines():
+        lengths = [len(node["text"]) for node in json.loads(line)["tree"][1:]]
+        good = sum(each % 4 == 0 for each in lengths)
+        counts.append((8, good, sum(each % 2 == 0 for each in lengths) - good))
+    assert any(good and bad for _, good, bad in counts)
+    said = CliRunner().invoke(build_app(), ["plan", "tries", "verified", "known", "--cost", "0"]).stdout
+    ceiling = sum(good / (good + bad) for _, good, bad in counts) / 2
+    assert f"# The ceiling: {ceiling:.1%} are right" in said and "--option tries=" in said
+    said = CliRunner().invoke(build_app(), ["plan", "tries", "verified", "known", "--cost", "100"]).stdout
+    assert "Not to answer is worth more" in said
+    with pytest.raises(UsageError, match="other has other texts"):
+        CliRunner().invoke(build_app(), ["plan", "tries", "verified", "other"], catch_exceptions=False)

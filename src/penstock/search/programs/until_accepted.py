@@ -16,7 +16,8 @@ class UntilAccepted(Program):
 
     From the paper: accuracy has a ceiling that no budget lifts, right / (right + passed), where ``passed`` is how often
     a draw is wrong and accepted; and with a cost for wrong answers the best number of tries is finite, often below ten,
-    which is what ``tries`` is for. Not built: choosing ``tries`` by how often the verifier is wrong.
+    which is what ``tries`` is for: ``penstock plan tries`` chooses it by how often the verifier is wrong, and shows the
+    ceiling.
 
     Attributes:
         tries: texts at most.
