@@ -238,6 +238,44 @@ def tries(
         typer.echo("# Not to answer is worth more than any number of tries")
 
 
+@app.command()
+def retrieval(
+    runs: list[Path] = typer.Argument(
+        ..., metavar="RUN...", help="Folders of penstock search --program retrieval, each with other options."
+    ),
+    budget: float = typer.Option(..., "--budget", min=0, help="Tokens that may be computed for a problem."),
+    right: float = typer.Option(1.0, "--right", help="An answer is right where its score is this or more."),
+) -> None:
+    """Recommend how many documents, shots and rounds a budget of retrieval is spent on, by a model of accuracy that is
+    fitted to runs on problems of the kind.
+
+    Example: `penstock plan retrieval none documents shots rounds both --budget 2000`, where each folder is of
+    `penstock search MODEL problems.jsonl --program retrieval --option documents=4 --scorer score.py --out FOLDER`
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from penstock.core.errors import UsageError
+    from penstock.search.allocation import combined, costs, fit, seen_in
+
+    seen, unknown = seen_in(runs, right), (0.0, 0.0)  # of one task, what its documents tell is part of what they are
+    cost, settings = costs(seen), combined(seen)
+    try:
+        model = fit([(each.setting, unknown, each.accuracy) for each in seen])
+        best = model.best(settings, unknown, cost, budget)
+    except ValueError as error:
+        raise UsageError(f"nothing can be recommended: {error}") from error
+    measured = {each.setting: f"{each.accuracy:.1%}" for each in seen}
+    table = Table("documents", "shots", "rounds", "tokens", "predicted", "measured")
+    for setting in sorted(settings, key=cost):
+        predicted = f"{model.accuracy(setting, unknown):.1%}"
+        table.add_row(*map(str, setting), f"{cost(setting):,.0f}", predicted, measured.get(setting, ""))
+    Console().print(table)
+    options = zip(("documents", "shots", "rounds"), best, strict=True)
+    chosen = " ".join(f"--option {name}={value}" for name, value in options)
+    typer.echo(f"\n# For the search: --program retrieval {chosen}")
+
+
 #: Lines of a table of choices.
 SHOWN = 16
 

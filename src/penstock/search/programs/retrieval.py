@@ -20,7 +20,7 @@ class Retrieval(Program):
     """Answers behind ``documents`` of the problem's own that fit it best, and ``shots`` of its worked examples. In each
     of ``rounds`` before that, the model writes a question of its own, and what fits it is added to the documents
     (IterDRAG; without rounds it is DRAG). How a budget is best shared out among the three is fitted and predicted by
-    :mod:`penstock.search.allocation`.
+    ``penstock plan retrieval``.
 
     From the paper: the three ways to spend, both strategies, the model of allocation. Ours: documents are found by
     BM25, where the paper embeds them; a round writes one question, which is not answered on its own; the wording. The
