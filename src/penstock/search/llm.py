@@ -255,6 +255,7 @@ def begun(
         others={name: voice for name, voice in voices.items() if name},
         released=driver.released,
         width=plan.width,
+        scorers=plan.scorers,
     )
     return Play(search, plan.program(search), prices[""], {name: each for name, each in prices.items() if name})
 

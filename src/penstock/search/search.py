@@ -113,6 +113,7 @@ class Search:
         dice: of the program's own choices.
         released: told of texts in the cache that nobody goes on from.
         width: the most branches that may be open at once; no limit by default.
+        scorers: the names of those that were given; the program's own is without a name.
 
     Attributes:
         root: the branch with nothing but the prompt.
@@ -142,6 +143,7 @@ class Search:
         dice: Dice | None = None,
         released: Callable[[Anchor], None] = lambda anchor: None,
         width: int | None = None,
+        scorers: Iterable[str] = (),
     ) -> None:
         self.problem, self.step, self.answer = problem, step, answer
         self.voices = {"": Voice(texts, tuple(prompt), ends, context), **(others or {})}
@@ -151,6 +153,7 @@ class Search:
         self.notes: dict[str, Any] = {}
         self.exhausted = False
         self.open, self._width = 0, width
+        self.scorers = frozenset(scorers)
         self.root = Branch(self, list(prompt), seed)
         self._roots = {"": self.root}
         self._dice = dice or SeededDice(seed)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from penstock.cli import build_app
 from penstock.core.errors import PenstockError, UsageError
+from penstock.search.allocation import seen_in
 
 
 def run(*words: str):
@@ -62,3 +63,15 @@ def test_how_often_to_try_is_planned_from_texts_that_were_scored_twice(tmp_path,
     assert "Not to answer is worth more" in said
     with pytest.raises(UsageError, match="other has other texts"):
         CliRunner().invoke(build_app(), ["plan", "tries", "verified", "other"], catch_exceptions=False)
+
+
+def test_runs_of_retrieval_say_what_their_settings_are_worth(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a sum", "documents": ["a sum is a + b"]}')
+    (tmp_path / "score.py").write_text("def score(problem, text):\n    return 1")
+    for name, scored in (("scored", ["--scorer", "score.py"]), ("plain", [])):
+        assert run("in.jsonl", "--out", name, "--program", "retrieval", "-n", "4", *scored).exit_code == 0
+    (seen,) = seen_in([tmp_path / "scored"])
+    assert seen.setting == (2, 1, 1) and seen.accuracy == 1
+    with pytest.raises(UsageError, match="plain does not say"):
+        seen_in([tmp_path / "plain"])

@@ -60,7 +60,10 @@ class Retrieval(Program):
         branch = search.root.fork(1)[0]
         if found or shots:
             branch.ask(self._shown(library, found, shots) + self.answer)
-        return await branch.extend()
+        await branch.extend()
+        if "" in search.scorers:  # it has nothing to choose: a score says what its settings are worth
+            await search.judge([branch])
+        return branch
 
     def _shown(self, library: Sequence[str], found: Sequence[int], shots: Sequence[str]) -> str:
         return "".join(f"\n\n{text}" for text in [*shots, *(library[place] for place in found)])
