@@ -15,7 +15,8 @@ from penstock.search.search import Search
     law="the ledger is never above the budget, whatever its unit and amount, and equals a recount of what the engine "
     "did; in the case of one sample that the policy gives, token for token what plain sampling gives with the same "
     "seed; a branch that is forked computes nothing again but its newest token; the same seed gives the same tree, "
-    "whatever else the engine serves; a scorer that fails is counted, and ends nothing; nothing stays in the cache",
+    "whatever else the engine serves; a scorer that fails is counted, and ends nothing, and no text on which it failed "
+    "is the answer where there is another; nothing stays in the cache",
 )
 class Program(Policy):
     """Grows a tree of texts for a problem, and picks one of them.
