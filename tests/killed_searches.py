@@ -14,7 +14,8 @@ from children import born, running
 from penstock.core.files import claim
 from penstock.core.randomness import numpy_generator
 from penstock.search.llm import LLM, Plan
-from penstock.search.runs import Results, read_problems
+from penstock.search.problems import read_problems
+from penstock.search.runs import Results
 
 
 def live(llm: LLM, plan: Plan, source: Path, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from penstock.testing.enrolled import enrolled, rebuilt
-from penstock.testing.search_scorer import check_example, check_hostile
+from penstock.testing.search_scorer import check_example, check_hidden, check_hostile
 
 POLICIES = enrolled("search.scorer")
 
@@ -18,6 +18,11 @@ def test_the_examples_scores(name):
 @pytest.mark.parametrize("name", POLICIES)
 def test_bad_texts_fail_alone(name):
     check_hostile(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_texts_that_are_run_see_their_own_processes_alone(name):
+    check_hidden(POLICIES[name])
 
 
 @pytest.mark.parametrize("name", POLICIES)

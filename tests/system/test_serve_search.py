@@ -57,20 +57,25 @@ def test_the_documents_example_is_answered(server):
     assert 0 < found["usage"]["completion_tokens"] == found["search"]["ledger"]["generated"] <= body["search"]["budget"]
 
 
+#: Options that are within their limits, and multiply.
+WIDE = {"trees": 256, "expand": 256}
+
+
 @pytest.mark.parametrize(
     ("changed", "param", "said"),
     [
         ({"search": {}}, "search", "Field required"),
         ({"search": {"budget": 0}}, "search", "greater than or equal to 1"),
         ({"search": {"budget": 10**9}}, "search", "may spend 100,000 tokens"),
-        ({"search": {"budget": 9, "program": "bean"}}, None, "did you mean 'beam'"),
+        ({"search": {"budget": 9, "program": "bean"}}, "search", "did you mean 'beam'"),
         ({"search": {"budget": 9, "options": {"n": 10**9}}}, "search", "less than or equal to 256"),
         ({"search": {"budget": 9, "options": {"n": "x"}}}, "search", "valid"),
-        ({"search": {"budget": 9, "options": {"nn": 1}}}, None, "nn"),
+        ({"search": {"budget": 9, "options": {"nn": 1}}}, "search", "nn"),
         ({"search": {"budget": 9, "scorer": "unit_tests"}}, "search", "is not offered here"),
         ({"search": {"budget": 9, "scorer": "/etc/passwd"}}, "search", "is not offered here"),
         ({"search": {"budget": 9, "unit": "flops"}}, "search", "'generated' or 'tokens'"),
         ({"search": {"budget": 9, "program": "cascade"}}, "search", "asks the model 'strong'"),
+        ({"search": {"budget": 300, "program": "dvts", "options": WIDE}}, "search", "may have 1,024"),
         ({"search": {"budget": 9}, "stream": True}, "stream", "answered without stream"),
         ({"search": {"budget": 9}, "n": 2}, "n", "leave out n"),
         ({"search": {"budget": 9}, "logprobs": True}, "logprobs", "answered without logprobs"),

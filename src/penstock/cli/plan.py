@@ -198,6 +198,84 @@ def search(
     _show_choices(found, asked.unit)
 
 
+@app.command()
+def tries(
+    verified: Path = typer.Argument(
+        ..., metavar="VERIFIED", help="A folder of penstock search --program coverage, whose scorer is the verifier."
+    ),
+    known: Path = typer.Argument(
+        ..., metavar="KNOWN", help="One with the same texts, whose scorer knows what is right."
+    ),
+    cost: float = typer.Option(1.0, "--cost", min=0, help="Of a wrong answer, where a right one is worth 1."),
+    price: float = typer.Option(0.0, "--price", min=0, help="Of a text that is drawn, likewise."),
+    least: float = typer.Option(1.0, "--least", help="The verifier accepts a text with this score or more."),
+    right: float = typer.Option(1.0, "--right", help="A text is right where its score in KNOWN is this or more."),
+) -> None:
+    """Recommend how often to try where a verifier that may be wrong accepts: how often what it accepts first is right,
+    and the ceiling that no number of tries lifts.
+
+    Example: `penstock plan tries verified known --cost 2 --price 0.01`, where both are of
+    `penstock search MODEL problems.jsonl --program coverage --option n=16 --scorer SCORER --out FOLDER`
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from penstock.search.coverage import best_tries, ceiling, settled
+    from penstock.search.planners.drawn import accepted_of
+
+    counts = accepted_of(verified, known, least, right)
+    best, most = best_tries(counts, cost, price), min(samples for samples, _, _ in counts)
+    table = Table("tries", "right", "wrong", "texts drawn", "worth")
+    for number in sorted({1, best, most, *(2**power for power in range(most.bit_length()))} - {0}):
+        good, bad, drawn = settled(counts, number)
+        worth = good - cost * bad - price * drawn
+        table.add_row(f"{number}", f"{good:.1%}", f"{bad:.1%}", f"{drawn:.4g}", f"{worth:.4g}")
+    Console().print(table)
+    typer.echo(f"\n# The ceiling: {ceiling(counts):.1%} are right with any number of tries")
+    if best:
+        typer.echo(f"# For the search: --program until_accepted --option tries={best} --option least={least:g}")
+    else:
+        typer.echo("# Not to answer is worth more than any number of tries")
+
+
+@app.command()
+def retrieval(
+    runs: list[Path] = typer.Argument(
+        ..., metavar="RUN...", help="Folders of penstock search --program retrieval, each with other options."
+    ),
+    budget: float = typer.Option(..., "--budget", min=0, help="Tokens that may be computed for a problem."),
+    right: float = typer.Option(1.0, "--right", help="An answer is right where its score is this or more."),
+) -> None:
+    """Recommend how many documents, shots and rounds a budget of retrieval is spent on, by a model of accuracy that is
+    fitted to runs on problems of the kind.
+
+    Example: `penstock plan retrieval none documents shots rounds both --budget 2000`, where each folder is of
+    `penstock search MODEL problems.jsonl --program retrieval --option documents=4 --scorer score.py --out FOLDER`
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from penstock.core.errors import UsageError
+    from penstock.search.allocation import combined, costs, fit, seen_in
+
+    seen, unknown = seen_in(runs, right), (0.0, 0.0)  # of one task, what its documents tell is part of what they are
+    cost, settings = costs(seen), combined(seen)
+    try:
+        model = fit([(each.setting, unknown, each.accuracy) for each in seen])
+        best = model.best(settings, unknown, cost, budget)
+    except ValueError as error:
+        raise UsageError(f"nothing can be recommended: {error}") from error
+    measured = {each.setting: f"{each.accuracy:.1%}" for each in seen}
+    table = Table("documents", "shots", "rounds", "tokens", "predicted", "measured")
+    for setting in sorted(settings, key=cost):
+        predicted = f"{model.accuracy(setting, unknown):.1%}"
+        table.add_row(*map(str, setting), f"{cost(setting):,.0f}", predicted, measured.get(setting, ""))
+    Console().print(table)
+    options = zip(("documents", "shots", "rounds"), best, strict=True)
+    chosen = " ".join(f"--option {name}={value}" for name, value in options)
+    typer.echo(f"\n# For the search: --program retrieval {chosen}")
+
+
 #: Lines of a table of choices.
 SHOWN = 16
 

@@ -76,9 +76,10 @@ def search(
     from penstock.core.signals import StopRequest
     from penstock.search.answers import last_line, matching
     from penstock.search.ledger import Budget
-    from penstock.search.llm import LLM, Plan, program_of, scoring_of
+    from penstock.search.llm import LLM, Plan, checking, program_of, ready, scoring_of
     from penstock.search.page import tree_page
-    from penstock.search.runs import Results, read_problems, summary
+    from penstock.search.problems import read_problems
+    from penstock.search.runs import Results, summary
     from penstock.search.scorers.sandbox import grade
     from penstock.serve.choose.sampling import SamplingParams
 
@@ -107,7 +108,8 @@ def search(
     )
     engine = apply_overrides({}, overrides)
     further = dict(_named(each) for each in models)
-    tables = read_problems(problems)
+    ready(plan, further)
+    tables = read_problems(problems, checking(plan.program))
     out.mkdir(parents=True, exist_ok=True)
     with claim(out):
         settings = {
@@ -154,6 +156,9 @@ def search(
         raise typer.Exit(130)
     if any(record["error"] for record in records):
         raise PenstockError("the program failed on some problems", hint="Their lines in results.jsonl say why.")
+    scorings, failures = (sum(record["ledger"][name] for record in records) for name in ("scorings", "failures"))
+    if scorings and failures == scorings:
+        raise PenstockError("no text could be scored", hint="Look at --scorer, and what it needs of a problem.")
 
 
 def _named(given: str) -> tuple[str, str]:

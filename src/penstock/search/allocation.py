@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
+
+from penstock.core.errors import UsageError
+from penstock.policy import create
+from penstock.search.programs.retrieval import Retrieval
+from penstock.search.runs import read_results
 
 #: (documents k, shots m, rounds n).
 Setting = tuple[int, int, int]
@@ -79,3 +86,53 @@ def fit(seen: Sequence[tuple[Setting, Informativeness, float]]) -> Allocation:
 def _row(setting: Setting, informativeness: Informativeness) -> np.ndarray:
     logs = np.log1p(np.array(setting, float))
     return np.concatenate([logs, logs[:2] * np.array(informativeness), [1.0]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a run of ``retrieval`` came to: the share of problems that are right, and the tokens that one costs."""
+
+    setting: Setting
+    accuracy: float
+    tokens: float
+
+
+def seen_in(folders: Sequence[Path], right: float = 1.0) -> list[Seen]:
+    """What the runs of ``penstock search --program retrieval`` in ``folders`` came to. A problem is right where its
+    score is ``right`` or more; its cost are the tokens that were computed for it.
+
+    Raises:
+        UsageError: a folder has none, or none with a scorer, or one of other problems.
+    """
+    found, first = [], None
+    for folder in folders:
+        settings, records = read_results(folder)
+        options = dict(settings["program"])
+        if options.pop("name") != "retrieval" or any(each["score"] is None or each["error"] for each in records):
+            raise UsageError(
+                f"{folder} does not say what a setting of retrieval comes to",
+                hint="Run penstock search with --program retrieval and a --scorer.",
+            )
+        if first not in (None, (settings["problems"], len(records))):
+            raise UsageError(f"{folder} has the results of other problems than {folders[0]}")
+        first = settings["problems"], len(records)
+        program = create("search.program", "retrieval", **options)
+        assert isinstance(program, Retrieval)
+        accuracy = sum(each["score"] >= right for each in records) / len(records)
+        tokens = sum(each["ledger"]["tokens"] for each in records) / len(records)
+        found.append(Seen((program.documents, program.shots, program.rounds), accuracy, tokens))
+    return found
+
+
+def combined(seen: Sequence[Seen]) -> list[Setting]:
+    """All combinations of the documents, shots and rounds that were ``seen``."""
+    return list(itertools.product(*(sorted(set(each)) for each in zip(*(one.setting for one in seen), strict=True))))
+
+
+def costs(seen: Sequence[Seen]) -> Callable[[Setting], float]:
+    """The tokens of a setting: those that were seen, else the least squares of them by a price of each document, shot
+    and round, and of what there is without (ours)."""
+    known = {each.setting: each.tokens for each in seen}
+    rows = np.array([[*setting, 1] for setting in known], float)
+    prices = np.linalg.lstsq(rows, np.array(list(known.values())), rcond=None)[0]
+    return lambda setting: known.get(setting, float(np.array([*setting, 1]) @ prices))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,7 @@ class Branch:
         self.anchored = 0
         self.dropped = False
         search.branches.append(self)
+        search.open += 1
 
     # Looking at it
 
@@ -173,6 +175,11 @@ class Branch:
         return sum(self.logprobs)
 
     @property
+    def worth(self) -> float:
+        """What programs choose by: its score; -inf where a scorer failed on it, or was not asked."""
+        return -math.inf if self.score is None or self.error is not None else self.score
+
+    @property
     def entropy(self) -> float:
         """The mean entropy of the distributions that its tokens were drawn from, in nats; 0 without tokens."""
         return sum(self.entropies) / max(1, len(self.entropies))
@@ -219,7 +226,7 @@ class Branch:
             temperature: their tokens are drawn at; this one's own by default.
 
         Raises:
-            UsageError: it was dropped, or cannot be cut there.
+            UsageError: it was dropped, or cannot be cut there; or the search would have too many branches open.
         """
         if self.dropped:
             raise UsageError(f"branch {self.number} was dropped, and cannot be forked")
@@ -232,6 +239,9 @@ class Branch:
             return self.parent.fork(n, at=at, temperature=temperature)
         if at is not None and at < len(self.tokens) > self.computed + 1:
             raise UsageError(f"branch {self.number} has text that is not computed yet: extend it before it is cut")
+        taken = int(n > 0 and not self.children)  # its first children are open in its place
+        self.search.opens(n - taken)
+        self.search.open -= taken
         made = []
         for _ in range(n):
             seed = self.seed if not self.children else derive(self.seed, "search/fork", self.children) >> 1
@@ -278,6 +288,7 @@ class Branch:
 
     def drop(self, fate: str = "pruned") -> None:
         """Nobody will go on from here: what only it holds is free."""
+        self.search.open -= not (self.dropped or self.children)
         self.dropped, self.fate = True, self.fate or fate
         if self.anchor is not None:
             self.search.released(self.anchor)

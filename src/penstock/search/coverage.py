@@ -1,4 +1,4 @@
-"""Laws of repeated sampling: coverage and saturation."""
+"""Laws of repeated sampling: coverage, saturation, and what a verifier that may be wrong makes of it."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def saturation(ceiling: float, rate: float, threshold: float) -> int:
 
 def fit_saturation(ns: Sequence[int], accuracies: Sequence[float]) -> tuple[float, float]:
     """(ceiling, rate) of F(n) = ceiling (1 - (1 - rate)^n), the accuracy after ``n`` samples ([350]; the form is from
-    knowledge), by least squares: for each rate the best ceiling is linear, and the rate is searched for, ever more
-    finely.
+    knowledge), by least squares with a ceiling of 1 at most: for each rate the error is a parabola of the ceiling,
+    whose lowest point within the bounds is the nearest to its own, and the rate is searched for, ever more finely.
 
     Raises:
         ValueError: fewer than two points.
@@ -69,8 +69,49 @@ def fit_saturation(ns: Sequence[int], accuracies: Sequence[float]) -> tuple[floa
     for _ in range(12):
         rates = np.linspace(low, high, 101)
         shapes = 1 - (1 - rates[:, None]) ** counts
-        ceilings = (shapes @ wanted) / (shapes * shapes).sum(1)
+        ceilings = np.clip((shapes @ wanted) / (shapes * shapes).sum(1), 0, 1)
         errors = ((ceilings[:, None] * shapes - wanted) ** 2).sum(1)
         place = int(errors.argmin())
         low, high = rates[max(place - 1, 0)], rates[min(place + 1, 100)]
     return float(ceilings[place]), float(rates[place])
+
+
+#: Of a problem: samples, those of them that are right and accepted, and those that are wrong and accepted.
+Accepted = tuple[int, int, int]
+
+
+def settled(counts: Sequence[Accepted], tries: int) -> tuple[float, float, float]:
+    """(right, wrong, drawn): how often the first sample that a verifier accepts among ``tries`` is right, how often
+    wrong, and how many are drawn, the mean over problems ([344]: resampling as a geometric process; the estimate is
+    ours). Of a problem it is the mean over all orders of its samples, which is unbiased: one is accepted with
+    :func:`pass_at_k`, and is any of the accepted ones alike.
+
+    Raises:
+        ValueError: a problem has fewer than ``tries`` samples.
+    """
+    right = wrong = drawn = 0.0
+    for samples, good, bad in counts:
+        found = [0.0, *(pass_at_k(samples, good + bad, k) for k in range(1, tries + 1))]
+        if found[-1]:
+            right += found[-1] * good / (good + bad)
+            wrong += found[-1] * bad / (good + bad)
+        drawn += sum(1 - each for each in found[:-1])
+    return right / len(counts), wrong / len(counts), drawn / len(counts)
+
+
+def ceiling(counts: Sequence[Accepted]) -> float:
+    """The share of problems that any number of tries comes to answer right: the mean of good / (good + bad), and 0
+    where none is accepted ([344])."""
+    return sum(good / (good + bad) if good else 0.0 for _, good, bad in counts) / len(counts)
+
+
+def best_tries(counts: Sequence[Accepted], cost: float, price: float) -> int:
+    """How many tries are worth most where a right answer is worth 1, a wrong one -``cost``, none 0, and a sample costs
+    ``price`` ([344]; what a sample costs is ours), of 0 to as many as each problem has; of equals, the fewest."""
+
+    def worth(tries: int) -> float:
+        right, wrong, drawn = settled(counts, tries)
+        return right - cost * wrong - price * drawn
+
+    # Sums of many terms: what differs by less than their rounding is equal.
+    return max(range(min(samples for samples, _, _ in counts) + 1), key=lambda tries: (round(worth(tries), 12), -tries))

@@ -80,7 +80,7 @@ class Driver:
         engine: computes.
         sampling: how tokens are chosen; length and seed are the branches' own.
         scoring: the scorers by name; the one without a name is that of programs that name none.
-        seconds: after which a scoring has failed.
+        seconds: for each text, after which its scoring has failed.
         others: computes the texts of further models, by name.
         like: the request that the plays are for, if there is one: theirs have its id before their own, and its key and
             priority.
@@ -180,6 +180,7 @@ class Driver:
             asked = play.errands.pop(0)
             if isinstance(asked, States):
                 self._states(asked)
+                play.search.ledger.computed += sum(len(each.tokens) for each in asked.branches)
                 self._back.put((play, functools.partial(play.worked, asked)))
                 self._out += 1
             else:

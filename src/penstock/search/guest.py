@@ -14,7 +14,7 @@ from penstock.core.config import Config, build
 from penstock.models import hub
 from penstock.search.driver import Driver, TokenizedTexts
 from penstock.search.ledger import Budget
-from penstock.search.llm import Plan, SearchResult, begun, program_of, scoring_of
+from penstock.search.llm import Plan, SearchResult, begun, checking, program_of, ready, scoring_of
 from penstock.search.play import Play
 from penstock.search.prices import Prices, Unit
 from penstock.search.search import Voice
@@ -24,6 +24,9 @@ from penstock.serve.messages import Delta, Request
 
 #: Seconds that scorers are waited for where the engine has nothing else to do: messages wait as long.
 MOMENT = 0.01
+
+#: Branches that a search may have open at once: they are made on the engine's thread, while all others wait.
+WIDTH = 1024
 
 
 class Work(Config):
@@ -35,7 +38,7 @@ class Work(Config):
         budget, unit: what may be spent.
         step: what ends a step of a text.
         problem: what scorers know of it.
-        seconds: after which a scoring has failed.
+        seconds: for each text, after which its scoring has failed.
     """
 
     program: dict[str, Any]
@@ -78,7 +81,9 @@ class Searches:
         wanted, engine = build(Work, json.loads(work), "the search"), self._engine
         scorers = {} if wanted.scorer is None else {"": scoring_of(wanted.scorer)}
         budget = Budget(amount=wanted.budget, unit=wanted.unit)
-        plan = Plan(program_of(wanted.program), scorers, request.sampling, budget, wanted.step)
+        plan = Plan(program_of(wanted.program), scorers, request.sampling, budget, wanted.step, width=WIDTH)
+        ready(plan, ())
+        checking(plan.program)(wanted.problem)
         driver = Driver(engine, plan.sampling, plan.scorers, wanted.seconds, like=request)
         voice = Voice(self._texts, tuple(request.prompt), engine.ends, engine.limits.context)
         play = begun(plan, wanted.problem, {"": voice}, plan.sampling.seed, {"": self._prices}, driver)

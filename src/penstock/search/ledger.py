@@ -48,7 +48,8 @@ class Ledger:
     Attributes:
         prompt: tokens that were given: the prompt, once, and what was appended to branches.
         generated: tokens that came out.
-        tokens: positions that had to be computed: given and generated ones, but for the newest of each branch.
+        tokens: positions that had to be computed: given and generated ones, but for the newest of each branch; and all
+            of a text again whose hidden states were asked for.
         scored: generated tokens that scorers read.
         forks: branches that were made of others.
         flops: arithmetic operations of ``tokens``.
@@ -83,6 +84,12 @@ class Ledger:
             self.tokens += wish.price("tokens", count)
             self.flops += wish.price("flops", count)
             self.eflops += wish.price("eflops", count)
+
+    def read(self, prices: Prices, count: int) -> None:
+        """A text of ``count`` tokens was computed from its beginning, beside the cache, at these ``prices``."""
+        self.tokens += prices.cost("tokens", 0, count)
+        self.flops += prices.cost("flops", 0, count)
+        self.eflops += prices.cost("eflops", 0, count)
 
     def left(self, budget: Budget) -> float:
         """What may still be spent; infinity without an amount."""

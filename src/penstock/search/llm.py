@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from penstock.core.config import build
@@ -20,8 +20,9 @@ from penstock.search.driver import Driver, TokenizedTexts, run
 from penstock.search.ledger import Budget, Ledger
 from penstock.search.play import Play
 from penstock.search.prices import Prices
-from penstock.search.scorers.contract import Candidate, Problem, Scorer, Scoring
-from penstock.search.search import Search, Voice
+from penstock.search.problems import check_prompt
+from penstock.search.scorers.contract import Problem, Scorer, Scoring, Single
+from penstock.search.search import Search, Voice, unknown_model
 from penstock.serve.chat import chat_tokens
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.engine.engine import Engine
@@ -99,8 +100,9 @@ class Plan:
         step: what ends a step of a text.
         answer: reads the answer off a text.
         device: whose operations per byte eFLOPs are counted by.
-        seconds: after which a scoring has failed.
+        seconds: for each text, after which its scoring has failed.
         models: further ones, by name, for programs that ask them.
+        width: the most branches of a problem that may be open at once; no limit by default.
     """
 
     program: Callable[[Search], Any]
@@ -112,6 +114,7 @@ class Plan:
     device: str = "h100"
     seconds: float = 60.0
     models: Mapping[str, llm.LLM] = dataclasses.field(default_factory=dict)
+    width: int | None = None
 
 
 class LLM(llm.LLM):
@@ -184,9 +187,15 @@ class LLM(llm.LLM):
         alone. Where ``stop`` is wanted, no more come.
 
         Raises:
-            UsageError: a problem has no prompt that can be read; nothing was searched then.
+            PenstockError: a problem cannot be read, or a model is not there that the program or a scorer asks; nothing
+                was searched then.
             KeyboardInterrupt: after Ctrl-C, where no ``stop`` was given.
         """
+        ready(plan, plan.models)
+        check = checking(plan.program)
+        for _, table in problems:
+            check_prompt(table)
+            check(table)
         voices = [
             {name: _voice(model, table, plan) for name, model in {"": self, **plan.models}.items()}
             for _, table in problems
@@ -245,6 +254,8 @@ def begun(
         context=own.context,
         others={name: voice for name, voice in voices.items() if name},
         released=driver.released,
+        width=plan.width,
+        scorers=plan.scorers,
     )
     return Play(search, plan.program(search), prices[""], {name: each for name, each in prices.items() if name})
 
@@ -267,6 +278,26 @@ def _voice(model: llm.LLM, problem: Mapping[str, Any], plan: Plan) -> Voice:
     return Voice(TokenizedTexts(model.tokenizer), tuple(tokens), model.engine.ends, context)
 
 
+def ready(plan: Plan, models: Iterable[str]) -> None:
+    """Makes sure, before anything is spent, that the program has the ``models`` that it may ask, by name, and that
+    the scorers can judge.
+
+    Raises:
+        PenstockError: they do not, or cannot.
+    """
+    for name in plan.program.asks() if isinstance(plan.program, Program) else ():
+        if name not in models:
+            raise unknown_model(name, models)
+    for scoring in plan.scorers.values():
+        if isinstance(scoring, Scorer):
+            scoring.open()
+
+
+def checking(program: Callable[[Search], Any]) -> Callable[[Mapping[str, Any]], None]:
+    """What refuses problems that the ``program`` cannot read."""
+    return program.check if isinstance(program, Program) else lambda problem: None
+
+
 def program_of(given: ProgramLike) -> Callable[[Search], Any]:
     """What runs a program.
 
@@ -274,8 +305,6 @@ def program_of(given: ProgramLike) -> Callable[[Search], Any]:
         UsageError: there is none of that name; the message lists the nearest.
     """
     made = _created("search.program", given)
-    if isinstance(made, Program):
-        return made.run
     if not callable(made):
         raise UsageError(f"{made!r} is no program", hint="Give a name, or an async function of a Search.")
     return cast(Callable[[Search], Any], made)
@@ -289,14 +318,10 @@ def scoring_of(given: ScorerLike) -> Scoring:
     """
     made = _created("search.scorer", given)
     if isinstance(made, Scorer):
-        return made.score
+        return made
     if not callable(made):
         raise UsageError(f"{made!r} is no scorer", hint="Give a name, or a function of the problem and a text.")
-
-    def each(problem: Problem, candidates: Sequence[Candidate]) -> list[float]:
-        return [made(problem, candidate.text) for candidate in candidates]
-
-    return each
+    return Single(made)
 
 
 def _created(contract: str, given: Any) -> Any:

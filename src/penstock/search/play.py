@@ -277,6 +277,8 @@ class Play:
         self._round.clear()
         self._extending = []
         for place, (_, asked) in enumerate(self._asked):
+            if isinstance(asked, States) and not self._paid(asked):
+                continue
             if isinstance(asked, Judge | Work | States):
                 self._under_way += 1
                 self.errands.append(asked)
@@ -298,6 +300,18 @@ class Play:
             self.close()
         else:
             self._grant()
+
+    def _paid(self, states: States) -> bool:
+        """Charges the forward passes that ``states`` asks for, if the budget pays for all of them."""
+        ledger, unit = self.search.ledger, self.search.budget.unit
+        texts = [(self._prices[each.model], len(each.tokens)) for each in states.branches]
+        if sum(prices.cost(unit, 0, count) for prices, count in texts) > self.search.left:
+            self.search.exhausted = True
+            states.outcome = BudgetSpentError("the budget does not pay for these hidden states")
+            return False
+        for prices, count in texts:
+            ledger.read(prices, count)
+        return True
 
     def _piece(self, branch: Branch, until: Until, race: Race | None = None, top: int = 0) -> Piece:
         room = self.search.room(branch)

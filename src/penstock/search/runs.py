@@ -12,30 +12,6 @@ from penstock.core.errors import UsageError
 from penstock.core.files import explain_os_errors, fsync_directory, read_json, read_text, write_json
 
 
-def read_problems(path: Path) -> list[dict[str, Any]]:
-    """The problems of a JSONL file, an object a line.
-
-    Raises:
-        UsageError: a line is no object, or has neither ``prompt`` nor ``messages``.
-    """
-    problems = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            problem = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{path}:{number} is not JSON: {error}") from error
-        if not isinstance(problem, dict) or not {"prompt", "messages", "prompt_token_ids"} & problem.keys():
-            raise UsageError(
-                f"{path}:{number} has no prompt", hint='Each line is an object, such as {"id": "a", "prompt": "..."}.'
-            )
-        problems.append(problem)
-    if not problems:
-        raise UsageError(f"{path} has no problems")
-    return problems
-
-
 class Results:
     """The results in a folder: ``KIND.json`` says how they are made, ``results.jsonl`` has a line for each problem.
 
@@ -152,5 +128,5 @@ def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
             a, b = power_law(ks, covered)
             lines.append(f"coverage = exp({a:.3f} k^{b:.3f})")
             ceiling, rate = fit_saturation(ks, covered)
-            lines.append(f"saturation: ceiling={min(1.0, ceiling):.3f}, rate={rate:.3f}")
+            lines.append(f"saturation: ceiling={ceiling:.3g}, rate={rate:.3g}")
     return lines

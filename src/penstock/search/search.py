@@ -69,6 +69,15 @@ class Dice(Protocol):
         ...
 
 
+def unknown_model(model: str, known: Iterable[str]) -> UsageError:
+    """The error of a program that asks a model which was not given."""
+    names = ", ".join(filter(None, known)) or "none"
+    return UsageError(
+        f"the program asks the model {model!r}, and none was given by that name; known: {names}",
+        hint=f"Give it by models={{{model!r}: LLM(...)}}, or on the command line by --model {model}=NAME.",
+    )
+
+
 class SeededDice:
     """Choices that the ``seed`` decides."""
 
@@ -103,6 +112,8 @@ class Search:
         others: further models, by name, that a program may ask.
         dice: of the program's own choices.
         released: told of texts in the cache that nobody goes on from.
+        width: the most branches that may be open at once; no limit by default.
+        scorers: the names of those that were given; the program's own is without a name.
 
     Attributes:
         root: the branch with nothing but the prompt.
@@ -111,6 +122,7 @@ class Search:
         ledger: what was spent.
         notes: what the program wants to be told beside its answer, as plain data.
         exhausted: whether the budget has ended an extension.
+        open: how many branches are neither dropped nor forked.
     """
 
     def __init__(
@@ -130,6 +142,8 @@ class Search:
         others: Mapping[str, Voice] | None = None,
         dice: Dice | None = None,
         released: Callable[[Anchor], None] = lambda anchor: None,
+        width: int | None = None,
+        scorers: Iterable[str] = (),
     ) -> None:
         self.problem, self.step, self.answer = problem, step, answer
         self.voices = {"": Voice(texts, tuple(prompt), ends, context), **(others or {})}
@@ -138,6 +152,8 @@ class Search:
         self.branches: list[Branch] = []
         self.notes: dict[str, Any] = {}
         self.exhausted = False
+        self.open, self._width = 0, width
+        self.scorers = frozenset(scorers)
         self.root = Branch(self, list(prompt), seed)
         self._roots = {"": self.root}
         self._dice = dice or SeededDice(seed)
@@ -152,11 +168,7 @@ class Search:
         """
         if model not in self._roots:
             if model not in self.voices:
-                known = ", ".join(filter(None, self.voices)) or "none"
-                raise UsageError(
-                    f"the program asks the model {model!r}, and none was given by that name; known: {known}",
-                    hint=f"Give it by models={{{model!r}: LLM(...)}}, or on the command line by --model {model}=NAME.",
-                )
+                raise unknown_model(model, self.voices)
             prompt = list(self.voices[model].prompt)
             self._roots[model] = Branch(self, prompt, derive(self.seed, f"search/model/{model}") >> 1, model=model)
             self.ledger.prompt += len(prompt)
@@ -180,8 +192,9 @@ class Search:
         return await self.extend(self.root.fork(n), **until)
 
     def judge(self, branches: Iterable[Branch], scorer: str = "", **known: Any) -> Awaitable[list[Branch]]:
-        """Has the scorer set ``branches``' scores, which are given back. One that it fails on has its ``error``, and
-        the score 0. What is ``known`` stands in place of what the problem says, such as other ``tests``."""
+        """Has the scorer set ``branches``' scores, which are given back. One that it fails on has its ``error``, the
+        score 0 and the ``worth`` -inf. What is ``known`` stands in place of what the problem says, such as other
+        ``tests``."""
         return Judge(self, list(branches), scorer, {**self.problem, **known})
 
     def work(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
@@ -191,9 +204,10 @@ class Search:
 
     def hidden(self, branches: Iterable[Branch]) -> Awaitable[list[Branch]]:
         """Sets ``hidden`` of the ``branches``, which are given back: the hidden states of all their tokens after the
-        model's last norm. They are computed from the beginning, beside the engine's batch; nothing is charged for it.
+        model's last norm. They are computed from the beginning, beside the engine's batch, and charged as that.
 
         Raises:
+            BudgetSpentError: when awaited, what is left does not pay for all of it.
             UsageError: when awaited, the model is shared out among several processes, or has no weights here.
         """
         return States(list(branches))
@@ -210,9 +224,10 @@ class Search:
         return self._dice.choose(weights)
 
     def best(self, branches: Iterable[Branch]) -> Branch | None:
-        """The one with the highest score, finished ones first; of equals, the earlier. None if there are none."""
+        """The one with the highest score, finished ones first, and before all those on which no scorer failed; of
+        equals, the earlier. None if there are none."""
         found = list(branches)
-        return max(found, key=lambda each: (each.finished, _value(each)), default=None)
+        return max(found, key=lambda each: (each.error is None, each.finished, each.worth), default=None)
 
     @property
     def leaves(self) -> list[Branch]:
@@ -226,6 +241,18 @@ class Search:
         """What is left of the budget, in its unit."""
         return self.ledger.left(self.budget)
 
+    def opens(self, n: int) -> None:
+        """Makes sure that ``n`` more branches may be opened, however fast a program multiplies them.
+
+        Raises:
+            UsageError: there would be more than ``width``.
+        """
+        if self._width is not None and self.open + n > self._width:
+            raise UsageError(
+                f"the search would have {self.open + n:,} branches open at once, and may have {self._width:,}: "
+                "give its program smaller options"
+            )
+
     def room(self, branch: Branch) -> int:
         """How many more tokens ``branch`` may come to."""
         context = self.voices[branch.model].context
@@ -236,10 +263,6 @@ class Search:
         anchor.users -= 1
         if not anchor.users:
             self._released(anchor)
-
-
-def _value(branch: Branch) -> float:
-    return float("-inf") if branch.score is None else branch.score
 
 
 async def _waiting(work: Awaitable[T]) -> T:

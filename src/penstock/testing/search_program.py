@@ -5,11 +5,12 @@ What each clause is there to catch:
 - :func:`check_budget`: a unit that is counted late, or for one branch only; tokens that are granted twice; a budget
   that is left over although the program would go on;
 - :func:`check_recount`: tokens, cache hits or computed positions that the ledger misses or counts twice; a branch that
-  computes what its parent did; blocks that stay in the cache;
+  computes what its parent did; blocks that stay in the cache; a count of open branches, which is limited, that is off;
 - :func:`check_limit`: draws that depend on how a text was cut into steps, or on the branch's place in the tree; texts
   that are changed on the way;
 - :func:`check_alone`: what depends on the order in which things happen to be done, or on memory being short;
-- :func:`check_failures`: a scorer whose failure is taken for a score, lost, or ends the program.
+- :func:`check_failures`: a scorer whose failure is taken for a score, lost, or ends the program; one that is taken for
+  a good score where others are negative.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from penstock.search.driver import Driver, run
 from penstock.search.ledger import Budget, Ledger, total
 from penstock.search.play import Play
 from penstock.search.prices import Prices
-from penstock.search.scorers.contract import Candidate, Problem, Scoring
+from penstock.search.scorers.contract import Candidate, Problem, Scoring, Verdict
 from penstock.search.search import Search, Voice
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
@@ -130,6 +131,9 @@ def check_recount(program: Program) -> None:
     given = sum(branch.start for each in searches for branch in each.branches if branch.parent is None)
     assert grown == found.generated + found.prompt - given, "the ledger's tokens are not those of the tree"
     assert now.held == 0, f"{now.held} blocks stay in the cache"
+    for each in searches:
+        leaves = sum(not branch.dropped and not branch.children for branch in each.branches)
+        assert each.open == leaves, f"{each.open} branches are said to be open, and {leaves} are"
 
 
 def check_alone(program: Program) -> None:
@@ -156,6 +160,11 @@ def check_failures(program: Program) -> None:
     assert play.error is None, f"a scorer that fails ends the program: {play.error}"
     assert play.answer is not None, "a scorer that fails leaves no answer"
     assert ledger.failures == ledger.scorings, f"{ledger.failures} failures of {ledger.scorings} scorings"
+    for play in _played(small_engine(), [_named(seed) for seed in range(8)], program, scoring=_partly):
+        assert play.error is None and play.answer is not None
+        judged = [each for each in play.search.leaves if each.finished and not each.dropped and each.score is not None]
+        if any(each.error is None for each in judged):
+            assert play.answer.error is None, "a text that could not be scored is chosen, and another was there"
 
 
 @functools.cache
@@ -245,6 +254,14 @@ def _tree(play: Play) -> list[Any]:
 def _spent(ledger: Ledger) -> dict[str, Any]:
     record = ledger.record()
     return {name: value for name, value in record.items() if name not in BESIDE}
+
+
+def _partly(problem: Problem, candidates: Sequence[Candidate]) -> list[float | Verdict]:
+    """Fails on half of the texts; the others are worth something negative."""
+    return [
+        Verdict.failure("it cannot be scored") if sum(map(ord, each.text)) % 2 else _worth_of(each.text) - 9
+        for each in candidates
+    ]
 
 
 def _raising(problem: Problem, candidates: Sequence[Candidate]) -> list[float]:

@@ -2,17 +2,19 @@
 
 What each clause is there to catch: an example that is scored otherwise, or otherwise when it is scored again or in
 another order (state that is kept); scores that are no numbers; texts that make it raise, hang, fork, print without end
-or fill the memory, and take other texts with them.
+or fill the memory, and take other texts with them; texts that are run, and see the machine's other processes.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import tempfile
 import time
 from pathlib import Path
 
 from penstock.search.scorers.contract import Candidate, Scorer, verdicts
+from penstock.search.scorers.sandbox import grade
 
 #: Texts that a scorer must survive: not only those who run them.
 HOSTILE = (
@@ -28,11 +30,39 @@ HOSTILE = (
     "(" * 10_000,
 )
 
+#: A program that writes to PATH what it sees of other processes, or has of capabilities to take off what hides them.
+SPY = """
+import os
+seen = []
+for each in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        seen.append(open(f"/proc/{each}/cmdline").read())
+    except OSError:
+        pass
+foreign = [each for each in seen if each and "harness" not in each and "bwrap" not in each]
+able = [line for line in open("/proc/self/status") if line.startswith("CapEff") and int(line.split()[1], 16)]
+if foreign or able or not seen:
+    open(PATH, "w").write(str(foreign + able))
+"""
+
 
 def check(scorer: Scorer) -> None:
     """Asserts the law."""
     check_example(scorer)
     check_hostile(scorer)
+    check_hidden(scorer)
+
+
+def check_hidden(scorer: Scorer) -> None:
+    """Asserts that a text which is run sees no processes but its own, where the machine has namespaces for it."""
+    if grade() not in ("bubblewrap", "namespaces"):
+        return
+    example, problem, candidates, _ = scorer.example()
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "told"
+        spy = SPY.replace("PATH", repr(str(told)))
+        verdicts(example.score, problem, [Candidate(spy, "", finished=False), *candidates], 120)
+        assert not told.exists(), f"a text sees other processes, or may: {told.read_text()[:200]}"
 
 
 def check_example(scorer: Scorer) -> None:

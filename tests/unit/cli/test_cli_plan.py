@@ -1,4 +1,4 @@
-"""``penstock plan hyper``."""
+"""``penstock plan``: how models are trained, and how a budget of retrieval is shared out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from penstock.cli import build_app
 from penstock.core.config import build
 from penstock.core.errors import DataError, UsageError
 from penstock.policy import index
+from penstock.search.allocation import Allocation
 from penstock.train.config import TrainConfig
 from penstock.train.hyper.contract import Scale, Settings
 from penstock.train.hyper.power_lines import PowerLines
@@ -116,3 +117,33 @@ def test_a_table_that_shows_nothing_is_refused(tmp_path, text, words):
         plan(*SCALE, "--trials", str(table))
     with pytest.raises(UsageError, match="has none"):
         plan(*SCALE, "--trials", str(table), "--policy", "linear_scaling")
+
+
+def test_a_budget_of_retrieval_is_shared_out_by_runs(tmp_path):
+    """Accuracies are those of a planted model, in 1,000 problems; what was not run is predicted by it."""
+    true = Allocation((0.9, 0.4, 0.1), (0.0, 0.0), -1.0)
+    for setting in ((0, 0, 0), (4, 0, 0), (0, 2, 0), (0, 0, 3), (4, 2, 0)):
+        folder = tmp_path / "-".join(map(str, setting))
+        folder.mkdir()
+        options = dict(zip(("documents", "shots", "rounds"), setting, strict=True))
+        program = {"name": "retrieval", **options}
+        (folder / "search.json").write_text(json.dumps({"program": program, "problems": "p"}))
+        ledger = {"tokens": 50 + 100 * setting[0] + 60 * setting[1] + 150 * setting[2]}
+        right = round(1000 * true.accuracy(setting, (0.0, 0.0)))
+        lines = [
+            json.dumps({"place": place, "score": float(place < right), "error": None, "ledger": ledger})
+            for place in range(1000)
+        ]
+        (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
+    runs = sorted(map(str, tmp_path.iterdir()))
+    settings = list(itertools.product((0, 4), (0, 2), (0, 3)))
+    cost = lambda each: 50 + 100 * each[0] + 60 * each[1] + 150 * each[2]  # noqa: E731
+    for budget in (60, 200, 450, 600, 2000):
+        said = CliRunner().invoke(build_app(), ["plan", "retrieval", *runs, "--budget", str(budget)]).stdout
+        allowed = [each for each in settings if cost(each) <= budget]
+        best = max(allowed, key=lambda each: true.accuracy(each, (0.0, 0.0)))
+        assert "--option documents={} --option shots={} --option rounds={}".format(*best) in said
+    for given, complaint in ((["--budget", "9"], "no setting costs 9"), (["--budget", "99"], "differ in documents")):
+        with pytest.raises(UsageError, match=complaint):
+            few = runs if "9" in given else runs[:3]
+            CliRunner().invoke(build_app(), ["plan", "retrieval", *few, *given], catch_exceptions=False)

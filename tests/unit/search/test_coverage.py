@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from penstock.search import coverage as laws
+from penstock.search.programs.saturation import Saturation
 
 
 def test_pass_at_k_is_the_mean_over_all_subsets():
@@ -75,3 +76,75 @@ def test_planted_saturation_is_found():
     ns = [1, 2, 4, 8, 16, 32]
     found = laws.fit_saturation(ns, [saturating(0.83, 0.17, n) for n in ns])
     assert found == (pytest.approx(0.83, abs=1e-6), pytest.approx(0.17, abs=1e-6))
+
+
+@pytest.mark.parametrize("accuracies", [(0.06, 0.12, 0.25, 0.5), (0.001, 0.002, 0.004, 0.008), (0.3, 0.5, 0.8, 0.99)])
+def test_no_ceiling_above_one_is_fitted(accuracies):
+    """Against all pairs of a fine grid; without a bound, those that still double are fitted by a rate of nothing."""
+    ns = np.array([1, 2, 4, 8])
+    error = lambda ceiling, rate: ((ceiling * (1 - (1 - rate) ** ns) - accuracies) ** 2).sum()  # noqa: E731
+    ceiling, rate = laws.fit_saturation(ns.tolist(), accuracies)
+    assert 0 < ceiling <= 1 and 0 < rate <= 1
+    least = min(error(c, r) for c in np.linspace(0, 1, 51) for r in np.geomspace(1e-4, 1, 200))
+    assert error(ceiling, rate) <= least + 1e-12
+    printed = {"ceiling": float(f"{ceiling:.3g}"), "rate": float(f"{rate:.3g}")}
+    assert Saturation(**printed).rate > 0  # the program takes what is printed
+
+
+def first_accepted(samples: int, good: int, bad: int, tries: int) -> tuple[float, float, float]:
+    """Right, wrong and drawn, over all orders of the samples."""
+    kinds = "g" * good + "b" * bad + "-" * (samples - good - bad)
+    right = wrong = drawn = 0
+    orders = list(itertools.permutations(kinds))
+    for order in orders:
+        accepted = next((place for place, kind in enumerate(order[:tries]) if kind != "-"), None)
+        right += accepted is not None and order[accepted] == "g"
+        wrong += accepted is not None and order[accepted] == "b"
+        drawn += tries if accepted is None else accepted + 1
+    return right / len(orders), wrong / len(orders), drawn / len(orders)
+
+
+#: Problems that differ: often right, often wrongly accepted, never accepted, nearly always.
+MIX = [(6, 2, 1), (6, 1, 3), (6, 0, 0), (6, 4, 1), (6, 0, 2)]
+
+
+def test_what_is_accepted_first_is_the_mean_over_all_orders():
+    for tries in range(1, 7):
+        wanted = np.mean([first_accepted(*each, tries) for each in MIX], axis=0)
+        assert laws.settled(MIX, tries) == pytest.approx(tuple(wanted))
+
+
+def test_what_is_accepted_first_is_an_unbiased_estimate():
+    """Of draws that are right and accepted with the chance p, wrong and accepted with f: a geometric process."""
+    n, p, f, tries = 7, 0.2, 0.3, 4
+    chance = lambda g, b: (  # noqa: E731
+        math.comb(n, g) * math.comb(n - g, b) * p**g * f**b * (1 - p - f) ** (n - g - b)
+    )
+    outcomes = [(g, b) for g in range(n + 1) for b in range(n + 1 - g)]
+    found = sum(chance(g, b) * np.array(laws.settled([(n, g, b)], tries)) for g, b in outcomes)
+    reached = 1 - (1 - p - f) ** tries
+    assert tuple(found) == pytest.approx((p / (p + f) * reached, f / (p + f) * reached, reached / (p + f)))
+
+
+def test_no_number_of_tries_lifts_the_ceiling():
+    assert laws.ceiling(MIX) == pytest.approx((2 / 3 + 1 / 4 + 0 + 4 / 5 + 0) / 5)
+    rights = [laws.settled(MIX, tries)[0] for tries in range(1, 7)]
+    assert rights == sorted(rights) and rights[-1] == pytest.approx(laws.ceiling(MIX))
+
+
+@pytest.mark.parametrize(("cost", "price"), [(0, 0), (0, 0.1), (0.5, 0), (1, 0), (2, 0.01), (1, 0.05), (9, 0)])
+def test_the_best_number_of_tries_is_that_of_an_enumeration(cost, price):
+    def worth(tries: int) -> float:
+        if not tries:
+            return 0.0
+        right, wrong, drawn = np.mean([first_accepted(*each, tries) for each in MIX], axis=0)
+        return right - cost * wrong - price * drawn
+
+    values = [worth(tries) for tries in range(7)]
+    best = next(tries for tries in range(7) if values[tries] >= max(values) - 1e-10)
+    assert laws.best_tries(MIX, cost, price) == best
+
+
+def test_a_verifier_that_is_never_wrong_is_tried_without_end_where_that_is_free():
+    assert laws.best_tries([(50, 1, 0), (50, 3, 0)], cost=100, price=0) == 50
+    assert 0 < laws.best_tries([(50, 20, 2), (50, 1, 10)], cost=1, price=0) < 10  # [344]: often below ten

@@ -79,12 +79,27 @@ def test_a_scorer_that_takes_its_time_holds_up_nobody(llm, monkeypatch):
     assert llm.engine.snapshot().held == 0
 
 
+def test_branches_that_multiply_are_refused(llm):
+    """Each option is within its limit; their product would be made on the engine's thread, while others wait."""
+    host = guest(llm.engine, "python-1m")
+    program = {"name": "dvts", "trees": 256, "expand": 256}
+    host.begin(request(llm), json.dumps({"program": program, "scorer": "majority", "budget": 300}))
+    (found,) = run(llm, host)
+    assert found["error"] == (
+        "UsageError: the search would have 1,276 branches open at once, and may have 1,024: "
+        "give its program smaller options"
+    )
+    assert found["ledger"]["forks"] <= 1024 + 256 and llm.engine.snapshot().held == 0
+
+
 def test_what_is_no_search_is_refused(llm):
     host = guest(llm.engine, "python-1m")
     for changed, said in (
         ({"program": {"name": "bean"}}, "did you mean 'beam'"),
         ({"scorer": "exact_mach"}, "did you mean 'exact_match'"),
         ({"budget": -1}, "greater than 0"),
+        ({"program": {"name": "cascade"}}, "asks the model 'strong'"),
+        ({"program": {"name": "retrieval"}, "problem": {"documents": "a"}}, "no list of texts"),
     ):
         with pytest.raises(UsageError, match=said):
             host.begin(request(llm), json.dumps(ENDLESS | changed))

@@ -17,9 +17,11 @@ from penstock.models.attention import CausalRows
 from penstock.search.answers import last_line, matching
 from penstock.search.branch import Branch
 from penstock.search.contract import Program
-from penstock.search.llm import Plan, program_of, scoring_of
+from penstock.search.llm import Plan, checking, program_of, scoring_of
 from penstock.search.page import tree_page
-from penstock.search.runs import Results, read_problems, summary
+from penstock.search.prices import Prices
+from penstock.search.problems import read_problems
+from penstock.search.runs import Results, summary
 from penstock.testing.search_program import check_alone, check_budget, check_failures, check_recount
 
 DRAWN = SamplingParams(max_tokens=24, seed=4)
@@ -74,7 +76,7 @@ def test_a_users_own_program(llm):
 
 
 def test_hidden_states_are_those_of_the_models_own_forward_pass(llm):
-    """Of a fork and of what it was forked from, of all tokens, the newest and the prompt's too; nothing is charged."""
+    """Of a fork and of what it was forked from, of all tokens, the newest and the prompt's too; all are charged."""
     seen: list[tuple[list[int], torch.Tensor]] = []
 
     async def program(search):
@@ -84,7 +86,11 @@ def test_hidden_states_are_those_of_the_models_own_forward_pass(llm):
         spent = search.ledger.record()
         found = await search.hidden([begun, one, two])
         seen.extend((list(branch.tokens), branch.hidden) for branch in found)
-        assert search.ledger.record() == spent
+        lengths, prices = [len(branch.tokens) for branch in found], Prices(llm.engine.limits.model)
+        charged = {unit: sum(prices.cost(unit, 0, each) for each in lengths) for unit in ("tokens", "flops", "eflops")}
+        charged |= {"computed": sum(lengths)}
+        for name, value in search.ledger.record().items():
+            assert value == pytest.approx(spent[name] + charged.get(name, 0))
         return one
 
     (found,) = llm.search(PROMPT, program, sampling_params=DRAWN, progress=silent)
@@ -95,6 +101,21 @@ def test_hidden_states_are_those_of_the_models_own_forward_pass(llm):
             wanted = model(torch.tensor([tokens]), CausalRows.of(len(tokens))).hidden[0].float()
         assert states.shape == (len(tokens), model.config.hidden) and states.dtype == torch.float32
         torch.testing.assert_close(states, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_that_the_budget_does_not_pay_for_are_not_computed(llm):
+    async def program(search):
+        text = await search.root.extend(tokens=3)
+        left = search.left
+        await search.hidden([text])
+        assert search.left == left - len(text.tokens)
+        await search.hidden([text])
+        raise AssertionError("they were computed")
+
+    prompt = len(llm.tokenizer(PROMPT)["input_ids"])
+    amount = 3 * (prompt + 3) - 2  # one token less than that the text, and its states twice, would take
+    (found,) = llm.search(PROMPT, program, budget=amount, unit="tokens", sampling_params=DRAWN, progress=silent)
+    assert found.error is None and found.exhausted and found.ledger.tokens == 2 * (prompt + 3) - 1
 
 
 def test_hidden_states_that_cannot_be_had_end_the_program_alone(llm, monkeypatch):
@@ -195,6 +216,25 @@ def test_a_scorer_that_hangs_has_failed_after_its_time_and_the_run_goes_on(llm):
     assert llm.engine.snapshot().held == 0
 
 
+def test_a_function_that_raises_on_a_text_fails_on_that_alone(llm):
+    """It raises on the first text that it sees, and hangs on the second."""
+    seen = []
+
+    def sometimes(problem, text):
+        seen.append(text)
+        if len(seen) == 1:
+            raise ValueError("not this one")
+        if len(seen) == 2:
+            threading.Event().wait()
+        return 1.0
+
+    plan = Plan(program_of({"name": "best_of_n", "n": 8}), {"": scoring_of(sometimes)}, DRAWN, seconds=0.5)
+    ((_, found),) = llm.searched(plan, [(0, {"prompt": PROMPT})])
+    assert found.ledger.scorings == 8 and found.ledger.failures == 2 and found.score == 1
+    said = {node["error"] for node in found.tree}
+    assert said == {None, "ValueError: not this one", "it took more than 0.5 s"}
+
+
 def test_the_documents_own_program_obeys_the_law():
     """The async function that the page shows: it is held to a budget, recounted, and the same beside others."""
     page = (repository() / "docs" / "search.md").read_text()
@@ -261,17 +301,53 @@ def test_a_summary_of_coverage_has_the_options_of_saturation():
     ledger = {"generated": 0, "tokens": 0, "scorings": 0, "failures": 0}
     record = {"ledger": ledger, "score": 0.0, "exhausted": False, "error": None, "tree": []}
     records = [{**record, "notes": {"samples": 1_000_000, "right": right}} for right in (0, 250_000)]
-    assert "saturation: ceiling=0.500, rate=0.250" in summary(records)
+    assert "saturation: ceiling=0.5, rate=0.25" in summary(records)
 
 
 def test_problems_are_read(tmp_path):
     path = tmp_path / "problems.jsonl"
-    path.write_text('{"prompt": "a"}\n\n{"messages": []}\n')
+    path.write_text('{"prompt": "a"}\n\n{"messages": [{"role": "user", "content": "b"}]}\n')
     assert [set(each) for each in read_problems(path)] == [{"prompt"}, {"messages"}]
-    for text, complaint in (("{", ":1 is not JSON"), ('{"a": 1}\n', ":1 has no prompt"), ("", "has no problems")):
+    refused = (
+        ("{", ":1 is not JSON"),
+        ('{"a": 1}\n', ":1 has no prompt"),
+        ("", "has no problems"),
+        ('{"prompt": "a"}\n{"messages": "hello"}\n', ":2: 'messages' is no list of objects"),
+        ('{"messages": [{"content": "b"}]}\n', r":1: messages\[0\] has no 'role'"),
+        ('{"messages": []}\n', ":1: 'messages' is empty"),
+        ('\n{"prompt": 3}\n', ":2: 'prompt' is no text"),
+    )
+    for text, complaint in refused:
         path.write_text(text)
         with pytest.raises(UsageError, match=complaint):
             read_problems(path)
+
+
+@pytest.mark.parametrize(
+    ("program", "field", "complaint"),
+    [
+        ("retrieval", {"documents": "a text"}, "'documents' is no list of texts"),
+        ("retrieval", {"shots": [1]}, "'shots' is no list of texts"),
+        ("meta_ranking", {"references": [{"prompt": "a", "right": True}]}, r"references\[0\] has no 'answer'"),
+        ("meta_ranking", {"references": "a"}, "'references' is no list of objects"),
+    ],
+)
+def test_what_a_program_cannot_read_is_refused_by_its_line(llm, tmp_path, program, field, complaint):
+    path = tmp_path / "problems.jsonl"
+    path.write_text(json.dumps({"prompt": PROMPT}) + "\n" + json.dumps({"prompt": PROMPT} | field))
+    with pytest.raises(UsageError, match=f":2: {complaint}"):
+        read_problems(path, checking(program_of(program)))
+    with pytest.raises(UsageError, match=complaint):
+        llm.search({"prompt": PROMPT} | field, program, models={"strong": llm}, progress=silent)
+
+
+def test_a_model_that_judges_is_opened_before_anything_is_drawn(llm):
+    before = llm.engine.snapshot().output_tokens
+    with pytest.raises(UsageError, match="it is no reward model"):
+        llm.search(PROMPT, scorer={"name": "reward_model", "model": "python-1m"}, progress=silent)
+    with pytest.raises(UsageError, match="no-such-model"):
+        llm.search(PROMPT, scorer={"name": "generative", "model": "no-such-model"}, progress=silent)
+    assert llm.engine.snapshot().output_tokens == before
 
 
 def test_the_page_holds_what_was_said():
@@ -323,8 +399,10 @@ def test_further_models_write_in_their_own_tokens(llm):
     assert found.error is None and found.tokens == plain.token_ids
     assert found.ledger.generated == 4 + len(plain.token_ids)
     assert llm.engine.snapshot().held == other.engine.snapshot().held == 0
-    (found,) = llm.search(PROMPT, {"name": "cascade", "least": 1.0}, sampling_params=DRAWN, progress=silent)
-    assert "asks the model 'strong', and none was given" in found.error
+    before = llm.engine.snapshot().output_tokens
+    with pytest.raises(UsageError, match="asks the model 'strong', and none was given"):
+        llm.search(PROMPT, {"name": "cascade", "least": 1.0}, sampling_params=DRAWN, progress=silent)
+    assert llm.engine.snapshot().output_tokens == before
 
 
 def test_tests_that_a_program_wrote_come_to_the_scorer(llm):

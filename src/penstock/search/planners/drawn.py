@@ -10,6 +10,7 @@ from penstock.core.errors import UsageError
 from penstock.models import hub
 from penstock.ops.paged.selection import BlockSelection
 from penstock.policy import create
+from penstock.search.coverage import Accepted
 from penstock.search.planners.contract import Candidate, Drawn
 from penstock.search.runs import read_results
 from penstock.serve.kv.policies.contract import CachePolicy
@@ -43,6 +44,31 @@ def candidates_of(folders: Sequence[Path], right: float = 1.0) -> list[Candidate
             sparse,
         )
     return list(found.values())
+
+
+def accepted_of(verified: Path, known: Path, least: float = 1.0, right: float = 1.0) -> list[Accepted]:
+    """Of each problem, how many samples there are, and how many of them are accepted and right, and accepted and wrong.
+    Two searches have drawn the same texts: in ``verified`` the scorer is the verifier, which accepts those with a score
+    of ``least`` or more; in ``known`` it knows what is right, which has a score of ``right`` or more.
+
+    Raises:
+        UsageError: a folder has no such results, or they are of different texts.
+    """
+    runs = [read_results(folder)[1] for folder in (verified, known)]
+    if [each["place"] for each in runs[0]] != [each["place"] for each in runs[1]]:
+        raise UsageError(f"{known} has the results of other problems than {verified}")
+    found = []
+    for judged, truth in zip(*runs, strict=True):
+        accepts, rights = _drawn(verified, judged, least).right, _drawn(known, truth, right).right
+        texts = [[node["text"] for node in record["tree"]] for record in (judged, truth)]
+        if texts[0] != texts[1]:
+            raise UsageError(
+                f"{known} has other texts of the problem {judged['id']} than {verified}",
+                hint="Run both with the same model, seed and options, and with another --scorer.",
+            )
+        good = sum(accepted and true for accepted, true in zip(accepts, rights, strict=True))
+        found.append((len(accepts), good, sum(accepts) - good))
+    return found
 
 
 def _sparse(settings: dict[str, Any]) -> BlockSelection | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from heapq import heappop, heappush
 
 from pydantic import NonNegativeFloat, PositiveInt
@@ -53,7 +54,9 @@ class AStar(Program):
 
     def cost(self, branch: Branch) -> float:
         """What ``branch`` has cost, and is estimated to cost still."""
-        still = 0.0 if branch.finished and self.surprise else 1 - (branch.score or 0.0)
+        if branch.error is not None:  # behind all others
+            return math.inf
+        still = 0.0 if branch.finished and self.surprise else 1 - branch.worth
         return still - self.surprise * branch.logprob
 
     @classmethod

@@ -33,6 +33,9 @@ class Cascade(Program):
     least: Annotated[float, Field(ge=0, le=1)] = 0.75
     strong: str = "strong"
 
+    def asks(self) -> tuple[str, ...]:
+        return (self.strong,) if self.least > 0 else ()
+
     async def run(self, search: Search) -> Branch | None:
         begun = [search.root.fork(1)[0] for _ in self.formats]
         for branch, form in zip(begun, self.formats, strict=True):

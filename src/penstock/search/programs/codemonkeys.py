@@ -50,16 +50,16 @@ class CodeMonkeys(Program):
         programs = [text for text, _ in pairs]
         pooled = list(dict.fromkeys(test for _, tests in pairs for test in tests))
         await search.judge(programs, tests=pooled)
-        votes = {each: each.score or 0.0 for each in programs}
+        votes = {each: each.worth for each in programs}
         best = top(programs, self.keep)
-        search.notes |= {"tests": len(pooled), "votes": [votes[each] for each in programs]}
+        search.notes |= {"tests": len(pooled), "votes": [each.score for each in programs]}
         if len(best) > 1:
             shown = "".join(f"\n\n{each.text}" for each in best)
             question = search.root.fork(1)[0].ask(shown + self.testing)
             question.fate = "aside"
             await question.extend(tokens=self.length)
             await search.judge(best, tests=assertions(question.text))
-        return max(best, key=lambda each: (each.finished, each.score or 0.0, votes[each]))
+        return max(best, key=lambda each: (each.error is None, each.finished, each.worth, votes[each]))
 
     async def _trajectory(self, search: Search, text: Branch) -> tuple[Branch, list[str]]:
         """A program, and all tests that were written for it."""

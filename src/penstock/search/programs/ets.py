@@ -49,13 +49,13 @@ class EfficientTreeSearch(Program):
             width = self.width - len(ended)
             if not leaves or width < 1 or search.exhausted:
                 break
-            counts = rebase([each.score or 0.0 for each in leaves], width, self.temperature)
+            counts = rebase([each.worth for each in leaves], width, self.temperature)
             nodes = [{node.number for node in [*leaf.ancestors, leaf]} for leaf in leaves]
             clusters = [_cluster(each.last) for each in leaves]
             chosen = await search.work(select, counts, nodes, clusters, self.sharing, self.diversity)
             kept = [leaves[place] for place in chosen]
             prune(leaves, kept)
-            counts = rebase([each.score or 0.0 for each in kept], width, self.temperature)
+            counts = rebase([each.worth for each in kept], width, self.temperature)
             leaves = [child for each, count in zip(kept, counts, strict=True) for child in each.fork(count)]
         return search.best([*ended, *leaves])
 

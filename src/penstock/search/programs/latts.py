@@ -49,7 +49,7 @@ class LocallyAdaptive(Program):
                 (step,) = await search.judge(await search.extend(line[-1].fork(1), step=True))
                 drawn += 1
                 search.notes["drawn"] = drawn
-                chance = self.least + (1 - self.least) * min(1.0, max(0.0, step.score or 0.0))
+                chance = self.least + (1 - self.least) * min(1.0, max(0.0, step.worth))
                 if search.choose([chance, 1 - chance]) == 0:
                     line.append(step)
                     rejected = 0

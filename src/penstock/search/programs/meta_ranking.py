@@ -10,6 +10,7 @@ from pydantic import NonNegativeFloat
 from penstock.policy import policy
 from penstock.search.branch import Branch
 from penstock.search.contract import Program
+from penstock.search.problems import tables
 from penstock.search.search import Search
 from penstock.search.shared.asking import chances, reopened
 
@@ -41,9 +42,15 @@ class MetaRanking(Program):
     yes: str = "yes"
     no: str = "no"
 
+    def check(self, problem: Mapping[str, Any]) -> None:
+        tables(problem, "references", ("prompt", "answer", "right"))
+
+    def asks(self) -> tuple[str, ...]:
+        return (self.strong,) if self.strong else ()
+
     async def run(self, search: Search) -> Branch | None:
         (text,) = await search.sample(1)
-        references = search.problem.get("references", []) if self.strong else []
+        references = tables(search.problem, "references", ()) if self.strong else []
         begun = reopened(text) if references else text
         questions = [begun.fork(1)[0].ask(f"\n\n{_pair(each)}{self.compare}") for each in references]
         for each in [begun, *questions] if references else []:

@@ -30,6 +30,9 @@ class Outline(Program):
     sketch: str = "\n\nAn outline of the solution, in short:\n"
     work: str = "\n\nThe solution:\n"
 
+    def asks(self) -> tuple[str, ...]:
+        return (self.model,) if self.model else ()
+
     async def run(self, search: Search) -> Branch | None:
         branch = search.root.fork(1)[0]
         if self.tokens:

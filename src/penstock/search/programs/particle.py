@@ -102,20 +102,18 @@ def copies(branches: list[Branch], counts: list[int]) -> list[Branch]:
 
 async def filtered(search: Search, branches: list[Branch], inverse: float, least: float, steps: int) -> Swarm:
     """Particles that grew from ``branches`` step by step, weighted by exp(``inverse`` * score), with the evidence of
-    all steps in theirs."""
-    swarm, worth = Swarm(branches), [0.0] * len(branches)
+    all steps in theirs. One on which the scorer fails weighs 0 while it does."""
+    swarm, base = Swarm(branches), [0.0] * len(branches)  # logarithms of weights, less what particles are worth now
     for _ in range(steps):
         going = list(dict.fromkeys(each for each in swarm.branches if not each.finished))
         if not going or search.exhausted:
             break
         await search.judge(await search.extend(going, step=True))
-        now = [inverse * (each.score or 0.0) for each in swarm.branches]
-        swarm.weigh([after - before for after, before in zip(now, worth, strict=True)])
-        worth = now
+        swarm.logs = [log + inverse * each.worth for log, each in zip(base, swarm.branches, strict=True)]
         weights = swarm.weights
         if max(swarm.logs) - min(swarm.logs) > 1e-12 and effective(weights) <= least * len(weights):
             swarm.resample(search)
-            worth = [inverse * (each.score or 0.0) for each in swarm.branches]
+            base = [-inverse * each.worth for each in swarm.branches]
     if math.isfinite(max(swarm.logs)):
         swarm.log_evidence += log_mean(swarm.logs)
     return swarm

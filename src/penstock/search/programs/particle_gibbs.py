@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import PositiveFloat, PositiveInt
 
 from penstock.policy import policy
@@ -59,8 +61,8 @@ class ParticleGibbs(Program):
                 await search.judge(kept[:1])
             fresh = [each for each in swarm.branches[:free] if not each.finished]
             await search.judge(await search.extend(fresh, step=True))
-            worth = [(each.score or 0.0) / self.temperature for each in swarm.branches]
             before = [self._before(line) for line in lines]
+            worth = [each.worth / self.temperature for each in swarm.branches]
             swarm.weigh([after - former for after, former in zip(worth, before, strict=True)])
             if search.exhausted or all(each.finished for each in swarm.branches):
                 break
@@ -73,8 +75,9 @@ class ParticleGibbs(Program):
         return chosen
 
     def _before(self, line: list[Branch]) -> float:
-        """What the text was worth a step before."""
-        return (line[-2].score or 0.0) / self.temperature if len(line) > 1 else 0.0
+        """What the text was worth a step before; 0 where the scorer failed on it then."""
+        worth = line[-2].worth if len(line) > 1 else 0.0
+        return worth / self.temperature if math.isfinite(worth) else 0.0
 
     def _resampled(
         self, search: Search, swarm: Swarm, lines: list[list[Branch]], free: int, kept: list[Branch]

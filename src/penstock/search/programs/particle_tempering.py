@@ -43,7 +43,7 @@ class ParticleTempering(Program):
         drawn = [swarm.drawn(search) for swarm in await search.together(works)]
         for hot in range(len(drawn) - 1, 0, -1):
             gain = 1 / self.temperatures[hot - 1] - 1 / self.temperatures[hot]
-            gain *= (drawn[hot].score or 0.0) - (drawn[hot - 1].score or 0.0)
+            gain *= drawn[hot].worth - drawn[hot - 1].worth
             chance = math.exp(min(0.0, gain))
             if search.choose([chance, 1 - chance]) == 0:
                 drawn[hot - 1], drawn[hot] = drawn[hot], drawn[hot - 1]

@@ -67,7 +67,7 @@ class Planning(Program):
         first = search.root.fork(1, temperature=self.temperature)[0]
         root = Node(first, len(first.tokens), 1.0)
         await search.judge([await first.extend(top=self.top)])
-        self._tell([root], first.score or 0.0)
+        self._tell([root], first.worth)
         tried = [first]
         while len(tried) < self.rollouts and not root.done:
             line = self._descended(root)
@@ -85,7 +85,7 @@ class Planning(Program):
                 tried.append(text)
             child = Node(text, node.length + 1, prior)
             node.children[place] = (token, prior, child)
-            self._tell([*line, child], text.score or 0.0)
+            self._tell([*line, child], text.worth)
         search.notes["rollouts"] = len(tried)
         return search.best(tried)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import NonNegativeInt
 
 from penstock.policy import policy
 from penstock.search.branch import Branch
 from penstock.search.contract import Program
+from penstock.search.problems import texts
 from penstock.search.search import Search
 from penstock.search.shared.retrieving import nearest
 
@@ -18,7 +20,7 @@ class Retrieval(Program):
     """Answers behind ``documents`` of the problem's own that fit it best, and ``shots`` of its worked examples. In each
     of ``rounds`` before that, the model writes a question of its own, and what fits it is added to the documents
     (IterDRAG; without rounds it is DRAG). How a budget is best shared out among the three is fitted and predicted by
-    :mod:`penstock.search.allocation`.
+    ``penstock plan retrieval``.
 
     From the paper: the three ways to spend, both strategies, the model of allocation. Ours: documents are found by
     BM25, where the paper embeds them; a round writes one question, which is not answered on its own; the wording. The
@@ -38,9 +40,13 @@ class Retrieval(Program):
     inquire: str = "\n\nWhat has to be looked up:\n"
     answer: str = "\n\nAnswer:\n"
 
+    def check(self, problem: Mapping[str, Any]) -> None:
+        texts(problem, "documents")
+        texts(problem, "shots")
+
     async def run(self, search: Search) -> Branch | None:
-        library = [str(each) for each in search.problem.get("documents", [])]
-        shots = [str(each) for each in search.problem.get("shots", [])][: self.shots]
+        library = texts(search.problem, "documents")
+        shots = texts(search.problem, "shots")[: self.shots]
         prompt = search.root.texts.decode(search.root.tokens)
         found = nearest(prompt, library, self.documents)
         search.notes["questions"] = []
@@ -54,7 +60,10 @@ class Retrieval(Program):
         branch = search.root.fork(1)[0]
         if found or shots:
             branch.ask(self._shown(library, found, shots) + self.answer)
-        return await branch.extend()
+        await branch.extend()
+        if "" in search.scorers:  # it has nothing to choose: a score says what its settings are worth
+            await search.judge([branch])
+        return branch
 
     def _shown(self, library: Sequence[str], found: Sequence[int], shots: Sequence[str]) -> str:
         return "".join(f"\n\n{text}" for text in [*shots, *(library[place] for place in found)])

@@ -16,8 +16,9 @@ class RewardVoting(Program):
     reward model; the text whose scores add up to the most is the answer.
 
     From the paper: several judgements of each text, drawn independently. From knowledge: their scores are added up.
-    Ours: a judgement that failed adds 0. The paper's principles and critiques are the scorer's own business, and its
-    meta reward model, which leaves judgements out, is not here: a scorer can leave them out by the score 0.
+    Ours: in place of a judgement that failed stands the mean of the text's others. The paper's principles and critiques
+    are the scorer's own business, and its meta reward model, which leaves judgements out, is not here: a scorer can
+    leave them out by failing.
 
     Attributes:
         n: texts.
@@ -29,12 +30,14 @@ class RewardVoting(Program):
 
     async def run(self, search: Search) -> Branch | None:
         texts = await search.sample(self.n)
-        sums = [0.0] * len(texts)
+        scores: dict[Branch, list[float]] = {each: [] for each in texts}
         for _ in range(self.votes):
-            await search.judge(texts)
-            sums = [total + (each.score or 0.0) for total, each in zip(sums, texts, strict=True)]
-        for each, total in zip(texts, sums, strict=True):
-            each.score = total
+            for each in await search.judge(texts):
+                if each.error is None:
+                    scores[each].append(each.worth)
+        for each, found in scores.items():
+            if found:
+                each.score, each.error = self.votes * sum(found) / len(found), None
         search.notes["votes"] = self.votes
         return search.best(texts)
 

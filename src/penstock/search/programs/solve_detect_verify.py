@@ -43,6 +43,9 @@ class SolveDetectVerify(Program):
     feedback: str = "\n\nWait, this is wrong.\n"
     again: str = "\n\nOnce more:\n"
 
+    def asks(self) -> tuple[str, ...]:
+        return (self.verifier,) if self.verifier else ()
+
     async def run(self, search: Search) -> Branch | None:
         branch = search.root.fork(1)[0]
         found: list[Branch] = []

@@ -16,7 +16,8 @@ class UntilAccepted(Program):
 
     From the paper: accuracy has a ceiling that no budget lifts, right / (right + passed), where ``passed`` is how often
     a draw is wrong and accepted; and with a cost for wrong answers the best number of tries is finite, often below ten,
-    which is what ``tries`` is for. Not built: choosing ``tries`` by how often the verifier is wrong.
+    which is what ``tries`` is for: ``penstock plan tries`` chooses it by how often the verifier is wrong, and shows the
+    ceiling.
 
     Attributes:
         tries: texts at most.
@@ -30,9 +31,9 @@ class UntilAccepted(Program):
         tried: list[Branch] = []
         while len(tried) < self.tries and not search.exhausted:
             tried += await search.judge(await search.extend(search.root.fork(1)))
-            if (tried[-1].score or 0.0) >= self.least:
+            if tried[-1].worth >= self.least:
                 break
-        search.notes |= {"tries": len(tried), "accepted": (tried[-1].score or 0.0) >= self.least}
+        search.notes |= {"tries": len(tried), "accepted": tried[-1].worth >= self.least}
         return tried[-1] if search.notes["accepted"] else search.best(tried)
 
     @classmethod

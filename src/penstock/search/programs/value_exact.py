@@ -38,7 +38,7 @@ class ValueExact(Program):
             count = min(self.together, self.tries - len(tried))
             for branch in await search.judge(await search.extend(search.root.fork(count))):
                 tried.append(branch)
-                chance = math.exp(min(0.0, ((branch.score or 0.0) - self.best) / self.alpha))
+                chance = math.exp(min(0.0, (branch.worth - self.best) / self.alpha))
                 if branch.finished and search.choose([chance, 1 - chance]) == 0:
                     search.notes["accepted"] = True
                     return branch

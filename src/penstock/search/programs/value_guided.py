@@ -32,7 +32,7 @@ class ValueGuided(Program):
         branch = search.root
         for _ in range(self.steps):
             drawn = await search.judge(await search.extend(branch.fork(self.candidates), step=True))
-            branch = drawn[search.choose(normalised([(each.score or 0.0) / self.alpha for each in drawn]))]
+            branch = drawn[search.choose(normalised([each.worth / self.alpha for each in drawn]))]
             prune(drawn, [branch])
             if branch.finished or search.exhausted:
                 break

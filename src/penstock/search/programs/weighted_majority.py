@@ -8,18 +8,19 @@ from penstock.policy import policy
 from penstock.search.branch import Branch
 from penstock.search.contract import Program
 from penstock.search.search import Search
-from penstock.search.shared.voting import elected
+from penstock.search.shared.voting import elected, weights
 
 
 @policy("search.program", "weighted_majority", papers=[93])
 class WeightedMajority(Program):
-    """Draws ``n`` texts, each of which votes for its answer with its score."""
+    """Draws ``n`` texts, each of which votes for its answer with its score; where scores are negative, with exp(score)
+    (ours)."""
 
     n: PositiveInt = 8
 
     async def run(self, search: Search) -> Branch | None:
         samples = await search.judge(await search.sample(self.n))
-        return elected(samples, [each.score or 0.0 for each in samples])
+        return elected(samples, weights(samples))
 
     @classmethod
     def limit(cls) -> Program:

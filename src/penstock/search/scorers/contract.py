@@ -50,10 +50,21 @@ class Verdict:
     "search.scorer",
     law="a finite number for each text, those of the policy's example, worked out by hand; the same for the same "
     "texts; a text that cannot be scored, or makes its scorer raise, hang, fork or fill the memory, fails alone, with "
-    "the reason; no process is left",
+    "the reason; no process is left; a text that is run sees no processes but its own",
 )
 class Scorer(Policy):
     """Says what texts are worth; more is better. It is called beside the engine, in a thread of its own."""
+
+    def open(self) -> None:
+        """Makes ready what it judges with, such as a model, before anything is drawn.
+
+        Raises:
+            PenstockError: it is not there, or is none.
+        """
+
+    def __call__(self, problem: Problem, candidates: Sequence[Candidate]) -> list[float | Verdict]:
+        """:meth:`score`."""
+        return self.score(problem, candidates)
 
     def score(self, problem: Problem, candidates: Sequence[Candidate]) -> list[float | Verdict]:
         """A number for each of the ``candidates``, which are scored together; or a verdict that one failed."""
@@ -69,9 +80,27 @@ class Scorer(Policy):
 Scoring = Callable[[Problem, Sequence[Candidate]], Sequence[float | Verdict]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Single:
+    """Scores each text by itself, with a user's ``function`` of the problem and a text, which may fail on any."""
+
+    function: Callable[[Problem, str], float]
+
+    def __call__(self, problem: Problem, candidates: Sequence[Candidate]) -> list[float | Verdict]:
+        return [self.function(problem, each.text) for each in candidates]
+
+
 def verdicts(scoring: Scoring, problem: Problem, candidates: Sequence[Candidate], seconds: float) -> list[Verdict]:
     """What ``scoring`` says of the ``candidates``, whatever it does: where it raises, gives something else than a
-    number for each, or takes more than so many ``seconds``, they fail. A thread that hangs is left to itself."""
+    number for each, or takes more than so many ``seconds`` for each, they fail; of a :class:`Single`, each alone. A
+    thread that hangs is left to itself."""
+    if isinstance(scoring, Single):
+        return [verdict for each in candidates for verdict in _together(scoring, problem, [each], seconds)]
+    return _together(scoring, problem, candidates, seconds * len(candidates))
+
+
+def _together(scoring: Scoring, problem: Problem, candidates: Sequence[Candidate], seconds: float) -> list[Verdict]:
+    """Verdicts on ``candidates`` that are scored by one call, which has so many ``seconds``."""
     found: list[Sequence[float | Verdict]] = []
     raised: list[BaseException] = []
 

@@ -38,6 +38,9 @@ class Generative(Scorer):
     no: str = "no"
     device: str = "auto"
 
+    def open(self) -> None:
+        _opened(self.model, self.device)
+
     def score(self, problem: Problem, candidates: Sequence[Candidate]) -> list[float | Verdict]:
         from penstock.core.progress import silent
         from penstock.serve.chat import chat_tokens

@@ -34,6 +34,9 @@ class RewardModel(Scorer):
     batch: PositiveInt = 8
     device: str = "cpu"
 
+    def open(self) -> None:
+        _loaded(self.model, self.device)
+
     def score(self, problem: Problem, candidates: Sequence[Candidate]) -> list[float | Verdict]:
         import torch
 

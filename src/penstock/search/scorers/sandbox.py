@@ -1,17 +1,21 @@
 """Runs code that nobody trusts, in processes that are limited and cut off as far as the machine can do it.
 
-There are three grades, the best that works here is taken:
+There are four grades, the best that works here is taken:
 
 - ``bubblewrap``: no network; no other processes to see; the file system can be read only, and /tmp is empty; every
   process ends with the sandbox.
 - ``namespaces`` (``unshare`` of util-linux): no network; no other processes to see; every process ends with the
   sandbox. Files can be read, and written where the user may write.
+- ``namespaces-without-proc``, where the machine lets nobody mount a /proc: the same, but the user's other processes can
+  be seen and read, with their environment; they cannot be signalled.
 - ``limits``: neither. The network and the user's files are open to the code, and a process that leaves its session
   outlives the sandbox until its processor time is spent.
 
 In each of them, limits hold for processor and wall time, for the memory of a process, for the size of a file, for open
-files, and, unless the user is root, for the number of processes. What is not contained: the memory of all processes
-together; reading the user's files; and a text that knows the harness can forge its own score.
+files, and, unless the user is root, for the number of processes; and a text has no capabilities, root's neither, with
+which it could take off the /proc that hides others. What is not contained: the memory of all processes together;
+reading the user's files; what root may write, if the user is root; and a text that knows the harness can forge its own
+score.
 """
 
 from __future__ import annotations
@@ -120,13 +124,17 @@ def _run(command: Sequence[str], given: bytes, seconds: float, most: int) -> byt
     return said
 
 
-_NAMESPACES = ["unshare", "--net", "--ipc", "--pid", "--fork", "--kill-child=KILL"]
+_NAMESPACES = [
+    *("unshare", "--net", "--ipc", "--pid", "--fork", "--kill-child=KILL"),
+    *(() if os.geteuid() == 0 else ("--user", "--map-current-user")),
+]
 _BOUND = ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp"]
 
 #: What stands before a command, by grade, the best first.
 GRADES: dict[str, list[str]] = {
     "bubblewrap": ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", *_BOUND, "--"],
-    "namespaces": [*_NAMESPACES, *([] if os.geteuid() == 0 else ["--user", "--map-current-user"]), "--"],
+    "namespaces": [*_NAMESPACES, "--mount-proc", "--"],
+    "namespaces-without-proc": [*_NAMESPACES, "--"],
     "limits": [],
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from penstock.core.errors import nearest
+from penstock.core.errors import UsageError, nearest
 from penstock.serve.http.errors import ApiError
 from penstock.serve.http.protocol.chats import Chat
 from penstock.serve.http.protocol.guided import GUIDED
@@ -46,6 +46,8 @@ async def searched(service: Service, generation: Generation, shapes: Chats, body
     try:
         record = json.loads(await service.engine.run(Errand(request, GUEST, json.dumps(work))))
         generation.outcome = "stop" if record["error"] is None else "error"
+    except UsageError as error:
+        raise ApiError(400, str(error), param="search") from error
     finally:
         del service.live[generation.id]
         service.metrics.outcomes.labels(generation.outcome).inc()
