@@ -10,8 +10,12 @@ from penstock.serve.dialogue.contract import Spell
 from penstock.serve.dialogue.lark import arguments_rule
 from penstock.serve.dialogue.scanner import Reading, Scanner
 
-#: What the arguments are called.
+#: What the name and the arguments are called.
+NAMES = ("name", "tool_name")
 ARGUMENTS = ("arguments", "parameters")
+
+#: Its place among the calls of an answer, which is no id: it begins anew with each answer.
+NUMBER = "tool_call_id"
 
 
 def json_call(scan: Scanner, known: Container[str] | None = None) -> Reading[bool]:
@@ -36,7 +40,7 @@ def json_call(scan: Scanner, known: Container[str] | None = None) -> Reading[boo
             value = yield from scan.value()
             if value is None:
                 break
-            if key == "name" and name is None:
+            if key in NAMES and name is None:
                 name = parsed_text(value)
                 if not name or (known is not None and name not in known):
                     break
@@ -44,7 +48,7 @@ def json_call(scan: Scanner, known: Container[str] | None = None) -> Reading[boo
                 early = value
             elif key == "id":
                 id = parsed_text(value)
-            elif key != "type":
+            elif key != "type" and not (key == NUMBER and value.strip('"').isdecimal()):
                 break
         behind = scan.place
         yield from scan.space()
@@ -56,6 +60,26 @@ def json_call(scan: Scanner, known: Container[str] | None = None) -> Reading[boo
     elif not whole:
         scan.place = behind if told else begin
     return told or (whole and name is not None)
+
+
+def json_row(scan: Scanner, known: Container[str] | None = None) -> Reading[bool]:
+    """Reads a list of calls behind its bracket, as far as it is one; whether there is any call. See
+    :func:`json_call`."""
+    found = False
+    start = scan.place
+    while True:
+        yield from scan.space()
+        if not (yield from json_call(scan, known)):
+            scan.place = start
+            return found
+        found = True
+        start = scan.place
+        yield from scan.space()
+        if (yield from scan.take("]")):
+            return True
+        if not (yield from scan.take(",")):
+            scan.place = start
+            return True
 
 
 def written(call: Call, arguments: str = "arguments") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,13 @@ from penstock.models.chats import Messages
 from penstock.models.vocabulary import Vocabulary
 from penstock.serve.chat import Prompt, chat_prompt
 from penstock.serve.dialogue.contract import Dialogue, Spell
-from penstock.serve.dialogue.guess import guess
+from penstock.serve.dialogue.guess import doubt, guess
 from penstock.serve.dialogue.lark import speller
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 #: Ends the assistant's turn where a model brings no chat template, and goes on with a transcript.
 NEXT_TURN = "\nuser:"
@@ -44,6 +47,8 @@ class Tokens:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.template = str(tokenizer.chat_template or "")
+        if dialogue is None and (warning := doubt(self.template)) is not None:
+            log.warning("%s", warning)
         self.dialogue, self.guest_templates = dialogue or guess(self.template), guest_templates
         self.vocabulary = Vocabulary(self.backend)
         self.templated = bool(tokenizer.chat_template)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from penstock.policy import policy
 from penstock.serve.dialogue.answer import Answer, Call, CallStart, Content, Functions
-from penstock.serve.dialogue.calls import call_rule, json_call, written
+from penstock.serve.dialogue.calls import call_rule, json_row, written
 from penstock.serve.dialogue.contract import Dialogue, Spell
 from penstock.serve.dialogue.lark import calls_grammar
 from penstock.serve.dialogue.scanner import Reading, Scanner
@@ -38,28 +38,10 @@ class Mistral(Dialogue):
         while (yield from scan.say(Content, CALLS)) is not None:
             yield from scan.space()
             row = yield from scan.take("[")
-            if (yield from self._row(scan) if row else self._named(scan)):
+            if (yield from json_row(scan) if row else self._named(scan)):
                 scan.trim()
             else:
                 yield from scan.back()
-
-    def _row(self, scan: Scanner) -> Reading[bool]:
-        """Reads a list of calls behind its bracket, as far as it is one; whether there is any call."""
-        found = False
-        start = scan.place
-        while True:
-            yield from scan.space()
-            if not (yield from json_call(scan)):
-                scan.place = start
-                return found
-            found = True
-            start = scan.place
-            yield from scan.space()
-            if (yield from scan.take("]")):
-                return True
-            if not (yield from scan.take(",")):
-                scan.place = start
-                return True
 
     def _named(self, scan: Scanner) -> Reading[bool]:
         """Reads the name of a function and its arguments; whether they are there."""

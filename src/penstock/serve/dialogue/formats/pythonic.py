@@ -43,7 +43,7 @@ class Pythonic(Dialogue):
     markers: ClassVar[tuple[str, ...]] = (START, END)
 
     def write(self, answer: Answer) -> str:
-        row = f"[{', '.join(map(_written, answer.calls))}]" if answer.calls else ""
+        row = f"[{', '.join(map(python_call, answer.calls))}]" if answer.calls else ""
         row = f"{START}{row}{END}" if row and answer.content else row
         return self.thought(answer.reasoning) + answer.content + row
 
@@ -94,7 +94,7 @@ class Pythonic(Dialogue):
         return False
 
     def rules(self, functions: Functions, several: bool, spell: Spell) -> str:
-        calls = [_rule(each, spell) or call_rule(each, spell) for each in functions.values()]
+        calls = [python_rule(each, spell) or call_rule(each, spell) for each in functions.values()]
         return calls_grammar(calls, several, spell("["), spell(", "), spell("]"))
 
     @classmethod
@@ -103,7 +103,7 @@ class Pythonic(Dialogue):
         return Answer(calls=calls), '[get_weather(city="Köln", days=3), now()]'
 
 
-def _written(call: Call) -> str:
+def python_call(call: Call) -> str:
     return f"{call.name}({', '.join(f'{name}={_text(value)}' for name, value in parsed(call.arguments).items())})"
 
 
@@ -165,7 +165,7 @@ def _literal(node: ast.expr) -> Any:
     raise ValueError("this is no literal")
 
 
-def _rule(function: Function, spell: Spell) -> str | None:
+def python_rule(function: Function, spell: Spell) -> str | None:
     """Terminals for a call whose values are JSON, which is read here as well; None where a schema asks more than one
     value at a time can be held to, or a name cannot be written. Those that are required come first."""
     schema = function.parameters

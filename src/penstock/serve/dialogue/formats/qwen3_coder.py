@@ -14,7 +14,6 @@ from penstock.serve.dialogue.scanner import Reading, Scanner
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 FUNCTION, CLOSE = "<function=", "</function>"
-TAGS = tagged.Tags("<parameter=", ">", "", "</parameter>", (CLOSE, END), "\n")
 
 
 @policy("serve.dialogue", "qwen3_coder")
@@ -26,20 +25,26 @@ class Qwen3Coder(Dialogue):
     signs: ClassVar[tuple[str, ...]] = (BEGIN, FUNCTION)
     markers: ClassVar[tuple[str, ...]] = (BEGIN, END, "<think>", "</think>")
 
+    #: What a call, and each of its arguments, stands between.
+    around: ClassVar[tuple[str, str]] = (BEGIN, END)
+    arguments: ClassVar[tagged.Tags] = tagged.Tags("<parameter=", ">", "", "</parameter>", (CLOSE, END), "\n")
+
     def write(self, answer: Answer) -> str:
         calls = [self._written(call) for call in answer.calls]
         return self.thought(answer.reasoning) + "\n".join([answer.content, *calls] if answer.content else calls)
 
     def _written(self, call: Call) -> str:
-        return "\n".join([BEGIN, f"{FUNCTION}{call.name}>", *TAGS.written(call), CLOSE, END])
+        begin, end = self.around
+        return "\n".join([begin, f"{FUNCTION}{call.name}>", *self.arguments.written(call), CLOSE, end])
 
     def calls(self, scan: Scanner, functions: Functions) -> Reading[None]:
-        while (marker := (yield from scan.say(Content, BEGIN, FUNCTION))) is not None:
-            if marker == BEGIN:
+        begin, end = self.around
+        while (marker := (yield from scan.say(Content, begin, FUNCTION))) is not None:
+            if marker == begin:
                 yield from scan.space()
-            if (yield from self._call(scan, functions, marker == BEGIN)):
+            if (yield from self._call(scan, functions, marker == begin)):
                 yield from scan.space()
-                yield from scan.take(END)
+                yield from scan.take(end)
                 scan.trim()
             else:
                 yield from scan.back()
@@ -54,19 +59,19 @@ class Qwen3Coder(Dialogue):
         if not name or not (yield from scan.take(">")):
             return False
         yield CallStart(name)
-        yield from TAGS.read(scan, functions.get(name))
+        yield from self.arguments.read(scan, functions.get(name))
         return True
 
     def rules(self, functions: Functions, several: bool, spell: Spell) -> str:
-        calls = []
+        (begin, end), calls = self.around, []
         for each in functions.values():
-            arguments = tagged.arguments_rule(each, TAGS, spell, "\n")
+            arguments = tagged.arguments_rule(each, self.arguments, spell, "\n")
             if arguments is None:
-                calls.append(call_rule(each, spell, f"{BEGIN}\n", f"\n{END}"))
+                calls.append(call_rule(each, spell, f"{begin}\n", f"\n{end}"))
             else:
-                begin, end = spell(f"{BEGIN}\n{FUNCTION}{each.name}>"), spell(f"\n{CLOSE}\n{END}")
-                calls.append(f"{begin} {arguments} {end}")
-        return calls_grammar(calls, several, between=spell("\n")) + tagged.raw_rule(spell, TAGS.end)
+                opening, closing = spell(f"{begin}\n{FUNCTION}{each.name}>"), spell(f"\n{CLOSE}\n{end}")
+                calls.append(f"{opening} {arguments} {closing}")
+        return calls_grammar(calls, several, between=spell("\n")) + tagged.raw_rule(spell, self.arguments.end)
 
     @classmethod
     def example(cls) -> tuple[Answer, str]:
