@@ -233,7 +233,7 @@ def test_a_conversation_with_calls_and_results(served):
                 "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}],
                 "tool_choice": "required",
             },
-            "the grammar cannot be used",
+            "function 'f' cannot be held to its parameters",
         ),
     ],
 )

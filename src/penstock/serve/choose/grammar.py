@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -35,6 +37,10 @@ KEPT = 64
 
 #: Most characters of a library's message that a person is shown.
 LONGEST_REASON = 300
+
+
+#: A line of a grammar, as the library quotes it.
+QUOTED = re.compile(r"^ *(\d+ \|.*|\^)$", re.MULTILINE)
 
 
 class Matcher:
@@ -123,6 +129,26 @@ def _compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
     if matcher.is_error():
         raise _refusal(matcher.get_error())
     return matcher
+
+
+@functools.lru_cache(maxsize=256)
+def schema_fault(schema: str) -> str | None:
+    """Why no grammar can hold a text to the JSON ``schema``, in one line; None where one can, for all that can be said
+    without a model's tokenizer."""
+    try:
+        rules = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})
+        matcher = LLMatcher(LLTokenizer("byte"), rules, limits=LIMITS, log_level=0)
+    except (ValueError, LookupError) as error:
+        return _line(str(error))
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    return _line(matcher.get_error()) if matcher.is_error() else None
+
+
+def _line(reason: str) -> str:
+    """What the library says of a schema, without the grammar that it quotes and where in it."""
+    said = QUOTED.sub("", reason).rpartition("failed to compile JSON schema: ")[2]
+    return " ".join(said.split())[:LONGEST_REASON]
 
 
 def _rules(grammar: Grammar) -> str:

@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from penstock.serve.choose.grammar import WHITESPACE
-from penstock.serve.dialogue.answer import Function
+from penstock.core.errors import UsageError
+from penstock.serve.choose.grammar import WHITESPACE, schema_fault
+from penstock.serve.dialogue.answer import Function, Functions
 
 
 def literal(text: str) -> str:
@@ -45,11 +46,28 @@ def json_rule(schema: Mapping[str, Any]) -> str:
 def arguments_rule(function: Function) -> str:
     """A terminal for the arguments of ``function`` as a JSON object. Properties that the schema does not name are left
     out, where it does not say that they may be there."""
+    return json_rule(_arguments(function))
+
+
+def _arguments(function: Function) -> dict[str, Any]:
     schema = dict(function.parameters)
     schema.setdefault("type", "object")
     if "properties" in schema:
         schema.setdefault("additionalProperties", False)
-    return json_rule(schema)
+    return schema
+
+
+def check_functions(functions: Functions) -> None:
+    """Raises:
+    UsageError: no grammar can hold a call of one of ``functions`` to its schema; the message names it, and why.
+    """
+    for name, function in functions.items():
+        fault = schema_fault(json.dumps(_arguments(function)))
+        if fault is not None:
+            raise UsageError(
+                f"a call of the function {name!r} cannot be held to its parameters: {fault}",
+                hint="Change the schema, or let the model choose, by tool_choice auto.",
+            )
 
 
 def calls_grammar(calls: Sequence[str], several: bool, begin: str = "", between: str = "", end: str = "") -> str:

@@ -17,6 +17,7 @@ from penstock.serve.dialogue.answer import (
     gathered,
 )
 from penstock.serve.dialogue.contract import Dialogue, Reader, Thinking
+from penstock.serve.dialogue.lark import check_functions
 from penstock.serve.http.protocol.chats import Chat
 from penstock.serve.http.text import Tokens
 
@@ -68,6 +69,7 @@ def _grammar(body: Chat, tokens: Tokens, form: Form) -> dict[str, Any] | None:
     dialogue, spell, budget = form.dialogue, tokens.spell, body.thinking_token_budget
     if body.must_call:
         named = len(form.functions) == 1 and not isinstance(body.tool_choice, str)
+        check_functions(form.functions)
         rules = dialogue.rules(form.functions, not (form.single or named), spell)
         grammar: dict[str, Any] | None = {"ebnf": rules}
     else:
