@@ -53,6 +53,10 @@ def test_calls_in_the_form_of_sharegpt(tools):
     [
         ({"messages": turns("hello")}, "without an answer"),
         ({"messages": []}, "without an answer"),
+        ({"messages": turns("hello", "")}, "message 2, of the assistant, is an empty answer"),
+        ({"messages": turns("hello", " ", "and", "yes")}, "message 2, of the assistant, is an empty answer"),
+        ({"messages": [ASKED[0], {"role": "assistant", "content": [{"type": "text", "text": ""}]}]}, "an empty answer"),
+        ({"prompt": "hello", "completion": "\n"}, "message 2, of the assistant, is an empty answer"),
         ({"messages": turns("hello", "hi", "and")}, "does not end with an answer: its last message is of the user"),
         ({"messages": [ASKED[0], ASKED[0], ASKED[1]]}, "message 2, of the user, stands after one of the user"),
         ({"messages": [*ASKED, {"role": "system", "content": "x"}]}, "message 3, of the system, stands after"),
@@ -81,10 +85,12 @@ def test_preferences_are_two_answers_to_one_question():
     for record in ({"prompt": "hello", "chosen": "hi", "rejected": "no"}, {"chosen": good, "rejected": bad}):
         chosen, rejected = preference(record, "here")
         assert (chosen.messages, rejected.messages) == (good, bad)
+    assert preference({"prompt": "hello", "chosen": "hi", "rejected": ""}, "here")[1].messages == turns("hello", "")
     for record, why in (
         ({"chosen": good, "rejected": turns("another", "no")}, "not answers to the same conversation"),
         ({"prompt": "hello", "chosen": "hi", "rejected": "hi"}, "are the same"),
         ({"prompt": "hello", "chosen": "hi"}, "needs 'chosen' and 'rejected'"),
+        ({"prompt": "hello", "chosen": "", "rejected": "no"}, "here, chosen, message 2, of the assistant, is an empty"),
         ({"chosen": turns("hello"), "rejected": bad}, "here, chosen is a conversation without an answer"),
     ):
         with pytest.raises(DataError, match=why):

@@ -74,13 +74,13 @@ def test_what_is_held_out_depends_on_the_contents_alone(template, tmp_path):
 
 
 def test_bad_records_end_the_work_or_are_counted(template, tmp_path):
-    records = [*RECORDS[:3], {"messages": turns("hello")}, {"text": "x"}]
+    records = [*RECORDS[:3], {"messages": turns("hello")}, {"text": "x"}, {"messages": turns("hello", "")}]
     with pytest.raises(DataError, match=r"data.jsonl, line 4 is a conversation without an answer") as caught:
         stored(template, tmp_path, records)
     assert "data.skip_bad=true" in caught.value.hint
     assert not (tmp_path / "store").exists()
     manifest = stored(template, tmp_path, records, skip_bad=True, held_out=0.0).manifest
-    assert (manifest.splits["train"].examples, manifest.skipped) == (3, 2)
+    assert (manifest.splits["train"].examples, manifest.skipped) == (3, 3)
     assert manifest.first_skipped.endswith(
         "line 4 is a conversation without an answer: it has no message of the assistant"
     )

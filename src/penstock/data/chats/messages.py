@@ -61,8 +61,8 @@ def conversation(record: Any, where: str) -> Conversation:
     """The conversation that a record holds.
 
     Raises:
-        DataError: it holds none, or one whose roles are out of order or whose end is no answer; the message begins
-            with ``where``.
+        DataError: it holds none, or one whose roles are out of order, whose end is no answer or of whose answers one
+            is empty; the message begins with ``where``.
     """
     fields = _fields(record, where)
     if "messages" in fields:
@@ -78,11 +78,12 @@ def conversation(record: Any, where: str) -> Conversation:
         messages += _as_messages(fields["completion"], "assistant", where)
     else:
         raise DataError(f"{where} is no conversation: it has the fields {', '.join(fields) or 'none'}, not {FORMS}")
-    return _ordered(Conversation(messages, _tools(fields, where)), where)
+    return _answered(_ordered(Conversation(messages, _tools(fields, where)), where), where)
 
 
 def preference(record: Any, where: str) -> tuple[Conversation, Conversation]:
-    """The chosen and the rejected conversation of a record, alike but for their last answers.
+    """The chosen and the rejected conversation of a record, alike but for their last answers, of which the rejected one
+    may be empty.
 
     Raises:
         DataError: as :func:`conversation`, or they do not begin alike, or are the same.
@@ -98,6 +99,7 @@ def preference(record: Any, where: str) -> tuple[Conversation, Conversation]:
         )
         for key in ("chosen", "rejected")
     )
+    _answered(chosen, f"{where}, chosen")
     if chosen.messages[:-1] != rejected.messages[:-1]:
         raise DataError(f"{where}: the chosen and the rejected answer are not answers to the same conversation")
     if chosen.messages == rejected.messages:
@@ -202,3 +204,20 @@ def _ordered(found: Conversation, where: str) -> Conversation:
     if before != "assistant":
         raise DataError(f"{where} does not end with an answer: its last message is of the {before}")
     return found
+
+
+def _answered(found: Conversation, where: str) -> Conversation:
+    """The conversation itself, where all of its answers say something: of an empty one nothing but to end is learnt."""
+    for number, message in enumerate(found.messages, 1):
+        says = message.get("tool_calls") or message.get("reasoning_content") or _text(message.get("content"))
+        if message["role"] == "assistant" and not says:
+            raise DataError(f"{where}, message {number}, of the assistant, is an empty answer")
+    return found
+
+
+def _text(content: Any) -> str:
+    """What a content says, of parts that of those which are text."""
+    if isinstance(content, str):
+        return content.strip()
+    texts = [each.get("text", "") if isinstance(each, Mapping) else each for each in content]
+    return "".join(text for text in texts if isinstance(text, str)).strip()
