@@ -36,10 +36,17 @@ def eval(
         help="Tasks of lm-eval instead, by name or as a YAML file; needs the extra lm-eval.",
     ),
     out: Path | None = typer.Option(
-        None, "--out", metavar="FOLDER", help="Where results are written; run again, it goes on."
+        None,
+        "--out",
+        metavar="FOLDER",
+        help="Where results are written; run again, it goes on. evals/MODEL if not given, with a number behind where "
+        "results are there.",
     ),
-    compare: tuple[Path, Path] | None = typer.Option(
-        None, "--compare", metavar="FOLDER FOLDER", help="Compare two results by paired tests; asks nothing."
+    compare: tuple[str, str] | None = typer.Option(
+        None,
+        "--compare",
+        metavar="A B",
+        help="Compare two results by paired tests; asks nothing. Folders, or models for the newest in evals/MODEL.",
     ),
     shown: bool = typer.Option(False, "--list", help="List the tasks and their options."),
     overrides: list[str] = typer.Option(
@@ -49,8 +56,8 @@ def eval(
 ) -> None:
     """Measure what a model can do. Run again, it goes on where it was stopped or killed.
 
-    Examples: `penstock eval python-6m --tasks code,arithmetic --samples 50 --out evals/6m`, and then
-    `penstock eval --compare evals/1m evals/6m`
+    Examples: `penstock eval python-6m --tasks code,arithmetic --samples 50`, and then
+    `penstock eval --compare python-1m python-6m`
     """
     from penstock.core.errors import UsageError
 
@@ -58,10 +65,10 @@ def eval(
         _list_tasks()
     elif compare is not None:
         _compare(*compare)
-    elif model is None or out is None:
+    elif model is None:
         raise UsageError(
-            "say which model to evaluate, and where its results go" if model is None else "say where the results go",
-            hint="For example: penstock eval python-6m --out evals/6m. Or --compare two such folders, or --list tasks.",
+            "say which model to evaluate",
+            hint="For example: penstock eval python-6m. Or --compare two that are evaluated, or --list tasks.",
         )
     elif harness is not None:
         _harness(model, harness, samples, chat, out, overrides, device)
@@ -97,19 +104,20 @@ def _tasks(names: str | None, given: dict[str, Any], options: Sequence[str]) -> 
 
 
 def _evaluate(
-    model: str, tables: Sequence[dict[str, Any]], chat: bool, out: Path, overrides: Sequence[str], device: str
+    model: str, tables: Sequence[dict[str, Any]], chat: bool, out: Path | None, overrides: Sequence[str], device: str
 ) -> None:
     from penstock.core.config import apply_overrides
     from penstock.core.files import claim, explain_os_errors
     from penstock.core.progress import show
     from penstock.core.signals import StopRequest
-    from penstock.eval.records import Record
+    from penstock.eval.records import Record, free_folder, settings
     from penstock.eval.run import Evaluation, task_of
     from penstock.models import hub
     from penstock.search.llm import LLM
 
     hub.resolve(model)
     evaluation = Evaluation([task_of(table) for table in tables], chat)
+    out = out or free_folder(model, settings(model, evaluation, chat), len(evaluation))
     with explain_os_errors(f"cannot write {out}"):
         out.mkdir(parents=True, exist_ok=True)
     with claim(out):
@@ -142,19 +150,23 @@ def _tell_of_the_sandbox(evaluation: Evaluation) -> None:
         typer.echo(f"programs that the model writes are contained by {grade()} only; see docs/search.md", err=True)
 
 
-def _compare(first: Path, second: Path) -> None:
-    from penstock.eval.records import compare
+def _compare(*sources: str) -> None:
+    from penstock.eval.records import compare, results_of
 
+    first, second = map(results_of, sources)
     _print_comparisons(first, second, compare(first, second))
 
 
 def _harness(
-    model: str, tasks: str, samples: int | None, chat: bool, out: Path, overrides: Sequence[str], device: str
+    model: str, tasks: str, samples: int | None, chat: bool, out: Path | None, overrides: Sequence[str], device: str
 ) -> None:
     from penstock.core.config import apply_overrides
     from penstock.core.files import write_json
     from penstock.eval.harness import harnessed
+    from penstock.eval.records import free_folder
     from penstock.search.llm import LLM
+
+    out = out or free_folder(model, {}, 0)
 
     def opened() -> LLM:
         return LLM(model, device=device, **apply_overrides(BATCHING, overrides))

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from penstock.core.errors import UsageError
+from penstock.core.errors import PenstockError, UsageError
 from penstock.core.files import claim, read_json, write_json
 from penstock.eval.contract import Outcome, fingerprint
 from penstock.eval.run import Evaluation, Result, task_of
 from penstock.eval.statistics import Difference, difference
+from penstock.models import hub
 from penstock.search.runs import Results
 
 #: The file with the settings is called KIND.json.
 KIND = "evaluation"
+
+#: Where results go if nothing is said.
+EVALS = Path("evals")
 
 
 def settings(model: str, evaluation: Evaluation, chat: bool) -> dict[str, Any]:
@@ -23,6 +29,37 @@ def settings(model: str, evaluation: Evaluation, chat: bool) -> dict[str, Any]:
     pairs = zip(evaluation.tasks, evaluation.drawn, strict=True)
     tasks = [{**task.describe(), "questions": fingerprint(drawn)} for task, drawn in pairs]
     return {"model": model, "chat": chat, "tasks": tasks}
+
+
+def free_folder(model: str, wanted: Mapping[str, Any], samples: int) -> Path:
+    """Where an evaluation of ``model`` goes if nothing is said: ``evals/NAME``, or the first with a number behind that
+    is not there, or holds a part of the one ``wanted``, of so many ``samples``, and can go on."""
+    return next(each for each in _default_folders(model) if not each.exists() or _goes_on(each, wanted, samples))
+
+
+def results_of(source: str) -> Path:
+    """The folder of an evaluation: ``source`` itself, or the newest of the model's that :func:`free_folder` has
+    named."""
+    if (Path(source) / f"{KIND}.json").is_file():
+        return Path(source)
+    there = list(itertools.takewhile(Path.exists, _default_folders(source)))
+    found = [each for each in there if (each / f"{KIND}.json").is_file()]
+    return found[-1] if found else Path(source)
+
+
+def _default_folders(model: str) -> Iterator[Path]:
+    name = hub.name_of(model).rpartition("/")[2]
+    yield EVALS / name
+    yield from (EVALS / f"{name}-{number}" for number in itertools.count(2))
+
+
+def _goes_on(folder: Path, wanted: Mapping[str, Any], samples: int) -> bool:
+    """Whether a folder holds a part of the evaluation that is wanted."""
+    try:
+        same = read_json(folder / f"{KIND}.json") == json.loads(json.dumps(wanted))
+        return same and len((folder / "results.jsonl").read_bytes().splitlines()) < samples
+    except (OSError, PenstockError):
+        return False
 
 
 class Record:
@@ -115,7 +152,7 @@ def _read(folder: Path) -> dict[tuple[str, str], Result]:
     if not described.is_file():
         raise UsageError(
             f"{folder} holds no evaluation: there is no {described.name}",
-            hint="Name the --out folders of two runs of penstock eval.",
+            hint="Name the folders of two runs of penstock eval, or models that it has evaluated here.",
         )
     found, start = {}, 0
     with claim(folder):

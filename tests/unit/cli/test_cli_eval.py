@@ -34,6 +34,21 @@ def test_two_models_are_evaluated_and_compared(tmp_path):
     assert (folders[0] / "results.jsonl").read_text() == kept
 
 
+def test_results_have_a_folder_of_their_own_if_none_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = ["--tasks", "arithmetic", "--samples", 2, "--device", "cpu"]
+    for model in ("python-1m", "python-1m", "python-6m"):
+        run(model, *asked)
+    assert sorted(path.name for path in (tmp_path / "evals").iterdir()) == ["python-1m", "python-1m-2", "python-6m"]
+    # One that was stopped goes on where it was, and so needs no other.
+    lines = tmp_path / "evals" / "python-1m-2" / "results.jsonl"
+    whole = lines.read_text()
+    lines.write_text(whole.splitlines(keepends=True)[0])
+    assert "evals/python-1m-2/summary.json" in run("python-1m", *asked)
+    assert lines.read_text() == whole
+    assert "evals/python-1m-2  evals/python-6m" in run("--compare", "python-1m", "python-6m")
+
+
 def test_tasks_are_listed_with_their_options():
     said = run("--list")
     assert "arithmetic: Adds, subtracts" in said
@@ -44,7 +59,6 @@ def test_tasks_are_listed_with_their_options():
     ("arguments", "message"),
     [
         ([], "say which model to evaluate"),
-        (["python-1m"], "say where the results go"),
         (["python-1m", "--tasks", "aritmetic", "--out", "x"], "did you mean 'arithmetic'"),
         (["python-1m", "--tasks", "code,code", "--out", "x"], "named twice"),
         (["python-1m", "--tasks", "recall", "-o", "recall.pair=3", "--out", "x"], "no option 'pair'.*'pairs'"),
