@@ -38,7 +38,7 @@ def train(
     Examples: `penstock train --preset demo --set optim.lr=3e-3 --out runs/try`,
     `penstock train --preset sft --set start_from=smollm2 --set data.chats=chats.jsonl --out runs/sft`,
     `penstock train --preset sft --set data.chats=chats.jsonl --set tuner=lora --set optim.lr=2e-4 --out runs/lora`,
-    `penstock train --preset sft --set start_from=runs/sft --set objective=dpo --set data.preferences=pairs.jsonl`,
+    `penstock train --preset dpo --set start_from=runs/sft --set data.preferences=pairs.jsonl --out runs/dpo`,
     `penstock train --preset kto --set start_from=runs/sft --set data.ratings=ratings.jsonl --out runs/kto`,
     `penstock train --preset reward --set start_from=runs/sft --set data.preferences=pairs.jsonl --out runs/reward`,
     `penstock train --preset distill --set data.chats=chats.jsonl --set objective.source=http://127.0.0.1:8000`,

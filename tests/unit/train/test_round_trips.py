@@ -118,6 +118,8 @@ RATED = [{"prompt": f"what is {i}?", "completion": f"{i} a word", "label": i % 2
     ("preset", "key", "records"),
     [
         ("sft", "chats", [{"messages": chat} for chat in CHATS]),
+        ("dpo", "preferences", PAIRS),
+        ("orpo", "preferences", PAIRS),
         ("kto", "ratings", RATED),
         ("reward", "preferences", PAIRS),
         ("distill", "chats", [{"messages": chat} for chat in CHATS]),
