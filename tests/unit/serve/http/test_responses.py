@@ -37,11 +37,19 @@ def talk(service: Service, *requests: dict[str, Any], keys: tuple[str, ...] = ()
             for request in requests:
                 before = found[-1].id if found and request.pop("goes_on", False) else None
                 told = request | ({"previous_response_id": before} if before else {})
+                if (returned := told.pop("returned", None)) is not None:
+                    told["input"] = [output(found[-1], returned)]
                 answer = await client.responses.create(model="m", **told)
                 found.append([event async for event in answer] if request.get("stream") else answer)
         return found
 
     return asyncio.run(all_of_them())
+
+
+def output(answer: Any, returned: str) -> dict[str, Any]:
+    """What the call in ``answer`` returned."""
+    (call,) = [item for item in answer.output if item.type == "function_call"]
+    return {"type": "function_call_output", "call_id": call.call_id, "output": returned}
 
 
 def prompt(engine: Engine, number: int = -1) -> str:
@@ -122,7 +130,7 @@ def test_a_response_goes_on_from_another():
         {"input": "Weather?", "instructions": "Be short.", "tools": [TOOL]},
         {
             "goes_on": True,
-            "input": [{"type": "function_call_output", "call_id": "c", "output": "sunny"}],
+            "returned": "sunny",
             "tools": [TOOL],
         },
     )
@@ -135,12 +143,12 @@ def test_a_response_goes_on_from_another():
 
 def test_what_is_sent_along_is_the_same_as_what_is_kept():
     service = serving(engine := saying(THOUGHT, "Fine", "\n", CALL))
-    output = {"type": "function_call_output", "call_id": "c", "output": "sunny"}
     (first,) = talk(service, {"input": "Weather?", "tools": [TOOL]})
-    talk(service, {"input": [output], "tools": [TOOL], "previous_response_id": first.id})
+    result = output(first, "sunny")
+    talk(service, {"input": [result], "tools": [TOOL], "previous_response_id": first.id})
     kept = prompt(engine)
     items = [item.to_dict() for item in first.output]
-    talk(service, {"input": [{"role": "user", "content": "Weather?"}, *items, output], "tools": [TOOL]})
+    talk(service, {"input": [{"role": "user", "content": "Weather?"}, *items, result], "tools": [TOOL]})
     assert prompt(engine) == kept
 
 
@@ -233,6 +241,10 @@ def test_items_become_messages():
         ({"input": []}, "input"),
         ({"input": [{"type": "computer_call"}]}, "item 1 of the input is of the type 'computer_call'"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "item 1 of the input needs the field 'arguments'"),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "call_9", "output": "x"}]},
+            "function_call_output of 'call_9', and no function call before it",
+        ),
         ({"input": [{"role": "user"}]}, "needs a content"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "images are not supported"),
         ({"input": [{"role": 1, "content": "x"}]}, "needs the field 'role', a text"),

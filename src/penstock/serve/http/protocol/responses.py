@@ -126,8 +126,10 @@ class Respond(Generate):
         """
         common = {name: getattr(self, name) for name in Generate.model_fields if name in self.model_fields_set}
         first = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        messages = [*first, *before, *self.messages()]
+        check_outputs(messages)
         given = {
-            "messages": [*first, *before, *self.messages()],
+            "messages": messages,
             "max_completion_tokens": self.max_output_tokens,
             "tools": None if self.tools is None else [_tool(tool) for tool in self.tools],
             "tool_choice": _choice(self.tool_choice),
@@ -225,6 +227,22 @@ def messages_of(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if thought:
         found.append({"role": "assistant", "content": "", "reasoning_content": thought})
     return found
+
+
+def check_outputs(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raises:
+    UsageError: what a function returned belongs to no call before it; the message names its id.
+    """
+    called: set[str] = set()
+    for message in messages:
+        called.update(str(call.get("id")) for call in message.get("tool_calls") or ())
+        id = message.get("tool_call_id")
+        if id is not None and str(id) not in called:
+            raise UsageError(
+                f"the input has the function_call_output of {str(id)[:80]!r}, and no function call before it has this "
+                "call_id",
+                hint="Send the function_call along, or name the response that has it as previous_response_id.",
+            )
 
 
 def _text(item: Mapping[str, Any], place: int, name: str) -> str:
