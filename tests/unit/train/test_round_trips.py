@@ -14,6 +14,8 @@ from penstock.cli import build_app
 from penstock.core.progress import silent
 from penstock.models import hub
 from penstock.models.attention import CausalRows
+from penstock.models.companions import copy_companions
+from penstock.models.formats.schemes import SCHEMES
 from penstock.policy import index
 from penstock.search.scorers.contract import Candidate
 from penstock.search.scorers.reward_model import RewardModel
@@ -34,6 +36,15 @@ CASES = [
     for family in FAMILIES
     for tuner in TUNERS
 ]
+
+#: Formats of the base. Of w4a16, whose groups of 32 columns are more than the families' tiny matrices have, it is
+#: test_quantized_base.py that asks the same.
+FORMATS = sorted({*SCHEMES} - {"w4a16"})
+
+
+def adds(tuner: str) -> bool:
+    """Whether it trains weights beside the model's own, which may then stay in whatever format they are in."""
+    return index().policies["train.tuner", tuner].load().adds
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +99,40 @@ def said(model: Path, tokens: list[int], count: int) -> list[int]:
     sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
     llm = LLM(str(model), dtype="fp32", cache_tokens=512, progress=silent)
     return llm.generate([{"prompt_token_ids": tokens}], sampling, progress=silent)[0].outputs[0].token_ids
+
+
+@pytest.fixture(scope="session")
+def packed(base_of, tmp_path_factory):
+    """The same model with its matrices in a format."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def base(family: str, scheme: str) -> Path:
+        if (family, scheme) not in made:
+            folder = tmp_path_factory.mktemp(f"{family}-{scheme}") / "base"
+            hub.save(hub.load(base_of(family), dtype=torch.float32), folder, scheme=scheme)
+            copy_companions(base_of(family), folder)
+            made[family, scheme] = folder
+        return made[family, scheme]
+
+    return base
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", FORMATS)
+@pytest.mark.parametrize("tuner", [name for name in TUNERS if adds(name)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_trained_beside_a_quantized_base_is_served(packed, chats, tmp_path, family, tuner, scheme):
+    """As beside a plain base, in each format."""
+    base, folder = packed(family, scheme), tmp_path / "run"
+    data = {"chats": str(chats), "held_out": 0.2}
+    run = Run.create(chat_config(base, data=data, tuner={"name": tuner, "rank": 4}, steps=2), folder)
+    assert train_to_the_end(run, silent)["held_out_loss"] > 0
+    asked = hub.load_tokenizer(folder).apply_chat_template(turns("what is 3?"), add_generation_prompt=True)["input_ids"]
+    wanted = uncached(folder, asked, 5)
+    assert said(folder, asked, 5) == said(folder / "adapter", asked, 5) == wanted
+    context, rows = CausalRows.of(len(asked), "cpu"), torch.tensor([asked])
+    before, after = (hub.load(each, dtype=torch.float32)(rows, context).hidden for each in (base, folder))
+    assert not torch.allclose(before, after, atol=1e-3)
 
 
 @pytest.mark.parametrize(("family", "tuner"), CASES)
