@@ -48,6 +48,7 @@ def batch(
         from penstock.serve.http.text import Tokens
         from penstock.serve.offline.batch_file import BatchRun
         from penstock.serve.offline.gather import Gatherer
+        from penstock.serve.offline.vectors import LineVectors
         from penstock.serve.opening import open_engine
 
     called = name or hub.name_of(model)
@@ -64,7 +65,9 @@ def batch(
         take_template(tokenizer, chat_template)
     with contextlib.closing(open_engine(folder, config, device, show, tokenizer)) as opened:
         settle()
-        run = BatchRun(Gatherer(opened, tokenizer), Tokens(tokenizer, form, True), called, window)
+        tokens = Tokens(tokenizer, form, True)
+        vectors = LineVectors(opened, folder, tokens, tokenizer)
+        run = BatchRun(Gatherer(opened, tokenizer), tokens, called, window, vectors)
         summary = run.run(source, target, show)
     refused = f", of which {summary.refused:,} are refused" if summary.refused else ""
     earlier = f" ({summary.before:,} were there before)" if summary.before else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Sequence
 from contextlib import aclosing
 from typing import NamedTuple
@@ -39,6 +40,11 @@ class Made(NamedTuple):
 def usage(tokens: int) -> dict[str, int]:
     """The ``tokens`` that were read, in OpenAI's shape."""
     return {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+def written(vector: np.ndarray, form: str) -> list[float] | str:
+    """A vector float32 [size] in OpenAI's ``form``: ``float``, or ``base64`` of its bytes."""
+    return vector.tolist() if form == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
 def form_of(service: Service) -> VectorForm:

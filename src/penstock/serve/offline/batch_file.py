@@ -29,12 +29,14 @@ from penstock.serve.http.errors import ApiError, content
 from penstock.serve.http.protocol.body import Body, unknown
 from penstock.serve.http.protocol.chats import Chat
 from penstock.serve.http.protocol.completions import Completion
+from penstock.serve.http.protocol.vectors import Embeddings
 from penstock.serve.http.service import Piece, Usage
 from penstock.serve.http.shapes.chats import Chats
 from penstock.serve.http.shapes.completions import Completions
 from penstock.serve.http.text import Tokens
 from penstock.serve.messages import Finish, Request
 from penstock.serve.offline.gather import CompletionOutput, Gatherer, RequestOutput
+from penstock.serve.offline.vectors import LineVectors
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ class Line(Body):
 
     custom_id: str
     method: Literal["POST"]
-    url: Literal["/v1/completions", "/v1/chat/completions"]
+    url: Literal["/v1/completions", "/v1/chat/completions", "/v1/embeddings"]
     body: dict[str, Any]
 
 
@@ -180,9 +182,13 @@ class BatchRun:
         tokens: the model's tokenizer.
         name: what the lines call the model.
         window: most lines under way at a time; what is planned together, and what memory is needed for.
+        vectors: answers lines that ask for vectors; None refuses them.
     """
 
-    def __init__(self, gatherer: Gatherer, tokens: Tokens, name: str, window: int) -> None:
+    def __init__(
+        self, gatherer: Gatherer, tokens: Tokens, name: str, window: int, vectors: LineVectors | None = None
+    ) -> None:
+        self._vectors = vectors
         self._gatherer, self._tokens, self._name, self._window = gatherer, tokens, name, window
         self._tasks: dict[int, _Task] = {}
 
@@ -231,13 +237,15 @@ class BatchRun:
         return Summary(before, done, refused, more or bool(self._tasks), reason)
 
     def _begin(self, place: int, raw: bytes) -> dict[str, Any] | None:
-        """Submits a line; the answer of one that is refused."""
+        """Submits a line; the answer of one that has it at once: it is refused, or asks for vectors."""
         try:
             line = _known(build(Line, _parsed(raw), "the line"))
         except (UsageError, ValueError) as error:
             fault = {"code": "invalid_line", "message": str(error)}
             return _record(place, _custom_id(raw), None, fault)
         try:
+            if line.url == "/v1/embeddings":
+                return _record(place, line.custom_id, _response(place, 200, self._embedded(place, line)), None)
             self._submit(place, line)
         except Exception as error:
             return _failure(place, line.custom_id, error)
@@ -275,6 +283,16 @@ class BatchRun:
                 self._gatherer.cancel(id)
             raise
         self._tasks[place] = task
+
+    def _embedded(self, place: int, line: Line) -> dict[str, Any]:
+        """The body of the response to a line that asks for vectors, which are computed here."""
+        body = _known(build(Embeddings, line.body, "the body"))
+        if body.model not in (None, self._name):
+            what = f"there is no model {body.model!r} here that makes vectors; this is {self._name!r}"
+            raise ApiError(404, what, param="model", code="model_not_found")
+        if self._vectors is None:
+            raise ApiError(400, "no vectors are made here")
+        return self._vectors.answer(place, self._name, body)
 
     def _completion(self, body: Completion) -> tuple[list[list[int]], int, dict[str, Any], Completions | Chats]:
         """Prompts, how many of their tokens stand before contexts, further sampling options, and the shapes of the

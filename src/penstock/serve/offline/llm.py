@@ -14,19 +14,17 @@ from penstock.core.errors import UsageError
 from penstock.core.progress import Reporter, show
 from penstock.core.signals import StopRequest
 from penstock.models import hub
-from penstock.models.encoders.pooling import Pooling, pooling_of
+from penstock.models.encoders.pooling import Pooling
 from penstock.serve.chat import chat_prompt, with_place
 from penstock.serve.choose.logprobs import TokenLogprobs
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.embed.embedder import Embedder
 from penstock.serve.embed.judge import Judge, open_judge
-from penstock.serve.embed.pooled import LAST, pooled_decoder
 from penstock.serve.messages import Request
 from penstock.serve.offline.gather import Gatherer, RequestOutput
+from penstock.serve.offline.vectors import embedder_of
 from penstock.serve.opening import open_engine
-from penstock.serve.ranks.runner import ALONE, RankRunner
-from penstock.serve.run.runner import Runner
 
 #: A prompt: text, tokens, or a table with ``prompt`` or ``prompt_token_ids``.
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -238,14 +236,7 @@ class LLM:
                 return torch.tensor(done.value).sigmoid().view(len(queries), len(texts))
 
     def _embedder(self, pooling: Pooling | None) -> Embedder:
-        runner = self.engine.executor
-        if self.engine.control.asleep:
-            raise UsageError("the engine is asleep", hint="Call wake() before it is to make vectors.")
-        if not isinstance(runner, Runner):
-            raise UsageError("an engine that records its steps makes no vectors", hint="Leave out `record`.")
-        if isinstance(runner, RankRunner):
-            raise UsageError("a model that is divided among ranks makes no vectors", hint=ALONE)
-        return Embedder(pooled_decoder(runner.model, pooling or pooling_of(self._folder, LAST)), self.tokenizer)
+        return embedder_of(self.engine, self._folder, self.tokenizer, pooling)
 
     def _run(
         self,

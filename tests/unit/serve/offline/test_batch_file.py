@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from penstock import LLM, SamplingParams
 from penstock.core.errors import UsageError
 from penstock.core.files import claim
 from penstock.core.progress import silent
+from penstock.models import hub
 from penstock.serve.http.shapes.completions import Completions
 from penstock.serve.http.text import Tokens
 from penstock.serve.offline.batch_file import BatchRun, Summary
 from penstock.serve.offline.gather import Gatherer
+from penstock.serve.offline.vectors import LineVectors
 from penstock.serve.reader import Reader
 
 
@@ -38,6 +42,7 @@ def answer(llm, tmp_path):
             Tokens(llm.tokenizer),
             "python-1m",
             window,
+            LineVectors(llm.engine, hub.resolve("python-1m"), Tokens(llm.tokenizer), llm.tokenizer),
         )
         summary = runner.run(tmp_path / "in.jsonl", target)
         assert not llm.engine.busy
@@ -109,7 +114,7 @@ def test_an_echo_is_rated_too(answer):
         (b'{"custom_id": NaN}', "NaN"),
         ({"custom_id": "x"}, "required"),
         (completion("x") | {"methud": 1}, "did you mean 'method'"),
-        (completion("x") | {"url": "/v1/embeddings"}, "url"),
+        (completion("x") | {"url": "/v1/responses"}, "or '/v1/embeddings' (got '/v1/responses')"),
         (completion("x") | {"custom_id": 7}, "custom_id"),
     ],
 )
@@ -244,3 +249,32 @@ def test_asked_to_stop_it_keeps_what_is_done_and_goes_on_later(answer):
     rest, records = answer(*lines)
     assert (rest.before, rest.before + rest.done, rest.stopped) == (summary.done, 12, False)
     assert len(by_id(records)) == 12
+
+
+def test_lines_that_ask_for_vectors_have_those_of_the_model(answer, llm):
+    def asking(custom_id: str, **body) -> dict:
+        return {"custom_id": custom_id, "method": "POST", "url": "/v1/embeddings", "body": body}
+
+    texts = ["def add(a, b):", "import os"]
+    summary, records = answer(
+        asking("floats", input=texts, model="python-1m"),
+        completion("text"),
+        asking("bytes", input=texts[1], encoding_format="base64"),
+        asking("tokens", input=llm.tokenizer("import os")["input_ids"]),
+        asking("empty", input=""),
+        asking("short", input="x", dimensions=3),
+        asking("other", input="x", model="gpt"),
+    )
+    found = by_id(records)
+    assert (summary.done, summary.refused) == (7, 3)
+    wanted = llm.embed(texts, progress=silent).numpy()
+    body = found["floats"]["response"]["body"]
+    np.testing.assert_allclose([each["embedding"] for each in body["data"]], wanted, atol=1e-5)
+    assert body["usage"]["prompt_tokens"] == sum(len(ids) for ids in llm.tokenizer(texts)["input_ids"])
+    (packed,) = found["bytes"]["response"]["body"]["data"]
+    np.testing.assert_allclose(np.frombuffer(base64.b64decode(packed["embedding"]), "<f4"), wanted[1], atol=1e-5)
+    (same,) = found["tokens"]["response"]["body"]["data"]
+    np.testing.assert_allclose(same["embedding"], wanted[1], atol=1e-5)
+    assert found["text"]["response"]["body"]["choices"][0]["text"]
+    reasons = [found[name]["response"]["body"]["error"]["message"] for name in ("empty", "short", "other")]
+    assert "empty" in reasons[0] and "cannot be cut" in reasons[1] and "'gpt'" in reasons[2]

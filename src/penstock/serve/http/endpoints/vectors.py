@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import time
 import uuid
 from typing import Any
@@ -16,7 +15,7 @@ from penstock.serve.http.endpoints.here import Here
 from penstock.serve.http.names import NAME
 from penstock.serve.http.protocol.vectors import Embeddings, OfTexts, Rerank, Scores
 from penstock.serve.http.service import Service
-from penstock.serve.http.vectors import compared, form_of, made, shortened, usage
+from penstock.serve.http.vectors import compared, form_of, made, shortened, usage, written
 
 router = APIRouter()
 
@@ -32,7 +31,7 @@ async def embeddings(request: Request, body: Embeddings, service: Here) -> Respo
     )
     vectors = shortened(found.vectors, body.dimensions, form)
     data = [
-        {"object": "embedding", "index": place, "embedding": _written(vector, body.encoding_format)}
+        {"object": "embedding", "index": place, "embedding": written(vector, body.encoding_format)}
         for place, vector in enumerate(vectors)
     ]
     return _answer(request, service, id, headers, object="list", data=data, usage=usage(found.tokens))
@@ -71,10 +70,6 @@ def _begun(service: Service, body: OfTexts, kind: str) -> tuple[dict[str, str], 
     """The headers of the answer, and its name."""
     service.check_alone(body.model, "vectors")
     return service.ignored(body), f"{kind}{uuid.uuid4().hex}"
-
-
-def _written(vector: np.ndarray, form: str) -> list[float] | str:
-    return vector.tolist() if form == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
 def _answer(request: Request, service: Service, id: str, headers: dict[str, str], **fields: Any) -> Response:
