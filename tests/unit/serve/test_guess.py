@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from penstock.serve.dialogue.guess import doubt, guess
+from penstock.models import hub
+from penstock.serve.dialogue.guess import doubt, guess, named
+from penstock.serve.http.text import Tokens
 
 #: What stands in the families' own templates.
 TEMPLATES = {
@@ -40,6 +42,14 @@ def test_a_template_that_tells_of_none_has_the_commonest():
 def test_a_form_that_is_not_known_is_told_of():
     warning = doubt("{% for tool in tools %}<weird>{{ tool }}</weird>{% endfor %}")
     assert warning is not None and "--dialogue" in warning and "minimax_m2" in warning
+
+
+@pytest.mark.parametrize(("dialogue", "count"), [(None, 1), ("olmo3", 0)])
+def test_whoever_opens_the_tokenizer_is_told_once_unless_the_form_is_named(caplog, dialogue, count):
+    tokenizer = hub.load_tokenizer(hub.resolve("python-1m"))
+    tokenizer.chat_template = "{% for tool in tools %}<weird>{{ tool }}</weird>{% endfor %}"
+    Tokens(tokenizer, None if dialogue is None else named(dialogue))
+    assert sum("--dialogue" in record.message for record in caplog.records) == count
 
 
 @pytest.mark.parametrize(
