@@ -17,11 +17,11 @@ class SupervisedFineTuning(NextToken):
     ``learnt`` are all ``answers``, the ``last`` one of each conversation, or ``all`` tokens; the others are read, and
     not predicted.
 
-    From the paper: one path from data to a served model, for every family of models, every tuner and every format of
-    the base's weights, with one command to train, and others to serve, evaluate and quantize what the run leaves; each
-    combination passes a round trip on a tiny random model. Ours: the forms of the data and the models' own templates
-    for them, what is learnt, and how conversations are packed into rows. Not built: models of images and sound; the
-    paper's registry of data sets; training of agents against a loss of their own.
+    From the paper: one path for many models and ways of tuning, from data by training to inference, evaluation and
+    quantization. Ours: the forms of the data and the models' own templates for them, what is learnt, how conversations
+    are packed into rows, and a round trip on tiny random models for every family, tuner and format of the base, but of
+    four bits for one family alone. Not built: models of images and sound; a benchmark that compares ways of tuning;
+    fine-tuning for frameworks of agents.
     """
 
     learns_from: ClassVar[Kind] = "chats"
