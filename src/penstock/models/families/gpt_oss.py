@@ -18,7 +18,7 @@ _EXPERTS = f"{HUB_LAYER}.mlp.experts"
 
 @policy("model.family", "gpt_oss")
 class GptOss(Lineage):
-    """gpt-oss 20B and 120B, where their weights are in bf16.
+    """gpt-oss 20B and 120B, in bf16 or, as they are published, with experts in MXFP4.
 
     For ``router_aux_loss_coef`` see :class:`~penstock.models.families.mixtral.Mixtral`.
     """

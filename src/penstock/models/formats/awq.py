@@ -21,7 +21,7 @@ ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 class Awq:
     """``qweight`` int32 [K, M / 8], ``qzeros`` int32 [k, M / 8] and ``scales`` [k, M], for k groups of columns."""
 
-    marker = "qweight"
+    markers: Collection[str] = ("qweight",)
     suffixes: Collection[str] = ("qzeros", "scales")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -31,11 +31,11 @@ class Awq:
         self._group = int(config.get("group_size", config.get("q_group_size", 128)))
 
     def shape(self, headers: Mapping[str, Stored]) -> tuple[int, int]:
-        columns, words = headers[self.marker].shape
+        columns, words = headers["qweight"].shape
         return 8 * words, columns
 
     def pack(self, module: str, tensors: Mapping[str, Tensor]) -> Packed:
-        values, scale = _rows(tensors[self.marker]), part(module, tensors, "scales").float()
+        values, scale = _rows(tensors["qweight"]), part(module, tensors, "scales").float()
         zeros = _rows(part(module, tensors, "qzeros"))
         columns, rows = values.shape
         size = columns if self._group == -1 else self._group

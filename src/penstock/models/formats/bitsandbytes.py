@@ -21,7 +21,7 @@ class BitsAndBytes:
     in ``weight.absmax``, or, of nested quantization, what it becomes by ``nested_quant_map`` and ``nested_absmax``. A
     tensor of JSON says the rest."""
 
-    marker = "weight.absmax"
+    markers: Collection[str] = ("weight.absmax",)
     state = "weight.quant_state.bitsandbytes__nf4"
     suffixes: Collection[str] = (
         *("weight", state, "weight.quant_map"),
@@ -42,7 +42,7 @@ class BitsAndBytes:
             (rows, columns), size = state["shape"], int(state["blocksize"])
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"the quant_state of {module} cannot be read: {error}") from error
-        largest, values = tensors[self.marker], part(module, tensors, "weight").flatten()
+        largest, values = tensors["weight.absmax"], part(module, tensors, "weight").flatten()
         if "weight.nested_absmax" in tensors:
             table, nested = part(module, tensors, "weight.nested_quant_map"), tensors["weight.nested_absmax"]
             each = nested.float().repeat_interleave(int(state["nested_blocksize"]))[: largest.numel()]

@@ -29,7 +29,7 @@ class CompressedTensors:
     counts is whether they are to be e4m3.
     """
 
-    marker = "weight_scale"
+    markers: Collection[str] = ("weight_scale",)
     suffixes: Collection[str] = ("weight", "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx")
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ class Gptq:
     """``qweight`` int32 [K bits / 32, M], ``qzeros`` int32 [k, M bits / 32], ``scales`` [k, M], and ``g_idx`` int32
     [K], the group of each column. Zeros are stored less one, unless the ``checkpoint_format`` is ``gptq_v2``."""
 
-    marker = "qweight"
+    markers: Collection[str] = ("qweight",)
     suffixes: Collection[str] = ("qzeros", "scales", "g_idx")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -29,11 +29,11 @@ class Gptq:
         self._less = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
 
     def shape(self, headers: Mapping[str, Stored]) -> tuple[int, int]:
-        words, rows = headers[self.marker].shape
+        words, rows = headers["qweight"].shape
         return rows, words * 32 // self._bits
 
     def pack(self, module: str, tensors: Mapping[str, Tensor]) -> Packed:
-        words, scale = tensors[self.marker], part(module, tensors, "scales").float()
+        words, scale = tensors["qweight"], part(module, tensors, "scales").float()
         rows, columns = words.shape[1], words.shape[0] * 32 // self._bits
         size = columns if self._group == -1 else self._group
         zeros = unpacked(part(module, tensors, "qzeros"), self._bits, rows)

@@ -12,25 +12,33 @@ from penstock.models.formats.awq import Awq
 from penstock.models.formats.bitsandbytes import BitsAndBytes
 from penstock.models.formats.compressed_tensors import CompressedTensors
 from penstock.models.formats.contract import Stored
-from penstock.models.formats.fp8 import BlockFp8
+from penstock.models.formats.fp8 import Float8
 from penstock.models.formats.gptq import Gptq
 from penstock.models.formats.safetensors import Safetensors
 from penstock.ops.quantized.contract import Packed
 
 #: What engines add for activations and caches, and a model without them has no place for.
-ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "k_scale", "v_scale", "output_scale")
+ACTIVATIONS = (
+    "input_scale",
+    "input_zero_point",
+    "input_global_scale",
+    "k_scale",
+    "v_scale",
+    "output_scale",
+    "activation_scale",
+)
 
 
 class Layout(Protocol):
     """How a quantization method stores a matrix.
 
     Attributes:
-        marker: the suffix of a tensor that quantized modules have, and others do not.
+        markers: the suffixes of which a quantized module has one, and others have none.
         suffixes: of the other tensors that a module may have in place of its matrix.
     """
 
     @property
-    def marker(self) -> str: ...
+    def markers(self) -> Collection[str]: ...
 
     @property
     def suffixes(self) -> Collection[str]: ...
@@ -57,7 +65,7 @@ def layout_of(config: Any) -> Layout:
     """
     methods: dict[str, type] = {
         "compressed-tensors": CompressedTensors,
-        "fp8": BlockFp8,
+        "fp8": Float8,
         "awq": Awq,
         "gptq": Gptq,
         "bitsandbytes": BitsAndBytes,
@@ -66,7 +74,7 @@ def layout_of(config: Any) -> Layout:
     if name not in methods:
         raise ModelError(
             f"the weights are quantized by {name!r}, which is not supported",
-            hint=f"Methods: {', '.join(methods)}. The original checkpoint works too.",
+            hint=f"Methods: {', '.join(methods)}, mxfp4 (gpt-oss). A checkpoint in bf16, where there is one, works.",
         )
     try:
         layout: Layout = methods[name](config)
@@ -82,22 +90,23 @@ class Quantized:
     def __init__(self, stored: Safetensors, layout: Layout) -> None:
         self._stored, self._layout = stored, layout
         headers = {name: header for name, header in stored.headers.items() if not name.endswith(ACTIVATIONS)}
-        ends = [name.removesuffix(layout.marker) for name in headers if name.endswith(f".{layout.marker}")]
+        ends = [name.removesuffix(end) for end in layout.markers for name in headers if name.endswith(f".{end}")]
         if not ends:
             raise ModelError(
-                f"the weights are quantized, it says, but none has a {layout.marker}",
+                f"the weights are quantized, it says, but none has a {' or '.join(layout.markers)}",
                 hint="Where they are not quantized, remove quantization_config.",
             )
         self._modules = {
             module: {
-                part: f"{module}{part}" for part in (layout.marker, *layout.suffixes) if f"{module}{part}" in headers
+                part: f"{module}{part}" for part in (*layout.markers, *layout.suffixes) if f"{module}{part}" in headers
             }
             for module in ends
         }
         owned = {name for parts in self._modules.values() for name in parts.values()}
         self.headers = {name: header for name, header in headers.items() if name not in owned}
+        self._require_markers()
         for module, parts in self._modules.items():
-            first = headers[parts[layout.marker]]
+            first = headers[next(iter(parts.values()))]
             try:
                 shape = layout.shape({part: headers[name] for part, name in parts.items()})
             except ValueError as error:
@@ -105,6 +114,20 @@ class Quantized:
             self.headers[f"{module}weight"] = Stored(first.path, shape, "quantized")
         self.dtypes = (*stored.dtypes, "quantized")
         self.quantized = {f"{module}weight" for module in self._modules}
+
+    def _require_markers(self) -> None:
+        """Refuses a module that has other tensors of a quantized matrix, and not the one that tells that it is.
+
+        Raises:
+            ModelError: there is one.
+        """
+        for name, header in self.headers.items():
+            module, _, end = name.rpartition(".")
+            if end in self._layout.suffixes and (end != "weight" or header.dtype not in self._stored.dtypes):
+                raise ModelError(
+                    f"{module} in {header.path} has a {end} and lacks {' or '.join(self._layout.markers)}",
+                    hint="Is the checkpoint complete?",
+                )
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         yield from self._stored.read([name for name in names if name not in self.quantized])

@@ -24,9 +24,12 @@ def stored_in(folder: Path, raw: dict[str, Any]) -> Weights:
     config = raw.get("quantization_config")
     if not config:
         return Safetensors(folder)
+    from penstock.models.formats.mxfp4 import Mxfp4
     from penstock.models.formats.quantized import Quantized, layout_of
 
     try:
+        if isinstance(config, dict) and config.get("quant_method") == "mxfp4":
+            return Mxfp4(Safetensors(folder))
         return Quantized(Safetensors(folder), layout_of(config))
     except ModelError as error:
         raise ModelError(f"{folder / CONFIG}: {error.what}", hint=error.hint) from error

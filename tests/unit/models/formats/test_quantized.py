@@ -17,6 +17,8 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from penstock import cli
 from penstock.core.errors import ModelError, UsageError
@@ -253,6 +255,102 @@ def test_fp8_in_blocks_is_read_where_the_last_ones_are_cut_off():
     torch.testing.assert_close(packed.dequantize(), torch.tensor(wanted))
 
 
+@pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale"])
+@pytest.mark.parametrize("size", [{"weight_block_size": None}, {}])
+def test_fp8_with_one_scale_a_matrix_is_read_under_both_names(name, size):
+    """The largest numbers are beyond the default block of 128."""
+    values, scale = draw(40, 160).to(torch.float8_e4m3fn), torch.tensor(0.37)
+    layout = layout_of({"quant_method": "fp8", "activation_scheme": "static", **size})
+    packed = layout.pack("m", {"weight": values, name: scale})
+    assert packed.format == Fp8(rounds=True)
+    assert torch.equal(packed.dequantize(), values.float() * scale)
+    assert torch.equal(layout.pack("m", {"weight": values, name: scale.view(1)}).dequantize(), packed.dequantize())
+
+
+def fp8(folder: Path, change: Callable[[dict[str, Tensor]], object] = lambda _: None) -> Path:
+    """A model in fp8 with one scale for a matrix and one for its activations, as transformers names them."""
+    peer("llama", **SHAPE).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for number, module in enumerate([name.removesuffix(".weight") for name in tensors if "_proj." in name]):
+        scale = torch.tensor(0.01 * (number + 1))
+        tensors[f"{module}.weight"] = (tensors[f"{module}.weight"] / scale).to(torch.float8_e4m3fn)
+        tensors |= {f"{module}.weight_scale_inv": scale, f"{module}.activation_scale": torch.tensor(1.0)}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    method = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+    config["quantization_config"] = {**method, "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_folder_in_fp8_with_one_scale_a_matrix_is_read_as_transformers_reads_it(tmp_path):
+    theirs, ours = AutoModelForCausalLM.from_pretrained(fp8(tmp_path), dtype=torch.float32), hub.load(tmp_path)
+    for here, there in zip(ours.layers, theirs.model.layers, strict=True):
+        assert torch.equal(here.mlp.down.weight, there.mlp.down_proj.weight)
+        assert torch.equal(here.attention.output.weight, there.self_attn.o_proj.weight)
+    torch.testing.assert_close(whole(ours, TOKENS), expected(theirs, TOKENS), rtol=1e-5, atol=1e-3)
+
+
+# gpt-oss's MXFP4.
+
+EXPERTS = "model.layers.1.mlp.experts.gate_up_proj"
+
+
+def mxfp4(folder: Path, change: Callable[[dict[str, Tensor]], object] = lambda _: None) -> Path:
+    """A gpt-oss whose experts are random numbers of four bits with random exponents."""
+    peer("gpt_oss", torch.bfloat16, hidden_size=64, intermediate_size=96).save_pretrained(folder)
+    tensors, draws = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        shape = (experts, rows, columns // 32)
+        tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=draws).to(torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(121, 125, shape, generator=draws).to(torch.uint8)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_gpt_oss_as_it_is_published_is_what_transformers_makes_of_it(tmp_path):
+    ours = hub.load(mxfp4(tmp_path), dtype=torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for number, layer in enumerate(ours.layers):
+        for name, matrix in (("gate_up_proj", layer.mlp.gate_up), ("down_proj", layer.mlp.down)):
+            stack = f"model.layers.{number}.mlp.experts.{name}"
+            wanted = convert_moe_packed_tensors(tensors[f"{stack}_blocks"], tensors[f"{stack}_scales"])
+            assert torch.equal(matrix, wanted.mT.float())
+    # The same numbers in a folder that has them plainly.
+    hub.save(ours, tmp_path / "plain")
+    reference = published(tmp_path / "plain")
+    torch.testing.assert_close(whole(ours, TOKENS), expected(reference, TOKENS), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(f"{EXPERTS}_blocks"), f"{EXPERTS} lacks {EXPERTS}_blocks"),
+        (lambda tensors: tensors.pop(f"{EXPERTS}_scales"), f"{EXPERTS} lacks {EXPERTS}_scales"),
+        (
+            lambda tensors: tensors.update({f"{EXPERTS}_scales": tensors[f"{EXPERTS}_scales"][:, 1:].contiguous()}),
+            r"_blocks in .* is \[5, 192, 2, 16\] and .*_scales \[5, 191, 2\]: they must be",
+        ),
+        (lambda tensors: tensors.update({f"{EXPERTS}_scales": torch.ones(5, 192, 2)}), "_scales in .* holds F32"),
+        (
+            lambda tensors: tensors.update(
+                {f"{EXPERTS}_{end}": tensors[f"{EXPERTS}_{end}"][:, :-2].contiguous() for end in ("blocks", "scales")}
+            ),
+            r"gate_up_proj in .* is \[5, 64, 190\], but config.json implies \[5, 64, 192\]",
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_experts_of_gpt_oss_is_said(change, message, tmp_path):
+    with pytest.raises(ModelError, match=message):
+        hub.load(mxfp4(tmp_path, change))
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_nf4_of_bitsandbytes_is_read(nested):
     """Its quantiles from their definition: those of a normal distribution, seven below zero and eight above."""
@@ -315,7 +413,7 @@ NAME = "model.layers.1.mlp.down_proj"
         (lambda tensors: tensors.update({f"{NAME}.weight_scale": torch.ones(5, 1)}), f"scales of {NAME} are"),
         (lambda tensors: tensors.update({f"{NAME}.weight": torch.zeros(64, 90, dtype=torch.int8)}), "implies"),
         (lambda tensors: tensors.update({f"{NAME}.more": torch.ones(1)}), "also has"),
-        (lambda tensors: tensors.pop(f"{NAME}.weight_scale"), "holds I8"),
+        (lambda tensors: tensors.pop(f"{NAME}.weight_scale"), f"{NAME} in .* has a weight and lacks weight_scale"),
     ],
 )
 def test_tensors_that_are_missing_extra_or_misshapen_are_named(int8, change, message):
@@ -339,7 +437,8 @@ def test_a_scale_of_an_activation_has_no_part_in_the_weights(int8):
         ({"quant_method": "gptq", "bits": 3, "group_size": 8}, "GPTQ of 3 bits"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "gemv"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "only nf4"),
-        ({"quant_method": "fp8"}, "lacks something"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "malformed"),
+        ({"quant_method": "mxfp4"}, "none has _blocks"),
     ],
 )
 def test_methods_that_are_not_supported_are_named(int8, config, message):
