@@ -18,13 +18,17 @@ LOCAL = "rope_local_base_freq"
 
 @policy("model.family", "gemma3_text")
 class Gemma3(Gemma2):
-    """The text models of Gemma 3, from 270M on; of those that see pictures, the part for text, saved by itself."""
+    """The text models of Gemma 3, from 270M on; of those that see pictures, the part for text."""
 
     architecture = "Gemma3ForCausalLM"
     fields = FIELDS | BIAS | {"logits_cap": "final_logit_softcapping"}
     fixed: ClassVar[dict[str, Any]] = {**Gemma2.fixed, "qk_norm": "head"}
     defaults: ClassVar[dict[str, Any]] = {
         **Gemma2.defaults,
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131_072,
         "rope_theta": 1_000_000.0,
         LOCAL: 10_000.0,
         "sliding_window_pattern": 6,

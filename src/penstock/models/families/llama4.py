@@ -18,7 +18,7 @@ _BLOCK = f"{HUB_LAYER}.feed_forward"
 
 @policy("model.family", "llama4_text")
 class Llama4(Lineage):
-    """The text models of Llama 4, Scout and Maverick, saved by themselves.
+    """The part for text of Llama 4: Scout and Maverick.
 
     For ``router_aux_loss_coef`` see :class:`~penstock.models.families.mixtral.Mixtral`.
     """

@@ -16,7 +16,7 @@ GROWTH, ORIGINAL = "llama_4_scaling_beta", "original_max_position_embeddings"
 
 @policy("model.family", "ministral3")
 class Ministral3(Mistral):
-    """Ministral 3: 3B, 8B and 14B; the part for text, saved by itself."""
+    """Ministral 3: 3B, 8B and 14B; the part for text."""
 
     architecture = "Ministral3ForCausalLM"
     rank = 0

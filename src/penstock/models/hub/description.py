@@ -13,6 +13,7 @@ from penstock.models.families.mapping import CLASSIFIER, require_one_label
 from penstock.models.families.nearest import nearest_family
 from penstock.models.hub.family import CONTRACT, family_named
 from penstock.models.hub.folders import CONFIG
+from penstock.models.hub.multimodal import text_part
 from penstock.models.hub.stored import stored_in
 from penstock.policy import index
 
@@ -48,15 +49,16 @@ def describe(folder: Path) -> Description:
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise ModelError(f"{path} is not a table of keys and values")
-    kind, families = raw.get("model_type"), index().names(CONTRACT)
+    text = text_part(raw)
+    kind, families = text.get("model_type"), index().names(CONTRACT)
     if kind not in families:
         raise ModelError(f"{path}: the model_type {kind!r} is not supported", hint=_alternatives(folder, raw))
     family = family_named(kind)
-    if _classifies(raw):
-        require_one_label(path, raw)
+    if _classifies(text):
+        require_one_label(path, text)
     try:
-        config = family.config_from_hub(raw)
-        return Description(folder, family, config.model_copy(update={"scalar_head": _classifies(raw)}), raw)
+        config = family.config_from_hub(text)
+        return Description(folder, family, config.model_copy(update={"scalar_head": _classifies(text)}), raw)
     except ModelError as error:
         raise ModelError(f"{path}: {error.what}", hint=error.hint) from error
 

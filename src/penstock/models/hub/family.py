@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from penstock.core.errors import ModelError
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
+from penstock.models.hub.multimodal import text_part
 from penstock.models.shares import portion_of
 from penstock.policy import create, index
 
@@ -63,7 +64,8 @@ def family_of(decoder: Decoder, family: str | None = None) -> Family:
 
 def remember(decoder: Decoder, described: Description) -> None:
     """Notes the origin of a decoder."""
-    token_ids = {key: described.raw[key] for key in TOKEN_IDS if key in described.raw}
+    text = text_part(described.raw)
+    token_ids = {key: text[key] for key in TOKEN_IDS if key in text}
     # Kept on the instance and not declared by Decoder, which knows nothing of folders.
     vars(decoder)["origin"] = Origin(described.family.policy_name, token_ids)
 

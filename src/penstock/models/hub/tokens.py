@@ -10,6 +10,7 @@ from penstock.core.files import read_json
 from penstock.models.companions import GENERATION
 from penstock.models.formats.contract import GGUF_INDEX
 from penstock.models.hub.folders import BOXED, CONFIG, resolve
+from penstock.models.hub.multimodal import text_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ def config_end_tokens(folder: Path) -> set[int]:
     found: set[int] = set()
     for path in (folder / CONFIG, folder / GENERATION):
         stored = read_json(path) if path.is_file() else {}
-        named = stored.get("eos_token_id") if isinstance(stored, dict) else None
+        named = text_part(stored).get("eos_token_id") if isinstance(stored, dict) else None
         found |= {token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)}
     return found
 

@@ -20,6 +20,7 @@ from penstock.models.formats.renamed import Renamed
 from penstock.models.formats.safetensors import STORED
 from penstock.models.hub.description import Description
 from penstock.models.hub.folders import CONFIG
+from penstock.models.hub.multimodal import text_part
 from penstock.models.hub.stored import stored_in
 
 #: dtypes that weights may have, by their names in config.json.
@@ -96,7 +97,8 @@ def _fits(shape: tuple[int, ...], wanted: torch.Size) -> bool:
 
 def stated_dtype(described: Description, weights: Weights) -> torch.dtype:
     """The dtype that a folder states, or else that of its stored tensors."""
-    stated = described.raw.get("dtype") or described.raw.get("torch_dtype")
+    text = text_part(described.raw)
+    stated = text.get("dtype") or text.get("torch_dtype")
     if stated is None:
         return next((STORED[each.dtype] for each in weights.headers.values() if each.dtype in STORED), torch.float32)
     if stated not in NAMED:
