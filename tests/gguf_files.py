@@ -15,7 +15,63 @@ from transformers import PreTrainedModel
 from small_tokenizers import byte_level
 
 #: Of each architecture of GGUF: transformers' family, and its names of experts.
-FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe", "mixtral": "mixtral"}
+FAMILIES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "mixtral": "mixtral",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "phi3": "phi3",
+    "olmo2": "olmo2",
+    "glm4": "glm4",
+    "granite": "granite",
+    "smollm3": "smollm3",
+    "starcoder2": "starcoder2",
+    "cohere2": "cohere2",
+}
+
+#: Keys of those in which they differ from their neighbours, as llama.cpp takes them to be where the file cannot say.
+KEYS: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 64, "attn_logit_softcapping": 20.0},
+    "gemma3": {
+        "num_hidden_layers": 6,
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 64,
+        "final_logit_softcapping": 9.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+    },
+    "phi3": {"sliding_window": 5, "partial_rotary_factor": 0.5},
+    "glm4": {"attention_bias": True, "partial_rotary_factor": 0.5},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.3,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+    },
+    "smollm3": {"num_hidden_layers": 4},
+    "starcoder2": {"sliding_window": None},
+    "cohere2": {"num_hidden_layers": 4, "sliding_window": 5, "logit_scale": 0.5},
+}
+
+#: The names of numbers in transformers' configs that converters write under those of the metadata.
+WRITTEN = {
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "norm_epsilon": "attention.layer_norm_epsilon",
+    "layer_norm_eps": "attention.layer_norm_epsilon",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
+    "logit_scale": "logit_scale",
+}
 
 #: A shape whose rows are blocks of every type.
 SHAPE = {"vocab_size": 320, "hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "tie_word_embeddings": True}
@@ -75,8 +131,18 @@ def write(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if "partial_rotary_factor" in rope:
+        writer.add_rope_dimension_count(int(rope["partial_rotary_factor"] * SHAPE["head_dim"]))
+    for key, theirs in WRITTEN.items():
+        if (number := getattr(config, key, None)) is not None:
+            writer.add_float32(f"{name}.{theirs}", number)
+    if architecture in ("gemma2", "gemma3", "phi3", "cohere2"):
+        writer.add_sliding_window(config.sliding_window)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     if architecture in ("mixtral", "qwen3moe"):
         writer.add_expert_count(experts)
@@ -89,7 +155,9 @@ def write(
     for key, weight in _weights(model).items():
         if config.tie_word_embeddings and key == "lm_head.weight":
             continue
-        if name == "llama" and (found := re.search(r"\.(q|k)_proj\.", key)):
+        if name.startswith("gemma") and key.endswith("norm.weight"):
+            weight = weight + 1
+        if name in ("llama", "granite", "smollm3") and (found := re.search(r"\.(q|k)_proj\.", key)):
             weight = _in_pairs(weight, config.num_attention_heads if found[1] == "q" else config.num_key_value_heads)
         data, kind = code(key, np.ascontiguousarray(weight))
         writer.add_tensor(names.get_name(key, (".weight", ".bias")), data, raw_dtype=kind)

@@ -29,13 +29,15 @@ PIECE = 1 << 26
 class Place(NamedTuple):
     """Where a weight lies: ``file`` is the index of its file, ``offset`` where it begins there in bytes, and ``kind``
     its type in ggml. ``turned`` is 0, or the number of heads whose rows stand in the order of pairs that rotate
-    together, as llama.cpp wants them, and not in the order of Hugging Face, all first ones and then all second ones."""
+    together, as llama.cpp wants them, and not in the order of Hugging Face, all first ones and then all second ones.
+    ``raised`` is what was added to each number."""
 
     file: int
     offset: int
     shape: tuple[int, ...]
     kind: str
     turned: int = 0
+    raised: int = 0
 
     @property
     def row_bytes(self) -> int:
@@ -115,7 +117,7 @@ def _numbers(blocks: Tensor, place: Place) -> Tensor:
     step = max(1, PIECE // (4 * place.shape[-1]))
     for start in range(0, place.rows, step):
         out[start : start + step] = dequantize(_typed(blocks[start : start + step], place.kind), kind)
-    return torch.from_numpy(out).view(place.shape)
+    return torch.from_numpy(out).view(place.shape) - place.raised
 
 
 def _typed(blocks: Tensor, kind: str) -> np.ndarray:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import gguf
 import numpy as np
@@ -26,6 +26,7 @@ from penstock.models.families.contract import Family
 from penstock.models.families.mapping import views_on
 from penstock.models.formats.contract import GGUF
 from penstock.models.formats.gguf import TYPES, Place, write_index
+from penstock.models.formats.gguf_architectures import ARCHITECTURES, COMMON, SPARSE, Architecture
 from penstock.models.formats.gguf_tokenizer import save_tokenizer
 from penstock.policy import create
 
@@ -36,50 +37,11 @@ VERSION = 1
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
-class Architecture(NamedTuple):
-    """How an architecture of GGUF stands in Hugging Face folders.
-
-    Attributes:
-        model_type: of the family that it is.
-        turned: whether rows of queries and keys stand in the order of pairs that rotate together.
-        keys: the keys of config.json that this architecture has beyond the common ones, by ours in the metadata.
-    """
-
-    model_type: str
-    turned: bool = False
-    keys: Mapping[str, str] = {}
-
-
-_EXPERTS = {"num_experts_per_tok": "expert_used_count", "moe_intermediate_size": "expert_feed_forward_length"}
-
-ARCHITECTURES = {
-    "llama": Architecture("llama", turned=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
-    "qwen3moe": Architecture("qwen3_moe", keys={**_EXPERTS, "num_experts": "expert_count"}),
-}
-
-#: The same with a mixture of experts, where it is another family.
-SPARSE = {
-    "llama": Architecture(
-        "mixtral", turned=True, keys={"num_experts_per_tok": "expert_used_count", "num_local_experts": "expert_count"}
-    )
-}
-
-#: Keys of config.json and of the metadata, below the name of the architecture.
-COMMON = {
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "intermediate_size": "feed_forward_length",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "sliding_window": "attention.sliding_window",
-}
-
 TOKEN_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+
+
+#: The factors of long rotations, for long texts and for short ones.
+LONG_ROPE = ("rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def folder_of(file: Path) -> Path:
@@ -196,7 +158,8 @@ def _architecture(contents: Contents) -> Architecture:
 def _config(contents: Contents, kind: Architecture) -> dict[str, Any]:
     """The contents of a config.json."""
     values = {key: contents.own(theirs) for key, theirs in {**COMMON, **kind.keys}.items()}
-    config: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
+    # Some converters write 0 for a window that there is not.
+    config: dict[str, Any] = {key: value for key, value in values.items() if value not in (None, 0)}
     tensors = contents.tensors
     if "token_embd.weight" not in tensors:
         raise ModelError(f"{contents.files[0]} has no token_embd.weight: it holds no language model")
@@ -204,7 +167,9 @@ def _config(contents: Contents, kind: Architecture) -> dict[str, Any]:
         "model_type": kind.model_type,
         "vocab_size": int(tensors["token_embd.weight"][1].shape[1]),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_bias": bool(biases := {"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & tensors.keys()),
+        "use_bias": bool(biases),
+        "mlp_bias": "blk.0.ffn_down.bias" in tensors,
         "rope_theta": contents.own("rope.freq_base") or 10_000.0,
         "torch_dtype": "float32",
         # llama.cpp always weighs the chosen experts to one.
@@ -214,7 +179,10 @@ def _config(contents: Contents, kind: Architecture) -> dict[str, Any]:
     if scaling is not None:
         config["rope_scaling"] = scaling
     ids = {key: contents.get(f"tokenizer.ggml.{theirs}") for key, theirs in TOKEN_IDS.items()}
-    return config | ids
+    try:
+        return config | kind.more(contents.own, config) | ids
+    except ModelError as error:
+        raise ModelError(f"{contents.files[0]}: {error.what}", hint=error.hint) from error
 
 
 def _scaling(contents: Contents) -> dict[str, Any] | None:
@@ -222,6 +190,9 @@ def _scaling(contents: Contents) -> dict[str, Any] | None:
     kind, factor = contents.own("rope.scaling.type"), contents.own("rope.scaling.factor")
     if "rope_freqs.weight" in contents.tensors:
         return _llama3(contents)
+    if LONG_ROPE[0] in contents.tensors:
+        long, short = (contents.tensors[name][1].data.astype(float).tolist() for name in LONG_ROPE)
+        return {"type": "longrope", "long_factor": long, "short_factor": short}
     if kind in (None, "none") or factor in (None, 1):
         return None
     if kind not in ("linear", "yarn"):
@@ -257,7 +228,7 @@ def _places(
     contents: Contents, kind: Architecture, names: list[str], config: dict[str, Any]
 ) -> Iterator[tuple[str, Place]]:
     """Where the weights ``names`` lie; those that are not there, or are there and not asked for, are an error."""
-    find, used = _finder(contents, config["num_hidden_layers"]), {"rope_freqs.weight"}
+    find, used = _finder(contents, config["num_hidden_layers"]), {"rope_freqs.weight", *LONG_ROPE}
     for name in names:
         plain = re.sub(r"\.experts\.\d+\.", ".experts.", name)
         theirs = find(plain)
@@ -268,7 +239,8 @@ def _places(
         heads = 0
         if kind.turned and (found := re.search(r"\.(q|k)_proj\.", name)):
             heads = config["num_attention_heads" if found[1] == "q" else "num_key_value_heads"]
-        yield name, _place(contents, theirs, None if expert is None else int(expert[1]), heads)
+        place = _place(contents, theirs, None if expert is None else int(expert[1]), heads)
+        yield name, place._replace(raised=int(kind.raised and name.endswith("norm.weight")))
     if extra := contents.tensors.keys() - used:
         raise ModelError(
             f"{contents.files[0]} also has {', '.join(sorted(extra)[:3])}, which its model has no place for"

@@ -57,10 +57,10 @@ def save_tokenizer(file: Path, metadata: Callable[[str], Any], context: int, fol
             f"the tokenizer in {file} splits texts in the manner of {split!r}, which is not supported",
             hint="The model's Hugging Face folder has a tokenizer.json, which is read as it is.",
         )
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     try:
-        made = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        made = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     except Exception as error:  # As for folders: nearly anything, depending on what is wrong.
         raise DataError(f"the tokenizer in {file} cannot be read: {error}") from error
     backend, tokens = made.backend_tokenizer, metadata("tokenizer.ggml.tokens")

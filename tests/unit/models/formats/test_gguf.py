@@ -14,12 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gguf_files
-from gguf_files import FAMILIES, SHAPE, blocks, coded, write
+from gguf_files import FAMILIES, KEYS, SHAPE, blocks, coded, write
 from penstock.core.errors import DataError, ModelError, PenstockError, UsageError
 from penstock.models import hub
+from penstock.models.families.mapping import views_on
 from penstock.models.formats import gguf_folder
 from penstock.models.formats.gguf import TYPES
 from penstock.models.generate import generate
+from penstock.models.hub import family_of
 from penstock.models.sampling import Sampling
 from penstock.testing.transformers_peer import expected, peer, prompt, stepwise, whole
 
@@ -35,12 +37,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@torch.no_grad()
 def model(architecture: str, **keys: Any) -> Any:
-    return peer(FAMILIES[architecture], **{**SHAPE, **keys})
+    made = peer(FAMILIES[architecture], **{**SHAPE, **KEYS.get(architecture, {}), **keys})
+    if architecture.startswith("gemma"):  # so that one can be added to scales of norms without loss
+        for name, weight in made.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.copy_((weight + 1) - 1)
+    return made
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("architecture", "tied"),
+    # Some architectures have no place for a head.
+    [(name, tied) for name in FAMILIES for tied in (True, False) if tied or name not in ("gemma", "gemma2", "cohere2")],
+)
 def test_logits_are_those_of_the_model_that_was_written(architecture, tied, tmp_path):
     """Rows of queries and keys, stacked experts, biases and norms of heads are all back in their places."""
     always = {"norm_topk_prob": True} if architecture == "qwen3moe" else {}  # so llama.cpp computes
@@ -48,8 +59,10 @@ def test_logits_are_those_of_the_model_that_was_written(architecture, tied, tmp_
     write(tmp_path / "m.gguf", reference, architecture)
     # In float64, but for the norms of the reference, which are float32.
     decoder, wanted = hub.load(tmp_path / "m.gguf").double(), expected(reference.double(), TOKENS)
-    torch.testing.assert_close(whole(decoder, TOKENS), wanted, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(stepwise(decoder, TOKENS), wanted, rtol=1e-5, atol=1e-4)
+    # Scores that are neither capped nor made of norms grow what float32 leaves out.
+    off = 1e-3 if architecture == "gemma" else 1e-4
+    torch.testing.assert_close(whole(decoder, TOKENS), wanted, rtol=1e-5, atol=off)
+    torch.testing.assert_close(stepwise(decoder, TOKENS), wanted, rtol=1e-5, atol=off)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -60,6 +73,52 @@ def test_each_type_is_what_transformers_makes_of_it(kind, tmp_path):
     assert torch.equal(decoder.layers[1].attention.output.weight, reference.model.layers[1].self_attn.o_proj.weight)
     wide = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float64)
     torch.testing.assert_close(whole(decoder.double(), TOKENS), expected(wide, TOKENS), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "phi3", "starcoder2"])
+def test_weights_are_those_that_transformers_reads(architecture, tmp_path):
+    """Of the architectures that it reads; of some it takes the shape to be the usual one, whatever the file says."""
+    # A default of its own, where the file names none, may lie outside of so small a vocabulary.
+    write(tmp_path / "m.gguf", model(architecture), architecture, change=lambda writer: writer.add_pad_token_id(0))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).state_dict()
+    decoder = hub.load(tmp_path / "m.gguf")
+    for name, weight in views_on(decoder, family_of(decoder)).items():
+        assert torch.equal(weight, reference[name]), name
+
+
+def test_long_rotations_have_the_factors_of_the_file(tmp_path):
+    factors = {
+        "short_factor": [1.0 + number / 8 for number in range(32)],
+        "long_factor": [2.0 + number for number in range(32)],
+    }
+    scaling = {"rope_type": "longrope", "rope_theta": 10_000.0, **factors}
+    keys = {"rope_parameters": scaling, "partial_rotary_factor": 1.0, "original_max_position_embeddings": 8}
+    reference = model("phi3", **keys)
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_orig_ctx_len(8)
+        for length in ("long", "short"):
+            numbers = np.array(factors[f"{length}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{length}.weight", numbers)
+
+    write(tmp_path / "m.gguf", reference, "phi3", change=add)
+    torch.testing.assert_close(
+        whole(hub.load(tmp_path / "m.gguf"), TOKENS), expected(reference, TOKENS), rtol=1e-5, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(("layers", "scale"), [(46, 128), (2, 64)])
+def test_the_largest_gemma_2_scales_by_a_head_s_part_of_the_hidden_size(layers, scale, tmp_path):
+    """Which only the number of its layers tells."""
+    keys = {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
+    write(tmp_path / "m.gguf", model("gemma2", num_hidden_layers=layers, **keys), "gemma2")
+    assert hub.read_config(hub.resolve(tmp_path / "m.gguf")).scale == scale**-0.5
+
+
+def test_a_file_of_olmo_3_is_not_taken_for_an_olmo_2(tmp_path):
+    write(tmp_path / "m.gguf", model("olmo2"), "olmo2", change=lambda writer: writer.add_sliding_window(5))
+    with pytest.raises(ModelError, match=r"m\.gguf: it holds an OLMo 3"):
+        hub.load(tmp_path / "m.gguf")
 
 
 def test_biases_of_queries_are_turned_too(tmp_path):
