@@ -41,6 +41,8 @@ ROWS, CROWDS, PROMPT, ANSWER, REPETITIONS = (1, 16, 32, 64, 256), (1, 16, 64, 25
 PASSES = 10
 #: MARLIN (Frantar et al., 2024), and up to how many rows it speaks of a gain.
 PAPER, CLAIMED = 223, 128
+#: Up to how many rows products are to be "close to" four times as fast, which is taken for three times at the least.
+NEAR, LEAST = 32, 3.0
 
 
 def rows_in_fp8(rows: int, columns: int, device: torch.device) -> Packed:
@@ -143,6 +145,7 @@ def measure_products(bench: Bench, shape: str, models: dict[str, Decoder]) -> No
                 bench.compared(
                     subject=name, peer=PLAIN, setting=setting, metric="time of the products", unit="ms",
                     better="lower", values=values, peer_values=found[PLAIN], papers=evidence(name, rows),
+                    least=LEAST if evidence(name, rows) and rows <= NEAR else None,
                 )  # fmt: skip
             shares = [weight_bytes(models[name]) / rate / (1e-3 * value) for value in values]
             bench.measured(subject=name, setting=setting, metric="share of the copy rate", unit="", values=shares)

@@ -216,6 +216,7 @@ class Bench:
         better: Literal["higher", "lower"] = "higher",
         papers: Sequence[int] = (),
         claim: Literal["gain", "parity"] = "gain",
+        least: float | None = None,
     ) -> Row:
         """A row of what a subject and its peer gave in turn, one figure a repetition.
 
@@ -233,6 +234,7 @@ class Bench:
             better=better,
             papers=tuple(papers),
             claim=claim,
+            least=least,
             repetitions=len(values),
             peer=peer,
             **_spread("value", values, prefix=""),

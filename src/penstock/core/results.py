@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import FiniteFloat, PositiveInt, model_validator
+from pydantic import FiniteFloat, PositiveFloat, PositiveInt, model_validator
 
 from penstock.core.config import Config, build
 from penstock.core.files import read_json
@@ -23,7 +23,8 @@ PARITY = 0.05
 
 
 class Verdict(enum.StrEnum):
-    """What a row says about the direction that its papers claim; the size of the effect is for readers to compare."""
+    """What a row says about the direction that its papers claim; the size of the effect is for readers to compare, but
+    where a row names the size that it is held to."""
 
     CONFIRMED = "confirmed"
     CONTRADICTED = "contradicted"
@@ -48,6 +49,8 @@ class Row(Config):
             evidence for a paper, however fast.
         claim: what those papers say of the ratio: the subject is better (``gain``), or it is not worse by more than
             :data:`PARITY` (``parity``), as where memory is saved "without loss of throughput".
+        least: how many times better the subject is at least, where the papers claim a gain of that size throughout
+            ("close to 4x"); None where they name a direction, or the best of their cases ("up to 2.8x").
         simulated: whether a model of the device gave the figures, and no clock.
     """
 
@@ -69,6 +72,7 @@ class Row(Config):
     ratio_high: FiniteFloat | None = None
     papers: tuple[int, ...] = ()
     claim: Literal["gain", "parity"] = "gain"
+    least: PositiveFloat | None = None
     simulated: bool = False
 
     @model_validator(mode="after")
@@ -89,7 +93,7 @@ class Row(Config):
         if self.claim == "parity":
             held = [gain >= 1 - PARITY for gain in gains]
         else:
-            held = [gain > 1 for gain in gains]
+            held = [gain > (self.least or 1) for gain in gains]
         if all(held):
             return Verdict.CONFIRMED
         return Verdict.UNDECIDED if any(held) else Verdict.CONTRADICTED

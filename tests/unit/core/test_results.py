@@ -67,6 +67,12 @@ def test_whether_a_ratio_lies_where_the_claim_says(ratios, better, claim, verdic
     assert row.verdict == verdict
 
 
+@pytest.mark.parametrize(("ratios", "verdict"), [((0.25, 0.24, 0.3), "confirmed"), ((0.6, 0.5, 0.7), "contradicted")])
+def test_a_gain_may_be_held_to_its_size(ratios, verdict):
+    names = dict(zip(("ratio", "ratio_low", "ratio_high"), ratios, strict=True))
+    assert Row(**{**ROW, **PEER, **names, "better": "lower", "least": 3}).verdict == verdict
+
+
 def test_a_figure_without_a_peer_has_no_verdict():
     assert Row(**ROW).verdict is None
 
