@@ -29,6 +29,10 @@ def quantize(
     if out.exists():
         raise UsageError(f"{out} exists already", hint="Name another folder, or remove it.")
     folder = hub.resolve(model)
+    if hub.is_quantized(folder):
+        typer.echo(
+            f"{model} is quantized already: what it lost stays lost, and rounding it again loses more.", err=True
+        )
     dtype = hub.dtype_of(folder)
     decoder = hub.load(folder, dtype=torch.bfloat16 if dtype == torch.float32 else dtype)
     with atomic_folder(out) as fresh:

@@ -19,7 +19,7 @@ from penstock.models.hub.description import describe, read_config
 from penstock.models.hub.family import remember
 from penstock.models.hub.filling import TO_ADD, TO_INFER, Kept, allocate, fill, keep_packed
 from penstock.models.hub.folders import resolve
-from penstock.models.hub.weights import check_weights, routed_adapter, stated_dtype, weights_of
+from penstock.models.hub.weights import check_weights, in_few_bits, routed_adapter, stated_dtype, weights_of
 from penstock.models.shares import Divided, Portion, Share, cuts, divided
 
 
@@ -139,6 +139,11 @@ def dtype_of(source: str | Path) -> torch.dtype:
     """The dtype that a model folder states, or else that of its stored tensors; ``source`` as in :func:`resolve`."""
     described = describe(resolve(source))
     return stated_dtype(described, weights_of(described))
+
+
+def is_quantized(source: str | Path) -> bool:
+    """Whether some weights of a model folder are not stored as plain numbers; ``source`` as in :func:`resolve`."""
+    return in_few_bits(weights_of(describe(resolve(source))))
 
 
 def import_state(decoder: Decoder, folder: Path) -> None:

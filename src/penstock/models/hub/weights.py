@@ -83,7 +83,7 @@ def check_weights(described: Description, weights: Weights, wanted: Mapping[str,
             )
     for name, (path, shape, dtype, _) in stored.items():
         if name in wanted and not _fits(shape, wanted[name].shape):
-            raise ModelError(f"{name} in {path} is {list(shape)}, but {CONFIG} implies {list(wanted[name].shape)}")
+            raise ModelError(f"{name} in {path} is {_told(shape)}, but {CONFIG} implies {list(wanted[name].shape)}")
         if dtype not in weights.dtypes:
             known = ", ".join(weights.dtypes)
             raise ModelError(f"{name} in {path} holds {dtype}", hint=f"Weights must be one of {known}.")
@@ -93,6 +93,16 @@ def _fits(shape: tuple[int, ...], wanted: torch.Size) -> bool:
     """Whether a weight is of the shape that is ``wanted``, as far as its header tells (-1: it does not)."""
     known = zip(shape, wanted, strict=False)
     return len(shape) == len(wanted) and all(size in (-1, other) for size, other in known)
+
+
+def _told(shape: tuple[int, ...]) -> str:
+    """A shape as far as a header tells it."""
+    return f"[{', '.join('?' if size == -1 else str(size) for size in shape)}]"
+
+
+def in_few_bits(weights: Weights) -> bool:
+    """Whether some of the weights are not stored as plain numbers."""
+    return any(header.dtype not in STORED for header in weights.headers.values())
 
 
 def stated_dtype(described: Description, weights: Weights) -> torch.dtype:

@@ -421,6 +421,19 @@ def test_tensors_that_are_missing_extra_or_misshapen_are_named(int8, change, mes
         hub.load(edited(int8, change))
 
 
+def test_packed_weights_that_are_cut_or_without_a_scale_are_named(tmp_path):
+    """The header of packed weights tells the rows alone."""
+    written(tmp_path, "w4a16")
+    folder = tmp_path / "w4a16"
+    whole = load_file(folder / "model.safetensors")[f"{NAME}.weight_packed"]
+    edited(folder, lambda tensors: tensors.update({f"{NAME}.weight_packed": whole[:-1].contiguous()}))
+    with pytest.raises(ModelError, match=r"down_proj\.weight in .* is \[63, \?\], but config\.json implies \[64, 96\]"):
+        hub.load(folder)
+    edited(folder, lambda tensors: tensors.update({f"{NAME}.weight_packed": whole}))
+    with pytest.raises(ModelError, match=f"{NAME} in .* has a weight_packed and lacks weight_scale"):
+        hub.load(edited(folder, lambda tensors: tensors.pop(f"{NAME}.weight_scale")))
+
+
 def test_a_scale_of_an_activation_has_no_part_in_the_weights(int8):
     before = hub.load(int8).state_dict()
     edited(int8, lambda tensors: tensors.update({f"{NAME}.input_scale": torch.ones(1)}))
@@ -466,7 +479,10 @@ def test_the_command_writes_a_folder_that_is_served_like_the_model(tmp_path, mon
 
     out = tmp_path / "made"
     assert run("python-1m", "--scheme", "int8", "--out", str(out)) == 0
-    assert "1.091 M weights in" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "1.091 M weights in" in told.out and not told.err
+    assert run(str(out), "--scheme", "fp8", "--out", str(tmp_path / "again")) == 0
+    assert f"{out} is quantized already" in capsys.readouterr().err
     assert hub.load_tokenizer(out).get_vocab() == hub.load_tokenizer("python-1m").get_vocab()
     assert hub.read_config(out) == hub.read_config(hub.resolve("python-1m"))
     assert run("python-1m", "--scheme", "int8", "--out", str(out)) == 2
