@@ -12,7 +12,8 @@ whatever state they need at run time lives in the objects that their methods mak
         def factor(self, step: int, total: int) -> float: ...
 
 Its docstring says what it takes from its papers, what is ours ("Ours: the order.", "our reading", "we stop where ...")
-and what of them is missing ("Not built: the search."): ``penstock papers`` shows the sentences with these words.
+and what of them is missing ("Not built: the search."): ``penstock papers`` shows the sentences with these words. What
+papers propose and nobody chooses is declared by :func:`mechanism`, at the function that does it.
 
 Nothing else is edited: :func:`index` finds decorators by reading the source of the package, without importing it,
 so listing policies costs milliseconds and needs no torch. Other distributions add theirs through the entry-point
@@ -41,6 +42,9 @@ from penstock.core.errors import ConfigError, PenstockError, UsageError, nearest
 
 ENTRY_POINTS = "penstock.policies"
 
+#: What mechanisms have in place of a contract.
+MECHANISM = "mechanism"
+
 
 class Policy(BaseModel):
     """Base of all policies: an immutable record of options. See the module's docstring."""
@@ -62,6 +66,7 @@ class Policy(BaseModel):
 
 
 P = TypeVar("P", bound=type[Policy])
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def unwritten(cls: type[Policy], method: str, what: str) -> PenstockError:
@@ -117,6 +122,19 @@ def policy(contract: str, name: str, *, papers: Sequence[int] = (), simulated: b
     return register
 
 
+def mechanism(name: str, *, papers: Sequence[int]) -> Callable[[F], F]:
+    """Declares the function in which what ``papers`` propose is built as the one way there is, with nothing to choose:
+    no policy, and tested where it stands. Its docstring says what is theirs, as that of a policy does.
+
+    All arguments must be literals, as those of :func:`policy`.
+    """
+
+    def keep(function: F) -> F:
+        return function
+
+    return keep
+
+
 @dataclasses.dataclass(frozen=True)
 class Contract:
     """A contract as read from the source."""
@@ -130,7 +148,7 @@ class Contract:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A policy as read from the source: everything but the class itself, which :meth:`load` imports.
+    """A policy, or a mechanism, as read from the source: everything but the class itself, which :meth:`load` imports.
 
     Attributes:
         summary: the first sentence of ``docstring``, which is the class's own.
@@ -155,10 +173,11 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """All contracts and policies that the source of Penstock and of its plug-ins declares."""
+    """All contracts, policies and mechanisms that the source of Penstock and of its plug-ins declares."""
 
     contracts: dict[str, Contract]
     policies: dict[tuple[str, str], Entry]
+    mechanisms: tuple[Entry, ...] = ()
 
     def names(self, contract: str) -> list[str]:
         """The names of the policies of ``contract``, sorted."""
@@ -203,13 +222,15 @@ def _modules(prefix: str, root: Path) -> Iterator[tuple[str, Path]]:
 def _declarations(module: str, path: Path) -> Iterator[Contract | Entry]:
     try:
         text = path.read_text(encoding="utf-8")
-        if "\n@policy(" not in text and "\n@contract(" not in text:
+        if not any(f"\n@{name}(" in text for name in ("policy", "contract", MECHANISM)):
             return
         body = ast.parse(text, filename=str(path)).body
     except (SyntaxError, ValueError) as error:
         raise PenstockError(f"{path} is not valid Python: {error}") from error
     for node in body:
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.FunctionDef):
+            yield from _mechanisms(node, module, path)
+        elif isinstance(node, ast.ClassDef):
             for call in node.decorator_list:
                 if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
                     if call.func.id == "contract":
@@ -229,6 +250,16 @@ def _declarations(module: str, path: Path) -> Iterator[Contract | Entry]:
                             docstring=docstring,
                             simulated=given["simulated"],
                         )
+
+
+def _mechanisms(node: ast.FunctionDef, module: str, path: Path) -> Iterator[Entry]:
+    """The mechanism that a function is declared to be."""
+    for call in node.decorator_list:
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == MECHANISM:
+            given = _arguments(mechanism, call, path)
+            text = ast.get_docstring(node) or ""
+            papers = tuple(given["papers"])
+            yield Entry(MECHANISM, given["name"], papers, _first_sentence(text), module, node.name, path, text)
 
 
 def _first_sentence(text: str) -> str:
@@ -266,12 +297,15 @@ def read_index(roots: Iterable[tuple[str, Path]]) -> Index:
     """
     contracts: dict[str, Contract] = {}
     policies: dict[tuple[str, str], Entry] = {}
+    mechanisms: dict[str, Entry] = {}
     for prefix, root in roots:
         for module, path in _modules(prefix, root):
             for found in _declarations(module, path):
                 if isinstance(found, Contract):
                     twin: Contract | Entry = contracts.setdefault(found.name, found)
                     what = "contracts"
+                elif found.contract == MECHANISM:
+                    twin, what = mechanisms.setdefault(found.name, found), "mechanisms"
                 else:
                     twin = policies.setdefault((found.contract, found.name), found)
                     what = f"policies of {found.contract!r}"
@@ -280,7 +314,7 @@ def read_index(roots: Iterable[tuple[str, Path]]) -> Index:
                         f"two {what} are called {found.name!r}: "
                         f"{twin.module}.{twin.qualname} and {found.module}.{found.qualname}"
                     )
-    return Index(contracts, policies)
+    return Index(contracts, policies, tuple(mechanisms[name] for name in sorted(mechanisms)))
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -267,6 +268,25 @@ def test_declarations_are_read_without_running_them(tmp_path):
         ),
         Entry("test.hole", "punch", (), "", "made.punch", "Punch", package / "punch.py"),
     ]
+
+
+def test_a_mechanism_is_a_function_and_no_policy(tmp_path):
+    made = '@mechanism("dig", papers=[4])\ndef dig(hole: int) -> int:\n    """Digs. Ours: the spade."""\n'
+    package = write(tmp_path, contract=HOLE, dig=made)
+    found = read_index([("made", package), ("made.dig", package / "dig.py")])
+    text = "Digs. Ours: the spade."
+    assert found.mechanisms == (Entry("mechanism", "dig", (4,), "Digs.", "made.dig", "dig", package / "dig.py", text),)
+    assert not found.policies
+    (package / "two.py").write_text((package / "dig.py").read_text())
+    with pytest.raises(PenstockError, match=r"two mechanisms are called 'dig': made\.dig\.dig and made\.two\.dig"):
+        read_index([("made", package)])
+
+
+def test_every_mechanism_is_documented_and_its_papers_are_known():
+    assert index().mechanisms
+    for entry in index().mechanisms:
+        assert callable(getattr(importlib.import_module(entry.module), entry.qualname)) and entry.summary
+        assert [bibliography().paper(paper).id for paper in entry.papers] == list(entry.papers) != []
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def _sheet(standing: Standing, families: Mapping[str, str], laws: Mapping[str, s
     from rich.text import Text
 
     from penstock.papers.catalogue import shown_path
+    from penstock.policy import MECHANISM
 
     paper = standing.paper
     sheet = Table.grid(padding=(0, 2))
@@ -87,8 +88,9 @@ def _sheet(standing: Standing, families: Mapping[str, str], laws: Mapping[str, s
     if not standing.figures:
         sheet.add_row("not tested", "no row of bench/results sets it beside its baseline")
     for entry in standing.policies:
-        sheet.add_row("policy", Text(f"{entry.contract}/{entry.name}  {shown_path(entry.path)}"))
-    for contract in dict.fromkeys(entry.contract for entry in standing.policies):
+        kind = MECHANISM if entry.contract == MECHANISM else "policy"
+        sheet.add_row(kind, Text(f"{entry.contract}/{entry.name}  {shown_path(entry.path)}"))
+    for contract in dict.fromkeys(entry.contract for entry in standing.policies if entry.contract != MECHANISM):
         sheet.add_row(f"law of {contract}", Text(laws.get(contract, "")))
     for name, notes in (("ours", standing.ours), ("not built", standing.not_built)):
         for note in notes:

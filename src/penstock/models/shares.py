@@ -22,6 +22,7 @@ from penstock.models.families.contract import Family
 from penstock.models.families.mapping import placed
 from penstock.models.formats.contract import Stored, Weights
 from penstock.ops.quantized.contract import Packed, Parts
+from penstock.policy import mechanism
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +54,15 @@ def portion_of(model: Decoder) -> Portion | None:
     return found
 
 
+@mechanism("tensor_parallel", papers=[31])
 def divided(config: DecoderConfig, size: int) -> DecoderConfig:
     """The shape of what each of ``size`` ranks has of a model. Heads of keys and values that are fewer than ranks are
     kept by several; the vocabulary is rounded up.
+
+    From Redco [31]: two rules suffice, rows of the matrices that lead into heads and feed-forward blocks and columns of
+    those that lead out of them. Ours: the wording of the rules, which the abstract does not give; that a weight tells
+    by its shape beside the whole model's how it is divided; and the divided vocabulary. Not built: Redco's pipelines of
+    three functions.
 
     Raises:
         UsageError: they cannot divide it.

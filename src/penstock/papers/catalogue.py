@@ -4,7 +4,8 @@ Only the bibliography is written by hand; nobody types a status. A paper is
 
 - *simulated* when a registered policy names it, but only a simulator takes it or its contract, or when
   only simulated figures test its claim;
-- *implemented* when a user can run a policy that names it: a trainer, a server or a planner takes its contract;
+- *implemented* when a user can run a policy that names it: a trainer, a server or a planner takes its contract; or
+  when a mechanism names it;
 - *measured* when a row of ``bench/results``, timed and not simulated, sets it beside its baseline on the same engine;
 - *planned* otherwise.
 
@@ -159,7 +160,7 @@ def tally(verdicts: Iterable[Verdict | None]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """A paper, the policies that name it, and the figures that test its claim.
+    """A paper, the policies and mechanisms that name it, and the figures that test its claim.
 
     Attributes:
         simulated: contracts of the policies none of which a trainer, server or planner takes yet.
@@ -252,7 +253,8 @@ def standings(papers: Iterable[Paper], index: Index, results: Iterable[Result]) 
     simulated = {name for name, contract in index.contracts.items() if contract.simulated}
     found = []
     for paper in papers:
-        policies = tuple(entry for _, entry in sorted(index.policies.items()) if paper.id in entry.papers)
+        declared = [*(entry for _, entry in sorted(index.policies.items())), *index.mechanisms]
+        policies = tuple(entry for entry in declared if paper.id in entry.papers)
         figures = tuple(Figure(row, result) for result in results for row in result.rows_on(paper.id))
         found.append(Standing(paper, policies, figures, frozenset(simulated & {entry.contract for entry in policies})))
     order = list(Status)

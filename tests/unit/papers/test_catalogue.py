@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import itertools
 import re
@@ -130,6 +131,13 @@ def test_status_is_derived():
         7: "contradicted",
     }  # fmt: skip
     assert by_id[3].verdicts == "not tested"
+
+
+def test_a_mechanism_is_implemented_where_it_stands():
+    index = dataclasses.replace(index_of(entry("slant", 1)), mechanisms=(entry("dig", 1, 4, contract="mechanism"),))
+    by_id = {standing.paper.id: standing for standing in standings(PAPERS, index, [])}
+    assert by_id[4].status == "implemented"
+    assert [each.name for each in by_id[1].policies] == ["slant", "dig"]
 
 
 SUBSETS = st.sets(st.integers(0, 7), max_size=4).map(tuple)
