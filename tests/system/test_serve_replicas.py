@@ -19,8 +19,8 @@ from served import Served, alive
 PROMPTS = [f"def {name}(" for name in ("add", "fibonacci", "sort", "parse", "main", "read")]
 LONG = {"prompt": "import", "max_tokens": 500, "ignore_eos": True}
 PATIENCE = 120
-#: Rounded more coarsely, a draw may fall to another token where other requests are computed beside it.
-EXACT = ("--set", "dtype=fp32")
+#: Else the last bits of scores depend on what is computed beside them, and a draw may fall to a neighbouring token.
+EXACT = ("--set", "deterministic=true")
 
 
 def bodies() -> list[dict]:
