@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from penstock.core.errors import PenstockError
 from penstock.ops import native
 
 SOURCE = Path(__file__).with_name("low_rank_kernel.cpp")
@@ -194,13 +193,7 @@ def wearing(owners: Tensor, slots: int, natively: bool) -> Wearing | None:
 def takes(like: Tensor) -> bool:
     """Whether native code adds to rows of the dtype of ``like``, on its device. It is compiled now, where it has not
     been."""
-    if like.is_cuda or like.dtype is not torch.float32:
-        return False
-    try:
-        native.load(SOURCE)
-    except PenstockError:
-        return False
-    return True
+    return not like.is_cuda and like.dtype is torch.float32 and native.serves(SOURCE)
 
 
 @functools.cache

@@ -53,6 +53,16 @@ def load(source: Path) -> ctypes.CDLL:
         ) from error
 
 
+@functools.cache
+def serves(source: Path) -> bool:
+    """Whether there is a library made from ``source``, or can be; it is made now, where it has not been."""
+    try:
+        load(source)
+    except PenstockError:
+        return False
+    return True
+
+
 def _compiler() -> str:
     wanted = os.environ.get("CXX") or "g++"
     found = shutil.which(wanted)

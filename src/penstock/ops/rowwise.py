@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.core.errors import PenstockError
 from penstock.ops import native
 
 SOURCE = Path(__file__).with_name("rowwise_kernel.cpp")
@@ -33,17 +32,7 @@ class _Heads(ctypes.Structure):
 def serves(x: Tensor) -> bool:
     """Whether rows like ``x`` [*, size] are computed here: on a CPU with a compiler, where no gradient is wanted."""
     there = not x.is_cuda and x.device.type == "cpu" and x.dtype in NAMES and x.stride(-1) == 1
-    return there and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and available()
-
-
-@functools.cache
-def available() -> bool:
-    """Whether there is a compiler for the kernel."""
-    try:
-        native.load(SOURCE)
-    except PenstockError:
-        return False
-    return True
+    return there and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and native.serves(SOURCE)
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from penstock.ops import rowwise
+from penstock.ops import native, rowwise
 from penstock.ops.norms import rms_norm
 from penstock.ops.rotary import rotate, rotate_heads
 
-pytestmark = pytest.mark.skipif(not rowwise.available(), reason="there is no compiler")
+pytestmark = pytest.mark.skipif(not native.serves(rowwise.SOURCE), reason="there is no compiler")
 
 #: One rounding to the dtype, and sums in float32.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-8}

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.core.errors import PenstockError
 from penstock.ops import native
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
@@ -26,22 +25,12 @@ FEW = 32
 def serves(x: Tensor, columns: int, group: int | None) -> bool:
     """Whether ``x`` [N, K] is multiplied natively with a matrix of so many columns, in groups of ``group``."""
     small = not x.is_cuda and x.shape[0] <= FEW and x.dtype in (torch.float32, torch.bfloat16)
-    return small and columns % UNIT == 0 and (group is None or _fits(group)) and available()
+    return small and columns % UNIT == 0 and (group is None or _fits(group)) and native.serves(SOURCE)
 
 
 def _fits(group: int) -> bool:
     """Whether a group is of so many whole units that a shift finds it."""
     return group >= UNIT and group.bit_count() == 1
-
-
-@functools.cache
-def available() -> bool:
-    """Whether there is a compiler for the kernel."""
-    try:
-        native.load(SOURCE)
-    except PenstockError:
-        return False
-    return True
 
 
 def product(

@@ -80,6 +80,15 @@ class Scanner:
             if not literal.startswith(here) or not (yield from self.more()):
                 return False
 
+    def take_behind_space(self, literal: str) -> Reading[bool]:
+        """Reads ``literal``, if it stands behind nothing but white space; else that stays, too."""
+        start = self.place
+        yield from self.space()
+        found = yield from self.take(literal)
+        if not found:
+            self.place = start
+        return found
+
     def take_one(self, *literals: str) -> Reading[str | None]:
         """Reads the one of ``literals`` that stands here."""
         for literal in literals:

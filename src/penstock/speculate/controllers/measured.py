@@ -168,7 +168,7 @@ class Measuring(Control):
             # That the machine was disturbed is not the drafts' fault.
             rows = max(1 + seen.ahead, seen.rows / seen.sequences)
             seconds = seen.drafting + min(seconds - seen.drafting, DISTURBED * rows * plain)
-            self._weigh(seen, crowd, seconds, first)
+            self._weigh(seen, crowd, seconds, plain, first)
         if not first:
             self._seconds[crowd, seen.ahead].append(seconds)
         elif self._hopeless(crowd, seconds - seen.drafting):
@@ -184,11 +184,10 @@ class Measuring(Control):
             self._tried[depth] += len(seen.accepted)
             self._accepted[depth] += sum(accepted > depth for accepted in seen.accepted)
 
-    def _weigh(self, seen: Seen, crowd: int, seconds: float, first: bool) -> None:
-        """Takes note of what a step with drafts cost that took so many ``seconds``, and whether, if it was a trial,
-        there is another one at once: if it was the ``first`` of some, in which a model that drafts computes what it has
-        missed, or brought enough."""
-        plain = median(self._seconds[crowd, 0])
+    def _weigh(self, seen: Seen, crowd: int, seconds: float, plain: float, first: bool) -> None:
+        """Takes note of what a step with drafts cost that took so many ``seconds``, a ``plain`` one of which takes that
+        long, and whether, if it was a trial, there is another one at once: if it was the ``first`` of some, in which a
+        model that drafts computes what it has missed, or brought enough."""
         tokens = 1 + sum(seen.accepted) / seen.sequences
         times = self._seconds[crowd, seen.ahead]
         usual = seconds if first or not times else min(seconds, 2 * min(times))

@@ -50,10 +50,7 @@ class Cohere2(Dialogue):
                 continue
             yield from scan.space()
             if (yield from scan.take("[")) and (yield from json_row(scan)):
-                start = scan.place
-                yield from scan.space()
-                if not (yield from scan.take(ACTION_END)):
-                    scan.place = start
+                yield from scan.take_behind_space(ACTION_END)
                 scan.trim()
             else:
                 yield from scan.back()

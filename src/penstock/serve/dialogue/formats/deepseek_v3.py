@@ -41,10 +41,7 @@ class DeepSeekV3(Dialogue):
             yield from scan.space()
             opened = marker == CALL or (yield from scan.take(CALL))
             if opened and (yield from self._call(scan)):
-                start = scan.place
-                yield from scan.space()
-                if not (yield from scan.take(CALLS_END)):
-                    scan.place = start
+                yield from scan.take_behind_space(CALLS_END)
                 scan.trim()
             else:
                 yield from scan.back()
@@ -67,13 +64,9 @@ class DeepSeekV3(Dialogue):
         scan.place = start
         yield CallStart(name)
         yield from scan.arguments()
-        start = scan.place
-        yield from scan.space()
-        if fenced and (yield from scan.take(FENCE)):
-            start = scan.place
-        yield from scan.space()
-        if not (yield from scan.take(CALL_END)):
-            scan.place = start
+        if fenced:
+            yield from scan.take_behind_space(FENCE)
+        yield from scan.take_behind_space(CALL_END)
         return True
 
     def rules(self, functions: Functions, several: bool, spell: Spell) -> str:

@@ -34,10 +34,7 @@ class Phi4Mini(Dialogue):
             yield from scan.space()
             row = marker == FUNCTOOLS or (yield from scan.take("["))
             if (yield from json_row(scan) if row else json_call(scan)):
-                start = scan.place
-                yield from scan.space()
-                if not (yield from scan.take(END)):
-                    scan.place = start
+                yield from scan.take_behind_space(END)
                 scan.trim()
             else:
                 yield from scan.back()
