@@ -293,7 +293,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, context: AttentionContext) -> Output:
         """Hidden states of ``tokens`` (integers [*T]) under ``context``."""
-        x, _, balance = self._through(self.layers, tokens, context)
+        x, _, balance = self.through(self.layers, tokens, context)
         return Output(self.finish(x), balance)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -324,7 +324,7 @@ class Decoder(nn.Module):
         Returns:
             The hidden states before the last layer [*T, hidden], and what its attention found [*T, config.attended].
         """
-        x, rotary, _ = self._through(self.layers[:-1], tokens, context)
+        x, rotary, _ = self.through(self.layers[:-1], tokens, context)
         return x, self._last.attend(x, rotary, context)
 
     def tip(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -335,9 +335,11 @@ class Decoder(nn.Module):
     def _last(self) -> Layer:
         return cast(Layer, self.layers[-1])
 
-    def _through(
+    def through(
         self, layers: Iterable[nn.Module], tokens: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Turns, Tensor | None]:
+        """Hidden states [*T, hidden] behind the ``layers``, which are the first ones, the turns of rotary positions,
+        and the layers' loss for balance."""
         x = self.embed(tokens, context.positions)
         rotary = self.rotary(context.positions, x.dtype)
         balance: Tensor | None = None

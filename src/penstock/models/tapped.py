@@ -24,7 +24,7 @@ class TappedDecoder(Decoder):
 
     def trunk(self, tokens: Tensor, context: AttentionContext) -> tuple[Tensor, ...]:
         """As of the target, and the hidden states [*T, hidden] behind the first layers."""
-        tapped, rotary, _ = self._through(self.layers[: self.tap], tokens, context)
+        tapped, rotary, _ = self.through(self.layers[: self.tap], tokens, context)
         x = tapped
         for layer in self.layers[self.tap : -1]:
             x, _ = layer(x, rotary, context)

@@ -227,7 +227,7 @@ def _flushed(
 def loss_along(model: Decoder, given: Batch, row: int, layers: Sequence[int]) -> Tensor:
     """The summed loss of one row along its path."""
     context = PackedRows.of(given.documents[row : row + 1])
-    x, _, _ = model._through([model.layers[layer] for layer in layers], given.tokens[row : row + 1], context)
+    x, _, _ = model.through([model.layers[layer] for layer in layers], given.tokens[row : row + 1], context)
     return linear_cross_entropy(model.norm(x).flatten(0, 1), model.head.weight, given.targets[row])
 
 

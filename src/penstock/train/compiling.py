@@ -12,6 +12,7 @@ from penstock.data.loader import Batch
 from penstock.models.attention import CausalRows, PackedRows
 from penstock.models.decoder import Decoder
 from penstock.models.quantized import packed_layers
+from penstock.train.layers import compile_layers, run_layers
 from penstock.train.update import Updater
 
 
@@ -40,23 +41,25 @@ def eager_seconds(updater: Updater, batch: Batch, length: int) -> float:
 
 
 def compile_loss(updater: Updater, batch: Batch, lengths: Set[int]) -> str:
-    """Compiles the loss for every shape that the run will use, so that no step waits for it.
+    """Compiles the loss for every shape that the run will use, so that no step waits for it: the layers, once for all
+    that are alike, and what is around them.
 
     Args:
-        updater: whose loss it is; in a pipeline, the layers that are here are compiled as well, and of a model in
-            shards its layers alone.
+        updater: whose loss it is; of a model in shards, its layers alone are compiled.
         batch: any.
         lengths: of the sequences that ``batch`` will be cut to.
 
     Returns:
         Why the run goes on without compiling, or nothing.
     """
-    plain, device = updater.loss, updater.device
+    plain, device, model = updater.loss, updater.device, updater.model
     parts = updater.pipeline or updater.shards
     if parts:
         parts.compile()
     else:
         updater.loss = once_for_any_documents(plain)
+        if isinstance(model, Decoder):
+            compile_layers(model, updater.recomputes)
     try:
         for length in lengths:
             micro, _ = next(updater.microbatches(batch, length))
@@ -69,9 +72,11 @@ def compile_loss(updater: Updater, batch: Batch, lengths: Set[int]) -> str:
         updater.loss = plain
         if parts:
             parts.use_eager()
+        elif isinstance(model, Decoder):
+            run_layers(model, updater.recomputes)
         return f"the compiler failed ({type(error).__name__})"
     finally:
-        updater.model.zero_grad()
+        model.zero_grad()
         synchronize(device)
     return ""
 

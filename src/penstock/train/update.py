@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint as recompute
 
 from penstock.core.errors import PenstockError
 from penstock.data.loader import Batch
 from penstock.models.attention import CausalRows, PackedRows
+from penstock.models.decoder import Decoder
 from penstock.parallel.shard import clip, total_norm
 from penstock.parallel.world import World
 from penstock.train.batches import Microbatch, microbatches
 from penstock.train.config import TrainConfig
 from penstock.train.folders import Trained
+from penstock.train.layers import run_layers
 from penstock.train.loads import Loads
 from penstock.train.pipeline.pipeline import Pipeline
 from penstock.train.pipeline.post_validated import PostValidated
@@ -74,12 +74,8 @@ class Updater:
         self.position = Position()
         self._config = config
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
-        if config.activation_checkpointing:
-            # Only each layer's input is kept for the backward pass, which computes the rest again.
-            for layer in model.layers:
-                layer.forward = functools.partial(
-                    recompute, layer.forward, use_reentrant=False, preserve_rng_state=False
-                )
+        if config.activation_checkpointing and isinstance(model, Decoder):
+            run_layers(model, recomputes=True)
         self._validated: PostValidated | None = None
         if pipeline:
             pipeline.attach(weights, self.device)

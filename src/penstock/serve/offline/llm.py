@@ -22,8 +22,8 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.embed.embedder import Embedder
 from penstock.serve.embed.judge import Judge, open_judge
 from penstock.serve.messages import Request
+from penstock.serve.offline.embedders import embedder_of
 from penstock.serve.offline.gather import Gatherer, RequestOutput
-from penstock.serve.offline.vectors import embedder_of
 from penstock.serve.opening import open_engine
 
 #: A prompt: text, tokens, or a table with ``prompt`` or ``prompt_token_ids``.

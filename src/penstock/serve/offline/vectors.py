@@ -1,4 +1,4 @@
-"""Vectors of texts, from an engine in this process."""
+"""Lines of a batch file that ask for vectors."""
 
 from __future__ import annotations
 
@@ -6,38 +6,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penstock.core.errors import UsageError
 from penstock.core.progress import silent
-from penstock.models.encoders.pooling import Pooling, cuts_of, pooling_of
-from penstock.serve.embed.embedder import Embedder
-from penstock.serve.embed.pooled import LAST, pooled_decoder
+from penstock.models.encoders.pooling import cuts_of
 from penstock.serve.engine.engine import Engine
 from penstock.serve.http.protocol.vectors import Embeddings
 from penstock.serve.http.text import Tokens
 from penstock.serve.http.vectors import shortened, usage, written
 from penstock.serve.link.wire import VectorForm
-from penstock.serve.ranks.runner import ALONE, RankRunner
-from penstock.serve.run.runner import Runner
+from penstock.serve.offline.embedders import embedder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def embedder_of(
-    engine: Engine, folder: Path, tokenizer: PreTrainedTokenizerBase, pooling: Pooling | None = None
-) -> Embedder:
-    """Makes vectors by the model of ``engine``, which is that of ``folder``.
-
-    Raises:
-        UsageError: it is not there as a whole.
-    """
-    if engine.control.asleep:
-        raise UsageError("the engine is asleep", hint="Call wake() before it is to make vectors.")
-    if not isinstance(engine.executor, Runner):
-        raise UsageError("an engine that records its steps makes no vectors", hint="Leave out `record`.")
-    if isinstance(engine.executor, RankRunner):
-        raise UsageError("a model that is divided among ranks makes no vectors", hint=ALONE)
-    return Embedder(pooled_decoder(engine.executor.model, pooling or pooling_of(folder, LAST)), tokenizer)
 
 
 class LineVectors:

@@ -76,7 +76,7 @@ class StageDecoder(Part):
         Raises:
             ExchangeError: a rank is lost.
         """
-        self._send(self._through(self.layers, tokens, context)[0].contiguous())
+        self._send(self.through(self.layers, tokens, context)[0].contiguous())
 
     def arrives(self, tokens: int) -> bool:
         """Whether the stage before this one has computed a speculative run of so many ``tokens``; what it sent is taken
@@ -120,10 +120,10 @@ class StageDecoder(Part):
         assert work is not None
         self._sent.append((work, x))
 
-    def _through(
+    def through(
         self, layers: Iterable[nn.Module], tokens: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Turns, Tensor | None]:
-        return super()._through(self._own(layers), tokens, context)
+        return super().through(self._own(layers), tokens, context)
 
     def _own(self, layers: Iterable[nn.Module]) -> list[Layer]:
         return [layer for layer in layers if isinstance(layer, Layer)]

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recompute
 
 from penstock.models import hub
 from penstock.models.adapters import low_rank
 from penstock.models.blank import without_weights
 from penstock.models.companions import copy_companions
 from penstock.models.config import DecoderConfig
-from penstock.models.decoder import Decoder, Layer
+from penstock.models.decoder import Decoder
 from penstock.parallel.shard import meshes_of, reshard, total_norm, whole
 from penstock.parallel.shared_folder import Entry, SharedFolder
 from penstock.parallel.world import World
 from penstock.train import checkpoint
 from penstock.train.checkpoint import Keeping, TrainerState
 from penstock.train.config import TrainConfig
+from penstock.train.layers import compile_layers, run_layers
 from penstock.train.precision import Precision
 from penstock.train.saving import copied
 from penstock.train.shards.division import Division, OwnParts
@@ -124,19 +122,11 @@ class Shards:
 
     def compile(self) -> None:
         """Compiles the layers, from their next pass on; what is put together and let go of stays outside."""
-        run = torch.compile(Layer.forward, dynamic=False)
-        for layer in cast(Iterable[Layer], self.model.layers):
-            self._run_by(layer, functools.partial(run, layer))
+        compile_layers(self.model, self._config.activation_checkpointing)
 
     def use_eager(self) -> None:
         """Undoes :meth:`compile`."""
-        for layer in cast(Iterable[Layer], self.model.layers):
-            self._run_by(layer, functools.partial(Layer.forward, layer))
-
-    def _run_by(self, layer: Layer, forward: Callable[..., object]) -> None:
-        if self._config.activation_checkpointing:
-            forward = functools.partial(recompute, forward, use_reentrant=False, preserve_rng_state=False)
-        layer.forward = forward  # type: ignore[method-assign, assignment]
+        run_layers(self.model, self._config.activation_checkpointing)
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:

@@ -345,3 +345,10 @@ def test_prompts_have_the_adapters_that_they_name(tmp_path):
         with pytest.raises(UsageError, match="there is no adapter 'b' here"):
             llm.chat([{"role": "user", "content": "Hi"}], GREEDY, adapter="b", progress=silent)
         assert idle(llm)
+
+
+def test_models_are_run_where_no_server_can_be():
+    """What an LLM imports is nothing that answers over HTTP."""
+    script = "import sys, penstock.serve.offline.llm; print({'fastapi', 'starlette', 'uvicorn'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
