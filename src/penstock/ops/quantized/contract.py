@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -151,6 +151,10 @@ class Packed:
         """The matrix, float32 [M, K]."""
         return self.format.dequantize(self.parts)
 
+    def rows(self, indices: Tensor) -> Tensor:
+        """The rows at ``indices``, integers [N]: float32 [N, K]."""
+        return self.format.dequantize({name: _taken(part, indices) for name, part in self.parts.items()})
+
     def product(self, x: Tensor) -> Tensor:
         """``x`` [N, K] times the transpose of the matrix: [N, M], in the dtype of ``x``, which gets a gradient where it
         wants one. The matrix has none, and is not kept for that of ``x``, but dequantized once more."""
@@ -158,6 +162,34 @@ class Packed:
             found: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
             return found
         return self.format.product(x, self.parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedStack:
+    """As many matrices [M, K] as there are experts.
+
+    Attributes:
+        pieces: the rows of the first, then those of the second, and so on: [count * M, K] together.
+        count: of the matrices.
+    """
+
+    pieces: Sequence[Packed]
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[count, M, K]."""
+        return self.count, sum(piece.shape[0] for piece in self.pieces) // self.count, self.pieces[0].shape[1]
+
+    def product(self, x: Tensor, number: int) -> Tensor:
+        """``x`` [N, K] times the transpose of the matrix at ``number``: [N, M], as :meth:`Packed.product`."""
+        rows, start, found = self.shape[1], 0, list[Tensor]()
+        for piece in self.pieces:
+            first, last = (min(max(at - start, 0), piece.shape[0]) for at in (number * rows, (number + 1) * rows))
+            if first < last:
+                found.append(Packed(piece.format, cut(piece.parts, first, last)).product(x))
+            start += piece.shape[0]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
 class _Product(torch.autograd.Function):
@@ -177,6 +209,13 @@ class _Product(torch.autograd.Function):
 def cut(parts: Parts, start: int, stop: int) -> Parts:
     """The parts of the rows from ``start`` to ``stop``, as views."""
     return {name: part[start:stop] for name, part in parts.items()}
+
+
+def _taken(part: Tensor, indices: Tensor) -> Tensor:
+    """The rows of ``part`` at ``indices``; those of e4m3, which devices do not index, by their bytes."""
+    if part.dtype == torch.float8_e4m3fn:
+        return part.view(torch.uint8)[indices].view(part.dtype)
+    return part[indices]
 
 
 def spread(groups: Tensor, columns: int, size: int | None) -> Tensor:
