@@ -51,9 +51,9 @@ def gptq(values: Tensor, zeros: Tensor, scale: Tensor, bits: int) -> dict[str, T
     }
 
 
-def mxfp4(folder: Path, change: Callable[[dict[str, Tensor]], object] = lambda _: None) -> Path:
+def mxfp4(folder: Path, change: Callable[[dict[str, Tensor]], object] = lambda _: None, ffn: int = 96) -> Path:
     """A gpt-oss whose experts are random numbers of four bits with random exponents."""
-    peer("gpt_oss", torch.bfloat16, hidden_size=64, intermediate_size=96).save_pretrained(folder)
+    peer("gpt_oss", torch.bfloat16, hidden_size=64, intermediate_size=ffn).save_pretrained(folder)
     tensors, draws = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         experts, columns, rows = tensors.pop(name).shape

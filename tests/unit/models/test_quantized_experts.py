@@ -14,10 +14,14 @@ from torch import Tensor
 from gguf_files import SHAPE, coded, write
 from penstock.core.errors import ModelError, UsageError
 from penstock.models import hub
+from penstock.models.adapters.low_rank import attached, merged
+from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
 from penstock.models.quantized import QuantizedEmbedding, QuantizedExperts, packed_layers
 from penstock.testing.transformers_peer import peer, prompt, stepwise, whole
+from penstock.train.tuners.lora import LoRA
 from quantized_folders import METHODS, mixture, mxfp4
+from tiny_adapters import written
 
 TOKENS = prompt()
 
@@ -134,3 +138,42 @@ def test_a_stack_of_another_shape_is_named(tmp_path):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ModelError, match=r"experts.3.up_proj.weight in .* is \[48, \?\], but config.json implies"):
         hub.load_for_inference(folder)
+
+
+def test_what_an_adapter_adds_to_an_expert_or_the_embedding_is_merged(tmp_path):
+    """The matrices that nothing is added to stay as they are stored."""
+    folder = mixture(tmp_path / "m", "int8", tied=False)
+    added = tmp_path / "adapter"
+    written(added, hub.load(folder), 0, base_model_name_or_path=str(folder))
+    tensors = load_file(added / "adapter_model.safetensors")
+    draw = torch.Generator().manual_seed(0)
+    for name in ("model.layers.0.mlp.experts.2.down_proj", "model.embed_tokens", "lm_head"):
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(3, 64, generator=draw)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(64, 3, generator=draw)
+    save_file(tensors, added / "adapter_model.safetensors")
+    opened = hub.load_for_inference(added, dtype=torch.float32)
+    wanted = whole(hub.load(added, dtype=torch.float32), TOKENS)
+    torch.testing.assert_close(whole(opened, TOKENS), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    plain = {name for name in plain_matrices(opened) if ".a." not in name and ".b." not in name}
+    assert plain == {"embedding.weight", "head.weight", "layers.0.mlp.down"}
+
+
+def test_gradients_go_through_experts_beside_which_something_is_trained(tmp_path):
+    """As through plain ones; the loss is computed with a plain head."""
+    folder, found = mixture(tmp_path / "m", "gptq", tied=True), []
+    for load in (hub.load_to_add, hub.load):
+        model = load(folder, dtype=torch.float32).double()
+        LoRA(rank=3).attach(model, 0)
+        draw = torch.Generator().manual_seed(0)
+        for _, layer in attached(model):
+            for b in layer.b.values():
+                b.data.copy_(torch.randn(b.shape, generator=draw))
+        assert isinstance(model.layers[0].mlp.gate_up, QuantizedExperts) == (load is hub.load_to_add)
+        out = model(TOKENS, CausalRows.of(TOKENS.shape[1]))
+        loss = model.logits(out.hidden).square().mean() + out.balance
+        found.append(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+        merged_again = merged(model)
+        assert not list(packed_layers(merged_again))
+        with torch.no_grad():
+            found[-1] += (whole(merged_again, TOKENS),)
+    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-9)
