@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from penstock.ops.activations import Activation, swiglu
-from penstock.ops.grouped import grouped_linear, packed_grouped_linear
+from penstock.ops.grouped import grouped_linear
 from penstock.ops.quantized.contract import PackedStack
 
 
@@ -77,7 +77,7 @@ def mixed_experts(
 def _product(x: Tensor, matrices: Tensor | PackedStack, ends: Tensor) -> Tensor:
     """Of each expert, its rows of ``x`` times the transpose of its matrix."""
     if isinstance(matrices, PackedStack):
-        return packed_grouped_linear(x, matrices, ends)
+        return matrices.product(x, ends)
     return grouped_linear(x, matrices.to(x.dtype), ends)
 
 

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from penstock.ops.quantized.contract import PackedStack
-
 #: Numbers of bf16 in 16 bytes.
 WHOLE = 8
 
@@ -31,13 +29,6 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return fused
     looped: Tensor = _product(x, weight, ends)
     return looped
-
-
-def packed_grouped_linear(x: Tensor, stack: PackedStack, ends: Tensor) -> Tensor:
-    """As :func:`grouped_linear`, with matrices in few bits, those of the groups that have rows, and not the others,
-    being read as they are stored. ``x`` gets a gradient where it wants one."""
-    found = [stack.product(x[rows], group) for group, rows in enumerate(_groups(ends)) if rows.start < rows.stop]
-    return torch.cat(found) if found else x.new_empty(0, stack.shape[1])
 
 
 def fused_serves(rows: int, columns: int) -> bool:

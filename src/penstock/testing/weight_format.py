@@ -28,7 +28,6 @@ from penstock.models.config import DecoderConfig, MoEConfig
 from penstock.models.decoder import Decoder, MixtureOfExperts
 from penstock.models.quantized import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, packed_layers
 from penstock.models.routers.softmax import SoftmaxRouter
-from penstock.ops.grouped import packed_grouped_linear
 from penstock.ops.quantized.contract import Packed, PackedStack, Parts, WeightFormat, cut
 from penstock.testing.refusals import refused
 
@@ -98,7 +97,7 @@ def check_experts(format: WeightFormat, parts: Parts) -> None:
     (gradient,) = torch.autograd.grad(wanted.sum(), x, retain_graph=True)
     exact = format.exact()
     for pieces in ([Packed(exact, parts)], [Packed(exact, cut(parts, *at)) for at in ((0, 13), (13, 36))]):
-        found = packed_grouped_linear(x, PackedStack(pieces, 4), ends)
+        found = PackedStack(pieces, 4).product(x, ends)
         bound = 1e-5 * float(wanted.detach().abs().max())
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=bound)
         torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], gradient, rtol=1e-5, atol=bound)

@@ -81,7 +81,8 @@ def keep_packed(
         if turned or not known or not name.startswith(kept.prefix) or not stack.keys() <= {*source.quantized}:
             continue
         pieces = _pieces(stack, source, device, lambda format: kept.stays(format, device, dtype))
-        if pieces is None:
+        mixed = isinstance(module, MixtureOfExperts) and device.type != "cpu" and pieces is not None and len(pieces) > 1
+        if pieces is None or mixed:  # kernels read the matrices of all experts in one format
             continue
         matrix = QuantizedLinear([Packed(kept.read_as(each.format), each.parts) for each in pieces], None).to(device)
         if isinstance(module, MixtureOfExperts):

@@ -62,6 +62,12 @@ class WeightFormat(Policy):
             out[:, rows] = F.linear(x, piece.to(x.dtype))
         return out
 
+    def grouped_product(self, x: Tensor, parts: Parts, ends: Tensor) -> Tensor | None:
+        """Rows of ``x`` [N, K], sorted by expert, each times the transpose of its expert's matrix: [N, M], in the dtype
+        of ``x``, by a kernel that computes all at once, and waits for nothing; None where there is none. ``parts`` are
+        of the matrices of all experts one below the other, and ``ends`` int32 [E] says where the rows of each end."""
+        return None
+
     def input_gradient(self, gradient: Tensor, parts: Parts) -> Tensor:
         """The gradient of ``x`` in :meth:`product`, of that of its result, ``gradient`` [N, M]: [N, K], which is
         ``gradient`` times the matrix, in its dtype. Some rows of the matrix are dequantized at a time; their sums are
@@ -181,8 +187,22 @@ class PackedStack:
         """[count, M, K]."""
         return self.count, sum(piece.shape[0] for piece in self.pieces) // self.count, self.pieces[0].shape[1]
 
-    def product(self, x: Tensor, number: int) -> Tensor:
-        """``x`` [N, K] times the transpose of the matrix at ``number``: [N, M], as :meth:`Packed.product`."""
+    def product(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Rows of ``x`` [N, K], sorted by expert, each times the transpose of its expert's matrix: [N, M], in the dtype
+        of ``x``, which gets a gradient where it wants one. The rows of each expert end at ``ends``, int32 [count]; the
+        matrices of those without rows are not read."""
+        if len(self.pieces) == 1 and not (torch.is_grad_enabled() and x.requires_grad):
+            (piece,) = self.pieces
+            found = piece.format.grouped_product(x, piece.parts, ends)
+            if found is not None:
+                return found
+        stops = ends.tolist()
+        groups = [(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+        products = [self._of(x[start:stop], expert) for expert, (start, stop) in enumerate(groups) if start < stop]
+        return torch.cat(products) if products else x.new_empty(0, self.shape[1])
+
+    def _of(self, x: Tensor, number: int) -> Tensor:
+        """``x`` [N, K] times the transpose of the matrix at ``number``: [N, M]."""
         rows, start, found = self.shape[1], 0, list[Tensor]()
         for piece in self.pieces:
             first, last = (min(max(at - start, 0), piece.shape[0]) for at in (number * rows, (number + 1) * rows))
