@@ -29,6 +29,7 @@ from penstock.models.decoder import Decoder, MixtureOfExperts
 from penstock.models.quantized import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, packed_layers
 from penstock.models.routers.softmax import SoftmaxRouter
 from penstock.ops.quantized.contract import Packed, PackedStack, Parts, WeightFormat, cut
+from penstock.ops.quantized.integers import Int8
 from penstock.testing.refusals import refused
 
 
@@ -65,23 +66,25 @@ def check_rows(format: WeightFormat, parts: Parts, whole: Tensor) -> None:
 
 
 def check_lookup(format: WeightFormat, parts: Parts) -> None:
-    """Rows that are looked up, some of them twice, are those of the dequantized matrix; no others are dequantized."""
-    whole, dequantized = format.dequantize(parts), list[int]()
-    spied = format.model_copy()
-    inner = type(format).dequantize
+    """Rows that are looked up, some of them twice, are those of the dequantized matrix, also where it is in pieces of
+    several formats; no others are dequantized."""
+    whole, dequantized, spied = format.dequantize(parts), list[int](), format.model_copy()
 
     def noting(parts: Parts) -> Tensor:
         dequantized.append(format.shape(parts)[0])
-        return inner(format, parts)
+        return format.dequantize(parts)
 
     object.__setattr__(spied, "dequantize", noting)
     places = torch.tensor([[4, 0, 36], [4, 11, 35]], device=whole.device)
-    halves = [Packed(spied, cut(parts, 0, 12)), Packed(spied, cut(parts, 12, 37))]
-    for pieces in ([Packed(spied, parts)], halves):
+    values = torch.arange(5 * whole.shape[1], device=whole.device).view(5, -1) % 101
+    between = Packed(Int8(), {"values": values.to(torch.int8), "scale": torch.ones(5, 1, device=whole.device)})
+    first, last = (Packed(spied, cut(parts, *at)) for at in ((0, 12), (12, 37)))
+    for pieces in ([Packed(spied, parts)], [first, between, last]):
         dequantized.clear()
-        matrix = QuantizedLinear(pieces, None)
-        torch.testing.assert_close(matrix.rows(places, torch.float32), whole[places], rtol=0, atol=0)
+        found = QuantizedLinear(pieces, None).rows(places, torch.float32)
         assert max(dequantized) <= places.numel(), f"for {places.numel()} rows, {max(dequantized)} are dequantized"
+        matrix = torch.cat([piece.dequantize() for piece in pieces])
+        torch.testing.assert_close(found, matrix[places], rtol=0, atol=0)
 
 
 def check_experts(format: WeightFormat, parts: Parts) -> None:
@@ -96,7 +99,7 @@ def check_experts(format: WeightFormat, parts: Parts) -> None:
     wanted = torch.einsum("nk,nmk->nm", x.double(), matrices.double()[owner])
     (gradient,) = torch.autograd.grad(wanted.sum(), x, retain_graph=True)
     exact = format.exact()
-    for pieces in ([Packed(exact, parts)], [Packed(exact, cut(parts, *at)) for at in ((0, 13), (13, 36))]):
+    for pieces in ([Packed(exact, parts)], [Packed(exact, cut(parts, *at)) for at in ((0, 22), (22, 36))]):
         found = PackedStack(pieces, 4).product(x, ends)
         bound = 1e-5 * float(wanted.detach().abs().max())
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=bound)
@@ -125,11 +128,12 @@ def check_model(format: WeightFormat, parts: Parts, tied: bool) -> None:
     held = sum(part.nbytes for _, layer in packed_layers(packed) for part in layer.buffers())
     assert held == count, f"{held} bytes are held of matrices that take {count}"
     tokens = torch.randint(37, (2, 9), generator=torch_generator(0, "weight.format/tokens"))
-    for dtype in (torch.float32, torch.bfloat16):
-        scores = [each.to(dtype).logits(each(tokens, CausalRows.of(9)).hidden) for each in (packed, plain)]
-        assert scores[0].dtype == dtype, f"a model in {dtype} gives logits in {scores[0].dtype}"
-        if dtype == torch.float32:
-            torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4 * float(scores[1].abs().max()))
+    with torch.no_grad():
+        found, wanted = (each.logits(each(tokens, CausalRows.of(9)).hidden) for each in (packed, plain))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+        rows = packed.to(torch.bfloat16).embedding(tokens)
+    assert rows.dtype == torch.bfloat16, f"a model in bfloat16 looks up rows in {rows.dtype}"
+    torch.testing.assert_close(rows, plain.embedding(tokens).bfloat16(), rtol=0, atol=0)
 
 
 def swap(model: Decoder, name: str, stored: Packed) -> None:

@@ -14,10 +14,12 @@ from torch import Tensor
 from gguf_files import SHAPE, coded, write
 from penstock.core.errors import ModelError, UsageError
 from penstock.models import hub
+from penstock.models.acceptance.head import AcceptanceHead
 from penstock.models.adapters.low_rank import attached, merged
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
 from penstock.models.quantized import QuantizedEmbedding, QuantizedExperts, packed_layers
+from penstock.serve.run.weights import Weights
 from penstock.testing.transformers_peer import peer, prompt, stepwise, whole
 from penstock.train.tuners.lora import LoRA
 from quantized_folders import METHODS, mixture, mxfp4
@@ -126,6 +128,30 @@ def test_what_is_packed_is_not_written_and_takes_no_other_weights(tmp_path):
     with pytest.raises(UsageError, match=r"embedding\.matrix is in memory as it is stored, and is not written anew"):
         hub.save(packed, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+def test_what_is_plain_beside_packed_matrices_sleeps_and_comes_back(tmp_path):
+    folder = mixture(tmp_path / "m", "gptq", tied=True)
+    model = hub.load_for_inference(folder, dtype=torch.float32)
+    before, size = whole(model, TOKENS), held(model)
+    weights = Weights(model)
+    weights.source = lambda: hub.load_for_inference(folder, dtype=torch.float32).state_dict()
+    with pytest.raises(UsageError, match="do not take other weights"):
+        weights.check()
+    weights.release()
+    assert not any(weight.numel() for weight in model.parameters()) and held(model) == size
+    weights.restore()
+    assert torch.equal(whole(model, TOKENS), before)
+
+
+def test_a_head_that_accepts_drafts_reads_a_packed_drafts_rows(tmp_path):
+    folder = mixture(tmp_path / "m", "w4a16", tied=True)
+    packed, plain = (load(folder, dtype=torch.float32) for load in (hub.load_for_inference, hub.load))
+    head = AcceptanceHead(64).initialize(0)
+    torch.nn.init.ones_(head.out.weight)
+    hidden = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+    found, wanted = (head(draft, hidden, TOKENS.flatten()[:7]) for draft in (packed, plain))
+    assert torch.equal(found, wanted) and wanted.abs().min() > 0
 
 
 def test_a_stack_of_another_shape_is_named(tmp_path):

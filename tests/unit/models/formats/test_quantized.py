@@ -23,7 +23,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from penstock import cli
 from penstock.core.errors import ModelError, UsageError
 from penstock.models import hub
-from penstock.models.config import DecoderConfig
+from penstock.models.config import DecoderConfig, MoEConfig
 from penstock.models.decoder import Decoder
 from penstock.models.formats.quantized import layout_of
 from penstock.models.formats.schemes import SCHEMES
@@ -464,10 +464,11 @@ for source in sys.argv[1:]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure memory")
-def test_opening_a_quantized_model_takes_its_own_bytes_and_one_shard(tmp_path):
-    """Of each scheme: at no time are matrices plain numbers."""
-    config = DecoderConfig(vocabulary=512, hidden=512, layers=10, heads=8, kv_heads=4, head_dim=64, ffn=1536)
-    decoder, shard = Decoder(config).initialize(0), 12_000_000
+@pytest.mark.parametrize("moe", [None, MoEConfig(experts=32, ffn=256)])
+def test_opening_a_quantized_model_takes_its_own_bytes_and_one_shard(moe, tmp_path):
+    """Of each scheme, with experts and without: at no time are matrices plain numbers."""
+    shape = {"vocabulary": 512, "hidden": 512, "layers": 10, "heads": 8, "kv_heads": 4, "head_dim": 64, "ffn": 1536}
+    decoder, shard = Decoder(DecoderConfig(**shape, moe=moe)).initialize(0), 12_000_000
     for scheme in SCHEMES:
         hub.save(decoder, tmp_path / scheme, shard_bytes=shard, scheme=scheme)
     line = [sys.executable, "-c", MEASURE_PACKED, *(str(tmp_path / scheme) for scheme in SCHEMES)]
