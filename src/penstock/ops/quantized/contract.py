@@ -32,10 +32,10 @@ class Example(NamedTuple):
 @contract(
     "weight.format",
     law="a stored matrix stands for the numbers that the format's definition gives, also where it is arranged for "
-    "products; rows can be cut from it and looked up, and columns cut between its units; a product with it is that with "
-    "these numbers, within the rounding that the format states, and on a CPU models compute with it as it is stored: "
-    "layers, experts, and a head and an embedding that share one matrix; the gradient of its input is that of a product "
-    "with these numbers, and nothing is kept for it",
+    "products; rows can be cut from it and looked up, and columns cut between its units; a product with it is "
+    "that with these numbers, within the rounding that the format states, and on a CPU models compute with it as "
+    "it is stored: layers, experts, and a head and an embedding that share one matrix; the gradient of its input "
+    "is that of a product with these numbers, and nothing is kept for it",
 )
 class WeightFormat(Policy):
     """A way to store a matrix of weights [M, K] in few bits.
