@@ -71,7 +71,7 @@ FORMATS = {"fp8 by row": rows_in_fp8, "fp8 by block": blocks_in_fp8, FOUR_BITS: 
 
 def quantized(plain: Decoder, make: Callable[[int, int, torch.device], Packed]) -> Decoder:
     """A model of the shape of ``plain``, which has the rest in common with it, with matrices in a format."""
-    device = plain.embedding.weight.device
+    device = plain.like.device
     with without_weights():
         model = Decoder(plain.config)
     for name, module in list(model.layers.named_modules(prefix="layers")):
@@ -102,7 +102,7 @@ def width(module: nn.Module) -> int:
 @torch.inference_mode()
 def sweep(model: Decoder, rows: int) -> Callable[[], object]:
     """Computes the products of a step with so many ``rows``; on CUDA as one graph."""
-    device = model.embedding.weight.device
+    device = model.like.device
     layers = list(products(model))
     given: dict[int, Tensor] = {
         size: torch.randn(rows, size, dtype=torch.bfloat16, device=device) for size in set(map(width, layers))
