@@ -71,14 +71,19 @@ class QuantizedLinear(nn.Module):
         return torch.cat([piece.dequantize() for piece in self.pieces()])
 
     def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows of the matrix at ``indices``, integers [*T]: [*T, K]. No other rows are decoded."""
-        flat, start = indices.flatten(), 0
-        found = torch.empty(0)
-        for number, piece in enumerate(self.stored()):
-            places = flat - start
-            own = piece.rows(places.clamp(0, piece.shape[0] - 1)).to(dtype)
-            found = own if not number else torch.where((places >= 0).unsqueeze(-1), own, found)
+        """The rows of the matrix at ``indices``, integers [*T]: [*T, K]. No other rows are decoded.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        first, *others = self.stored()
+        places, start = indices.flatten(), first.shape[0]
+        found = first.rows(places.clamp(max=start - 1) if others else places).to(dtype)
+        for number, piece in enumerate(others, 1):
+            within = (places - start).clamp(min=0)
             start += piece.shape[0]
+            own = piece.rows(within if number == len(others) else within.clamp(max=piece.shape[0] - 1))
+            found = torch.where((places >= start - piece.shape[0]).unsqueeze(-1), own.to(dtype), found)
         return found.view(*indices.shape, found.shape[-1])
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -123,6 +123,14 @@ def test_in_bf16_rows_are_rounded_once(tmp_path):
     assert torch.equal(packed.embedding(TOKENS), hub.load(folder, dtype=torch.float64).embedding(TOKENS))
 
 
+@pytest.mark.parametrize("method", ["int8", "nf4", "fp8 in blocks"])
+def test_tokens_that_are_not_there_are_an_error_and_none_are_no_rows(method, tmp_path):
+    packed = hub.load_for_inference(mixture(tmp_path / "m", method, tied=True))
+    with pytest.raises(IndexError):
+        packed.embedding(torch.tensor([3, 64]))
+    assert packed.embedding(torch.zeros(0, dtype=torch.int64)).shape == (0, 64)
+
+
 def test_what_is_packed_is_not_written_and_takes_no_other_weights(tmp_path):
     packed = hub.load_for_inference(mixture(tmp_path / "m", "int8", tied=True))
     with pytest.raises(UsageError, match=r"embedding\.matrix is in memory as it is stored, and is not written anew"):
