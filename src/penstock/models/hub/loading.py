@@ -60,10 +60,10 @@ def load_for_inference(
     """Loads a model as :func:`load` does, with two differences: it has no gradients, and quantized matrices of its
     layers, their experts too, of its embedding and of its head stay as they are stored, where products on the device
     read them; on a CPU, what an adapter adds to those of linear layers is not merged, but computed beside them.
-    ``dtype`` is that of the others. With a ``share`` it is that
-    of a rank, of which nothing else is read; :mod:`penstock.parallel.tensor` makes ranks compute together. ``part``
-    makes, of the shape of the model, a decoder that has some of its layers, under their names in the whole; it is
-    filled, and nothing else is read. An adapter is merged in these two.
+    ``dtype`` is that of the others. With a ``share`` it is that of a rank, of which nothing else is read;
+    :mod:`penstock.parallel.tensor` makes ranks compute together. ``part`` makes, of the shape of the model, a decoder
+    that has some of its layers, under their names in the whole; it is filled, and nothing else is read. An adapter is
+    merged in these two.
 
     Raises:
         UsageError: as :func:`load`; or that many ranks cannot divide the model.
