@@ -350,7 +350,7 @@ def decoding(engine: Engine) -> int:
 
 def room(model: Decoder, codec: Codec, pool: int) -> int:
     """How many tokens in a ``codec`` have the bytes of ``pool`` tokens in the dtype of the ``model``."""
-    size, dtype = model.config.head_dim, model.embedding.weight.dtype
+    size, dtype = model.config.head_dim, model.like.dtype
     return pool * Plain().vector_bytes(size, dtype) // codec.vector_bytes(size, dtype)
 
 

@@ -60,7 +60,7 @@ class Kind(NamedTuple):
     def share(self, model: Decoder) -> float:
         """The bytes that are left of a long prompt's cache, of those of the full one in bf16."""
         size = model.config.head_dim
-        own, whole = (each.vector_bytes(size, model.embedding.weight.dtype) for each in (CODECS[self.codec], Bf16()))
+        own, whole = (each.vector_bytes(size, model.like.dtype) for each in (CODECS[self.codec], Bf16()))
         return (1.0 if self.policy == "full" else BUDGET) * own / whole
 
 
@@ -89,7 +89,7 @@ def losses(bench: Bench, name: str, model: Decoder) -> None:
 
 def opened(model: Decoder, kind: Kind, work: kv.Served, host: int) -> Engine:
     """An engine with the pool of ``work``, and so many bytes of the host's memory."""
-    size, dtype = model.config.head_dim, model.embedding.weight.dtype
+    size, dtype = model.config.head_dim, model.like.dtype
     cached = work.pool * Bf16().vector_bytes(size, dtype) // CODECS[kind.codec].vector_bytes(size, dtype)
     tier = {"kv_host": host} if host else {}
     return kv.opened(model, {**kind.options, **tier}, cached, work.sequences, work.tokens)

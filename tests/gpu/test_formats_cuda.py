@@ -15,15 +15,17 @@ from penstock.models import hub
 from penstock.models.attention import CausalRows
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.models.quantized import QuantizedLinear
+from penstock.models.quantized import QuantizedExperts, QuantizedLinear
 from penstock.ops.quantized import cuda
-from penstock.ops.quantized.contract import Packed, Parts, WeightFormat
+from penstock.ops.quantized.codebook import Codebook4
+from penstock.ops.quantized.contract import Packed, PackedStack, Parts, WeightFormat
 from penstock.ops.quantized.fp8 import Fp8
 from penstock.ops.quantized.integers import Int4, Int8
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.offline.llm import LLM
 from penstock.testing.enrolled import enrolled
 from penstock.testing.weight_format import check
+from quantized_folders import mixture, mxfp4
 
 pytest.importorskip("triton")
 from penstock.ops.quantized import packed_kernel, rounded_kernel
@@ -36,13 +38,14 @@ FORMATS: list[WeightFormat] = [
     *(Int4(group=group) for group in (None, 32, 64, 128)),
     *(Int8(group=group) for group in (None, 32, 128)),
     *(Fp8(group=group, rounds=rounds) for group in (None, 128) for rounds in (False, True)),
+    Codebook4(table="fp4", group=32),
 ]
 
 
 def random(format: Any, rows: int, columns: int, shifted: bool = False) -> Parts:
     """A matrix [rows, columns] of random bits and scales."""
     draw = torch.Generator().manual_seed(rows)
-    width = columns // 2 if isinstance(format, Int4) else columns
+    width = columns // 2 if isinstance(format, Int4 | Codebook4) else columns
     values = torch.randint(256, (rows, width), generator=draw).to(torch.uint8)
     if isinstance(format, Fp8):  # no NaN
         values = torch.where(values & 127 == 127, 0, values).to(torch.uint8).view(torch.float8_e4m3fn)
@@ -64,7 +67,7 @@ def test_the_law_of_weight_formats_holds(name: str) -> None:
 def test_products_are_those_with_the_dequantized_matrix(format: Any, shape: tuple[int, int]) -> None:
     """Up to bfloat16's rounding of the result and of the matrix, and that of rows to e4m3 where they are rounded."""
     for shifted, count in itertools.product((False, True), COUNTS):
-        if shifted and isinstance(format, Fp8):
+        if shifted and isinstance(format, Fp8 | Codebook4):
             continue
         parts = format.arranged(random(format, *shape, shifted))
         x = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(count)).cuda().bfloat16()
@@ -177,6 +180,43 @@ def test_a_model_stays_as_it_is_stored_and_computes_what_it_stands_for(tmp_path:
     assert (found - wanted).abs().mean() < (0.2 if scheme == "fp8" else 0.1) * wanted.std()
     exact = hub.load_for_inference(folder, device="cuda", dtype=torch.float32)
     assert not any(isinstance(module, QuantizedLinear) for module in exact.modules())
+
+
+@pytest.mark.parametrize("method", ["gptq", "w4a16", "int8", "fp8 in blocks", "mxfp4"])
+def test_the_experts_of_a_mixture_stay_as_they_are_stored(tmp_path: Path, method: str) -> None:
+    """With the embedding to which the head is tied, where that is quantized; for few tokens and for many."""
+    folder = mxfp4(tmp_path / "m", ffn=128) if method == "mxfp4" else mixture(tmp_path / "m", method, tied=True)
+    packed = hub.load_for_inference(folder, device="cuda", dtype=torch.bfloat16).eval()
+    plain = hub.load(folder, device="cuda", dtype=torch.float32).eval()
+    for layer in packed.layers:
+        assert isinstance(layer.mlp.gate_up, QuantizedExperts) and isinstance(layer.mlp.down, QuantizedExperts)
+    assert method == "mxfp4" or packed.head is packed.embedding.matrix
+    for count in (1, 40):
+        tokens = torch.arange(count, device="cuda")[None] % 60
+        found, wanted = (_scores(model, tokens) for model in (packed, plain))
+        # Of rounding to bf16 a token may go to another expert.
+        off = (found - wanted).abs().mean(-1) / wanted.std()
+        assert off.median() < (0.2 if method.startswith("fp8") else 0.1)
+
+
+@torch.inference_mode()
+def test_products_with_experts_are_captured_in_graphs() -> None:
+    """They wait for nothing, and where rows go is read anew in each replay."""
+    stack = PackedStack([_packed(Int4(group=64), 4 * 96, 256)], 4)
+    x = torch.randn(24, 256, device="cuda", dtype=torch.bfloat16)
+    ends = torch.tensor([3, 3, 20, 24], dtype=torch.int32, device="cuda")
+    stack.product(x, ends)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = stack.product(x, ends)
+    for new in ([3, 3, 20, 24], [0, 12, 13, 24], [24, 24, 24, 24]):
+        ends.copy_(torch.tensor(new))
+        graph.replay()
+        matrices = stack.pieces[0].dequantize().view(4, 96, 256)
+        owner = torch.searchsorted(ends, torch.arange(24, device="cuda"), right=True)
+        wanted = torch.einsum("nk,nmk->nm", x.float(), matrices[owner])
+        torch.testing.assert_close(out.float(), wanted, rtol=2**-7, atol=2**-7 * float(wanted.abs().max()))
 
 
 @torch.inference_mode()

@@ -21,13 +21,14 @@ from penstock.models.config import DecoderConfig, LongRopeScaling, MoEConfig, Te
 from penstock.models.latent import LatentAttention
 from penstock.models.linear import Linear
 from penstock.models.norms import RMSNorm, norm, rms_norm
-from penstock.models.quantized import packed_layers
+from penstock.models.quantized import QuantizedExperts, packed_layers
 from penstock.models.rotary import Rotaries, Turns
 from penstock.models.routers.contract import Routing
 from penstock.ops.activations import ACTIVATIONS, clamped_swiglu, gated
 from penstock.ops.attention import Extras
 from penstock.ops.experts import mixed_experts
 from penstock.ops.linear import linear
+from penstock.ops.quantized.contract import PackedStack
 from penstock.ops.rotary import rotate_heads
 
 
@@ -200,8 +201,8 @@ class MixtureOfExperts(nn.Module):
             flat,
             routing.experts,
             routing.weights,
-            self.gate_up,
-            self.down,
+            _matrices(self.gate_up),
+            _matrices(self.down),
             activation=self.activation,
             biases=biases,
             weigh_inputs=self.weigh_inputs,
@@ -210,6 +211,11 @@ class MixtureOfExperts(nn.Module):
     def share(self, flat: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
         """The weight of the shared expert for each token: [N, 1]."""
         return gate(flat).sigmoid()
+
+
+def _matrices(experts: Tensor | QuantizedExperts) -> Tensor | PackedStack:
+    """The matrices of experts: a parameter, or what stands in its place where they stay as they are stored."""
+    return experts.stack() if isinstance(experts, QuantizedExperts) else experts
 
 
 class Layer(nn.Module):
@@ -380,6 +386,11 @@ class Decoder(nn.Module):
         do not change. What was kept of texts before is void."""
         if any(isinstance(rope.scaling, LongRopeScaling) for rope in self.config.ropes):
             self.rotary = Rotaries(self.config, context).to(next(self.parameters()).device)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor on the model's device, in the dtype that it computes in, whatever its matrices are stored in."""
+        return next(self.parameters())
 
     def parameter_count(self) -> int:
         """Number of parameters, a tied matrix counted once, and those of matrices that stay quantized."""

@@ -49,7 +49,7 @@ class ExactForward:
             UsageError: the attention does not serve the model.
         """
         model, count = self._model, len(tokens) - 1
-        flat = torch.tensor(tokens, device=model.embedding.weight.device)
+        flat = torch.tensor(tokens, device=model.like.device)
         if count < 1:
             return torch.zeros(0)
         hidden = model(flat[:-1], self._context(count)).hidden
@@ -60,7 +60,7 @@ class ExactForward:
 
     def _context(self, count: int) -> PagedTokens:
         """The context of a text of ``count`` tokens, whose keys and values are in a memory of its own."""
-        weight, blocks = self._model.embedding.weight, -(-count // self._size)
+        weight, blocks = self._model.like, -(-count // self._size)
         cache = Invariant().open(
             cache_shape(self._model.config, self._size, weight.dtype, weight.device, blocks=blocks)
         )

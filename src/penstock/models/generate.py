@@ -41,7 +41,7 @@ def generate(model: Decoder, prompt: Sequence[int], sampling: Sampling, stop: fr
 
 @torch.inference_mode()
 def _generate(model: Decoder, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int]) -> Iterator[int]:
-    device = model.embedding.weight.device
+    device = model.like.device
     context = CachedRows()
     tokens = torch.tensor([list(prompt)], device=device)
     most = min(sampling.max_tokens, model.config.context - len(prompt))

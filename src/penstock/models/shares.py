@@ -165,13 +165,16 @@ class Cut:
             offset += stop - start
 
     def of_packed(self, name: str, packed: Packed) -> Packed:
-        """The share of the matrix ``name`` as it is stored.
+        """The share of the matrix ``name`` as it is stored; of a stack of them [E, K, M], that of the rows [E * M, K].
 
         Raises:
             UsageError: a group of columns would be cut that has one scale.
         """
         parts: Parts
-        if self.axis == -2:
+        if len(self.whole) == 3 and self.axis == -1:
+            stacks = {part: stored.view(self.whole[0], -1, *stored.shape[1:]) for part, stored in packed.parts.items()}
+            parts = {part: self.of(stored, 1).flatten(0, 1) for part, stored in stacks.items()}
+        elif len(self.whole) == 2 and self.axis == -2:
             parts = {part: self.of(stored, 0) for part, stored in packed.parts.items()}
         else:
             ((start, stop),) = self.ranges
@@ -279,7 +282,10 @@ class Divided:
 
     def packed(self, names: Collection[str]) -> Iterator[tuple[str, Packed]]:
         for name, packed in self._weights.packed(names):
-            cut = self._cut(name, packed.shape)
+            rows, columns = packed.shape
+            cut = self._cuts.get(name)
+            experts = cut.whole[0] if cut is not None and len(cut.whole) == 3 else None
+            cut = self._cut(name, (rows, columns) if experts is None else (experts, columns, rows // experts))
             yield name, packed if cut is None else cut.of_packed(name, packed)
 
     def _cut(self, name: str, shape: tuple[int, ...]) -> Cut | None:

@@ -10,6 +10,7 @@ from torch.library import custom_op
 
 from penstock.ops.activations import Activation, swiglu
 from penstock.ops.grouped import grouped_linear
+from penstock.ops.quantized.contract import PackedStack
 
 
 def top_few(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -33,8 +34,8 @@ def mixed_experts(
     x: Tensor,
     experts: Tensor,
     weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | PackedStack,
+    down: Tensor | PackedStack,
     *,
     activation: Activation = swiglu,
     biases: tuple[Tensor, Tensor] | None = None,
@@ -47,8 +48,8 @@ def mixed_experts(
         x: [N, hidden].
         experts: int64 [N, k], of each token.
         weights: [N, k], of each of these.
-        gate_up: [E, 2 * ffn, hidden].
-        down: [E, hidden, ffn].
+        gate_up: [E, 2 * ffn, hidden]; plain or as it is stored.
+        down: [E, hidden, ffn]; the same.
         activation: [*, 2 * ffn] to [*, ffn].
         biases: of the two products, [E, 2 * ffn] and [E, hidden].
         weigh_inputs: multiplies what goes into an expert by its weight, instead of what comes out.
@@ -56,20 +57,28 @@ def mixed_experts(
     Returns:
         [N, hidden].
     """
-    gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
-    plain = activation is swiglu and biases is None and not weigh_inputs
-    if plain and x.is_cuda and x.dtype == torch.bfloat16 and not _wants_grad(x, weights, gate_up, down):
-        mixed: Tensor = _mixed(x, experts, weights, gate_up, down)
-        return mixed
-    order, ends = by_expert(experts, len(gate_up))
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
+        usual = activation is swiglu and biases is None and not weigh_inputs
+        if usual and x.is_cuda and x.dtype == torch.bfloat16 and not _wants_grad(x, weights, gate_up, down):
+            mixed: Tensor = _mixed(x, experts, weights, gate_up, down)
+            return mixed
+    order, ends = by_expert(experts, gate_up.shape[0])
     rows = x[order // experts.shape[1]]
     if weigh_inputs:
         rows = rows * weights.flatten()[order].unsqueeze(1).to(rows.dtype)
         weights = torch.ones_like(weights)
     first, second = (None, None) if biases is None else (bias.to(x.dtype)[experts.flatten()[order]] for bias in biases)
-    hidden = grouped_linear(rows, gate_up, ends)
-    found = grouped_linear(activation(hidden if first is None else hidden + first), down, ends)
+    hidden = _product(rows, gate_up, ends)
+    found = _product(activation(hidden if first is None else hidden + first), down, ends)
     return gathered(found if second is None else found + second, order, weights)
+
+
+def _product(x: Tensor, matrices: Tensor | PackedStack, ends: Tensor) -> Tensor:
+    """Of each expert, its rows of ``x`` times the transpose of its matrix."""
+    if isinstance(matrices, PackedStack):
+        return matrices.product(x, ends)
+    return grouped_linear(x, matrices.to(x.dtype), ends)
 
 
 def gathered(found: Tensor, order: Tensor, weights: Tensor) -> Tensor:

@@ -8,18 +8,18 @@ scores of the tokens are gathered. All ranks have the same bits after each of th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.library import Library, register_fake
 
 from penstock.core.errors import PenstockError
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Attention, Decoder, Layer
+from penstock.models.quantized import QuantizedEmbedding
 from penstock.models.shares import Share
 
 _library = Library("penstock", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -93,10 +93,24 @@ class VocabularyEmbedding(nn.Embedding):
     first: int
 
     def forward(self, tokens: Tensor) -> Tensor:
-        places = tokens - self.first
-        elsewhere = (places < 0) | (places >= self.num_embeddings)
-        x = F.embedding(places.masked_fill(elsewhere, 0), self.weight)
-        return sum_of_ranks(x.masked_fill(elsewhere.unsqueeze(-1), 0))
+        return _looked_up(super().forward, tokens, self.first, self.num_embeddings)
+
+
+class PackedVocabularyEmbedding(QuantizedEmbedding):
+    """The same of an embedding that stays as it is stored."""
+
+    first: int
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return _looked_up(super().forward, tokens, self.first, self.num_embeddings)
+
+
+def _looked_up(rows: Callable[[Tensor], Tensor], tokens: Tensor, first: int, count: int) -> Tensor:
+    """The rows of ``tokens``, of which this rank has ``count`` from its ``first`` on, looked up by ``rows``."""
+    places = tokens - first
+    elsewhere = (places < 0) | (places >= count)
+    x = rows(places.masked_fill(elsewhere, 0))
+    return sum_of_ranks(x.masked_fill(elsewhere.unsqueeze(-1), 0))
 
 
 class WidelyNormedAttention(Attention):
@@ -132,7 +146,9 @@ def join(model: Decoder, whole: DecoderConfig, share: Share) -> Decoder:
         if isinstance(layer.attention, Attention) and layer.attention.norms == "width":
             layer.attention.__class__ = WidelyNormedAttention
             vars(layer.attention)["ranks"] = share.size
-    model.embedding.__class__ = VocabularyEmbedding
+    packed = isinstance(model.embedding, QuantizedEmbedding)
+    kind: Any = PackedVocabularyEmbedding if packed else VocabularyEmbedding
+    model.embedding.__class__ = kind
     vars(model.embedding)["first"], _ = share.of(whole.vocabulary, model.config.vocabulary)
     model.head.register_forward_hook(lambda _, __, scores: _all_scores(scores, share.size, whole.vocabulary))
     model.config = model.config.model_copy(update={"vocabulary": whole.vocabulary})

@@ -32,7 +32,7 @@ def backend_of(
     Raises:
         PenstockError: the model's attention does not go with what ``config`` wants, or no backend serves it.
     """
-    weight, shape = weight_of(model), model.config
+    weight, shape = model.like, model.config
     model.expect(min(config.context or shape.context, shape.context))
     if config.deterministic:
         make_invariant(model)
@@ -130,8 +130,3 @@ def fitted(config: EngineConfig, model: DecoderConfig) -> CachePolicy:
     """The cache policy for a model."""
     context = min(config.context or model.context, model.context)
     return config.kv.fitted(model.model_copy(update={"context": context}))
-
-
-def weight_of(model: Decoder) -> Tensor:
-    """A weight of ``model``, or of a stage of one, on the device and in the dtype of all."""
-    return model.embedding.weight if hasattr(model, "embedding") else next(model.parameters())

@@ -23,7 +23,7 @@ from penstock.models.heads.contract import Continues, Continuing, Foresees, Head
 from penstock.models.tapped import TappedDecoder
 from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contract import PagedCache
-from penstock.serve.backend import backend_of, fitted, weight_of
+from penstock.serve.backend import backend_of, fitted
 from penstock.serve.choose.grammar import Grammars
 from penstock.serve.choose.invariant import InvariantSampler
 from penstock.serve.choose.sampler import Sampler
@@ -134,7 +134,7 @@ def build_runners(
     Raises:
         PenstockError: there is no room for a cache, or no attention backend for the device and dtype.
     """
-    device = weight_of(model).device
+    device = model.like.device
     on_cuda = device.type == "cuda"
     check_drafting(config, draft, predictor, device)
     # Compiled code chooses its kernels by the batch; and what stages send each other is in none.

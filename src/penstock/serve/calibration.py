@@ -53,7 +53,7 @@ def learned_tables(
             file = cache_folder("codecs") / f"{_digest(codec, samples)}.safetensors"
             found = _read(file)
             if found is not None:
-                return found.to(model.embedding.weight.device)
+                return found.to(model.like.device)
         learned = tables_of(codec, samples, bar.advance)
     if file is not None:
         _keep(file, learned)
@@ -74,7 +74,7 @@ def tables_of(codec: LearnedCodec, samples: list[list[Tensor]], advance: Callabl
 def keys_and_values(model: Decoder, pieces: Tensor) -> list[list[Tensor]]:
     """Of each layer, the keys and the values (where attention is latent, the keys alone) that ``model`` computes of
     ``pieces`` int64 [P, T], as they would lie in its cache: float32 [P T, K, D] each."""
-    device, parts = model.embedding.weight.device, 1 if model.config.latent else 2
+    device, parts = model.like.device, 1 if model.config.latent else 2
     found: list[list[list[Tensor]]] = [[[] for _ in range(parts)] for _ in range(model.config.layers)]
     for piece in pieces:
         rows = CachedRows().extend(len(piece), device)

@@ -28,7 +28,7 @@ def paged_logits(
         shared: all texts but the first begin with so many blocks of the first, and have them from it: their tokens'
             logits are not computed, and NaN.
     """
-    config, weight = model.config, model.embedding.weight
+    config, weight = model.config, model.like
     widths = [-(-len(text) // block_size) for text in texts]
     shape = CacheShape(
         config.layers, config.heads, config.kv_heads, config.head_dim, sum(widths), block_size, weight.dtype,

@@ -26,7 +26,7 @@ from penstock.serve.decode.uscd import UncertaintyAwareContrast
 @torch.no_grad()
 def next_logits(model: Decoder, tokens: Sequence[int]) -> Tensor:
     """Scores [vocabulary] of the token after ``tokens``, float64, from a forward pass over all of them."""
-    device = model.embedding.weight.device
+    device = model.like.device
     row = torch.tensor([list(tokens)], device=device)
     hidden = model(row, CausalRows.of(len(tokens), device)).hidden[0, -1]
     return model.logits(hidden).double().cpu()
@@ -36,7 +36,7 @@ def next_logits(model: Decoder, tokens: Sequence[int]) -> Tensor:
 def every_logits(model: Decoder, tokens: Sequence[int]) -> Tensor:
     """Scores [tokens, vocabulary] of what follows each of ``tokens``, float64, from one forward pass over all of them,
     in which none sees those behind it."""
-    device = model.embedding.weight.device
+    device = model.like.device
     row = torch.tensor([list(tokens)], device=device)
     return model.logits(model(row, CausalRows.of(len(tokens), device)).hidden[0]).double().cpu()
 

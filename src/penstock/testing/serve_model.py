@@ -78,7 +78,7 @@ def predictor_of(draft: Decoder) -> AcceptanceHead:
     head = like(draft).initialize(0).requires_grad_(False).eval()
     head.out.weight.copy_(torch.randn(head.out.weight.shape, generator=torch_generator(0, "testing/predictor")))
     head.out.bias.fill_(1.0)
-    return head.to(draft.embedding.weight.device, draft.embedding.weight.dtype)
+    return head.to(draft.like.device, draft.like.dtype)
 
 
 @functools.cache

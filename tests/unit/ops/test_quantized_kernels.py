@@ -3,30 +3,40 @@ interpreter (``TRITON_INTERPRET=1``)."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from interpreted import DEVICE, repaired, runs
+from penstock.ops.quantized.codebook import Codebook4
 from penstock.ops.quantized.contract import Parts, WeightFormat
 from penstock.ops.quantized.fp8 import Fp8
 from penstock.ops.quantized.integers import Int4, Int8
 
 packed_kernel = pytest.importorskip("penstock.ops.quantized.packed_kernel")
-from penstock.ops.quantized import cuda, plain_kernel, rounded_kernel  # noqa: E402
+from penstock.ops.quantized import cuda, grouped_kernel, plain_kernel, rounded_kernel  # noqa: E402
 from penstock.ops.quantized.packed_kernel import Tile  # noqa: E402
 
 pytestmark = runs
 __all__ = ["repaired"]
 
-KINDS: dict[str, type[Fp8 | Int8 | Int4]] = {"int4": Int4, "int8": Int8, "e4m3": Fp8}
+KINDS: dict[str, Callable[..., WeightFormat]] = {
+    "int4": Int4,
+    "int8": Int8,
+    "e4m3": Fp8,
+    "e2m1": functools.partial(Codebook4, table="fp4"),
+}
 TILE = Tile(16, 64, 64, 4, 3, 1)
 
 
 def random(kind: str, rows: int, columns: int, group: int | None, shifted: bool) -> tuple[WeightFormat, Parts]:
     """A matrix [rows, columns] of random bits, scales of both signs, and offsets."""
     draw = torch.Generator().manual_seed(rows)
-    values = torch.randint(256, (rows, columns // 2 if kind == "int4" else columns), generator=draw).to(torch.uint8)
+    size = columns // 2 if packed_kernel.bits_of(kind) == 4 else columns
+    values = torch.randint(256, (rows, size), generator=draw).to(torch.uint8)
     if kind == "e4m3":  # no NaN
         values = torch.where(values & 127 == 127, 0, values).to(torch.uint8).view(torch.float8_e4m3fn)
     if kind == "int8":
@@ -34,7 +44,8 @@ def random(kind: str, rows: int, columns: int, group: int | None, shifted: bool)
     shape = (rows, -(-columns // group) if group else 1)
     parts = {"values": values, "scale": torch.randn(shape, generator=draw)}
     parts |= {"offset": torch.randn(shape, generator=draw)} if shifted else {}
-    return KINDS[kind](group=group), {name: part.to(DEVICE) for name, part in parts.items()}
+    format = KINDS[kind](group=columns if kind == "e2m1" and group is None else group)
+    return format, {name: part.to(DEVICE) for name, part in parts.items()}
 
 
 def given(count: int, columns: int) -> Tensor:
@@ -55,8 +66,8 @@ def close(found: Tensor, x: Tensor, matrix: Tensor, bound: float = 2**-8) -> Non
 def test_products_are_those_with_the_dequantized_matrix(kind: str, group: int | None, shifted: bool) -> None:
     """Rows that fill no tile, few rows of x and more, sums in one piece and in several of which the last is shorter,
     and scales in either order. They are as exact as sums in float32."""
-    if kind == "e4m3" and shifted:
-        pytest.skip("e4m3 has no offsets")
+    if kind in ("e4m3", "e2m1") and shifted:
+        pytest.skip("floating point has no offsets")
     for rows, columns, count, pieces in ((37, 160, 1, 2), (70, 384, 19, 1), (64, 448, 16, 3)):
         format, parts = random(kind, rows, columns, group, shifted)
         x, matrix = given(count, columns), format.dequantize(parts)
@@ -66,6 +77,24 @@ def test_products_are_those_with_the_dequantized_matrix(kind: str, group: int | 
             close(packed_kernel.multiply(kind, x, *own, TILE, pieces), x, matrix, 2**-20)
             plain = plain_kernel.plain(kind, *own, columns)
             torch.testing.assert_close(plain, matrix.bfloat16(), rtol=2**-7, atol=1e-6 * float(matrix.abs().max()))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("group", [None, 32, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_multiplied_with_the_matrices_of_their_experts(kind: str, group: int | None, shifted: bool) -> None:
+    """One row and many, of experts that have none, fewer than a tile and more; matrices that fill no tile."""
+    if kind in ("e4m3", "e2m1") and shifted:
+        pytest.skip("floating point has no offsets")
+    for rows, columns, counts in ((37, 160, [0, 1, 0, 0]), (70, 384, [3, 0, 21, 16])):
+        format, parts = random(kind, 4 * rows, columns, group, shifted)
+        x, matrices = given(sum(counts), columns), format.dequantize(parts).view(4, rows, columns)
+        ends = torch.tensor(counts, dtype=torch.int32).cumsum(0).to(DEVICE, torch.int32)
+        own = parts["values"], parts["scale"], parts.get("offset"), ends, group or cuda.WHOLE
+        found = grouped_kernel.multiply(kind, x, *own, TILE)
+        assert found.shape == (sum(counts), rows)
+        for matrix, mine, given_rows in zip(matrices, found.split(counts), x.split(counts), strict=True):
+            close(mine, given_rows, matrix, 2**-20)
 
 
 def test_columns_that_fill_no_group_are_multiplied_too() -> None:

@@ -72,7 +72,7 @@ def load(source: str | Path, draft: Decoder, target: Decoder, names: tuple[str, 
                 f"the acceptance head in {folder} was trained for the {part} {trained_for}, which this one is not",
                 hint=again,
             )
-    head, weight = like(draft), draft.embedding.weight
+    head, weight = like(draft), draft.like
     fill(head, tensors, folder)
     return head.to(weight.device, weight.dtype).requires_grad_(False).eval()
 

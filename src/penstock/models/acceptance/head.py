@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from penstock.core.randomness import torch_generator
 from penstock.models.beside import Beside
 from penstock.models.decoder import Decoder
+from penstock.models.quantized import rows_of
 
 #: Residual blocks of a head.
 BLOCKS = 3
@@ -53,7 +54,7 @@ class AcceptanceHead(nn.Module):
             tokens: what was drafted.
         """
         embedded = F.rms_norm(draft.embedding(tokens), hidden.shape[-1:])
-        score = (hidden * F.embedding(tokens, draft.head.weight)).sum(-1, keepdim=True)
+        score = (hidden * rows_of(draft.head, tokens, hidden.dtype)).sum(-1, keepdim=True)
         x = self.fuse(torch.cat([hidden, embedded, score], -1))
         for block in self.blocks:
             x = x + F.silu(block(x))
@@ -83,7 +84,7 @@ class Pair(Beside):
     @classmethod
     def new(cls, draft: Decoder, target: Decoder, seed: int, names: tuple[str, str] = ("", "")) -> Pair:
         """One to be trained."""
-        weight = draft.embedding.weight
+        weight = draft.like
         return cls(draft, target, like(draft).initialize(seed).to(weight.device, weight.dtype), names)
 
     def holding(self, weights: Mapping[str, Tensor]) -> Pair:

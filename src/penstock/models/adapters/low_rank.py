@@ -17,7 +17,7 @@ from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
 from penstock.models.families.mapping import general, placed
 from penstock.models.linear import Linear
-from penstock.models.quantized import QuantizedLinear, packed_layers
+from penstock.models.quantized import QuantizedLinear, plain_weights
 
 #: What can be added to.
 Base = Linear | QuantizedLinear
@@ -202,8 +202,6 @@ def merged(decoder: Decoder) -> Decoder:
         for name, parameter in decoder.named_parameters()
         if not any(name.startswith(prefix) for prefix in own)
     }
-    dtype = decoder.embedding.weight.dtype
-    for name, packed in packed_layers(decoder):
-        weights[f"{name.removesuffix('.packed')}.weight"] = packed.dequantize().to(dtype)
+    weights |= plain_weights(decoder, decoder.like.dtype)
     weights |= {f"{name}.weight": layer.merged(weights[f"{name}.weight"]) for name, layer in layers.items()}
     return assembled(decoder, weights)

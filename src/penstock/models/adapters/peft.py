@@ -291,7 +291,7 @@ def named(additions: Mapping[str, Addition], name_of: Callable[[str], str | None
 def wear(decoder: Decoder, family: Family, additions: Mapping[str, Addition]) -> None:
     """Attaches ``additions``, by the names of ``family``, to layers of ``decoder`` that :func:`beside_packed` names, in
     its dtype and on its device."""
-    like = decoder.embedding.weight
+    like = decoder.like
     for name, pieces in linears(decoder, family).items():
         found = {place: additions.get(f"{piece.module}.weight") for place, piece in enumerate(pieces)}
         own = {place: each for place, each in found.items() if each is not None}

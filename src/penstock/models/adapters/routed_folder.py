@@ -61,7 +61,7 @@ def wear(decoder: Decoder, family: Family, folder: Path) -> None:
         places = [i for i, piece in enumerate(pieces) if f"{piece.module}.router.weight" in tensors]
         if places:
             base = cast(low_rank.Base, decoder.get_submodule(name))
-            layer = RoutedLinear(base, pieces, places, rank, scale, decoder.embedding.weight, mixture)
+            layer = RoutedLinear(base, pieces, places, rank, scale, decoder.like, mixture)
             for place in places:
                 _fill(layer, place, tensors, folder)
             low_rank.attach(decoder, name, layer)

@@ -64,7 +64,7 @@ class AdapterSlots:
         blank = _blank(model.config if portion is None else divided(portion.whole, portion.share.size))
         #: Of each matrix on disk that ranks divide, what this one has, and of which of the two: A or B.
         self._cuts = {} if portion is None else _cuts(portion, blank, family)
-        weight = model.embedding.weight
+        weight = model.like
         self._natively = takes(weight)
         options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         # Matrix units want rows of whole 16 bytes.

@@ -53,7 +53,8 @@ class Weights(Protocol):
         ...
 
     def packed(self, names: Collection[str]) -> Iterator[tuple[str, Packed]]:
-        """The ``quantized`` matrices among ``names``, as they are stored.
+        """The ``quantized`` matrices among ``names``, as they are stored, in whichever order. A stack of them, one for
+        each expert, is one matrix: the rows of an expert below those of the one before.
 
         Raises:
             ModelError: a file is damaged.

@@ -10,7 +10,7 @@ from torch import Tensor
 from penstock.core.errors import ModelError
 from penstock.models.formats.contract import Stored
 from penstock.models.formats.safetensors import Safetensors
-from penstock.ops.quantized.codebook import TABLES
+from penstock.ops.quantized.codebook import TABLES, Codebook4
 from penstock.ops.quantized.contract import Packed
 
 #: How the names of the two tensors end, behind that of the weight.
@@ -26,14 +26,12 @@ class Mxfp4:
 
     A stack of matrices that is [experts, K, M] in a folder of plain numbers lies there by its rows of M: ``_blocks``
     uint8 [experts, M, K / 32, 16], the first of two numbers in the low bits, and ``_scales`` uint8 [experts, M,
-    K / 32], exponents of two with 127 added. It is read to bf16, which holds each of these numbers exactly; no stack
-    stays as it is stored, as experts are computed with plain numbers.
+    K / 32], exponents of two with 127 added. As plain numbers it is bf16, which holds each of them exactly; packed it
+    is one matrix [experts * M, K].
 
     Raises:
         ModelError: there is none, one of the two tensors of a stack is missing, or they do not fit together.
     """
-
-    quantized: Collection[str] = ()
 
     def __init__(self, stored: Safetensors) -> None:
         self._stored = stored
@@ -49,6 +47,7 @@ class Mxfp4:
         for name in self._stacks:
             self.headers[name] = self._header(name)
         self.dtypes = (*stored.dtypes, "quantized")
+        self.quantized: Collection[str] = self._stacks
 
     def _header(self, name: str) -> Stored:
         """The header of a stack, in place of those of its two tensors."""
@@ -74,7 +73,11 @@ class Mxfp4:
             yield name, numbers(found[f"{name}{BLOCKS}"], found[f"{name}{SCALES}"])
 
     def packed(self, names: Collection[str]) -> Iterator[tuple[str, Packed]]:
-        yield from ()
+        for name in [name for name in self._stacks if name in names]:
+            found = dict(self._stored.read([f"{name}{BLOCKS}", f"{name}{SCALES}"]))
+            values = found[f"{name}{BLOCKS}"].flatten(0, 1).flatten(1)
+            scale = torch.exp2(found[f"{name}{SCALES}"].flatten(0, 1).float() - 127)
+            yield name, Packed(Codebook4(table="fp4", group=GROUP), {"values": values, "scale": scale})
 
 
 def numbers(blocks: Tensor, scales: Tensor) -> Tensor:

@@ -135,8 +135,14 @@ class Quantized:
             yield name, packed.dequantize()
 
     def packed(self, names: Collection[str]) -> Iterator[tuple[str, Packed]]:
-        for module, parts in self._modules.items():
-            if f"{module}weight" in names:
-                found = dict(self._stored.read(parts.values()))
-                tensors = {part: found[name] for part, name in parts.items()}
-                yield f"{module}weight", self._layout.pack(module.rstrip("."), tensors)
+        owners = {
+            stored: (module, part)
+            for module in (name.removesuffix("weight") for name in names if name in self.quantized)
+            for part, stored in self._modules[module].items()
+        }
+        found: dict[str, dict[str, Tensor]] = {}
+        for stored, tensor in self._stored.read(owners.keys()):  # a file is opened once, not for each matrix
+            module, part = owners[stored]
+            found.setdefault(module, {})[part] = tensor
+            if len(found[module]) == len(self._modules[module]):
+                yield f"{module}weight", self._layout.pack(module.rstrip("."), found.pop(module))

@@ -45,14 +45,13 @@ class Safetensors:
                     found[name] = Stored(path, tuple(header.get_shape()), header.get_dtype(), begins[name])
         # Frequencies that old versions of transformers stored; they follow from config.json.
         self.headers = {name: stored for name, stored in found.items() if not name.endswith("rotary_emb.inv_freq")}
+        self._order = {name: place for place, name in enumerate(self.headers)}
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        for path, group in itertools.groupby(self.headers.items(), key=lambda item: item[1].path):
-            wanted = [name for name, _ in group if name in names]
-            if not wanted:
-                continue
+        wanted = sorted((name for name in names if name in self.headers), key=self._order.__getitem__)
+        for path, group in itertools.groupby(wanted, key=lambda name: self.headers[name].path):
             with _open(path) as file:
-                for name in wanted:
+                for name in group:
                     yield name, file.get_tensor(name)
 
     def packed(self, names: Collection[str]) -> Iterator[tuple[str, Packed]]:

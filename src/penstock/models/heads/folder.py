@@ -115,7 +115,7 @@ def load(source: str | Path, target: Decoder, name: str = "MODEL") -> HeadModule
             f"the head in {folder} was trained for {trained_for}, and this model's weights are others", hint=again
         )
     fill(head, tensors, folder)
-    weight = target.embedding.weight
+    weight = target.like
     return head.to(weight.device, weight.dtype).requires_grad_(False).eval()
 
 

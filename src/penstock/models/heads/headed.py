@@ -35,7 +35,7 @@ class Headed(Beside):
         Raises:
             UsageError: there is no such head for the model.
         """
-        weight = target.embedding.weight
+        weight = target.like
         head = kind.build(target.config).to(weight.device, weight.dtype)
         head.initialize(target, seed)
         return cls(target, kind, head, source)

@@ -58,11 +58,12 @@ def load_for_inference(
     part: Callable[[DecoderConfig], Decoder] | None = None,
 ) -> Decoder:
     """Loads a model as :func:`load` does, with two differences: it has no gradients, and quantized matrices of its
-    layers and of its head stay as they are stored, where products on the device read them; on a CPU, what an adapter
-    adds to these is not merged, but computed beside them. ``dtype`` is that of the others. With a ``share`` it is that
-    of a rank, of which nothing else is read; :mod:`penstock.parallel.tensor` makes ranks compute together. ``part``
-    makes, of the shape of the model, a decoder that has some of its layers, under their names in the whole; it is
-    filled, and nothing else is read. An adapter is merged in these two.
+    layers, their experts too, of its embedding and of its head stay as they are stored, where products on the device
+    read them; on a CPU, what an adapter adds to those of linear layers is not merged, but computed beside them.
+    ``dtype`` is that of the others. With a ``share`` it is that of a rank, of which nothing else is read;
+    :mod:`penstock.parallel.tensor` makes ranks compute together. ``part`` makes, of the shape of the model, a decoder
+    that has some of its layers, under their names in the whole; it is filled, and nothing else is read. An adapter is
+    merged in these two.
 
     Raises:
         UsageError: as :func:`load`; or that many ranks cannot divide the model.
@@ -102,7 +103,7 @@ def _load(
     beside: dict[str, peft.Addition] = {}
     apart = kept is not None and device.type in kept.apart and share is None and part is None
     if kept is not None and apart and isinstance(weights, peft.Adapted):
-        keep_packed(decoder, family, weights.base, device, dtype, kept)
+        keep_packed(decoder, family, weights, device, dtype, kept, weights.base)
         weights, beside = weights.apart(peft.beside_packed(decoder, family))
     elif kept is not None and (apart or adapter is None):
         keep_packed(decoder, family, weights, device, dtype, kept)
@@ -168,7 +169,7 @@ def weights_for(decoder: Decoder, folder: Path) -> dict[str, Tensor]:
         UsageError, ModelError: the folder is damaged or incomplete, or of another model.
     """
     _same_model(folder, read_config(folder), decoder)
-    return load(folder, dtype=decoder.embedding.weight.dtype).state_dict()
+    return load(folder, dtype=decoder.like.dtype).state_dict()
 
 
 def _same_model(folder: Path, config: DecoderConfig, decoder: Decoder) -> None:

@@ -22,6 +22,7 @@ from penstock.models.formats.safetensors import WEIGHTS, WEIGHTS_INDEX
 from penstock.models.hub.family import TOKEN_IDS, family_of, origin_of
 from penstock.models.hub.folders import CONFIG
 from penstock.models.linear import Linear
+from penstock.models.quantized import packed_layers
 
 #: What weights become on disk.
 Compress = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -51,12 +52,17 @@ def save(
             :data:`~penstock.models.formats.schemes.SCHEMES`; None stores them as they are.
 
     Raises:
-        UsageError: the folder holds a model, there is no such family or scheme, or the model has an adapter that cannot
-            be merged.
+        UsageError: the folder holds a model, there is no such family or scheme, the model has an adapter that cannot
+            be merged, or matrices that stay as they are stored.
         ModelError: the family cannot express the model, or the scheme does not fit its matrices.
         PenstockError: the disk is full, or the folder cannot be written.
     """
     chosen = family_of(decoder, family)
+    for name, _ in packed_layers(decoder):
+        raise UsageError(
+            f"{name} is in memory as it is stored, and is not written anew",
+            hint="Copy the model's folder, or load the model with plain numbers: penstock.models.hub.load().",
+        )
     for _, layer in routed(decoder):
         layer.merged(layer.weight)  # which is refused
     if not folder.exists():
@@ -80,7 +86,7 @@ def save(
 def _write(
     decoder: Decoder, family: Family, folder: Path, dtype: torch.dtype | None, shard_bytes: int, scheme: str | None
 ) -> None:
-    hub = config_of(decoder, family, dtype or decoder.embedding.weight.dtype)
+    hub = config_of(decoder, family, dtype or decoder.like.dtype)
     compress: Compress = _as_they_are
     if scheme is not None:
         compress, hub["quantization_config"] = _quantizing(decoder, family, scheme)

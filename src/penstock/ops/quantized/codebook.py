@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from penstock.ops.quantized import cpu
+from penstock.ops.quantized import cpu, cuda
 from penstock.ops.quantized.contract import Example, Parts, WeightFormat, spread
 from penstock.ops.quantized.integers import halves
 from penstock.policy import policy
@@ -31,7 +32,9 @@ TABLES = {
 @policy("weight.format", "codebook4")
 class Codebook4(WeightFormat):
     """Codes, two in a byte of ``values``, uint8 [M, K / 2], the first in its low bits; each stands for a number of the
-    ``table``, times the ``scale``, float32 [M, k], of its ``group`` of columns."""
+    ``table``, times the ``scale``, float32 [M, k], of its ``group`` of columns.
+
+    On CUDA there are kernels for fp4, whose numbers are made of their bits."""
 
     table: Literal["fp4", "nf4"] = "nf4"
     group: PositiveInt = 64
@@ -46,14 +49,27 @@ class Codebook4(WeightFormat):
 
     def dequantize(self, parts: Parts) -> Tensor:
         values = parts["values"]
-        numbers = torch.tensor(TABLES[self.table], device=values.device)[halves(values).int()]
+        numbers = _numbers(self.table, values.device)[halves(values).int()]
         return numbers * spread(parts["scale"], numbers.shape[1], self.group)
 
     def product(self, x: Tensor, parts: Parts) -> Tensor:
-        if cpu.serves(x, self.shape(parts)[1], self.group):
-            table = torch.tensor(TABLES[self.table])
-            return cpu.product("table4", x, parts["values"], parts["scale"], table=table, group=self.group)
+        columns, own = self.shape(parts)[1], (parts["values"], parts["scale"])
+        if self.table == "fp4" and cuda.serves(x, columns, self.group):
+            return cuda.product("e2m1", x, *own, group=self.group)
+        if cpu.serves(x, columns, self.group):
+            table = _numbers(self.table, x.device)
+            return cpu.product("table4", x, *own, table=table, group=self.group)
         return super().product(x, parts)
+
+    def grouped_product(self, x: Tensor, parts: Parts, ends: Tensor) -> Tensor | None:
+        if self.table != "fp4" or not cuda.serves(x, self.shape(parts)[1], self.group):
+            return None
+        return cuda.grouped_product("e2m1", x, parts["values"], parts["scale"], ends=ends, group=self.group)
+
+    def computes(self, device: torch.device, dtype: torch.dtype) -> bool:
+        if device.type == "cpu":
+            return True
+        return self.table == "fp4" and cuda.computes(device, dtype, self.group, cuda.BFLOAT16)
 
     @classmethod
     def example(cls) -> Example:
@@ -63,3 +79,9 @@ class Codebook4(WeightFormat):
         }
         numbers = [[0.0, 1.0, 6.0, -0.5], [1.0, -6.0, 0.0, 0.0], [6.0, 12.0, 16.0, 32.0]]
         return Example(cls(table="fp4", group=2), parts, numbers)
+
+
+@functools.cache
+def _numbers(table: str, device: torch.device) -> Tensor:
+    """What the codes of ``table`` stand for, on ``device``, where it stays: to bring it there would be to wait."""
+    return torch.tensor(TABLES[table], device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,9 +32,10 @@ class Example(NamedTuple):
 @contract(
     "weight.format",
     law="a stored matrix stands for the numbers that the format's definition gives, also where it is arranged for "
-    "products; rows can be cut from it, and columns between its units; a product with it is that with these numbers, "
-    "within the rounding that the format states, and on a CPU models compute with it as it is stored; the gradient of "
-    "its input is that of a product with these numbers, and nothing is kept for it",
+    "products; rows can be cut from it and looked up, and columns cut between its units; a product with it is "
+    "that with these numbers, within the rounding that the format states, and on a CPU models compute with it as "
+    "it is stored: layers, experts, and a head and an embedding that share one matrix; the gradient of its input "
+    "is that of a product with these numbers, and nothing is kept for it",
 )
 class WeightFormat(Policy):
     """A way to store a matrix of weights [M, K] in few bits.
@@ -61,6 +62,12 @@ class WeightFormat(Policy):
         for rows, piece in self._in_pieces(parts):
             out[:, rows] = F.linear(x, piece.to(x.dtype))
         return out
+
+    def grouped_product(self, x: Tensor, parts: Parts, ends: Tensor) -> Tensor | None:
+        """Rows of ``x`` [N, K], sorted by expert, each times the transpose of its expert's matrix: [N, M], in the dtype
+        of ``x``, by a kernel that computes all at once, and waits for nothing; None where there is none. ``parts`` are
+        of the matrices of all experts one below the other, and ``ends`` int32 [E] says where the rows of each end."""
+        return None
 
     def input_gradient(self, gradient: Tensor, parts: Parts) -> Tensor:
         """The gradient of ``x`` in :meth:`product`, of that of its result, ``gradient`` [N, M]: [N, K], which is
@@ -151,6 +158,10 @@ class Packed:
         """The matrix, float32 [M, K]."""
         return self.format.dequantize(self.parts)
 
+    def rows(self, indices: Tensor) -> Tensor:
+        """The rows at ``indices``, integers [N]: float32 [N, K]."""
+        return self.format.dequantize({name: _taken(part, indices) for name, part in self.parts.items()})
+
     def product(self, x: Tensor) -> Tensor:
         """``x`` [N, K] times the transpose of the matrix: [N, M], in the dtype of ``x``, which gets a gradient where it
         wants one. The matrix has none, and is not kept for that of ``x``, but dequantized once more."""
@@ -158,6 +169,48 @@ class Packed:
             found: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
             return found
         return self.format.product(x, self.parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedStack:
+    """As many matrices [M, K] as there are experts.
+
+    Attributes:
+        pieces: the rows of the first, then those of the second, and so on: [count * M, K] together.
+        count: of the matrices.
+    """
+
+    pieces: Sequence[Packed]
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[count, M, K]."""
+        return self.count, sum(piece.shape[0] for piece in self.pieces) // self.count, self.pieces[0].shape[1]
+
+    def product(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Rows of ``x`` [N, K], sorted by expert, each times the transpose of its expert's matrix: [N, M], in the dtype
+        of ``x``, which gets a gradient where it wants one. The rows of each expert end at ``ends``, int32 [count]; the
+        matrices of those without rows are not read."""
+        if len(self.pieces) == 1 and not (torch.is_grad_enabled() and x.requires_grad):
+            (piece,) = self.pieces
+            found = piece.format.grouped_product(x, piece.parts, ends)
+            if found is not None:
+                return found
+        stops = ends.tolist()
+        groups = [(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+        products = [self._of(x[start:stop], expert) for expert, (start, stop) in enumerate(groups) if start < stop]
+        return torch.cat(products) if products else x.new_empty(0, self.shape[1])
+
+    def _of(self, x: Tensor, number: int) -> Tensor:
+        """``x`` [N, K] times the transpose of the matrix at ``number``: [N, M]."""
+        rows, start, found = self.shape[1], 0, list[Tensor]()
+        for piece in self.pieces:
+            first, last = (min(max(at - start, 0), piece.shape[0]) for at in (number * rows, (number + 1) * rows))
+            if first < last:
+                found.append(Packed(piece.format, cut(piece.parts, first, last)).product(x))
+            start += piece.shape[0]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
 class _Product(torch.autograd.Function):
@@ -177,6 +230,13 @@ class _Product(torch.autograd.Function):
 def cut(parts: Parts, start: int, stop: int) -> Parts:
     """The parts of the rows from ``start`` to ``stop``, as views."""
     return {name: part[start:stop] for name, part in parts.items()}
+
+
+def _taken(part: Tensor, indices: Tensor) -> Tensor:
+    """The rows of ``part`` at ``indices``; those of e4m3, which devices do not index, by their bytes."""
+    if part.dtype == torch.float8_e4m3fn:
+        return part.view(torch.uint8)[indices].view(part.dtype)
+    return part[indices]
 
 
 def spread(groups: Tensor, columns: int, size: int | None) -> Tensor:

@@ -38,6 +38,10 @@ _library.define(  # type: ignore[no-untyped-call]
     "quantized_product(str kind, Tensor x, Tensor values, Tensor scale, Tensor? offset, int? group, bool rounds)"
     " -> Tensor"
 )
+_library.define(  # type: ignore[no-untyped-call]
+    "quantized_grouped_product(str kind, Tensor x, Tensor values, Tensor scale, Tensor? offset, Tensor ends,"
+    " int? group) -> Tensor"
+)
 
 
 def computes(device: torch.device, dtype: torch.dtype, group: int | None, generation: tuple[int, int]) -> bool:
@@ -101,7 +105,7 @@ def product(
     operator, so that a pass compiled for any number of rows can choose at each call; it waits for nothing.
 
     Args:
-        kind: how the matrix is stored: int4, int8, e4m3.
+        kind: how the matrix is stored: int4, e2m1, int8, e4m3.
         values: its rows as they are stored, [M, ...].
         scale: float32 [M, k] of the groups of columns.
         offset: the same, added.
@@ -138,6 +142,41 @@ def _product(
     return out
 
 
+def grouped_product(
+    kind: str,
+    x: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    *,
+    ends: Tensor,
+    group: int | None = None,
+) -> Tensor:
+    """``x`` bfloat16 [N, K], whose rows are sorted by expert, each times the transpose of its expert's matrix: bfloat16
+    [N, M]. To torch.compile it is one operator, too; it waits for nothing, and decodes matrices in registers alone.
+
+    Args:
+        kind, values, scale, offset, group: as of :func:`product`, of the matrices of all experts one below the other.
+        ends: int32 [E], where the rows of each expert end.
+    """
+    out: Tensor = torch.ops.penstock.quantized_grouped_product(kind, x, values, scale, offset, ends, group)
+    return out
+
+
+def _grouped_product(
+    kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor | None, ends: Tensor, group: int | None
+) -> Tensor:
+    from penstock.ops.quantized import grouped_kernel
+
+    if not len(x):
+        return x.new_zeros(0, values.shape[0] // len(ends))
+    x, values = x.contiguous(), values.contiguous()
+    if offset is not None:
+        scale, offset = scale.contiguous(), offset.contiguous()
+    x = x.clone() if x.data_ptr() % 16 else x
+    return grouped_kernel.product(kind, x, values, scale, offset, ends, group or WHOLE)
+
+
 def _shape(
     kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor | None, group: int | None, rounded: bool
 ) -> Tensor:
@@ -146,3 +185,9 @@ def _shape(
 
 _library.impl("quantized_product", _product, "CUDA")  # type: ignore[no-untyped-call]
 register_fake("penstock::quantized_product", _shape, lib=_library)
+_library.impl("quantized_grouped_product", _grouped_product, "CUDA")  # type: ignore[no-untyped-call]
+register_fake(
+    "penstock::quantized_grouped_product",
+    lambda kind, x, values, scale, offset, ends, group: x.new_empty(x.shape[0], values.shape[0] // ends.shape[0]),
+    lib=_library,
+)

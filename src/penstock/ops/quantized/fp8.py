@@ -45,6 +45,12 @@ class Fp8(WeightFormat):
             return cpu.product("e4m3", x, values, scale, group=self.group)
         return super().product(x, parts)
 
+    def grouped_product(self, x: Tensor, parts: Parts, ends: Tensor) -> Tensor | None:
+        """Rows of x are not rounded in it, however many there are."""
+        if not cuda.serves(x, self.shape(parts)[1], self.group):
+            return None
+        return cuda.grouped_product("e4m3", x, parts["values"], parts["scale"], ends=ends, group=self.group)
+
     def arranged(self, parts: Parts) -> Parts:
         if not self.rounds or parts["scale"].device.type == "cpu":
             return parts

@@ -33,6 +33,12 @@ class Integers(WeightFormat):
             return cpu.product(self.policy_name, x, parts["values"], scale, offset, group=self.group)
         return super().product(x, parts)
 
+    def grouped_product(self, x: Tensor, parts: Parts, ends: Tensor) -> Tensor | None:
+        if not cuda.serves(x, self.shape(parts)[1], self.group):
+            return None
+        own = parts["values"], parts["scale"], parts.get("offset")
+        return cuda.grouped_product(self.policy_name, x, *own, ends=ends, group=self.group)
+
     def computes(self, device: torch.device, dtype: torch.dtype) -> bool:
         return device.type == "cpu" or cuda.computes(device, dtype, self.group, cuda.BFLOAT16)
 

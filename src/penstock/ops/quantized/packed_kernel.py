@@ -91,6 +91,15 @@ def quarters(raw):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
+@triton.jit
+def floats(raw):  # type: ignore[no-untyped-def]
+    """Numbers of e2m1 in the lowest four bits, in bfloat16: a sign, two bits of the exponent, with a bias of 1, and one
+    of the mantissa."""
+    low = (raw & 7).to(tl.uint16)
+    bits = tl.where(low < 2, low * 0x3F00, (((low >> 1) + 126) << 7) | ((low & 1) << 6))
+    return (bits | ((raw & 8).to(tl.uint16) << 12)).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def number(several, place: tl.constexpr):  # type: ignore[no-untyped-def]
     """The one at a ``place`` of several bfloat16 in an integer, from the lowest bits on."""
@@ -112,26 +121,20 @@ def factors(  # type: ignore[no-untyped-def]
     return factor, added
 
 
-@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
-def product_kernel(  # type: ignore[no-untyped-def]
-    x, values, scale, offset, out, count, height, width, groups, down, along, each, steps,
-    together: tl.constexpr, shifted: tl.constexpr, even: tl.constexpr,
+@triton.jit  # type: ignore[untyped-decorator]
+def sums(  # type: ignore[no-untyped-def]
+    from_x, from_values, scale, offset, row, inside, there, width, groups, down, along, each, begin, steps,
+    together: tl.constexpr, table: tl.constexpr, shifted: tl.constexpr, even: tl.constexpr,
     rows: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    """out [pieces, count, height] = x [count, size] times the transpose of a matrix [height, size]. The matrix is
-    stored as values [height, width], and x has as many numbers in a row: where the matrix is in 4 bits, two in a uint8
-    or four in a uint16, so many of x are ``together`` too, in an int32 or an int64. A piece has ``steps`` of ``wide``
-    numbers of a row, of which ``each`` make a group; ``even``, if they fill all rows. One program for a tile of the
-    result, which is computed on its side: matrix units take what stands on the left from registers."""
-    row = tl.program_id(0) * tall + tl.arange(0, tall)
-    own = tl.program_id(1) * rows + tl.arange(0, rows)
-    inside, there = row < height, own < count
+    """[tall, rows]: rows of a matrix that are ``inside`` times rows of x that are ``there``, over the ``steps`` of
+    ``wide`` numbers from ``begin`` on, of which ``each`` make a group; ``even``, if they fill all rows. ``from_values``
+    [tall, wide] and ``from_x`` [wide, rows] point to the first ones, and the scales are those of ``row``. Where the
+    matrix is in 4 bits, ``together`` numbers of it are in one, two in a uint8 or four in a uint16, and as many of x in
+    an int32 or an int64; they are e2m1 where there is a ``table``."""
     lane = tl.arange(0, wide)
-    from_values = values + row.to(tl.int64)[:, None] * width + lane[None, :]
-    from_x = x + own.to(tl.int64)[None, :] * width + lane[:, None]
     total = tl.zeros((tall, rows), tl.float32)
     ones = tl.full((tall, wide), 1.0, tl.bfloat16)
-    begin = tl.program_id(2) * steps
     factor, added = factors(scale, offset, row, inside, begin // each, groups, down, along, shifted)
     for step in range(begin, begin + steps):
         at = step * wide
@@ -145,13 +148,19 @@ def product_kernel(  # type: ignore[no-untyped-def]
         group = (step + 1) // each
         next_factor, next_added = factors(scale, offset, row, inside, group, groups, down, along, shifted)
         if together == 4:
-            first, second, third, fourth = quarters(raw)
+            if table:
+                first, second, third, fourth = floats(raw), floats(raw >> 4), floats(raw >> 8), floats(raw >> 12)
+            else:
+                first, second, third, fourth = quarters(raw)
             a, b, c, d = number(given, 0), number(given, 1), number(given, 2), number(given, 3)
             total += factor[:, None] * tl.dot(fourth, d, tl.dot(third, c, tl.dot(second, b, tl.dot(first, a))))
             if shifted:
                 total += added[:, None] * tl.dot(ones, d, tl.dot(ones, c, tl.dot(ones, b, tl.dot(ones, a))))
         elif together == 2:
-            first, second = integers(raw & 15), integers(raw >> 4)
+            if table:
+                first, second = floats(raw), floats(raw >> 4)
+            else:
+                first, second = integers(raw & 15), integers(raw >> 4)
             a, b = number(given, 0), number(given, 1)
             total += factor[:, None] * tl.dot(second, b, tl.dot(first, a))
             if shifted:
@@ -161,6 +170,28 @@ def product_kernel(  # type: ignore[no-untyped-def]
             if shifted:
                 total += added[:, None] * tl.dot(ones, given)
         factor, added = next_factor, next_added
+    return total
+
+
+@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
+def product_kernel(  # type: ignore[no-untyped-def]
+    x, values, scale, offset, out, count, height, width, groups, down, along, each, steps,
+    together: tl.constexpr, table: tl.constexpr, shifted: tl.constexpr, even: tl.constexpr,
+    rows: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """out [pieces, count, height] = x [count, size] times the transpose of a matrix [height, size], which is stored as
+    values [height, width], as :func:`sums` has it. One program for a tile of the result, which is computed on its side:
+    matrix units take what stands on the left from registers."""
+    row = tl.program_id(0) * tall + tl.arange(0, tall)
+    own = tl.program_id(1) * rows + tl.arange(0, rows)
+    inside, there = row < height, own < count
+    lane = tl.arange(0, wide)
+    from_values = values + row.to(tl.int64)[:, None] * width + lane[None, :]
+    from_x = x + own.to(tl.int64)[None, :] * width + lane[:, None]
+    total = sums(
+        from_x, from_values, scale, offset, row, inside, there, width, groups, down, along, each,
+        tl.program_id(2) * steps, steps, together, table, shifted, even, rows, tall, wide,
+    )  # fmt: skip
     to = out + (tl.program_id(2).to(tl.int64) * count + own.to(tl.int64)[None, :]) * height + row[:, None]
     tl.store(to, total.to(out.dtype.element_ty), inside[:, None] & there[None, :])
 
@@ -180,19 +211,34 @@ def product(kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor 
     [N, M]. Products are exact and sums float32.
 
     Args:
-        kind: int4, int8 or e4m3.
-        values: uint8 [M, K / 2], int8 [M, K] or float8_e4m3fn [M, K].
+        kind: int4, e2m1, int8 or e4m3.
+        values: uint8 [M, K / 2] for the first two, int8 [M, K] or float8_e4m3fn [M, K].
         scale: float32 [M, k], with any strides.
         offset: the same, with those of the scale.
         group: columns of a group, of whole 32.
     """
-    (count, size), bits = x.shape, 4 if kind == "int4" else 8
+    (count, size), bits = x.shape, bits_of(kind)
     largest = MANY if read_shared_memory(x.device) else TILES[bits][-1][1]
     tile = next((tile for most, tile in TILES[bits] if count <= most), largest)
     pieces = pieces_of(count, values.shape[0], size, tile, processors(x.device))
     stage = math.gcd(group, tile.depth) * (2 * tile.rows + bits * tile.height // 8)
     tile = tile._replace(stages=stages(x.device, tile.stages, stage))
     return multiply(kind, x, values, scale, offset, group, tile, pieces)
+
+
+def bits_of(kind: str) -> int:
+    """Those of a number."""
+    return 4 if kind in ("int4", "e2m1") else 8
+
+
+def together(kind: str, x: Tensor, values: Tensor, depth: int) -> tuple[Tensor, Tensor, int]:
+    """``x`` and ``values`` as a kernel reads them that takes ``depth`` numbers of a row at a time, and how many are in
+    one there: where it is four, at least 16 of them are multiplied at a time."""
+    if bits_of(kind) == 8:
+        return x, values, 1
+    if x.shape[1] % 4 == 0 and depth >= 64:
+        return x.view(torch.int64), values.view(torch.uint16), 4
+    return x.view(torch.int32), values, 2
 
 
 def pieces_of(count: int, height: int, size: int, tile: Tile, processors: int) -> int:
@@ -220,15 +266,12 @@ def multiply(
     pieces = triton.cdiv(whole, steps)
     found = torch.empty(pieces, count, height, dtype=torch.bfloat16 if pieces == 1 else torch.float32, device=x.device)
     grid = (triton.cdiv(height, tile.height), triton.cdiv(count, tile.rows), pieces)
-    together = 1
-    if kind == "int4":  # of four numbers each, at least 16 are multiplied at a time
-        together = 4 if size % 4 == 0 and depth >= 64 else 2
-        x, values = (x.view(torch.int64), values.view(torch.uint16)) if together == 4 else (x.view(torch.int32), values)
+    x, values, in_one = together(kind, x, values, depth)
     product_kernel[grid](
         x, values, scale, scale if offset is None else offset, found,
         count, height, values.shape[1], scale.shape[1], *scale.stride(), group // depth, steps,
-        together, offset is not None, size == pieces * steps * depth,
-        tile.rows, tile.height, depth // together,
+        in_one, kind == "e2m1", offset is not None, size == pieces * steps * depth,
+        tile.rows, tile.height, depth // in_one,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if pieces == 1:

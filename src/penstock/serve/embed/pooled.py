@@ -77,7 +77,7 @@ def pooled_encoder(folder: Path, device: torch.device, dtype: torch.dtype, pooli
 
 def pooled_decoder(decoder: Decoder, pooling: Pooling) -> PooledModel:
     """A decoder that makes vectors of its hidden states after the last norm."""
-    shape, device = decoder.config, decoder.embedding.weight.device
+    shape, device = decoder.config, decoder.like.device
     weights = sum(each.nbytes for each in decoder.parameters())
     return PooledModel(decoder_states(decoder), shape.context, shape.vocabulary, shape.hidden, pooling, device, weights)
 

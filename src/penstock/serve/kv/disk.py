@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import struct
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from penstock.core.errors import UsageError
+from penstock.models.quantized import packed_layers
 
 if TYPE_CHECKING:
     from penstock.models.decoder import Decoder
@@ -36,11 +38,12 @@ _SAMPLED = 4096
 
 def fingerprint(model: Decoder, *more: object) -> str:
     """Tells apart whose keys and values are not each other's: by the model's configuration, some of its weights'
-    numbers (4,096 of each tensor, at equal distances), their dtype, the format of the files, and by ``more``, which is
-    printed."""
+    numbers (4,096 of each tensor, at equal distances, also of those that quantized matrices are stored in), their
+    dtype, the format of the files, and by ``more``, which is printed."""
     digest = hashlib.blake2b(model.config.model_dump_json().encode(), digest_size=16)
     digest.update(_FORMAT + repr(more).encode())
-    for name, tensor in model.state_dict().items():
+    packed = (layer.named_buffers(name) for name, layer in packed_layers(model))
+    for name, tensor in itertools.chain(model.state_dict().items(), *packed):
         some = tensor.detach().flatten()
         some = some[:: max(1, len(some) // _SAMPLED)].contiguous().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -188,7 +188,7 @@ class InProcess(NamedTuple):
 
     @torch.no_grad()
     def say(self, sequences: Sequence[npt.NDArray[np.int32]]) -> list[Said]:
-        device = self.decoder.embedding.weight.device
+        device = self.decoder.like.device
         row = torch.from_numpy(np.concatenate(sequences).astype(np.int64))[None].to(device)
         lengths = torch.tensor([len(each) for each in sequences])
         documents = torch.repeat_interleave(torch.arange(len(sequences)), lengths)[None]

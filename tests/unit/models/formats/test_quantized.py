@@ -23,12 +23,13 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from penstock import cli
 from penstock.core.errors import ModelError, UsageError
 from penstock.models import hub
-from penstock.models.config import DecoderConfig
+from penstock.models.config import DecoderConfig, MoEConfig
 from penstock.models.decoder import Decoder
 from penstock.models.formats.quantized import layout_of
 from penstock.models.formats.schemes import SCHEMES
 from penstock.ops.quantized.fp8 import Fp8
 from penstock.testing.transformers_peer import expected, peer, prompt, published, whole
+from quantized_folders import awq, gptq, mxfp4
 
 TOKENS = prompt()
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "tie_word_embeddings": False}
@@ -181,41 +182,6 @@ def test_shards_of_a_quantized_model_have_an_index(tmp_path):
 # AWQ, GPTQ, DeepSeek's fp8, bitsandbytes: packed here number by number, as their makers define it.
 
 
-def awq(values: Tensor, zeros: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    """``values`` [M, K], ``zeros`` and ``scale`` [M, k] as AutoAWQ packs them."""
-
-    def words(numbers: Tensor) -> Tensor:
-        """[n, M] to [n, M / 8]."""
-        out = torch.zeros(numbers.shape[0], numbers.shape[1] // 8, dtype=torch.int64)
-        for column in range(out.shape[1]):
-            for place, row in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):
-                out[:, column] |= numbers[:, 8 * column + row].long() << (4 * place)
-        return out.to(torch.int32)
-
-    return {"qweight": words(values.T), "qzeros": words(zeros.T), "scales": scale.T.contiguous()}
-
-
-def gptq(values: Tensor, zeros: Tensor, scale: Tensor, bits: int) -> dict[str, Tensor]:
-    """The same as AutoGPTQ packs them: columns from the lowest bits up, zeros less one."""
-
-    def words(numbers: Tensor) -> Tensor:
-        """[n, M] to [n bits / 32, M]."""
-        each = 32 // bits
-        out = torch.zeros(numbers.shape[0] // each, numbers.shape[1], dtype=torch.int64)
-        for row in range(numbers.shape[0]):
-            out[row // each] |= numbers[row].long() << (bits * (row % each))
-        return out.to(torch.int32)
-
-    size = values.shape[1] // scale.shape[1]
-    order = torch.arange(values.shape[1], dtype=torch.int32) // size
-    return {
-        "qweight": words(values.T),
-        "qzeros": words(zeros - 1).T.contiguous(),
-        "scales": scale.T.contiguous(),
-        "g_idx": order,
-    }
-
-
 def integers(bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Numbers [16, 64] of ``bits``, zeros and scales of groups of 32 columns, and what they stand for."""
     draws = torch.Generator().manual_seed(0)
@@ -295,23 +261,6 @@ def test_a_folder_in_fp8_with_one_scale_a_matrix_is_read_as_transformers_reads_i
 # gpt-oss's MXFP4.
 
 EXPERTS = "model.layers.1.mlp.experts.gate_up_proj"
-
-
-def mxfp4(folder: Path, change: Callable[[dict[str, Tensor]], object] = lambda _: None) -> Path:
-    """A gpt-oss whose experts are random numbers of four bits with random exponents."""
-    peer("gpt_oss", torch.bfloat16, hidden_size=64, intermediate_size=96).save_pretrained(folder)
-    tensors, draws = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
-    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        experts, columns, rows = tensors.pop(name).shape
-        shape = (experts, rows, columns // 32)
-        tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=draws).to(torch.uint8)
-        tensors[f"{name}_scales"] = torch.randint(121, 125, shape, generator=draws).to(torch.uint8)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def test_gpt_oss_as_it_is_published_is_what_transformers_makes_of_it(tmp_path):
@@ -515,10 +464,11 @@ for source in sys.argv[1:]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure memory")
-def test_opening_a_quantized_model_takes_its_own_bytes_and_one_shard(tmp_path):
-    """Of each scheme: at no time are matrices plain numbers."""
-    config = DecoderConfig(vocabulary=512, hidden=512, layers=10, heads=8, kv_heads=4, head_dim=64, ffn=1536)
-    decoder, shard = Decoder(config).initialize(0), 12_000_000
+@pytest.mark.parametrize("moe", [None, MoEConfig(experts=32, ffn=256)])
+def test_opening_a_quantized_model_takes_its_own_bytes_and_one_shard(moe, tmp_path):
+    """Of each scheme, with experts and without: at no time are matrices plain numbers."""
+    shape = {"vocabulary": 512, "hidden": 512, "layers": 10, "heads": 8, "kv_heads": 4, "head_dim": 64, "ffn": 1536}
+    decoder, shard = Decoder(DecoderConfig(**shape, moe=moe)).initialize(0), 12_000_000
     for scheme in SCHEMES:
         hub.save(decoder, tmp_path / scheme, shard_bytes=shard, scheme=scheme)
     line = [sys.executable, "-c", MEASURE_PACKED, *(str(tmp_path / scheme) for scheme in SCHEMES)]

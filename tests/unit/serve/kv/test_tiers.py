@@ -25,6 +25,8 @@ from penstock.core.randomness import torch_generator
 from penstock.ops.paged.contract import CacheShape
 from penstock.ops.paged.cpu import Native
 from penstock.ops.paged.reference import Reference
+from penstock.ops.quantized.contract import Packed
+from penstock.ops.quantized.integers import Int8
 from penstock.serve.build import build_engine, build_runners
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
@@ -37,6 +39,7 @@ from penstock.testing.at_once import AtOnce
 from penstock.testing.engine.requests import numbers
 from penstock.testing.reference import greedy
 from penstock.testing.serve_model import small_model
+from penstock.testing.weight_format import swap
 
 #: What follows each of these, one after the other, does not fit into a cache of 80 tokens.
 PROMPTS = [numbers(f"tiers {index}", 40) for index in range(4)]
@@ -430,6 +433,17 @@ def test_models_whose_keys_and_values_differ_have_folders_of_their_own():
     }
     assert len(marks) == 4
     assert fingerprint(copy.deepcopy(model), torch.float32, 16) in marks
+
+
+def test_so_have_models_that_differ_in_what_quantized_matrices_are_stored_in():
+    packed = []
+    for least in (-127, -126):
+        model = copy.deepcopy(small_model())
+        values = torch.full(model.embedding.weight.shape, least, dtype=torch.int8)
+        swap(model, "embedding.weight", Packed(Int8(), {"values": values, "scale": torch.ones(len(values), 1)}))
+        packed.append(model)
+    one, other = (fingerprint(model) for model in packed)
+    assert one != other and one == fingerprint(copy.deepcopy(packed[0]))
 
 
 def test_a_request_that_waits_for_the_disk_can_be_aborted_and_run_out_of_time(tmp_path):

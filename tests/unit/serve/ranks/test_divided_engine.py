@@ -19,6 +19,7 @@ from penstock.models import hub
 from penstock.models.adapters.slots import matrices
 from penstock.models.decoder import Decoder
 from penstock.models.formats.schemes import SCHEMES
+from penstock.models.quantized import QuantizedExperts, packed_layers
 from penstock.models.shares import Share
 from penstock.parallel.world import World
 from penstock.serve.build import build_engine
@@ -34,6 +35,7 @@ from penstock.serve.ranks.group import RankLostError, Ranks
 from penstock.serve.ranks.wire import body, parse
 from penstock.testing.ranks import agreed, ranks
 from penstock.testing.transformers_peer import peer, prompt, randomize
+from quantized_folders import mixture, mxfp4
 from served import Forked
 from tiny_adapters import written
 
@@ -169,6 +171,24 @@ def test_two_ranks_say_of_quantized_models_what_one_device_does(tmp_path):
         hub.save(randomize(Decoder(shape)), folders[scheme], scheme=scheme)
     gguf_files.write(tmp_path / "q8.gguf", peer("llama", **gguf_files.SHAPE), "llama", gguf_files.coded("Q8_0"))
     check(2, {**folders, "gguf": hub.resolve(tmp_path / "q8.gguf")}, tokens=2)
+
+
+def test_two_ranks_say_of_quantized_mixtures_what_one_device_does(tmp_path):
+    """Embeddings, with and without a head of their own, and experts in matrices of their own and in a stack."""
+    folders = {
+        "tied": mixture(tmp_path / "tied", "gptq", tied=True),
+        "untied": mixture(tmp_path / "untied", "int8", tied=False),
+        "stack": mxfp4(tmp_path / "stack", ffn=128),
+    }
+    check(2, folders, tokens=2)
+    for name, folder in folders.items():
+        whole, *shares = (hub.load_for_inference(folder, share=share) for share in (None, Share(0, 2), Share(1, 2)))
+        bytes_of = [sum(each.nbytes for _, layer in packed_layers(one) for each in layer.buffers()) for one in shares]
+        assert bytes_of[0] == bytes_of[1] and isinstance(shares[0].layers[0].mlp.down, QuantizedExperts), name
+        matrices = sum(each.nbytes for _, layer in packed_layers(whole) for each in layer.buffers())
+        assert matrices / 2 <= bytes_of[0] < 0.56 * matrices  # the scales of rows are with each part of their columns
+    with pytest.raises(UsageError, match=r"down_proj cannot be divided .*: 32 columns are stored together"):
+        hub.load_for_inference(mxfp4(tmp_path / "odd"), share=Share(0, 2))
 
 
 @pytest.fixture(scope="module")

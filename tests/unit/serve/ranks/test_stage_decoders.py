@@ -14,6 +14,7 @@ from penstock.core.config import build
 from penstock.core.errors import ConfigError, UsageError
 from penstock.models import hub
 from penstock.models.decoder import Decoder, Layer
+from penstock.models.quantized import packed_layers
 from penstock.models.shares import Share
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
@@ -24,6 +25,7 @@ from penstock.serve.opening import open_engine, open_share
 from penstock.serve.ranks.group import RankLostError
 from penstock.serve.ranks.stages import stages
 from penstock.testing.transformers_peer import prompt, randomize
+from quantized_folders import mixture
 
 CONFIG = EngineConfig(tokens=12, sequences=4, block_size=4, cache_tokens=40, check=True)
 
@@ -95,6 +97,17 @@ def cut(size: int, **options: Any) -> EngineConfig:
 def test_two_stages_say_of_different_families_what_one_device_does(folders, name):
     (first, _) = together(2, folders(name), cut(2), said)
     assert first.get("returned") == alone(folders(name), said)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_stages_of_a_quantized_mixture_say_what_one_device_does(tied, tmp_path):
+    """A tied head is with the last stage, and the embedding with the first."""
+    folder = mixture(tmp_path / "m", "int8", tied=tied)
+    (first, _) = together(2, folder, cut(2), said)
+    assert first.get("returned") == alone(folder, said)
+    parts = [open_share(folder, cut(2), torch.device("cpu"), Share(rank, 2)) for rank in (1, 0)]
+    names = [{name for name, _ in packed_layers(part) if not name.startswith("layers.")} for part in parts]
+    assert names == [{"embedding.matrix"}, {"embedding.matrix"} if tied else {"head"}]
 
 
 @pytest.mark.slow
