@@ -29,8 +29,8 @@ def plain_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """out [height, width * together] of values [height, width], where ``together`` numbers are in one: in 4 bits, two
     in a uint8 or four in a uint16. The scale of the next row is ``down`` from there, and that of the next ``group`` of
-    columns ``along``; numbers in 4 bits are
-    e2m1 where there is a ``table``. One program for a tile: ``stretches`` of ``wide`` values."""
+    columns ``along``; numbers in 4 bits are e2m1 where there is a ``table``. One program for a tile: ``stretches`` of
+    ``wide`` values."""
     row = (tl.program_id(0) * rows + tl.arange(0, rows))[:, None, None]
     first = (tl.program_id(1) * stretches + tl.arange(0, stretches))[None, :, None] * wide
     line, at = row.to(tl.int64), first + tl.arange(0, wide)[None, None, :]
