@@ -202,7 +202,7 @@ class CodedDecoder:
 
     def __init__(self, model: Decoder, codec: Codec, learned: Tensor | None) -> None:
         self._model, self._codec, self._learned = model, codec, learned
-        self.embedding, self.logits = model.embedding, model.logits
+        self.like, self.logits = model.like, model.logits
 
     def __call__(self, tokens: Tensor, rows: CausalRows) -> Any:
         return self._model(tokens, CodedRows(rows, self._codec, self._learned))

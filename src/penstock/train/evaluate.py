@@ -88,7 +88,7 @@ def affordable(
 
     One batch is timed for it, of which it took what is ``agreed``; one document, the shortest, is always there.
     """
-    device = model.embedding.weight.device
+    device = model.like.device
     tokens, context = torch.zeros(rows, window, dtype=torch.int64, device=device), CausalRows.of(window, device)
     took = math.inf
     for _ in range(2):  # the first one warms up
@@ -128,7 +128,7 @@ def bits_per_byte(
         rows: windows at a time.
         report: shows the progress.
     """
-    device = model.embedding.weight.device
+    device = model.like.device
     context = CausalRows.of(window, device)
     nats = 0.0 if documents.prefix else documents.documents * math.log(model.config.vocabulary)
     with report("evaluating", documents.tokens, "tok") as bar:
@@ -150,7 +150,7 @@ def agreement(
     """How often the likeliest token of each guess of a head is the target's, by how far ahead it is: a share of the
     places in ``documents`` that have one so far ahead. Windows are those of :func:`bits_per_byte`.
     """
-    device, target = model.target.embedding.weight.device, model.target
+    device, target = model.target.like.device, model.target
     context = CausalRows.of(window, device)
     right: dict[int, float] = {}
     places: dict[int, int] = {}
@@ -187,7 +187,7 @@ def predicted_acceptance(
         ``accepted``, the share of drafted tokens that is; ``predicted``, the mean prediction; ``cross_entropy``, that
         of the predictions in nats a token; and ``constant``, what it would be had the share been predicted everywhere.
     """
-    device, context = pair.target.embedding.weight.device, CausalRows.of(window, pair.target.embedding.weight.device)
+    device, context = pair.target.like.device, CausalRows.of(window, pair.target.like.device)
     sums = torch.zeros(3, dtype=torch.float64)
     places = 0
     with report("evaluating", documents.tokens, "tok") as bar:

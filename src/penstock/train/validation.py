@@ -63,7 +63,7 @@ class Validation:
         measured = 0.0
         if whole is not None:
             arithmetic = weights.arithmetic(device) if device.type == "cuda" else contextlib.nullcontext()
-            there = whole.embedding.weight.device
+            there = whole.like.device
             with arithmetic:
                 measured = self.material.validate(whole.to(device))
             whole.to(there)

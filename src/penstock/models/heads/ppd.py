@@ -33,7 +33,8 @@ class PromptTokens(HeadModule):
     @torch.no_grad()
     def initialize(self, target: Decoder, seed: int) -> None:
         # As if they were tokens of the vocabulary, whose embeddings have this mean and spread.
-        known = target.embedding.weight.to(torch.promote_types(target.embedding.weight.dtype, torch.float32))
+        known = target.embedding(torch.arange(target.config.vocabulary, device=target.like.device))
+        known = known.to(torch.promote_types(known.dtype, torch.float32))
         draw = torch.randn(self.prompts.shape, generator=torch_generator(seed, "head/prompts"))
         drawn = known.mean(0) + known.std(0) * draw.to(known)
         self.prompts.copy_(target.config.embedding_scale * drawn)

@@ -201,7 +201,7 @@ class Dialogues(Material):
             if self._leads:
                 reference.write(found, folder / REFERENCE)
         if taught is not None and self._leads:
-            tokens, device = config.batch.micro_tokens or config.batch.tokens, str(model.embedding.weight.device)
+            tokens, device = config.batch.micro_tokens or config.batch.tokens, str(model.like.device)
             teacher.compute(taught, self.store, folder / TEACHER, tokens, device, report)
 
     def take(self, folder: Path) -> None:
@@ -232,7 +232,7 @@ class Dialogues(Material):
     def _mean(self, model: Decoder, report: Reporter, rows: int | None = None, seconds: float | None = None) -> float:
         """The mean loss of up to so many held-out rows, or of those that ``seconds`` suffice for; always the same
         first ones."""
-        batch, device = self._config.batch, model.embedding.weight.device
+        batch, device = self._config.batch, model.like.device
         loader = PackedLoader(self._examples("held_out"), length=batch.length, sampler=Shuffle(), seed=0)
         count = min(rows or loader.samples, loader.samples)
         began, loss, counted, done = time.monotonic(), 0.0, 0.0, 0

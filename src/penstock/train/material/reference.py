@@ -46,7 +46,7 @@ def _of_split(model: Decoder, examples: Examples, batch: BatchConfig, report: Re
     if not examples.count:
         return found
     loader = PackedLoader(examples, length=batch.length, sampler=Sequential(), seed=0)
-    device = model.embedding.weight.device
+    device = model.like.device
     with report("reference", loader.samples, "row") as bar:
         for row in range(loader.samples):
             for micro, context in microbatches(loader.batch(row, 1), batch.length, None, device):
