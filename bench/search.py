@@ -4,8 +4,9 @@ The preset ``puzzles`` trains a small model the first time, ``puzzles-100m`` a l
 its setting ``hardest`` says. It is kept, and not trained again while preset and puzzles stay as they are. Puzzles are
 held out by construction; a quarter each is small Python functions against tests, Countdown, 4x4 and 6x6 Sudoku. Scorers
 see what is exactly right, and of a part how much of it is sound, so this measures how programs spend a budget, not how
-judges err. The model was trained on puzzles alone: those programs that put questions to it in words get no sensible
-reply, and show what their questions cost.
+judges err. Half of the puzzles that the model was trained on were bare, and half were put as programs put them that ask
+for a thought first, an outline, the best of drafts, a verdict, tests; programs ask in the words that it knows
+(:mod:`penstock.data.puzzle_forms`). Those words are in capitals, which are never drawn.
 
 A program has the engine to itself, and all puzzles at once. Its seconds are those of the whole, from the puzzles to
 their answers; the same texts come each time.
@@ -17,6 +18,7 @@ import functools
 import inspect
 import itertools
 import math
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from penstock.core.bench import Bench
 from penstock.core.config import read_toml
 from penstock.core.garbage import settled
 from penstock.core.progress import silent
+from penstock.data import puzzle_forms as forms
 from penstock.data.puzzles import KINDS, OPERATIONS, puzzles, right
 from penstock.data.puzzles import LINE as COUNTED
 from penstock.policy import index
@@ -32,15 +35,26 @@ from penstock.search.coverage import coverage, power_law
 from penstock.search.ledger import Budget
 from penstock.search.llm import LLM, Plan, SearchResult, program_of, scoring_of
 from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.decode.roster import Roster
 from penstock.train import presets
 from penstock.train.kept import kept_run
 
 #: Of each preset, as long as the solutions of its puzzles are: the budget of tokens for a problem, the longest text,
 #: and how many tokens the cache holds.
-LIMITS = {"puzzles": (200, 48, 2**14), "puzzles-100m": (400, 64, 2**17)}
+LIMITS = {
+    "puzzles": (300, 96, 2**14),
+    "puzzles-100m": (400, 128, 2**17),
+    "puzzles-experts": (300, 48, 2**14),
+}
+
+#: The mixture of experts whose roster chooses tokens, and how many texts of each puzzle it is measured by.
+EXPERTS, TEXTS = "puzzles-experts", 8
 
 #: Puzzles of each kind.
 COUNT = 16
+
+#: What a part of a text is worth at most, of the 1 that a right one is; and a whole one that is wrong.
+PART, WRONG = 0.9, 0.1
 
 #: Samples of each problem for the law of coverage: fitted to the first numbers, and held against the last.
 SAMPLES, FITTED = 16, (1, 2, 4, 8)
@@ -52,8 +66,33 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     REBASE: {"name": "ets", "sharing": 0.0, "diversity": 0.0},
 }
 
+#: The words by which programs ask, as the model knows them; and widths that the budget pays for, where a program's own
+#: would leave all texts unfinished.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adaptive_sampling": {"question": forms.RIGHT, "yes": forms.NO, "no": forms.YES},
+    "codemonkeys": {"testing": forms.TESTS, "repair": forms.REPAIR},
+    "cot_switch": {"question": forms.HARD, "long": forms.THINK, "short": forms.SKIP},
+    "coverage": {"n": 8},
+    "dvts": {"trees": 2},
+    "elastic": {"opening": forms.THINK, "closing": forms.ANSWER, "thinking": 24},
+    "hedged": {"begin": forms.NUMBERED, "choose": forms.WHICH},
+    "no_thinking": {"skip": forms.SKIP},
+    "outline": {"sketch": forms.OUTLINE, "work": forms.ANSWER},
+    "parallel_thoughts": {"begin": forms.THINK, "summarise": forms.BEST},
+    "pdr": {"begin": forms.DRAFT, "distil": forms.BEST, "refine": forms.BEST, "improve": forms.BEST},
+    "solve_detect_verify": {
+        "complete": r"(?!)",
+        "question": forms.RIGHT,
+        "feedback": forms.RIGHT,
+        "again": forms.AGAIN,
+    },
+}
+
 #: What ETS stands beside; the paper sets it beside the last.
 PEERS: dict[str, tuple[int, ...]] = {"beam": (), "dvts": (), REBASE: (321,)}
+
+#: Whose summary reads several texts at once.
+THOUGHTS = "parallel_thoughts"
 
 #: Results of all problems, and the seconds that they took.
 Run = tuple[list[SearchResult], float]
@@ -63,53 +102,67 @@ Run = tuple[list[SearchResult], float]
 SAVING: dict[str, tuple[int, ...]] = {"first_finish": (), "adaptive_sampling": (400,), "a_star": (464,)}
 
 
-def preset(bench: Bench) -> str:
+def preset_of(bench: Bench) -> str:
     """Whose model searches."""
     return "puzzles" if bench.device.type == "cpu" or bench.quick else "puzzles-100m"
 
 
-def trained(bench: Bench) -> Path:
+def trained(bench: Bench, preset: str) -> Path:
     """The folder of the model for the device, which is trained where none is kept of these settings and puzzles."""
     changes = [f"device={bench.device}", *(["steps=20"] if bench.quick else [])]
-    return kept_run(preset(bench), changes, Path(inspect.getfile(puzzles)).read_bytes())
+    sources = [Path(inspect.getfile(each)).read_bytes() for each in (puzzles, forms)]
+    return kept_run(preset, changes, b"".join(sources))
 
 
-def opened(bench: Bench) -> LLM:
+def opened(bench: Bench, preset: str, **options: Any) -> LLM:
     """The model, with room for the texts of many problems."""
-    cache = LIMITS[preset(bench)][2]
-    return LLM(trained(bench), device=str(bench.device), progress=silent, cache_tokens=cache)
+    cache = LIMITS[preset][2]
+    return LLM(trained(bench, preset), device=str(bench.device), progress=silent, cache_tokens=cache, **options)
 
 
-def problems(bench: Bench) -> list[dict[str, Any]]:
+def undrawn(llm: LLM) -> dict[int, float]:
+    """What bars the words that ask from being drawn: tokens with capitals in them."""
+    capitals = set(string.ascii_uppercase)
+    return {token: -100.0 for text, token in llm.tokenizer.get_vocab().items() if capitals & set(text)}
+
+
+def problems(bench: Bench, preset: str) -> list[dict[str, Any]]:
     """Held-out puzzles of each kind, as hard as those that the model was trained on."""
-    hardest = read_toml(presets.path_of(preset(bench)))["data"]["corpus"].get("hardest", 1)
+    hardest = read_toml(presets.path_of(preset))["data"]["corpus"].get("hardest", 1)
     count = hardest if bench.quick else COUNT
     found = []
     for kind in KINDS:
         unlike: dict[str, dict[str, Any]] = {}
         for puzzle in puzzles(kind, held_out=True, hardest=hardest):
-            # The end of a function's line and the indent behind it are one token: a prompt ends before it.
-            asked = puzzle.prompt.rstrip("\n") if kind == "functions" else puzzle.prompt
-            unlike.setdefault(puzzle.prompt, {"kind": kind, "prompt": asked, **puzzle.facts})
+            unlike.setdefault(puzzle.prompt, {"kind": kind, "prompt": forms.asked(puzzle), **puzzle.facts})
             if len(unlike) == count:
                 break
         found += unlike.values()
     return found
 
 
+def solution(text: str) -> str:
+    """What ``text`` says behind a thought, if it has one."""
+    return text.rpartition(forms.ANSWER)[2]
+
+
 def solves(problem: Mapping[str, Any], text: str) -> bool:
     """Whether ``text`` is right."""
-    return right(problem["kind"], dict(problem), text)
+    return right(problem["kind"], dict(problem), solution(text))
 
 
 def score(problem: Mapping[str, Any], text: str) -> float:
-    """1 where ``text`` is right, else up to a half: the share of its lines that are sound."""
+    """1 where ``text`` is right; else the share of its lines that are sound, of what a part or a whole one may be worth
+    at most."""
     if solves(problem, text):
         return 1.0
-    lines = text.strip().splitlines()
+    lines = solution(text).strip().splitlines()
+    if not lines:
+        return PART
     if problem["kind"] == "countdown":
-        sound = [_sound(line) for line in lines]
+        whole, sound = len(problem["numbers"]) - 1, [_sound(line) for line in lines]
     elif problem["kind"].startswith("sudoku"):
+        whole = len(problem["given"])
         sound = [
             len(set(line)) == len(problem["given"])
             and all(said in (".", found) for said, found in zip(given, line, strict=False))
@@ -117,8 +170,9 @@ def score(problem: Mapping[str, Any], text: str) -> float:
             if line
         ]
     else:
-        sound = [line.lstrip().startswith("return") for line in lines]
-    return 0.5 * sum(sound) / max(1, len(sound))
+        whole, sound = 1, [line.lstrip().startswith("return") for line in lines]
+    ended = len(lines) >= whole and text.endswith("\n")
+    return (WRONG if ended else PART) * sum(sound) / len(sound)
 
 
 def _sound(line: str) -> bool:
@@ -136,14 +190,16 @@ def searched(llm: LLM, plan: Plan, asked: list[dict[str, Any]]) -> list[SearchRe
 
 def main(bench: Bench) -> None:
     """Trains the model, and runs every program on every problem."""
-    asked, llm = problems(bench), opened(bench)
-    budget, longest, _ = LIMITS[preset(bench)]
+    preset = preset_of(bench)
+    asked, llm = problems(bench, preset), opened(bench, preset)
+    budget, longest, _ = LIMITS[preset]
+    barred = undrawn(llm)
 
     def planned(program: dict[str, Any], amount: float | None) -> Plan:
         return Plan(
             program_of(program),
             {"": scoring_of(score)},
-            SamplingParams(temperature=0.8, max_tokens=longest, seed=1),
+            SamplingParams(temperature=0.8, max_tokens=longest, seed=1, logit_bias=barred),
             Budget(amount=amount),
             "\n",
             str.strip,
@@ -153,7 +209,7 @@ def main(bench: Bench) -> None:
     def timed(name: str, wanted: list[dict[str, Any]]) -> Run:
         llm.engine.memory.pool.forget()  # what the one before computed is of no use to this one
         found: list[SearchResult] = []
-        plan = planned(PROGRAMS.get(name, {"name": name}), budget)
+        plan = planned(programmed(name), budget)
         seconds = bench.seconds(lambda: found.extend(searched(llm, plan, wanted)))
         return found, seconds
 
@@ -171,6 +227,94 @@ def main(bench: Bench) -> None:
         saved(bench, name, papers, setting, asked, runs[name][0][0], drawn)
     for peer, papers in PEERS.items():
         beside(bench, peer, papers, setting, runs)
+    summed_up(bench, setting, asked, planned(programmed(THOUGHTS), budget), llm)
+    roster(bench)
+
+
+def programmed(name: str) -> dict[str, Any]:
+    """The program that is called so here."""
+    return PROGRAMS.get(name, {"name": name, **OPTIONS.get(name, {})})
+
+
+def summed_up(bench: Bench, setting: str, asked: list[dict[str, Any]], plan: Plan, llm: LLM) -> None:
+    """A summary that reads its thoughts where they are in the cache, beside one that has them in its prompt."""
+    peer = f"{THOUGHTS} in a row"
+    engines = {THOUGHTS: opened(bench, preset_of(bench), kv_reuse="ape"), peer: llm}
+
+    def drawn(engine: LLM) -> Run:
+        engine.engine.memory.pool.forget()
+        found: list[SearchResult] = []
+        seconds = bench.seconds(lambda: found.extend(searched(engine, plan, asked)))
+        return found, seconds
+
+    for engine in engines.values():
+        drawn(engine)
+    with settled():
+        turns = {name: functools.partial(drawn, engine) for name, engine in engines.items()}
+        runs = bench.turns(turns, setting, repetitions=2, uncounted=0)
+    for metric, unit, value, better in (
+        (
+            "computed tokens a problem",
+            "tokens",
+            lambda run: sum(each.ledger.computed for each in run[0]) / len(asked),
+            "lower",
+        ),
+        ("accuracy", "%", lambda run: 100 * _accuracy(asked, run[0]), "higher"),
+        ("time", "s", lambda run: run[1], "lower"),
+    ):
+        bench.compared(
+            subject=f"{THOUGHTS} beside each other",
+            peer=peer,
+            setting=setting,
+            metric=metric,
+            unit=unit,
+            values=[value(run) for run in runs[THOUGHTS]],
+            peer_values=[value(run) for run in runs[peer]],
+            better=better,
+        )
+
+
+def roster(bench: Bench) -> None:
+    """A mixture of experts beside a roster of its experts [173]: how often a text is right, and the seconds of all."""
+    asked, llm = problems(bench, EXPERTS), opened(bench, EXPERTS)
+    longest = LIMITS[EXPERTS][1]
+
+    def drawn(rule: Roster | None) -> Run:
+        llm.engine.memory.pool.forget()
+        found: list[SearchResult] = []
+        sampling = SamplingParams(temperature=0.8, max_tokens=longest, seed=1, rule=rule)
+        program = program_of({"name": "coverage", "n": TEXTS})
+        plan = Plan(program, {"": scoring_of(score)}, sampling, step="\n", answer=str.strip)
+        seconds = bench.seconds(lambda: found.extend(searched(llm, plan, asked)))
+        return found, seconds
+
+    setting = f"{EXPERTS}: {len(asked)} held-out puzzles, {TEXTS} texts each"
+    rules = {"roster": Roster(), "the same model": None}
+    for rule in rules.values():
+        drawn(rule)
+    with settled():
+        turns = {name: functools.partial(drawn, rule) for name, rule in rules.items()}
+        runs = bench.turns(turns, setting, repetitions=2, uncounted=0)
+    shares = {
+        name: [100 * sum(each.notes["right"] for each in found) / (TEXTS * len(asked)) for found, _ in own]
+        for name, own in runs.items()
+    }
+    for metric, unit, values, better, papers in (
+        ("accuracy of a text", "%", shares, "higher", (173,)),
+        ("time", "s", {name: [seconds for _, seconds in own] for name, own in runs.items()}, "lower", ()),
+    ):
+        ours, theirs = values.values()
+        bench.compared(
+            subject="roster",
+            peer="the same model",
+            setting=setting,
+            metric=metric,
+            unit=unit,
+            values=ours,
+            peer_values=theirs,
+            better=better,
+            papers=papers,
+        )
 
 
 def setting_of(asked: list[dict[str, Any]], budget: int) -> str:

@@ -108,9 +108,10 @@ def branches(bench: Bench) -> None:
 
 def loop(bench: Bench) -> None:
     """The best of n samples by a search, and by a loop over HTTP."""
-    folder, asked, llm = search.trained(bench), search.problems(bench), search.opened(bench)
-    _, longest, cache = search.LIMITS[search.preset(bench)]
-    sampling = {"temperature": 0.8, "max_tokens": longest}
+    preset = search.preset_of(bench)
+    folder, asked, llm = search.trained(bench, preset), search.problems(bench, preset), search.opened(bench, preset)
+    _, longest, cache = search.LIMITS[preset]
+    sampling = {"temperature": 0.8, "max_tokens": longest, "logit_bias": search.undrawn(llm)}
     line = [sys.executable, "-m", "penstock", "serve", str(folder), "--name", "puzzles", "--port", "0"]
     with subprocess.Popen(
         [*line, "--device", str(bench.device), "--set", f"cache_tokens={cache}"],

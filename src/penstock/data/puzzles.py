@@ -39,6 +39,9 @@ SHOWN, LARGE = (0, 1, 2, 4), 10_000
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
+#: What they are called in an outline.
+NAMES = {"+": "plus", "-": "less", "*": "times"}
+
 #: A line of a Countdown solution.
 LINE = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
 
@@ -52,12 +55,17 @@ class Puzzle:
         prompt, solution: texts; the one stands behind the other.
         facts: what checks an answer: the ``tests`` and the ``code`` before them, the ``numbers`` and the ``target``, or
             the ``given`` rows.
+        thought: how it comes about: the expression after each step, what each operation makes, or what is missing in
+            each row.
+        outline: what is done, or the first row.
     """
 
     kind: Kind
     prompt: str
     solution: str
     facts: dict[str, Any]
+    thought: str
+    outline: str
 
     @property
     def held_out(self) -> bool:
@@ -97,35 +105,40 @@ def _function(draw: random.Random, level: int) -> Puzzle:
             (draw.choice(list(STEPS.items())), draw.randint(2, 9))
             for _ in range(draw.choice((2, 2, 3)) + (level - 1) // 2)
         ]
-        expression = "x"
+        expression, thought = "x", ["x"]
         for (_, code), digit in steps:
             expression = code.format(x=expression, k=digit)
+            thought.append(expression)
         value = eval(compile(ast.parse(f"lambda x: {expression}", mode="eval"), "puzzle", "eval"))  # our own text
         if level == 1 or abs(value(SHOWN[-1])) < LARGE:
             break
     said = [words.format(k=digit) for (words, _), digit in steps]
+    outline = ", ".join(said)
     for place in draw.sample(range(len(said)), min(level - 1, len(said))):
         said[place] = "?"
     shown = "".join(f"; {x} to {value(x)}" for x in SHOWN) if level > 1 else ""
     prompt = f'def f(x):\n    """{", ".join(said)}{shown}"""\n'
     tests = [f"assert f({x}) == {value(x)}" for x in (0, 1, 2, 5, -3)]
-    return Puzzle("functions", prompt, f"    return {expression}\n", {"code": prompt, "tests": tests})
+    facts = {"code": prompt, "tests": tests}
+    return Puzzle("functions", prompt, f"    return {expression}\n", facts, ", ".join(thought), outline)
 
 
 def _countdown(draw: random.Random, level: int) -> Puzzle:
     while True:
         numbers = [draw.randint(1, 1 + 8 * level) for _ in range(2 + level)]
-        left, lines = list(numbers), []
+        left, lines, signs = list(numbers), [], []
         while len(left) > 1:
             one, other = (left.pop(draw.randrange(len(left))) for _ in range(2))
             sign = draw.choice(list(OPERATIONS))
             made = OPERATIONS[sign](one, other)
             lines.append(f"{one}{sign}{other}={made}\n")
+            signs.append(NAMES[sign])
             left.append(made)
         if all("=-" not in line and int(line.split("=")[1]) < 100 * level for line in lines):
             break
-    shown = " ".join(map(str, numbers))
-    return Puzzle("countdown", f"make {left[0]} of {shown}\n", "".join(lines), {"numbers": numbers, "target": left[0]})
+    prompt, facts = f"make {left[0]} of {' '.join(map(str, numbers))}\n", {"numbers": numbers, "target": left[0]}
+    made_of = " ".join(line.strip().split("=")[1] for line in lines)
+    return Puzzle("countdown", prompt, "".join(lines), facts, made_of, " ".join(signs))
 
 
 def _sudoku(draw: random.Random, level: int) -> Puzzle:
@@ -162,7 +175,12 @@ def _hidden(kind: Kind, solved: list[str], count: int, draw: random.Random) -> P
         for row, line in enumerate(solved)
     ]
     lines = "\n".join
-    return Puzzle(kind, f"sudoku\n{lines(given)}\n\n", f"{lines(solved)}\n", {"given": given})
+    missing = [
+        "".join(letter for said, letter in zip(shown, line, strict=True) if said == ".") or "0"
+        for shown, line in zip(given, solved, strict=True)
+    ]
+    prompt, solution = f"sudoku\n{lines(given)}\n\n", f"{lines(solved)}\n"
+    return Puzzle(kind, prompt, solution, {"given": given}, " ".join(missing), solved[0])
 
 
 MAKERS: dict[Kind, Callable[[random.Random, int], Puzzle]] = {

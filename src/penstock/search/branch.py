@@ -80,6 +80,7 @@ class Branch:
         fate: for those who look at the tree: ``pruned``, ``kept``, ``answer``, ``aside`` of one that is no answer but a
             question about one, or empty.
         computed: how many tokens of it are computed, or will be with what is under way.
+        beside: texts that it reads where they are in the cache: whose, and where they begin and end in its tokens.
         anchor: where the first ``anchored`` of its tokens are in the engine's cache.
     """
 
@@ -106,6 +107,7 @@ class Branch:
         self.fate = ""
         self.computed: int = 0 if parent is None else parent.computed
         self.children = 0
+        self.beside: tuple[tuple[Branch, int, int], ...] = ()
         self.anchor: Anchor | None = None
         self.anchored = 0
         self.dropped = False
@@ -206,11 +208,13 @@ class Branch:
         probable tokens at each place in ``alternatives``.
 
         Raises:
-            UsageError: it was forked, or dropped.
+            UsageError: it was forked, or dropped; or it reads texts beside it, and was extended before.
             BudgetSpentError: when awaited, there is nothing left for a single token.
         """
         if self.children or self.dropped:
             raise UsageError(f"branch {self.number} was {'dropped' if self.dropped else 'forked'}: extend another one")
+        if self.beside and self.steps:
+            raise UsageError(f"branch {self.number} reads texts beside it, and can be extended once")
         strings = (text,) if isinstance(text, str) else text
         until = Until(
             tokens, (*strings, *((self.search.step,) if step else ())), re.compile(pattern) if pattern else None
@@ -226,10 +230,12 @@ class Branch:
             temperature: their tokens are drawn at; this one's own by default.
 
         Raises:
-            UsageError: it was dropped, or cannot be cut there; or the search would have too many branches open.
+            UsageError: it was dropped, reads texts beside it, or cannot be cut there; or the search would have too many
+                branches open.
         """
-        if self.dropped:
-            raise UsageError(f"branch {self.number} was dropped, and cannot be forked")
+        if self.dropped or self.beside:
+            why = "was dropped" if self.dropped else "reads texts beside it"
+            raise UsageError(f"branch {self.number} {why}, and cannot be forked")
         if at is not None and not self.prompt <= at <= len(self.tokens):
             raise UsageError(
                 f"branch {self.number} has {self.prompt} to {len(self.tokens)} tokens to fork at, not {at}"

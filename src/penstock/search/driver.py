@@ -17,7 +17,7 @@ from penstock.search.play import Piece, Play
 from penstock.search.scorers.contract import Candidate, Scoring, Verdict, verdicts
 from penstock.search.search import Judge, States, Work
 from penstock.serve.choose.logprobs import LogprobRows
-from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.choose.sampling import MOST_LOGPROBS, SamplingParams
 from penstock.serve.engine.engine import Engine
 from penstock.serve.engine.executor import Readable
 from penstock.serve.messages import Delta, Finish, Request
@@ -200,9 +200,11 @@ class Driver:
         asked: dict[str, Any] = {"max_tokens": piece.most, "seed": branch.seed, "logprobs": piece.top}
         if branch.temperature is not None:
             asked["temperature"] = branch.temperature
-        if branch.model:  # these name tokens of the search's own model
-            asked |= {"stop_tokens": (), "logit_bias": {}}
         line, engine = branch.line, self._engines[branch.model]
+        if engine is not self._engines[""]:  # these name tokens of the search's own model
+            asked |= {"stop_tokens": (), "logit_bias": {}}
+        elif piece.top:  # those that are never drawn may be among the most probable ones
+            asked["logprobs"] = min(MOST_LOGPROBS, piece.top + len(_banned(self._sampling)))
         request = dataclasses.replace(
             self._like,
             id=f"{self._prefix}{self._count}",
@@ -214,9 +216,13 @@ class Driver:
         )
         held = dict(zip(line, [*(each.start for each in line[1:]), len(branch.tokens)], strict=True))
         source = max(line, key=lambda each: min(each.anchored, held[each]) if each.anchor is not None else -1)
+        if branch.beside:
+            request = _beside(request, branch)
         run = _Run(play, piece, request, leads)
         try:
-            if source.anchor is None:
+            if branch.beside:
+                engine.add(request, [None if each.anchor is None else each.anchor.id for each, *_ in branch.beside])
+            elif source.anchor is None:
                 engine.add(request)
             else:
                 engine.fork(source.anchor.id, request)
@@ -252,13 +258,17 @@ class Driver:
         tokens = [token for delta in news for token in delta.tokens]
         rows = LogprobRows.joined([delta.logprobs for delta in news if delta.logprobs is not None])
         run.told += len(tokens)
-        return run.play.told(run.piece, tokens, rows.spreads, [row.top for row in rows] if run.piece.top else ())
+        most = run.piece.top
+        banned = _banned(run.request.sampling) if most else set()
+        tops = [[each for each in row.top if each[0] not in banned][:most] for row in rows] if most else ()
+        return run.play.told(run.piece, tokens, rows.spreads, tops)
 
     def _led(self, run: _Run) -> None:
         """The prompt of ``run`` is computed: others can go on from it."""
-        anchor = Anchor(run.request.id, 0, run.piece.branch.model)
-        for branch in [*run.leads, run.piece.branch]:
-            self._anchor(branch, anchor, len(branch.tokens) - 1)
+        if run.request.keep:
+            anchor = Anchor(run.request.id, 0, run.piece.branch.model)
+            for branch in [*run.leads, run.piece.branch]:
+                self._anchor(branch, anchor, len(branch.tokens) - 1)
         for play, piece in [each for branch in run.leads for each in self._leaders.pop(branch)]:
             self._start(play, piece)
 
@@ -275,7 +285,7 @@ class Driver:
         piece.branch.anchored = max(0, len(piece.branch.tokens) - 1)
         ledger = play.search.ledger
         ledger.cached += run.cached
-        ledger.computed += len(request.prompt) - run.cached + max(0, run.told - 1)
+        ledger.computed += request.length - run.cached + max(0, run.told - 1)
         why = None
         if finish is Finish.STOP:
             why = "stop"
@@ -365,6 +375,19 @@ class Driver:
                 tell()
                 self._begin(play)
             self._send()
+
+
+def _banned(sampling: SamplingParams) -> set[int]:
+    """Tokens that are never drawn."""
+    return {token for token, bias in sampling.logit_bias.items() if bias <= -100}
+
+
+def _beside(request: Request, branch: Branch) -> Request:
+    """The ``request`` of a branch that reads texts where they are in the cache, which are no part of its prompt."""
+    prompt, shared, end = request.prompt, branch.beside[0][1], branch.beside[-1][2]
+    contexts = [prompt[first:last] for _, first, last in branch.beside]
+    own = [*prompt[:shared], *prompt[end:]]
+    return dataclasses.replace(request, prompt=own, contexts=contexts, shared=shared, keep=False, given=None)
 
 
 def _candidate(branch: Branch) -> Candidate:

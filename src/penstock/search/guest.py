@@ -85,7 +85,8 @@ class Searches:
         ready(plan, ())
         checking(plan.program)(wanted.problem)
         driver = Driver(engine, plan.sampling, plan.scorers, wanted.seconds, like=request)
-        voice = Voice(self._texts, tuple(request.prompt), engine.ends, engine.limits.context)
+        limits = engine.limits
+        voice = Voice(self._texts, tuple(request.prompt), engine.ends, limits.context, limits.apart)
         play = begun(plan, wanted.problem, {"": voice}, plan.sampling.seed, {"": self._prices}, driver)
         deadline = time.monotonic() + (float("inf") if request.deadline is None else request.deadline)
         self._errands[request.id] = _Errand(driver, play, deadline)

@@ -252,6 +252,7 @@ def begun(
         answer=plan.answer,
         ends=own.ends | frozenset(plan.sampling.stop_tokens),
         context=own.context,
+        apart=own.apart,
         others={name: voice for name, voice in voices.items() if name},
         released=driver.released,
         width=plan.width,
@@ -275,7 +276,8 @@ def _voice(model: llm.LLM, problem: Mapping[str, Any], plan: Plan) -> Voice:
         raise UsageError(
             f"the prompt of {problem.get('id', 'a problem')} has {len(tokens)} tokens, and 1 to {context - 1} fit"
         )
-    return Voice(TokenizedTexts(model.tokenizer), tuple(tokens), model.engine.ends, context)
+    apart = model.engine.limits.apart
+    return Voice(TokenizedTexts(model.tokenizer), tuple(tokens), model.engine.ends, context, apart)
 
 
 def ready(plan: Plan, models: Iterable[str]) -> None:

@@ -348,6 +348,7 @@ class Play:
             for each in (branch.tokens, branch.logprobs, branch.entropies, branch.certainties):
                 del each[len(each) - count :]
             branch.ended, branch.cut = None, 0
+            branch.computed = min(branch.computed, len(branch.tokens))
             piece.told -= count
             piece.count -= count
 
@@ -410,7 +411,7 @@ class Play:
         assert race is not None
         winner = race.winner or max(pieces, key=lambda each: each.count)
         for piece in pieces:
-            if piece is not winner:
+            if asked.drop and piece is not winner:
                 piece.branch.drop()
         return winner.branch
 

@@ -53,12 +53,14 @@ class Voice:
         prompt: the problem's, in its tokens.
         ends: tokens that end a text.
         context: the most tokens of prompt and text together.
+        apart: whether the engine reads texts beside each other: see :meth:`Search.beside`.
     """
 
     texts: Texts
     prompt: tuple[int, ...]
     ends: frozenset[int] = frozenset()
     context: int = 1 << 30
+    apart: bool = False
 
 
 class Dice(Protocol):
@@ -109,6 +111,7 @@ class Search:
         answer: reads the answer off a text.
         ends: tokens that end a text.
         context: the most tokens of prompt and text together.
+        apart: whether the engine reads texts beside each other.
         others: further models, by name, that a program may ask.
         dice: of the program's own choices.
         released: told of texts in the cache that nobody goes on from.
@@ -139,6 +142,7 @@ class Search:
         answer: Callable[[str], str] = str.strip,
         ends: frozenset[int] = frozenset(),
         context: int = 1 << 30,
+        apart: bool = False,
         others: Mapping[str, Voice] | None = None,
         dice: Dice | None = None,
         released: Callable[[Anchor], None] = lambda anchor: None,
@@ -146,7 +150,7 @@ class Search:
         scorers: Iterable[str] = (),
     ) -> None:
         self.problem, self.step, self.answer = problem, step, answer
-        self.voices = {"": Voice(texts, tuple(prompt), ends, context), **(others or {})}
+        self.voices = {"": Voice(texts, tuple(prompt), ends, context, apart), **(others or {})}
         self.budget, self.most, self.seed, self.stop = budget or Budget(), most, seed, tuple(stop)
         self.ledger = Ledger(prompt=len(prompt))
         self.branches: list[Branch] = []
@@ -173,6 +177,26 @@ class Search:
             self._roots[model] = Branch(self, prompt, derive(self.seed, f"search/model/{model}") >> 1, model=model)
             self.ledger.prompt += len(prompt)
         return self._roots[model]
+
+    def beside(self, branches: Iterable[Branch], text: str) -> Branch:
+        """A branch that reads all the texts of ``branches``, each from the root on, and then ``text``; what it is
+        extended by stands behind that. Where the engine reads texts beside each other (``kv_reuse = ape``), it reads
+        them where they are in the cache: each has its own positions behind the prompt, sees the prompt and itself, and
+        nothing of it is computed again but its last token. Such a branch is extended once, and cannot be forked.
+        Elsewhere it is a fork of the first, and the other texts are computed anew behind that, one after the other."""
+        found = list(branches)
+        root, apart = self.root_of(found[0].model), self.voices[found[0].model].apart
+        ends = [len(each.tokens) - each.closed for each in found]
+        branch = root.fork(1)[0] if apart else found[0].fork(1, at=ends[0])[0]
+        seen = []
+        for each, end in list(zip(found, ends, strict=True))[not apart :]:
+            begin = len(branch.tokens)
+            branch.append(each.tokens[len(root.tokens) : end])
+            if begin < len(branch.tokens):
+                seen.append((each, begin, len(branch.tokens)))
+        if apart and seen:
+            branch.beside, branch.computed = tuple(seen), len(branch.tokens) - len(seen)
+        return branch.ask(text)
 
     # What a program waits for
 
@@ -212,10 +236,10 @@ class Search:
         """
         return States(list(branches))
 
-    def first(self, branches: Iterable[Branch]) -> Awaitable[Branch]:
+    def first(self, branches: Iterable[Branch], *, drop: bool = True) -> Awaitable[Branch]:
         """Extends all ``branches`` side by side until the first of them ends, counted in tokens; it is given back, and
-        the others are dropped."""
-        return First(list(branches))
+        the others are dropped, or stay as they are."""
+        return First(list(branches), drop)
 
     # What it decides by
 
@@ -326,6 +350,7 @@ class First:
     """What a program asks for by :meth:`Search.first`."""
 
     branches: list[Branch]
+    drop: bool = True
 
     def __await__(self) -> Any:
         return (yield self)

@@ -9,6 +9,8 @@ What each clause is there to catch:
 - :func:`check_apart`: blocks that depend on contexts, and are found by a text that has others or none;
 - :func:`check_found`: what is in the cache and computed all the same, or counted wrongly; a block that is taken for
   that of another text; a text that is not found behind the contexts that it had;
+- :func:`check_kept`: a context that is computed where a request that was kept has it; what a kept text has behind the
+  prompt, taken for what stands behind contexts;
 - :func:`check_moved`: keys that were turned by a wrong angle; a token that is computed again and does not see one that
   is, sees a later one, or is another than the policy names; attention that is weighed for other tokens or texts;
 - :func:`check_in_a_row`: blocks with moved contexts, or what was computed behind such, in others' prefixes;
@@ -41,6 +43,7 @@ from penstock.ops.paged.reference import Reference
 from penstock.serve.build import build_engine, build_runner
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
+from penstock.serve.engine.batch import Awaited, Batch
 from penstock.serve.engine.engine import Engine
 from penstock.serve.kv.disk import DiskBlocks
 from penstock.serve.kv.host import HostBlocks
@@ -89,6 +92,7 @@ def check_scene(policy: Reuse) -> None:
     check_order(policy)
     check_apart(row)
     check_found(row)
+    check_kept(row)
     if policy.moves:
         for graded in (policy, policy.grades()[0]):
             check_moved(graded)
@@ -106,11 +110,11 @@ def opened(policy: Reuse, **options: object) -> Engine:
 
 
 def answered(
-    engine: Engine, contexts: Sequence[list[int]], before: list[int] = BEFORE
+    engine: Engine, contexts: Sequence[list[int]], before: list[int] = BEFORE, sources: Sequence[str | None] = ()
 ) -> tuple[list[int], list[float]]:
     """Six tokens, the most probable ones, and their log-probabilities."""
     sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=0)
-    engine.add(Request("asked", [*before, *BEHIND], sampling, contexts=list(contexts), shared=len(before)))
+    engine.add(Request("asked", [*before, *BEHIND], sampling, contexts=list(contexts), shared=len(before)), sources)
     tokens: list[int] = []
     logprobs: list[float] = []
     while engine.busy:
@@ -278,6 +282,42 @@ def check_found(policy: Reuse) -> None:
         )
     if apart:
         _check_shared(opened(policy, loop="plain"))
+
+
+def check_kept(policy: Reuse) -> None:
+    """Asserts that contexts which are parts of texts that were kept, to whichever of their tokens, are not computed
+    again but for their last token, nor is the prompt before them, where contexts are encoded apart; that scores are
+    those of a dense softmax all the same; and that nothing is kept in the end."""
+    if policy.weighing is None:
+        return
+    engine, size = opened(policy, loop="plain"), 4
+    # One begins as what stands behind the contexts does, and may not be taken for that.
+    begun = {"one": [*BEHIND, *CONTEXTS[1]], "other": CONTEXTS[2]}
+    for id, context in begun.items():
+        engine.add(Request(id, [*BEFORE, *context], SamplingParams(temperature=0, max_tokens=9), keep=True))
+    drawn: dict[str, list[int]] = {id: [] for id in begun}
+    while engine.busy:
+        for delta in engine.step():
+            drawn[delta.id] += delta.tokens
+    positions: list[int] = []
+    launch = engine.executor.launch
+
+    def counted(batch: Batch) -> Awaited | None:
+        positions.append(batch.tokens)
+        return launch(batch)
+
+    engine.executor.launch = counted  # type: ignore[method-assign]
+    for count in (9, 4, 3 + size, 0):
+        contexts = [[*begun[id], *drawn[id][:count]] for id in begun]
+        positions.clear()
+        tokens, logprobs = answered(engine, contexts, sources=list(begun))
+        _near(logprobs, _expected(contexts, tokens, policy.weighing), "scores behind what was kept are not dense ones")
+        wanted = len(contexts) + len(BEHIND) + len(tokens) - 1
+        assert sum(positions) == wanted, f"{sum(positions)} tokens are computed beside kept ones, and {wanted} are new"
+    tokens, _ = answered(engine, [contexts[0], CONTEXTS[4]], sources=["one", None])
+    for id in begun:
+        engine.forget(id)
+    assert engine.snapshot().held == 0
 
 
 def _asked(id: str, contexts: Sequence[list[int]], count: int) -> Request:

@@ -8,7 +8,7 @@ from penstock.search import driver as drivers
 from penstock.search.branch import Branch
 from penstock.search.driver import Driver, run
 from penstock.search.play import Play
-from penstock.search.search import Search
+from penstock.search.search import Search, Voice
 from penstock.testing.search_program import PRICES, SAMPLING, small_engine
 from penstock.testing.search_table import Letters
 
@@ -33,6 +33,35 @@ def test_blocks_are_those_of_the_widest_round_each_counted_once(dropped, blocks)
     assert play.error is None and play.search.ledger.generated == 5 * 6 + (5 - dropped) * 4
     assert play.search.ledger.blocks == blocks
     assert engine.snapshot().held == 0
+
+
+def test_what_may_never_be_drawn_is_no_alternative():
+    """The most probable of the others take its place; the search's own model under another name may not draw it
+    either, and another model may."""
+
+    async def program(search: Search) -> Branch | None:
+        branches = [search.root.fork(1)[0], *(search.root_of(name).fork(1)[0] for name in ("same", "other"))]
+        return (await search.extend(branches, tokens=3, top=4))[0]
+
+    def played(barred: list[int]) -> list[Branch]:
+        engine, another = small_engine(), small_engine(cache_tokens=400)
+        sampling = SAMPLING.model_copy(update={"temperature": 0, "logit_bias": dict.fromkeys(barred, -100.0)})
+        driver = Driver(engine, sampling, {}, others={"same": engine, "other": another})
+        prompt = list(range(20, 29))
+        others = {name: Voice(Letters(), tuple(prompt)) for name in ("same", "other")}
+        search = Search({}, prompt, Letters(), most=12, released=driver.released, others=others)
+        play = Play(search, program(search), PRICES, dict.fromkeys(others, PRICES))
+        assert list(run(driver, iter([play]), lambda: False)) == [play] and play.error is None
+        return [each for each in search.branches if each.parent is not None]
+
+    free = played([])
+    best = [token for token, _ in free[0].alternatives[9]]
+    assert free[0].tokens[9] == best[0] and len(best) == 4
+    own, same, other = played(best[:2])
+    for each in (own, same):
+        assert [token for token, _ in each.alternatives[9]][:2] == best[2:] and each.tokens[9] == best[2]
+        assert len(each.alternatives[9]) == 4
+    assert other.tokens == free[2].tokens and [token for token, _ in other.alternatives[9]] == best
 
 
 async def pair(search: Search) -> Branch | None:

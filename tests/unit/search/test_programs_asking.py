@@ -290,6 +290,10 @@ def test_hedging_keeps_the_careful_text_unless_a_number_says_otherwise():
     for each in played(Hedged(n=3, hot=1.0), once(a=0.6, b=0.4)):
         drawn = {node.text for node in each.play.search.branches[1:4]}
         assert each.text == "a" and each.play.search.notes["unlike"] == len(drawn)
+    for each in played(Hedged(n=2, hot=1.0, begin="c", choose="d"), once(a=0.6, b=0.4)):
+        asked = each.play.search.branches[-1]
+        if each.play.search.notes["unlike"] == 2:
+            assert asked.texts.decode(asked.tokens[1 : asked.prompt]) == "cacbd"
     assert [chosen(text, 3) for text in ("2", " 3.", "none", "7", "0")] == [1, 2, 0, 0, 0]
 
 
@@ -302,10 +306,11 @@ def test_a_summary_sees_all_thoughts_and_none_waits():
     def table(text: str) -> dict[str, float]:
         if "d" in text:
             return once(g=1.0)(text.rpartition("d")[2])
-        return {"a": 0.5, "b": 0.3, "$": 0.2} if len(text) < 2 else {"$": 1.0}
+        assert text.startswith("c"), "a thought begins"
+        return {"a": 0.5, "b": 0.3, "$": 0.2} if len(text) < 3 else {"$": 1.0}
 
     for each in played(ParallelThoughts(thoughts=2, begin="c", summarise="d"), table):
-        first, second, last = each.play.search.branches[1:4]
+        first, second, last = each.play.search.branches[2:5]
         seen = last.texts.decode(last.tokens[1 : last.prompt])
         assert seen == f"c{first.text}c{second.text}d" and each.text == "g"
         assert abs(len(first.generated) - len(second.generated)) <= 1
@@ -388,6 +393,25 @@ def test_an_outline_is_worked_out_by_another():
         outline = each.play.search.notes["outline"]
         assert len(outline) <= 2 and each.text == "g"
         assert last.texts.decode(last.tokens[1 : last.prompt]) == f"c{outline}d"
+
+
+def test_an_outline_ends_where_the_model_begins_the_solution():
+    """It writes a, or two of them, and then, half of the time, what stands before a solution."""
+
+    def table(text: str) -> dict[str, float]:
+        own, begun, solution = text.partition("d")
+        if begun:
+            return {"$": 1.0} if solution else {"g": 1.0}
+        return {"a": 1.0} if own == "c" else {"a": 0.3, "d": 0.5, "$": 0.2}
+
+    program = Outline(tokens=2, sketch="c", work="d")
+    chances: dict[str, float] = defaultdict(float)
+    for each in played(program, table):
+        last, outline = each.play.answer, each.play.search.notes["outline"]
+        assert each.text == "g" and set(outline) == {"a"}
+        assert last.texts.decode(last.tokens[1 : last.prompt]) == f"c{outline}d", "it stands there once"
+        chances[outline] += each.probability
+    assert chances == pytest.approx({"a": 0.5 + 0.2, "aa": 0.3})
 
 
 @pytest.mark.parametrize("needed", [0.2, 0.8])

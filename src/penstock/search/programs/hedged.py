@@ -25,6 +25,7 @@ class Hedged(Program):
         n: texts.
         cool: temperature of the first; None is the search's own.
         hot: temperature of the others.
+        begin: what stands before each text, with its ``{number}``.
         choose: what stands behind the numbered texts.
         reply: tokens that the model may say.
     """
@@ -32,6 +33,7 @@ class Hedged(Program):
     n: PositiveInt = 5
     cool: NonNegativeFloat | None = 0.0
     hot: NonNegativeFloat = 0.8
+    begin: str = "\n\n{number}. "
     choose: str = "\n\nThe best one is number "
     reply: PositiveInt = 4
 
@@ -47,7 +49,9 @@ class Hedged(Program):
         search.notes["unlike"] = len(unlike)
         if len(unlike) == 1:
             return texts[0]
-        shown = "".join(f"\n\n{number}. {each.text}" for number, each in enumerate(unlike, 1))
+        shown = "".join(
+            self.begin.replace("{number}", str(number)) + each.text for number, each in enumerate(unlike, 1)
+        )
         question = search.root.fork(1)[0].ask(shown + self.choose)
         question.fate = "aside"
         await question.extend(tokens=self.reply)

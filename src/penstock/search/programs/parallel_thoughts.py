@@ -15,28 +15,35 @@ class ParallelThoughts(Program):
     """Draws ``thoughts`` side by side until the first of them ends, so that none waits for a longer one, and then a
     summary behind the problem and all of them. It needs no scorer.
 
-    From the paper: independent thoughts, and a summary that sees them all. From knowledge: the first to end ends the
-    others. Ours: the wording in place of trained control tokens. Not built: the training with position embeddings for
-    each thought, and a summary that reads the keys and values of the thoughts as they are: here it shares the prompt's
-    blocks, and the thoughts are computed once more, as text.
+    From the paper: independent thoughts, each behind a beginning of its own; a summary that sees them all, and reads
+    their keys and values as they are, with the engine setting ``kv_reuse = ape``: nothing of them is computed again but
+    the last token of each. From knowledge: the first to end ends the others. Ours: the wording in place of trained
+    control tokens; all thoughts have the same positions, behind the prompt, and the summary those behind the longest.
+    With other settings the summary stands behind the first thought, and the others are computed once more as text. Not
+    built: the training, and with it the embeddings that tell one thought's positions from another's.
 
     Attributes:
         thoughts: with one there is no summary.
-        begin: what stands before a thought in the summary's prompt.
-        summarise: what stands behind the last one.
+        begin: what stands before a thought, with its ``{number}``.
+        summarise: what stands behind all of them.
     """
 
     thoughts: PositiveInt = 4
-    begin: str = "\n\nOne thought:\n"
+    begin: str = "\n\nThought {number}:\n"
     summarise: str = "\n\nTherefore:\n"
 
     async def run(self, search: Search) -> Branch | None:
-        thoughts = search.root.fork(self.thoughts)
-        first = await search.first(thoughts)
         if self.thoughts == 1:
-            return first
-        shown = "".join(self.begin + each.text for each in thoughts)
-        return await search.root.fork(1)[0].ask(shown + self.summarise).extend()
+            return await search.root.fork(1)[0].extend()
+        alike, numbered, unlike = self.begin.partition("{number}")  # what begins all of them is computed once
+        thoughts = search.root.fork(1)[0].append(alike).fork(self.thoughts)
+        for number, each in enumerate(thoughts, 1):
+            each.ask(f"{number}{unlike}" if numbered else "")
+        await search.first(thoughts, drop=False)
+        summary = await search.beside(thoughts, self.summarise).extend()
+        for each in thoughts:
+            each.drop()
+        return summary
 
     @classmethod
     def limit(cls) -> Program:

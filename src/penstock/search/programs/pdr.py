@@ -23,6 +23,7 @@ class ParallelDistillRefine(Program):
         rounds: 0 for a single text.
         drafts: of each round.
         workspace: tokens of the notes, at most.
+        begin: what stands before each draft, the notes, and an answer.
         distil, refine, improve: what stands between drafts and notes, notes and answer, and an answer and the next
             drafts.
     """
@@ -30,6 +31,7 @@ class ParallelDistillRefine(Program):
     rounds: NonNegativeInt = 2
     drafts: PositiveInt = 3
     workspace: PositiveInt = 256
+    begin: str = "\n\n"
     distil: str = "\n\nWhat of this is right and useful, in short:\n"
     refine: str = "\n\nTherefore:\n"
     improve: str = "\n\nA better solution:\n"
@@ -39,13 +41,13 @@ class ParallelDistillRefine(Program):
         for _ in range(self.rounds):
             begun = search.root.fork(1)[0]
             if answer is not None:
-                begun.ask("\n\n" + answer.text + self.improve)
+                begun.ask(self.begin + answer.text + self.improve)
             drafts = await search.extend(begun.fork(self.drafts))
-            said = "\n\n".join(each.text for each in drafts)
-            notes = search.root.fork(1)[0].ask("\n\n" + said + self.distil)
+            said = "".join(self.begin + each.text for each in drafts)
+            notes = search.root.fork(1)[0].ask(said + self.distil)
             notes.fate = "aside"
             await notes.extend(tokens=self.workspace)
-            answer = await search.root.fork(1)[0].ask("\n\n" + notes.text + self.refine).extend()
+            answer = await search.root.fork(1)[0].ask(self.begin + notes.text + self.refine).extend()
         return answer if answer is not None else (await search.sample(1))[0]
 
     @classmethod

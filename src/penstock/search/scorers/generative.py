@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from pydantic import Field
 
 from penstock.policy import policy
 from penstock.search.scorers.contract import Candidate, Problem, Scorer, Verdict
+from penstock.search.scorers.gathering import Gathered
 
 if TYPE_CHECKING:
     from penstock.serve.offline.llm import LLM
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 @policy("search.scorer", "generative")
 class Generative(Scorer):
     """The chance that a model says yes rather than no when it is asked whether a text is right (a generative verifier,
-    Zhang et al. 2024, without a thought before the reply). All texts that are scored together are one batch of an
-    engine of its own, which computes the problem's prompt once. A text that it cannot read fails, and so does one of
-    which it says neither.
+    Zhang et al. 2024, without a thought before the reply). All texts that wait for it at the same time, of whichever
+    problems, are in one continuous batch of an engine of its own, which computes a problem's prompt once. A text that
+    it cannot read fails, and so does one of which it says neither.
 
     Attributes:
         model: a model folder, a boxed model or a hub name.
@@ -42,12 +42,9 @@ class Generative(Scorer):
         _opened(self.model, self.device)
 
     def score(self, problem: Problem, candidates: Sequence[Candidate]) -> list[float | Verdict]:
-        from penstock.core.progress import silent
         from penstock.serve.chat import chat_tokens
-        from penstock.serve.choose.sampling import SamplingParams
 
-        llm, free = _opened(self.model, self.device)
-        asking = SamplingParams(max_tokens=1, temperature=0, logprobs=20)
+        llm, replied = _opened(self.model, self.device)
         prompts = []
         for each in candidates:
             text = (each.text + self.question).encode(errors="replace").decode()
@@ -57,15 +54,13 @@ class Generative(Scorer):
             else:
                 prompts.append(llm.tokens(str(problem.get("prompt", "")) + text))
         most = llm.engine.limits.context - 1
-        with free:  # an engine is one thread's at a time
-            replies = iter(llm.generate([each for each in prompts if len(each) <= most], asking, progress=silent))
+        replies = iter(replied([each for each in prompts if len(each) <= most]))
         found: list[float | Verdict] = []
         for prompt in prompts:
             if len(prompt) > most:
                 found.append(Verdict.failure(f"it has {len(prompt)} tokens, and {most} can be read"))
                 continue
-            (top,) = next(replies).outputs[0].logprobs or [{}]
-            found.append(self._chance({llm.tokenizer.decode([token]): each.logprob for token, each in top.items()}))
+            found.append(self._chance({llm.tokenizer.decode([token]): each for token, each in next(replies).items()}))
         return found
 
     def _chance(self, top: Mapping[str, float]) -> float | Verdict:
@@ -91,12 +86,19 @@ def _begins(word: str, text: str) -> bool:
 
 
 @functools.cache
-def _opened(model: str, device: str) -> tuple[LLM, threading.Lock]:
-    """The verifier, and the lock of who uses it."""
+def _opened(model: str, device: str) -> tuple[LLM, Gathered[list[int], dict[int, float]]]:
+    """The verifier, and what gives the most probable tokens behind texts, with their log-probabilities."""
     from penstock.core.progress import silent
+    from penstock.serve.choose.sampling import SamplingParams
     from penstock.serve.offline.llm import LLM
 
-    return LLM(model, device=device, progress=silent), threading.Lock()
+    llm, asking = LLM(model, device=device, progress=silent), SamplingParams(max_tokens=1, temperature=0, logprobs=20)
+
+    def replied(prompts: list[list[int]]) -> list[dict[int, float]]:
+        answers = [each.outputs[0].logprobs for each in llm.generate(prompts, asking, progress=silent)]
+        return [{token: each.logprob for token, each in tops[0].items()} if tops else {} for tops in answers]
+
+    return llm, Gathered(replied)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt
 
 from penstock.policy import policy
 from penstock.search.scorers.contract import Candidate, Problem, Scorer, Verdict
+from penstock.search.scorers.gathering import Gathered
 
 
 @policy("search.scorer", "reward_model")
@@ -21,8 +22,10 @@ class RewardModel(Scorer):
     give one. The model is a run of the objective ``reward``, or a folder or hub name that was saved as a sequence
     classifier with one label; texts are read with its own tokenizer, a conversation in its own chat format.
 
-    Texts that are scored together are computed together, ``batch`` at a time. Ours: the scorer computes them beside the
-    engine, from their beginning, on the CPU or where ``device`` says; nothing of a text is kept for the next scoring.
+    Texts are computed together, ``batch`` at a time and sorted by length, those of all problems that wait for the model
+    at the same time (:mod:`~penstock.search.scorers.gathering`), in process and behind a server. Ours: the scorer
+    computes them beside the engine's steps, on the CPU or where ``device`` says, and from their beginning; nothing of a
+    text is kept for the next scoring, so that a process reward of k steps reads the text k times.
 
     Attributes:
         model: a model folder or a hub name.
@@ -38,26 +41,10 @@ class RewardModel(Scorer):
         _loaded(self.model, self.device)
 
     def score(self, problem: Problem, candidates: Sequence[Candidate]) -> list[float | Verdict]:
-        import torch
-
-        from penstock.models.attention import CausalRows
-
         decoder, tokenizer = _loaded(self.model, self.device)
         most = decoder.config.context
         texts = [_tokens(tokenizer, problem, each) for each in candidates]
-        fitting = [text for text in texts if len(text) <= most]
-        rewards: list[float] = []
-        for begin in range(0, len(fitting), self.batch):
-            rows = fitting[begin : begin + self.batch]
-            tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-            for row, text in zip(tokens, rows, strict=True):
-                row[: len(text)] = torch.tensor(text)
-            with torch.inference_mode():
-                # Behind a shorter text stands padding, which what comes before it does not see.
-                hidden = decoder(tokens.to(self.device), CausalRows.of(tokens.shape[1], self.device)).hidden
-                last = hidden[torch.arange(len(rows)), torch.tensor([len(text) - 1 for text in rows])]
-                rewards += (last.float() @ decoder.head.weight[0].float()).tolist()
-        told = iter(rewards)
+        told = iter(_rewarded(self.model, self.device, self.batch)([text for text in texts if len(text) <= most]))
         return [
             next(told) if len(text) <= most else Verdict.failure(f"it has {len(text)} tokens, and {most} can be read")
             for text in texts
@@ -80,6 +67,36 @@ def _loaded(model: str, device: str) -> tuple[Any, Any]:
     from penstock.models import hub
 
     return hub.load_reward(model, device=device), hub.load_tokenizer(model)
+
+
+@functools.cache
+def _rewarded(model: str, device: str, batch: int) -> Gathered[list[int], float]:
+    """Gives the rewards of texts, as tokens."""
+    import torch
+
+    from penstock.models.attention import CausalRows
+
+    decoder, _ = _loaded(model, device)
+
+    def rewards(texts: list[list[int]]) -> list[float]:
+        found = [0.0] * len(texts)
+        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+        for begin in range(0, len(order), batch):
+            own = order[begin : begin + batch]
+            rows = [texts[place] for place in own]
+            tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+            for row, text in zip(tokens, rows, strict=True):
+                row[: len(text)] = torch.tensor(text)
+            with torch.inference_mode():
+                # Behind a shorter text stands padding, which what comes before it does not see.
+                hidden = decoder(tokens.to(device), CausalRows.of(tokens.shape[1], device)).hidden
+                last = hidden[torch.arange(len(rows)), torch.tensor([len(text) - 1 for text in rows])]
+                told = (last.float() @ decoder.head.weight[0].float()).tolist()
+            for place, reward in zip(own, told, strict=True):
+                found[place] = reward
+        return found
+
+    return Gathered(rewards)
 
 
 def _tokens(tokenizer: Any, problem: Problem, candidate: Candidate) -> list[int]:

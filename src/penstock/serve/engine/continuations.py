@@ -48,6 +48,7 @@ class Continuations:
         adapter: Adapter,
         parent: Sequence | None = None,
         bounds: List[int] = (),
+        origins: List[Sequence | None] = (),
     ) -> list[Sequence]:
         """The sequences of ``request``, one for each of its continuations.
 
@@ -57,13 +58,14 @@ class Continuations:
             adapter: what is added to the model for them.
             parent: the sequence that they go on from; None where there is no such.
             bounds: where contexts begin and end in the prompt, where they stand in it.
+            origins: the sequences whose texts the contexts are parts of, if there are such.
 
         Raises:
             UsageError: the request has a grammar that cannot be used.
         """
         matchers = [self._matcher(request, parent) for _ in range(request.sampling.continuations)]
         return [
-            self._begun(request, index, limit, given, matcher, adapter, parent, bounds)
+            self._begun(request, index, limit, given, matcher, adapter, parent, bounds, origins)
             for index, matcher in enumerate(matchers)
         ]
 
@@ -77,6 +79,7 @@ class Continuations:
         adapter: Adapter,
         parent: Sequence | None,
         bounds: List[int],
+        origins: List[Sequence | None],
     ) -> Sequence:
         arrival = next(self._arrivals)
         sampling = request.sampling.model_copy(update={"seed": request.sampling.seed + index})
@@ -84,7 +87,7 @@ class Continuations:
         stop |= set(sampling.stop_tokens)
         tokens = list(request.prompt)
         companions = tuple(_companions(request, limit, given, arrival, adapter))
-        contexts = tuple(_contexts(request, arrival, adapter))
+        contexts = tuple(_contexts(request, arrival, adapter, origins))
         chunks = chunks_of(tokens, bounds, adapter.key) if self._config.kv_reuse.moves else ()
         # What a group drafts would have to be checked for all of its members, and by all copies; nor does what sees
         # contexts, or has some that a model which drafts knows nothing of, draft anything.
@@ -105,7 +108,7 @@ class Continuations:
             contexts=contexts,
             weighing=self._config.kv_reuse.weighing if contexts else None,
             chunks=chunks,
-            origin=parent,
+            origin=parent or next(filter(None, origins), None),
             adapter=adapter,
         )
         # In a pipeline tokens are drawn where texts do not begin: they go from step to step by way of the host.
@@ -152,12 +155,12 @@ def _companions(request: Request, limit: int, given: int, arrival: int, adapter:
         yield Sequence(own, -1, plain, text, most, arrival, prompt=len(prompt), adapter=adapter)
 
 
-def _contexts(request: Request, arrival: int, adapter: Adapter) -> Iterable[Sequence]:
+def _contexts(request: Request, arrival: int, adapter: Adapter, origins: List[Sequence | None]) -> Iterable[Sequence]:
     """Sequences of the request's contexts, each behind the shared tokens of its prompt."""
-    for context in request.contexts:
+    for context, origin in itertools.zip_longest(request.contexts, origins):
         text, plain = [*request.prompt[: request.shared], *context], SamplingParams(temperature=0)
         own = dataclasses.replace(request, prompt=text, sampling=plain, contexts=[])
-        yield Sequence(own, -1, plain, text, len(text), arrival, adapter=adapter)
+        yield Sequence(own, -1, plain, text, len(text), arrival, origin=origin, adapter=adapter)
 
 
 def in_a_row(request: Request) -> Request:

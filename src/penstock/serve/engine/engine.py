@@ -75,9 +75,10 @@ class Engine:
         shape, blocks, size = executor.shape, executor.blocks, executor.block_size
         context = min(config.context or shape.context, shape.context, blocks * size)
         tokens, selection = config.budget(executor.device), config.kv.selection
-        self.limits = Limits(tokens, config.sequences, blocks, size, context, shape, selection)
-        kv = config.kv.fitted(shape)
         reuse, tentative = config.kv_reuse, config.rows - 1
+        apart = reuse.weighing is not None
+        self.limits = Limits(tokens, config.sequences, blocks, size, context, shape, selection, apart)
+        kv = config.kv.fitted(shape)
         self.memory = Memory(config.sequences, blocks, size, context, kv, config.eviction, tiers, reuse, tentative)
         self.events, self.ends, self.executor = EventLog(), frozenset(stop), executor
         self._policy = config.kv.policy_name
@@ -105,8 +106,13 @@ class Engine:
 
     # Requests
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, sources: List[str | None] = ()) -> None:
         """Takes in a request.
+
+        Args:
+            sources: for each of its contexts, where these are encoded apart, the request that was kept whose text
+                begins with the prompt's shared tokens and the context, if there is one: what both have is not computed
+                again, but for the context's last token.
 
         Raises:
             UsageError: its prompt is empty, too long or has unknown tokens, its sampling names unknown tokens or has a
@@ -122,7 +128,8 @@ class Engine:
         adapter = self.adapters.named(request.adapter)
         given = len(request.prompt) if request.given is None else request.given
         limit = self._admission.limit(request, given)
-        for sequence in self._continuations.begin(request, limit, given, adapter, bounds=bounds):
+        origins = [None if id is None else self.requests.parent(id, 0) for id in sources]
+        for sequence in self._continuations.begin(request, limit, given, adapter, bounds=bounds, origins=origins):
             self._enter(sequence)
 
     def fork(self, id: str, request: Request, index: int = 0) -> None:

@@ -20,6 +20,7 @@ class Limits:
         context: most tokens of a sequence.
         model: the shape of the model.
         selection: what tokens behind a prompt read of the cache; None where they read all.
+        apart: whether contexts of requests are encoded apart, each from its own beginning.
     """
 
     tokens: int
@@ -29,3 +30,4 @@ class Limits:
     context: int
     model: DecoderConfig
     selection: BlockSelection | None = None
+    apart: bool = False

@@ -61,7 +61,8 @@ class Prefixes:
         origin = sequence.origin
         if origin is not None and origin in self._kept:  # one that runs may be about to write to what would be copied
             shared = self.shared(origin, sequence)
-            if shared.computed > len(found) * size:
+            # A context always computes its last token: whether its origin did depends on how far that came.
+            if shared.computed > len(found) * size or sequence.is_context:
                 return shared
         return Prefix(found, min(len(found) * size, len(sequence.tokens)))
 
@@ -70,6 +71,10 @@ class Prefixes:
         held = parent.held
         assert held is not None
         reusable = self.reusable(child, held.dropped, held.compacted)
+        if child.contexts:  # behind them its keys and values are other than its parent's
+            reusable = min(reusable, child.shared)
+        elif child.is_context:
+            reusable = min(reusable, len(child.tokens) - 1)
         computed = max(0, min(held.computed, common(parent.tokens, child.tokens), reusable))
         compressed, own = (
             tuple(place for place in each.compressed if place <= held.compacted) for each in (parent, child)
