@@ -20,6 +20,7 @@ from penstock.core.randomness import derive, uniforms
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
 from penstock.models.sampling import Sampling
+from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.decode.uscd import UncertaintyAwareContrast
 
 
@@ -111,6 +112,19 @@ def distribution(logits: Tensor, sampling: Sampling) -> list[float]:
         chances = {token: chance for token, chance in chances.items() if chance >= bound}
     total = sum(chances.values())
     return [chances.get(token, 0.0) / total for token in range(len(scores))]
+
+
+def charged(scores: Tensor, sampling: SamplingParams, tokens: Sequence[int], given: int) -> Tensor:
+    """``scores`` [vocabulary] of what follows ``tokens``, of which so many were ``given``, after biases and penalties,
+    token by token as the definitions say."""
+    found = scores.clone()
+    for token, bias in sampling.logit_bias.items():
+        found[token] += bias
+    for token in set(tokens):
+        count, own = list(tokens[given:]).count(token), found[token]
+        own = own / sampling.repetition_penalty if own > 0 else own * sampling.repetition_penalty
+        found[token] = own - sampling.frequency_penalty * count - sampling.presence_penalty * (count > 0)
+    return found
 
 
 def pick(chances: Sequence[float], uniform: float) -> int:

@@ -91,7 +91,7 @@ class Engine:
         batcher = config.batching.start(self.limits)
         self.steps = EngineSteps(
             *(self.memory, batcher, executor, tokens, self._counters, self.events, self._drop, speculation),
-            config.draft_tree,
+            config.tree,
             config.pipeline_parallel,
         )
         self._loop = config.loop.start(self.steps)
