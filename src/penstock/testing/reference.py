@@ -141,19 +141,22 @@ def continued(
     rule: UncertaintyAwareContrast | None = None,
     guess: Sequence[int] = (),
     scores: Callable[[Decoder, Sequence[int], int], Scored] | None = None,
+    changed: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
 ) -> list[int]:
     """What follows ``tokens``, of which the first ``given`` are the prompt and the others generated: as ``sampling``
     says, up to ``sampling.max_tokens`` generated ones in all. The draw of a token depends on the seed and on how many
     were generated before alone. With a ``rule`` the scores are contrasted with those after the rule's own prompt. A
     right ``guess`` of what follows makes it quicker, and a wrong one changes nothing. ``scores`` makes what scores
     texts, of the model, what they are likely to be prefixes of, and how many tokens of them are given; if not told, the
-    plain one."""
+    plain one. ``changed`` makes of the scores behind a text, before the rule, those by which a token is chosen."""
     text, likely, of = list(tokens), [*tokens, *guess], scores or Scores
     own = of(model, likely, given)
     beside = [(start, of(model, [*start, *likely[given:]], len(start))) for start in (rule.companions if rule else ())]
     while len(text) - given < sampling.max_tokens:
         count, generated = len(text) - given, text[given:]
         logits = own.after(text)
+        if changed is not None:
+            logits = changed(logits, text)
         if rule is not None:
             others = [other.after([*start, *generated]) for start, other in beside]
             logits = rule.combine(torch.stack([logits, *others]).float().unsqueeze(0))[0]
