@@ -270,9 +270,12 @@ def _kinds(config: EngineConfig, model: Decoder, memories: List[PagedCache], kee
     if config.kv_reuse.moves:
         kinds[0]["mover"] = Mover(memories[0], model.config, model.rotary)
     if memories[1:]:
-        # After a step that accepted all, it computes two tokens; and of a tree, all but the last generation.
-        window = max(1, config.rows - 3) if trees else 1
-        kinds.append({"window": window, "trees": trees, "keeps_hidden": keeps[1], **drafting_kind(config)})
+        # After a step that accepted all, it computes two tokens; of a tree, all but the last generation; and what was
+        # superposed is in the cache of none of the texts.
+        superposes = config.draft is not None and config.draft.superposes > 0
+        window = config.rows - 1 if superposes else max(1, config.rows - 3) if trees else 1
+        drafts = {"window": window, "trees": trees and not superposes, "keeps_hidden": keeps[1]}
+        kinds.append({**drafts, **drafting_kind(config)})
     return kinds
 
 

@@ -101,7 +101,8 @@ class Superposing(Draft, Protocol):
     "exactly the same distribution; at most as many tokens are drafted as were asked for, and behind the same text the "
     "same ones, where others say nothing; all of this also where trees are drafted, and a tree of one branch is the "
     "chain; what probes guess is drafted no further than they guessed, and none is where its guess would be behind the "
-    "text's end; and what is verified in runs of their own, in the stages of a pipeline, is too",
+    "text's end; texts that are drafted in one row are those of the definition, in a pass a token; and what is "
+    "verified in runs of their own, in the stages of a pipeline, is too",
 )
 class Drafter(Policy):
     """Drafts tokens for the sequences of an engine: out of their text, or with a model.

@@ -37,11 +37,11 @@ def expected(
     given: int,
     asked: SamplingParams,
     seed: int,
-    begun: int,
     count: int,
     guess: Sequence[int],
     kv: CachePolicy = FULL,
     places: Places = None,
+    begun: int = 0,
 ) -> list[int]:
     """The ``count`` tokens that follow ``tokens`` by ``model``, of which so many were ``given``, drawn by ``seed`` and
     else as was ``asked``. The grammar's text has ``begun`` behind so many tokens; what comes behind its end means
@@ -142,8 +142,8 @@ class Account:
         left = self.limit - len(self.text)
         guess = self.told[-left:] if self.touched else self.told
         for count in (min(len(guess), left), left):
-            asked = (self.model, tuple(self.text), self.given, sampling, seed, self.begun)
-            follows = expected(*asked, count, guess, self.kv, self.places)
+            asked = (self.model, tuple(self.text), self.given, sampling, seed)
+            follows = expected(*asked, count, guess, self.kv, self.places, self.begun)
             place = next((place for place, token in enumerate(follows) if token in ends), None)
             if place is not None:
                 return follows[: place + 1]
