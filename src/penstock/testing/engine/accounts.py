@@ -124,7 +124,8 @@ class Account:
     def ends(self) -> frozenset[int]:
         """The tokens that end it."""
         sampling = self.request.sampling
-        return frozenset(sampling.stop_tokens) | (frozenset() if sampling.grammar is None else {END})
+        ignored = sampling.ignore_eos and sampling.grammar is None
+        return frozenset(sampling.stop_tokens) | (frozenset() if ignored else {END})
 
     def allows(self, text: Sequence[int], tokens: Sequence[int]) -> bool:
         """Whether its grammar, if it has one, allows ``tokens`` behind ``text``."""
