@@ -17,6 +17,8 @@ from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
 from penstock.serve.run import superposed
 from penstock.speculate.drafters.superposed import Superposed
+from penstock.speculate.tree import path
+from penstock.testing.engine.pairs import END, PAIRS, grammars, may_follow
 from penstock.testing.reference import greedy, next_logits
 from penstock.testing.serve_model import draft_of, small_model
 from penstock.testing.speculate_drafter import engine_with
@@ -102,6 +104,31 @@ def test_to_a_linear_model_superposed_scores_are_the_weighted_mean_of_the_drafts
             assert weights.sum().item() == pytest.approx(1, abs=1e-15)
             torch.testing.assert_close(logits[0], (weights.unsqueeze(-1) * own).sum(0), rtol=0, atol=1e-12)
     assert several > 5
+
+
+def test_every_draft_keeps_to_the_grammar():
+    options = {"attention": "reference", "cache_tokens": 400, "controller": "fixed"}
+    config = EngineConfig(draft=Superposed(source="a model", drafts=4), **options)
+    engine = build_engine(small_model(), config, frozenset({END}), grammars=grammars(), draft=draft_of(small_model()))
+    speculation, drafted = engine.steps.speculation, 0
+    draft = speculation.draft
+
+    def watching(batch: Batch) -> None:
+        nonlocal drafted
+        draft(batch)
+        for entry in batch.entries:
+            for node, token in enumerate(entry.window):
+                way = [entry.window[each] for each in path(entry.tree.parents, node)]
+                assert may_follow([*entry.sequence.tokens[len(PROMPT) :], *way[:-1]], token)
+                drafted += 1
+
+    speculation.draft = watching
+    for seed in range(6):
+        sampling = SamplingParams(temperature=seed % 2, seed=seed, max_tokens=20, grammar=PAIRS)
+        engine.add(Request(str(seed), PROMPT, sampling))
+    while engine.busy:
+        engine.step()
+    assert drafted > 50
 
 
 def test_ngrams_behind_a_draft_have_their_say():

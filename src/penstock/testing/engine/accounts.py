@@ -62,7 +62,7 @@ def expected(
 
 def _changed(asked: SamplingParams, given: int, begun: int, scores: Tensor, text: Sequence[int]) -> Tensor:
     """The scores of what follows ``text`` after penalties and the grammar."""
-    found = charged(scores, asked, text, given)
+    found = charged(scores, asked, text, given) if asked.penalized else scores.clone()
     if asked.grammar is not None and END not in text[begun:]:
         found[[token for token in range(len(found)) if not may_follow(text[begun:], token)]] = -torch.inf
     return found
