@@ -63,17 +63,18 @@ class ImportanceByProgram(Importance):
 
 
 def _chances(target: Tensor, proposal: Tensor, drafted: Tensor) -> Tensor:
-    """The distribution [V] of what comes out of one place, given its drafts int64 [k]."""
+    """The distribution [V] of what comes out of one place, given its ``drafted`` tokens int64 [k], and those [V] of the
+    ``target`` and the ``proposal``."""
     common = ((target > 0) & (proposal > 0)).nonzero().flatten()
     q = proposal.double().cpu().numpy()
     own = q[common.cpu().numpy()]
     # What the target does not have counts as one token, which is worth nothing.
     drawn = np.append(own, max(0.0, q.sum() - own.sum())) / q.sum()
     chosen, shares = best_choice(target[common].double().cpu().numpy(), drawn, len(drafted))
-    tokens = common.tolist()
-    here = tuple(place for place, token in enumerate(tokens) if token in set(drafted.tolist()))
+    known = set(drafted.tolist())
+    here = tuple(place for place, token in enumerate(common.tolist()) if token in known)
     law = torch.zeros_like(target).index_copy(0, common, torch.from_numpy(chosen).to(target))
-    share = torch.from_numpy(shares.get(here, np.zeros(0))).to(target)
+    share = torch.from_numpy(shares[here]).to(target)
     drafts = common[list(here)]
     taken = share * accepted(target[drafts], law[drafts])
     return mixed(taken[None], drafts[None], leftover(target[None], law[None]))[0]
