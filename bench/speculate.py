@@ -58,6 +58,10 @@ PAPERS = {"model, bass": (160,), "model, fixed": (63,)}
 #: And of one beside the best length that is fixed.
 ADAPTIVE = {"model, specdec_pp": (374,), "model, tetris": (191,), "model, thompson": (162,)}
 
+#: And of one beside another: several drafts of one pass beside as many that are computed each by itself.
+SUPERPOSED, COMPUTED = "superposed, fixed", "model, fixed, tree 3"
+BESIDE = {SUPERPOSED: (COMPUTED, (399,))}
+
 
 def prompts(count: int, source: str | Path = TARGET) -> list[list[int]]:
     """``count`` pieces of files that neither model has seen: the first tokens of each, then those behind them."""
@@ -90,6 +94,12 @@ def settings(quick: bool) -> dict[str, dict[str, Any]]:
             for name in ("measured", "fixed"):
                 found[f"{drafter}, {name}, tree {tree}"] = {**options, "controller": name, "draft_tree": tree}
     found["suffix, measured, asked again"] = {"draft": "suffix"}
+    found[SUPERPOSED] = {"draft": {"name": "superposed", "source": DRAFT, "drafts": 3}, "controller": "fixed"}
+    found[COMPUTED] = {
+        "draft": {"name": "model", "source": DRAFT, "tokens": 4},
+        "draft_tree": "3",
+        "controller": "fixed",
+    }
     for length in LENGTHS[:1] if quick else LENGTHS:
         found[f"model, fixed {length}"] = {**drafters["model"], "controller": {"name": "fixed", "length": length}}
     return found
@@ -208,6 +218,10 @@ def measure(
         length = max(fixed, key=lambda each: sum(values[each]))
         beside = {"subject": name, "values": values[name], "papers": ADAPTIVE[name], **common}
         bench.compared(peer=length, peer_values=values[length], **beside)
+    for name, (other, papers) in BESIDE.items():
+        if name in runs and other in runs:
+            beside = {"subject": name, "values": values[name], "papers": papers, **common}
+            bench.compared(peer=other, peer_values=values[other], **beside)
     for name in runs:
         if name == "plain decoding":
             bench.measured(subject=name, values=values[name], **common)

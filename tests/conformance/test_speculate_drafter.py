@@ -15,6 +15,7 @@ from penstock.testing.speculate_drafter import (
     check_proposals,
     check_runs,
     check_shapes,
+    check_superposed,
     check_twin,
 )
 
@@ -66,6 +67,11 @@ def test_one_way_of_the_trees_that_a_model_drafts_for_itself_is_always_right(nam
 @pytest.mark.parametrize("name", POLICIES)
 def test_proposals_depend_on_the_text_alone_and_are_no_longer_than_asked(name, seed):
     check_proposals(POLICIES[name], seed)
+
+
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if policy.superposes])
+def test_texts_that_are_drafted_in_one_row_are_those_of_the_definition(name):
+    check_superposed(POLICIES[name])
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -20,6 +20,7 @@ from penstock.models.acceptance.head import AcceptanceHead
 from penstock.models.adapters.slots import AdapterSlots, matrices, read
 from penstock.models.decoder import Decoder
 from penstock.models.heads.contract import Continues, Continuing, Foresees, HeadModule, Prompts, Transfers
+from penstock.models.prompted import PromptedDecoder
 from penstock.models.tapped import TappedDecoder
 from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contract import PagedCache
@@ -46,6 +47,7 @@ from penstock.serve.run.planner import Planner
 from penstock.serve.run.record import Recorder
 from penstock.serve.run.runner import Runner, TappedRunner
 from penstock.serve.sizing import blocks_for, explained_shortage, require_room_aside, settle_memory, weight_bytes
+from penstock.speculate.contract import Drafter
 
 #: Of adapters, where none says what rank they have.
 DEFAULT_RANK = 16
@@ -142,7 +144,7 @@ def build_runners(
     compiled = config.compile and not plain and on_cuda and can_compile(device)
     models = [model]
     if isinstance(draft, Decoder) and config.draft is not None and config.draft.model is not None:
-        models.append(draft)
+        models.append(_drafting_model(draft, config.draft, config.sequences))
     head = draft if isinstance(draft, HeadModule) else None
     keeps = [isinstance(head, Foresees | Continues | Transfers), predictor is not None]
     opened = [backend_of(each, config, pieces, report) for each in models]
@@ -196,6 +198,13 @@ def build_runners(
     return runners[0], drafting_of(runners, config, head, predictor)
 
 
+def _drafting_model(draft: Decoder, drafter: Drafter, slots: int) -> Decoder:
+    """``draft`` as ``drafter`` has it draft for sequences in so many ``slots``."""
+    if not drafter.superposes:
+        return draft
+    return PromptedDecoder(draft, draft.like.new_zeros(slots, draft.config.hidden))
+
+
 def _runner(
     model: Decoder | Continuing,
     memory: PagedCache,
@@ -245,7 +254,7 @@ def build_following(model: Decoder, config: EngineConfig, blocks: int) -> RankRu
 def _kinds(config: EngineConfig, model: Decoder, memories: List[PagedCache], keeps: List[bool]) -> list[dict[str, Any]]:
     """How the runners of the ``model``, and of one that drafts where there is one, differ from a plain one; ``keeps``
     says whether they keep hidden states."""
-    trees = bool(config.draft_tree or (config.draft is not None and config.draft.widths))
+    trees = bool(config.tree or (config.draft is not None and config.draft.widths))
     kinds: list[dict[str, Any]] = [
         {"window": config.rows - 1, "trees": trees, "sampler": Sampler, "keeps_hidden": keeps[0]}
     ]
@@ -261,9 +270,12 @@ def _kinds(config: EngineConfig, model: Decoder, memories: List[PagedCache], kee
     if config.kv_reuse.moves:
         kinds[0]["mover"] = Mover(memories[0], model.config, model.rotary)
     if memories[1:]:
-        # After a step that accepted all, it computes two tokens; and of a tree, all but the last generation.
-        window = max(1, config.rows - 3) if trees else 1
-        kinds.append({"window": window, "trees": trees, "keeps_hidden": keeps[1], **drafting_kind(config)})
+        # After a step that accepted all, it computes two tokens; of a tree, all but the last generation; and what was
+        # superposed is in the cache of none of the texts.
+        superposes = config.draft is not None and config.draft.superposes > 0
+        window = config.rows - 1 if superposes else max(1, config.rows - 3) if trees else 1
+        drafts = {"window": window, "trees": trees and not superposes, "keeps_hidden": keeps[1]}
+        kinds.append({**drafts, **drafting_kind(config)})
     return kinds
 
 

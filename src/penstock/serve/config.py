@@ -208,6 +208,11 @@ class EngineConfig(Config):
         verifier, most = self.verifier, max(self.draft_tree, default=1)
         if verifier.matches or (self.draft is not None and self.draft.widths):
             return self
+        if self.draft is not None and self.draft.superposes:
+            raise ValueError(
+                f"{self.draft.policy_name!r} drafts the likeliest texts, and {verifier.policy_name!r} is for drafts "
+                "that are drawn: leave the verifier out"
+            )
         if verifier.most != 1 and most == 1:
             raise ValueError(
                 f"one token is drafted for a place, and {verifier.policy_name!r} is for several: set draft_tree, "
@@ -321,7 +326,7 @@ class EngineConfig(Config):
         if self.draft is None:
             raise ValueError("draft_tree says how a drafter branches, and there is none: set draft, such as ngram")
         if not self.draft.branches:
-            kind = "shapes its trees itself" if self.draft.widths else "drafts chains"
+            kind = "shapes its trees itself" if self.draft.widths or self.draft.superposes else "drafts chains"
             raise ValueError(f"the drafter {self.draft.policy_name!r} {kind}: leave draft_tree out")
         ahead = self.draft.most
         if max(depths(full(self.draft_tree, ahead, MOST)), default=0) < ahead:
@@ -331,6 +336,14 @@ class EngineConfig(Config):
             )
         for reason in self._against_trees():
             raise ValueError(f"{reason}: leave draft_tree out")
+        return self
+
+    @model_validator(mode="after")
+    def _superposing(self) -> EngineConfig:
+        """What a drafter of several texts does not go together with."""
+        if self.draft is not None and self.draft.superposes > 1:
+            for reason in self._against_trees():
+                raise ValueError(f"{reason}: set draft.drafts=1, or draft with another drafter")
         return self
 
     def _against_trees(self) -> Iterator[str]:
@@ -372,11 +385,18 @@ class EngineConfig(Config):
         return max(self.tensor_parallel, self.pipeline_parallel)
 
     @property
+    def tree(self) -> tuple[int, ...]:
+        """How many drafts each place has, by depth, one behind the last; none where a chain is drafted, or the drafter
+        shapes trees that it probes for."""
+        drafts = 0 if self.draft is None else self.draft.superposes
+        return (drafts,) if drafts > 1 else self.draft_tree
+
+    @property
     def rows(self) -> int:
         """The most rows of a sequence that goes on in a step: its newest token, what is drafted, and probes."""
         if self.draft is None:
             return 1
-        return 1 + (self.draft.rows or len(full(self.draft_tree, self.draft.most, MOST)))
+        return 1 + (self.draft.rows or len(full(self.tree, self.draft.most, MOST)))
 
     @property
     def room_for_adapters(self) -> int:

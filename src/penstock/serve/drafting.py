@@ -23,6 +23,7 @@ from penstock.serve.run.chains import Chains
 from penstock.serve.run.draft import ConfidentDraft, Drafting, DraftModel, DraftPlanner, PredictingDraft
 from penstock.serve.run.heads import ContinuingDraft, ContinuingRunner, draft_with
 from penstock.serve.run.runner import Runner
+from penstock.serve.run.superposed import SuperposedModel, SuperposedSampler
 from penstock.serve.run.trees import Trees
 from penstock.speculate.contract import Drafter
 
@@ -81,6 +82,8 @@ def drafting_of(
         return ContinuingDraft(runners[1], runners[0], config.verifier, config.budget(runners[1].device))
     if predictor is not None:
         return PredictingDraft(runners[1], config.verifier, config.budget(runners[1].device), predictor)
+    if config.draft is not None and config.draft.superposes:
+        return SuperposedModel(runners[1], config.verifier, config.budget(runners[1].device), config.draft.superposes)
     growth = Trees() if config.draft_tree else Chains()
     if head is not None:
         return draft_with(head, runners[0], config.verifier, growth, config.sequences, **drafting_kind(config))
@@ -103,6 +106,8 @@ def drafting_kind(config: EngineConfig) -> dict[str, Any]:
     sampler: Callable[..., Sampler] = ConfidentSampler if sure else Sampler
     if told:
         sampler = ConfidentProposingSampler if sure else ProposingSampler
+    if config.draft is not None and config.draft.superposes:
+        sampler = functools.partial(SuperposedSampler, drafts=config.draft.superposes)
     branches = config.draft_tree or (config.draft.widths if config.draft is not None else ())
     if branches:
         kind = ConfidentBranchingSampler if sure else BranchingSampler

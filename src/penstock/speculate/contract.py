@@ -85,13 +85,24 @@ class Probing(Draft, Protocol):
         ...
 
 
+@runtime_checkable
+class Superposing(Draft, Protocol):
+    """A draft of several texts, with all of which a model goes on in one row."""
+
+    def chances(self, ahead: List[int], tokens: List[int], shares: List[float]) -> list[float]:
+        """How likely each of some ``tokens`` comes behind the text and the drafted tokens ``ahead`` of it, where the
+        model, which does not know these for sure, gives it one of the ``shares``."""
+        ...
+
+
 @contract(
     "speculate.drafter",
     law="the tokens that come out are those of plain decoding, draw for draw: greedy ones identical, sampled ones of "
     "exactly the same distribution; at most as many tokens are drafted as were asked for, and behind the same text the "
     "same ones, where others say nothing; all of this also where trees are drafted, and a tree of one branch is the "
     "chain; what probes guess is drafted no further than they guessed, and none is where its guess would be behind the "
-    "text's end; and what is verified in runs of their own, in the stages of a pipeline, is too",
+    "text's end; texts that are drafted in one row are those of the definition, in a pass a token; and what is "
+    "verified in runs of their own, in the stages of a pipeline, is too",
 )
 class Drafter(Policy):
     """Drafts tokens for the sequences of an engine: out of their text, or with a model.
@@ -123,6 +134,12 @@ class Drafter(Policy):
     def branches(self) -> bool:
         """Whether its drafts can be trees: then they are :class:`Branching`."""
         return False
+
+    @property
+    def superposes(self) -> int:
+        """How many drafts of a sequence its model goes on with in one row (``serve/run/superposed.py``): then they are
+        :class:`Superposing`, and a tree that the model shapes as it goes. 0 where each drafted token has its own."""
+        return 0
 
     @property
     def meanwhile(self) -> bool:

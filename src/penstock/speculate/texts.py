@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as List
 
 #: Of so many places at which a run stands, the latest are known.
 PLACES = 32
@@ -49,7 +50,11 @@ class Texts:
     def places(self, text: Text) -> Iterator[tuple[Text, int]]:
         """Where else the last run of ``text`` stands, the latest first: the texts, and behind how many of their tokens;
         none where nothing is behind it yet."""
-        known = self._places.get(tuple(text[-self._run :]), ()) if len(text) >= self._run else ()
+        return self.behind(text[-self._run :])
+
+    def behind(self, run: List[int]) -> Iterator[tuple[Text, int]]:
+        """Where the ``run`` stands, as of :meth:`places`; nowhere, if it has fewer tokens than are known."""
+        known = self._places.get(tuple(run), ())
         return ((other, end) for other, end in reversed(known) if end < len(other))
 
     def _forget(self, text: Text) -> None:

@@ -535,8 +535,10 @@ def check_thrown_out(policy: CachePolicy) -> None:
     assert engine.snapshot().held == 0
     for id, sequence in sequences.items():
         places = (tuple(sequence.compressed),)
-        asked = (small_model(), tuple(texts[id]), sequence.prompt, 0.0, 0, None, len(told[id]), told[id], policy)
-        assert told[id] == expected(*asked, places), f"{id!r}, compressed at {places[0]}, says something else"
+        asked = (small_model(), tuple(texts[id]), sequence.prompt, SamplingParams(temperature=0), 0)
+        assert told[id] == expected(*asked, len(told[id]), told[id], policy, places), (
+            f"{id!r}, compressed at {places[0]}, says something else"
+        )
 
 
 def _served(policy: CachePolicy, tokens: int) -> tuple[dict[str, list[int]], tuple[int, int]]:

@@ -20,6 +20,7 @@ from penstock.core.randomness import derive, uniforms
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
 from penstock.models.sampling import Sampling
+from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.decode.uscd import UncertaintyAwareContrast
 
 
@@ -113,6 +114,19 @@ def distribution(logits: Tensor, sampling: Sampling) -> list[float]:
     return [chances.get(token, 0.0) / total for token in range(len(scores))]
 
 
+def charged(scores: Tensor, sampling: SamplingParams, tokens: Sequence[int], given: int) -> Tensor:
+    """``scores`` [vocabulary] of what follows ``tokens``, of which so many were ``given``, after biases and penalties,
+    token by token as the definitions say."""
+    found = scores.clone()
+    for token, bias in sampling.logit_bias.items():
+        found[token] += bias
+    for token in set(tokens):
+        count, own = list(tokens[given:]).count(token), found[token]
+        own = own / sampling.repetition_penalty if own > 0 else own * sampling.repetition_penalty
+        found[token] = own - sampling.frequency_penalty * count - sampling.presence_penalty * (count > 0)
+    return found
+
+
 def pick(chances: Sequence[float], uniform: float) -> int:
     """The first token at which the cumulated ``chances`` exceed ``uniform``, a number in [0, 1), times their sum."""
     reached = list(itertools.accumulate(chances))
@@ -127,19 +141,22 @@ def continued(
     rule: UncertaintyAwareContrast | None = None,
     guess: Sequence[int] = (),
     scores: Callable[[Decoder, Sequence[int], int], Scored] | None = None,
+    changed: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
 ) -> list[int]:
     """What follows ``tokens``, of which the first ``given`` are the prompt and the others generated: as ``sampling``
     says, up to ``sampling.max_tokens`` generated ones in all. The draw of a token depends on the seed and on how many
     were generated before alone. With a ``rule`` the scores are contrasted with those after the rule's own prompt. A
     right ``guess`` of what follows makes it quicker, and a wrong one changes nothing. ``scores`` makes what scores
     texts, of the model, what they are likely to be prefixes of, and how many tokens of them are given; if not told, the
-    plain one."""
+    plain one. ``changed`` makes of the scores behind a text, before the rule, those by which a token is chosen."""
     text, likely, of = list(tokens), [*tokens, *guess], scores or Scores
     own = of(model, likely, given)
     beside = [(start, of(model, [*start, *likely[given:]], len(start))) for start in (rule.companions if rule else ())]
     while len(text) - given < sampling.max_tokens:
         count, generated = len(text) - given, text[given:]
         logits = own.after(text)
+        if changed is not None:
+            logits = changed(logits, text)
         if rule is not None:
             others = [other.after([*start, *generated]) for start, other in beside]
             logits = rule.combine(torch.stack([logits, *others]).float().unsqueeze(0))[0]

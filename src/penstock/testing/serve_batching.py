@@ -3,7 +3,8 @@
 :class:`~penstock.testing.engine.machine.EngineMachine` plays the courses. Of what it asserts:
 
 - tokens and log-probabilities of the reference (:mod:`~penstock.testing.engine.accounts`): wrong blocks, tables,
-  positions, masks, draws, copies on write, tokens that belong to somebody else;
+  positions, masks, draws, copies on write, tokens that belong to somebody else; penalties and grammars that stand
+  elsewhere than their text, behind drafts, forks, cuts, what is fed and preemptions;
 - budgets and books: a batch that is too large, blocks that are lost, held twice or given back too early;
 - :mod:`~penstock.testing.engine.precedence`, who is thrown out, and who comes back first: the least urgent that came
   last goes; one that was thrown out returns before anybody of the same priority and key who has not run yet; what it

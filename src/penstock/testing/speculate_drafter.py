@@ -20,6 +20,9 @@ What each clause is there to catch:
   they were computed, positions by place, penalties and grammars of another way;
 - :func:`check_runs`: of those whose drafts go through a pipeline in runs, a run that sees what is behind it or does not
   see what is before it, or is given up although it can be reached;
+- :func:`check_superposed`: of those that superpose, drafts that are not the best of those that they are crossed to, a
+  row that is another sum of embeddings, stands elsewhere or does not see those before it, and passes that more drafts
+  make more or larger;
 - :func:`check_shapes`: of those that probe, trees that are too large or too tall, and probes for what nobody will read.
 """
 
@@ -40,20 +43,25 @@ from penstock.core.randomness import numpy_generator
 from penstock.models.decoder import Decoder
 from penstock.models.heads.contract import HeadModule
 from penstock.models.heads.early_exit import EarlyExit
+from penstock.models.prompted import PromptedDecoder
 from penstock.models.shares import Share
 from penstock.ops.draw import draw_softmax
 from penstock.ops.paged.reference import Reference
 from penstock.serve.build import build_engine
+from penstock.serve.choose.sampler import Sampled
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.choose.window import accept_prefix
 from penstock.serve.config import EngineConfig
 from penstock.serve.decode.momentum import Momentum
 from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.engine import Engine
+from penstock.serve.engine.sequence import Sequence as EngineSequence
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.serve.ranks.stages import StageDecoder
 from penstock.serve.run.cascade import CascadeDraft
-from penstock.speculate.contract import AWAITED, Branching, Drafter, Probing
+from penstock.serve.run.step import Step
+from penstock.serve.run.superposed import SuperposedModel
+from penstock.speculate.contract import AWAITED, Branching, Drafter, Probing, Superposing
 from penstock.speculate.controllers.contract import Controller
 from penstock.speculate.controllers.fixed import Fixed
 from penstock.speculate.drafters.model import Model
@@ -62,7 +70,7 @@ from penstock.speculate.verifiers.accept_residual import AcceptResidual
 from penstock.speculate.verifiers.contract import Verifier
 from penstock.speculate.verifiers.recursive_distinct import RecursiveDistinct
 from penstock.testing.divided_engine import together
-from penstock.testing.reference import greedy
+from penstock.testing.reference import charged, greedy, next_logits
 from penstock.testing.serve_model import SHAPE, draft_of, head_for, head_of, predictor_of, small_model
 
 #: Chances, in eighths, of the token (column) after the token (row): a model that likes to repeat itself.
@@ -82,6 +90,7 @@ def check(drafter: Drafter) -> None:
     check_loops(drafter)
     check_meanwhile(drafter)
     check_trees(drafter)
+    check_superposed(drafter)
     check_shapes(drafter)
     check_runs(drafter)
 
@@ -289,8 +298,9 @@ def plain_played(seed: int, times: int = 2) -> dict[tuple[str, int], list[Delta]
 def check_twin(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None:
     """Asserts that a model which drafts for itself is right in every place, whatever requests ask for: where prompts
     are computed in pieces and found in the cache, sequences are preempted, forked, cut back and fed, and some draft
-    nothing. Of a tree, one way is. Returns the engine; None for a drafter without a model or a head."""
-    if drafter.model is None and drafter.head is None:
+    nothing. Of a tree, one way is. Returns the engine; None for a drafter without a model or a head, and for one whose
+    model is given several texts at once, of which it may say what it says of none."""
+    if (drafter.model is None and drafter.head is None) or drafter.superposes:
         return None
     target, itself = _twins(drafter)
     engine = engine_with(drafter, target, draft=itself, cache_tokens=120, tree=tree)
@@ -332,6 +342,89 @@ def check_twin(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None:
         # But for those who were preempted, cut back or fed meanwhile, and where the next step had no room.
         assert 3 * model.right > model.guessed, f"{model.right} of {model.guessed} guesses of its own text were right"
     return engine
+
+
+def check_superposed(drafter: Drafter) -> None:
+    """Asserts of one that superposes its drafts that what an engine drafts are those of the definition, computed anew
+    from the whole text, and that its model makes a pass for each token ahead, of one row a sequence but for the text
+    itself."""
+    if not drafter.superposes:
+        return
+    model = draft_of(small_model())
+    engine = engine_with(drafter, draft=model)
+    speculation = engine.steps.speculation
+    assert speculation is not None and isinstance(speculation.model, SuperposedModel)
+    runner, draft, compared = speculation.model.runner, speculation.draft, 0
+    execute, passes = runner.execute, list[list[np.ndarray]]()
+
+    def counting(step: Step) -> Sampled | None:
+        passes.append([part.inputs[0] for part in step.parts])
+        return execute(step)
+
+    def watching(batch: Batch) -> None:
+        nonlocal compared
+        asked = {entry.slot: entry.ahead for entry in batch.entries if entry.window[:1] == (AWAITED,)}
+        passes.clear()
+        draft(batch)
+        # No token of any text, these are superposed; the first pass is of the texts.
+        rows = [np.concatenate(parts) for parts in passes if any((part < 0).any() for part in parts)]
+        assert len(rows) <= max(asked.values(), default=1) - 1, "there are more passes than tokens ahead"
+        assert all(len(each) <= len(asked) and (each < 0).all() for each in rows), "there are more rows than texts"
+        for entry in batch.entries:
+            if entry.slot in asked:
+                tree = entry.tree
+                ways = {tuple(tree.tokens[node] for node in path(tree.parents, end)) for end in range(len(tree.tokens))}
+                texts = superposed_texts(model, entry.sequence, asked[entry.slot], drafter.superposes)
+                wanted = {text[:count] for text in texts for count in range(1, len(text) + 1)}
+                assert ways == wanted, f"behind {entry.sequence.tokens} {ways} are drafted, not {wanted}"
+                compared += 1
+
+    vars(runner)["execute"], vars(speculation)["draft"] = counting, watching
+    for number, kind in enumerate(SUPERPOSED):
+        prompt = [(5 * place + number // 2) % 13 for place in range(10 + number)]
+        options = {"temperature": 0, "max_tokens": 16, "seed": number, **kind}
+        engine.add(Request(str(number), prompt, SamplingParams.model_validate(options)))
+    while engine.busy:
+        engine.step()
+    assert compared > 40, f"drafts were compared {compared} times alone"
+
+
+#: What requests ask for whose drafts are computed anew.
+SUPERPOSED: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.8, "top_k": 9},
+    {"stop_tokens": tuple(range(0, 50, 3)), "min_tokens": 9},
+    {"frequency_penalty": 0.8, "repetition_penalty": 1.3},
+    {"presence_penalty": 0.7, "logit_bias": {3: 2.0, 4: -1.0}},
+    {},
+]
+
+
+def superposed_texts(model: Decoder, sequence: EngineSequence, ahead: int, drafts: int) -> set[tuple[int, ...]]:
+    """The texts that ``model`` drafts behind ``sequence``, up to ``ahead`` tokens each, by the definition and without a
+    cache."""
+    assert isinstance(sequence.draft, Superposing)
+    sampling, text, rows = sequence.sampling, sequence.tokens, torch.zeros(ahead, SHAPE.hidden)
+    going: dict[tuple[int, ...], float] = {(): 1.0}
+    ended: list[tuple[int, ...]] = []
+    for depth in range(ahead):
+        scores = next_logits(PromptedDecoder(model, rows), [*text, *range(-1, -1 - depth, -1)])
+        crossed: dict[tuple[int, ...], float] = {}
+        for own, chance in going.items():
+            known = charged(scores, sampling, [*text, *own], sequence.prompt)
+            if len(text) + depth - sequence.prompt < sampling.min_tokens:
+                known[list(sequence.stop)] = -torch.inf
+            shares, tokens = (each.tolist() for each in known.softmax(-1).topk(drafts))
+            for token, mixed in zip(tokens, sequence.draft.chances(list(own), tokens, shares), strict=True):
+                crossed[*own, token] = chance * mixed
+        best = sorted(crossed, key=lambda each: -crossed[each])[:drafts]
+        ended += [each for each in best if each[-1] in sequence.stop]
+        going = {each: crossed[each] for each in best if each not in ended}
+        if not going:
+            break
+        for each, chance in going.items():
+            rows[depth] += chance / sum(going.values()) * model.embedding.weight.detach()[each[-1]]
+    return {*ended, *going}
 
 
 def check_meanwhile(drafter: Drafter, tree: Sequence[int] = ()) -> Engine | None:

@@ -6,6 +6,7 @@ import torch
 
 from penstock.core.bench import Bench, load
 from penstock.policy import index
+from penstock.serve.config import EngineConfig
 from penstock.speculate.drafters.ngram import Ngram
 from penstock.testing.speculate_drafter import engine_with
 
@@ -41,6 +42,20 @@ def test_a_controller_that_adapts_stands_beside_the_best_fixed_length():
     script.measure(bench, {name: lambda speed=speed: speed for name, speed in speeds.items()}, {}, "1 at a time")
     (row,) = [row for row in bench.rows if 374 in row.papers]
     assert (row.subject, row.peer) == ("model, specdec_pp", "model, fixed 2")
+
+
+def test_drafts_of_one_row_stand_beside_as_many_that_are_computed_each():
+    script = load("speculate")
+    bench = Bench("speculate", torch.device("cpu"), quick=True)
+    bench.console.quiet = True
+    chosen = script.settings(quick=True)
+    speeds = {"plain decoding": 1.0, "superposed, fixed": 3.0, "model, fixed, tree 3": 2.0}
+    assert speeds.keys() <= chosen.keys()
+    one, other = (EngineConfig.model_validate(chosen[name]) for name in [*speeds][1:])
+    assert (one.tree, one.draft.most) == (other.tree, other.draft.most)
+    script.measure(bench, {name: lambda speed=speed: speed for name, speed in speeds.items()}, {}, "1 at a time")
+    (row,) = [row for row in bench.rows if 399 in row.papers]
+    assert (row.subject, row.peer) == ("superposed, fixed", "model, fixed, tree 3")
 
 
 def test_heads_stand_beside_plain_decoding_and_one_beside_those_that_it_is_to_beat():

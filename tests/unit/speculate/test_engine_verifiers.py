@@ -46,6 +46,7 @@ PROMPT = [3, 1, 4, 1, 5]
 REPEATING = [16, 7, 38, 16, 7, 38, 16, 7, 38]
 MODEL = Model(source="a model", tokens=3)
 PROBING = {"name": "ppd", "source": "a head"}
+SUPERPOSING = {"name": "superposed", "source": "a model"}
 
 
 def sequence(sampling: SamplingParams) -> Sequence:
@@ -217,6 +218,10 @@ def test_more_is_accepted_than_by_matching_where_texts_are_sampled():
         ({"draft": PROBING, "verifier": "accept_residual"}, "set draft.drafts=1"),
         ({"draft": PROBING, "verifier": "greedy_drafts"}, "take another verifier"),
         ({"draft": "ppd"}, "source"),
+        ({"draft": SUPERPOSING, "draft_tree": "2"}, "shapes its trees itself"),
+        ({"draft": SUPERPOSING, "controller": "fallback"}, "drafts several at once"),
+        ({"draft": SUPERPOSING, "verifier": "recursive"}, "for drafts that are drawn"),
+        ({"draft": SUPERPOSING, "codec": "int8"}, "set draft.drafts=1"),
         ({"verifier": "accept_residual", "deterministic": True}, "deterministic needs the verifier 'exact_match'"),
         ({"verifier": "accept_residual", "record": "steps"}, "record needs the verifier 'exact_match'"),
     ],

@@ -14,6 +14,7 @@ from penstock.speculate.drafting import Drafting, draw_drafts
 from penstock.speculate.quadrature import half_line
 from penstock.speculate.verifiers.accept_residual import AcceptResidual
 from penstock.speculate.verifiers.importance import Importance, gains, majorant
+from penstock.speculate.verifiers.importance_lp import ImportanceByProgram
 from penstock.speculate.verifiers.k_seq import attempts, least_factor
 from penstock.testing.enrolled import enrolled
 from penstock.testing.speculate_verifier import HARD, check_pair, pairs
@@ -72,6 +73,49 @@ class Patient(Importance):
     @property
     def guarantee(self) -> float:
         return 0.999
+
+
+class Best(ImportanceByProgram):
+    """With the promise that no more can be accepted."""
+
+    @property
+    def guarantee(self) -> float:
+        return 1.0
+
+
+def test_the_program_finds_the_optimum():
+    for target, proposal in [*HARD, *pairs(8)]:
+        check_pair(Best(), target, proposal)
+
+
+def cut_rows(tokens: int, vocabulary: int):
+    """A target and a proposal over some ``tokens`` of a larger vocabulary each, most of them the same."""
+    target, proposal = random_rows(1, vocabulary, 3)
+    for each, shift in ((target, 0.0), (proposal, 0.5)):
+        both = random_rows(1, vocabulary, 4)[0] + shift * each
+        each[both < both.topk(tokens).values[:, -1:]] = 0
+        each /= each.sum()
+    return target, proposal
+
+
+def test_of_cut_vocabularies_the_acceptance_of_two_drafts_is_the_least_over_sets():
+    """Of q(S) + 1 - p(S)^2, for the target q and the proposal p, over all sets S of tokens."""
+    target, proposal = cut_rows(12, 300)
+    here = (proposal[0] > 0).nonzero().flatten()
+    assert 12 == len(here) > len((target[0][here] > 0).nonzero()) > 4
+    drafted = torch.cartesian_prod(here, here)
+    found = ImportanceByProgram().chances(target.expand(144, -1), proposal.expand(144, -1), drafted)
+    weights = proposal[0][drafted].prod(-1)
+    torch.testing.assert_close((weights.unsqueeze(-1) * found).sum(0), target[0], rtol=0, atol=1e-13)
+    sets = (torch.arange(1 << 12).unsqueeze(-1) >> torch.arange(12) & 1).double()
+    wanted = (1 + sets @ target[0][here] - (sets @ proposal[0][here]) ** 2).min()
+    assert (weights * hits(found, drafted)).sum().item() == pytest.approx(wanted.item(), abs=1e-10)
+
+
+def test_where_there_are_more_tokens_than_the_program_is_for_weights_choose():
+    target, proposal = random_rows(3, 30)
+    drafted = draw_drafts(proposal, 2, Drafting.INDEPENDENT, torch.rand(3, 2, dtype=torch.float64))
+    assert torch.equal(*(each.chances(target, proposal, drafted) for each in (Importance(), ImportanceByProgram())))
 
 
 def test_any_rounds_keep_the_targets_distribution():

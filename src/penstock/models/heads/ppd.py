@@ -15,6 +15,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.heads.contract import Guess, Head, HeadModule
 from penstock.models.heads.pseudo_rows import PseudoRows
+from penstock.models.prompted import PromptedDecoder
 from penstock.policy import policy
 
 
@@ -54,24 +55,6 @@ class PromptTokens(HeadModule):
         passed = self.prompted(target)(torch.cat([tokens, behind], -1), every).hidden
         for depth, guessed in enumerate(passed.chunk(1 + self.reach, -2)[1:]):
             yield Guess(guessed, depth + 1)
-
-
-class PromptedDecoder(Decoder):
-    """``target`` itself, with its weights and not with copies, to which the tokens -1, -2 and so on are the ``prompts``
-    [n, hidden]. Of any other token it makes what the target does, bit for bit."""
-
-    def __init__(self, target: Decoder, prompts: Tensor) -> None:
-        nn.Module.__init__(self)
-        self.config = target.config
-        self.embedding, self.layers, self.rotary = target.embedding, target.layers, target.rotary
-        if target.config.learned_positions:
-            self.position_embedding = target.position_embedding
-        self.norm, self.head = target.norm, target.head
-        self.prompts = prompts  # a tensor, and no weight of the model, whose names stay those of the target's
-
-    def embedded(self, tokens: Tensor) -> Tensor:
-        known, own = (tokens >= 0).unsqueeze(-1), self.prompts[(-1 - tokens).clamp(min=0)]
-        return torch.where(known, super().embedded(tokens.clamp(min=0)), own)
 
 
 @policy("model.head", "ppd", papers=[333])

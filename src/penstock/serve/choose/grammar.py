@@ -46,8 +46,8 @@ QUOTED = re.compile(r"^ *(\d+ \|.*|\^)$", re.MULTILINE)
 class Matcher:
     """Follows one sequence through a grammar. Where the text is whole, an end-of-text token may come next."""
 
-    def __init__(self, matcher: LLMatcher, words: int, behind: int = 0) -> None:
-        self._matcher, self.words = matcher, words
+    def __init__(self, matcher: LLMatcher, words: int, count: int = 0, behind: int = 0) -> None:
+        self._matcher, self.words, self._count = matcher, words, count
         # How many ends of text came behind a whole text that nothing can follow. The library takes them and does not
         # count them: going back by one token, it would go back by the one before them.
         self._behind = behind
@@ -59,6 +59,7 @@ class Matcher:
 
     def consume(self, token: int) -> None:
         """Goes on by ``token``."""
+        self._count += 1
         self._behind += self._matcher.is_stopped()
         self._matcher.consume_token(token)
 
@@ -67,7 +68,9 @@ class Matcher:
         return 0 if self.failed else int(self._matcher.validate_tokens(list(tokens)))
 
     def rollback(self, count: int) -> None:
-        """Goes back by the last ``count`` tokens."""
+        """Goes back by the last ``count`` tokens, and no further than to its beginning, before which none were its."""
+        count = min(count, self._count)
+        self._count -= count
         behind = min(count, self._behind)
         self._behind -= behind
         if count > behind:
@@ -75,7 +78,7 @@ class Matcher:
 
     def copy(self) -> Matcher:
         """Another one that stands where this one does."""
-        return Matcher(self._matcher.deep_copy(), self.words, self._behind)
+        return Matcher(self._matcher.deep_copy(), self.words, self._count, self._behind)
 
     def write_mask(self, row: np.ndarray) -> None:
         """Sets bit i of ``row`` (int32 [words], contiguous) where token i may come next, 32 tokens a word, the least

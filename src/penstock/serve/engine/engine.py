@@ -92,7 +92,7 @@ class Engine:
         batcher = config.batching.start(self.limits)
         self.steps = EngineSteps(
             *(self.memory, batcher, executor, tokens, self._counters, self.events, self._drop, speculation),
-            config.draft_tree,
+            config.tree,
             config.pipeline_parallel,
         )
         self._loop = config.loop.start(self.steps)
@@ -171,8 +171,8 @@ class Engine:
 
     def truncate(self, id: str, length: int, index: int = 0) -> None:
         """Takes back what the continuation ``index`` of the request ``id`` generated behind its first ``length``
-        tokens, prompt included; it goes on from there. Tokens that were under way are told with the next step, and are
-        taken back with the others.
+        tokens, prompt included; it goes on from there, and so does its grammar, which begins anew where none of its
+        text is left. Tokens that were under way are told with the next step, and are taken back with the others.
 
         Raises:
             UsageError: there is no such continuation, or it does not have so many tokens, or fewer were its prompt.

@@ -119,6 +119,11 @@ class Controller(Policy):
         None if it does."""
         if branches and (self.weighs or self.predicts):
             return f"the controller {self.policy_name!r} weighs chains: leave draft_tree out"
+        if drafter.superposes and (self.weighs or self.predicts or self.by_confidence):
+            return (
+                f"the controller {self.policy_name!r} judges one draft by itself, and {drafter.policy_name!r} drafts "
+                "several at once: leave the controller out"
+            )
         if drafter.widths and self.weighs:
             return f"the controller {self.policy_name!r} weighs chains, and {drafter.policy_name!r} drafts trees"
         if (self.predicts or self.by_confidence) and drafter.model is None:

@@ -28,6 +28,7 @@ def crowd(machine: EngineMachine, seed: int) -> None:
                 temperature=float(draw.integers(2)),
                 seed=number,
                 max_tokens=MOST,
+                ignore_eos=True,
                 prompt_logprobs=int(draw.integers(2)) or None,
             )
             machine.arrive(asked=[(prompt[: machine.engine.limits.context - 1], sampling)], deadline=None)

@@ -38,8 +38,9 @@ from penstock.speculate.contract import Drafter
 from penstock.speculate.controllers.contract import Controller
 from penstock.testing.at_once import AtOnce
 from penstock.testing.engine.accounts import FULL, Account, Name, rated
+from penstock.testing.engine.pairs import END, grammars
 from penstock.testing.engine.precedence import Precedence
-from penstock.testing.engine.requests import CONTRAST, MOST, STOP, params, prompts
+from penstock.testing.engine.requests import CONTRAST, MOST, params, prompts
 from penstock.testing.enrolled import enrolled
 from penstock.testing.serve_model import SHAPE, small_draft, small_head, small_model, small_predictor
 
@@ -114,7 +115,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         disk = DiskBlocks(Path(self.folder.name), "machine", 1 << 20)
         tiers = Tiers(HostBlocks(runner.cache, places), disk, AtOnce()) if places else None
-        self.engine = Engine(config, runner, draft=drafting, tiers=tiers)
+        self.engine = Engine(config, runner, frozenset({END}), grammars(), drafting, tiers)
         for name, place in config.adapters.items():
             self.engine.adapters.load(name, place)
         if self.engine.steps.speculation is not None:
@@ -156,7 +157,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert not self._lives(name), "a living sequence can be cut"
             return
         assert self._text(name) == [*account.text, *account.ahead][:length]
-        account.text, account.touched = self._text(name), True
+        account.text, account.touched, account.begun = self._text(name), True, min(account.begun, length)
 
     @precondition(lambda self: self._speaking())
     @rule(data=st.data(), tokens=st.lists(st.integers(0, SHAPE.vocabulary - 1), max_size=4))
@@ -166,7 +167,9 @@ class EngineMachine(RuleBasedStateMachine):
         try:
             self.engine.feed(name[0], tokens, name[1])
         except UsageError:
-            assert not self._lives(name) or len(self._text(name)) + len(tokens) >= account.limit
+            text = self._text(name)
+            fits = len(text) + len(tokens) < account.limit and account.allows(text, tokens)
+            assert not fits or not self._lives(name)
             return
         text = self._text(name)
         before = text[: len(text) - len(tokens)]
@@ -218,10 +221,12 @@ class EngineMachine(RuleBasedStateMachine):
             return
         left = self._left(request, given)
         assert left >= 1
-        limit = len(request.prompt) + min(request.sampling.max_tokens, left)
+        limit, begun = len(request.prompt) + min(request.sampling.max_tokens, left), len(request.prompt)
+        if of is not None and self.accounts[of].request.sampling.grammar == request.sampling.grammar:
+            begun = min(begun, self.accounts[of].begun)
         for sequence in self.engine.requests.of(request.id):
             self.accounts[request.id, sequence.index] = Account(
-                oracle, request, sequence.index, list(request.prompt), given, limit, self.kv, sequence
+                *(oracle, request, sequence.index, list(request.prompt), given, limit, self.kv, sequence, begun)
             )
 
     def _asked(self, request: Request, of: Name | None) -> tuple[Request, Decoder]:
@@ -293,7 +298,7 @@ class EngineMachine(RuleBasedStateMachine):
     def _judge(self, account: Account) -> None:
         request, told = account.request, account.told
         wanted = account.ahead
-        reason = Finish.STOP if STOP in request.sampling.stop_tokens and wanted[-1:] == [STOP] else Finish.LENGTH
+        reason = Finish.STOP if account.ends.intersection(wanted[-1:]) else Finish.LENGTH
         if account.aborted or request.deadline == 0:
             assert account.touched or told == wanted[: len(told)]
             reason = Finish.ABORT if account.aborted else Finish.DEADLINE

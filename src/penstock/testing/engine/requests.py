@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from penstock.core.randomness import numpy_generator
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.decode.uscd import UncertaintyAwareContrast
+from penstock.testing.engine.pairs import PAIRS
 from penstock.testing.serve_model import SHAPE
 
 #: The most tokens that a request asks for, and the token that ends some.
@@ -41,4 +42,9 @@ params = st.builds(
     stop_tokens=st.sampled_from([(), (STOP,)]),
     prompt_logprobs=st.sampled_from([None, None, 1]),
     rule=st.sampled_from([None, None, None, CONTRAST]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.0, 0.6]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 0.0, 0.4]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.0, 1.3]),
+    grammar=st.sampled_from([None, None, None, PAIRS]),
+    ignore_eos=st.just(True),  # but where a grammar says where the text can end
 )

@@ -199,8 +199,8 @@ def test_one_goes_on_from_what_is_left_of_a_kept_cache():
     (following,) = engine.requests.of("next")
     drain()
     for id, sequence in (("kept", kept), ("other", other), ("next", following)):
-        asked = (small_model(), tuple(texts[id]), sequence.prompt, 0.0, 0, None, len(told[id]), told[id], policy)
-        assert told[id] == expected(*asked, (tuple(sequence.compressed),))
+        asked = (small_model(), tuple(texts[id]), sequence.prompt, SamplingParams(temperature=0), 0)
+        assert told[id] == expected(*asked, len(told[id]), told[id], policy, (tuple(sequence.compressed),))
 
 
 def test_nobody_is_asked_where_caches_are_never_compressed():

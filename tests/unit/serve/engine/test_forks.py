@@ -17,6 +17,7 @@ from penstock.serve.choose.sampling import Grammar, SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
+from penstock.testing.engine.pairs import END, PAIRS, grammars, may_follow
 from penstock.testing.reference import continued, prompt_logprobs
 from penstock.testing.serve_model import small_model
 
@@ -86,6 +87,29 @@ def test_a_fork_of_one_that_ended_and_was_kept_goes_on_in_its_grammar_from_anywh
     for length in range(len(told)):
         whole = tokenizer.decode([*told[:length], *found[str(length), 0][:-1]])
         assert re.fullmatch(PATTERN, whole), whole
+
+
+@pytest.mark.parametrize("loop", ["plain", "overlapped"])
+def test_a_grammar_begins_anew_where_none_of_its_text_is_left(loop):
+    """Its text begins behind what the parent said, of which some is taken back, too: by a cut, and by another fork."""
+    config = EngineConfig.model_validate({"attention": Reference(), "loop": loop, **SIZES})
+    engine = build_engine(small_model(), config, frozenset({END}), grammars=grammars())
+    greedy = {"temperature": 0, "ignore_eos": True}
+    engine.add(Request("parent", [3, 1, 4, 1, 5], SamplingParams(max_tokens=40, **greedy)))
+    for _ in range(10):
+        engine.step()
+    text = list(engine.requests.parent("parent", 0).tokens)
+    engine.fork("parent", Request("child", text, SamplingParams(max_tokens=30, grammar=PAIRS, **greedy)))
+    engine.step()
+    short, asked = text[:-4], SamplingParams(max_tokens=30, grammar=PAIRS, **greedy)
+    engine.fork("child", Request("other", short, asked))
+    engine.truncate("child", len(short))
+    engine.abort("parent")
+    told = finish(engine)
+    first = [token for token in told["other", 0] if token != END]
+    assert len(first) > 1 and told["child", 0][-len(told["other", 0]) :] == told["other", 0]
+    for place, token in enumerate(told["other", 0]):
+        assert may_follow(told["other", 0][:place], token)
 
 
 def test_what_is_fed_must_be_in_the_grammar_and_what_is_cut_can_be_written_anew(writer, tokenizer):
