@@ -135,6 +135,18 @@ FLAGS = {
             help="How the cache holds keys and values: {kv.codec}; else plain. Such as --kv-codec int8.",
         ),
     ),
+    "kv_residual": Flag(
+        "codec.residual",
+        typer.Option(
+            None,
+            "--kv-residual",
+            metavar="N",
+            min=0,
+            help="The newest tokens of each sequence, up to so many, in full precision: --kv-codec int4 "
+            "--kv-residual 128.",
+        ),
+        int | None,
+    ),
     "kv_reuse": Flag(
         "kv_reuse.name",
         typer.Option(
@@ -225,12 +237,17 @@ OVERRIDES = typer.Option(
 )
 
 #: What must be named beside what is said of it, and by which option.
-NAMED = {"kv": "--kv, such as h2o, snapkv or sink_window", "kv_reuse": "--kv-reuse, such as cache_craft"}
+NAMED = {
+    "kv": "--kv, such as h2o, snapkv or sink_window",
+    "codec": "--kv-codec, such as int4",
+    "kv_reuse": "--kv-reuse, such as cache_craft",
+}
 
 #: What these options say, in words.
 SAYING = {
     "kv_budget": "says how much is kept, and not what",
     "kv_when": "says when a cache is compressed, and not what is kept of it",
+    "kv_residual": "says how many tokens are not coded, and not how the others are",
     "kv_recompute": "says how much of contexts is computed again that are moved, and not how they are",
 }
 

@@ -73,6 +73,8 @@ def backend_of(
                 hint="Take the codec plain or bf16.",
             )
         cache = dataclasses.replace(cache, view=view, needs=cache.needs | {"view"})
+    if (residual := config.residual) is not None:
+        cache = dataclasses.replace(cache, residual=residual, needs=cache.needs | {"residual"})
     backend = _chosen(config, cache)
     backend.prepare(cache, report)
     return backend, dataclasses.replace(cache, learned=learned_tables(model, config.codec, pieces, report))

@@ -163,7 +163,9 @@ def build_runners(
     # Elsewhere, what goes to the host's memory goes to that of the cache.
     aside = sum(shape.aside_bytes for _, shape in opened)
     weights = sum(map(weight_bytes, models))
-    blocks = blocks_for(config, device, block_bytes if on_cuda else block_bytes + aside, contexts[0], weights)
+    windows = sum(shape.residual_bytes for _, shape in opened)
+    each_block = block_bytes if on_cuda else block_bytes + aside
+    blocks = blocks_for(config, device, each_block, contexts[0], weights, windows)
     runners: list[Runner] = []
     with explained_shortage():
         # One more than sequences use: the runner's own.
@@ -231,6 +233,8 @@ def _note_memory(first: Runner, weights: int, cache: int, aside: int) -> None:
     first.memory = {"weights": weights, "cache": cache}
     if first.adapter_bytes:
         first.memory["adapters"] = first.adapter_bytes
+    if windows := first.cache.shape.residual_bytes:
+        first.memory["windows"] = windows
     if first.cache.watch is not None:
         first.memory["queries"] = first.cache.watch.bytes
     if aside:
@@ -267,6 +271,8 @@ def _kinds(config: EngineConfig, model: Decoder, memories: List[PagedCache], kee
         kinds[0] |= {"compactor": compactor, "planner": functools.partial(Planner, watched=watched)}
     if kv.selection is not None:
         kinds[0]["planner"] = functools.partial(Planner, selects=True)
+    if shape.residual is not None:
+        kinds[0]["planner"] = functools.partial(kinds[0].get("planner", Planner), windows=True)
     if config.kv_reuse.moves:
         kinds[0]["mover"] = Mover(memories[0], model.config, model.rotary)
     if memories[1:]:

@@ -16,6 +16,7 @@ from penstock.models.heads import folder as heads
 from penstock.ops.paged.codecs.contract import Codec, LearnedCodec
 from penstock.ops.paged.codecs.plain import Plain as PlainCodec
 from penstock.ops.paged.contract import PagedAttention
+from penstock.ops.paged.residual import Residual
 from penstock.policy import Choice, index
 from penstock.serve.batching.contract import Batching
 from penstock.serve.batching.sarathi import Sarathi
@@ -378,6 +379,34 @@ class EngineConfig(Config):
                 "all of them: take another verifier, such as recursive_distinct"
             )
         return self
+
+    @model_validator(mode="after")
+    def _windows(self) -> EngineConfig:
+        """What windows in full precision do not go together with."""
+        if not self.codec.residual:
+            return self
+        reasons = {
+            "the codec 'plain' has all tokens in full precision": isinstance(self.codec, PlainCodec),
+            "deterministic engines have no attention for it": self.deterministic,
+            "a model divided among ranks has none": self.ranks > 1,
+            "trees need the cache's codec 'plain'": bool(self.draft_tree),
+            "what drafts here has a cache of its own, or probes": self.draft is not None
+            and bool(self.draft.model or self.draft.head or self.draft.widths),
+            f"kv_reuse = {self.kv_reuse.policy_name} takes tokens without their windows": not self.kv_reuse.plain,
+            f"kv = {self.kv.policy_name} lays or reads tokens together": self.kv.view is not None
+            or self.kv.selection is not None,
+        }
+        for reason in (reason for reason, holds in reasons.items() if holds):
+            raise ValueError(f"codec.residual keeps the newest tokens in full precision, and {reason}: leave it out")
+        return self
+
+    @property
+    def residual(self) -> Residual | None:
+        """The windows in full precision, in whole blocks."""
+        if not self.codec.residual:
+            return None
+        tokens = -(-self.codec.residual // self.block_size) * self.block_size
+        return Residual(tokens, self.sequences, self.rows - 1)
 
     @property
     def ranks(self) -> int:

@@ -88,14 +88,17 @@ def settle_memory(
         rehearse()
     weights = sum(weight_bytes(each.model) for each in runners)
     adapters = {"adapters": first.adapter_bytes} if first.adapter_bytes else {}
+    taken = first.cache.shape.residual_bytes
+    windows = {"windows": taken} if taken else {}
     first.memory = {
         "weights": weights,
         **adapters,
+        **windows,
         "cache": first.cache.shape.blocks * block,
         "steps": steps,
         "graphs": graphs,
         # The driver's context, code, and fixed buffers; and other processes.
-        "other": meter.total - before - small - weights - first.adapter_bytes,
+        "other": meter.total - before - small - weights - first.adapter_bytes - taken,
     }
     first.memory["left"] = meter.total - sum(first.memory.values())
     log.info("memory: %s", described(first.memory))
@@ -140,9 +143,11 @@ def explained_shortage() -> Iterator[None]:
         ) from error
 
 
-def blocks_for(config: EngineConfig, device: torch.device, block_bytes: int, context: int, weights: int) -> int:
-    """How many blocks of so many bytes sequences of a ``context`` may have beside so many bytes of ``weights``; on CUDA
-    devices, while it is found out how many they can.
+def blocks_for(
+    config: EngineConfig, device: torch.device, block_bytes: int, context: int, weights: int, windows: int = 0
+) -> int:
+    """How many blocks of so many bytes sequences of a ``context`` may have beside so many bytes of ``weights``, and of
+    ``windows`` in full precision; on CUDA devices, while it is found out how many they can.
 
     A CPU shares its memory with everybody else on the machine: the cache there is no larger than the model, or than a
     small one may be, but has room for a sequence.
@@ -155,7 +160,7 @@ def blocks_for(config: EngineConfig, device: torch.device, block_bytes: int, con
     if device.type != "cuda":
         free = free_memory() / config.ranks  # which all ranks share
         sequence = -(-context // config.block_size) * block_bytes
-        room = min(free * config.memory / 2, max(LEAST_CPU_SHARE, weights, sequence))
+        room = min(free * config.memory / 2, max(LEAST_CPU_SHARE, weights, sequence)) - windows
         return blocks_in(room, block_bytes, config.block_size, context)
     # With fewer than are wanted, the largest steps are those that these allow.
     most = blocks_in(DeviceMemory(device).free() / 2, block_bytes, config.block_size, context)

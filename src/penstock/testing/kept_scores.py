@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ class KeptRows:
         scale: of the scores.
         view, packed: what is left of the first tokens, and how they are seen, where some are packed.
         selection, given: what tokens behind the ``given`` ones read, where they do not read all.
+        coded: what comes back of vectors [n, K, D] of a layer, of keys (0) or values (1), where they are coded; those
+            in ``keys`` and ``values`` have been.
+        window: so many places make a window in full precision, counted from the last compression at place ``since``;
+            0 is none. Of the places since then, ``exact`` has by layer the keys and the values as they were computed.
     """
 
     positions: Tensor
@@ -41,6 +45,10 @@ class KeptRows:
     packed: Packed | None = None
     selection: BlockSelection | None = None
     given: int = 0
+    coded: Callable[[int, int, Tensor], Tensor] | None = None
+    window: int = 0
+    since: int = 0
+    exact: list[list[Tensor]] = dataclasses.field(default_factory=list)
 
     def attend(
         self,
@@ -54,7 +62,10 @@ class KeptRows:
         extras: Extras = PLAIN,
     ) -> Tensor:
         assert window is None and extras.none
-        new = [each.double().transpose(0, 1) for each in (key, value)]
+        given = [key, value]
+        if self.coded is not None:
+            given = [self.coded(layer, part, each) for part, each in enumerate(given)]
+        new = [each.double().transpose(0, 1) for each in given]
         if layer == len(self.keys):
             self.keys.append(new[0][:, :0])
             self.values.append(new[1][:, :0])
@@ -64,6 +75,8 @@ class KeptRows:
         )
         self.queries[layer], self.scale = torch.cat([self.queries[layer], query.double()]), scale
         length = self.keys[layer].shape[1]
+        if self.window:
+            return self._attend_window(layer, query, [key.double(), value.double()])
         seen = torch.ones(len(query), length, dtype=torch.bool).tril(length - len(query))
         rows = (self.keys[layer].transpose(0, 1), self.values[layer].transpose(0, 1))
         if self.packed is not None:
@@ -71,6 +84,33 @@ class KeptRows:
         if self.selection is not None:
             return self._attend_selected(self.selection, query.double(), *rows, seen, scale).to(query.dtype)
         return attended(query.double(), *rows, seen, scale=scale).to(query.dtype)
+
+    def _attend_window(self, layer: int, query: Tensor, new: list[Tensor]) -> Tensor:
+        """Query by query, with the tokens of its own window as they were computed, to which come those that are ``new``
+        [T, K, D]."""
+        if layer == len(self.exact):
+            self.exact.append([each[:0] for each in new])
+        self.exact[layer] = [torch.cat(pair) for pair in zip(self.exact[layer], new, strict=True)]
+        length, found = self.keys[layer].shape[1], []
+        for row, place in zip(query, range(length - len(query), length), strict=True):
+            begin = max(self.since, place // self.window * self.window)
+            own = slice(begin - self.since, place + 1 - self.since)
+            rows = [
+                torch.cat([each[layer].transpose(0, 1)[:begin], exact[own]])
+                for each, exact in zip((self.keys, self.values), self.exact[layer], strict=True)
+            ]
+            all_of_it = torch.ones(1, place + 1, dtype=torch.bool)
+            found.append(attended(row.double().unsqueeze(0), *rows, all_of_it, scale=self.scale))
+        return torch.cat(found).to(query.dtype)
+
+    def keep(self, layer: int, kept: Kept) -> None:
+        """Of ``layer``, what is ``kept`` is in place of what there was, coded anew."""
+        both = [each.transpose(0, 1) for each in (kept.keys, kept.values)]
+        if self.coded is not None:
+            both = [self.coded(layer, part, each) for part, each in enumerate(both)]
+        self.keys[layer], self.values[layer] = (each.transpose(0, 1).double() for each in both)
+        if self.window:
+            self.exact[layer] = [each[:0] for each in self.exact[layer]]
 
     def _attend_selected(
         self, selection: BlockSelection, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float
@@ -157,7 +197,7 @@ class KeptScores:
             self._compress_layers(count)
         else:
             self._pack(view, count)
-        self._dropped, self._compacted = computed - count, computed
+        self._dropped, self._compacted, self._context.since = computed - count, computed, count
 
     def _pack(self, view: View, count: int) -> None:
         context = self._context
@@ -179,7 +219,7 @@ class KeptScores:
                 drawn[:, : self._drawn[layer].shape[1]] = self._drawn[layer]
             shares = shares_of(context.queries[layer][computed - watched :], keys, context.scale) if watched else None
             kept = self._policy.compress(Cached(keys.float(), values.float(), shares, drawn), count)
-            context.keys[layer], context.values[layer] = kept.keys.double(), kept.values.double()
+            context.keep(layer, kept)
             self._drawn[layer : layer + 1] = [] if kept.drawn is None else [kept.drawn]
 
 

@@ -10,7 +10,12 @@ What each clause is there to catch:
 - attention: codes that a kernel reads in another way than the definition, a step that is forgotten, copies and moves
   that leave a part of the code behind;
 - tokens: codes that depend on the block, the chunk or the batch; a table of another layer, or of values for keys. The
-  engine computes in float64 here, where no code is within rounding of another.
+  engine computes in float64 here, where no code is within rounding of another;
+- windows in full precision: what is read of them depends on chunks, drafts, forks, shared prefixes or preemption;
+  tokens that are read from another sequence's window, or from one that was overwritten; more of them than there are, or
+  fewer; memory that nobody counts;
+- compressed caches: what is kept is coded by another table, or not at all; windows that go on where a cache was
+  compressed.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -28,16 +34,29 @@ from torch import Tensor
 from penstock.core.randomness import torch_generator
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
-from penstock.ops.attention import PLAIN, Extras
+from penstock.ops.attention import PLAIN, Extras, attend_rows, causal_mask
 from penstock.ops.paged.codecs.contract import Codec, LearnedCodec
 from penstock.ops.paged.contract import CacheShape, PagedAttention
 from penstock.serve.batching.sarathi import Sarathi
+from penstock.serve.build import build_runner
 from penstock.serve.calibration import learned_tables
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.config import EngineConfig
+from penstock.serve.engine.engine import Engine
+from penstock.serve.kv.policies.h2o import HeavyHitters
+from penstock.serve.messages import Request
+from penstock.speculate.contract import Drafter
+from penstock.speculate.controllers.fixed import Fixed
+from penstock.speculate.drafters.ngram import Ngram
 from penstock.testing.alike import alike
 from penstock.testing.attention_paged import BRIEF, CROWDED, Course, Place, check_course, courses
 from penstock.testing.engine.crowds import crowd
 from penstock.testing.engine.machine import EngineMachine, machine_of
+from penstock.testing.engine.requests import numbers
 from penstock.testing.enrolled import enrolled
+from penstock.testing.kept_scores import KeptRows
+from penstock.testing.kv_policy import tight
+from penstock.testing.reference import greedy
 from penstock.testing.serve_model import SHAPE, small_draft, small_model
 
 #: Sizes of heads that are tried.
@@ -53,6 +72,8 @@ def check(codec: Codec) -> None:
         check_bytes(codec, backend)
         check_attention(codec, backend, examples=8)
     check_tokens(codec, examples=4)
+    check_window(codec, examples=4)
+    check_evicted(codec, examples=4)
 
 
 def backends() -> list[PagedAttention]:
@@ -164,11 +185,13 @@ class CodedRows:
     Attributes:
         rows: the sequences.
         codec, learned: as of :class:`~penstock.ops.paged.contract.CacheShape`.
+        window: tokens of a window in full precision, counted from the beginning; 0 is none.
     """
 
     rows: CausalRows
     codec: Codec
     learned: Tensor | None
+    window: int = 0
 
     @property
     def positions(self) -> Tensor:
@@ -189,23 +212,41 @@ class CodedRows:
         window: int | None,
         extras: Extras = PLAIN,
     ) -> Tensor:
-        key, value = (self._coded(layer, part, vectors) for part, vectors in enumerate((key, value)))
-        return self.rows.attend(layer, query, key, value, scale=scale, window=window, extras=extras)
+        coded = [self._coded(layer, part, vectors) for part, vectors in enumerate((key, value))]
+        if not self.window:
+            return self.rows.attend(layer, query, *coded, scale=scale, window=window, extras=extras)
+        # Every token has two keys, of which each query sees one: that as it was computed within its own window.
+        own, places = causal_mask(self.positions, self.positions, window, extras.chunk), self.positions // self.window
+        exact = own & (places.unsqueeze(-1) == places.unsqueeze(-2))
+        both = [torch.cat(pair, 1) for pair in zip(coded, (key, value), strict=True)]
+        mask = torch.cat([own & ~exact, exact], -1).unsqueeze(1)
+        return attend_rows(query, *both, scale=scale, mask=mask, extras=extras)
 
     def _coded(self, layer: int, part: int, vectors: Tensor) -> Tensor:
-        table = None if self.learned is None else self.learned[layer, part]
-        return self.codec.decode(self.codec.encode(vectors, table), vectors.shape[-1], vectors.dtype, table)
+        return come_back(self.codec, self.learned, layer, part, vectors)
+
+
+def come_back(codec: Codec, learned: Tensor | None, layer: int, part: int, vectors: Tensor) -> Tensor:
+    """What comes back of ``vectors`` [..., K, D], keys (0) or values (1) of a layer."""
+    table = None if learned is None else learned[layer, part]
+    return codec.decode(codec.encode(vectors, table), vectors.shape[-1], vectors.dtype, table)
 
 
 class CodedDecoder:
     """A decoder over :class:`CodedRows`, for the reference of an engine's tokens."""
 
     def __init__(self, model: Decoder, codec: Codec, learned: Tensor | None) -> None:
-        self._model, self._codec, self._learned = model, codec, learned
-        self.like, self.logits = model.like, model.logits
+        self._model, self._codec, self._learned, self._window = model, codec, learned, codec.residual
+        self.like, self.logits, self.config = model.like, model.logits, model.config
 
-    def __call__(self, tokens: Tensor, rows: CausalRows) -> Any:
-        return self._model(tokens, CodedRows(rows, self._codec, self._learned))
+    def __call__(self, tokens: Tensor, rows: CausalRows | KeptRows) -> Any:
+        if isinstance(rows, KeptRows):
+            rows.coded, rows.window = self._coded, self._window
+            return self._model(tokens, rows)
+        return self._model(tokens, CodedRows(rows, self._codec, self._learned, self._window))
+
+    def _coded(self, layer: int, part: int, vectors: Tensor) -> Tensor:
+        return come_back(self._codec, self._learned, layer, part, vectors)
 
 
 @functools.cache
@@ -220,9 +261,20 @@ def machine(codec: Codec) -> type[EngineMachine]:
     if isinstance(codec, LearnedCodec):
         codec = codec.model_copy(update={"tokens": 512})
     reference = CodedDecoder(model, codec, learned_tables(model, codec))
+    found = machine_of(Sarathi())
+    drafts = [each for each in found.drafts if _together(codec, each[0], each[2])]
     return type(
-        "CodecMachine", (machine_of(Sarathi()),), {"codec": codec, "models": (model, draft), "oracle": reference}
+        "CodecMachine", (found,), {"codec": codec, "models": (model, draft), "oracle": reference, "drafts": drafts}
     )
+
+
+def _together(codec: Codec, drafter: Drafter | None, tree: tuple[int, ...]) -> bool:
+    """Whether a codec that is not plain goes together with who drafts, as an engine's options have it: never with
+    trees, and with windows in full precision only where drafts take no cache."""
+    if drafter is None:
+        return not tree
+    apart = drafter.model is not None or drafter.head is not None
+    return not tree and not drafter.widths and not (codec.residual and apart)
 
 
 def check_tokens(codec: Codec, examples: int = 0, steps: int = 20) -> None:
@@ -233,3 +285,48 @@ def check_tokens(codec: Codec, examples: int = 0, steps: int = 20) -> None:
         crowd(own(), seed=0)
         if examples:
             run_state_machine_as_test(own, settings=alike(examples, stateful_step_count=steps))
+
+
+def check_evicted(codec: Codec, examples: int = 0, steps: int = 20) -> None:
+    """Asserts the same where caches are compressed besides, with and without windows in full precision: what is kept is
+    what the policy says of decoded keys and values, and is coded anew."""
+    if codec.lacks(SHAPE.head_dim) is None:
+        for window in (0, 4) if codec.policy_name != "plain" else (0,):
+            own = machine(codec.model_copy(update={"residual": window}))
+            own.kv = tight(HeavyHitters())
+            own.drafts = [(None, Fixed(), ()), (Ngram(shortest=1), Fixed(), ())]
+            crowd(own(), seed=0)
+            if examples:
+                run_state_machine_as_test(own, settings=alike(examples, stateful_step_count=steps))
+
+
+def check_window(codec: Codec, examples: int = 0, steps: int = 20) -> None:
+    """Asserts the same where the newest tokens of each sequence are in full precision; that the memory of these takes
+    the bytes of its formula; and that with a window which covers all, tokens are those of a plain cache."""
+    if codec.lacks(SHAPE.head_dim) is not None or codec.policy_name == "plain":
+        return
+    check_tokens(codec.model_copy(update={"residual": 4}), examples, steps)
+    model, _ = wide_models()
+    whole = codec.model_copy(update={"residual": SHAPE.context, **({"tokens": 64} if _learns(codec) else {})})
+    config = EngineConfig(codec=whole, sequences=3, block_size=4, cache_tokens=400, check=True)
+    runner = build_runner(model, config)
+    taken = vars(runner.cache)["_rings"].memory.nbytes
+    assert taken == runner.cache.shape.residual_bytes == 3 * SHAPE.context * plain_bytes(torch.float64)
+    engine, said = Engine(config, runner), defaultdict[str, list[int]](list)
+    prompts = {str(number): numbers(f"window {number}", 20 + 9 * number) for number in range(5)}
+    for id, prompt in prompts.items():
+        engine.add(Request(id, prompt, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)))
+    while engine.busy:
+        for delta in engine.step():
+            said[delta.id] += delta.tokens
+    for id, prompt in prompts.items():
+        assert said[id] == greedy(model, prompt, 30), "a window that covers all does not give what a plain cache does"
+
+
+def _learns(codec: Codec) -> bool:
+    return isinstance(codec, LearnedCodec)
+
+
+def plain_bytes(dtype: torch.dtype) -> int:
+    """What a token of the small model takes in all layers where nothing is coded."""
+    return 2 * SHAPE.layers * SHAPE.kv_heads * SHAPE.head_dim * dtype.itemsize

@@ -21,6 +21,7 @@ from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contexts import Contexts, attend_beside
 from penstock.ops.paged.masks import Masks, masks_of
+from penstock.ops.paged.residual import Residual
 from penstock.ops.paged.selection import BlockSelection
 from penstock.ops.paged.view import Fetch, View
 from penstock.ops.paged.weighed import Weighed, shares
@@ -45,12 +46,14 @@ class CacheShape:
         latent: how many of a key's first numbers are its value, of which nothing else is kept; None where values are
             their own.
         needs: what attention has to do besides: "cap", "sinks" or "chunk", as of
-            :class:`~penstock.ops.attention.Extras`, "latent", "view", "selection", "contexts" or
-            "weighed".
+            :class:`~penstock.ops.attention.Extras`, "latent", "view", "selection", "contexts", "weighed" or
+            "residual".
         view: how attention sees caches that were compressed as a whole; None where each place has a token always. The
             ``needs`` have "view" too.
         selection: what tokens read that select; None where all read all. The ``needs`` have "selection" too.
         codec: how keys and values lie in the memory.
+        residual: the windows of sequences that are in full precision besides; None where there are none. The ``needs``
+            have "residual" too.
         learned: the codec's tables, [layers, 2, K, ...], of keys and of values (of a latent cache
             [layers, 1, 1, ...]),
             None where it learns none.
@@ -70,6 +73,7 @@ class CacheShape:
     view: View | None = None
     selection: BlockSelection | None = None
     codec: Codec = dataclasses.field(default_factory=Plain)
+    residual: Residual | None = None
     learned: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
@@ -82,6 +86,14 @@ class CacheShape:
         """Bytes that one block takes in all layers."""
         vectors = self.parts * self.layers * self.block_size * self.kv_heads
         return vectors * self.codec.vector_bytes(self.head_dim, self.dtype)
+
+    @property
+    def residual_bytes(self) -> int:
+        """Bytes that the windows in full precision take, whatever the number of blocks."""
+        if self.residual is None:
+            return 0
+        vectors = self.parts * self.layers * self.residual.rings * self.residual.places * self.kv_heads
+        return vectors * self.head_dim * self.dtype.itemsize
 
     @property
     def aside_bytes(self) -> int:
@@ -106,6 +118,7 @@ NEEDS = {
     "selection": "block top-k attention",
     "contexts": "contexts beside a text",
     "weighed": "attention that is weighed by the parts of a text",
+    "residual": "windows in full precision",
 }
 
 #: Of a cache.
@@ -168,6 +181,10 @@ class PagedBatch:
         contexts: what some of the sequences see beside their own tokens, of a cache whose needs have "contexts". Such
             a sequence has no mask.
         weighed: tokens of whose attention is asked where it goes, of a cache whose needs have "weighed".
+        rings: int32 [B], where the window of each sequence lies, of a cache whose needs have "residual", see
+            :mod:`penstock.ops.paged.residual`. None where all is read as it is coded. Tokens of such a batch are in a
+            row.
+        since: int32 [B], from which place on the windows of each sequence are counted; with ``rings``.
     """
 
     starts: Tensor
@@ -182,6 +199,8 @@ class PagedBatch:
     given: Tensor | None = None
     contexts: tuple[Contexts, ...] = ()
     weighed: tuple[Weighed, ...] = ()
+    rings: Tensor | None = None
+    since: Tensor | None = None
 
     @functools.cached_property
     def masks(self) -> Masks | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from penstock.ops.attention import PLAIN, Extras, attend_rows, causal_mask
 from penstock.ops.paged.aside import Aside
 from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.contract import ALL_LAYERS, NEEDS, CacheShape, PagedAttention, PagedBatch, PagedCache
+from penstock.ops.paged.residual import Rings
 from penstock.ops.paged.view import Packed
 from penstock.policy import policy
 
@@ -28,12 +29,15 @@ class ReferenceCache(PagedCache):
         count, dtype = shape.codec.stored(shape.head_dim, shape.dtype)
         if shape.view is not None and (each := shape.view.aside(shape.block_size)):
             self.aside = Aside(shape, each)
+        self._rings = None if shape.residual is None else Rings(shape)
         sizes = (shape.layers, shape.parts, shape.blocks, shape.block_size, shape.kv_heads, count)
         self._memory = pages.zeros(sizes, dtype, shape.device)
 
     def plan(self, batch: PagedBatch, lane: int = 0) -> None:
         super().plan(batch, lane)
         self._batch = batch
+        if self._rings is not None:
+            self._rings.plan(batch)
 
     def attend(
         self,
@@ -59,20 +63,60 @@ class ReferenceCache(PagedCache):
             if self._batch.packed is not None and (packed := int(self._batch.packed[index])):
                 out[own] = self._attend_packed(layer, query[own], index, where, packed, scale)
                 continue
-            keys, values = self._decoded(layer, where.to(key.device))
-            if (dense := self._dense(index, starts[index + 1] - starts[index], length)) < own.stop - own.start:
-                assert self.shape.selection is not None
-                rest = query[own.start + dense : own.stop]
-                selected = self.shape.selection.attend(rest, keys, values, length - len(rest), scale)
-                out[own.start + dense : own.stop] = selected
-            if dense:
-                mask = self._mask(index, own, torch.arange(length), window, extras.chunk).to(key.device)[:dense]
-                first = slice(own.start, own.start + dense)
-                rows = (x.unsqueeze(0) for x in (query[first], keys, values))
-                out[first] = attend_rows(*rows, scale=scale, mask=mask[None, None], extras=extras)[0]
+            for rows, keys, values in self._read(layer, index, own, where.to(key.device), key, value):
+                out[rows] = self._attend(index, rows, query[rows], keys, values, scale, window, extras)
+        if self._rings is not None:
+            for part, vectors in enumerate((key, value)[: self.shape.parts]):
+                self._rings.write(layer, part, vectors)
         self.see_contexts(self._batch, layer, query, out, scale)
         self.weigh(self._batch, layer, query, scale, window, extras)
         return out
+
+    def _read(
+        self, layer: int, index: int, own: slice, where: Tensor, key: Tensor, value: Tensor
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Of the new tokens of a sequence, which are the rows ``own`` and whose places are in the slots ``where``: rows,
+        and the keys and values [S, K, D] that these read, of all tokens up to the last of them."""
+        keys, values = self._decoded(layer, where)
+        residual, batch, rings = self.shape.residual, self._batch, self._rings
+        if residual is None or rings is None or batch.rings is None or batch.since is None:
+            yield own, keys, values
+            return
+        length, ring, since = len(where), int(batch.rings[index]), int(batch.since[index])
+        computed = length - (own.stop - own.start)
+        for begin, first, behind in residual.runs(computed, length, since):
+            early = max(begin, computed)
+            new = slice(own.start + early - computed, own.start + behind - computed)
+            whole = []
+            for part, coded, fresh in ((0, keys, key), (self.shape.parts - 1, values, value)):
+                kept = rings.read(layer, part, ring, begin, early)[..., : coded.shape[-1]]
+                whole.append(torch.cat([coded[:begin], kept, fresh[new]]))
+            yield slice(own.start + first - computed, new.stop), whole[0], whole[1]
+
+    def _attend(
+        self,
+        index: int,
+        rows: slice,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        window: int | None,
+        extras: Extras,
+    ) -> Tensor:
+        """Attention [T, H, D] of new tokens in a row, which are ``rows`` of the batch, to the ``keys`` and ``values``
+        [S, K, D] of all tokens of their sequence up to the last of them."""
+        length, found = len(keys), []
+        dense = self._dense(index, len(query), length)
+        if dense:
+            mask = self._mask(index, rows, torch.arange(length), window, extras.chunk).to(query.device)[:dense]
+            given = (x.unsqueeze(0) for x in (query[:dense], keys, values))
+            found.append(attend_rows(*given, scale=scale, mask=mask[None, None], extras=extras)[0])
+        if dense < len(query):
+            assert self.shape.selection is not None
+            rest = query[dense:]
+            found.append(self.shape.selection.attend(rest, keys, values, length - len(rest), scale))
+        return torch.cat(found)
 
     def _dense(self, index: int, count: int, length: int) -> int:
         """How many of the ``count`` new tokens of a sequence, which come first, read all before them."""

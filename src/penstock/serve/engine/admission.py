@@ -157,6 +157,11 @@ class Admission:
                 "the rule has other experts chosen, and this model has no experts",
                 hint="Leave out the rule, or serve a mixture of experts.",
             )
+        if self._limits.residual is not None:
+            raise UsageError(
+                "the rule has tokens computed again, and copies have no window in full precision",
+                hint="Leave out the rule, or serve without codec.residual.",
+            )
         if sampling.again.more >= self._limits.tokens:
             raise UsageError(
                 f"a step computes {self._limits.tokens} tokens, too few for {sampling.again.more + 1} copies of one",

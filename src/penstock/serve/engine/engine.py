@@ -75,11 +75,13 @@ class Engine:
         shape, blocks, size = executor.shape, executor.blocks, executor.block_size
         context = min(config.context or shape.context, shape.context, blocks * size)
         tokens, selection = config.budget(executor.device), config.kv.selection
-        reuse, tentative = config.kv_reuse, config.rows - 1
+        reuse, tentative, residual = config.kv_reuse, config.rows - 1, config.residual
         apart = reuse.weighing is not None
-        self.limits = Limits(tokens, config.sequences, blocks, size, context, shape, selection, apart)
+        self.limits = Limits(tokens, config.sequences, blocks, size, context, shape, selection, apart, residual)
         kv = config.kv.fitted(shape)
-        self.memory = Memory(config.sequences, blocks, size, context, kv, config.eviction, tiers, reuse, tentative)
+        self.memory = Memory(
+            *(config.sequences, blocks, size, context, kv, config.eviction, tiers, reuse, tentative, residual)
+        )
         self.events, self.ends, self.executor = EventLog(), frozenset(stop), executor
         self._policy = config.kv.policy_name
         self._compressing = executor if isinstance(executor, Compressing) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from penstock.models.config import DecoderConfig
+from penstock.ops.paged.residual import Residual
 from penstock.ops.paged.selection import BlockSelection
 
 
@@ -21,6 +22,7 @@ class Limits:
         model: the shape of the model.
         selection: what tokens behind a prompt read of the cache; None where they read all.
         apart: whether contexts of requests are encoded apart, each from its own beginning.
+        residual: the windows in full precision that sequences have; None where they have none.
     """
 
     tokens: int
@@ -31,3 +33,4 @@ class Limits:
     model: DecoderConfig
     selection: BlockSelection | None = None
     apart: bool = False
+    residual: Residual | None = None

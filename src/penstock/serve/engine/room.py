@@ -162,10 +162,10 @@ class StepRoom:
             return False
         if not self._memory.step(sequence, held):
             return False
-        packed = self._memory.packed(held) if held.dropped else 0
+        packed, since = (self._memory.packed(held), held.since) if held.dropped else (0, 0)
         assert held.slot is not None
         self._takes.append((len(self.entries), len(self.entries) + 1, False))
-        self.entries.append(Entry(sequence, held.slot, start, 1, 1, dropped=held.dropped, packed=packed))
+        self.entries.append(Entry(sequence, held.slot, start, 1, 1, dropped=held.dropped, packed=packed, since=since))
         self.tokens -= 1
         sequence.in_flight += 1
         self._taken.add(id(sequence))
@@ -227,6 +227,7 @@ class StepRoom:
                 self._beside(sequence) if sees else None,
                 tuple(each for each in sequence.chunks if each.asks(start, end)) if sequence.chunks else (),
                 tuple(window.probes) if any(window.probes) else (),
+                held.since,
             )
         )
 

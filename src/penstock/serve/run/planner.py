@@ -80,12 +80,20 @@ class Planner:
         stream: of the numbers by which tokens are drawn.
         watched: how many of the last queries of a sequence are kept.
         selects: whether tokens behind the prompt read a part of the cache.
+        windows: whether sequences have windows in full precision.
     """
 
     def __init__(
-        self, slots: int, block_size: int, stream: str = "sample", watched: int = 0, selects: bool = False
+        self,
+        slots: int,
+        block_size: int,
+        stream: str = "sample",
+        watched: int = 0,
+        selects: bool = False,
+        windows: bool = False,
     ) -> None:
-        self._size, self._stream, self._watched, self._selects = block_size, stream, watched, selects
+        self._size, self._stream, self._watched = block_size, stream, watched
+        self._selects, self._windows = selects, windows
         self._table = np.zeros(slots, SLOT)
         self._held: list[Held | None] = [None] * slots
         self._biases: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -271,6 +279,9 @@ class Planner:
                 plan = dataclasses.replace(plan, packed=torch.from_numpy(fields.packed[own].astype(np.int32)))
             if self._selects:
                 plan = dataclasses.replace(plan, given=torch.from_numpy(fields.given[own].astype(np.int32)))
+            if self._windows:
+                since = torch.tensor([entry.since for entry in entries[own]], dtype=torch.int32)
+                plan = dataclasses.replace(plan, rings=torch.from_numpy(slots[own].astype(np.int32)), since=since)
             if parents is not None:
                 plan = dataclasses.replace(plan, parents=torch.from_numpy(parents[all_own].astype(np.int32)))
             if self._watched:

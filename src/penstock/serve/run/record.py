@@ -41,7 +41,7 @@ FORMAT = 6
 
 #: What is written of a part, and of its plan.
 OWN = ("inputs", "scored", "prompt_logprobs", "draws")
-PLAN = ("starts", "lengths", "tables", "slots", "parents", "watched", "packed", "given")
+PLAN = ("starts", "lengths", "tables", "slots", "parents", "watched", "packed", "given", "rings", "since")
 
 #: Steps after which the outcome of one is there without waiting for the device: an engine has at most two under way.
 PATIENCE = 2

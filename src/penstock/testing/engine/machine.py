@@ -8,17 +8,20 @@ batch, and no block is held.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from torch import nn
 
 from penstock.core.errors import UsageError
 from penstock.models.decoder import Decoder
+from penstock.models.heads.contract import HeadModule
 from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.codecs.plain import Plain as PlainCodec
 from penstock.ops.paged.reference import Reference
@@ -43,6 +46,8 @@ from penstock.testing.engine.precedence import Precedence
 from penstock.testing.engine.requests import CONTRAST, MOST, params, prompts
 from penstock.testing.enrolled import enrolled
 from penstock.testing.serve_model import SHAPE, small_draft, small_head, small_model, small_predictor
+
+T = TypeVar("T", bound=nn.Module)
 
 #: Chooses one of however many there are, by what is left of a division.
 ANY = st.integers(0, 2**16 - 1)
@@ -109,8 +114,10 @@ class EngineMachine(RuleBasedStateMachine):
             **self.options,
         )
         model, draft_model = self.models
-        drafts = small_head(drafter) if drafter is not None and drafter.head is not None else draft_model
-        predictor = small_predictor() if drafter is not None and controller.predicts else None
+        drafts: Decoder | HeadModule = draft_model
+        if drafter is not None and drafter.head is not None:
+            drafts = _as_wide(small_head(drafter), model)
+        predictor = _as_wide(small_predictor(), model) if drafter is not None and controller.predicts else None
         runner, drafting = build_runners(model, config, drafts, predictor=predictor)
         self.folder = tempfile.TemporaryDirectory()
         disk = DiskBlocks(Path(self.folder.name), "machine", 1 << 20)
@@ -308,6 +315,13 @@ class EngineMachine(RuleBasedStateMachine):
         assert account.finish is reason
         if request.sampling.prompt_logprobs is not None and account.index == 0 and told:
             assert request.id in self.rated
+
+
+def _as_wide(part: T, model: Decoder) -> T:
+    """``part`` in the dtype of ``model``, a copy where that is another one."""
+    dtype = model.embedding.weight.dtype
+    same = all(each.dtype == dtype for each in part.parameters())
+    return part if same else copy.deepcopy(part).to(dtype)
 
 
 def machine_of(batching: Batching) -> type[EngineMachine]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from penstock.policy import Policy, contract
@@ -33,7 +33,14 @@ class Stored(NamedTuple):
     "decoded alone over decoded keys and values, for any arrivals, forks, shared prefixes and preemptions",
 )
 class Codec(Policy):
-    """A way to store keys and values, vector by vector: one for each token and KV head."""
+    """A way to store keys and values, vector by vector: one for each token and KV head.
+
+    Attributes:
+        residual: the newest tokens of a sequence, up to so many, are read as the model computed them. Once there are so
+            many, all are read as they are coded, and the next ones begin anew, see :mod:`penstock.ops.paged.residual`.
+    """
+
+    residual: NonNegativeInt = 0
 
     #: Whether a vector with NaN or infinity comes back with NaN.
     holds_nan: ClassVar[bool] = True

@@ -63,6 +63,7 @@ class Compression:
         held.seen = max(held.seen, held.computed - self._tentative) if self.policy.watches else held.seen
         if held.dropped and computed < held.compacted:
             computed, held.dropped, held.compacted, held.known, held.seen = 0, 0, 0, 0, 0
+            held.written = 0
         self.schedule(sequence, held)
         return computed
 
@@ -102,4 +103,5 @@ class Compression:
         packed = self.packed(held)
         self.pending.append(Compaction(held.slot, held.computed, held.known, packed, sources, targets))
         held.dropped, held.compacted, held.known = held.computed - left, held.computed, left
+        held.written = left
         self.schedule(sequence, held)

@@ -26,6 +26,7 @@ class Held:
         dropped: how many of them are not in the blocks any more, since the cache was compressed when it had been
             ``compacted`` tokens; ``known`` tokens were left.
         due: how many are computed when it is compressed next.
+        written: the most places that it had in the blocks since then, and so in its window in full precision.
         probed: how many probes stood behind the token that the newest one follows; their states are kept for it.
         ripe: from how many on it may be compressed where blocks are missing.
         seen: from how many on its slot has all queries that the policy could ask about.
@@ -42,6 +43,7 @@ class Held:
     compacted: int = 0
     known: int = 0
     due: int = NEVER
+    written: int = 0
     probed: int = 0
     ripe: int = NEVER
     seen: int = 0
@@ -77,6 +79,11 @@ class Held:
     def places(self) -> int:
         """Tokens in the blocks."""
         return self.computed - self.dropped
+
+    @property
+    def since(self) -> int:
+        """From which place on windows in full precision are counted: behind what was left when it was compressed."""
+        return self.known if self.dropped else 0
 
 
 class Prefix(NamedTuple):

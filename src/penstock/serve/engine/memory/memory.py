@@ -9,6 +9,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
+from penstock.ops.paged.residual import Residual
 from penstock.serve.engine.memory.blocks import Blocks
 from penstock.serve.engine.memory.compression import Compression
 from penstock.serve.engine.memory.held import Held, Prefix
@@ -38,6 +39,7 @@ class Memory:
         tiers: where evicted blocks go, and come back from.
         reuse: how contexts of requests are encoded.
         tentative: most tokens of a sequence that one step may compute for nothing, since they were drafted.
+        residual: the windows in full precision that sequences have.
 
     Attributes:
         pool: the blocks.
@@ -60,14 +62,16 @@ class Memory:
         tiers: Tiers | None = None,
         reuse: Reuse = PrefixReuse(),
         tentative: int = 0,
+        residual: Residual | None = None,
     ) -> None:
+        self._residual = residual
         self.running: list[Sequence] = []
         self.kept: OrderedDict[Sequence, None] = OrderedDict()
         self._slots = list(range(slots - 1, -1, -1))
         self.hits = self.misses = 0
         self._blocks = Blocks(slots, blocks, block_size, context, eviction, tiers)
         self._compression = Compression(policy or Full(), self._blocks, tentative)
-        self._prefixes = Prefixes(self._blocks, self._compression, self.kept)
+        self._prefixes = Prefixes(self._blocks, self._compression, self.kept, residual)
         self._returning = Returning(self._blocks, self._prefixes, self._compression, reuse)
         self.pool, self.tables, self.chunks = self._blocks.pool, self._blocks.tables, self._returning.chunks
 
@@ -112,6 +116,7 @@ class Memory:
             self._enter(member, prefix)
             self._returning.restore(member)
             self._returning.fill(member)
+            self._go_back(member)
             found = member.computed // self.pool.block_size
             self.hits += found
             self.misses += len(member.tokens) // self.pool.block_size - found
@@ -125,6 +130,7 @@ class Memory:
         prefix = self._prefixes.shared(parent, child)
         self.pool.share(prefix.blocks)
         self._enter(child, prefix)
+        self._go_back(child)
         self.commit(child)
         return True
 
@@ -146,6 +152,14 @@ class Memory:
             self.running.append(sequence)
             if len(self.running) > 1 and self.running[-2].rank > sequence.rank:
                 self.running.sort(key=lambda each: each.rank)
+
+    def _go_back(self, sequence: Sequence) -> None:
+        """What a sequence begins with was computed by others, whose windows it has not: it goes on from where it sees
+        none of them."""
+        held = sequence.held
+        assert held is not None
+        if self._residual is not None:
+            self.truncate(sequence, self._residual.begin(held.places, held.since) + held.dropped)
 
     def release(self, sequence: Sequence) -> None:
         """Takes all memory of a running sequence and of its companions."""
@@ -246,7 +260,7 @@ class Memory:
         computed = min(computed, held.computed)
         if computed == held.computed and (held.filled.size or held.places > (len(held.blocks) - 1) * size):
             return
-        computed = self._compression.cut(sequence, held, computed)
+        computed = self._compression.cut(sequence, held, self._seen_whole(held, computed))
         kept = -(-(computed - held.dropped) // size)
         self.pool.release(held.blocks[kept:])
         del held.blocks[kept:]
@@ -254,6 +268,15 @@ class Memory:
         if held.committed > computed // size:
             # Where a twin of a block is in the tree, the block itself is not: the next commit finds the way anew.
             held.committed, held.node = 0, self._prefixes.root(sequence)
+
+    def _seen_whole(self, held: Held, computed: int) -> int:
+        """To how many tokens what is ``held`` may be cut back where it is to be no more than ``computed``: where the
+        window that the next token sees was overwritten, to what is before it."""
+        if self._residual is None:
+            return computed
+        held.written = max(held.written, held.places)
+        begin = self._residual.begin(computed - held.dropped, held.since)
+        return min(computed, begin + held.dropped) if held.written - begin > self._residual.places else computed
 
     def renew(self, sequence: Sequence) -> None:
         """Makes those who keep something by slot look at ``sequence`` anew: its text was changed from outside."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from collections.abc import Sequence as List
 
+from penstock.ops.paged.residual import Residual
 from penstock.serve.engine.memory.blocks import Blocks
 from penstock.serve.engine.memory.compression import Compression
 from penstock.serve.engine.memory.held import Prefix
@@ -19,10 +20,13 @@ class Prefixes:
         blocks: of the cache.
         compression: of caches, of which the tree has nothing.
         kept: those who have ended and hold their blocks.
+        residual: the windows in full precision that sequences have.
     """
 
-    def __init__(self, blocks: Blocks, compression: Compression, kept: Container[Sequence]) -> None:
-        self._blocks, self._compression, self._kept = blocks, compression, kept
+    def __init__(
+        self, blocks: Blocks, compression: Compression, kept: Container[Sequence], residual: Residual | None
+    ) -> None:
+        self._blocks, self._compression, self._kept, self._residual = blocks, compression, kept, residual
 
     def root(self, sequence: Sequence) -> int:
         """The node of the tree that ``sequence`` starts from."""
@@ -92,11 +96,18 @@ class Prefixes:
         found = {block for prefix in prefixes for block in prefix.blocks}
         # Rounded up to where the text ends and down to where the prefix does: a block begun there is copied.
         whole = sum(
-            -(-(len(each.tokens) - prefix.dropped) // size) - (prefix.computed - prefix.dropped) // size
+            -(-(len(each.tokens) - prefix.dropped) // size) - self._used(prefix) // size
             for each, prefix in zip(members, prefixes, strict=True)
             if prefix.computed < len(each.tokens)
         )
         return whole + self._blocks.pool.idle_among(found)
+
+    def _used(self, prefix: Prefix) -> int:
+        """From which place on who finds a ``prefix`` computes: where it sees no window of others."""
+        places = prefix.computed - prefix.dropped
+        if self._residual is None:
+            return places
+        return self._residual.begin(places, prefix.known if prefix.dropped else 0)
 
     def catch_up(self, context: Sequence) -> None:
         """A running context takes from the tree what has come there since it was admitted."""
