@@ -205,10 +205,21 @@ class KeptScores:
         if context.packed is not None:
             early = view.restored(context.packed)
             keys, values = (torch.cat(pair, 2) for pair in zip(early, (keys, values), strict=True))
-        kept = self._policy.compress(Cached(keys, values), count)
+        missing = () if context.packed is None else view.missing(context.packed.tokens)
+        watched = self._watched(keys, missing) if self._policy.watches else None
+        kept = self._policy.compress(Cached(keys, values, watched, None, len(self._text), missing), count)
         context.view, context.packed = view, packed_of(self._policy, kept, len(self._text))
         first = view.places(context.packed.tokens)
         context.keys, context.values = (list(each[:, :, first:].double()) for each in (kept.keys, kept.values))
+
+    def _watched(self, keys: Tensor, missing: tuple[int, ...]) -> Tensor:
+        """What the last queries paid to tokens with ``keys`` [layers, K, n, D], of which the first are ``missing``."""
+        first = max(0, len(self._text) - self._policy.watches)
+        found = []
+        for layer, (own, gone) in enumerate(zip(keys.double(), missing or (0,) * len(keys), strict=True)):
+            shares = shares_of(self._context.queries[layer][first:], own[:, gone:], self._context.scale)
+            found.append(torch.nn.functional.pad(shares, (gone, 0)))
+        return torch.stack(found)
 
     def _compress_layers(self, count: int) -> None:
         computed, context = len(self._text), self._context

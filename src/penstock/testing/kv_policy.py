@@ -49,6 +49,7 @@ from penstock.core.randomness import numpy_generator, torch_generator
 from penstock.models.config import DecoderConfig
 from penstock.models.paged import cache_shape
 from penstock.ops.paged.contract import CacheShape, PagedBatch, PagedCache
+from penstock.ops.paged.layered import LayeredTokens
 from penstock.ops.paged.paired import PairedLayers
 from penstock.ops.paged.reference import Reference
 from penstock.ops.paged.selection import BlockSelection
@@ -136,7 +137,7 @@ def check_rows(policy: CachePolicy, seeds: int = 6) -> None:
     view = chosen.view
     count, layers = (11, list(range(4))) if view is None else (chosen.keeps(25), [slice(None)])
     heads = [slice(0, 1), slice(1, 2)] if view is None or view.head_by_head else []
-    assert not (view is not None and (chosen.watches or chosen.remembers))
+    assert not (view is not None and (chosen.remembers or (chosen.watches and view.whole)))
     for seed in range(seeds):
         draw = torch_generator(seed, "testing/kv_policy")
         dtype = (torch.float32, torch.bfloat16)[seed % 2]
@@ -213,8 +214,8 @@ def _works(policy: CachePolicy, seed: int) -> list[Compaction]:
     def places(blocks: list[int], count: int) -> np.ndarray:
         return (np.array(blocks, np.int64)[:, None] * 2 + np.arange(2)).reshape(-1)[:count]
 
-    # Where layers share what lies in places, that may be any numbers.
-    before = 18 if isinstance(policy.view, PairedLayers) else 0
+    # Where layers share what lies in places, or lay it end to end, that may be any numbers.
+    before = 18 if isinstance(policy.view, PairedLayers | LayeredTokens) else 0
     packed = 0 if policy.view is None else policy.view.places(before)
     for slot, (computed, again) in enumerate([(26, 0), (26, 0), (19, 0), (26, 1), (26, 1), (7, 0), (26, 0)]):
         count = packed + computed - before if again and packed else computed
@@ -265,7 +266,7 @@ def check_strong(policy: CachePolicy) -> None:
     """Asserts that a token which a query likes more than all others is what it sees, wherever it is packed."""
     chosen = tight(policy).fitted(_model(4, 8))
     view = chosen.view
-    if view is None:
+    if view is None or not view.whole:
         return
     draw = torch_generator(0, "testing/kv_policy/strong")
     for place in range(chosen.packed(25)):
@@ -326,7 +327,9 @@ def check_copied(policy: CachePolicy) -> None:
         return
     shape = cache_shape(SHAPE, 2, torch.float32, torch.device("cpu"), blocks=60)
     cache = Reference().open(dataclasses.replace(shape, view=view))
-    compactor, sources, targets = Compactor(cache, chosen), torch.arange(25), 26 + torch.arange(chosen.keeps(25))
+    compactor = Compactor.of(cache, chosen, slots=1, tokens=1)
+    sources, targets = torch.arange(25), 26 + torch.arange(chosen.keeps(25))
+    assert compactor is not None
 
     def compressed() -> None:
         cache.write(sources, *(torch.randn(SHAPE.layers, SHAPE.kv_heads, 25, 8, generator=draw) for _ in range(2)))

@@ -76,6 +76,9 @@ class View(ABC):
     #: Whether each KV head is laid by itself.
     head_by_head: ClassVar[bool] = True
 
+    #: Whether all tokens are there still, in some form.
+    whole: ClassVar[bool] = True
+
     @abstractmethod
     def places(self, tokens: int) -> int:
         """How many places so many tokens take."""
@@ -92,4 +95,10 @@ class View(ABC):
 
     @abstractmethod
     def restored(self, packed: Packed) -> tuple[Tensor, Tensor]:
-        """The keys and values [layers, K, n, D] of all tokens that are ``packed``, in the order of their places."""
+        """The keys and values [layers, K, n, D] of all tokens that are ``packed``, in the order of their places; where
+        some are :meth:`missing`, anything in their place."""
+
+    def missing(self, tokens: int) -> tuple[int, ...]:
+        """Of each layer, how many of the first of so many packed ``tokens``, as :meth:`restored` gives them, are not
+        there, since the layer keeps fewer than another; empty where all have as many."""
+        return ()

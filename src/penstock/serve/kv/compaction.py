@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as List
 
 import numpy as np
@@ -150,15 +150,22 @@ class Compactor:
         next."""
         sources = self._joined([work.sources for work in works])
         keys, values = (_apart(each, len(works)) for each in self._cache.read(sources))
+        missing: tuple[int, ...] = ()
         if packed := works[0].packed:
             keys, values = self._unpacked(keys, values, sources, packed)
+            assert self._policy.view is not None
+            missing = self._policy.view.missing(packed)
         drawn = self._read(sources, works)
+        watched: Iterable[tuple[slice, Tensor | None]] = self._attention(keys, works, missing)
+        if self._policy.view is not None and self._cache.watch is not None:
+            watched = [(slice(0, len(keys)), torch.cat([each for _, each in watched if each is not None]))]
+        computed = works[0].computed
         kept = [
             self._policy.compress(
-                Cached(keys[own], values[own], attention, None if drawn is None else drawn[own]),
+                Cached(keys[own], values[own], attention, None if drawn is None else drawn[own], computed, missing),
                 len(works[0].targets),
             )
-            for own, attention in self._attention(keys, works)
+            for own, attention in watched
         ]
         remembered = [each.drawn for each in kept if each.drawn is not None]
         return Kept(
@@ -198,7 +205,9 @@ class Compactor:
             own[:, :, work.known :] = 0
         return drawn
 
-    def _attention(self, keys: Tensor, works: List[Compaction]) -> Iterator[tuple[slice, Tensor | None]]:
+    def _attention(
+        self, keys: Tensor, works: List[Compaction], missing: tuple[int, ...]
+    ) -> Iterator[tuple[slice, Tensor | None]]:
         """Layers, and in these the attention of the last queries, as of :class:`Cached`."""
         watch, layers, count = self._cache.watch, len(keys), len(works)
         if watch is None:
@@ -210,7 +219,8 @@ class Compactor:
             own = slice(first, first + each)
             scales = torch.tensor(watch.scales[own], device=keys.device).repeat_interleave(count).view(-1, 1, 1, 1, 1)
             rows = keys[own].view(-1, keys.shape[1] // count, *keys.shape[2:])
-            found = attention(queries[own].flatten(0, 1), rows, scales)
+            gone = torch.tensor(missing[own], device=keys.device).repeat_interleave(count) if missing else None
+            found = attention(queries[own].flatten(0, 1), rows, scales, gone)
             yield own, found.view(-1, keys.shape[1], *found.shape[2:])
 
 
@@ -224,12 +234,14 @@ def _end_to_end(rows: Tensor, count: int) -> Tensor:
     return rows.view(len(rows), count, -1, *rows.shape[2:]).transpose(1, 2).flatten(2, 3)
 
 
-def attention(queries: Tensor, keys: Tensor, scales: Tensor | float) -> Tensor:
+def attention(queries: Tensor, keys: Tensor, scales: Tensor | float, missing: Tensor | None = None) -> Tensor:
     """The attention float32 [L, K, q, n] of the last q tokens of a text, whose ``queries`` are [L, q, H, D], to the
     tokens with ``keys`` [L, K, n, D], averaged over the query heads that share a key head. The last q of the keys are
-    those tokens' own."""
+    those tokens' own, and the first ``missing`` [L] of them are of no tokens."""
     layers, count, heads, dim = queries.shape
     grouped = queries.float().view(layers, count, keys.shape[1], heads // keys.shape[1], dim)
     scores = torch.einsum("lqkgd,lknd->lkgqn", grouped, keys.float()) * scales
     hidden = torch.ones(count, keys.shape[2], dtype=torch.bool, device=keys.device).triu(keys.shape[2] - count + 1)
+    if missing is not None:
+        hidden = hidden | (torch.arange(keys.shape[2], device=keys.device) < missing.view(-1, 1, 1, 1, 1))
     return scores.masked_fill(hidden, -math.inf).softmax(-1).mean(2)

@@ -42,12 +42,23 @@ class Cached:
             over the query heads of the key head; None where the policy watches none.
         drawn: float32 [*, n], what each token drew in all before, as :attr:`Kept.drawn` has it, and 0 for those that
             have come since; None where the policy does not remember it.
+        computed: tokens of the text, where they are not as many as there are here.
+        missing: of each layer, how many of the first tokens are not there, where layers have not as many; nothing is
+            paid to these.
     """
 
     keys: Tensor
     values: Tensor
     attention: Tensor | None = None
     drawn: Tensor | None = None
+    computed: int | None = None
+    missing: tuple[int, ...] = ()
+
+    def of_layer(self, layer: int) -> Cached:
+        """What there is of one layer."""
+        own = slice(self.missing[layer] if self.missing else 0, None)
+        attention = None if self.attention is None else self.attention[layer][..., own]
+        return Cached(self.keys[layer][..., own, :], self.values[layer][..., own, :], attention)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +107,7 @@ class CachePolicy(Policy):
     @property
     def view(self) -> View | None:
         """How attention sees the tokens that are :meth:`packed`. None where each place has one token. Such a policy
-        watches and remembers nothing."""
+        remembers nothing, and watches only where its view is not of all tokens."""
         return None
 
     @property
