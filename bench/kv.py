@@ -6,10 +6,12 @@ it writes are those of the full cache, and how many values it recalls of a list 
 compressed. Layers that share keys and values are measured in the same way, by where they begin to, and low-rank keys
 with values on the host by how much of them a step sees.
 
-Throughput: many long requests are served from a pool of fixed size, with the full cache and with a quarter of it. On
-the CPU python-6m does, also with low-rank keys. On CUDA it is random weights in the shape of Qwen3-8B, in bf16, which
-have no quality to measure: there the cache in fp8 has the same bytes too, and the steps of as many sequences are timed
-with each, which tells what the upkeep of a small cache costs.
+Throughput: 256 long requests are served from a pool of fixed size, with the full cache and with a quarter of it. On the
+CPU python-6m does; there caches that the readable backend alone can read (low-rank keys, and budgets that fall from
+layer to layer) have 48 requests, beside the full cache with as many, since they would take most of an hour otherwise.
+On CUDA it is random weights in the shape of Qwen3-8B, in bf16, which have no quality to measure: there the cache in fp8
+has the same bytes too, and the steps of as many sequences are timed with each, which tells what the upkeep of a small
+cache costs.
 """
 
 from __future__ import annotations
@@ -101,9 +103,11 @@ class Served(NamedTuple):
 
 QUICK = Served(requests=8, length=64, output=32, pool=512, sequences=64, tokens=1024)
 SERVED = {
-    "cpu": Served(requests=48, length=448, output=128, pool=4096, sequences=64, tokens=1024),
-    "cuda": Served(requests=128, length=2048, output=128, pool=40_960, sequences=128, tokens=4096),
+    "cpu": Served(requests=256, length=448, output=128, pool=4096, sequences=64, tokens=1024),
+    "cuda": Served(requests=256, length=2048, output=128, pool=40_960, sequences=128, tokens=4096),
 }
+#: Where no kernel reads a cache on the CPU.
+READABLE = SERVED["cpu"]._replace(requests=48)
 
 
 def policies(budget: float) -> dict[str, dict[str, Any]]:
@@ -355,19 +359,33 @@ def room(model: Decoder, codec: Codec, pool: int) -> int:
 
 
 def compressed(bench: Bench) -> dict[str, dict[str, Any]]:
-    """The options of caches that have a quarter of the tokens, or of low-rank keys, by name."""
+    """The options of caches that have a quarter of the tokens, by name, and that kernels read."""
     kinds = policies(BUDGETS[0])
     if bench.device.type == "cuda":
         return {name: kinds[name] for name in ON_CUDA}
-    shadow = ShadowKV(budget=SEEN[0], every=EVERY).describe()
-    return {**kinds, "shadow": shadow, "snapkv under pressure": {**kinds["snapkv"], "when": "pressure"}}
+    del kinds["pyramidkv"]
+    return {**kinds, "snapkv under pressure": {**kinds["snapkv"], "when": "pressure"}}
+
+
+def readable() -> dict[str, dict[str, Any]]:
+    """Those of caches that the readable backend alone reads."""
+    return {
+        "shadow": ShadowKV(budget=SEEN[0], every=EVERY).describe(),
+        "pyramidkv": policies(BUDGETS[0])["pyramidkv"],
+    }
 
 
 def throughput(bench: Bench, name: str, model: Decoder) -> None:
     """Tokens a second from a pool of fixed size, and how many requests run at a time; on CUDA how long steps take,
     too."""
-    work, on_cuda = QUICK if bench.quick else SERVED[bench.device.type], bench.device.type == "cuda"
-    kinds = {"full": {"name": "full"}, **compressed(bench)}
+    throughput_of(bench, name, model, compressed(bench), QUICK if bench.quick else SERVED[bench.device.type])
+    if bench.device.type == "cpu":
+        throughput_of(bench, name, model, readable(), QUICK._replace(requests=4) if bench.quick else READABLE)
+
+
+def throughput_of(bench: Bench, name: str, model: Decoder, caches: dict[str, dict[str, Any]], work: Served) -> None:
+    """That of the ``caches``, whose options are given by name, beside the full one."""
+    on_cuda, kinds = bench.device.type == "cuda", {"full": {"name": "full"}, **caches}
     engines = {kind: opened(model, {"kv": kv}, work.pool, work.sequences, work.tokens) for kind, kv in kinds.items()}
     served_there = f"{name}, {work.requests} requests of {work.length} + {work.output} tokens, a pool for {work.pool:,}"
     settings = dict.fromkeys(kinds, f"{served_there}, {BUDGETS[0]:.0%} kept")

@@ -5,6 +5,9 @@ first token; every key and value is coded and decoded before it is attended to, 
 learn of other files. Coupled quantization (270) stands beside its own baseline at the same bits: the same codebooks, by
 the same steps, for each channel alone.
 
+Beside each of int4 and the coupled ones at 4 and 2 bits a channel stands the same with windows of 32 tokens in full
+precision.
+
 For throughput, a pool of as many bytes as four requests take in fp32 serves 24 of them, greedy, of 32 random tokens in
 and 32 out. The kernel reads fp32, bf16 and int8; the others go through the readable backend, with their codecs.
 """
@@ -44,6 +47,8 @@ from penstock.testing.kv_codec import CodedRows
 
 MODEL, LENGTH, BLOCK = "python-6m", 256, 16
 PROMPT, ANSWER, REQUESTS, FIT = 32, 32, 24, 4
+#: Tokens of a window in full precision.
+RESIDUAL = 32
 
 
 def named(channels: int, bits: int) -> str:
@@ -76,7 +81,7 @@ def perplexity(model: Decoder, codec: Codec, learned: torch.Tensor | None, texts
     """Of the tokens of ``texts`` after their first, over a cache in ``codec``."""
     total = 0.0
     for tokens in texts:
-        rows = CodedRows(CausalRows.of(len(tokens) - 1), codec, learned)
+        rows = CodedRows(CausalRows.of(len(tokens) - 1), codec, learned, codec.residual)
         hidden = model(tokens[None, :-1], rows).hidden
         total += float(F.cross_entropy(model.logits(hidden)[0].float(), tokens[1:]))
     return math.exp(total / len(texts))
@@ -132,6 +137,12 @@ def main(bench: Bench) -> None:
         name, alone = named(channels, 8), named(1, 8 // channels)
         bench.compared(subject=name, peer=alone, values=[found[name]], peer_values=[found[alone]], papers=[270],
                        **common)  # fmt: skip
+    for name in ("int4", named(2, 8), named(4, 8)):
+        codec = measured[name].model_copy(update={"residual": RESIDUAL})
+        learned = tables_of(codec, samples) if isinstance(codec, LearnedCodec) else None
+        beside = f"{name}, the newest {RESIDUAL} in full"
+        bench.compared(subject=beside, peer=name, values=[perplexity(model, codec, learned, texts)],
+                       peer_values=[found[name]], **common)  # fmt: skip
     setting = f"{MODEL}: {REQUESTS} requests, {PROMPT} in and {ANSWER} out, the bytes of {FIT} in fp32"
     for name in ("plain, fp32", "bf16", "int8", "int4", named(4, 8)):
         engines[name] = engine_of(model, measured[name], learning)
