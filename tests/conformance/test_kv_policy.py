@@ -16,6 +16,7 @@ def test_sizes_rows_and_memory(name):
     kv_policy.check_rows(POLICIES[name])
     kv_policy.check_shared(POLICIES[name])
     kv_policy.check_strong(POLICIES[name])
+    kv_policy.check_layers(POLICIES[name])
     kv_policy.check_selected(POLICIES[name])
     kv_policy.check_copied(POLICIES[name])
     kv_policy.check_limit(POLICIES[name])

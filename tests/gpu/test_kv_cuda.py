@@ -22,7 +22,9 @@ pytestmark = pytest.mark.gpu
 SHAPE = DecoderConfig(
     vocabulary=2000, hidden=512, layers=4, heads=8, kv_heads=2, head_dim=128, ffn=1024, context=1024, qk_norm=True
 )
-NAMES = [each.name for each in index().entries("kv.policy") if issubclass(each.load(), Budgeted)]
+BUDGETED = [kind() for each in index().entries("kv.policy") if issubclass(kind := each.load(), Budgeted)]
+#: Of those that kernels read.
+NAMES = [each.policy_name for each in BUDGETED if each.fitted(SHAPE).view is None]
 
 
 def engine_of(name: str, **options: object) -> Engine:
@@ -57,18 +59,20 @@ def test_tokens_do_not_depend_on_the_batch(name):
 
 
 @pytest.mark.parametrize(
-    "kv",
+    "options",
     [
-        {"name": "minicache", "start": 0, "every": 32},
-        {"name": "shadow", "budget": 0.3, "outliers": 2, "every": 32},
-        {"name": "block_topk", "budget": 0.3, "block": 4, "newest": 1},
+        {"kv": {"name": "minicache", "start": 0, "every": 32}},
+        {"kv": {"name": "pyramidkv", "budget": 0.3, "every": 32}},
+        {"kv": {"name": "shadow", "budget": 0.3, "outliers": 2, "every": 32}},
+        {"kv": {"name": "block_topk", "budget": 0.3, "block": 4, "newest": 1}},
+        {"codec": {"name": "int8", "residual": 64}},
     ],
 )
-def test_packed_and_selected_caches_say_what_they_say_on_the_cpu(kv):
+def test_what_the_readable_backend_reads_is_what_it_reads_on_the_cpu(options):
     found = []
     for device in ("cuda", "cpu"):
         model = Decoder(SHAPE).initialize(0).to(device).eval()
-        config = EngineConfig.model_validate({"kv": kv, "sequences": 4, "cache_tokens": 2000, "check": True})
+        config = EngineConfig.model_validate({**options, "sequences": 4, "cache_tokens": 2000, "check": True})
         engine = build_engine(model, config)
         found.append(told(engine, range(3)))
         assert (engine.snapshot().dropped_tokens > 0) == config.kv.compresses

@@ -12,6 +12,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.invariant import make_invariant
 from penstock.models.paged import cache_shape
+from penstock.ops.paged.codecs.contract import LearnedCodec
 from penstock.ops.paged.contract import CacheShape, PagedAttention
 from penstock.ops.paged.invariant import Invariant
 from penstock.policy import index
@@ -66,10 +67,18 @@ def backend_of(
         cache = dataclasses.replace(cache, selection=selection, needs=cache.needs | {"selection"})
     view = fitted(config, shape).view
     if view is not None:
-        if config.codec.policy_name not in ("plain", "bf16"):
+        if config.residual is not None:
             raise UsageError(
-                f"the cache policy {config.kv.policy_name!r} keeps {view.holds}, and the codec "
-                f"{config.codec.policy_name!r} would round them as if they were one vector",
+                f"codec.residual counts windows in places, and the cache policy {config.kv.policy_name!r} keeps "
+                f"{view.holds}",
+                hint="Leave codec.residual out.",
+            )
+        codec = config.codec
+        if codec.policy_name not in ("plain", "bf16") and (isinstance(codec, LearnedCodec) or not view.plain):
+            why = "has learned of each layer's own" if view.plain else "would round them as if they were one vector"
+            raise UsageError(
+                f"the cache policy {config.kv.policy_name!r} keeps {view.holds}, and the codec {codec.policy_name!r} "
+                f"{why}",
                 hint="Take the codec plain or bf16.",
             )
         cache = dataclasses.replace(cache, view=view, needs=cache.needs | {"view"})

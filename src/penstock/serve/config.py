@@ -393,8 +393,7 @@ class EngineConfig(Config):
             "what drafts here has a cache of its own, or probes": self.draft is not None
             and bool(self.draft.model or self.draft.head or self.draft.widths),
             f"kv_reuse = {self.kv_reuse.policy_name} takes tokens without their windows": not self.kv_reuse.plain,
-            f"kv = {self.kv.policy_name} lays or reads tokens together": self.kv.view is not None
-            or self.kv.selection is not None,
+            f"kv = {self.kv.policy_name} reads blocks by keys that stay as they are": self.kv.selection is not None,
         }
         for reason in (reason for reason, holds in reasons.items() if holds):
             raise ValueError(f"codec.residual keeps the newest tokens in full precision, and {reason}: leave it out")

@@ -160,8 +160,14 @@ def blocks_for(
     if device.type != "cuda":
         free = free_memory() / config.ranks  # which all ranks share
         sequence = -(-context // config.block_size) * block_bytes
-        room = min(free * config.memory / 2, max(LEAST_CPU_SHARE, weights, sequence)) - windows
-        return blocks_in(room, block_bytes, config.block_size, context)
+        room = min(free * config.memory / 2, max(LEAST_CPU_SHARE, weights, sequence))
+        if windows > room:
+            raise PenstockError(
+                f"windows in full precision take {windows / 2**30:.2f} GiB for {config.sequences} sequences, and the "
+                f"cache may take {room / 2**30:.2f}",
+                hint="Lower engine.sequences or engine.codec.residual, or raise engine.memory.",
+            )
+        return blocks_in(room - windows, block_bytes, config.block_size, context)
     # With fewer than are wanted, the largest steps are those that these allow.
     most = blocks_in(DeviceMemory(device).free() / 2, block_bytes, config.block_size, context)
     return min(rehearsal_blocks(config, device, context), most)

@@ -30,7 +30,7 @@ class KeptRows:
         view, packed: what is left of the first tokens, and how they are seen, where some are packed.
         selection, given: what tokens behind the ``given`` ones read, where they do not read all.
         coded: what comes back of vectors [n, K, D] of a layer, of keys (0) or values (1), where they are coded; those
-            in ``keys`` and ``values`` have been.
+            in ``keys`` and ``values`` have been. Where some are packed, it is the same for all layers.
         window: so many places make a window in full precision, counted from the last compression at place ``since``;
             0 is none. Of the places since then, ``exact`` has by layer the keys and the values as they were computed.
     """
@@ -95,12 +95,12 @@ class KeptRows:
         for row, place in zip(query, range(length - len(query), length), strict=True):
             begin = max(self.since, place // self.window * self.window)
             own = slice(begin - self.since, place + 1 - self.since)
-            rows = [
+            keys, values = (
                 torch.cat([each[layer].transpose(0, 1)[:begin], exact[own]])
                 for each, exact in zip((self.keys, self.values), self.exact[layer], strict=True)
-            ]
+            )
             all_of_it = torch.ones(1, place + 1, dtype=torch.bool)
-            found.append(attended(row.double().unsqueeze(0), *rows, all_of_it, scale=self.scale))
+            found.append(attended(row.double().unsqueeze(0), keys, values, all_of_it, scale=self.scale))
         return torch.cat(found).to(query.dtype)
 
     def keep(self, layer: int, kept: Kept) -> None:
@@ -208,6 +208,12 @@ class KeptScores:
         missing = () if context.packed is None else view.missing(context.packed.tokens)
         watched = self._watched(keys, missing) if self._policy.watches else None
         kept = self._policy.compress(Cached(keys, values, watched, None, len(self._text), missing), count)
+        if context.coded is not None:
+            both = [
+                torch.stack([context.coded(0, part, own.transpose(0, 1)).transpose(0, 1) for own in each])
+                for part, each in enumerate((kept.keys, kept.values))
+            ]
+            kept = dataclasses.replace(kept, keys=both[0], values=both[1])
         context.view, context.packed = view, packed_of(self._policy, kept, len(self._text))
         first = view.places(context.packed.tokens)
         context.keys, context.values = (list(each[:, :, first:].double()) for each in (kept.keys, kept.values))

@@ -24,7 +24,7 @@ import copy
 import dataclasses
 import functools
 from collections import defaultdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hypothesis import given
@@ -38,12 +38,15 @@ from penstock.ops.attention import PLAIN, Extras, attend_rows, causal_mask
 from penstock.ops.paged.codecs.contract import Codec, LearnedCodec
 from penstock.ops.paged.contract import CacheShape, PagedAttention
 from penstock.serve.batching.sarathi import Sarathi
-from penstock.serve.build import build_runner
+from penstock.serve.build import build_engine, build_runner
 from penstock.serve.calibration import learned_tables
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
+from penstock.serve.engine.loops.plain import Plain
+from penstock.serve.kv.policies.contract import CachePolicy
 from penstock.serve.kv.policies.h2o import HeavyHitters
+from penstock.serve.kv.policies.pyramidkv import PyramidKV
 from penstock.serve.messages import Request
 from penstock.speculate.contract import Drafter
 from penstock.speculate.controllers.fixed import Fixed
@@ -288,12 +291,16 @@ def check_tokens(codec: Codec, examples: int = 0, steps: int = 20) -> None:
 
 
 def check_evicted(codec: Codec, examples: int = 0, steps: int = 20) -> None:
-    """Asserts the same where caches are compressed besides, with and without windows in full precision: what is kept is
-    what the policy says of decoded keys and values, and is coded anew."""
+    """Asserts the same where caches are compressed besides, with and without windows in full precision, and with tokens
+    of some layers in the places of others: what is kept is what the policy says of decoded keys and values, and is
+    coded anew."""
     if codec.lacks(SHAPE.head_dim) is None:
-        for window in (0, 4) if codec.policy_name != "plain" else (0,):
+        cases: list[tuple[CachePolicy, int]] = [(HeavyHitters(), 0)]
+        cases += [(HeavyHitters(), 4)] if codec.policy_name != "plain" else []
+        cases += [] if isinstance(codec, LearnedCodec) else [(PyramidKV(), 0)]
+        for kv, window in cases:
             own = machine(codec.model_copy(update={"residual": window}))
-            own.kv = tight(HeavyHitters())
+            own.kv = tight(kv)
             own.drafts = [(None, Fixed(), ()), (Ngram(shortest=1), Fixed(), ())]
             crowd(own(), seed=0)
             if examples:
@@ -306,14 +313,48 @@ def check_window(codec: Codec, examples: int = 0, steps: int = 20) -> None:
     if codec.lacks(SHAPE.head_dim) is not None or codec.policy_name == "plain":
         return
     check_tokens(codec.model_copy(update={"residual": 4}), examples, steps)
+    quick = {"tokens": 64} if isinstance(codec, LearnedCodec) else {}
+    _check_turns(codec.model_copy(update={"residual": 8, **quick}))
+    _check_whole(codec.model_copy(update={"residual": SHAPE.context, **quick}))
+
+
+def _check_turns(codec: Codec) -> None:
+    """Asserts that a fork amidst a window of 8 says what the reference does, and so does a sequence that is cut back
+    into an earlier window and goes on with other tokens."""
     model, _ = wide_models()
-    whole = codec.model_copy(update={"residual": SHAPE.context, **({"tokens": 64} if _learns(codec) else {})})
+    reference = cast(Decoder, CodedDecoder(model, codec, learned_tables(model, codec)))
+    config = EngineConfig(codec=codec, loop=Plain(), sequences=3, block_size=4, cache_tokens=400, check=True)
+    engine, said = build_engine(model, config), defaultdict[str, list[int]](list)
+    greedily = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+    prompt = numbers("window", 13)
+
+    def told(id: str, count: int) -> list[int]:
+        while len(said[id]) < count:
+            for delta in engine.step():
+                said[delta.id] += delta.tokens
+        return said[id]
+
+    engine.add(Request("parent", prompt, greedily))
+    text = [*prompt, *told("parent", 9)]
+    engine.fork("parent", Request("fork", text, greedily))
+    assert told("fork", 8)[:8] == greedy(reference, text, 8), "a fork reads a window that is not its own"
+    cut = [*prompt, *told("parent", 24)[:6]]
+    engine.truncate("parent", len(cut))
+    engine.feed("parent", [7, 3])
+    said["parent"].clear()
+    wanted = greedy(reference, [*cut, 7, 3], 8)
+    assert told("parent", 8)[:8] == wanted, "one that is cut back reads a window that was overwritten"
+
+
+def _check_whole(whole: Codec) -> None:
+    """Asserts the tokens, and the bytes, of windows that cover all."""
+    model, _ = wide_models()
     config = EngineConfig(codec=whole, sequences=3, block_size=4, cache_tokens=400, check=True)
     runner = build_runner(model, config)
     taken = vars(runner.cache)["_rings"].memory.nbytes
     assert taken == runner.cache.shape.residual_bytes == 3 * SHAPE.context * plain_bytes(torch.float64)
     engine, said = Engine(config, runner), defaultdict[str, list[int]](list)
-    prompts = {str(number): numbers(f"window {number}", 20 + 9 * number) for number in range(5)}
+    prompts = {str(number): numbers(f"window {number}", 20 + 9 * number) for number in range(3)}
     for id, prompt in prompts.items():
         engine.add(Request(id, prompt, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)))
     while engine.busy:
@@ -321,10 +362,6 @@ def check_window(codec: Codec, examples: int = 0, steps: int = 20) -> None:
             said[delta.id] += delta.tokens
     for id, prompt in prompts.items():
         assert said[id] == greedy(model, prompt, 30), "a window that covers all does not give what a plain cache does"
-
-
-def _learns(codec: Codec) -> bool:
-    return isinstance(codec, LearnedCodec)
 
 
 def plain_bytes(dtype: torch.dtype) -> int:

@@ -8,6 +8,7 @@ What each clause is there to catch:
   results of another size or dtype, a request for fewer tokens that does not give fewer;
 - :func:`check_shared`: a layer that is given another one's norms, and directions that come from nowhere;
 - :func:`check_strong`: a key that is packed, and that a query likes more than all others, and does not see;
+- :func:`check_layers`: a layer that sees tokens of another one, in another order, or with the values of others;
 - :func:`check_selected`: tokens that read more than the budget, or others than the blocks that are worth the most to
   them; what a token reads that depends on what is computed beside it; a key that a query likes more than all others,
   and does not read;
@@ -84,6 +85,7 @@ def check(policy: CachePolicy, crowds: int = 3, examples: int = 6, steps: int = 
     check_rows(policy)
     check_shared(policy)
     check_strong(policy)
+    check_layers(policy)
     check_selected(policy)
     check_copied(policy)
     check_limit(policy)
@@ -281,6 +283,31 @@ def check_strong(policy: CachePolicy) -> None:
             found = attended(query, seen.keys[0], seen.values[0], whole, scale=8**-0.5)[0, ::2]
             near = torch.linalg.vector_norm(found - values[layer, :, place]) < 0.05
             assert near, f"token {place} of a cache, which a query likes more than all others, is not what it sees"
+
+
+def check_layers(policy: CachePolicy, seeds: int = 4) -> None:
+    """Asserts that where layers keep tokens of their own, some more than others, each sees tokens of its own, in the
+    order of the text, the newest among them, and each with its own value."""
+    chosen = tight(policy).fitted(_model(4, 8))
+    view = chosen.view
+    if view is None or view.whole:
+        return
+    for seed in range(seeds):
+        draw = torch_generator(seed, "testing/kv_policy/layers")
+        keys, values = (torch.randn(4, 2, 25, 8, generator=draw) for _ in range(2))
+        watched = torch.rand(4, 2, chosen.watches, 25, generator=draw) if chosen.watches else None
+        packed = packed_of(chosen, chosen.compress(Cached(keys, values, watched), chosen.keeps(25)), 25)
+        restored, missing = view.restored(packed), view.missing(packed.tokens)
+        for layer in range(4):
+            (seen,) = view.seen(layer, torch.zeros(1, 4, 8), packed, 1.0)
+            for head in range(2):
+                found, own = seen.keys[0, :, head], keys[layer, head]
+                places = (found.unsqueeze(1) - own).abs().sum(-1).argmin(-1)
+                assert torch.equal(found, own[places]), f"layer {layer} sees what is no token of its own"
+                assert torch.equal(seen.values[0, :, head], values[layer, head, places]), "a value is another token's"
+                assert (places.diff() > 0).all() and places[-1] == 24, "tokens are in another order, or the newest gone"
+                for each, kept in zip(restored, (seen.keys, seen.values), strict=True):
+                    assert torch.equal(each[layer, head, missing[layer] :], kept[0, :, head]), "tokens are not restored"
 
 
 def check_selected(policy: CachePolicy, seeds: int = 4) -> None:

@@ -59,6 +59,8 @@ def build_app_command(name: str):
         ({"kv": "h2o", "kv_budget": 0.5}, ["kv=h2o", "kv.budget=0.50"], {"kv": {"name": "h2o", "budget": 0.5}}),
         ({"resident_weights": "8GB"}, ["resident_weights=8GB"], {"resident_weights": 8 * 10**9}),
         ({"kv_codec": "int8"}, ["sequences=4"], {"codec": "int8", "sequences": 4}),
+        ({"kv_codec": "int4", "kv_residual": 64}, [], {"codec": {"name": "int4", "residual": 64}}),
+        ({"kv_residual": 64}, ["codec=int4"], {"codec": {"name": "int4", "residual": 64}}),
         ({"tensor_parallel": 2}, ["tensor_parallel=2"], {"tensor_parallel": 2}),
         ({"deterministic": True}, ["deterministic=true"], {"deterministic": True}),
     ],

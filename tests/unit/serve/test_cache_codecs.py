@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from penstock.core.errors import UsageError
+from penstock.core.errors import PenstockError, UsageError
 from penstock.ops.paged.contract import PagedAttention
 from penstock.ops.paged.reference import Reference
 from penstock.serve import sizing
@@ -72,3 +72,53 @@ def test_float64_is_read_by_the_readable_backend():
     model = copy.deepcopy(small_model()).double()
     runner = build_runner(model, EngineConfig(codec="int8", cache_tokens=100))
     assert type(runner.cache).__name__ == "ReferenceCache" and runner.cache.shape.dtype == torch.float64
+
+
+def test_windows_take_what_they_are_said_to():
+    model = copy.deepcopy(small_model())
+    config = EngineConfig(codec={"name": "int8", "residual": 20}, sequences=8, cache_tokens=100, draft="ngram")
+    runner = build_runner(model, config)
+    shape = runner.cache.shape
+    # 20 tokens are 2 blocks of 16; as many as are drafted may be computed for nothing. 64 numbers of 4 bytes a token.
+    assert shape.residual.tokens == 32 and shape.residual.places == 32 + config.draft.most
+    assert runner.memory["windows"] == shape.residual_bytes == 8 * (32 + config.draft.most) * 2 * 2 * 2 * 8 * 4
+    assert shape.block_bytes == 2 * 2 * 2 * 16 * 12, "blocks are as large as without windows"
+
+
+def test_the_memory_of_windows_is_not_for_blocks(monkeypatch):
+    monkeypatch.setattr(sizing, "free_memory", lambda: 2 * 10**6)
+    config = EngineConfig(memory=1.0, sequences=8, codec={"name": "int8", "residual": 32})
+    runner = build_runner(small_model(), config)
+    assert runner.blocks == (10**6 - 8 * 32 * 256) // 1536
+    with pytest.raises(PenstockError, match=r"take 0\.00 GiB for 256 sequences") as raised:
+        build_runner(small_model(), config.model_copy(update={"sequences": 256}))
+    assert "Lower engine.sequences or engine.codec.residual" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"codec": {"name": "plain", "residual": 32}}, "'plain' has all tokens"),
+        ({"deterministic": True}, "deterministic engines"),
+        ({"tensor_parallel": 2}, "divided among ranks"),
+        ({"kv_reuse": "ape"}, "kv_reuse = ape"),
+        ({"kv": "block_topk"}, "kv = block_topk"),
+        ({"draft": "python-1m"}, "what drafts here"),
+        ({"draft": "ngram", "draft_tree": "2"}, "trees need"),
+    ],
+)
+def test_what_windows_do_not_go_together_with(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        EngineConfig(**{"codec": {"name": "int8", "residual": 32}, **options})
+
+
+def test_windows_do_not_go_together_with_tokens_that_share_places():
+    config = EngineConfig(codec={"name": "bf16", "residual": 32}, kv="pyramidkv")
+    with pytest.raises(UsageError, match=r"codec.residual counts windows in places.*tokens of some layers"):
+        build_engine(small_model(), config)
+
+
+def test_a_backend_without_windows_is_refused_by_name():
+    config = EngineConfig(codec={"name": "int8", "residual": 32}, attention="cpu")
+    with pytest.raises(UsageError, match="'cpu' does not serve here: it has no windows in full precision"):
+        build_engine(small_model(), config)

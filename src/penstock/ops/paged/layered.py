@@ -32,6 +32,7 @@ class LayeredTokens(View):
     """
 
     holds: ClassVar[str] = "tokens of some layers in the places of others"
+    plain: ClassVar[bool] = True
     whole: ClassVar[bool] = False
 
     layers: int

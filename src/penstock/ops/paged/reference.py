@@ -29,7 +29,8 @@ class ReferenceCache(PagedCache):
         count, dtype = shape.codec.stored(shape.head_dim, shape.dtype)
         if shape.view is not None and (each := shape.view.aside(shape.block_size)):
             self.aside = Aside(shape, each)
-        self._rings = None if shape.residual is None else Rings(shape)
+        # While nothing is served, the cache has one block, and no windows.
+        self._rings = None if shape.residual is None or shape.blocks == 1 else Rings(shape)
         sizes = (shape.layers, shape.parts, shape.blocks, shape.block_size, shape.kv_heads, count)
         self._memory = pages.zeros(sizes, dtype, shape.device)
 
@@ -75,8 +76,8 @@ class ReferenceCache(PagedCache):
     def _read(
         self, layer: int, index: int, own: slice, where: Tensor, key: Tensor, value: Tensor
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Of the new tokens of a sequence, which are the rows ``own`` and whose places are in the slots ``where``: rows,
-        and the keys and values [S, K, D] that these read, of all tokens up to the last of them."""
+        """Of the new tokens of a sequence, the rows ``own``, whose places are in the slots ``where``: rows, and the
+        keys and values [S, K, D] that these read, of all tokens up to the last of them."""
         keys, values = self._decoded(layer, where)
         residual, batch, rings = self.shape.residual, self._batch, self._rings
         if residual is None or rings is None or batch.rings is None or batch.since is None:

@@ -76,6 +76,9 @@ class View(ABC):
     #: Whether each KV head is laid by itself.
     head_by_head: ClassVar[bool] = True
 
+    #: Whether nothing lies there but keys and values of tokens, as they would in any place.
+    plain: ClassVar[bool] = False
+
     #: Whether all tokens are there still, in some form.
     whole: ClassVar[bool] = True
 

@@ -62,9 +62,9 @@ class Entry(msgspec.Struct, frozen=True):  # one for each sequence at each step:
             probes at all. They are rows that are no tokens of the sequence, each of which sees the tokens on the way to
             its own, that one, and the probes before it behind the same. They are computed behind the window, count
             neither as its tokens nor among the scored ones, and nothing of them stays in the cache.
-        since: from which place on windows in full precision are counted, see :attr:`PagedBatch.since`.
         beside: the contexts that some of the tokens see; None where there are none.
         weighed: of which contexts in its text it is asked what their tokens, as far as they are here, look at.
+        since: from which place on windows in full precision are counted, see :attr:`PagedBatch.since`.
     """
 
     sequence: Sequence

@@ -30,7 +30,9 @@ class Stored(NamedTuple):
     law="a round trip changes no number by more than the bound that the policy gives; the same code for the same "
     "vector, whatever is coded beside it; blocks take exactly the bytes of the formula; attention over coded blocks "
     "equals plain attention over the decoded keys and values; tokens of a batch identical to those of the request "
-    "decoded alone over decoded keys and values, for any arrivals, forks, shared prefixes and preemptions",
+    "decoded alone over decoded keys and values, for any arrivals, forks, shared prefixes and preemptions; the same "
+    "where caches are compressed, and where the newest tokens are in full precision, whose memory takes the bytes of "
+    "its formula; a window that covers all gives the tokens of a plain cache",
 )
 class Codec(Policy):
     """A way to store keys and values, vector by vector: one for each token and KV head.

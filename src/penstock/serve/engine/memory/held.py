@@ -26,7 +26,8 @@ class Held:
         dropped: how many of them are not in the blocks any more, since the cache was compressed when it had been
             ``compacted`` tokens; ``known`` tokens were left.
         due: how many are computed when it is compressed next.
-        written: the most places that it had in the blocks since then, and so in its window in full precision.
+        written: the most places that it had in the blocks since it was compressed last: where windows are in full
+            precision, later ones are in the places of earlier ones then.
         probed: how many probes stood behind the token that the newest one follows; their states are kept for it.
         ripe: from how many on it may be compressed where blocks are missing.
         seen: from how many on its slot has all queries that the policy could ask about.

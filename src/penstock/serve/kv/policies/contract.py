@@ -3,9 +3,9 @@
 A token's place in the cache is not its position in the text. Keys are rotated by position when they are stored, so
 that what is kept can move together into fewer blocks, and the blocks that become free are the pool's again. Each head
 of each layer may keep other tokens; all keep as many, so that a sequence has one table of blocks. A policy may also
-keep all tokens in fewer places, in a form of its own, which attention sees by a view: see
-:mod:`penstock.ops.paged.view`. Or all tokens stay where they are, and those behind the prompt read some of them: see
-:mod:`penstock.ops.paged.selection`.
+keep all tokens in fewer places, or more in some layers than in others, in a form of its own, which attention sees by a
+view: see :mod:`penstock.ops.paged.view`. Or all tokens stay where they are, and those behind the prompt read some of
+them: see :mod:`penstock.ops.paged.selection`.
 
 When a cache is compressed depends on the sequence alone: a policy names the number of computed tokens at which it is
 due, and no piece of a batch goes beyond it. What a sequence says is so the same in any batch, with any chunks of its
@@ -78,10 +78,11 @@ class Kept:
     law="a budget that covers all gives the tokens of the full cache; what is kept is as much as the policy says, and "
     "the rest of the blocks are the pool's again; the tokens of a sequence do not depend on the batch, on chunks, "
     "sharing, forks or preemption; layers that share keys and values keep their norms; a packed token that a query "
-    "likes most is what it sees; of a cache that stays whole, tokens behind the prompt read what the budget says; "
-    "caches that are compressed together become, to the last bit, what they become one after the other; what is kept, "
-    "or read, equals the paper's rule by brute force; one that waits for pressure gives the tokens of the full cache "
-    "where nothing presses, and else those of a cache compressed where it was, with fewer preemptions",
+    "likes most is what it sees; layers that keep unequally many tokens see their own; of a cache that stays whole, "
+    "tokens behind the prompt read what the budget says; caches that are compressed together become, to the last bit, "
+    "what they become one after the other; what is kept, or read, equals the paper's rule by brute force; one that "
+    "waits for pressure gives the tokens of the full cache where nothing presses, and else those of a cache compressed "
+    "where it was, with fewer preemptions",
 )
 class CachePolicy(Policy):
     """Decides what the cache of a sequence keeps, and when the rest goes."""

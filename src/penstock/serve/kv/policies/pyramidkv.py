@@ -15,7 +15,7 @@ from penstock.serve.kv.policies.snapkv import SnapKV
 
 @policy("kv.policy", "pyramidkv")
 class PyramidKV(SnapKV):
-    """Keeps what SnapKV keeps, more of it in the first layers and less in the last, whose attention rests on few tokens.
+    """Keeps what SnapKV keeps, more of it in the first layers and less in the last, which look at few tokens.
 
     The rule of PyramidKV (Cai et al., 2024): budgets fall in equal steps, the last layer's being the mean divided by
     ``beta`` beyond the window that all layers keep. Our reading: the budget is that of a layer in the mean, its window
