@@ -319,7 +319,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 def _as_wide(part: T, model: Decoder) -> T:
     """``part`` in the dtype of ``model``, a copy where that is another one."""
-    dtype = model.embedding.weight.dtype
+    dtype = model.like.dtype
     same = all(each.dtype == dtype for each in part.parameters())
     return part if same else copy.deepcopy(part).to(dtype)
 
