@@ -277,7 +277,8 @@ def _together(codec: Codec, drafter: Drafter | None, tree: tuple[int, ...]) -> b
     if drafter is None:
         return not tree
     apart = drafter.model is not None or drafter.head is not None
-    return not tree and not drafter.widths and not (codec.residual and apart)
+    branches = bool(tree or drafter.widths) or drafter.superposes > 1
+    return not branches and not (codec.residual and apart)
 
 
 def check_tokens(codec: Codec, examples: int = 0, steps: int = 20) -> None:
