@@ -192,9 +192,10 @@ def named(sources: Sources, name: str) -> list[Result]:
 
 def note(result: Result) -> str:
     """What figures stand for: hardware, date, commit, versions, and where they come from if not from here."""
+    dated = f"{result.date}, commit {result.commit}" if result.commit else f"{result.date}"
     used = ", ".join(f"{package} {version}" for package, version in result.versions.items())
     source = f"\n{wrapped(result.source)}" if result.source else ""
-    return f"{result.hardware}; {result.date}, commit {result.commit}; {used}.\n{source}"
+    return f"{'; '.join(filter(None, (result.hardware, dated, used)))}.\n{source}"
 
 
 def tabulated(sources: Sources, name: str, shown: Callable[[Row], bool]) -> str:
