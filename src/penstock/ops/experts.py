@@ -85,7 +85,7 @@ def gathered(found: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """Each token's sum [N, hidden] of what was ``found`` [N * k, hidden] by its experts, with ``weights`` [N, k]; it is
     in such an ``order`` as :func:`by_expert` gives."""
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    own = found[back].view(*weights.shape, -1)
+    own = found[back].view(*weights.shape, found.shape[-1])
     return (own * weights.unsqueeze(-1).to(found.dtype)).sum(1)
 
 
