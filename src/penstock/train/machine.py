@@ -8,10 +8,10 @@ from penstock.core.processor import Answer, fast_dtype
 from penstock.parallel.world import World
 from penstock.train.precision import Precision
 
-#: From how many seconds of a run on compiling it pays, by device and by whether products are in bf16. On two cores it
-#: takes about 60 s for the first shape and 15 s for each other, and makes steps of small models 1.0 to 1.3 times as
-#: fast in fp32 and 1.3 to 1.9 times in bf16, whose many small conversions the compiler fuses.
-WORTH_COMPILING = {("cpu", False): 1200.0, ("cpu", True): 180.0, ("cuda", False): 120.0, ("cuda", True): 120.0}
+#: From how many seconds of a run on compiling it pays, by device and by whether products are in bf16. It takes about
+#: 20 s for each shape, however many layers there are, on two cores and on an H200, and makes steps of small models on
+#: two cores 1.0 to 1.3 times as fast in fp32 and 1.2 to 1.9 times in bf16, whose many small conversions it fuses.
+WORTH_COMPILING = {("cpu", False): 400.0, ("cpu", True): 120.0, ("cuda", False): 90.0, ("cuda", True): 90.0}
 
 
 def fast_precision(device: torch.device, world: World) -> Answer[Precision]:
