@@ -46,7 +46,7 @@ def logprob_table(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | No
 def _native_table(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | None) -> Tensor:
     """:func:`logprob_table` on a CPU with a compiler, where each row is read twice, and nothing of its size written."""
     (rows, size), tokens = logits.shape, tokens.contiguous()
-    table, bases = torch.empty(rows, FIXED, dtype=torch.int32), torch.empty(rows, 1)
+    table, bases = torch.empty(rows, FIXED, dtype=torch.int32), torch.empty(rows, 2, dtype=torch.float64)
     named = None if spread is None else spread.contiguous()
     _function(logits.dtype)(
         logits.data_ptr(), logits.stride(0), tokens.data_ptr(), None if named is None else named.data_ptr(),
@@ -55,7 +55,8 @@ def _native_table(logits: Tensor, tokens: Tensor, most: int, spread: Tensor | No
     if not most:
         return table
     values, places = zip(*(own.topk(most, -1) for (own,) in pieces(logits)), strict=True)
-    top = torch.cat(values).float() - bases
+    # To the last bit what is told of a token itself.
+    top = (torch.cat(values).double() - bases[:, :1] - bases[:, 1:]).float()
     return torch.cat([table, torch.stack([torch.cat(places).int(), top.view(torch.int32)], -1).flatten(1)], -1)
 
 

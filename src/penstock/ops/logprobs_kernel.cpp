@@ -113,7 +113,7 @@ template <class T> float largest(const T *scores, int64_t size) {
 }
 
 template <class T>
-void tell(const T *scores, int64_t stride, const int64_t *tokens, const bool *spread, int32_t *table, float *bases,
+void tell(const T *scores, int64_t stride, const int64_t *tokens, const bool *spread, int32_t *table, double *bases,
           int64_t rows, int64_t size, int64_t threads) {
     threads = std::clamp<int64_t>(rows * size / THREAD_WORK, 1, threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -130,7 +130,7 @@ void tell(const T *scores, int64_t stride, const int64_t *tokens, const bool *sp
         int32_t *out = table + row * FIXED;
         out[0] = int32_t(tokens[row]), out[1] = int32_t(sums.above + 1);
         std::memcpy(out + 2, told, sizeof told);
-        bases[row] = float(top + base);
+        bases[2 * row] = top, bases[2 * row + 1] = base;  // what is told of another token is reckoned as this one
     }
 }
 
@@ -138,7 +138,7 @@ void tell(const T *scores, int64_t stride, const int64_t *tokens, const bool *sp
 
 #define LOGPROBS(T, name)                                                                                           \
     extern "C" void tell_##name(const T *scores, int64_t stride, const int64_t *tokens, const bool *spread,         \
-                                int32_t *table, float *bases, int64_t rows, int64_t size, int64_t threads) {        \
+                                int32_t *table, double *bases, int64_t rows, int64_t size, int64_t threads) {        \
         tell(scores, stride, tokens, spread, table, bases, rows, size, threads);                                    \
     }
 

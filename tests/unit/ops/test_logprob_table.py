@@ -70,3 +70,10 @@ def test_a_rows_bits_depend_neither_on_the_others_nor_on_threads_nor_on_what_is_
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(whole, torch.cat(alone)) and torch.equal(whole, beside)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_an_alternative_is_told_as_it_is_told_of_the_token(table):
+    scores, _ = drawn(64, 4096, torch.float32)
+    found = table(scores, scores.argmax(-1), 1, None)
+    assert torch.equal(found[:, 2], found[:, 6]) and torch.equal(found[:, 0], found[:, 5])
