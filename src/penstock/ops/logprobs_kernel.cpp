@@ -10,40 +10,15 @@
 #include <cstring>
 #include <limits>
 
+#include "vectors.h"
+
 namespace {
 
-#ifdef __AVX512F__
-constexpr int WIDTH = 16;
-#else
-constexpr int WIDTH = 8;
-#endif
 constexpr int64_t THREAD_WORK = 1 << 14;  // scores that waking another thread is worth
 constexpr int64_t BLOCK = 512;            // scores whose terms are added in float32
 constexpr int64_t FIXED = 5;              // columns: token, rank, log-probability, entropy and certainty
 constexpr float LOG2E = 1.44269504f, LOWEST = -std::numeric_limits<float>::infinity();
 
-typedef float vector __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef int32_t integers __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef uint32_t words __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef uint16_t halves __attribute__((vector_size(WIDTH * sizeof(uint16_t))));
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-// WIDTH scores from `at` on, or `count` and behind them such as cannot come.
-inline vector load(const float *at, int64_t count) {
-    vector v = vector{} + LOWEST;
-    if (count >= WIDTH) std::memcpy(&v, at, sizeof v);
-    else std::memcpy(&v, at, count * sizeof *at);
-    return v;
-}
-inline vector load(const bfloat16 *at, int64_t count) {
-    halves h = halves{} + uint16_t(0xff80);  // the lowest, too
-    if (count >= WIDTH) std::memcpy(&h, at, sizeof h);
-    else std::memcpy(&h, at, count * sizeof *at);
-    return (vector)(__builtin_convertvector(h, words) << 16);
-}
 inline float number(float x) { return x; }
 inline float number(bfloat16 x) {
     const uint32_t wide = uint32_t(x.bits) << 16;
@@ -86,7 +61,7 @@ template <class T> Sums sums_of(const T *scores, int64_t size, float top, float 
         vector weights = {}, weighted = {}, gaps = {};
         integers above = {}, counted = {};
         for (int64_t k = begin; k < end; k += WIDTH) {
-            const vector score = load(scores + k, end - k), gap = score - top;
+            const vector score = load(scores + k, end - k, LOWEST), gap = score - top;
             const integers there = gap > LOWEST;  // what cannot come has no weight, and its gap no number
             const vector weight = (vector)((integers)exp2(gap * LOG2E) & there), known = (vector)((integers)gap & there);
             weights += weight;
@@ -104,7 +79,7 @@ template <class T> Sums sums_of(const T *scores, int64_t size, float top, float 
 template <class T> float largest(const T *scores, int64_t size) {
     vector top = vector{} + LOWEST;
     for (int64_t k = 0; k < size; k += WIDTH) {
-        const vector score = load(scores + k, size - k);
+        const vector score = load(scores + k, size - k, LOWEST);
         top = score > top ? score : top;
     }
     float found = LOWEST;

@@ -1,9 +1,9 @@
 """C++ kernels, compiled on the machine that runs them, once for each kind of processor.
 
-A kernel is one C++17 source file with ``extern "C"`` functions over plain pointers. It is compiled by GCC with
-``-march=native`` and kept in the user's cache folder, under a name made of all that it depends on. OpenMP's runtime is
-left out of the link: its symbols resolve to the one that torch has loaded for everybody in the process, so that
-kernels share torch's threads.
+A kernel is one C++17 source file with ``extern "C"`` functions over plain pointers, and may include headers of its
+folder. It is compiled by GCC with ``-march=native`` and kept in the user's cache folder, under a name made of all that
+it depends on. OpenMP's runtime is left out of the link: its symbols resolve to the one that torch has loaded for
+everybody in the process, so that kernels share torch's threads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def load(source: Path) -> ctypes.CDLL:
         raise PenstockError("native kernels are made for Linux")
     compiler = _compiler()
     with explain_os_errors(f"cannot keep the kernel {source.stem}"):
-        identity = "\n".join([compiler, *FLAGS, _processor()]).encode() + source.read_bytes()
+        texts = [each.read_bytes() for each in (source, *sorted(source.parent.glob("*.h")))]
+        identity = "\n".join([compiler, *FLAGS, _processor()]).encode() + b"".join(texts)
         library = cache_folder("kernels") / f"{source.stem}-{hashlib.blake2b(identity, digest_size=12).hexdigest()}.so"
         if not library.is_file():
             write_atomic(library, _compile(compiler, source))

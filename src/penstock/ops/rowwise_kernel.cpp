@@ -8,36 +8,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "vectors.h"
+
 namespace {
 
-#ifdef __AVX512F__
-constexpr int WIDTH = 16;
-#else
-constexpr int WIDTH = 8;
-#endif
 constexpr int64_t THREAD_WORK = 1 << 15;  // numbers that waking another thread is worth
 
-typedef float vector __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef uint32_t words __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef uint16_t halves __attribute__((vector_size(WIDTH * sizeof(uint16_t))));
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-// WIDTH numbers from `at` on, or `count` and zeros behind them.
-inline vector load(const float *at, int64_t count) {
-    vector v = {};
-    if (count >= WIDTH) std::memcpy(&v, at, sizeof v);
-    else std::memcpy(&v, at, count * sizeof *at);
-    return v;
-}
-inline vector load(const bfloat16 *at, int64_t count) {
-    halves h = {};
-    if (count >= WIDTH) std::memcpy(&h, at, sizeof h);
-    else std::memcpy(&h, at, count * sizeof *at);
-    return (vector)(__builtin_convertvector(h, words) << 16);
-}
 inline void store(float *at, vector v, int64_t count) {
     std::memcpy(at, &v, std::min<int64_t>(count, WIDTH) * sizeof *at);
 }

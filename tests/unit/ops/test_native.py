@@ -52,6 +52,15 @@ def kept(source: Path) -> list[Path]:
     return sorted((source.parent / "cache" / "penstock" / "kernels").iterdir())
 
 
+def test_compiles_anew_when_a_header_changes(source):
+    for first in (1, 6):
+        (source.parent / "first.h").write_text(f"constexpr long FIRST = {first};\n")
+        source.write_text('#include "first.h"\n' + SUM.replace("i = 1", "i = FIRST"))
+        assert native.load(source).sum_to(ctypes.c_long(10)) == sum(range(first, 11))
+        native.load.cache_clear()
+    assert len(kept(source)) == 2
+
+
 def test_compiles_once_and_anew_when_the_source_changes(source, monkeypatch):
     assert native.load(source).sum_to(ctypes.c_long(10)) == 55
     (library,) = kept(source)
