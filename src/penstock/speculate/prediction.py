@@ -10,14 +10,16 @@ LONGEST, SHORTEST = 4, 2
 
 
 class Prediction:
-    """Proposes what comes next in a ``prediction`` of the answer, up to ``most`` tokens at a time.
+    """Proposes what comes next in a ``prediction`` of the answer, up to ``most`` tokens at a time. The answer begins
+    behind the first ``given`` tokens of the text.
 
     It follows the answer token by token. Where that says something else, it goes on behind the place, the next one if
     there is one, at which the last few tokens of the answer stand in the prediction.
     """
 
-    def __init__(self, prediction: List[int], most: int) -> None:
+    def __init__(self, prediction: List[int], most: int, given: int = 0) -> None:
         self._prediction, self._most = list(prediction), most
+        self._given = given  # tokens that are still to come before the answer
         self._place: int | None = 0
         self._last = 0
         self._recent: list[int] = []
@@ -27,7 +29,8 @@ class Prediction:
                 self._behind.setdefault(tuple(self._prediction[end - length : end]), []).append(end)
 
     def extend(self, tokens: List[int]) -> None:
-        for token in tokens:
+        before, self._given = self._given, max(0, self._given - len(tokens))
+        for token in tokens[before:]:
             self._recent = [*self._recent[1 - LONGEST :], token]
             place = self._place
             followed = place is not None and self._prediction[place : place + 1] == [token]

@@ -17,7 +17,9 @@ from penstock.models.heads.contract import HeadModule
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
+from penstock.serve.engine.batch import Entry
 from penstock.serve.engine.engine import Engine
+from penstock.serve.engine.sequence import Sequence
 from penstock.serve.messages import Request
 from penstock.serve.opening import load_draft
 from penstock.serve.run.draft import Coverage
@@ -92,7 +94,8 @@ def test_the_prefix_tree_knows_nothing_but_texts(drafter):
 def test_coverage_says_what_was_computed_last(data):
     """Beside a book of single slots: which version of its token the cache of the drafting model has."""
     blocks, size = 6, 3
-    coverage = Coverage(blocks, size)
+    sampling = SamplingParams()
+    coverage, nobody = Coverage(blocks, size), Sequence(Request("", [0], sampling), 0, sampling, [0], 1, 0)
     target, draft = np.zeros((blocks, size), int), np.full((blocks, size), -1)
     table = np.array(data.draw(st.permutations(range(4))))
     length = 0
@@ -101,7 +104,7 @@ def test_coverage_says_what_was_computed_last(data):
         end = data.draw(st.integers(start + 1, min(start + 5, 4 * size)))
         for place in range(start, end):
             target[table[place // size], place % size] = version
-        coverage.overwrite(table, start, end)
+        coverage.overwrite([Entry(nobody, 1, start, end - start, 0)], np.stack([table + 1, table]))
         length = max(end, start)
         known = next(
             (p for p in range(start) if draft[table[p // size], p % size] != target[table[p // size], p % size]), start

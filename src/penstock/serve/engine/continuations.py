@@ -103,7 +103,7 @@ class Continuations:
             stop=stop,
             matcher=matcher,
             restriction=restriction_of(sampling, stop, self._vocabulary),
-            draft=self.draft(sampling, tokens, given) if alone else None,
+            draft=self.draft(sampling, given) if alone else None,
             companions=companions,
             contexts=contexts,
             weighing=self._config.kv_reuse.weighing if contexts else None,
@@ -115,17 +115,15 @@ class Continuations:
         sequence.waits |= self._config.pipeline_parallel > 1
         return sequence
 
-    def draft(self, sampling: SamplingParams, tokens: List[int], given: int) -> Draft | None:
-        """What drafts for a sequence of ``tokens``, the first ``given`` of which were given; None where nothing
-        does."""
+    def draft(self, sampling: SamplingParams, given: int) -> Draft | None:
+        """What drafts for a sequence whose first ``given`` tokens are given, and which it is to be told of; None where
+        nothing does."""
         drafter = self._config.draft
         if drafter is None or self._drafts is None or not sampling.drafts:
             return None
         if not sampling.prediction or isinstance(sampling.prediction, str):
-            return self._drafts(tokens)
-        draft = Prediction(sampling.prediction, drafter.most)
-        draft.extend(tokens[given:])
-        return draft
+            return self._drafts([])
+        return Prediction(sampling.prediction, drafter.most, given)
 
     def _matcher(self, request: Request, parent: Sequence | None) -> Matcher | None:
         """Where a continuation begins in the grammar: of a fork, where the ``parent`` was, and then on its own way."""

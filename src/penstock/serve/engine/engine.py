@@ -235,8 +235,8 @@ class Engine:
     def _changed(self, sequence: Sequence) -> None:
         """The text of ``sequence`` was changed from outside."""
         if sequence.draft is not None:
-            sequence.draft = self._continuations.draft(sequence.sampling, sequence.tokens, sequence.prompt)
-            sequence.told = len(sequence.tokens)
+            sequence.draft = self._continuations.draft(sequence.sampling, sequence.prompt)
+            sequence.told = 0
         for member in sequence.members:
             if member.held is not None:
                 self.memory.renew(member)

@@ -149,7 +149,7 @@ class Sequence:
         self.stop = frozenset(stop)
         self.matcher = matcher
         self.restriction = restriction
-        self.draft, self.told = draft, len(tokens)
+        self.draft, self.told = draft, 0
         self.guessed = False
         self.waits = sampling.waits
         self.companions = companions

@@ -134,8 +134,7 @@ class DraftModel(Drafting):
             sources, targets = (list(each) for each in zip(*batch.copies, strict=True))
             self.runner.cache.copy(sources, targets)
             self._coverage.copy(sources, targets)
-        for entry in batch.entries:
-            self._coverage.overwrite(batch.tables[entry.slot], entry.start, entry.start + entry.count)
+        self._coverage.overwrite(batch.entries, batch.tables)
 
     def _first(self, batch: Batch, wanted: dict[int, int]) -> list[Entry]:
         """What the entries bring, of sequences that draft, and what is missing before: prompts are computed beside the
@@ -268,11 +267,15 @@ class Coverage:
         """Nothing of ``blocks`` is held."""
         self._held[blocks] = 0
 
-    def overwrite(self, table: np.ndarray, start: int, end: int) -> None:
-        """The target writes the tokens [start, end) of the sequence with this ``table`` of blocks."""
-        first, offset = divmod(start, self._size)
-        self._held[table[first]] = min(self._held[table[first]], offset)
-        self._held[table[first + 1 : -(-end // self._size)]] = 0
+    def overwrite(self, entries: List[Entry], tables: np.ndarray) -> None:
+        """The target writes the tokens of ``entries``, of sequences whose blocks are in ``tables``."""
+        given = [(entry.slot, entry.start, entry.start + entry.count) for entry in entries]
+        slots, starts, ends = np.array(given, np.int64).reshape(-1, 3).T
+        firsts, offsets = np.divmod(starts, self._size)
+        np.minimum.at(self._held, tables[slots, firsts], offsets)
+        behind = -(-ends // self._size)
+        for each in np.flatnonzero(behind > firsts + 1):
+            self._held[tables[slots[each], firsts[each] + 1 : behind[each]]] = 0
 
     def extend(self, table: np.ndarray, start: int, end: int) -> None:
         """The tokens [start, end) were computed; those before them are there."""

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -314,9 +315,9 @@ class ContinuingDraft(DraftModel):
         if not copied_ahead(batch, self._target.block_size, kept.copy):
             return Drafted()
         drafted = super().draft(batch)
-        for entry in batch.entries:
-            if entry.slot in drafted.windows and entry.count > 1:
-                self._coverage.overwrite(batch.tables[entry.slot], entry.start + 1, entry.start + entry.count)
+        own = [entry for entry in batch.entries if entry.slot in drafted.windows and entry.count > 1]
+        behind = [msgspec.structs.replace(entry, start=entry.start + 1, count=entry.count - 1) for entry in own]
+        self._coverage.overwrite(behind, batch.tables)
         return drafted
 
     def _missing(self, batch: Batch, wanted: dict[int, int]) -> Iterator[Entry]:
