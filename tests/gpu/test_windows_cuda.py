@@ -55,7 +55,6 @@ class Compared:
 
     def both(self, parts: Sequence[Part], lead: int) -> list[Passed]:
         runner, captured = self._runner, self._runner._captured
-        graphs, _ = captured[False]
         passed = self._pass_all(parts, lead)
         if all(part.decoding for part in parts):
             return passed
@@ -68,6 +67,7 @@ class Compared:
                 spread = (own.float() - want.logits.float()).abs().max() / want.logits.float().pow(2).mean().sqrt()
                 assert spread < TOLERANCE
         for part in parts:
+            graphs = captured[False].windows if part.all_scored else captured[False].prompts
             own, shape = part.plan.own_shape, graphs.shape_for(part.plan)
             if shape is not None and not shape.singles:
                 self.replayed.append(shape)

@@ -89,7 +89,7 @@ def test_all_that_is_taken_is_the_share_to_within_a_block(runner, compiled, shar
     taken = OTHER + runner.memory["weights"] + runner.cache.shape.blocks * block + STEPS + EACH * device.graphs
     assert share * device.total - block < taken <= share * device.total
     assert runner.blocks == runner.cache.shape.blocks - 1
-    assert device.graphs == (len(runner._alone) + len(runner._beside) if compiled else 0)
+    assert device.graphs == (sum(map(len, runner._shapes)) if compiled else 0)
     assert runner.memory["graphs"] == EACH * device.graphs and runner.memory["other"] == OTHER
     assert runner.memory["left"] == device.total - taken
     assert sum(runner.memory.values()) == device.total

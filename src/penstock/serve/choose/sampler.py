@@ -102,12 +102,13 @@ class Sampler:
         these draws, and what tentative tokens were drawn from; and the newest one of each sequence, [S]."""
         rows = asked.rows
         if drawn is not None and asked.plain:
-            tokens = drawn.tokens
+            # What a verifier changes is not what the graph has told of.
+            scores, tokens = logits, drawn.tokens if proposals is None else drawn.tokens.clone()
         else:
             scores = self._rescored(logits, asked) if rows["rescored"].any() else logits
             tokens = self._choose(scores, asked)
-            if proposals is not None and asked.window is not None:
-                proposals.settle(scores, asked, tokens)
+        if proposals is not None and asked.window is not None:
+            proposals.settle(scores, asked, tokens)
         if asked.followers is not None:
             followers, leaders = self._of(asked.followers)
             tokens[followers] = tokens[leaders]

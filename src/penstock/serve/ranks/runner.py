@@ -120,9 +120,9 @@ class LeadingRunner(RankRunner):
         with self._led("timed", list(shape)):
             return super().timed(shape)
 
-    def choose(self, beside: List[StepShape], alone: List[StepShape]) -> None:
-        with self._led("choose", [list(shape) for shape in beside], [list(shape) for shape in alone]):
-            super().choose(beside, alone)
+    def choose(self, *shapes: List[StepShape]) -> None:
+        with self._led("choose", *([list(shape) for shape in own] for own in shapes)):
+            super().choose(*shapes)
 
     def try_graphs(self, free: Callable[[], int]) -> int:
         with self._led("try_graphs"):

@@ -259,7 +259,8 @@ class Planner:
         # What the device gets for each row is one array, and so one copy. Its floats go as their bits, and place 0 in
         # the list of newest tokens belongs to nobody.
         inputs = _stacked(*_tokens(batch, ends), _shifted(entries, positions, ends))
-        draws, drawn = _stacked(*asked.draws.view(np.int64), asked.slots + 1, asked.wanted), scored.cumsum()
+        newest = asked.slots + 1 if asked.window is None else np.zeros_like(asked.slots)
+        draws, drawn = _stacked(*asked.draws.view(np.int64), newest, asked.wanted), scored.cumsum()
         worn = np.repeat(fields.adapters, counts) if np.count_nonzero(fields.adapters) else None
         for first, last in itertools.pairwise(itertools.accumulate(batch.parts, initial=0)):
             begin, end = ends[first] - counts[first], ends[last - 1]

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as List
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +63,14 @@ class Passed:
     probes: Tensor | None = None
 
 
+class PassGraphs(NamedTuple):
+    """Graphs of passes with ``prompts``, of ``decodes``, and of ``windows`` all of whose tokens are verified."""
+
+    prompts: StepGraphs
+    decodes: StepGraphs
+    windows: StepGraphs
+
+
 @dataclasses.dataclass(frozen=True)
 class _Awake:
     """What a runner that sleeps has when it wakes: so many blocks, and graphs where they were captured."""
@@ -91,6 +99,7 @@ class Runner:
         adapters: room for adapters of the model; without it, tokens that have one are computed as if they had none.
         probes: how many probes stand behind a token at most. The model knows them as the tokens -1, -2 and so on.
         trees: whether what is drafted for a sequence may be a tree.
+        verifies: whether all tokens of a window are verified: what comes behind each of them is chosen in the graph.
 
     Attributes:
         context: most tokens of a sequence.
@@ -117,13 +126,14 @@ class Runner:
         adapters: AdapterSlots | None = None,
         probes: int = 0,
         trees: bool = False,
+        verifies: bool = False,
     ) -> None:
         self.model, self.cache, self.weights = model, cache, Weights(model)
         self.device, self.shape = cache.shape.device, model.config
         self.blocks, self.block_size = cache.shape.blocks - 1, cache.shape.block_size
         self.context = context
         self._slots, self._pages = slots, -(-context // self.block_size)
-        self._window, self._trees = window, trees
+        self._window, self._trees, self._verifies = window, trees, verifies
         self._kinds, self._compactor, self._mover = (planner, sampler), compactor, mover
         self.hidden = HiddenStates(cache.shape, self.shape.hidden) if keeps_hidden else None
         self.probed = torch.zeros(slots, probes, self.shape.hidden, dtype=cache.shape.dtype, device=self.device)
@@ -134,11 +144,11 @@ class Runner:
         # With adapters, both also take the slots of the tokens' own, as ``owners``.
         self._trunk: Callable[..., tuple[Tensor, ...]] = self._through.trunk
         self._tip: Callable[..., Tensor] = self._through.tip
-        #: Of prompts and of decodes, for steps without adapters and for those with some.
-        self._captured: dict[bool, tuple[StepGraphs, StepGraphs]] = {}
-        self._alone: list[StepShape] = []
-        self._beside: list[StepShape] = []
+        #: For steps without adapters and for those with some.
+        self._captured: dict[bool, PassGraphs] = {}
+        self._shapes: list[list[StepShape]] = [[] for _ in PassGraphs._fields]
         self._place: tuple[Tensor, ...] = ()
+        self._chosen: tuple[Tensor, ...] = ()
         self.memory: dict[str, int] = {}
         self._awake: _Awake | None = None
 
@@ -201,9 +211,10 @@ class Runner:
             },
             lambda: rows_worth_replaying(beside, self.timed),
         )
-        # A step with windows is one with prompts: some tokens each, of which several are scored.
+        beside = [shape for shape in beside if shape.rows <= most]
         windows = window_shapes(self._slots, self._window, tokens, self._trees)
-        self.choose([shape for shape in beside if shape.rows <= most] + windows, alone)
+        # Where not all tokens are scored, a step with windows is like one with prompts.
+        self.choose(*([beside, alone, windows] if self._verifies else [beside + windows, alone, []]))
 
     def compile_pass(self) -> None:
         """Compiles the pass, once it runs."""
@@ -214,27 +225,28 @@ class Runner:
         """Seconds until a pass of ``shape`` is queued, and until it is computed; see :func:`graphs.seconds`."""
         return seconds(self._begun, 3, self.cache, self.blocks, shape)
 
-    def choose(self, beside: List[StepShape], alone: List[StepShape]) -> None:
-        """Steps of these shapes will be graphs: those ``beside`` prompts or windows, and those that decode ``alone``.
+    def choose(self, beside: List[StepShape], alone: List[StepShape], windows: List[StepShape]) -> None:
+        """Steps of these shapes will be graphs: those ``beside`` prompts, those that decode ``alone``, and those with
+        ``windows`` that are verified.
 
         Raises:
             UsageError: the cache's plans cannot be replayed.
         """
-        self._beside, self._alone = [*beside], [*alone]
-        if not self.cache.fix([*self._beside, *self._alone], self._pages):
+        self._shapes = [[*beside], [*alone], [*windows]]
+        if not self.cache.fix([*beside, *alone, *windows], self._pages):
             raise UsageError(
                 "this attention backend cannot be part of graphs",
                 hint="Set engine.compile=false, or choose another engine.attention.",
             )
 
-    def _graphs(self) -> dict[bool, tuple[StepGraphs, StepGraphs]]:
-        """Of prompts and of decodes, for steps without adapters and, where there can be some, with them; nothing
-        is captured yet."""
+    def _graphs(self) -> dict[bool, PassGraphs]:
+        """For steps without adapters and, where there can be some, with them; nothing is captured yet."""
         common: dict[str, Any] = {"pages": self._pages, "padding": self.blocks, "pool": torch.cuda.graph_pool_handle()}
         return {
-            adapted: (
+            adapted: PassGraphs(
                 StepGraphs(self._begun_in_place, 3 + adapted, self.cache, **common),
                 StepGraphs(self._decoded, 10 + adapted, self.cache, **common),
+                StepGraphs(self._decoded_in_place, 10 + adapted, self.cache, **common),
             )
             for adapted in ((False,) if self._adapters is None else (False, True))
         }
@@ -244,19 +256,19 @@ class Runner:
         and its cache may still change its size."""
         taken = 0
         with settled():
-            for prompts, decodes in self._graphs().values():
-                taken += prompts.try_out(self._beside, free) + decodes.try_out(self._alone, free)
-        self._place = ()  # of those graphs, and counted with them
+            for graphs in self._graphs().values():
+                taken += sum(each.try_out(own, free) for each, own in zip(graphs, self._shapes, strict=True))
+        self._place = self._chosen = ()  # of those graphs, and counted with them
         return taken
 
     def capture(self, report: Reporter = silent) -> None:
         """Captures the chosen steps as graphs. The cache stays as it is from now on."""
         graphs = self._graphs()
-        with report("capturing", len(graphs) * (len(self._beside) + len(self._alone)), "graph") as bar, settled():
+        with report("capturing", len(graphs) * sum(map(len, self._shapes)), "graph") as bar, settled():
             # Every capture makes a full collection.
-            for prompts, decodes in graphs.values():
-                prompts.capture(self._beside, bar)
-                decodes.capture(self._alone, bar)
+            for own in graphs.values():
+                for each, shapes in zip(own, self._shapes, strict=True):
+                    each.capture(shapes, bar)
         self._captured = graphs
 
     def _begun(self, inputs: Tensor, plainly: bool = False, **worn: Tensor) -> tuple[Tensor, ...]:
@@ -271,7 +283,7 @@ class Runner:
         their own."""
         begun = self._begun(inputs[:3], **_worn(inputs[3:]))
         self._place = self._place or begun
-        return tuple(place[: len(new)].copy_(new) for place, new in zip(self._place, begun, strict=True))
+        return _in_place(self._place, begun)
 
     def _decoded(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """The logits, the tokens that are drawn from them, what is wanted of their log-probabilities, and, where they
@@ -286,6 +298,12 @@ class Runner:
         told = wanted_table(logits, tokens, inputs[9], MOST_LOGPROBS)
         kept = () if self.hidden is None else (self._kept(begun, hidden),)
         return logits, tokens, told, *kept
+
+    def _decoded_in_place(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """What :meth:`_decoded` gives, of windows, in the memory of the first time."""
+        decoded = self._decoded(inputs)
+        self._chosen = self._chosen or decoded
+        return _in_place(self._chosen, decoded)
 
     def _kept(self, begun: tuple[Tensor, ...], hidden: Tensor | None = None, **worn: Tensor) -> Tensor:
         """The states that are kept of tokens, of which :meth:`_begun` gave these: the last ``hidden`` ones, which may
@@ -343,7 +361,7 @@ class Runner:
         self.close()
         self._awake = _Awake(self.blocks, bool(self._captured))
         self._captured = {}
-        self._place = ()
+        self._place = self._chosen = ()
         self.resize(0)
         self.weights.release()
         if self.device.type == "cuda":
@@ -398,7 +416,7 @@ class Runner:
         drawn = passed[0].drawn if len(passed) == 1 else None
         asked = step.asked
         sampled, newest = self.sampler.sample(logits, asked, drawn, proposals)
-        if drawn is None or sampled.tokens is not drawn.tokens:
+        if drawn is None or asked.window is not None or sampled.tokens is not drawn.tokens:
             self._newest.index_copy_(0, self._on_device(asked.slots[asked.first] + 1), newest)
         if step.probes is not None:
             self._keep_probed(asked, sampled, step.probes, _joined([each.probes for each in passed]))
@@ -469,15 +487,16 @@ class Runner:
             return self._pass_copies(part, part.copied, lane)
         count, owners = part.inputs.shape[1], self._owners(part)
         own = [] if owners is None else [owners[None]]
-        prompts, decodes = self._captured.get(owners is not None, (None, None))
-        if part.decoding:
-            replayed = self._replayed(decodes, part, lane, part.draws, *own)
+        graphs = self._captured.get(owners is not None)
+        if part.all_scored and graphs is not None:
+            choosing = graphs.decodes if part.decoding else graphs.windows
+            replayed = self._replayed(choosing, part, lane, part.draws, *own)
             if replayed is not None:
                 logits, tokens, told, *states = replayed[0]
                 if self.hidden is not None:
                     self._keep(self.hidden, part, states[0][:count])
                 return Passed(logits[:count], drawn=Drawn(tokens[:count], told[:count]))
-        replayed = self._replayed(prompts, part, lane, *own)
+        replayed = None if graphs is None else self._replayed(graphs.prompts, part, lane, *own)
         if replayed is None:
             self.cache.plan(part.plan, lane)
             replayed = self._begun(self._on_device(part.inputs), **self._worn(owners)), np.arange(count)
@@ -531,11 +550,11 @@ class Runner:
         kept.write(self._on_device(part.plan.slots.numpy()), states)
 
     def _replayed(
-        self, graphs: StepGraphs | None, part: Part, lane: int, *more: np.ndarray
+        self, graphs: StepGraphs, part: Part, lane: int, *more: np.ndarray
     ) -> tuple[Any, np.ndarray] | None:
         """What one of the ``graphs`` gives for ``part``, with the inputs and ``more`` rows of them, and the rows of its
         tokens; None where none is for it."""
-        if graphs is None or lane or part.plan.open is not None or part.plan.contexts or part.plan.weighed:
+        if lane or part.plan.open is not None or part.plan.contexts or part.plan.weighed:
             return None
         shape = graphs.shape_for(part.plan)
         if shape is None:
@@ -551,6 +570,11 @@ class TappedRunner(Runner):
 
     def _kept(self, begun: tuple[Tensor, ...], hidden: Tensor | None = None, **worn: Tensor) -> Tensor:
         return begun[2]
+
+
+def _in_place(place: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Copies of what is ``new`` at the begin of the ``place`` for it."""
+    return tuple(there[: len(own)].copy_(own) for there, own in zip(place, new, strict=True))
 
 
 def _worn(rows: Tensor) -> dict[str, Any]:

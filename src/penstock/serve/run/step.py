@@ -27,8 +27,8 @@ class Part:
         scored: rows after which the scores of the next token are wanted.
         prompt_logprobs: rows after which the log-probability of the prompt's next token is wanted.
         draws: int64 [7, S], of the S scored ones: how the next token is drawn where nothing changes the scores, as
-            float64 (see :attr:`Asked.draws`); where it belongs in the list of newest ones; and what log-probabilities
-            are wanted of it (see :attr:`Asked.wanted`).
+            float64 (see :attr:`Asked.draws`); where it belongs in the list of newest ones, 0 where tentative tokens
+            have to be settled first; and what log-probabilities are wanted of it (see :attr:`Asked.wanted`).
         copied: copies of scored rows, with other experts; None where there are none.
         adapters: int64 [N], the slots of the tokens' adapters, 0 for none; None where no token has one.
         probes: rows that are probes, whose states are kept for what is drafted next; None where there are none.
@@ -44,9 +44,14 @@ class Part:
     probes: np.ndarray | None = None
 
     @property
+    def all_scored(self) -> bool:
+        """Whether the next token is wanted behind each."""
+        return len(self.scored) == len(self.inputs[0])
+
+    @property
     def decoding(self) -> bool:
         """Whether each token is the only one of its sequence, and the next is wanted."""
-        return self.plan.own_shape.others == 0 and len(self.scored) == self.inputs.shape[1]
+        return self.plan.own_shape.others == 0 and self.all_scored
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,8 @@ from penstock.serve.run.step import Part
 from penstock.speculate.controllers.fixed import Fixed
 from penstock.speculate.drafters.model import Model
 from penstock.speculate.drafters.ngram import Ngram
+from penstock.speculate.verifiers.accept_residual import AcceptResidual
+from penstock.speculate.verifiers.exact_match import ExactMatch
 from penstock.testing.rehearsed_graphs import RehearsedGraphs
 from penstock.testing.serve_model import SHAPE, draft_of, small_model
 from tiny_adapters import written
@@ -162,12 +164,14 @@ def replays(runner: Runner, tokens: int) -> list[tuple[Part, StepShape | None]]:
     return told
 
 
+@pytest.mark.parametrize("verifier", ["exact_match", "accept_residual"])
 @pytest.mark.parametrize("drafter", ["ngram", "model"])
-def test_all_that_is_drafted_and_verified_is_replayed(stand_ins, monkeypatch, drafter: str):
+def test_all_that_is_drafted_and_verified_is_replayed(stand_ins, monkeypatch, drafter: str, verifier: str):
     """Prompts are not: their graphs are left out. Tokens are those of an engine without graphs."""
     monkeypatch.setattr("penstock.serve.run.runner.chosen", lambda *_: 0)
     draft = {"ngram": Ngram(shortest=1, tokens=4), "model": Model(source="a model", tokens=4)}[drafter]
-    config = CONFIG.model_copy(update={"draft": draft, "controller": Fixed(), "tokens": 400})
+    rule = {"exact_match": ExactMatch(), "accept_residual": AcceptResidual()}[verifier]
+    config = CONFIG.model_copy(update={"draft": draft, "controller": Fixed(), "tokens": 400, "verifier": rule})
 
     def engine() -> Engine:
         return build_engine(small_model(), config, draft=draft_of(small_model()) if drafter == "model" else None)
@@ -178,6 +182,12 @@ def test_all_that_is_drafted_and_verified_is_replayed(stand_ins, monkeypatch, dr
         drafted = replays(warm.steps.speculation.model.runner, 400)
     repeating = [{"temperature": 0}, {"temperature": 0, "logit_bias": {3: 30.0, 5: 30.0}}, {"temperature": 0.8}]
     assert answers(warm, repeating) == answers(cold, repeating)
+    asking = [{"temperature": 0, "logprobs": 2}, {"temperature": 0.9, "logprobs": 0}, {"temperature": 0.5}]
+    told, wanted = logprobs(warm, asking), logprobs(cold, asking)
+    for mine, theirs in zip(told.values(), wanted.values(), strict=True):
+        assert [(each.token, each.rank, dict(each.top)) for each in mine] == [
+            (each.token, each.rank, pytest.approx(dict(each.top), abs=1e-4)) for each in theirs
+        ]
     assert warm.snapshot().drafted_tokens > warm.snapshot().accepted_tokens > 20
     # Where there are prompts, there are rows that are not scored, or more than of a window.
     short = [each for each in own if each[0].plan.starts.diff().max() <= config.rows]
