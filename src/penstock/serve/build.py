@@ -283,7 +283,11 @@ def _kinds(config: EngineConfig, model: Decoder, memories: List[PagedCache], kee
         superposes = config.draft is not None and config.draft.superposes > 0
         window = config.rows - 1 if superposes else max(1, config.rows - 3) if trees else 1
         drafts = {"window": window, "trees": trees and not superposes, "keeps_hidden": keeps[1]}
-        kinds.append({**drafts, **drafting_kind(config)})
+        kind = drafting_kind(config)
+        if config.draft is not None and config.draft.model is not None and kind["sampler"] is Sampler:
+            # Nobody asks by what its tokens were drawn, so that all behind the first can be drafted at once.
+            drafts["onward"] = 0 if keeps[1] else config.draft.most - 1
+        kinds.append({**drafts, **kind})
     return kinds
 
 

@@ -134,12 +134,15 @@ class StepShape(NamedTuple):
         tokens: new tokens of those.
         masked: over how many new tokens of a sequence a mask may be, as of
             :class:`~penstock.ops.paged.masks.Masks`; 0 where none has one.
+        onward: how many passes may follow that of the plan, each of which goes on with the next token of the sequences
+            (:meth:`PagedCache.advance`).
     """
 
     singles: int
     others: int = 0
     tokens: int = 0
     masked: int = 0
+    onward: int = 0
 
     @property
     def rows(self) -> int:
@@ -274,6 +277,18 @@ class PagedCache:
         a captured CUDA graph of the pass can be replayed after a plan; False where that cannot be had. ``pages`` is the
         most blocks of a sequence. A shape that is fixed already stays as it is."""
         return False
+
+    def advance(self, places: Tensor, more: Tensor, nowhere: int) -> None:
+        """Takes the batch that was planned, of a fixed shape that goes :attr:`onward <StepShape.onward>`, to the next
+        token of each sequence; a part of a pass, which may be captured and replayed.
+
+        Args:
+            places: int64 [B], of the new tokens in their sequences, on the device.
+            more: bool [B], which sequences have come to these. The others stay where they are; what is computed of them
+                is of no meaning, and their keys and values go to the slot ``nowhere``.
+            nowhere: belongs to nobody.
+        """
+        raise NotImplementedError
 
     def attend(
         self,

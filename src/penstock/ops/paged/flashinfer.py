@@ -53,7 +53,7 @@ class Pages(NamedTuple):
 @dataclasses.dataclass
 class Planned:
     """What the kernels need of a batch: where new keys and values go, who attends for which rows, and the walk of the
-    sequences that have masks; of a fixed shape whose sequences may have some, of all of them."""
+    sequences that have masks; of a fixed shape whose sequences may have some, or that goes on, of all of them."""
 
     slots: Tensor
     sections: list[Section]
@@ -105,12 +105,14 @@ class FlashInferCache(CudaCache):
         return Lane(workspace, wrappers("auto"), wrappers("fa2"), copied)
 
     def fix(self, shapes: list[StepShape], pages: int) -> bool:
+        if any(shape.onward for shape in shapes) and self.shape.codec.policy_name != "plain":
+            return False
         for shape in shapes:
             if shape in self._fixed:
                 continue
-            singles, others, tokens, masked = shape
+            singles, others, tokens, masked, onward = shape
             slots, sections = torch.zeros(shape.rows, dtype=torch.int64, device=self.shape.device), []
-            if masked:
+            if masked or onward:
                 from penstock.ops.paged.walk import FixedWalk
 
                 self._refuse_codes()
@@ -200,6 +202,10 @@ class FlashInferCache(CudaCache):
         for section, each, own_blocks in zip(sections, pages, blocks, strict=True):
             self._plan_section(section, each, own_blocks)
         own.copied.record()
+
+    def advance(self, places: Tensor, more: Tensor, nowhere: int) -> None:
+        assert self._planned is not None and self._planned.fixed is not None
+        self._planned.fixed.advance(places, more, nowhere, self._planned.slots)
 
     def _members(self, batch: PagedBatch) -> list[np.ndarray]:
         """The sequences of each section: the leading ones with one new token each, for the kernel that splits their

@@ -25,6 +25,7 @@ class WalkedCache(CudaCache):
         super().__init__(shape)
         self._fixed: dict[StepShape, tuple[Tensor, FixedWalk]] = {}
         self._planned: tuple[Tensor, Walk] | None = None
+        self._fixed_plan: tuple[Tensor, FixedWalk] | None = None
 
     def fix(self, shapes: list[StepShape], pages: int) -> bool:
         from penstock.ops.paged.walk import FixedWalk
@@ -47,7 +48,12 @@ class WalkedCache(CudaCache):
         own_slots, fixed = self._fixed[batch.shape]
         own_slots.copy_(slots)
         fixed.fill(batch)
-        self._planned = own_slots, fixed.walk
+        self._planned, self._fixed_plan = (own_slots, fixed.walk), (own_slots, fixed)
+
+    def advance(self, places: Tensor, more: Tensor, nowhere: int) -> None:
+        assert self._fixed_plan is not None
+        slots, fixed = self._fixed_plan
+        fixed.advance(places, more, nowhere, slots)
 
     def compute(
         self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
@@ -39,6 +40,13 @@ class ReferenceCache(PagedCache):
         self._batch = batch
         if self._rings is not None:
             self._rings.plan(batch)
+
+    def advance(self, places: Tensor, more: Tensor, nowhere: int) -> None:
+        batch, size = self._batch, self.shape.block_size
+        places, more = places.cpu(), more.cpu()
+        block = batch.tables.long().gather(1, (places // size).unsqueeze(1)).squeeze(1)
+        slots = torch.where(more, block * size + places % size, nowhere)
+        self.plan(dataclasses.replace(batch, lengths=batch.lengths + more.int(), slots=slots))
 
     def attend(
         self,

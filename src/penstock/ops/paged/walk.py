@@ -110,6 +110,7 @@ class FixedWalk:
         if not shape.others:
             most = cache.heads // cache.kv_heads
         busy = self._tiles * cache.kv_heads >= ENOUGH
+        self._most, self._onward = pieces, shape.onward
         self._pieces = pieces if not busy and _room(self._tiles * pieces, most, cache) else 1
         shared, rows = self._tiles if self._pieces > 1 else 0, shape.rows if shape.masked else 0
         self._sizes = [self._tiles * self._pieces * FIELDS, shared * 4, sequences * pages, rows]
@@ -132,7 +133,8 @@ class FixedWalk:
         host, masks = np.zeros(len(self._memory), np.int32), batch.masks
         items, shared, tables, positions = np.split(host, np.cumsum(self._sizes[:3]))
         tiles = _tiles(batch, np.arange(len(batch.lengths)), _per_tile(self._cache), masks)
-        pieces = -(-tiles[:, 4] // PIECE)
+        # Those too that it may come to on its way. A piece without keys changes nothing.
+        pieces = np.minimum(-(-(tiles[:, 4] + self._onward) // PIECE), self._most)
         own_items, own_tiles = _items(tiles, np.where(self._pieces > 1, pieces, 1), pieces, even=self._pieces > 1)
         items[: own_items.size], shared[: own_tiles.size] = own_items.ravel(), own_tiles.ravel()
         width = batch.tables.shape[1]
@@ -142,6 +144,14 @@ class FixedWalk:
             seen = np.zeros(0, np.uint8) if masks is None else masks.seen.view(np.uint8)
             self.walk.seen[: len(seen)].copy_(upload(seen, self._cache.device))
         self._memory.copy_(upload(host, self._cache.device))
+
+    def advance(self, places: Tensor, more: Tensor, nowhere: int, slots: Tensor) -> None:
+        """See :meth:`~penstock.ops.paged.contract.PagedCache.advance`; where the new tokens go is put into ``slots``
+        int64 [B]."""
+        items, size = self.walk.items, self._cache.block_size
+        items[:, 3:5] += more.int()[items[:, 0].long()].unsqueeze(1)  # the token's place, and the length
+        block = self.walk.tables.gather(1, (places // size).unsqueeze(1)).squeeze(1).long()
+        slots.copy_(torch.where(more, block * size + places % size, nowhere))
 
 
 def _in_a_row(batch: PagedBatch) -> np.ndarray:

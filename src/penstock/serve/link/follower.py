@@ -95,8 +95,8 @@ def _do(runner: RankRunner, message: Do, channel: Channel[Message]) -> None:
             runner.execute(decoded(step))
         case "timed", [shape]:
             runner.timed(StepShape(*shape))
-        case "choose", [beside, alone, windows]:
-            runner.choose(*([StepShape(*each) for each in own] for own in (beside, alone, windows)))
+        case "choose", [*shapes]:
+            runner.choose(*([StepShape(*each) for each in own] for own in shapes))
         case "try_graphs", []:
             runner.try_graphs(lambda: 0)
         case "load_adapter", [slot, folder]:

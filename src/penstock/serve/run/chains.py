@@ -19,6 +19,11 @@ from penstock.serve.engine.sequence import Sequence
 Going = Callable[[list[Entry], Tensor, List[int]], list[bool]]
 
 
+#: All passes of some entries whose newest tokens the device knows, up to where each is wanted: the entries of each
+#: pass, and their tokens; none where passes have to be asked for one by one.
+Onward = Callable[[list[Entry], np.ndarray, dict[int, int]], list[tuple[list[Entry], Sampled]]]
+
+
 class Chains:
     """Drafts one token for a place."""
 
@@ -30,6 +35,7 @@ class Chains:
         wanted: dict[int, int],
         tables: np.ndarray,
         going: Going | None = None,
+        onward: Onward | None = None,
     ) -> Drafted:
         """What is drafted behind the scored entries of ``first``.
 
@@ -41,6 +47,7 @@ class Chains:
             wanted: how far the texts are to go, by slot, in tokens that have to be computed here.
             tables: the blocks of each slot.
             going: says behind which entries there are to be more; None is all of them.
+            onward: queues all the passes behind the first, where the host has to see nothing of what they draft.
         """
         drafted, open_ = Drafted(), first
         # Where the host has to see each token, or has it at no cost, it is read at once; else all of them at the end.
@@ -61,6 +68,10 @@ class Chains:
             open_ = [_next(entry) for entry, on in pairs if on and entry.start + entry.count < wanted[entry.slot]]
             open_ = [entry for entry in open_ if not at_once or _goes_on(entry.sequence)]
             depth += 1
+            rest = onward(open_, tables, wanted) if onward is not None and open_ and not at_once else []
+            if rest:
+                queued += rest
+                break
         _read(queued, drafted)
         for slot, own in drafted.rows.items():
             del own[len(drafted.windows[slot]) :]

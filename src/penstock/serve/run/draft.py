@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from collections.abc import Sequence as List
 
@@ -127,6 +128,13 @@ class DraftModel(Drafting):
     def sampler(self) -> Sampler:
         return self.runner.sampler
 
+    def draft(self, batch: Batch, goes_on: GoesOn | None = None) -> Drafted:
+        if not (isinstance(self._growth, Chains) and self.runner.onward):
+            return super().draft(batch)
+        wanted = self._awaited(batch)
+        given = self._pass, self.sampler, self._first(batch, wanted), wanted, batch.tables
+        return self._growth.grow(*given, onward=self._drafted_onward)
+
     def prepare(self, batch: Batch) -> None:
         """What this cache holds of the places that are written is void."""
         self._coverage.forget(batch.restored)
@@ -175,6 +183,24 @@ class DraftModel(Drafting):
             # A tree's tokens are not where those will be that are accepted.
             self._coverage.extend(tables[entry.slot], entry.start, entry.start + entry.count - len(entry.window))
         return [entry for entry in entries if entry.scored], sampled
+
+    def _drafted_onward(
+        self, entries: list[Entry], tables: np.ndarray, wanted: dict[int, int]
+    ) -> list[tuple[list[Entry], Sampled]]:
+        """All passes that ``entries`` take up to where their texts are ``wanted``; none where the runner wants to be
+        asked for each."""
+        entries = sorted(entries, key=lambda entry: entry.start - wanted[entry.slot])  # who needs most passes first
+        left = np.array([wanted[entry.slot] - entry.start for entry in entries])
+        tokens = self.runner.go_on(Batch(entries, tables), left)
+        if tokens is None:
+            return []
+        for entry, count in zip(entries, left.tolist(), strict=True):
+            self._coverage.extend(tables[entry.slot], entry.start, entry.start + count)
+        sampled, counts = Sampled(tokens).to_host(), (left > np.arange(len(tokens))[:, None]).sum(1).tolist()
+        return [
+            (entries[:count], dataclasses.replace(sampled, tokens=own[:count]))
+            for own, count in zip(sampled.tokens, counts, strict=True)
+        ]
 
 
 class PredictingDraft(DraftModel):

@@ -217,6 +217,15 @@ class StepGraphs:
         captured.graph.replay()
         return captured.output, rows
 
+    def again(self, shape: StepShape) -> None:
+        """The pass that was replayed last, of this ``shape``, once more: with what it has made of its inputs."""
+        self._captured[shape].graph.replay()
+
+
+def onward_shapes(sequences: int, passes: int) -> list[StepShape]:
+    """Batches of up to ``sequences`` that decode so many tokens one after the other while the host says nothing."""
+    return [shape._replace(onward=passes - 1) for shape in decode_shapes(sequences)] if passes > 0 else []
+
 
 def _largest_first(shapes: list[StepShape]) -> list[StepShape]:
     return sorted(shapes, key=lambda shape: shape.rows, reverse=True)

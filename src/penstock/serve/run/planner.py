@@ -18,7 +18,7 @@ from penstock.ops.paged.contexts import Contexts
 from penstock.ops.paged.contract import PagedBatch
 from penstock.ops.paged.watch import watched_places
 from penstock.ops.paged.weighed import Weighed
-from penstock.serve.choose.asked import SLOT, Asked, Masked, Ruled, Scattered, depths_of, nodes_of
+from penstock.serve.choose.asked import OPTIONS, SLOT, Asked, Masked, Ruled, Scattered, depths_of, nodes_of
 from penstock.serve.decode.contract import DecodeRule
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.memory.held import Held
@@ -69,6 +69,14 @@ class Fields(NamedTuple):
         found = cls(*np.ascontiguousarray(flat.reshape(-1, len(cls._fields)).T))
         np.add(found.counts, found.probes, out=found.counts)
         return found
+
+
+class GoingOn(NamedTuple):
+    """The first of some passes in which sequences go on: where their newest tokens belong, and the ``inputs`` int64
+    [fields, E] of :meth:`~penstock.serve.run.runner.Runner.go_on`."""
+
+    plan: PagedBatch
+    inputs: np.ndarray
 
 
 class Planner:
@@ -165,6 +173,21 @@ class Planner:
         if sampling.again is not None:
             keys = [derive(sampling.seed, "experts", number) for number in range(sampling.again.more)]
             self._noise[slot] = np.array(keys, np.uint64), sampling.again.noise
+
+    def going_on(self, batch: Batch, left: np.ndarray, passes: int) -> GoingOn | None:
+        """What the first of up to ``passes`` passes takes in which sequences go on, whose newest tokens the entries of
+        ``batch`` are, and ``left`` int64 [E] how many each is to gain; None where more than temperature and cuts
+        changes from one to the next."""
+        fields = Fields.of(batch.entries)
+        asked = self._asked(batch.entries, fields)
+        if not asked.plain or np.count_nonzero(asked.rows["special"]) or asked.bans is not None:
+            return None
+        slots, lengths, every = fields.slots, fields.starts + 1, np.arange(len(left))
+        plan = self.layout(batch.tables[slots], lengths, every + 1, every, fields.starts, ahead=int(left.max()) - 1)
+        draws = uniforms(asked.rows["key"], asked.counts + np.arange(passes)[:, None])
+        draws[:, asked.draws[0] == 0] = 0
+        options = asked.draws[: len(OPTIONS)].view(np.int64)
+        return GoingOn(plan, _stacked(slots + 1, fields.starts, left, *options, *draws.view(np.int64)))
 
     # What rows ask for
 
@@ -311,7 +334,13 @@ class Planner:
         )
 
     def layout(
-        self, tables: np.ndarray, lengths: np.ndarray, ends: np.ndarray, rows: np.ndarray, places: np.ndarray
+        self,
+        tables: np.ndarray,
+        lengths: np.ndarray,
+        ends: np.ndarray,
+        rows: np.ndarray,
+        places: np.ndarray,
+        ahead: int = 0,
     ) -> PagedBatch:
         """Where new tokens of some sequences belong.
 
@@ -320,9 +349,10 @@ class Planner:
             lengths: of each, with the new tokens.
             ends: of each, how many new tokens there are of all up to it.
             rows, places: of each new token its sequence, and its place in that.
+            ahead: how many more tokens the tables are to be long enough for.
         """
         size = self._size
-        tables = np.ascontiguousarray(tables[:, : -(-int(lengths.max()) // size)])
+        tables = np.ascontiguousarray(tables[:, : -(-(int(lengths.max()) + ahead) // size)])
         starts = np.zeros(len(ends) + 1, np.int32)
         starts[1:] = ends
         return PagedBatch(

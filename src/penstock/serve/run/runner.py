@@ -25,7 +25,7 @@ from penstock.models.paged import PagedTokens
 from penstock.ops.cuts import draw_cut
 from penstock.ops.logprobs import wanted_table
 from penstock.ops.paged.contract import PagedCache, StepShape
-from penstock.serve.choose.asked import Asked
+from penstock.serve.choose.asked import OPTIONS, Asked
 from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Drawn, Sampled, Sampler
@@ -38,6 +38,7 @@ from penstock.serve.run.copies import Copied, shaken
 from penstock.serve.run.graphs import (
     StepGraphs,
     decode_shapes,
+    onward_shapes,
     prompt_shapes,
     rows_worth_replaying,
     seconds,
@@ -47,6 +48,9 @@ from penstock.serve.run.hidden import HiddenStates
 from penstock.serve.run.planner import Planner
 from penstock.serve.run.step import Part, Step
 from penstock.serve.run.weights import Weights
+
+#: Numbers of each sequence that goes on, beside those by which its tokens are drawn.
+GOING = 3 + len(OPTIONS)
 
 #: Prompt tokens whose log-probabilities are computed at a time: their scores are in memory together.
 PROMPT_LOGPROBS = 256
@@ -64,11 +68,13 @@ class Passed:
 
 
 class PassGraphs(NamedTuple):
-    """Graphs of passes with ``prompts``, of ``decodes``, and of ``windows`` all of whose tokens are verified."""
+    """Graphs of passes with ``prompts``, of ``decodes``, of ``windows`` all of whose tokens are verified, and of
+    decodes that go ``onward``."""
 
     prompts: StepGraphs
     decodes: StepGraphs
     windows: StepGraphs
+    onward: StepGraphs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +106,11 @@ class Runner:
         probes: how many probes stand behind a token at most. The model knows them as the tokens -1, -2 and so on.
         trees: whether what is drafted for a sequence may be a tree.
         verifies: whether all tokens of a window are verified: what comes behind each of them is chosen in the graph.
+        onward: how many tokens of a sequence :meth:`go_on` decodes at most.
 
     Attributes:
         context: most tokens of a sequence.
+        onward: as given.
         planner, sampler: make steps of batches, and choose tokens.
         hidden: the hidden states of the tokens in the cache; None where they are not kept.
         probed: of each slot, the hidden states of the probes behind the token that the newest one follows, [slots,
@@ -127,6 +135,7 @@ class Runner:
         probes: int = 0,
         trees: bool = False,
         verifies: bool = False,
+        onward: int = 0,
     ) -> None:
         self.model, self.cache, self.weights = model, cache, Weights(model)
         self.device, self.shape = cache.shape.device, model.config
@@ -149,6 +158,9 @@ class Runner:
         self._shapes: list[list[StepShape]] = [[] for _ in PassGraphs._fields]
         self._place: tuple[Tensor, ...] = ()
         self._chosen: tuple[Tensor, ...] = ()
+        self.onward = onward
+        #: The tokens of the last passes of those that go on, the latest in the last row.
+        self._gone = torch.zeros(onward, slots + 1, dtype=torch.int64, device=self.device)
         self.memory: dict[str, int] = {}
         self._awake: _Awake | None = None
 
@@ -214,7 +226,9 @@ class Runner:
         beside = [shape for shape in beside if shape.rows <= most]
         windows = window_shapes(self._slots, self._window, tokens, self._trees)
         # Where not all tokens are scored, a step with windows is like one with prompts.
-        self.choose(*([beside, alone, windows] if self._verifies else [beside + windows, alone, []]))
+        given = [beside, alone, windows] if self._verifies else [beside + windows, alone, []]
+        onward = onward_shapes(self._slots, self.onward)
+        self.choose(*given, onward if self.cache.fix(onward, self._pages) else [])
 
     def compile_pass(self) -> None:
         """Compiles the pass, once it runs."""
@@ -225,15 +239,14 @@ class Runner:
         """Seconds until a pass of ``shape`` is queued, and until it is computed; see :func:`graphs.seconds`."""
         return seconds(self._begun, 3, self.cache, self.blocks, shape)
 
-    def choose(self, beside: List[StepShape], alone: List[StepShape], windows: List[StepShape]) -> None:
-        """Steps of these shapes will be graphs: those ``beside`` prompts, those that decode ``alone``, and those with
-        ``windows`` that are verified.
+    def choose(self, *shapes: List[StepShape]) -> None:
+        """Steps of these ``shapes`` will be graphs, of each of the kinds in :class:`PassGraphs`.
 
         Raises:
             UsageError: the cache's plans cannot be replayed.
         """
-        self._shapes = [[*beside], [*alone], [*windows]]
-        if not self.cache.fix([*beside, *alone, *windows], self._pages):
+        self._shapes = [[*own] for own in shapes]
+        if not self.cache.fix([shape for own in shapes for shape in own], self._pages):
             raise UsageError(
                 "this attention backend cannot be part of graphs",
                 hint="Set engine.compile=false, or choose another engine.attention.",
@@ -247,6 +260,7 @@ class Runner:
                 StepGraphs(self._begun_in_place, 3 + adapted, self.cache, **common),
                 StepGraphs(self._decoded, 10 + adapted, self.cache, **common),
                 StepGraphs(self._decoded_in_place, 10 + adapted, self.cache, **common),
+                StepGraphs(self._gone_on, GOING + self.onward, self.cache, **common),
             )
             for adapted in ((False,) if self._adapters is None else (False, True))
         }
@@ -304,6 +318,26 @@ class Runner:
         decoded = self._decoded(inputs)
         self._chosen = self._chosen or decoded
         return _in_place(self._chosen, decoded)
+
+    def _gone_on(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """The tokens of the last passes of sequences that go on, with that of this one. ``inputs`` int64
+        [GOING + passes, N] are made what the next pass takes: where the newest tokens are; their positions; how many
+        passes are left for each sequence, with this one; temperature and cuts, and the numbers by which tokens are
+        drawn in each pass, as float64."""
+        places, positions, left = inputs[:3]
+        options, draws = inputs[3:GOING], inputs[GOING:]
+        begun = self._trunk(self._newest[places], PagedTokens(positions, self.cache))
+        logits = self.model.logits(self._tip(*begun))
+        tokens = draw_cut(logits, torch.cat([options, draws[:1]]).view(torch.float64))
+        self._newest.index_copy_(0, places, tokens)
+        gone = self._gone[:, : inputs.shape[1]]
+        gone.copy_(torch.cat([gone[1:], tokens.unsqueeze(0)]))
+        more = left > 1
+        positions += more
+        left -= 1
+        draws.copy_(draws.roll(-1, 0))
+        self.cache.advance(positions, more, self.blocks * self.block_size)
+        return (gone,)
 
     def _kept(self, begun: tuple[Tensor, ...], hidden: Tensor | None = None, **worn: Tensor) -> Tensor:
         """The states that are kept of tokens, of which :meth:`_begun` gave these: the last ``hidden`` ones, which may
@@ -384,6 +418,25 @@ class Runner:
     def close(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    @torch.inference_mode()
+    def go_on(self, batch: Batch, left: np.ndarray) -> Tensor | None:
+        """Queues the passes of sequences that decode their newest tokens, which are on the device, and after these
+        ``left`` int64 [E] tokens of each in all; the host says nothing between them.
+
+        Returns:
+            The tokens [most of ``left``, E], on the device, of which as many are a sequence's as are left for it; None
+            where a pass after the other has to be asked for.
+        """
+        graphs, going = self._captured.get(False), self.planner.going_on(batch, left, self.onward)
+        shape = None if graphs is None or going is None else graphs.onward.shape_for(going.plan)
+        if graphs is None or going is None or shape is None:
+            return None
+        passes = int(left.max())
+        graphs.onward.replay(shape, going.inputs, going.plan)
+        for _ in range(passes - 1):
+            graphs.onward.again(shape)
+        return self._gone[-passes:, : len(left)]
 
     @torch.inference_mode()
     def execute(self, step: Step, proposals: Proposals | None = None) -> Sampled | None:
@@ -549,9 +602,7 @@ class Runner:
         """Keeps the hidden ``states`` [N, hidden] of the tokens of ``part``."""
         kept.write(self._on_device(part.plan.slots.numpy()), states)
 
-    def _replayed(
-        self, graphs: StepGraphs, part: Part, lane: int, *more: np.ndarray
-    ) -> tuple[Any, np.ndarray] | None:
+    def _replayed(self, graphs: StepGraphs, part: Part, lane: int, *more: np.ndarray) -> tuple[Any, np.ndarray] | None:
         """What one of the ``graphs`` gives for ``part``, with the inputs and ``more`` rows of them, and the rows of its
         tokens; None where none is for it."""
         if lane or part.plan.open is not None or part.plan.contexts or part.plan.weighed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ from penstock.ops.paged.reference import ReferenceCache
 from penstock.serve.build import build_engine, build_runner
 from penstock.serve.choose.asked import Asked
 from penstock.serve.choose.logprobs import TokenLogprobs
-from penstock.serve.choose.sampler import Drawn
+from penstock.serve.choose.sampler import Drawn, Sampled
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
+from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.engine import Engine
 from penstock.serve.kv.policies.h2o import HeavyHitters
 from penstock.serve.messages import Delta, Request
@@ -196,6 +198,42 @@ def test_all_that_is_drafted_and_verified_is_replayed(stand_ins, monkeypatch, dr
         assert shape is not None, f"{part.plan.own_shape} is replayed by no graph"
         assert shape.rows <= 3 * part.inputs.shape[1] + 8
     assert any(shape.others and shape.rows > 10 for _, shape in verified)
+
+
+class AtOnce:
+    """In place of an event: what it stands for has happened."""
+
+    def synchronize(self) -> None: ...
+
+
+def test_all_tokens_of_a_chain_but_the_first_are_drafted_at_once(stand_ins, monkeypatch):
+    """Where nothing but temperature and cuts changes from one token to the next, on a device whose host is behind:
+    tokens and drafts are those of passes that are asked for one by one."""
+    monkeypatch.setattr("penstock.serve.run.runner.chosen", lambda *_: 0)
+    config = CONFIG.model_copy(update={"draft": Model(source="a model", tokens=6), "tokens": 400})
+    config = config.model_copy(update={"controller": Fixed(), "context": 40})
+    warm, cold = (build_engine(small_model(), config, draft=draft_of(small_model(), 0.02)) for _ in range(2))
+    runner = warm.steps.speculation.model.runner
+    told, passes = replays(runner, 400), list[int]()
+    go_on = runner.go_on
+    monkeypatch.setattr(Sampled, "to_host", lambda each: dataclasses.replace(each, ready=AtOnce()))
+
+    def gone(batch: Batch, left: np.ndarray) -> Tensor | None:
+        tokens = go_on(batch, left)
+        passes.append(0 if tokens is None else len(set(left.tolist())))
+        return None if tokens is None else tokens.clone()
+
+    runner.go_on = gone
+    plain = [*PLAIN, {"temperature": 0.8, "top_p": 0.9, "top_k": 7}]
+    assert answers(warm, plain) == answers(cold, plain)
+    assert warm.snapshot().drafted_at == cold.snapshot().drafted_at
+    assert warm.snapshot().accepted_tokens == cold.snapshot().accepted_tokens > 20
+    assert 0 not in passes and max(passes) > 1  # some need more than others
+    # A prompt is computed beside the drafts of others, and a pass behind a step whose drafts were all accepted.
+    assert len(told) < 3 * len(passes)
+    passes.clear()
+    assert answers(warm, [*plain, *SPECIAL]) == answers(cold, [*plain, *SPECIAL])
+    assert 0 in passes and max(passes) > 0
 
 
 def test_what_a_graph_draws_is_what_is_told(warm: Engine) -> None:
