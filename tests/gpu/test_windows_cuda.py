@@ -67,7 +67,7 @@ class Compared:
                 spread = (own.float() - want.logits.float()).abs().max() / want.logits.float().pow(2).mean().sqrt()
                 assert spread < TOLERANCE
         for part in parts:
-            graphs = captured[False].windows if part.all_scored else captured[False].prompts
+            graphs = captured[False].windows if part.chooses else captured[False].prompts
             own, shape = part.plan.own_shape, graphs.shape_for(part.plan)
             if shape is not None and not shape.singles:
                 self.replayed.append(shape)

@@ -262,8 +262,6 @@ def _kinds(config: EngineConfig, model: Decoder, memories: List[PagedCache], kee
     kinds: list[dict[str, Any]] = [
         {"window": config.rows - 1, "trees": trees, "sampler": Sampler, "keeps_hidden": keeps[0]}
     ]
-    # Those whose tokens are probed have rows of which nothing is chosen.
-    kinds[0]["verifies"] = config.draft is None or not config.draft.widths
     if config.deterministic:
         kinds[0]["sampler"] = InvariantSampler
     shape = memories[0].shape

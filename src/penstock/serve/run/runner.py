@@ -68,8 +68,8 @@ class Passed:
 
 
 class PassGraphs(NamedTuple):
-    """Graphs of passes with ``prompts``, of ``decodes``, of ``windows`` all of whose tokens are verified, and of
-    decodes that go ``onward``."""
+    """Graphs of passes with ``prompts``, of ``decodes``, of ``windows``, in which a token is chosen behind each row, and
+    of decodes that go ``onward``."""
 
     prompts: StepGraphs
     decodes: StepGraphs
@@ -105,7 +105,6 @@ class Runner:
         adapters: room for adapters of the model; without it, tokens that have one are computed as if they had none.
         probes: how many probes stand behind a token at most. The model knows them as the tokens -1, -2 and so on.
         trees: whether what is drafted for a sequence may be a tree.
-        verifies: whether all tokens of a window are verified: what comes behind each of them is chosen in the graph.
         onward: how many tokens of a sequence :meth:`go_on` decodes at most.
 
     Attributes:
@@ -134,7 +133,6 @@ class Runner:
         adapters: AdapterSlots | None = None,
         probes: int = 0,
         trees: bool = False,
-        verifies: bool = False,
         onward: int = 0,
     ) -> None:
         self.model, self.cache, self.weights = model, cache, Weights(model)
@@ -142,7 +140,7 @@ class Runner:
         self.blocks, self.block_size = cache.shape.blocks - 1, cache.shape.block_size
         self.context = context
         self._slots, self._pages = slots, -(-context // self.block_size)
-        self._window, self._trees, self._verifies = window, trees, verifies
+        self._window, self._trees = window, trees
         self._kinds, self._compactor, self._mover = (planner, sampler), compactor, mover
         self.hidden = HiddenStates(cache.shape, self.shape.hidden) if keeps_hidden else None
         self.probed = torch.zeros(slots, probes, self.shape.hidden, dtype=cache.shape.dtype, device=self.device)
@@ -225,8 +223,9 @@ class Runner:
         )
         beside = [shape for shape in beside if shape.rows <= most]
         windows = window_shapes(self._slots, self._window, tokens, self._trees)
-        # Where not all tokens are scored, a step with windows is like one with prompts.
-        given = [beside, alone, windows] if self._verifies else [beside + windows, alone, []]
+        # With rows that are probes, of which states are wanted and no tokens, a step with windows is like one with
+        # prompts.
+        given = [beside + windows, alone, []] if self.probed.shape[1] else [beside, alone, windows]
         onward = onward_shapes(self._slots, self.onward)
         self.choose(*given, onward if self.cache.fix(onward, self._pages) else [])
 
@@ -541,14 +540,17 @@ class Runner:
         count, owners = part.inputs.shape[1], self._owners(part)
         own = [] if owners is None else [owners[None]]
         graphs = self._captured.get(owners is not None)
-        if part.all_scored and graphs is not None:
+        if part.chooses and graphs is not None:
             choosing = graphs.decodes if part.decoding else graphs.windows
-            replayed = self._replayed(choosing, part, lane, part.draws, *own)
+            replayed = self._replayed(choosing, part, lane, part.draws_of_rows, *own)
             if replayed is not None:
-                logits, tokens, told, *states = replayed[0]
+                logits, tokens, told, *states = (each[:count] for each in replayed[0])
                 if self.hidden is not None:
-                    self._keep(self.hidden, part, states[0][:count])
-                return Passed(logits[:count], drawn=Drawn(tokens[:count], told[:count]))
+                    self._keep(self.hidden, part, states[0])
+                if not part.all_scored:
+                    index = self._on_device(part.scored)
+                    logits, tokens, told = logits[index], tokens[index], told[index]
+                return Passed(logits, drawn=Drawn(tokens, told))
         replayed = None if graphs is None else self._replayed(graphs.prompts, part, lane, *own)
         if replayed is None:
             self.cache.plan(part.plan, lane)

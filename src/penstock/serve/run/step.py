@@ -49,6 +49,21 @@ class Part:
         return len(self.scored) == len(self.inputs[0])
 
     @property
+    def chooses(self) -> bool:
+        """Whether nothing is wanted of it but tokens, behind half of its rows or more."""
+        scored = 2 * len(self.scored) >= len(self.inputs[0])
+        return scored and not len(self.prompt_logprobs) and self.probes is None
+
+    @property
+    def draws_of_rows(self) -> np.ndarray:
+        """int64 [7, N]: the :attr:`draws` where they are scored; of the other rows, what does no harm."""
+        if self.all_scored:
+            return self.draws
+        spread = np.zeros((len(self.draws), len(self.inputs[0])), np.int64)
+        spread[:, self.scored] = self.draws
+        return spread
+
+    @property
     def decoding(self) -> bool:
         """Whether each token is the only one of its sequence, and the next is wanted."""
         return self.plan.own_shape.others == 0 and self.all_scored
