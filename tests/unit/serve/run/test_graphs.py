@@ -162,10 +162,10 @@ def test_where_tokens_have_masks_a_shape_with_room_for_them_is_taken():
         parents = torch.tensor([parent for way in ways for parent in way], dtype=torch.int32)
         return graphs.shape_for(dataclasses.replace(batch_of(counts, counts), parents=parents))
 
-    assert found([-1, 0, 1], [-1]) == (0, 3, 12, 0)  # all in a row
-    assert found([-1, 0, 0], [-1]) == (0, 3, 13, 4)
-    assert found([-1, 0, 0, 1, 1], [-1]) == (0, 3, 13, 4)  # the newest token is before the mask
-    assert found([-1, 0, 0, 1, 1, 2], [-1]) == (0, 3, 20, 9)
+    assert found([-1, 0, 1], [-1]) == StepShape(0, 3, 12, 0)  # all in a row
+    assert found([-1, 0, 0], [-1]) == StepShape(0, 3, 13, 4)
+    assert found([-1, 0, 0, 1, 1], [-1]) == StepShape(0, 3, 13, 4)  # the newest token is before the mask
+    assert found([-1, 0, 0, 1, 1, 2], [-1]) == StepShape(0, 3, 20, 9)
     assert found([-1, -1, 0, 0, 1, 1, 2, 2, 3, 3]) is None
 
 
