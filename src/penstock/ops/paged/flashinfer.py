@@ -178,14 +178,14 @@ class FlashInferCache(CudaCache):
         while lane >= len(self._lanes):
             self._lanes.append(self._lane())
         own = self._lanes[lane]
-        # The copies of the lane's last plan leave from memory that this one writes to.
-        own.copied.synchronize()
         fixed = None if batch.shape is None else self._fixed[batch.shape]
         if fixed is not None and fixed.fixed is not None:
             fixed.slots.copy_(upload(batch.slots.numpy(), self.shape.device))
             fixed.fixed.fill(batch)
             self._planned = fixed
             return
+        # The copies of the lane's last plan leave from memory that this one writes to.
+        own.copied.synchronize()
         if fixed is not None and batch.masks is not None:
             raise ValueError("a batch with masks cannot be one of a fixed shape that has none")
         members = self._members(batch)

@@ -540,7 +540,8 @@ class Runner:
         count, owners = part.inputs.shape[1], self._owners(part)
         own = [] if owners is None else [owners[None]]
         graphs = self._captured.get(owners is not None)
-        if part.chooses and graphs is not None:
+        windows = count <= (1 + self._window) * len(part.plan.lengths)
+        if graphs is not None and part.chooses and windows:
             choosing = graphs.decodes if part.decoding else graphs.windows
             replayed = self._replayed(choosing, part, lane, part.draws_of_rows, *own)
             if replayed is not None:

@@ -50,9 +50,8 @@ class Part:
 
     @property
     def chooses(self) -> bool:
-        """Whether nothing is wanted of it but tokens, behind half of its rows or more."""
-        scored = 2 * len(self.scored) >= len(self.inputs[0])
-        return scored and not len(self.prompt_logprobs) and self.probes is None
+        """Whether nothing is wanted of it but tokens."""
+        return len(self.scored) > 0 and not len(self.prompt_logprobs) and self.probes is None
 
     @property
     def draws_of_rows(self) -> np.ndarray:
