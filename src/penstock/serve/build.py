@@ -283,8 +283,9 @@ def _kinds(config: EngineConfig, model: Decoder, memories: List[PagedCache], kee
         drafts = {"window": window, "trees": trees and not superposes, "keeps_hidden": keeps[1]}
         kind = drafting_kind(config)
         if config.draft is not None and config.draft.model is not None and kind["sampler"] is Sampler:
-            # Nobody asks by what its tokens were drawn, so that all behind the first can be drafted at once.
-            drafts["onward"] = 0 if keeps[1] else config.draft.most - 1
+            # Nobody asks by what its tokens were drawn, so that all can be drafted at once; behind one that was
+            # accepted last, and is not in its cache yet.
+            drafts["onward"] = 0 if keeps[1] else config.draft.most + 1
         kinds.append({**drafts, **kind})
     return kinds
 

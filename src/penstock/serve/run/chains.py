@@ -19,9 +19,9 @@ from penstock.serve.engine.sequence import Sequence
 Going = Callable[[list[Entry], Tensor, List[int]], list[bool]]
 
 
-#: All passes of some entries whose newest tokens the device knows, up to where each is wanted: the entries of each
-#: pass, and their tokens; none where passes have to be asked for one by one.
-Onward = Callable[[list[Entry], np.ndarray, dict[int, int]], list[tuple[list[Entry], Sampled]]]
+#: All passes of some entries, up to where each is wanted: what was drafted behind each; none where passes have to be
+#: asked for one by one.
+Onward = Callable[[list[Entry], np.ndarray, dict[int, int]], list[tuple[Entry, list[int]]]]
 
 
 class Chains:
@@ -47,14 +47,17 @@ class Chains:
             wanted: how far the texts are to go, by slot, in tokens that have to be computed here.
             tables: the blocks of each slot.
             going: says behind which entries there are to be more; None is all of them.
-            onward: queues all the passes behind the first, where the host has to see nothing of what they draft.
+            onward: computes all passes at once, where the host has to see nothing of what they draft.
         """
         drafted, open_ = Drafted(), first
         # Where the host has to see each token, or has it at no cost, it is read at once; else all of them at the end.
         on_host = going is not None or any(entry.sequence.sampling.waits for entry in open_)
         queued: list[tuple[list[Entry], Sampled]] = []
         depth = 0
+        rest: list[tuple[Entry, list[int]]] = []
         while open_:
+            if onward is not None and not on_host and (rest := onward(open_, tables, wanted)):
+                break
             scored, sampled = compute(open_, tables, depth)
             if sampled is None:
                 break
@@ -68,11 +71,13 @@ class Chains:
             open_ = [_next(entry) for entry, on in pairs if on and entry.start + entry.count < wanted[entry.slot]]
             open_ = [entry for entry in open_ if not at_once or _goes_on(entry.sequence)]
             depth += 1
-            rest = onward(open_, tables, wanted) if onward is not None and open_ and not at_once else []
-            if rest:
-                queued += rest
-                break
         _read(queued, drafted)
+        for entry, tokens in rest:
+            window = drafted.windows.setdefault(entry.slot, [])
+            for token in tokens:
+                if window and window[-1] in entry.sequence.stop:
+                    break
+                window.append(token)
         for slot, own in drafted.rows.items():
             del own[len(drafted.windows[slot]) :]
         drafted.drafts = [[-1] for _ in range(sum(map(len, drafted.chances)))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from collections.abc import Sequence as List
 
@@ -129,7 +128,7 @@ class DraftModel(Drafting):
         return self.runner.sampler
 
     def draft(self, batch: Batch, goes_on: GoesOn | None = None) -> Drafted:
-        if not (isinstance(self._growth, Chains) and self.runner.onward):
+        if not (isinstance(self._growth, Chains) and self.runner.goes_on):
             return super().draft(batch)
         wanted = self._awaited(batch)
         given = self._pass, self.sampler, self._first(batch, wanted), wanted, batch.tables
@@ -186,20 +185,19 @@ class DraftModel(Drafting):
 
     def _drafted_onward(
         self, entries: list[Entry], tables: np.ndarray, wanted: dict[int, int]
-    ) -> list[tuple[list[Entry], Sampled]]:
-        """All passes that ``entries`` take up to where their texts are ``wanted``; none where the runner wants to be
-        asked for each."""
-        entries = sorted(entries, key=lambda entry: entry.start - wanted[entry.slot])  # who needs most passes first
-        left = np.array([wanted[entry.slot] - entry.start for entry in entries])
+    ) -> list[tuple[Entry, list[int]]]:
+        """What is drafted behind ``entries`` up to where their texts are ``wanted``; nothing where the runner wants to
+        be asked for each pass."""
+        left = np.array([wanted.get(entry.slot, entry.start) - entry.start for entry in entries])
         tokens = self.runner.go_on(Batch(entries, tables), left)
         if tokens is None:
             return []
         for entry, count in zip(entries, left.tolist(), strict=True):
             self._coverage.extend(tables[entry.slot], entry.start, entry.start + count)
-        sampled, counts = Sampled(tokens).to_host(), (left > np.arange(len(tokens))[:, None]).sum(1).tolist()
+        chosen = Sampled(tokens).to_host().wait().tokens.T.tolist()
         return [
-            (entries[:count], dataclasses.replace(sampled, tokens=own[:count]))
-            for own, count in zip(sampled.tokens, counts, strict=True)
+            (entry, own[entry.count - 1 : count])
+            for entry, own, count in zip(entries, chosen, left.tolist(), strict=True)
         ]
 
 

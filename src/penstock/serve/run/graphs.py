@@ -160,6 +160,11 @@ class StepGraphs:
         self._captured: dict[StepShape, Captured] = {}
         self._ascending: list[StepShape] = []
 
+    @property
+    def shapes(self) -> list[StepShape]:
+        """Those that were captured, by the number of their rows."""
+        return self._ascending
+
     def capture(self, shapes: list[StepShape], bar: Bar) -> None:
         """Captures the pass for batches of each of ``shapes``. Largest first: the others then fit in its memory."""
         if not self._cache.fix(shapes, self._pages):

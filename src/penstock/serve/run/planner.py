@@ -175,19 +175,25 @@ class Planner:
             self._noise[slot] = np.array(keys, np.uint64), sampling.again.noise
 
     def going_on(self, batch: Batch, left: np.ndarray, passes: int) -> GoingOn | None:
-        """What the first of up to ``passes`` passes takes in which sequences go on, whose newest tokens the entries of
-        ``batch`` are, and ``left`` int64 [E] how many each is to gain; None where more than temperature and cuts
-        changes from one to the next."""
+        """What the first of up to ``passes`` passes takes in which the entries of ``batch`` go on, ``left`` int64 [E]
+        of them each; None where more than temperature and cuts changes from one to the next, or there are others than
+        such whose next token is wanted."""
+        if not all(entry.scored for entry in batch.entries):
+            return None
         fields = Fields.of(batch.entries)
         asked = self._asked(batch.entries, fields)
         if not asked.plain or np.count_nonzero(asked.rows["special"]) or asked.bans is not None:
             return None
         slots, lengths, every = fields.slots, fields.starts + 1, np.arange(len(left))
         plan = self.layout(batch.tables[slots], lengths, every + 1, every, fields.starts, ahead=int(left.max()) - 1)
-        draws = uniforms(asked.rows["key"], asked.counts + np.arange(passes)[:, None])
+        draws = uniforms(asked.rows["key"], lengths - fields.given + np.arange(passes)[:, None])
         draws[:, asked.draws[0] == 0] = 0
+        known = np.full((passes, len(left)), -1)
+        for place, entry in enumerate(batch.entries):
+            own = entry.sequence.tokens[entry.start : entry.start + entry.count]
+            known[: len(own), place] = own
         options = asked.draws[: len(OPTIONS)].view(np.int64)
-        return GoingOn(plan, _stacked(slots + 1, fields.starts, left, *options, *draws.view(np.int64)))
+        return GoingOn(plan, _stacked(slots + 1, fields.starts, left, *options, *draws.view(np.int64), *known))
 
     # What rows ask for
 

@@ -68,8 +68,8 @@ class Passed:
 
 
 class PassGraphs(NamedTuple):
-    """Graphs of passes with ``prompts``, of ``decodes``, of ``windows``, in which a token is chosen behind each row, and
-    of decodes that go ``onward``."""
+    """Graphs of passes with ``prompts``, of ``decodes``, of ``windows`` with a token chosen behind each row, and of
+    decodes that go ``onward``."""
 
     prompts: StepGraphs
     decodes: StepGraphs
@@ -105,7 +105,7 @@ class Runner:
         adapters: room for adapters of the model; without it, tokens that have one are computed as if they had none.
         probes: how many probes stand behind a token at most. The model knows them as the tokens -1, -2 and so on.
         trees: whether what is drafted for a sequence may be a tree.
-        onward: how many tokens of a sequence :meth:`go_on` decodes at most.
+        onward: how many passes :meth:`go_on` queues at most.
 
     Attributes:
         context: most tokens of a sequence.
@@ -259,7 +259,7 @@ class Runner:
                 StepGraphs(self._begun_in_place, 3 + adapted, self.cache, **common),
                 StepGraphs(self._decoded, 10 + adapted, self.cache, **common),
                 StepGraphs(self._decoded_in_place, 10 + adapted, self.cache, **common),
-                StepGraphs(self._gone_on, GOING + self.onward, self.cache, **common),
+                StepGraphs(self._gone_on, GOING + 2 * self.onward, self.cache, **common),
             )
             for adapted in ((False,) if self._adapters is None else (False, True))
         }
@@ -320,12 +320,13 @@ class Runner:
 
     def _gone_on(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """The tokens of the last passes of sequences that go on, with that of this one. ``inputs`` int64
-        [GOING + passes, N] are made what the next pass takes: where the newest tokens are; their positions; how many
-        passes are left for each sequence, with this one; temperature and cuts, and the numbers by which tokens are
-        drawn in each pass, as float64."""
+        [GOING + 2 * passes, N] are made what the next pass takes: where the newest tokens are; the positions; how many
+        passes are left for each sequence, with this one; temperature and cuts as float64; the numbers by which tokens
+        are drawn in each pass, likewise; and the tokens that each pass takes, -1 for the newest one."""
         places, positions, left = inputs[:3]
-        options, draws = inputs[3:GOING], inputs[GOING:]
-        begun = self._trunk(self._newest[places], PagedTokens(positions, self.cache))
+        options, (draws, known) = inputs[3:GOING], inputs[GOING:].chunk(2)
+        given = torch.where(known[0] < 0, self._newest[places], known[0])
+        begun = self._trunk(given, PagedTokens(positions, self.cache))
         logits = self.model.logits(self._tip(*begun))
         tokens = draw_cut(logits, torch.cat([options, draws[:1]]).view(torch.float64))
         self._newest.index_copy_(0, places, tokens)
@@ -334,7 +335,8 @@ class Runner:
         more = left > 1
         positions += more
         left -= 1
-        draws.copy_(draws.roll(-1, 0))
+        for each in (draws, known):
+            each.copy_(each.roll(-1, 0))
         self.cache.advance(positions, more, self.blocks * self.block_size)
         return (gone,)
 
@@ -418,23 +420,29 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether there are graphs for :meth:`go_on`."""
+        return False in self._captured and bool(self._captured[False].onward.shapes)
+
     @torch.inference_mode()
     def go_on(self, batch: Batch, left: np.ndarray) -> Tensor | None:
-        """Queues the passes of sequences that decode their newest tokens, which are on the device, and after these
-        ``left`` int64 [E] tokens of each in all; the host says nothing between them.
+        """Queues ``left`` int64 [E] passes for each of the entries of ``batch``, which are its sequences' last tokens:
+        one for each of these, and then one for each that was chosen in the pass before; the host says nothing between
+        them.
 
         Returns:
-            The tokens [most of ``left``, E], on the device, of which as many are a sequence's as are left for it; None
-            where a pass after the other has to be asked for.
+            What was chosen in each pass, int64 [most of ``left``, E], on the device; what is behind those that are left
+            for a sequence is of no meaning. None where passes have to be asked for one by one.
         """
-        graphs, going = self._captured.get(False), self.planner.going_on(batch, left, self.onward)
-        shape = None if graphs is None or going is None else graphs.onward.shape_for(going.plan)
-        if graphs is None or going is None or shape is None:
+        passes, graphs = int(left.max()), self._captured[False].onward
+        going = self.planner.going_on(batch, left, self.onward) if passes <= self.onward else None
+        shape = None if going is None else graphs.shape_for(going.plan)
+        if going is None or shape is None:
             return None
-        passes = int(left.max())
-        graphs.onward.replay(shape, going.inputs, going.plan)
+        graphs.replay(shape, going.inputs, going.plan)
         for _ in range(passes - 1):
-            graphs.onward.again(shape)
+            graphs.again(shape)
         return self._gone[-passes:, : len(left)]
 
     @torch.inference_mode()

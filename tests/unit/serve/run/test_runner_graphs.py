@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from penstock.ops.paged.reference import ReferenceCache
 from penstock.serve.build import build_engine, build_runner
 from penstock.serve.choose.asked import Asked
 from penstock.serve.choose.logprobs import TokenLogprobs
-from penstock.serve.choose.sampler import Drawn, Sampled
+from penstock.serve.choose.sampler import Drawn
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.batch import Batch
@@ -200,15 +199,9 @@ def test_all_that_is_drafted_and_verified_is_replayed(stand_ins, monkeypatch, dr
     assert any(shape.others and shape.rows > 10 for _, shape in verified)
 
 
-class AtOnce:
-    """In place of an event: what it stands for has happened."""
-
-    def synchronize(self) -> None: ...
-
-
-def test_all_tokens_of_a_chain_but_the_first_are_drafted_at_once(stand_ins, monkeypatch):
-    """Where nothing but temperature and cuts changes from one token to the next, on a device whose host is behind:
-    tokens and drafts are those of passes that are asked for one by one."""
+def test_all_tokens_of_a_chain_are_drafted_at_once(stand_ins, monkeypatch):
+    """Where nothing but temperature and cuts changes from one token to the next: tokens and drafts are those of passes
+    that are asked for one by one."""
     monkeypatch.setattr("penstock.serve.run.runner.chosen", lambda *_: 0)
     config = CONFIG.model_copy(update={"draft": Model(source="a model", tokens=6), "tokens": 400})
     config = config.model_copy(update={"controller": Fixed(), "context": 40})
@@ -216,7 +209,6 @@ def test_all_tokens_of_a_chain_but_the_first_are_drafted_at_once(stand_ins, monk
     runner = warm.steps.speculation.model.runner
     told, passes = replays(runner, 400), list[int]()
     go_on = runner.go_on
-    monkeypatch.setattr(Sampled, "to_host", lambda each: dataclasses.replace(each, ready=AtOnce()))
 
     def gone(batch: Batch, left: np.ndarray) -> Tensor | None:
         tokens = go_on(batch, left)
@@ -228,12 +220,11 @@ def test_all_tokens_of_a_chain_but_the_first_are_drafted_at_once(stand_ins, monk
     assert answers(warm, plain) == answers(cold, plain)
     assert warm.snapshot().drafted_at == cold.snapshot().drafted_at
     assert warm.snapshot().accepted_tokens == cold.snapshot().accepted_tokens > 20
-    assert 0 not in passes and max(passes) > 1  # some need more than others
-    # A prompt is computed beside the drafts of others, and a pass behind a step whose drafts were all accepted.
-    assert len(told) < 3 * len(passes)
-    passes.clear()
+    assert max(passes) > 1  # some need more than others
+    alone = len(told)  # passes with prompts, and behind these
+    assert passes.count(0) <= alone < len(passes)
     assert answers(warm, [*plain, *SPECIAL]) == answers(cold, [*plain, *SPECIAL])
-    assert 0 in passes and max(passes) > 0
+    assert len(told) > 3 * alone
 
 
 def test_what_a_graph_draws_is_what_is_told(warm: Engine) -> None:
