@@ -109,7 +109,7 @@ def test_coverage_says_what_was_computed_last(data):
         known = next(
             (p for p in range(start) if draft[table[p // size], p % size] != target[table[p // size], p % size]), start
         )
-        assert coverage.length(table, start) == known
+        assert coverage.lengths(table[None], np.array([start])) == [known]
         if data.draw(st.booleans()):
             for place in range(known, end):
                 draft[table[place // size], place % size] = target[table[place // size], place % size]

@@ -132,9 +132,7 @@ class Sequence:
         """One that stands where this one does, and goes on by tokens that are drafted, of which this one knows
         nothing."""
         other = object.__new__(Sequence)
-        other.__dict__ |= (
-            self.__dict__
-        )  # copy.copy takes ten times as long, which is felt
+        other.__dict__ |= self.__dict__  # copy.copy takes ten times as long, which is felt
         other.tokens, other.lockstep, other.members = list(self.tokens), (other,), (other,)
         other.matcher = self.matcher and self.matcher.copy()
         return other

@@ -179,7 +179,8 @@ class CascadeDraft(ConfidentDraft):
 
     def _behind(self, slot: int, guess: Guess, tables: np.ndarray) -> Entry:
         """What is not computed yet of the text of ``guess``, without the token that is not there yet."""
-        return self._alone(slot, guess, self._coverage.length(tables[slot], len(guess.text) - 1))
+        [start] = self._coverage.lengths(tables[[slot]], np.array([len(guess.text) - 1])).tolist()
+        return self._alone(slot, guess, start)
 
     def _alone(self, slot: int, guess: Guess, start: int) -> Entry:
         """The tokens of ``guess`` from ``start`` on, behind which one is drafted."""

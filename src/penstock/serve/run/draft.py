@@ -149,12 +149,14 @@ class DraftModel(Drafting):
         return self._caught_up(list(self._missing(batch, wanted)), batch.tables)
 
     def _missing(self, batch: Batch, wanted: dict[int, int]) -> Iterator[Entry]:
-        for entry in batch.entries:
+        drafting = [entry for entry in batch.entries if entry.sequence.draft is not None]
+        slots, first = [entry.slot for entry in drafting], np.array([entry.start for entry in drafting], np.int64)
+        starts = self._coverage.lengths(batch.tables[slots], first).tolist()
+        for entry, start in zip(drafting, starts, strict=True):
             end = entry.start + entry.count - len(entry.window)
             awaits = entry.slot in wanted and end <= wanted[entry.slot]
-            if entry.sequence.draft is None or not (awaits or not entry.scored) or end > self.runner.context:
+            if not (awaits or not entry.scored) or end > self.runner.context:
                 continue
-            start = self._coverage.length(batch.tables[entry.slot], entry.start)
             sequence = entry.sequence.tentative() if awaits else entry.sequence
             if sequence.sampling.penalized:
                 # Of what was drafted last, not all may have come out.
@@ -307,11 +309,14 @@ class Coverage:
         self._held[table[start // self._size : last]] = self._size
         self._held[table[last]] = end - last * self._size
 
-    def length(self, table: np.ndarray, most: int) -> int:
-        """How many of the first ``most`` tokens of a sequence are there."""
-        whole, rest = divmod(most, self._size)
-        held = self._held[table[: whole + (rest > 0)]]
-        short = np.flatnonzero(held[:whole] < self._size)
-        if short.size:
-            return int(short[0] * self._size + held[short[0]])
-        return whole * self._size + (min(int(held[whole]), rest) if rest else 0)
+    def lengths(self, tables: np.ndarray, most: np.ndarray) -> np.ndarray:
+        """How many of the first ``most`` int64 [E] tokens are there of sequences with these ``tables`` [E, M] of
+        blocks."""
+        whole, rest = np.divmod(most, self._size)
+        held, places = self._held[tables], np.arange(tables.shape[1])
+        short = (held < self._size) & (places < whole[:, None])
+        lacks, first = short.any(1), np.where(short.any(1), short.argmax(1), whole)
+        # Of the first block that is not whole, or that need not be: it is behind the table where all of that is wanted.
+        own = held[np.arange(len(held)), np.minimum(first, len(places) - 1)]
+        found: np.ndarray = first * self._size + np.where(lacks, own, np.minimum(own, rest))
+        return found
