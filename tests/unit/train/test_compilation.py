@@ -19,6 +19,7 @@ from penstock.models.decoder import Decoder
 from penstock.train.objectives.next_token import NextToken
 from penstock.train.precision import Weights
 from penstock.train.run import Run
+from tiny_chats import chat_config, make_chat_model, turns, write_lines
 from tiny_runs import MODEL, VOCABULARY, config
 
 STAGES = {"tokens": 1024, "micro_tokens": 512, "stages": [{"length": 128, "share": 3}, {"length": 256, "share": 2}]}
@@ -88,6 +89,20 @@ def test_nothing_is_compiled_after_the_run_has_begun(store, tmp_path, monkeypatc
     trainer.train()
     assert counters["stats"]["unique_graphs"] == 2 * 5
     assert {record["length"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")} == {128, 256}
+
+
+def test_layers_with_additions_are_compiled_in_one_piece(tmp_path, monkeypatch):
+    """The first, into which no gradient flows, and all others once."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model = make_chat_model(tmp_path / "base", layers=5)
+    data = {"chats": str(write_lines(tmp_path / "chats.jsonl", [{"messages": turns("what is 1?", "1 a word")}] * 9))}
+    tuner = {"name": "lora", "rank": 2}
+    options = chat_config(model, data={**data, "held_out": 0.0}, tuner=tuner, compile=True, steps=2)
+    trainer = Run.create(options, tmp_path / "run").trainer
+    assert trainer.compile() == ""
+    assert counters["stats"]["unique_graphs"] == 5 + 1
+    trainer.train()
+    assert counters["stats"]["unique_graphs"] == 5 + 1
 
 
 def test_compiling_changes_no_weight_and_no_position(store, tmp_path, monkeypatch):

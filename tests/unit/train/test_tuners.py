@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.profiler import profile
 
 from penstock.core.config import build
 from penstock.core.errors import CheckpointError, ConfigError
@@ -166,6 +167,29 @@ def test_private_vectors_in_one_piece_are_lora(model):
                 rows = getattr(pairs[1][name], f"{which}{place}")
                 torch.testing.assert_close(other.get_parameter(which).grad[rows], mine, rtol=1e-9, atol=1e-12)
                 assert mine.abs().max() > 1e-3
+
+
+def test_the_additions_to_a_layer_are_few_products(model):
+    """Beside the layer's own, however many pieces it is stacked of: one with the A's and one with the B's, for the
+    gradient two more each; and they give what adding the pieces' products one by one does."""
+    decoder, _ = adapted(model, LoRA(rank=3, alpha=5.0))
+    layer = dict(attached(decoder))["layers.0.attention.qkv"]
+    draw = torch.Generator().manual_seed(0)
+    parts = [part for pair in layer.additions().values() for part in pair]
+    for part in parts:
+        part.data.copy_(torch.randn(part.shape, generator=draw))
+    x = torch.randn(2, 7, layer.in_features, generator=draw, dtype=torch.float64, requires_grad=True)
+    with profile() as seen:
+        out = layer(x)
+        out.sin().sum().backward()
+    assert sum(event.count for event in seen.key_averages() if event.key in ("aten::mm", "aten::addmm")) == 2 + 6
+    got = [out, x.grad, *(part.grad for part in parts)]
+    added = [b @ (a @ x[..., None]) for a, b in layer.additions().values()]
+    plain = x @ layer.weight.T + 5 / 3 * torch.cat(added, -2)[..., 0]
+    wanted = [plain, *torch.autograd.grad(plain.sin().sum(), [x, *parts])]
+    assert len(parts) == 6
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_shards_are_chosen_apart_and_none_twice_before_each_was_taken():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,27 +84,25 @@ class LowRankLinear(Linear):
         return {int(place): (self.a[place], self.b[place]) for place in self.a}
 
     def forward(self, x: Tensor) -> Tensor:
-        # One product for all pieces: passes over numbers as many as the layer's output cost more than its zeros do.
-        out, narrow, wide, additions = self._base(x), [], [], self.additions()
+        # One product for all A's and one for all B's: each is small, and starting it takes longer than the product of
+        # a B with the zeros beside it. The scale goes to the B's, which have fewer numbers than what A's give.
+        additions, flat = self.additions(), x.flatten(0, -2)
+        narrow = self.narrow(flat, {place: a for place, (a, _) in additions.items()})
+        out, like, wide = self._base(flat), next(iter(additions.values()))[1], []
         for place, piece in enumerate(self.pieces):
-            if place in additions:
-                a, b = additions[place]
-                narrow.append(self.narrow(place, x, a))
-                wide.append(b)
-            else:
-                wide.append(next(iter(additions.values()))[1].new_zeros(piece.rows, 0))
-        scaled = torch.cat(narrow, -1).flatten(0, -2) * self.scale
+            wide.append(additions[place][1] * self.scale if place in additions else like.new_zeros(piece.rows, 0))
         below: Tensor = torch.block_diag(*wide)  # type: ignore[no-untyped-call]
-        return torch.addmm(out.flatten(0, -2), scaled, below.T).view(out.shape)
+        return torch.addmm(out, narrow, below.T).view(*x.shape[:-1], -1)
 
     def _base(self, x: Tensor) -> Tensor:
         """W x + b."""
         found: Tensor = super().forward(x) if self.packed is None else self.packed(x)
         return found
 
-    def narrow(self, place: int, x: Tensor, a: Tensor) -> Tensor:
-        """What tokens x [*T, in] give to the B of the piece at ``place``, before it is scaled: [*T, rank]."""
-        return F.linear(x, a)
+    def narrow(self, x: Tensor, a: Mapping[int, Tensor]) -> Tensor:
+        """What tokens x [N, in] give to the B's, from the A's ``a`` by the places of their pieces: [N, ranks], those of
+        one piece after those of another."""
+        return F.linear(x, _stacked(list(a.values())))
 
     def plain(self) -> Base:
         """The layer that this one stands for."""
@@ -124,6 +122,11 @@ class LowRankLinear(Linear):
         for place, (a, b) in self.additions().items():
             parts[place].add_(b.to(exact) @ a.to(exact), alpha=self.scale)
         return whole.to(weight.dtype)
+
+
+def _stacked(matrices: Sequence[Tensor]) -> Tensor:
+    """The rows of all of the matrices; nothing is copied where there is one."""
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
 
 
 def linears(decoder: Decoder, family: Family) -> dict[str, list[Piece]]:

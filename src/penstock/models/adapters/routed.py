@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -121,14 +121,17 @@ class RoutedLinear(LowRankLinear):
             hint="Open the folder that the run leaves, which lies on its base; or train with tuner=lora to merge.",
         )
 
-    def narrow(self, place: int, x: Tensor, a: Tensor) -> Tensor:
-        logits = F.linear(x, self.router[str(place)])
-        exact = torch.promote_types(logits.dtype, torch.float32)
-        chosen = self.mixture.choose(logits.to(exact).log_softmax(-1))
-        if self.choices is not None:
-            self.choices.append(chosen)
-        narrow = super().narrow(place, x, a)
-        return narrow * chosen.weights.repeat_interleave(self.expert_rank, -1).to(narrow.dtype)
+    def narrow(self, x: Tensor, a: Mapping[int, Tensor]) -> Tensor:
+        weights = []
+        for place in a:
+            logits = F.linear(x, self.router[str(place)])
+            exact = torch.promote_types(logits.dtype, torch.float32)
+            chosen = self.mixture.choose(logits.to(exact).log_softmax(-1))
+            if self.choices is not None:
+                self.choices.append(chosen)
+            weights.append(chosen.weights)
+        narrow = super().narrow(x, a)
+        return narrow * torch.cat(weights, -1).repeat_interleave(self.expert_rank, -1).to(narrow.dtype)
 
 
 def routed(decoder: Decoder) -> Iterator[tuple[str, RoutedLinear]]:
