@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,10 @@ from penstock.parallel.shard import like
 from penstock.train.folders import Trained
 
 Precision = Literal["fp32", "autocast", "bf16"]
+
+#: So many gradients are converted at a time: to convert each by itself takes a device longer to begin than to do, and
+#: of more, both precisions are in memory at once.
+TOGETHER = 2**26
 
 
 class Weights:
@@ -54,15 +58,19 @@ class Weights:
         """Adds the gradients of a backward pass to the masters' and frees the former."""
         if not self.separate:
             return
-        for name, master in self.masters.items():
-            grad = self._own[name].grad
-            if grad is None:
-                continue
-            if master.grad is None:
-                master.grad = grad.float()
-            else:
-                master.grad.add_(grad)
-            self._own[name].grad = None
+        pairs = [(own, self.masters[name]) for name, own in self._own.items() if own.grad is not None]
+        for group in _groups(pairs):
+            masters = [master for _, master in group]
+            wide = [torch.empty_like(master) for master in masters]
+            torch._foreach_copy_(wide, [cast(Tensor, own.grad) for own, _ in group])
+            known = [master.grad for master in masters if master.grad is not None]
+            if known:
+                added = [each for each, master in zip(wide, masters, strict=True) if master.grad is not None]
+                torch._foreach_add_(known, added)
+            for (own, master), each in zip(group, wide, strict=True):
+                own.grad = None
+                if master.grad is None:
+                    master.grad = each
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -77,3 +85,18 @@ class Weights:
             value = values[name]
             master.copy_(value if isinstance(value, DTensor) else like(master, value))
         self.publish()
+
+
+def _groups(pairs: Sequence[tuple[Tensor, nn.Parameter]]) -> Iterator[list[tuple[Tensor, nn.Parameter]]]:
+    """Weights and their masters in groups of up to :data:`TOGETHER` numbers, or one that has more."""
+    group: list[tuple[Tensor, nn.Parameter]] = []
+    numbers = 0
+    for pair in pairs:
+        size = pair[1].numel()
+        if group and numbers + size > TOGETHER:
+            yield group
+            group, numbers = [], 0
+        group.append(pair)
+        numbers += size
+    if group:
+        yield group

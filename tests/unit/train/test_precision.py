@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from penstock.data.samplers.shuffle import Shuffle
 from penstock.models.config import DecoderConfig
@@ -64,6 +67,43 @@ def test_gradients_of_bf16_weights_add_up_in_fp32():
     assert norm.grad is None
     assert torch.equal(weights.masters["norm.weight"].grad, torch.full((32,), 1 + 1000 / 512))
     assert weights.masters["head.weight"].grad is None
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counted[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("together", [1, 2000, 2**26])
+def test_gradients_are_collected_by_few_operators(monkeypatch, together):
+    """Each in fp32, twice with what was there before; for all of them together where they are few enough."""
+    monkeypatch.setattr("penstock.train.precision.TOGETHER", together)
+    model = decoder()
+    weights = Weights(model, "bf16")
+    wanted: dict[str, torch.Tensor] = {}
+    for step in range(3):
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            if step or number % 2:  # some have none at first
+                drawn = torch.Generator().manual_seed(100 * step + number)
+                parameter.grad = torch.randn(parameter.shape, generator=drawn).bfloat16()
+                wanted[name] = wanted.get(name, 0) + parameter.grad.float()
+        with Calls() as calls:
+            weights.collect_gradients()
+        assert all(parameter.grad is None for parameter in model.parameters())
+        if together == 2**26:
+            assert calls.counted["_foreach_copy_"] == 1
+            assert calls.counted["_foreach_add_"] == (step > 0)
+            assert calls.counted.keys() <= {"_foreach_copy_", "_foreach_add_", "empty_like", "detach"}
+    assert wanted.keys() == weights.masters.keys()
+    for name, master in weights.masters.items():
+        assert torch.equal(master.grad, wanted[name])
 
 
 def test_updates_too_small_for_bf16_add_up_in_the_masters():
