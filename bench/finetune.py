@@ -4,12 +4,16 @@ Generated dialogues are packed into rows, of which each update takes one. TRL's 
 and batches: for SFT the rows as they are packed, without padding (its attention keeps the conversations apart, too);
 for DPO, which it cannot pack, the pairs of a row as a padded batch. The optimizer's settings are the same, LoRA begins
 with the same numbers, and what the model at the beginning finds probable is computed before the run by both. In fp32
-the losses of all updates have to agree to a thousandth; in bf16, where each multiplies in its own way, they are told.
+the losses of all updates have to agree to a thousandth. In bf16 each multiplies in its own way: ours rounds what layers
+hand on, which TRL's autocast keeps in fp32. There it is told how far the losses are apart, and how far those of each
+are from ours in fp32.
 
 A token counts where it is no padding. Each side trains in a process of its own, once for each task, and they take turns
 with rounds of updates. Its memory is the highest while it makes them: of the process on the CPU, of tensors on CUDA. Of
 a round the first update is not timed, and nothing of the first round, which both make at the same time: it compiles. On
-the CPU nothing is compiled, since such short runs would not be; on CUDA ours is, and TRL's trainers are as they come.
+the CPU nothing is compiled, since such short runs would not be. On CUDA ours is, and TRL's trainers are as they come,
+and then once more, beside ours again, with `torch_compile`. They make their first round alone then, and a row tells how
+long it took, or that it was not over in the seconds that they are given: PENSTOCK_TRL_SECONDS, 600 if unset.
 
 The last rows are the accuracy on `penstock eval`'s held-out questions of arithmetic, before and after SFT on others.
 
@@ -35,7 +39,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from penstock.core.bench import Apart, Bench, peer_python
+from penstock.core.bench import Apart, Bench, LateError, peer_python
 from penstock.core.config import build
 from penstock.core.devices import synchronize
 from penstock.core.errors import PenstockError
@@ -76,6 +80,19 @@ TASKS = {
     ),
     "dpo": Task({"name": "dpo", "beta": 0.1}, {"name": "full"}, "preferences", 2e-6, "TRL's DPOTrainer"),
 }
+
+
+class Peer(NamedTuple):
+    """TRL's side of a task: what it is called, and whether it compiles."""
+
+    name: str
+    compiles: bool
+
+
+def peers_of(task: Task, device: str) -> list[Peer]:
+    """Whom ours stands beside, one after the other."""
+    plain = Peer(task.peer, compiles=False)
+    return [plain, Peer(f"{task.peer}, torch_compile", compiles=True)] if device == "cuda" else [plain]
 
 
 class Shape(NamedTuple):
@@ -210,9 +227,9 @@ def peak_bytes(device: torch.device) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def asked_of(name: str, folder: Path, shape: Shape, device: str) -> dict[str, Any]:
-    """The configuration of a run of ours."""
-    task = TASKS[name]
+def asked_of(name: str, folder: Path, shape: Shape, device: str, precision: str | None = None) -> dict[str, Any]:
+    """The configuration of a run of ours, in the ``precision`` that it is measured in if none is given."""
+    task, measured = TASKS[name], "bf16" if device == "cuda" else "fp32"
     return {
         "start_from": MODEL,
         "objective": task.objective,
@@ -222,8 +239,8 @@ def asked_of(name: str, folder: Path, shape: Shape, device: str) -> dict[str, An
         "optim": {"name": "adamw", "lr": task.lr, **ADAM},
         "steps": shape.all,
         "device": device,
-        "precision": "bf16" if device == "cuda" else "fp32",
-        "compile": device == "cuda",
+        "precision": precision or measured,
+        "compile": device == "cuda" and precision in (None, measured),
     }
 
 
@@ -260,16 +277,27 @@ def answer_orders() -> None:
         sys.stdin.readline()
 
 
-def play(name: str, python: str, data: Path, weights: Path, shape: Shape, device: str) -> list[list[Round]]:
-    """The rounds of both sides of a task."""
-    task, folder = TASKS[name], data / name
+class Played(NamedTuple):
+    """The rounds of both sides of a task, and how many seconds the peer took for its first one."""
+
+    own: list[Round]
+    others: list[Round]
+    beginning: float
+
+
+def play(name: str, peer: Peer, python: str, data: Path, weights: Path, shape: Shape, device: str) -> Played:
+    """The rounds of both sides of a task.
+
+    Raises:
+        LateError: the peer compiles for longer than it is given.
+    """
+    task, folder = TASKS[name], data / f"{name}{'-compiled' if peer.compiles else ''}"
     folder.mkdir()
     script = str(Path(__file__).parent / "peers" / "trl_finetune.py")
-    with Apart([sys.executable, __file__], "ours") as own, Apart([python, script], task.peer) as peer:
-        config = asked_of(name, data, shape, device)
-        own.ask({"config": config, "folder": str(folder), "updates": shape.updates})
+    with Apart([sys.executable, __file__], "ours") as own, Apart([python, script], peer.name) as other:
+        own.ask({"config": asked_of(name, data, shape, device), "folder": str(folder), "updates": shape.updates})
         todo, first = batches(data / f"{name}-store", shape), folder / "first"
-        peer.ask(
+        other.ask(
             {
                 "task": name,
                 "model": str(weights),
@@ -280,27 +308,92 @@ def play(name: str, python: str, data: Path, weights: Path, shape: Shape, device
                 "beta": task.objective.get("beta"),
                 "folder": str(folder),
                 "cuda": device == "cuda",
+                "compile": peer.compiles,
                 **ADAM,
             }
         )
-        with ThreadPoolExecutor(2) as pool:
-            found = [[Round(**each)] for each in pool.map(lambda side: side.ask({}), (own, peer))]
+        rounds, beginning = begin(own, other, peer)
         for number in range(shape.rounds):
-            for rounds, side in zip(found, (own, peer), strict=True):
-                rounds.append(Round(**side.ask({})))
-            print(f"{name}: round {number + 1} of {shape.rounds}", file=sys.stderr)
-    return found
+            for side, found in zip((own, other), rounds, strict=True):
+                found.append(Round(**side.ask({})))
+            print(f"{name}, {peer.name}: round {number + 1} of {shape.rounds}", file=sys.stderr)
+    return Played(*rounds, beginning)
+
+
+def begin(own: Apart, other: Apart, peer: Peer) -> tuple[list[list[Round]], float]:
+    """The first round of both sides, a list for each, and how many seconds the ``peer`` took: at the same time, or, of
+    one that compiles, one after the other.
+
+    Raises:
+        LateError: the peer compiles for longer than it is given.
+    """
+    within = patience() if peer.compiles else None
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(own.ask, {})
+        if peer.compiles:
+            first.result()
+        began = time.perf_counter()
+        answer = other.ask({}, within)
+        return [[Round(**first.result())], [Round(**answer)]], time.perf_counter() - began
+
+
+def patience() -> float:
+    """How many seconds TRL's trainers are given for a round in which they compile."""
+    return float(os.environ.get("PENSTOCK_TRL_SECONDS", "600"))
+
+
+def in_fp32(name: str, data: Path, shape: Shape, device: str) -> list[float]:
+    """The losses of all updates of a task where ours makes them in fp32."""
+    folder = data / f"{name}-fp32"
+    folder.mkdir()
+    with Apart([sys.executable, __file__], "ours in fp32") as own:
+        config = asked_of(name, data, shape, device, "fp32")
+        own.ask({"config": config, "folder": str(folder), "updates": shape.all})
+        return Round(**own.ask({})).losses
 
 
 def compare(bench: Bench, name: str, python: str, data: Path, weights: Path, shape: Shape) -> None:
     """The rows of a task."""
-    own, others = play(name, python, data, weights, shape, bench.device.type)
-    tokens = [sum(len(each) for each, _ in segments(batch)) for batch in batches(data / f"{name}-store", shape)]
+    device = bench.device.type
+    setting = f"{name}, {MODEL}, {'bf16' if device == 'cuda' else 'fp32'}, {shape.length} tokens an update"
+    for peer in peers_of(TASKS[name], device):
+        shown = {"subject": "penstock", "peer": peer.name, "setting": setting}
+        late = None
+        try:
+            played = play(name, peer, python, data, weights, shape, device)
+            seconds = played.beginning
+        except LateError:
+            seconds = patience()
+            late = f"did not finish compiling in {seconds:.0f} s, so that nothing of it is compared"
+        if peer.compiles:
+            bench.row(
+                subject=peer.name,
+                setting=f"{setting}: {shape.updates} updates",
+                metric="time of the first round, which compiles",
+                unit="s",
+                better="lower",
+                value=seconds,
+                note=late,
+            )
+        if late is None:
+            compare_rounds(bench, shown, batches(data / f"{name}-store", shape), shape, played)
+            compare_curves(bench, shown, losses_of(played.own), losses_of(played.others))
+        if late is None and device == "cuda" and not peer.compiles:
+            reference = in_fp32(name, data, shape, device)
+            compare_with_fp32(bench, shown, reference, losses_of(played.own), losses_of(played.others))
+
+
+def losses_of(rounds: list[Round]) -> list[float]:
+    """Those of all updates."""
+    return [loss for each in rounds for loss in each.losses]
+
+
+def compare_rounds(bench: Bench, shown: dict[str, str], todo: list[Batch], shape: Shape, played: Played) -> None:
+    """Rows of the throughput and of the memory of both sides, over the rounds behind the first."""
+    tokens = [sum(len(each) for each, _ in segments(batch)) for batch in todo]
     counted = [sum(tokens[first + 1 : first + shape.updates]) for first in range(0, shape.all, shape.updates)]
-    setting = f"{name}, {MODEL}, {'bf16' if bench.device.type == 'cuda' else 'fp32'}, {shape.length} tokens an update"
-    shown = {"subject": "penstock", "peer": TASKS[name].peer, "setting": setting}
     rates, memory = [], []
-    for side in (own, others):
+    for side in (played.own, played.others):
         timed = list(zip(counted, side, strict=True))[1:]
         rates.append([count / sum(each.seconds) for count, each in timed])
         memory.append([each.memory / 2**30 for _, each in timed])
@@ -314,7 +407,11 @@ def compare(bench: Bench, name: str, python: str, data: Path, weights: Path, sha
         peer_values=memory[1],
         claim="parity",
     )
-    compare_curves(bench, shown, *([loss for each in side for loss in each.losses] for side in (own, others)))
+
+
+def apart(own: list[float], others: list[float]) -> float:
+    """The largest difference of the losses of an update."""
+    return max(abs(one - other) for one, other in zip(own, others, strict=True))
 
 
 def compare_curves(bench: Bench, shown: dict[str, str], own: list[float], others: list[float]) -> None:
@@ -323,7 +420,7 @@ def compare_curves(bench: Bench, shown: dict[str, str], own: list[float], others
     Raises:
         PenstockError: too far, for fp32.
     """
-    far = max(abs(one - other) for one, other in zip(own, others, strict=True))
+    far = apart(own, others)
     bench.row(
         subject=shown["subject"],
         setting=f"{shown['setting']}: {len(own)} updates, beside {shown['peer']}",
@@ -334,6 +431,27 @@ def compare_curves(bench: Bench, shown: dict[str, str], own: list[float], others
     )
     if bench.device.type == "cpu" and far > EXACT:
         raise PenstockError(f"{shown['setting']}: the losses are {far:.1e} apart: {own} here, and {others} there")
+
+
+def compare_with_fp32(
+    bench: Bench, shown: dict[str, str], reference: list[float], own: list[float], others: list[float]
+) -> None:
+    """Rows of how far the losses of both sides are from the ``reference``: of the first update, which no update was
+    made before, and of all."""
+    note = "both update weights in fp32; ours rounds what layers hand on to bf16, which TRL's autocast keeps in fp32"
+    for what, count in (("the first update", 1), (f"{len(reference)} updates", len(reference))):
+        bench.compared(
+            subject=shown["subject"],
+            peer=shown["peer"],
+            setting=f"{shown['setting']}: {what}",
+            metric="largest difference of the losses from those in fp32",
+            unit="",
+            better="lower",
+            values=[apart(own[:count], reference[:count])],
+            peer_values=[apart(others[:count], reference[:count])],
+            claim="parity",
+            note=note,
+        )
 
 
 # Before and after

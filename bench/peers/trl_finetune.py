@@ -2,10 +2,10 @@
 
 Reads a line of JSON: the ``task`` (sft, lora or dpo), the folder of the ``model`` in fp32, for lora that of the
 ``adapter`` to begin with, the ``batches`` of all updates, tokenized, how many ``updates`` a round has, the optimizer's
-``lr``, ``betas``, ``eps`` and ``weight_decay``, ``beta`` of DPO, a ``folder`` to write to, and whether on ``cuda``,
-where it multiplies in bf16. Writes ``{}`` when it is ready, and goes on with a round for each line that it reads, of
-which it writes JSON: the ``losses`` of its updates, the ``seconds`` of all but the first, and the ``memory`` in bytes,
-the highest while they were made.
+``lr``, ``betas``, ``eps`` and ``weight_decay``, ``beta`` of DPO, a ``folder`` to write to, whether on ``cuda``, where
+it multiplies in bf16, and whether to ``compile``. Writes ``{}`` when it is ready, and goes on with a round for each
+line that it reads, of which it writes JSON: the ``losses`` of its updates, the ``seconds`` of all but the first, and
+the ``memory`` in bytes, the highest while they were made.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def options(asked: dict) -> dict:
         "weight_decay": asked["weight_decay"],
         "max_grad_norm": 1.0,
         "bf16": asked["cuda"],
+        "torch_compile": asked["compile"],
         "use_cpu": not asked["cuda"],
         "gradient_checkpointing": False,
         "max_length": None,

@@ -22,6 +22,7 @@ import importlib.util
 import json
 import os
 import platform
+import select
 import statistics
 import subprocess
 import sys
@@ -217,6 +218,7 @@ class Bench:
         papers: Sequence[int] = (),
         claim: Literal["gain", "parity"] = "gain",
         least: float | None = None,
+        note: str | None = None,
     ) -> Row:
         """A row of what a subject and its peer gave in turn, one figure a repetition.
 
@@ -235,6 +237,7 @@ class Bench:
             papers=tuple(papers),
             claim=claim,
             least=least,
+            note=note,
             repetitions=len(values),
             peer=peer,
             **_spread("value", values, prefix=""),
@@ -388,6 +391,10 @@ def peer_python(peer: str, variable: str) -> str:
     return python
 
 
+class LateError(PenstockError):
+    """A peer took longer to answer than it was given."""
+
+
 class Apart:
     """A process that answers each line of JSON on its standard input with one on its standard output.
 
@@ -411,16 +418,24 @@ class Apart:
         self._process.communicate()
         self._complaints.close()
 
-    def ask(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, asked: Mapping[str, Any], within: float | None = None) -> dict[str, Any]:
         """What it answers.
+
+        Args:
+            asked: what is written to it.
+            within: for how many seconds to wait; None waits for as long as it takes.
 
         Raises:
             PenstockError: it has ended.
+            LateError: it has not answered in that time, and is good for nothing more.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # then it does not answer either
             self._process.stdin.write(json.dumps(asked) + "\n")
             self._process.stdin.flush()
+        # It writes nothing before it is asked, so that none of its answer is in our buffer yet.
+        if within is not None and not select.select([self._process.stdout], [], [], within)[0]:
+            raise LateError(f"{self._who} did not answer in {within:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()

@@ -52,6 +52,7 @@ class Row(Config):
         least: how many times better the subject is at least, where the papers claim a gain of that size throughout
             ("close to 4x"); None where they name a direction, or the best of their cases ("up to 2.8x").
         simulated: whether a model of the device gave the figures, and no clock.
+        note: what a reader has to know beside: in what the peer's conditions differ, or why figures are missing.
     """
 
     subject: str
@@ -74,6 +75,7 @@ class Row(Config):
     claim: Literal["gain", "parity"] = "gain"
     least: PositiveFloat | None = None
     simulated: bool = False
+    note: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -178,7 +180,7 @@ def cells(row: Row) -> tuple[str, ...]:
     unit = f" {row.unit}" if row.unit else ""
     return (
         row.subject,
-        row.setting,
+        f"{row.setting} ({row.note})" if row.note else row.setting,
         f"{row.metric} {'↑' if row.better == 'higher' else '↓'}",
         spread(row.value, row.low, row.high, unit),
         str(row.repetitions),

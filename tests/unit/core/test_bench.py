@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core import bench as bench_module
-from penstock.core.bench import Apart, Bench, commit, load, scripts, summary, versions
+from penstock.core.bench import Apart, Bench, LateError, commit, load, scripts, summary, versions
 from penstock.core.devices import label
 from penstock.core.errors import ConfigError, PenstockError, UsageError
-from penstock.core.results import Result
+from penstock.core.results import Result, cells
 
 CPU = torch.device("cpu")
 NAMES = {"subject": "ours", "setting": "small", "metric": "throughput", "unit": "items/s"}
@@ -269,3 +269,19 @@ def test_a_process_apart_answers_as_often_as_it_is_asked_and_says_why_it_ended()
         for _ in range(2):
             with pytest.raises(PenstockError, match="the peer failed: ZeroDivisionError"):
                 peer.ask({"share": 0})
+
+
+def test_a_process_apart_that_takes_longer_than_it_is_given_is_late():
+    script = (
+        "import sys\nfor line in sys.stdin:\n    'wait' in line and sys.stdin.readline()\n    print('{}', flush=True)\n"
+    )
+    with Apart([sys.executable, "-c", script], "the peer") as peer:
+        assert peer.ask({}, within=600) == {}
+        with pytest.raises(LateError, match=r"the peer did not answer in 0 s"):
+            peer.ask({"wait": True}, within=0.01)
+
+
+def test_a_note_stands_beside_the_setting(run):
+    row = run.row(**NAMES, value=1.0, note="half of it was idle")
+    assert cells(row)[1] == "small (half of it was idle)"
+    assert "note" not in run.row(**NAMES, value=1.0).model_dump(exclude_none=True)
