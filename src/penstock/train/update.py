@@ -69,7 +69,8 @@ class Updater:
         self.averages = [m.detach().clone() for m in self.masters] if config.average else []
         self.loads = Loads(model)
         self._alike = shards.alike if shards else 1  # processes that have the same rows
-        tuner, objective = config.tuner, config.objective
+        tuner = config.tuner
+        objective = shards.shared_out(config.objective) if shards else config.objective
         self.loss: Callable[..., Tensor] = lambda model, batch, context: tuner.loss(objective, model, batch, context)
         self.position = Position()
         self._config = config

@@ -23,10 +23,12 @@ from penstock.train import checkpoint
 from penstock.train.checkpoint import Keeping, TrainerState
 from penstock.train.config import TrainConfig
 from penstock.train.layers import compile_layers, run_layers
+from penstock.train.objectives.contract import Objective
 from penstock.train.precision import Precision
 from penstock.train.saving import copied
 from penstock.train.shards.division import Division, OwnParts
 from penstock.train.shards.filling import fill, source_of
+from penstock.train.shards.shared_loss import shared_out as shared_out_loss
 
 
 class Shards:
@@ -119,6 +121,11 @@ class Shards:
         """Of whole ``tensors``, by the name of their parameter, perhaps with ``/key`` after it, this process's shares;
         their rows are not sharded yet."""
         return tensors if self._division is None else OwnParts(tensors, self._division)
+
+    def shared_out(self, objective: Objective) -> Objective:
+        """``objective`` with a loss that those who compute each layer together find together."""
+        together = self._meshes.together
+        return objective if together is None else shared_out_loss(objective, together)
 
     def compile(self) -> None:
         """Compiles the layers, from their next pass on; what is put together and let go of stays outside."""
