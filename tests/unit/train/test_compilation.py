@@ -94,7 +94,7 @@ def test_nothing_is_compiled_after_the_run_has_begun(store, tmp_path, monkeypatc
 def test_layers_with_additions_are_compiled_in_one_piece(tmp_path, monkeypatch):
     """The first, into which no gradient flows, and all others once."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    model = make_chat_model(tmp_path / "base", layers=5)
+    model = make_chat_model(tmp_path / "base", layers=3)
     data = {"chats": str(write_lines(tmp_path / "chats.jsonl", [{"messages": turns("what is 1?", "1 a word")}] * 9))}
     tuner = {"name": "lora", "rank": 2}
     options = chat_config(model, data={**data, "held_out": 0.0}, tuner=tuner, compile=True, steps=2)
