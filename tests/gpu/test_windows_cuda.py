@@ -13,13 +13,13 @@ import torch
 from penstock.core.randomness import numpy_generator
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
-from penstock.ops.paged.contract import CacheShape, PagedBatch
+from penstock.ops.paged.contract import CacheShape, PagedBatch, StepShape
 from penstock.ops.paged.flashinfer import FlashInfer
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.messages import Request
-from penstock.serve.run.graphs import padded, taken_as, window_shapes
+from penstock.serve.run.graphs import StepGraphs, padded, taken_as, window_shapes
 from penstock.serve.run.runner import Passed, Runner
 from penstock.serve.run.step import Part
 from penstock.speculate.drafters.model import Model
@@ -85,8 +85,11 @@ def model() -> Decoder:
 
 @pytest.mark.parametrize("tree", [(), (3, 2)])
 @pytest.mark.parametrize("drafter", ["ngram", "model"])
-def test_replayed_windows_are_queued_windows(drafter, tree):
-    """For crowds of any size, of windows as long as they happen to be."""
+def test_replayed_windows_are_queued_windows(drafter, tree, monkeypatch):
+    """For crowds of any size, of windows as long as they happen to be. A model drafts chains in passes that go on by
+    themselves."""
+    gone, again = list[StepShape](), StepGraphs.again
+    monkeypatch.setattr(StepGraphs, "again", lambda self, shape: (gone.append(shape), again(self, shape))[1])
     target = model()
     drafters = {"ngram": Ngram(shortest=1), "model": Model(source="a model", tokens=4)}
     config = EngineConfig(
@@ -110,9 +113,11 @@ def test_replayed_windows_are_queued_windows(drafter, tree):
     while engine.busy:
         step()
     assert set(lengths.values()) == {40} and len(lengths) == 16
-    for each in compared:
+    onward = drafter == "model" and not tree
+    for each in compared[: 1 if onward else None]:
         assert len(set(each.replayed)) > 3
         assert not each.queued, f"{each.queued} are replayed by no graph"
+    assert len(set(gone)) > 3 if onward else not gone
     assert any(shape.masked for each in compared for shape in each.replayed) == bool(tree)
 
 

@@ -125,10 +125,10 @@ class StepRoom:
     def take(self, sequence: Sequence, most: int | None = None) -> int:
         if id(sequence) in self._taken or self.tokens == 0 or not sequence.ready(self._ahead):
             return 0
-        if most != 0 and self._step(sequence):
-            return 1
-        begin, waited = len(self.entries), not sequence.running
         budget = self.tokens if most is None else min(most, self.tokens)
+        if budget and (rows := self._step(sequence, budget)):
+            return rows
+        begin, waited = len(self.entries), not sequence.running
         again = 0 if sequence.sampling.again is None else sequence.sampling.again.more
         if waited and (self.preempted or budget < len(sequence.members) + again or not self._admit(sequence)):
             return 0
@@ -146,31 +146,40 @@ class StepRoom:
         self._takes.append((begin, len(self.entries), waited or bool(sequence.contexts)))
         return sum(shares) + window.rows + again * scored
 
-    def _step(self, sequence: Sequence) -> bool:
-        """Takes the newest token of a running sequence where nothing else is to be done for it, as it is for most
-        sequences at most steps: what :meth:`take` does, the short way. Tells whether it did."""
+    def _step(self, sequence: Sequence, budget: int) -> int:
+        """Takes the newest token of a running sequence, and what is drafted behind it, where nothing else is to be done
+        for it, as it is for most sequences at most steps: what :meth:`take` does, the short way. Tells of how many rows
+        of the ``budget``; 0 where it did not."""
         held = sequence.held
-        if held is None or not sequence.alone or (self._ahead and sequence.draft is not None):
-            return False
+        if held is None or not sequence.alone:
+            return 0
         start = held.computed
         if (
             sequence.length != start + 1
             or start >= held.due
             or held.filled.size
             or sequence.prompt_logprobs is not None
+            or not self._memory.has_place(held)
         ):
-            return False
-        if not self._memory.step(sequence, held):
-            return False
-        packed, since = (self._memory.packed(held), held.since) if held.dropped else (0, 0)
+            return 0
         assert held.slot is not None
+        window = self._window(sequence, budget - 1) if self._ahead and sequence.draft is not None else NOTHING
         self._takes.append((len(self.entries), len(self.entries) + 1, False))
-        self.entries.append(Entry(sequence, held.slot, start, 1, 1, dropped=held.dropped, packed=packed, since=since))
-        self.tokens -= 1
+        count = 1 + len(window.tokens)
+        if window is NOTHING:
+            packed, since = (self._memory.packed(held), held.since) if held.dropped else (0, 0)
+            self.entries.append(
+                Entry(sequence, held.slot, start, 1, 1, dropped=held.dropped, packed=packed, since=since)
+            )
+        else:
+            self._append(sequence, held, start, count, count, window)
+        self._memory.step(sequence, held, count)
+        rows = count + sum(window.probes)
+        self.tokens -= rows
         sequence.in_flight += 1
         self._taken.add(id(sequence))
         self._count(-1)
-        return True
+        return rows
 
     def _admit(self, sequence: Sequence) -> bool:
         if not self._memory.admit(sequence):

@@ -53,7 +53,7 @@ def test_what_is_kept_later_is_there(budget, beta):
         after = view.counts(tokens)
         assert all(count <= min(kept + 1, tokens) for count, kept in zip(after, before, strict=True))
         wanted = budget * tokens if budget <= 1 else budget
-        assert sum(after) <= LAYERS * max(5, wanted)
+        assert sum(after) <= LAYERS * max(5, wanted) + 1e-9
         before = after
 
 

@@ -229,16 +229,16 @@ class Memory:
                 self._blocks.append(held, self._blocks.take(fresh))
         return 0
 
-    def step(self, sequence: Sequence, held: Held) -> bool:
-        """:meth:`reserve` and :meth:`advance` for the newest token of a running sequence, if its place is in a block
-        that is the sequence's alone already. Tells whether it was."""
+    def has_place(self, held: Held) -> bool:
+        """Whether the place of the next token is in a block that is the sequence's alone already."""
         block = held.places // self._blocks.size
-        if block >= len(held.blocks) or self.pool.frozen(held.blocks[block]):
-            return False
-        held.computed += 1
+        return block < len(held.blocks) and not self.pool.frozen(held.blocks[block])
+
+    def step(self, sequence: Sequence, held: Held, count: int) -> None:
+        """:meth:`advance` of a sequence that decodes, in whose cache no blocks come behind these tokens."""
+        held.computed += count
         if held.computed // self._blocks.size > held.committed:
             self.commit(sequence)
-        return True
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """``count`` more tokens of ``sequence`` are about to be computed."""
