@@ -115,7 +115,9 @@ def walk_kernel(  # type: ignore[no-untyped-def]
                     their = tl.load(positions + token + other - place, known & (other >= before), 0)
                     near = tl.abs(position[:, None] - their[None, :]) < window
                     near = near & ((position // chunk)[:, None] == (their // chunk)[None, :])
-                    visible = visible & (~both | (near & (tl.load(seen + cell, both, 0) != 0)))
+                    # Not `visible`: Triton cannot compile that for fp32 with one stage.
+                    hidden = both & ~(near & (tl.load(seen + cell, both, 0) != 0))
+                    scores = tl.where(hidden, float("-inf"), scores)
             scores = tl.where(visible, scores, float("-inf"))
             new = tl.maximum(top, tl.max(scores, 1))
             base = tl.where(new == float("-inf"), 0.0, new)
