@@ -151,9 +151,10 @@ def test_plans_of_fixed_shapes_attend_as_others_do(kind: str, monkeypatch: pytes
         assert torch.equal(found, attended(free, text, first, last, window, extras, None, tree))
 
 
-@pytest.mark.parametrize(("heads", "latent", "rest"), [(70, 14, 4), (20, 512, 64)])
+@pytest.mark.parametrize(("heads", "latent", "rest"), [(71, 14, 4), (19, 512, 64)])
 def test_many_queries_share_a_latent(heads: int, latent: int, rest: int) -> None:
-    """More than a tile has rows; and a latent so large that tiles are small."""
+    """More than a tile has rows, cut into shares of which the last is smaller; and a latent so large that tiles are
+    small."""
     shape = shape_of(heads=heads, kv_heads=1, head_dim=latent + rest, latent=latent)
     text, sinks = Text(shape, 40), torch.linspace(-2, 2, heads)
     cache = Walked().open(shape)
