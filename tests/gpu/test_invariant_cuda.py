@@ -20,6 +20,8 @@ KINDS = {
     "dense": {"qk_norm": True, "qkv_bias": True},
     "window": {"window": 100, "windowed_layers": (0,)},
     "one key head": {"kv_heads": 1, "head_dim": 128},
+    "cap, sinks and window": {"attention_cap": 0.5, "sinks": True, "window": 100, "windowed_layers": (0,)},
+    "sinks and chunks": {"sinks": True, "chunked": True, "window": 1100, "windowed_layers": (0,)},
     "experts": {"moe": {"experts": 8, "ffn": 256, "shared_ffn": 128, "shared_gate": True}},
 }
 

@@ -8,9 +8,11 @@ import itertools
 import pytest
 import torch
 
+from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.codecs.fp8 import Fp8
-from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch
+from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, StepShape
 from penstock.ops.paged.flashinfer import FlashInfer
+from penstock.ops.paged.invariant import Invariant, WalkedCache
 from penstock.testing.attention_paged import LONG, Course, Place, check_course, check_place, places
 from penstock.testing.enrolled import enrolled
 from penstock.testing.paged_scene import Keep, Step
@@ -68,3 +70,49 @@ def test_blocks_in_fp8_are_read_by_the_scales_of_their_heads(heads: tuple[int, i
         if not isinstance(action, Keep)
     )
     check_course(policy, place, Course(script, *heads, 128, 16, (None, 50)), Fp8())
+
+
+@pytest.mark.parametrize(
+    ("extras", "latent"),
+    [(Extras(cap=2.0), None), (Extras(sinks=torch.linspace(-2, 9, 8)), None), (Extras(chunk=700), None), (PLAIN, 512)],
+    ids=["cap", "sinks", "chunk", "latent"],
+)
+def test_what_flashinfer_does_not_compute_can_be_replayed_from_a_graph(extras: Extras, latent: int | None) -> None:
+    """Two sequences that decode and one with five new tokens, of which one is longer than a piece, and then others, by
+    one graph: the bits of plans that are not fixed."""
+    device, dtype, size, pages = torch.device("cuda"), torch.bfloat16, 16, 100
+    dim, kv_heads = (64, 2) if latent is None else (latent + 64, 1)
+    shape = CacheShape(1, 8, kv_heads, dim, 300, size, dtype, device, latent=latent)
+    fixed, free = (Invariant().open(shape) for _ in range(2))
+    extras = extras._replace(sinks=None if extras.sinks is None else extras.sinks.to(device))
+    step, draw = StepShape(2, 1, 5), torch.Generator().manual_seed(0)
+    assert fixed.fix([step], pages)
+    tokens = [torch.zeros(step.rows, heads, dim, dtype=dtype, device=device) for heads in (8, kv_heads, kv_heads)]
+    given = (*tokens[:2], tokens[2][..., :latent])
+    # Whatever lies there: random keys and values.
+    filled = torch.randn(fixed.memory.shape, generator=draw).to(device, dtype)
+    for cache in (fixed, free):
+        cache.memory.copy_(filled)
+
+    def attended(cache: WalkedCache) -> torch.Tensor:
+        return cache.attend(0, *given, scale=0.1, window=None, extras=extras)
+
+    graph, out = torch.cuda.CUDAGraph(), torch.empty(0)
+    for number, lengths in enumerate(([1, 1, 5], [40, 1500, 900], [1025, 3, 1599], [16, 17, 31])):
+        for each in tokens:
+            each.copy_(torch.randn(each.shape, generator=draw))
+        tables = torch.randperm(300, generator=draw).int().view(3, pages)
+        counts = torch.tensor([1, 1, 5])
+        places = torch.cat([torch.arange(end - count, end) for end, count in zip(lengths, counts, strict=True)])
+        slots = tables[torch.repeat_interleave(counts), places // size].long() * size + places % size
+        starts = torch.tensor([0, 1, 2, 7], dtype=torch.int32)
+        batch = PagedBatch(starts, torch.tensor(lengths, dtype=torch.int32), tables, slots)
+        fixed.plan(dataclasses.replace(batch, shape=step))
+        if not number:
+            attended(fixed)  # compiles
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                out = attended(fixed)
+        graph.replay()
+        free.plan(batch)
+        assert torch.equal(out, attended(free))

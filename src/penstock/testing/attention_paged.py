@@ -113,6 +113,24 @@ class Course:
     extras: Extras = PLAIN
     needs: frozenset[str] = frozenset()
 
+    def shape(self, place: Place) -> CacheShape:
+        """That of the memory."""
+        gains = [gain for action in self.script if isinstance(action, Step) for gain in action.gains]
+        sequences = len(gains) + sum(isinstance(action, Fork) for action in self.script)
+        return CacheShape(
+            layers=len(self.windows),
+            heads=self.groups * self.kv_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            blocks=sum(gain for _, gain in gains) // self.block_size + 2 * sequences,
+            block_size=self.block_size,
+            dtype=place.dtype,
+            device=place.device,
+            windows=frozenset(self.windows),
+            latent=self.latent,
+            needs=self.needs,
+        )
+
 
 #: A tree whose every token is followed by two.
 BUSHY = Tree(tuple((token - 1) // 2 for token in range(63)))
@@ -174,22 +192,7 @@ def check_long_courses(policy: PagedAttention, place: Place) -> None:
 def check_course(policy: PagedAttention, place: Place, course: Course, codec: Codec = PLAIN_CODEC) -> None:
     """Asserts that every token sees what it should, on a memory with room for all tokens of the script, and for two
     blocks more for each of its sequences, in a ``codec``. What that learns, it learns of random vectors."""
-    gains = [gain for action in course.script if isinstance(action, Step) for gain in action.gains]
-    sequences = len(gains) + sum(isinstance(action, Fork) for action in course.script)
-    shape = CacheShape(
-        layers=len(course.windows),
-        heads=course.groups * course.kv_heads,
-        kv_heads=course.kv_heads,
-        head_dim=course.head_dim,
-        blocks=sum(gain for _, gain in gains) // course.block_size + 2 * sequences,
-        block_size=course.block_size,
-        dtype=place.dtype,
-        device=place.device,
-        windows=frozenset(course.windows),
-        latent=course.latent,
-        needs=course.needs,
-        codec=codec,
-    )
+    shape = dataclasses.replace(course.shape(place), codec=codec)
     if isinstance(codec, LearnedCodec):
         draw = torch_generator(course.seed, "testing/learned")
         size = (shape.layers, shape.parts, 300, shape.kv_heads, shape.head_dim)
@@ -207,7 +210,9 @@ def check_course(policy: PagedAttention, place: Place, course: Course, codec: Co
 
 
 def check_needs(policy: PagedAttention, place: Place) -> None:
-    """Asserts it with all that the policy knows besides, each by itself and all together; of the rest it says so."""
+    """Asserts it with all that the policy knows besides, each by itself and all together, where it does not refuse a
+    cache with that; of what it does not know it says so. Elsewhere than on CPUs, for long sequences too, and for a
+    large latent that is shared by many queries."""
     assert (policy.lacks(frozenset(NEEDS)) is None) == (policy.knows == NEEDS.keys())
     dim = place.head_dims[-1]
     sinks = torch.tensor([-1.0, 0.5, 2.0, 30.0], device=place.device)
@@ -217,18 +222,23 @@ def check_needs(policy: PagedAttention, place: Place) -> None:
         "chunk": Course(BRIEF, 2, 2, dim, 16, (None,), extras=Extras(chunk=24)),
         "latent": Course(BRIEF, 1, 4, dim, 16, (None,), latent=dim // 2),
     }
-    for need, course in courses.items():
-        if need in policy.knows:
-            check_course(policy, place, dataclasses.replace(course, needs=frozenset({need})))
+    courses = {need: dataclasses.replace(course, needs=frozenset({need})) for need, course in courses.items()}
+    everything = dataclasses.replace(
+        courses["cap"], needs=frozenset({"cap", "sinks", "chunk"}), extras=Extras(0.8, sinks, 24)
+    )
+    tried = [*courses.values(), everything]
+    if place.device.type != "cpu":
+        tried += [
+            dataclasses.replace(everything, script=LONG, kv_heads=4, groups=1),
+            dataclasses.replace(courses["latent"], script=LONG, groups=100, head_dim=576, latent=512),
+        ]
+    for course in tried:
+        refused = policy.refuses(course.shape(place)) is not None
+        assert refused or course.needs <= policy.knows, f"a cache that needs {set(course.needs)} is not refused"
+        if not refused:
+            check_course(policy, place, course)
     if "contexts" in policy.knows:
         check_contexts(policy, place)
-    if {"cap", "sinks", "chunk"} <= policy.knows:
-        everything = Extras(0.8, sinks, 24)
-        check_course(
-            policy,
-            place,
-            dataclasses.replace(courses["cap"], needs=frozenset({"cap", "sinks", "chunk"}), extras=everything),
-        )
 
 
 def check_contexts(policy: PagedAttention, place: Place) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from penstock.models.decoder import Decoder
-from penstock.models.paged import PagedTokens
-from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch
+from penstock.models.paged import PagedTokens, cache_shape
+from penstock.ops.paged.contract import PagedAttention, PagedBatch
 
 
 @torch.inference_mode()
@@ -30,11 +30,7 @@ def paged_logits(
     """
     config, weight = model.config, model.like
     widths = [-(-len(text) // block_size) for text in texts]
-    shape = CacheShape(
-        config.layers, config.heads, config.kv_heads, config.head_dim, sum(widths), block_size, weight.dtype,
-        weight.device, frozenset(config.window_of(layer) for layer in range(config.layers)),
-    )  # fmt: skip
-    cache = policy.open(shape)
+    cache = policy.open(cache_shape(config, block_size, weight.dtype, weight.device, blocks=sum(widths)))
     tables = torch.zeros(len(texts), max(widths), dtype=torch.int32)
     # Dealt out backwards, so that a sequence's blocks are not in the order of the memory.
     free = list(range(sum(widths)))

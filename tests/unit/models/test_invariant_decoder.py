@@ -20,6 +20,13 @@ SHAPE = {"vocabulary": 61, "hidden": 40, "layers": 2, "heads": 4, "kv_heads": 2,
 KINDS = {
     "dense": {"qk_norm": True, "qkv_bias": True},
     "window": {"window": 9, "windowed_layers": (0,)},
+    "cap, sinks and chunks": {
+        "attention_cap": 0.5,
+        "sinks": True,
+        "chunked": True,
+        "window": 9,
+        "windowed_layers": (0,),
+    },
     "experts": {"moe": {"experts": 5, "ffn": 12, "shared_ffn": 11, "shared_gate": True}},
     "sigmoid experts": {"moe": {"experts": 5, "ffn": 12, "router": {"name": "sigmoid", "top_k": 3}}},
 }

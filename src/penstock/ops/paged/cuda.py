@@ -21,20 +21,41 @@ _handles = itertools.count()
 
 @custom_op("penstock::attend_paged", mutates_args=())
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, cache: int, layer: int, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: int,
+    layer: int,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+    sinks: Tensor | None,
+    chunk: int | None,
 ) -> Tensor:
     # One opaque operator to torch.compile: what it does to the cache is nobody else's business.
     _caches[cache].note(layer, query, scale)
-    return _caches[cache].compute(query, key, value, layer, scale, window)
+    return _caches[cache].compute(query, key, value, layer, scale, window, Extras(cap, sinks, chunk))
 
 
 @_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, cache: int, layer: int, scale: float, window: int | None) -> Tensor:
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: int,
+    layer: int,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+    sinks: Tensor | None,
+    chunk: int | None,
+) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
 class CudaCache(PagedCache):
-    """Keys and values as [layers, blocks, 2, block_size, K, n]; n numbers are what the codec stores for a vector.
+    """Keys and values as [layers, blocks, 2, block_size, K, n], or keys alone, [layers, blocks, 1, block_size, K, n],
+    where they are latent; n numbers are what the codec stores for a vector.
 
     Attributes:
         memory: the tensor.
@@ -53,7 +74,7 @@ class CudaCache(PagedCache):
         self.memory = torch.empty(0)
         torch.cuda.empty_cache()
         self.memory = torch.zeros(
-            (shape.layers, shape.blocks, 2, shape.block_size, shape.kv_heads, numbers),
+            (shape.layers, shape.blocks, shape.parts, shape.block_size, shape.kv_heads, numbers),
             dtype=dtype,
             device=shape.device,
         )
@@ -69,11 +90,11 @@ class CudaCache(PagedCache):
         window: int | None,
         extras: Extras = PLAIN,
     ) -> Tensor:
-        out: Tensor = _attend(query, key, value, self._handle, layer, scale, window)
+        out: Tensor = _attend(query, key, value, self._handle, layer, scale, window, *extras)
         return out
 
     def compute(
-        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None, extras: Extras
     ) -> Tensor:
         """:meth:`attend`, as the operator calls it."""
         raise NotImplementedError

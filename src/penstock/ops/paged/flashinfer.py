@@ -13,6 +13,7 @@ from torch import Tensor
 
 from penstock.core.devices import pinned, upload
 from penstock.core.progress import Reporter, silent
+from penstock.ops.attention import Extras
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache, StepShape
 from penstock.ops.paged.cuda import CudaCache, store, store_fp8
 from penstock.ops.paged.flashinfer_kernels import build_kernels, kept_dtype
@@ -276,7 +277,7 @@ class FlashInferCache(CudaCache):
         )
 
     def compute(
-        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None, extras: Extras
     ) -> Tensor:
         planned = self._planned
         if planned is None:

@@ -15,18 +15,56 @@ import torch
 from torch import Tensor
 
 from penstock.core.devices import upload
+from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.contract import CacheShape, PagedBatch, StepShape
 from penstock.ops.paged.masks import Masks
 from penstock.ops.paged.walk_kernel import FIELDS, KEYS, PIECE, ROWS, merge_kernel, walk_kernel
 
-#: Stands for no window; places are added to it, in 32 bits.
+#: Stands for no window, and for a chunk that has everything; places are added to it, in 32 bits.
 UNBOUNDED = 2**30
+
+#: Numbers of a value up to which tiles are :data:`ROWS` by :data:`KEYS`; above, what a tile has found would not fit in
+#: registers.
+USUAL_VALUES = 256
 
 #: Items of work, with those of other key heads, from which on a device is busy.
 ENOUGH = 512
 
 #: Numbers, in all, that states of items are kept in at most.
 MOST_PARTS = 2**26
+
+
+class Tiling(NamedTuple):
+    """What a tile is, by the shape of a cache alone: the bits of a row depend on it.
+
+    Attributes:
+        rows: query rows: some tokens, and of each a share of the query heads of a key head.
+        keys: how many are looked at together.
+        share: query heads of a key head in a tile.
+        shares: how many make up those of a key head; the last may be smaller.
+    """
+
+    rows: int
+    keys: int
+    share: int
+    shares: int
+
+    @classmethod
+    def of(cls, groups: int, values: int) -> Tiling:
+        """Where a key head has ``groups`` query heads, and a value so many numbers."""
+        rows, keys = (ROWS, KEYS) if values <= USUAL_VALUES else (ROWS // 4, KEYS // 2)
+        shares = -(-groups // rows)
+        return cls(rows, keys, -(-groups // shares), shares)
+
+    @classmethod
+    def on(cls, shape: CacheShape) -> Tiling:
+        """That of a cache."""
+        return cls.of(shape.heads // shape.kv_heads, shape.latent or shape.head_dim)
+
+    @property
+    def tokens(self) -> int:
+        """Those of a tile."""
+        return self.rows // self.share
 
 
 class Walk(NamedTuple):
@@ -52,35 +90,57 @@ class Walk(NamedTuple):
     slots: int
     most: int
 
-    def attend(self, query: Tensor, memory: Tensor, out: Tensor, *, scale: float, window: int | None) -> None:
-        """Attention of the walk's tokens: query and out [N, H, D], over memory [blocks, 2, block_size, K, D]."""
-        dim, heads, block = memory.shape[-1], memory.shape[-2], memory.shape[2]
-        groups, padded = query.shape[1] // heads, max(16, 1 << (dim - 1).bit_length())
-        states = torch.empty((self.slots, heads, 2, self.most), dtype=torch.float32, device=out.device)
-        parts = torch.empty((self.slots, heads, self.most, dim), dtype=torch.float32, device=out.device)
-        positions, seen = (self.items if each is None else each for each in (self.positions, self.seen))
+    def attend(
+        self,
+        query: Tensor,
+        memory: Tensor,
+        out: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        extras: Extras = PLAIN,
+    ) -> None:
+        """Attention of the walk's tokens: query [N, H, D] and out [N, H, V], over memory [blocks, 2, block_size, K, D]
+        with V = D, or over [blocks, 1, block_size, K, D] of keys whose first V numbers are their values."""
+        _, parts, block, heads, dim = memory.shape
+        values, groups = out.shape[-1], query.shape[1] // heads
+        tiling, log2e = Tiling.of(groups, values), math.log2(math.e)
+        states = torch.empty((self.slots, heads * tiling.shares, 2, self.most), dtype=torch.float32, device=out.device)
+        found = torch.empty((*states.shape[:2], self.most, values), dtype=torch.float32, device=out.device)
+        positions, seen, sinks = (self.items if x is None else x for x in (self.positions, self.seen, extras.sinks))
+        capped, sunk = extras.cap is not None, extras.sinks is not None
+        # Scores are in powers of two, those that are bent too.
+        factor, cap = (scale * log2e, 0.0) if extras.cap is None else (scale / extras.cap, extras.cap * log2e)
+        window, chunk = (UNBOUNDED if each is None else each for each in (window, extras.chunk))
         # What is multiplied and added is never fused: whether it is could differ from one variant to another.
         options = {"num_warps": 4, "num_stages": 2 if out.dtype.itemsize < 4 else 1, "enable_fp_fusion": False}
-        walk_kernel[(len(self.items), heads)](
-            query, memory, out, parts, states, self.items, self.tables, positions, seen,
-            scale * math.log2(math.e), UNBOUNDED if window is None else window, self.tables.shape[1], self.most,
-            heads, groups, dim, padded, block, ROWS, KEYS, PIECE, FIELDS, self.positions is not None, **options,
+        grid = heads * tiling.shares
+        walk_kernel[(len(self.items), grid)](
+            query, memory, out, found, states, sinks, self.items, self.tables, positions, seen, factor, cap, window,
+            chunk, self.tables.shape[1], self.most, heads, groups, tiling.share, values, dim - values, _power(values),
+            _power(dim - values), parts == 1, block, tiling.rows, tiling.keys, PIECE, FIELDS,
+            self.positions is not None, capped, sunk, **options,
         )  # fmt: skip
         if len(self.tiles):
-            merge_kernel[(len(self.tiles), heads)](
-                out, parts, states, self.tiles, self.most, heads, groups, dim, padded,
-                max(16, 1 << (self.most - 1).bit_length()), num_warps=4, enable_fp_fusion=False,
+            merge_kernel[(len(self.tiles), grid)](
+                out, found, states, sinks, self.tiles, self.most, heads, groups, tiling.share, values, _power(values),
+                _power(self.most), sunk, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
+
+
+def _power(count: int) -> int:
+    """The lanes that so many numbers take."""
+    return max(16, 1 << (count - 1).bit_length()) if count else 16
 
 
 def walk_of(batch: PagedBatch, shape: CacheShape, sequences: np.ndarray | None = None) -> Walk:
     """The walk of ``batch``, or of some of its ``sequences``."""
     sequences = np.arange(len(batch.lengths)) if sequences is None else sequences
-    per_tile, masks = _per_tile(shape), batch.masks
-    tiles = _tiles(batch, sequences, per_tile, masks)
+    tiling, masks = Tiling.on(shape), batch.masks
+    tiles = _tiles(batch, sequences, tiling.tokens, masks)
     pieces = -(-tiles[:, 4] // PIECE)
-    most = _most(tiles[:, 2], shape)
-    split = len(tiles) * shape.kv_heads < ENOUGH and _room(int(pieces.sum()), most, shape)
+    most = int(tiles[:, 2].max(initial=1)) * tiling.share
+    split = not _busy(len(tiles), shape) and _room(int(pieces.sum()), most, shape)
     items, shared = _items(tiles, np.where(split, pieces, 1), pieces)
     tables = batch.tables.numpy()
     packed = upload(np.concatenate([items.ravel(), shared.ravel(), tables.ravel()]).astype(np.int32), shape.device)
@@ -104,14 +164,13 @@ class FixedWalk:
     """
 
     def __init__(self, shape: StepShape, cache: CacheShape, pages: int) -> None:
-        self._cache, sequences = cache, shape.singles + shape.others
-        self._tiles = sequences + shape.tokens // _per_tile(cache)
-        most, pieces = _per_tile(cache) * cache.heads // cache.kv_heads, -(-pages * cache.block_size // PIECE)
-        if not shape.others:
-            most = cache.heads // cache.kv_heads
-        busy = self._tiles * cache.kv_heads >= ENOUGH
+        self._cache, self._tiling, sequences = cache, Tiling.on(cache), shape.singles + shape.others
+        self._tiles = sequences + shape.tokens // self._tiling.tokens
+        most = self._tiling.share * (self._tiling.tokens if shape.others else 1)
+        pieces = -(-pages * cache.block_size // PIECE)
+        split = not _busy(self._tiles, cache) and _room(self._tiles * pieces, most, cache)
         self._most, self._onward = pieces, shape.onward
-        self._pieces = pieces if not busy and _room(self._tiles * pieces, most, cache) else 1
+        self._pieces = pieces if split else 1
         shared, rows = self._tiles if self._pieces > 1 else 0, shape.rows if shape.masked else 0
         self._sizes = [self._tiles * self._pieces * FIELDS, shared * 4, sequences * pages, rows]
         self._memory = torch.zeros(sum(self._sizes), dtype=torch.int32, device=cache.device)
@@ -132,7 +191,7 @@ class FixedWalk:
         """Writes the walk of ``batch`` in place of the last one."""
         host, masks = np.zeros(len(self._memory), np.int32), batch.masks
         items, shared, tables, positions = np.split(host, np.cumsum(self._sizes[:3]))
-        tiles = _tiles(batch, np.arange(len(batch.lengths)), _per_tile(self._cache), masks)
+        tiles = _tiles(batch, np.arange(len(batch.lengths)), self._tiling.tokens, masks)
         # Those too that it may come to on its way. A piece without keys changes nothing.
         pieces = np.minimum(-(-(tiles[:, 4] + self._onward) // PIECE), self._most)
         own_items, own_tiles = _items(tiles, np.where(self._pieces > 1, pieces, 1), pieces, even=self._pieces > 1)
@@ -162,18 +221,15 @@ def _in_a_row(batch: PagedBatch) -> np.ndarray:
     return found
 
 
-def _per_tile(shape: CacheShape) -> int:
-    """Tokens of a tile."""
-    return max(1, ROWS // (shape.heads // shape.kv_heads))
-
-
-def _most(tokens: np.ndarray, shape: CacheShape) -> int:
-    return int(tokens.max(initial=1)) * (shape.heads // shape.kv_heads)
+def _busy(tiles: int, shape: CacheShape) -> bool:
+    """Whether so many keep a device busy without cutting their keys."""
+    return tiles * shape.kv_heads * Tiling.on(shape).shares >= ENOUGH
 
 
 def _room(slots: int, most: int, shape: CacheShape) -> bool:
     """Whether states of so many items, of so many rows each, may be kept."""
-    return slots * most * shape.kv_heads * shape.head_dim <= MOST_PARTS
+    numbers = shape.kv_heads * Tiling.on(shape).shares * (shape.latent or shape.head_dim)
+    return slots * most * numbers <= MOST_PARTS
 
 
 def _tiles(batch: PagedBatch, sequences: np.ndarray, per_tile: int, masks: Masks | None) -> np.ndarray:
