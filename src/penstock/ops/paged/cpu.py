@@ -17,12 +17,14 @@ from penstock.ops import native
 from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.contract import ALL_LAYERS, CacheShape, PagedAttention, PagedBatch, PagedCache
+from penstock.ops.paged.cpu_windows import PADDING, WindowBlocks
+from penstock.ops.paged.view import View
 from penstock.policy import policy
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 
-#: The longest vector of any processor, in bytes: the kernel reads so far past the end of a row.
-PADDING = 64
+#: Spans of places, of one layer, that the kernel has room for.
+MOST_SPANS = 7
 
 #: Stands for no window, and for a chunk that has everything; the kernel adds places to it and takes them away, in 32
 #: bits.
@@ -31,8 +33,11 @@ UNBOUNDED = 2**30
 
 class _Memory(ctypes.Structure):
     _fields_ = [
-        ("slabs", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "blocks", "block_size")),
+        *((name, ctypes.c_void_p) for name in ("slabs", "windows", "spilled")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("heads", "kv_heads", "head_dim", "blocks", "block_size", "window_blocks")
+        ),
     ]
 
 
@@ -40,7 +45,10 @@ class _Batch(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("starts", "lengths", "tables", "slots")),
         *((name, ctypes.c_void_p) for name in ("positions", "before", "offsets", "seen")),
+        *((name, ctypes.c_void_p) for name in ("behind", "spans")),
+        *((name, ctypes.c_void_p) for name in ("window_tables", "since", "window_slots", "fetched", "returned")),
         *((name, ctypes.c_int64) for name in ("sequences", "table_width", "threads", "whole_tiles")),
+        *((name, ctypes.c_int64) for name in ("span_count", "window", "fetches", "returns")),
     ]
 
 
@@ -58,7 +66,7 @@ class NativeCache(PagedCache):
     """Keys and values as [layers, blocks, K, 2, block_size * n], where the codec stores n numbers for a vector: a
     head's keys transposed, [D, block_size], and its values, [block_size, D], so that the kernel fetches both in one
     piece and needs no sums across vector lanes. In int8, either is followed by its tokens' steps, [block_size, 4]
-    bytes.
+    bytes. Windows in full precision lie in blocks of the same kind, see :mod:`~penstock.ops.paged.cpu_windows`.
 
     Args:
         whole_tiles: no tile of work is cut between threads. It does not matter to a row's bits then what else there is
@@ -82,8 +90,13 @@ class NativeCache(PagedCache):
         count = shape.layers * shape.blocks * per_block
         padded = pages.zeros([count + PADDING // dtype.itemsize], dtype, shape.device)
         self._memory = padded[:count].view(shape.layers, shape.blocks, per_block)
+        # While nothing is served, the cache has one block, and no windows.
+        self._windows = None if shape.residual is None or shape.blocks == 1 else WindowBlocks(shape)
         self._described = _Memory(
-            self._memory.data_ptr(), shape.heads, shape.kv_heads, shape.head_dim, shape.blocks, shape.block_size
+            self._memory.data_ptr(),
+            *((None, None) if self._windows is None else (self._windows.memory.data_ptr(), None)),
+            *(shape.heads, shape.kv_heads, shape.head_dim, shape.blocks, shape.block_size),
+            0 if self._windows is None else self._windows.blocks,
         )
 
     def plan(self, batch: PagedBatch, lane: int = 0) -> None:
@@ -94,7 +107,11 @@ class NativeCache(PagedCache):
         self._batch, self._masks = batch, _masks(batch)  # keeps alive what has the addresses that follow
         places = (tensor.data_ptr() for tensor in (batch.starts, batch.lengths, batch.tables, batch.slots))
         masks = (array.ctypes.data for array in self._masks) if self._masks else (None,) * 4
-        self._planned = _Batch(*places, *masks, *batch.tables.shape, torch.get_num_threads(), self._whole_tiles)
+        self._planned = _Batch(*places, *masks)
+        self._planned.sequences, self._planned.table_width = batch.tables.shape
+        self._planned.threads, self._planned.whole_tiles = torch.get_num_threads(), self._whole_tiles
+        self._plan_spans(batch)
+        self._plan_windows(batch)
         self._query_shape = (len(batch.slots), self.shape.heads, self.shape.head_dim)
         self._key_shape = (len(batch.slots), self.shape.kv_heads, self.shape.head_dim)
         self._tokens = _Tokens()
@@ -102,6 +119,28 @@ class NativeCache(PagedCache):
         stray = self._stray(*self._arguments[:2])
         if stray >= 0:
             raise IndexError(f"sequence {stray} of the batch does not lie in the memory")
+
+    def _plan_spans(self, batch: PagedBatch) -> None:
+        view = self.shape.view
+        if view is None or batch.packed is None:
+            return
+        counts = batch.packed.tolist()
+        self._spans = spans_of(view, counts)
+        self._behind = np.array([view.places(count) if count else 0 for count in counts], np.int32)
+        self._planned.behind, self._planned.spans = self._behind.ctypes.data, self._spans.ctypes.data
+        self._planned.span_count = self._spans.shape[2]
+
+    def _plan_windows(self, batch: PagedBatch) -> None:
+        if self._windows is None or batch.rings is None or batch.since is None:
+            return
+        assert self.shape.residual is not None
+        windows = self._in_windows = self._windows.plan(batch)
+        planned, names = self._planned, ("window_tables", "since", "window_slots", "fetched", "returned")
+        for name, array in zip(names, windows.arrays, strict=True):
+            setattr(planned, name, array.ctypes.data)
+        planned.window = self.shape.residual.tokens
+        planned.fetches, planned.returns = len(windows.fetched), len(windows.returned)
+        self._described.spilled = windows.spilled.data_ptr()
 
     def attend(
         self,
@@ -164,6 +203,21 @@ def _function(dtype: torch.dtype, codec: Codec) -> str:
     return f"attend_{dtype}{over[codec.policy_name]}".replace("torch.", "")
 
 
+def spans_of(view: View, packed: Sequence[int]) -> np.ndarray:
+    """Of sequences of which so many tokens are ``packed``, the :meth:`~penstock.ops.paged.view.View.spans` of each
+    layer, int32 [layers, B, n, 3]; empty ones fill up."""
+    found = [view.spans(count) if count else () for count in packed]
+    layers = max(map(len, found))
+    most = max((len(own) for each in found for own in each), default=0)
+    if most > MOST_SPANS:
+        raise ValueError(f"a layer's tokens lie in {most} spans of places, and the kernel has room for {MOST_SPANS}")
+    spans = np.zeros((layers, len(packed), most, 3), np.int32)
+    for sequence, each in enumerate(found):
+        for layer, own in enumerate(each):
+            spans[layer, sequence, : len(own)] = own
+    return spans
+
+
 def _masks(batch: PagedBatch) -> tuple[np.ndarray, ...]:
     """What the kernel takes of masks; nothing where there are none."""
     masks = batch.masks
@@ -183,13 +237,16 @@ class Native(PagedAttention):
     head are then merged exactly, by their log-sum-exp. So one long sequence keeps all threads busy. Ours: prefill is
     dealt out in the same way as decoding, a tile of keys counting by the query rows that are computed on it.
 
+    Windows in full precision, and tokens of some layers in the places of others, are further pieces of what a tile's
+    rows see, in the same running softmax.
+
     float32, float64 and bfloat16; sums are kept in float32, or float64 for float64. A cut may move with the rest of the
     batch, and with it the last bits of an output. Of blocks in int8 the codes are read as they are: the steps of keys
     are multiplied to scores, and those of values to weights.
     """
 
     rank: ClassVar[int] = 10
-    knows: ClassVar[frozenset[str]] = frozenset({"cap", "sinks", "chunk", "contexts", "weighed"})
+    knows: ClassVar[frozenset[str]] = frozenset({"cap", "sinks", "chunk", "contexts", "weighed", "view", "residual"})
     codecs: ClassVar[frozenset[str]] = frozenset({"plain", "bf16", "int8"})
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -206,6 +263,8 @@ class Native(PagedAttention):
     def refuses(self, shape: CacheShape) -> str | None:
         if shape.dtype == torch.float64 and shape.codec.policy_name != "plain":
             return "it reads codes in float32 and bfloat16 alone"
+        if shape.view is not None and not shape.view.plain:
+            return f"it has no view of {shape.view.holds}"
         return super().refuses(shape)
 
     def open(self, shape: CacheShape) -> PagedCache:

@@ -10,6 +10,10 @@
 // tile's rows times a chunk of keys, and dealt to the threads in equal shares, whatever tiles the cuts go through
 // (stream-K). A tile that was cut is put together from its parts by the first thread that had one.
 //
+// What a tile's rows see may lie in several pieces, one behind the other in the running softmax: places of the layer's own
+// slabs; places of other layers, where some layers keep more tokens than others (layered.py); and the newest places in
+// full precision, in slabs of their own (residual.py).
+//
 // Where no tile is cut, each row's bits depend on its own keys and values alone: chunks begin at the same places for all
 // rows, every sum over a row's numbers is in the same order however many rows are computed together, and keys that a row
 // does not see add exactly nothing.
@@ -36,6 +40,7 @@ constexpr int VECTOR_BYTES = 32, REGISTERS_FOR_SUMS = 8;
 #endif
 constexpr int CHUNK = 8;      // vectors of keys between two updates of the running softmax
 constexpr int TILE_ROWS = 64;
+constexpr int MOST_PIECES = 8;
 constexpr int UNIT_ROWS = 8;  // what fetching a chunk costs, in rows computed on it
 constexpr int64_t THREAD_WORK = 1 << 13;  // the least that waking another thread is worth, in rows times keys
 
@@ -226,7 +231,10 @@ void multiply_all(const sum_t<T> *a, long a_row, const T *const *b, const T *con
 
 struct Memory {
     void *slabs;  // [layers][blocks][kv_heads]
-    int64_t heads, kv_heads, head_dim, blocks, block_size;
+    // Windows in full precision: [layers][window_blocks][kv_heads]; and for one layer at a time blocks behind those,
+    // [..][kv_heads]. In the type of queries, without steps.
+    void *windows, *spilled;
+    int64_t heads, kv_heads, head_dim, blocks, block_size, window_blocks;
 };
 
 struct Batch {  // as in PagedBatch
@@ -236,7 +244,14 @@ struct Batch {  // as in PagedBatch
     // are before its mask (all of them, where it has none), where the mask's rows begin, and all those rows.
     const int64_t *positions, *before, *offsets;
     const uint8_t *seen;
-    int64_t sequences, table_width, threads, whole_tiles;
+    // Of sequences that share their first places among layers, null where none do: how many those places are, and of
+    // each layer the spans of places in which its own tokens lie: layer, first place, place behind the last.
+    const int32_t *behind, *spans;  // [sequences], [layers][sequences][span_count][3]
+    // Of windows in full precision, null where there are none: where in windows the blocks of a sequence are, from which
+    // place on they are counted, and where new tokens go; slots that are copied before attention, and behind it.
+    const int32_t *window_tables, *since;
+    const int64_t *window_slots, *fetched, *returned;  // the last two are pairs
+    int64_t sequences, table_width, threads, whole_tiles, span_count, window, fetches, returns;
 };
 
 struct Tokens {  // the numbers of a head are contiguous; tokens and heads are so many numbers apart
@@ -252,12 +267,19 @@ struct Tokens {  // the numbers of a head are contiguous; tokens and heads are s
 
 namespace {
 
+// Places of a sequence, from `low` up to `high`, that are in slabs side by side with those of other sequences.
+struct Piece {
+    enum Kind { OWN, SHARED, WINDOW } kind;  // of the layer; all of it seen by all rows; in full precision
+    int layer, low, high, first_vector, last_vector, chunks;
+};
+
 // A query tile of one KV head, and the chunks of keys that its rows see.
 struct Tile {
     int sequence, head, first_token, tokens;
     int place;  // of the first token in its sequence
-    int first_vector, last_vector, chunks;
     int before;  // what is behind so many tokens of the sequence is seen by the leave of its mask alone
+    int count, chunks;  // of pieces, and of the chunks of all
+    Piece pieces[MOST_PIECES];
 
     bool masked() const { return place + tokens > before; }
 };
@@ -331,18 +353,26 @@ template <class T, class S> struct Attention {
     static_assert(std::is_same_v<A, sum_t<S>>);
     static constexpr int W = WIDTH<A>;
 
+    const Memory &memory;
     const Batch &batch;
     const Tokens &tokens;
-    char *slabs;
-    int heads, kv_heads, dim, size;
+    int layer, heads, kv_heads, dim, size;
     A scale;     // to scores in powers of two
     int window;  // no smaller than any length where there is none
     int groups = heads / kv_heads, padded = (dim + W - 1) / W * W, block_vectors = (size + W - 1) / W;
 
-    // Bytes of a slab's codes of keys, or of values; and of those with their steps.
-    int64_t code_bytes() const { return int64_t(size) * dim * sizeof(S); }
-    int64_t half_bytes() const { return code_bytes() + (STEPPED<S> ? size * STEP_BYTES : 0); }
-    char *slab(int64_t block, int head) const { return slabs + (block * kv_heads + head) * 2 * half_bytes(); }
+    // Bytes of a slab's codes of keys, or of values, where it holds X; and of those with their steps.
+    template <class X> int64_t code_bytes() const { return int64_t(size) * dim * sizeof(X); }
+    template <class X> int64_t half_bytes() const { return code_bytes<X>() + (STEPPED<X> ? size * STEP_BYTES : 0); }
+    char *slab(int64_t layer, int64_t block, int head) const {
+        const int64_t number = (layer * memory.blocks + block) * kv_heads + head;
+        return static_cast<char *>(memory.slabs) + number * 2 * half_bytes<S>();
+    }
+    char *window_slab(int64_t block, int head) const {
+        const int64_t behind = block - memory.window_blocks, row = 2 * half_bytes<T>();
+        if (behind >= 0) return static_cast<char *>(memory.spilled) + (behind * kv_heads + head) * row;
+        return static_cast<char *>(memory.windows) + ((layer * memory.window_blocks + block) * kv_heads + head) * row;
+    }
     int vector_of(int position) const { return position / size * block_vectors + position % size / W; }
 
     // The places of the first token that token t of a tile may see, and behind the last.
@@ -373,51 +403,93 @@ template <class T, class S> struct Attention {
     // Stores the keys and values of the tokens from `from` up to `to`.
     void write(int64_t from, int64_t to) const {
         for (int64_t token = from; token < to; ++token) {
-            const int64_t block = batch.slots[token] / size, offset = batch.slots[token] % size;
             for (int head = 0; head < kv_heads; ++head) {
                 auto key = static_cast<const T *>(tokens.key) + token * tokens.key_token + head * tokens.key_head;
                 auto value = static_cast<const T *>(tokens.value);
                 value += token * tokens.value_token + head * tokens.value_head;
-                char *half = slab(block, head), *other = half + half_bytes();
-                S *keys = reinterpret_cast<S *>(half) + offset, *values = reinterpret_cast<S *>(other) + offset * dim;
-                if constexpr (STEPPED<S>) {
-                    encode(key, dim, keys, size, half + code_bytes() + offset * STEP_BYTES);
-                    encode(value, dim, values, 1, other + code_bytes() + offset * STEP_BYTES);
-                } else if constexpr (std::is_same_v<T, S>) {
-                    for (int d = 0; d < dim; ++d) keys[d * size] = key[d];
-                    std::copy(value, value + dim, values);
-                } else {
-                    for (int d = 0; d < dim; ++d) {
-                        narrow(widen(key[d]), keys[d * size]);
-                        narrow(widen(value[d]), values[d]);
-                    }
-                }
+                put<S>(key, value, slab(layer, batch.slots[token] / size, head), batch.slots[token] % size);
+                if (!batch.window_tables) continue;
+                const int64_t slot = batch.window_slots[token];
+                put<T>(key, value, window_slab(slot / size, head), slot % size);
+            }
+        }
+    }
+
+    // Stores a key and a value in a slab that holds X, at an offset.
+    template <class X> void put(const T *key, const T *value, char *half, int64_t offset) const {
+        char *other = half + half_bytes<X>();
+        X *keys = reinterpret_cast<X *>(half) + offset, *values = reinterpret_cast<X *>(other) + offset * dim;
+        if constexpr (STEPPED<X>) {
+            encode(key, dim, keys, size, half + code_bytes<X>() + offset * STEP_BYTES);
+            encode(value, dim, values, 1, other + code_bytes<X>() + offset * STEP_BYTES);
+        } else if constexpr (std::is_same_v<T, X>) {
+            for (int d = 0; d < dim; ++d) keys[d * size] = key[d];
+            std::copy(value, value + dim, values);
+        } else {
+            for (int d = 0; d < dim; ++d) {
+                narrow(widen(key[d]), keys[d * size]);
+                narrow(widen(value[d]), values[d]);
+            }
+        }
+    }
+
+    // Copies keys and values among windows, from the first of each pair of slots to the second.
+    void copy(const int64_t *pairs, int64_t count) const {
+        for (; count > 0; --count, pairs += 2) {
+            for (int head = 0; head < kv_heads; ++head) {
+                auto from = reinterpret_cast<const T *>(window_slab(pairs[0] / size, head));
+                auto to = reinterpret_cast<T *>(window_slab(pairs[1] / size, head));
+                const int64_t source = pairs[0] % size, target = pairs[1] % size, half = int64_t(size) * dim;
+                for (int d = 0; d < dim; ++d) to[d * size + target] = from[d * size + source];
+                std::copy_n(from + half + source * dim, dim, to + half + target * dim);
             }
         }
     }
 
     // Calls visit(tile, begin, unit) for all tiles in order: a tile's work begins at `begin`, and is `unit` for each of
-    // its chunks. Returns the whole of the work.
+    // its chunks. Returns the whole of the work. No tile has tokens of two windows in full precision.
     template <class Visit> int64_t each_tile(Visit visit) const {
         const int most = std::max(1, TILE_ROWS / groups);
         int64_t work = 0;
         for (int sequence = 0; sequence < batch.sequences; ++sequence) {
             const int stop = batch.starts[sequence + 1], length = batch.lengths[sequence];
-            for (int token = batch.starts[sequence]; token < stop; token += most) {
-                const int tokens = std::min(most, stop - token), place = length - (stop - token);
-                Tile tile{sequence, 0, token, tokens, place, 0, 0, 0, length};
+            for (int token = batch.starts[sequence], tokens; token < stop; token += tokens) {
+                const int place = length - (stop - token);
+                tokens = std::min(most, stop - token);
+                if (batch.window_tables) tokens = std::min(tokens, int(batch.window - place % batch.window));
+                Tile tile{sequence, 0, token, tokens, place, length, 0, 0, {}};
                 if (batch.before) tile.before = batch.before[sequence];
-                int low = low_of(tile, 0);
-                if (tile.masked())
-                    for (int t = 1; t < tokens; ++t) low = std::min(low, low_of(tile, t));
-                tile.first_vector = vector_of(std::max(0, low)) / CHUNK * CHUNK;
-                tile.last_vector = vector_of(high_of(tile, tokens - 1) - 1);
-                tile.chunks = (tile.last_vector - tile.first_vector) / CHUNK + 1;
+                cut(tile);
                 const int64_t unit = UNIT_ROWS + tile.tokens * groups;
                 for (; tile.head < kv_heads; ++tile.head, work += tile.chunks * unit) visit(tile, work, unit);
             }
         }
         return work;
+    }
+
+    // Finds the pieces of what a tile's rows see.
+    void cut(Tile &tile) const {
+        int low = low_of(tile, 0), behind = 0;
+        if (tile.masked())
+            for (int t = 1; t < tile.tokens; ++t) low = std::min(low, low_of(tile, t));
+        low = std::max(0, low);
+        if (batch.behind && (behind = batch.behind[tile.sequence])) {
+            const int32_t *span = batch.spans + (layer * batch.sequences + tile.sequence) * batch.span_count * 3;
+            for (int i = 0; i < batch.span_count; ++i, span += 3) add(tile, Piece::SHARED, span[0], span[1], span[2]);
+            low = std::max(low, behind);
+        }
+        const int high = high_of(tile, tile.tokens - 1);
+        if (!batch.window_tables) return add(tile, Piece::OWN, layer, low, high);
+        const int begin = std::max(batch.since[tile.sequence], tile.place - tile.place % int(batch.window));
+        add(tile, Piece::OWN, layer, low, begin);
+        add(tile, Piece::WINDOW, layer, std::max(low, begin), high);
+    }
+
+    void add(Tile &tile, Piece::Kind kind, int from, int low, int high) const {
+        if (low >= high) return;
+        const int first = vector_of(low) / CHUNK * CHUNK, last = vector_of(high - 1), chunks = (last - first) / CHUNK + 1;
+        tile.pieces[tile.count++] = {kind, from, low, high, first, last, chunks};
+        tile.chunks += chunks;
     }
 
     // Does the share of all work from `from` up to `to`: every unit that begins there.
@@ -453,75 +525,97 @@ template <class T, class S> struct Attention {
         }
         Tile next = tile;
         next.head = std::min(tile.head + 1, kv_heads - 1);
-        for (int c = first; c < last; ++c) {
-            const Chunk<S> chunk = locate(tile, c), ahead = c + 1 < last ? locate(tile, c + 1) : locate(next, first);
-            int row = 0;
-            for (; rows - row >= 8; row += 8) attend_rows<8>(tile, chunk, ahead, state, row);
-            if (rows - row >= 4) attend_rows<4>(tile, chunk, ahead, state, row), row += 4;
-            if (rows - row >= 2) attend_rows<2>(tile, chunk, ahead, state, row), row += 2;
-            if (rows - row >= 1) attend_rows<1>(tile, chunk, ahead, state, row);
+        const Piece *piece = tile.pieces;
+        int number = first;
+        for (int c = first; c < last; ++c, ++number) {
+            while (number >= piece->chunks) number -= piece++->chunks;
+            if (piece->kind == Piece::WINDOW) attend_chunk<T>(tile, next, *piece, number, state);
+            else attend_chunk<S>(tile, next, *piece, number, state);
         }
     }
 
-    Chunk<S> locate(const Tile &tile, int number) const {
-        Chunk<S> chunk;
-        const int32_t *table = batch.tables + tile.sequence * batch.table_width;
-        const int from = tile.first_vector + number * CHUNK;
-        chunk.count = std::min(CHUNK, tile.last_vector + 1 - from);
+    // The rows of a tile against a chunk of one of its pieces, whose slabs hold X. What comes next is the piece's next
+    // chunk, or the first one of `next`.
+    template <class X>
+    void attend_chunk(const Tile &tile, const Tile &next, const Piece &piece, int number, State<A> &state) const {
+        const bool more = number + 1 < piece.chunks;
+        const Chunk<X> chunk = locate<X>(tile, piece, number);
+        const Chunk<X> ahead = locate<X>(more ? tile : next, piece, more ? number + 1 : 0);
+        const int rows = tile.tokens * groups;
+        int row = 0;
+        for (; rows - row >= 8; row += 8) attend_rows<8>(tile, piece, chunk, ahead, state, row);
+        if (rows - row >= 4) attend_rows<4>(tile, piece, chunk, ahead, state, row), row += 4;
+        if (rows - row >= 2) attend_rows<2>(tile, piece, chunk, ahead, state, row), row += 2;
+        if (rows - row >= 1) attend_rows<1>(tile, piece, chunk, ahead, state, row);
+    }
+
+    template <class X> Chunk<X> locate(const Tile &tile, const Piece &piece, int number) const {
+        Chunk<X> chunk;
+        const bool window = piece.kind == Piece::WINDOW;
+        const int32_t *table = (window ? batch.window_tables : batch.tables) + tile.sequence * batch.table_width;
+        const int from = piece.first_vector + number * CHUNK;
+        chunk.count = std::min(CHUNK, piece.last_vector + 1 - from);
+        // A chunk begins at the same places for all, and may do so in blocks that are none of the piece's.
+        const int least = vector_of(piece.low);
         for (int v = 0; v < CHUNK; ++v) {
-            const int at = from + std::min(v, chunk.count - 1);
+            const int number = from + std::min(v, chunk.count - 1), at = std::max(number, least);
             const int block = at / block_vectors, offset = at % block_vectors * W;
-            const char *base = slab(table[block], tile.head), *other = base + half_bytes();
-            chunk.keys[v] = reinterpret_cast<const S *>(base) + offset;
-            chunk.values[v] = reinterpret_cast<const S *>(other) + offset * dim;
-            if constexpr (STEPPED<S>) {
-                chunk.key_steps[v] = base + code_bytes() + offset * STEP_BYTES;
-                chunk.value_steps[v] = other + code_bytes() + offset * STEP_BYTES;
+            const char *base = window ? window_slab(table[block], tile.head) : slab(piece.layer, table[block], tile.head);
+            const char *other = base + half_bytes<X>();
+            chunk.keys[v] = reinterpret_cast<const X *>(base) + offset;
+            chunk.values[v] = reinterpret_cast<const X *>(other) + offset * dim;
+            if constexpr (STEPPED<X>) {
+                chunk.key_steps[v] = base + code_bytes<X>() + offset * STEP_BYTES;
+                chunk.value_steps[v] = other + code_bytes<X>() + offset * STEP_BYTES;
             }
-            chunk.first[v] = block * size + offset;
-            chunk.end[v] = std::min(chunk.first[v] + W, (block + 1) * size);
+            chunk.first[v] = number / block_vectors * size + number % block_vectors * W;
+            chunk.end[v] = std::min(chunk.first[v] + W, (number / block_vectors + 1) * size);
         }
         return chunk;
     }
 
     // R rows of a tile, from `row` on, against the keys of a chunk that any of them sees.
-    template <int R>
-    void attend_rows(const Tile &tile, const Chunk<S> &chunk, const Chunk<S> &ahead, State<A> &state, int row) const {
+    template <int R, class X>
+    void attend_rows(const Tile &tile, const Piece &piece, const Chunk<X> &chunk, const Chunk<X> &ahead, State<A> &state,
+                     int row) const {
         constexpr int ACROSS = CHUNK * W;
-        int low = low_of(tile, row / groups);
-        const int high = high_of(tile, (row + R - 1) / groups);
-        if (tile.masked())
-            for (int t = row / groups + 1; t <= (row + R - 1) / groups; ++t) low = std::min(low, low_of(tile, t));
+        const bool shared = piece.kind == Piece::SHARED, masked = tile.masked() && !shared;
+        const auto from_of = [&](int t) { return shared ? piece.low : std::max(piece.low, low_of(tile, t)); };
+        const auto to_of = [&](int t) { return shared ? piece.high : std::min(piece.high, high_of(tile, t)); };
+        int low = from_of(row / groups);
+        const int high = to_of((row + R - 1) / groups);
+        if (masked)
+            for (int t = row / groups + 1; t <= (row + R - 1) / groups; ++t) low = std::min(low, from_of(t));
         int from = 0, to = chunk.count;
         while (from < to && chunk.end[from] <= low) ++from;
         while (from < to && chunk.first[to - 1] >= high) --to;
         if (from == to) return;
 
         alignas(VECTOR_BYTES) A scores[R * ACROSS];
-        multiply_all<S, R>(state.query + row * dim, dim, chunk.keys + from, ahead.keys + from, size, to - from, dim,
+        multiply_all<X, R>(state.query + row * dim, dim, chunk.keys + from, ahead.keys + from, size, to - from, dim,
                            scores, ACROSS, false);
         for (int r = 0; r < R; ++r) {
             const int t = (row + r) / groups;
             A *own = scores + r * ACROSS;
-            if constexpr (STEPPED<S>) stretch(own, chunk.key_steps + from, to - from);
+            if constexpr (STEPPED<X>) stretch(own, chunk.key_steps + from, to - from);
             if (tokens.cap) bend(own, to - from);
-            if (tile.masked()) hide(tile, t, chunk.first + from, chunk.end + from, to - from, own);
-            const A factor = reweigh(own, chunk.first + from, chunk.end + from, to - from, low_of(tile, t),
-                                     high_of(tile, t), state.top[row + r], state.weight[row + r]);
+            if (masked) hide(tile, t, chunk.first + from, chunk.end + from, to - from, own);
+            const A factor = reweigh(own, chunk.first + from, chunk.end + from, to - from, from_of(t), to_of(t),
+                                     state.top[row + r], state.weight[row + r]);
             A *out = state.out + (row + r) * padded;
             if (factor != 1)
                 for (int d = 0; d < padded; ++d) out[d] *= factor;
-            if constexpr (STEPPED<S>) stretch(own, chunk.value_steps + from, to - from);
+            if constexpr (STEPPED<X>) stretch(own, chunk.value_steps + from, to - from);
         }
         for (int v = from; v < to; ++v) {
             const int depth = std::min(chunk.end[v], high) - chunk.first[v];
             for (int d = 0; d < padded; d += 8 * W) {
-                const S *columns[8], *later[8];
+                const X *columns[8], *later[8];
                 for (int n = 0; n < 8; ++n) {
                     columns[n] = chunk.values[v] + d + n * W;
                     later[n] = ahead.values[v] + d + n * W;
                 }
-                multiply_all<S, R>(scores + (v - from) * W, ACROSS, columns, later, dim, std::min(8, (padded - d) / W),
+                multiply_all<X, R>(scores + (v - from) * W, ACROSS, columns, later, dim, std::min(8, (padded - d) / W),
                                    depth, state.out + row * padded + d, padded, true);
             }
         }
@@ -568,6 +662,7 @@ template <class T, class S> struct Attention {
         const int64_t all = each_tile([](const Tile &, int64_t, int64_t) {});
         threads = std::clamp<int64_t>(all * W * CHUNK / THREAD_WORK, 1, threads);
         std::vector<Worker<A> *> workers(threads);
+        copy(batch.fetched, batch.fetches);
 #pragma omp parallel num_threads(threads)
         {
             static thread_local Worker<A> worker;
@@ -585,15 +680,17 @@ template <class T, class S> struct Attention {
                 finish(worker.begun, worker.own);
             }
         }
+        copy(batch.returned, batch.returns);
     }
 };
 
 template <class T, class S = T>
 void attend(const Memory &memory, const Batch &batch, const Tokens &tokens, int64_t layer, double scale, int window) {
     Attention<T, S> attention{
+        memory,
         batch,
         tokens,
-        static_cast<char *>(memory.slabs),
+        int(layer),
         int(memory.heads),
         int(memory.kv_heads),
         int(memory.head_dim),
@@ -601,7 +698,6 @@ void attend(const Memory &memory, const Batch &batch, const Tokens &tokens, int6
         sum_t<T>(scale * LOG2E),
         window,
     };
-    attention.slabs += layer * memory.blocks * memory.kv_heads * 2 * attention.half_bytes();
     attention.run(batch.starts[batch.sequences], batch.threads);
 }
 
