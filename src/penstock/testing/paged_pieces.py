@@ -95,6 +95,9 @@ def _play_windows(cache: PagedCache, windows: Sequence[int | None], tolerance: f
                 keys, values = torch.cat([member.coded[layer], member.exact[layer]], 1)
                 wanted.append(attention(own, keys, values, torch.cat([seen & ~exact, seen & exact], 1), scale=0.4))
             _compare(found, torch.cat(wanted), tolerance, f"step {number}, layer {layer}")
+    if None in windows:
+        for looking in texts:
+            _check_looks(cache, looking, tolerance)
 
 
 def check_spans(policy: PagedAttention, shape: CacheShape, tolerance: float, threads: int = 1) -> None:
@@ -149,6 +152,31 @@ def _play_spans(cache: PagedCache, view: LayeredTokens, tolerance: float) -> Non
                 seen = torch.nn.functional.pad(seen, (len(keys) - behind, 0), value=True)
                 wanted.append(attention(own, keys, values, seen, scale=0.4))
             _compare(found, torch.cat(wanted), tolerance, f"step {number}, layer {layer}")
+    for text, tokens in zip(texts, packed, strict=True):
+        _check_looks(cache, text, tolerance, tokens)
+
+
+def _check_looks(cache: PagedCache, text: Text, tolerance: float, packed: int = 0) -> None:
+    """Asserts that tokens which are told what they look at look at that: at keys as they come back of the codec."""
+    shape, count, slots = cache.shape, 5, torch.tensor([text.slots(0, text.places)])
+    size, draw = (shape.layers, 1, count, shape.heads, shape.head_dim), torch_generator(0, "testing/looks")
+    queries = torch.randn(size, generator=draw, dtype=torch.float64).to(shape.dtype)
+    scales = [0.3 + 0.1 * layer for layer in range(shape.layers)]
+    found = cache.looks(slice(0, shape.layers), queries.to(shape.device), scales, slots, packed)
+    if found is None:
+        return
+    missing = shape.view.missing(packed) if shape.view is not None and packed else (0,) * shape.layers
+    for layer, gone in enumerate(missing):
+        keys = text.coded[layer][0]
+        # Values that are one for one token each, so that what comes out is what is paid to them.
+        groups, ones = shape.heads // shape.kv_heads, torch.eye(len(keys), dtype=torch.float64).unsqueeze(1)
+        for head in range(shape.kv_heads):
+            own = queries[layer, 0, :, head * groups : (head + 1) * groups].double()
+            seen = sees(len(keys), count, None, None)
+            paid = attention(own, keys[:, head : head + 1], ones, seen, scale=scales[layer]).mean(1)
+            told = found[layer, 0, head].double().cpu()
+            assert not told[:, :gone].any(), "something is paid to tokens that are not there"
+            _compare(told[:, gone:], paid, tolerance, f"what layer {layer} looks at")
 
 
 def _texts(count: int, shape: CacheShape) -> list[Text]:

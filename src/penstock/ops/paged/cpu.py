@@ -17,7 +17,7 @@ from penstock.ops import native
 from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.contract import ALL_LAYERS, CacheShape, PagedAttention, PagedBatch, PagedCache
-from penstock.ops.paged.cpu_windows import PADDING, WindowBlocks
+from penstock.ops.paged.cpu_windows import PADDING, PlannedWindows, WindowBlocks
 from penstock.ops.paged.view import View
 from penstock.policy import policy
 
@@ -51,6 +51,31 @@ class _Batch(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("span_count", "window", "fetches", "returns")),
     ]
 
+    def see(self, batch: PagedBatch) -> None:
+        """Takes its sequences and masks."""
+        self._batch, self._masks = batch, _masks(batch)  # keeps alive what has the addresses that follow
+        for name in ("starts", "lengths", "tables", "slots"):
+            setattr(self, name, getattr(batch, name).data_ptr())
+        for name, array in zip(("positions", "before", "offsets", "seen"), self._masks, strict=False):
+            setattr(self, name, array.ctypes.data)
+        self.sequences, self.table_width = batch.tables.shape
+
+    def see_packed(self, view: View, packed: list[int]) -> None:
+        """Takes that so many tokens of each sequence are ``packed`` as the ``view`` has it."""
+        self._spans = spans_of(view, packed)
+        self._behind = np.array([view.places(count) if count else 0 for count in packed], np.int32)
+        self.behind, self.spans = self._behind.ctypes.data, self._spans.ctypes.data
+        self.span_count = self._spans.shape[2]
+
+    def see_windows(self, windows: PlannedWindows, tokens: int) -> None:
+        """Takes that ``windows`` of so many ``tokens`` are in full precision."""
+        self._windows = windows
+        for name in ("tables", "since", "slots", "fetched", "returned"):
+            field = name if name in ("since", "fetched", "returned") else f"window_{name}"
+            setattr(self, field, getattr(windows, name).ctypes.data)
+        self.window = tokens
+        self.fetches, self.returns = len(windows.fetched), len(windows.returned)
+
 
 class _Tokens(ctypes.Structure):
     _fields_ = [
@@ -76,10 +101,12 @@ class NativeCache(PagedCache):
     def __init__(self, shape: CacheShape, whole_tiles: bool = False) -> None:
         super().__init__(shape)
         self._whole_tiles = whole_tiles
-        library = native.load(SOURCE)
-        self._attend: Callable[..., Any] = getattr(library, _function(shape.dtype, shape.codec))
+        library, name = native.load(SOURCE), _numbers(shape.dtype, shape.codec)
+        self._attend: Callable[..., Any] = getattr(library, f"attend_{name}")
         self._attend.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_double, ctypes.c_int]
-        self._attend.restype = None
+        self._look: Callable[..., Any] = getattr(library, f"look_{name}")
+        self._look.argtypes = [*self._attend.argtypes, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p]
+        self._attend.restype = self._look.restype = None
         self._stray: Callable[..., int] = library.stray
         self._stray.argtypes, self._stray.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
 
@@ -104,43 +131,30 @@ class NativeCache(PagedCache):
         IndexError: a block or slot of the batch lies outside the memory, or the batch contradicts itself.
         """
         super().plan(batch, lane)
-        self._batch, self._masks = batch, _masks(batch)  # keeps alive what has the addresses that follow
-        places = (tensor.data_ptr() for tensor in (batch.starts, batch.lengths, batch.tables, batch.slots))
-        masks = (array.ctypes.data for array in self._masks) if self._masks else (None,) * 4
-        self._planned = _Batch(*places, *masks)
-        self._planned.sequences, self._planned.table_width = batch.tables.shape
-        self._planned.threads, self._planned.whole_tiles = torch.get_num_threads(), self._whole_tiles
-        self._plan_spans(batch)
-        self._plan_windows(batch)
+        self._batch, self._planned = batch, self._describe(batch)
+        if self._windows is not None and batch.rings is not None:
+            windows = self._windows.plan(batch)
+            self._planned.see_windows(windows, self._windows.window)
+            self._described.spilled = windows.spilled.data_ptr()
         self._query_shape = (len(batch.slots), self.shape.heads, self.shape.head_dim)
         self._key_shape = (len(batch.slots), self.shape.kv_heads, self.shape.head_dim)
         self._tokens = _Tokens()
         self._arguments = tuple(map(ctypes.addressof, (self._described, self._planned, self._tokens)))
-        stray = self._stray(*self._arguments[:2])
+
+    def _describe(self, batch: PagedBatch) -> _Batch:
+        """``batch`` as the kernel takes it, but for windows.
+
+        Raises:
+            IndexError: as :meth:`plan`.
+        """
+        described = _Batch(threads=torch.get_num_threads(), whole_tiles=self._whole_tiles)
+        described.see(batch)
+        if self.shape.view is not None and batch.packed is not None:
+            described.see_packed(self.shape.view, batch.packed.tolist())
+        stray = self._stray(*map(ctypes.addressof, (self._described, described)))
         if stray >= 0:
             raise IndexError(f"sequence {stray} of the batch does not lie in the memory")
-
-    def _plan_spans(self, batch: PagedBatch) -> None:
-        view = self.shape.view
-        if view is None or batch.packed is None:
-            return
-        counts = batch.packed.tolist()
-        self._spans = spans_of(view, counts)
-        self._behind = np.array([view.places(count) if count else 0 for count in counts], np.int32)
-        self._planned.behind, self._planned.spans = self._behind.ctypes.data, self._spans.ctypes.data
-        self._planned.span_count = self._spans.shape[2]
-
-    def _plan_windows(self, batch: PagedBatch) -> None:
-        if self._windows is None or batch.rings is None or batch.since is None:
-            return
-        assert self.shape.residual is not None
-        windows = self._in_windows = self._windows.plan(batch)
-        planned, names = self._planned, ("window_tables", "since", "window_slots", "fetched", "returned")
-        for name, array in zip(names, windows.arrays, strict=True):
-            setattr(planned, name, array.ctypes.data)
-        planned.window = self.shape.residual.tokens
-        planned.fetches, planned.returns = len(windows.fetched), len(windows.returned)
-        self._described.spilled = windows.spilled.data_ptr()
+        return described
 
     def attend(
         self,
@@ -171,6 +185,36 @@ class NativeCache(PagedCache):
         self.weigh(self._batch, layer, query, scale, window, extras)
         return out
 
+    def looks(
+        self, layers: slice, queries: Tensor, scales: Sequence[float], slots: Tensor, packed: int = 0
+    ) -> Tensor | None:
+        _, sequences, count, heads, dim = queries.shape
+        view, places = self.shape.view, slots.shape[1]
+        own, kept, missing = places, 0, (0,) * self.shape.layers
+        if packed:
+            assert view is not None
+            own, missing = places - view.places(packed), view.missing(packed)
+            kept = missing[0] + sum(end - first for _, first, end in view.spans(packed)[0])
+        if own < count:  # some of those who look lie among those who are packed
+            return None
+        table, lengths = slots[:, :: self.shape.block_size] // self.shape.block_size, torch.full((sequences,), places)
+        looking = PagedBatch(
+            torch.arange(sequences + 1, dtype=torch.int32) * count,
+            lengths.to(torch.int32),
+            table.to(torch.int32).contiguous(),
+            slots[:, places - count :].flatten(),
+            packed=torch.full((sequences,), packed, dtype=torch.int32) if packed else None,
+        )
+        described, tokens = self._describe(looking), _Tokens(chunk=UNBOUNDED)
+        tokens.query_token, tokens.query_head = heads * dim, dim
+        found = torch.empty(len(queries), sequences, self.shape.kv_heads, count, kept + own)
+        numbers = range(self.shape.layers)[layers]
+        addresses = [ctypes.addressof(each) for each in (self._described, described, tokens)]
+        for layer, asked, scale, out in zip(numbers, queries.contiguous(), scales, found, strict=True):
+            tokens.query = asked.data_ptr()
+            self._look(*addresses, layer, scale, UNBOUNDED, missing[layer], kept + own, out.data_ptr())
+        return found
+
     def copy(self, sources: list[int], targets: list[int]) -> None:
         self._memory[:, targets] = self._memory[:, sources]
 
@@ -197,10 +241,10 @@ class NativeCache(PagedCache):
         return [part.transpose(2, 3) for part in parts]
 
 
-def _function(dtype: torch.dtype, codec: Codec) -> str:
-    """The kernel's function for queries of ``dtype`` over blocks in ``codec``."""
+def _numbers(dtype: torch.dtype, codec: Codec) -> str:
+    """What the kernel's functions for queries of ``dtype`` over blocks in ``codec`` are named by."""
     over = {"plain": "", "bf16": "" if dtype == torch.bfloat16 else "_over_bfloat16", "int8": "_over_int8"}
-    return f"attend_{dtype}{over[codec.policy_name]}".replace("torch.", "")
+    return f"{dtype}{over[codec.policy_name]}".replace("torch.", "")
 
 
 def spans_of(view: View, packed: Sequence[int]) -> np.ndarray:

@@ -41,6 +41,7 @@ constexpr int VECTOR_BYTES = 32, REGISTERS_FOR_SUMS = 8;
 constexpr int CHUNK = 8;      // vectors of keys between two updates of the running softmax
 constexpr int TILE_ROWS = 64;
 constexpr int MOST_PIECES = 8;
+constexpr int LOOK_ROWS = 24;  // of a tile whose attention is told: all their scores are in memory
 constexpr int UNIT_ROWS = 8;  // what fetching a chunk costs, in rows computed on it
 constexpr int64_t THREAD_WORK = 1 << 13;  // the least that waking another thread is worth, in rows times keys
 
@@ -516,13 +517,8 @@ template <class T, class S> struct Attention {
 
     // The rows of a tile against its chunks from `first` up to `last`.
     void attend(const Tile &tile, int first, int last, State<A> &state) const {
-        const int rows = tile.tokens * groups;
-        state.reset(rows, dim, padded);
-        for (int row = 0; row < rows; ++row) {
-            const int64_t token = tile.first_token + row / groups, head = tile.head * groups + row % groups;
-            auto query = static_cast<const T *>(tokens.query) + token * tokens.query_token + head * tokens.query_head;
-            for (int d = 0; d < dim; ++d) state.query[row * dim + d] = widen(query[d]) * scale;
-        }
+        state.reset(tile.tokens * groups, dim, padded);
+        fetch(tile, state);
         Tile next = tile;
         next.head = std::min(tile.head + 1, kv_heads - 1);
         const Piece *piece = tile.pieces;
@@ -531,6 +527,15 @@ template <class T, class S> struct Attention {
             while (number >= piece->chunks) number -= piece++->chunks;
             if (piece->kind == Piece::WINDOW) attend_chunk<T>(tile, next, *piece, number, state);
             else attend_chunk<S>(tile, next, *piece, number, state);
+        }
+    }
+
+    // Widens the queries of a tile, and scales them.
+    void fetch(const Tile &tile, State<A> &state) const {
+        for (int row = 0; row < tile.tokens * groups; ++row) {
+            const int64_t token = tile.first_token + row / groups, head = tile.head * groups + row % groups;
+            auto query = static_cast<const T *>(tokens.query) + token * tokens.query_token + head * tokens.query_head;
+            for (int d = 0; d < dim; ++d) state.query[row * dim + d] = widen(query[d]) * scale;
         }
     }
 
@@ -684,40 +689,139 @@ template <class T, class S> struct Attention {
     }
 };
 
+// Attention of queries that were computed before, in full: what they pay to each key.
+template <class T, class S> struct Looks : Attention<T, S> {
+    using Base = Attention<T, S>;
+    using A = sum_t<T>;
+    using Base::W, Base::batch, Base::tokens, Base::kv_heads, Base::groups, Base::dim;
+
+    // Tells it of all sequences, which have as many queries each: out [sequences][kv_heads][queries][columns], averaged
+    // over the query heads of a key head. The keys that a layer sees are the last columns.
+    void run(int missing, int64_t columns, float *out) const {
+        const int queries = batch.starts[1] - batch.starts[0], most = std::max(1, LOOK_ROWS / groups);
+        const int tiles = (queries + most - 1) / most;
+#pragma omp parallel for collapse(3) num_threads(batch.threads)
+        for (int sequence = 0; sequence < batch.sequences; ++sequence)
+            for (int head = 0; head < kv_heads; ++head)
+                for (int number = 0; number < tiles; ++number) {
+                    const int first = number * most, count = std::min(most, queries - first);
+                    const int length = batch.lengths[sequence], token = batch.starts[sequence] + first;
+                    Tile tile{sequence, head, token, count, length - queries + first, length, 0, 0, {}};
+                    Base::cut(tile);
+                    tell(tile, missing, columns, out + ((sequence * int64_t(kv_heads) + head) * queries + first) * columns);
+                }
+    }
+
+    void tell(const Tile &tile, int missing, int64_t columns, float *out) const {
+        static thread_local State<A> state;
+        const int rows = tile.tokens * groups, width = (columns + W - 1) / W * W;
+        state.reset(rows, dim, width);
+        Base::fetch(tile, state);
+        std::fill(state.out, state.out + rows * int64_t(width), NOTHING<A>);
+        int column = missing;
+        for (const Piece *piece = tile.pieces; piece < tile.pieces + tile.count; ++piece) {
+            for (int number = 0; number < piece->chunks; ++number) {
+                const Chunk<S> chunk = Base::template locate<S>(tile, *piece, number);
+                int row = 0;
+                for (; rows - row >= 8; row += 8) score<8>(tile, *piece, chunk, state, row, width, column);
+                if (rows - row >= 4) score<4>(tile, *piece, chunk, state, row, width, column), row += 4;
+                if (rows - row >= 2) score<2>(tile, *piece, chunk, state, row, width, column), row += 2;
+                if (rows - row >= 1) score<1>(tile, *piece, chunk, state, row, width, column);
+            }
+            column += piece->high - piece->low;
+        }
+        for (int row = 0; row < rows; ++row) weigh(state.out + row * int64_t(width), width);
+        for (int t = 0; t < tile.tokens; ++t, out += columns) {
+            const A *own = state.out + t * groups * int64_t(width);
+            for (int64_t at = 0; at < columns; ++at) {
+                A sum = own[at];
+                for (int g = 1; g < groups; ++g) sum += own[g * width + at];
+                out[at] = sum / groups;
+            }
+        }
+    }
+
+    // Puts the scores of R rows, from `row` on, for the keys of a chunk that they see, where the piece's columns begin at
+    // `column`.
+    template <int R>
+    void score(const Tile &tile, const Piece &piece, const Chunk<S> &chunk, State<A> &state, int row, int width,
+               int column) const {
+        constexpr int ACROSS = CHUNK * W;
+        alignas(VECTOR_BYTES) A scores[R * ACROSS];
+        multiply_all<S, R>(state.query + row * dim, dim, chunk.keys, chunk.keys, Base::size, chunk.count, dim, scores,
+                           ACROSS, false);
+        for (int r = 0; r < R; ++r) {
+            A *own = scores + r * ACROSS, *to = state.out + (row + r) * int64_t(width);
+            if constexpr (STEPPED<S>) Base::stretch(own, chunk.key_steps, chunk.count);
+            const int t = (row + r) / groups;
+            const int high = piece.kind == Piece::SHARED ? piece.high : std::min(piece.high, Base::high_of(tile, t));
+            for (int v = 0; v < chunk.count; ++v) {
+                const int from = std::max(chunk.first[v], piece.low), behind = std::min(chunk.end[v], high);
+                if (from >= behind) continue;
+                std::copy(own + v * W + from - chunk.first[v], own + v * W + behind - chunk.first[v],
+                          to + column + from - piece.low);
+            }
+        }
+    }
+
+    // The softmax of scores in powers of two.
+    static void weigh(A *scores, int width) {
+        vector<A> best = vector<A>{} + NOTHING<A>, total = {};
+        for (int at = 0; at < width; at += W) {
+            const vector<A> s = load(scores + at);
+            best = s > best ? s : best;
+        }
+        const A top = across<A>(best, [](auto x, auto y) { return x > y ? x : y; });
+        for (int at = 0; at < width; at += W) {
+            const vector<A> p = exp2(load(scores + at) - top);
+            store(scores + at, p);
+            total += p;
+        }
+        const A inverse = 1 / across<A>(total, [](auto x, auto y) { return x + y; });
+        for (int at = 0; at < width; at += W) store(scores + at, load(scores + at) * inverse);
+    }
+};
+
+template <template <class, class> class Work, class T, class S>
+Work<T, S> described(const Memory &memory, const Batch &batch, const Tokens &tokens, int64_t layer, double scale,
+                     int window) {
+    return {memory, batch, tokens, int(layer), int(memory.heads), int(memory.kv_heads), int(memory.head_dim),
+            int(memory.block_size), sum_t<T>(scale * LOG2E), window};
+}
+
 template <class T, class S = T>
 void attend(const Memory &memory, const Batch &batch, const Tokens &tokens, int64_t layer, double scale, int window) {
-    Attention<T, S> attention{
-        memory,
-        batch,
-        tokens,
-        int(layer),
-        int(memory.heads),
-        int(memory.kv_heads),
-        int(memory.head_dim),
-        int(memory.block_size),
-        sum_t<T>(scale * LOG2E),
-        window,
-    };
-    attention.run(batch.starts[batch.sequences], batch.threads);
+    described<Attention, T, S>(memory, batch, tokens, layer, scale, window)
+        .run(batch.starts[batch.sequences], batch.threads);
+}
+
+template <class T, class S = T>
+void look(const Memory &memory, const Batch &batch, const Tokens &tokens, int64_t layer, double scale, int window,
+          int missing, int64_t columns, float *out) {
+    described<Looks, T, S>(memory, batch, tokens, layer, scale, window).run(missing, columns, out);
 }
 
 }  // namespace
 
 extern "C" {
 
-#define ATTEND(name, ...)                                                                                             \
-    void name(const Memory *memory, const Batch *batch, const Tokens *tokens, int64_t layer, double scale,            \
-              int window) {                                                                                           \
+#define KERNELS(name, ...)                                                                                            \
+    void attend_##name(const Memory *memory, const Batch *batch, const Tokens *tokens, int64_t layer, double scale,   \
+                       int window) {                                                                                  \
         attend<__VA_ARGS__>(*memory, *batch, *tokens, layer, scale, window);                                          \
+    }                                                                                                                 \
+    void look_##name(const Memory *memory, const Batch *batch, const Tokens *tokens, int64_t layer, double scale,     \
+                     int window, int missing, int64_t columns, float *out) {                                          \
+        look<__VA_ARGS__>(*memory, *batch, *tokens, layer, scale, window, missing, columns, out);                     \
     }
 
 // By the type of queries, and of what blocks hold where that is another.
-ATTEND(attend_float32, float)
-ATTEND(attend_float64, double)
-ATTEND(attend_bfloat16, bfloat16)
-ATTEND(attend_float32_over_bfloat16, float, bfloat16)
-ATTEND(attend_float32_over_int8, float, int8_t)
-ATTEND(attend_bfloat16_over_int8, bfloat16, int8_t)
+KERNELS(float32, float)
+KERNELS(float64, double)
+KERNELS(bfloat16, bfloat16)
+KERNELS(float32_over_bfloat16, float, bfloat16)
+KERNELS(float32_over_int8, float, int8_t)
+KERNELS(bfloat16_over_int8, bfloat16, int8_t)
 
 // Whether all of a batch lies in the memory: the number of its first sequence that does not, or -1.
 int64_t stray(const Memory *memory, const Batch *batch) {

@@ -41,11 +41,6 @@ class PlannedWindows:
     returned: np.ndarray
     spilled: Tensor
 
-    @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        """All but the memory, in order."""
-        return self.tables, self.since, self.slots, self.fetched, self.returned
-
 
 class WindowBlocks:
     """The memory of windows: [layers, blocks, K, 2 * block_size * D], in the dtype of ``shape``, whose windows are
@@ -53,13 +48,14 @@ class WindowBlocks:
 
     Attributes:
         blocks: of all rings.
+        window: tokens of one.
         memory: flat, with padding behind it.
     """
 
     def __init__(self, shape: CacheShape) -> None:
         residual = shape.residual
         assert residual is not None
-        self._shape, self._residual = shape, residual
+        self._shape, self._residual, self.window = shape, residual, residual.tokens
         self._each = -(-residual.places // shape.block_size)
         self.blocks = residual.rings * self._each
         self.memory = self._padded(shape.layers * self.blocks)
@@ -76,7 +72,7 @@ class WindowBlocks:
             IndexError: there is no such ring.
         """
         assert batch.rings is not None and batch.since is not None
-        size, each, window = self._shape.block_size, self._each, self._residual.tokens
+        size, each, window = self._shape.block_size, self._each, self.window
         rings, since = batch.rings.numpy(), batch.since.numpy()
         if rings.size and not 0 <= rings.min() <= rings.max() < self._residual.rings:
             raise IndexError(f"a ring of {rings.tolist()} is none of {self._residual.rings}")

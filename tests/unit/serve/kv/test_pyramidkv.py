@@ -119,7 +119,6 @@ def test_the_kernel_and_the_readable_backend_read_the_same():
     [
         ({"kv": {"name": "pyramidkv"}, "codec": "fp8"}, r"tokens of some layers in the places of others.*own.*bf16"),
         ({"kv": {"name": "pyramidkv"}, "attention": "invariant"}, "views of compressed caches"),
-        ({"kv": {"name": "minicache", "start": 0}, "attention": "cpu"}, "no view of norms beside directions"),
     ],
 )
 def test_what_it_does_not_go_together_with(options, reason):
