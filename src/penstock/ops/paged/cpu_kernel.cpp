@@ -10,9 +10,9 @@
 // tile's rows times a chunk of keys, and dealt to the threads in equal shares, whatever tiles the cuts go through
 // (stream-K). A tile that was cut is put together from its parts by the first thread that had one.
 //
-// What a tile's rows see may lie in several pieces, one behind the other in the running softmax: places of the layer's own
-// slabs; places of other layers, where some layers keep more tokens than others (layered.py); and the newest places in
-// full precision, in slabs of their own (residual.py).
+// What a tile's rows see may lie in several pieces, one behind the other in the running softmax: places of the layer's
+// own slabs; places of other layers, where some layers keep more tokens than others (layered.py); and the newest places
+// in full precision, in slabs of their own (residual.py).
 //
 // Where no tile is cut, each row's bits depend on its own keys and values alone: chunks begin at the same places for all
 // rows, every sum over a row's numbers is in the same order however many rows are computed together, and keys that a row
@@ -248,8 +248,8 @@ struct Batch {  // as in PagedBatch
     // Of sequences that share their first places among layers, null where none do: how many those places are, and of
     // each layer the spans of places in which its own tokens lie: layer, first place, place behind the last.
     const int32_t *behind, *spans;  // [sequences], [layers][sequences][span_count][3]
-    // Of windows in full precision, null where there are none: where in windows the blocks of a sequence are, from which
-    // place on they are counted, and where new tokens go; slots that are copied before attention, and behind it.
+    // Of windows in full precision, null where there are none: where in windows the blocks of a sequence are, from
+    // which place on they are counted, and where new tokens go; slots that are copied before attention, and behind it.
     const int32_t *window_tables, *since;
     const int64_t *window_slots, *fetched, *returned;  // the last two are pairs
     int64_t sequences, table_width, threads, whole_tiles, span_count, window, fetches, returns;
@@ -268,9 +268,10 @@ struct Tokens {  // the numbers of a head are contiguous; tokens and heads are s
 
 namespace {
 
-// Places of a sequence, from `low` up to `high`, that are in slabs side by side with those of other sequences.
+// Places of a sequence in the slabs of a layer, or in its window, from `low` up to `high`, and the vectors and chunks
+// of keys that they lie in.
 struct Piece {
-    enum Kind { OWN, SHARED, WINDOW } kind;  // of the layer; all of it seen by all rows; in full precision
+    bool window;
     int layer, low, high, first_vector, last_vector, chunks;
 };
 
@@ -476,20 +477,21 @@ template <class T, class S> struct Attention {
         low = std::max(0, low);
         if (batch.behind && (behind = batch.behind[tile.sequence])) {
             const int32_t *span = batch.spans + (layer * batch.sequences + tile.sequence) * batch.span_count * 3;
-            for (int i = 0; i < batch.span_count; ++i, span += 3) add(tile, Piece::SHARED, span[0], span[1], span[2]);
+            for (int i = 0; i < batch.span_count; ++i, span += 3) add(tile, false, span[0], span[1], span[2]);
             low = std::max(low, behind);
         }
         const int high = high_of(tile, tile.tokens - 1);
-        if (!batch.window_tables) return add(tile, Piece::OWN, layer, low, high);
+        if (!batch.window_tables) return add(tile, false, layer, low, high);
         const int begin = std::max(batch.since[tile.sequence], tile.place - tile.place % int(batch.window));
-        add(tile, Piece::OWN, layer, low, begin);
-        add(tile, Piece::WINDOW, layer, std::max(low, begin), high);
+        add(tile, false, layer, low, begin);
+        add(tile, true, layer, std::max(low, begin), high);
     }
 
-    void add(Tile &tile, Piece::Kind kind, int from, int low, int high) const {
+    void add(Tile &tile, bool window, int from, int low, int high) const {
         if (low >= high) return;
-        const int first = vector_of(low) / CHUNK * CHUNK, last = vector_of(high - 1), chunks = (last - first) / CHUNK + 1;
-        tile.pieces[tile.count++] = {kind, from, low, high, first, last, chunks};
+        const int first = vector_of(low) / CHUNK * CHUNK, last = vector_of(high - 1);
+        const int chunks = (last - first) / CHUNK + 1;
+        tile.pieces[tile.count++] = {window, from, low, high, first, last, chunks};
         tile.chunks += chunks;
     }
 
@@ -525,7 +527,7 @@ template <class T, class S> struct Attention {
         int number = first;
         for (int c = first; c < last; ++c, ++number) {
             while (number >= piece->chunks) number -= piece++->chunks;
-            if (piece->kind == Piece::WINDOW) attend_chunk<T>(tile, next, *piece, number, state);
+            if (piece->window) attend_chunk<T>(tile, next, *piece, number, state);
             else attend_chunk<S>(tile, next, *piece, number, state);
         }
     }
@@ -556,8 +558,7 @@ template <class T, class S> struct Attention {
 
     template <class X> Chunk<X> locate(const Tile &tile, const Piece &piece, int number) const {
         Chunk<X> chunk;
-        const bool window = piece.kind == Piece::WINDOW;
-        const int32_t *table = (window ? batch.window_tables : batch.tables) + tile.sequence * batch.table_width;
+        const int32_t *table = (piece.window ? batch.window_tables : batch.tables) + tile.sequence * batch.table_width;
         const int from = piece.first_vector + number * CHUNK;
         chunk.count = std::min(CHUNK, piece.last_vector + 1 - from);
         // A chunk begins at the same places for all, and may do so in blocks that are none of the piece's.
@@ -565,7 +566,8 @@ template <class T, class S> struct Attention {
         for (int v = 0; v < CHUNK; ++v) {
             const int number = from + std::min(v, chunk.count - 1), at = std::max(number, least);
             const int block = at / block_vectors, offset = at % block_vectors * W;
-            const char *base = window ? window_slab(table[block], tile.head) : slab(piece.layer, table[block], tile.head);
+            const char *base = piece.window ? window_slab(table[block], tile.head)
+                                            : slab(piece.layer, table[block], tile.head);
             const char *other = base + half_bytes<X>();
             chunk.keys[v] = reinterpret_cast<const X *>(base) + offset;
             chunk.values[v] = reinterpret_cast<const X *>(other) + offset * dim;
@@ -581,15 +583,14 @@ template <class T, class S> struct Attention {
 
     // R rows of a tile, from `row` on, against the keys of a chunk that any of them sees.
     template <int R, class X>
-    void attend_rows(const Tile &tile, const Piece &piece, const Chunk<X> &chunk, const Chunk<X> &ahead, State<A> &state,
-                     int row) const {
+    void attend_rows(const Tile &tile, const Piece &piece, const Chunk<X> &chunk, const Chunk<X> &ahead,
+                     State<A> &state, int row) const {
         constexpr int ACROSS = CHUNK * W;
-        const bool shared = piece.kind == Piece::SHARED, masked = tile.masked() && !shared;
-        const auto from_of = [&](int t) { return shared ? piece.low : std::max(piece.low, low_of(tile, t)); };
-        const auto to_of = [&](int t) { return shared ? piece.high : std::min(piece.high, high_of(tile, t)); };
+        const auto from_of = [&](int t) { return std::max(piece.low, low_of(tile, t)); };
+        const auto to_of = [&](int t) { return std::min(piece.high, high_of(tile, t)); };
         int low = from_of(row / groups);
         const int high = to_of((row + R - 1) / groups);
-        if (masked)
+        if (tile.masked())
             for (int t = row / groups + 1; t <= (row + R - 1) / groups; ++t) low = std::min(low, from_of(t));
         int from = 0, to = chunk.count;
         while (from < to && chunk.end[from] <= low) ++from;
@@ -604,7 +605,7 @@ template <class T, class S> struct Attention {
             A *own = scores + r * ACROSS;
             if constexpr (STEPPED<X>) stretch(own, chunk.key_steps + from, to - from);
             if (tokens.cap) bend(own, to - from);
-            if (masked) hide(tile, t, chunk.first + from, chunk.end + from, to - from, own);
+            if (tile.masked()) hide(tile, t, chunk.first + from, chunk.end + from, to - from, own);
             const A factor = reweigh(own, chunk.first + from, chunk.end + from, to - from, from_of(t), to_of(t),
                                      state.top[row + r], state.weight[row + r]);
             A *out = state.out + (row + r) * padded;
@@ -706,9 +707,10 @@ template <class T, class S> struct Looks : Attention<T, S> {
                 for (int number = 0; number < tiles; ++number) {
                     const int first = number * most, count = std::min(most, queries - first);
                     const int length = batch.lengths[sequence], token = batch.starts[sequence] + first;
+                    const int64_t row = (sequence * int64_t(kv_heads) + head) * queries + first;
                     Tile tile{sequence, head, token, count, length - queries + first, length, 0, 0, {}};
                     Base::cut(tile);
-                    tell(tile, missing, columns, out + ((sequence * int64_t(kv_heads) + head) * queries + first) * columns);
+                    tell(tile, missing, columns, out + row * columns);
                 }
     }
 
@@ -741,8 +743,8 @@ template <class T, class S> struct Looks : Attention<T, S> {
         }
     }
 
-    // Puts the scores of R rows, from `row` on, for the keys of a chunk that they see, where the piece's columns begin at
-    // `column`.
+    // Puts the scores of R rows, from `row` on, for the keys of a chunk that they see, where the piece's columns begin
+    // at `column`.
     template <int R>
     void score(const Tile &tile, const Piece &piece, const Chunk<S> &chunk, State<A> &state, int row, int width,
                int column) const {
@@ -754,7 +756,7 @@ template <class T, class S> struct Looks : Attention<T, S> {
             A *own = scores + r * ACROSS, *to = state.out + (row + r) * int64_t(width);
             if constexpr (STEPPED<S>) Base::stretch(own, chunk.key_steps, chunk.count);
             const int t = (row + r) / groups;
-            const int high = piece.kind == Piece::SHARED ? piece.high : std::min(piece.high, Base::high_of(tile, t));
+            const int high = std::min(piece.high, Base::high_of(tile, t));
             for (int v = 0; v < chunk.count; ++v) {
                 const int from = std::max(chunk.first[v], piece.low), behind = std::min(chunk.end[v], high);
                 if (from >= behind) continue;
