@@ -7,9 +7,9 @@ compressed. Layers that share keys and values are measured in the same way, by w
 with values on the host by how much of them a step sees.
 
 Throughput: 256 long requests are served from a pool of fixed bytes, with the full cache and with a quarter of it. On
-the CPU python-6m does, there in other codecs too, with and without eviction, each once: the kernel reads int8, and the
-readable backend decodes int4 and fp8, which takes as long as all else. Keys of low rank are for that backend as well,
-and have 48 requests, beside the full cache with as many. On CUDA it is random weights in the shape of Qwen3-8B, in
+the CPU python-6m does, there in other codecs too, with and without eviction, each once: the kernel reads int8 and fp8,
+and the readable backend decodes int4. Keys of low rank are for that backend as well, take longest by far, and have 48
+requests, beside the full cache with as many. On CUDA it is random weights in the shape of Qwen3-8B, in
 bf16, which have no quality to measure: there the cache in fp8 has the same bytes too, and the steps of as many
 sequences are timed with each, which tells what the upkeep of a small cache costs.
 """
@@ -376,7 +376,7 @@ def throughput(bench: Bench, name: str, model: Decoder) -> None:
         throughput_of(bench, name, model, {**kept, "fp8": {"codec": "fp8"}}, work)
         return
     coded = {"int8": {"codec": "int8"}, "fp8": {"codec": "fp8"}}
-    coded |= {f"h2o, {codec}": {**kept["h2o"], "codec": codec} for codec in ("int8", "int4")}
+    coded |= {f"h2o, {codec}": {**kept["h2o"], "codec": codec} for codec in ("int8", "int4", "fp8")}
     throughput_of(bench, name, model, kept, work, repetitions=2)
     throughput_of(bench, name, model, coded, work, repetitions=1)
     few, shadow = QUICK._replace(requests=4) if bench.quick else FEW, ShadowKV(budget=SEEN[0], every=EVERY)

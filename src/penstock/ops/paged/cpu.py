@@ -84,6 +84,7 @@ class _Tokens(ctypes.Structure):
         ("sinks", ctypes.c_void_p),
         ("cap", ctypes.c_double),
         ("chunk", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
     ]
 
 
@@ -100,7 +101,8 @@ class NativeCache(PagedCache):
 
     def __init__(self, shape: CacheShape, whole_tiles: bool = False) -> None:
         super().__init__(shape)
-        self._whole_tiles = whole_tiles
+        self._whole_tiles, learned = whole_tiles, shape.learned
+        self._learned = None if learned is None else learned.float().contiguous()
         library, name = native.load(SOURCE), _numbers(shape.dtype, shape.codec)
         self._attend: Callable[..., Any] = getattr(library, f"attend_{name}")
         self._attend.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_double, ctypes.c_int]
@@ -180,10 +182,15 @@ class NativeCache(PagedCache):
         sinks = None if extras.sinks is None else extras.sinks.detach().double()
         tokens.sinks = None if sinks is None else sinks.data_ptr()
         tokens.cap, tokens.chunk = extras.cap or 0.0, UNBOUNDED if extras.chunk is None else extras.chunk
+        tokens.scales = self._scales(layer)
         self._attend(*self._arguments, layer, scale, UNBOUNDED if window is None else window)
         self.see_contexts(self._batch, layer, query, out, scale)
         self.weigh(self._batch, layer, query, scale, window, extras)
         return out
+
+    def _scales(self, layer: int) -> int | None:
+        """Where the scales of a layer's codes are."""
+        return None if self._learned is None else self._learned[layer].data_ptr()
 
     def looks(
         self, layers: slice, queries: Tensor, scales: Sequence[float], slots: Tensor, packed: int = 0
@@ -211,7 +218,7 @@ class NativeCache(PagedCache):
         numbers = range(self.shape.layers)[layers]
         addresses = [ctypes.addressof(each) for each in (self._described, described, tokens)]
         for layer, asked, scale, out in zip(numbers, queries.contiguous(), scales, found, strict=True):
-            tokens.query = asked.data_ptr()
+            tokens.query, tokens.scales = asked.data_ptr(), self._scales(layer)
             self._look(*addresses, layer, scale, UNBOUNDED, missing[layer], kept + own, out.data_ptr())
         return found
 
@@ -243,7 +250,12 @@ class NativeCache(PagedCache):
 
 def _numbers(dtype: torch.dtype, codec: Codec) -> str:
     """What the kernel's functions for queries of ``dtype`` over blocks in ``codec`` are named by."""
-    over = {"plain": "", "bf16": "" if dtype == torch.bfloat16 else "_over_bfloat16", "int8": "_over_int8"}
+    over = {
+        "plain": "",
+        "bf16": "" if dtype == torch.bfloat16 else "_over_bfloat16",
+        "int8": "_over_int8",
+        "fp8": "_over_e4m3",
+    }
     return f"{dtype}{over[codec.policy_name]}".replace("torch.", "")
 
 
@@ -286,12 +298,12 @@ class Native(PagedAttention):
 
     float32, float64 and bfloat16; sums are kept in float32, or float64 for float64. A cut may move with the rest of the
     batch, and with it the last bits of an output. Of blocks in int8 the codes are read as they are: the steps of keys
-    are multiplied to scores, and those of values to weights.
+    are multiplied to scores, and those of values to weights; and so are, in fp8, the scales of heads.
     """
 
     rank: ClassVar[int] = 10
     knows: ClassVar[frozenset[str]] = frozenset({"cap", "sinks", "chunk", "contexts", "weighed", "view", "residual"})
-    codecs: ClassVar[frozenset[str]] = frozenset({"plain", "bf16", "int8"})
+    codecs: ClassVar[frozenset[str]] = frozenset({"plain", "bf16", "int8", "fp8"})
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cpu":

@@ -51,6 +51,10 @@ struct bfloat16 {
     uint16_t bits;
 };
 
+struct e4m3 {  // 8-bit floating point with 4 bits of exponent, in units of a head's scale
+    uint8_t bits;
+};
+
 template <class T> struct Traits;
 template <> struct Traits<float> {
     using sum = float;
@@ -64,10 +68,15 @@ template <> struct Traits<double> {
 };
 template <> struct Traits<bfloat16> : Traits<float> {};
 template <> struct Traits<int8_t> : Traits<float> {};
+template <> struct Traits<e4m3> : Traits<float> {};
 
 // Whether numbers of type S in blocks are codes, to be multiplied by a step for each vector.
 template <class S> constexpr bool STEPPED = std::is_same_v<S, int8_t>;
 constexpr int STEP_BYTES = sizeof(float);
+
+// Whether they are in units of scales, one for the keys and one for the values of a head; and what they are loaded in.
+template <class S> constexpr bool SCALED = std::is_same_v<S, e4m3>;
+constexpr float LOADED = 1.0f / 256;
 
 template <class T> using sum_t = typename Traits<T>::sum;  // what numbers of type T are added up in
 template <class A> using vector = typename Traits<A>::vector;
@@ -110,6 +119,32 @@ inline vector<float> load(const int8_t *from) {
     return __builtin_convertvector(codes, vector<float>);
 }
 
+// In units of LOADED: as half precision, whose exponents count from 8 more, the bits are these.
+inline vector<float> load(const e4m3 *from) {
+#if defined(__AVX512F__)
+    const __m256i codes = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from)), 7);
+    const __m256i size = _mm256_and_si256(codes, _mm256_set1_epi16(0x3f80));
+    const __m256i wrong = _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x3f80));  // not a number
+    const __m256i halves = _mm256_and_si256(codes, _mm256_set1_epi16(short(0xbf80)));
+    return (vector<float>)_mm512_cvtph_ps(_mm256_or_si256(halves, wrong));
+#elif defined(__AVX2__) && defined(__F16C__)
+    const __m128i codes = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadu_si64(from)), 7);
+    const __m128i size = _mm_and_si128(codes, _mm_set1_epi16(0x3f80));
+    const __m128i wrong = _mm_cmpeq_epi16(size, _mm_set1_epi16(0x3f80));
+    const __m128i halves = _mm_and_si128(codes, _mm_set1_epi16(short(0xbf80)));
+    return (vector<float>)_mm256_cvtph_ps(_mm_or_si128(halves, wrong));
+#else
+    vector<float> numbers;
+    for (int lane = 0; lane < WIDTH<float>; ++lane) {
+        const int code = from[lane].bits, exponent = code >> 3 & 15, fraction = code & 7;
+        const float size = exponent ? std::ldexp(8.0f + fraction, exponent - 10) : std::ldexp(float(fraction), -9);
+        const float number = (code & 127) == 127 ? std::numeric_limits<float>::quiet_NaN() : size * LOADED;
+        numbers[lane] = code & 128 ? -number : number;
+    }
+    return numbers;
+#endif
+}
+
 template <class A> inline void store(A *to, vector<A> v) { std::memcpy(to, &v, sizeof v); }
 
 inline float widen(float x) { return x; }
@@ -127,6 +162,19 @@ inline void narrow(float x, bfloat16 &to) {  // to nearest, ties to even; a NaN 
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     to.bits = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+
+inline void narrow(float x, e4m3 &to) {  // to nearest, ties to even; what is too large to the largest; see codecs/fp8.py
+    uint32_t bits, cut, small;
+    std::memcpy(&bits, &x, sizeof bits);
+    const float size = std::abs(x), held = std::min(size, 448.0f);
+    // Exponents count from -7 instead of -127; below 2^-6 all steps are 2^-9, the last bit of numbers from 2^14 on.
+    std::memcpy(&cut, &held, sizeof cut);
+    const uint32_t normal = ((cut + 0x7ffff + (cut >> 20 & 1)) >> 20) - (120 << 3);
+    const float lifted = std::min(size, 1.0f) + 16384;
+    std::memcpy(&small, &lifted, sizeof small);
+    const uint32_t code = size < 0.015625f ? small - (141u << 23) : normal;
+    to.bits = size <= std::numeric_limits<float>::max() ? uint8_t(code | (bits >> 24 & 128)) : 0x7f;
 }
 
 // Codes of a vector of `dim` numbers, `apart` from each other, and their step; see codecs/int8.py.
@@ -264,6 +312,7 @@ struct Tokens {  // the numbers of a head are contiguous; tokens and heads are s
     const double *sinks;
     double cap;
     int64_t chunk;
+    const float *scales;  // of codes that have some: those of the keys of each KV head, and behind them of the values
 };
 
 namespace {
@@ -409,21 +458,27 @@ template <class T, class S> struct Attention {
                 auto key = static_cast<const T *>(tokens.key) + token * tokens.key_token + head * tokens.key_head;
                 auto value = static_cast<const T *>(tokens.value);
                 value += token * tokens.value_token + head * tokens.value_head;
-                put<S>(key, value, slab(layer, batch.slots[token] / size, head), batch.slots[token] % size);
+                put<S>(key, value, slab(layer, batch.slots[token] / size, head), batch.slots[token] % size, head);
                 if (!batch.window_tables) continue;
                 const int64_t slot = batch.window_slots[token];
-                put<T>(key, value, window_slab(slot / size, head), slot % size);
+                put<T>(key, value, window_slab(slot / size, head), slot % size, head);
             }
         }
     }
 
-    // Stores a key and a value in a slab that holds X, at an offset.
-    template <class X> void put(const T *key, const T *value, char *half, int64_t offset) const {
+    // Stores a key and a value of a head in a slab that holds X, at an offset.
+    template <class X> void put(const T *key, const T *value, char *half, int64_t offset, int head) const {
         char *other = half + half_bytes<X>();
         X *keys = reinterpret_cast<X *>(half) + offset, *values = reinterpret_cast<X *>(other) + offset * dim;
         if constexpr (STEPPED<X>) {
             encode(key, dim, keys, size, half + code_bytes<X>() + offset * STEP_BYTES);
             encode(value, dim, values, 1, other + code_bytes<X>() + offset * STEP_BYTES);
+        } else if constexpr (SCALED<X>) {
+            const float of_key = tokens.scales[head], of_value = tokens.scales[kv_heads + head];
+            for (int d = 0; d < dim; ++d) {
+                narrow(widen(key[d]) / of_key, keys[d * size]);
+                narrow(widen(value[d]) / of_value, values[d]);
+            }
         } else if constexpr (std::is_same_v<T, X>) {
             for (int d = 0; d < dim; ++d) keys[d * size] = key[d];
             std::copy(value, value + dim, values);
@@ -604,6 +659,7 @@ template <class T, class S> struct Attention {
             const int t = (row + r) / groups;
             A *own = scores + r * ACROSS;
             if constexpr (STEPPED<X>) stretch(own, chunk.key_steps + from, to - from);
+            if constexpr (SCALED<X>) multiply_by(tokens.scales[tile.head] / LOADED, own, to - from);
             if (tokens.cap) bend(own, to - from);
             if (tile.masked()) hide(tile, t, chunk.first + from, chunk.end + from, to - from, own);
             const A factor = reweigh(own, chunk.first + from, chunk.end + from, to - from, from_of(t), to_of(t),
@@ -612,6 +668,7 @@ template <class T, class S> struct Attention {
             if (factor != 1)
                 for (int d = 0; d < padded; ++d) out[d] *= factor;
             if constexpr (STEPPED<X>) stretch(own, chunk.value_steps + from, to - from);
+            if constexpr (SCALED<X>) multiply_by(tokens.scales[kv_heads + tile.head] / LOADED, own, to - from);
         }
         for (int v = from; v < to; ++v) {
             const int depth = std::min(chunk.end[v], high) - chunk.first[v];
@@ -646,6 +703,10 @@ template <class T, class S> struct Attention {
             std::memcpy(&step, steps[v], sizeof step);
             store(scores + v * W, load(scores + v * W) * step);
         }
+    }
+
+    void multiply_by(A factor, A *scores, int count) const {
+        for (int v = 0; v < count; ++v) store(scores + v * W, load(scores + v * W) * factor);
     }
 
     // Bends vectors of scores, in powers of two, towards the bound.
@@ -755,6 +816,7 @@ template <class T, class S> struct Looks : Attention<T, S> {
         for (int r = 0; r < R; ++r) {
             A *own = scores + r * ACROSS, *to = state.out + (row + r) * int64_t(width);
             if constexpr (STEPPED<S>) Base::stretch(own, chunk.key_steps, chunk.count);
+            if constexpr (SCALED<S>) Base::multiply_by(tokens.scales[tile.head] / LOADED, own, chunk.count);
             const int t = (row + r) / groups;
             const int high = std::min(piece.high, Base::high_of(tile, t));
             for (int v = 0; v < chunk.count; ++v) {
@@ -824,6 +886,8 @@ KERNELS(bfloat16, bfloat16)
 KERNELS(float32_over_bfloat16, float, bfloat16)
 KERNELS(float32_over_int8, float, int8_t)
 KERNELS(bfloat16_over_int8, bfloat16, int8_t)
+KERNELS(float32_over_e4m3, float, e4m3)
+KERNELS(bfloat16_over_e4m3, bfloat16, e4m3)
 
 // Whether all of a batch lies in the memory: the number of its first sequence that does not, or -1.
 int64_t stray(const Memory *memory, const Batch *batch) {
