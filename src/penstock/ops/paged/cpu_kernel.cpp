@@ -1,8 +1,9 @@
 // Attention over keys and values in blocks of a pool, for CPUs. Called by cpu.py.
 //
 // A block of one layer and one KV head is a slab: its keys transposed, [head_dim][block_size], then its values,
-// [block_size][head_dim]; in int8, each followed by the steps of its codes, one for each token, in float32. So the scores of a vector of keys, and an output row, are both sums of "scalar times vector",
-// with no sum across lanes, and one inner loop computes both. Vectors reach past the end of short rows: what is
+// [block_size][head_dim]; in int8, each followed by the steps of its codes, one for each token, in float32. So the scores
+// of a vector of keys, and an output row, are both sums of "scalar times vector", with no sum across lanes, and one inner
+// loop computes both. Vectors reach past the end of short rows: what is
 // computed there belongs to nobody and is thrown away, and the memory has a vector of padding at its end.
 //
 // Queries come in tiles: rows of one sequence that share a KV head, so that a key is fetched once for all of them.
@@ -164,7 +165,8 @@ inline void narrow(float x, bfloat16 &to) {  // to nearest, ties to even; a NaN 
     to.bits = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
 }
 
-inline void narrow(float x, e4m3 &to) {  // to nearest, ties to even; what is too large to the largest; see codecs/fp8.py
+// To nearest, ties to even, and what is too large to the largest; see codecs/fp8.py.
+inline void narrow(float x, e4m3 &to) {
     uint32_t bits, cut, small;
     std::memcpy(&bits, &x, sizeof bits);
     const float size = std::abs(x), held = std::min(size, 448.0f);
