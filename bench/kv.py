@@ -6,12 +6,12 @@ it writes are those of the full cache, and how many values it recalls of a list 
 compressed. Layers that share keys and values are measured in the same way, by where they begin to, and low-rank keys
 with values on the host by how much of them a step sees.
 
-Throughput: 256 long requests are served from a pool of fixed size, with the full cache and with a quarter of it. On the
-CPU python-6m does; there caches that the readable backend alone can read (low-rank keys, and budgets that fall from
-layer to layer) have 48 requests, beside the full cache with as many, since they would take most of an hour otherwise.
-On CUDA it is random weights in the shape of Qwen3-8B, in bf16, which have no quality to measure: there the cache in fp8
-has the same bytes too, and the steps of as many sequences are timed with each, which tells what the upkeep of a small
-cache costs.
+Throughput: 256 long requests are served from a pool of fixed bytes, with the full cache and with a quarter of it. On
+the CPU python-6m does, there in other codecs too, with and without eviction, each once: the kernel reads int8 and fp8,
+and the readable backend decodes int4. Keys of low rank are for that backend as well, take longest by far, and have 48
+requests, beside the full cache with as many. On CUDA it is random weights in the shape of Qwen3-8B, in
+bf16, which have no quality to measure: there the cache in fp8 has the same bytes too, and the steps of as many
+sequences are timed with each, which tells what the upkeep of a small cache costs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from penstock.data.corpora.stdlib import StandardLibrary
 from penstock.models import hub
 from penstock.models.decoder import Decoder
 from penstock.ops.paged.codecs.contract import Codec
-from penstock.ops.paged.codecs.fp8 import Fp8
 from penstock.ops.paged.codecs.plain import Plain
 from penstock.policy import index
 from penstock.serve.build import build_engine
@@ -106,8 +105,10 @@ SERVED = {
     "cpu": Served(requests=256, length=448, output=128, pool=4096, sequences=64, tokens=1024),
     "cuda": Served(requests=256, length=2048, output=128, pool=40_960, sequences=128, tokens=4096),
 }
-#: Where no kernel reads a cache on the CPU.
-READABLE = SERVED["cpu"]._replace(requests=48)
+#: For keys of low rank, whose attention takes longest by far on the CPU.
+FEW = SERVED["cpu"]._replace(requests=48)
+#: What an engine is warmed up with: so many of the requests, for so many tokens.
+WARM, WARM_OUTPUT = 8, 8
 
 
 def policies(budget: float) -> dict[str, dict[str, Any]]:
@@ -362,44 +363,51 @@ def compressed(bench: Bench) -> dict[str, dict[str, Any]]:
     """The options of caches that have a quarter of the tokens, by name, and that kernels read."""
     kinds = policies(BUDGETS[0])
     if bench.device.type == "cuda":
-        return {name: kinds[name] for name in ON_CUDA}
-    del kinds["pyramidkv"]
-    return {**kinds, "snapkv under pressure": {**kinds["snapkv"], "when": "pressure"}}
-
-
-def readable() -> dict[str, dict[str, Any]]:
-    """Those of caches that the readable backend alone reads."""
-    return {
-        "shadow": ShadowKV(budget=SEEN[0], every=EVERY).describe(),
-        "pyramidkv": policies(BUDGETS[0])["pyramidkv"],
-    }
+        return {name: {"kv": kinds[name]} for name in ON_CUDA}
+    kinds["snapkv under pressure"] = {**kinds["snapkv"], "when": "pressure"}
+    return {name: {"kv": kv} for name, kv in kinds.items()}
 
 
 def throughput(bench: Bench, name: str, model: Decoder) -> None:
     """Tokens a second from a pool of fixed size, and how many requests run at a time; on CUDA how long steps take,
     too."""
-    throughput_of(bench, name, model, compressed(bench), QUICK if bench.quick else SERVED[bench.device.type])
-    if bench.device.type == "cpu":
-        throughput_of(bench, name, model, readable(), QUICK._replace(requests=4) if bench.quick else READABLE)
+    work, kept = QUICK if bench.quick else SERVED[bench.device.type], compressed(bench)
+    if bench.device.type == "cuda":
+        throughput_of(bench, name, model, {**kept, "fp8": {"codec": "fp8"}}, work)
+        return
+    coded = {"int8": {"codec": "int8"}, "fp8": {"codec": "fp8"}}
+    coded |= {f"h2o, {codec}": {**kept["h2o"], "codec": codec} for codec in ("int8", "int4", "fp8")}
+    throughput_of(bench, name, model, kept, work, repetitions=2)
+    throughput_of(bench, name, model, coded, work, repetitions=1)
+    few, shadow = QUICK._replace(requests=4) if bench.quick else FEW, ShadowKV(budget=SEEN[0], every=EVERY)
+    throughput_of(bench, name, model, {"shadow": {"kv": shadow.describe()}}, few, repetitions=2)
 
 
-def throughput_of(bench: Bench, name: str, model: Decoder, caches: dict[str, dict[str, Any]], work: Served) -> None:
+def throughput_of(
+    bench: Bench, name: str, model: Decoder, caches: dict[str, dict[str, Any]], work: Served, repetitions: int = 2
+) -> None:
     """That of the ``caches``, whose options are given by name, beside the full one."""
-    on_cuda, kinds = bench.device.type == "cuda", {"full": {"name": "full"}, **caches}
-    engines = {kind: opened(model, {"kv": kv}, work.pool, work.sequences, work.tokens) for kind, kv in kinds.items()}
     served_there = f"{name}, {work.requests} requests of {work.length} + {work.output} tokens, a pool for {work.pool:,}"
-    settings = dict.fromkeys(kinds, f"{served_there}, {BUDGETS[0]:.0%} kept")
-    if "shadow" in kinds:
+    engines, settings, dtype = {}, {}, str(model.like.dtype).removeprefix("torch.")
+    plain = any("kv" in options and "codec" not in options for options in caches.values())
+    for kind, options in {"full": {"kv": {"name": "full"}}, **caches}.items():
+        cached = room(model, codec_of(options), work.pool)
+        engines[kind] = opened(model, options, cached, work.sequences, work.tokens)
+        settings[kind] = served_there if plain else f"{served_there} in {dtype}"
+        if "kv" in options and (plain or kind != "full"):
+            settings[kind] += f", {BUDGETS[0]:.0%} kept"
+    if "shadow" in caches:
         left = left_by(ShadowKV(budget=SEEN[0], every=EVERY), model, work.length)
         settings["shadow"] = f"{served_there}, {left:.0%} on the device, {SEEN[0]:.0%} seen"
-    if on_cuda:
-        cached = room(model, Fp8(), work.pool)
-        engines["fp8"] = opened(model, {"codec": "fp8"}, cached, work.sequences, work.tokens)
-        settings["fp8"] = f"{served_there} in bf16"
     with settled():
-        if on_cuda:
+        if bench.device.type == "cuda":
             steps(bench, name, engines, work)
-        rates(bench, engines, settings, work)
+        rates(bench, engines, settings, work, repetitions)
+
+
+def codec_of(options: dict[str, Any]) -> Codec:
+    """The codec of an engine with ``options``."""
+    return EngineConfig.model_validate(options).codec
 
 
 def steps(bench: Bench, name: str, engines: dict[str, Engine], work: Served) -> None:
@@ -425,12 +433,13 @@ def steps(bench: Bench, name: str, engines: dict[str, Engine], work: Served) -> 
         )
 
 
-def rates(bench: Bench, engines: dict[str, Engine], settings: dict[str, str], work: Served) -> None:
+def rates(bench: Bench, engines: dict[str, Engine], settings: dict[str, str], work: Served, repetitions: int) -> None:
     """What comes out of the ``engines``, all of which serve the same requests."""
-    prompts, on_cuda = work.prompts(), bench.device.type == "cuda"
+    prompts = work.prompts()
     runs = {kind: functools.partial(served, engine, prompts, work.output) for kind, engine in engines.items()}
-    # Where steps were timed, all is warm.
-    values = bench.turns(runs, settings["full"], 2 if on_cuda else 3, 0 if on_cuda else 1)
+    for engine in engines.values():
+        served(engine, prompts[:WARM], WARM_OUTPUT)
+    values = bench.turns(runs, settings["full"], repetitions, 0)
     papers = {"h2o": (411,), "shadow": (299,)}
     for kind in list(runs)[1:]:
         bench.compared(

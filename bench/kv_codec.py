@@ -9,7 +9,7 @@ Beside each of int4 and the coupled ones at 4 and 2 bits a channel stands the sa
 precision.
 
 For throughput, a pool of as many bytes as four requests take in fp32 serves 24 of them, greedy, of 32 random tokens in
-and 32 out. The kernel reads fp32, bf16 and int8; the others go through the readable backend, with their codecs.
+and 32 out. The kernel reads fp32, bf16, int8 and fp8; the others go through the readable backend, with their codecs.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from penstock.testing.attention_paged import (
     check_large_scores,
     check_long_courses,
     check_nan,
+    check_needs,
     check_sizes,
     courses,
     places,
@@ -45,6 +46,13 @@ def test_long_sequences_large_scores_and_nan(name):
         check_large_scores(policy, place)
         check_nan(policy, place)
         check_sizes(policy, place)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_a_policy_knows_besides(name):
+    """In one type of numbers, as before."""
+    policy, found = on_cpu(name)
+    check_needs(policy, next(place for place in found if place.dtype == torch.float32))
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ import torch
 from nearly import agreement
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
+from penstock.ops.paged.codecs.fp8 import Fp8
+from penstock.ops.paged.flashinfer import FlashInfer
 from penstock.policy import index
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
@@ -16,6 +18,8 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.kv.policies.contract import Budgeted
 from penstock.serve.messages import Request
+from penstock.testing.attention_paged import Place
+from penstock.testing.kv_codec import check_windowed
 
 pytestmark = pytest.mark.gpu
 
@@ -88,4 +92,21 @@ def test_graphs_give_nearly_the_tokens_of_the_eager_pass(name):
 def test_a_cache_in_fp8_says_nearly_the_same_with_graphs_and_without():
     options = {"kv": {"name": "full"}, "codec": "fp8"}
     found = [told(engine_of("full", **options, compile=compiled), range(12)) for compiled in (True, False)]
+    assert agreement(*found) > 0.8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_to_windows_and_to_fp8_is_put_together(dtype):
+    place = Place(torch.device("cuda", 0), dtype, (64, 128))
+    if (reason := FlashInfer().serves(*place[:2], 128)) is not None:
+        pytest.skip(reason)
+    for dim in place.head_dims:
+        check_windowed(Fp8(), FlashInfer(), place._replace(head_dims=(dim,)))
+
+
+def test_fp8_with_windows_says_nearly_what_the_readable_backend_does():
+    options = {"kv": {"name": "full"}, "codec": {"name": "fp8", "residual": 64}}
+    # There are no graphs for it.
+    options |= {"compile": False}
+    found = [told(engine_of("full", **options, attention=each), range(6)) for each in ("flashinfer", "reference")]
     assert agreement(*found) > 0.8

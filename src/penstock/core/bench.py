@@ -40,6 +40,7 @@ from rich.text import Text
 from penstock.core.config import build
 from penstock.core.errors import PenstockError, UsageError, nearest
 from penstock.core.files import write_json
+from penstock.core.progress import duration
 from penstock.core.results import HEADINGS, Result, Row, cells, repository, results_folder
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ PACKAGES = (
     "vllm",
     "sglang",
 )
+
+#: Seconds of a run from which on its end is told.
+LONG = 5.0
 
 #: Repetitions of a quick run, whatever the script asks for.
 QUICK_REPETITIONS = 2
@@ -196,12 +200,18 @@ class Bench:
         and are not counted. For runs that give several figures; :meth:`compared` makes rows of them."""
         rounds = min(repetitions, QUICK_REPETITIONS) if self.quick else repetitions
         values: dict[str, list[T]] = {name: [] for name in runs}
+        count, done = len(runs) * (rounds + uncounted), 0
         with self.console.status("") as status:
             for number in range(1 - uncounted, rounds + 1):
                 what = f"repetition {number} of {rounds}" if number > 0 else "warm-up"
                 for name, run in runs.items():
                     status.update(f"{self.name}: {name}, {setting}: {what}")
+                    begun = time.perf_counter()
                     values[name].append(run())
+                    done, took = done + 1, time.perf_counter() - begun
+                    if took > LONG:
+                        told = f"{self.name}: {name}, {what}: {duration(took)}, run {done} of {count}"
+                        self.console.print(Text(told), style="dim")
         return {name: kept[uncounted:] for name, kept in values.items()}
 
     def compared(

@@ -404,8 +404,10 @@ class EngineConfig(Config):
         """The windows in full precision, in whole blocks."""
         if not self.codec.residual:
             return None
-        tokens = -(-self.codec.residual // self.block_size) * self.block_size
-        return Residual(tokens, self.sequences, self.rows - 1)
+        tokens, tentative = (
+            -(-each // self.block_size) * self.block_size for each in (self.codec.residual, self.rows - 1)
+        )
+        return Residual(tokens, self.sequences, tentative)
 
     @property
     def ranks(self) -> int:

@@ -11,7 +11,8 @@ those of plain softmax attention in float64 over each sequence's own tokens, see
   keys as of values, of each head what is its own, or that reads what it has written; a write to another slot;
 - large scores: overflow, or weights that vanish;
 - sizes: a memory that is not what it is said to be once its size changes;
-- needs: a bound on scores, sinks, chunks or latents that a policy says it knows, and does not compute;
+- needs: a bound on scores, sinks, chunks or latents that a policy says it knows, and does not compute; of tokens that
+  lie in the places of other layers, one that is left out or read for another, by heads or by layers;
 - NaN: numbers of one sequence that touch another's, if only by a weight of 0.
 """
 
@@ -36,6 +37,7 @@ from penstock.ops.paged.contract import NEEDS, CacheShape, PagedAttention, Paged
 from penstock.serve.kv.reuse.contract import Weighing
 from penstock.testing.alike import alike
 from penstock.testing.beside_scores import dense
+from penstock.testing.paged_pieces import check_spans, shape_in
 from penstock.testing.paged_scene import Action, Compact, Fork, Keep, Open, Release, Scene, Step, Tree
 
 PLAIN_CODEC = Plain()
@@ -192,13 +194,7 @@ def check_long_courses(policy: PagedAttention, place: Place) -> None:
 def check_course(policy: PagedAttention, place: Place, course: Course, codec: Codec = PLAIN_CODEC) -> None:
     """Asserts that every token sees what it should, on a memory with room for all tokens of the script, and for two
     blocks more for each of its sequences, in a ``codec``. What that learns, it learns of random vectors."""
-    shape = dataclasses.replace(course.shape(place), codec=codec)
-    if isinstance(codec, LearnedCodec):
-        draw = torch_generator(course.seed, "testing/learned")
-        size = (shape.layers, shape.parts, 300, shape.kv_heads, shape.head_dim)
-        vectors = torch.randn(size, generator=draw).to(place.device)
-        tables = [torch.stack([codec.learn(part) for part in layer]) for layer in vectors]
-        shape = dataclasses.replace(shape, learned=torch.stack(tables))
+    shape = with_tables(dataclasses.replace(course.shape(place), codec=codec), course.seed)
     tolerance = TOLERANCES[place.dtype]
     scene = Scene(policy, shape, course.windows, seed=course.seed, tolerance=tolerance, extras=course.extras)
     threads = torch.get_num_threads()
@@ -207,6 +203,18 @@ def check_course(policy: PagedAttention, place: Place, course: Course, codec: Co
         scene.play(course.script)
     finally:
         torch.set_num_threads(threads)
+
+
+def with_tables(shape: CacheShape, seed: int) -> CacheShape:
+    """``shape`` with what its codec learns of random vectors, where it learns."""
+    codec = shape.codec
+    if not isinstance(codec, LearnedCodec):
+        return shape
+    draw = torch_generator(seed, "testing/learned")
+    size = (shape.layers, shape.parts, 300, shape.kv_heads, shape.head_dim)
+    vectors = torch.randn(size, generator=draw).to(shape.device)
+    tables = [torch.stack([codec.learn(part) for part in layer]) for layer in vectors]
+    return dataclasses.replace(shape, learned=torch.stack(tables))
 
 
 def check_needs(policy: PagedAttention, place: Place) -> None:
@@ -239,6 +247,9 @@ def check_needs(policy: PagedAttention, place: Place) -> None:
             check_course(policy, place, course)
     if "contexts" in policy.knows:
         check_contexts(policy, place)
+    if "view" in policy.knows:
+        for layers in (1, 4):
+            check_spans(policy, shape_in(place.dtype, place.device, layers, dim, PLAIN_CODEC), TOLERANCES[place.dtype])
 
 
 def check_contexts(policy: PagedAttention, place: Place) -> None:

@@ -8,7 +8,8 @@ What each clause is there to catch:
 - NaN: a sequence that went wrong and does not say so, or says so in another's place;
 - bytes: a memory that is larger than what it is said to be;
 - attention: codes that a kernel reads in another way than the definition, a step that is forgotten, copies and moves
-  that leave a part of the code behind;
+  that leave a part of the code behind; of windows in full precision, a place that is read from the wrong side of an
+  edge, from both or from neither, and a prompt that does not fit into its ring;
 - tokens: codes that depend on the block, the chunk or the batch; a table of another layer, or of values for keys. The
   engine computes in float64 here, where no code is within rounding of another;
 - windows in full precision: what is read of them depends on chunks, drafts, forks, shared prefixes or preemption;
@@ -52,13 +53,23 @@ from penstock.speculate.contract import Drafter
 from penstock.speculate.controllers.fixed import Fixed
 from penstock.speculate.drafters.ngram import Ngram
 from penstock.testing.alike import alike
-from penstock.testing.attention_paged import BRIEF, CROWDED, Course, Place, check_course, courses
+from penstock.testing.attention_paged import (
+    BRIEF,
+    CROWDED,
+    TOLERANCES,
+    Course,
+    Place,
+    check_course,
+    courses,
+    with_tables,
+)
 from penstock.testing.engine.crowds import crowd
 from penstock.testing.engine.machine import EngineMachine, machine_of
 from penstock.testing.engine.requests import numbers
 from penstock.testing.enrolled import enrolled
 from penstock.testing.kept_scores import KeptRows
 from penstock.testing.kv_policy import tight
+from penstock.testing.paged_pieces import check_windows, shape_in
 from penstock.testing.reference import greedy
 from penstock.testing.serve_model import SHAPE, small_draft, small_model
 
@@ -167,9 +178,19 @@ def check_attention(codec: Codec, backend: PagedAttention, examples: int = 0) ->
         if "latent" in backend.knows:
             latent = Course(BRIEF, 1, 2, 16, 16, (None,), latent=8, needs=frozenset({"latent"}))
             check_course(backend, place, latent, codec)
+        if "residual" in backend.knows and codec.policy_name != "plain":
+            check_windowed(codec, backend, place)
         if examples:
             check_course(backend, place, Course(CROWDED, 1, 3, 64, 16, (None, 40), threads=2), codec)
             _play_courses(codec, backend, place, examples)
+
+
+def check_windowed(codec: Codec, backend: PagedAttention, place: Place) -> None:
+    """Asserts the same where the newest tokens are in full precision beside it."""
+    windows = (None, 11) if place.device.type == "cpu" else (None, None)
+    shape = shape_in(place.dtype, place.device, len(windows), place.head_dims[-1], codec)
+    shape = with_tables(dataclasses.replace(shape, windows=frozenset(windows)), seed=0)
+    check_windows(backend, shape, windows, TOLERANCES[place.dtype], threads=2)
 
 
 def _play_courses(codec: Codec, backend: PagedAttention, place: Place, examples: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.ops.paged.codecs.fp8 import Fp8
 from penstock.ops.paged.contract import CacheShape, PagedBatch
 from penstock.ops.paged.cpu import Native, NativeCache
 from penstock.testing.paged_scene import Scene, Step, softmax_attention
@@ -95,3 +96,25 @@ def test_bfloat16_is_rounded_once():
     out = cache.attend(0, query, key, value, scale=1.0, window=None)
     wanted = softmax_attention(query.double(), key.double(), value.double(), scale=1.0, window=None)
     torch.testing.assert_close(out.double(), wanted, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_in_fp8_are_written_and_read_as_the_codec_says(dtype):
+    """All codes as values, and numbers of all sizes as keys, each a token that sees itself alone."""
+    draw, scales = torch.Generator().manual_seed(0), torch.tensor([[[0.013], [0.25]]])
+    cache = NativeCache(CacheShape(1, 2, 1, 8, 256, 1, dtype, CPU, codec=Fp8(), learned=scales))
+    codes = torch.arange(256, dtype=torch.int64).repeat(8).view(8, 256).T.to(torch.uint8).unsqueeze(1)
+    value = Fp8().decode(codes, 8, dtype, scales[0, 1])
+    key = torch.randn(256, 1, 8, generator=draw) * torch.logspace(-6, 3, 256).view(-1, 1, 1)
+    key[7, 0, 3], key[9, 0, 1], key[11, 0, 0] = torch.inf, -torch.inf, torch.nan
+    key[20:30] = torch.arange(80).view(10, 1, 8) * 0.013 * 2.0**-10  # ties among the smallest
+    count, key = torch.arange(257, dtype=torch.int32), key.to(dtype)
+    cache.plan(PagedBatch(count, count.diff(), count[:256, None], torch.arange(256)))
+    out = cache.attend(0, torch.zeros(256, 2, 8, dtype=dtype), key, value, scale=1.0, window=None)
+    seen = torch.where(key.isfinite().all(-1, keepdim=True), value, torch.nan).expand(-1, 2, -1)
+    torch.testing.assert_close(out, seen, rtol=0, atol=0, equal_nan=True)
+    written = cache.codes(torch.arange(256))
+    for part, vectors in enumerate((key, value)):
+        wanted = Fp8().encode(vectors, scales[0, part])
+        same = written[part][0, 0] == wanted[:, 0]
+        assert (same | (wanted[:, 0] & 127 == 127) & (written[part][0, 0] & 127 == 127)).all()

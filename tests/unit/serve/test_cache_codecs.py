@@ -79,10 +79,29 @@ def test_windows_take_what_they_are_said_to():
     config = EngineConfig(codec={"name": "int8", "residual": 20}, sequences=8, cache_tokens=100, draft="ngram")
     runner = build_runner(model, config)
     shape = runner.cache.shape
-    # 20 tokens are 2 blocks of 16; as many as are drafted may be computed for nothing. 64 numbers of 4 bytes a token.
-    assert shape.residual.tokens == 32 and shape.residual.places == 32 + config.draft.most
-    assert runner.memory["windows"] == shape.residual_bytes == 8 * (32 + config.draft.most) * 2 * 2 * 2 * 8 * 4
+    # 20 tokens are 2 blocks of 16; as many as are drafted, 1 block, may be computed for nothing. 64 numbers of 4 bytes
+    # a token.
+    assert shape.residual.tokens == 32 and shape.residual.places == 48 and 0 < config.draft.most <= 16
+    assert runner.memory["windows"] == shape.residual_bytes == 8 * 48 * 2 * 2 * 2 * 8 * 4
+    # The kernel reads a vector past the end.
+    assert vars(runner.cache)["_windows"].memory.nbytes == shape.residual_bytes + 64
     assert shape.block_bytes == 2 * 2 * 2 * 16 * 12, "blocks are as large as without windows"
+
+
+@pytest.mark.parametrize("draft", [None, "ngram"])
+def test_the_kernel_and_the_readable_backend_read_the_same_windows(draft):
+    options = {
+        "codec": {"name": "int8", "residual": 16},
+        "cache_tokens": 400,
+        "sequences": 4,
+        "tokens": 32,
+        "draft": draft,
+    }
+    engines = [
+        build_engine(small_model(), EngineConfig(**options, attention=name, check=True))
+        for name in ("cpu", "reference")
+    ]
+    assert said(engines[0]) == said(engines[1])
 
 
 def test_the_memory_of_windows_is_not_for_blocks(monkeypatch):
@@ -119,6 +138,6 @@ def test_windows_do_not_go_together_with_tokens_that_share_places():
 
 
 def test_a_backend_without_windows_is_refused_by_name():
-    config = EngineConfig(codec={"name": "int8", "residual": 32}, attention="cpu")
-    with pytest.raises(UsageError, match="'cpu' does not serve here: it has no windows in full precision"):
+    config = EngineConfig(codec={"name": "int8", "residual": 32}, attention="invariant")
+    with pytest.raises(UsageError, match="'invariant' does not serve here: it has no windows in full precision"):
         build_engine(small_model(), config)

@@ -308,6 +308,23 @@ class PagedCache:
         only such ``extras`` as are among the needs of the cache."""
         raise NotImplementedError
 
+    def looks(
+        self, layers: slice, queries: Tensor, scales: Sequence[float], slots: Tensor, packed: int = 0
+    ) -> Tensor | None:
+        """How much of their attention tokens that were computed already pay to each token of their caches: float32
+        [layers, S, K, q, n], averaged over the query heads of a key head. None where the backend has no kernel that
+        tells it; it is computed of what :meth:`read` gives then, as in
+        :func:`~penstock.serve.kv.compaction.attention`.
+
+        Args:
+            layers: of the cache.
+            queries: [layers, S, q, H, D] of the last q tokens of S texts.
+            scales: of each of the layers, the factor on scores.
+            slots: int64 [S, m], the places of the texts in order, from the first one on.
+            packed: how many tokens share the first of them. The n tokens are in the order of :meth:`View.restored`.
+        """
+        return None
+
     def copy(self, sources: list[int], targets: list[int]) -> None:
         """Copies whole blocks in all layers, sources[i] to targets[i]. All are read before any is written: a block
         that was copied and then let go of may be a target too. No target comes twice."""

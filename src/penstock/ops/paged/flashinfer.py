@@ -17,6 +17,8 @@ from penstock.ops.attention import Extras
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache, StepShape
 from penstock.ops.paged.cuda import CudaCache, store, store_fp8
 from penstock.ops.paged.flashinfer_kernels import build_kernels, kept_dtype
+from penstock.ops.paged.flashinfer_windows import WindowedAttention
+from penstock.ops.paged.residual import Rings
 from penstock.policy import policy
 
 if TYPE_CHECKING:
@@ -64,13 +66,14 @@ class Planned:
 
 @dataclasses.dataclass
 class Lane:
-    """What passes that do not overlap share: memory for partial results, a wrapper of each kind for each window, and
-    when the last plan has left the host."""
+    """What passes that do not overlap share: memory for partial results, a wrapper of each kind for each window, when
+    the last plan has left the host, and attention where the newest tokens are in full precision."""
 
     workspace: Tensor
     prefill: dict[int, Any]
     decode: dict[int, Any]
     copied: torch.cuda.Event
+    windowed: WindowedAttention | None = None
 
 
 class FlashInferCache(CudaCache):
@@ -88,6 +91,12 @@ class FlashInferCache(CudaCache):
         #: By window: one shape at a time is planned, and replayed before another one is.
         self._plans = {window: torch.zeros(PLAN, dtype=torch.uint8, device=shape.device) for window in self._windows}
         self._planned: Planned | None = None
+        self._windowed: WindowedAttention | None = None
+
+    def allocate(self) -> None:
+        super().allocate()
+        # While nothing is served, the cache has one block, and no windows.
+        self._rings = None if self.shape.residual is None or self.shape.blocks == 1 else Rings(self.shape)
 
     def _lane(self) -> Lane:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -101,12 +110,17 @@ class FlashInferCache(CudaCache):
             }
 
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        windowed = None
+        if self.shape.residual is not None:
+            windowed = WindowedAttention(self.shape, workspace, kept_dtype(self.shape))
         # Decodes too: FlashInfer's wrapper for them copies from memory that is not pinned, unless its buffers are
         # fixed, and runs the kernel of this one, "fa2", where a key head has several queries.
-        return Lane(workspace, wrappers("auto"), wrappers("fa2"), copied)
+        return Lane(workspace, wrappers("auto"), wrappers("fa2"), copied, windowed)
 
     def fix(self, shapes: list[StepShape], pages: int) -> bool:
         if any(shape.onward for shape in shapes) and self.shape.codec.policy_name != "plain":
+            return False
+        if self.shape.residual is not None:
             return False
         for shape in shapes:
             if shape in self._fixed:
@@ -179,6 +193,15 @@ class FlashInferCache(CudaCache):
         while lane >= len(self._lanes):
             self._lanes.append(self._lane())
         own = self._lanes[lane]
+        self._windowed = own.windowed if self._rings is not None and batch.rings is not None else None
+        if self._windowed is not None and self._rings is not None:
+            # As below.
+            own.copied.synchronize()
+            self._rings.plan(batch)
+            self._windowed.plan(batch)
+            self._planned = Planned(upload(batch.slots.numpy(), self.shape.device), [])
+            own.copied.record()
+            return
         fixed = None if batch.shape is None else self._fixed[batch.shape]
         if fixed is not None and fixed.fixed is not None:
             fixed.slots.copy_(upload(batch.slots.numpy(), self.shape.device))
@@ -279,7 +302,7 @@ class FlashInferCache(CudaCache):
     def compute(
         self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None, extras: Extras
     ) -> Tensor:
-        planned = self._planned
+        planned, plain = self._planned, query
         if planned is None:
             raise RuntimeError("attend() before plan()")
         shape, memory, learned = self.shape, self.memory[layer], self.shape.learned
@@ -289,6 +312,11 @@ class FlashInferCache(CudaCache):
         else:
             query = store_fp8(query, key, value, memory, planned.slots, learned[layer])
         memory = memory.view(kept_dtype(shape))
+        if self._windowed is not None and self._rings is not None:
+            factor = scale * shape.head_dim**0.5
+            scales = None if self._value_scales is None else self._value_scales[layer]
+            queries = (plain * factor).contiguous(), query * factor
+            return self._windowed.attend(layer, *queries, key, value, memory, self._rings, scales)
         out = torch.empty_like(query)
         if planned.masked is not None:
             planned.masked.attend(query, memory, out, scale=scale, window=window)
@@ -328,9 +356,13 @@ class FlashInfer(PagedAttention):
     several new tokens. In a batch with both, sequences that decode have the former where they come first, as they do in
     every step of the engine. Passes of batches of a fixed shape can be replayed from a CUDA graph. Blocks in fp8 are
     read as they are, by the kernels for that; batches with masks cannot have such blocks.
+
+    Where the newest tokens are in full precision, attention to windows and to blocks is computed in two calls and put
+    together by log-sum-exp. Not built: graphs for that, and windows beside sliding ones.
     """
 
     rank: ClassVar[int] = 20
+    knows: ClassVar[frozenset[str]] = frozenset({"residual"})
     codecs: ClassVar[frozenset[str]] = frozenset({"plain", "fp8"})
 
     def serves(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -343,6 +375,11 @@ class FlashInfer(PagedAttention):
         if importlib.util.find_spec("flashinfer") is None:
             return "flashinfer is not installed (pip install 'penstock[cuda]')"
         return None
+
+    def refuses(self, shape: CacheShape) -> str | None:
+        if shape.residual is not None and shape.windows != {None}:
+            return "it has no windows in full precision beside sliding ones"
+        return super().refuses(shape)
 
     def prepare(self, shape: CacheShape, report: Reporter = silent) -> None:
         build_kernels(shape, report)

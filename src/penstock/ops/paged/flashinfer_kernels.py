@@ -80,6 +80,9 @@ def _specs(shape: CacheShape) -> list[Any]:
         specs += [gen_batch_prefill_module(each, use_fp16_qk_reduction=False, **own) for each in {fastest, "fa2"}]
         if shape.heads == shape.kv_heads:
             specs.append(gen_batch_decode_module(**own))
+    if shape.residual is not None:
+        windows = {**common, "dtype_kv": dtype, "use_sliding_window": False}
+        specs.append(gen_batch_prefill_module("fa2", use_fp16_qk_reduction=False, **windows))
     return specs
 
 

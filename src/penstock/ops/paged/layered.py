@@ -68,6 +68,21 @@ class LayeredTokens(View):
         keys, values = (self._restore(layer, part, packed).unsqueeze(0) for part in (0, 1))
         yield Seen(slice(0, len(query)), keys, values)
 
+    @functools.lru_cache(1024)  # noqa: B019, a view is a value
+    def spans(self, tokens: int) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+        places, first, found = self.places(tokens), 0, []
+        for count in self.counts(tokens):
+            numbers = range(first, first + count)
+            layers = range(first // places, -(-numbers.stop // places))
+            found.append(
+                tuple(
+                    (layer, max(first - layer * places, 0), min(numbers.stop - layer * places, places))
+                    for layer in layers
+                )
+            )
+            first += count
+        return tuple(found)
+
     def missing(self, tokens: int) -> tuple[int, ...]:
         counts = self.counts(tokens)
         return tuple(max(counts) - count for count in counts)

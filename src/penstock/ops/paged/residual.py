@@ -30,8 +30,8 @@ class Residual:
     Attributes:
         tokens: of a window, whole blocks.
         rings: how many sequences have one at a time.
-        tentative: most tokens of a sequence that may be computed for nothing: those of the window before them are still
-            in the ring then.
+        tentative: most tokens of a sequence that may be computed for nothing, in whole blocks: those of the window
+            before them are still in the ring then.
     """
 
     tokens: int

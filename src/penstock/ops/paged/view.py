@@ -101,6 +101,11 @@ class View(ABC):
         """The keys and values [layers, K, n, D] of all tokens that are ``packed``, in the order of their places; where
         some are :meth:`missing`, anything in their place."""
 
+    def spans(self, tokens: int) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+        """Of a :attr:`plain` view, where in the places of so many packed ``tokens`` those of each layer lie, in order:
+        the layer whose places they are, the first of these, and the one behind the last."""
+        raise NotImplementedError
+
     def missing(self, tokens: int) -> tuple[int, ...]:
         """Of each layer, how many of the first of so many packed ``tokens``, as :meth:`restored` gives them, are not
         there, since the layer keeps fewer than another; empty where all have as many."""

@@ -156,7 +156,7 @@ class Compactor:
             assert self._policy.view is not None
             missing = self._policy.view.missing(packed)
         drawn = self._read(sources, works)
-        watched: Iterable[tuple[slice, Tensor | None]] = self._attention(keys, works, missing)
+        watched: Iterable[tuple[slice, Tensor | None]] = self._attention(keys, sources, works, missing)
         if self._policy.view is not None and self._cache.watch is not None:
             watched = [(slice(0, len(keys)), torch.cat([each for _, each in watched if each is not None]))]
         computed = works[0].computed
@@ -206,7 +206,7 @@ class Compactor:
         return drawn
 
     def _attention(
-        self, keys: Tensor, works: List[Compaction], missing: tuple[int, ...]
+        self, keys: Tensor, sources: Tensor, works: List[Compaction], missing: tuple[int, ...]
     ) -> Iterator[tuple[slice, Tensor | None]]:
         """Layers, and in these the attention of the last queries, as of :class:`Cached`."""
         watch, layers, count = self._cache.watch, len(keys), len(works)
@@ -217,6 +217,11 @@ class Compactor:
         each = max(1, self._most // (queries[0].numel() // queries.shape[-1] * keys.shape[2]))
         for first in range(0, layers, each):
             own = slice(first, first + each)
+            slots = sources.view(count, -1)
+            told = self._cache.looks(own, queries[own], watch.scales[own], slots, works[0].packed)
+            if told is not None:
+                yield own, told.view(len(told), keys.shape[1], *told.shape[3:])
+                continue
             scales = torch.tensor(watch.scales[own], device=keys.device).repeat_interleave(count).view(-1, 1, 1, 1, 1)
             rows = keys[own].view(-1, keys.shape[1] // count, *keys.shape[2:])
             gone = torch.tensor(missing[own], device=keys.device).repeat_interleave(count) if missing else None

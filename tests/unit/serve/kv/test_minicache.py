@@ -123,7 +123,7 @@ def test_opposite_and_missing_directions():
         ({"kv": {"name": "minicache"}}, r"no layers.*kv.start"),
         ({"kv": {"name": "minicache", "start": 0, "retained": 0.9}}, r"saves nothing.*kv.retained"),
         ({"kv": {"name": "minicache", "start": 0}, "codec": "int8"}, r"norms.*bf16"),
-        ({"kv": {"name": "minicache", "start": 0}, "attention": "cpu"}, "views of compressed caches"),
+        ({"kv": {"name": "minicache", "start": 0}, "attention": "cpu"}, "no view of norms beside directions"),
         ({"kv": {"name": "minicache", "budget": 0.5}}, "budget"),
     ],
 )

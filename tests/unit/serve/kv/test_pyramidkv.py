@@ -91,8 +91,9 @@ def test_what_a_layer_has_not_is_not_kept():
     assert torch.equal(kept[0].keys, kept[1].keys) and torch.equal(kept[0].values, kept[1].values)
 
 
-def said(kv):
-    engine, told = build_engine(small_model(), EngineConfig(kv=kv, sequences=3, cache_tokens=400)), defaultdict(list)
+def said(kv, **options):
+    config, told = EngineConfig(kv=kv, sequences=3, cache_tokens=400, **options), defaultdict(list)
+    engine = build_engine(small_model(), config)
     for number in range(3):
         sampling = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
         engine.add(Request(str(number), numbers(f"pyramid {number}", 20 + 7 * number), sampling))
@@ -108,11 +109,16 @@ def test_with_equal_budgets_the_tokens_are_those_of_snapkv():
     assert said(PyramidKV(**options, beta=1)) == said(SnapKV(**options)) != said(PyramidKV(**options))
 
 
+def test_the_kernel_and_the_readable_backend_read_the_same():
+    kv = PyramidKV(budget=12, window=4, pool=3, every=5)
+    assert said(kv, attention="cpu", draft="ngram") == said(kv, attention="reference", draft="ngram")
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"kv": {"name": "pyramidkv"}, "codec": "fp8"}, r"tokens of some layers in the places of others.*own.*bf16"),
-        ({"kv": {"name": "pyramidkv"}, "attention": "cpu"}, "views of compressed caches"),
+        ({"kv": {"name": "pyramidkv"}, "attention": "invariant"}, "views of compressed caches"),
     ],
 )
 def test_what_it_does_not_go_together_with(options, reason):

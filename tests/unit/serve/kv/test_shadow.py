@@ -305,7 +305,7 @@ def test_a_host_without_room_is_told(monkeypatch):
         ({"kv": {"name": "shadow", "budget": 2.5}}, "neither a share nor a number"),
         ({"kv": {"name": "shadow", "every": 4}}, "every is 4, and a chunk has 8"),
         ({"kv": "shadow", "codec": "int8"}, r"factors and landmarks.*bf16"),
-        ({"kv": "shadow", "attention": "cpu"}, "views of compressed caches"),
+        ({"kv": "shadow", "attention": "cpu"}, "no view of factors and landmarks beside keys"),
         ({"kv": "shadow", "deterministic": True}, "deterministic does not go together with kv = shadow"),
     ],
 )

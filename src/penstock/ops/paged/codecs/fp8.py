@@ -20,8 +20,8 @@ class Fp8(LearnedCodec):
     before the first request: the head's largest magnitude in the text is half of what can be held. Larger ones than
     that are cut off.
 
-    The scales belong to heads, not to tokens, so that kernels for fp8 can read the blocks: a key's scale goes to the
-    query, and a value's to the output.
+    The scales belong to heads, not to tokens, so that kernels for fp8 can read the blocks: on CUDA devices a key's
+    scale goes to the query, and a value's to the output; on CPUs they go to scores and weights.
     """
 
     def stored(self, head_dim: int, dtype: torch.dtype) -> Stored:
