@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from penstock.testing.enrolled import enrolled, rebuilt
-from penstock.testing.search_scorer import check_example, check_hidden, check_hostile
+from penstock.testing.search_scorer import check_example, check_hidden, check_hostile, check_killer
 
 POLICIES = enrolled("search.scorer")
 
@@ -23,6 +23,11 @@ def test_bad_texts_fail_alone(name):
 @pytest.mark.parametrize("name", POLICIES)
 def test_texts_that_are_run_see_their_own_processes_alone(name):
     check_hidden(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_texts_that_end_what_judges_them_fail_alone(name):
+    check_killer(POLICIES[name])
 
 
 @pytest.mark.parametrize("name", POLICIES)

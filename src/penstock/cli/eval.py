@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from penstock.eval.records import Comparison
-    from penstock.eval.run import Evaluation, Result
+    from penstock.eval.run import Result
 
 #: Questions with a common beginning are kept together.
 BATCHING = {"batching": "batchllm"}
@@ -114,6 +114,7 @@ def _evaluate(
     from penstock.eval.run import Evaluation, task_of
     from penstock.models import hub
     from penstock.search.llm import LLM
+    from penstock.search.scorers.sandbox import told
 
     hub.resolve(model)
     evaluation = Evaluation([task_of(table) for table in tables], chat)
@@ -127,7 +128,8 @@ def _evaluate(
             typer.echo(f"{len(done):,} samples were done before", err=True)
         stopped = False
         if len(done) < len(evaluation):
-            _tell_of_the_sandbox(evaluation)
+            for line in told(type(task) for task in evaluation.tasks):
+                typer.echo(line, err=True)
             llm = LLM(model, device=device, **apply_overrides(BATCHING, overrides))
             with StopRequest() as stop, show("evaluating", len(evaluation), "sample") as bar:
                 bar.advance(len(done))
@@ -141,13 +143,6 @@ def _evaluate(
     if stopped:
         typer.echo("stopped before the end; run the same command to go on")
         raise typer.Exit(130)
-
-
-def _tell_of_the_sandbox(evaluation: Evaluation) -> None:
-    from penstock.search.scorers.sandbox import grade
-
-    if any("limits" in type(task).model_fields for task in evaluation.tasks) and grade() != "bubblewrap":
-        typer.echo(f"programs that the model writes are contained by {grade()} only; see docs/search.md", err=True)
 
 
 def _compare(*sources: str) -> None:

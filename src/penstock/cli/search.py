@@ -22,7 +22,8 @@ def search(
     scorer: str | None = typer.Option(
         None,
         "--scorer",
-        help="What texts are worth: a scorer ({search.scorer}), or a Python file with score(problem, text).",
+        help="What texts are worth: a scorer ({search.scorer}), or a Python file with score(problem, text). Code that "
+        "unit_tests and files run is contained by bubblewrap where it works, else by less; the command says by what.",
     ),
     scorer_options: list[str] = typer.Option(
         [],
@@ -80,7 +81,8 @@ def search(
     from penstock.search.page import tree_page
     from penstock.search.problems import read_problems
     from penstock.search.runs import Results, summary
-    from penstock.search.scorers.sandbox import grade
+    from penstock.search.scorers.contract import Scorer
+    from penstock.search.scorers.sandbox import told
     from penstock.serve.choose.sampling import SamplingParams
 
     chosen = {"name": program, **apply_overrides({}, options)}
@@ -129,10 +131,10 @@ def search(
         left = [(place, table) for place, table in enumerate(tables) if place not in results.done]
         if len(left) < len(tables):
             typer.echo(f"{len(tables) - len(left):,} problems were done before", err=True)
-        if scored is not None and left and grade() != "bubblewrap":
-            typer.echo(f"scorers that run code are contained by {grade()} only; see docs/search.md", err=True)
         stopped = False
         if left:
+            for line in told(type(each) for each in plan.scorers.values() if isinstance(each, Scorer)):
+                typer.echo(line, err=True)
             llm = LLM(model, device=device, **engine)
             others = {name: LLM(each, device=device, **engine) for name, each in further.items()}
             plan = dataclasses.replace(plan, models=others)

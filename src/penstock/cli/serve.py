@@ -172,6 +172,7 @@ def serve(
         from penstock.core.files import read_text
         from penstock.models import hub
         from penstock.policy import lookup
+        from penstock.search.scorers.sandbox import told
         from penstock.serve.chat import NO_TEMPLATE
         from penstock.serve.dialogue.guess import named
         from penstock.serve.embed.judge import NO_JUDGE
@@ -202,8 +203,7 @@ def serve(
         "scorers": tuple(search_scorers),
     }
     limits = build(Limits, given, "the server's limits")
-    for each in search_scorers:
-        lookup("search.scorer", each)  # that there is none is said before the model is loaded
+    judges = [lookup("search.scorer", each) for each in search_scorers]  # that there is none is said before loading
     keys = _keys(api_key or [], api_key_file)
     _check_exposure(host, keys, no_key)
     form = None if dialogue is None else named(dialogue)
@@ -226,6 +226,8 @@ def serve(
         opened.enter_context(listener)
         watchers = [opened.enter_context(Trace(trace))] if trace is not None else []
         start(log_level.value)
+        for line in told(judges):
+            typer.echo(line, err=True)
         typer.echo(f"Loading {model} ...", err=True)
         asyncio.run(
             run(

@@ -284,7 +284,7 @@ class Branch:
         self.ended, self.cut = None, 0
         return self
 
-    def ask(self, text: str) -> Branch:
+    def ask(self, text: str | list[int]) -> Branch:
         """Adds ``text`` as :meth:`append` does, and from here on reads only what comes behind it: its text, answer and
         log-probability begin anew, and so does the longest text that it may come to."""
         self.append(text)

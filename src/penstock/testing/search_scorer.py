@@ -2,7 +2,8 @@
 
 What each clause is there to catch: an example that is scored otherwise, or otherwise when it is scored again or in
 another order (state that is kept); scores that are no numbers; texts that make it raise, hang, fork, print without end
-or fill the memory, and take other texts with them; texts that are run, and see the machine's other processes.
+or fill the memory, and take other texts with them; texts that are run, and see the machine's other processes, or kill
+what judges them. These last are run in every sandbox that works on the machine, not in the best alone.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
+from penstock.search.scorers import sandbox
 from penstock.search.scorers.contract import Candidate, Scorer, verdicts
-from penstock.search.scorers.sandbox import grade
+from penstock.search.scorers.sandbox import GRADES, Containment
 
 #: Texts that a scorer must survive: not only those who run them.
 HOSTILE = (
@@ -46,23 +50,47 @@ if foreign or able or not seen:
 """
 
 
+#: A program that ends the process which judges it, if that can be.
+KILLER = "import os, time\nos.kill(os.getppid(), 9)\ntime.sleep(0.1)"
+
+
 def check(scorer: Scorer) -> None:
     """Asserts the law."""
     check_example(scorer)
     check_hostile(scorer)
     check_hidden(scorer)
+    check_killer(scorer)
 
 
 def check_hidden(scorer: Scorer) -> None:
     """Asserts that a text which is run sees no processes but its own, where the machine has namespaces for it."""
-    if grade() not in ("bubblewrap", "namespaces"):
-        return
-    example, problem, candidates, _ = scorer.example()
-    with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "told"
-        spy = SPY.replace("PATH", repr(str(told)))
-        verdicts(example.score, problem, [Candidate(spy, "", finished=False), *candidates], 120)
-        assert not told.exists(), f"a text sees other processes, or may: {told.read_text()[:200]}"
+    for grade in _contained(scorer):
+        example, problem, candidates, _ = scorer.example()
+        with tempfile.TemporaryDirectory() as folder:
+            told = Path(folder) / "told"
+            spy = SPY.replace("PATH", repr(str(told)))
+            verdicts(example.score, problem, [Candidate(spy, "", finished=False), *candidates], 120)
+            seen = told.read_text()[:200] if told.exists() else ""
+        assert not seen or grade not in ("bubblewrap", "namespaces"), f"a text sees other processes, or may: {seen}"
+
+
+def check_killer(scorer: Scorer) -> None:
+    """Asserts that a text which is run, and ends what judges it, fails alone."""
+    for grade in _contained(scorer):
+        example, problem, candidates, wanted = scorer.example()
+        killer = Candidate(KILLER, "", finished=False)
+        found = verdicts(example.score, problem, [candidates[0], killer, *candidates[1:]], 120)
+        scores = [each.score for each in (found[0], *found[2:])]
+        assert all(map(math.isclose, scores, wanted)), f"beside a text that kills, in {grade}, the scores are {scores}"
+        assert found[1].error or grade != "limits", "a text that ends what judges it has not failed"
+
+
+def _contained(scorer: Scorer) -> Iterator[str]:
+    """The grades of the sandbox that work here, each while it is in force, of a scorer that runs code."""
+    for each in map(Containment, GRADES if hasattr(scorer, "limits") else ()):
+        if not each.fault():
+            with mock.patch.object(sandbox, "containment", return_value=each):
+                yield each.grade
 
 
 def check_example(scorer: Scorer) -> None:
@@ -97,13 +125,13 @@ def check_hostile(scorer: Scorer) -> None:
 
 
 def _descendants() -> set[int]:
-    """Processes of this user."""
+    """Processes of sandboxes that this process has begun."""
     return {int(path.name) for path in Path("/proc").glob("[0-9]*") if _mine(path)}
 
 
 def _mine(path: Path) -> bool:
     try:
-        return path.stat().st_uid == os.getuid() and b"harness" in (path / "cmdline").read_bytes()
+        return f"harness-of-{os.getpid()}".encode() in (path / "cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
 

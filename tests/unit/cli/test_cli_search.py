@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from penstock.cli import build_app
 from penstock.core.errors import PenstockError, UsageError
 from penstock.search.allocation import seen_in
+from penstock.search.scorers.sandbox import containment
 
 
 def run(*words: str):
@@ -40,6 +41,15 @@ def test_a_search_in_which_nothing_could_be_scored_has_failed(tmp_path, monkeypa
         run("in.jsonl", "--out", "out", "--scorer", "unit_tests", "-n", "4", "--option", "n=2")
     (record,) = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
     assert record["ledger"]["failures"] == record["ledger"]["scorings"] == 2
+
+
+def test_what_contains_code_is_told_where_code_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}')
+    (tmp_path / "score.py").write_text("def score(problem, text):\n    return 1")
+    line = f"code is contained by {containment()}; docs/search.md"
+    assert line in run("in.jsonl", "--out", "code", "--scorer", "score.py", "-n", "2").stderr
+    assert "contained" not in run("in.jsonl", "--out", "none", "--scorer", "self_certainty", "-n", "2").stderr
 
 
 def test_how_often_to_try_is_planned_from_texts_that_were_scored_twice(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from penstock.search.branch import Branch
@@ -28,7 +30,19 @@ ENDS = frozenset({7, 8})
 PROMPT = numbers("parallel", 10)
 
 
-def played(engine: Engine, program, budget: Budget | None = None) -> tuple[Play, list[int]]:
+class Controls(Letters):
+    """Letters and control tokens: ``<1>`` is one token, and three letters if it is cut."""
+
+    def encode(self, text: str) -> list[int]:
+        parts = re.split(r"<(\d)>", text)
+        return [
+            token for place, part in enumerate(parts) for token in ([20 + int(part)] if place % 2 else map(ord, part))
+        ]
+
+
+def played(
+    engine: Engine, program, budget: Budget | None = None, texts: Letters | None = None
+) -> tuple[Play, list[int]]:
     """The play of ``program``, and how many tokens each step of the engine computed."""
     positions: list[int] = []
     launch = engine.executor.launch
@@ -37,7 +51,7 @@ def played(engine: Engine, program, budget: Budget | None = None) -> tuple[Play,
     search = Search(
         {},
         PROMPT,
-        Letters(),
+        texts or Letters(),
         seed=5,
         most=9,
         ends=ENDS,
@@ -97,6 +111,16 @@ def test_texts_in_a_row_are_computed_anew_and_say_the_same_words():
     rows = every_logits(exact_model(), answer.tokens).log_softmax(-1)
     for place, logprob in enumerate(answer.logprobs, answer.prompt):
         assert logprob == pytest.approx(float(rows[place - 1, answer.tokens[place]]), abs=1e-5)
+
+
+def test_control_tokens_begin_thoughts_whole_behind_what_is_alike():
+    program = ParallelThoughts(thoughts=3, begin="\x05\x06<{number}>\x05", summarise="<9>")
+    play, _ = played(opened(AdaptiveParallelEncoding()), program.run, texts=Controls())
+    answer, behind = play.answer, len(PROMPT)
+    assert answer is not None and answer.tokens[answer.prompt - 1] == 29
+    assert [each[:4] for each in contexts(play, answer)] == [[5, 6, 20 + number, 5] for number in (1, 2, 3)]
+    trunk = answer.beside[0][0].parent
+    assert trunk is not None and trunk.tokens[behind:] == [5, 6]
 
 
 def test_a_thought_knows_nothing_of_the_others():

@@ -49,8 +49,9 @@ class Verdict:
 @contract(
     "search.scorer",
     law="a finite number for each text, those of the policy's example, worked out by hand; the same for the same "
-    "texts; a text that cannot be scored, or makes its scorer raise, hang, fork or fill the memory, fails alone, with "
-    "the reason; no process is left; a text that is run sees no processes but its own",
+    "texts; a text that cannot be scored, or makes its scorer raise, hang, fork or fill the memory, or is run and ends "
+    "what judges it, fails alone, with the reason; no process is left; a text that is run sees no processes but its "
+    "own",
 )
 class Scorer(Policy):
     """Says what texts are worth; more is better. It is called beside the engine, in a thread of its own."""
