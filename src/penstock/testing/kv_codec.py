@@ -175,8 +175,8 @@ def check_attention(codec: Codec, backend: PagedAttention, examples: int = 0) ->
             continue
         place = Place(CPU, dtype, tuple(dim for dim in HEAD_DIMS if codec.lacks(dim) is None))
         check_course(backend, place, Course(BRIEF, 2, 2, 16, 8, (None, 30), threads=2), codec)
-        if "latent" in backend.knows:
-            latent = Course(BRIEF, 1, 2, 16, 16, (None,), latent=8, needs=frozenset({"latent"}))
+        latent = Course(BRIEF, 1, 2, 16, 16, (None,), latent=8, needs=frozenset({"latent"}))
+        if backend.refuses(dataclasses.replace(latent.shape(place), codec=codec)) is None:
             check_course(backend, place, latent, codec)
         if "residual" in backend.knows and codec.policy_name != "plain":
             check_windowed(codec, backend, place)
