@@ -24,6 +24,7 @@ from penstock.models.norms import RMSNorm, norm, rms_norm
 from penstock.models.quantized import QuantizedExperts, packed_layers
 from penstock.models.rotary import Rotaries, Turns
 from penstock.models.routers.contract import Routing
+from penstock.models.superposed import SuperposedRows
 from penstock.ops.activations import ACTIVATIONS, clamped_swiglu, gated
 from penstock.ops.attention import Extras
 from penstock.ops.experts import mixed_experts
@@ -282,7 +283,10 @@ class Decoder(nn.Module):
         layers: the layers, in order.
         norm: the last norm.
         head: [vocabulary, hidden]; the embedding itself where ``config.shares_head``; [1, hidden] of a reward model.
+        superposed: rows of the pass that stand for several tokens, where there are some.
     """
+
+    superposed: SuperposedRows | None = None
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -305,6 +309,8 @@ class Decoder(nn.Module):
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the first layer takes in for ``tokens`` (integers [*T]) at ``positions``: [*T, hidden]."""
         x = self.embedded(tokens)
+        if self.superposed is not None:
+            x = self.superposed.put(x, self.embedded)
         if self.config.learned_positions:
             x = x + self.position_embedding(positions)
         return x

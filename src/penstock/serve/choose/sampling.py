@@ -26,6 +26,19 @@ MOST_TOKENS = 1024
 #: The largest number of alternatives whose log-probabilities can be asked for at a position.
 MOST_LOGPROBS = 20
 
+#: What changes scores of a text by itself.
+APART = (
+    "best_of",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "min_tokens",
+    "allowed_tokens",
+    "bad_words",
+    "grammar",
+)
+
 #: The largest number of bad words, and of characters or tokens of one.
 MOST_BAD, LONGEST_BAD = 1024, 256
 
@@ -182,7 +195,20 @@ class SamplingParams(Sampling):
         reason = self.rule.refuses(self) if self.rule is not None else None
         if reason is not None:
             raise ValueError(reason)
+        if self.superposes:
+            self._check_superposed()
         return self
+
+    def _check_superposed(self) -> None:
+        """Refuses what does not go with continuations that are computed in one row."""
+        if self.n > MOST_LOGPROBS:
+            raise ValueError(f"n is {self.n}, and up to {MOST_LOGPROBS} continuations can be superposed")
+        fields = type(self).model_fields
+        given = [name for name in APART if getattr(self, name) != fields[name].get_default(call_default_factory=True)]
+        if given:
+            raise ValueError(
+                f"superposed continuations share their scores, as the model tells them: leave out {' and '.join(given)}"
+            )
 
     @property
     def continuations(self) -> int:
@@ -190,8 +216,15 @@ class SamplingParams(Sampling):
         return self.best_of or self.n
 
     @property
+    def superposes(self) -> bool:
+        """Whether all continuations are computed in one row."""
+        return self.rule is not None and self.rule.superposes
+
+    @property
     def alternatives(self) -> int | None:
         """How many alternatives the log-probabilities of tokens come with; None where none are needed."""
+        if self.superposes:
+            return max(self.n, self.logprobs or 0)
         if self.logprobs is None and self.continuations > self.n:
             return 0
         return self.logprobs

@@ -18,6 +18,9 @@ Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 S = TypeVar("S", bound=Sampling)
 
+#: What tokens behind a text, whose generated tokens are given, are worth: their log-probabilities, given the model's.
+Judge = Callable[[Sequence[int], Sequence[int], Sequence[float]], list[float]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
@@ -39,8 +42,8 @@ class Copies(NamedTuple):
 @contract(
     "decode.rule",
     law="in the limiting case that the policy gives, token for token what plain decoding gives; a sequence's tokens do "
-    "not depend on what else is in the batch; one forward pass a token; choosing takes no more operations for more "
-    "sequences",
+    "not depend on what else is in the batch; one forward pass a token, and of texts that are superposed, which are "
+    "those of the definition, one row; choosing takes no more operations for more sequences",
 )
 class DecodeRule(Policy):
     """Changes sequences' scores, or how tokens are drawn from them, at each position.
@@ -56,14 +59,18 @@ class DecodeRule(Policy):
         follows: whether it looks at the text, which is to say: gives :meth:`rescore`. Each token must be known to the
             host then before the next one is chosen, so that the sequence takes part in every second of the steps that
             overlap.
+        superposes: whether all continuations of a request are computed in one row, which is to say: gives
+            :meth:`judge`. They are chosen on the host, and told at their end.
     """
 
     follows: ClassVar[bool] = False
+    superposes: ClassVar[bool] = False
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         cls.follows = cls.rescore is not DecodeRule.rescore
+        cls.superposes = cls.judge is not DecodeRule.judge
         if cls.follows and cls.combine is not DecodeRule.combine:
             raise TypeError(f"{cls.__name__} gives rescore() and combine(), of which only one can choose")
 
@@ -99,6 +106,10 @@ class DecodeRule(Policy):
 
     def refuses(self, sampling: Sampling) -> str | None:
         """Why the rule does not go with ``sampling``, as a sentence; None where it does."""
+        return None
+
+    def judge(self, prompt: Sequence[int]) -> Judge | None:
+        """Of one that superposes, what judges the tokens that are likeliest behind the continuations of ``prompt``."""
         return None
 
     def options(self, sampling: S, count: int) -> S:

@@ -46,6 +46,8 @@ class Admission:
         for prompt in sampling.companions:
             self.check_tokens(prompt, "the rule's prompt has a token that")
         self._copied(sampling)
+        if sampling.superposes and sampling.n > vocabulary:
+            raise UsageError(f"n is {sampling.n}, and a vocabulary of {vocabulary} has too few tokens to superpose")
         self.check_tokens(
             () if isinstance(sampling.prediction, str) else sampling.prediction, "the prediction has a token that"
         )

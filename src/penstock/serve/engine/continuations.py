@@ -12,6 +12,7 @@ from penstock.core.errors import UsageError
 from penstock.serve.choose.grammar import Grammars, Matcher
 from penstock.serve.choose.restriction import restriction_of
 from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.choose.superposed import SuperposedTexts
 from penstock.serve.engine.adapters import Adapter
 from penstock.serve.engine.sequence import Sequence, common
 from penstock.serve.kv.chunks import chunks_of
@@ -50,7 +51,7 @@ class Continuations:
         bounds: List[int] = (),
         origins: List[Sequence | None] = (),
     ) -> list[Sequence]:
-        """The sequences of ``request``, one for each of its continuations.
+        """The sequences of ``request``, one for each of its continuations, or for all where they are superposed.
 
         Args:
             limit: most tokens of each.
@@ -63,7 +64,8 @@ class Continuations:
         Raises:
             UsageError: the request has a grammar that cannot be used.
         """
-        matchers = [self._matcher(request, parent) for _ in range(request.sampling.continuations)]
+        count = 1 if request.sampling.superposes else request.sampling.continuations
+        matchers = [self._matcher(request, parent) for _ in range(count)]
         return [
             self._begun(request, index, limit, given, matcher, adapter, parent, bounds, origins)
             for index, matcher in enumerate(matchers)
@@ -91,7 +93,8 @@ class Continuations:
         chunks = chunks_of(tokens, bounds, adapter.key) if self._config.kv_reuse.moves else ()
         # What a group drafts would have to be checked for all of its members, and by all copies; nor does what sees
         # contexts, or has some that a model which drafts knows nothing of, draft anything.
-        alone = not companions and not contexts and not chunks and sampling.again is None
+        superposed = _superposed(request, stop)
+        alone = not companions and not contexts and not chunks and sampling.again is None and superposed is None
         sequence = Sequence(
             request,
             index,
@@ -103,6 +106,7 @@ class Continuations:
             stop=stop,
             matcher=matcher,
             restriction=restriction_of(sampling, stop, self._vocabulary),
+            superposed=superposed,
             draft=self.draft(sampling, given) if alone else None,
             companions=companions,
             contexts=contexts,
@@ -140,6 +144,13 @@ class Continuations:
         if self._grammars is None or not self._ends:
             raise UsageError("this model serves no grammars: it has no tokenizer here, or no end-of-text token")
         return self._grammars.start(sampling.grammar)
+
+
+def _superposed(request: Request, stop: frozenset[int]) -> SuperposedTexts | None:
+    """The continuations of ``request``, where they are computed in one row."""
+    sampling = request.sampling
+    judge = None if sampling.rule is None else sampling.rule.judge(request.prompt)
+    return None if judge is None else SuperposedTexts(sampling.n, judge, stop)
 
 
 def _companions(request: Request, limit: int, given: int, arrival: int, adapter: Adapter) -> Iterable[Sequence]:

@@ -26,6 +26,7 @@ from penstock.serve.engine.requests import Requests
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.engine.speculation import Speculation
 from penstock.serve.engine.steps import Counters, EngineSteps
+from penstock.serve.engine.superposed import told
 from penstock.serve.kv.tiers import Tiers
 from penstock.serve.messages import Delta, Finish, Request, Snapshot
 
@@ -177,10 +178,11 @@ class Engine:
         text is left. Tokens that were under way are told with the next step, and are taken back with the others.
 
         Raises:
-            UsageError: there is no such continuation, or it does not have so many tokens, or fewer were its prompt.
+            UsageError: there is no such continuation, or it does not have so many tokens, or fewer were its prompt, or
+                it is computed with others in one row.
         """
         self._settle()
-        sequence = self.requests.living(id, index)
+        sequence = self._alone(id, index)
         if not sequence.prompt <= length <= len(sequence.tokens):
             raise UsageError(f"{id!r} can be cut to {sequence.prompt} to {len(sequence.tokens)} tokens, not {length}")
         gone = len(sequence.tokens) - length
@@ -199,11 +201,11 @@ class Engine:
         on behind them. They are not told as news.
 
         Raises:
-            UsageError: there is no such continuation, they do not fit, one is unknown, or its grammar does not allow
-                them.
+            UsageError: there is no such continuation, they do not fit, one is unknown, its grammar does not allow them,
+                or it is computed with others in one row.
         """
         self._settle()
-        sequence = self.requests.living(id, index)
+        sequence = self._alone(id, index)
         self._admission.check_tokens(tokens, "a token that is fed")
         if len(sequence.tokens) + len(tokens) >= sequence.limit:
             raise UsageError(
@@ -218,6 +220,13 @@ class Engine:
             member.tokens.extend(tokens)
         self._changed(sequence)
         self.events.add("fed", id, index, tokens=len(tokens))
+
+    def _alone(self, id: str, index: int) -> Sequence:
+        """The continuation ``index`` of the request ``id``, which has a text of its own."""
+        sequence = self.requests.living(id, index)
+        if sequence.superposed is not None:
+            raise UsageError(f"the continuations of {id!r} are computed in one row: none can be changed by itself")
+        return sequence
 
     def abort(self, id: str, index: int | None = None) -> None:
         """Ends a request, or only its continuation ``index``, and frees what it holds at once; an unknown one is
@@ -326,7 +335,10 @@ class Engine:
     def _end(self, sequence: Sequence, finish: Finish) -> None:
         """Ends ``sequence`` between steps, and says so with the next one."""
         self._drop(sequence, finish)
-        self._untold.append(Delta(sequence.request.id, sequence.index, [], finish=finish))
+        if sequence.superposed is not None:
+            self._untold += told(sequence, finish, self.steps.version)
+        else:
+            self._untold.append(Delta(sequence.request.id, sequence.index, [], finish=finish))
 
     def _arrive(self) -> None:
         """Those wait for memory from now on whose beginning has come from disk. Where there is nothing else to do, it

@@ -20,6 +20,7 @@ from penstock.serve.messages import Finish, Request
 if TYPE_CHECKING:
     from penstock.serve.choose.grammar import Matcher
     from penstock.serve.choose.restriction import Restriction
+    from penstock.serve.choose.superposed import SuperposedTexts
     from penstock.serve.engine.memory.held import Held
     from penstock.speculate.contract import Draft
 
@@ -46,6 +47,8 @@ class Sequence:
         stop: tokens that end it.
         matcher: where it stands in its grammar; None without one.
         restriction: which tokens its request forbids; None where it forbids none.
+        superposed: the continuations of its request, where all of them are computed in its one row; None where it is
+            one itself. Behind the prompt, its tokens are numbers then that stand for rows.
         draft: proposes what may follow; None where nothing is drafted for it. It knows the first ``told`` tokens, see
             :meth:`catch_up`.
         guessed: whether tokens were drafted for it that are not settled yet, or probes are on their way.
@@ -84,6 +87,7 @@ class Sequence:
         stop: Iterable[int] = (),
         matcher: Matcher | None = None,
         restriction: Restriction | None = None,
+        superposed: SuperposedTexts | None = None,
         draft: Draft | None = None,
         companions: tuple[Sequence, ...] = (),
         contexts: tuple[Sequence, ...] = (),
@@ -109,9 +113,10 @@ class Sequence:
         self.stop = frozenset(stop)
         self.matcher = matcher
         self.restriction = restriction
+        self.superposed = superposed
         self.draft, self.told = draft, 0
         self.guessed = False
-        self.waits = sampling.waits
+        self.waits = sampling.waits or superposed is not None
         self.companions = companions
         self.contexts, self.shared, self.weighing = contexts, request.shared, weighing
         self.mark = _mark(contexts, weighing)

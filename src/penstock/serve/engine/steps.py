@@ -8,8 +8,9 @@ from collections.abc import Sequence as List
 from typing import TYPE_CHECKING
 
 from penstock.core.events import EventLog
-from penstock.serve.choose.logprobs import LogprobRows
+from penstock.serve.choose.logprobs import LogprobRows, TokenLogprobs
 from penstock.serve.choose.sampler import Sampled
+from penstock.serve.choose.superposed import SuperposedTexts
 from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.executor import Executor
 from penstock.serve.engine.memory.memory import Memory
@@ -17,6 +18,7 @@ from penstock.serve.engine.prompt_clock import PromptClock
 from penstock.serve.engine.room import StepRoom
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.engine.speculation import Speculation
+from penstock.serve.engine.superposed import told
 from penstock.serve.messages import Delta, Finish
 
 if TYPE_CHECKING:
@@ -159,7 +161,10 @@ class EngineSteps:
             most = None if rows is None else entry.sequence.sampling.alternatives
             if entry.sequence.finish is None and entry.sequence.leader is None:
                 logprobs = None if rows is None or most is None else rows.cut(row, row + count, most)
-                deltas.append(self._settle(entry, tokens[first : first + count], logprobs))
+                if entry.sequence.superposed is not None and logprobs is not None:
+                    deltas += self._cross(entry.sequence, entry.sequence.superposed, logprobs[0])
+                else:
+                    deltas.append(self._settle(entry, tokens[first : first + count], logprobs))
             first += entry.scored
             row += 0 if most is None else entry.scored  # others have no rows there
         return deltas
@@ -173,6 +178,20 @@ class EngineSteps:
                 chunk.learn(max(entry.start, chunk.start), own.numpy())
             if entry.scored:
                 self._memory.chunks.learn(entry.sequence.chunks)
+
+    def _cross(self, sequence: Sequence, texts: SuperposedTexts, likeliest: TokenLogprobs) -> list[Delta]:
+        """Hands the ``likeliest`` tokens that a step told to all ``texts`` of a sequence, which are told at its end."""
+        if len(sequence.tokens) == len(sequence.request.prompt):
+            self._events.add("first", sequence.request.id, sequence.index)
+        sequence.tokens.append(texts.cross(likeliest))
+        sequence.in_flight -= 1
+        self._counters.sequence_steps += 1
+        if not texts.ended and len(sequence.tokens) < sequence.limit:
+            return []
+        self._counters.output_tokens += sum(len(each.tokens) for each in texts.texts)
+        finish = Finish.STOP if texts.ended else Finish.LENGTH
+        self._end(sequence, finish)
+        return told(sequence, finish, self.version)
 
     def _settle(self, entry: Entry, tokens: list[int], logprobs: LogprobRows | None) -> Delta:
         """Hands the ``tokens`` that a step settled to their sequence, up to one that ends it."""

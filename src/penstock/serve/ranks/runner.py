@@ -17,6 +17,7 @@ from torch import Tensor
 from penstock.core.errors import UsageError
 from penstock.core.progress import Reporter, silent
 from penstock.models.paged import PagedTokens
+from penstock.models.superposed import superposing
 from penstock.ops.paged.contract import StepShape
 from penstock.serve.choose.asked import Asked
 from penstock.serve.choose.proposals import Proposals
@@ -308,6 +309,7 @@ class StageRunner(RankRunner):
                 inputs, plan = part.copied.beside(inputs, plan, self.blocks, self.block_size)
                 noise = part.copied.noise(self.shape, inputs[2, own:])
                 shaking.enter_context(shaken(self.model, self._on_device(noise)))
+            shaking.enter_context(superposing(self.model, self._superposed(part)))
             self.cache.plan(plan)
             tokens, _, positions = self._on_device(inputs)
             self.model.hand_on(tokens, PagedTokens(positions, self.cache))

@@ -18,7 +18,7 @@ def runs_of(step: Step, tokens: int | None, most: int) -> list[Part]:
     What a run computes sees what is in the cache and what the runs before it have put there, as in one pass.
     """
     part = step.parts[0]
-    single = len(step.parts) == 1 and part.copied is None and step.asked.parents is None
+    single = len(step.parts) == 1 and part.copied is None and part.superposed is None and step.asked.parents is None
     if tokens is None or not most or step.asked.window is None or not single:
         return [*step.parts]
     starts = part.plan.starts.numpy()

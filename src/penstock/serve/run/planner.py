@@ -24,7 +24,7 @@ from penstock.serve.engine.batch import Batch, Entry
 from penstock.serve.engine.memory.held import Held
 from penstock.serve.engine.sequence import Sequence
 from penstock.serve.run.copies import Copied
-from penstock.serve.run.step import Part, Placed, Step
+from penstock.serve.run.step import Part, Placed, Step, Superposed
 from penstock.speculate.tree import depths as tree_depths
 
 
@@ -288,6 +288,9 @@ class Planner:
         # What the device gets for each row is one array, and so one copy. Its floats go as their bits, and place 0 in
         # the list of newest tokens belongs to nobody.
         inputs = _stacked(*_tokens(batch, ends), _shifted(entries, positions, ends))
+        superposed = _superposed(entries, ends)
+        if superposed is not None:
+            inputs[0, superposed.rows] = 0  # which every model knows
         newest = asked.slots + 1 if asked.window is None else np.zeros_like(asked.slots)
         draws, drawn = _stacked(*asked.draws.view(np.int64), newest, asked.wanted), scored.cumsum()
         worn = np.repeat(fields.adapters, counts) if np.count_nonzero(fields.adapters) else None
@@ -324,6 +327,7 @@ class Planner:
                 self._copied(entries[own], ends[own] - begin),
                 worn[all_own] if worn is not None and worn[all_own].any() else None,
                 np.flatnonzero(probing[all_own]) if probing is not None and probing[all_own].any() else None,
+                None if superposed is None else superposed.within(begin, end),
             )
 
     def _copied(self, entries: list[Entry], ends: np.ndarray) -> Copied | None:
@@ -503,6 +507,26 @@ def _tokens(batch: Batch, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         for count in entry.probes:
             known += range(-1, -1 - count, -1)
     return np.array(known), places
+
+
+def _superposed(entries: list[Entry], ends: np.ndarray) -> Superposed | None:
+    """The rows of ``entries`` in which the continuations of a request are computed together."""
+    if not any(entry.sequence.superposed is not None for entry in entries):
+        return None
+    rows: list[int] = []
+    known: list[tuple[np.ndarray, np.ndarray]] = []
+    for entry, end in zip(entries, ends.tolist(), strict=True):
+        if entry.sequence.superposed is not None:
+            behind = entry.start - len(entry.sequence.request.prompt)  # of the prompt
+            own = entry.sequence.superposed.rows[max(0, behind) : max(0, behind + entry.count)]
+            rows += range(end - len(own), end)
+            known += own
+    if not rows:
+        return None
+    tokens, weights = np.zeros((2, len(rows), max(len(each) for each, _ in known)))
+    for place, (own_tokens, own_weights) in enumerate(known):
+        tokens[place, : len(own_tokens)], weights[place, : len(own_weights)] = own_tokens, own_weights
+    return Superposed(np.array(rows), tokens.astype(np.int64), weights)
 
 
 def _bans(sources: list[tuple[Sequence, int]], own: np.ndarray) -> np.ndarray | None:

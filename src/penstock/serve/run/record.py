@@ -32,7 +32,7 @@ from penstock.serve.engine.batch import Batch
 from penstock.serve.kv.compaction import Compaction
 from penstock.serve.run.copies import Copied
 from penstock.serve.run.runner import Runner
-from penstock.serve.run.step import Part, Placed, Step
+from penstock.serve.run.step import Part, Placed, Step, Superposed
 
 _LENGTH = struct.Struct("<Q")
 
@@ -175,6 +175,8 @@ def flatten(step: Step) -> tuple[Arrays, dict[str, Any]]:
             own["adapters"] = part.adapters
         if part.copied is not None:
             own |= {f"copied.{name}": values for name, values in vars(part.copied).items()}
+        if part.superposed is not None:
+            own |= {f"superposed.{name}": values for name, values in vars(part.superposed).items()}
         plan = {name: values.numpy() for name in PLAN if (values := getattr(part.plan, name)) is not None}
         arrays |= {f"part.{number}.{name}": values for name, values in {**own, **plan}.items()}
     plain = ("first", "slots", "counts", "uniform", "bans", "followers", "window", "parents")
@@ -206,7 +208,8 @@ def unflatten(arrays: Arrays, more: dict[str, Any]) -> Step:
         plan: dict[str, Any] = {name: torch.from_numpy(arrays[f"part.{number}.{name}"]) for name in names}
         adapters = arrays.get(f"part.{number}.adapters")
         copied = record(Copied, f"part.{number}.copied")
-        return Part(plan=PagedBatch(**plan), copied=copied, adapters=adapters, **own)
+        superposed = record(Superposed, f"part.{number}.superposed")
+        return Part(plan=PagedBatch(**plan), copied=copied, adapters=adapters, superposed=superposed, **own)
 
     def compaction(number: int, known: list[int]) -> Compaction:
         slot, computed, first, packed = known

@@ -22,6 +22,7 @@ from penstock.models import hub
 from penstock.models.adapters.slots import AdapterSlots
 from penstock.models.decoder import Decoder
 from penstock.models.paged import PagedTokens
+from penstock.models.superposed import SuperposedRows, superposing
 from penstock.ops.cuts import draw_cut
 from penstock.ops.logprobs import wanted_table
 from penstock.ops.paged.contract import PagedCache, StepShape
@@ -547,7 +548,8 @@ class Runner:
             return self._pass_copies(part, part.copied, lane)
         count, owners = part.inputs.shape[1], self._owners(part)
         own = [] if owners is None else [owners[None]]
-        graphs = self._captured.get(owners is not None)
+        # Beside rows that stand for several tokens, everything runs eagerly, as beside copies.
+        graphs = self._captured.get(owners is not None) if part.superposed is None else None
         windows = count <= (1 + self._window) * len(part.plan.lengths)
         if graphs is not None and part.chooses and windows:
             choosing = graphs.decodes if part.decoding else graphs.windows
@@ -563,7 +565,10 @@ class Runner:
         replayed = None if graphs is None else self._replayed(graphs.prompts, part, lane, *own)
         if replayed is None:
             self.cache.plan(part.plan, lane)
-            replayed = self._begun(self._on_device(part.inputs), **self._worn(owners)), np.arange(count)
+            eagerly = part.superposed is not None
+            with superposing(self.model, self._superposed(part)):
+                begun = self._begun(self._on_device(part.inputs), eagerly, **self._worn(owners))
+            replayed = begun, np.arange(count)
         begun, places = replayed
 
         def hidden(rows: np.ndarray) -> Tensor:
@@ -586,7 +591,7 @@ class Runner:
             owners = np.concatenate([owners, owners[copied.rows]])
         noise = self._on_device(copied.noise(self.shape, inputs[2, own:]))
         self.cache.plan(plan, lane)
-        with shaken(self.model, noise):
+        with shaken(self.model, noise), superposing(self.model, self._superposed(part)):
             begun = self._begun(self._on_device(inputs), plainly=True, **self._worn(owners))
 
             def states(rows: np.ndarray) -> Tensor:
@@ -600,6 +605,13 @@ class Runner:
         more = (part.prompt_logprobs, part.probes)
         prompt, probes = (None if rows is None or not len(rows) else states(rows) for rows in more)
         return Passed(copied.averaged(scores, part.scored), prompt, probes=probes)
+
+    def _superposed(self, part: Part) -> SuperposedRows | None:
+        """The rows of ``part`` that stand for several tokens, on the device; None where none does."""
+        rows = part.superposed
+        if rows is None:
+            return None
+        return SuperposedRows(*(self._on_device(each) for each in (rows.rows, rows.tokens, rows.weights)))
 
     def _owners(self, part: Part) -> np.ndarray | None:
         """The slots of the adapters of the tokens of ``part``; None where none has one, or there is no room for any."""

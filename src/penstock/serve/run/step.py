@@ -17,6 +17,26 @@ from penstock.serve.run.copies import Copied
 
 
 @dataclasses.dataclass(frozen=True)
+class Superposed:
+    """Rows of a part that stand for several tokens each.
+
+    Attributes:
+        rows: int64 [K], which rows.
+        tokens: int64 [K, n], of each.
+        weights: float64 [K, n], the tokens' shares; 0 of those that only fill the array.
+    """
+
+    rows: np.ndarray
+    tokens: np.ndarray
+    weights: np.ndarray
+
+    def within(self, begin: int, end: int) -> Superposed | None:
+        """Those of the rows from ``begin`` to ``end``, counted from there; None where there is none."""
+        own = (self.rows >= begin) & (self.rows < end)
+        return Superposed(self.rows[own] - begin, self.tokens[own], self.weights[own]) if own.any() else None
+
+
+@dataclasses.dataclass(frozen=True)
 class Part:
     """A pass through the model, which computes some neighbouring entries of a batch.
 
@@ -32,6 +52,7 @@ class Part:
         copied: copies of scored rows, with other experts; None where there are none.
         adapters: int64 [N], the slots of the tokens' adapters, 0 for none; None where no token has one.
         probes: rows that are probes, whose states are kept for what is drafted next; None where there are none.
+        superposed: rows in whose places several tokens stand; None where there are none.
     """
 
     inputs: np.ndarray
@@ -42,6 +63,7 @@ class Part:
     copied: Copied | None = None
     adapters: np.ndarray | None = None
     probes: np.ndarray | None = None
+    superposed: Superposed | None = None
 
     @property
     def all_scored(self) -> bool:

@@ -50,8 +50,8 @@ class Superposed(Model):
     drafts' own probabilities. Ours: all that is drafted for the verifier is the tree of the drafts that stayed last, so
     that the text is the target's in any case; n-grams are of one length, counted in the texts of the engine and not in
     a corpus, mixed by a sum, and without a say where they were never seen; a draft that ends the text stays and is not
-    crossed any more; penalties and grammars hold for each draft by itself. Not built: drafts that are answers
-    themselves, without a verifier.
+    crossed any more; penalties and grammars hold for each draft by itself. Drafts that are answers themselves, without
+    a verifier: ``decode.rule/superposed``.
 
     Attributes:
         source: a model folder, a run folder, a boxed model or a hub name.

@@ -158,17 +158,21 @@ def test_stages_check_what_is_drafted_over_a_coded_cache(folders):
     assert first.get("returned") == alone(folders("llama"), lambda engine: said(engine, tokens=16), drafting)
 
 
-def test_tokens_with_other_experts_are_those_of_one_device(folders):
+@pytest.mark.parametrize(
+    ("family", "rule"),
+    [("mixtral", {"rule": {"name": "roster", "noise": 2.0}}), ("llama", {"rule": "superposed", "n": 3})],
+)
+def test_tokens_with_other_experts_and_texts_in_one_row_are_those_of_one_device(folders, family, rule):
     def act(engine: Engine) -> list[int]:
-        params = {"temperature": 0, "max_tokens": 5, "ignore_eos": True, "rule": {"name": "roster", "noise": 2.0}}
+        params = {"temperature": 0, "max_tokens": 5, "ignore_eos": True, **rule}
         engine.add(Request("0", prompt(1, 6).tolist()[0], SamplingParams.model_validate(params)))
         tokens: list[int] = []
         while engine.busy:
             tokens += [token for delta in engine.step() for token in delta.tokens]
         return tokens
 
-    (first, _) = together(2, folders("mixtral"), cut(2), act)
-    assert first.get("returned") == alone(folders("mixtral"), act)
+    (first, _) = together(2, folders(family), cut(2), act)
+    assert first.get("returned") == alone(folders(family), act)
 
 
 def test_as_many_steps_are_under_way_as_there_are_stages_each_of_other_sequences(folders):

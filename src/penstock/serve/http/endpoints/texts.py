@@ -68,6 +68,8 @@ async def _answer(
     body: Completion | Chat,
     headers: Mapping[str, str],
 ) -> Response:
+    if body.stream and generation.sampling.superposes:
+        raise ApiError(400, "superposed texts are known at their end: nothing to stream", param="rule")
     pieces = generation.pieces(shapes.shown, shapes.over)
     # Where the client gave no name of its own, the response's is the one that GET /v1/requests/ID/events knows.
     headers = headers if NAME in request.headers else {**headers, NAME: generation.id}
