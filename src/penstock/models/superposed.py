@@ -28,12 +28,14 @@ class SuperposedRows(NamedTuple):
     def put(self, x: Tensor, embedded: Callable[[Tensor], Tensor]) -> Tensor:
         """``x`` [N, hidden], what a model takes in, with the vectors of these rows in their places: sums of what it
         takes in for their tokens, which ``embedded`` tells, by weight."""
-        return x.index_copy(0, self.rows, superposed(embedded(self.tokens), self.weights))
+        return x.index_copy(0, self.rows, superposed(embedded, self.tokens, self.weights))
 
 
-def superposed(known: Tensor, weights: Tensor) -> Tensor:
-    """The vectors [K, hidden] that stand for K times n tokens: the sums, by ``weights`` float64 [K, n], of what a model
-    takes in for each, ``known`` [K, n, hidden]. Summed in float64, so that one token alone is itself, bit for bit."""
+def superposed(embedded: Callable[[Tensor], Tensor], tokens: Tensor, weights: Tensor) -> Tensor:
+    """The vectors [K, hidden] that stand for K times n ``tokens``, int64 [K, n]: the sums of what a model takes in for
+    each, which ``embedded`` tells, by ``weights`` float64 [K, n]. Summed in float64, so that one token alone is itself,
+    bit for bit."""
+    known = embedded(tokens)
     return (weights.unsqueeze(-1) * known).sum(1).to(known.dtype)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as List
 
@@ -56,6 +56,11 @@ class Texts:
         """Where the ``run`` stands, as of :meth:`places`; nowhere, if it has fewer tokens than are known."""
         known = self._places.get(tuple(run), ())
         return ((other, end) for other, end in reversed(known) if end < len(other))
+
+    def followers(self, text: List[int], ahead: List[int]) -> Counter[int]:
+        """Which tokens stand behind the last run of ``text`` and of what is ``ahead`` of it, and how often."""
+        run = [*text[max(0, len(text) - self._run) :], *ahead][-self._run :]
+        return Counter(other[place] for other, place in self.behind(run))
 
     def _forget(self, text: Text) -> None:
         text.forgotten = True

@@ -124,7 +124,7 @@ def check_superposed(rule: DecodeRule) -> None:
     prompts = [draw.integers(0, 9, 8 + 3 * number).tolist() for number in range(4)]  # few tokens, which come again
     for number, texts in enumerate((1, 3, 8, 2, 5, 4, 3, 1)):
         prompt = prompts[number % 4]  # two have the same, and other rows behind it
-        stop = tuple(range(0, SHAPE.vocabulary, 9)) if number % 2 else ()
+        stop = tuple(range(0, SHAPE.vocabulary, 13)) if number % 2 else ()
         given = {"temperature": 0, "max_tokens": 14, "n": texts, "stop_tokens": stop, "logprobs": number % 3}
         sampling = SamplingParams.model_validate({**given, "rule": rule})
         requests.append(Request(str(number), prompt, sampling))
@@ -169,8 +169,8 @@ def _check_rows(rule: DecodeRule, model: Decoder, texts: int) -> None:
 def superposed_texts(
     model: Decoder, prompt: Sequence[int], sampling: SamplingParams
 ) -> dict[tuple[int, ...], list[float]]:
-    """The continuations of ``prompt`` that are superposed, the best first, with the log-probabilities that ``model``
-    gave their tokens: by the definition and without a cache."""
+    """The continuations of ``prompt`` that are superposed, the best first by the mean score of a token, with the
+    log-probabilities that ``model`` gave their tokens: by the definition and without a cache."""
     assert sampling.rule is not None
     judge, rows = sampling.rule.judge(prompt), torch.zeros(sampling.max_tokens, SHAPE.hidden)
     assert judge is not None
@@ -191,7 +191,7 @@ def superposed_texts(
             rows[depth] += chance / sum(going.values()) * model.embedding.weight.detach()[text[-1]]
         if not going:
             break
-    return {text: logprobs[text] for text in texts}
+    return {text: logprobs[text] for text in sorted(texts, key=lambda each: -texts[each] / len(each))}
 
 
 def decode(engine: Engine, prompts: Sequence[list[int]], samplings: Sequence[SamplingParams]) -> list[list[int]]:

@@ -83,9 +83,9 @@ def test_to_a_linear_model_superposed_scores_are_the_weighted_mean_of_the_drafts
     make, sampler = superposed.superposed, engine.steps.speculation.model.sampler
     sample = sampler.sample
 
-    def noting(model, tokens, weights, owners, count):
-        given.append((tokens.tolist(), weights))
-        return make(model, tokens, weights, owners, count)
+    def noting(embedded, tokens, weights):
+        given.append((tokens[0].tolist(), weights[0]))
+        return make(embedded, tokens, weights)
 
     def recording(logits, asked, *others):
         # Of a pass that comes before any was superposed, nothing was given.

@@ -30,7 +30,7 @@ class SuperposedText:
 
 
 class SuperposedTexts:
-    """The texts of one request, the best first.
+    """The texts of one request.
 
     Args:
         most: how many there are.
@@ -38,7 +38,7 @@ class SuperposedTexts:
         stop: tokens that end one.
 
     Attributes:
-        texts: the best; before the first pass, one without tokens.
+        texts: the best by their probabilities, in order; before the first pass, one without tokens.
         rows: of each pass that was crossed, the last tokens of the texts that go on, and the share that each has in the
             row of the next pass: tokens int64 [n], weights float64 [n].
     """
@@ -75,6 +75,11 @@ class SuperposedTexts:
         return SuperposedText(
             (*text.tokens, token), text.score + worth, (*text.logprobs, known), ended=token in self._stop
         )
+
+    @property
+    def ranked(self) -> list[SuperposedText]:
+        """The texts by the mean score of a token, the best first: one that has ended early is not the better for it."""
+        return sorted(self.texts, key=lambda text: -text.score / max(1, len(text.tokens)))
 
     @property
     def ended(self) -> bool:

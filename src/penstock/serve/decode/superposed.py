@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -17,8 +16,8 @@ from penstock.speculate.texts import Texts
 
 @policy("decode.rule", "superposed", papers=[399])
 class Superposed(DecodeRule):
-    """Computes all ``n`` continuations of a prompt in one row a token, and gives the likeliest ones, the best first
-    (Superposed Decoding).
+    """Computes all ``n`` continuations of a prompt in one row a token, and gives the likeliest ones (Superposed
+    Decoding).
 
     Pays where several suggestions are wanted at the cost of one, as in an editor. The model does not know the texts
     apart, so that further from the prompt they are less coherent than if each was computed by itself: ask for short
@@ -28,8 +27,9 @@ class Superposed(DecodeRule):
     best stay, as many as before. From knowledge: the weights, which are the texts' own probabilities. Ours: n-grams are
     of one length, counted in the prompt and not in a corpus, so that a request's texts are its own, mixed by a sum, and
     without a say where the prompt does not have them; a text that has ended is not crossed any more, and stays as long
-    as it is among the best. One continuation is what the model says greedily. The same in a model that drafts, for the
-    texts to be verified: ``speculate.drafter/superposed``.
+    as it is among the best; they are given in the order of the mean score of a token. One continuation is what the
+    model says greedily. The same in a model that drafts, for the texts to be verified:
+    ``speculate.drafter/superposed``.
 
     Attributes:
         say: how much is the n-grams'; 0 leaves it to the model.
@@ -57,8 +57,7 @@ class Superposed(DecodeRule):
             texts.append(text, token)
 
         def judged(ahead: Sequence[int], tokens: Sequence[int], logprobs: Sequence[float]) -> list[float]:
-            known = [*text[max(0, len(text) - self.run) :], *ahead][-self.run :]
-            followed = Counter(other[place] for other, place in texts.behind(known))
+            followed = texts.followers(text, ahead)
             count = followed.total()
             if not count:
                 return list(logprobs)

@@ -14,7 +14,7 @@ def told(sequence: Sequence, finish: Finish, version: int) -> list[Delta]:
     them."""
     superposed = sequence.superposed
     assert superposed is not None
-    texts = [*superposed.texts, *[SuperposedText()] * (len(superposed) - len(superposed.texts))]
+    texts = [*superposed.ranked, *[SuperposedText()] * (len(superposed) - len(superposed.texts))]
     prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
     most = sequence.sampling.logprobs
     return [

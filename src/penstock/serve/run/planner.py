@@ -521,12 +521,7 @@ def _superposed(entries: list[Entry], ends: np.ndarray) -> Superposed | None:
             own = entry.sequence.superposed.rows[max(0, behind) : max(0, behind + entry.count)]
             rows += range(end - len(own), end)
             known += own
-    if not rows:
-        return None
-    tokens, weights = np.zeros((2, len(rows), max(len(each) for each, _ in known)))
-    for place, (own_tokens, own_weights) in enumerate(known):
-        tokens[place, : len(own_tokens)], weights[place, : len(own_weights)] = own_tokens, own_weights
-    return Superposed(np.array(rows), tokens.astype(np.int64), weights)
+    return Superposed.of(np.array(rows), known) if rows else None
 
 
 def _bans(sources: list[tuple[Sequence, int]], own: np.ndarray) -> np.ndarray | None:

@@ -6,6 +6,7 @@ A step can be sent to another process, recorded, replayed, and tested without a 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence as List
 
 import numpy as np
 
@@ -29,6 +30,14 @@ class Superposed:
     rows: np.ndarray
     tokens: np.ndarray
     weights: np.ndarray
+
+    @classmethod
+    def of(cls, rows: np.ndarray, known: List[tuple[np.ndarray, np.ndarray]]) -> Superposed:
+        """Those that stand at ``rows``, int64 [K]: the tokens and weights of each are ``known``."""
+        tokens, weights = np.zeros((2, len(known), max(len(each) for each, _ in known)))
+        for place, (own, shares) in enumerate(known):
+            tokens[place, : len(own)], weights[place, : len(own)] = own, shares
+        return cls(rows, tokens.astype(np.int64), weights)
 
     def within(self, begin: int, end: int) -> Superposed | None:
         """Those of the rows from ``begin`` to ``end``, counted from there; None where there is none."""

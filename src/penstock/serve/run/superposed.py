@@ -11,6 +11,7 @@ from torch import Tensor
 
 from penstock.core.devices import upload
 from penstock.models.prompted import PromptedDecoder
+from penstock.models.superposed import superposed
 from penstock.serve.choose.asked import Asked
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Drawn, Sampled, Sampler
@@ -20,6 +21,7 @@ from penstock.serve.run.chains import Chains
 from penstock.serve.run.draft import DraftModel
 from penstock.serve.run.planner import Fields
 from penstock.serve.run.runner import Runner
+from penstock.serve.run.step import Superposed
 from penstock.serve.run.trees import Growing
 from penstock.speculate.contract import Superposing
 from penstock.speculate.tree import Tree, path, pruned
@@ -100,12 +102,12 @@ class Superposition(Growing):
         return len(self._last)
 
     @property
-    def superposed(self) -> tuple[list[int], list[float]]:
+    def superposed(self) -> tuple[np.ndarray, np.ndarray]:
         """The last tokens of the drafts that go on, and the weight of each: its draft's share of their
         probabilities."""
         best = max(self._logs.values())
         shares = [math.exp(log - best) for log in self._logs.values()]
-        return [self.tokens[node] for node in self._logs], [share / sum(shares) for share in shares]
+        return np.array([self.tokens[node] for node in self._logs]), np.array(shares) / sum(shares)
 
     def row(self) -> Entry:
         """The one in which the drafts that go on are computed, behind those of the text and the ones before. It is no
@@ -171,12 +173,9 @@ class SuperposedModel(DraftModel):
         model, planner = self.runner.model, self.runner.planner
         assert isinstance(model, PromptedDecoder)
         rows, generations = [each.row() for each in going], [each.generation() for each in going]
-        tokens, weights = zip(*(each.superposed for each in going), strict=True)
-        owners = np.repeat(np.arange(len(going)), [len(each) for each in tokens])
-        last, slots = np.concatenate(tokens), np.array([entry.slot for entry in rows])
-        model.prompts[self._of(slots)] = superposed(
-            model, self._of(last), self._of(np.concatenate(weights)), self._of(owners), len(going)
-        )
+        slots = np.array([entry.slot for entry in rows])
+        known = Superposed.of(slots, [each.superposed for each in going])
+        model.prompts[self._of(slots)] = superposed(model.embedded, self._of(known.tokens), self._of(known.weights))
         step = planner.plan(Batch(rows, tables))
         # What is asked is asked behind each draft.
         _, asked = planner.ask(generations, Fields.of(generations))
@@ -184,11 +183,3 @@ class SuperposedModel(DraftModel):
 
     def _of(self, values: np.ndarray) -> Tensor:
         return upload(values, self._device)
-
-
-def superposed(model: PromptedDecoder, tokens: Tensor, weights: Tensor, owners: Tensor, count: int) -> Tensor:
-    """The vectors [``count``, hidden] that stand for the ``tokens`` int64 [N] of their ``owners`` int64 [N]: sums of
-    what the model takes in for them, with ``weights`` float64 [N]."""
-    known = model.embedded(tokens)
-    sums = weights.new_zeros(count, known.shape[-1]).index_add_(0, owners, weights.unsqueeze(-1) * known)
-    return sums.to(known.dtype)

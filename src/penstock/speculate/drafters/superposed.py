@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as List
 from typing import Annotated
@@ -29,9 +28,7 @@ class SuperposedDraft(ModelDraft):
             self._texts.append(self._text, token)
 
     def chances(self, ahead: List[int], tokens: List[int], shares: List[float]) -> list[float]:
-        run = self._drafter.run
-        known = [*self._text[max(0, len(self._text) - run) :], *ahead][-run:]
-        followed = Counter(text[place] for text, place in self._texts.behind(known))
+        followed = self._texts.followers(self._text, ahead)
         count, say = followed.total(), self._drafter.say
         if not count:
             return list(shares)

@@ -60,7 +60,8 @@ def test_a_row_is_the_sum_of_its_tokens_and_one_token_is_itself():
     x = SuperposedRows(torch.tensor([3, 1]), tokens, weights).put(table[[8, 0, 8, 0]], lambda each: table[each])
     wanted = 0.5 * table[2].double() + 0.25 * table[7].double() + 0.25 * table[0].double()
     assert torch.equal(x, torch.stack([table[8], table[5], table[8], wanted.bfloat16()]))
-    assert torch.equal(superposed(table[[4]][None], torch.ones(1, 1).double()), table[[4]])
+    one = superposed(lambda each: table[each], torch.tensor([[4]]), torch.ones(1, 1).double())
+    assert torch.equal(one, table[[4]])
 
 
 def test_ngrams_of_the_prompt_have_their_say_behind_each_text():

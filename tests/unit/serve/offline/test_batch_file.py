@@ -104,6 +104,18 @@ def test_an_echo_is_rated_too(answer):
     assert all(logprob < 0 for logprob in rated["token_logprobs"][1:])
 
 
+def test_texts_of_one_row_are_choices_of_a_line(answer, llm):
+    _, records = answer(completion("a", n=3, rule="superposed", logprobs=1), completion("b"))
+    body = by_id(records)["a"]["response"]["body"]
+    (wanted,) = llm.generate(
+        "def add(", SamplingParams(temperature=0, max_tokens=6, n=3, rule="superposed"), progress=silent
+    )
+    assert [choice["text"] for choice in body["choices"]] == [output.text for output in wanted.outputs]
+    assert len({choice["text"] for choice in body["choices"]}) == 3
+    assert [len(choice["logprobs"]["tokens"]) for choice in body["choices"]] == [6, 6, 6]
+    assert body["usage"]["completion_tokens"] == 18
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
