@@ -288,7 +288,8 @@ class Planner:
         # What the device gets for each row is one array, and so one copy. Its floats go as their bits, and place 0 in
         # the list of newest tokens belongs to nobody.
         inputs = _stacked(*_tokens(batch, ends), _shifted(entries, positions, ends))
-        superposed = _superposed(entries, ends)
+        # Numbers below 0 are probes, or stand for such rows.
+        superposed = _superposed(entries, ends) if np.count_nonzero(inputs[0] < 0) else None
         if superposed is not None:
             inputs[0, superposed.rows] = 0  # which every model knows
         newest = asked.slots + 1 if asked.window is None else np.zeros_like(asked.slots)
@@ -511,8 +512,6 @@ def _tokens(batch: Batch, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _superposed(entries: list[Entry], ends: np.ndarray) -> Superposed | None:
     """The rows of ``entries`` in which the continuations of a request are computed together."""
-    if not any(entry.sequence.superposed is not None for entry in entries):
-        return None
     rows: list[int] = []
     known: list[tuple[np.ndarray, np.ndarray]] = []
     for entry, end in zip(entries, ends.tolist(), strict=True):
