@@ -45,7 +45,7 @@ from penstock.train.kept import kept_run
 serve, speculate = load("serve"), load("speculate")
 
 #: Requests at a time, and the tokens wanted after each prompt.
-CROWDS = {1: 128, 8: 192, 64: 128, 256: 96}
+CROWDS = {1: 256, 8: 384, 64: 384, 256: 256}
 REPETITIONS = 3
 CACHE = 98304  # tokens
 #: Tokens of a sequence that a step scores, for so many sequences; and how many steps are timed.
@@ -108,8 +108,7 @@ def widened(target: Decoder, parameters: float) -> Decoder:
     more = (parameters - count(target)) / (3 * config.hidden * config.layers)
     made = DecoderConfig.model_validate({**config.model_dump(), "ffn": config.ffn + 64 * round(more / 64)})
     with like.device:
-        wide = Decoder(made).to(like.dtype).eval()
-    wide.initialize(0)
+        wide = Decoder(made).initialize(0).to(like.device, like.dtype).eval()
     known = target.state_dict()
     with torch.no_grad():
         for name, place in wide.state_dict().items():
