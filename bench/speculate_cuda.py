@@ -108,7 +108,8 @@ def widened(target: Decoder, parameters: float) -> Decoder:
     more = (parameters - count(target)) / (3 * config.hidden * config.layers)
     made = DecoderConfig.model_validate({**config.model_dump(), "ffn": config.ffn + 64 * round(more / 64)})
     with like.device:
-        wide = Decoder(made).initialize(0).to(like.device, like.dtype).eval()
+        wide = Decoder(made)
+    wide = wide.initialize(0).to(like.device, like.dtype).eval()
     known = target.state_dict()
     with torch.no_grad():
         for name, place in wide.state_dict().items():
