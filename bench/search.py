@@ -262,16 +262,13 @@ def summed_up(bench: Bench, setting: str, asked: list[dict[str, Any]], plan: Pla
         ("accuracy", "%", lambda run: 100 * _accuracy(asked, run[0]), "higher"),
         ("time", "s", lambda run: run[1], "lower"),
     ):
-        bench.compared(
-            subject=f"{THOUGHTS} beside each other",
-            peer=peer,
-            setting=setting,
-            metric=metric,
-            unit=unit,
-            values=[value(run) for run in runs[THOUGHTS]],
-            peer_values=[value(run) for run in runs[peer]],
-            better=better,
-        )
+        subject, common = f"{THOUGHTS} beside each other", {"setting": setting, "metric": metric, "unit": unit}
+        own, others = ([value(run) for run in runs[name]] for name in (THOUGHTS, peer))
+        if all(others):
+            bench.compared(subject=subject, peer=peer, values=own, peer_values=others, better=better, **common)
+            continue
+        for name, values in ((subject, own), (peer, others)):  # of a few puzzles all may be wrong
+            bench.measured(subject=name, values=values, better=better, **common)
 
 
 def roster(bench: Bench) -> None:

@@ -7,8 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import Library, register_fake
 
+from penstock.ops import invariant, native
+
 #: Up to so many rows, the product takes as long as reading the matrix, and our kernel reads it.
 FEW = 4
+
+#: On CPUs, by dtype: up to so many rows our kernel takes no longer than libraries do, which lay a matrix out anew
+#: before they multiply, and far less where the matrix is in no cache. In bf16, they have instructions for many rows.
+FEW_ON_CPUS = {torch.float32: 32, torch.bfloat16: 4}
+#: Numbers of a matrix from which on that is more than what it takes to wake threads.
+LARGE = 1 << 18
 
 _library = Library("penstock", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
@@ -17,14 +25,32 @@ _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")  # ty
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x`` [*N, K] times the transpose of ``weight`` [M, K], plus ``bias`` [M]: [*N, M].
 
-    Where no gradient is wanted, on CUDA, in bf16 or fp16, a few rows go through a kernel of our own: libraries choose
-    tiles for matrix units, which then wait for the weights longer than it takes to read them. Sums are float32. To
-    torch.compile it is one operator, so that a pass compiled for any number of rows can choose at each call.
+    Where no gradient is wanted, a few rows go through kernels of our own. On CUDA, in bf16 or fp16, libraries choose
+    tiles for matrix units, which then wait for the weights longer than it takes to read them; to torch.compile it is
+    one operator, so that a pass compiled for any number of rows can choose at each call. On CPUs, see
+    :data:`FEW_ON_CPUS`. Sums are float32.
     """
-    if torch.is_grad_enabled() or not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
+    if torch.is_grad_enabled():
         return F.linear(x, weight, bias)
-    out: Tensor = torch.ops.penstock.linear(x, weight, bias)
-    return out
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        out: Tensor = torch.ops.penstock.linear(x, weight, bias)
+        return out
+    if x.device.type == "cpu" and _is_read(x, weight, bias):
+        return invariant.invariant_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _is_read(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether, on a CPU, the kernel that reads a matrix once is for these."""
+    few = FEW_ON_CPUS.get(x.dtype, 0)
+    if not 0 < x.numel() <= few * x.shape[-1] or weight.numel() < LARGE:
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    alike = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+    # Shards are not in memory as they look.
+    plain = type(x) is Tensor and type(weight) in (Tensor, torch.nn.Parameter) and weight.is_contiguous()
+    return alike and plain and native.serves(invariant.SOURCE)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
