@@ -261,7 +261,7 @@ def retrieval(
     seen, unknown = seen_in(runs, right), (0.0, 0.0)  # of one task, what its documents tell is part of what they are
     cost, settings = costs(seen), combined(seen)
     try:
-        model = fit([(each.setting, unknown, each.accuracy) for each in seen])
+        model = fit([(each.setting, unknown, each.expected) for each in seen])
         best = model.best(settings, unknown, cost, budget)
     except ValueError as error:
         raise UsageError(f"nothing can be recommended: {error}") from error

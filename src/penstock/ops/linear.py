@@ -14,7 +14,7 @@ FEW = 4
 
 #: On CPUs, by dtype: up to so many rows our kernel takes no longer than libraries do, which lay a matrix out anew
 #: before they multiply, and far less where the matrix is in no cache. In bf16, they have instructions for many rows.
-FEW_ON_CPUS = {torch.float32: 32, torch.bfloat16: 4}
+FEW_ON_CPUS = {torch.float32: 64, torch.bfloat16: 4}
 #: Numbers of a matrix from which on that is more than what it takes to wake threads.
 LARGE = 1 << 18
 

@@ -90,11 +90,18 @@ def _row(setting: Setting, informativeness: Informativeness) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a run of ``retrieval`` came to: the share of problems that are right, and the tokens that one costs."""
+    """What a run of ``retrieval`` came to: which share of its ``problems`` are right, and the tokens that one costs."""
 
     setting: Setting
     accuracy: float
     tokens: float
+    problems: int
+
+    @property
+    def expected(self) -> float:
+        """What share of other problems will be right, which is neither all nor none of them: that of one problem more,
+        half of which is right (Jeffreys' prior; ours)."""
+        return (self.accuracy * self.problems + 0.5) / (self.problems + 1)
 
 
 def seen_in(folders: Sequence[Path], right: float = 1.0) -> list[Seen]:
@@ -120,7 +127,7 @@ def seen_in(folders: Sequence[Path], right: float = 1.0) -> list[Seen]:
         assert isinstance(program, Retrieval)
         accuracy = sum(each["score"] >= right for each in records) / len(records)
         tokens = sum(each["ledger"]["tokens"] for each in records) / len(records)
-        found.append(Seen((program.documents, program.shots, program.rounds), accuracy, tokens))
+        found.append(Seen((program.documents, program.shots, program.rounds), accuracy, tokens, len(records)))
     return found
 
 

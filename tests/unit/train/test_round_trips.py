@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -37,9 +39,16 @@ CASES = [
     for tuner in TUNERS
 ]
 
-#: Formats of the base. Of w4a16, whose groups of 32 columns are more than the families' tiny matrices have, it is
-#: test_quantized_base.py that asks the same.
-FORMATS = sorted({*SCHEMES} - {"w4a16"})
+#: Formats of the base.
+FORMATS = sorted(SCHEMES)
+#: Columns that groups of 32 divide, which the families' tiny matrices do not have; and heads of so many numbers where a
+#: family says nothing of these.
+GROUPED = {
+    **dict.fromkeys(("intermediate_size", "n_inner", "intermediate_size_mlp"), 64),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "kv_lora_rank", "q_lora_rank"), 32),
+    "v_head_dim": 8,
+}
+HEAD = {"head_dim": 8}
 
 
 def adds(tuner: str) -> bool:
@@ -54,18 +63,20 @@ def chat_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def base_of(chat_model, tmp_path_factory):
-    """transformers' own model of a family, tiny and random, with that tokenizer and template."""
-    made: dict[str, Path] = {}
+    """transformers' own model of a family, tiny and random, with that tokenizer and template, of sizes that it has or
+    others."""
+    made: dict[tuple[str, bool], Path] = {}
 
-    def base(family: str) -> Path:
-        if family not in made:
+    def base(family: str, sizes: Mapping[str, int] = MappingProxyType({})) -> Path:
+        known = family, bool(sizes)
+        if known not in made:
             folder, size = tmp_path_factory.mktemp(family), hub.read_config(chat_model).vocabulary
-            shape = {"max_position_embeddings": 128, **FAMILIES[family].example, "bos_token_id": 0, "eos_token_id": 0}
-            peer(family, **{**shape, "vocab_size": size}).save_pretrained(folder)
+            shape = {"max_position_embeddings": 128, **(HEAD if sizes else {}), **FAMILIES[family].example, **sizes}
+            peer(family, **{**shape, "vocab_size": size, "bos_token_id": 0, "eos_token_id": 0}).save_pretrained(folder)
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 (folder / name).write_bytes((chat_model / name).read_bytes())
-            made[family] = folder
-        return made[family]
+            made[known] = folder
+        return made[known]
 
     return base
 
@@ -109,8 +120,9 @@ def packed(base_of, tmp_path_factory):
     def base(family: str, scheme: str) -> Path:
         if (family, scheme) not in made:
             folder = tmp_path_factory.mktemp(f"{family}-{scheme}") / "base"
-            hub.save(hub.load(base_of(family), dtype=torch.float32), folder, scheme=scheme)
-            copy_companions(base_of(family), folder)
+            plain = base_of(family, GROUPED if scheme == "w4a16" else {})
+            hub.save(hub.load(plain, dtype=torch.float32), folder, scheme=scheme)
+            copy_companions(plain, folder)
             made[family, scheme] = folder
         return made[family, scheme]
 
