@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import select
+import signal
 import statistics
 import subprocess
 import sys
@@ -408,7 +409,7 @@ class LateError(PenstockError):
 class Apart:
     """A process that answers each line of JSON on its standard input with one on its standard output.
 
-    A context: the process ends with the block.
+    A context: the process ends with the block, and with it all that it has started.
 
     Args:
         command: that starts it.
@@ -418,13 +419,14 @@ class Apart:
     def __init__(self, command: Sequence[str], who: str) -> None:
         self._who, self._complaints = who, tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the block)
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._complaints}
-        self._process = subprocess.Popen(command, text=True, **pipes)
+        self._process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and has left none
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
         self._complaints.close()
 

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,6 +280,25 @@ def test_a_process_apart_that_takes_longer_than_it_is_given_is_late():
         assert peer.ask({}, within=600) == {}
         with pytest.raises(LateError, match=r"the peer did not answer in 0 s"):
             peer.ask({"wait": True}, within=0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_process_apart_leaves_none_that_it_has_started(ended):
+    script = (
+        "import json, subprocess, sys\n"
+        "sys.stdin.readline()\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(json.dumps({'child': child.pid}), flush=True)\n"
+        f"{'' if ended else 'sys.stdin.readline()'}\n"
+    )
+    with Apart([sys.executable, "-c", script], "the peer") as peer:
+        child = Path(f"/proc/{peer.ask({})['child']}/stat")
+        assert child.read_text().split()[2] in "RS"
+    deadline = time.monotonic() + 60
+    while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
 def test_a_note_stands_beside_the_setting(run):
