@@ -13,8 +13,12 @@ from penstock.ops import invariant, native
 FEW = 4
 
 #: On CPUs, by dtype: up to so many rows our kernel takes no longer than libraries do, which lay a matrix out anew
-#: before they multiply, and far less where the matrix is in no cache. In bf16, they have instructions for many rows.
-FEW_ON_CPUS = {torch.float32: 64, torch.bfloat16: 4}
+#: before they multiply, and far less where the matrix is in no cache. Vectors of half the width are for half the rows;
+#: in bf16, libraries have instructions for many.
+FEW_ON_CPUS = {
+    torch.float32: 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32,
+    torch.bfloat16: 4,
+}
 #: Numbers of a matrix from which on that is more than what it takes to wake threads.
 LARGE = 1 << 18
 
