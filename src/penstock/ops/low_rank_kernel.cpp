@@ -9,28 +9,13 @@
 #include <cstring>
 #include <vector>
 
+#include "vectors.h"
+
 namespace {
 
-#ifdef __AVX512F__
-constexpr int WIDTH = 16;
-#else
-constexpr int WIDTH = 8;
-#endif
 constexpr int ROWS = 4, RANKS = 4;       // rows of one adapter, and of its matrices, that are in registers together
 constexpr int64_t THREAD_WORK = 1 << 16;  // multiplications that waking another thread is worth
 
-typedef float vector __attribute__((vector_size(WIDTH * sizeof(float))));
-
-inline vector load(const float *from) {
-    vector v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
-inline vector load_some(const float *from, int64_t count) {  // zeros behind `count`
-    vector v = {};
-    std::memcpy(&v, from, count * sizeof(float));
-    return v;
-}
 inline float sum_lanes(vector v) {
     for (int half = WIDTH / 2; half > 0; half /= 2)
         for (int i = 0; i < half; ++i) v[i] += v[i + half];
@@ -53,9 +38,9 @@ void add_ranks(const float *const *x, const float *a, int64_t size, const float 
     for (int64_t k = 0; k < size; k += WIDTH) {
         const int64_t count = size - k;
         vector own[R];
-        for (int r = 0; r < R; ++r) own[r] = count >= WIDTH ? load(x[r] + k) : load_some(x[r] + k, count);
+        for (int r = 0; r < R; ++r) own[r] = load(x[r] + k, count);
         for (int q = 0; q < Q; ++q) {
-            const vector row = count >= WIDTH ? load(a + q * size + k) : load_some(a + q * size + k, count);
+            const vector row = load(a + q * size + k, count);
             for (int r = 0; r < R; ++r) sums[r][q] += own[r] * row;
         }
     }
@@ -66,9 +51,9 @@ void add_ranks(const float *const *x, const float *a, int64_t size, const float 
         const int64_t count = std::min<int64_t>(WIDTH, width - k);
         vector rows[Q];
         for (int q = 0; q < Q; ++q)
-            rows[q] = count == WIDTH ? load(b + q * width + k) : load_some(b + q * width + k, count);
+            rows[q] = load(b + q * width + k, count);
         for (int r = 0; r < R; ++r) {
-            vector sum = count == WIDTH ? load(out[r] + k) : load_some(out[r] + k, count);
+            vector sum = load(out[r] + k, count);
             for (int q = 0; q < Q; ++q) sum += inner[r][q] * rows[q];
             std::memcpy(out[r] + k, &sum, count * sizeof(float));
         }

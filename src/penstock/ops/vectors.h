@@ -1,5 +1,5 @@
-// Vectors of float32 for kernels of few rows, which rowwise_kernel.cpp and logprobs_kernel.cpp share: numbers are float32
-// or bfloat16 in memory, and float32 in registers.
+// Vectors of float32 for kernels of few rows, which low_rank_kernel.cpp, rowwise_kernel.cpp and logprobs_kernel.cpp share:
+// numbers are float32 or bfloat16 in memory, and float32 in registers.
 
 #pragma once
 

@@ -39,6 +39,7 @@ from penstock.testing.alike import alike
 from penstock.testing.beside_scores import dense
 from penstock.testing.paged_pieces import check_spans, shape_in
 from penstock.testing.paged_scene import Action, Compact, Fork, Keep, Open, Release, Scene, Step, Tree
+from penstock.testing.threads import on_threads
 
 PLAIN_CODEC = Plain()
 
@@ -197,12 +198,8 @@ def check_course(policy: PagedAttention, place: Place, course: Course, codec: Co
     shape = with_tables(dataclasses.replace(course.shape(place), codec=codec), course.seed)
     tolerance = TOLERANCES[place.dtype]
     scene = Scene(policy, shape, course.windows, seed=course.seed, tolerance=tolerance, extras=course.extras)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(course.threads)
-    try:
+    with on_threads(course.threads):
         scene.play(course.script)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def with_tables(shape: CacheShape, seed: int) -> CacheShape:

@@ -15,6 +15,7 @@ from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, 
 from penstock.ops.paged.layered import LayeredTokens
 from penstock.ops.paged.residual import Residual
 from penstock.testing.paged_scene import Tree, attention, sees
+from penstock.testing.threads import on_threads
 
 BLOCK, BLOCKS, KV_HEADS, HEADS = 4, 64, 2, 6
 
@@ -61,12 +62,8 @@ def check_windows(
     shape = dataclasses.replace(
         shape, blocks=BLOCKS, block_size=BLOCK, residual=WINDOWS, needs=shape.needs | {"residual"}
     )
-    played = threads, torch.get_num_threads()
-    torch.set_num_threads(played[0])
-    try:
+    with on_threads(threads):
         _play_windows(policy.open(shape), windows, tolerance)
-    finally:
-        torch.set_num_threads(played[1])
 
 
 def _play_windows(cache: PagedCache, windows: Sequence[int | None], tolerance: float) -> None:
@@ -105,12 +102,8 @@ def check_spans(policy: PagedAttention, shape: CacheShape, tolerance: float, thr
     them, beside a text that was not compressed; with masks, where the cache takes them."""
     view = LayeredTokens(shape.layers, 0.5, 2, 1.9)
     shape = dataclasses.replace(shape, blocks=BLOCKS, block_size=BLOCK, view=view, needs=shape.needs | {"view"})
-    played = threads, torch.get_num_threads()
-    torch.set_num_threads(played[0])
-    try:
+    with on_threads(threads):
         _play_spans(policy.open(shape), view, tolerance)
-    finally:
-        torch.set_num_threads(played[1])
 
 
 def _play_spans(cache: PagedCache, view: LayeredTokens, tolerance: float) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from drawn_decoder import drawn
 from penstock.core.randomness import torch_generator
 from penstock.models.attention import CausalRows
 from penstock.models.config import DecoderConfig, LatentConfig
@@ -59,15 +60,6 @@ TOKENS = torch.arange(14).view(2, 7) * 5 % 19
 
 def shape(kind: str) -> DecoderConfig:
     return DecoderConfig(**{**PLAIN, **SHAPES[kind]})
-
-
-def drawn(config: DecoderConfig) -> Decoder:
-    """Of which nothing is 0 or 1, where some mistakes would not show."""
-    model = Decoder(config).double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=torch_generator(0, f"test/{name}")) * 0.4 + 0.1)
-    return model
 
 
 def gradients(model: Decoder) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

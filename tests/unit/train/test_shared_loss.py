@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from penstock.core.randomness import torch_generator
+from drawn_decoder import drawn
 from penstock.data.loader import Batch
 from penstock.models.attention import CausalRows
 from penstock.models.config import DecoderConfig
@@ -26,14 +26,6 @@ SHAPE = {"vocabulary": 19, "hidden": 12, "layers": 1, "heads": 6, "kv_heads": 6,
 TOKENS = torch.arange(16) * 5 % 19
 TARGETS = torch.where(torch.arange(15) % 4 == 1, IGNORE, TOKENS[1:])
 BATCH = Batch(TOKENS[None, :-1], TARGETS[None], torch.zeros(1, 15, dtype=torch.int64))
-
-
-def drawn(config: DecoderConfig) -> Decoder:
-    model = Decoder(config).double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=torch_generator(0, f"test/{name}")) * 0.4 + 0.1)
-    return model
 
 
 class Seen(NextToken):

@@ -315,7 +315,8 @@ class Coverage:
         whole, rest = np.divmod(most, self._size)
         held, places = self._held[tables], np.arange(tables.shape[1])
         short = (held < self._size) & (places < whole[:, None])
-        lacks, first = short.any(1), np.where(short.any(1), short.argmax(1), whole)
+        lacks = short.any(1)
+        first = np.where(lacks, short.argmax(1), whole)
         # Of the first block that is not whole, or that need not be: it is behind the table where all of that is wanted.
         own = held[np.arange(len(held)), np.minimum(first, len(places) - 1)]
         found: np.ndarray = first * self._size + np.where(lacks, own, np.minimum(own, rest))
