@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -57,25 +58,34 @@ def fast_dtype(device: torch.device) -> Answer[torch.dtype]:
     return Answer(dtype, f"products run at {bf16} GFLOP/s in bf16 and at {fp32} in fp32 here")
 
 
-def product_rate(dtype: torch.dtype, size: int = 192, seconds: float = 0.02) -> float:
-    """FLOP/s of a square product on one thread of the CPU: the best of those within ``seconds``, of three at least.
+def product_rate(dtype: torch.dtype, size: int = 192) -> float:
+    """FLOP/s of a square product on one thread of the CPU."""
+    import torch
 
-    The best of one thread, because other work on the machine can only slow a product down, and does so the more, the
-    more threads wait for each other.
+    a = torch.ones(size, size, dtype=dtype)
+    return 2 * size**3 * calls_a_second(lambda: a @ a)
+
+
+def calls_a_second(work: Callable[[], object], seconds: float = 0.02) -> float:
+    """How often one thread of the CPU could do ``work`` in a second: by the fastest of all calls within ``seconds``, of
+    three at least.
+
+    The fastest of one thread, because other work on the machine can only slow it down, and does so the more, the more
+    threads wait for each other.
     """
     import torch
 
-    a, best, end, done = torch.ones(size, size, dtype=dtype), math.inf, time.perf_counter() + seconds, 0
+    best, end, done = math.inf, time.perf_counter() + seconds, 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         while done < 3 or time.perf_counter() < end:
             began = time.perf_counter()
-            a @ a
+            work()
             best, done = min(best, time.perf_counter() - began), done + 1
     finally:
         torch.set_num_threads(threads)
-    return 2 * size**3 / best
+    return 1 / best
 
 
 # Names.

@@ -78,6 +78,7 @@ inline void narrow(float x, bfloat16 &to) {  // to nearest, ties to even; a NaN 
     to.bits = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
 }
 
+// The upper half of the lanes is added to the lower one, until there is one.
 template <class A> inline A sum_lanes(vector<A> v) {
     A lanes[WIDTH<A>];
     store(lanes, v);
@@ -88,65 +89,89 @@ template <class A> inline A sum_lanes(vector<A> v) {
 
 // ----------------------------------------------------------------------------------------------------- the product
 
+// As above, for as many vectors as a vector has lanes, together: the sum of `some[i]` is lane i.
+template <class A, int HALF = WIDTH<A> / 2> inline vector<A> sum_lanes(vector<A> *some) {
+    constexpr int W = WIDTH<A>, COUNT = 2 * HALF;
+    typename Traits<A>::integers low, high;
+    for (int lane = 0; lane < W; ++lane) {
+        const int within = lane % (W / 2), from = lane / (W / 2) * W + within / HALF * COUNT + within % HALF;
+        low[lane] = from;
+        high[lane] = from + HALF;
+    }
+    for (int i = 0; i < HALF; ++i) {
+        const vector<A> one = some[2 * i], other = some[2 * i + 1];
+        some[i] = __builtin_shuffle(one, other, low) + __builtin_shuffle(one, other, high);
+    }
+    if constexpr (HALF > 1) return sum_lanes<A, HALF / 2>(some);
+    else return some[0];
+}
+
 // R rows of x times C rows of the weight, over `depth` numbers of each, a whole number of vectors but for the weight's
-// last `rest`: out [R][C] (+)=. However large R and C are, each result is summed in the same order.
+// last `rest`: out [R][C] (+)=. However large R and C are, each result is summed in the same order. Where `ahead`, the
+// C rows of the weight behind these are brought nearer.
 template <class T, int R, int C>
 void multiply(const sum_t<T> *x, int64_t x_row, const T *weight, int64_t weight_row, int depth, int rest,
-              sum_t<T> *out, int64_t out_row, bool add) {
+              sum_t<T> *out, int64_t out_row, bool add, bool ahead) {
     using A = sum_t<T>;
     constexpr int W = WIDTH<A>;
-    vector<A> sums[R][C] = {};
+    constexpr int SUMS = (R * C + W - 1) / W * W;  // R * C of them, and what is wanting to a whole vector's
+    vector<A> sums[SUMS];
+#pragma GCC unroll 32
+    for (int i = 0; i < SUMS; ++i) sums[i] = vector<A>{};
     int k = 0;
     for (; k + W <= depth; k += W) {
         vector<A> rows[C];
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) rows[c] = load(weight + c * weight_row + k);
+        for (int c = 0; c < C; ++c) {
+            vector<A> row = load(weight + c * weight_row + k);
+            asm("" : "+v"(row));  // in a register: else it is loaded again by each multiplication
+            if (ahead) __builtin_prefetch(weight + (C + c) * weight_row + k);
+            rows[c] = row;
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const vector<A> own = load(x + r * x_row + k);
 #pragma GCC unroll 8
-            for (int c = 0; c < C; ++c) sums[r][c] += own * rows[c];
+            for (int c = 0; c < C; ++c) sums[r * C + c] += own * rows[c];
         }
     }
     if (rest) {
+#pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
             const vector<A> row = load_some(weight + c * weight_row + k, rest);
-            for (int r = 0; r < R; ++r) sums[r][c] += load(x + r * x_row + k) * row;
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) sums[r * C + c] += load(x + r * x_row + k) * row;
         }
     }
-    for (int r = 0; r < R; ++r) {
-        for (int c = 0; c < C; ++c) {
-            const A total = sum_lanes<A>(sums[r][c]);
-            out[r * out_row + c] = add ? out[r * out_row + c] + total : total;
+#pragma GCC unroll 8
+    for (int i = 0; i < SUMS; i += W) {
+        A totals[W];
+        store(totals, sum_lanes<A>(sums + i));
+        for (int j = i; j < std::min(i + W, R * C); ++j) {
+            A &place = out[j / C * out_row + j % C];
+            place = add ? place + totals[j - i] : totals[j - i];
         }
     }
 }
 
+// `rows` of x, R at a time, times C rows of the weight, which stay in the nearest cache.
 template <class T, int R, int C>
-void multiply_columns(const sum_t<T> *x, int64_t x_row, const T *weight, int64_t weight_row, int columns, int depth,
-                      int rest, sum_t<T> *out, int64_t out_row, bool add) {
-    for (; columns >= C; columns -= C, weight += C * weight_row, out += C)
-        multiply<T, R, C>(x, x_row, weight, weight_row, depth, rest, out, out_row, add);
-    if constexpr (C > 1)
-        multiply_columns<T, R, C / 2>(x, x_row, weight, weight_row, columns, depth, rest, out, out_row, add);
+void multiply_rows(const sum_t<T> *x, int64_t x_row, int rows, const T *weight, int64_t weight_row, int depth, int rest,
+                   sum_t<T> *out, int64_t out_row, bool add, bool ahead = true) {
+    for (; rows >= R; rows -= R, x += R * x_row, out += R * out_row, ahead = false)
+        multiply<T, R, C>(x, x_row, weight, weight_row, depth, rest, out, out_row, add, ahead);
+    if constexpr (R > 1)
+        multiply_rows<T, R / 2, C>(x, x_row, rows, weight, weight_row, depth, rest, out, out_row, add, ahead);
 }
 
-template <class T>
-void multiply_rows(const sum_t<T> *x, int64_t x_row, int rows, const T *weight, int64_t weight_row, int columns,
-                   int depth, int rest, sum_t<T> *out, int64_t out_row, bool add) {
-    constexpr int WIDE = REGISTERS == 32 ? 6 : 3;
-    int r = 0;
-    for (; rows - r >= 4; r += 4)
-        multiply_columns<T, 4, WIDE>(x + r * x_row, x_row, weight, weight_row, columns, depth, rest,
-                                     out + r * out_row, out_row, add);
-    if (rows - r >= 2) {
-        multiply_columns<T, 2, 4>(x + r * x_row, x_row, weight, weight_row, columns, depth, rest, out + r * out_row,
-                                  out_row, add);
-        r += 2;
-    }
-    if (rows - r >= 1)
-        multiply_columns<T, 1, 8>(x + r * x_row, x_row, weight, weight_row, columns, depth, rest, out + r * out_row,
-                                  out_row, add);
+// `rows` of x times so many `columns` of the result, C at a time.
+template <class T, int R, int C>
+void multiply_columns(const sum_t<T> *x, int64_t x_row, int rows, const T *weight, int64_t weight_row, int columns,
+                      int depth, int rest, sum_t<T> *out, int64_t out_row, bool add) {
+    for (; columns >= C; columns -= C, weight += C * weight_row, out += C)
+        multiply_rows<T, R, C>(x, x_row, rows, weight, weight_row, depth, rest, out, out_row, add);
+    if constexpr (C > 1)
+        multiply_columns<T, R, C / 2>(x, x_row, rows, weight, weight_row, columns, depth, rest, out, out_row, add);
 }
 
 // out [rows][height] = x [rows][size] times the transpose of weight [height][size], plus bias [height], or null.
@@ -173,8 +198,9 @@ void product(const T *x, const T *weight, const T *bias, T *out, int64_t rows, i
             A sums[ROWS * COLUMNS];
             for (int64_t k = 0; k < std::max<int64_t>(size, 1); k += DEPTH) {
                 const int depth = std::min<int64_t>(DEPTH, size - k);
-                multiply_rows<T>(widened.data() + row * padded + k, padded, own_rows, weight + column * size + k, size,
-                                 columns, depth, depth % W, sums, COLUMNS, k > 0);
+                multiply_columns<T, 4, REGISTERS == 32 ? 6 : 3>(
+                    widened.data() + row * padded + k, padded, own_rows, weight + column * size + k, size, columns,
+                    depth, depth % W, sums, COLUMNS, k > 0);
             }
             for (int r = 0; r < own_rows; ++r) {
                 for (int c = 0; c < columns; ++c) {

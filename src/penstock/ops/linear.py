@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.library import Library, register_fake
 
+from penstock.core.processor import WORTH, calls_a_second
 from penstock.ops import invariant, native
 
 #: Up to so many rows, the product takes as long as reading the matrix, and our kernel reads it.
@@ -14,7 +17,7 @@ FEW = 4
 
 #: On CPUs, by dtype: up to so many rows our kernel takes no longer than libraries do, which lay a matrix out anew
 #: before they multiply, and far less where the matrix is in no cache. Vectors of half the width are for half the rows;
-#: in bf16, libraries have instructions for many.
+#: in bf16, libraries have instructions for many. In float32, see also :func:`_outruns_libraries`.
 FEW_ON_CPUS = {
     torch.float32: 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32,
     torch.bfloat16: 4,
@@ -47,14 +50,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _is_read(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether, on a CPU, the kernel that reads a matrix once is for these."""
     few = FEW_ON_CPUS.get(x.dtype, 0)
-    if not 0 < x.numel() <= few * x.shape[-1] or weight.numel() < LARGE:
+    if not few or not x.numel() or weight.numel() < LARGE:
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     alike = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
     # Shards are not in memory as they look.
     plain = type(x) is Tensor and type(weight) in (Tensor, torch.nn.Parameter) and weight.is_contiguous()
-    return alike and plain and native.serves(invariant.SOURCE)
+    if not (alike and plain and native.serves(invariant.SOURCE)):
+        return False
+    return x.numel() <= few * x.shape[-1] or (x.dtype == torch.float32 and _outruns_libraries())
+
+
+@functools.cache
+def _outruns_libraries() -> bool:
+    """Whether, on this processor, our kernel is the faster one at any number of rows: not all libraries give each
+    maker's processors the widest vectors that they have. Both are timed, once a process, in about 40 ms."""
+    x, weight = torch.ones(256, 512), torch.ones(512, 512)
+    ours, theirs = (
+        calls_a_second(functools.partial(product, x, weight)) for product in (invariant.invariant_linear, F.linear)
+    )
+    return ours >= WORTH * theirs
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

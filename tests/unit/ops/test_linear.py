@@ -1,4 +1,4 @@
-"""Products of a few rows on CPUs: what they are, and which go through the kernel that reads a matrix once."""
+"""Products on CPUs: what they are, and which go through the kernel that reads a matrix once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from penstock.core.randomness import torch_generator
 from penstock.ops import invariant, native
+from penstock.ops import linear as linear_module
 from penstock.ops.linear import FEW_ON_CPUS, LARGE, linear
 
 SIZE, HEIGHT = 300, LARGE // 300 + 1
@@ -30,8 +31,10 @@ def read(monkeypatch) -> list[int]:
 
 @needs_kernel
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("faster", [False, True])
 @pytest.mark.parametrize("dtype", FEW_ON_CPUS)
-def test_a_few_rows_times_a_large_matrix_are_what_they_should_be(dtype, biased, read):
+def test_rows_times_a_large_matrix_are_what_they_should_be(dtype, faster, biased, read, monkeypatch):
+    monkeypatch.setattr(linear_module, "_outruns_libraries", lambda: faster)
     weight, bias = drawn(HEIGHT, SIZE, dtype=dtype), drawn(HEIGHT, dtype=dtype) if biased else None
     few = FEW_ON_CPUS[dtype]
     for shape in ((1,), (few,), (few + 1,), (2, few // 2), (3, few)):
@@ -41,7 +44,18 @@ def test_a_few_rows_times_a_large_matrix_are_what_they_should_be(dtype, biased, 
         wanted = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
         assert found.dtype == dtype
         assert (found.double() - wanted).abs().max() <= TOLERANCES[dtype] * wanted.abs().max()
-    assert read == [SIZE, few * SIZE, few // 2 * 2 * SIZE]
+    many = faster and dtype == torch.float32
+    rows = [1, few, *([few + 1] if many else []), few // 2 * 2, *([3 * few] if many else [])]
+    assert read == [SIZE * each for each in rows]
+
+
+@needs_kernel
+def test_libraries_are_outrun_where_they_take_clearly_longer(monkeypatch):
+    calls = {invariant.invariant_linear: 120.0, torch.nn.functional.linear: 90.0}
+    monkeypatch.setattr(linear_module, "calls_a_second", lambda work: calls[work.func])
+    assert linear_module._outruns_libraries.__wrapped__()
+    calls[torch.nn.functional.linear] = 110.0
+    assert not linear_module._outruns_libraries.__wrapped__()
 
 
 @needs_kernel
