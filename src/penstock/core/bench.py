@@ -409,7 +409,8 @@ class LateError(PenstockError):
 class Apart:
     """A process that answers each line of JSON on its standard input with one on its standard output.
 
-    A context: the process ends with the block, and with it all that it has started.
+    A context: the process ends with the block, and with it all that it has started. Once it has answered, all of them
+    stand still until it is asked again, so that none spins beside what is measured here.
 
     Args:
         command: that starts it.
@@ -425,8 +426,7 @@ class Apart:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended, and has left none
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self._process.communicate()
         self._complaints.close()
 
@@ -442,6 +442,7 @@ class Apart:
             LateError: it has not answered in that time, and is good for nothing more.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):  # then it does not answer either
             self._process.stdin.write(json.dumps(asked) + "\n")
             self._process.stdin.flush()
@@ -454,8 +455,13 @@ class Apart:
             self._complaints.seek(0)
             said = self._complaints.read().strip().splitlines() or ["without a word"]
             raise PenstockError(f"{self._who} failed: {said[-1]}")
+        self._signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def _signal(self, what: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and has left none
+            os.killpg(self._process.pid, what)
 
 
 def load(name: str) -> ModuleType:

@@ -282,6 +282,40 @@ def test_a_process_apart_that_takes_longer_than_it_is_given_is_late():
             peer.ask({"wait": True}, within=0.01)
 
 
+def state(process: Path) -> str:
+    """The letter that Linux has for what a process does; Z also for one that is gone."""
+    try:
+        return process.joinpath("stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
+
+
+def wait_until(process: Path, states: str) -> None:
+    deadline = time.monotonic() + 60
+    while state(process) not in states and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert state(process) in states
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_what_a_process_apart_has_started_stands_still_until_it_is_asked_again():
+    script = (
+        "import json, subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
+        "sys.stdin.readline()\n"
+        "print(json.dumps({'child': child.pid}), flush=True)\n"
+        "sys.stdin.readline()\n"
+        "stat = open('/proc/' + str(child.pid) + '/stat').read()\n"
+        "print(json.dumps({'state': stat.rsplit(')', 1)[1].split()[0]}), flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    with Apart([sys.executable, "-c", script], "the peer") as peer:
+        child = Path(f"/proc/{peer.ask({})['child']}")
+        wait_until(child, "T")
+        assert peer.ask({})["state"] in "RS"
+        wait_until(child, "T")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_process_apart_leaves_none_that_it_has_started(ended):
@@ -293,12 +327,9 @@ def test_a_process_apart_leaves_none_that_it_has_started(ended):
         f"{'' if ended else 'sys.stdin.readline()'}\n"
     )
     with Apart([sys.executable, "-c", script], "the peer") as peer:
-        child = Path(f"/proc/{peer.ask({})['child']}/stat")
-        assert child.read_text().split()[2] in "RS"
-    deadline = time.monotonic() + 60
-    while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not child.exists() or child.read_text().split()[2] == "Z"
+        child = Path(f"/proc/{peer.ask({})['child']}")
+        assert state(child) != "Z"
+    wait_until(child, "Z")
 
 
 def test_a_note_stands_beside_the_setting(run):
