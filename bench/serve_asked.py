@@ -146,7 +146,7 @@ def main(bench: Bench) -> None:
     """Measures on the CUDA device of ``bench``."""
     if bench.device.type != "cuda":
         raise UsageError("serve_asked measures large vocabularies and experts", hint="Give --device cuda.")
-    for name, shape in ((SPARSE, EXPERTS), (LARGE, LLAMA), (DENSE, serve.SHAPES[DENSE])):
+    for name, shape in ((SPARSE, EXPERTS), (DENSE, serve.SHAPES[DENSE]), (LARGE, LLAMA)):
         model = serve.random_model(shape, bench.device)
         engine = build_engine(model, serve.OFFLINE, report=show)
         with settled():  # as a server is

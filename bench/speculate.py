@@ -54,13 +54,16 @@ LENGTHS = (2, 3)
 #: Controllers that have no say about what comes out of the text.
 UNHEARD = ("fallback", "tetris", "specdec_pp")
 #: What papers claim of a controller or drafter beside plain decoding: greater speed.
-PAPERS = {"model, bass": (160,), "model, fixed": (63,)}
+PAPERS = {"model, bass": (160,), "model, fixed": (63,), "ppd": (333,)}
 #: And of one beside the best length that is fixed.
 ADAPTIVE = {"model, specdec_pp": (374,), "model, tetris": (191,), "model, thompson": (162,)}
 
 #: And of one beside another: several drafts of one pass beside as many that are computed each by itself.
 SUPERPOSED, COMPUTED = "superposed, fixed", "model, fixed, tree 3"
 BESIDE = {SUPERPOSED: (COMPUTED, (399,))}
+
+#: Tokens a second of each repetition, by what ran.
+Values = dict[str, list[float]]
 
 
 def prompts(count: int, source: str | Path = TARGET) -> list[list[int]]:
@@ -182,7 +185,6 @@ def main(bench: Bench) -> None:
     if bench.device.type == "cuda":
         load("speculate_cuda").main(bench)
         return
-    output = 24 if bench.quick else OUTPUT
     chosen = settings(bench.quick)
     models = [hub.load(name, device=bench.device, dtype=torch.float32).eval() for name in (TARGET, DRAFT)]
     engines, head = {}, predictor(models[1], models[0], bench.quick)
@@ -191,13 +193,19 @@ def main(bench: Bench) -> None:
         predicts = head if config.controller.predicts else None
         engines[name] = build_engine(models[0], config, draft=models[1], predictor=predicts)
     for crowd in CROWDS[: 1 if bench.quick else None]:
-        todo = prompts(1 if bench.quick else (ALONE if crowd == 1 else TURNS * crowd))
-        runs: dict[str, Callable[[], float]] = {
-            name: functools.partial(run, engine, todo, crowd, output) for name, engine in engines.items()
-        }
-        if crowd == 1:
-            runs |= peers(todo, output)
-        measure(bench, runs, engines, f"{crowd} at a time", REPETITIONS if crowd == 1 else REPEATED)
+        by_crowd(bench, engines, crowd)
+
+
+def by_crowd(bench: Bench, engines: dict[str, Engine], crowd: int) -> Values:
+    """Measures the ``engines`` with so many requests at a time, and where it is one, transformers."""
+    output = 24 if bench.quick else OUTPUT
+    todo = prompts(1 if bench.quick else (ALONE if crowd == 1 else TURNS * crowd))
+    runs: dict[str, Callable[[], float]] = {
+        name: functools.partial(run, engine, todo, crowd, output) for name, engine in engines.items()
+    }
+    if crowd == 1:
+        runs |= peers(todo, output)
+    return measure(bench, runs, engines, f"{crowd} at a time", REPETITIONS if crowd == 1 else REPEATED)
 
 
 def measure(
@@ -206,10 +214,11 @@ def measure(
     engines: dict[str, Engine],
     setting: str,
     repetitions: int = REPETITIONS,
-) -> None:
-    """The rows of one crowd: each beside plain decoding, and those that draft beside the best of transformers."""
+) -> Values:
+    """The rows of one crowd: each beside plain decoding, and those that draft beside the best of transformers. Returns
+    the speeds that they were made of."""
     before = {name: engine.snapshot() for name, engine in engines.items()}
-    values = bench.turns(runs, setting, repetitions)
+    values: Values = bench.turns(runs, setting, repetitions)
     common = {"metric": "decoding speed", "unit": "tokens/s", "setting": setting}
     others = [name for name in runs if name.startswith("transformers")]
     best = max(others, key=lambda name: sum(values[name]), default=None)
@@ -236,3 +245,4 @@ def measure(
             steps = now.sequence_steps - then.sequence_steps
             tokens = (now.output_tokens - then.output_tokens) / steps
             bench.row(subject=name, setting=setting, metric="tokens a step of a sequence", unit="", value=tokens)
+    return values

@@ -1,14 +1,13 @@
 """Heads on the model itself: tokens a second and tokens a step of each kind, trained alike, beside plain decoding.
 
 A head of each kind is trained for python-6m, by its preset and all for as long; then the model continues files of the
-standard library that neither has seen, greedily, one request after the other.
+standard library that neither has seen, greedily, for one, four and sixteen requests at a time. At one request also
+transformers' assisted generation, for which python-1m drafts, and its prompt look-up.
 """
 
 from __future__ import annotations
 
-import functools
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +30,16 @@ from penstock.train.config import TrainConfig
 from penstock.train.run import Run
 from penstock.train.session import train_to_the_end
 
-TARGET = "python-6m"
-OUTPUT = 192
-PROMPTS = 4
-REPETITIONS = 5
-#: Of whom a paper says that it is faster than which others: plain decoding, or, on the model itself, Medusa and its own
-#: first layers.
-FASTER = {"hidden_transfer": (("medusa", "early_exit"), (407,)), "ppd": (("plain decoding",), (333,))}
+script = load("speculate")
+
+#: Of whom a paper says that it is faster than which others on the model itself: Medusa and its own first layers.
+FASTER = {"hidden_transfer": (("medusa", "early_exit"), (407,))}
 
 
 def settings(kind: str) -> TrainConfig:
     """How a head of this kind is trained for the target."""
     preset = presets.path_of(f"drafter-{kind.replace('_', '-')}")
-    return build(TrainConfig, {**read_toml(preset), "target": TARGET})
+    return build(TrainConfig, {**read_toml(preset), "target": script.TARGET})
 
 
 def trained(target: Decoder, kind: str, quick: bool) -> HeadModule:
@@ -70,31 +66,18 @@ def drafting(kind: str | None) -> dict[str, Any]:
 
 def main(bench: Bench) -> None:
     """Trains the heads, and measures them."""
-    script = load("speculate")
-    target = hub.load(TARGET, device=bench.device, dtype=torch.float32).eval()
+    target = hub.load(script.TARGET, device=bench.device, dtype=torch.float32).eval()
     engines: dict[str, Engine] = {}
     for kind in [None, *index().names("model.head")]:
-        config = EngineConfig.model_validate({"sequences": 4, "cache_tokens": 4096, **drafting(kind)})
+        common = {"sequences": max(script.CROWDS), "cache_tokens": 16384}
+        config = EngineConfig.model_validate({**common, **drafting(kind)})
         head = None if kind is None else trained(target, kind, bench.quick)
         engines[kind or "plain decoding"] = build_engine(target, config, draft=head)
-    output, todo = (24, script.prompts(1)) if bench.quick else (OUTPUT, script.prompts(PROMPTS))
-    runs = {name: functools.partial(script.run, engine, todo, 1, output) for name, engine in engines.items()}
-    measure(bench, runs, engines)
-
-
-def measure(bench: Bench, runs: dict[str, Callable[[], float]], engines: dict[str, Engine]) -> None:
-    """The rows: each head beside plain decoding, and the one that is to be faster beside those."""
-    setting = "1 at a time"
-    values = bench.turns(runs, setting, REPETITIONS)
-    common = {"metric": "decoding speed", "unit": "tokens/s", "setting": setting}
-    for name, engine in engines.items():
-        if name == "plain decoding":
-            continue
-        beside = {"subject": name, "values": values[name], **common}
-        others, papers = FASTER.get(name, ((), ()))
-        for other in dict.fromkeys(["plain decoding", *others]):
-            claimed = papers if other in others else ()
-            bench.compared(peer=other, peer_values=values[other], papers=claimed, **beside)
-        now = engine.snapshot()
-        tokens = now.output_tokens / now.sequence_steps
-        bench.row(subject=name, setting=setting, metric="tokens a step of a sequence", unit="", value=tokens)
+    for crowd in script.CROWDS[: 1 if bench.quick else None]:
+        values = script.by_crowd(bench, engines, crowd)
+        for name, (others, papers) in FASTER.items():
+            for other in others:
+                bench.compared(
+                    subject=name, peer=other, setting=f"{crowd} at a time", metric="decoding speed", unit="tokens/s",
+                    values=values[name], peer_values=values[other], papers=papers,
+                )  # fmt: skip
