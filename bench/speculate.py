@@ -58,12 +58,10 @@ PAPERS = {"model, bass": (160,), "model, fixed": (63,), "ppd": (333,)}
 #: And of one beside the best length that is fixed.
 ADAPTIVE = {"model, specdec_pp": (374,), "model, tetris": (191,), "model, thompson": (162,)}
 
-#: And of one beside another: several drafts of one pass beside as many that are computed each by itself.
+#: And of one beside others: several drafts of one pass beside as many that are computed each by itself; heads on the
+#: model itself beside Medusa and the model's own first layers.
 SUPERPOSED, COMPUTED = "superposed, fixed", "model, fixed, tree 3"
-BESIDE = {SUPERPOSED: (COMPUTED, (399,))}
-
-#: Tokens a second of each repetition, by what ran.
-Values = dict[str, list[float]]
+BESIDE = {SUPERPOSED: ((COMPUTED,), (399,)), "hidden_transfer": (("medusa", "early_exit"), (407,))}
 
 
 def prompts(count: int, source: str | Path = TARGET) -> list[list[int]]:
@@ -196,7 +194,7 @@ def main(bench: Bench) -> None:
         by_crowd(bench, engines, crowd)
 
 
-def by_crowd(bench: Bench, engines: dict[str, Engine], crowd: int) -> Values:
+def by_crowd(bench: Bench, engines: dict[str, Engine], crowd: int) -> None:
     """Measures the ``engines`` with so many requests at a time, and where it is one, transformers."""
     output = 24 if bench.quick else OUTPUT
     todo = prompts(1 if bench.quick else (ALONE if crowd == 1 else TURNS * crowd))
@@ -205,7 +203,7 @@ def by_crowd(bench: Bench, engines: dict[str, Engine], crowd: int) -> Values:
     }
     if crowd == 1:
         runs |= peers(todo, output)
-    return measure(bench, runs, engines, f"{crowd} at a time", REPETITIONS if crowd == 1 else REPEATED)
+    measure(bench, runs, engines, f"{crowd} at a time", REPETITIONS if crowd == 1 else REPEATED)
 
 
 def measure(
@@ -214,11 +212,10 @@ def measure(
     engines: dict[str, Engine],
     setting: str,
     repetitions: int = REPETITIONS,
-) -> Values:
-    """The rows of one crowd: each beside plain decoding, and those that draft beside the best of transformers. Returns
-    the speeds that they were made of."""
+) -> None:
+    """The rows of one crowd: each beside plain decoding, and those that draft beside the best of transformers."""
     before = {name: engine.snapshot() for name, engine in engines.items()}
-    values: Values = bench.turns(runs, setting, repetitions)
+    values = bench.turns(runs, setting, repetitions)
     common = {"metric": "decoding speed", "unit": "tokens/s", "setting": setting}
     others = [name for name in runs if name.startswith("transformers")]
     best = max(others, key=lambda name: sum(values[name]), default=None)
@@ -227,10 +224,11 @@ def measure(
         length = max(fixed, key=lambda each: sum(values[each]))
         beside = {"subject": name, "values": values[name], "papers": ADAPTIVE[name], **common}
         bench.compared(peer=length, peer_values=values[length], **beside)
-    for name, (other, papers) in BESIDE.items():
-        if name in runs and other in runs:
-            beside = {"subject": name, "values": values[name], "papers": papers, **common}
-            bench.compared(peer=other, peer_values=values[other], **beside)
+    for name, (rivals, papers) in BESIDE.items():
+        for other in rivals if name in runs else ():
+            if other in runs:
+                beside = {"subject": name, "values": values[name], "papers": papers, **common}
+                bench.compared(peer=other, peer_values=values[other], **beside)
     for name in runs:
         if name == "plain decoding":
             bench.measured(subject=name, values=values[name], **common)
@@ -245,4 +243,3 @@ def measure(
             steps = now.sequence_steps - then.sequence_steps
             tokens = (now.output_tokens - then.output_tokens) / steps
             bench.row(subject=name, setting=setting, metric="tokens a step of a sequence", unit="", value=tokens)
-    return values

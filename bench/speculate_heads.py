@@ -32,9 +32,6 @@ from penstock.train.session import train_to_the_end
 
 script = load("speculate")
 
-#: Of whom a paper says that it is faster than which others on the model itself: Medusa and its own first layers.
-FASTER = {"hidden_transfer": (("medusa", "early_exit"), (407,))}
-
 
 def settings(kind: str) -> TrainConfig:
     """How a head of this kind is trained for the target."""
@@ -74,10 +71,4 @@ def main(bench: Bench) -> None:
         head = None if kind is None else trained(target, kind, bench.quick)
         engines[kind or "plain decoding"] = build_engine(target, config, draft=head)
     for crowd in script.CROWDS[: 1 if bench.quick else None]:
-        values = script.by_crowd(bench, engines, crowd)
-        for name, (others, papers) in FASTER.items():
-            for other in others:
-                bench.compared(
-                    subject=name, peer=other, setting=f"{crowd} at a time", metric="decoding speed", unit="tokens/s",
-                    values=values[name], peer_values=values[other], papers=papers,
-                )  # fmt: skip
+        script.by_crowd(bench, engines, crowd)

@@ -62,11 +62,9 @@ def test_heads_stand_beside_plain_decoding_and_one_beside_those_that_it_is_to_be
     script = load("speculate_heads")
     bench = Bench("speculate_heads", torch.device("cpu"), quick=True)
     bench.console.quiet = True
-    engine = engine_with(Ngram(shortest=1))
-    load("speculate").run(engine, [[1, 2, 3] * 4], 1, 8)
     names = ("plain decoding", "early_exit", "medusa", "hidden_transfer", "ppd")
     runs = {name: lambda speed=speed: float(speed) for speed, name in enumerate(names, 1)}
-    script.measure(bench, runs, dict.fromkeys(names, engine))
+    load("speculate").measure(bench, runs, {}, "1 at a time")
     claims = {(row.subject, row.peer) for row in bench.rows if 407 in row.papers}
     assert claims == {("hidden_transfer", "medusa"), ("hidden_transfer", "early_exit")}
     assert {(row.subject, row.peer) for row in bench.rows if 333 in row.papers} == {("ppd", "plain decoding")}
