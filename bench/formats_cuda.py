@@ -4,17 +4,15 @@ Random weights in the shape of Qwen3-8B: in bf16; in fp8 with a scale for each r
 rows and columns; and in 4 bits with a scale for each 128 columns (W4A16). Embedding and head are bf16 in all. First
 the products of a step alone, those of all layers one after the other in one graph, by the number of rows: their time
 beside that of bf16, and the share of the copy rate at which they read the weights. Then greedy requests, 1 to 256 at
-a time, of 16 tokens in, decoding alone. Last the experts of some layers in the shape of Qwen3-30B-A3B, in bf16, these
-formats and MXFP4: the time of all that follows the router, by the number of tokens. ``bench formats --device cuda``
-runs this; on a CPU it only shows that it works.
+a time, of 16 tokens in, decoding alone. ``bench formats --device cuda`` runs this; on a CPU it only shows that it
+works.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +24,7 @@ from penstock.models.blank import without_weights
 from penstock.models.decoder import Decoder
 from penstock.models.linear import Linear
 from penstock.models.quantized import QuantizedLinear
-from penstock.ops.experts import mixed_experts
-from penstock.ops.quantized.codebook import Codebook4
-from penstock.ops.quantized.contract import Packed, PackedStack
+from penstock.ops.quantized.contract import Packed
 from penstock.ops.quantized.fp8 import Fp8
 from penstock.ops.quantized.integers import Int4
 from penstock.serve.build import build_engine
@@ -39,7 +35,7 @@ from penstock.serve.messages import Request
 
 serve = load("serve")
 
-PLAIN, FOUR_BITS, MXFP4 = "bf16", "W4A16, groups of 128", "MXFP4"
+PLAIN, FOUR_BITS = "bf16", "W4A16, groups of 128"
 #: Rows of a product, requests at a time, tokens of each one's prompt and answer, and how often all is measured.
 ROWS, CROWDS, PROMPT, ANSWER, REPETITIONS = (1, 16, 32, 64, 256), (1, 16, 64, 256), 16, 64, 3
 #: Passes over all layers that are timed together.
@@ -69,13 +65,6 @@ def in_four_bits(rows: int, columns: int, device: torch.device) -> Packed:
     values = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, device=device)
     scale = torch.full((rows, columns // 128), 1e-3 / 8, device=device)
     return Packed(Int4(group=128), {"values": values, "scale": scale})
-
-
-def in_fp4(rows: int, columns: int, device: torch.device) -> Packed:
-    """The same in MXFP4."""
-    values = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, device=device)
-    scale = torch.full((rows, columns // 32), 2.0**-12, device=device)
-    return Packed(Codebook4(table="fp4", group=32), {"values": values, "scale": scale})
 
 
 FORMATS = {"fp8 by row": rows_in_fp8, "fp8 by block": blocks_in_fp8, FOUR_BITS: in_four_bits}
@@ -212,72 +201,6 @@ def measure_decoding(bench: Bench, shape: str, models: dict[str, Decoder]) -> No
                 )  # fmt: skip
 
 
-class Experts(NamedTuple):
-    """Those of some layers: how many there are in each, how many of them a token goes to, and their sizes."""
-
-    layers: int
-    count: int
-    top: int
-    hidden: int
-    ffn: int
-
-
-Matrices = Tensor | PackedStack
-KINDS = {PLAIN: None, **FORMATS, MXFP4: in_fp4}
-#: The experts of Qwen3-30B-A3B, in as many layers as do not fit into the second cache, and small ones.
-SPARSE, FEW = Experts(4, 128, 8, 2048, 768), Experts(2, 8, 2, 256, 128)
-
-
-def experts_of(
-    shape: Experts, make: Callable[[int, int, torch.device], Packed] | None, device: torch.device
-) -> list[list[Matrices]]:
-    """Of each layer gate and up, and down."""
-    layers: list[list[Matrices]] = []
-    for _ in range(shape.layers):
-        sizes = (2 * shape.ffn, shape.hidden), (shape.hidden, shape.ffn)
-        if make is None:
-            plain = (torch.empty(shape.count, *size, dtype=torch.bfloat16, device=device) for size in sizes)
-            layers.append([each.uniform_(-1e-3, 1e-3) for each in plain])
-        else:
-            layers.append([PackedStack([make(shape.count * m, k, device)], shape.count) for m, k in sizes])
-    return layers
-
-
-@torch.inference_mode()
-def experts_sweep(
-    shape: Experts, layers: Sequence[Sequence[Matrices]], tokens: int, device: torch.device
-) -> Callable[[], object]:
-    """Computes what the experts of all ``layers`` make of so many ``tokens``, which go to any; on CUDA as one graph."""
-    x = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
-    scores = torch.rand(shape.layers, tokens, shape.count, device=device)
-    chosen = scores.topk(shape.top, -1).indices
-    weights = torch.full((tokens, shape.top), 1 / shape.top, device=device)
-
-    @torch.inference_mode()
-    def run() -> None:
-        for (gate_up, down), experts in zip(layers, chosen, strict=True):
-            mixed_experts(x, experts, weights, gate_up, down)
-
-    return captured(run, device)
-
-
-def measure_experts(bench: Bench, name: str, shape: Experts) -> None:
-    """Time of what follows the router, beside bf16's."""
-    models = {each: experts_of(shape, make, bench.device) for each, make in KINDS.items()}
-    for tokens in ROWS[: 2 if bench.quick else None]:
-        setting = f"{name}: experts of {shape.layers} layers, {tokens} token{'s' * (tokens > 1)}"
-        runs = {
-            each: functools.partial(milliseconds, bench, experts_sweep(shape, layers, tokens, bench.device))
-            for each, layers in models.items()
-        }
-        found = bench.turns(runs, setting, REPETITIONS)
-        for each in [*FORMATS, MXFP4]:
-            bench.compared(
-                subject=each, peer=PLAIN, setting=setting, metric="time of the experts", unit="ms", better="lower",
-                values=found[each], peer_values=found[PLAIN],
-            )  # fmt: skip
-
-
 def main(bench: Bench) -> None:
     """Measures on the device of ``bench``."""
     if bench.device.type == "cuda":
@@ -292,9 +215,3 @@ def main(bench: Bench) -> None:
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()  # of the graphs
     measure_decoding(bench, shape, models)
-    del models, plain
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
-        measure_experts(bench, "Qwen3-30B-A3B shape", SPARSE)
-    else:
-        measure_experts(bench, "small experts", FEW)

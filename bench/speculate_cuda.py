@@ -4,16 +4,13 @@ python-150m greedily continues pieces of the standard library that it has not se
 256 requests at a time; python-15m drafts for it, or its own text does. Both are trained the first time, in minutes, and
 kept. Requests also arrive at random, with and without drafts. Steps that verify one to nine tokens a sequence are
 timed beside the least that the device's copy and matrix rates allow: a bias makes a text of zeros, and zeros are
-drafted, so that all of them are accepted. Last, the target is widened until decoding is bound by memory: its
-feed-forwards get as many more columns as make it a model of eight billion parameters, and the rows behind these are 0,
-so that it says what it said before. ``bench speculate --device cuda`` runs this; on a CPU, where it only shows that it
-works, the models are python-6m and python-1m.
+drafted, so that all of them are accepted. ``bench speculate --device cuda`` runs this; on a CPU, where it only shows
+that it works, the models are python-6m and python-1m.
 """
 
 from __future__ import annotations
 
 import functools
-import gc
 import hashlib
 import inspect
 import itertools
@@ -31,7 +28,6 @@ from penstock.core.garbage import settled
 from penstock.core.progress import show
 from penstock.data.corpora.stdlib import StandardLibrary
 from penstock.models import hub
-from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.serve.build import build_runners
 from penstock.serve.choose.sampling import SamplingParams
@@ -54,8 +50,6 @@ ROWS, SEQUENCES, STEPS = (1, 2, 3, 5, 9), (1, 8, 64), 32
 RATE, ARRIVING, ANSWER = 8.0, 64, 192
 #: What drafts, and controllers that share its graphs.
 CONTROLLED = {"ngram": ("measured", "fixed"), "model": ("measured", "fixed", "bass")}
-#: Parameters of the target once it is widened, and requests at a time then.
-WIDE, WIDE_CROWDS = 8e9, (1, 8, 64)
 PLAIN, ONLINE = "plain decoding", ("ngram, measured", "model, measured")
 
 
@@ -96,46 +90,14 @@ def opened(bench: Bench, target: Decoder, draft: Decoder) -> dict[str, Engine]:
     return engines
 
 
-def count(model: Decoder) -> int:
-    """Its parameters."""
-    return sum(each.numel() for each in model.parameters())
-
-
-def widened(target: Decoder, parameters: float) -> Decoder:
-    """A model of about so many ``parameters`` that says what ``target`` says: its feed-forwards have more columns,
-    which come to nothing."""
-    config, like = target.config, target.like
-    more = (parameters - count(target)) / (3 * config.hidden * config.layers)
-    made = DecoderConfig.model_validate({**config.model_dump(), "ffn": config.ffn + 64 * round(more / 64)})
-    with like.device:
-        wide = Decoder(made)
-    wide = wide.initialize(0).to(like.device, like.dtype).eval()
-    known = target.state_dict()
-    with torch.no_grad():
-        for name, place in wide.state_dict().items():
-            own = known[name]
-            if name.endswith("gate_up.weight"):
-                for there, here in zip(place.chunk(2), own.chunk(2), strict=True):
-                    there[: len(here)] = here
-            elif name.endswith("down.weight"):
-                place.zero_()
-                place[:, : own.shape[1]] = own
-            else:
-                place.copy_(own)
-    return wide
-
-
-def by_crowd(
-    bench: Bench, engines: dict[str, Engine], pieces: list[list[int]], crowds: Iterable[int] = CROWDS, of: str = ""
-) -> None:
-    """Tokens a second and tokens a step, by how many requests there are at a time; ``of`` which model, where it is not
-    the usual one."""
+def by_crowd(bench: Bench, engines: dict[str, Engine], pieces: list[list[int]], crowds: Iterable[int] = CROWDS) -> None:
+    """Tokens a second and tokens a step, by how many requests there are at a time."""
     for crowd in itertools.islice(crowds, 2 if bench.quick else None):
         most = CROWDS[crowd]
         output = 24 if bench.quick else most
         todo = pieces[: max(crowd, 1 if bench.quick else speculate.ALONE)]
         runs = {name: functools.partial(speculate.run, engine, todo, crowd, output) for name, engine in engines.items()}
-        speculate.measure(bench, runs, engines, f"{crowd} at a time{of}", REPETITIONS)
+        speculate.measure(bench, runs, engines, f"{crowd} at a time", REPETITIONS)
 
 
 def latency(bench: Bench, engines: dict[str, Engine], pieces: list[list[int]]) -> None:
@@ -200,22 +162,22 @@ def timed(bench: Bench, engine: Engine, sequences: int, rows: int, rates: tuple[
     return seconds * sequences / passes, roofline.seconds / roofline.steps
 
 
-def main(bench: Bench) -> None:
-    """Measures on the device of ``bench``."""
+def models(bench: Bench) -> tuple[Decoder, Decoder, list[list[int]]]:
+    """The model, the one that drafts for it, and what is to be continued."""
     if bench.device.type == "cuda":
         # The pass is compiled for each cache, so for one model more often than PyTorch expects.
         torch._dynamo.config.recompile_limit = 64
     sources = trained(bench)
     dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
     target, draft = (hub.load(source, device=bench.device, dtype=dtype).eval() for source in sources)
-    pieces = speculate.prompts(max(CROWDS), sources[0])
+    return target, draft, speculate.prompts(max(CROWDS), sources[0])
+
+
+def main(bench: Bench) -> None:
+    """Measures on the device of ``bench``."""
+    target, draft, pieces = models(bench)
     engines = opened(bench, target, draft)
     with settled():  # as a server is
         by_crowd(bench, engines, pieces)
         latency(bench, engines, pieces)
         step_costs(bench, engines)
-    engines.clear()
-    gc.collect()
-    engines = opened(bench, widened(target, WIDE if bench.device.type == "cuda" else 2 * count(target)), draft)
-    with settled():
-        by_crowd(bench, engines, pieces, WIDE_CROWDS, ", widened")

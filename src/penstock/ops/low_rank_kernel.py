@@ -54,8 +54,8 @@ def narrow_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["tiles"])  # type: ignore[untyped-decorator]
 def widen_kernel(  # type: ignore[no-untyped-def]
-    out, inner, places, found, order, ends, tiles, count, pieces, width, height,
-    rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, splits: tl.constexpr,
+    out, inner, places, found, order, ends, tiles, count, width, height,
+    rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, splits: tl.constexpr, pieces: tl.constexpr,
     groups: tl.constexpr, padded: tl.constexpr,
 ):  # fmt: skip
     """found [count, height] = out, and what the B of each row's adapter make of ``inner``. Of each piece, ``places``
@@ -73,17 +73,18 @@ def widen_kernel(  # type: ignore[no-untyped-def]
     if own > 0:
         from_inner = inner + row.to(tl.int64)[:, None] * width + lane[None, :]
         inside_inner = (row < stop)[:, None] & (lane < width)[None, :]
-        for piece in range(pieces):
+        # What is read waits for nothing else that is: a program has little to read, and each wait is as long as that.
+        for piece in tl.static_range(pieces):
             begin, end = tl.load(places + 3 * piece), tl.load(places + 3 * piece + 1)
+            b = tl.load(places + 3 * piece + 2).to(tl.pointer_type(kind))
             if (start < end) & (start + columns > begin):
-                b = tl.load(places + 3 * piece + 2).to(tl.pointer_type(kind))
-                narrow = tl.zeros((rows, rank), tl.float32)
-                for split in range(splits):
-                    step = (split * pieces + piece).to(tl.int64) * count * width
-                    narrow += tl.load(from_inner + step, inside_inner, 0.0)
                 line = ((own - 1) * width + lane).to(tl.int64) * (end - begin)
                 of_piece = (lane < width)[:, None] & ((column >= begin) & (column < end))[None, :]
                 given = tl.load(b + line[:, None] + (column - begin)[None, :], of_piece, 0.0)
+                narrow = tl.zeros((rows, rank), tl.float32)
+                for split in tl.static_range(splits):
+                    step = (split * pieces + piece) * count.to(tl.int64) * width
+                    narrow += tl.load(from_inner + step, inside_inner, 0.0)
                 total = tl.dot(narrow.to(kind), given, total, input_precision="ieee")
     tl.store(found + at, total.to(kind), inside)
 
@@ -112,8 +113,8 @@ def added(
     )  # fmt: skip
     places = _places(tuple(each.data_ptr() for each in b), tuple(begins), tuple(each.shape[2] for each in b), x.device)
     widen_kernel[(tiles * triton.cdiv(height, columns),)](
-        out, inner, places, found, order, ends, tiles, count, pieces, width, height,
-        rank=rank, rows=tile.rows, columns=columns, **common,
+        out, inner, places, found, order, ends, tiles, count, width, height,
+        rank=rank, rows=tile.rows, columns=columns, pieces=pieces, **common,
     )  # fmt: skip
     return found
 
