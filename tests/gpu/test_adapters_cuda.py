@@ -132,7 +132,7 @@ def test_kernels_add_the_sum_row_by_row(size, widths, rank, count, dtype):
     def run() -> torch.Tensor:
         worn = wearing(owners, slots, natively=False)
         assert isinstance(worn, Sorted)
-        return worn.add(given[1], given[0], here)
+        return worn.add(given[1].clone(), given[0], here)
 
     run()  # compiles
     graph = torch.cuda.CUDAGraph()

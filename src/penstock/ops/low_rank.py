@@ -135,11 +135,12 @@ class Sorted:
 
     Attributes:
         order: int32 [N], the rows by their slots, 0 for none.
-        ends: int32 [S + 1], where those of each slot end in it.
+        tiles: int32 [N, 3], what some of them that lie together have in common: their slot, the first of them, and
+            where those of the slot end.
     """
 
     order: Tensor
-    ends: Tensor
+    tiles: Tensor
 
     @classmethod
     def of(cls, owners: Tensor, slots: int) -> Self:
@@ -148,36 +149,37 @@ class Sorted:
 
     def add(self, out: Tensor, x: Tensor, matrices: LowRank) -> Tensor:
         begins = [begin for begin, _ in matrices.ranges]
-        found: Tensor = _added(out, x, self.order, self.ends, matrices.a, list(matrices.b), begins)
-        return found
+        _add(out, x.contiguous(), self.order, self.tiles, matrices.a, list(matrices.b), begins)
+        return out
 
 
 @custom_op("penstock::sorted_rows", mutates_args=())
 def _sorted(owners: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    from penstock.ops.experts_kernel import ordered
+    from penstock.ops.low_rank_kernel import sorted_tiles
 
-    return ordered(owners.contiguous(), groups)
+    return sorted_tiles(owners.contiguous(), groups)
 
 
 @_sorted.register_fake
 def _(owners: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    return tuple(owners.new_empty(size, dtype=torch.int32) for size in (owners.shape[0], groups))  # type: ignore[return-value]
+    size = owners.shape[0]
+    return owners.new_empty(size, dtype=torch.int32), owners.new_empty(size, 3, dtype=torch.int32)
 
 
-@custom_op("penstock::added_low_rank", mutates_args=())
-def _added(
-    out: Tensor, x: Tensor, order: Tensor, ends: Tensor, a: Tensor, b: Sequence[Tensor], begins: Sequence[int]
-) -> Tensor:
-    from penstock.ops.low_rank_kernel import added
+@custom_op("penstock::add_low_rank", mutates_args=("out",))
+def _add(
+    out: Tensor, x: Tensor, order: Tensor, tiles: Tensor, a: Tensor, b: Sequence[Tensor], begins: Sequence[int]
+) -> None:
+    from penstock.ops.low_rank_kernel import add
 
-    return added(out.contiguous(), x.contiguous(), order, ends, a, b, begins)
+    add(out, x, order, tiles, a, b, begins)
 
 
-@_added.register_fake
+@_add.register_fake
 def _(
-    out: Tensor, x: Tensor, order: Tensor, ends: Tensor, a: Tensor, b: Sequence[Tensor], begins: Sequence[int]
-) -> Tensor:
-    return out.new_empty(out.shape)
+    out: Tensor, x: Tensor, order: Tensor, tiles: Tensor, a: Tensor, b: Sequence[Tensor], begins: Sequence[int]
+) -> None:
+    return None
 
 
 def wearing(owners: Tensor, slots: int, natively: bool) -> Wearing | None:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.ops.experts_kernel import ordered
 from penstock.ops.invariant_kernel import Tile, tile_of
 
 #: Of few rows an adapter, and of more: rows and columns of what is added that a program has, and how much of a sum it
@@ -18,22 +19,34 @@ from penstock.ops.invariant_kernel import Tile, tile_of
 FEW, MANY = Tile(16, 128, 128, 4, 4), Tile(64, 128, 64, 4, 3)
 #: Pieces of a sum over what goes in: a few rows alone do not fill a device.
 SPLITS = 4
-#: Bytes of A and of B that a program has at a time at most; and the highest rank for tiles of many rows.
-ROOM, ROOM_B, HIGH = 1 << 15, 1 << 17, 64
+#: Bytes of A and of B that a program has at a time at most.
+ROOM, ROOM_B = 1 << 15, 1 << 17
 
 
-@triton.jit(do_not_specialize=["tiles"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
+def tiles_kernel(  # type: ignore[no-untyped-def]
+    ends, tiles, rows: tl.constexpr, groups: tl.constexpr, padded: tl.constexpr
+):  # fmt: skip
+    """Of each tile, its adapter, its first row and where the adapter's rows end: tiles [count, 3]; the adapter is 0 of
+    those without one, and of those behind the last."""
+    tile = tl.program_id(0)
+    own, first, stop = tile_of(ends, tile, rows, groups, padded)
+    tl.store(tiles + 3 * tile, tl.where(own < groups, own, 0))
+    tl.store(tiles + 3 * tile + 1, first)
+    tl.store(tiles + 3 * tile + 2, stop)
+
+
+@triton.jit(do_not_specialize=["many", "count"])  # type: ignore[untyped-decorator]
 def narrow_kernel(  # type: ignore[no-untyped-def]
-    x, a, inner, order, ends, tiles, count, pieces, slots, width, size,
+    x, a, inner, order, tiles, many, count, pieces, slots, width, size,
     rank: tl.constexpr, rows: tl.constexpr, depth: tl.constexpr, splits: tl.constexpr,
-    groups: tl.constexpr, padded: tl.constexpr,
 ):  # fmt: skip
     """inner float32 [splits, pieces, count, width], in ``order``: what parts of the sums over x [count, size] give for
     the A of each row's adapter, a [pieces, slots, width, size]."""
-    tile, rest = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    tile, rest = tl.program_id(0) % many, tl.program_id(0) // many
     piece, split = rest % pieces, rest // pieces
-    own, first, stop = tile_of(ends, tile, rows, groups, padded)
-    if (own == 0) | (own >= groups):
+    own, first, stop = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    if own == 0:
         return
     row, lane, column = first + tl.arange(0, rows), tl.arange(0, depth), tl.arange(0, rank)
     inside_rows, inside_columns = (row < stop)[:, None], (column < width)[None, :]
@@ -52,71 +65,84 @@ def narrow_kernel(  # type: ignore[no-untyped-def]
     tl.store(to, total, inside_rows & inside_columns)
 
 
-@triton.jit(do_not_specialize=["tiles"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["many", "count"])  # type: ignore[untyped-decorator]
 def widen_kernel(  # type: ignore[no-untyped-def]
-    out, inner, places, found, order, ends, tiles, count, width, height,
+    out, step, inner, places, order, tiles, many, count, width, height,
     rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, splits: tl.constexpr, pieces: tl.constexpr,
-    groups: tl.constexpr, padded: tl.constexpr,
 ):  # fmt: skip
-    """found [count, height] = out, and what the B of each row's adapter make of ``inner``. Of each piece, ``places``
-    int64 [pieces, 3] has its first column, the one behind its last, and where its B [slots, width, its columns] lie."""
-    tile, start = tl.program_id(0) % tiles, tl.program_id(0) // tiles * columns
-    own, first, stop = tile_of(ends, tile, rows, groups, padded)
-    if own >= groups:
+    """out [count, height], a row of which is ``step`` numbers behind the last, += what the B of each row's adapter make
+    of ``inner``. Of each piece, ``places`` int64 [pieces, 3] has its first column, the one behind its last, and where
+    its B [slots, width, its columns] lie."""
+    tile, start = tl.program_id(0) % many, tl.program_id(0) // many * columns
+    own, first, stop = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    if own == 0:
         return
     row, column, lane = first + tl.arange(0, rows), start + tl.arange(0, columns), tl.arange(0, rank)
     inside = (row < stop)[:, None] & (column < height)[None, :]
     token = tl.load(order + row, row < stop, 0)
-    at = token.to(tl.int64)[:, None] * height + column[None, :]
+    at = out + token.to(tl.int64)[:, None] * step + column[None, :]
     kind = out.dtype.element_ty
-    total = tl.load(out + at, inside, 0.0).to(tl.float32)
-    if own > 0:
-        from_inner = inner + row.to(tl.int64)[:, None] * width + lane[None, :]
-        inside_inner = (row < stop)[:, None] & (lane < width)[None, :]
-        # What is read waits for nothing else that is: a program has little to read, and each wait is as long as that.
-        for piece in tl.static_range(pieces):
-            begin, end = tl.load(places + 3 * piece), tl.load(places + 3 * piece + 1)
-            b = tl.load(places + 3 * piece + 2).to(tl.pointer_type(kind))
-            if (start < end) & (start + columns > begin):
-                line = ((own - 1) * width + lane).to(tl.int64) * (end - begin)
-                of_piece = (lane < width)[:, None] & ((column >= begin) & (column < end))[None, :]
-                given = tl.load(b + line[:, None] + (column - begin)[None, :], of_piece, 0.0)
-                narrow = tl.zeros((rows, rank), tl.float32)
-                for split in tl.static_range(splits):
-                    step = (split * pieces + piece) * count.to(tl.int64) * width
-                    narrow += tl.load(from_inner + step, inside_inner, 0.0)
-                total = tl.dot(narrow.to(kind), given, total, input_precision="ieee")
-    tl.store(found + at, total.to(kind), inside)
+    total = tl.load(at, inside, 0.0).to(tl.float32)
+    from_inner = inner + row.to(tl.int64)[:, None] * width + lane[None, :]
+    inside_inner = (row < stop)[:, None] & (lane < width)[None, :]
+    # What is read waits for nothing else that is: a program has little to read, and each wait is as long as that.
+    for piece in tl.static_range(pieces):
+        begin, end = tl.load(places + 3 * piece), tl.load(places + 3 * piece + 1)
+        b = tl.load(places + 3 * piece + 2).to(tl.pointer_type(kind))
+        if (start < end) & (start + columns > begin):
+            line = ((own - 1) * width + lane).to(tl.int64) * (end - begin)
+            of_piece = (lane < width)[:, None] & ((column >= begin) & (column < end))[None, :]
+            given = tl.load(b + line[:, None] + (column - begin)[None, :], of_piece, 0.0)
+            narrow = tl.zeros((rows, rank), tl.float32)
+            for split in tl.static_range(splits):
+                part = (split * pieces + piece) * count.to(tl.int64) * width
+                narrow += tl.load(from_inner + part, inside_inner, 0.0)
+            total = tl.dot(narrow.to(kind), given, total, input_precision="ieee")
+    tl.store(at, total.to(kind), inside)
 
 
-def added(
-    out: Tensor, x: Tensor, order: Tensor, ends: Tensor, a: Tensor, b: Sequence[Tensor], begins: Sequence[int]
-) -> Tensor:
-    """``out`` [N, height] with what is added for ``x`` [N, size], both contiguous. The rows are in ``order`` int32 [N]
-    by their slots, 0 for none, which end at ``ends`` int32; of each piece there is A, [pieces, slots, width, size], B
-    [slots, width, its columns], and where its columns begin."""
+def sorted_tiles(owners: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The rows by their slots ``owners`` int64 [N], of so many ``groups`` with that of those without, as int32 [N]; and
+    the tiles that they make, int32 [N, 3], as of :func:`tiles_kernel`."""
+    order, ends = ordered(owners, groups)
+    tiles = torch.empty(len(owners), 3, dtype=torch.int32, device=owners.device)
+    if len(owners):
+        rows, many = _tiling(len(owners), groups)
+        tiles_kernel[(many,)](ends, tiles, rows.rows, groups, triton.next_power_of_2(groups), num_warps=1)
+    return order, tiles
+
+
+def _tiling(count: int, groups: int) -> tuple[Tile, int]:
+    """How large tiles of so many rows in ``groups`` are, and how many there are at most."""
+    tile = FEW if count <= FEW.rows * groups else MANY
+    return tile, min(count, triton.cdiv(count, tile.rows) + groups)
+
+
+def add(
+    out: Tensor, x: Tensor, order: Tensor, tiles: Tensor, a: Tensor, b: Sequence[Tensor], begins: Sequence[int]
+) -> None:
+    """Adds to ``out`` [N, height] what there is for contiguous ``x`` [N, size]. The rows are in ``order`` and make
+    ``tiles``, as of :func:`sorted_tiles`. Of each piece there is A, [pieces, slots, width, size], B [slots, width, its
+    columns], and where its columns begin."""
     (count, size), height, (pieces, slots, width, _) = x.shape, out.shape[1], a.shape
-    found, groups = torch.empty_like(out), len(ends)
     if not count:
-        return found
+        return
     # Matrix units multiply no fewer than 16.
     rank = max(16, triton.next_power_of_2(width))
-    tile = FEW if count <= FEW.rows * groups or rank > HIGH else MANY
+    tile, many = _tiling(count, slots + 1)
     depth = max(16, min(tile.depth, ROOM // (rank * a.itemsize)))
     columns = max(16, min(tile.columns, ROOM_B // (rank * a.itemsize)))
-    tiles, splits = min(count, triton.cdiv(count, tile.rows) + groups), min(SPLITS, triton.cdiv(size, depth))
+    splits = min(SPLITS, triton.cdiv(size, depth))
     inner = torch.empty(splits, pieces, count, width, dtype=torch.float32, device=x.device)
-    common = {"splits": splits, "groups": groups, "padded": triton.next_power_of_2(groups), "num_warps": tile.warps}
-    narrow_kernel[(tiles * pieces * splits,)](
-        x, a, inner, order, ends, tiles, count, pieces, slots, width, size,
-        rank=rank, rows=tile.rows, depth=depth, num_stages=tile.stages, **common,
+    narrow_kernel[(many * pieces * splits,)](
+        x, a, inner, order, tiles, many, count, pieces, slots, width, size,
+        rank=rank, rows=tile.rows, depth=depth, splits=splits, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     places = _places(tuple(each.data_ptr() for each in b), tuple(begins), tuple(each.shape[2] for each in b), x.device)
-    widen_kernel[(tiles * triton.cdiv(height, columns),)](
-        out, inner, places, found, order, ends, tiles, count, width, height,
-        rank=rank, rows=tile.rows, columns=columns, pieces=pieces, **common,
+    widen_kernel[(many * triton.cdiv(height, columns),)](
+        out, out.stride(0), inner, places, order, tiles, many, count, width, height,
+        rank=rank, rows=tile.rows, columns=columns, splits=splits, pieces=pieces, num_warps=tile.warps,
     )  # fmt: skip
-    return found
 
 
 @functools.cache
