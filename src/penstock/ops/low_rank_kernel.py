@@ -36,7 +36,7 @@ def tiles_kernel(  # type: ignore[no-untyped-def]
     tl.store(tiles + 3 * tile + 2, stop)
 
 
-@triton.jit(do_not_specialize=["many", "count"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["many", "count", "pieces", "slots"])  # type: ignore[untyped-decorator]
 def narrow_kernel(  # type: ignore[no-untyped-def]
     x, a, inner, order, tiles, many, count, pieces, slots, width, size,
     rank: tl.constexpr, rows: tl.constexpr, depth: tl.constexpr, splits: tl.constexpr,
