@@ -26,8 +26,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from penstock.core.bench import Bench, load
 from penstock.core.config import build
 from penstock.core.garbage import settled
@@ -232,9 +230,6 @@ class Engines:
             GATHERED: {"batching": {"name": "fastcache", "together": sizes.burst}, "kv": QUARTER},
             MIXED: {"batching": "sarathi", "kv": QUARTER},
         }
-        if bench.device.type == "cuda":
-            # The pass is compiled for each engine's cache, so for one model more often than PyTorch expects.
-            torch._dynamo.config.recompile_limit = 64
         self.of = functools.cache(self._make)
 
     @property

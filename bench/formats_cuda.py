@@ -204,8 +204,6 @@ def measure_decoding(bench: Bench, shape: str, models: dict[str, Decoder]) -> No
 def main(bench: Bench) -> None:
     """Measures on the device of ``bench``."""
     if bench.device.type == "cuda":
-        # The pass is compiled for each model.
-        torch._dynamo.config.recompile_limit = 64
         shape = "Qwen3-0.6B shape" if bench.quick else "Qwen3-8B shape"
         plain = serve.random_model(serve.SHAPES[shape], bench.device)
     else:

@@ -468,9 +468,6 @@ def subject(bench: Bench) -> tuple[str, Decoder]:
 
 def main(bench: Bench) -> None:
     """Measures throughput, and on the CPU quality."""
-    if bench.device.type == "cuda":
-        # Each engine compiles the same code for another cache.
-        torch._dynamo.config.recompile_limit = 64
     name, model = subject(bench)
     throughput(bench, name, model)
     if bench.device.type == "cpu":

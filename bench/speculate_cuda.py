@@ -164,9 +164,6 @@ def timed(bench: Bench, engine: Engine, sequences: int, rows: int, rates: tuple[
 
 def models(bench: Bench) -> tuple[Decoder, Decoder, list[list[int]]]:
     """The model, the one that drafts for it, and what is to be continued."""
-    if bench.device.type == "cuda":
-        # The pass is compiled for each cache, so for one model more often than PyTorch expects.
-        torch._dynamo.config.recompile_limit = 64
     sources = trained(bench)
     dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
     target, draft = (hub.load(source, device=bench.device, dtype=dtype).eval() for source in sources)

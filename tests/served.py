@@ -96,7 +96,7 @@ def serve_with_a_forked_engine(*arguments: str) -> None:
 def serve_with_a_failing_rank(rank: int, *arguments: str) -> None:
     """What a process runs that is ``penstock serve``: a layer in the engines' processes of this ``rank`` raises amid a
     step, once requests are under way."""
-    true, calls = Layer.forward, 0
+    true, calls = Layer.attend, 0
 
     def fails(self: Layer, *given: Any, **options: Any) -> Any:
         nonlocal calls
@@ -106,7 +106,7 @@ def serve_with_a_failing_rank(rank: int, *arguments: str) -> None:
                 raise ValueError("a bad shape")
         return true(self, *given, **options)
 
-    Layer.forward = fails  # type: ignore[method-assign]
+    Layer.attend = fails  # type: ignore[method-assign]
     serve_with_a_forked_engine(*arguments)
 
 

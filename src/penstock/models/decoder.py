@@ -21,6 +21,7 @@ from penstock.models.config import DecoderConfig, LongRopeScaling, MoEConfig, Te
 from penstock.models.latent import LatentAttention
 from penstock.models.linear import Linear
 from penstock.models.norms import RMSNorm, norm, rms_norm
+from penstock.models.pieces import EAGER, Pieces
 from penstock.models.quantized import QuantizedExperts, packed_layers
 from penstock.models.rotary import Rotaries, Turns
 from penstock.models.routers.contract import Routing
@@ -329,23 +330,26 @@ class Decoder(nn.Module):
         x = self.norm(x)
         return x if self.config.logits_scale == 1 or self.config.scalar_head else x * self.config.logits_scale
 
-    def trunk(self, tokens: Tensor, context: AttentionContext) -> tuple[Tensor, ...]:
-        """The forward pass up to the attention of the last layer, where tokens look at each other for the last time.
-        :meth:`tip` goes on from there, with those tokens alone whose hidden states are wanted.
+    def trunk(self, tokens: Tensor, context: AttentionContext, pieces: Pieces = EAGER) -> tuple[Tensor, ...]:
+        """The forward pass up to the attention of the last layer, where tokens look at each other for the last time, in
+        ``pieces``. :meth:`tip` goes on from there, with those tokens alone whose hidden states are wanted.
 
         Returns:
             The hidden states before the last layer [*T, hidden], and what its attention found [*T, config.attended].
         """
-        x, rotary, _ = self.through(self.layers[:-1], tokens, context)
-        return x, self._last.attend(x, rotary, context)
+        found: tuple[Tensor, ...] = ()
+        for found in pieces.walk(self, tokens, context):  # noqa: B007 (the last one is wanted)
+            pass
+        return found
 
     def tip(self, x: Tensor, attended: Tensor) -> Tensor:
         """Hidden states [*T, hidden], as of the forward pass, from what :meth:`trunk` gave for the same tokens."""
-        return self.finish(self._last.finish(x, attended)[0])
+        return self.finish(cast(Layer, self.layers[-1]).finish(x, attended)[0])
 
     @property
-    def _last(self) -> Layer:
-        return cast(Layer, self.layers[-1])
+    def present(self) -> list[Layer]:
+        """The layers that are here, in their order: in a stage of a pipeline, not all of them are."""
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
 
     def through(
         self, layers: Iterable[nn.Module], tokens: Tensor, context: AttentionContext

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor, nn
 
 from penstock.models.attention import AttentionContext
-from penstock.models.decoder import Decoder, Layer
+from penstock.models.decoder import Decoder
+from penstock.models.pieces import EAGER, Pieces
 
 
 class TappedDecoder(Decoder):
@@ -22,13 +21,13 @@ class TappedDecoder(Decoder):
             self.position_embedding = target.position_embedding
         self.norm, self.head = target.norm, target.head
 
-    def trunk(self, tokens: Tensor, context: AttentionContext) -> tuple[Tensor, ...]:
+    def trunk(self, tokens: Tensor, context: AttentionContext, pieces: Pieces = EAGER) -> tuple[Tensor, ...]:
         """As of the target, and the hidden states [*T, hidden] behind the first layers."""
-        tapped, rotary, _ = self.through(self.layers[: self.tap], tokens, context)
-        x = tapped
-        for layer in self.layers[self.tap : -1]:
-            x, _ = layer(x, rotary, context)
-        return x, cast(Layer, self.layers[-1]).attend(x, rotary, context), tapped
+        found: tuple[Tensor, ...] = ()
+        for place, found in enumerate(pieces.walk(self, tokens, context)):
+            if place == self.tap:
+                tapped = found[0]
+        return *found, tapped
 
     def tip(self, x: Tensor, attended: Tensor, *tapped: Tensor) -> Tensor:
         return super().tip(x, attended)

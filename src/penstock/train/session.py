@@ -100,7 +100,15 @@ def _measured(material: Material, summary: dict[str, Any]) -> str:
 
 
 def _train(run: Run, report: Reporter) -> bool:
-    """Whether the run was trained to its end."""
+    """Whether the run was trained to its end. Whatever threads it chose, what comes behind has those from before."""
+    threads = torch.get_num_threads()
+    try:
+        return _train_on(run, report)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train_on(run: Run, report: Reporter) -> bool:
     trainer = run.trainer
     if trainer.progress < 1.0:
         choose_threads(run)

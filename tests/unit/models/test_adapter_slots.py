@@ -53,7 +53,7 @@ def logits(model: Decoder, slots: AdapterSlots | None = None, slot: int = 0) -> 
     if slots is None:
         return model.logits(model.tip(*model.trunk(TOKENS, OneText())))
     owners = torch.full_like(TOKENS, slot)
-    return model.logits(slots.tip(*slots.trunk(TOKENS, OneText(), owners), owners=owners))
+    return model.logits(slots.tip(*slots.trunk(TOKENS, OneText(), owners=owners), owners=owners))
 
 
 def alike(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -22,6 +22,7 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
 from penstock.models.families.mapping import general, placed
+from penstock.models.pieces import EAGER, Pieces
 from penstock.models.shares import Cut, Portion, cuts, divided, portion_of
 from penstock.ops.low_rank import LowRank, Wearing, takes, wearing
 
@@ -95,11 +96,13 @@ class AdapterSlots:
         """The hook behind ``layer``."""
         return out if self._wearing is None else self._wearing.add(out, inputs[0], room)
 
-    def trunk(self, tokens: Tensor, context: AttentionContext, owners: Tensor | None = None) -> tuple[Tensor, ...]:
+    def trunk(
+        self, tokens: Tensor, context: AttentionContext, pieces: Pieces = EAGER, owners: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """:meth:`Decoder.trunk` of ``tokens`` [N] whose adapters are in the slots ``owners`` int64 [N]."""
         self._wearing = None if owners is None else wearing(owners, self.slots, self._natively)
         try:
-            return self._model.trunk(tokens, context)
+            return self._model.trunk(tokens, context, pieces)
         finally:
             self._wearing = None
 

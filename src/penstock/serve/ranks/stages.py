@@ -56,7 +56,7 @@ class StageDecoder(Part):
         stage = Stage(stages(config.layers, share.size)[number], number == 0, share.rank == 0)
         super().__init__(config, [stage])
         self.held, self._begins, self.ends = stage.layers, stage.begins, stage.ends
-        for place, layer in enumerate(self._own(self.layers)):
+        for place, layer in enumerate(self.present):
             layer.attention.layer = place  # in the cache, which has the stage's own layers alone
         self._before, self._after = (share.rank - 1) % share.size, (share.rank + 1) % share.size
         self._given: Tensor | None = None
@@ -123,7 +123,5 @@ class StageDecoder(Part):
     def through(
         self, layers: Iterable[nn.Module], tokens: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Turns, Tensor | None]:
-        return super().through(self._own(layers), tokens, context)
-
-    def _own(self, layers: Iterable[nn.Module]) -> list[Layer]:
-        return [layer for layer in layers if isinstance(layer, Layer)]
+        own = (layer for layer in layers if isinstance(layer, Layer))
+        return super().through(own, tokens, context)

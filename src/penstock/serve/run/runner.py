@@ -22,6 +22,7 @@ from penstock.models import hub
 from penstock.models.adapters.slots import AdapterSlots
 from penstock.models.decoder import Decoder
 from penstock.models.paged import PagedTokens
+from penstock.models.pieces import CompiledPieces
 from penstock.models.superposed import SuperposedRows, superposing
 from penstock.ops.cuts import draw_cut
 from penstock.ops.logprobs import wanted_table
@@ -232,7 +233,7 @@ class Runner:
 
     def compile_pass(self) -> None:
         """Compiles the pass, once it runs."""
-        self._trunk = torch.compile(self._through.trunk, dynamic=True)
+        self._trunk = functools.partial(self._through.trunk, pieces=CompiledPieces())
         self._tip = torch.compile(self._through.tip, dynamic=True)
 
     def timed(self, shape: StepShape) -> tuple[float, float]:
@@ -290,7 +291,8 @@ class Runner:
         some have adapters, their slots are ``worn``. It goes ``plainly`` without what was compiled."""
         known, places, positions = inputs
         tokens = torch.where(places > 0, self._newest[places], known)
-        return (self._through.trunk if plainly else self._trunk)(tokens, PagedTokens(positions, self.cache), **worn)
+        trunk: Callable[..., tuple[Tensor, ...]] = self._through.trunk if plainly else self._trunk
+        return trunk(tokens, PagedTokens(positions, self.cache), **worn)
 
     def _begun_in_place(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`_begun` gives, in the memory of the first time, which had the most rows: graphs have none of

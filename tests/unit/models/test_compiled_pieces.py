@@ -1,0 +1,124 @@
+"""A pass in compiled pieces: how many are compiled, and that each layer is at its own place all the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from penstock.models.config import DecoderConfig, MoEConfig
+from penstock.models.decoder import Decoder
+from penstock.models.pieces import AtPlace, CompiledPieces
+from penstock.models.tapped import TappedDecoder
+from penstock.ops.attention import PLAIN, Extras
+
+LAYERS = 7
+SHAPE = DecoderConfig(vocabulary=31, hidden=16, layers=LAYERS, heads=4, kv_heads=2, head_dim=4, ffn=24)
+MIXED = MoEConfig(experts=4, ffn=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByLayer:
+    """Attention of which only the layer is known that it is of, and the window."""
+
+    positions: Tensor
+    keeps: bool = True
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        extras: Extras = PLAIN,
+    ) -> Tensor:
+        return query * (1 + layer) / (1 if window is None else window)
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> Iterator[list[int]]:
+    """The sizes of the graphs that are compiled, each as it is."""
+    sizes: list[int] = []
+
+    def take(graph: torch.fx.GraphModule, given: list) -> torch.fx.GraphModule:
+        sizes.append(len(graph.graph.nodes))
+        return graph
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=take))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield sizes
+    torch._dynamo.reset()
+
+
+def model(**changes) -> Decoder:
+    config = DecoderConfig.model_validate({**SHAPE.model_dump(), **changes})
+    return Decoder(config).double().initialize(0).eval()
+
+
+@torch.inference_mode()
+def check(decoder: Decoder, pieces: CompiledPieces) -> None:
+    for count in (5, 9, 3):
+        tokens, context = torch.arange(count), ByLayer(torch.arange(count))
+        for found, wanted in zip(decoder.trunk(tokens, context, pieces), decoder.trunk(tokens, context), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    # Beside the beginning: what lies between layers that are all alike; between those with a window and without, both
+    # ways; and behind dense layers, and behind sparse ones.
+    [
+        ({}, 1),
+        ({"window": 3, "windowed_layers": (0, 2, 4, 6)}, 2),
+        ({"moe": MIXED.model_copy(update={"dense_layers": (0, 1)})}, 2),
+    ],
+)
+def test_layers_that_are_alike_are_compiled_once(changes, kinds, compiled):
+    decoder = model(**changes)
+    check(decoder, CompiledPieces())
+    assert len(compiled) == 1 + kinds
+    # Of another model of this shape, and another cache, as little as of more tokens.
+    check(model(**changes), CompiledPieces())
+    assert len(compiled) == 1 + kinds
+
+
+def test_what_stands_behind_modules_is_compiled_once_too(compiled):
+    decoder = model()
+
+    def doubled(by: Tensor, module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+        return out * by
+
+    for number, layer in enumerate(decoder.layers):
+        factor = torch.tensor(1.0 + number / 10, dtype=torch.float64)
+        layer.attention.output.register_forward_hook(functools.partial(doubled, factor))
+    check(decoder, CompiledPieces())
+    assert len(compiled) == 2
+
+
+def test_states_between_layers_are_there_too(compiled):
+    check(TappedDecoder(model(), 3), CompiledPieces())
+    assert len(compiled) == 2
+
+
+def test_more_kinds_than_pytorch_expects_are_compiled(compiled):
+    for size in range(3, 15):  # each compiles anew
+        decoder = Decoder(SHAPE.model_copy(update={"ffn": 8 * size})).double().initialize(0).eval()
+        check(decoder, CompiledPieces())
+    assert len(compiled) >= 12
+    assert torch._dynamo.config.recompile_limit > 12
+
+
+def test_a_layer_is_at_its_place_whichever_asks():
+    context = ByLayer(torch.arange(4))
+    placed, x = AtPlace(context, 5), torch.ones(4, 2, 3)
+    assert placed.positions is context.positions and placed.keeps
+    found = placed.attend(0, x, x, x, scale=1.0, window=2)
+    assert torch.equal(found, 3 * x)
