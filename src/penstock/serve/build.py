@@ -196,7 +196,7 @@ def build_runners(
         if ranks is not None:
             ranks.ask_memory()
         if compiled:
-            rehearse_first_uses(Engine(config, runners[0], draft=drafting_of(runners, config, head, predictor)))
+            rehearse_first_uses(config, runners[0], drafting_of(runners, config, head, predictor))
     return runners[0], drafting_of(runners, config, head, predictor)
 
 

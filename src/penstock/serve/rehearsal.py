@@ -23,14 +23,23 @@ from penstock.speculate.tree import Tree, full
 SHORT, STEPS = 2, 8
 
 
-def rehearse_first_uses(engine: Engine) -> None:
+def rehearse_first_uses(config: EngineConfig, executor: Executor, draft: DraftExecutor | None = None) -> None:
     """Answers a long prompt, then some short ones at a time: what is compiled or loaded on first use, such as how one
     token is drawn and how several are, and products of each small number of rows, is there before anybody waits for
-    it."""
+    it. Where ``config`` drafts, the same again with as many drafts as there can be, whatever the controller would ask
+    for by then: one that goes by time would take what happens at the first use for what a draft costs."""
+    _answer_few(Engine(config, executor, draft=draft), 2)
+    if config.draft is not None:
+        _answer_few(_engine(config, executor, draft), 2 + config.draft.most)
+
+
+def _answer_few(engine: Engine, tokens: int) -> None:
+    """Answers of up to so many ``tokens``."""
     longest, short = (min(most, engine.limits.context - 1) for most in (engine.limits.tokens, SHORT))
     for lengths in ([longest], *([short] + [1] * more for more in range(FEW))):
         for place, length in enumerate(lengths):
-            engine.add(Request(str(place), [0] * length, SamplingParams(temperature=1, max_tokens=2)))
+            wanted = min(tokens, engine.limits.context - length)
+            engine.add(Request(str(place), [0] * length, SamplingParams(temperature=1, max_tokens=wanted)))
         while engine.busy:
             engine.step()
 

@@ -38,11 +38,21 @@ def test_a_rehearsal_meets_a_full_step_and_each_small_number_of_rows(batching):
     config = EngineConfig(batching=batching, tokens=64, sequences=8, cache_tokens=400, check=True)
     engine = build_engine(small_model(), config)
     launched = batches_of(engine.executor)
-    rehearse_first_uses(engine)
+    rehearse_first_uses(config, engine.executor)
     met = [(batch.tokens, sum(entry.scored for entry in batch.entries)) for batch in launched]
     assert (64, 1) in met
     assert {(rows + 1, rows) for rows in range(1, FEW + 1)} <= set(met)
     assert engine.memory.pool.held == 0 and not engine.busy
+
+
+def test_first_uses_are_of_drafts_too_whatever_would_be_asked_for():
+    config = EngineConfig(tokens=64, sequences=8, cache_tokens=400, draft="ngram", check=True)
+    assert config.controller.goes_by_time
+    engine = build_engine(small_model(), config)
+    launched = batches_of(engine.executor)
+    rehearse_first_uses(config, engine.executor)
+    scored = {entry.scored for batch in launched for entry in batch.entries}
+    assert {1, 1 + config.draft.most} <= scored
 
 
 @pytest.mark.parametrize(("block_size", "context"), [(1, 16), (16, 16), (16, 2)])
@@ -50,7 +60,7 @@ def test_an_engine_for_one_short_sequence_at_a_time_can_rehearse(block_size, con
     config = EngineConfig(tokens=2, sequences=1, context=context, cache_tokens=64, block_size=block_size)
     engine = build_engine(small_model(), config)
     rehearse_largest_steps(config, engine.executor)
-    rehearse_first_uses(engine)
+    rehearse_first_uses(config, engine.executor)
     assert engine.memory.pool.held == 0 and not engine.busy
 
 
