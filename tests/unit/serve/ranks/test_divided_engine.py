@@ -129,6 +129,8 @@ def check(
                     others = Ranks(share, channels, world=world)
                     answers[name] = saying(name)(build_engine(model, options(name), ranks=others), tokens)
                     others.tell("leave")
+                # What comes for the next model may not come to one who has not left this one yet.
+                torch.distributed.barrier()
         return answers
 
     (together, *_) = agreed(size, work)
