@@ -8,13 +8,14 @@ PyTorch is imported by the functions that need it: :func:`share_cores` is of use
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -73,19 +74,26 @@ def calls_a_second(work: Callable[[], object], seconds: float = 0.02) -> float:
     The fastest of one thread, because other work on the machine can only slow it down, and does so the more, the more
     threads wait for each other.
     """
-    import torch
-
     best, end, done = math.inf, time.perf_counter() + seconds, 0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with on_threads(1):
         while done < 3 or time.perf_counter() < end:
             began = time.perf_counter()
             work()
             best, done = min(best, time.perf_counter() - began), done + 1
-    finally:
-        torch.set_num_threads(threads)
     return 1 / best
+
+
+@contextlib.contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """PyTorch has so many threads within the block, and as many as before behind it."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # Names.

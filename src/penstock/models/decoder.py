@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
@@ -337,10 +338,7 @@ class Decoder(nn.Module):
         Returns:
             The hidden states before the last layer [*T, hidden], and what its attention found [*T, config.attended].
         """
-        found: tuple[Tensor, ...] = ()
-        for found in pieces.walk(self, tokens, context):  # noqa: B007 (the last one is wanted)
-            pass
-        return found
+        return deque(pieces.walk(self, tokens, context), maxlen=1).pop()
 
     def tip(self, x: Tensor, attended: Tensor) -> Tensor:
         """Hidden states [*T, hidden], as of the forward pass, from what :meth:`trunk` gave for the same tokens."""

@@ -29,8 +29,7 @@ VARIANTS = 64
 def begin(model: Decoder, first: Layer, tokens: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Turns]:
     """What goes into the ``first`` layer of ``model`` for ``tokens`` (integers [*T]), what its attention finds, and the
     turns of rotary positions."""
-    x = model.embed(tokens, context.positions)
-    rotary = model.rotary(context.positions, x.dtype)
+    x, rotary, _ = model.through((), tokens, context)
     return x, first.attend(x, rotary, context), rotary
 
 
@@ -45,27 +44,22 @@ def onward(
 class Pieces:
     """The pieces, as they are."""
 
-    def begin(
-        self, model: Decoder, first: Layer, tokens: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, Tensor, Turns]:
-        """See :func:`begin`."""
-        return begin(model, first, tokens, context)
-
-    def onward(
-        self, before: Layer, after: Layer, x: Tensor, attended: Tensor, rotary: Turns, context: AttentionContext
-    ) -> tuple[Tensor, Tensor]:
-        """See :func:`onward`."""
-        return onward(before, after, x, attended, rotary, context)
+    def __init__(self) -> None:
+        self._begin, self._onward = begin, onward
 
     def walk(self, model: Decoder, tokens: Tensor, context: AttentionContext) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each layer of ``model``, one after the other: the hidden states [*T, hidden] that go into it, and what its
         attention finds [*T, config.attended]."""
-        first, *others = model.present
-        x, attended, rotary = self.begin(model, first, tokens, context)
+        layers = model.present
+        x, attended, rotary = self._begin(model, layers[0], tokens, self._at(layers[0], context))
         yield x, attended
-        for before, after in itertools.pairwise([first, *others]):
-            x, attended = self.onward(before, after, x, attended, rotary, context)
+        for before, after in itertools.pairwise(layers):
+            x, attended = self._onward(before, after, x, attended, rotary, self._at(after, context))
             yield x, attended
+
+    def _at(self, layer: Layer, context: AttentionContext) -> AttentionContext:
+        """What ``layer`` is given as its ``context``."""
+        return context
 
 
 class CompiledPieces(Pieces):
@@ -76,19 +70,8 @@ class CompiledPieces(Pieces):
         self._begin = torch.compile(begin, dynamic=True)
         self._onward = torch.compile(onward, dynamic=True)
 
-    def begin(
-        self, model: Decoder, first: Layer, tokens: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, Tensor, Turns]:
-        placed = AtPlace(context, first.attention.layer)
-        found: tuple[Tensor, Tensor, Turns] = self._begin(model, first, tokens, placed)
-        return found
-
-    def onward(
-        self, before: Layer, after: Layer, x: Tensor, attended: Tensor, rotary: Turns, context: AttentionContext
-    ) -> tuple[Tensor, Tensor]:
-        placed = AtPlace(context, after.attention.layer)
-        found: tuple[Tensor, Tensor] = self._onward(before, after, x, attended, rotary, placed)
-        return found
+    def _at(self, layer: Layer, context: AttentionContext) -> AttentionContext:
+        return AtPlace(context, layer.attention.layer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from penstock.core.errors import PenstockError
+from penstock.core.processor import on_threads
 from penstock.core.randomness import torch_generator
 from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.codecs.contract import Codec, LearnedCodec
@@ -39,7 +40,6 @@ from penstock.testing.alike import alike
 from penstock.testing.beside_scores import dense
 from penstock.testing.paged_pieces import check_spans, shape_in
 from penstock.testing.paged_scene import Action, Compact, Fork, Keep, Open, Release, Scene, Step, Tree
-from penstock.testing.threads import on_threads
 
 PLAIN_CODEC = Plain()
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from penstock.core.processor import on_threads
 from penstock.core.randomness import torch_generator
 from penstock.ops.paged.codecs.contract import Codec
 from penstock.ops.paged.contract import CacheShape, PagedAttention, PagedBatch, PagedCache
 from penstock.ops.paged.layered import LayeredTokens
 from penstock.ops.paged.residual import Residual
 from penstock.testing.paged_scene import Tree, attention, sees
-from penstock.testing.threads import on_threads
 
 BLOCK, BLOCKS, KV_HEADS, HEADS = 4, 64, 2, 6
 

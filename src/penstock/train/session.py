@@ -13,7 +13,7 @@ import torch
 
 from penstock.core.files import claim, sweep, write_atomic
 from penstock.core.metrics import read_metrics
-from penstock.core.processor import free_threads
+from penstock.core.processor import free_threads, on_threads
 from penstock.core.progress import Bar, Reporter, quantity
 from penstock.core.signals import termination_interrupts
 from penstock.models.adapters import peft
@@ -101,11 +101,8 @@ def _measured(material: Material, summary: dict[str, Any]) -> str:
 
 def _train(run: Run, report: Reporter) -> bool:
     """Whether the run was trained to its end. Whatever threads it chose, what comes behind has those from before."""
-    threads = torch.get_num_threads()
-    try:
+    with on_threads(torch.get_num_threads()):
         return _train_on(run, report)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _train_on(run: Run, report: Reporter) -> bool:
