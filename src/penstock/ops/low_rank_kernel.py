@@ -4,6 +4,7 @@ and each of them for its own rows alone."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,10 +16,12 @@ from penstock.ops.experts_kernel import ordered
 from penstock.ops.invariant_kernel import Tile, tile_of
 
 #: Of few rows an adapter, and of more: rows and columns of what is added that a program has, and how much of a sum it
-#: takes at a time.
-FEW, MANY = Tile(16, 128, 128, 4, 4), Tile(64, 128, 64, 4, 3)
+#: takes at a time. Measured on an H200, for the matrices of Qwen3-8B and rank 16.
+FEW, MANY = Tile(16, 128, 128, 2, 4), Tile(64, 128, 64, 4, 3)
+#: Rows of a tile for each warp of a program that widens them.
+OWN = 16
 #: Pieces of a sum over what goes in: a few rows alone do not fill a device.
-SPLITS = 4
+SPLITS = 8
 #: Bytes of A and of B that a program has at a time at most.
 ROOM, ROOM_B = 1 << 15, 1 << 17
 
@@ -65,40 +68,39 @@ def narrow_kernel(  # type: ignore[no-untyped-def]
     tl.store(to, total, inside_rows & inside_columns)
 
 
-@triton.jit(do_not_specialize=["many", "count"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["many", "count", "pieces"])  # type: ignore[untyped-decorator]
 def widen_kernel(  # type: ignore[no-untyped-def]
-    out, step, inner, places, order, tiles, many, count, width, height,
-    rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, splits: tl.constexpr, pieces: tl.constexpr,
+    out, step, inner, blocks, order, tiles, many, count, pieces, width,
+    rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, splits: tl.constexpr, unit: tl.constexpr,
 ):  # fmt: skip
-    """out [count, height], a row of which is ``step`` numbers behind the last, += what the B of each row's adapter make
-    of ``inner``. Of each piece, ``places`` int64 [pieces, 3] has its first column, the one behind its last, and where
-    its B [slots, width, its columns] lie."""
-    tile, start = tl.program_id(0) % many, tl.program_id(0) // many * columns
+    """out [count, ...], a row of which is ``step`` numbers behind the last, += what the B of each row's adapter make of
+    ``inner``, one program for a tile of rows and a block of columns. Of each block, ``blocks`` int64 [..., 5] has its
+    first column, the first one of its piece and the one behind the last, which are multiples of ``unit``, where the
+    piece's B [slots, width, its columns] lie, and which piece it is."""
+    tile, block = tl.program_id(0) % many, blocks + tl.program_id(0) // many * 5
     own, first, stop = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    # Who knows that these are multiples reads several numbers at a time.
+    start, begin = tl.multiple_of(tl.load(block), unit), tl.multiple_of(tl.load(block + 1), unit)
+    end, address, piece = tl.multiple_of(tl.load(block + 2), unit), tl.load(block + 3), tl.load(block + 4)
     if own == 0:
         return
-    row, column, lane = first + tl.arange(0, rows), start + tl.arange(0, columns), tl.arange(0, rank)
-    inside = (row < stop)[:, None] & (column < height)[None, :]
-    token = tl.load(order + row, row < stop, 0)
-    at = out + token.to(tl.int64)[:, None] * step + column[None, :]
     kind = out.dtype.element_ty
-    total = tl.load(at, inside, 0.0).to(tl.float32)
-    from_inner = inner + row.to(tl.int64)[:, None] * width + lane[None, :]
-    inside_inner = (row < stop)[:, None] & (lane < width)[None, :]
+    row, column, lane = first + tl.arange(0, rows), start + tl.arange(0, columns), tl.arange(0, rank)
+    inside_rows, inside_columns, inside_rank = row < stop, (column < end)[None, :], lane < width
     # What is read waits for nothing else that is: a program has little to read, and each wait is as long as that.
-    for piece in tl.static_range(pieces):
-        begin, end = tl.load(places + 3 * piece), tl.load(places + 3 * piece + 1)
-        b = tl.load(places + 3 * piece + 2).to(tl.pointer_type(kind))
-        if (start < end) & (start + columns > begin):
-            line = ((own - 1) * width + lane).to(tl.int64) * (end - begin)
-            of_piece = (lane < width)[:, None] & ((column >= begin) & (column < end))[None, :]
-            given = tl.load(b + line[:, None] + (column - begin)[None, :], of_piece, 0.0)
-            narrow = tl.zeros((rows, rank), tl.float32)
-            for split in tl.static_range(splits):
-                part = (split * pieces + piece) * count.to(tl.int64) * width
-                narrow += tl.load(from_inner + part, inside_inner, 0.0)
-            total = tl.dot(narrow.to(kind), given, total, input_precision="ieee")
-    tl.store(at, total.to(kind), inside)
+    b = tl.multiple_of(address.to(tl.pointer_type(kind)), 16)
+    line = ((own - 1) * width + lane).to(tl.int64) * (end - begin)
+    given = tl.load(b + line[:, None] + (column - begin)[None, :], inside_rank[:, None] & inside_columns, 0.0)
+    token = tl.load(order + row, inside_rows, 0)
+    at = out + token.to(tl.int64)[:, None] * step + column[None, :]
+    total = tl.load(at, inside_rows[:, None] & inside_columns, 0.0).to(tl.float32)
+    from_inner = inner + (piece * count + row.to(tl.int64))[:, None] * width + lane[None, :]
+    narrow = tl.zeros((rows, rank), tl.float32)
+    for split in tl.static_range(splits):
+        part = (split * pieces).to(tl.int64) * count * width
+        narrow += tl.load(from_inner + part, inside_rows[:, None] & inside_rank[None, :], 0.0)
+    total = tl.dot(narrow.to(kind), given, total, input_precision="ieee")
+    tl.store(at, total.to(kind), inside_rows[:, None] & inside_columns)
 
 
 def sorted_tiles(owners: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -124,7 +126,7 @@ def add(
     """Adds to ``out`` [N, height] what there is for contiguous ``x`` [N, size]. The rows are in ``order`` and make
     ``tiles``, as of :func:`sorted_tiles`. Of each piece there is A, [pieces, slots, width, size], B [slots, width, its
     columns], and where its columns begin."""
-    (count, size), height, (pieces, slots, width, _) = x.shape, out.shape[1], a.shape
+    (count, size), (pieces, slots, width, _) = x.shape, a.shape
     if not count:
         return
     # Matrix units multiply no fewer than 16.
@@ -138,16 +140,23 @@ def add(
         x, a, inner, order, tiles, many, count, pieces, slots, width, size,
         rank=rank, rows=tile.rows, depth=depth, splits=splits, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    places = _places(tuple(each.data_ptr() for each in b), tuple(begins), tuple(each.shape[2] for each in b), x.device)
-    widen_kernel[(many * triton.cdiv(height, columns),)](
-        out, out.stride(0), inner, places, order, tiles, many, count, width, height,
-        rank=rank, rows=tile.rows, columns=columns, splits=splits, pieces=pieces, num_warps=tile.warps,
+    widths = [each.shape[2] for each in b]
+    blocks = _blocks(tuple(each.data_ptr() for each in b), tuple(begins), tuple(widths), columns, x.device)
+    widen_kernel[(many * len(blocks),)](
+        out, out.stride(0), inner, blocks, order, tiles, many, count, pieces, width,
+        rank=rank, rows=tile.rows, columns=columns, splits=splits, unit=math.gcd(16, columns, *begins, *widths),
+        num_warps=tile.rows // OWN,
     )  # fmt: skip
 
 
 @functools.cache
-def _places(
-    addresses: tuple[int, ...], begins: tuple[int, ...], widths: tuple[int, ...], device: torch.device
+def _blocks(
+    addresses: tuple[int, ...], begins: tuple[int, ...], widths: tuple[int, ...], columns: int, device: torch.device
 ) -> Tensor:
-    rows = [(begin, begin + width, address) for begin, width, address in zip(begins, widths, addresses, strict=True)]
+    """The blocks of so many columns that pieces have, as of :func:`widen_kernel`."""
+    rows = [
+        (start, begin, begin + width, address, piece)
+        for piece, (begin, width, address) in enumerate(zip(begins, widths, addresses, strict=True))
+        for start in range(begin, begin + width, columns)
+    ]
     return torch.tensor(rows, dtype=torch.int64).to(device)

@@ -17,7 +17,7 @@ from penstock.ops.quantized.fp8 import Fp8
 from penstock.ops.quantized.integers import Int4, Int8
 
 packed_kernel = pytest.importorskip("penstock.ops.quantized.packed_kernel")
-from penstock.ops.quantized import cuda, grouped_kernel, plain_kernel, rounded_kernel  # noqa: E402
+from penstock.ops.quantized import cuda, grouped_kernel, nibbles, plain_kernel, rounded_kernel, row_kernel  # noqa: E402
 from penstock.ops.quantized.packed_kernel import Tile  # noqa: E402
 
 pytestmark = runs
@@ -48,6 +48,13 @@ def random(kind: str, rows: int, columns: int, group: int | None, shifted: bool)
     return format, {name: part.to(DEVICE) for name, part in parts.items()}
 
 
+def orders(kind: str, parts: Parts) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Values, scales and offsets: as files have them, and as matrices are kept on a device."""
+    own = parts["values"], parts["scale"], parts.get("offset")
+    values = nibbles.interleaved(own[0]) if packed_kernel.bits_of(kind) == 4 else own[0]
+    return [own, (values, *(each if each is None else cuda.arranged(each) for each in own[1:]))]
+
+
 def given(count: int, columns: int) -> Tensor:
     return torch.randn(count, columns, generator=torch.Generator().manual_seed(count)).to(DEVICE, torch.bfloat16)
 
@@ -65,17 +72,15 @@ def close(found: Tensor, x: Tensor, matrix: Tensor, bound: float = 2**-8) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_those_with_the_dequantized_matrix(kind: str, group: int | None, shifted: bool) -> None:
     """Rows that fill no tile, few rows of x and more, sums in one piece and in several of which the last is shorter,
-    and scales in either order. They are as exact as sums in float32."""
+    and everything in either order. They are as exact as sums in float32."""
     if kind in ("e4m3", "e2m1") and shifted:
         pytest.skip("floating point has no offsets")
-    for rows, columns, count, pieces in ((37, 160, 1, 2), (70, 384, 19, 1), (64, 448, 16, 3)):
+    for rows, columns, count, pieces in ((37, 160, 1, 2), (70, 384, 19, 1), (64, 448, 16, 3), (50, 640, 5, 3)):
         format, parts = random(kind, rows, columns, group, shifted)
         x, matrix = given(count, columns), format.dequantize(parts)
-        for order in (lambda part: part, cuda.arranged):
-            scale, offset = (each if each is None else order(each) for each in (parts["scale"], parts.get("offset")))
-            own = parts["values"], scale, offset, group or cuda.WHOLE
-            close(packed_kernel.multiply(kind, x, *own, TILE, pieces), x, matrix, 2**-20)
-            plain = plain_kernel.plain(kind, *own, columns)
+        for own in orders(kind, parts):
+            close(packed_kernel.multiply(kind, x, *own, group or cuda.WHOLE, TILE, pieces), x, matrix, 2**-20)
+            plain = plain_kernel.plain(kind, *own, group or cuda.WHOLE)
             torch.testing.assert_close(plain, matrix.bfloat16(), rtol=2**-7, atol=1e-6 * float(matrix.abs().max()))
 
 
@@ -90,11 +95,23 @@ def test_rows_are_multiplied_with_the_matrices_of_their_experts(kind: str, group
         format, parts = random(kind, 4 * rows, columns, group, shifted)
         x, matrices = given(sum(counts), columns), format.dequantize(parts).view(4, rows, columns)
         ends = torch.tensor(counts, dtype=torch.int32).cumsum(0).to(DEVICE, torch.int32)
-        own = parts["values"], parts["scale"], parts.get("offset"), ends, group or cuda.WHOLE
-        found = grouped_kernel.multiply(kind, x, *own, TILE)
-        assert found.shape == (sum(counts), rows)
-        for matrix, mine, given_rows in zip(matrices, found.split(counts), x.split(counts), strict=True):
-            close(mine, given_rows, matrix, 2**-20)
+        for own in orders(kind, parts):
+            found = grouped_kernel.multiply(kind, x, *own, ends, group or cuda.WHOLE, TILE)
+            assert found.shape == (sum(counts), rows)
+            for matrix, mine, given_rows in zip(matrices, found.split(counts), x.split(counts), strict=True):
+                close(mine, given_rows, matrix, 2**-20)
+
+
+@pytest.mark.parametrize(("group", "shifted"), [(None, False), (128, True), (256, False)])
+def test_one_row_is_multiplied_number_by_number(group: int | None, shifted: bool) -> None:
+    """Rows of the matrix that fill no program, and blocks that are fewer than are read at a time, or no whole number of
+    that."""
+    for rows, columns in ((13, 256), (10, 1280)):
+        format, parts = random("int4", rows, columns, group, shifted)
+        x, matrix = given(1, columns), format.dequantize(parts)
+        own = orders("int4", parts)[1]
+        assert row_kernel.serves("int4", x, own[0], group or cuda.WHOLE)
+        close(row_kernel.product(x, *own, group or cuda.WHOLE), x, matrix, 2**-20)
 
 
 def test_columns_that_fill_no_group_are_multiplied_too() -> None:
@@ -102,7 +119,7 @@ def test_columns_that_fill_no_group_are_multiplied_too() -> None:
     x, matrix = given(3, 150), format.dequantize(parts)
     own = parts["values"], parts["scale"], parts["offset"], 64
     close(packed_kernel.multiply("int4", x, *own, TILE, 2), x, matrix, 2**-20)
-    plain = plain_kernel.plain("int4", *own, 150)
+    plain = plain_kernel.plain("int4", *own)
     torch.testing.assert_close(plain, matrix.bfloat16(), rtol=2**-7, atol=1e-6 * float(matrix.abs().max()))
 
 
@@ -123,8 +140,8 @@ def test_rows_are_rounded_to_the_nearest_of_e4m3(group: int | None) -> None:
 @pytest.mark.parametrize(
     ("bits", "count", "wanted"),
     [
-        (4, 1, (4, 2, 8, 4)), (4, 16, (4, 2, 8, 4)), (4, 32, (4, 2, 8, 4)), (4, 64, (4, 1, 8, 4)),
-        (8, 1, (4, 1, 8, 4)), (8, 16, (4, 1, 8, 4)), (8, 32, (4, 1, 8, 4)), (8, 64, (4, 1, 4, 4)),
+        (4, 8, (8, 4, 8, 8)), (4, 16, (8, 2, 8, 8)), (4, 32, (8, 2, 8, 8)), (4, 64, (4, 1, 8, 8)),
+        (8, 1, (4, 1, 8, 8)), (8, 16, (4, 1, 8, 8)), (8, 32, (4, 1, 8, 8)), (8, 64, (4, 1, 4, 4)),
         (4, 128, (2, 1, 4, 4)), (8, 128, (2, 1, 4, 4)), (4, 256, (1, 1, 2, 2)), (8, 256, (1, 1, 2, 2)),
     ],
 )  # fmt: skip

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import gguf
 import numpy as np
 import pytest
 import torch
 
 from gguf_files import blocks
-from penstock.ops.quantized import contract, cpu, cuda
+from penstock.ops.quantized import contract, cpu, cuda, nibbles
 from penstock.ops.quantized.codebook import Codebook4
-from penstock.ops.quantized.contract import Parts, WeightFormat
+from penstock.ops.quantized.contract import Packed, Parts, WeightFormat
 from penstock.ops.quantized.fp8 import Fp8, rounding_of_rows
 from penstock.ops.quantized.ggml import Ggml
 from penstock.ops.quantized.integers import Int4, Int8
@@ -94,15 +96,48 @@ def test_rows_differ_from_those_in_e4m3_by_no_more_than_is_said(group):
     assert (off / bound)[:, ~ordinary].nan_to_num().max() > 0.9
 
 
+def test_interleaved_codes_are_those_of_planes_of_their_block():
+    """Code 32 p + i of a block is in the bits from 4 p on of its word i; in half a block, code 16 p + i."""
+    codes = torch.randint(16, (5, 448), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    values = codes[:, ::2] | codes[:, 1::2] << 4
+    words = nibbles.interleaved(values)
+    assert words.shape == (5, 112) and words.dtype == torch.int16
+    for row, column in itertools.product(range(5), range(448)):
+        size = 32 if column < 384 else 16
+        plane, lane = column % 128 // size, column % size
+        assert (int(words[row, 32 * (column // 128) + lane]) >> 4 * plane) & 15 == codes[row, column]
+    assert torch.equal(nibbles.codes(words), codes) and torch.equal(nibbles.codes(values), codes)
+    assert torch.equal(nibbles.paired(words), values) and nibbles.columns_of(words) == 448
+
+
+@pytest.mark.parametrize("columns", [256, 192])
+@pytest.mark.parametrize("format", [Int4(group=32), Codebook4(table="fp4", group=64)], ids=repr)
+def test_a_matrix_in_four_bits_stands_for_the_same_as_it_is_arranged_on_devices(format, columns):
+    """Whole, in rows and in columns, and moved back."""
+    values = torch.randint(256, (6, columns // 2), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    scale = torch.rand(6, columns // format.group)
+    parts = {"values": values, "scale": scale}
+    away = {"values": nibbles.interleaved(values), "scale": cuda.arranged(scale)}
+    assert format.shape(away) == (6, columns)
+    matrix, x = format.dequantize(parts), torch.randn(3, columns)
+    assert torch.equal(format.dequantize(away), matrix)
+    assert torch.equal(Packed(format, away).rows(torch.tensor([4, 1])), matrix[[4, 1]])
+    assert torch.equal(format.dequantize(format.columns(away, 64, 128)), matrix[:, 64:128])
+    assert torch.equal(format.product(x, away), format.product(x, parts))
+    meta = format.arranged({name: part.to("meta") for name, part in parts.items()})
+    assert meta["values"].shape == away["values"].shape and meta["scale"].stride() == away["scale"].stride()
+    back = format.arranged(away)
+    assert all(torch.equal(back[name], part) and back[name].is_contiguous() for name, part in parts.items())
+
+
 def test_scales_by_block_of_128_columns_lie_as_a_library_wants_them():
-    """Column by column on a device, where rows may be rounded; on a CPU as they are."""
+    """Column by column on a device; on a CPU row by row."""
     scale = torch.rand(48, 3)
     format = Fp8(group=128, rounds=True)
     for device, wanted in (("cpu", (3, 1)), ("meta", (1, 48))):
         parts = {"values": torch.empty(48, 384, device=device).to(torch.float8_e4m3fn), "scale": scale.to(device)}
         assert format.arranged(parts)["scale"].stride() == wanted
         assert format.arranged(parts)["scale"].shape == (48, 3)
-        assert format.exact().arranged(parts)["scale"].stride() == (3, 1)
     assert torch.equal(cuda.arranged(scale), scale)
     again = cuda.arranged(cuda.arranged(scale))
     assert again.stride() == (1, 48) and torch.equal(again, scale)

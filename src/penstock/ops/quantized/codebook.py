@@ -9,9 +9,8 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from penstock.ops.quantized import cpu, cuda
+from penstock.ops.quantized import cpu, cuda, nibbles
 from penstock.ops.quantized.contract import Example, Parts, WeightFormat, spread
-from penstock.ops.quantized.integers import halves
 from penstock.policy import policy
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -31,7 +30,7 @@ TABLES = {
 
 @policy("weight.format", "codebook4")
 class Codebook4(WeightFormat):
-    """Codes, two in a byte of ``values``, uint8 [M, K / 2], the first in its low bits; each stands for a number of the
+    """Codes in ``values``, in either order of :mod:`~penstock.ops.quantized.nibbles`; each stands for a number of the
     ``table``, times the ``scale``, float32 [M, k], of its ``group`` of columns.
 
     On CUDA there are kernels for fp4, whose numbers are made of their bits."""
@@ -44,12 +43,11 @@ class Codebook4(WeightFormat):
         return self.group
 
     def shape(self, parts: Parts) -> tuple[int, int]:
-        rows, size = parts["values"].shape
-        return rows, 2 * size
+        return len(parts["values"]), nibbles.columns_of(parts["values"])
 
     def dequantize(self, parts: Parts) -> Tensor:
         values = parts["values"]
-        numbers = _numbers(self.table, values.device)[halves(values).int()]
+        numbers = _numbers(self.table, values.device)[nibbles.codes(values).int()]
         return numbers * spread(parts["scale"], numbers.shape[1], self.group)
 
     def product(self, x: Tensor, parts: Parts) -> Tensor:
@@ -70,6 +68,14 @@ class Codebook4(WeightFormat):
         if device.type == "cpu":
             return True
         return self.table == "fp4" and cuda.computes(device, dtype, self.group, cuda.BFLOAT16)
+
+    def arranged(self, parts: Parts) -> Parts:
+        if self.table != "fp4":
+            return parts
+        return nibbles.arranged({**parts, "scale": cuda.arranged_for(parts["values"].device, parts["scale"])})
+
+    def columns(self, parts: Parts, start: int, stop: int) -> Parts:
+        return super().columns({**parts, "values": nibbles.paired(parts["values"])}, start, stop)
 
     @classmethod
     def example(cls) -> Example:

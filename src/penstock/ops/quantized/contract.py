@@ -96,8 +96,9 @@ class WeightFormat(Policy):
         return True
 
     def arranged(self, parts: Parts) -> Parts:
-        """The same parts with the strides in which a :meth:`product` on their device reads them fastest; it takes them
-        with any. Whoever keeps a matrix asks once."""
+        """Parts of the same names that stand for the same matrix, with the strides and in the order in which a
+        :meth:`product` on their device reads them fastest; all methods take them as they come, too. Whoever keeps a
+        matrix asks once."""
         return parts
 
     def exact(self) -> WeightFormat:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from penstock.ops import native
+from penstock.ops.quantized import nibbles
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 
@@ -55,6 +56,7 @@ def product(
     """
     rows = x.float().contiguous()
     if kind in ("int4", "table4"):  # the kernel decodes the low halves of bytes before the high ones
+        values = nibbles.paired(values)
         rows = rows.view(-1, UNIT // 2, 2).transpose(1, 2).reshape(rows.shape)
     (count, columns), height = x.shape, values.shape[0]
     values = values.contiguous()

@@ -87,8 +87,14 @@ def multiplies_blocks(device: torch.device) -> bool:
 
 
 def arranged(scale: Tensor) -> Tensor:
-    """The same scales [M, k], those of a group of columns contiguous, as a library's products in e4m3 want them."""
+    """The same scales [M, k], those of a group of columns contiguous: a program reads those of its rows at a time, and
+    a library's products in e4m3 want them so."""
     return scale.T.contiguous().T
+
+
+def arranged_for(device: torch.device, scale: Tensor) -> Tensor:
+    """The same scales [M, k] as products on the ``device`` want them."""
+    return scale.contiguous() if device.type == "cpu" else arranged(scale)
 
 
 def product(
@@ -119,27 +125,36 @@ def product(
 def _product(
     kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor | None, group: int | None, rounded: bool
 ) -> Tensor:
-    from penstock.ops.quantized import packed_kernel, plain_kernel, rounded_kernel
+    from penstock.ops.quantized import packed_kernel, plain_kernel, rounded_kernel, row_kernel
 
     (count, size), height = x.shape, values.shape[0]
     if not count or not height:
         return x.new_zeros(count, height)
-    x, values = x.contiguous(), values.contiguous()
-    if offset is not None:
-        scale, offset = scale.contiguous(), offset.contiguous()
-    x = x.clone() if x.data_ptr() % 16 else x
+    x, values, scale, offset = _ready(x, values, scale, offset)
     if rounded and rounds(x, (height, size), group):
         return rounded_kernel.product(x, values, scale, group)
     columns = group or WHOLE
+    if row_kernel.serves(kind, x, values, columns):
+        return row_kernel.product(x, values, scale, offset, columns)
     if count <= SOME:
         return packed_kernel.product(kind, x, values, scale, offset, columns)
     out, step = x.new_empty(count, height), max(1, PIECE // size)
     for start in range(0, height, step):
         rows = slice(start, start + step)
         added = None if offset is None else offset[rows]
-        piece = plain_kernel.plain(kind, values[rows], scale[rows], added, columns, size)
+        piece = plain_kernel.plain(kind, values[rows], scale[rows], added, columns)
         torch.mm(x, piece.T, out=out[:, rows])
     return out
+
+
+def _ready(
+    x: Tensor, values: Tensor, scale: Tensor, offset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The same as kernels take them."""
+    if offset is not None and offset.stride() != scale.stride():
+        scale, offset = scale.contiguous(), offset.contiguous()
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x, values.contiguous(), scale, offset
 
 
 def grouped_product(
@@ -170,10 +185,7 @@ def _grouped_product(
 
     if not len(x):
         return x.new_zeros(0, values.shape[0] // len(ends))
-    x, values = x.contiguous(), values.contiguous()
-    if offset is not None:
-        scale, offset = scale.contiguous(), offset.contiguous()
-    x = x.clone() if x.data_ptr() % 16 else x
+    x, values, scale, offset = _ready(x, values, scale, offset)
     return grouped_kernel.product(kind, x, values, scale, offset, ends, group or WHOLE)
 
 

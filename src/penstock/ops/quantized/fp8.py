@@ -52,9 +52,7 @@ class Fp8(WeightFormat):
         return cuda.grouped_product("e4m3", x, parts["values"], parts["scale"], ends=ends, group=self.group)
 
     def arranged(self, parts: Parts) -> Parts:
-        if not self.rounds or parts["scale"].device.type == "cpu":
-            return parts
-        return {**parts, "scale": cuda.arranged(parts["scale"])}
+        return {**parts, "scale": cuda.arranged_for(parts["scale"].device, parts["scale"])}
 
     def computes(self, device: torch.device, dtype: torch.dtype) -> bool:
         return device.type == "cpu" or cuda.computes(device, dtype, self.group, cuda.E4M3)

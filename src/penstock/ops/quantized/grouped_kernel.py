@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from penstock.ops.invariant_kernel import tile_of
-from penstock.ops.multiprocessors import read_shared_memory, stages
-from penstock.ops.quantized.packed_kernel import MANY, TILES, Tile, bits_of, sums, together
+from penstock.ops.multiprocessors import read_shared_memory
+from penstock.ops.quantized.packed_kernel import MANY, TILES, Tile, bits_of, fitting, steps_of, sums
 
 
 @triton.jit(do_not_specialize=["tiles"])  # type: ignore[untyped-decorator]
 def grouped_kernel(  # type: ignore[no-untyped-def]
-    x, values, scale, offset, out, ends, tiles, height, width, groups, down, along, each, steps,
-    together: tl.constexpr, table: tl.constexpr, shifted: tl.constexpr, even: tl.constexpr,
+    x, values, scale, offset, out, ends, tiles, height, size, stored, groups, down, along, last,
+    kind: tl.constexpr, group: tl.constexpr, interleaved: tl.constexpr, shifted: tl.constexpr, even: tl.constexpr,
     rows: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr, experts: tl.constexpr, padded: tl.constexpr,
 ):  # fmt: skip
     """out [N, height], of rows x that are sorted by expert and end at ``ends`` [experts], each times the transpose of
@@ -29,12 +27,9 @@ def grouped_kernel(  # type: ignore[no-untyped-def]
         return
     row, token = block * tall + tl.arange(0, tall), first + tl.arange(0, rows)
     inside, there = row < height, token < stop
-    line, lane = own.to(tl.int64) * height + row, tl.arange(0, wide)
-    from_values = values + line[:, None] * width + lane[None, :]
-    from_x = x + token.to(tl.int64)[None, :] * width + lane[:, None]
     total = sums(
-        from_x, from_values, scale, offset, line, inside, there, width, groups, down, along, each,
-        0, steps, together, table, shifted, even, rows, tall, wide,
+        x, values, scale, offset, token, own.to(tl.int64) * height + row, inside, there, size, stored, groups, down,
+        along, 0, last, last, kind, group, interleaved, shifted, even, rows, tall, wide,
     )  # fmt: skip
     to = out + token.to(tl.int64)[None, :] * height + row[:, None]
     tl.store(to, total.to(out.dtype.element_ty), inside[:, None] & there[None, :])
@@ -55,26 +50,21 @@ def product(
     of_bits = TILES[bits_of(kind)]
     largest = MANY if read_shared_memory(x.device) else of_bits[-1][1]
     tile = next((tile for most, tile in of_bits if average <= most), largest)
-    stage = math.gcd(group, tile.depth) * (2 * tile.rows + bits_of(kind) * tile.height // 8)
-    return multiply(
-        kind, x, values, scale, offset, ends, group, tile._replace(stages=stages(x.device, tile.stages, stage))
-    )
+    return multiply(kind, x, values, scale, offset, ends, group, fitting(tile, kind, group, x.device))
 
 
 def multiply(
     kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor | None, ends: Tensor, group: int, tile: Tile
 ) -> Tensor:
     """:func:`product` by such tiles."""
-    (count, size), experts, depth = x.shape, len(ends), math.gcd(group, tile.depth)
-    height, steps = len(values) // experts, triton.cdiv(size, depth)
+    (count, size), experts = x.shape, len(ends)
+    height, way = len(values) // experts, steps_of(kind, values, size, group, tile.depth)
     out = torch.empty(count, height, dtype=torch.bfloat16, device=x.device)
     tiles = min(count, triton.cdiv(count, tile.rows) + experts)
-    x, values, in_one = together(kind, x, values, depth)
     grouped_kernel[(tiles * triton.cdiv(height, tile.height),)](
         x, values, scale, scale if offset is None else offset, out, ends, tiles,
-        height, values.shape[1], scale.shape[1], *scale.stride(), group // depth, steps,
-        in_one, kind == "e2m1", offset is not None, size == steps * depth,
-        tile.rows, tile.height, depth // in_one, experts, triton.next_power_of_2(experts),
-        num_warps=tile.warps, num_stages=tile.stages,
+        height, size, values.shape[1], scale.shape[1], *scale.stride(), way.last,
+        kind, group, way.interleaved, offset is not None, way.even, tile.rows, tile.height, way.wide,
+        experts, triton.next_power_of_2(experts), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

@@ -6,7 +6,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from penstock.ops.quantized import cpu, cuda
+from penstock.ops.quantized import cpu, cuda, nibbles
 from penstock.ops.quantized.contract import Example, Parts, WeightFormat, spread
 from penstock.policy import policy
 
@@ -20,6 +20,11 @@ class Integers(WeightFormat):
     def integers(self, parts: Parts) -> Tensor:
         """The integers [M, K]."""
         raise NotImplementedError
+
+    def arranged(self, parts: Parts) -> Parts:
+        device = parts["values"].device
+        factors = {name: cuda.arranged_for(device, part) for name, part in parts.items() if name != "values"}
+        return {**parts, **factors}
 
     @property
     def unit(self) -> int:
@@ -71,13 +76,13 @@ class Int8(Integers):
 
 @policy("weight.format", "int4", papers=[223])
 class Int4(Integers):
-    """Integers from -8 to 7, stored with 8 added, two in a byte of ``values``, uint8 [M, K / 2], the first in its low
-    bits; see :class:`Integers` for what they are multiplied with.
+    """Integers from -8 to 7, stored with 8 added in ``values``, in either order of
+    :mod:`~penstock.ops.quantized.nibbles`; see :class:`Integers` for what they are multiplied with.
 
-    On CUDA, in the manner of MARLIN, the weights are read in 4 bits, asynchronously and some tiles ahead, and decoded
-    in registers by writing them into mantissas; sums are cut where the matrix would not keep the device busy. Ours: the
-    kernel in Triton, which scales sums instead of weights where there are few rows, and plain weights in pieces for a
-    library's product where there are many. Not built: weights in an order of their own for the matrix units, stripes of
+    On CUDA, in the manner of MARLIN, the weights are read in 4 bits, asynchronously and some tiles ahead, in an order
+    of their own, and decoded in registers by writing them into mantissas, as matrix units take them; sums are cut where
+    the matrix would not keep the device busy. Ours: the kernel in Triton, which scales sums instead of weights where
+    there are few rows, and plain weights in pieces for a library's product where there are many. Not built: stripes of
     tiles that even out the last wave, and 2:4 sparsity.
     """
 
@@ -86,11 +91,16 @@ class Int4(Integers):
         return self.group or 2
 
     def shape(self, parts: Parts) -> tuple[int, int]:
-        rows, size = parts["values"].shape
-        return rows, 2 * size
+        return len(parts["values"]), nibbles.columns_of(parts["values"])
 
     def integers(self, parts: Parts) -> Tensor:
-        return halves(parts["values"]).to(torch.int8) - 8
+        return nibbles.codes(parts["values"]).to(torch.int8) - 8
+
+    def arranged(self, parts: Parts) -> Parts:
+        return nibbles.arranged(super().arranged(parts))
+
+    def columns(self, parts: Parts, start: int, stop: int) -> Parts:
+        return super().columns({**parts, "values": nibbles.paired(parts["values"])}, start, stop)
 
     @classmethod
     def example(cls) -> Example:
@@ -100,8 +110,3 @@ class Int4(Integers):
             "offset": torch.tensor([[0.0, 0.0], [0.0, 3.0], [8.0, 0.0]]),
         }
         return Example(cls(group=2), parts, [[0, 2, 2, -1], [-8, 7, 3, 3], [0, 1, -6, -5]])
-
-
-def halves(values: Tensor) -> Tensor:
-    """The two halves of each byte of ``values`` [M, n], low bits first: uint8 [M, 2 n]."""
-    return torch.stack([values & 15, values >> 4], -1).flatten(-2)
