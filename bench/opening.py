@@ -37,6 +37,9 @@ NAMED = {
     "capturing": "capture",
 }
 
+#: How often each is measured once a model was opened.
+ROUNDS = 5
+
 PARTS = ("import", "read", *NAMED.values(), "other", "first token")
 
 
@@ -155,7 +158,7 @@ def main(bench: Bench) -> None:
     from penstock.core.errors import UsageError
     from penstock.models import hub
 
-    device, rounds = str(bench.device), 1 if bench.quick else 5
+    device, rounds = str(bench.device), 1 if bench.quick else ROUNDS
     with contextlib.ExitStack() as opened:
         if bench.device.type == "cuda":
             shape = "Qwen3-0.6B shape" if bench.quick else "Qwen3-8B shape"

@@ -61,11 +61,11 @@ def repaired(monkeypatch: pytest.MonkeyPatch) -> None:
             return rounded(handle, torch.float8_e4m3fn, torch.uint8, tl.float8e4nv)
         return convert(self, handle, kind, mode)
 
-    from penstock.ops.quantized import packed_kernel, plain_kernel, row_kernel
+    from penstock.ops.quantized import packed_kernel, plain_kernel
 
-    for module in (packed_kernel, plain_kernel, row_kernel):
-        for decoded in (four_integers, four_floats, raised_integers):
-            monkeypatch.setattr(module, decoded.__name__, decoded, raising=False)
+    for module in (packed_kernel, plain_kernel):
+        for decoded in (four_integers, four_floats):
+            monkeypatch.setattr(module, decoded.__name__, decoded)
     monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
     monkeypatch.setattr(builder, "cast_impl", casting)
     monkeypatch.setattr(builder, "create_fp_to_fp", converting)
@@ -87,10 +87,3 @@ def four_integers(raw):
 def four_floats(raw):
     """Four numbers of e2m1 in each word."""
     return floats(raw), floats(raw >> 4), floats(raw >> 8), floats(raw >> 12)
-
-
-@triton.jit
-def raised_integers(raw):
-    """Four integers in each word, halved, with 12 added, in float32."""
-    a, b, c, d = four_integers(raw)
-    return a.to(tl.float32) / 2 + 12, b.to(tl.float32) / 2 + 12, c.to(tl.float32) / 2 + 12, d.to(tl.float32) / 2 + 12

@@ -67,6 +67,8 @@ class CompiledPieces(Pieces):
 
     def __init__(self) -> None:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+        # What was compiled for a model would be taken for another that has adapters behind its layers, or is divided.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         self._begin = torch.compile(begin, dynamic=True)
         self._onward = torch.compile(onward, dynamic=True)
 

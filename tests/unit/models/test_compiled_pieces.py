@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -90,17 +91,37 @@ def test_layers_that_are_alike_are_compiled_once(changes, kinds, compiled):
     assert len(compiled) == 1 + kinds
 
 
-def test_what_stands_behind_modules_is_compiled_once_too(compiled):
+def multiplied(by: Tensor, module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+    return out * by
+
+
+def added(what: Tensor, module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+    return out + what
+
+
+def hooked(change: Callable[..., Tensor]) -> Decoder:
+    """A model whose layers differ in what a ``change`` makes of what attention gives."""
     decoder = model()
-
-    def doubled(by: Tensor, module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
-        return out * by
-
     for number, layer in enumerate(decoder.layers):
-        factor = torch.tensor(1.0 + number / 10, dtype=torch.float64)
-        layer.attention.output.register_forward_hook(functools.partial(doubled, factor))
-    check(decoder, CompiledPieces())
+        factor = torch.tensor(1.5 + number / 10, dtype=torch.float64)
+        layer.attention.output.register_forward_hook(functools.partial(change, factor))
+    return decoder
+
+
+def test_what_stands_behind_modules_is_compiled_once_too(compiled):
+    check(hooked(multiplied), CompiledPieces())
     assert len(compiled) == 2
+
+
+def test_what_is_compiled_is_not_taken_for_a_model_with_something_else_behind_its_modules(compiled):
+    """In whichever order they come, each is compiled once."""
+    made = {"nothing": model, "multiplied": lambda: hooked(multiplied), "added": lambda: hooked(added)}
+    for order in itertools.permutations(made):
+        torch._dynamo.reset()
+        compiled.clear()
+        for name in (*order, *order):
+            check(made[name](), CompiledPieces())
+        assert len(compiled) == 1 + len(made), f"in the order {order}"  # what comes before attention is the same
 
 
 def test_states_between_layers_are_there_too(compiled):

@@ -17,7 +17,7 @@ from penstock.ops.quantized.fp8 import Fp8
 from penstock.ops.quantized.integers import Int4, Int8
 
 packed_kernel = pytest.importorskip("penstock.ops.quantized.packed_kernel")
-from penstock.ops.quantized import cuda, grouped_kernel, nibbles, plain_kernel, rounded_kernel, row_kernel  # noqa: E402
+from penstock.ops.quantized import cuda, grouped_kernel, nibbles, plain_kernel, rounded_kernel  # noqa: E402
 from penstock.ops.quantized.packed_kernel import Tile  # noqa: E402
 
 pytestmark = runs
@@ -100,18 +100,6 @@ def test_rows_are_multiplied_with_the_matrices_of_their_experts(kind: str, group
             assert found.shape == (sum(counts), rows)
             for matrix, mine, given_rows in zip(matrices, found.split(counts), x.split(counts), strict=True):
                 close(mine, given_rows, matrix, 2**-20)
-
-
-@pytest.mark.parametrize(("group", "shifted"), [(None, False), (128, True), (256, False)])
-def test_one_row_is_multiplied_number_by_number(group: int | None, shifted: bool) -> None:
-    """Rows of the matrix that fill no program, and blocks that are fewer than are read at a time, or no whole number of
-    that."""
-    for rows, columns in ((13, 256), (10, 1280)):
-        format, parts = random("int4", rows, columns, group, shifted)
-        x, matrix = given(1, columns), format.dequantize(parts)
-        own = orders("int4", parts)[1]
-        assert row_kernel.serves("int4", x, own[0], group or cuda.WHOLE)
-        close(row_kernel.product(x, *own, group or cuda.WHOLE), x, matrix, 2**-20)
 
 
 def test_columns_that_fill_no_group_are_multiplied_too() -> None:

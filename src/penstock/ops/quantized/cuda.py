@@ -125,7 +125,7 @@ def product(
 def _product(
     kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor | None, group: int | None, rounded: bool
 ) -> Tensor:
-    from penstock.ops.quantized import packed_kernel, plain_kernel, rounded_kernel, row_kernel
+    from penstock.ops.quantized import packed_kernel, plain_kernel, rounded_kernel
 
     (count, size), height = x.shape, values.shape[0]
     if not count or not height:
@@ -134,8 +134,6 @@ def _product(
     if rounded and rounds(x, (height, size), group):
         return rounded_kernel.product(x, values, scale, group)
     columns = group or WHOLE
-    if row_kernel.serves(kind, x, values, columns):
-        return row_kernel.product(x, values, scale, offset, columns)
     if count <= SOME:
         return packed_kernel.product(kind, x, values, scale, offset, columns)
     out, step = x.new_empty(count, height), max(1, PIECE // size)
