@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from penstock.core.bench import Bench
@@ -109,16 +109,26 @@ def parts(model: str, device: str, environment: Mapping[str, str]) -> dict[str, 
 
 
 def serve(model: str, device: str, environment: Mapping[str, str]) -> float:
-    """Seconds until a server that is started now has answered with one token."""
+    """Seconds until a server that is started now has answered with one token.
+
+    Raises:
+        RuntimeError: it has ended before.
+    """
     import httpx
 
     begun = time.perf_counter()
     line = [sys.executable, "-m", "penstock", "serve", model, "--name", "m", "--port", "0", "--device", device]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(line, env=environment, **pipes) as server:
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=said, text=True) as server,
+    ):
         try:
             assert server.stdout is not None
-            url = next(found[1] for each in server.stdout if (found := re.search(r"^Serving \S+ at (\S+)", each)))
+            heads = (re.search(r"^Serving \S+ at (\S+)", each) for each in server.stdout)
+            url = next((found[1] for found in heads if found), None)
+            if url is None:
+                said.seek(0)
+                raise RuntimeError(f"a server of {model} ended: {said.read()[-2000:]}")
             body = {"model": "m", "prompt": "def f(", "max_tokens": 1}
             httpx.post(f"{url}/v1/completions", json=body, timeout=600).raise_for_status()
             return time.perf_counter() - begun

@@ -84,6 +84,22 @@ def test_products_are_those_with_the_dequantized_matrix(kind: str, group: int | 
             torch.testing.assert_close(plain, matrix.bfloat16(), rtol=2**-7, atol=1e-6 * float(matrix.abs().max()))
 
 
+def test_pieces_of_sums_are_added_up_in_one_order_and_leave_no_trace() -> None:
+    """The same bits again and again, whoever comes last, and by counters of their own: those of a call are zeros
+    afterwards, and the next call's are others, until all were had."""
+    _, parts = random("int4", 300, 1024, 128, True)
+    own, x = orders("int4", parts)[1], given(19, 1024)
+    first = packed_kernel.multiply("int4", x, *own, 128, TILE, 4)
+    for _ in range(3 if DEVICE == "cpu" else 200):
+        assert torch.equal(packed_kernel.multiply("int4", x, *own, 128, TILE, 4), first)
+    counters = packed_kernel.counters_of(x.device)
+    zeros = counters.take(1 << 16)
+    assert not zeros.any()
+    one, other = counters.take(40_000), counters.take(20_000)
+    assert one.data_ptr() == zeros.data_ptr() and other.data_ptr() == zeros[40_000:].data_ptr()
+    assert counters.take(10_000).data_ptr() == zeros.data_ptr()
+
+
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("group", [None, 32, 128])
 @pytest.mark.parametrize("kind", KINDS)
