@@ -15,6 +15,7 @@ from penstock.models.families.contract import Family
 from penstock.models.families.mapping import general, placed, views_on
 from penstock.models.formats.contract import Weights
 from penstock.models.hub.folders import CONFIG
+from penstock.models.hub.uploads import uploads
 from penstock.models.hub.weights import require_shape, tied_head
 from penstock.models.linear import Linear
 from penstock.models.quantized import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
@@ -150,9 +151,10 @@ def _pieces(
 def fill(decoder: Decoder, family: Family, weights: Weights) -> None:
     """Copies stored weights into the decoder, which they have been checked against."""
     views = views_on(decoder, family)
-    for name, tensor in weights.read(views.keys()):
-        require_shape(name, weights, tensor.shape, views[name].shape)
-        views[name].copy_(tensor)
+    with uploads(decoder.like.device) as copy:
+        for name, tensor in weights.read(views.keys()):
+            require_shape(name, weights, tensor.shape, views[name].shape)
+            copy(views[name], tensor)
     tied = tied_head(decoder.config, family) if hasattr(decoder, "embedding") else None
     for name, head in weights.read([] if tied is None else [tied]):
         for first in range(0, len(head), COMPARED):
