@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 
 
 def test_what_arrives_is_what_was_sent() -> None:
-    """Far more than all buffers hold, in pieces of all sizes, of other kinds, and to places that do not lie together."""
+    """Far more than all buffers hold, in pieces of all sizes, of other kinds, to places that are turned."""
     draw = torch.Generator().manual_seed(0)
     shapes = [(ROOM // 4096 + 3, 2048), (7, 5), (ROOM // 1024, 512), (300,), (), (3, ROOM // 4)] * 6
     given = [torch.randint(-99, 99, shape, generator=draw).float() for shape in shapes]
