@@ -108,6 +108,8 @@ def test_interleaved_codes_are_those_of_planes_of_their_block():
         assert (int(words[row, 32 * (column // 128) + lane]) >> 4 * plane) & 15 == codes[row, column]
     assert torch.equal(nibbles.codes(words), codes) and torch.equal(nibbles.codes(values), codes)
     assert torch.equal(nibbles.paired(words), values) and nibbles.columns_of(words) == 448
+    for columns in (64, 160):  # less than a block, and a quarter of one too many
+        assert nibbles.interleaved(values[:, : columns // 2]).dtype == torch.uint8
 
 
 @pytest.mark.parametrize("columns", [256, 192])

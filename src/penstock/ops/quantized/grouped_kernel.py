@@ -50,7 +50,7 @@ def product(
     of_bits = TILES[bits_of(kind)]
     largest = MANY if read_shared_memory(x.device) else of_bits[-1][1]
     tile = next((tile for most, tile in of_bits if average <= most), largest)
-    return multiply(kind, x, values, scale, offset, ends, group, fitting(tile, kind, group, x.device))
+    return multiply(kind, x, values, scale, offset, ends, group, fitting(tile, kind, values, group))
 
 
 def multiply(

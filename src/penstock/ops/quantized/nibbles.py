@@ -39,8 +39,10 @@ def paired(values: Tensor) -> Tensor:
 
 
 def interleaved(values: Tensor) -> Tensor:
-    """The same codes interleaved, int16 [M, K / 4]; in pairs, where K is no whole number of halves of blocks."""
-    if values.dtype == torch.int16 or columns_of(values) % (BLOCK // 2):
+    """The same codes interleaved, int16 [M, K / 4]; in pairs, where K is no whole number of halves of blocks, or less
+    than a block."""
+    columns = columns_of(values)
+    if values.dtype == torch.int16 or columns < BLOCK or columns % (BLOCK // 2):
         return values
     return _in_pieces(values, torch.int16, _words)
 

@@ -400,13 +400,14 @@ def product(kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor 
     largest = MANY if read_shared_memory(x.device) else TILES[bits][-1][1]
     tile = next((tile for most, tile in TILES[bits] if count <= most), largest)
     pieces = pieces_of(count, values.shape[0], size, tile, processors(x.device))
-    return multiply(kind, x, values, scale, offset, group, fitting(tile, kind, group, x.device), pieces)
+    return multiply(kind, x, values, scale, offset, group, fitting(tile, kind, values, group), pieces)
 
 
-def fitting(tile: Tile, kind: str, group: int, device: torch.device) -> Tile:
+def fitting(tile: Tile, kind: str, values: Tensor, group: int) -> Tile:
     """The ``tile`` with no more stages than the device has room for."""
-    stage = math.gcd(group, tile.depth) * (2 * tile.rows + bits_of(kind) * tile.height // 8)
-    return tile._replace(stages=stages(device, tile.stages, stage))
+    depth = BLOCK if values.dtype == torch.int16 else math.gcd(group, tile.depth)
+    stage = depth * (2 * tile.rows + bits_of(kind) * tile.height // 8)
+    return tile._replace(stages=stages(values.device, tile.stages, stage))
 
 
 def bits_of(kind: str) -> int:
