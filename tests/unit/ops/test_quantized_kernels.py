@@ -75,7 +75,8 @@ def test_products_are_those_with_the_dequantized_matrix(kind: str, group: int | 
     and everything in either order. They are as exact as sums in float32."""
     if kind in ("e4m3", "e2m1") and shifted:
         pytest.skip("floating point has no offsets")
-    for rows, columns, count, pieces in ((37, 160, 1, 2), (70, 384, 19, 1), (64, 448, 16, 3), (50, 640, 5, 3), (20, 64, 3, 1), (20, 192, 3, 2)):
+    shapes = ((37, 160, 1, 2), (70, 384, 19, 1), (64, 448, 16, 3), (50, 640, 5, 3), (20, 64, 3, 1), (20, 192, 3, 2))
+    for rows, columns, count, pieces in shapes:
         format, parts = random(kind, rows, columns, group, shifted)
         x, matrix = given(count, columns), format.dequantize(parts)
         for own in orders(kind, parts):
