@@ -3,11 +3,14 @@ beside the same requests on an engine without any.
 
 On CUDA random weights in the shape of Qwen3-8B, bf16, with adapters of rank 16 on all matrices; on the CPU python-6m in
 fp32, with rank 4: what a batch has to read of 32 adapters is a sixth of the weights there, and more than a half here.
+Then adapters as PEFT makes them where nothing else is said: rank 8, on the projections of queries and values.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import random
 import tempfile
 import time
@@ -29,6 +32,8 @@ from penstock.serve.messages import Request
 from penstock.train.tuners.lora import LoRA
 
 ADAPTERS = 32
+#: PEFT's own choice, for models such as these.
+RANK, TARGETS = 8, ("q_proj", "v_proj")
 
 
 def main(bench: Bench) -> None:
@@ -38,32 +43,47 @@ def main(bench: Bench) -> None:
     if on_cuda and not bench.quick:
         shape = "Qwen3-8B shape"
         model = serve.random_model(serve.SHAPES[shape], bench.device)
-    rank, common = 16 if on_cuda else 4, {"sequences": 256, "cache_tokens": 65_536 if on_cuda else 16_384}
+    common = {"sequences": 256, "cache_tokens": 65_536 if on_cuda else 16_384}
+    plain = build_engine(copy.deepcopy(model), EngineConfig.model_validate(common), report=show)
+    everywhere = 16 if on_cuda else 4
+    for subject, tuner in (
+        (f"adapters of rank {everywhere}", LoRA(rank=everywhere)),
+        (f"adapters of rank {RANK} on {' and '.join(TARGETS)}", LoRA(rank=RANK, targets=TARGETS)),
+    ):
+        measure(bench, subject, shape, plain, copy.deepcopy(model), tuner, common)
+        gc.collect()  # hooks and graphs hold each other
+
+
+def measure(
+    bench: Bench, subject: str, shape: str, plain: Engine, model: Decoder, tuner: LoRA, common: dict[str, int]
+) -> None:
+    """Rows of an engine of ``model`` with what ``tuner`` makes, beside the ``plain`` one."""
+    large = bench.device.type == "cuda" and not bench.quick
     with tempfile.TemporaryDirectory() as name:
-        folder = written(Path(name), model, rank)
-        plain = build_engine(copy.deepcopy(model), EngineConfig.model_validate(common), report=show)
+        folder = written(Path(name), model, tuner)
         # The same numbers in each slot: there they take the memory, and the time, of any others.
         names = [str(number) for number in range(ADAPTERS)]
         options = {**common, "adapters": dict.fromkeys(names, folder)}
         adapted = build_engine(model, EngineConfig.model_validate(options), report=show)
+    settings: list[tuple[str, int, Callable[[int], str]]] = [
+        (f"{ADAPTERS} requests, each with another of {ADAPTERS}", ADAPTERS, lambda place: names[place]),
+        (f"requests with {ADAPTERS} in turn", 256, lambda place: names[place % ADAPTERS]),
+        ("requests with the same one", 256, lambda _: names[0]),
+        (f"requests with none, {ADAPTERS} loaded", 256, lambda _: ""),
+    ]
     with settled():
-        for setting, count, choose in (
-            (f"{ADAPTERS} requests, each with another of {ADAPTERS}", ADAPTERS, lambda place: names[place]),
-            (f"requests with {ADAPTERS} in turn", 256, lambda place: names[place % ADAPTERS]),
-            ("requests with the same one", 256, lambda _: names[0]),
-            (f"requests with none, {ADAPTERS} loaded", 256, lambda _: ""),
-        ):
-            count = count if on_cuda and not bench.quick else min(count, 32)
-            work = requests(count, model.config.vocabulary, 1 if on_cuda and not bench.quick else 8)
+        for setting, count, choose in settings:
+            count = count if large else min(count, 32)
+            work = requests(count, model.config.vocabulary, 1 if large else 8)
             said = setting if setting.startswith(str(count)) else f"{count} {setting}"
             bench.compare(
-                subject=f"adapters of rank {rank}",
+                subject=subject,
                 peer="the model alone",
                 setting=f"{shape}: {said}",
                 metric="throughput",
                 unit="tokens/s",
-                run=lambda w=work, c=choose: run(adapted, w, c),
-                peer_run=lambda w=work: run(plain, w, lambda _: ""),
+                run=functools.partial(run, adapted, work, choose),
+                peer_run=functools.partial(run, plain, work, lambda _: ""),
                 repetitions=3,
                 claim="parity",
             )
@@ -88,9 +108,8 @@ def run(engine: Engine, work: list[tuple[list[int], int]], choose: Callable[[int
     return sum(wanted for _, wanted in work) / (time.perf_counter() - begun)
 
 
-def written(folder: Path, model: Decoder, rank: int) -> Path:
-    """The folder of an adapter with random numbers on all matrices of ``model``."""
-    tuner = LoRA(rank=rank)
+def written(folder: Path, model: Decoder, tuner: LoRA) -> Path:
+    """The folder of an adapter with random numbers that ``tuner`` makes for ``model``."""
     tuner.attach(model, 0)
     for _, layer in low_rank.attached(model):
         for b in layer.b.values():

@@ -58,8 +58,14 @@ class LowRank:
 class Wearing(Protocol):
     """Says which rows of a pass have which adapter."""
 
-    def add(self, out: Tensor, x: Tensor, matrices: LowRank) -> Tensor:
-        """``out`` [N, out] with what the adapter of each row adds for ``x`` [N, in]; of rows without one, as it is."""
+    def begin(self, x: Tensor, matrices: LowRank) -> Tensor | None:
+        """Begins with what does not need the product that is added to, beside which it runs; what :meth:`add` is told
+        of it."""
+        ...
+
+    def add(self, out: Tensor, x: Tensor, matrices: LowRank, begun: Tensor | None = None) -> Tensor:
+        """``out`` [N, out] with what the adapter of each row adds for ``x`` [N, in]; of rows without one, as it is.
+        ``begun`` is what :meth:`begin` has returned for them."""
         ...
 
 
@@ -99,7 +105,10 @@ class Chunked:
         taken = slice(int(slots[0]), int(slots[-1]) + 1) if straight else torch.from_numpy(slots)
         return cls(taken, *(torch.from_numpy(each) for each in (grid, kept, rows)))
 
-    def add(self, out: Tensor, x: Tensor, matrices: LowRank) -> Tensor:
+    def begin(self, x: Tensor, matrices: LowRank) -> None:
+        return None
+
+    def add(self, out: Tensor, x: Tensor, matrices: LowRank, begun: Tensor | None = None) -> Tensor:
         chunks = len(matrices.a[0][self.slots])
         given = x[self.grid].view(chunks, -1, x.shape[1])
         for a, b, (begin, end) in zip(matrices.a, matrices.b, matrices.ranges, strict=True):
@@ -119,7 +128,10 @@ class Native:
 
     owners: Tensor
 
-    def add(self, out: Tensor, x: Tensor, matrices: LowRank) -> Tensor:
+    def begin(self, x: Tensor, matrices: LowRank) -> None:
+        return None
+
+    def add(self, out: Tensor, x: Tensor, matrices: LowRank, begun: Tensor | None = None) -> Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
         owners, places = self.owners, (x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0))
         _kernel()(owners.data_ptr(), len(owners), *places, matrices.described, torch.get_num_threads())
@@ -147,9 +159,14 @@ class Sorted:
         """Of rows whose slots, of so many, are ``owners`` int64 [N]."""
         return cls(*_sorted(owners, slots + 1))
 
-    def add(self, out: Tensor, x: Tensor, matrices: LowRank) -> Tensor:
+    def begin(self, x: Tensor, matrices: LowRank) -> Tensor:
+        begun: Tensor = _narrow(x.contiguous(), self.order, self.tiles, matrices.a)
+        return begun
+
+    def add(self, out: Tensor, x: Tensor, matrices: LowRank, begun: Tensor | None = None) -> Tensor:
+        begun = self.begin(x, matrices) if begun is None else begun
         begins = [begin for begin, _ in matrices.ranges]
-        _add(out, x.contiguous(), self.order, self.tiles, matrices.a, list(matrices.b), begins)
+        _widen(out, x, begun, self.order, self.tiles, list(matrices.b), begins)
         return out
 
 
@@ -166,18 +183,44 @@ def _(owners: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return owners.new_empty(size, dtype=torch.int32), owners.new_empty(size, 3, dtype=torch.int32)
 
 
-@custom_op("penstock::add_low_rank", mutates_args=("out",))
-def _add(
-    out: Tensor, x: Tensor, order: Tensor, tiles: Tensor, a: Tensor, b: Sequence[Tensor], begins: Sequence[int]
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which the first of the two kernels runs: it has little to compute, and waits as long as others."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@custom_op("penstock::narrow_low_rank", mutates_args=())
+def _narrow(x: Tensor, order: Tensor, tiles: Tensor, a: Tensor) -> Tensor:
+    from penstock.ops.low_rank_kernel import narrow, room_of
+
+    inner, stream = room_of(x, a), _beside(x.device)
+    stream.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(stream):
+        narrow(inner, x, order, tiles, a)
+    return inner
+
+
+@_narrow.register_fake
+def _(x: Tensor, order: Tensor, tiles: Tensor, a: Tensor) -> Tensor:
+    from penstock.ops.low_rank_kernel import room_of
+
+    return room_of(x, a)
+
+
+@custom_op("penstock::widen_low_rank", mutates_args=("out",))
+def _widen(
+    out: Tensor, x: Tensor, inner: Tensor, order: Tensor, tiles: Tensor, b: Sequence[Tensor], begins: Sequence[int]
 ) -> None:
-    from penstock.ops.low_rank_kernel import add
+    # x is not read: whoever has it may not write to its memory before the other stream is done.
+    from penstock.ops.low_rank_kernel import widen
 
-    add(out, x, order, tiles, a, b, begins)
+    torch.cuda.current_stream(out.device).wait_stream(_beside(out.device))
+    widen(out, inner, order, tiles, b, begins)
 
 
-@_add.register_fake
+@_widen.register_fake
 def _(
-    out: Tensor, x: Tensor, order: Tensor, tiles: Tensor, a: Tensor, b: Sequence[Tensor], begins: Sequence[int]
+    out: Tensor, x: Tensor, inner: Tensor, order: Tensor, tiles: Tensor, b: Sequence[Tensor], begins: Sequence[int]
 ) -> None:
     return None
 

@@ -120,33 +120,46 @@ def _tiling(count: int, groups: int) -> tuple[Tile, int]:
     return tile, min(count, triton.cdiv(count, tile.rows) + groups)
 
 
-def add(
-    out: Tensor, x: Tensor, order: Tensor, tiles: Tensor, a: Tensor, b: Sequence[Tensor], begins: Sequence[int]
-) -> None:
-    """Adds to ``out`` [N, height] what there is for contiguous ``x`` [N, size]. The rows are in ``order`` and make
-    ``tiles``, as of :func:`sorted_tiles`. Of each piece there is A, [pieces, slots, width, size], B [slots, width, its
-    columns], and where its columns begin."""
+def room_of(x: Tensor, a: Tensor) -> Tensor:
+    """Where :func:`narrow` puts what it computes for ``x`` [N, size] and ``a`` [pieces, slots, width, size]."""
+    return x.new_empty(SPLITS, len(a), len(x), a.shape[2], dtype=torch.float32)
+
+
+def narrow(inner: Tensor, x: Tensor, order: Tensor, tiles: Tensor, a: Tensor) -> None:
+    """Writes to ``inner``, which is :func:`room_of`, what the A of each row's adapter, ``a`` [pieces, slots, width,
+    size], makes of contiguous ``x`` [N, size], in pieces of a sum. The rows are in ``order`` and make ``tiles``, as of
+    :func:`sorted_tiles`."""
     (count, size), (pieces, slots, width, _) = x.shape, a.shape
     if not count:
         return
-    # Matrix units multiply no fewer than 16.
-    rank = max(16, triton.next_power_of_2(width))
-    tile, many = _tiling(count, slots + 1)
+    rank, (tile, many) = _padded(width), _tiling(count, slots + 1)
     depth = max(16, min(tile.depth, ROOM // (rank * a.itemsize)))
-    columns = max(16, min(tile.columns, ROOM_B // (rank * a.itemsize)))
-    splits = min(SPLITS, triton.cdiv(size, depth))
-    inner = torch.empty(splits, pieces, count, width, dtype=torch.float32, device=x.device)
-    narrow_kernel[(many * pieces * splits,)](
+    narrow_kernel[(many * pieces * SPLITS,)](
         x, a, inner, order, tiles, many, count, pieces, slots, width, size,
-        rank=rank, rows=tile.rows, depth=depth, splits=splits, num_warps=tile.warps, num_stages=tile.stages,
+        rank=rank, rows=tile.rows, depth=depth, splits=SPLITS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+
+
+def widen(out: Tensor, inner: Tensor, order: Tensor, tiles: Tensor, b: Sequence[Tensor], begins: Sequence[int]) -> None:
+    """Adds to ``out`` [N, height] what the B of each row's adapter make of ``inner``, as :func:`narrow` left it. Of
+    each piece there is B, [slots, width, its columns], and where its columns begin."""
+    _, pieces, count, width = inner.shape
+    if not count:
+        return
+    rank, (tile, many) = _padded(width), _tiling(count, len(b[0]) + 1)
+    columns = max(16, min(tile.columns, ROOM_B // (rank * out.itemsize)))
     widths = [each.shape[2] for each in b]
-    blocks = _blocks(tuple(each.data_ptr() for each in b), tuple(begins), tuple(widths), columns, x.device)
+    blocks = _blocks(tuple(each.data_ptr() for each in b), tuple(begins), tuple(widths), columns, out.device)
     widen_kernel[(many * len(blocks),)](
         out, out.stride(0), inner, blocks, order, tiles, many, count, pieces, width,
-        rank=rank, rows=tile.rows, columns=columns, splits=splits, unit=math.gcd(16, columns, *begins, *widths),
+        rank=rank, rows=tile.rows, columns=columns, splits=SPLITS, unit=math.gcd(16, columns, *begins, *widths),
         num_warps=tile.rows // OWN,
     )  # fmt: skip
+
+
+def _padded(width: int) -> int:
+    """Of so many rows of A, how many a program has: matrix units multiply no fewer than 16."""
+    return max(16, triton.next_power_of_2(width))
 
 
 @functools.cache

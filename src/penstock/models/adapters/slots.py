@@ -61,6 +61,7 @@ class AdapterSlots:
         self._known = dict(known)
         self._model, self._family, self.slots, self.rank = model, family, slots, rank
         self._wearing: Wearing | None = None
+        self._begun: Tensor | None = None
         portion = portion_of(model)
         blank = _blank(model.config if portion is None else divided(portion.whole, portion.share.size))
         #: Of each matrix on disk that ranks divide, what this one has, and of which of the two: A or B.
@@ -84,17 +85,27 @@ class AdapterSlots:
                 [(ends[place] - pieces[place].rows, ends[place]) for place in own],
             )
             self._places |= {pieces[place].module: (name, number) for number, place in enumerate(own)}
+            ours = model.get_submodule(name)
+            ours.register_forward_pre_hook(functools.partial(self._begin, room))
             # Before what sums a layer's output over ranks: what is added to it is a part of that sum, too.
-            model.get_submodule(name).register_forward_hook(functools.partial(self._added, room), prepend=True)
+            ours.register_forward_hook(functools.partial(self._added, room), prepend=True)
 
     @property
     def nbytes(self) -> int:
         """Memory of all slots."""
         return sum(each.nbytes for room in self._matrices.values() for each in (room.a, *room.b))
 
+    def _begin(self, room: LowRank, layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        """The hook before ``layer``."""
+        if self._wearing is not None:
+            self._begun = self._wearing.begin(inputs[0], room)
+
     def _added(self, room: LowRank, layer: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
         """The hook behind ``layer``."""
-        return out if self._wearing is None else self._wearing.add(out, inputs[0], room)
+        if self._wearing is None:
+            return out
+        begun, self._begun = self._begun, None
+        return self._wearing.add(out, inputs[0], room, begun)
 
     def trunk(
         self, tokens: Tensor, context: AttentionContext, pieces: Pieces = EAGER, owners: Tensor | None = None
