@@ -20,6 +20,8 @@ SOURCE = Path(__file__).with_name("low_rank_kernel.cpp")
 
 #: Rows of one adapter that are multiplied together at most.
 CHUNK = 16
+#: Parts of a sum over what goes in, on CUDA: a few rows alone do not fill a device.
+SPLITS = 8
 
 
 class _Matrices(ctypes.Structure):
@@ -191,9 +193,9 @@ def _beside(device: torch.device) -> torch.cuda.Stream:
 
 @custom_op("penstock::narrow_low_rank", mutates_args=())
 def _narrow(x: Tensor, order: Tensor, tiles: Tensor, a: Tensor) -> Tensor:
-    from penstock.ops.low_rank_kernel import narrow, room_of
+    from penstock.ops.low_rank_kernel import narrow
 
-    inner, stream = room_of(x, a), _beside(x.device)
+    inner, stream = _room(x, a), _beside(x.device)
     stream.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(stream):
         narrow(inner, x, order, tiles, a)
@@ -202,9 +204,13 @@ def _narrow(x: Tensor, order: Tensor, tiles: Tensor, a: Tensor) -> Tensor:
 
 @_narrow.register_fake
 def _(x: Tensor, order: Tensor, tiles: Tensor, a: Tensor) -> Tensor:
-    from penstock.ops.low_rank_kernel import room_of
+    return _room(x, a)
 
-    return room_of(x, a)
+
+def _room(x: Tensor, a: Tensor) -> Tensor:
+    """Where what ``a`` [pieces, slots, width, size] makes of ``x`` [N, size] goes, in parts of a sum. ``len`` would make
+    a number of an N that is to be any."""
+    return x.new_empty(SPLITS, a.shape[0], x.shape[0], a.shape[2], dtype=torch.float32)
 
 
 @custom_op("penstock::widen_low_rank", mutates_args=("out",))

@@ -20,8 +20,6 @@ from penstock.ops.invariant_kernel import Tile, tile_of
 FEW, MANY = Tile(16, 128, 128, 2, 4), Tile(64, 128, 64, 4, 3)
 #: Rows of a tile for each warp of a program that widens them.
 OWN = 16
-#: Pieces of a sum over what goes in: a few rows alone do not fill a device.
-SPLITS = 8
 #: Bytes of A and of B that a program has at a time at most.
 ROOM, ROOM_B = 1 << 15, 1 << 17
 
@@ -120,30 +118,25 @@ def _tiling(count: int, groups: int) -> tuple[Tile, int]:
     return tile, min(count, triton.cdiv(count, tile.rows) + groups)
 
 
-def room_of(x: Tensor, a: Tensor) -> Tensor:
-    """Where :func:`narrow` puts what it computes for ``x`` [N, size] and ``a`` [pieces, slots, width, size]."""
-    return x.new_empty(SPLITS, len(a), len(x), a.shape[2], dtype=torch.float32)
-
-
 def narrow(inner: Tensor, x: Tensor, order: Tensor, tiles: Tensor, a: Tensor) -> None:
-    """Writes to ``inner``, which is :func:`room_of`, what the A of each row's adapter, ``a`` [pieces, slots, width,
-    size], makes of contiguous ``x`` [N, size], in pieces of a sum. The rows are in ``order`` and make ``tiles``, as of
-    :func:`sorted_tiles`."""
-    (count, size), (pieces, slots, width, _) = x.shape, a.shape
+    """Writes to ``inner`` float32 [splits, pieces, N, width], in so many parts of a sum, what the A of each row's
+    adapter, ``a`` [pieces, slots, width, size], makes of contiguous ``x`` [N, size]. The rows are in ``order`` and make
+    ``tiles``, as of :func:`sorted_tiles`."""
+    splits, (count, size), (pieces, slots, width, _) = len(inner), x.shape, a.shape
     if not count:
         return
     rank, (tile, many) = _padded(width), _tiling(count, slots + 1)
     depth = max(16, min(tile.depth, ROOM // (rank * a.itemsize)))
-    narrow_kernel[(many * pieces * SPLITS,)](
+    narrow_kernel[(many * pieces * splits,)](
         x, a, inner, order, tiles, many, count, pieces, slots, width, size,
-        rank=rank, rows=tile.rows, depth=depth, splits=SPLITS, num_warps=tile.warps, num_stages=tile.stages,
+        rank=rank, rows=tile.rows, depth=depth, splits=splits, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def widen(out: Tensor, inner: Tensor, order: Tensor, tiles: Tensor, b: Sequence[Tensor], begins: Sequence[int]) -> None:
     """Adds to ``out`` [N, height] what the B of each row's adapter make of ``inner``, as :func:`narrow` left it. Of
     each piece there is B, [slots, width, its columns], and where its columns begin."""
-    _, pieces, count, width = inner.shape
+    splits, pieces, count, width = inner.shape
     if not count:
         return
     rank, (tile, many) = _padded(width), _tiling(count, len(b[0]) + 1)
@@ -152,7 +145,7 @@ def widen(out: Tensor, inner: Tensor, order: Tensor, tiles: Tensor, b: Sequence[
     blocks = _blocks(tuple(each.data_ptr() for each in b), tuple(begins), tuple(widths), columns, out.device)
     widen_kernel[(many * len(blocks),)](
         out, out.stride(0), inner, blocks, order, tiles, many, count, pieces, width,
-        rank=rank, rows=tile.rows, columns=columns, splits=SPLITS, unit=math.gcd(16, columns, *begins, *widths),
+        rank=rank, rows=tile.rows, columns=columns, splits=splits, unit=math.gcd(16, columns, *begins, *widths),
         num_warps=tile.rows // OWN,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from penstock.models.decoder import Decoder
 from penstock.models.quantized import QuantizedLinear
 from penstock.ops import low_rank
 from penstock.ops.attention import PLAIN
-from penstock.ops.low_rank import CHUNK, Chunked, Native
+from penstock.ops.low_rank import CHUNK, Chunked, Native, Sorted
 from penstock.testing.enrolled import enrolled
 from penstock.testing.transformers_peer import peer
 from tiny_adapters import added, row_by_row, written
@@ -296,3 +296,19 @@ def test_numbers_in_fp32_are_native_code_s():
     assert low_rank.takes(torch.zeros(1))
     assert isinstance(low_rank.wearing(torch.tensor([0, 2]), 2, natively=True), Native)
     assert low_rank.wearing(torch.tensor([0, 0]), 2, natively=True) is None
+
+
+def test_what_cuda_computes_is_compiled_once_for_any_number_of_rows():
+    """The compiler sees sizes alone: nothing is computed here."""
+    graphs, draw = [], torch.Generator().manual_seed(0)
+    room = added(4, 3, 10, (4, 6), torch.float32, draw)
+
+    def add(out, x, owners):
+        Sorted.of(owners, 4).add(out, x, room)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(add, dynamic=True, backend=lambda graph, _: (graphs.append(graph), lambda *given: ())[1])
+    for count in (5, 9, 300):
+        compiled(torch.zeros(count, 14), torch.zeros(count, 10), torch.zeros(count, dtype=torch.int64))
+    torch._dynamo.reset()
+    assert len(graphs) == 1

@@ -38,7 +38,9 @@ class _Staged:
     waited for; all else is the same."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._pins = device, device.type == "cuda"
+        self._pins = device.type == "cuda"
+        # Threads have a current device of their own, which is not the caller's.
+        self._device = torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
         self._own = threading.local()
         self._changed, self._underway = threading.Condition(), 0
 
