@@ -34,7 +34,7 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
-from penstock.serve.rehearsal import Zeros
+from penstock.serve.rehearsal import Zeros, rehearse_drafts
 from penstock.speculate.controllers.fixed import Fixed
 from penstock.train.kept import kept_run
 
@@ -86,7 +86,8 @@ def opened(bench: Bench, target: Decoder, draft: Decoder) -> dict[str, Engine]:
         if not engines:
             engines[PLAIN] = Engine(configured(bench), runner)
         for name, config in configs.items():
-            engines[f"{drafter}, {name}"] = Engine(config, runner, draft=drafting)
+            engines[f"{drafter}, {name}"] = engine = Engine(config, runner, draft=drafting)
+            rehearse_drafts(config, engine, drafting)
     return engines
 
 

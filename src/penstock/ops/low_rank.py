@@ -208,8 +208,8 @@ def _(x: Tensor, order: Tensor, tiles: Tensor, a: Tensor) -> Tensor:
 
 
 def _room(x: Tensor, a: Tensor) -> Tensor:
-    """Where what ``a`` [pieces, slots, width, size] makes of ``x`` [N, size] goes, in parts of a sum. ``len`` would make
-    a number of an N that is to be any."""
+    """Where what ``a`` [pieces, slots, width, size] makes of ``x`` [N, size] goes, in parts of a sum. ``len`` would
+    make a number of an N that is to be any."""
     return x.new_empty(SPLITS, a.shape[0], x.shape[0], a.shape[2], dtype=torch.float32)
 
 

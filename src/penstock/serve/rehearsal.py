@@ -3,6 +3,8 @@ what happens at the first use. An engine that rehearsed is of no further use; it
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Sequence as List
 
 import torch
@@ -16,11 +18,15 @@ from penstock.serve.engine.executor import Executor
 from penstock.serve.engine.prompt_clock import PromptClock
 from penstock.serve.messages import Request
 from penstock.speculate.contract import Drafter
+from penstock.speculate.controllers.contract import Control, Controller, Seen
 from penstock.speculate.controllers.fixed import Fixed
 from penstock.speculate.tree import Tree, full
 
 #: Tokens of the prompts of those that go on beside the longest prompt, and how many steps they go on.
 SHORT, STEPS = 2, 8
+
+#: Steps of each kind that are timed, and seconds after which no larger crowds are.
+TIMED, ENOUGH = 3, 1.0
 
 
 def rehearse_first_uses(config: EngineConfig, executor: Executor, draft: DraftExecutor | None = None) -> None:
@@ -91,6 +97,78 @@ class Zeros(Drafter):
     def grow(self, branches: List[int], depth: int, most: int) -> Tree:
         parents = full(branches, min(depth, self.tokens), most)
         return Tree([0] * len(parents), parents)
+
+
+class Timing(Control):
+    """Has ``length`` tokens drafted in each step.
+
+    Attributes:
+        length: how many.
+        seen: the steps of which it is known what they took, without those that compute prompts.
+    """
+
+    def __init__(self) -> None:
+        self.length, self.seen = 0, list[Seen]()
+
+    def ahead(self, sequences: int) -> int:
+        return self.length
+
+    def learn(self, seen: Seen) -> None:
+        if seen.seconds is not None and not seen.prompts and seen.ahead == self.length:
+            self.seen.append(seen)
+
+
+class Timed(Controller):
+    """Leaves it to a control that others have, too.
+
+    Attributes:
+        control: decides.
+    """
+
+    control: Timing
+
+    def start(self, most: int) -> Control:
+        return self.control
+
+
+def rehearse_drafts(config: EngineConfig, engine: Engine, draft: DraftExecutor | None = None) -> None:
+    """Tells what decides in ``engine`` how many tokens are drafted, before there are any requests, what steps take by
+    how many are: for one sequence, two, four and so on, as long as that does not take long, with the drafting of the
+    model ``draft``, if there is one. What is accepted shows with the first drafts; what they cost it would have to find
+    out by losing."""
+    speculation = engine.steps.speculation
+    if speculation is None or not speculation.asks():
+        return
+    control = Timing()
+    config = config.model_copy(update={"controller": Timed(control=control)})
+    if draft is None and config.draft is not None:
+        config = config.model_copy(update={"draft": Zeros(tokens=config.draft.most)})
+    other, begun = Engine(config, engine.executor, draft=draft), time.perf_counter()
+    for crowd in itertools.takewhile(lambda size: size <= other.limits.sequences, (2**power for power in range(31))):
+        for length in speculation.asks():
+            control.length = length
+            # The first step of its kind computes what was missed before.
+            for seen in _timed(other, control, crowd)[1:]:
+                speculation.expect(crowd, length, seen.seconds or 0.0)
+        if time.perf_counter() - begun > ENOUGH:
+            break
+
+
+def _timed(engine: Engine, control: Timing, crowd: int) -> list[Seen]:
+    """Some steps in which so many sequences go on."""
+    control.seen.clear()
+    rows = 1 + control.length
+    wanted = min(rows * (STEPS + TIMED), engine.limits.context - SHORT)
+    sampling = SamplingParams(temperature=0, max_tokens=wanted, ignore_eos=True)
+    for place in range(crowd):
+        engine.add(Request(str(place), [place % engine.executor.shape.vocabulary] * SHORT, sampling))
+    while engine.busy and len(control.seen) <= TIMED:
+        engine.step()
+    for place in range(crowd):
+        engine.abort(str(place))
+    while engine.busy:
+        engine.step()
+    return [seen for seen in control.seen if seen.sequences == crowd]
 
 
 def rehearse_largest_steps(config: EngineConfig, executor: Executor, draft: DraftExecutor | None = None) -> None:

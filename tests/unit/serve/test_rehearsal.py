@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from penstock.models.decoder import Decoder
 from penstock.ops.linear import FEW
+from penstock.serve import rehearsal
 from penstock.serve.build import build_engine, build_runner
 from penstock.serve.choose.sampling import MOST_LOGPROBS
 from penstock.serve.config import EngineConfig
@@ -17,11 +20,12 @@ from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.executor import Executor
 from penstock.serve.rehearsal import (
     rehearsal_blocks,
+    rehearse_drafts,
     rehearse_first_uses,
     rehearse_largest_steps,
     rehearse_prompts,
 )
-from penstock.testing.serve_model import SHAPE, small_model
+from penstock.testing.serve_model import SHAPE, draft_of, small_model
 
 CPU = torch.device("cpu")
 
@@ -53,6 +57,33 @@ def test_first_uses_are_of_drafts_too_whatever_would_be_asked_for():
     rehearse_first_uses(config, engine.executor)
     scored = {entry.scored for batch in launched for entry in batch.entries}
     assert {1, 1 + config.draft.most} <= scored
+
+
+@pytest.mark.parametrize("enough", [0.0, 60.0])
+@pytest.mark.parametrize("draft", [{"name": "ngram", "tokens": 5}, {"name": "model", "source": "a model", "tokens": 5}])
+def test_what_drafts_cost_is_told_of_each_crowd_as_long_as_that_is_soon_done(draft, enough, monkeypatch):
+    monkeypatch.setattr(rehearsal, "ENOUGH", enough)
+    config = EngineConfig(tokens=64, sequences=8, cache_tokens=800, draft=draft, check=True)
+    engine, told = build_engine(small_model(), config, draft=draft_of(small_model())), []
+    assert engine.steps.speculation is not None
+    monkeypatch.setattr(engine.steps.speculation, "expect", lambda *given: told.append(given))
+    launched = batches_of(engine.executor)
+    rehearse_drafts(config, engine, engine.steps.speculation.model)
+    lengths = (0, 1, 2, 3, 5)
+    assert {each[:2] for each in told} == set(itertools.product((1, 2, 4, 8) if enough else (1,), lengths))
+    assert all(2 <= count <= 3 for count in Counter(each[:2] for each in told).values())
+    assert all(0 < seconds < 10 for *_, seconds in told)
+    met = {(len(batch.entries), entry.scored) for batch in launched for entry in batch.entries}
+    assert {(8 if enough else 1, 1 + length) for length in lengths} <= met
+    assert engine.memory.pool.held == 0 and not engine.busy and engine.snapshot().steps == 0
+
+
+def test_who_does_not_go_by_time_is_told_nothing():
+    for options in ({}, {"draft": "ngram", "controller": "fixed"}):
+        engine = build_engine(small_model(), EngineConfig(cache_tokens=400, **options))
+        launched = batches_of(engine.executor)
+        rehearse_drafts(EngineConfig(**options), engine)
+        assert not launched
 
 
 @pytest.mark.parametrize(("block_size", "context"), [(1, 16), (16, 16), (16, 2)])

@@ -51,6 +51,14 @@ class Speculation:
             self.shaper.plan(ahead, lambda rows: self._control.seconds(going * rows))
         return ahead
 
+    def asks(self) -> List[int]:
+        """As of :meth:`Control.asks`."""
+        return self._control.asks()
+
+    def expect(self, sequences: int, ahead: int, seconds: float) -> None:
+        """As of :meth:`Control.expect`."""
+        self._control.expect(sequences, ahead, seconds)
+
     def draft(self, batch: Batch) -> None:
         """Has drafted what the entries of ``batch`` await. They are shorter then where less was drafted or kept."""
         if self.model is None:
@@ -79,7 +87,7 @@ class Speculation:
         """``batch`` is on its way."""
         # Whoever goes on was there when the last step ended.
         sequences = (entry.sequence for entry in batch.entries)
-        self._steps.begin(batch.begun, any(len(each.tokens) > each.prompt for each in sequences))
+        self._steps.begin(batch.begun, lambda: any(len(each.tokens) > each.prompt for each in sequences))
 
     def end(self, batch: Batch) -> None:
         """What came out of ``batch`` is known."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 
 
 @dataclasses.dataclass
@@ -29,13 +30,13 @@ class StepClock:
         self._under_way: deque[_Launched] = deque()
         self._ended: float | None = None
 
-    def begin(self, now: float, busy: bool = False) -> None:
-        """A step begins; ``busy`` says whether there was work to do since the end of the last one."""
+    def begin(self, now: float, busy: Callable[[], bool] = lambda: False) -> None:
+        """A step begins; ``busy`` says, if it is asked, whether there was work to do since the end of the last one."""
         if self._under_way:
             self._under_way[-1].followed = now
             self._under_way.append(_Launched(now, behind=True))
         else:
-            begun = self._ended if busy and self._ended is not None else now
+            begun = self._ended if self._ended is not None and busy() else now
             self._under_way.append(_Launched(begun, behind=False))
 
     def end(self, now: float) -> float | None:

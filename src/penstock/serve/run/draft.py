@@ -137,6 +137,8 @@ class DraftModel(Drafting):
     def prepare(self, batch: Batch) -> None:
         """What this cache holds of the places that are written is void."""
         self._coverage.forget(batch.restored)
+        if batch.compactions:
+            self._coverage.look_anew()
         if batch.copies:
             sources, targets = (list(each) for each in zip(*batch.copies, strict=True))
             self.runner.cache.copy(sources, targets)
@@ -275,6 +277,10 @@ class Coverage:
 
     def __init__(self, blocks: int, size: int) -> None:
         self._held, self._size = np.zeros(blocks, np.int64), size
+        #: By slot, the sequence that was looked at lately, by when it came. While all that happens is that the target
+        #: writes its next token, there is nothing to look at before its next block: what is held of this one ends
+        #: before that token.
+        self._lately: dict[int, int] = {}
 
     @contextlib.contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -284,18 +290,35 @@ class Coverage:
             yield
         finally:
             self._held = held
+            self._lately.clear()
 
     def copy(self, sources: List[int], targets: List[int]) -> None:
         """Blocks were copied."""
         self._held[targets] = self._held[sources]
+        self._lately.clear()
 
     def forget(self, blocks: List[int]) -> None:
         """Nothing of ``blocks`` is held."""
-        self._held[blocks] = 0
+        if blocks:
+            self._held[blocks] = 0
+            self._lately.clear()
+
+    def look_anew(self) -> None:
+        """Sequences may have other blocks than before."""
+        self._lately.clear()
 
     def overwrite(self, entries: List[Entry], tables: np.ndarray) -> None:
         """The target writes the tokens of ``entries``, of sequences whose blocks are in ``tables``."""
-        given = [(entry.slot, entry.start, entry.start + entry.count) for entry in entries]
+        lately, size = self._lately, self._size
+        new = [
+            entry
+            for entry in entries
+            if entry.count > 1 or not entry.start % size or lately.get(entry.slot) != entry.sequence.arrival
+        ]
+        if not new:
+            return
+        lately.update([(entry.slot, entry.sequence.arrival) for entry in new])
+        given = [(entry.slot, entry.start, entry.start + entry.count) for entry in new]
         slots, starts, ends = np.array(given, np.int64).reshape(-1, 3).T
         firsts, offsets = np.divmod(starts, self._size)
         np.minimum.at(self._held, tables[slots, firsts], offsets)
@@ -305,6 +328,7 @@ class Coverage:
 
     def extend(self, table: np.ndarray, start: int, end: int) -> None:
         """The tokens [start, end) were computed; those before them are there."""
+        self._lately.clear()
         last = (end - 1) // self._size
         self._held[table[start // self._size : last]] = self._size
         self._held[table[last]] = end - last * self._size

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,8 +11,7 @@ from penstock.policy import Policy, contract
 from penstock.speculate.contract import Drafter
 
 
-@dataclasses.dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """A step in which sequences went on for which tokens may be drafted, and what came of it.
 
     Attributes:
@@ -74,6 +73,14 @@ class Control:
 
     def learn(self, seen: Seen) -> None:
         """A step is over."""
+
+    def asks(self) -> Sequence[int]:
+        """Of which lengths it wants to know beforehand what such steps take, shorter ones first; here of none."""
+        return ()
+
+    def expect(self, sequences: int, ahead: int, seconds: float) -> None:
+        """A step in which so many tokens were drafted for each of so many sequences has taken so many seconds, before
+        there were any requests."""
 
 
 @contract(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from statistics import median
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from pydantic import Field
 
 from penstock.policy import policy
 from penstock.speculate.controllers.contract import Control, Controller, Seen
+from penstock.speculate.expected import chain_tokens
 
 #: The last so many times that a step of a kind was timed count.
 TIMES = 9
@@ -25,6 +27,12 @@ CREDIT = 3
 
 #: Where drafting loses, it is reckoned anew once in so many steps, since what that takes is felt where steps are short.
 REST = 8
+
+#: Where not even drafts that are all accepted would win, one trial is left of so many.
+SELDOM = 32
+
+#: How many tokens are accepted where drafting is worth trying.
+MUCH = 0.7
 
 #: By how much a step may take longer than its rows would, one after the other, in plain steps.
 DISTURBED = 2
@@ -85,11 +93,24 @@ class Measuring(Control):
                 return self._renewed(crowd, best, list(rates))
             return self._decide(crowd)
         self._winning, self._drafting, self._confirming = 0, False, None
-        due = self._since >= self._policy.patience and self._affords(plain, loss)
-        if len(rates) > 1 and (self._again or due):
-            return max(list(rates)[1:], key=lambda length: rates[length])
-        self._resting = crowd
-        return 0
+        length = self._tried_next(crowd, plain)
+        if not length:
+            self._resting = crowd
+        return length
+
+    def _tried_next(self, crowd: int, plain: float) -> int:
+        """Where drafting loses by what was accepted lately: the length that brings the most if much is accepted, where
+        it is time to see, or worth going on; else 0. Where it would lose if all were accepted, it is seldom looked at
+        whether this is still so."""
+        seconds = {length: median(times) for length in self._lengths[1:] if (times := self._seconds[crowd, length])}
+        if not seconds or not (self._again or self._since >= self._policy.patience):
+            return 0
+        length = max(seconds, key=lambda each: chain_tokens(MUCH, each) / seconds[each])
+        hopeless = self._known(crowd, length) and (1 + length) / seconds[length] < plain
+        if hopeless and self._since < SELDOM * self._policy.patience:
+            return 0
+        loss = seconds[length] - self.tokens(length) / plain
+        return length if self._again or self._affords(plain, loss) else 0
 
     def _known(self, crowd: int, length: int) -> bool:
         return len(self._seconds[crowd, length]) >= self._policy.trials
@@ -146,7 +167,18 @@ class Measuring(Control):
         seconds: np.ndarray = np.interp(rows, sizes, times) + slope * np.maximum(0, rows - sizes[-1])
         return seconds
 
+    def asks(self) -> Sequence[int]:
+        return self._lengths
+
+    def expect(self, sequences: int, ahead: int, seconds: float) -> None:
+        self._seconds[_crowd(sequences), ahead].append(seconds)
+
     def learn(self, seen: Seen) -> None:
+        if not seen.ahead and self._resting is not None and self._since % REST:
+            # Most steps where drafting loses: then it should cost nothing.
+            self._since += 1
+            self._spent += seen.seconds or 0.0
+            return
         if seen.rows and seen.seconds is not None:
             self._by_rows.setdefault(round(2 * math.log2(seen.rows)), deque(maxlen=TIMES)).append(seen.seconds)
         self._spent += seen.seconds or 0.0
@@ -191,7 +223,10 @@ class Measuring(Control):
         tokens = 1 + sum(seen.accepted) / seen.sequences
         times = self._seconds[crowd, seen.ahead]
         usual = seconds if first or not times else min(seconds, 2 * min(times))
-        self._lost = max(0.0, self._lost + usual - tokens * plain)
+        # That drafts which paid until now are no longer accepted was no trial: to see whether they are again, there is
+        # as much time as there was before.
+        if not self._drafting or usual < tokens * plain:
+            self._lost = max(0.0, self._lost + usual - tokens * plain)
         if first:
             self._dear = seconds - tokens * plain
             self._again, self._trials = True, 0

@@ -49,16 +49,16 @@ def test_where_all_is_read_after_each_second_step_nothing_is_told() -> None:
 
 def test_a_step_alone_takes_from_the_end_of_the_last_one_where_there_was_work_to_do_since_then() -> None:
     clock = StepClock()
-    clock.begin(1.0, busy=True)  # nothing has ended yet
+    clock.begin(1.0, busy=lambda: True)  # nothing has ended yet
     assert clock.end(3.0) == 2.0
-    clock.begin(4.0, busy=True)
+    clock.begin(4.0, busy=lambda: True)
     assert clock.end(6.0) == 3.0
     clock.begin(60.0)  # somebody came after a while
     assert clock.end(61.0) == 1.0
-    clock.begin(61.5, busy=True)
-    clock.begin(62.0, busy=True)
-    clock.begin(64.0, busy=True)
+    clock.begin(61.5, busy=lambda: True)
+    clock.begin(62.0, busy=lambda: True)
+    clock.begin(64.0, busy=lambda: True)
     # The first of those that overlap and the last one cannot be told.
     assert [clock.end(65.0), clock.end(66.0), clock.end(67.0)] == [None, 2.0, None]
-    clock.begin(68.0, busy=True)
+    clock.begin(68.0, busy=lambda: True)
     assert clock.end(69.0) == 2.0
