@@ -3,8 +3,10 @@
 Processes of their own open a model and say when they had imported what they need, read the model, built the kernels of
 attention, compiled the model, captured its steps as graphs, and had a token; what is left is the rest of opening.
 Beside them, the whole of what a user waits for: `penstock serve` until a request has its first token, and `penstock
-batch` with one line. *Cold* is the first of such processes with empty folders for what Penstock, PyTorch, Triton and
-FlashInfer keep (the files of the model may be in the system's memory), *warm* are those after it.
+batch` with one line. *Cold* is the first of such processes with empty folders for what Python, Penstock, PyTorch,
+Triton and FlashInfer keep (the files of the model may be in the system's memory), *warm* are those after it. Python
+keeps the bytecode of what it imports in a folder of its own here: where packages were installed by somebody else it may
+not be able to keep it beside them, and each process would compile some thousand files again.
 
 On CUDA random weights in the shape of Qwen3-8B, bf16; on the CPU python-6m, and smollm2 where it is installed.
 """
@@ -158,8 +160,10 @@ def nothing_kept() -> Iterator[dict[str, str]]:
             "TORCHINDUCTOR_CACHE_DIR": "inductor",
             "TRITON_CACHE_DIR": "triton",
             "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+            "PYTHONPYCACHEPREFIX": "bytecode",
         }
-        yield {**os.environ, **{name: str(Path(folder, place)) for name, place in places.items()}}
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        yield {**inherited, **{name: str(Path(folder, place)) for name, place in places.items()}}
 
 
 def main(bench: Bench) -> None:

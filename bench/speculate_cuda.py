@@ -16,7 +16,7 @@ import inspect
 import itertools
 import platform
 import statistics
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,17 @@ def opened(bench: Bench, target: Decoder, draft: Decoder) -> dict[str, Engine]:
     return engines
 
 
-def by_crowd(bench: Bench, engines: dict[str, Engine], pieces: list[list[int]], crowds: Iterable[int] = CROWDS) -> None:
-    """Tokens a second and tokens a step, by how many requests there are at a time."""
-    for crowd in itertools.islice(crowds, 2 if bench.quick else None):
-        most = CROWDS[crowd]
+def by_crowd(
+    bench: Bench,
+    engines: dict[str, Engine],
+    pieces: list[list[int]],
+    crowds: Mapping[int, int] = CROWDS,
+    least: int = speculate.ALONE,
+) -> None:
+    """Tokens a second and tokens a step, by how many requests there are at a time, of at ``least`` so many in all."""
+    for crowd, most in itertools.islice(crowds.items(), 2 if bench.quick else None):
         output = 24 if bench.quick else most
-        todo = pieces[: max(crowd, 1 if bench.quick else speculate.ALONE)]
+        todo = pieces[: max(crowd, 1 if bench.quick else least)]
         runs = {name: functools.partial(speculate.run, engine, todo, crowd, output) for name, engine in engines.items()}
         speculate.measure(bench, runs, engines, f"{crowd} at a time", REPETITIONS)
 

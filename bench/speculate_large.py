@@ -16,8 +16,8 @@ from penstock.models.decoder import Decoder
 
 usual = load("speculate_cuda")
 
-#: Parameters of the target, and requests at a time.
-PARAMETERS, CROWDS = 8e9, (1, 8, 64)
+#: Parameters of the target; requests at a time, and the tokens wanted after each prompt; and requests at least.
+PARAMETERS, CROWDS, LEAST = 8e9, {1: 128, 8: 128, 64: 128}, 4
 
 
 def count(model: Decoder) -> int:
@@ -55,4 +55,4 @@ def main(bench: Bench) -> None:
     wanted = PARAMETERS if bench.device.type == "cuda" else 2 * count(target)
     engines = usual.opened(bench, widened(target, wanted), draft)
     with settled():  # as a server is
-        usual.by_crowd(bench, engines, pieces, CROWDS)
+        usual.by_crowd(bench, engines, pieces, CROWDS, LEAST)

@@ -152,7 +152,7 @@ def widen(out: Tensor, inner: Tensor, order: Tensor, tiles: Tensor, b: Sequence[
 
 def _padded(width: int) -> int:
     """Of so many rows of A, how many a program has: matrix units multiply no fewer than 16."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 @functools.cache
