@@ -147,9 +147,10 @@ def rehearse_drafts(config: EngineConfig, engine: Engine, draft: DraftExecutor |
     for crowd in itertools.takewhile(lambda size: size <= other.limits.sequences, (2**power for power in range(31))):
         for length in speculation.asks():
             control.length = length
-            # The first step of its kind computes what was missed before.
-            for seen in _timed(other, control, crowd)[1:]:
-                speculation.expect(crowd, length, seen.seconds or 0.0)
+            # The least: the first step of its kind computes what was missed before, and more may happen for the first
+            # time.
+            if took := [seen.seconds for seen in _timed(other, control, crowd) if seen.seconds is not None]:
+                speculation.expect(crowd, length, min(took))
         if time.perf_counter() - begun > ENOUGH:
             break
 

@@ -288,11 +288,12 @@ class Machine:
         """How much faster it is than plain decoding where so many tokens are always drafted."""
         return self.tokens(length) * self.plain / self.seconds(length)
 
-    def start(self, controller: Controller, told: bool) -> Control:
-        """A control for it, which is ``told`` beforehand what steps take, or not."""
+    def start(self, controller: Controller, told: float) -> Control:
+        """A control for it, which is told beforehand so many times what steps with drafts take; nothing if that is
+        0."""
         control = controller.start(len(self.chances))
-        for length in 3 * list(control.asks()) if told else ():
-            control.expect(self.sequences, length, self.seconds(length))
+        for length in control.asks() if told else ():
+            control.expect(self.sequences, length, self.seconds(length) * (told if length else 1))
         return control
 
     def speed(self, control: Control, steps: int, overlapped: bool) -> float:
@@ -341,16 +342,17 @@ WINNING = (
 def check_losses(controller: Controller) -> None:
     """Asserts of a controller that goes by time that it is next to never slower than plain decoding, trials included,
     and comes to the best length where drafting pays; in either loop, and whether or not it is told beforehand what
-    steps take."""
-    for machine, overlapped, told in itertools.product(LOSING, (False, True), (False, True)):
+    steps take, or told twice that."""
+    for machine, overlapped, told in itertools.product(LOSING, (False, True), (0, 1, 2)):
         for steps, least in ((300, 0.97), (3000, 0.98)):
             speed = machine.speed(machine.start(controller, told), steps, overlapped)
             assert speed >= least, f"{machine}: {speed:.3f} of the speed of plain decoding in {steps} steps"
-    for machine, overlapped, told in itertools.product(WINNING, (False, True), (False, True)):
+    for machine, overlapped, told in itertools.product(WINNING, (False, True), (0, 1, 2)):
         best = max(machine.gain(length) for length in range(1 + len(machine.chances)))
         # Who has to find out what steps take needs some for it.
-        speed = machine.speed(machine.start(controller, told), 200 if told else 1000, overlapped)
-        assert speed >= 0.97 * best, f"{machine}: it gains {speed:.3f}, and {best:.3f} can be had"
+        speed = machine.speed(machine.start(controller, told), 200 if told == 1 else 1000, overlapped)
+        least = (0.9 if told == 2 else 0.97) * best
+        assert speed >= least, f"{machine}: it gains {speed:.3f}, and {best:.3f} can be had"
         control = machine.start(controller, told)
         dataclasses.replace(machine, chances=(0.05,) * len(machine.chances)).speed(control, 500, overlapped)
         speed = machine.speed(control, 2000, overlapped)

@@ -31,13 +31,16 @@ REST = 8
 #: Where not even drafts that are all accepted would win, one trial is left of so many.
 SELDOM = 32
 
+#: By how much a step may have been expected to take longer than it does.
+UNSURE = 2
+
 #: How many tokens are accepted where drafting is worth trying.
 MUCH = 0.7
 
 #: By how much a step may take longer than its rows would, one after the other, in plain steps.
 DISTURBED = 2
 
-#: In so many steps in a row at most something is learned of a length that has lost.
+#: In so many steps in a row at most something is learned of a length that has lost, from so many drafts at least.
 REPEATED = 8
 
 
@@ -48,10 +51,13 @@ class Measuring(Control):
         self._policy = policy
         self._lengths = [0, *sorted({1, 2, 3, most // 2, most} & set(range(1, most + 1)))]
         self._seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=TIMES))
+        #: Of which crowds and lengths it is known so far what they were expected to take alone.
+        self._told = set[tuple[int, int]]()
         #: How often so many tokens were to be drafted, and were accepted, old trials fading.
         self._tried, self._accepted = [0.0] * most, [0.0] * most
         self._since = 0  # steps in a row in which nothing was drafted
         self._trials = 0  # and trials in a row, of which the last one asks for another
+        self._behind = 0.0  # and seconds that those behind the first of them have lost
         self._again = False
         #: Whether drafting pays, steps since then, and of which crowd and length it is to be confirmed.
         self._drafting, self._winning = False, 0
@@ -106,7 +112,9 @@ class Measuring(Control):
         if not seconds or not (self._again or self._since >= self._policy.patience):
             return 0
         length = max(seconds, key=lambda each: chain_tokens(MUCH, each) / seconds[each])
-        hopeless = self._known(crowd, length) and (1 + length) / seconds[length] < plain
+        # What was expected may be too much by far.
+        doubt = UNSURE if (crowd, length) in self._told else 1
+        hopeless = self._known(crowd, length) and doubt * (1 + length) / seconds[length] < plain
         if hopeless and self._since < SELDOM * self._policy.patience:
             return 0
         loss = seconds[length] - self.tokens(length) / plain
@@ -171,7 +179,8 @@ class Measuring(Control):
         return self._lengths
 
     def expect(self, sequences: int, ahead: int, seconds: float) -> None:
-        self._seconds[_crowd(sequences), ahead].append(seconds)
+        self._seconds[_crowd(sequences), ahead] = deque(self._policy.trials * [seconds], TIMES)
+        self._told.add((_crowd(sequences), ahead))
 
     def learn(self, seen: Seen) -> None:
         if not seen.ahead and self._resting is not None and self._since % REST:
@@ -202,10 +211,22 @@ class Measuring(Control):
             seconds = seen.drafting + min(seconds - seen.drafting, DISTURBED * rows * plain)
             self._weigh(seen, crowd, seconds, plain, first)
         if not first:
-            self._seconds[crowd, seen.ahead].append(seconds)
+            self._time(crowd, seen.ahead, seconds)
         elif self._hopeless(crowd, seconds - seen.drafting):
             # A model that drafts for the first time in a while computes what it has missed: the rest may be enough.
-            self._seconds[crowd, seen.ahead].append(seconds - seen.drafting)
+            self._time(crowd, seen.ahead, seconds - seen.drafting)
+
+    def _time(self, crowd: int, length: int, seconds: float) -> None:
+        """Takes note of what a step took. What it was expected to take counts as one step from then on; if that was too
+        much, so was what is still expected of others."""
+        if (crowd, length) in self._told:
+            self._told.discard((crowd, length))
+            self._forget(crowd, length)
+            less = min(1.0, seconds / self._seconds[crowd, length][0])
+            for other in self._lengths[1:]:
+                if (crowd, other) in self._told:
+                    self.expect(1 << crowd, other, less * self._seconds[crowd, other][0])
+        self._seconds[crowd, length].append(seconds)
 
     def _count(self, seen: Seen) -> None:
         """Takes note of what was accepted."""
@@ -219,7 +240,8 @@ class Measuring(Control):
     def _weigh(self, seen: Seen, crowd: int, seconds: float, plain: float, first: bool) -> None:
         """Takes note of what a step with drafts cost that took so many ``seconds``, a ``plain`` one of which takes that
         long, and whether, if it was a trial, there is another one at once: if it was the ``first`` of some, in which a
-        model that drafts computes what it has missed, or brought enough."""
+        model that drafts computes what it has missed; or brought enough; or if few sequences say little, and those
+        behind the first have lost less than that one, without which there would be none."""
         tokens = 1 + sum(seen.accepted) / seen.sequences
         times = self._seconds[crowd, seen.ahead]
         usual = seconds if first or not times else min(seconds, 2 * min(times))
@@ -229,10 +251,12 @@ class Measuring(Control):
             self._lost = max(0.0, self._lost + usual - tokens * plain)
         if first:
             self._dear = seconds - tokens * plain
-            self._again, self._trials = True, 0
+            self._again, self._trials, self._behind = True, 0, 0.0
         else:
             self._trials += 1
-            self._again = tokens * plain > seconds and self._trials < REPEATED
+            self._behind += seconds - tokens * plain
+            little = self._trials * seen.sequences < REPEATED and self._behind < self._dear
+            self._again = self._trials < REPEATED and (tokens * plain > seconds or little)
 
     def _hopeless(self, crowd: int, seconds: float) -> bool:
         """Whether steps of so many ``seconds`` lose beside plain decoding whatever is drafted in them."""
