@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 from penstock.core.errors import DataError
 from penstock.core.files import read_json
 from penstock.models.companions import GENERATION
-from penstock.models.formats.contract import GGUF_INDEX
-from penstock.models.hub.folders import BOXED, CONFIG, resolve
+from penstock.models.hub.folders import CONFIG, resolve
 from penstock.models.hub.multimodal import text_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+#: Classes of transformers, under its names of today and of before, that do what tokenizer.json says and nothing else.
+GENERAL = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def end_tokens(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -50,8 +52,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise DataError(f"{folder} has no tokenizer", hint=f"It needs one of {', '.join(TOKENIZERS)}.")
     try:
-        if folder.parent == BOXED or (folder / GGUF_INDEX).is_file():
-            # Penstock has written it. To find out its class, transformers would load all that it knows of the model.
+        if _is_general(folder):
+            # To find out a class, transformers would load all that it knows of models, and what that asks for.
             from transformers import PreTrainedTokenizerFast
 
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -60,3 +62,11 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # Depending on the file at fault, nearly any: ValueError, KeyError, the Rust side's own.
         raise DataError(f"the tokenizer in {folder} cannot be read: {error}") from error
+
+
+def _is_general(folder: Path) -> bool:
+    """Whether the tokenizer of ``folder`` is all in its tokenizer.json."""
+    path = folder / "tokenizer_config.json"
+    told = read_json(path) if path.is_file() else None
+    known = isinstance(told, dict) and told.get("tokenizer_class") in GENERAL and "auto_map" not in told
+    return known and (folder / "tokenizer.json").is_file()
