@@ -34,18 +34,18 @@ def test_tokenizer(folder: Path) -> None:
         hub.load_tokenizer(folder)
 
 
-def test_a_tokenizer_that_is_all_in_its_file_is_read_without_knowledge_of_models(tmp_path: Path, monkeypatch) -> None:
+def test_a_tokenizer_that_is_all_in_its_file_is_read_without_knowledge_of_models(folder: Path, monkeypatch) -> None:
     """As transformers reads it that looks for a class; one that names its class is left to it."""
-    hub.load_tokenizer("python-6m").save_pretrained(tmp_path)
-    wanted, asked = AutoTokenizer.from_pretrained(tmp_path), []
+    hub.load_tokenizer("python-6m").save_pretrained(folder)
+    wanted, asked = AutoTokenizer.from_pretrained(folder), []
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *given, **more: asked.append(given) or wanted)
-    found, text = hub.load_tokenizer(tmp_path), "def f(x):\n    return 'é' * x  # <|endoftext|>"
+    found, text = hub.load_tokenizer(folder), "def f(x):\n    return 'é' * x  # <|endoftext|>"
     assert not asked and type(found) is type(wanted)
     assert found(text)["input_ids"] == wanted(text)["input_ids"]
     assert found.special_tokens_map == wanted.special_tokens_map
-    told = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    told = json.loads((folder / "tokenizer_config.json").read_text())
     for change in ({"tokenizer_class": "Qwen2Tokenizer"}, {"auto_map": {}}):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(told | change))
+        (folder / "tokenizer_config.json").write_text(json.dumps(told | change))
         asked.clear()
-        hub.load_tokenizer(tmp_path)
+        hub.load_tokenizer(folder)
         assert asked
