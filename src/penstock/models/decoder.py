@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
@@ -338,7 +337,7 @@ class Decoder(nn.Module):
         Returns:
             The hidden states before the last layer [*T, hidden], and what its attention found [*T, config.attended].
         """
-        return deque(pieces.walk(self, tokens, context), maxlen=1).pop()
+        return pieces.last(self, tokens, context)
 
     def tip(self, x: Tensor, attended: Tensor) -> Tensor:
         """Hidden states [*T, hidden], as of the forward pass, from what :meth:`trunk` gave for the same tokens."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,14 @@ class Pieces:
         for before, after in itertools.pairwise(layers):
             x, attended = self._onward(before, after, x, attended, rotary, self._at(after, context))
             yield x, attended
+
+    def last(self, model: Decoder, tokens: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """Of the last layer of ``model``, what :meth:`walk` gives."""
+        return deque(self.walk(model, tokens, context), maxlen=1).pop()
+
+    def adapted(self) -> Pieces:
+        """The pieces for a pass with adapters."""
+        return self
 
     def _at(self, layer: Layer, context: AttentionContext) -> AttentionContext:
         """What ``layer`` is given as its ``context``."""

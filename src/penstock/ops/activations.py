@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from penstock.ops import invariant, native, rowwise
+
 #: Numbers to as many numbers, or pairs of a gate and what it multiplies to half as many.
 Activation = Callable[[Tensor], Tensor]
 
@@ -23,7 +25,10 @@ STEEPNESS = 1.702
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up, of ``x`` [*N, 2 * F], whose first half is the gate: [*N, F]."""
+    """silu(gate) * up, of ``x`` [*N, 2 * F], whose first half is the gate: [*N, F]. On a CPU, where no gradient is
+    wanted, it is one native call."""
+    if rowwise.serves(x) and native.serves(invariant.SOURCE):
+        return invariant.invariant_swiglu(x)
     gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
 

@@ -12,7 +12,6 @@ import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +87,8 @@ def in_pieces(function: Callable[..., tuple[Tensor, ...]], *rows: Tensor, size: 
     return tuple(torch.cat(parts)[:count] for parts in zip(*done, strict=True))
 
 
-def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor | None) -> Tensor:
+def linear_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor | None) -> Tensor:
+    """The operator ``penstock::invariant_linear``, by native calls."""
     out, product = torch.empty(x.shape[0], weight.shape[-2], dtype=x.dtype), _native("product", x.dtype)
     size, height = x.shape[1], weight.shape[-2]
     stops = [x.shape[0]] if ends is None else ends.tolist()
@@ -119,7 +119,7 @@ def _norm_cuda(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return norm(x if x.stride(1) == 1 else x.contiguous(), weight, eps)
 
 
-_library.impl("invariant_linear", _linear_cpu, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("invariant_linear", linear_on_cpu, "CPU")  # type: ignore[no-untyped-call]
 _library.impl("invariant_linear", _linear_cuda, "CUDA")  # type: ignore[no-untyped-call]
 _library.impl("invariant_norm", _norm_cpu, "CPU")  # type: ignore[no-untyped-call]
 _library.impl("invariant_norm", _norm_cuda, "CUDA")  # type: ignore[no-untyped-call]
@@ -138,14 +138,12 @@ register_fake("penstock::invariant_norm", _norm_shape, lib=_library)
 
 
 @functools.cache
-def _native(name: str, dtype: torch.dtype | None = None) -> Callable[..., Any]:
+def _native(name: str, dtype: torch.dtype | None = None) -> native.Function:
     """The native function; pointers and sizes are given as they are."""
-    function = getattr(native.load(SOURCE), name if dtype is None else f"{name}_{dtype}".replace("torch.", ""))
     kinds = {"product": "ppppllll", "norm": "plpplldl", "gated": "pplll", "turns": "pppl"}[name]
     of = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "d": ctypes.c_double}
-    function.argtypes, function.restype = [of[kind] for kind in kinds], None
-    called: Callable[..., Any] = function
-    return called
+    whole = name if dtype is None else f"{name}_{dtype}".replace("torch.", "")
+    return native.Function(native.load(SOURCE), whole, [of[kind] for kind in kinds])
 
 
 def _threads() -> int:

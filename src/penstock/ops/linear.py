@@ -17,7 +17,7 @@ FEW = 4
 
 #: On CPUs, by dtype: up to so many rows our kernel takes no longer than libraries do, which lay a matrix out anew
 #: before they multiply, and far less where the matrix is in no cache. Vectors of half the width are for half the rows;
-#: in bf16, libraries have instructions for many. In float32, see also :func:`_outruns_libraries`.
+#: in bf16, libraries have instructions for many. In float32, see also :func:`outruns_libraries`.
 FEW_ON_CPUS = {
     torch.float32: 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32,
     torch.bfloat16: 4,
@@ -59,11 +59,11 @@ def _is_read(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     plain = type(x) is Tensor and type(weight) in (Tensor, torch.nn.Parameter) and weight.is_contiguous()
     if not (alike and plain and native.serves(invariant.SOURCE)):
         return False
-    return x.numel() <= few * x.shape[-1] or (x.dtype == torch.float32 and _outruns_libraries())
+    return x.numel() <= few * x.shape[-1] or (x.dtype == torch.float32 and outruns_libraries())
 
 
 @functools.cache
-def _outruns_libraries() -> bool:
+def outruns_libraries() -> bool:
     """Whether, on this processor, our kernel is the faster one at any number of rows: not all libraries give each
     maker's processors the widest vectors that they have. Both are timed, once a process, in about 40 ms."""
     x, weight = torch.ones(256, 512), torch.ones(512, 512)

@@ -8,6 +8,7 @@ everybody in the process, so that kernels share torch's threads.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,7 +18,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from penstock.core.errors import PenstockError
 from penstock.core.files import cache_folder, explain_os_errors, write_atomic
@@ -28,6 +32,70 @@ FLAGS = (
     # with several: a row's bits would depend on how many are computed together.
     "--param=avoid-fma-max-bits=0",
 )
+
+
+class Recorder(Protocol):
+    """Takes note of native calls."""
+
+    def note(self, function: Function, arguments: tuple[Any, ...]) -> None:
+        """A call of ``function``."""
+        ...
+
+    def keep(self, *objects: object) -> None:
+        """What calls are given the addresses of."""
+        ...
+
+
+class _Own(threading.local):
+    """What a thread has for itself."""
+
+    recorder: Recorder | None = None
+
+
+_own = _Own()
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """In this context ``recorder`` is told of what this thread calls."""
+    _own.recorder = recorder
+    try:
+        yield
+    finally:
+        _own.recorder = None
+
+
+def keep(*objects: object) -> bool:
+    """Whether calls are recorded; then ``objects``, whose addresses they are given, are kept with them."""
+    if _own.recorder is None:
+        return False
+    _own.recorder.keep(*objects)
+    return True
+
+
+class Function:
+    """A function of a library that returns nothing.
+
+    Args:
+        library: has it.
+        name: of the function.
+        types: of what it takes: addresses, whole numbers, and at most one real number.
+
+    Attributes:
+        address: where it lies.
+        real: which of its arguments is the real number; None for none.
+    """
+
+    def __init__(self, library: ctypes.CDLL, name: str, types: Sequence[Any]) -> None:
+        self._function = getattr(library, name)
+        self._function.argtypes, self._function.restype = types, None
+        self.address = ctypes.cast(self._function, ctypes.c_void_p).value
+        self.real = types.index(ctypes.c_double) if ctypes.c_double in types else None
+
+    def __call__(self, *arguments: Any) -> None:
+        self._function(*arguments)
+        if _own.recorder is not None:
+            _own.recorder.note(self, arguments)
 
 
 @functools.cache

@@ -1,16 +1,15 @@
 """What is done to each row alone between products, natively on CPUs.
 
 For the few rows of a step that decodes, an operator of PyTorch costs more than its work, and a norm is made of several,
-a rotation of many. Here a norm is one call, and so is the rotation of all heads with the norms before it.
+a rotation of many. Here a norm is one call, and so is the rotation of all heads with the norms before it. A sum is for
+calls that are recorded, see :mod:`penstock.ops.calls`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,20 +58,26 @@ def rotate_heads(
         for x, scale, to in zip(given, kept, out, strict=True)
     ]
     rows, _, dim = query.shape
+    native.keep(*described)
     _function("rotate_heads", query.dtype)(
-        *map(ctypes.byref, described), cos.data_ptr(), sin.data_ptr(), eps, rows, dim, torch.get_num_threads()
+        *map(ctypes.addressof, described), cos.data_ptr(), sin.data_ptr(), eps, rows, dim, torch.get_num_threads()
     )
     return out
 
 
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of contiguous tensors of one shape and dtype, as PyTorch rounds it."""
+    out = torch.empty_like(a)
+    _function("add", a.dtype)(a.data_ptr(), b.data_ptr(), out.data_ptr(), a.numel())
+    return out
+
+
 @functools.cache
-def _function(name: str, dtype: torch.dtype) -> Callable[..., Any]:
-    function: Any = getattr(native.load(SOURCE), f"{name}_{NAMES[dtype]}")
+def _function(name: str, dtype: torch.dtype) -> native.Function:
     place, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = {
+    types = {
         "rms_norm": [place, place, ctypes.c_double, place, number, number, number],
         "rotate_heads": [place, place, place, place, ctypes.c_double, number, number, number],
+        "add": [place, place, place, number],
     }[name]
-    function.restype = None
-    called: Callable[..., Any] = function
-    return called
+    return native.Function(native.load(SOURCE), f"{name}_{NAMES[dtype]}", types)

@@ -91,6 +91,10 @@ void rotate_heads(const Heads<T> *query, const Heads<T> *key, const T *cosine, c
     });
 }
 
+template <class T> void add(const T *a, const T *b, T *out, int64_t count) {
+    for (int64_t k = 0; k < count; k += WIDTH) store(out + k, load(a + k, count - k) + load(b + k, count - k), count - k);
+}
+
 }  // namespace
 
 #define ROWWISE(T, name)                                                                                              \
@@ -101,7 +105,8 @@ void rotate_heads(const Heads<T> *query, const Heads<T> *key, const T *cosine, c
     extern "C" void rotate_heads_##name(const Heads<T> *query, const Heads<T> *key, const T *cosine, const T *sine,  \
                                         double eps, int64_t rows, int64_t dim, int64_t threads) {                    \
         rotate_heads(query, key, cosine, sine, eps, rows, dim, threads);                                              \
-    }
+    }                                                                                                                 \
+    extern "C" void add_##name(const T *a, const T *b, T *out, int64_t count) { add(a, b, out, count); }
 
 ROWWISE(float, float32)
 ROWWISE(bfloat16, bfloat16)

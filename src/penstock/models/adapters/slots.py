@@ -113,7 +113,7 @@ class AdapterSlots:
         """:meth:`Decoder.trunk` of ``tokens`` [N] whose adapters are in the slots ``owners`` int64 [N]."""
         self._wearing = None if owners is None else wearing(owners, self.slots, self._natively)
         try:
-            return self._model.trunk(tokens, context, pieces)
+            return self._model.trunk(tokens, context, pieces if self._wearing is None else pieces.adapted())
         finally:
             self._wearing = None
 

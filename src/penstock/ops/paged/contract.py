@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
@@ -266,6 +266,12 @@ class PagedCache:
         A backend extends this."""
         if self.watch is not None:
             self.watch.plan(batch, lane)
+
+    @property
+    def recorded(self) -> Hashable | None:
+        """Where attention for the planned batch is nothing but native calls: something that is the same for all batches
+        for which these are the same; else None."""
+        return None
 
     def note(self, layer: int, query: Tensor, scale: float) -> None:
         """A backend is about to attend for ``query`` in ``layer``."""

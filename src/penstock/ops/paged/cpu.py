@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -99,16 +99,17 @@ class NativeCache(PagedCache):
             to compute.
     """
 
+    #: How often memory was taken.
+    _allocated = 0
+
     def __init__(self, shape: CacheShape, whole_tiles: bool = False) -> None:
         super().__init__(shape)
-        self._whole_tiles, learned = whole_tiles, shape.learned
+        self._whole_tiles, learned, self._lasting = whole_tiles, shape.learned, _Batch()
         self._learned = None if learned is None else learned.float().contiguous()
         library, name = native.load(SOURCE), _numbers(shape.dtype, shape.codec)
-        self._attend: Callable[..., Any] = getattr(library, f"attend_{name}")
-        self._attend.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_double, ctypes.c_int]
-        self._look: Callable[..., Any] = getattr(library, f"look_{name}")
-        self._look.argtypes = [*self._attend.argtypes, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p]
-        self._attend.restype = self._look.restype = None
+        types: list[Any] = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_double, ctypes.c_int]
+        self._attend = native.Function(library, f"attend_{name}", types)
+        self._look = native.Function(library, f"look_{name}", [*types, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p])
         self._stray: Callable[..., int] = library.stray
         self._stray.argtypes, self._stray.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
 
@@ -121,6 +122,7 @@ class NativeCache(PagedCache):
         self._memory = padded[:count].view(shape.layers, shape.blocks, per_block)
         # While nothing is served, the cache has one block, and no windows.
         self._windows = None if shape.residual is None or shape.blocks == 1 else WindowBlocks(shape)
+        self._allocated += 1
         self._described = _Memory(
             self._memory.data_ptr(),
             *((None, None) if self._windows is None else (self._windows.memory.data_ptr(), None)),
@@ -140,8 +142,14 @@ class NativeCache(PagedCache):
             self._described.spilled = windows.spilled.data_ptr()
         self._query_shape = (len(batch.slots), self.shape.heads, self.shape.head_dim)
         self._key_shape = (len(batch.slots), self.shape.kv_heads, self.shape.head_dim)
-        self._tokens = _Tokens()
-        self._arguments = tuple(map(ctypes.addressof, (self._described, self._planned, self._tokens)))
+        # Whoever recorded an earlier pass looks for the plan where that one's was.
+        ctypes.memmove(ctypes.addressof(self._lasting), ctypes.addressof(self._planned), ctypes.sizeof(_Batch))
+
+    @property
+    def recorded(self) -> Hashable | None:
+        """Attention over this memory, for so many tokens, is one native call and no more, the same for all plans."""
+        more = self.watch is not None or self._windows is not None or self._batch.contexts or self._batch.weighed
+        return None if more else (self._allocated, len(self._batch.slots))
 
     def _describe(self, batch: PagedBatch) -> _Batch:
         """``batch`` as the kernel takes it, but for windows.
@@ -173,8 +181,7 @@ class NativeCache(PagedCache):
             raise ValueError(f"{query.shape}, {key.shape} and {value.shape} do not fit the planned batch")
         self.note(layer, query, scale)
         query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
-        out = torch.empty(query.shape, dtype=self.shape.dtype)
-        tokens = self._tokens
+        out, tokens = torch.empty(query.shape, dtype=self.shape.dtype), _Tokens()
         tokens.query, tokens.key, tokens.value, tokens.out = (x.data_ptr() for x in (query, key, value, out))
         tokens.query_token, tokens.query_head, _ = query.stride()
         tokens.key_token, tokens.key_head, _ = key.stride()
@@ -183,7 +190,9 @@ class NativeCache(PagedCache):
         tokens.sinks = None if sinks is None else sinks.data_ptr()
         tokens.cap, tokens.chunk = extras.cap or 0.0, UNBOUNDED if extras.chunk is None else extras.chunk
         tokens.scales = self._scales(layer)
-        self._attend(*self._arguments, layer, scale, UNBOUNDED if window is None else window)
+        places = map(ctypes.addressof, (self._described, self._lasting, tokens))
+        native.keep(tokens, sinks)
+        self._attend(*places, layer, scale, UNBOUNDED if window is None else window)
         self.see_contexts(self._batch, layer, query, out, scale)
         self.weigh(self._batch, layer, query, scale, window, extras)
         return out

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from penstock.ops import native
+from penstock.ops.linear import outruns_libraries
 from penstock.ops.quantized import nibbles
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
@@ -19,14 +18,16 @@ SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 #: Columns that are decoded at a time: all sizes of rows and groups are multiples of it.
 UNIT = 32
 
-#: Up to so many rows of x the native product is the faster one; above, a library multiplies with what is dequantized.
-FEW = 32
+#: Up to so many rows of x the native product is the faster one; above, a library multiplies with what is dequantized,
+#: unless our kernels outrun it anyhow.
+FEW = 64
 
 
 def serves(x: Tensor, columns: int, group: int | None) -> bool:
     """Whether ``x`` [N, K] is multiplied natively with a matrix of so many columns, in groups of ``group``."""
-    small = not x.is_cuda and x.shape[0] <= FEW and x.dtype in (torch.float32, torch.bfloat16)
-    return small and columns % UNIT == 0 and (group is None or _fits(group)) and native.serves(SOURCE)
+    fits = columns % UNIT == 0 and (group is None or _fits(group))
+    here = not x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and fits and native.serves(SOURCE)
+    return here and (x.shape[0] <= FEW or outruns_libraries())
 
 
 def _fits(group: int) -> bool:
@@ -69,9 +70,17 @@ def product(
     return out if x.dtype is torch.float32 else out.to(x.dtype)
 
 
+def numbers(kind: str, blocks: Tensor, columns: int) -> Tensor:
+    """What ``blocks`` uint8 [M, bytes of a row] of ggml's type ``kind`` stand for: float32 [M, columns]."""
+    blocks = blocks.contiguous()
+    (height, size), out = blocks.shape, torch.empty(len(blocks), columns)
+    types = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 4]
+    function = native.Function(native.load(SOURCE), f"{kind}_numbers", types)
+    function(blocks.data_ptr(), out.data_ptr(), height, columns, size, torch.get_num_threads())
+    return out
+
+
 @functools.cache
-def _function(kind: str) -> Callable[..., Any]:
-    function = getattr(native.load(SOURCE), f"{kind}_product")
-    function.argtypes, function.restype = [*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 7], None
-    called: Callable[..., Any] = function
-    return called
+def _function(kind: str) -> native.Function:
+    types = [*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 7]
+    return native.Function(native.load(SOURCE), f"{kind}_product", types)

@@ -282,6 +282,21 @@ void product(const float *x, const Matrix &m, float *out, int64_t count, int64_t
     }
 }
 
+// The numbers of the rows that are stored in their order.
+template <class Kind> void dequantize(const Matrix &m, float *out, int64_t height, int64_t columns, int64_t threads) {
+    threads = std::clamp<int64_t>(height * columns / THREAD_WORK, 1, threads);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < height; row++) {
+        const uint8_t *at = m.values + row * m.size;
+        for (int64_t k = 0; k < columns; k += UNIT) {
+            fetch_later(at, m.size * UNIT / columns);
+            vector w[VECTORS];
+            Kind::decode(m, row, k, w);
+            std::memcpy(out + row * columns + k, w, sizeof w);
+        }
+    }
+}
+
 }  // namespace
 
 #define PRODUCT(name, ...)                                                                                            \
@@ -296,11 +311,19 @@ PRODUCT(int8_product, int8)
 PRODUCT(int4_product, int4)
 PRODUCT(e4m3_product, e4m3)
 PRODUCT(table4_product, table4)
-PRODUCT(Q8_0_product, Small<8, false>)
-PRODUCT(Q4_0_product, Small<4, false>)
-PRODUCT(Q4_1_product, Small<4, true>)
-PRODUCT(Q5_0_product, Small<5, false>)
-PRODUCT(Q5_1_product, Small<5, true>)
-PRODUCT(Q4_K_product, Large<4>)
-PRODUCT(Q5_K_product, Large<5>)
-PRODUCT(Q6_K_product, Six)
+
+#define BLOCKS(name, ...)                                                                                             \
+    PRODUCT(name##_product, __VA_ARGS__)                                                                              \
+    extern "C" void name##_numbers(const uint8_t *values, float *out, int64_t height, int64_t columns, int64_t size,  \
+                                   int64_t threads) {                                                                 \
+        dequantize<__VA_ARGS__>({values, nullptr, nullptr, nullptr, size, 0, 0}, out, height, columns, threads);      \
+    }
+
+BLOCKS(Q8_0, Small<8, false>)
+BLOCKS(Q4_0, Small<4, false>)
+BLOCKS(Q4_1, Small<4, true>)
+BLOCKS(Q5_0, Small<5, false>)
+BLOCKS(Q5_1, Small<5, true>)
+BLOCKS(Q4_K, Large<4>)
+BLOCKS(Q5_K, Large<5>)
+BLOCKS(Q6_K, Six)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.ops import native
 from penstock.ops.quantized import cpu
 from penstock.ops.quantized.contract import Example, Parts, WeightFormat
 from penstock.policy import policy
@@ -40,6 +41,8 @@ class Ggml(WeightFormat):
         from gguf import GGMLQuantizationType, dequantize
 
         blocks = parts["blocks"]
+        if not blocks.is_cuda and native.serves(cpu.SOURCE):
+            return cpu.numbers(self.kind, blocks, self.shape(parts)[1])
         return torch.from_numpy(dequantize(blocks.cpu().numpy(), GGMLQuantizationType[self.kind])).to(blocks.device)
 
     def dequantizes(self, device: torch.device) -> bool:

@@ -23,6 +23,7 @@ from penstock.models.adapters.slots import AdapterSlots
 from penstock.models.decoder import Decoder
 from penstock.models.paged import PagedTokens
 from penstock.models.pieces import CompiledPieces
+from penstock.models.recorded import RecordedPieces, can_record
 from penstock.models.superposed import SuperposedRows, superposing
 from penstock.ops.cuts import draw_cut
 from penstock.ops.logprobs import wanted_table
@@ -152,6 +153,9 @@ class Runner:
         self._adapters = adapters
         # With adapters, both also take the slots of the tokens' own, as ``owners``.
         self._trunk: Callable[..., tuple[Tensor, ...]] = self._through.trunk
+        self._recorded = RecordedPieces()
+        if self.device.type == "cpu" and can_record(model):
+            self._trunk = functools.partial(self._trunk, pieces=self._recorded)
         self._tip: Callable[..., Tensor] = self._through.tip
         #: For steps without adapters and for those with some.
         self._captured: dict[bool, PassGraphs] = {}
@@ -399,6 +403,7 @@ class Runner:
         self.close()
         self._awake = _Awake(self.blocks, bool(self._captured))
         self._captured = {}
+        self._recorded.forget()
         self._place = self._chosen = ()
         self.resize(0)
         self.weights.release()

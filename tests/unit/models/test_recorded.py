@@ -1,0 +1,138 @@
+"""Passes that are recorded, within an engine: its texts are those of an engine that records nothing."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from penstock.models.config import DecoderConfig, MoEConfig
+from penstock.models.decoder import Decoder
+from penstock.ops.calls import records
+from penstock.serve.build import build_engine
+from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.config import EngineConfig
+from penstock.serve.engine.engine import Engine
+from penstock.serve.messages import Request
+from penstock.serve.run import runner as runner_module
+from tiny_adapters import written
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler"),
+    pytest.mark.skipif(not records(), reason="this processor has other calls"),
+]
+
+#: Whose matrices are large enough for our products.
+SHAPE = DecoderConfig(vocabulary=300, hidden=512, layers=3, heads=8, kv_heads=8, head_dim=64, ffn=512, context=256)
+OPTIONS = {"sequences": 6, "tokens": 64, "cache_tokens": 1600, "check": True}
+
+
+def model(**changes) -> Decoder:
+    return Decoder(SHAPE.model_copy(update=changes)).initialize(0).eval()
+
+
+def engines(monkeypatch, decoder: Decoder, **options) -> tuple[Engine, Engine]:
+    """One that records, and one that does not."""
+    config = EngineConfig.model_validate({**OPTIONS, **options})
+    recording = build_engine(copy.deepcopy(decoder), config)
+    monkeypatch.setattr(runner_module, "can_record", lambda model: False)
+    return recording, build_engine(decoder, config)
+
+
+def texts(engine: Engine, adapters: tuple[str, ...] = ("",)) -> dict[str, list[int]]:
+    """Of more requests than run at a time, of which some end early."""
+    found: dict[str, list[int]] = {}
+    for number in range(9):
+        prompt = [(7 * number + 3 * place) % SHAPE.vocabulary for place in range(3 + 5 * number)]
+        sampling = SamplingParams(temperature=number % 2, seed=number, max_tokens=6 + 3 * number, ignore_eos=True)
+        name = adapters[number % len(adapters)]
+        engine.add(Request(str(number), prompt, sampling, adapter=name))
+    while engine.busy:
+        for delta in engine.step():
+            found.setdefault(delta.id, []).extend(delta.tokens)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, {}),
+        ({"qk_norm": "head", "kv_heads": 4}, {"codec": "int8"}),
+        ({"window": 9, "windowed_layers": (0, 2)}, {"draft": "ngram", "controller": "fixed"}),
+        ({"norm_place": "both"}, {"codec": "fp8", "batching": "orca"}),
+        ({"hidden": 64, "head_dim": 16, "qkv_bias": True}, {}),
+    ],
+)
+def test_texts_are_the_same(changes, options, monkeypatch):
+    recording, plain = engines(monkeypatch, model(**changes), **options)
+    assert texts(recording) == texts(plain)
+    passes = recording.executor._recorded._passes
+    assert {tokens for _, tokens, _ in passes} >= {1, 4} and not plain.executor._recorded._passes
+    # And in memory that others have used since.
+    assert texts(recording) == texts(plain)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation": "gelu"},
+        {"residual_scale": 0.5},
+        {"moe": MoEConfig(experts=4, ffn=512)},
+    ],
+)
+def test_what_is_more_than_native_calls_goes_on_as_it_is(changes, monkeypatch):
+    recording, plain = engines(monkeypatch, model(**changes))
+    assert texts(recording) == texts(plain)
+    assert not recording.executor._recorded._passes
+
+
+def test_what_nobody_sees_is_found_by_computing_again(monkeypatch):
+    """Here NumPy writes to what a layer gives."""
+
+    def changed(module, inputs, out):
+        out.numpy()[:, 0] = 1.0
+
+    decoder = model()
+    recording, plain = engines(monkeypatch, decoder)
+    for engine in (recording, plain):
+        engine.executor.model.layers[1].mlp.register_forward_hook(changed)
+    assert texts(recording) == texts(plain)
+    assert not recording.executor._recorded._passes
+
+
+def test_weights_that_were_away_are_read_where_they_are_now(monkeypatch):
+    recording, plain = engines(monkeypatch, model())
+    for engine in (recording, plain):
+        weights = {name: each.clone() for name, each in engine.executor.model.state_dict().items()}
+        engine.executor.weights.source = lambda weights=weights: weights
+    wanted = texts(plain)
+    assert texts(recording) == wanted
+    recording.control.sleep()
+    assert not recording.executor._recorded._passes
+    recording.control.wake()
+    assert texts(recording) == wanted
+    other = model().state_dict() | {"norm.weight": torch.zeros(SHAPE.hidden)}
+    other["layers.0.mlp.down.weight"] = torch.randn(SHAPE.hidden, SHAPE.ffn)
+    for engine in (recording, plain):
+        engine.executor.weights.load(other)
+        engine.memory.pool.forget()
+    assert texts(recording) == texts(plain) != wanted
+
+
+def test_rows_with_adapters_are_not_recorded(monkeypatch, tmp_path: Path):
+    decoder = model()
+    folder = written(tmp_path / "a", decoder, 1, rank=4)
+    recording, plain = engines(monkeypatch, decoder, adapters={"a": folder})
+    for adapters in (("",), ("", "a"), ("a",), ("",)):
+        assert texts(recording, adapters) == texts(plain, adapters)
+    assert recording.executor._recorded._passes
+
+
+def test_no_more_is_kept_than_there_is_room_for(monkeypatch):
+    monkeypatch.setattr("penstock.models.recorded.ENOUGH", 1000)
+    recording, plain = engines(monkeypatch, model())
+    assert texts(recording) == texts(plain)
+    assert not recording.executor._recorded._passes
