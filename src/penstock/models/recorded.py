@@ -15,6 +15,7 @@ from penstock.models.pieces import EAGER, Pieces
 from penstock.models.rotary import Turns
 from penstock.models.streamed import stream_of
 from penstock.ops.calls import Calls, Room, records
+from penstock.ops.linear import FEW
 
 if TYPE_CHECKING:
     from penstock.models.decoder import Decoder
@@ -52,8 +53,8 @@ class RecordedPieces(Pieces):
         if found is not None:
             return found.again(x, rotary)
         made = _Pass(model, x, rotary, context, self._room)
-        if not made.complete:
-            self._most = 0
+        if not made.complete:  # which may be so for many tokens alone
+            self._most = min(len(tokens) - 1, max(FEW, len(tokens) // 2))
         elif self._room.used > ENOUGH:
             self._most = len(tokens) - 1
         else:

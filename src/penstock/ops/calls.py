@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from penstock.ops import invariant, native, rowwise
+from penstock.ops.linear import FEW_ON_CPUS
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -153,9 +154,10 @@ def records() -> bool:
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether the product is a native call."""
+    """Whether the product is a native call: not where libraries are far faster."""
     alike = all(each is None or each.dtype == x.dtype for each in (weight, bias))
-    return alike and weight.is_contiguous() and rowwise.serves(x) and native.serves(invariant.SOURCE)
+    few = x.numel() <= FEW_ON_CPUS.get(x.dtype, 0) * x.shape[-1]
+    return alike and few and weight.is_contiguous() and rowwise.serves(x) and native.serves(invariant.SOURCE)
 
 
 def _alike(a: object, b: object) -> bool:

@@ -12,6 +12,7 @@ import torch
 from penstock.models.config import DecoderConfig, MoEConfig
 from penstock.models.decoder import Decoder
 from penstock.ops.calls import records
+from penstock.ops.linear import FEW_ON_CPUS
 from penstock.serve.build import build_engine
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
@@ -73,6 +74,13 @@ def test_texts_are_the_same(changes, options, monkeypatch):
     assert {tokens for _, tokens, _ in passes} >= {1, 4} and not plain.executor._recorded._passes
     # And in memory that others have used since.
     assert texts(recording) == texts(plain)
+
+
+def test_few_tokens_are_recorded_where_many_cannot_be(monkeypatch):
+    """In bf16, libraries multiply more than a few rows."""
+    recording, plain = engines(monkeypatch, model().bfloat16(), cache_tokens=800)
+    assert texts(recording) == texts(plain)
+    assert max(tokens for _, tokens, _ in recording.executor._recorded._passes) == FEW_ON_CPUS[torch.bfloat16]
 
 
 @pytest.mark.parametrize(
