@@ -56,9 +56,8 @@ def product(
         group: columns of a group; None: all of them.
     """
     rows = x.float().contiguous()
-    if kind in ("int4", "table4"):  # the kernel decodes the low halves of bytes before the high ones
+    if kind in ("int4", "table4"):
         values = nibbles.paired(values)
-        rows = rows.view(-1, UNIT // 2, 2).transpose(1, 2).reshape(rows.shape)
     (count, columns), height = x.shape, values.shape[0]
     values = values.contiguous()
     kept = [part if part is None else part.contiguous() for part in (scale, offset, table)]

@@ -15,6 +15,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <vector>
 
 namespace {
 
@@ -77,7 +79,7 @@ struct int8 {
     }
 };
 
-struct int4 {  // of 32 numbers the first, third ... and then the others, as x has them
+struct int4 {  // of 32 numbers the first, third ... and then the others
     static INLINE void decode(const Matrix &m, int64_t row, int64_t column, vector *out) {
         int64_t group = row * m.groups + (column >> m.shift);
         float s = m.scale[group], o = (m.offset ? m.offset[group] : 0) - 8 * s;
@@ -265,8 +267,21 @@ void from_tiles(const float *x, int count, const Matrix &m, float *out, int64_t 
         for (int r = 0; r < rows; r++) out[n * height + first + r] = sum(sums[n][r]);
 }
 
+// Whether a kind decodes 32 numbers in another order than theirs; x is brought to the same.
+template <class Kind> constexpr bool HALVED = std::is_same_v<Kind, int4> || std::is_same_v<Kind, table4>;
+
+// Of each 32 of `count` numbers the first, third ... and then the others.
+std::vector<float> halved(const float *x, int64_t count) {
+    std::vector<float> found(count);
+    for (int64_t k = 0; k < count; k += UNIT)
+        for (int i = 0; i < HALF; i++) found[k + i] = x[k + 2 * i], found[k + HALF + i] = x[k + 2 * i + 1];
+    return found;
+}
+
 template <class Kind>
 void product(const float *x, const Matrix &m, float *out, int64_t count, int64_t height, int64_t columns, int64_t threads) {
+    std::vector<float> given;
+    if constexpr (HALVED<Kind>) given = halved(x, count * columns), x = given.data();
     int64_t groups = (height + ROWS - 1) / ROWS;
     threads = std::clamp<int64_t>(count * height * columns / THREAD_WORK, 1, std::min(threads, groups));
 #pragma omp parallel for schedule(static) num_threads(threads)
