@@ -11,7 +11,7 @@ from torch import Tensor
 
 from penstock.models.attention import AttentionContext
 from penstock.models.paged import PagedTokens
-from penstock.models.pieces import EAGER, Pieces
+from penstock.models.pieces import Pieces
 from penstock.models.rotary import Turns
 from penstock.models.streamed import stream_of
 from penstock.ops.calls import Calls, Room, records
@@ -34,14 +34,16 @@ class RecordedPieces(Pieces):
         super().__init__()
         self._passes: dict[Hashable, _Pass] = {}
         self._room, self._most = Room(), MOST
+        self._adapted: RecordedPieces | None = None
 
     def forget(self) -> None:
         """Weights are going to lie elsewhere."""
         self._passes.clear()
-        self._room = Room()
+        self._room, self._adapted = Room(), None
 
     def adapted(self) -> Pieces:
-        return EAGER
+        self._adapted = self._adapted or RecordedPieces()
+        return self._adapted
 
     def last(self, model: Decoder, tokens: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         memory = context.cache.recorded if isinstance(context, PagedTokens) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -136,7 +136,8 @@ class Native:
     def add(self, out: Tensor, x: Tensor, matrices: LowRank, begun: Tensor | None = None) -> Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
         owners, places = self.owners, (x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0))
-        _kernel()(owners.data_ptr(), len(owners), *places, matrices.described, torch.get_num_threads())
+        described = ctypes.addressof(matrices.described)
+        _kernel()(owners.data_ptr(), len(owners), *places, described, torch.get_num_threads())
         return out
 
 
@@ -248,10 +249,7 @@ def takes(like: Tensor) -> bool:
 
 
 @functools.cache
-def _kernel() -> Callable[..., None]:
-    function = native.load(SOURCE).add
+def _kernel() -> native.Function:
     place, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [place, number, place, number, place, number, ctypes.POINTER(_Matrices), number]
-    function.restype = None
-    called: Callable[..., Any] = function
-    return called
+    types: list[Any] = [place, number, place, number, place, number, place, number]
+    return native.Function(native.load(SOURCE), "add", types)

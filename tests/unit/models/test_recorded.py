@@ -130,13 +130,19 @@ def test_weights_that_were_away_are_read_where_they_are_now(monkeypatch):
     assert texts(recording) == texts(plain) != wanted
 
 
-def test_rows_with_adapters_are_not_recorded(monkeypatch, tmp_path: Path):
+def test_passes_with_adapters_are_recorded_apart_whoever_has_which(monkeypatch, tmp_path: Path):
     decoder = model()
-    folder = written(tmp_path / "a", decoder, 1, rank=4)
-    recording, plain = engines(monkeypatch, decoder, adapters={"a": folder})
-    for adapters in (("",), ("", "a"), ("a",), ("",)):
+    folders = {name: written(tmp_path / name, decoder, seed, rank=4) for seed, name in enumerate("ab")}
+    recording, plain = engines(monkeypatch, decoder, adapters=folders)
+    for adapters in (("",), ("", "a"), ("a",), ("b", "", "a"), ("",)):
         assert texts(recording, adapters) == texts(plain, adapters)
-    assert recording.executor._recorded._passes
+    recorded = recording.executor._recorded
+    assert recorded._passes and recorded.adapted()._passes
+    # Others in the place of one: their numbers are read where they are.
+    for engine in (recording, plain):
+        engine.adapters.drop("a")
+        engine.adapters.load("c", written(tmp_path / "c", decoder, 7, rank=4))
+    assert texts(recording, ("c", "b")) == texts(plain, ("c", "b"))
 
 
 def test_no_more_is_kept_than_there_is_room_for(monkeypatch):

@@ -23,6 +23,7 @@ from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family
 from penstock.models.families.mapping import general, placed
 from penstock.models.pieces import EAGER, Pieces
+from penstock.models.recorded import MOST
 from penstock.models.shares import Cut, Portion, cuts, divided, portion_of
 from penstock.ops.low_rank import LowRank, Wearing, takes, wearing
 
@@ -62,6 +63,8 @@ class AdapterSlots:
         self._model, self._family, self.slots, self.rank = model, family, slots, rank
         self._wearing: Wearing | None = None
         self._begun: Tensor | None = None
+        #: Of passes on a CPU, by their number of tokens.
+        self._owners: dict[int, Tensor] = {}
         portion = portion_of(model)
         blank = _blank(model.config if portion is None else divided(portion.whole, portion.share.size))
         #: Of each matrix on disk that ranks divide, what this one has, and of which of the two: A or B.
@@ -111,11 +114,17 @@ class AdapterSlots:
         self, tokens: Tensor, context: AttentionContext, pieces: Pieces = EAGER, owners: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """:meth:`Decoder.trunk` of ``tokens`` [N] whose adapters are in the slots ``owners`` int64 [N]."""
-        self._wearing = None if owners is None else wearing(owners, self.slots, self._natively)
+        self._wearing = None if owners is None else wearing(self._lasting(owners), self.slots, self._natively)
         try:
             return self._model.trunk(tokens, context, pieces if self._wearing is None else pieces.adapted())
         finally:
             self._wearing = None
+
+    def _lasting(self, owners: Tensor) -> Tensor:
+        """The same, where a pass of as many tokens that was recorded looks for them."""
+        if owners.is_cuda or len(owners) > MOST:
+            return owners
+        return self._owners.setdefault(len(owners), torch.empty_like(owners)).copy_(owners)
 
     def tip(self, *begun: Tensor, owners: Tensor | None = None) -> Tensor:
         """:meth:`Decoder.tip`, likewise."""
