@@ -30,10 +30,10 @@ class RecordedPieces(Pieces):
     tokens at its first use, and compared at once: it is computed again by the calls alone. Where these are not all of
     it, everything goes on as it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: Room | None = None) -> None:
         super().__init__()
         self._passes: dict[Hashable, _Pass] = {}
-        self._room, self._most = Room(), MOST
+        self._room, self._most = room or Room(), MOST
         self._adapted: RecordedPieces | None = None
 
     def forget(self) -> None:
@@ -42,7 +42,7 @@ class RecordedPieces(Pieces):
         self._room, self._adapted = Room(), None
 
     def adapted(self) -> Pieces:
-        self._adapted = self._adapted or RecordedPieces()
+        self._adapted = self._adapted or RecordedPieces(self._room)
         return self._adapted
 
     def last(self, model: Decoder, tokens: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:

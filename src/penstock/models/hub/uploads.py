@@ -40,7 +40,9 @@ class _Staged:
     def __init__(self, device: torch.device) -> None:
         self._pins = device.type == "cuda"
         # Threads have a current device of their own, which is not the caller's.
-        self._device = torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+        self._device = (
+            torch.device("cuda", torch.cuda.current_device()) if self._pins and device.index is None else device
+        )
         self._own = threading.local()
         self._changed, self._underway = threading.Condition(), 0
 

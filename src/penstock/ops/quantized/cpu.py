@@ -65,7 +65,8 @@ def product(
     pointers = [None if part is None else part.data_ptr() for part in kept]
     groups, shift = (1, 63) if scale is None or group is None else (scale.shape[1], group.bit_length() - 1)
     sizes = (count, height, columns, values.nbytes // max(1, height), groups, shift, torch.get_num_threads())
-    _function(kind)(rows.data_ptr(), values.data_ptr(), *pointers, out.data_ptr(), *sizes)
+    places = rows.data_ptr(), values.data_ptr(), *pointers, out.data_ptr()
+    _function(f"{kind}_product", len(places), len(sizes))(*places, *sizes)
     return out if x.dtype is torch.float32 else out.to(x.dtype)
 
 
@@ -73,13 +74,12 @@ def numbers(kind: str, blocks: Tensor, columns: int) -> Tensor:
     """What ``blocks`` uint8 [M, bytes of a row] of ggml's type ``kind`` stand for: float32 [M, columns]."""
     blocks = blocks.contiguous()
     (height, size), out = blocks.shape, torch.empty(len(blocks), columns)
-    types = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 4]
-    function = native.Function(native.load(SOURCE), f"{kind}_numbers", types)
-    function(blocks.data_ptr(), out.data_ptr(), height, columns, size, torch.get_num_threads())
+    sizes = height, columns, size, torch.get_num_threads()
+    _function(f"{kind}_numbers", 2, len(sizes))(blocks.data_ptr(), out.data_ptr(), *sizes)
     return out
 
 
 @functools.cache
-def _function(kind: str) -> native.Function:
-    types = [*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 7]
-    return native.Function(native.load(SOURCE), f"{kind}_product", types)
+def _function(name: str, places: int, sizes: int) -> native.Function:
+    """The function, which takes so many addresses and then so many numbers."""
+    return native.Function(native.load(SOURCE), name, [*[ctypes.c_void_p] * places, *[ctypes.c_int64] * sizes])

@@ -38,11 +38,11 @@ class Ggml(WeightFormat):
         return rows, length // size * numbers
 
     def dequantize(self, parts: Parts) -> Tensor:
-        from gguf import GGMLQuantizationType, dequantize
-
         blocks = parts["blocks"]
         if not blocks.is_cuda and native.serves(cpu.SOURCE):
             return cpu.numbers(self.kind, blocks, self.shape(parts)[1])
+        from gguf import GGMLQuantizationType, dequantize
+
         return torch.from_numpy(dequantize(blocks.cpu().numpy(), GGMLQuantizationType[self.kind])).to(blocks.device)
 
     def dequantizes(self, device: torch.device) -> bool:

@@ -179,8 +179,12 @@ class Measuring(Control):
         return self._lengths
 
     def expect(self, sequences: int, ahead: int, seconds: float) -> None:
-        self._seconds[_crowd(sequences), ahead] = deque(self._policy.trials * [seconds], TIMES)
-        self._told.add((_crowd(sequences), ahead))
+        self._assume(_crowd(sequences), ahead, seconds)
+
+    def _assume(self, crowd: int, length: int, seconds: float) -> None:
+        """Such a step is expected to take so many seconds."""
+        self._seconds[crowd, length] = deque(self._policy.trials * [seconds], TIMES)
+        self._told.add((crowd, length))
 
     def learn(self, seen: Seen) -> None:
         if not seen.ahead and self._resting is not None and self._since % REST:
@@ -225,7 +229,7 @@ class Measuring(Control):
             less = min(1.0, seconds / self._seconds[crowd, length][0])
             for other in self._lengths[1:]:
                 if (crowd, other) in self._told:
-                    self.expect(1 << crowd, other, less * self._seconds[crowd, other][0])
+                    self._assume(crowd, other, less * self._seconds[crowd, other][0])
         self._seconds[crowd, length].append(seconds)
 
     def _count(self, seen: Seen) -> None:
