@@ -57,15 +57,22 @@ def experts_of(
             plain = (torch.empty(shape.count, *size, dtype=torch.bfloat16, device=device) for size in sizes)
             layers.append([each.uniform_(-1e-3, 1e-3) for each in plain])
         else:
-            layers.append([PackedStack([make(shape.count * m, k, device)], shape.count) for m, k in sizes])
+            layers.append([PackedStack([kept(make(shape.count * m, k, device))], shape.count) for m, k in sizes])
     return layers
+
+
+def kept(packed: Packed) -> Packed:
+    """The same as models keep it."""
+    return Packed(packed.format, packed.format.arranged(packed.parts))
 
 
 @torch.inference_mode()
 def experts_sweep(
     shape: Experts, layers: Sequence[Sequence[Matrices]], tokens: int, device: torch.device
 ) -> Callable[[], object]:
-    """Computes what the experts of all ``layers`` make of so many ``tokens``, which go to any; on CUDA as one graph."""
+    """Computes what the experts of all ``layers`` make of so many ``tokens``, which go to any; on CUDA compiled, and as
+    one graph, as engines have it."""
+    compute = torch.compile(mixed_experts, dynamic=True) if device.type == "cuda" else mixed_experts
     x = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
     scores = torch.rand(shape.layers, tokens, shape.count, device=device)
     chosen = scores.topk(shape.top, -1).indices
@@ -74,7 +81,7 @@ def experts_sweep(
     @torch.inference_mode()
     def run() -> None:
         for (gate_up, down), experts in zip(layers, chosen, strict=True):
-            mixed_experts(x, experts, weights, gate_up, down)
+            compute(x, experts, weights, gate_up, down)
 
     return formats.captured(run, device)
 

@@ -5,8 +5,8 @@ attention, compiled the model, captured its steps as graphs, and had a token; wh
 Beside them, the whole of what a user waits for: `penstock serve` until a request has its first token, and `penstock
 batch` with one line. *Cold* is the first of such processes with empty folders for what Python, Penstock, PyTorch,
 Triton and FlashInfer keep (the files of the model may be in the system's memory), *warm* are those after it. Python
-keeps the bytecode of what it imports in a folder of its own here: where packages were installed by somebody else it may
-not be able to keep it beside them, and each process would compile some thousand files again.
+keeps the bytecode of packages in a folder of its own here, where it is before anything is measured, as pip leaves it:
+where they were installed without it, or by somebody else, each process might compile some thousand files again.
 
 On CUDA random weights in the shape of Qwen3-8B, bf16; on the CPU python-6m, and smollm2 where it is installed.
 """
@@ -166,6 +166,13 @@ def nothing_kept() -> Iterator[dict[str, str]]:
         yield {**inherited, **{name: str(Path(folder, place)) for name, place in places.items()}}
 
 
+def compile_packages(environment: Mapping[str, str]) -> None:
+    """Makes bytecode of all modules that are not somebody's tests."""
+    folders = {str(Path(each)) for each in sys.path if Path(each).is_dir() and Path(each).resolve() != Path.cwd()}
+    line = [sys.executable, "-m", "compileall", "-q", "-j", "0", "-x", r"[/\\](tests?|testing)[/\\]"]
+    subprocess.run([*line, *sorted(folders)], env=environment, capture_output=True)  # some files are for other versions
+
+
 def main(bench: Bench) -> None:
     """Measures each model cold and warm."""
     from penstock.core.bench import load
@@ -183,6 +190,7 @@ def main(bench: Bench) -> None:
                 models |= {"smollm2": str(hub.resolve("smollm2"))}
         for name, model in models.items():
             with nothing_kept() as environment:
+                compile_packages(environment)
                 tell(bench, f"{name}, cold", [parts(model, device, environment)])
                 tell(bench, f"{name}, warm", [parts(model, device, environment) for _ in range(rounds)])
                 for command in (serve, batch):

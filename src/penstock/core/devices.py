@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -59,6 +60,15 @@ def can_compile(device: torch.device) -> bool:
             return True
         return False
     return any(shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if c)
+
+
+def choose_assembler() -> None:
+    """Has Triton assemble its kernels with what PyTorch brings, where it brings one. torch.compile sets that at its
+    first kernel, and not where it finds all of them kept: for a process that was started later, Triton would take what
+    the first has kept for another assembler's, and compile it anew."""
+    assembler = Path(torch.__file__).parent / "bin" / "ptxas"
+    if os.access(assembler, os.X_OK):
+        os.environ.setdefault("TRITON_PTXAS_PATH", str(assembler))
 
 
 def pinned(values: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -116,10 +116,10 @@ class InvariantExperts(MixtureOfExperts):
         return Routing(experts, weights, torch.cat([each.probabilities for each in of_piece]))
 
     def mixed(self, flat: Tensor, routing: Routing) -> Tensor:
-        order, ends = by_expert(routing.experts, self.experts)
+        order, back, ends = by_expert(routing.experts, self.experts)
         rows = flat[order // routing.experts.shape[1]]
         hidden = invariant_swiglu(invariant_grouped_linear(rows, self.gate_up.to(rows.dtype), ends))
-        return gathered(invariant_grouped_linear(hidden, self.down.to(rows.dtype), ends), order, routing.weights)
+        return gathered(invariant_grouped_linear(hidden, self.down.to(rows.dtype), ends), back, routing.weights)
 
     def share(self, flat: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
         return in_pieces(lambda rows: (rows.sigmoid(),), gate(flat))[0]

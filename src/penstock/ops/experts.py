@@ -3,6 +3,8 @@ of its own, and everything else by operators."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,11 +25,28 @@ def top_few(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return found.values, found.indices
 
 
-def by_expert(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The assignments of N tokens to ``experts`` int64 [N, k] in the order of the ``count`` experts, those of an expert
-    as they come: int64 [N * k]; and where each expert's end, int32 [count]."""
+class ByExpert(NamedTuple):
+    """Assignments of N tokens to k experts each, in the order of the experts, those of an expert as they come.
+
+    Attributes:
+        order: integers [N * k], the assignments.
+        back: the same, where each of them is in that order.
+        ends: int32 [E], where those of each expert end.
+    """
+
+    order: Tensor
+    back: Tensor
+    ends: Tensor
+
+
+def by_expert(experts: Tensor, count: int) -> ByExpert:
+    """The assignments of N tokens to ``experts`` int64 [N, k], of which there are ``count``."""
     chosen = experts.flatten()
-    return chosen.argsort(stable=True), F.one_hot(chosen, count).sum(0).cumsum(0).to(torch.int32)
+    if chosen.is_cuda:
+        return ByExpert(*_by_expert(chosen, count))
+    order = chosen.argsort(stable=True)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return ByExpert(order, back, F.one_hot(chosen, count).sum(0).cumsum(0).to(torch.int32))
 
 
 def mixed_experts(
@@ -63,7 +82,7 @@ def mixed_experts(
         if usual and x.is_cuda and x.dtype == torch.bfloat16 and not _wants_grad(x, weights, gate_up, down):
             mixed: Tensor = _mixed(x, experts, weights, gate_up, down)
             return mixed
-    order, ends = by_expert(experts, gate_up.shape[0])
+    order, back, ends = by_expert(experts, gate_up.shape[0])
     rows = x[order // experts.shape[1]]
     if weigh_inputs:
         rows = rows * weights.flatten()[order].unsqueeze(1).to(rows.dtype)
@@ -71,7 +90,7 @@ def mixed_experts(
     first, second = (None, None) if biases is None else (bias.to(x.dtype)[experts.flatten()[order]] for bias in biases)
     hidden = _product(rows, gate_up, ends)
     found = _product(activation(hidden if first is None else hidden + first), down, ends)
-    return gathered(found if second is None else found + second, order, weights)
+    return gathered(found if second is None else found + second, back, weights)
 
 
 def _product(x: Tensor, matrices: Tensor | PackedStack, ends: Tensor) -> Tensor:
@@ -81,10 +100,12 @@ def _product(x: Tensor, matrices: Tensor | PackedStack, ends: Tensor) -> Tensor:
     return grouped_linear(x, matrices.to(x.dtype), ends)
 
 
-def gathered(found: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """Each token's sum [N, hidden] of what was ``found`` [N * k, hidden] by its experts, with ``weights`` [N, k]; it is
-    in such an ``order`` as :func:`by_expert` gives."""
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+def gathered(found: Tensor, back: Tensor, weights: Tensor) -> Tensor:
+    """Each token's sum [N, hidden] of what was ``found`` [N * k, hidden] by its experts, with ``weights`` [N, k];
+    ``back`` as of :class:`ByExpert`."""
+    if found.is_cuda and found.dtype.itemsize <= 4 and not _wants_grad(found, weights):
+        total: Tensor = _gathered(found, back, weights)
+        return total
     own = found[back].view(*weights.shape, found.shape[-1])
     return (own * weights.unsqueeze(-1).to(found.dtype)).sum(1)
 
@@ -104,6 +125,31 @@ def _top_few(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     shape = (scores.shape[0], count)
     return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)
+
+
+@custom_op("penstock::by_expert", mutates_args=())
+def _by_expert(experts: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    from penstock.ops.experts_kernel import ordered
+
+    return ordered(experts.contiguous(), count)
+
+
+@_by_expert.register_fake
+def _(experts: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    order, back = (experts.new_empty(experts.shape, dtype=torch.int32) for _ in range(2))
+    return order, back, experts.new_empty(count, dtype=torch.int32)
+
+
+@custom_op("penstock::gathered_experts", mutates_args=())
+def _gathered(found: Tensor, back: Tensor, weights: Tensor) -> Tensor:
+    from penstock.ops.experts_kernel import gathered
+
+    return gathered(found.contiguous(), back, weights.contiguous())
+
+
+@_gathered.register_fake
+def _(found: Tensor, back: Tensor, weights: Tensor) -> Tensor:
+    return found.new_empty(weights.shape[0], found.shape[1])
 
 
 @custom_op("penstock::mixed_experts", mutates_args=())

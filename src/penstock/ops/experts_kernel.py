@@ -61,10 +61,11 @@ def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def order_kernel(  # type: ignore[no-untyped-def]
-    experts, order, ends, count, piece: tl.constexpr
+    experts, order, back, ends, count, piece: tl.constexpr
 ):  # fmt: skip
-    """order [count]: the assignments to experts [count] sorted by expert, and where the last of each expert is. One
-    program for an expert, which looks at all assignments: how many are before its own, and which are its own."""
+    """order [count]: the assignments to experts [count] sorted by expert; back [count]: where each is then; and where
+    the last of each expert is. One program for an expert, which looks at all assignments: how many are before its own,
+    and which are its own."""
     own = tl.program_id(0)
     lane = tl.arange(0, piece)
     before = tl.zeros((piece,), tl.int32)
@@ -78,17 +79,19 @@ def order_kernel(  # type: ignore[no-untyped-def]
         mine = (chosen == own).to(tl.int32)
         place = first + tl.cumsum(mine, 0) - 1
         tl.store(order + place, (start + lane).to(tl.int32), mine > 0)
+        tl.store(back + start + lane, place, mine > 0)
         first += tl.sum(mine, 0)
     tl.store(ends + own, first)
 
 
-def ordered(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """As :func:`penstock.ops.experts.by_expert`, both int32."""
-    order = torch.empty(experts.numel(), dtype=torch.int32, device=experts.device)
+def ordered(experts: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order, way back and ends of the contiguous ``experts`` of assignments, of which there are ``count``, as of
+    :class:`penstock.ops.experts.ByExpert`: all int32."""
+    order, back = (torch.empty(experts.numel(), dtype=torch.int32, device=experts.device) for _ in range(2))
     ends = torch.empty(count, dtype=torch.int32, device=experts.device)
     piece = min(triton.next_power_of_2(max(experts.numel(), 32)), PIECE)
-    order_kernel[(count,)](experts, order, ends, experts.numel(), piece, num_warps=max(8, piece // OWN))
-    return order, ends
+    order_kernel[(count,)](experts, order, back, ends, experts.numel(), piece, num_warps=max(8, piece // OWN))
+    return order, back, ends
 
 
 @triton.jit(do_not_specialize=["tiles"])  # type: ignore[untyped-decorator]
@@ -175,6 +178,35 @@ def summed(each: Tensor) -> Tensor:
     return out
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def gathered_kernel(  # type: ignore[no-untyped-def]
+    found, back, shares, out, height, few: tl.constexpr, columns: tl.constexpr
+):  # fmt: skip
+    """out [N, height], the sums of the rows ``back`` [N, few] of found [..., height] times their shares [N, few], in
+    their order. One program for some columns of a row."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * columns + tl.arange(0, columns)
+    kind = out.dtype.element_ty
+    total = tl.zeros((columns,), tl.float32)
+    for place in tl.static_range(few):
+        at = tl.load(back + row * few + place).to(tl.int64)
+        share = tl.load(shares + row * few + place).to(kind).to(tl.float32)
+        own = tl.load(found + at * height + column, column < height, 0.0).to(tl.float32)
+        total += (own * share).to(kind).to(tl.float32)
+    tl.store(out + row * height + column, total.to(kind), column < height)
+
+
+def gathered(found: Tensor, back: Tensor, shares: Tensor) -> Tensor:
+    """[N, hidden], the sums of rows ``back`` [N * k] of contiguous ``found`` [N * k, hidden], times contiguous
+    ``shares`` [N, k], in float32: rounded after each product, where operators would round, and once at the end."""
+    (count, few), height = shares.shape, found.shape[1]
+    out = found.new_empty(count, height)
+    columns = min(triton.next_power_of_2(height), COLUMNS)
+    if count:
+        grid = count, triton.cdiv(height, columns)
+        gathered_kernel[grid](found, back, shares, out, height, few, columns, num_warps=4)
+    return out
+
+
 def mixed(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """What the ``experts`` [N, k] of each token make of it, ``x`` [N, hidden], times their shares [N, k], and added up
     in their order: [N, hidden]."""
@@ -197,7 +229,7 @@ def multiply(
     [N, k, hidden]."""
     (groups, height, ffn), few, count = down.shape, experts.shape[1], experts.numel()
     out = torch.empty(*experts.shape, height, dtype=x.dtype, device=x.device)
-    order, ends = ordered(experts, groups)
+    order, _, ends = ordered(experts, groups)
     hidden = torch.empty(count, ffn, dtype=x.dtype, device=x.device)
     padded = triton.next_power_of_2(groups)
     tiles = min(count, triton.cdiv(count, wide.rows) + groups)

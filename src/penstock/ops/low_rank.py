@@ -150,8 +150,8 @@ class Sorted:
 
     Attributes:
         order: int32 [N], the rows by their slots, 0 for none.
-        tiles: int32 [N, 3], what some of them that lie together have in common: their slot, the first of them, and
-            where those of the slot end.
+        tiles: int32 [N, 4], what some of them that lie together have in common: their slot, the place of the first of
+            them in that order, where those of the slot end, and which row the first is.
     """
 
     order: Tensor
@@ -183,7 +183,7 @@ def _sorted(owners: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 @_sorted.register_fake
 def _(owners: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     size = owners.shape[0]
-    return owners.new_empty(size, dtype=torch.int32), owners.new_empty(size, 3, dtype=torch.int32)
+    return owners.new_empty(size, dtype=torch.int32), owners.new_empty(size, 4, dtype=torch.int32)
 
 
 @functools.cache

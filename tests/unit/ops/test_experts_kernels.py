@@ -22,9 +22,8 @@ def test_assignments_are_ordered_by_expert(piece: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(experts_kernel, "PIECE", piece)
     experts = torch.randint(7, (150, 2), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     experts[experts == 3] = 4
-    order, ends = experts_kernel.ordered(experts, 7)
-    wanted = by_expert(experts, 7)
-    assert torch.equal(order.long(), wanted[0]) and torch.equal(ends, wanted[1])
+    found, wanted = experts_kernel.ordered(experts, 7), by_expert(experts.cpu(), 7)
+    assert [each.tolist() for each in found] == [each.tolist() for each in wanted]
 
 
 @pytest.mark.parametrize(("count", "few", "hidden"), [(1, 8, 2048), (3, 2, 1500), (5, 1, 40)])
@@ -34,6 +33,20 @@ def test_sums_are_in_order_and_rounded_once(count: int, few: int, hidden: int) -
     for place in range(few):
         total += each[:, place].float()
     assert torch.equal(experts_kernel.summed(each), total.bfloat16())
+
+
+@pytest.mark.parametrize(("count", "few", "hidden"), [(1, 8, 2048), (3, 2, 1500), (5, 1, 40), (0, 2, 40)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_of_experts_are_added_up_with_their_shares(count: int, few: int, hidden: int, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(few)
+    found = torch.randn(count * few, hidden, generator=draw).to(DEVICE, dtype)
+    shares, back = torch.rand(count, few, generator=draw).to(DEVICE), torch.randperm(count * few, generator=draw)
+    got = experts_kernel.gathered(found, back.to(DEVICE, torch.int32), shares)
+    total = torch.zeros(count, hidden, device=DEVICE)
+    for place in range(few):
+        rows = found[back.view(count, few)[:, place].to(DEVICE)]
+        total += (rows.float() * shares[:, place, None].to(dtype).float()).to(dtype).float()
+    torch.testing.assert_close(got, total.to(dtype))
 
 
 def test_experts_of_uneven_use_add_up() -> None:

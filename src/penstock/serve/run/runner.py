@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.choices import chosen, circumstances
-from penstock.core.devices import upload
+from penstock.core.devices import choose_assembler, upload
 from penstock.core.errors import PenstockError, UsageError
 from penstock.core.garbage import settled
 from penstock.core.progress import Reporter, silent
@@ -237,6 +237,7 @@ class Runner:
 
     def compile_pass(self) -> None:
         """Compiles the pass, once it runs."""
+        choose_assembler()
         self._trunk = functools.partial(self._through.trunk, pieces=CompiledPieces())
         self._tip = torch.compile(self._through.tip, dynamic=True)
 
