@@ -3,6 +3,9 @@
 from penstock.core.garbage import loading
 
 with loading():
+    # In this order. PyTorch names what it has compiled by the first module in which a name is found, and transformers
+    # had modules (until 5.17 at least) that import half of it whatever name they are asked for.
+    import torch  # noqa: F401
     import transformers  # noqa: F401 - every engine opens a tokenizer
 
     from penstock.serve.link.process import main
