@@ -35,6 +35,7 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
+from penstock.serve.rehearsal import rehearse_drafts
 from penstock.train import presets
 from penstock.train.config import TrainConfig
 from penstock.train.run import Run
@@ -191,6 +192,7 @@ def main(bench: Bench) -> None:
         config = EngineConfig.model_validate({"sequences": max(CROWDS), "cache_tokens": 16384, **options})
         predicts = head if config.controller.predicts else None
         engines[name] = build_engine(models[0], config, draft=models[1], predictor=predicts)
+        rehearse_drafts(config, engines[name])
     for crowd in CROWDS[: 1 if bench.quick else None]:
         by_crowd(bench, engines, crowd)
 

@@ -87,7 +87,7 @@ def opened(bench: Bench, target: Decoder, draft: Decoder) -> dict[str, Engine]:
             engines[PLAIN] = Engine(configured(bench), runner)
         for name, config in configs.items():
             engines[f"{drafter}, {name}"] = engine = Engine(config, runner, draft=drafting)
-            rehearse_drafts(config, engine, drafting)
+            rehearse_drafts(config, engine)
     return engines
 
 

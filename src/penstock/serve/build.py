@@ -39,12 +39,7 @@ from penstock.serve.kv.tiers import Tiers
 from penstock.serve.ranks.group import Ranks
 from penstock.serve.ranks.runner import LastStageRunner, LeadingRunner, RankRunner, StageRunner
 from penstock.serve.ranks.stages import StageDecoder
-from penstock.serve.rehearsal import (
-    rehearse_drafts,
-    rehearse_first_uses,
-    rehearse_largest_steps,
-    rehearse_prompts,
-)
+from penstock.serve.rehearsal import rehearse_first_uses, rehearse_largest_steps, rehearse_prompts
 from penstock.serve.run.draft import Drafting
 from penstock.serve.run.graphs import prompt_shapes, window_shapes
 from penstock.serve.run.heads import ContinuingRunner
@@ -87,8 +82,6 @@ def build_engine(
         # computes a block in more time than a disk needs for its few bytes.
         if tiers is not None and tiers.disk_bytes and runner.device.type == "cuda":
             engine.steps.prompts = rehearse_prompts(config, runner)
-        if runner.device.type == "cuda" and config.pipeline_parallel == 1:  # on a CPU that, too, would take long
-            rehearse_drafts(config, engine, drafting)
         for name, folder in config.adapters.items():
             engine.adapters.load(name, folder)
         return engine

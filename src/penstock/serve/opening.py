@@ -30,6 +30,7 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.ranks.group import Ranks
 from penstock.serve.ranks.stages import StageDecoder, stages
+from penstock.serve.rehearsal import rehearse_drafts
 from penstock.serve.run.runner import Runner
 
 if TYPE_CHECKING:
@@ -75,8 +76,12 @@ def open_engine(
     stop, grammars = _ends(folder, tokenizer, model.config.vocabulary)
     pieces = pieces_of_text(tokenizer, config.codec, model.config.context)
     engine = build_engine(model, config, stop, report, grammars, str(source), draft, pieces, predictor=predictor)
-    if isinstance(engine.executor, Runner) and stream_of(model) is None:
+    if stream_of(model) is not None:
+        return engine
+    if isinstance(engine.executor, Runner):
         engine.executor.weights.source = lambda: load(folder).state_dict()
+    if config.record is None:
+        rehearse_drafts(config, engine)
     return engine
 
 
@@ -155,6 +160,8 @@ def _open_divided(
         model = open_share(folder, config, device, ranks.share)
         ranks.meet()
         engine = build_engine(model, config, stop, report, grammars, str(source), ranks=ranks)
+        if config.record is None and config.pipeline_parallel == 1:  # stages would wait for each other
+            rehearse_drafts(config, engine)
     except BaseException:
         ranks.close()
         raise

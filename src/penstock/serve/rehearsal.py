@@ -25,7 +25,7 @@ from penstock.speculate.tree import Tree, full
 #: Tokens of the prompts of those that go on beside the longest prompt, and how many steps they go on.
 SHORT, STEPS = 2, 8
 
-#: Steps of each kind that are timed, and seconds after which no larger crowds are.
+#: Steps of each kind that are timed, and seconds after which no more are.
 TIMED, ENOUGH = 3, 1.0
 
 
@@ -131,26 +131,24 @@ class Timed(Controller):
         return self.control
 
 
-def rehearse_drafts(config: EngineConfig, engine: Engine, draft: DraftExecutor | None = None) -> None:
+def rehearse_drafts(config: EngineConfig, engine: Engine) -> None:
     """Tells what decides in ``engine`` how many tokens are drafted, before there are any requests, what steps take by
-    how many are: for one sequence, two, four and so on, as long as that does not take long, with the drafting of the
-    model ``draft``, if there is one. What is accepted shows with the first drafts; what they cost it would have to find
-    out by losing."""
+    how many are: for one sequence, two, four and so on, as long as that does not take long, with the drafting of its
+    model, if it has one. What is accepted shows with the first drafts; what they cost it would have to find out by
+    losing."""
     speculation = engine.steps.speculation
     if speculation is None or not speculation.asks():
         return
-    control = Timing()
+    control, draft = Timing(), speculation.model
     config = config.model_copy(update={"controller": Timed(control=control)})
     if draft is None and config.draft is not None:
         config = config.model_copy(update={"draft": Zeros(tokens=config.draft.most)})
     other, begun = Engine(config, engine.executor, draft=draft), time.perf_counter()
-    for crowd in itertools.takewhile(lambda size: size <= other.limits.sequences, (2**power for power in range(31))):
-        for length in speculation.asks():
-            control.length = length
-            # The least: the first step of its kind computes what was missed before, and more may happen for the first
-            # time.
-            if took := [seen.seconds for seen in _timed(other, control, crowd) if seen.seconds is not None]:
-                speculation.expect(crowd, length, min(took))
+    crowds = itertools.takewhile(lambda size: size <= other.limits.sequences, (2**power for power in range(31)))
+    for crowd, control.length in itertools.product(crowds, speculation.asks()):
+        # The least: the first step of its kind computes what was missed before, and more may happen for the first time.
+        if took := [seen.seconds for seen in _timed(other, control, crowd) if seen.seconds is not None]:
+            speculation.expect(crowd, control.length, min(took))
         if time.perf_counter() - begun > ENOUGH:
             break
 

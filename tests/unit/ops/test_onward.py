@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,10 @@ from torch import Tensor
 
 from penstock.core.randomness import numpy_generator
 from penstock.ops.paged.contract import CacheShape, PagedBatch, PagedCache, StepShape
+from penstock.ops.paged.cpu import NativeCache
 from penstock.ops.paged.reference import ReferenceCache
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 
 BLOCKS, SIZE, PAGES, HEADS, KV, DIM = 300, 16, 72, 4, 2, 16
 
@@ -23,6 +28,12 @@ def walked(shape: CacheShape) -> PagedCache:
     return WalkedCache(shape)
 
 
+def native(shape: CacheShape) -> PagedCache:
+    if torch.cuda.is_available():
+        pytest.skip("it is a CPU's")
+    return NativeCache(shape)
+
+
 def batch_of(tables: Tensor, lengths: list[int], shape: StepShape | None) -> PagedBatch:
     slots = [
         int(table[(n - 1) // SIZE]) * SIZE + (n - 1) % SIZE if n else 0
@@ -34,7 +45,7 @@ def batch_of(tables: Tensor, lengths: list[int], shape: StepShape | None) -> Pag
 
 
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("opened", [ReferenceCache, walked])
+@pytest.mark.parametrize("opened", [ReferenceCache, walked, pytest.param(native, marks=needs_compiler)])
 def test_a_batch_that_goes_on_attends_as_one_that_is_planned_anew(opened, window):
     """Some stay behind; some come to another block, and to keys that no item of their plan had before."""
     draw, device = numpy_generator(0, "onward"), torch.device("cuda" if torch.cuda.is_available() else "cpu")

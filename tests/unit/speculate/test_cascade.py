@@ -87,7 +87,7 @@ def timed(engine: Engine, read: float, compute: float, draft: float) -> Lanes:
         return passed(*args)
 
     stream._lane, stream.fill, stream.hold = Lane(lanes, "reads"), reading, computing  # type: ignore[method-assign]
-    model._pass = drafted
+    model._pass, model.runner.onward = drafted, 0  # one by one
     if isinstance(model, CascadeDraft):
         model._lane = Lane(lanes, "drafts")
     return lanes

@@ -284,9 +284,15 @@ class PagedCache:
         most blocks of a sequence. A shape that is fixed already stays as it is."""
         return False
 
+    @property
+    def advances(self) -> bool:
+        """Whether batches can :meth:`advance` that name no fixed shape."""
+        return False
+
     def advance(self, places: Tensor, more: Tensor, nowhere: int) -> None:
-        """Takes the batch that was planned, of a fixed shape that goes :attr:`onward <StepShape.onward>`, to the next
-        token of each sequence; a part of a pass, which may be captured and replayed.
+        """Takes the batch that was planned, of one token a sequence, to the next token of each: one of a fixed shape
+        that goes :attr:`onward <StepShape.onward>`, as a part of a pass, which may be captured and replayed; or any, if
+        the cache :attr:`advances`. The planned batch itself may be changed.
 
         Args:
             places: int64 [B], of the new tokens in their sequences, on the device.

@@ -151,6 +151,17 @@ class NativeCache(PagedCache):
         more = self.watch is not None or self._windows is not None or self._batch.contexts or self._batch.weighed
         return None if more else (self._allocated, len(self._batch.slots))
 
+    @property
+    def advances(self) -> bool:
+        return self.watch is None and self._windows is None
+
+    def advance(self, places: Tensor, more: Tensor, nowhere: int) -> None:
+        # The plan has their addresses.
+        batch, size = self._batch, self.shape.block_size
+        block = batch.tables.gather(1, (places // size).unsqueeze(1)).squeeze(1).long()
+        batch.slots.copy_(torch.where(more, block * size + places % size, nowhere))
+        batch.lengths.add_(more.int())
+
     def _describe(self, batch: PagedBatch) -> _Batch:
         """``batch`` as the kernel takes it, but for windows.
 

@@ -41,6 +41,10 @@ class ReferenceCache(PagedCache):
         if self._rings is not None:
             self._rings.plan(batch)
 
+    @property
+    def advances(self) -> bool:
+        return True
+
     def advance(self, places: Tensor, more: Tensor, nowhere: int) -> None:
         batch, size = self._batch, self.shape.block_size
         places, more = places.cpu(), more.cpu()

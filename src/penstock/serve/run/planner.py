@@ -176,12 +176,14 @@ class Planner:
 
     def going_on(self, batch: Batch, left: np.ndarray, passes: int) -> GoingOn | None:
         """What the first of up to ``passes`` passes takes in which the entries of ``batch`` go on, ``left`` int64 [E]
-        of them each; None where more than temperature and cuts changes from one to the next, or there are others than
-        such whose next token is wanted."""
-        if not all(entry.scored for entry in batch.entries):
+        of them each; None where more than temperature and cuts changes from one to the next, or penalties have to be
+        kept from now on or no longer, or there are others than such whose next token is wanted."""
+        fresh = [entry for entry in batch.entries if self._held[entry.slot] is not entry.sequence.held]
+        penalized = any(self._table[each.slot]["penalized"] or each.sequence.sampling.penalized for each in fresh)
+        if penalized or not all(entry.scored for entry in batch.entries):
             return None
         fields = Fields.of(batch.entries)
-        asked = self._asked(batch.entries, fields)
+        _, asked = self.ask(batch.entries, fields)
         if not asked.plain or np.count_nonzero(asked.rows["special"]) or asked.bans is not None:
             return None
         slots, lengths, every = fields.slots, fields.starts + 1, np.arange(len(left))

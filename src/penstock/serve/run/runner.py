@@ -48,7 +48,7 @@ from penstock.serve.run.graphs import (
     window_shapes,
 )
 from penstock.serve.run.hidden import HiddenStates
-from penstock.serve.run.planner import Planner
+from penstock.serve.run.planner import GoingOn, Planner
 from penstock.serve.run.step import Part, Step
 from penstock.serve.run.weights import Weights
 
@@ -153,9 +153,12 @@ class Runner:
         self._adapters = adapters
         # With adapters, both also take the slots of the tokens' own, as ``owners``.
         self._trunk: Callable[..., tuple[Tensor, ...]] = self._through.trunk
+        #: Of what the trunk gives, where nothing has an adapter.
+        self._scores: Callable[..., Tensor] = lambda *begun: self.model.logits(self._tip(*begun))
         self._recorded = RecordedPieces()
         if self.device.type == "cpu" and can_record(model):
             self._trunk = functools.partial(self._trunk, pieces=self._recorded)
+            self._scores = functools.partial(self._recorded.scores, model)
         self._tip: Callable[..., Tensor] = self._through.tip
         #: For steps without adapters and for those with some.
         self._captured: dict[bool, PassGraphs] = {}
@@ -335,7 +338,7 @@ class Runner:
         options, (draws, known) = inputs[3:GOING], inputs[GOING:].chunk(2)
         given = torch.where(known[0] < 0, self._newest[places], known[0])
         begun = self._trunk(given, PagedTokens(positions, self.cache))
-        logits = self.model.logits(self._tip(*begun))
+        logits = self._scores(*begun)
         tokens = draw_cut(logits, torch.cat([options, draws[:1]]).view(torch.float64))
         self._newest.index_copy_(0, places, tokens)
         gone = self._gone[:, : inputs.shape[1]]
@@ -431,8 +434,9 @@ class Runner:
 
     @property
     def goes_on(self) -> bool:
-        """Whether there are graphs for :meth:`go_on`."""
-        return False in self._captured and bool(self._captured[False].onward.shapes)
+        """Whether there are graphs for :meth:`go_on`, or it needs none."""
+        captured = False in self._captured and bool(self._captured[False].onward.shapes)
+        return captured or (self.onward > 0 and self.cache.advances)
 
     @torch.inference_mode()
     def go_on(self, batch: Batch, left: np.ndarray) -> Tensor | None:
@@ -444,15 +448,29 @@ class Runner:
             What was chosen in each pass, int64 [most of ``left``, E], on the device; what is behind those that are left
             for a sequence is of no meaning. None where passes have to be asked for one by one.
         """
-        passes, graphs = int(left.max()), self._captured[False].onward
+        passes = int(left.max())
         going = self.planner.going_on(batch, left, self.onward) if passes <= self.onward else None
-        shape = None if going is None else graphs.shape_for(going.plan)
-        if going is None or shape is None:
+        if going is None or not (self._gone_on_replayed if self._captured else self._gone_on_eagerly)(going, passes):
             return None
+        return self._gone[-passes:, : len(left)]
+
+    def _gone_on_replayed(self, going: GoingOn, passes: int) -> bool:
+        """Queues so many passes as graphs; False where there is none for them."""
+        graphs = self._captured[False].onward
+        shape = graphs.shape_for(going.plan)
+        if shape is None:
+            return False
         graphs.replay(shape, going.inputs, going.plan)
         for _ in range(passes - 1):
             graphs.again(shape)
-        return self._gone[-passes:, : len(left)]
+        return True
+
+    def _gone_on_eagerly(self, going: GoingOn, passes: int) -> bool:
+        self.cache.plan(going.plan)
+        inputs = self._on_device(going.inputs)
+        for _ in range(passes):
+            self._gone_on(inputs)
+        return True
 
     @torch.inference_mode()
     def execute(self, step: Step, proposals: Proposals | None = None) -> Sampled | None:
@@ -579,14 +597,19 @@ class Runner:
             replayed = begun, np.arange(count)
         begun, places = replayed
 
-        def hidden(rows: np.ndarray) -> Tensor:
+        def own_of(rows: np.ndarray) -> tuple[Tensor, ...]:
             index = self._on_device(places[rows])
-            return self._tip(*(each[index] for each in begun), **self._worn(owners, rows))
+            return tuple(each[index] for each in begun)
+
+        def hidden(rows: np.ndarray) -> Tensor:
+            return self._tip(*own_of(rows), **self._worn(owners, rows))
 
         if self.hidden is not None:
-            index = self._on_device(places[np.arange(count)])
-            self._keep(self.hidden, part, self._kept(tuple(each[index] for each in begun), **self._worn(owners)))
-        logits = self.model.logits(hidden(part.scored)) if len(part.scored) else None
+            self._keep(self.hidden, part, self._kept(own_of(np.arange(count)), **self._worn(owners)))
+        logits = None
+        if len(part.scored):
+            plain = owners is None
+            logits = self._scores(*own_of(part.scored)) if plain else self.model.logits(hidden(part.scored))
         probes = None if part.probes is None else hidden(part.probes)
         return Passed(logits, hidden(part.prompt_logprobs) if len(part.prompt_logprobs) else None, probes=probes)
 

@@ -207,6 +207,7 @@ def test_all_tokens_of_a_chain_are_drafted_at_once(stand_ins, monkeypatch):
     config = config.model_copy(update={"controller": Fixed(), "context": 40})
     warm, cold = (build_engine(small_model(), config, draft=draft_of(small_model(), 0.02)) for _ in range(2))
     runner = warm.steps.speculation.model.runner
+    cold.steps.speculation.model.runner.onward = 0
     told, passes = replays(runner, 400), list[int]()
     go_on = runner.go_on
 
