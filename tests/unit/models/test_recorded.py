@@ -72,6 +72,8 @@ def test_texts_are_the_same(changes, options, monkeypatch):
     assert texts(recording) == texts(plain)
     passes = recording.executor._recorded._passes
     assert {tokens for _, tokens, _ in passes} >= {1, 4} and not plain.executor._recorded._passes
+    ends = recording.executor._recorded._ends
+    assert {rows for rows, _ in ends} >= {1, 4} and all(ends.values()) and not plain.executor._recorded._ends
     # And in memory that others have used since.
     assert texts(recording) == texts(plain)
 
@@ -95,6 +97,13 @@ def test_what_is_more_than_native_calls_goes_on_as_it_is(changes, monkeypatch):
     recording, plain = engines(monkeypatch, model(**changes))
     assert texts(recording) == texts(plain)
     assert not recording.executor._recorded._passes
+
+
+def test_scores_that_are_more_than_native_calls_are_computed_as_they_are(monkeypatch):
+    recording, plain = engines(monkeypatch, model(logits_scale=0.5, logits_cap=30.0))
+    assert texts(recording) == texts(plain)
+    recorded = recording.executor._recorded
+    assert recorded._passes and recorded._ends and not any(recorded._ends.values())
 
 
 def test_what_nobody_sees_is_found_by_computing_again(monkeypatch):

@@ -153,12 +153,10 @@ class Runner:
         self._adapters = adapters
         # With adapters, both also take the slots of the tokens' own, as ``owners``.
         self._trunk: Callable[..., tuple[Tensor, ...]] = self._through.trunk
-        #: Of what the trunk gives, where nothing has an adapter.
-        self._scores: Callable[..., Tensor] = lambda *begun: self.model.logits(self._tip(*begun))
         self._recorded = RecordedPieces()
-        if self.device.type == "cpu" and can_record(model):
+        self._records = self.device.type == "cpu" and can_record(model)
+        if self._records:
             self._trunk = functools.partial(self._trunk, pieces=self._recorded)
-            self._scores = functools.partial(self._recorded.scores, model)
         self._tip: Callable[..., Tensor] = self._through.tip
         #: For steps without adapters and for those with some.
         self._captured: dict[bool, PassGraphs] = {}
@@ -301,6 +299,12 @@ class Runner:
         tokens = torch.where(places > 0, self._newest[places], known)
         trunk: Callable[..., tuple[Tensor, ...]] = self._through.trunk if plainly else self._trunk
         return trunk(tokens, PagedTokens(positions, self.cache), **worn)
+
+    def _scores(self, *begun: Tensor) -> Tensor:
+        """The logits of tokens without adapters of which :meth:`_begun` gave these."""
+        if self._records and self.cache.recorded is not None:
+            return self._recorded.scores(self.model, *begun)
+        return self.model.logits(self._tip(*begun))
 
     def _begun_in_place(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`_begun` gives, in the memory of the first time, which had the most rows: graphs have none of
