@@ -71,13 +71,13 @@ class RecordedPieces(Pieces):
         """What :meth:`Decoder.logits` gives for the :meth:`Decoder.tip` of tokens whose pass was ``begun``."""
         rows = len(begun[0])
         kind = rows, torch.get_num_threads()
-        if not 0 < rows <= MOST or torch.is_grad_enabled() or self._ends.get(kind, self) is None:
+        if not 0 < rows <= MOST or torch.is_grad_enabled():
             return _scored(model, *begun)[0]
-        found = self._ends.get(kind)
-        if found is not None:
-            return found.again(begun)[0].clone()
-        self._ends[kind], first = _Pass.recorded(functools.partial(_scored, model), begun, self._last_room)
-        return first[0]
+        if kind not in self._ends:
+            self._ends[kind], first = _Pass.recorded(functools.partial(_scored, model), begun, self._last_room)
+            return first[0]
+        found = self._ends[kind]
+        return _scored(model, *begun)[0] if found is None else found.again(begun)[0].clone()
 
 
 def _between(model: Decoder, context: AttentionContext, x: Tensor, *turns: Tensor) -> tuple[Tensor, ...]:

@@ -80,8 +80,7 @@ def open_engine(
         return engine
     if isinstance(engine.executor, Runner):
         engine.executor.weights.source = lambda: load(folder).state_dict()
-    if config.record is None:
-        rehearse_drafts(config, engine)
+    rehearse_drafts(config, engine)
     return engine
 
 
@@ -160,8 +159,7 @@ def _open_divided(
         model = open_share(folder, config, device, ranks.share)
         ranks.meet()
         engine = build_engine(model, config, stop, report, grammars, str(source), ranks=ranks)
-        if config.record is None and config.pipeline_parallel == 1:  # stages would wait for each other
-            rehearse_drafts(config, engine)
+        rehearse_drafts(config, engine)
     except BaseException:
         ranks.close()
         raise

@@ -135,9 +135,10 @@ def rehearse_drafts(config: EngineConfig, engine: Engine) -> None:
     """Tells what decides in ``engine`` how many tokens are drafted, before there are any requests, what steps take by
     how many are: for one sequence, two, four and so on, as long as that does not take long, with the drafting of its
     model, if it has one. What is accepted shows with the first drafts; what they cost it would have to find out by
-    losing."""
+    losing. Nothing is told where all that is computed is recorded, nor where stages would wait for each other."""
     speculation = engine.steps.speculation
-    if speculation is None or not speculation.asks():
+    apart = config.record is None and config.pipeline_parallel == 1
+    if speculation is None or not speculation.asks() or not apart:
         return
     control, draft = Timing(), speculation.model
     config = config.model_copy(update={"controller": Timed(control=control)})
@@ -145,10 +146,11 @@ def rehearse_drafts(config: EngineConfig, engine: Engine) -> None:
         config = config.model_copy(update={"draft": Zeros(tokens=config.draft.most)})
     other, begun = Engine(config, engine.executor, draft=draft), time.perf_counter()
     crowds = itertools.takewhile(lambda size: size <= other.limits.sequences, (2**power for power in range(31)))
-    for crowd, control.length in itertools.product(crowds, speculation.asks()):
+    for crowd, length in itertools.product(crowds, speculation.asks()):
+        control.length = length
         # The least: the first step of its kind computes what was missed before, and more may happen for the first time.
         if took := [seen.seconds for seen in _timed(other, control, crowd) if seen.seconds is not None]:
-            speculation.expect(crowd, control.length, min(took))
+            speculation.expect(crowd, length, min(took))
         if time.perf_counter() - begun > ENOUGH:
             break
 

@@ -227,6 +227,13 @@ class PagedBatch:
         return StepShape(singles, count - singles, len(self.slots) - singles, masked)
 
 
+def slots_onward(tables: Tensor, places: Tensor, more: Tensor, size: int, nowhere: int) -> Tensor:
+    """int64 [B], the slots of new tokens at these ``places``, as of :meth:`PagedCache.advance`, in sequences whose
+    blocks of ``size`` tokens are in ``tables`` int32 [B, W]; ``nowhere`` for those that stay where they are."""
+    block = tables.gather(1, (places // size).unsqueeze(1)).squeeze(1).long()
+    return torch.where(more, block * size + places % size, nowhere)
+
+
 class PagedCache:
     """The memory of keys and values, and attention over it.
 

@@ -16,7 +16,14 @@ from penstock.core.errors import PenstockError
 from penstock.ops import native
 from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.codecs.contract import Codec
-from penstock.ops.paged.contract import ALL_LAYERS, CacheShape, PagedAttention, PagedBatch, PagedCache
+from penstock.ops.paged.contract import (
+    ALL_LAYERS,
+    CacheShape,
+    PagedAttention,
+    PagedBatch,
+    PagedCache,
+    slots_onward,
+)
 from penstock.ops.paged.cpu_windows import PADDING, PlannedWindows, WindowBlocks
 from penstock.ops.paged.view import View
 from penstock.policy import policy
@@ -157,9 +164,8 @@ class NativeCache(PagedCache):
 
     def advance(self, places: Tensor, more: Tensor, nowhere: int) -> None:
         # The plan has their addresses.
-        batch, size = self._batch, self.shape.block_size
-        block = batch.tables.gather(1, (places // size).unsqueeze(1)).squeeze(1).long()
-        batch.slots.copy_(torch.where(more, block * size + places % size, nowhere))
+        batch = self._batch
+        batch.slots.copy_(slots_onward(batch.tables, places, more, self.shape.block_size, nowhere))
         batch.lengths.add_(more.int())
 
     def _describe(self, batch: PagedBatch) -> _Batch:

@@ -15,7 +15,15 @@ from penstock.core import pages
 from penstock.ops.attention import PLAIN, Extras, attend_rows, causal_mask
 from penstock.ops.paged.aside import Aside
 from penstock.ops.paged.codecs.contract import Codec
-from penstock.ops.paged.contract import ALL_LAYERS, NEEDS, CacheShape, PagedAttention, PagedBatch, PagedCache
+from penstock.ops.paged.contract import (
+    ALL_LAYERS,
+    NEEDS,
+    CacheShape,
+    PagedAttention,
+    PagedBatch,
+    PagedCache,
+    slots_onward,
+)
 from penstock.ops.paged.residual import Rings
 from penstock.ops.paged.view import Packed
 from penstock.policy import policy
@@ -46,10 +54,8 @@ class ReferenceCache(PagedCache):
         return True
 
     def advance(self, places: Tensor, more: Tensor, nowhere: int) -> None:
-        batch, size = self._batch, self.shape.block_size
-        places, more = places.cpu(), more.cpu()
-        block = batch.tables.long().gather(1, (places // size).unsqueeze(1)).squeeze(1)
-        slots = torch.where(more, block * size + places % size, nowhere)
+        batch, places, more = self._batch, places.cpu(), more.cpu()
+        slots = slots_onward(batch.tables, places, more, self.shape.block_size, nowhere)
         self.plan(dataclasses.replace(batch, lengths=batch.lengths + more.int(), slots=slots))
 
     def attend(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from penstock.core.devices import upload
 from penstock.ops.attention import PLAIN, Extras
-from penstock.ops.paged.contract import CacheShape, PagedBatch, StepShape
+from penstock.ops.paged.contract import CacheShape, PagedBatch, StepShape, slots_onward
 from penstock.ops.paged.masks import Masks
 from penstock.ops.paged.walk_kernel import FIELDS, KEYS, PIECE, ROWS, merge_kernel, walk_kernel
 
@@ -207,10 +207,9 @@ class FixedWalk:
     def advance(self, places: Tensor, more: Tensor, nowhere: int, slots: Tensor) -> None:
         """See :meth:`~penstock.ops.paged.contract.PagedCache.advance`; where the new tokens go is put into ``slots``
         int64 [B]."""
-        items, size = self.walk.items, self._cache.block_size
+        items = self.walk.items
         items[:, 3:5] += more.int()[items[:, 0].long()].unsqueeze(1)  # the token's place, and the length
-        block = self.walk.tables.gather(1, (places // size).unsqueeze(1)).squeeze(1).long()
-        slots.copy_(torch.where(more, block * size + places % size, nowhere))
+        slots.copy_(slots_onward(self.walk.tables, places, more, self._cache.block_size, nowhere))
 
 
 def _in_a_row(batch: PagedBatch) -> np.ndarray:

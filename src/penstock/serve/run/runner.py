@@ -300,11 +300,12 @@ class Runner:
         trunk: Callable[..., tuple[Tensor, ...]] = self._through.trunk if plainly else self._trunk
         return trunk(tokens, PagedTokens(positions, self.cache), **worn)
 
-    def _scores(self, *begun: Tensor) -> Tensor:
-        """The logits of tokens without adapters of which :meth:`_begun` gave these."""
-        if self._records and self.cache.recorded is not None:
+    def _scores(self, *begun: Tensor, **worn: Tensor) -> Tensor:
+        """The logits of tokens of which :meth:`_begun` gave these; where some have adapters, their slots are
+        ``worn``."""
+        if self._records and not worn and self.cache.recorded is not None:
             return self._recorded.scores(self.model, *begun)
-        return self.model.logits(self._tip(*begun))
+        return self.model.logits(self._tip(*begun, **worn))
 
     def _begun_in_place(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`_begun` gives, in the memory of the first time, which had the most rows: graphs have none of
@@ -454,11 +455,15 @@ class Runner:
         """
         passes = int(left.max())
         going = self.planner.going_on(batch, left, self.onward) if passes <= self.onward else None
-        if going is None or not (self._gone_on_replayed if self._captured else self._gone_on_eagerly)(going, passes):
+        if going is None:
+            return None
+        if not self._captured:
+            self._go_on_eagerly(going, passes)
+        elif not self._replay_onward(going, passes):
             return None
         return self._gone[-passes:, : len(left)]
 
-    def _gone_on_replayed(self, going: GoingOn, passes: int) -> bool:
+    def _replay_onward(self, going: GoingOn, passes: int) -> bool:
         """Queues so many passes as graphs; False where there is none for them."""
         graphs = self._captured[False].onward
         shape = graphs.shape_for(going.plan)
@@ -469,12 +474,11 @@ class Runner:
             graphs.again(shape)
         return True
 
-    def _gone_on_eagerly(self, going: GoingOn, passes: int) -> bool:
+    def _go_on_eagerly(self, going: GoingOn, passes: int) -> None:
         self.cache.plan(going.plan)
         inputs = self._on_device(going.inputs)
         for _ in range(passes):
             self._gone_on(inputs)
-        return True
 
     @torch.inference_mode()
     def execute(self, step: Step, proposals: Proposals | None = None) -> Sampled | None:
@@ -612,8 +616,7 @@ class Runner:
             self._keep(self.hidden, part, self._kept(own_of(np.arange(count)), **self._worn(owners)))
         logits = None
         if len(part.scored):
-            plain = owners is None
-            logits = self._scores(*own_of(part.scored)) if plain else self.model.logits(hidden(part.scored))
+            logits = self._scores(*own_of(part.scored), **self._worn(owners, part.scored))
         probes = None if part.probes is None else hidden(part.probes)
         return Passed(logits, hidden(part.prompt_logprobs) if len(part.prompt_logprobs) else None, probes=probes)
 
