@@ -58,3 +58,14 @@ def _own_log() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(levels[0])
     own.setLevel(levels[1])
+
+
+@pytest.fixture(autouse=True)
+def _shared_models_stay() -> Iterator[None]:
+    """No test makes a model invariant that others serve, too: theirs would run other kernels from then on."""
+    yield
+    if (shared := sys.modules.get("penstock.testing.serve_model")) is not None:
+        for model in (shared.small_model, shared.small_mixture):
+            if model.cache_info().currsize and type(model().norm).__name__ != "RMSNorm":
+                model.cache_clear()  # for those to come
+                pytest.fail("a deterministic engine replaces its model's layers: give it a copy")

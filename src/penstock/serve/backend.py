@@ -35,8 +35,6 @@ def backend_of(
     """
     weight, shape = model.like, model.config
     model.expect(min(config.context or shape.context, shape.context))
-    if config.deterministic:
-        make_invariant(model)
     held = model.held if isinstance(model, StageDecoder) else None
     cache = cache_shape(shape, config.block_size, weight.dtype, weight.device, config.codec, layers=held)
     if not config.kv.dense and (cache.needs or cache.windows != {None}):
@@ -85,6 +83,8 @@ def backend_of(
     if (residual := config.residual) is not None:
         cache = dataclasses.replace(cache, residual=residual, needs=cache.needs | {"residual"})
     backend = _chosen(config, cache)
+    if config.deterministic:  # now that nothing is refused: the model may be somebody's who goes on with it
+        make_invariant(model)
     backend.prepare(cache, report)
     return backend, dataclasses.replace(cache, learned=learned_tables(model, config.codec, pieces, report))
 
