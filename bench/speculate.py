@@ -43,6 +43,9 @@ from penstock.train.session import train_to_the_end
 
 TARGET, DRAFT, PLAIN = "python-6m", "python-1m", "plain decoding"
 PROMPT, OUTPUT = 128, 192  # tokens in and out
+#: By which shares of these a request gets more tokens out, or fewer: else all that came together would end together
+#: where nothing is drafted, and their successors' prompts would be computed together, as in no traffic.
+UNLIKE = (0, -0.2, 0.1, 0.2, -0.1)
 CROWDS = (1, 4, 16)
 #: Of one request at a time, and of several; and where the default controller decides, beside plain decoding alone: on a
 #: machine that is not always as fast, what stands between two runs makes them differ.
@@ -124,8 +127,11 @@ def run(engine: Engine, todo: list[list[int]], crowd: int, output: int) -> float
     """Tokens a second, so many requests at a time, from an empty cache: where one ends, the next one comes, and where
     none is left to come it is over."""
     engine.memory.pool.forget()
-    sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
-    coming = (Request(str(number), prompt, sampling) for number, prompt in enumerate(todo))
+    lengths = (round(output * (1 + share)) for share in itertools.cycle(UNLIKE))
+    coming = (
+        Request(str(number), prompt, SamplingParams(temperature=0, max_tokens=length, ignore_eos=True))
+        for number, (prompt, length) in enumerate(zip(todo, lengths, strict=False))
+    )
     begun = time.perf_counter()
     for request in itertools.islice(coming, crowd):
         engine.add(request)

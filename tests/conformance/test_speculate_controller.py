@@ -8,6 +8,7 @@ from penstock.testing.enrolled import enrolled, rebuilt
 from penstock.testing.speculate_controller import (
     check_bounds,
     check_confidence,
+    check_crowds,
     check_ends,
     check_engine,
     check_losses,
@@ -46,6 +47,11 @@ def test_tokens_are_those_of_an_engine_that_drafts_nothing(name):
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_a_step_is_said_to_take_is_what_one_more_costs(name):
     check_times(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_all_who_come_together_are_asked_about(name):
+    check_crowds(POLICIES[name])
 
 
 @pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if policy.goes_by_time])

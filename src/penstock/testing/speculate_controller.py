@@ -13,6 +13,8 @@ What each clause is there to catch:
 - :func:`check_times` plays an engine whose steps all take as long: one that is timed by its end takes the next one's
   time as well where they overlap, and plain steps seem twice as slow as they are; and those who draft in steps of
   their own, since they came while others were under way: all take twice as many steps;
+- :func:`check_crowds`: drafts for the first of a crowd, as if nobody else came; and those who wait for blocks, counted
+  as if they ran;
 - :func:`check_losses`, of those that go by time, plays machines on which drafting never pays: trials that cost more
   than they may, or are repeated for nothing; and one on which it does, where one that gives up drafts nothing.
 """
@@ -65,6 +67,7 @@ def check(controller: Controller) -> None:
         check_confidence(controller, tree=BRANCHES)
     check_engine(controller)
     check_times(controller)
+    check_crowds(controller)
     if controller.goes_by_time:
         check_losses(controller)
 
@@ -256,6 +259,34 @@ def check_times(controller: Controller) -> None:
     assert set(known) == {1.25}, f"steps of 1.25 seconds take {sorted(set(known))}"
 
 
+def check_crowds(controller: Controller) -> None:
+    """Asserts that it is asked about all who come together, from the first step on, though prompts take several; and,
+    where the cache has no room for all, about those who run once that is known."""
+    drafter = next(each for each in DRAFTERS if controller.refuses(each, branches=False) is None)
+    for cache_tokens in (400, 96):
+        engine, asked = engine_with(drafter, controller=controller, cache_tokens=cache_tokens), list[int]()
+        assert engine.steps.speculation is not None
+        ahead = engine.steps.speculation.ahead
+
+        def asking(running: int, ahead: Callable[[int], int] = ahead, asked: list[int] = asked) -> int:
+            asked.append(running)
+            return ahead(running)
+
+        vars(engine.steps.speculation)["ahead"] = asking
+        for number in range(6):
+            prompt = [(7 * place + number) % SHAPE.vocabulary for place in range(24)]
+            engine.add(Request(str(number), prompt, SamplingParams(temperature=0, max_tokens=12)))
+        for _ in range(8):
+            there = len(engine.memory.running)
+            engine.step()
+        if cache_tokens == 400:
+            assert set(asked) == {6}, f"it is asked about {asked}, and six are there, or about to be"
+        else:
+            assert asked[-1] == there < 6, f"it is asked about {asked[-1]}, and {there} are there"
+        for number in range(6):
+            engine.abort(str(number))
+
+
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """An engine with a model that drafts, as its controller sees it.
@@ -267,6 +298,7 @@ class Machine:
         once: and of a step that drafts at all.
         chances: of each depth, how likely a token is accepted if those before it were.
         missed: seconds in which the model computes what it has missed in a step without drafts.
+        surges: how often drafts are many or long, and so many seconds more are spent on them.
     """
 
     sequences: int
@@ -275,10 +307,12 @@ class Machine:
     once: float
     chances: tuple[float, ...]
     missed: float = 0.0
+    surges: tuple[float, float] = (0.0, 0.0)
 
     def seconds(self, length: int) -> float:
-        """Of a step in which so many tokens are drafted."""
-        return self.plain + (self.once + self.each * length if length else 0.0)
+        """Of a step in which so many tokens are drafted, in the mean."""
+        often, more = self.surges
+        return self.plain + (self.once + self.each * length + often * more if length else 0.0)
 
     def tokens(self, length: int) -> float:
         """A step of a sequence, in the mean."""
@@ -307,7 +341,9 @@ class Machine:
             reached = draw.random((self.sequences, length)) < self.chances[:length]
             accepted = reached.cumprod(1).sum(1).tolist()
             catching_up = self.missed * behind if length else 0.0
-            took = self.seconds(length) + catching_up
+            often, more = self.surges
+            uneven = more * ((draw.random() < often) - often) if length and more else 0.0
+            took = self.seconds(length) + catching_up + uneven
             # Half of what drafting adds is the drafting itself.
             drafting = (self.once + self.each * length) / 2 + catching_up if length else 0.0
             behind = 0 if length else behind + 1
@@ -322,13 +358,14 @@ class Machine:
 FAIR, GOOD = (0.6, 0.55, 0.5, 0.45, 0.4), (0.85, 0.8, 0.8, 0.8, 0.8)
 
 #: Machines on which drafting never pays: a model drafts for sixteen, of whom each row costs; the same with little
-#: to verify; trees; and a model that has missed much.
+#: to verify; trees; a model that has missed much; and drafts that are seldom, and then dear.
 LOSING = (
     Machine(16, 0.010, 0.0222, 0.0, FAIR),
     Machine(16, 0.010, 0.0062, 0.0, FAIR),
     Machine(16, 0.010, 0.0500, 0.0, FAIR),
     Machine(16, 0.010, 0.0062, 0.0, FAIR, missed=0.0002),
     Machine(1, 0.010, 0.0070, 0.0, FAIR),
+    Machine(16, 0.010, 0.0020, 0.0, FAIR, surges=(0.25, 0.025)),
 )
 #: And on which it does: a little; much; and only far ahead.
 WINNING = (
@@ -336,6 +373,7 @@ WINNING = (
     Machine(16, 0.010, 0.0015, 0.0, GOOD),
     Machine(16, 0.010, 0.0010, 0.009, GOOD),
     Machine(16, 0.010, 0.0015, 0.0, GOOD, missed=0.0002),
+    Machine(16, 0.010, 0.0015, 0.0, GOOD, surges=(0.3, 0.004)),
 )
 
 

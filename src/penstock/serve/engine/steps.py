@@ -84,12 +84,13 @@ class EngineSteps:
         self.speculation, self._branches = speculation, branches
         self.last = Batch([], memory.tables)
         self.version, self.stages = 0, stages
+        self._shut = False  # whether those who wait had no room in the last step, though it had tokens left
         self.prompts = PromptClock()
 
     def form(self, pieces: int | None = None) -> Batch | None:
         begun, ahead = 0.0, 0
         if self.speculation is not None:
-            begun, ahead = self.speculation.clock(), self.speculation.ahead(len(self._memory.running))
+            begun, ahead = self.speculation.clock(), self.speculation.ahead(self._crowd())
             if ahead and self.stages == 1 and self._few_are_ready(ahead):
                 # They, and who comes now, would go on in steps of their own, between those of the others, for good.
                 return None
@@ -99,6 +100,7 @@ class EngineSteps:
         # One whose last token is on its way has nothing more to compute; one that waits for a token is left out.
         running = [each for each in self._memory.running if each.length < each.limit and each.ready(ahead)]
         self.batcher.form(running if pieces is None else self._piece(running, pieces), room)
+        self._shut = self.batcher.waiting > 0 and room.tokens > 0
         for victim in room.preempted:
             self.batcher.add(victim)
         self._counters.preemptions += len(room.preempted)
@@ -117,6 +119,12 @@ class EngineSteps:
         self.last.compactions = memory.compactions()
         self.last.moves, self.last.keeps = moves, keeps
         return self.last
+
+    def _crowd(self) -> int:
+        """How many sequences run, or are about to: were drafts to be made for the first of a crowd, as they pay for a
+        few, those for all who are there a moment later would be in vain."""
+        coming = 0 if self._shut else min(self.batcher.waiting, self._memory.free_slots)
+        return len(self._memory.running) + coming
 
     def _few_are_ready(self, ahead: int) -> bool:
         """Whether there are fewer sequences that can go on now, with up to ``ahead`` drafted tokens, than such whose

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Annotated
 
@@ -18,9 +18,10 @@ from penstock.speculate.expected import chain_tokens
 #: The last so many times that a step of a kind was timed count.
 TIMES = 9
 
-#: By how much drafting has to win by what was measured. Some of what it costs is in no step that is timed: a model that
-#: drafts has to compute prompts, too.
-MARGIN = 1.03
+#: By how much drafting has to win by what was measured, to go on and to begin. Some of what it costs is in no step that
+#: is timed: a model that drafts has to compute prompts, too. And the best of several lengths, each timed a few times,
+#: seems better than it is.
+MARGIN, BEGINNING = 1.03, 1.06
 
 #: Trials that may lose before anything else is known, in steps without drafts.
 CREDIT = 3
@@ -40,7 +41,7 @@ MUCH = 0.7
 #: By how much a step may take longer than its rows would, one after the other, in plain steps.
 DISTURBED = 2
 
-#: In so many steps in a row at most something is learned of a length that has lost, from so many drafts at least.
+#: From so many drafts at least something is learned of a length that has lost.
 REPEATED = 8
 
 
@@ -79,7 +80,7 @@ class Measuring(Control):
         """The length for a ``crowd``."""
         if not self._known(crowd, 0):
             return 0
-        plain, most = 1 / median(self._seconds[crowd, 0]), self.tokens(self._lengths[-1])
+        plain, most = 1 / _usual(self._seconds[crowd, 0]), self.tokens(self._lengths[-1])
         rates, loss = {0: plain}, 0.0
         for length in self._lengths[1:]:
             times = self._seconds[crowd, length]
@@ -89,12 +90,12 @@ class Measuring(Control):
                 if self._again or self._affords(plain, loss):
                     return length
                 break
-            seconds, tokens = median(times), self.tokens(length)
+            seconds, tokens = _usual(times), self.tokens(length)
             rates[length], loss = tokens / seconds, min(times) - tokens / plain
             if hopeless or most / seconds < plain:
                 break  # longer ones take longer, and lose whatever they bring
         best = max(rates, key=lambda length: rates[length])
-        if rates[best] > MARGIN * plain:
+        if rates[best] > (MARGIN if self._drafting else BEGINNING) * plain:
             if self._confirmed(crowd, best):
                 return self._renewed(crowd, best, list(rates))
             return self._decide(crowd)
@@ -108,7 +109,7 @@ class Measuring(Control):
         """Where drafting loses by what was accepted lately: the length that brings the most if much is accepted, where
         it is time to see, or worth going on; else 0. Where it would lose if all were accepted, it is seldom looked at
         whether this is still so."""
-        seconds = {length: median(times) for length in self._lengths[1:] if (times := self._seconds[crowd, length])}
+        seconds = {length: _usual(times) for length in self._lengths[1:] if (times := self._seconds[crowd, length])}
         if not seconds or not (self._again or self._since >= self._policy.patience):
             return 0
         length = max(seconds, key=lambda each: chain_tokens(MUCH, each) / seconds[each])
@@ -138,7 +139,7 @@ class Measuring(Control):
 
     def _forget(self, crowd: int, length: int) -> None:
         """Forgets what such steps took, but for one: beside it, a single new one decides nothing."""
-        self._seconds[crowd, length] = deque([median(self._seconds[crowd, length])], TIMES)
+        self._seconds[crowd, length] = deque([_usual(self._seconds[crowd, length])], TIMES)
 
     def _renewed(self, crowd: int, best: int, known: list[int]) -> int:
         """The ``best`` length, or another one of the ``known`` where it is time to see what that takes by now: each has
@@ -209,7 +210,7 @@ class Measuring(Control):
             return
         crowd, seconds, first = _crowd(seen.sequences), seen.seconds, first and seen.ahead > 0
         if seen.ahead and self._seconds[crowd, 0]:
-            plain = median(self._seconds[crowd, 0])
+            plain = _usual(self._seconds[crowd, 0])
             # That the machine was disturbed is not the drafts' fault.
             rows = max(1 + seen.ahead, seen.rows / seen.sequences)
             seconds = seen.drafting + min(seconds - seen.drafting, DISTURBED * rows * plain)
@@ -248,7 +249,7 @@ class Measuring(Control):
         behind the first have lost less than that one, without which there would be none."""
         tokens = 1 + sum(seen.accepted) / seen.sequences
         times = self._seconds[crowd, seen.ahead]
-        usual = seconds if first or not times else min(seconds, 2 * min(times))
+        usual = seconds if first or not times else min(seconds, 2 * _usual(times))
         # That drafts which paid until now are no longer accepted was no trial: to see whether they are again, there is
         # as much time as there was before.
         if not self._drafting or usual < tokens * plain:
@@ -260,12 +261,19 @@ class Measuring(Control):
             self._trials += 1
             self._behind += seconds - tokens * plain
             little = self._trials * seen.sequences < REPEATED and self._behind < self._dear
-            self._again = self._trials < REPEATED and (tokens * plain > seconds or little)
+            self._again = tokens * plain > seconds or little
 
     def _hopeless(self, crowd: int, seconds: float) -> bool:
         """Whether steps of so many ``seconds`` lose beside plain decoding whatever is drafted in them."""
         times = self._seconds[crowd, 0]
-        return len(times) > 0 and self.tokens(self._lengths[-1]) * median(times) < seconds
+        return len(times) > 0 and self.tokens(self._lengths[-1]) * _usual(times) < seconds
+
+
+def _usual(times: Iterable[float]) -> float:
+    """The mean, to which the longest of ``times`` adds no more than the next: steps whose drafts are longer take
+    longer, and bring more, but one may have been disturbed."""
+    *others, _ = ordered = sorted(times)
+    return (sum(others) + ordered[-2:][0]) / len(ordered)
 
 
 def _crowd(sequences: int) -> int:
