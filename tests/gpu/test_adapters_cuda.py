@@ -75,7 +75,7 @@ def test_a_batch_is_answered_as_by_each_merged_model_in_float32(folders):
 def test_compiled_passes_and_graphs_have_adapters_too(folders):
     engine = open_engine(model(), adapters=folders)
     runner, replayed = engine.executor, set()
-    for adapted, pair in runner._captured.items():
+    for adapted, pair in runner.passes.captured.items():
         for place, graphs in enumerate(pair):
             replay, kind = graphs.replay, (adapted, place)
             graphs.replay = lambda *rest, replay=replay, kind=kind: (replayed.add(kind), replay(*rest))[1]

@@ -64,7 +64,7 @@ def test_a_model_that_drafts_for_itself_is_nearly_always_right(loop, verifier, c
     kinds = {
         id(graphs): (who, kind)
         for who, runner in runners.items()
-        for captured in runner._captured.values()
+        for captured in runner.passes.captured.values()
         for kind, graphs in captured._asdict().items()
     }
     told = {kinds[id(each)] for each in replayed}

@@ -95,7 +95,7 @@ def test_graphs_say_what_steps_say_that_are_queued(kind: str) -> None:
     model = Decoder(DecoderConfig(**LARGER, **KINDS[kind])).initialize(0).eval()
     lengths = [100, 7, 60, 33]
     replayed, queued = (engine_of(model, DEVICE, torch.bfloat16, compiled) for compiled in (True, False))
-    assert replayed.executor._captured and not queued.executor._captured
+    assert replayed.executor.passes.captured and not queued.executor.passes.captured
     ours, theirs = told(replayed, lengths, 20), told(queued, lengths, 20)
     for number, length in enumerate(lengths):
         own, other = (torch.tensor(each[1][number][:length]) for each in (ours, theirs))

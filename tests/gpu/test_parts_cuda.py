@@ -115,14 +115,14 @@ def test_replayed_steps_give_the_logits_of_queued_ones(
     monkeypatch.setattr("penstock.serve.run.runner.chosen", lambda *_: 10**9)
     engine = engine_of(compile=True, shape=SHAPE.model_copy(update=windows), temperatures=(0, 0.8))
     runner, replayed = engine.executor, set()
-    graphs = runner._captured
+    graphs = runner.passes.captured
     for each in graphs[False]:
         replay = each.replay
         each.replay = lambda shape, *rest, replay=replay: (replayed.add(shape), replay(shape, *rest))[1]
     while (batch := engine.steps.form()) is not None:
-        runner._captured = {}
+        runner.passes.captured = {}
         queued, rated = computed(engine, Batch(batch.entries, batch.tables))
-        runner._captured = graphs
+        runner.passes.captured = graphs
         logits, own = computed(engine, Batch(batch.entries, batch.tables))
         assert logits.shape == queued.shape
         if len(queued):

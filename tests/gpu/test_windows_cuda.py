@@ -54,14 +54,14 @@ class Compared:
         runner._pass_all = self.both
 
     def both(self, parts: Sequence[Part], lead: int) -> list[Passed]:
-        runner, captured = self._runner, self._runner._captured
+        runner, captured = self._runner, self._runner.passes.captured
         passed = self._pass_all(parts, lead)
         if all(part.decoding for part in parts):
             return passed
         kept = [None if each.logits is None else each.logits.clone() for each in passed]
-        runner._captured = {}
+        runner.passes.captured = {}
         queued = self._pass_all(parts, lead)
-        runner._captured = captured
+        runner.passes.captured = captured
         for own, want in zip(kept, queued, strict=True):
             if own is not None:
                 spread = (own.float() - want.logits.float()).abs().max() / want.logits.float().pow(2).mean().sqrt()

@@ -23,7 +23,7 @@ from penstock.ops.invariant import (
     invariant_swiglu,
     invariant_turns,
 )
-from penstock.ops.rotary import rotate
+from penstock.ops.rotary import rotate, rotates_natively
 
 
 def make_invariant(model: Decoder) -> Decoder:
@@ -86,7 +86,8 @@ class InvariantAttention(Attention):
     """Attention whose norms of queries and keys have sums in one order."""
 
     def rotate(self, query: Tensor, key: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        if query.is_cuda:  # one kernel, with a program for each token
+        # There it is one kernel, with a program for each token.
+        if query.is_cuda or rotates_natively(query, key, turns[0], self.interleaved):
             return super().rotate(query, key, turns)
         if self.norms == "head":
             query, key = self.query_norm(query), self.key_norm(key)

@@ -141,6 +141,8 @@ class _Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What makes native calls and computes the same as ``function``."""
         if function is torch.ops.penstock.invariant_linear.default:
             return invariant.linear_on_cpu
+        if function is torch.ops.penstock.invariant_norm.default:
+            return invariant.norm_on_cpu
         if function is torch.ops.aten.linear.default and _plain(*given):
             return invariant.invariant_linear
         if function is torch.ops.aten.add.Tensor and not named and _alike(*given):

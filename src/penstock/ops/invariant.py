@@ -99,18 +99,19 @@ def linear_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor |
     return out
 
 
-def _linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor | None) -> Tensor:
-    from penstock.ops.invariant_kernel import product
-
-    return product(x, weight, bias, ends)
-
-
-def _norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def norm_on_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The operator ``penstock::invariant_norm``, by a native call."""
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
     norm = _native("norm", x.dtype)
     norm(x.data_ptr(), x.stride(0), weight.data_ptr(), out.data_ptr(), *x.shape, eps, _threads())
     return out
+
+
+def _linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor | None) -> Tensor:
+    from penstock.ops.invariant_kernel import product
+
+    return product(x, weight, bias, ends)
 
 
 def _norm_cuda(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -121,7 +122,7 @@ def _norm_cuda(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 _library.impl("invariant_linear", linear_on_cpu, "CPU")  # type: ignore[no-untyped-call]
 _library.impl("invariant_linear", _linear_cuda, "CUDA")  # type: ignore[no-untyped-call]
-_library.impl("invariant_norm", _norm_cpu, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("invariant_norm", norm_on_cpu, "CPU")  # type: ignore[no-untyped-call]
 _library.impl("invariant_norm", _norm_cuda, "CUDA")  # type: ignore[no-untyped-call]
 
 

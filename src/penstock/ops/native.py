@@ -20,11 +20,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Protocol
 
 from penstock.core.errors import PenstockError
 from penstock.core.files import cache_folder, explain_os_errors, write_atomic
+from penstock.core.processor import cores
+from penstock.core.progress import Reporter, silent
 
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fopenmp"),
@@ -105,13 +108,9 @@ def load(source: Path) -> ctypes.CDLL:
     Raises:
         PenstockError: there is no compiler, it fails, or what it makes cannot be kept or loaded.
     """
-    if sys.platform != "linux":
-        raise PenstockError("native kernels are made for Linux")
     compiler = _compiler()
     with explain_os_errors(f"cannot keep the kernel {source.stem}"):
-        texts = [each.read_bytes() for each in (source, *sorted(source.parent.glob("*.h")))]
-        identity = "\n".join([compiler, *FLAGS, _processor()]).encode() + b"".join(texts)
-        library = cache_folder("kernels") / f"{source.stem}-{hashlib.blake2b(identity, digest_size=12).hexdigest()}.so"
+        library = _library(compiler, source)
         if not library.is_file():
             write_atomic(library, _compile(compiler, source))
     try:
@@ -120,6 +119,22 @@ def load(source: Path) -> ctypes.CDLL:
         raise PenstockError(
             f"cannot load {library}: {error}", hint="Remove that file; it is compiled anew at the next use."
         ) from error
+
+
+def build(sources: Sequence[Path], report: Reporter = silent) -> None:
+    """Makes libraries from those of ``sources`` from which none was made on such a machine yet, as many at a time as
+    there are cores, and reports it. What cannot be made is left to whoever loads it."""
+    try:
+        compiler = _compiler()
+        missing = [source for source in sources if not _library(compiler, source).is_file()]
+    except (PenstockError, OSError):
+        return
+    if not missing:
+        return
+    label = f"building {len(missing)} native kernels, once on this machine"
+    with report(label, len(missing), "kernel") as bar, ThreadPoolExecutor(cores().choice) as pool:
+        for _ in as_completed([pool.submit(serves, source) for source in missing]):
+            bar.advance()
 
 
 @functools.cache
@@ -133,6 +148,8 @@ def serves(source: Path) -> bool:
 
 
 def _compiler() -> str:
+    if sys.platform != "linux":
+        raise PenstockError("native kernels are made for Linux")
     wanted = os.environ.get("CXX") or "g++"
     found = shutil.which(wanted)
     if found is None:
@@ -141,6 +158,13 @@ def _compiler() -> str:
             hint="Install GCC (package g++), or name it in the variable CXX.",
         )
     return found
+
+
+def _library(compiler: str, source: Path) -> Path:
+    """Where the library lies that ``compiler`` makes from ``source`` here, once it has."""
+    texts = [each.read_bytes() for each in (source, *sorted(source.parent.glob("*.h")))]
+    identity = "\n".join([compiler, *FLAGS, _processor()]).encode() + b"".join(texts)
+    return cache_folder("kernels") / f"{source.stem}-{hashlib.blake2b(identity, digest_size=12).hexdigest()}.so"
 
 
 def _compile(compiler: str, source: Path) -> bytes:

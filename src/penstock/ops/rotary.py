@@ -56,6 +56,13 @@ class Rotation:
         return rotate(keys, magnitude * angles.cos(), way * magnitude * angles.sin(), self.interleaved)
 
 
+def rotates_natively(query: Tensor, key: Tensor, cos: Tensor, interleaved: bool) -> bool:
+    """Whether, on a CPU, :func:`rotate_heads` is one native call for these: then the bits of a token's queries and keys
+    do not depend on how many others there are."""
+    plain = not interleaved and 2 * cos.shape[-1] == query.shape[-1]
+    return plain and query.dim() == 3 and rowwise.serves(query) and key.stride(-1) == 1
+
+
 def rotate_heads(
     query: Tensor,
     key: Tensor,
@@ -80,7 +87,7 @@ def rotate_heads(
         from penstock.ops.rotary_kernel import rotate_both
 
         return rotate_both(query, key, cos, sin, scales, eps)
-    if plain and query.dim() == 3 and rowwise.serves(query) and key.stride(-1) == 1:
+    if rotates_natively(query, key, cos, interleaved):
         typed = None if scales is None else (scales[0].to(query.dtype), scales[1].to(query.dtype))
         return rowwise.rotate_heads(query, key, cos, sin, typed, eps)
     if scales is not None:

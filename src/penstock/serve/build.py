@@ -7,6 +7,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as List
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,13 @@ from penstock.models.adapters.slots import AdapterSlots, matrices, read
 from penstock.models.decoder import Decoder
 from penstock.models.heads.contract import Continues, Continuing, Foresees, HeadModule, Prompts, Transfers
 from penstock.models.prompted import PromptedDecoder
+from penstock.models.quantized import QuantizedLinear
 from penstock.models.tapped import TappedDecoder
+from penstock.ops import calls, invariant, logprobs, low_rank, native, rowwise
+from penstock.ops.paged import cpu as attention
 from penstock.ops.paged.codecs.plain import Plain
 from penstock.ops.paged.contract import PagedCache
+from penstock.ops.quantized import cpu as quantized
 from penstock.serve.backend import backend_of, fitted
 from penstock.serve.choose.grammar import Grammars
 from penstock.serve.choose.invariant import InvariantSampler
@@ -43,9 +48,10 @@ from penstock.serve.rehearsal import rehearse_first_uses, rehearse_largest_steps
 from penstock.serve.run.draft import Drafting
 from penstock.serve.run.graphs import prompt_shapes, window_shapes
 from penstock.serve.run.heads import ContinuingRunner
+from penstock.serve.run.passes import TappedPasses
 from penstock.serve.run.planner import Planner
 from penstock.serve.run.record import Recorder
-from penstock.serve.run.runner import Runner, TappedRunner
+from penstock.serve.run.runner import Runner
 from penstock.serve.sizing import blocks_for, explained_shortage, require_room_aside, settle_memory, weight_bytes
 from penstock.speculate.contract import Drafter
 
@@ -142,6 +148,8 @@ def build_runners(
     # Compiled code chooses its kernels by the batch; and what stages send each other is in none.
     plain = config.deterministic or config.pipeline_parallel > 1
     compiled = config.compile and not plain and on_cuda and can_compile(device)
+    if device.type == "cpu":
+        native.build(_kernels(model, config), report)
     models = [model]
     if isinstance(draft, Decoder) and config.draft is not None and config.draft.model is not None:
         models.append(_drafting_model(draft, config.draft, config.sequences))
@@ -200,6 +208,14 @@ def build_runners(
     return runners[0], drafting_of(runners, config, head, predictor)
 
 
+def _kernels(model: Decoder, config: EngineConfig) -> list[Path]:
+    """What steps with ``model`` use of native kernels, on a CPU."""
+    found = [attention.SOURCE, invariant.SOURCE, rowwise.SOURCE, logprobs.SOURCE, calls.SOURCE]
+    if any(isinstance(each, QuantizedLinear) for each in model.modules()):
+        found.append(quantized.SOURCE)
+    return [*found, low_rank.SOURCE] if config.adapters else found
+
+
 def _drafting_model(draft: Decoder, drafter: Drafter, slots: int) -> Decoder:
     """``draft`` as ``drafter`` has it draft for sequences in so many ``slots``."""
     if not drafter.superposes:
@@ -224,8 +240,9 @@ def _runner(
         if isinstance(model, StageDecoder):
             leading = functools.partial(LastStageRunner, tokens_of_run=tokens_of_run(config))
         return leading(model, memory, config.sequences, context, ranks=ranks, **kind)
-    made = TappedRunner if isinstance(model, TappedDecoder) else Runner
-    return made(model, memory, config.sequences, context, **kind)
+    if isinstance(model, TappedDecoder):
+        kind = {**kind, "passes": TappedPasses}
+    return Runner(model, memory, config.sequences, context, **kind)
 
 
 def _note_memory(first: Runner, weights: int, cache: int, aside: int) -> None:

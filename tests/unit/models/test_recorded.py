@@ -18,7 +18,7 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
-from penstock.serve.run import runner as runner_module
+from penstock.serve.run import passes as passes_module
 from tiny_adapters import written
 
 pytestmark = [
@@ -39,7 +39,7 @@ def engines(monkeypatch, decoder: Decoder, **options) -> tuple[Engine, Engine]:
     """One that records, and one that does not."""
     config = EngineConfig.model_validate({**OPTIONS, **options})
     recording = build_engine(copy.deepcopy(decoder), config)
-    monkeypatch.setattr(runner_module, "can_record", lambda model: False)
+    monkeypatch.setattr(passes_module, "can_record", lambda model: False)
     return recording, build_engine(decoder, config)
 
 
@@ -65,15 +65,16 @@ def texts(engine: Engine, adapters: tuple[str, ...] = ("",)) -> dict[str, list[i
         ({"window": 9, "windowed_layers": (0, 2)}, {"draft": "ngram", "controller": "fixed"}),
         ({"norm_place": "both"}, {"codec": "fp8", "batching": "orca"}),
         ({"hidden": 64, "head_dim": 16, "qkv_bias": True}, {}),
+        ({"qk_norm": "head"}, {"deterministic": True}),
     ],
 )
 def test_texts_are_the_same(changes, options, monkeypatch):
     recording, plain = engines(monkeypatch, model(**changes), **options)
     assert texts(recording) == texts(plain)
-    passes = recording.executor._recorded._passes
-    assert {tokens for _, tokens, _ in passes} >= {1, 4} and not plain.executor._recorded._passes
-    ends = recording.executor._recorded._ends
-    assert {rows for rows, _ in ends} >= {1, 4} and all(ends.values()) and not plain.executor._recorded._ends
+    passes = recording.executor.passes.recorded._passes
+    assert {tokens for _, tokens, _ in passes} >= {1, 4} and not plain.executor.passes.recorded._passes
+    ends = recording.executor.passes.recorded._ends
+    assert {rows for rows, _ in ends} >= {1, 4} and all(ends.values()) and not plain.executor.passes.recorded._ends
     # And in memory that others have used since.
     assert texts(recording) == texts(plain)
 
@@ -82,7 +83,7 @@ def test_few_tokens_are_recorded_where_many_cannot_be(monkeypatch):
     """In bf16, libraries multiply more than a few rows."""
     recording, plain = engines(monkeypatch, model().bfloat16(), cache_tokens=800)
     assert texts(recording) == texts(plain)
-    assert max(tokens for _, tokens, _ in recording.executor._recorded._passes) == FEW_ON_CPUS[torch.bfloat16]
+    assert max(tokens for _, tokens, _ in recording.executor.passes.recorded._passes) == FEW_ON_CPUS[torch.bfloat16]
 
 
 @pytest.mark.parametrize(
@@ -96,13 +97,13 @@ def test_few_tokens_are_recorded_where_many_cannot_be(monkeypatch):
 def test_what_is_more_than_native_calls_goes_on_as_it_is(changes, monkeypatch):
     recording, plain = engines(monkeypatch, model(**changes))
     assert texts(recording) == texts(plain)
-    assert not recording.executor._recorded._passes
+    assert not recording.executor.passes.recorded._passes
 
 
 def test_scores_that_are_more_than_native_calls_are_computed_as_they_are(monkeypatch):
     recording, plain = engines(monkeypatch, model(logits_scale=0.5, logits_cap=30.0))
     assert texts(recording) == texts(plain)
-    recorded = recording.executor._recorded
+    recorded = recording.executor.passes.recorded
     assert recorded._passes and recorded._ends and not any(recorded._ends.values())
 
 
@@ -117,7 +118,7 @@ def test_what_nobody_sees_is_found_by_computing_again(monkeypatch):
     for engine in (recording, plain):
         engine.executor.model.layers[1].mlp.register_forward_hook(changed)
     assert texts(recording) == texts(plain)
-    assert not recording.executor._recorded._passes
+    assert not recording.executor.passes.recorded._passes
 
 
 def test_weights_that_were_away_are_read_where_they_are_now(monkeypatch):
@@ -128,7 +129,7 @@ def test_weights_that_were_away_are_read_where_they_are_now(monkeypatch):
     wanted = texts(plain)
     assert texts(recording) == wanted
     recording.control.sleep()
-    assert not recording.executor._recorded._passes
+    assert not recording.executor.passes.recorded._passes
     recording.control.wake()
     assert texts(recording) == wanted
     other = model().state_dict() | {"norm.weight": torch.zeros(SHAPE.hidden)}
@@ -145,7 +146,7 @@ def test_passes_with_adapters_are_recorded_apart_whoever_has_which(monkeypatch, 
     recording, plain = engines(monkeypatch, decoder, adapters=folders)
     for adapters in (("",), ("", "a"), ("a",), ("b", "", "a"), ("",)):
         assert texts(recording, adapters) == texts(plain, adapters)
-    recorded = recording.executor._recorded
+    recorded = recording.executor.passes.recorded
     assert recorded._passes and recorded.adapted()._passes
     # Others in the place of one: their numbers are read where they are.
     for engine in (recording, plain):
@@ -158,4 +159,4 @@ def test_no_more_is_kept_than_there_is_room_for(monkeypatch):
     monkeypatch.setattr("penstock.models.recorded.ENOUGH", 1000)
     recording, plain = engines(monkeypatch, model())
     assert texts(recording) == texts(plain)
-    assert not recording.executor._recorded._passes
+    assert not recording.executor.passes.recorded._passes

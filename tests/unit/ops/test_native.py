@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +61,25 @@ def test_compiles_anew_when_a_header_changes(source):
         assert native.load(source).sum_to(ctypes.c_long(10)) == sum(range(first, 11))
         native.load.cache_clear()
     assert len(kept(source)) == 2
+
+
+def test_those_that_were_not_made_yet_are_built_at_once(source):
+    other, broken = (source.with_name(f"{name}.cpp") for name in ("other", "broken"))
+    other.write_text(SUM.replace("i = 1", "i = 6"))
+    broken.write_text("no C++")
+    told = []
+
+    @contextlib.contextmanager
+    def report(label, total, unit):
+        yield SimpleNamespace(advance=lambda amount=1: told.append((label, total, unit)))
+
+    native.build([source, other, broken], report)
+    assert told == [("building 3 native kernels, once on this machine", 3, "kernel")] * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_compile", lambda *_: pytest.fail("it was compiled again"))
+        native.build([source, other], report)
+        assert native.load(other).sum_to(ctypes.c_long(10)) == 40
+    assert len(told) == 3 and not native.serves(broken)
 
 
 def test_compiles_once_and_anew_when_the_source_changes(source, monkeypatch):

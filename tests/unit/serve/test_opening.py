@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,14 +12,22 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from gguf_files import SHAPE, coded, write
 from penstock.models import hub
+from penstock.ops import native
 from penstock.serve import sizing
-from penstock.serve.build import build_runner
+from penstock.serve.build import build_engine, build_runner
+from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
 from penstock.serve.link.starting import Starting
+from penstock.serve.messages import Request
 from penstock.serve.opening import open_engine
 from penstock.serve.sizing import weight_bytes
 from penstock.testing.serve_model import small_model
+from penstock.testing.transformers_peer import peer
+from tiny_adapters import written
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 
 #: What takes long to import, and what only some programs need of it.
 HEAVY = ("torch", "transformers", "numpy", "fastapi", "pydantic", "llguidance")
@@ -79,6 +89,26 @@ def test_the_cache_of_a_cpu_has_room_for_a_sequence(monkeypatch):
     monkeypatch.setattr("penstock.serve.build.weight_bytes", lambda model: 1)
     runner = build_runner(small_model(), EngineConfig(block_size=4, sequences=2, tokens=16, context=50))
     assert runner.blocks == 13
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["plain", "adapter", "quantized"])
+def test_all_native_kernels_that_are_used_were_built_before(kind, tmp_path, monkeypatch):
+    built, used, load, serves = set(), set(), native.load, native.serves
+    monkeypatch.setattr(native, "build", lambda sources, report: built.update(sources))
+    monkeypatch.setattr(native, "load", lambda source: (used.add(source), load(source))[1])
+    monkeypatch.setattr(native, "serves", lambda source: (used.add(source), serves(source))[1])
+    adapters = {"a": written(tmp_path / "a", small_model(), 0)} if kind == "adapter" else {}
+    model = copy.deepcopy(small_model())
+    if kind == "quantized":
+        write(tmp_path / "m.gguf", peer("llama", **SHAPE), "llama", coded("Q4_0"))
+        model = hub.load_for_inference(tmp_path / "m.gguf")
+    engine = build_engine(model, EngineConfig(cache_tokens=256, sequences=2, adapters=adapters))
+    sampling = SamplingParams(max_tokens=3, logprobs=2, ignore_eos=True)
+    engine.add(Request("asked", [1, 2, 3], sampling, adapter="a" if adapters else ""))
+    while engine.busy:
+        engine.step()
+    assert used <= built and len(used) == (5 if kind == "plain" else 6)
 
 
 def test_a_process_that_nobody_wants_ends():

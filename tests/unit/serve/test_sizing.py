@@ -47,7 +47,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(ReferenceCache, "fix", lambda *_: True)
-    monkeypatch.setattr("penstock.serve.run.runner.StepGraphs", RehearsedGraphs)
+    monkeypatch.setattr("penstock.serve.run.passes.StepGraphs", RehearsedGraphs)
     monkeypatch.setattr("penstock.serve.run.runner.chosen", lambda *_: 100)
     return build_runner(small_model(), CONFIG.model_copy(update={"cache_tokens": 400}))
 
@@ -89,7 +89,7 @@ def test_all_that_is_taken_is_the_share_to_within_a_block(runner, compiled, shar
     taken = OTHER + runner.memory["weights"] + runner.cache.shape.blocks * block + STEPS + EACH * device.graphs
     assert share * device.total - block < taken <= share * device.total
     assert runner.blocks == runner.cache.shape.blocks - 1
-    assert device.graphs == (sum(map(len, runner._shapes)) if compiled else 0)
+    assert device.graphs == (sum(map(len, runner.passes.shapes)) if compiled else 0)
     assert runner.memory["graphs"] == EACH * device.graphs and runner.memory["other"] == OTHER
     assert runner.memory["left"] == device.total - taken
     assert sum(runner.memory.values()) == device.total

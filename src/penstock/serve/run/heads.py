@@ -296,7 +296,7 @@ class ContinuingRunner(Runner):
         assert kept is not None and isinstance(model, Continuing)
         model.before = kept.before(part.plan, part.inputs[2])
         self.cache.plan(part.plan, lane)
-        hidden = model.tip(*self._begun(self._on_device(part.inputs)))[self._on_device(part.scored)]
+        hidden = model.tip(*self.passes.begun(self._on_device(part.inputs)))[self._on_device(part.scored)]
         kept.write(self._on_device(part.plan.slots.numpy()[part.scored]), hidden)
         return Passed(model.logits(hidden) if len(part.scored) else None)
 

@@ -7,32 +7,25 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as List
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from penstock.core.choices import chosen, circumstances
-from penstock.core.devices import choose_assembler, upload
+from penstock.core.devices import upload
 from penstock.core.errors import PenstockError, UsageError
-from penstock.core.garbage import settled
 from penstock.core.progress import Reporter, silent
 from penstock.models import hub
 from penstock.models.adapters.slots import AdapterSlots
 from penstock.models.decoder import Decoder
-from penstock.models.paged import PagedTokens
-from penstock.models.pieces import CompiledPieces
-from penstock.models.recorded import RecordedPieces, can_record
 from penstock.models.superposed import SuperposedRows, superposing
-from penstock.ops.cuts import draw_cut
-from penstock.ops.logprobs import wanted_table
 from penstock.ops.paged.contract import PagedCache, StepShape
-from penstock.serve.choose.asked import OPTIONS, Asked
+from penstock.serve.choose.asked import Asked
 from penstock.serve.choose.logprobs import Logprobs
 from penstock.serve.choose.proposals import Proposals
 from penstock.serve.choose.sampler import Drawn, Sampled, Sampler
-from penstock.serve.choose.sampling import MOST_LOGPROBS
 from penstock.serve.embed.pooled import decoder_states
 from penstock.serve.engine.batch import Awaited, Batch
 from penstock.serve.kv.compaction import Compactor
@@ -48,12 +41,10 @@ from penstock.serve.run.graphs import (
     window_shapes,
 )
 from penstock.serve.run.hidden import HiddenStates
+from penstock.serve.run.passes import Passes
 from penstock.serve.run.planner import GoingOn, Planner
 from penstock.serve.run.step import Part, Step
 from penstock.serve.run.weights import Weights
-
-#: Numbers of each sequence that goes on, beside those by which its tokens are drawn.
-GOING = 3 + len(OPTIONS)
 
 #: Prompt tokens whose log-probabilities are computed at a time: their scores are in memory together.
 PROMPT_LOGPROBS = 256
@@ -68,16 +59,6 @@ class Passed:
     prompt_logprobs: Tensor | None = None
     drawn: Drawn | None = None
     probes: Tensor | None = None
-
-
-class PassGraphs(NamedTuple):
-    """Graphs of passes with ``prompts``, of ``decodes``, of ``windows`` with a token chosen behind each row, and of
-    decodes that go ``onward``."""
-
-    prompts: StepGraphs
-    decodes: StepGraphs
-    windows: StepGraphs
-    onward: StepGraphs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +90,13 @@ class Runner:
         probes: how many probes stand behind a token at most. The model knows them as the tokens -1, -2 and so on.
         trees: whether what is drafted for a sequence may be a tree.
         onward: how many passes :meth:`go_on` queues at most.
+        passes: makes what computes the passes, of the model, the cache, the slots, the blocks of a sequence, the room
+            for adapters, ``keeps_hidden`` and ``onward``.
 
     Attributes:
         context: most tokens of a sequence.
         onward: as given.
+        passes: the model's passes over the cache.
         planner, sampler: make steps of batches, and choose tokens.
         hidden: the hidden states of the tokens in the cache; None where they are not kept.
         probed: of each slot, the hidden states of the probes behind the token that the newest one follows, [slots,
@@ -137,6 +121,7 @@ class Runner:
         probes: int = 0,
         trees: bool = False,
         onward: int = 0,
+        passes: Callable[..., Passes] = Passes,
     ) -> None:
         self.model, self.cache, self.weights = model, cache, Weights(model)
         self.device, self.shape = cache.shape.device, model.config
@@ -147,25 +132,10 @@ class Runner:
         self._kinds, self._compactor, self._mover = (planner, sampler), compactor, mover
         self.hidden = HiddenStates(cache.shape, self.shape.hidden) if keeps_hidden else None
         self.probed = torch.zeros(slots, probes, self.shape.hidden, dtype=cache.shape.dtype, device=self.device)
-        # Of slot s at s + 1; what stands at 0 is of no meaning. Graphs read it where it is.
-        self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
-        self.forget()
         self._adapters = adapters
-        # With adapters, both also take the slots of the tokens' own, as ``owners``.
-        self._trunk: Callable[..., tuple[Tensor, ...]] = self._through.trunk
-        self._recorded = RecordedPieces()
-        self._records = self.device.type == "cpu" and can_record(model)
-        if self._records:
-            self._trunk = functools.partial(self._trunk, pieces=self._recorded)
-        self._tip: Callable[..., Tensor] = self._through.tip
-        #: For steps without adapters and for those with some.
-        self._captured: dict[bool, PassGraphs] = {}
-        self._shapes: list[list[StepShape]] = [[] for _ in PassGraphs._fields]
-        self._place: tuple[Tensor, ...] = ()
-        self._chosen: tuple[Tensor, ...] = ()
+        self.passes = passes(model, cache, slots, self._pages, adapters, keeps_hidden, onward)
+        self.forget()
         self.onward = onward
-        #: The tokens of the last passes of those that go on, the latest in the last row.
-        self._gone = torch.zeros(onward, slots + 1, dtype=torch.int64, device=self.device)
         self.memory: dict[str, int] = {}
         self._awake: _Awake | None = None
 
@@ -174,12 +144,7 @@ class Runner:
         planner, sampler = self._kinds
         self.planner = planner(self._slots, self.block_size)
         self.sampler = sampler(self._slots, self.shape.vocabulary, self.device)
-        self._newest.zero_()
-
-    @property
-    def _through(self) -> Decoder | AdapterSlots:
-        """What tokens go through."""
-        return self.model if self._adapters is None else self._adapters
+        self.passes.newest.zero_()
 
     @functools.cached_property
     def _side(self) -> torch.cuda.Stream:
@@ -238,128 +203,23 @@ class Runner:
 
     def compile_pass(self) -> None:
         """Compiles the pass, once it runs."""
-        choose_assembler()
-        self._trunk = functools.partial(self._through.trunk, pieces=CompiledPieces())
-        self._tip = torch.compile(self._through.tip, dynamic=True)
+        self.passes.compile()
 
     def timed(self, shape: StepShape) -> tuple[float, float]:
         """Seconds until a pass of ``shape`` is queued, and until it is computed; see :func:`graphs.seconds`."""
-        return seconds(self._begun, 3, self.cache, self.blocks, shape)
+        return seconds(self.passes.begun, 3, self.cache, self.blocks, shape)
 
     def choose(self, *shapes: List[StepShape]) -> None:
-        """Steps of these ``shapes`` will be graphs, of each of the kinds in :class:`PassGraphs`.
-
-        Raises:
-            UsageError: the cache's plans cannot be replayed.
-        """
-        self._shapes = [[*own] for own in shapes]
-        if not self.cache.fix([shape for own in shapes for shape in own], self._pages):
-            raise UsageError(
-                "this attention backend cannot be part of graphs",
-                hint="Set engine.compile=false, or choose another engine.attention.",
-            )
-
-    def _graphs(self) -> dict[bool, PassGraphs]:
-        """For steps without adapters and, where there can be some, with them; nothing is captured yet."""
-        common: dict[str, Any] = {"pages": self._pages, "padding": self.blocks, "pool": torch.cuda.graph_pool_handle()}
-        return {
-            adapted: PassGraphs(
-                StepGraphs(self._begun_in_place, 3 + adapted, self.cache, **common),
-                StepGraphs(self._decoded, 10 + adapted, self.cache, **common),
-                StepGraphs(self._decoded_in_place, 10 + adapted, self.cache, **common),
-                StepGraphs(self._gone_on, GOING + 2 * self.onward, self.cache, **common),
-            )
-            for adapted in ((False,) if self._adapters is None else (False, True))
-        }
+        """As :meth:`Passes.choose`."""
+        self.passes.choose(*shapes)
 
     def try_graphs(self, free: Callable[[], int]) -> int:
-        """About how many bytes :meth:`capture` will take; ``free`` says how many are free. The runner must be compiled,
-        and its cache may still change its size."""
-        taken = 0
-        with settled():
-            for graphs in self._graphs().values():
-                taken += sum(each.try_out(own, free) for each, own in zip(graphs, self._shapes, strict=True))
-        self._place = self._chosen = ()  # of those graphs, and counted with them
-        return taken
+        """As :meth:`Passes.try_graphs`."""
+        return self.passes.try_graphs(free)
 
     def capture(self, report: Reporter = silent) -> None:
-        """Captures the chosen steps as graphs. The cache stays as it is from now on."""
-        graphs = self._graphs()
-        with report("capturing", len(graphs) * sum(map(len, self._shapes)), "graph") as bar, settled():
-            # Every capture makes a full collection.
-            for own in graphs.values():
-                for each, shapes in zip(own, self._shapes, strict=True):
-                    each.capture(shapes, bar)
-        self._captured = graphs
-
-    def _begun(self, inputs: Tensor, plainly: bool = False, **worn: Tensor) -> tuple[Tensor, ...]:
-        """What the last layer needs to go on with any of the tokens with ``inputs`` int64 [3, N], as of a part; where
-        some have adapters, their slots are ``worn``. It goes ``plainly`` without what was compiled."""
-        known, places, positions = inputs
-        tokens = torch.where(places > 0, self._newest[places], known)
-        trunk: Callable[..., tuple[Tensor, ...]] = self._through.trunk if plainly else self._trunk
-        return trunk(tokens, PagedTokens(positions, self.cache), **worn)
-
-    def _scores(self, *begun: Tensor, **worn: Tensor) -> Tensor:
-        """The logits of tokens of which :meth:`_begun` gave these; where some have adapters, their slots are
-        ``worn``."""
-        if self._records and not worn and self.cache.recorded is not None:
-            return self._recorded.scores(self.model, *begun)
-        return self.model.logits(self._tip(*begun, **worn))
-
-    def _begun_in_place(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """What :meth:`_begun` gives, in the memory of the first time, which had the most rows: graphs have none of
-        their own."""
-        begun = self._begun(inputs[:3], **_worn(inputs[3:]))
-        self._place = self._place or begun
-        return _in_place(self._place, begun)
-
-    def _decoded(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """The logits, the tokens that are drawn from them, what is wanted of their log-probabilities, and, where they
-        are kept, the hidden states of sequences that decode. ``inputs`` int64 [10, N] are a part's and its draws, and
-        behind them the slots of adapters where some have one. The tokens are put where the next step finds them."""
-        worn = _worn(inputs[10:])
-        begun = self._begun(inputs[:3], **worn)
-        hidden = self._tip(*begun, **worn)
-        logits = self.model.logits(hidden)
-        tokens = draw_cut(logits, inputs[3:8].view(torch.float64))
-        self._newest.index_copy_(0, inputs[8], tokens)
-        told = wanted_table(logits, tokens, inputs[9], MOST_LOGPROBS)
-        kept = () if self.hidden is None else (self._kept(begun, hidden),)
-        return logits, tokens, told, *kept
-
-    def _decoded_in_place(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """What :meth:`_decoded` gives, of windows, in the memory of the first time."""
-        decoded = self._decoded(inputs)
-        self._chosen = self._chosen or decoded
-        return _in_place(self._chosen, decoded)
-
-    def _gone_on(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """The tokens of the last passes of sequences that go on, with that of this one. ``inputs`` int64
-        [GOING + 2 * passes, N] are made what the next pass takes: where the newest tokens are; the positions; how many
-        passes are left for each sequence, with this one; temperature and cuts as float64; the numbers by which tokens
-        are drawn in each pass, likewise; and the tokens that each pass takes, -1 for the newest one."""
-        places, positions, left = inputs[:3]
-        options, (draws, known) = inputs[3:GOING], inputs[GOING:].chunk(2)
-        given = torch.where(known[0] < 0, self._newest[places], known[0])
-        begun = self._trunk(given, PagedTokens(positions, self.cache))
-        logits = self._scores(*begun)
-        tokens = draw_cut(logits, torch.cat([options, draws[:1]]).view(torch.float64))
-        self._newest.index_copy_(0, places, tokens)
-        gone = self._gone[:, : inputs.shape[1]]
-        gone.copy_(torch.cat([gone[1:], tokens.unsqueeze(0)]))
-        more = left > 1
-        positions += more
-        left -= 1
-        for each in (draws, known):
-            each.copy_(each.roll(-1, 0))
-        self.cache.advance(positions, more, self.blocks * self.block_size)
-        return (gone,)
-
-    def _kept(self, begun: tuple[Tensor, ...], hidden: Tensor | None = None, **worn: Tensor) -> Tensor:
-        """The states that are kept of tokens, of which :meth:`_begun` gave these: the last ``hidden`` ones, which may
-        be there already."""
-        return self._tip(*begun, **worn) if hidden is None else hidden
+        """As :meth:`Passes.capture`."""
+        self.passes.capture(report)
 
     @torch.inference_mode()
     def states(self, texts: List[List[int]]) -> list[Tensor]:
@@ -410,10 +270,8 @@ class Runner:
 
     def sleep(self) -> None:
         self.close()
-        self._awake = _Awake(self.blocks, bool(self._captured))
-        self._captured = {}
-        self._recorded.forget()
-        self._place = self._chosen = ()
+        self._awake = _Awake(self.blocks, bool(self.passes.captured))
+        self.passes.release()
         self.resize(0)
         self.weights.release()
         if self.device.type == "cuda":
@@ -440,7 +298,7 @@ class Runner:
     @property
     def goes_on(self) -> bool:
         """Whether there are graphs for :meth:`go_on`, or it needs none."""
-        captured = False in self._captured and bool(self._captured[False].onward.shapes)
+        captured = False in self.passes.captured and bool(self.passes.captured[False].onward.shapes)
         return captured or (self.onward > 0 and self.cache.advances)
 
     @torch.inference_mode()
@@ -457,15 +315,15 @@ class Runner:
         going = self.planner.going_on(batch, left, self.onward) if passes <= self.onward else None
         if going is None:
             return None
-        if not self._captured:
+        if not self.passes.captured:
             self._go_on_eagerly(going, passes)
         elif not self._replay_onward(going, passes):
             return None
-        return self._gone[-passes:, : len(left)]
+        return self.passes.gone[-passes:, : len(left)]
 
     def _replay_onward(self, going: GoingOn, passes: int) -> bool:
         """Queues so many passes as graphs; False where there is none for them."""
-        graphs = self._captured[False].onward
+        graphs = self.passes.captured[False].onward
         shape = graphs.shape_for(going.plan)
         if shape is None:
             return False
@@ -478,7 +336,7 @@ class Runner:
         self.cache.plan(going.plan)
         inputs = self._on_device(going.inputs)
         for _ in range(passes):
-            self._gone_on(inputs)
+            self.passes.gone_on(inputs)
 
     @torch.inference_mode()
     def execute(self, step: Step, proposals: Proposals | None = None) -> Sampled | None:
@@ -506,13 +364,13 @@ class Runner:
         weighed = tuple(each.sums for part in step.parts for each in part.plan.weighed if each.sums is not None)
         if logits is None:
             nothing = prompt is None and not weighed
-            return None if nothing else Sampled(self._newest[:0], prompt=prompt, weighed=weighed).to_host()
+            return None if nothing else Sampled(self.passes.newest[:0], prompt=prompt, weighed=weighed).to_host()
         # Only one part replays a graph: beside others, nothing has been drawn for all rows.
         drawn = passed[0].drawn if len(passed) == 1 else None
         asked = step.asked
         sampled, newest = self.sampler.sample(logits, asked, drawn, proposals)
         if drawn is None or asked.window is not None or sampled.tokens is not drawn.tokens:
-            self._newest.index_copy_(0, self._on_device(asked.slots[asked.first] + 1), newest)
+            self.passes.newest.index_copy_(0, self._on_device(asked.slots[asked.first] + 1), newest)
         if step.probes is not None:
             self._keep_probed(asked, sampled, step.probes, _joined([each.probes for each in passed]))
         if sampled.order is not None:
@@ -583,7 +441,7 @@ class Runner:
         count, owners = part.inputs.shape[1], self._owners(part)
         own = [] if owners is None else [owners[None]]
         # Beside rows that stand for several tokens, everything runs eagerly, as beside copies.
-        graphs = self._captured.get(owners is not None) if part.superposed is None else None
+        graphs = self.passes.captured.get(owners is not None) if part.superposed is None else None
         windows = count <= (1 + self._window) * len(part.plan.lengths)
         if graphs is not None and part.chooses and windows:
             choosing = graphs.decodes if part.decoding else graphs.windows
@@ -601,7 +459,7 @@ class Runner:
             self.cache.plan(part.plan, lane)
             eagerly = part.superposed is not None
             with superposing(self.model, self._superposed(part)):
-                begun = self._begun(self._on_device(part.inputs), eagerly, **self._worn(owners))
+                begun = self.passes.begun(self._on_device(part.inputs), eagerly, **self._worn(owners))
             replayed = begun, np.arange(count)
         begun, places = replayed
 
@@ -610,13 +468,13 @@ class Runner:
             return tuple(each[index] for each in begun)
 
         def hidden(rows: np.ndarray) -> Tensor:
-            return self._tip(*own_of(rows), **self._worn(owners, rows))
+            return self.passes.tip(*own_of(rows), **self._worn(owners, rows))
 
         if self.hidden is not None:
-            self._keep(self.hidden, part, self._kept(own_of(np.arange(count)), **self._worn(owners)))
+            self._keep(self.hidden, part, self.passes.kept(own_of(np.arange(count)), **self._worn(owners)))
         logits = None
         if len(part.scored):
-            logits = self._scores(*own_of(part.scored), **self._worn(owners, part.scored))
+            logits = self.passes.scores(*own_of(part.scored), **self._worn(owners, part.scored))
         probes = None if part.probes is None else hidden(part.probes)
         return Passed(logits, hidden(part.prompt_logprobs) if len(part.prompt_logprobs) else None, probes=probes)
 
@@ -624,13 +482,13 @@ class Runner:
         """Computes ``part`` and beside it what is ``copied`` of it, with noise in the routers. As this is of no shape
         that was captured, and compiled code would be compiled anew for the noise, it runs eagerly."""
         inputs, plan = copied.beside(part.inputs, part.plan, self.blocks, self.block_size)
-        own, count, owners, tip = part.inputs.shape[1], inputs.shape[1], self._owners(part), self._through.tip
+        own, count, owners, tip = part.inputs.shape[1], inputs.shape[1], self._owners(part), self.passes.through.tip
         if owners is not None:
             owners = np.concatenate([owners, owners[copied.rows]])
         noise = self._on_device(copied.noise(self.shape, inputs[2, own:]))
         self.cache.plan(plan, lane)
         with shaken(self.model, noise), superposing(self.model, self._superposed(part)):
-            begun = self._begun(self._on_device(inputs), plainly=True, **self._worn(owners))
+            begun = self.passes.begun(self._on_device(inputs), plainly=True, **self._worn(owners))
 
             def states(rows: np.ndarray) -> Tensor:
                 index = self._on_device(rows)
@@ -639,7 +497,7 @@ class Runner:
             scores = self.model.logits(states(np.concatenate([part.scored, np.arange(own, count)])))
         if self.hidden is not None:
             mine = tuple(each[:own] for each in begun)
-            self._keep(self.hidden, part, self._kept(mine, states(np.arange(own))))
+            self._keep(self.hidden, part, self.passes.kept(mine, states(np.arange(own))))
         more = (part.prompt_logprobs, part.probes)
         prompt, probes = (None if rows is None or not len(rows) else states(rows) for rows in more)
         return Passed(copied.averaged(scores, part.scored), prompt, probes=probes)
@@ -675,23 +533,6 @@ class Runner:
 
     def _on_device(self, values: np.ndarray) -> Tensor:
         return upload(values, self.device)
-
-
-class TappedRunner(Runner):
-    """Keeps the states that a :class:`~penstock.models.tapped.TappedDecoder` gives between its layers."""
-
-    def _kept(self, begun: tuple[Tensor, ...], hidden: Tensor | None = None, **worn: Tensor) -> Tensor:
-        return begun[2]
-
-
-def _in_place(place: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Copies of what is ``new`` at the begin of the ``place`` for it."""
-    return tuple(there[: len(own)].copy_(own) for there, own in zip(place, new, strict=True))
-
-
-def _worn(rows: Tensor) -> dict[str, Any]:
-    """What a pass is told of adapters, of inputs int64 [1, N], or [0, N] where there are none."""
-    return {"owners": rows[0]} if len(rows) else {}
 
 
 def _joined(pieces: Iterable[Tensor | None]) -> Tensor | None:

@@ -141,8 +141,8 @@ def test_prompts_are_rated_in_parts(policy):
 
 def test_two_passes_are_made_of_a_step_in_two_parts():
     engine = build_engine(small_model(), EngineConfig(batching=AlwaysSplit(), tokens=64, sequences=8, cache_tokens=400))
-    seen: list[int] = []
-    engine.executor._trunk = lambda tokens, context: seen.append(len(tokens)) or small_model().trunk(tokens, context)
+    trunk, seen = small_model().trunk, list[int]()
+    engine.executor.passes._trunk = lambda tokens, context: seen.append(len(tokens)) or trunk(tokens, context)
     for place in range(4):
         engine.add(request(place, [place] * (place + 1)))
     engine.step()

@@ -46,7 +46,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(ReferenceCache, "fix", lambda *_: True)
-    monkeypatch.setattr("penstock.serve.run.runner.StepGraphs", RehearsedGraphs)
+    monkeypatch.setattr("penstock.serve.run.passes.StepGraphs", RehearsedGraphs)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ SPECIAL: list[dict[str, Any]] = [
 @pytest.mark.parametrize("kinds", [PLAIN[:1], PLAIN, [*PLAIN, {"temperature": 0.9, "logprobs": 2}], [*PLAIN, *SPECIAL]])
 def test_answers_are_those_of_a_cold_runner(warm: Engine, kinds: list[dict[str, Any]]) -> None:
     replayed = set()
-    for graphs in warm.executor._captured[False]:
+    for graphs in warm.executor.passes.captured[False]:
         replay = graphs.replay
         graphs.replay = lambda shape, *rest, replay=replay: (replayed.add(shape), replay(shape, *rest))[1]
     assert answers(warm, kinds) == answers(build_engine(small_model(), CONFIG), kinds)
@@ -133,7 +133,7 @@ def test_steps_with_adapters_have_graphs_of_their_own(stand_ins, monkeypatch: py
     warm.executor.compile(config.tokens)
     warm.executor.capture()
     replayed = set()
-    for adapted, pair in warm.executor._captured.items():
+    for adapted, pair in warm.executor.passes.captured.items():
         for place, graphs in enumerate(pair):
             replay, kind = graphs.replay, (adapted, place)
             graphs.replay = lambda *rest, replay=replay, kind=kind: (replayed.add(kind), replay(*rest))[1]
@@ -152,7 +152,7 @@ def replays(runner: Runner, tokens: int) -> list[tuple[Part, StepShape | None]]:
     runner.capture()
     told: list[tuple[Part, StepShape | None]] = []
     run, replayed = runner._pass, list[StepShape]()
-    for graphs in runner._captured[False]:
+    for graphs in runner.passes.captured[False]:
         replay = graphs.replay
         graphs.replay = lambda shape, *rest, replay=replay: (replayed.append(shape), replay(shape, *rest))[1]
 
@@ -288,7 +288,7 @@ def test_the_next_start_captures_the_same_steps_and_times_none(
         runner = build_runner(small_model(), CONFIG.model_copy(update=options))
         runner.compile(CONFIG.tokens)
         runner.capture()
-        return list(runner._captured[False][0]._captured)
+        return list(runner.passes.captured[False][0]._captured)
 
     first = captured()
     assert first and max(shape.rows for shape in first) <= 100
