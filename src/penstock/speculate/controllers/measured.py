@@ -15,8 +15,8 @@ from penstock.policy import policy
 from penstock.speculate.controllers.contract import Control, Controller, Seen
 from penstock.speculate.expected import chain_tokens
 
-#: The last so many times that a step of a kind was timed count.
-TIMES = 9
+#: The last so many times that a step of a kind was timed count: about as many as what was accepted is known by.
+TIMES = 32
 
 #: By how much drafting has to win by what was measured, to go on and to begin. Some of what it costs is in no step that
 #: is timed: a model that drafts has to compute prompts, too. And the best of several lengths, each timed a few times,
@@ -270,10 +270,12 @@ class Measuring(Control):
 
 
 def _usual(times: Iterable[float]) -> float:
-    """The mean, to which the longest of ``times`` adds no more than the next: steps whose drafts are longer take
-    longer, and bring more, but one may have been disturbed."""
-    *others, _ = ordered = sorted(times)
-    return (sum(others) + ordered[-2:][0]) / len(ordered)
+    """The mean, to which the longest of three or more ``times`` adds no more than the next: steps whose drafts are
+    longer take longer, and bring more, but one may have been disturbed."""
+    ordered = sorted(times)
+    if len(ordered) > 2:
+        ordered[-1] = ordered[-2]
+    return sum(ordered) / len(ordered)
 
 
 def _crowd(sequences: int) -> int:
