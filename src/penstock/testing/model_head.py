@@ -38,9 +38,9 @@ from penstock.serve.messages import Request
 from penstock.speculate.contract import Drafter
 from penstock.speculate.sparse_tree import ranks_of
 from penstock.speculate.tree import Tree, path
+from penstock.testing.drafting_engines import engine_with, outcomes
 from penstock.testing.refusals import refused
 from penstock.testing.serve_model import SHAPE, small_model
-from penstock.testing.speculate_drafter import engine_with, outcomes
 from penstock.train.objectives.self_distillation import SelfDistillation
 
 

@@ -41,10 +41,11 @@ from penstock.speculate.controllers.contract import Control, Controller, Seen
 from penstock.speculate.drafters.model import Model
 from penstock.speculate.drafters.ngram import Ngram
 from penstock.speculate.drafters.ppd import ParallelPromptDecoding
+from penstock.testing.drafting_engines import engine_with, outcomes
 from penstock.testing.model_head import watched
 from penstock.testing.reference import next_logits
 from penstock.testing.serve_model import SHAPE, draft_of, predictor_of, small_model
-from penstock.testing.speculate_drafter import BRANCHES, engine_with, outcomes
+from penstock.testing.speculate_drafter import BRANCHES
 
 #: Drafters of each kind: by the text, by a model, and by probes.
 DRAFTERS: tuple[Drafter, ...] = (

@@ -62,16 +62,15 @@ from penstock.serve.run.cascade import CascadeDraft
 from penstock.serve.run.step import Step
 from penstock.serve.run.superposed import SuperposedModel
 from penstock.speculate.contract import AWAITED, Branching, Drafter, Probing, Superposing
-from penstock.speculate.controllers.contract import Controller
 from penstock.speculate.controllers.fixed import Fixed
 from penstock.speculate.drafters.model import Model
 from penstock.speculate.tree import Tree, chain, depths, drafts_at, path
 from penstock.speculate.verifiers.accept_residual import AcceptResidual
-from penstock.speculate.verifiers.contract import Verifier
 from penstock.speculate.verifiers.recursive_distinct import RecursiveDistinct
 from penstock.testing.divided_engine import together
+from penstock.testing.drafting_engines import engine_with, gather, logprobs_of, played, tokens_of
 from penstock.testing.reference import charged, greedy, next_logits
-from penstock.testing.serve_model import SHAPE, draft_of, head_for, head_of, predictor_of, small_model
+from penstock.testing.serve_model import SHAPE, draft_of, head_for, head_of, small_model
 
 #: Chances, in eighths, of the token (column) after the token (row): a model that likes to repeat itself.
 TABLE = ((1, 5, 1, 1), (1, 0, 6, 1), (5, 1, 1, 1), (2, 2, 2, 2))
@@ -256,23 +255,6 @@ def check_shapes(drafter: Drafter) -> None:
                 shaper.learn(tree, path(tree.parents, node))
 
 
-#: What requests of all kinds ask for.
-KINDS: list[dict[str, Any]] = [
-    {"temperature": 0},
-    {"temperature": 0.7},
-    {"temperature": 0.4, "top_k": 5, "logprobs": 2},
-    {"temperature": 0.3, "top_p": 0.9, "n": 2},
-    {"temperature": 0, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
-    {"temperature": 0.5, "presence_penalty": 0.4, "logit_bias": {3: 1.0}},
-    {"temperature": 0, "rule": Momentum(alpha=0.02)},
-    {"temperature": 0, "stop_tokens": (7,), "min_tokens": 6},
-    {"temperature": 0, "prompt_logprobs": 1},
-    {"temperature": 0.4, "bad_words": tuple((token, token) for token in range(0, 50, 2)), "min_tokens": 2},
-    {"temperature": 0, "allowed_tokens": tuple(range(3, 40)), "logprobs": 0},
-    {"temperature": 0.6, "drafts": False},
-]
-
-
 def check_engine(drafter: Drafter, seed: int = 0, tree: Sequence[int] = ()) -> Engine:
     """Asserts that an engine that drafts says what one says that does not; returns the former."""
     times = 1 if tree else 2
@@ -280,9 +262,9 @@ def check_engine(drafter: Drafter, seed: int = 0, tree: Sequence[int] = ()) -> E
     wanted, found = plain_played(seed, times), played(drafting, seed, times)
     assert found.keys() == wanted.keys()
     for name in wanted:
-        assert _tokens(found[name]) == _tokens(wanted[name]), f"drafts change the tokens of {name}"
+        assert tokens_of(found[name]) == tokens_of(wanted[name]), f"drafts change the tokens of {name}"
         assert found[name][-1].finish is wanted[name][-1].finish
-        told, right = _logprobs(found[name]), _logprobs(wanted[name])
+        told, right = logprobs_of(found[name]), logprobs_of(wanted[name])
         assert len(told) == len(right)
         assert all(abs(one - other) < 1e-4 for one, other in zip(told, right, strict=True))
     assert drafting.snapshot().held == 0
@@ -562,8 +544,8 @@ def _circled(engine: Engine, every: int = 1) -> dict[str, tuple[list[int], Finis
         engine.add(Request(name, prompt, sampling.model_copy(update={"drafts": drafts})))
     deltas: dict[tuple[str, int], list[Delta]] = {}
     while engine.busy:
-        _gather(engine, deltas)
-    return {name: (_tokens(own), own[-1].finish) for (name, _), own in deltas.items()}
+        gather(engine, deltas)
+    return {name: (tokens_of(own), own[-1].finish) for (name, _), own in deltas.items()}
 
 
 @functools.cache
@@ -579,62 +561,3 @@ def circling() -> dict[str, tuple[list[int], SamplingParams]]:
             options = {"temperature": 0, "max_tokens": 20, "stop_tokens": () if number % 2 else ends, **kind}
             found[f"{start} with {kind}"] = text[:50], SamplingParams.model_validate(options)
     return found
-
-
-def engine_with(
-    drafter: Drafter | None,
-    model: Decoder | None = None,
-    controller: Controller | None = None,
-    verifier: Verifier | None = None,
-    draft: Decoder | HeadModule | None = None,
-    cache_tokens: int = 400,
-    tree: Sequence[int] = (),
-    tokens: int = 40,
-) -> Engine:
-    """A small engine that drafts as much as it may, unless it has a ``controller``."""
-    sizes = {"tokens": tokens, "sequences": 8, "block_size": 4, "cache_tokens": cache_tokens}
-    more = {"draft_tree": tuple(tree), **({} if verifier is None else {"verifier": verifier})}
-    drafts = {} if drafter is None else {"draft": drafter, "controller": controller or Fixed()}
-    config = EngineConfig.model_validate({"attention": Reference(), "check": True, **drafts, **sizes})
-    config = config.model_copy(update=more)
-    target = model or small_model()
-    if draft is None:
-        draft = draft_of(target) if drafter is None or drafter.head is None else head_for(drafter, target)
-    predictor = None
-    if drafter is not None and config.controller.predicts and isinstance(draft, Decoder):
-        predictor = predictor_of(draft)
-    return build_engine(target, config, draft=draft, predictor=predictor)
-
-
-def outcomes(engine: Engine) -> dict[tuple[str, int], list[int]]:
-    """The tokens of each continuation of a request of each kind."""
-    return {name: _tokens(deltas) for name, deltas in played(engine, 0, times=1).items()}
-
-
-def played(engine: Engine, seed: int, times: int = 2) -> dict[tuple[str, int], list[Delta]]:
-    """All deltas of requests of all kinds, whose prompts repeat themselves."""
-    draw = numpy_generator(seed, "testing/drafter")
-    found: dict[tuple[str, int], list[Delta]] = {}
-    for number, kind in enumerate(KINDS * times):
-        piece = [int(token) for token in draw.integers(SHAPE.vocabulary, size=draw.integers(2, 7))]
-        prompt = (piece * 12)[: int(draw.integers(8, 40))]
-        sampling = SamplingParams.model_validate({"max_tokens": 24, "seed": number, **kind})
-        engine.add(Request(str(number), prompt, sampling))
-        for _ in range(int(draw.integers(3))):
-            _gather(engine, found)
-    while engine.busy:
-        _gather(engine, found)
-    return found
-
-
-def _gather(engine: Engine, found: dict[tuple[str, int], list[Delta]]) -> None:
-    for delta in engine.step():
-        found.setdefault((delta.id, delta.index), []).append(delta)
-
-
-def _tokens(deltas: list[Delta]) -> list[int]:
-    return [token for delta in deltas for token in delta.tokens]
-
-
-def _logprobs(deltas: list[Delta]) -> list[float]:
-    return [each.logprob for delta in deltas for told in (delta.prompt_logprobs, delta.logprobs) for each in told or []]

@@ -14,9 +14,9 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.decode.roster import Roster
 from penstock.serve.messages import Request
 from penstock.speculate.drafters.head import Head
+from penstock.testing.drafting_engines import engine_with, outcomes
 from penstock.testing.model_head import check_drafts, learnt, watched
 from penstock.testing.serve_model import SHAPE, small_mixture
-from penstock.testing.speculate_drafter import engine_with, outcomes
 
 DEEP = SHAPE.model_copy(update={"layers": 4})
 

@@ -8,7 +8,7 @@ from penstock.core.bench import Bench, load
 from penstock.policy import index
 from penstock.serve.config import EngineConfig
 from penstock.speculate.drafters.ngram import Ngram
-from penstock.testing.speculate_drafter import engine_with
+from penstock.testing.drafting_engines import engine_with
 
 
 def test_every_setting_stands_beside_plain_decoding_and_the_best_of_transformers():

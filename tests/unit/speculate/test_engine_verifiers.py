@@ -34,11 +34,11 @@ from penstock.speculate.drafters.model import Model
 from penstock.speculate.drafters.ngram import Ngram
 from penstock.speculate.drafters.ppd import ParallelPromptDecoding
 from penstock.speculate.verifiers.accept_residual import AcceptResidual
+from penstock.testing.drafting_engines import KINDS, engine_with, outcomes
 from penstock.testing.model_head import learnt
 from penstock.testing.reference import next_logits
 from penstock.testing.serve_model import draft_of, predictor_of, small_model
 from penstock.testing.serve_rows import Rows
-from penstock.testing.speculate_drafter import KINDS, engine_with, outcomes
 from penstock.train.objectives.self_distillation import SelfDistillation
 
 PROMPT = [3, 1, 4, 1, 5]

@@ -8,9 +8,9 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.messages import Request
 from penstock.speculate.drafters.ngram import Ngram
 from penstock.speculate.prediction import Prediction
+from penstock.testing.drafting_engines import engine_with
 from penstock.testing.reference import greedy
 from penstock.testing.serve_model import small_model
-from penstock.testing.speculate_drafter import engine_with
 
 
 @pytest.mark.parametrize(

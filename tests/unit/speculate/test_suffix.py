@@ -12,7 +12,8 @@ from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.messages import Request
 from penstock.speculate.drafters.suffix import Suffix
 from penstock.speculate.texts import PLACES, Texts
-from penstock.testing.speculate_drafter import check_engine, engine_with
+from penstock.testing.drafting_engines import engine_with
+from penstock.testing.speculate_drafter import check_engine
 
 WORDS = st.lists(st.integers(0, 3), max_size=17)
 

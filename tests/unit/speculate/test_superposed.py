@@ -18,10 +18,10 @@ from penstock.serve.messages import Request
 from penstock.serve.run import superposed
 from penstock.speculate.drafters.superposed import Superposed
 from penstock.speculate.tree import path
+from penstock.testing.drafting_engines import engine_with
 from penstock.testing.engine.pairs import END, PAIRS, grammars, may_follow
 from penstock.testing.reference import greedy, next_logits
 from penstock.testing.serve_model import draft_of, small_model
-from penstock.testing.speculate_drafter import engine_with
 
 PROMPT = [3, 1, 4, 1, 5]
 

@@ -20,8 +20,8 @@ from penstock.speculate.drafters.head import Head
 from penstock.speculate.drafters.model import Model
 from penstock.speculate.drafters.ngram import Ngram
 from penstock.speculate.tree import Tree, chain, depths, full, path, pruned, woven
+from penstock.testing.drafting_engines import engine_with, played
 from penstock.testing.serve_model import draft_of, head_of, small_model
-from penstock.testing.speculate_drafter import engine_with, played
 
 
 def ways(tree: Tree) -> set[tuple[int, ...]]:

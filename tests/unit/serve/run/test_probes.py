@@ -13,8 +13,9 @@ from penstock.serve.messages import Request
 from penstock.serve.run.planner import with_probes
 from penstock.speculate.drafters.ppd import ParallelPromptDecoding
 from penstock.speculate.tree import path
+from penstock.testing.drafting_engines import engine_with
 from penstock.testing.serve_model import SHAPE, head_for, small_model
-from penstock.testing.speculate_drafter import circling_model, engine_with
+from penstock.testing.speculate_drafter import circling_model
 
 PROBING = ParallelPromptDecoding(source="a head")
 

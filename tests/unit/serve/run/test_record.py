@@ -14,8 +14,8 @@ from penstock.serve.config import EngineConfig
 from penstock.serve.run.record import flatten, read_header, read_steps, unflatten
 from penstock.serve.run.replay import replay
 from penstock.speculate.drafters.ngram import Ngram
+from penstock.testing.drafting_engines import played
 from penstock.testing.serve_model import SHAPE, small_model
-from penstock.testing.speculate_drafter import played
 
 SIZES = {"attention": "reference", "tokens": 40, "sequences": 8, "block_size": 4, "cache_tokens": 400}
 
