@@ -62,7 +62,7 @@ def play(engine: Engine, *requests: Request) -> None:
 
 def graphs_of(engine: Engine) -> list[Any]:
     executor: Any = engine.executor
-    return sorted(shape for graphs in executor.passes.captured[False] for shape in graphs._captured)
+    return sorted(shape for graphs in executor.passes.captured[False] for shape in graphs.shapes)
 
 
 def test_all_kernels_that_are_used_were_built_ahead() -> None:

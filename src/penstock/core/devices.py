@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from penstock.core.errors import UsageError
 from penstock.core.processor import fast_dtype, kind
+
+Made = TypeVar("Made")
 
 
 def pick(name: str = "auto") -> torch.device:
@@ -110,6 +114,19 @@ class DeviceMemory:
         taken = before - torch.cuda.mem_get_info(self._device)[0]
         allocator = torch.cuda.memory_reserved(self._device) - kept
         return torch.cuda.max_memory_reserved(self._device) - kept + max(taken - allocator, 0)
+
+
+def lasting(make: Callable[..., Made]) -> Callable[..., Made]:
+    """``make``, whose results stay on a device and are remembered, as by :func:`functools.cache`. Nothing is made while
+    a graph is captured: what a graph makes is there from its first replay on, and others would read it before."""
+
+    @functools.cache
+    def made(*arguments: object) -> Made:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{make.__qualname__} makes what lasts while a graph is captured")
+        return make(*arguments)
+
+    return made
 
 
 def synchronize(device: torch.device) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from penstock.core.devices import lasting
 from penstock.ops.pieces import pieces
 
 #: Tokens whose weights are summed before anything is cumulated.
@@ -49,13 +49,13 @@ def draw_softmax(logits: Tensor, temperature: Tensor, uniform: Tensor, floor: Fl
         from penstock.ops.draw_kernel import drawn
 
         # Whether something is cut must not decide how sums round.
-        score, ties = floor or _nothing_cut(1 << len(logits).bit_length(), logits.device)
+        score, ties = floor or _nothing_cut(1 << (len(logits) - 1).bit_length(), logits.device)
         return drawn(logits, temperature, uniform, score, ties, chunk=CHUNK, tiny=TINY, below=BELOW)
     parts = pieces(logits, temperature, uniform, *(floor or ()))
     return torch.cat([_draw(scores, heat, aim, Floor(*cut) if cut else None) for scores, heat, aim, *cut in parts])
 
 
-@functools.cache
+@lasting
 def _nothing_cut(rows: int, device: torch.device) -> Floor:
     """The floor under all tokens of up to so many rows."""
     score = torch.full((rows,), -torch.inf, device=device)

@@ -3,7 +3,6 @@ and each of them for its own rows alone."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.core.devices import lasting
 from penstock.ops.experts_kernel import ordered
 from penstock.ops.invariant_kernel import tile_of
 
@@ -190,7 +190,7 @@ def _padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-@functools.cache
+@lasting
 def _blocks(
     addresses: tuple[int, ...], begins: tuple[int, ...], widths: tuple[int, ...], columns: int, device: torch.device
 ) -> Tensor:

@@ -48,7 +48,7 @@ from penstock.serve.rehearsal import rehearse_first_uses, rehearse_largest_steps
 from penstock.serve.run.draft import Drafting
 from penstock.serve.run.graphs import prompt_shapes, window_shapes
 from penstock.serve.run.heads import ContinuingRunner
-from penstock.serve.run.passes import TappedPasses
+from penstock.serve.run.passes import Passes, TappedPasses
 from penstock.serve.run.planner import Planner
 from penstock.serve.run.record import Recorder
 from penstock.serve.run.runner import Runner
@@ -297,7 +297,9 @@ def _kinds(config: EngineConfig, model: Decoder, memories: List[PagedCache], kee
         # superposed is in the cache of none of the texts.
         superposes = config.draft is not None and config.draft.superposes > 0
         window = config.rows - 1 if superposes else max(1, config.rows - 3) if trees else 1
-        drafts = {"window": window, "trees": trees and not superposes, "keeps_hidden": keeps[1]}
+        drafts: dict[str, Any] = {"window": window, "trees": trees and not superposes, "keeps_hidden": keeps[1]}
+        # Prompts are computed where the drafting is timed.
+        drafts["passes"] = functools.partial(Passes, waits=False)
         kind = drafting_kind(config)
         if config.draft is not None and config.draft.model is not None and kind["sampler"] is Sampler:
             # Nobody asks by what its tokens were drawn, so that all can be drafted at once; behind one that was

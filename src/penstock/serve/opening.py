@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from penstock.core.devices import inference_dtype, pick
+from penstock.core.devices import can_compile, inference_dtype, pick
 from penstock.core.errors import UsageError
+from penstock.core.imports import importing
 from penstock.core.progress import Reporter, silent
 from penstock.models import hub
 from penstock.models.acceptance import folder as acceptance
@@ -35,6 +36,9 @@ from penstock.serve.run.runner import Runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+#: What compiling needs, whose import takes as long as reading a model of some billions of parameters.
+COMPILER = ("torch._dynamo", "torch._inductor.compile_fx")
 
 
 def open_engine(
@@ -100,7 +104,13 @@ def loader(config: EngineConfig, device: torch.device) -> Callable[[Path], Decod
         return functools.partial(hub.load_streamed, resident=config.resident_weights, dtype=dtype)
     # Kernels whose bits do not depend on the batch are for plain matrices.
     load = hub.load if config.deterministic else hub.load_for_inference
-    return functools.partial(load, device=device, dtype=dtype)
+    compiled = config.compile and not config.deterministic and device.type == "cuda" and can_compile(device)
+
+    def read(folder: Path) -> Decoder:
+        with importing(*COMPILER if compiled else ()):
+            return load(folder, device=device, dtype=dtype)
+
+    return read
 
 
 def dtype_of(config: EngineConfig, device: torch.device) -> torch.dtype:

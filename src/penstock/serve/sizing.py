@@ -81,7 +81,7 @@ def settle_memory(
         left = meter.free()
         for each in runners:
             each.capture(report)
-        graphs = left - meter.free()
+        graphs = max(graphs, left - meter.free())  # some are captured later
     if first.cache.shape.blocks * block >= small:
         # The allocator cuts small pieces out of large ones, but cannot join what it got one by one: if the largest come
         # first, no step takes more than they do.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from penstock.core.devices import lasting
 from penstock.ops.quantized import cpu, cuda, nibbles
 from penstock.ops.quantized.contract import Example, Parts, WeightFormat, spread
 from penstock.policy import policy
@@ -87,7 +87,7 @@ class Codebook4(WeightFormat):
         return Example(cls(table="fp4", group=2), parts, numbers)
 
 
-@functools.cache
+@lasting
 def _numbers(table: str, device: torch.device) -> Tensor:
     """What the codes of ``table`` stand for, on ``device``, where it stays: to bring it there would be to wait."""
     return torch.tensor(TABLES[table], device=device)

@@ -10,7 +10,6 @@ always in the same order.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.core.devices import lasting
 from penstock.ops.multiprocessors import processors, read_shared_memory, stages
 from penstock.ops.quantized.nibbles import BLOCK, PLANE
 
@@ -381,7 +381,7 @@ class Counters:
 
 
 #: Those of each device. Who uses them leaves zeros.
-counters_of = functools.cache(Counters)
+counters_of = lasting(Counters)
 
 
 def product(kind: str, x: Tensor, values: Tensor, scale: Tensor, offset: Tensor | None, group: int) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -133,6 +134,12 @@ class Captured(NamedTuple):
     output: Any
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """On which graphs are captured: only those of one stream use each other's memory."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class StepGraphs:
     """Graphs of a pass for batches of some shapes; a batch between two is padded.
 
@@ -159,19 +166,22 @@ class StepGraphs:
         self._pages, self._padding, self._pool = pages, padding, pool
         self._captured: dict[StepShape, Captured] = {}
         self._ascending: list[StepShape] = []
+        self._met = set[int]()  # numbers of rows, up to which power of two, that were computed before a capture
 
     @property
     def shapes(self) -> list[StepShape]:
-        """Those that were captured, by the number of their rows."""
+        """Those for which there is a graph, or will be, by the number of their rows."""
         return self._ascending
 
-    def capture(self, shapes: list[StepShape], bar: Bar) -> None:
-        """Captures the pass for batches of each of ``shapes``. Largest first: the others then fit in its memory."""
+    def capture(self, shapes: list[StepShape], bar: Bar, later: Collection[StepShape] = ()) -> None:
+        """Captures the pass for batches of each of ``shapes``, those that are captured ``later`` when there is a batch.
+        Largest first: the others then fit in its memory."""
         if not self._cache.fix(shapes, self._pages):
             raise ValueError("the cache's plans cannot be replayed")
         for shape in _largest_first(shapes):
-            self._captured[shape] = self._capture(shape)
-            bar.advance()
+            if shape not in later:
+                self._captured[shape] = self._capture(shape)
+                bar.advance()
         self._ascending = _largest_first(shapes)[::-1]
 
     def try_out(self, shapes: list[StepShape], free: Callable[[], int]) -> int:
@@ -192,18 +202,29 @@ class StepGraphs:
         device = self._cache.shape.device
         inputs = torch.zeros(self._fields, shape.rows, dtype=torch.int64, device=device)
         self._plan(NOBODY, shape)
-        self._run(inputs)
+        # Kernels are chosen by the number of rows, up to powers of two. What is chosen for the first time is compiled,
+        # and may be timed; and what it needs and keeps must not become a part of one graph.
+        alike = (shape.rows - 1).bit_length()
+        if alike not in self._met:
+            self._run(inputs)
+            self._met.add(alike)
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = self._run(inputs)
+        # PyTorch's context for this would empty the allocator's cache, which there may be steps to use. Whatever else
+        # a process does meanwhile, such as to load a kernel, goes on.
+        with torch.cuda.stream(_stream(device)):
+            graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
+            try:
+                output = self._run(inputs)
+            finally:
+                graph.capture_end()
         return Captured(graph, inputs, output)
 
     def _plan(self, batch: PagedBatch, shape: StepShape) -> None:
         self._cache.plan(padded(batch, shape, self._padding, self._cache.shape.block_size))
 
     def shape_for(self, batch: PagedBatch) -> StepShape | None:
-        """The smallest captured shape that ``batch`` can be padded to, None where there is none."""
+        """The smallest of the :attr:`shapes` that ``batch`` can be padded to, None where there is none."""
         own, alike = batch.own_shape, _all_alike(batch.own_shape)
         large = bisect_left(self._ascending, own.rows, key=lambda shape: shape.rows)
         given = itertools.islice(self._ascending, large, None)
@@ -212,6 +233,8 @@ class StepGraphs:
     def replay(self, shape: StepShape, inputs: np.ndarray, batch: PagedBatch) -> tuple[Any, np.ndarray]:
         """What the pass gives for ``batch``, padded to ``shape``, whose N tokens have the ``inputs`` int64 [fields, N],
         and the row of each of them in it. It lies where the next replay puts its own."""
+        if shape not in self._captured:
+            self._captured[shape] = self._capture(shape)
         captured, own = self._captured[shape], taken_as(batch, shape)
         self._plan(batch, shape)
         rows = np.arange(own.rows)
@@ -225,6 +248,11 @@ class StepGraphs:
     def again(self, shape: StepShape) -> None:
         """The pass that was replayed last, of this ``shape``, once more: with what it has made of its inputs."""
         self._captured[shape].graph.replay()
+
+
+def with_prompts(shapes: list[StepShape]) -> list[StepShape]:
+    """Those of ``shapes`` that are for steps with prompts, but the largest of all, whose memory others need."""
+    return [shape for shape in _largest_first(shapes)[1:] if shape.singles and shape.others]
 
 
 def onward_shapes(sequences: int, passes: int) -> list[StepShape]:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from penstock.core.devices import choose_assembler
 from penstock.core.errors import UsageError
-from penstock.core.garbage import settled
 from penstock.core.progress import Reporter, silent
 from penstock.models.adapters.slots import AdapterSlots
 from penstock.models.decoder import Decoder
@@ -24,7 +23,7 @@ from penstock.ops.logprobs import wanted_table
 from penstock.ops.paged.contract import PagedCache, StepShape
 from penstock.serve.choose.asked import OPTIONS
 from penstock.serve.choose.sampling import MOST_LOGPROBS
-from penstock.serve.run.graphs import StepGraphs
+from penstock.serve.run.graphs import StepGraphs, with_prompts
 
 #: Numbers of each sequence that goes on, beside those by which its tokens are drawn.
 GOING = 3 + len(OPTIONS)
@@ -51,6 +50,7 @@ class Passes:
         adapters: room for adapters of the model; None where tokens have none.
         keeps_hidden: whether hidden states of all tokens are kept.
         onward: how many passes :meth:`gone_on` makes at most, one behind the other.
+        waits: whether steps with prompts are captured when there is such a batch: an engine opens sooner then.
 
     Attributes:
         newest: of the sequence in slot s, at s + 1, the token that it goes on with, int64. What stands at 0 is of no
@@ -70,9 +70,11 @@ class Passes:
         adapters: AdapterSlots | None = None,
         keeps_hidden: bool = False,
         onward: int = 0,
+        waits: bool = True,
     ) -> None:
         self._model, self._cache, self._pages, self._adapters = model, cache, pages, adapters
-        self._keeps_hidden, self._onward, device = keeps_hidden, onward, cache.shape.device
+        self._keeps_hidden, self._onward, self._waits = keeps_hidden, onward, waits
+        device = cache.shape.device
         self.newest = torch.zeros(slots + 1, dtype=torch.int64, device=device)
         self.gone = torch.zeros(onward, slots + 1, dtype=torch.int64, device=device)
         self.recorded = RecordedPieces()
@@ -139,20 +141,19 @@ class Passes:
         """About how many bytes :meth:`capture` will take; ``free`` says how many are free. Passes must be compiled, and
         the cache may still change its size."""
         taken = 0
-        with settled():
-            for graphs in self._graphs().values():
-                taken += sum(each.try_out(own, free) for each, own in zip(graphs, self.shapes, strict=True))
+        for graphs in self._graphs().values():
+            taken += sum(each.try_out(own, free) for each, own in zip(graphs, self.shapes, strict=True))
         self._place = self._chosen = ()  # of those graphs, and counted with them
         return taken
 
     def capture(self, report: Reporter = silent) -> None:
         """Captures the chosen steps as graphs. The cache stays as it is from now on."""
-        graphs = self._graphs()
-        with report("capturing", len(graphs) * sum(map(len, self.shapes)), "graph") as bar, settled():
-            # Every capture makes a full collection.
+        graphs, later = self._graphs(), [with_prompts(own) if self._waits else [] for own in self.shapes]
+        count = sum(map(len, self.shapes)) - sum(map(len, later))
+        with report("capturing", len(graphs) * count, "graph") as bar:
             for own in graphs.values():
-                for each, shapes in zip(own, self.shapes, strict=True):
-                    each.capture(shapes, bar)
+                for each, shapes, waiting in zip(own, self.shapes, later, strict=True):
+                    each.capture(shapes, bar, waiting)
         self.captured = graphs
 
     def release(self) -> None:

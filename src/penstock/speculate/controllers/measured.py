@@ -56,7 +56,7 @@ class Measuring(Control):
         self._told = set[tuple[int, int]]()
         #: How often so many tokens were to be drafted, and were accepted, old trials fading.
         self._tried, self._accepted = [0.0] * most, [0.0] * most
-        self._since = 0  # steps in a row in which nothing was drafted
+        self._since = 1  # steps in a row in which nothing was drafted, and what was before the first
         self._trials = 0  # and trials in a row, of which the last one asks for another
         self._behind = 0.0  # and seconds that those behind the first of them have lost
         self._again = False
@@ -66,6 +66,7 @@ class Measuring(Control):
         #: Seconds of all steps that were timed, and how many more those with drafts have taken than plain decoding had.
         self._spent, self._lost = 0.0, 0.0
         self._dear = 0.0  # and what the first step of the last ones has lost, in which a model computes what it missed
+        self._before: float | None = None  # as did the one before
         self._by_rows: dict[int, deque[float]] = {}  # seconds of steps with prompts and without
         self._resting: int | None = None  # of which crowd it is known that drafting loses
 
@@ -249,18 +250,25 @@ class Measuring(Control):
         behind the first have lost less than that one, without which there would be none."""
         tokens = 1 + sum(seen.accepted) / seen.sequences
         times = self._seconds[crowd, seen.ahead]
-        usual = seconds if first or not times else min(seconds, 2 * _usual(times))
+        loss = seconds - tokens * plain
+        if first:
+            # What happens at the first use, such as that a kernel is loaded, takes long, and once.
+            most = CREDIT * plain if self._before is None else UNSURE * max(self._before, plain)
+            usual = tokens * plain + min(loss, most)
+        else:
+            usual = min(seconds, 2 * _usual(times)) if times else seconds
         # That drafts which paid until now are no longer accepted was no trial: to see whether they are again, there is
         # as much time as there was before.
         if not self._drafting or usual < tokens * plain:
             self._lost = max(0.0, self._lost + usual - tokens * plain)
         if first:
-            self._dear = seconds - tokens * plain
+            self._dear = min(loss, self._before or 0.0)
+            self._before = loss
             self._again, self._trials, self._behind = True, 0, 0.0
         else:
             self._trials += 1
-            self._behind += seconds - tokens * plain
-            little = self._trials * seen.sequences < REPEATED and self._behind < self._dear
+            self._behind += loss
+            little = self._trials * seen.sequences < REPEATED and self._behind < (self._before or 0.0)
             self._again = tokens * plain > seconds or little
 
     def _hopeless(self, crowd: int, seconds: float) -> bool:

@@ -30,6 +30,7 @@ from penstock.serve.run.graphs import (
     rows_worth_replaying,
     taken_as,
     window_shapes,
+    with_prompts,
 )
 from penstock.speculate.tree import depths
 from penstock.testing.rehearsed_graphs import RehearsedGraphs
@@ -68,6 +69,23 @@ def batch_of(lengths: list[int], counts: list[int]) -> PagedBatch:
 
 def positions_of(lengths: list[int], counts: list[int]) -> Tensor:
     return torch.cat([torch.arange(n - count, n) for n, count in zip(lengths, counts, strict=True)])
+
+
+def test_steps_with_prompts_are_captured_when_there_is_one():
+    """All others before, and the largest, whose memory is everybody's."""
+    captured, run = list[int](), lambda inputs: (captured.append(inputs.shape[1]), inputs)[1:]
+    shapes = [*decode_shapes(8), StepShape(0, 3, 9), *(StepShape(size, 4, 12) for size in (2, 4, 8))]
+    graphs = RehearsedGraphs(run, 2, opened(), pages=PAGES, padding=BLOCKS)
+    with silent("capturing", 6, "graphs") as bar:
+        graphs.capture(shapes, bar, with_prompts(shapes))
+    assert captured == [20, 9, 8, 6, 4, 2] and graphs.shapes == sorted(shapes, key=lambda shape: shape.rows)
+    batch, inputs = batch_of([7, 9, 5], [1, 1, 5]), np.ones((2, 7), np.int64)
+    shape = graphs.shape_for(batch)
+    assert shape == StepShape(2, 4, 12)
+    for _ in range(2):
+        captured.clear()
+        graphs.replay(shape, inputs, batch)
+    assert captured == [14], "it is captured once"
 
 
 @pytest.mark.parametrize("counts", [[1], [1, 1, 1], [1, 1, 7], [5], [3, 1, 2], [1, 2, 2, 2], [1, 1, 1, 16]])

@@ -288,7 +288,7 @@ def test_the_next_start_captures_the_same_steps_and_times_none(
         runner = build_runner(small_model(), CONFIG.model_copy(update=options))
         runner.compile(CONFIG.tokens)
         runner.capture()
-        return list(runner.passes.captured[False][0]._captured)
+        return runner.passes.captured[False][0].shapes
 
     first = captured()
     assert first and max(shape.rows for shape in first) <= 100
