@@ -26,11 +26,18 @@ MARGIN, BEGINNING = 1.03, 1.06
 #: Trials that may lose before anything else is known, in steps without drafts.
 CREDIT = 3
 
+#: What drafting has won is remembered up to so many steps without drafts. Trials may lose that, too, and come as many
+#: times sooner: of a text that is easy and hard in turns, much of what is easy would be over before the next one.
+WINNINGS, SOONER = 32, 8
+
 #: Where drafting loses, it is reckoned anew once in so many steps, since what that takes is felt where steps are short.
 REST = 8
 
-#: Where not even drafts that are all accepted would win, one trial is left of so many.
+#: Where not even drafts that are all accepted would win, or trials have lost what they may, one is left of so many.
 SELDOM = 32
+
+#: What is known of acceptances counts so much where nothing was drafted for a while: texts have gone on.
+LONG_AGO = 0.5
 
 #: By how much a step may have been expected to take longer than it does.
 UNSURE = 2
@@ -63,8 +70,10 @@ class Measuring(Control):
         #: Whether drafting pays, steps since then, and of which crowd and length it is to be confirmed.
         self._drafting, self._winning = False, 0
         self._confirming: tuple[int, int] | None = None
-        #: Seconds of all steps that were timed, and how many more those with drafts have taken than plain decoding had.
-        self._spent, self._lost = 0.0, 0.0
+        #: Seconds of all steps that were timed, and those that drafting has won beside plain decoding; below 0, those
+        #: that trials have lost.
+        self._spent, self._balance = 0.0, 0.0
+        self._crowd = 0  # for which it has won
         self._dear = 0.0  # and what the first step of the last ones has lost, in which a model computes what it missed
         self._before: float | None = None  # as did the one before
         self._by_rows: dict[int, deque[float]] = {}  # seconds of steps with prompts and without
@@ -72,6 +81,8 @@ class Measuring(Control):
 
     def ahead(self, sequences: int) -> int:
         crowd = _crowd(sequences)
+        if crowd != self._crowd:
+            self._crowd, self._balance = crowd, min(0.0, self._balance)
         if crowd == self._resting and self._since % REST:
             return 0
         self._resting = None
@@ -111,23 +122,24 @@ class Measuring(Control):
         it is time to see, or worth going on; else 0. Where it would lose if all were accepted, it is seldom looked at
         whether this is still so."""
         seconds = {length: _usual(times) for length in self._lengths[1:] if (times := self._seconds[crowd, length])}
-        if not seconds or not (self._again or self._since >= self._policy.patience):
+        patience = self._policy.patience // (SOONER if self._balance > 1 / plain else 1)
+        if not seconds or not (self._again or self._since >= patience):
             return 0
         length = max(seconds, key=lambda each: chain_tokens(MUCH, each) / seconds[each])
         # What was expected may be too much by far.
         doubt = UNSURE if (crowd, length) in self._told else 1
         hopeless = self._known(crowd, length) and doubt * (1 + length) / seconds[length] < plain
-        if hopeless and self._since < SELDOM * self._policy.patience:
-            return 0
+        rare = self._since >= SELDOM * self._policy.patience
         loss = seconds[length] - self.tokens(length) / plain
-        return length if self._again or self._affords(plain, loss) else 0
+        wanted = rare or (not hopeless and (self._again or self._affords(plain, loss)))
+        return length if wanted else 0
 
     def _known(self, crowd: int, length: int) -> bool:
         return len(self._seconds[crowd, length]) >= self._policy.trials
 
     def _affords(self, plain: float, loss: float) -> bool:
         """Whether a trial may lose so many seconds more, where ``plain`` decoding makes so many steps in a second."""
-        return self._lost + max(loss, self._dear) <= self._policy.share * self._spent + CREDIT / plain
+        return max(loss, self._dear) <= self._policy.share * self._spent + CREDIT / plain + self._balance
 
     def _confirmed(self, crowd: int, best: int) -> bool:
         """Whether drafting goes on, or the ``best`` length was timed since it seems to win. If not, it has to be: what
@@ -202,10 +214,11 @@ class Measuring(Control):
             self._again = seen.ahead > 0
             return
         self._winning += 1
-        first, self._since = self._since > 0, 0 if seen.ahead else self._since + 1
+        first, long_ago = self._since > 0, self._since >= self._policy.patience
+        self._since = 0 if seen.ahead else self._since + 1
         self._dear *= 1 - 1 / self._policy.patience  # it may have been a disturbance
         if seen.ahead:
-            self._count(seen)
+            self._count(seen, LONG_AGO if long_ago else self._policy.memory)
         if seen.prompts or not seen.sequences or seen.seconds is None:
             self._again = False
             return
@@ -234,11 +247,11 @@ class Measuring(Control):
                     self._assume(crowd, other, less * self._seconds[crowd, other][0])
         self._seconds[crowd, length].append(seconds)
 
-    def _count(self, seen: Seen) -> None:
-        """Takes note of what was accepted."""
+    def _count(self, seen: Seen, memory: float) -> None:
+        """Takes note of what was accepted, by whose ``memory`` what was before is multiplied."""
         # Depths that were not tried are forgotten too: they may have become better.
-        self._tried = [self._policy.memory * each for each in self._tried]
-        self._accepted = [self._policy.memory * each for each in self._accepted]
+        self._tried = [memory * each for each in self._tried]
+        self._accepted = [memory * each for each in self._accepted]
         for depth in range(seen.ahead):
             self._tried[depth] += len(seen.accepted)
             self._accepted[depth] += sum(accepted > depth for accepted in seen.accepted)
@@ -249,18 +262,13 @@ class Measuring(Control):
         model that drafts computes what it has missed; or brought enough; or if few sequences say little, and those
         behind the first have lost less than that one, without which there would be none."""
         tokens = 1 + sum(seen.accepted) / seen.sequences
-        times = self._seconds[crowd, seen.ahead]
-        loss = seconds - tokens * plain
+        times, loss = self._seconds[crowd, seen.ahead], seconds - tokens * plain
         if first:
             # What happens at the first use, such as that a kernel is loaded, takes long, and once.
-            most = CREDIT * plain if self._before is None else UNSURE * max(self._before, plain)
-            usual = tokens * plain + min(loss, most)
+            usual = min(loss, CREDIT * plain if self._before is None else UNSURE * max(self._before, plain))
         else:
-            usual = min(seconds, 2 * _usual(times)) if times else seconds
-        # That drafts which paid until now are no longer accepted was no trial: to see whether they are again, there is
-        # as much time as there was before.
-        if not self._drafting or usual < tokens * plain:
-            self._lost = max(0.0, self._lost + usual - tokens * plain)
+            usual = min(seconds, 2 * _usual(times) if times else seconds) - tokens * plain
+        self._balance = min(self._balance - usual, WINNINGS * plain)
         if first:
             self._dear = min(loss, self._before or 0.0)
             self._before = loss
