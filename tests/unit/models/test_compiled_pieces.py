@@ -64,6 +64,23 @@ def model(**changes) -> Decoder:
     return Decoder(config).double().initialize(0).eval()
 
 
+def test_each_piece_is_traced_once(monkeypatch):
+    """Not once more behind what PyTorch takes for variables at first: a start with all compiled took twice as long."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    counts = torch._dynamo.utils.counters["stats"]
+    before = counts["calls_captured"]
+    check(model(), CompiledPieces())
+    once = counts["calls_captured"] - before
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(specialize_float=False):
+        pieces = CompiledPieces()
+        torch._dynamo.config.specialize_float = False
+        check(model(), pieces)
+    assert counts["calls_captured"] - before - once > 1.5 * once
+    torch._dynamo.reset()
+
+
 @torch.inference_mode()
 def check(decoder: Decoder, pieces: CompiledPieces) -> None:
     for count in (5, 9, 3):
