@@ -78,8 +78,8 @@ class CompiledPieces(Pieces):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
         # What was compiled for a model would be taken for another that has adapters behind its layers, or is divided.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
-        # A model's numbers, such as what a norm adds, stay as they are. Taken for variables at first, each piece would be
-        # traced twice, and what is kept on disk found at the second time alone.
+        # A model's numbers, such as what a norm adds, stay as they are. If they are taken for variables at first, each
+        # piece is traced twice, and what is kept on disk is found the second time.
         torch._dynamo.config.specialize_float = True
         self._begin = torch.compile(begin, dynamic=True)
         self._onward = torch.compile(onward, dynamic=True)
