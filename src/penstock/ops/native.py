@@ -12,6 +12,8 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
+import logging
 import os
 import platform
 import shutil
@@ -28,6 +30,8 @@ from penstock.core.errors import PenstockError
 from penstock.core.files import cache_folder, explain_os_errors, write_atomic
 from penstock.core.processor import cores
 from penstock.core.progress import Reporter, silent
+
+log = logging.getLogger(__name__)
 
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fopenmp"),
@@ -101,18 +105,47 @@ class Function:
             _own.recorder.note(self, arguments)
 
 
-@functools.cache
 def load(source: Path) -> ctypes.CDLL:
-    """The library made from ``source``; it is compiled where that has not happened on such a machine yet.
+    """The library made from ``source``; it is compiled where that has not happened on such a machine yet. Where it
+    cannot be kept, it is compiled once a process.
 
     Raises:
-        PenstockError: there is no compiler, it fails, or what it makes cannot be kept or loaded.
+        PenstockError: there is no compiler, it fails, or what it makes cannot be loaded.
     """
-    compiler = _compiler()
-    with explain_os_errors(f"cannot keep the kernel {source.stem}"):
-        library = _library(compiler, source)
-        if not library.is_file():
-            write_atomic(library, _compile(compiler, source))
+    made = _made(source)
+    if isinstance(made, PenstockError):
+        raise made
+    return made
+
+
+@functools.cache
+def _made(source: Path) -> ctypes.CDLL | PenstockError:
+    """The library made from ``source``, or why there is none: whoever asks again need not wait again."""
+    try:
+        compiler = _compiler()
+        with explain_os_errors(f"cannot read what the kernel {source.stem} depends on"):
+            library = _library(compiler, source)
+            there = library.is_file()
+        return _loaded(library) if there else _kept(library, _compile(compiler, source))
+    except PenstockError as error:
+        return error
+
+
+def _kept(library: Path, compiled: bytes) -> ctypes.CDLL:
+    """The library that was ``compiled``, kept where it is looked for the next time, if that can be."""
+    try:
+        write_atomic(library, compiled)
+    except PenstockError as error:
+        log.warning("the kernel %s is compiled at each start, as it cannot be kept: %s", library.name, error)
+        descriptor = os.memfd_create(library.name)
+        with os.fdopen(descriptor, "wb") as memory:
+            memory.write(compiled)
+            memory.flush()
+            return _loaded(Path(f"/proc/self/fd/{descriptor}"))
+    return _loaded(library)
+
+
+def _loaded(library: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -123,28 +156,27 @@ def load(source: Path) -> ctypes.CDLL:
 
 def build(sources: Sequence[Path], report: Reporter = silent) -> None:
     """Makes libraries from those of ``sources`` from which none was made on such a machine yet, as many at a time as
-    there are cores, and reports it. What cannot be made is left to whoever loads it."""
+    there are cores, and reports it. Of what cannot be made the log says why: PyTorch computes it, more slowly."""
     try:
         compiler = _compiler()
         missing = [source for source in sources if not _library(compiler, source).is_file()]
-    except (PenstockError, OSError):
+    except (PenstockError, OSError) as error:
+        log.warning("there are no native kernels: %s", error)
         return
     if not missing:
         return
     label = f"building {len(missing)} native kernels, once on this machine"
     with report(label, len(missing), "kernel") as bar, ThreadPoolExecutor(cores().choice) as pool:
-        for _ in as_completed([pool.submit(serves, source) for source in missing]):
+        for _ in as_completed([pool.submit(_made, source) for source in missing]):
             bar.advance()
+    failed = {source.stem: made for source in missing if isinstance(made := _made(source), PenstockError)}
+    for name, reason in itertools.islice(failed.items(), 1):
+        log.warning("%d of %d native kernels are not there; %s: %s", len(failed), len(missing), name, reason)
 
 
-@functools.cache
 def serves(source: Path) -> bool:
     """Whether there is a library made from ``source``, or can be; it is made now, where it has not been."""
-    try:
-        load(source)
-    except PenstockError:
-        return False
-    return True
+    return not isinstance(_made(source), PenstockError)
 
 
 def _compiler() -> str:

@@ -52,7 +52,14 @@ from penstock.serve.run.passes import Passes, TappedPasses
 from penstock.serve.run.planner import Planner
 from penstock.serve.run.record import Recorder
 from penstock.serve.run.runner import Runner
-from penstock.serve.sizing import blocks_for, explained_shortage, require_room_aside, settle_memory, weight_bytes
+from penstock.serve.sizing import (
+    blocks_for,
+    explained_shortage,
+    let_go,
+    require_room_aside,
+    settle_memory,
+    weight_bytes,
+)
 from penstock.speculate.contract import Drafter
 
 #: Of adapters, where none says what rank they have.
@@ -173,6 +180,8 @@ def build_runners(
     weights = sum(map(weight_bytes, models))
     windows = sum(shape.residual_bytes for _, shape in opened)
     each_block = block_bytes if on_cuda else block_bytes + aside
+    if on_cuda:
+        let_go(device, weights)
     blocks = blocks_for(config, device, each_block, contexts[0], weights, windows)
     runners: list[Runner] = []
     with explained_shortage():

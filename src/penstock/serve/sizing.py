@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 #: Bytes that a CPU's cache has at most beside weights that are fewer, unless the configuration says otherwise.
 LEAST_CPU_SHARE = 512 << 20
+
+#: Of the bytes of its weights, what a model takes at most that was just loaded.
+OWN = 1.1
 
 
 class Meter(Protocol):
@@ -102,6 +106,13 @@ def settle_memory(
     }
     first.memory["left"] = meter.total - sum(first.memory.values())
     log.info("memory: %s", described(first.memory))
+
+
+def let_go(device: torch.device, weights: int) -> None:
+    """Has an engine that was there before let go of what it has on ``device``: it may hang in cycles, which are looked
+    for where more is taken than so many bytes of ``weights``."""
+    if torch.cuda.memory_allocated(device) > OWN * weights:
+        gc.collect()
 
 
 def weight_bytes(model: Decoder) -> int:

@@ -43,11 +43,11 @@ def source(tmp_path, monkeypatch):
     """A kernel, and a cache of its own for what is made of it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
-    native.load.cache_clear()
+    native._made.cache_clear()
     path = tmp_path / "sum.cpp"
     path.write_text(SUM)
     yield path
-    native.load.cache_clear()
+    native._made.cache_clear()
 
 
 def kept(source: Path) -> list[Path]:
@@ -59,7 +59,7 @@ def test_compiles_anew_when_a_header_changes(source):
         (source.parent / "first.h").write_text(f"constexpr long FIRST = {first};\n")
         source.write_text('#include "first.h"\n' + SUM.replace("i = 1", "i = FIRST"))
         assert native.load(source).sum_to(ctypes.c_long(10)) == sum(range(first, 11))
-        native.load.cache_clear()
+        native._made.cache_clear()
     assert len(kept(source)) == 2
 
 
@@ -85,11 +85,11 @@ def test_those_that_were_not_made_yet_are_built_at_once(source):
 def test_compiles_once_and_anew_when_the_source_changes(source, monkeypatch):
     assert native.load(source).sum_to(ctypes.c_long(10)) == 55
     (library,) = kept(source)
-    native.load.cache_clear()
+    native._made.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(native, "_compile", lambda *_: pytest.fail("it was compiled again"))
         native.load(source)
-    native.load.cache_clear()
+    native._made.cache_clear()
     source.write_text(SUM.replace("total = 0", "total = 1"))
     assert native.load(source).sum_to(ctypes.c_long(10)) == 56
     assert len(kept(source)) == 2
@@ -98,7 +98,7 @@ def test_compiles_once_and_anew_when_the_source_changes(source, monkeypatch):
 
 def test_another_processor_has_a_library_of_its_own(source, monkeypatch):
     native.load(source)
-    native.load.cache_clear()
+    native._made.cache_clear()
     monkeypatch.setattr(native, "_processor", lambda: "another")
     native.load(source)
     assert len(kept(source)) == 2
@@ -119,11 +119,27 @@ def test_no_compiler_is_a_reason_not_to_serve(source, monkeypatch):
     assert "'no-such-compiler' is not there" in Native().serves(torch.device("cpu"), torch.float32, 16)
 
 
-def test_a_cache_that_cannot_be_written_is_named(source, tmp_path, monkeypatch):
+def test_where_nothing_can_be_kept_kernels_are_compiled_once_a_process(source, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(PenstockError, match=f"cannot write {tmp_path / 'file'}"):
-        native.load(source)
+    assert native.load(source).sum_to(ctypes.c_long(10)) == 55
+    (told,) = caplog.messages
+    assert "is compiled at each start" in told and f"cannot write {tmp_path / 'file'}" in told
+    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("it was compiled again"))
+    assert native.serves(source) and native.load(source).sum_to(ctypes.c_long(4)) == 10
+
+
+def test_what_cannot_be_made_is_told_once_and_tried_once(source, monkeypatch, caplog):
+    broken = [source.with_name(f"{name}.cpp") for name in ("one", "two")]
+    for each in broken:
+        each.write_text("not C++")
+    native.build([source, *broken])
+    (told,) = caplog.messages
+    assert told.startswith("2 of 3 native kernels are not there; one: ") and "cannot compile" in told
+    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("it was compiled again"))
+    for each in broken:
+        with pytest.raises(PenstockError, match="cannot compile"):
+            native.load(each)
 
 
 def test_a_user_without_a_home_is_told_what_to_set(source, monkeypatch):

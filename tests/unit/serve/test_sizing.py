@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +16,7 @@ from penstock.serve.build import build_runner
 from penstock.serve.config import EngineConfig
 from penstock.serve.rehearsal import rehearse_largest_steps
 from penstock.serve.run.runner import Runner
-from penstock.serve.sizing import explained_shortage, settle_memory, weight_bytes
+from penstock.serve.sizing import explained_shortage, let_go, settle_memory, weight_bytes
 from penstock.testing.rehearsed_graphs import RehearsedGraphs
 from penstock.testing.serve_model import small_model
 
@@ -127,3 +129,23 @@ def test_tied_weights_count_once():
     model = small_model()
     wanted = sum(each.numel() * each.element_size() for each in model.parameters())
     assert weight_bytes(model) == wanted + sum(each.numel() * each.element_size() for each in model.buffers())
+
+
+@pytest.mark.parametrize(("taken", "there"), [(1000, True), (1200, False)])
+def test_an_engine_that_was_there_before_lets_go_of_its_memory(monkeypatch, taken: int, there: bool):
+    """Though it hangs in a cycle; where nothing else is taken than weights, nobody waits for garbage."""
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: taken)
+
+    class Engine:
+        pass
+
+    engine = Engine()
+    engine.itself = engine  # type: ignore[attr-defined]
+    known = weakref.ref(engine)
+    gc.disable()
+    try:
+        del engine
+        let_go(torch.device("cuda"), 1000)
+        assert (known() is not None) == there
+    finally:
+        gc.enable()
