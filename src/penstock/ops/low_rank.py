@@ -163,13 +163,13 @@ class Sorted:
         return cls(*_sorted(owners, slots + 1))
 
     def begin(self, x: Tensor, matrices: LowRank) -> Tensor:
-        begun: Tensor = _begin(x, matrices.a)
+        begun: Tensor = _narrow(x.contiguous(), self.order, self.tiles, matrices.a)
         return begun
 
     def add(self, out: Tensor, x: Tensor, matrices: LowRank, begun: Tensor | None = None) -> Tensor:
         begun = self.begin(x, matrices) if begun is None else begun
         begins = [begin for begin, _ in matrices.ranges]
-        _add(out, begun, x, self.order, self.tiles, matrices.a, list(matrices.b), begins)
+        _widen(out, x, begun, self.order, self.tiles, list(matrices.b), begins)
         return out
 
 
@@ -188,52 +188,47 @@ def _(owners: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _beside(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which the first of the two kernels runs, beside the base's product."""
+    """The stream on which the first of the two kernels runs: it has little to compute, and waits as long as others."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-@custom_op("penstock::begin_low_rank", mutates_args=())
-def _begin(x: Tensor, a: Tensor) -> Tensor:
-    """Where what ``a`` makes of ``x`` goes. The other stream may read x from now on: what is launched in between, it
-    runs beside. It is launched first, since a product that finds the device taken begins late, while what is short
-    finds room where the other ends."""
-    _beside(x.device).wait_stream(torch.cuda.current_stream(x.device))
-    return _room(x, a)
+@custom_op("penstock::narrow_low_rank", mutates_args=())
+def _narrow(x: Tensor, order: Tensor, tiles: Tensor, a: Tensor) -> Tensor:
+    from penstock.ops.low_rank_kernel import narrow
+
+    inner, stream = _room(x, a), _beside(x.device)
+    stream.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(stream):
+        narrow(inner, x, order, tiles, a)
+    return inner
 
 
-@_begin.register_fake
-def _(x: Tensor, a: Tensor) -> Tensor:
+@_narrow.register_fake
+def _(x: Tensor, order: Tensor, tiles: Tensor, a: Tensor) -> Tensor:
     return _room(x, a)
 
 
 def _room(x: Tensor, a: Tensor) -> Tensor:
-    """For what ``a`` [pieces, slots, width, size] makes of ``x`` [N, size], in parts of a sum. ``len`` would make a
-    number of an N that is to be any."""
+    """Where what ``a`` [pieces, slots, width, size] makes of ``x`` [N, size] goes, in parts of a sum. ``len`` would
+    make a number of an N that is to be any."""
     return x.new_empty(SPLITS, a.shape[0], x.shape[0], a.shape[2], dtype=torch.float32)
 
 
-@custom_op("penstock::add_low_rank", mutates_args=("out", "inner"))
-def _add(
-    out: Tensor,
-    inner: Tensor,
-    x: Tensor,
-    order: Tensor,
-    tiles: Tensor,
-    a: Tensor,
-    b: Sequence[Tensor],
-    begins: Sequence[int],
+@custom_op("penstock::widen_low_rank", mutates_args=("out",))
+def _widen(
+    out: Tensor, x: Tensor, inner: Tensor, order: Tensor, tiles: Tensor, b: Sequence[Tensor], begins: Sequence[int]
 ) -> None:
-    from penstock.ops.low_rank_kernel import narrow, widen
+    # x is not read: whoever has it may not write to its memory before the other stream is done.
+    from penstock.ops.low_rank_kernel import widen
 
-    stream = _beside(x.device)
-    with torch.cuda.stream(stream):
-        narrow(inner, x.contiguous(), order, tiles, a)
-    torch.cuda.current_stream(x.device).wait_stream(stream)
+    torch.cuda.current_stream(out.device).wait_stream(_beside(out.device))
     widen(out, inner, order, tiles, b, begins)
 
 
-@_add.register_fake
-def _(*given: object) -> None:
+@_widen.register_fake
+def _(
+    out: Tensor, x: Tensor, inner: Tensor, order: Tensor, tiles: Tensor, b: Sequence[Tensor], begins: Sequence[int]
+) -> None:
     return None
 
 
