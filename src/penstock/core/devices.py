@@ -116,14 +116,22 @@ class DeviceMemory:
         return torch.cuda.max_memory_reserved(self._device) - kept + max(taken - allocator, 0)
 
 
+class CapturedTooEarlyError(RuntimeError):
+    """While a graph was captured, something that lasts had to be made first."""
+
+
 def lasting(make: Callable[..., Made]) -> Callable[..., Made]:
-    """``make``, whose results stay on a device and are remembered, as by :func:`functools.cache`. Nothing is made while
-    a graph is captured: what a graph makes is there from its first replay on, and others would read it before."""
+    """``make``, whose results stay on a device and are remembered, as by :func:`functools.cache`.
+
+    Raises:
+        CapturedTooEarlyError: when it is called, and has to make something while a graph is captured. What a graph makes is
+            there from its first replay on, and others would read it before.
+    """
 
     @functools.cache
     def made(*arguments: object) -> Made:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{make.__qualname__} makes what lasts while a graph is captured")
+            raise CapturedTooEarlyError(f"{make.__qualname__} makes what lasts while a graph is captured")
         return make(*arguments)
 
     return made

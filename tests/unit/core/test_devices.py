@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from penstock.core.devices import lasting
+from penstock.core.devices import CapturedTooEarlyError, lasting
 
 
 def test_what_lasts_is_made_once_and_in_no_graph(monkeypatch):
@@ -18,7 +18,7 @@ def test_what_lasts_is_made_once_and_in_no_graph(monkeypatch):
         made.append(size)
         return torch.zeros(size)
 
-    with pytest.raises(RuntimeError, match="zeros makes what lasts while a graph is captured"):
+    with pytest.raises(CapturedTooEarlyError, match="zeros makes what lasts while a graph is captured"):
         zeros(3)
     capturing[0] = False
     first = zeros(3)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.core.devices import pinned
+from penstock.core.devices import CapturedTooEarlyError, pinned
 from penstock.core.progress import Bar
 from penstock.ops.paged.contract import PagedBatch, PagedCache, StepShape
 
@@ -202,17 +202,26 @@ class StepGraphs:
         device = self._cache.shape.device
         inputs = torch.zeros(self._fields, shape.rows, dtype=torch.int64, device=device)
         self._plan(NOBODY, shape)
-        # Kernels are chosen by the number of rows, up to powers of two. What is chosen for the first time is compiled,
-        # and may be timed; and what it needs and keeps must not become a part of one graph.
+        # Kernels are chosen by the number of rows, up to powers of two, as a rule. What is chosen for the first time is
+        # compiled, and may be timed; and what it needs and keeps must not become a part of one graph.
         alike = (shape.rows - 1).bit_length()
         if alike not in self._met:
             self._run(inputs)
             self._met.add(alike)
         torch.cuda.synchronize(device)
+        try:
+            return self._captured_with(inputs)
+        except CapturedTooEarlyError:
+            self._run(inputs)
+            torch.cuda.synchronize(device)
+            return self._captured_with(inputs)
+
+    def _captured_with(self, inputs: Tensor) -> Captured:
+        """The pass as it is planned, as a graph of which nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
         # PyTorch's context for this would empty the allocator's cache, which there may be steps to use. Whatever else
         # a process does meanwhile, such as to load a kernel, goes on.
-        with torch.cuda.stream(_stream(device)):
+        with torch.cuda.stream(_stream(inputs.device)):
             graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
             try:
                 output = self._run(inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from penstock.core.devices import lasting
 from penstock.core.progress import silent
 from penstock.core.randomness import numpy_generator
 from penstock.models.paged import PagedTokens
@@ -86,6 +88,46 @@ def test_steps_with_prompts_are_captured_when_there_is_one():
         captured.clear()
         graphs.replay(shape, inputs, batch)
     assert captured == [14], "it is captured once"
+
+
+def test_a_pass_is_computed_before_it_is_captured_where_kernels_may_be_others(monkeypatch):
+    """Once for all shapes of about as many rows; and where it turns out to need what lasts, and is not there yet."""
+    capturing, told = [False], list[tuple[str, int]]()
+
+    class Graph:
+        def capture_begin(self, **_: object) -> None:
+            capturing[0] = True
+
+        def capture_end(self) -> None:
+            capturing[0] = False
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr("penstock.serve.run.graphs._stream", lambda _: None)
+
+    @lasting
+    def table(rows: int) -> int:
+        return rows
+
+    def run(inputs: Tensor) -> Tensor:
+        rows = inputs.shape[1]
+        told.append(("captured" if capturing[0] else "computed", rows))
+        return inputs + table(rows if rows in (12, 3) else 0)
+
+    graphs = StepGraphs(run, 2, opened(), pages=PAGES, padding=BLOCKS)
+    capture(graphs, [StepShape(rows) for rows in (2, 3, 4, 9, 12, 16)])
+    assert told == [
+        *(("computed", 16), ("captured", 16)),
+        *(("captured", 12), ("computed", 12), ("captured", 12)),
+        ("captured", 9),
+        *(("computed", 4), ("captured", 4)),
+        *(("captured", 3), ("computed", 3), ("captured", 3)),
+        *(("computed", 2), ("captured", 2)),
+    ]
+    assert not capturing[0] and graphs._captured[StepShape(12)].output[0, 0] == 12
 
 
 @pytest.mark.parametrize("counts", [[1], [1, 1, 1], [1, 1, 7], [5], [3, 1, 2], [1, 2, 2, 2], [1, 1, 1, 16]])
