@@ -124,8 +124,8 @@ def lasting(make: Callable[..., Made]) -> Callable[..., Made]:
     """``make``, whose results stay on a device and are remembered, as by :func:`functools.cache`.
 
     Raises:
-        CapturedTooEarlyError: when it is called, and has to make something while a graph is captured. What a graph makes is
-            there from its first replay on, and others would read it before.
+        CapturedTooEarlyError: when it is called, and has to make something while a graph is captured. What a graph
+            makes is there from its first replay on, and others would read it before.
     """
 
     @functools.cache
