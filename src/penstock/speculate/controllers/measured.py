@@ -42,6 +42,10 @@ LONG_AGO = 0.5
 #: By how much a step may have been expected to take longer than it does.
 UNSURE = 2
 
+#: By how much the first step of a trial loses more than that of the one before, at most: what happens at a first use,
+#: such as that a kernel is loaded, takes long, and once.
+DEARER = 3
+
 #: How many tokens are accepted where drafting is worth trying.
 MUCH = 0.7
 
@@ -74,8 +78,8 @@ class Measuring(Control):
         #: that trials have lost.
         self._spent, self._balance = 0.0, 0.0
         self._crowd = 0  # for which it has won
-        self._dear = 0.0  # and what the first step of the last ones has lost, in which a model computes what it missed
-        self._before: float | None = None  # as did the one before
+        self._dear = 0.0  # and what the first of the last ones counts for, in which a model computes what it missed
+        self._before: float | None = None  # the same, whatever it was; None before there was one
         self._by_rows: dict[int, deque[float]] = {}  # seconds of steps with prompts and without
         self._resting: int | None = None  # of which crowd it is known that drafting loses
 
@@ -139,7 +143,8 @@ class Measuring(Control):
 
     def _affords(self, plain: float, loss: float) -> bool:
         """Whether a trial may lose so many seconds more, where ``plain`` decoding makes so many steps in a second."""
-        return max(loss, self._dear) <= self._policy.share * self._spent + CREDIT / plain + self._balance
+        whole = max(0.0, loss) + max(0.0, self._dear)
+        return whole <= self._policy.share * self._spent + CREDIT / plain + self._balance
 
     def _confirmed(self, crowd: int, best: int) -> bool:
         """Whether drafting goes on, or the ``best`` length was timed since it seems to win. If not, it has to be: what
@@ -216,7 +221,6 @@ class Measuring(Control):
         self._winning += 1
         first, long_ago = self._since > 0, self._since >= self._policy.patience
         self._since = 0 if seen.ahead else self._since + 1
-        self._dear *= 1 - 1 / self._policy.patience  # it may have been a disturbance
         if seen.ahead:
             self._count(seen, LONG_AGO if long_ago else self._policy.memory)
         if seen.prompts or not seen.sequences or seen.seconds is None:
@@ -264,20 +268,17 @@ class Measuring(Control):
         tokens = 1 + sum(seen.accepted) / seen.sequences
         times, loss = self._seconds[crowd, seen.ahead], seconds - tokens * plain
         if first:
-            # What happens at the first use, such as that a kernel is loaded, takes long, and once.
-            usual = min(loss, CREDIT * plain if self._before is None else UNSURE * max(self._before, plain))
-        else:
-            usual = min(seconds, 2 * _usual(times) if times else seconds) - tokens * plain
-        self._balance = min(self._balance - usual, WINNINGS * plain)
-        if first:
-            self._dear = min(loss, self._before or 0.0)
-            self._before = loss
+            known = self._before is not None
+            usual = min(loss, DEARER * max(self._before or 0.0, plain))
+            self._dear, self._before = usual if known else 0.0, loss
             self._again, self._trials, self._behind = True, 0, 0.0
         else:
+            usual = min(seconds, 2 * _usual(times) if times else seconds) - tokens * plain
             self._trials += 1
             self._behind += loss
             little = self._trials * seen.sequences < REPEATED and self._behind < (self._before or 0.0)
             self._again = tokens * plain > seconds or little
+        self._balance = min(self._balance - usual, WINNINGS * plain)
 
     def _hopeless(self, crowd: int, seconds: float) -> bool:
         """Whether steps of so many ``seconds`` lose beside plain decoding whatever is drafted in them."""
