@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import itertools
 import logging
 import os
 import platform
@@ -170,7 +169,8 @@ def build(sources: Sequence[Path], report: Reporter = silent) -> None:
         for _ in as_completed([pool.submit(_made, source) for source in missing]):
             bar.advance()
     failed = {source.stem: made for source in missing if isinstance(made := _made(source), PenstockError)}
-    for name, reason in itertools.islice(failed.items(), 1):
+    if failed:
+        name, reason = next(iter(failed.items()))
         log.warning("%d of %d native kernels are not there; %s: %s", len(failed), len(missing), name, reason)
 
 

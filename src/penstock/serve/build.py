@@ -126,6 +126,13 @@ def _tiers(model: Decoder, config: EngineConfig, cache: PagedCache) -> Tiers | N
         return Tiers(HostBlocks(cache, places), disk, space=space)
 
 
+def compiles(config: EngineConfig, device: torch.device) -> bool:
+    """Whether passes on ``device`` are compiled, and steps are graphs, where the model's attention can be."""
+    # Compiled code chooses its kernels by the batch; and what stages send each other is in none.
+    plain = config.deterministic or config.pipeline_parallel > 1
+    return config.compile and not plain and device.type == "cuda" and can_compile(device)
+
+
 def build_runner(
     model: Decoder, config: EngineConfig, report: Reporter = silent, pieces: Tensor | None = None
 ) -> Runner:
@@ -152,9 +159,7 @@ def build_runners(
     device = model.like.device
     on_cuda = device.type == "cuda"
     check_drafting(config, draft, predictor, device)
-    # Compiled code chooses its kernels by the batch; and what stages send each other is in none.
-    plain = config.deterministic or config.pipeline_parallel > 1
-    compiled = config.compile and not plain and on_cuda and can_compile(device)
+    compiled = compiles(config, device)
     if device.type == "cpu":
         native.build(_kernels(model, config), report)
     models = [model]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from penstock.core.devices import can_compile, inference_dtype, pick
+from penstock.core.devices import inference_dtype, pick
 from penstock.core.errors import UsageError
 from penstock.core.imports import importing
 from penstock.core.progress import Reporter, silent
@@ -24,7 +24,7 @@ from penstock.models.pairing import require_same_tokens
 from penstock.models.shares import Share, divided
 from penstock.models.streamed import stream_of
 from penstock.parallel.tensor import join
-from penstock.serve.build import build_engine
+from penstock.serve.build import build_engine, compiles
 from penstock.serve.calibration import pieces_of_text
 from penstock.serve.choose.grammar import Grammars
 from penstock.serve.config import EngineConfig
@@ -104,10 +104,9 @@ def loader(config: EngineConfig, device: torch.device) -> Callable[[Path], Decod
         return functools.partial(hub.load_streamed, resident=config.resident_weights, dtype=dtype)
     # Kernels whose bits do not depend on the batch are for plain matrices.
     load = hub.load if config.deterministic else hub.load_for_inference
-    compiled = config.compile and not config.deterministic and device.type == "cuda" and can_compile(device)
 
     def read(folder: Path) -> Decoder:
-        with importing(*COMPILER if compiled else ()):
+        with importing(*COMPILER if compiles(config, device) else ()):
             return load(folder, device=device, dtype=dtype)
 
     return read

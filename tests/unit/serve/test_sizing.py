@@ -137,10 +137,10 @@ def test_an_engine_that_was_there_before_lets_go_of_its_memory(monkeypatch, take
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: taken)
 
     class Engine:
-        pass
+        def __init__(self) -> None:
+            self.itself = self
 
     engine = Engine()
-    engine.itself = engine  # type: ignore[attr-defined]
     known = weakref.ref(engine)
     gc.disable()
     try:

@@ -268,9 +268,8 @@ class Measuring(Control):
         tokens = 1 + sum(seen.accepted) / seen.sequences
         times, loss = self._seconds[crowd, seen.ahead], seconds - tokens * plain
         if first:
-            known = self._before is not None
             usual = min(loss, DEARER * max(self._before or 0.0, plain))
-            self._dear, self._before = usual if known else 0.0, loss
+            self._dear, self._before = 0.0 if self._before is None else usual, loss
             self._again, self._trials, self._behind = True, 0, 0.0
         else:
             usual = min(seconds, 2 * _usual(times) if times else seconds) - tokens * plain
@@ -308,7 +307,8 @@ class Measured(Controller):
     What a step takes is timed for a few lengths, the shorter ones first, by how many sequences go on (to a factor of
     two), and where one of them wins, once more for another one from time to time; what it brings is reckoned from how
     often tokens at each depth were accepted lately. Where drafting loses, some tokens are drafted now and then to see
-    whether they are accepted by now: all such trials together lose no more than a share of the time.
+    whether they are accepted by now: all such trials together lose no more than a share of the time, and what drafting
+    has won for as many sequences lately.
 
     Attributes:
         trials: how often each length is timed before one is chosen.
