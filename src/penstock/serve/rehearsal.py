@@ -36,15 +36,18 @@ def rehearse_first_uses(config: EngineConfig, executor: Executor, draft: DraftEx
     for by then: one that goes by time would take what happens at the first use for what a draft costs."""
     _answer_few(Engine(config, executor, draft=draft), 2)
     if config.draft is not None:
-        _answer_few(_engine(config, executor, draft), 2 + config.draft.most)
+        # A model that drafts computes the longest prompt and the token behind it in one pass, if that has room for it.
+        _answer_few(_engine(config, executor, draft), 2 + config.draft.most, behind=1)
 
 
-def _answer_few(engine: Engine, tokens: int) -> None:
-    """Answers of up to so many ``tokens``."""
-    longest, short = (min(most, engine.limits.context - 1) for most in (engine.limits.tokens, SHORT))
+def _answer_few(engine: Engine, tokens: int, behind: int = 0) -> None:
+    """Answers of up to so many ``tokens``, for which the longest prompt, too, leaves room in the context, and room for
+    so many ``behind`` it in a step."""
+    limits = engine.limits
+    longest, short = (max(1, min(most, limits.context - tokens)) for most in (limits.tokens - behind, SHORT))
     for lengths in ([longest], *([short] + [1] * more for more in range(FEW))):
         for place, length in enumerate(lengths):
-            wanted = min(tokens, engine.limits.context - length)
+            wanted = min(tokens, limits.context - length)
             engine.add(Request(str(place), [0] * length, SamplingParams(temperature=1, max_tokens=wanted)))
         while engine.busy:
             engine.step()

@@ -13,7 +13,7 @@ import torch
 from penstock.models.decoder import Decoder
 from penstock.ops.linear import FEW
 from penstock.serve import rehearsal
-from penstock.serve.build import build_engine, build_runner
+from penstock.serve.build import build_engine, build_runner, build_runners
 from penstock.serve.choose.sampling import MOST_LOGPROBS
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine import prompt_clock
@@ -26,6 +26,7 @@ from penstock.serve.rehearsal import (
     rehearse_largest_steps,
     rehearse_prompts,
 )
+from penstock.serve.run.draft import DraftModel
 from penstock.testing.serve_model import SHAPE, draft_of, small_model
 
 CPU = torch.device("cpu")
@@ -58,6 +59,19 @@ def test_first_uses_are_of_drafts_too_whatever_would_be_asked_for():
     rehearse_first_uses(config, engine.executor)
     scored = {entry.scored for batch in launched for entry in batch.entries}
     assert {1, 1 + config.draft.most} <= scored
+
+
+@pytest.mark.parametrize("tokens", [64, 4 * SHAPE.context])
+def test_a_model_that_drafts_has_met_a_long_prompt_of_which_one_token_is_scored(tokens):
+    """Also where the longest prompt is as long as a text can be."""
+    draft = {"name": "model", "source": "a model", "tokens": 5}
+    config = EngineConfig(tokens=tokens, sequences=8, cache_tokens=8 * SHAPE.context, draft=draft, check=True)
+    runner, drafting = build_runners(small_model(), config, draft_of(small_model()))
+    assert isinstance(drafting, DraftModel)
+    plan, met = drafting.runner.plan, []
+    drafting.runner.plan = lambda batch: (met.extend(batch.entries if len(batch.entries) == 1 else []), plan(batch))[-1]
+    rehearse_first_uses(config, runner, drafting)
+    assert any(entry.scored == 1 and entry.count > config.draft.most + 2 for entry in met)
 
 
 @pytest.mark.parametrize("enough", [0.0, 60.0])
