@@ -28,6 +28,14 @@ def test_they_are_zeros_that_can_be_written_to():
     assert pages.zeros((0, 4), torch.float32, CPU).shape == (0, 4)
 
 
+def test_on_another_device_they_are_whole_segments():
+    for count in (1, pages.SEGMENT // 2, pages.SEGMENT // 2 + 1):
+        made = pages.zeros((1, count), torch.bfloat16, torch.device("meta"))
+        assert made.shape == (1, count) and made.is_contiguous()
+        taken = made.untyped_storage().nbytes()
+        assert taken % pages.SEGMENT == 0 and made.nbytes <= taken < made.nbytes + pages.SEGMENT
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell")
 def test_memory_is_taken_for_what_is_written_and_given_back_with_the_last_view():
     before, size = resident(), 1 << 28

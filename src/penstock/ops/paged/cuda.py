@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from penstock.core import pages
 from penstock.core.devices import upload
 from penstock.ops.attention import PLAIN, Extras
 from penstock.ops.paged.contract import ALL_LAYERS, CacheShape, PagedCache
@@ -62,11 +63,8 @@ class CudaCache(PagedCache):
         # What there was goes first, and not into the allocator's keeping: both may not fit.
         self.memory = torch.empty(0)
         torch.cuda.empty_cache()
-        self.memory = torch.zeros(
-            (shape.layers, shape.blocks, shape.parts, shape.block_size, shape.kv_heads, numbers),
-            dtype=dtype,
-            device=shape.device,
-        )
+        sizes = shape.layers, shape.blocks, shape.parts, shape.block_size, shape.kv_heads, numbers
+        self.memory = pages.zeros(sizes, dtype, shape.device)
 
     def attend(
         self,

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from penstock.core import pages
+
 if TYPE_CHECKING:
     from penstock.ops.paged.contract import CacheShape, PagedBatch
 
@@ -64,7 +66,7 @@ class Rings:
         assert residual is not None
         self._places = residual.places
         sizes = (shape.layers, shape.parts, residual.rings, residual.places, shape.kv_heads, shape.head_dim)
-        self.memory = torch.zeros(sizes, dtype=shape.dtype, device=shape.device)
+        self.memory = pages.zeros(sizes, shape.dtype, shape.device)
 
     def read(self, layer: int, part: int, ring: int, first: int, end: int) -> Tensor:
         """The keys (0) or values (1) [n, K, D] of the tokens at the places from ``first`` up to ``end``."""
