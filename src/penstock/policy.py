@@ -354,7 +354,10 @@ def create(contract: str, name: str, /, **options: Any) -> Policy:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "missing" and where in cls.model_fields:
-            hint = f"Give it beside the name: {{name = {name!r}, {where} = ...}}, or --set the setting's .{where}=..."
+            hint = (
+                f"Give it beside the name: {{name = {name!r}, {where} = ...}}; on the command line with --set "
+                f"SETTING.{where}=..., where SETTING is the one that has the name."
+            )
             raise ConfigError(f"{contract} {name!r} needs {where!r}", hint=hint) from error
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{contract} {name!r}: {where}{': ' if where else ''}{message}") from error

@@ -79,6 +79,12 @@ class RopeConfig(Config):
     fraction: float = Field(1.0, gt=0, le=1)
     interleaved: bool = False
 
+    @model_validator(mode="after")
+    def _require_wavelengths(self) -> Self:
+        if isinstance(self.scaling, YarnScaling) and self.theta <= 1:
+            raise ValueError(f"YaRN is for bases above 1, and theta is {self.theta:g}")
+        return self
+
 
 class Temperature(Config):
     """Queries grow with their position p: times 1 + ``scale`` ln(1 + floor((p + ``shift``) / ``span``))."""

@@ -142,7 +142,9 @@ class EngineConfig(Config):
     @classmethod
     def _as_text(cls, tree: Any) -> Any:
         """On the command line it is text: ``3,2``."""
-        return [part for part in tree.split(",") if part.strip()] if isinstance(tree, str) else tree
+        if not isinstance(tree, str):
+            return tree
+        return tree.split(",") if tree.strip() else []
 
     @field_validator("draft_tree")
     @classmethod

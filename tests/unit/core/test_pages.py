@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def test_memory_is_taken_for_what_is_written_and_given_back_with_the_last_view()
     assert int(kept[-1]) == 1
     del kept
     assert resident() - before < size / 8
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has other processes")
+def test_what_a_forked_process_writes_is_its_own():
+    pool = pages.zeros((4096,), torch.uint8, CPU).numpy()
+    child = os.fork()
+    if not child:
+        pool[:] = 1
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not pool.any()
 
 
 def test_what_the_system_does_not_have_is_said():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from penstock.core.errors import ModelError
+from penstock.models import hub
 from penstock.models.config import DecoderConfig, LinearScaling, Llama3Scaling, MoEConfig, YarnScaling
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import Family, effective
@@ -18,6 +21,7 @@ from penstock.models.families.mapping import views_on
 from penstock.models.routers.sigmoid import SigmoidRouter
 from penstock.models.routers.softmax import SoftmaxRouter
 from penstock.policy import create
+from penstock.testing.transformers_peer import SHAPE, expected, peer, prompt, whole
 
 # The config.json of published models, less what says nothing of their shape, and their sizes as their makers state.
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
@@ -267,8 +271,12 @@ def test_heads_by_default() -> None:
     [
         ("Llama-3.1-8B", {"hidden_act": "relu"}, "hidden_act 'relu'"),
         ("Llama-3.1-8B", {"hidden_size": 4097}, r"hidden_size \(4097\)"),
-        ("Llama-3.1-8B", {"hidden_size": "wide"}, "wrong type"),
-        ("Llama-3.1-8B", {"vocab_size": -1}, "vocab_size: "),
+        ("Llama-3.1-8B", {"hidden_size": "wide"}, "hidden_size is 'wide', and has to be a whole number"),
+        ("Llama-3.1-8B", {"vocab_size": -1}, "vocab_size is -1"),
+        ("Llama-3.1-8B", {"num_attention_heads": 0, "head_dim": None}, "num_attention_heads is 0"),
+        ("Llama-3.1-8B", {"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ("Llama-3.1-8B", {"num_hidden_layers": 10**12}, "num_hidden_layers is 1,000,000,000,000, more than 10,000"),
+        ("Llama-3.1-8B", {"rms_norm_eps": "x"}, "rms_norm_eps: "),
         ("Llama-3.1-8B", {"num_key_value_heads": 5}, "multiple of kv_heads"),
         ("Llama-3.1-8B", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE scaling 'dynamic'"),
         (
@@ -278,7 +286,10 @@ def test_heads_by_default() -> None:
         ),
         ("Llama-3.1-8B", {"rope_scaling": {"rope_type": "linear"}}, "factor: Field required"),
         ("Llama-3.1-8B", {"rope_scaling": {"rope_type": "linear", "factor": -2}}, "factor: Input should be greater"),
+        ("Llama-3.1-8B", {"rope_scaling": "x"}, "rope_scaling is 'x', and no table"),
+        ("Llama-3.1-8B", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_theta": 1.0}, "bases above 1"),
         ("Llama-3.1-8B", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("Llama-3.1-8B", {"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ("Qwen3-0.6B", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ by layer type"),
         ("Qwen3-0.6B", {"head_dim": 7}, r"head_dim \(7\) must be even"),
         (
@@ -381,3 +392,50 @@ def test_losses_name_what_a_family_has_no_place_for() -> None:
     assert family("mixtral").losses(DecoderConfig(**shape, moe=moe)) == ["moe.router = sigmoid"]
     shared = MoEConfig(experts=4, ffn=4, router=SoftmaxRouter(), shared_ffn=6)
     assert "moe.shared_ffn" in family("qwen3_moe").losses(DecoderConfig(**shape, qk_norm=True, moe=shared))
+
+
+@pytest.mark.parametrize("layer_type", ["full_attention", "sliding_attention"])
+def test_a_part_of_a_head_is_turned_by_no_family_whose_rotations_differ_by_layer(layer_type: str) -> None:
+    nested: dict[str, dict[str, Any]] = {
+        kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+    }
+    nested[layer_type]["partial_rotary_factor"] = 0.5
+    with pytest.raises(ModelError, match="turns whole heads"):
+        read({**SHAPE, "model_type": "gemma3_text", "rope_parameters": nested})
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        # As in the smallest, all of whose layers are turned.
+        ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+        ("qwen2_moe", {"decoder_sparse_step": 2}),
+        ("qwen3_moe", {"decoder_sparse_step": 2}),
+        ("llama4_text", {"interleave_moe_layer_step": 2, "moe_layers": None}),  # as in Maverick
+        ("llama4_text", {"attn_temperature_tuning": False, "no_rope_layer_interval": 2, "floor_scale": 4}),
+        ("llama4_text", {"attn_temperature_tuning": True, "no_rope_layer_interval": 2, "floor_scale": 4}),
+    ],
+)
+def test_what_no_example_has_is_computed_as_transformers_does(kind: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    reference = peer(kind, torch.float64, **keys)
+    reference.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    told = {key: value for key, value in written.items() if keys.get(key, "") is not None or value is None}
+    (tmp_path / "config.json").write_text(json.dumps(told))  # what transformers makes of what is absent is not told
+    found = whole(hub.load(tmp_path, dtype=torch.float64), prompt())
+    torch.testing.assert_close(found, expected(reference, prompt()), rtol=1e-9, atol=1e-9)
+
+
+def test_the_context_from_which_gpt_oss_is_stretched() -> None:
+    """Where nothing is said of its rotation."""
+    scaling = read({**SHAPE, "model_type": "gpt_oss"}).rope.scaling
+    assert isinstance(scaling, YarnScaling)
+    told = AutoConfig.for_model("gpt_oss").rope_parameters
+    assert scaling.original_context == told["original_max_position_embeddings"]
+
+
+def test_longrope_by_its_former_name() -> None:
+    keys = {**SHAPE, "model_type": "phi3", "original_max_position_embeddings": 32}
+    factors = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    found, formerly = (read(keys | {"rope_scaling": {"type": kind, **factors}}) for kind in ("longrope", "su"))
+    assert found.rope.scaling is not None and formerly == found

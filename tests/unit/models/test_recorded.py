@@ -61,6 +61,8 @@ def texts(engine: Engine, adapters: tuple[str, ...] = ("",)) -> dict[str, list[i
     ("changes", "options"),
     [
         ({}, {}),
+        ({"layers": 1}, {}),
+        ({"layers": 1}, {"deterministic": True}),
         ({"qk_norm": "head", "kv_heads": 4}, {"codec": "int8"}),
         ({"window": 9, "windowed_layers": (0, 2)}, {"draft": "ngram", "controller": "fixed"}),
         ({"norm_place": "both"}, {"codec": "fp8", "batching": "orca"}),

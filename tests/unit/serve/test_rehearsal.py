@@ -20,6 +20,7 @@ from penstock.serve.engine import prompt_clock
 from penstock.serve.engine.batch import Batch
 from penstock.serve.engine.executor import Executor
 from penstock.serve.rehearsal import (
+    Timing,
     rehearsal_blocks,
     rehearse_drafts,
     rehearse_first_uses,
@@ -27,6 +28,7 @@ from penstock.serve.rehearsal import (
     rehearse_prompts,
 )
 from penstock.serve.run.draft import DraftModel
+from penstock.speculate.controllers.contract import Seen
 from penstock.testing.serve_model import SHAPE, draft_of, small_model
 
 CPU = torch.device("cpu")
@@ -92,7 +94,52 @@ def test_what_drafts_cost_is_told_of_each_crowd_as_long_as_that_is_soon_done(dra
     assert all(0 < seconds < 10 for *_, seconds in told)
     met = {(len(batch.entries), entry.scored) for batch in launched for entry in batch.entries}
     assert {(crowds[-1], 1 + length) for length in lengths} <= met
+    # Prompts of their own: what two have in common one of them would not compute.
+    largest = [batch for batch in launched if len(batch.entries) == crowds[-1]]
+    assert {len({entry.sequence.tokens[0] for entry in batch.entries}) for batch in largest} == {crowds[-1]}
     assert engine.memory.pool.held == 0 and not engine.busy and engine.snapshot().steps == 0
+
+
+def seen(sequences: int, ahead: int, seconds: float | None, prompts: int = 0) -> Seen:
+    return Seen(sequences, prompts, ahead, [ahead] * sequences, [0] * sequences, 0.0, seconds, 9, 0)
+
+
+def test_steps_that_are_timed_are_those_of_one_length_without_prompts():
+    control = Timing()
+    control.length = 2
+    kept = [seen(3, 2, 0.5), seen(1, 2, 0.25)]
+    for each in (kept[0], seen(3, 1, 0.1), seen(3, 2, 0.1, prompts=4), seen(3, 2, None), kept[1]):
+        control.learn(each)
+    assert control.seen == kept
+
+
+def test_what_is_told_is_the_least_of_what_such_a_crowd_took(monkeypatch):
+    """The first step of its kind also takes what happens at a first use."""
+    config = EngineConfig(tokens=64, sequences=4, cache_tokens=400, draft={"name": "ngram", "tokens": 1}, check=True)
+    engine, told = build_engine(small_model(), config), []
+    assert engine.steps.speculation is not None
+    monkeypatch.setattr(engine.steps.speculation, "expect", lambda *given: told.append(given))
+    taken = itertools.chain([5.0, 3.0], itertools.repeat(4.0))
+
+    def learn(self: Timing, each: Seen) -> None:
+        if not each.prompts and each.ahead == self.length:
+            # And one as where others came meanwhile.
+            self.seen += [each._replace(seconds=next(taken)), each._replace(sequences=3, seconds=0.1)]
+
+    monkeypatch.setattr(Timing, "learn", learn)
+    monkeypatch.setattr(rehearsal, "ENOUGH", 0.0)
+    rehearse_drafts(config, engine)
+    assert told[0] == (1, 0, 3.0)
+
+
+def test_nothing_is_told_where_all_is_recorded(tmp_path):
+    config = EngineConfig(cache_tokens=400, draft="ngram", check=True)
+    engine = build_engine(small_model(), config)
+    launched = batches_of(engine.executor)
+    rehearse_drafts(config.model_copy(update={"record": tmp_path / "all"}), engine)
+    assert not launched
+    rehearse_drafts(config, engine)
+    assert launched
 
 
 def test_who_does_not_go_by_time_is_told_nothing():

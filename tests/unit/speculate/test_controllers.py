@@ -99,6 +99,25 @@ def test_measured_drafts_nothing_where_that_loses_and_looks_again_now_and_then()
     assert mean(rounds(control, 0.95, 0.1, 3000)[-300:]) > 3
 
 
+def test_what_trials_lost_is_not_forgotten_where_crowds_change():
+    control, lost, spent = Measured(patience=8).start(4), 0.0, 0.0
+    for step in range(6000):
+        crowd = 1 if step // 20 % 2 else 8
+        ahead = control.ahead(crowd)
+        seconds = 1.5 if ahead else 1.0
+        accepted = [0] * crowd if ahead else []
+        control.learn(Seen(crowd, 0, ahead, [ahead] * len(accepted), accepted, 0.0, seconds, crowd, 0))
+        spent, lost = spent + seconds, lost + seconds - 1
+    assert 0 < lost <= 0.01 * spent + 20
+
+
+def test_thompson_forgets_what_was_rejected_long_ago():
+    control = Thompson(memory=0.9, cost=0.05).start(MOST)
+    for accepted in [0] * 400 + [MOST] * 60:
+        control.learn(Seen(1, 0, MOST, [MOST], [accepted], 0.0, None, 1, 0))
+    assert mean(control.ahead(1) for _ in range(50)) > 0.9 * MOST
+
+
 @pytest.mark.parametrize("machine", [*LOSING, *WINNING])
 def test_measured_does_as_well_where_times_vary(machine):
     """By a tenth, and a step in twenty takes twice as long."""

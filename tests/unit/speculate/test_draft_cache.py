@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.errors import UsageError
@@ -90,30 +91,113 @@ def test_the_prefix_tree_knows_nothing_but_texts(drafter):
     assert known == set(pool._nodes)
 
 
+class Book:
+    """A coverage beside a book of single slots: which version of its token the cache of the drafting model has. Of two
+    sequences, in slots 0 and 1, that have some of the blocks each."""
+
+    size = 3
+
+    def __init__(self, blocks: int, tables: list[list[int]]) -> None:
+        sampling = SamplingParams()
+        self.coverage, self.tables = Coverage(blocks, self.size), np.array(tables)
+        self.sequences = [Sequence(Request("", [0], sampling), 0, sampling, [0], 1, place) for place in range(9)]
+        self.target, self.draft = np.zeros((blocks, self.size), int), np.full((blocks, self.size), -1)
+        self.version = 0
+
+    def slots(self, row: int, start: int, end: int) -> list[tuple[int, int]]:
+        return [(self.tables[row][place // self.size], place % self.size) for place in range(start, end)]
+
+    def overwrite(self, row: int, start: int, end: int, arrival: int = 0) -> None:
+        """The target writes [start, end)."""
+        self.version += 1
+        for slot in self.slots(row, start, end):
+            self.target[slot] = self.version
+        self.coverage.overwrite([Entry(self.sequences[arrival], row, start, end - start, 0)], self.tables)
+
+    def known(self, row: int, most: int) -> int:
+        """How many of the first ``most`` tokens the drafting model has, which the coverage says too."""
+        slots = self.slots(row, 0, most)
+        known = next((place for place, slot in enumerate(slots) if self.draft[slot] != self.target[slot]), most)
+        assert self.coverage.lengths(self.tables[[row]], np.array([most])) == [known]
+        return known
+
+    def drafted(self, row: int, end: int) -> None:
+        """The drafting model computes all that it lacks before ``end``."""
+        known = self.known(row, end)
+        if known == end:
+            return
+        for slot in self.slots(row, known, end):
+            self.draft[slot] = self.target[slot]
+        self.coverage.extend(self.tables[row], known, end)
+
+    def copy(self, source: int, target: int) -> None:
+        for book in (self.target, self.draft):
+            book[target] = book[source]
+        self.coverage.copy([source], [target])
+
+    def restored(self, block: int) -> None:
+        """The target reads what is in ``block`` from elsewhere."""
+        self.version += 1
+        self.target[block] = self.version
+        self.coverage.forget([block])
+
+
+@settings(max_examples=200)
 @given(st.data())
 def test_coverage_says_what_was_computed_last(data):
-    """Beside a book of single slots: which version of its token the cache of the drafting model has."""
-    blocks, size = 6, 3
-    sampling = SamplingParams()
-    coverage, nobody = Coverage(blocks, size), Sequence(Request("", [0], sampling), 0, sampling, [0], 1, 0)
-    target, draft = np.zeros((blocks, size), int), np.full((blocks, size), -1)
-    table = np.array(data.draw(st.permutations(range(4))))
-    length = 0
-    for version in range(1, data.draw(st.integers(2, 13))):
-        start = data.draw(st.integers(0, min(length, 4 * size - 1)))
-        end = data.draw(st.integers(start + 1, min(start + 5, 4 * size)))
-        for place in range(start, end):
-            target[table[place // size], place % size] = version
-        coverage.overwrite([Entry(nobody, 1, start, end - start, 0)], np.stack([table + 1, table]))
-        length = max(end, start)
-        known = next(
-            (p for p in range(start) if draft[table[p // size], p % size] != target[table[p // size], p % size]), start
-        )
-        assert coverage.lengths(table[None], np.array([start])) == [known]
-        if data.draw(st.booleans()):
-            for place in range(known, end):
-                draft[table[place // size], place % size] = target[table[place // size], place % size]
-            coverage.extend(table, known, end)
+    """Texts grow, are cut back, end and make room for others; blocks are copied and restored."""
+    book = Book(9, [list(data.draw(st.permutations(range(4)))), [4, 5, 6, 7]])
+    lengths, arrivals = [0, 0], [0, 1]
+    for _ in range(data.draw(st.integers(2, 13))):
+        row = data.draw(st.sampled_from([0, 0, 0, 1]))
+        match data.draw(st.sampled_from(["write", "write", "write", "draft", "copy", "restore", "end"])):
+            case "write":
+                start = data.draw(st.integers(0, min(lengths[row], 11)))
+                end = data.draw(st.integers(start + 1, min(start + 5, 12)) | st.just(start + 1))
+                book.overwrite(row, start, end, arrivals[row])
+                lengths[row] = end
+            case "draft" if lengths[row]:
+                book.drafted(row, lengths[row])
+            case "copy":
+                # Into a block of its own, as that of a fork is, which goes on behind the same beginning.
+                place = data.draw(st.integers(0, 3))
+                book.copy(book.tables[0][place], book.tables[1][place])
+            case "restore":
+                book.restored(book.tables[row][data.draw(st.integers(0, 3))])
+            case "end":
+                lengths[row], arrivals[row] = 0, max(arrivals) + 1 if max(arrivals) < 8 else arrivals[row]
+        for each in (0, 1):
+            book.known(each, lengths[each])
+
+
+STEPS = [(start, end) for start in range(4) for end in range(start + 1, 5)]
+
+
+def test_coverage_is_right_of_every_short_course_of_steps():
+    """Each step writes some tokens, whether the model drafts behind it or not."""
+    for course in itertools.product(itertools.product(STEPS, (False, True)), repeat=3):
+        for last in ((2, 3), (3, 4), (4, 5)):
+            book, length = Book(2, [[0, 1]]), 0
+            for (start, end), drafts in (*course, (last, False)):
+                if start > length:
+                    break
+                book.overwrite(0, start, end)
+                length = end
+                if drafts:
+                    book.drafted(0, end)
+                book.known(0, length)
+
+
+def test_a_slot_s_next_sequence_is_not_taken_for_the_last_one():
+    """It may have been given a block that the drafting model knows, and write what comes in that."""
+    book = Book(3, [[1, 2]])
+    book.overwrite(0, 0, 3)
+    book.drafted(0, 3)
+    book.tables[0] = [0, 2]
+    book.overwrite(0, 0, 2, arrival=1)
+    book.tables[0] = [1, 2]
+    book.overwrite(0, 2, 3, arrival=2)
+    assert book.known(0, 3) == 2
 
 
 def test_a_vocabulary_that_differs_is_refused_with_both_sizes(tmp_path):

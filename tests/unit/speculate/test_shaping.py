@@ -29,6 +29,18 @@ def test_what_is_accepted_is_learned_by_depth_and_rank():
     assert after[1, 2] / after[1, 1] == pytest.approx(before[1, 2] / before[1, 1])  # nothing is known of these
 
 
+def test_guesses_beside_a_likelier_one_that_was_accepted_were_not_tried():
+    shaper = SparseTrees(ahead=1, ranks=3, rows=12)
+    before = shaper.acceptance
+    for _ in range(400):
+        shaper.learn(Tree([AWAITED] * 3, [-1, -1, -1], [0] * 4), [0])
+    after = shaper.acceptance
+    assert after[0, 0] > 0.9
+    # Of what is left where the first is wrong, they have the shares that they had.
+    left = [rates[0, 1:] / (1 - rates[0, 0]) for rates in (before, after)]
+    np.testing.assert_allclose(left[0], left[1], rtol=1e-9)
+
+
 def test_trees_grow_to_what_is_accepted_and_shrink_where_rows_cost():
     shaper = SparseTrees(ahead=3, ranks=4, rows=20)
     shaper.plan(3, alike)

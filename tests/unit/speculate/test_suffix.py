@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.messages import Request
 from penstock.speculate.drafters.suffix import Suffix
 from penstock.speculate.texts import PLACES, Texts
+from penstock.speculate.tree import path
 from penstock.testing.drafting_engines import engine_with
 from penstock.testing.speculate_drafter import check_engine
 
@@ -44,12 +45,14 @@ def _agreed(text: list[int], other: list[int] | tuple[int, ...], end: int) -> in
     return length
 
 
+@settings(max_examples=300)
 @given(WORDS, st.integers(1, 3), st.integers(1, 20), st.sampled_from([0.5, 1.0, 3.0]), st.sampled_from([0, 0.3, 0.6]))
 def test_it_drafts_what_a_search_through_the_text_finds(text, shortest, most, reach, least):
     drafter = Suffix(shortest=shortest, reach=reach, least=least)
     assert drafter.start(text).propose(most) == searched(text, [], drafter, most)
 
 
+@settings(max_examples=100)
 @given(WORDS, WORDS, st.integers(0, 17))
 def test_and_through_the_texts_of_others(said, text, begun):
     """Of which one ended, and of which the other goes on."""
@@ -77,6 +80,25 @@ def test_the_oldest_are_forgotten_without_a_trace(steps, kept):
     assert all(len(each) for each in texts._places.values())
     counts = Counter(run for run, *_ in wanted)
     assert Counter(run for run, *_ in places) == {run: min(PLACES, count) for run, count in counts.items()}
+
+
+def test_a_token_is_drafted_as_far_as_all_before_it_are_likely_too():
+    """Of three places two go on with 1, of which one goes on with 3."""
+    text = [10, 9, 1, 2, 11, 9, 1, 3, 12, 9, 4, 5, 13, 9]
+    for least, wanted in ((0.3, [1, 3]), (0.4, [1]), (0.7, [])):
+        assert Suffix(shortest=1, least=least).start(text).propose(2) == wanted
+
+
+def test_no_way_of_a_tree_goes_further_than_what_agrees_reaches():
+    said = [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 3, 5, 5, 5, 5, 5, 5, 5]
+    for reach, shortest in ((1.0, 1), (2.0, 2), (0.5, 1)):
+        draft = Suffix(shortest=shortest, reach=reach, least=0).start([*said, 2, 3])
+        tree = draft.grow([3], 9, 64)
+        found = {tuple(tree.tokens[node] for node in path(tree.parents, end)) for end in range(len(tree.tokens))}
+        assert max(map(len, found)) == math.ceil(2 * reach), "two tokens agree at most"
+        if shortest == 1:  # another way is that from where one agrees
+            others = [way for way in found if way[0] == 5]
+            assert others and max(map(len, others)) <= math.ceil(reach)
 
 
 def test_a_request_is_drafted_what_another_one_said():

@@ -117,6 +117,24 @@ def test_a_tree_of_one_way_does_what_a_chain_does(verifier):
     assert told[0] == told[1]
 
 
+@pytest.mark.parametrize("verifier", ["k_seq", "recursive"])
+def test_a_token_that_was_drawn_twice_for_a_place_is_there_once(verifier):
+    drafter = Model(source="a model", tokens=3)
+    engine = engine_with(drafter, verifier=create("speculate.verifier", verifier), tree=(3, 3))
+    launch, trees = engine.executor.launch, []
+
+    def launched(batch, *given, **more):
+        trees.extend((each.tree.parents, each.window) for each in batch.entries if each.parents)
+        return launch(batch, *given, **more)
+
+    engine.executor.launch = launched
+    played(engine, 0, times=1)
+    assert trees
+    for parents, window in trees:
+        children = list(zip(parents, window, strict=True))
+        assert len(set(children)) == len(children)
+
+
 DRAFTERS = {
     "ngram": (Ngram(shortest=1), lambda: None),
     "model": (Model(source="a model", tokens=3), lambda: draft_of(small_model(), 0.2)),

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from penstock.core.errors import ModelError
 from penstock.models.config import DecoderConfig, MoEConfig
 from penstock.models.families.contract import Family, HubConfig
-from penstock.models.families.rope import rope_from_hub, rope_to_hub
+from penstock.models.families.rope import of_whole_heads, rope_from_hub, rope_to_hub
 from penstock.models.routers.contract import Router
 
 #: Our fields and their keys in config.json.
@@ -28,6 +28,10 @@ FIELDS: dict[str, str] = {
     "tied": "tie_word_embeddings",
     "init_std": "initializer_range",
 }
+
+#: Fields that are whole numbers of 1 or more; and how many layers there are at most, for each of which something is
+#: made before anybody looks for its weights.
+COUNTS, MOST_LAYERS = {"vocabulary", "hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "context"}, 10_000
 
 #: What transformers takes where a key is absent. Keys without a default here are required.
 DEFAULTS: dict[str, Any] = {
@@ -127,9 +131,8 @@ class Lineage(Family):
 
     def rope_from_hub(self, hub: HubConfig) -> dict[str, Any]:
         """The fields ``rope`` and ``local_rope``, where there are any."""
-        if hub.get("partial_rotary_factor") not in (None, 1) and not self.partial:
-            raise ModelError("partial_rotary_factor is not supported: this family turns whole heads")
-        return {"rope": {**rope_from_hub(hub), **self.rotation}}
+        found = rope_from_hub(hub)
+        return {"rope": {**(found if self.partial else of_whole_heads(found)), **self.rotation}}
 
     def rope_to_hub(self, config: DecoderConfig) -> dict[str, Any]:
         """Their keys."""
@@ -146,7 +149,10 @@ class Lineage(Family):
             if keys.get("num_key_value_heads", 0) is None:
                 keys["num_key_value_heads"] = keys["num_attention_heads"]
             if "head_dim" in self.fields.values() and keys["head_dim"] is None:
-                keys["head_dim"] = keys["hidden_size"] // keys["num_attention_heads"]
+                keys["head_dim"] = _count(keys, "hidden_size") // _count(keys, "num_attention_heads")
+            counts = {ours: _count(keys, theirs) for ours, theirs in self.fields.items() if ours in COUNTS}
+            if counts["layers"] > MOST_LAYERS:
+                raise ModelError(f"{self.fields['layers']} is {counts['layers']:,}, more than {MOST_LAYERS:,}")
             shape = {ours: keys[theirs] for ours, theirs in self.fields.items()}
             features = {**self.rope_from_hub(keys), **self.fixed, **self.features_from_hub(keys)}
             return DecoderConfig(**{**shape, "activation": activation, **features})
@@ -170,6 +176,18 @@ class Lineage(Family):
     def _activation_to_hub(self, config: DecoderConfig) -> str:
         names, usual = ACTIVATIONS[config.activation], {**DEFAULTS, **self.defaults}[self.activation]
         return usual if usual in names else names[0]
+
+
+def _count(hub: HubConfig, key: str) -> int:
+    """What ``key`` counts.
+
+    Raises:
+        ModelError: nothing, or it is no whole number.
+    """
+    value = hub[key]
+    if type(value) is not int or value < 1:
+        raise ModelError(f"{key} is {value!r}, and has to be a whole number of 1 or more")
+    return value
 
 
 def own_layer(name: str, config: DecoderConfig) -> bool:

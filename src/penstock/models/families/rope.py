@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from penstock.core.errors import ModelError
@@ -46,7 +47,7 @@ def rope_from_hub(hub: HubConfig) -> dict[str, Any]:
     Raises:
         ModelError: a scaling that the Decoder does not have, named.
     """
-    found = dict(hub.get("rope_scaling") or hub.get("rope_parameters") or {})
+    found = dict(_table(hub, "rope_scaling") or _table(hub, "rope_parameters"))
     if any(isinstance(value, dict) for value in found.values()):
         raise ModelError("rotary embeddings that differ by layer type (nested rope_parameters) are not supported here")
     theta = found.get("rope_theta", hub["rope_theta"])
@@ -70,6 +71,29 @@ def rope_from_hub(hub: HubConfig) -> dict[str, Any]:
     return {**fields, "scaling": {"kind": kind, **given}}
 
 
+def of_whole_heads(fields: dict[str, Any]) -> dict[str, Any]:
+    """The ``fields`` of a :class:`RopeConfig`, in a family that turns no part of a head.
+
+    Raises:
+        ModelError: they are those of a part.
+    """
+    if fields["fraction"] != 1:
+        raise ModelError("partial_rotary_factor is not supported: this family turns whole heads")
+    return fields
+
+
+def _table(hub: HubConfig, key: str) -> Mapping[str, Any]:
+    """What is under ``key``, where anything is.
+
+    Raises:
+        ModelError: it is no table.
+    """
+    found = hub.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise ModelError(f"{key} is {found!r}, and no table of keys and values")
+    return found
+
+
 def _stretch(factor: float, original: int) -> float:
     """LongRoPE's factor on cosines and sines."""
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
@@ -91,17 +115,18 @@ def ropes_from_hub(hub: HubConfig, local: str | None = None) -> dict[str, Any]:
     """The fields ``rope`` and ``local_rope`` of families in which layers with a window have a rotation of their own:
     transformers 5's nested ``rope_parameters``, or the classic keys for the other layers and, for those with a window,
     ``local``, the key of their base, or the same base, unscaled."""
-    nested = hub.get("rope_parameters") or {}
+    nested = _table(hub, "rope_parameters")
     if "full_attention" in nested or "sliding_attention" in nested:
         parts = [dict(nested.get(name) or {}) for name in ("full_attention", "sliding_attention")]
-        parts[0] |= hub.get("rope_scaling") or {}
+        parts[0] |= _table(hub, "rope_scaling")
     else:
-        scaling = hub.get("rope_scaling") or nested
+        scaling = _table(hub, "rope_scaling") or nested
         theta = scaling.get("rope_theta", hub["rope_theta"])
-        parts = [scaling, {"rope_theta": hub[local] if local else theta}]
+        parts = [dict(scaling), {"rope_theta": hub[local] if local else theta}]
     # Whether a correction of YaRN's is truncated transformers does not look up there.
     plain = [{key: value for key, value in part.items() if key != "truncate"} for part in parts]
-    rope, local_rope = (rope_from_hub(HubConfig({**hub, "rope_scaling": None, "rope_parameters": p})) for p in plain)
+    alone = [HubConfig({**hub, "rope_scaling": None, "rope_parameters": part}) for part in plain]
+    rope, local_rope = (of_whole_heads(rope_from_hub(each)) for each in alone)
     return {"rope": rope, "local_rope": local_rope}
 
 

@@ -60,6 +60,8 @@ class CompressedTensors:
             raise ModelError(
                 f"{module} has its columns in an order of their own (weight_g_idx), which is not supported"
             )
+        if not scale.is_floating_point() and scheme.get("type") != "float":
+            raise ModelError(f"the scales of {module} are {scale.dtype}, and no real numbers")
         if "weight_packed" not in tensors:
             values = part(module, tensors, "weight")
             shape = (values.shape[0], values.shape[1])

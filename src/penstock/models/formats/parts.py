@@ -21,7 +21,8 @@ def scales(module: str, scale: Tensor, shape: tuple[int, int], block: tuple[int,
     """The ``scale`` of each row, float32 [M, k], from those of blocks of ``block`` rows and columns: [m, k]."""
     rows, columns = shape
     wanted = (-(-rows // block[0]), -(-columns // block[1]))
-    if scale.numel() != wanted[0] * wanted[1]:
+    alike = (wanted, wanted[:1]) if wanted[1] == 1 else (wanted,)  # one for each row may have no columns
+    if tuple(scale.shape) not in alike and not scale.numel() == wanted[0] * wanted[1] == 1:
         raise ModelError(f"the scales of {module} are {list(scale.shape)}, but its matrix needs {list(wanted)}")
     return scale.float().view(wanted).repeat_interleave(block[0], 0)[:rows].contiguous()
 

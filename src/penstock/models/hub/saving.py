@@ -140,6 +140,12 @@ def _quantizing(decoder: Decoder, family: Family, name: str) -> tuple[Compress, 
     embedding, the head and routers stay as they are."""
     from penstock.models.formats.schemes import described, scheme_of
 
+    if family.transposed:
+        raise UsageError(
+            f"the matrices of {family.policy_name} stand on disk with inputs as rows, and compressed-tensors has no "
+            "scales for such",
+            hint="Serve the model as it is.",
+        )
     linear = {
         f"{name}.weight" for name, module in decoder.layers.named_modules(prefix="layers") if type(module) is Linear
     }

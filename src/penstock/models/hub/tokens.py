@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from penstock.core.errors import DataError
+from penstock.core.errors import DataError, ModelError
 from penstock.core.files import read_json
 from penstock.models.companions import GENERATION
 from penstock.models.hub.folders import CONFIG, resolve
@@ -32,12 +32,19 @@ def end_tokens(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozen
 
 
 def config_end_tokens(folder: Path) -> set[int]:
-    """Those of a folder's tokens that config.json and generation_config.json name as ends of a text."""
+    """Those of a folder's tokens that config.json and generation_config.json name as ends of a text.
+
+    Raises:
+        PenstockError: one of the files is damaged, or names what is no token.
+    """
     found: set[int] = set()
     for path in (folder / CONFIG, folder / GENERATION):
         stored = read_json(path) if path.is_file() else {}
         named = text_part(stored).get("eos_token_id") if isinstance(stored, dict) else None
-        found |= {token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)}
+        tokens = [] if named is None else named if isinstance(named, list) else [named]
+        if not all(type(token) is int for token in tokens):
+            raise ModelError(f"{path}: the eos_token_id {named!r} is no token, nor several")
+        found.update(tokens)
     return found
 
 

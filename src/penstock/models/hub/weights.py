@@ -46,7 +46,13 @@ def weights_of(described: Description) -> Weights:
         if found.head is None:
             return weights
         return peft.Judging(weights, found.head, family.tensors["head.weight"][0], adapter / peft.WEIGHTS)
-    return Renamed(stored_in(folder, raw), lambda name: name if name == SCALAR_HEAD else family.weight(name, config))
+    stored = Renamed(stored_in(folder, raw), lambda name: name if name == SCALAR_HEAD else family.weight(name, config))
+    if config.layers > len(stored.headers):  # said before so many layers are made
+        raise ModelError(
+            f"{folder} holds {len(stored.headers)} weights, and its {CONFIG} implies {config.layers:,} layers",
+            hint="Its weights are not those of the model that this describes.",
+        )
+    return stored
 
 
 def routed_adapter(folder: Path) -> Path | None:

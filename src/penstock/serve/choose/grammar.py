@@ -100,7 +100,8 @@ class Grammars:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, stop: Iterable[int] = ()) -> None:
         from llguidance.hf import from_tokenizer
 
-        ends = sorted({*stop, tokenizer.eos_token_id} - {None})
+        # A configuration may name an end that the tokenizer does not have: no text comes to it.
+        ends = sorted({*stop, tokenizer.eos_token_id} & set(tokenizer.get_vocab().values()))
         size = max(vocabulary, len(tokenizer))
         self._tokenizer: LLTokenizer = from_tokenizer(tokenizer, n_vocab=size, eos_token=ends or None)
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()

@@ -210,14 +210,14 @@ class EngineSteps:
             kept += finish is not Finish.ERROR
         for member in sequence.lockstep:
             member.in_flight -= 1
+        # Those behind the one that ended the text were accepted, and are not kept.
+        accepted = min(len(tokens) - 1, kept)
         self._counters.output_tokens += kept
         self._counters.sequence_steps += 1
         if window:
             self._counters.drafted_tokens += len(window)
-            self._counters.accepted_tokens += len(tokens) - 1
-            self._events.add(
-                "settled", sequence.request.id, sequence.index, drafted=len(window), accepted=len(tokens) - 1
-            )
+            self._counters.accepted_tokens += accepted
+            self._events.add("settled", sequence.request.id, sequence.index, drafted=len(window), accepted=accepted)
         if sequence.guessed:
             if sequence.held is not None:
                 # Keys and values of probes, and of drafted tokens that were not accepted, are nobody's.
@@ -240,7 +240,7 @@ class EngineSteps:
             finish,
             max(sequence.cached, 0),
             len(window),
-            min(len(tokens) - 1, kept),
+            accepted,
             self.version,
         )
 

@@ -318,7 +318,7 @@ class Generation:
         choice.count += tokens
         self.usage.completion += tokens
         self.usage.drafted += delta.drafted
-        self.usage.accepted += delta.accepted
+        self.usage.accepted += min(delta.accepted, tokens)
         if delta.cached > choice.cached:
             self.usage.cached += (delta.cached - choice.cached) if delta.index == 0 else 0
             choice.cached = delta.cached

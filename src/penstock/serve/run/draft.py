@@ -268,6 +268,10 @@ class ConfidentDraft(DraftModel):
         return going
 
 
+#: The sequence of no slot.
+NOBODY = (-1, 0)
+
+
 class Coverage:
     """How many tokens of each block the cache of a model that drafts holds, from the block's first on.
 
@@ -277,10 +281,10 @@ class Coverage:
 
     def __init__(self, blocks: int, size: int) -> None:
         self._held, self._size = np.zeros(blocks, np.int64), size
-        #: By slot, the sequence that was looked at lately, by when it came. While all that happens is that the target
-        #: writes its next token, there is nothing to look at before its next block: what is held of this one ends
-        #: before that token.
-        self._lately: dict[int, int] = {}
+        #: By slot, the sequence that was looked at lately, by when it came, and where the target wrote then. While all
+        #: that happens is that it writes the next token, or one behind that place, there is nothing to look at before
+        #: the next block: what is held of this one ends before that place.
+        self._lately: dict[int, tuple[int, int]] = {}
 
     @contextlib.contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -309,15 +313,15 @@ class Coverage:
 
     def overwrite(self, entries: List[Entry], tables: np.ndarray) -> None:
         """The target writes the tokens of ``entries``, of sequences whose blocks are in ``tables``."""
-        lately, size = self._lately, self._size
-        new = [
-            entry
-            for entry in entries
-            if entry.count > 1 or not entry.start % size or lately.get(entry.slot) != entry.sequence.arrival
-        ]
+        lately, size, new = self._lately, self._size, list[Entry]()
+        for entry in entries:
+            arrival, since = lately.get(entry.slot, NOBODY)
+            known = arrival == entry.sequence.arrival and since <= entry.start
+            if not known or entry.count > 1 or not entry.start % size:
+                new.append(entry)
         if not new:
             return
-        lately.update([(entry.slot, entry.sequence.arrival) for entry in new])
+        lately.update([(entry.slot, (entry.sequence.arrival, entry.start)) for entry in new])
         given = [(entry.slot, entry.start, entry.start + entry.count) for entry in new]
         slots, starts, ends = np.array(given, np.int64).reshape(-1, 3).T
         firsts, offsets = np.divmod(starts, self._size)

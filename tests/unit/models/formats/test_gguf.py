@@ -107,11 +107,14 @@ def test_long_rotations_have_the_factors_of_the_file(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("layers", "scale"), [(46, 128), (2, 64)])
-def test_the_largest_gemma_2_scales_by_a_head_s_part_of_the_hidden_size(layers, scale, tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "layers", "scale"),
+    [("gemma2", 46, 128), ("gemma2", 2, 64), ("gemma3", 62, 128), ("gemma3", 46, 64)],
+)
+def test_the_largest_gemmas_scale_by_a_head_s_part_of_the_hidden_size(architecture, layers, scale, tmp_path):
     """Which only the number of its layers tells."""
     keys = {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
-    write(tmp_path / "m.gguf", model("gemma2", num_hidden_layers=layers, **keys), "gemma2")
+    write(tmp_path / "m.gguf", model(architecture, num_hidden_layers=layers, **keys), architecture)
     assert hub.read_config(hub.resolve(tmp_path / "m.gguf")).scale == scale**-0.5
 
 

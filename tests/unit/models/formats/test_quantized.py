@@ -194,8 +194,30 @@ def integers(bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def test_awq_is_read():
     values, zeros, scale, wanted = integers(4)
-    packed = layout_of({"quant_method": "awq", "bits": 4, "group_size": 32}).pack("m", awq(values, zeros, scale))
-    torch.testing.assert_close(packed.dequantize(), wanted, rtol=1e-5, atol=1e-5)
+    for config in ({"bits": 4, "group_size": 32}, {"w_bit": 4, "q_group_size": 32}):
+        packed = layout_of({"quant_method": "awq", **config}).pack("m", awq(values, zeros, scale))
+        torch.testing.assert_close(packed.dequantize(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_group_may_be_a_whole_row():
+    values, zeros, scale, _ = integers(4)
+    zeros, scale = zeros[:, :1], scale[:, :1]
+    wanted = (values - zeros) * scale.float()
+    for method, tensors in (("awq", awq(values, zeros, scale)), ("gptq", gptq(values, zeros, scale, 4))):
+        packed = layout_of({"quant_method": method, "bits": 4, "group_size": -1}).pack("m", tensors)
+        torch.testing.assert_close(packed.dequantize(), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_a_scheme_may_name_modules():
+    """The first that names one is for it, whether by its name, by a pattern, or as one of all."""
+    matrix = draw(48, 96)
+    eight, four = ({"num_bits": bits, "strategy": "group", "group_size": 32} for bits in (8, 4))
+    stored, wanted = compressed(four, "pack-quantized", matrix)
+    for targets in (["layers.0.m"], ["re:.*m$"], ["other", "layers.0.m"]):
+        groups = {"0": {"targets": targets, "weights": four}, "1": {"targets": ["Linear"], "weights": eight}}
+        config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+        found = layout_of(config).pack("layers.0.m", stored).dequantize()
+        torch.testing.assert_close(found, wanted.float(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -360,6 +382,11 @@ NAME = "model.layers.1.mlp.down_proj"
     [
         (lambda tensors: tensors.pop(f"{NAME}.weight"), f"{NAME} lacks weight\n"),
         (lambda tensors: tensors.update({f"{NAME}.weight_scale": torch.ones(5, 1)}), f"scales of {NAME} are"),
+        (lambda tensors: tensors.update({f"{NAME}.weight_scale": torch.ones(1, 64)}), f"scales of {NAME} are"),
+        (
+            lambda tensors: tensors.update({f"{NAME}.weight_scale": torch.ones(64, 1, dtype=torch.int32)}),
+            f"scales of {NAME} are torch.int32, and no real numbers",
+        ),
         (lambda tensors: tensors.update({f"{NAME}.weight": torch.zeros(64, 90, dtype=torch.int8)}), "implies"),
         (lambda tensors: tensors.update({f"{NAME}.more": torch.ones(1)}), "also has"),
         (lambda tensors: tensors.pop(f"{NAME}.weight_scale"), f"{NAME} in .* has a weight and lacks weight_scale"),

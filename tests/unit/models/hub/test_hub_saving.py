@@ -102,3 +102,11 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(PenstockError, match=r"cannot write .*model\.safetensors"), small_files():
             hub.save(tiny(), target)
         assert not list(tmp_path.iterdir())
+
+
+def test_matrices_with_inputs_as_rows_are_not_quantized(tmp_path: Path) -> None:
+    """transformers would find no scales for them."""
+    peer("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64).save_pretrained(tmp_path / "plain")
+    with pytest.raises(UsageError, match="the matrices of gpt2 stand on disk with inputs as rows"):
+        hub.save(hub.load(tmp_path / "plain"), tmp_path / "fp8", scheme="fp8")
+    assert not (tmp_path / "fp8").exists()

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from penstock.core.errors import DataError
+from penstock.core.errors import DataError, ModelError
 from penstock.models import hub
 
 
@@ -32,6 +32,16 @@ def test_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"model"')
     with pytest.raises(DataError, match="cannot be read"):
         hub.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("named", ["x", [1, None], 1.5, True, {"a": 1}])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_end_that_is_no_token_is_refused(folder: Path, file: str, named: object) -> None:
+    path = folder / file
+    told = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(told | {"eos_token_id": named}))
+    with pytest.raises(ModelError, match=f"{file}: the eos_token_id .* is no token"):
+        hub.config_end_tokens(folder)
 
 
 def test_a_tokenizer_that_is_all_in_its_file_is_read_without_knowledge_of_models(folder: Path, monkeypatch) -> None:

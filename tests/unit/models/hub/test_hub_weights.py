@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from penstock.core.errors import ModelError
 from penstock.models import hub
+from penstock.models.hub import loading
 from small_folders import SHAPE, rewrite, same, tiny
 
 
@@ -148,3 +150,12 @@ def test_a_head_beside_a_tied_embedding(tmp_path: Path) -> None:
     rewrite(path, lambda t: t["lm_head.weight"].add_(1))
     with pytest.raises(ModelError, match=r"lm_head\.weight in .* differs from the embedding"):
         hub.load(path)
+
+
+def test_more_layers_than_weights_are_refused_before_they_are_made(tmp_path: Path, monkeypatch) -> None:
+    hub.save(tiny(), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 9000}))
+    monkeypatch.setattr(loading, "Decoder", None)
+    with pytest.raises(ModelError, match=r"weights, and its config\.json implies 9,000 layers"):
+        hub.load(tmp_path / "model")

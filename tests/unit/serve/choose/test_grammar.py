@@ -181,6 +181,16 @@ def test_a_model_with_more_scores_than_its_tokenizer_has_tokens(tokenizer):
     assert not bits[len(tokenizer) :].any()
 
 
+def test_an_end_that_the_tokenizer_does_not_have_is_none(tokenizer):
+    """Configurations name such; a text that is over has the others."""
+    ends = [-1, tokenizer.eos_token_id, len(tokenizer) + 10, 10**9]
+    for grammars in (Grammars(tokenizer, len(tokenizer) + 100, ends), Grammars(tokenizer, len(tokenizer), [10**9])):
+        place = grammars.start(Grammar(regex="a"))
+        place.consume(tokenizer.convert_tokens_to_ids("a"))
+        bits = np.unpackbits(mask_of(place).view(np.uint8), bitorder="little")
+        assert np.flatnonzero(bits).tolist() == [tokenizer.eos_token_id]
+
+
 def deep(levels: int) -> dict:
     schema: dict = {"type": "string"}
     for _ in range(levels):

@@ -15,7 +15,7 @@ from penstock.core.errors import ModelError, UsageError
 from penstock.core.progress import silent
 from penstock.models import hub
 from penstock.models.attention import CausalRows
-from penstock.models.encoders.pooling import FORMERLY, Pooling, pooling_of
+from penstock.models.encoders.pooling import Pooling, pooling_of
 from penstock.serve.embed.embedder import Embedder, open_embedder
 from penstock.serve.offline.llm import LLM
 
@@ -151,8 +151,10 @@ def modules(folder: Path, pooling: dict, *kinds: str) -> Path:
 def test_folders_say_how_states_are_pooled(tmp_path):
     usual = Pooling(way="max", normalize=True)
     assert pooling_of(tmp_path, usual) is usual
-    for key, way in FORMERLY.items():
-        told = {**dict.fromkeys(FORMERLY, False), key: True}
+    formerly = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max"}
+    formerly |= {"mean_sqrt_len_tokens": "mean_sqrt", "lasttoken": "last"}
+    for name, way in formerly.items():
+        told = {f"pooling_mode_{each}": each == name for each in formerly}
         assert pooling_of(modules(tmp_path, told, "Transformer", "Pooling"), usual) == Pooling(way=way, normalize=False)
     told = {"pooling_mode": "lasttoken"}
     found = pooling_of(modules(tmp_path, told, "Transformer", "Pooling", "Normalize"), usual)

@@ -53,6 +53,31 @@ def test_a_stop_string_in_the_midst_of_a_step_s_tokens(plain, drafting):
         assert ours[0][2:4] == ("stop", text[start : start + 3])
 
 
+def test_what_is_counted_as_accepted_is_in_the_text(plain, drafting):
+    """Those that were accepted behind the end of a text are not: neither behind a token that ends it, of which the
+    engine knows, nor behind a string, of which it does not."""
+    prompt = "x = [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,"
+    (whole,) = plain.generate([prompt], SamplingParams(temperature=0, max_tokens=24), progress=silent)
+    text, tokens = whole.outputs[0].text, whole.outputs[0].token_ids
+    cut = 0
+    for ends in (*({"stop_tokens": [each]} for each in tokens[3:12]), {"stop": text[3:5]}, {"stop": text[9:12]}):
+        before = drafting.engine.snapshot()
+        sampling = SamplingParams(temperature=0, max_tokens=24, **ends)
+        (result,) = drafting.generate([prompt], sampling, progress=silent)
+        now, made = drafting.engine.snapshot(), len(result.outputs[0].token_ids)
+        assert result.num_accepted_tokens <= min(made, result.num_drafted_tokens)
+        if "stop_tokens" in ends:
+            # Each step brings a token beside those that were accepted, but the last where one of these ended the text.
+            steps = now.sequence_steps - before.sequence_steps
+            assert made - result.num_accepted_tokens in (steps - 1, steps)
+            cut += made - result.num_accepted_tokens == steps - 1
+            assert now.accepted_tokens - before.accepted_tokens == result.num_accepted_tokens
+            assert now.drafted_tokens - before.drafted_tokens == result.num_drafted_tokens
+    assert cut
+    (result,) = drafting.generate([prompt], SamplingParams(temperature=0, max_tokens=24), progress=silent)
+    assert 0 < result.num_accepted_tokens < len(tokens)
+
+
 def test_a_request_can_do_without(drafting):
     before = drafting.engine.snapshot().drafted_tokens
     drafting.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24, drafts=False), progress=silent)
