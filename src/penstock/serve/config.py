@@ -109,7 +109,7 @@ class EngineConfig(Config):
     draft: Annotated[Drafter, Choice("speculate.drafter")] | None = None
     draft_tree: Annotated[tuple[Annotated[int, Field(ge=1, le=16)], ...], Field(max_length=16)] = ()
     verifier: Annotated[Verifier, Choice("speculate.verifier")] = ExactMatch()
-    controller: Annotated[Controller, Choice("speculate.controller")] = Measured()
+    controller: Annotated[Controller, Choice("speculate.controller", "measured")] = Measured()
     kv: Annotated[CachePolicy, Choice("kv.policy")] = Full()
     kv_reuse: Annotated[Reuse, Choice("kv.reuse")] = PrefixReuse()
     compile: bool = True

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.core.errors import ConfigError
 from penstock.core.randomness import numpy_generator
+from penstock.serve.config import EngineConfig
 from penstock.speculate.controllers.bass import Bass
 from penstock.speculate.controllers.contract import Seen
 from penstock.speculate.controllers.fixed import Fixed
@@ -201,3 +203,11 @@ def test_measured_drafts_soon_though_the_machine_stood_still_in_a_trial(trial):
         accepted = [round(machine.tokens(length)) - 1] * 16 if length else []
         control.learn(Seen(16, 0, length, [length] * len(accepted), accepted, 0.0, seconds))
     assert drafted > 100
+
+
+def test_an_option_without_a_name_is_one_of_the_default():
+    assert EngineConfig.model_validate({"draft": "ngram", "controller": {"share": 0.25}}).controller == Measured(
+        share=0.25
+    )
+    with pytest.raises(ConfigError, match="share"):
+        EngineConfig.model_validate({"draft": "ngram", "controller": {"share": -1}})

@@ -71,9 +71,11 @@ class CompressedTensors:
                 given = whole.get("input_activations") or {}
                 rounds = given.get("type") == "float" and given.get("num_bits") == 8
                 return Packed(Fp8(group=group, rounds=rounds), {"values": values, "scale": factors})
+            if values.dtype != torch.int8:
+                raise ModelError(f"the weight of {module} is {values.dtype}, which is none that has scales")
             zeros = tensors.get("weight_zero_point")
             zeros = None if zeros is None else scales(module, zeros, shape, block)
-            return Packed(Int8(group=group), {"values": values.to(torch.int8), **_affine(factors, zeros)})
+            return Packed(Int8(group=group), {"values": values, **_affine(factors, zeros)})
         packed = tensors["weight_packed"]
         if packed.dtype == torch.uint8:
             factors = scales(module, (scale.float() - 127).exp2(), (packed.shape[0], packed.shape[1] * 2), (1, 32))

@@ -387,6 +387,10 @@ NAME = "model.layers.1.mlp.down_proj"
             lambda tensors: tensors.update({f"{NAME}.weight_scale": torch.ones(64, 1, dtype=torch.int32)}),
             f"scales of {NAME} are torch.int32, and no real numbers",
         ),
+        (
+            lambda tensors: tensors.update({f"{NAME}.weight": torch.zeros(64, 96, dtype=torch.float16)}),
+            f"the weight of {NAME} is torch.float16, which is none that has scales",
+        ),
         (lambda tensors: tensors.update({f"{NAME}.weight": torch.zeros(64, 90, dtype=torch.int8)}), "implies"),
         (lambda tensors: tensors.update({f"{NAME}.more": torch.ones(1)}), "also has"),
         (lambda tensors: tensors.pop(f"{NAME}.weight_scale"), f"{NAME} in .* has a weight and lacks weight_scale"),
