@@ -23,6 +23,9 @@ from penstock.models.sampling import Sampling
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.decode.uscd import UncertaintyAwareContrast
 
+#: By how much cumulated probabilities may differ by rounding, where models compute in float32.
+ROUNDING = 1e-6
+
 
 @torch.no_grad()
 def next_logits(model: Decoder, tokens: Sequence[int]) -> Tensor:
@@ -133,6 +136,16 @@ def pick(chances: Sequence[float], uniform: float) -> int:
     return next(token for token, sum_ in enumerate(reached) if sum_ > uniform * reached[-1])
 
 
+def picked(chances: Sequence[float], uniform: float, said: int | None) -> int:
+    """What ``uniform`` picks from ``chances``; or what was ``said``, if that is as right but for rounding."""
+    token = pick(chances, uniform)
+    if said is None or said == token or not chances[said]:
+        return token
+    reached = list(itertools.accumulate(chances))
+    aim, slack = uniform * reached[-1], ROUNDING * reached[-1]
+    return said if reached[said] - chances[said] - slack <= aim <= reached[said] + slack else token
+
+
 def continued(
     model: Decoder,
     tokens: Sequence[int],
@@ -146,8 +159,9 @@ def continued(
     """What follows ``tokens``, of which the first ``given`` are the prompt and the others generated: as ``sampling``
     says, up to ``sampling.max_tokens`` generated ones in all. The draw of a token depends on the seed and on how many
     were generated before alone. With a ``rule`` the scores are contrasted with those after the rule's own prompt. A
-    right ``guess`` of what follows makes it quicker, and a wrong one changes nothing. ``scores`` makes what scores
-    texts, of the model, what they are likely to be prefixes of, and how many tokens of them are given; if not told, the
+    right ``guess`` of what follows makes it quicker, and a wrong one changes nothing, but for a token that a draw
+    misses by rounding alone. ``scores`` makes what scores texts, of the model, what they are likely to be prefixes of,
+    and how many tokens of them are given; if not told, the
     plain one. ``changed`` makes of the scores behind a text, before the rule, those by which a token is chosen."""
     text, likely, of = list(tokens), [*tokens, *guess], scores or Scores
     own = of(model, likely, given)
@@ -161,7 +175,8 @@ def continued(
             others = [other.after([*start, *generated]) for start, other in beside]
             logits = rule.combine(torch.stack([logits, *others]).float().unsqueeze(0))[0]
         uniform = float(uniforms(derive(sampling.seed, "sample"), np.array([count]))[0])
-        text.append(pick(distribution(logits, sampling), uniform))
+        said = likely[len(text)] if text == likely[: len(text)] and len(text) < len(likely) else None
+        text.append(picked(distribution(logits, sampling), uniform, said))
     return text[len(tokens) :]
 
 
