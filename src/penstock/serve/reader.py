@@ -27,6 +27,7 @@ class Reading:
         stopped: the stop string or the request's own stop token that ended it; None where it was the model's own end of
             text, or something else.
         early: the text has ended, and the engine, which knows no strings, would go on: it must be told.
+        accepted: how many of ``tokens`` were drafted.
     """
 
     text: str
@@ -38,6 +39,7 @@ class Reading:
     finish: Finish | None
     stopped: str | int | None
     early: bool
+    accepted: int
 
 
 class Reader:
@@ -84,4 +86,5 @@ class Reader:
         if logprobs is not None and len(logprobs) > len(tokens):
             logprobs = logprobs[: len(tokens)]
         early = finish is not None and delta.finish is None
-        return Reading(text, tokens, offsets, shown, logprobs, delta.prompt_logprobs, finish, stopped, early)
+        accepted = min(delta.accepted, len(tokens))
+        return Reading(text, tokens, offsets, shown, logprobs, delta.prompt_logprobs, finish, stopped, early, accepted)

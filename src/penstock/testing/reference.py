@@ -161,8 +161,8 @@ def continued(
     were generated before alone. With a ``rule`` the scores are contrasted with those after the rule's own prompt. A
     right ``guess`` of what follows makes it quicker, and a wrong one changes nothing, but for a token that a draw
     misses by rounding alone. ``scores`` makes what scores texts, of the model, what they are likely to be prefixes of,
-    and how many tokens of them are given; if not told, the
-    plain one. ``changed`` makes of the scores behind a text, before the rule, those by which a token is chosen."""
+    and how many tokens of them are given; if not told, the plain one. ``changed`` makes of the scores behind a text,
+    before the rule, those by which a token is chosen."""
     text, likely, of = list(tokens), [*tokens, *guess], scores or Scores
     own = of(model, likely, given)
     beside = [(start, of(model, [*start, *likely[given:]], len(start))) for start in (rule.companions if rule else ())]

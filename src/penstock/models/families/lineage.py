@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from penstock.core.errors import ModelError
 from penstock.models.config import DecoderConfig, MoEConfig
 from penstock.models.families.contract import Family, HubConfig
-from penstock.models.families.rope import of_whole_heads, rope_from_hub, rope_to_hub
+from penstock.models.families.rope import rope_from_hub, rope_to_hub, turning_whole_heads
 from penstock.models.routers.contract import Router
 
 #: Our fields and their keys in config.json.
@@ -132,7 +132,7 @@ class Lineage(Family):
     def rope_from_hub(self, hub: HubConfig) -> dict[str, Any]:
         """The fields ``rope`` and ``local_rope``, where there are any."""
         found = rope_from_hub(hub)
-        return {"rope": {**(found if self.partial else of_whole_heads(found)), **self.rotation}}
+        return {"rope": {**(found if self.partial else turning_whole_heads(found)), **self.rotation}}
 
     def rope_to_hub(self, config: DecoderConfig) -> dict[str, Any]:
         """Their keys."""

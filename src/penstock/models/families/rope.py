@@ -71,7 +71,7 @@ def rope_from_hub(hub: HubConfig) -> dict[str, Any]:
     return {**fields, "scaling": {"kind": kind, **given}}
 
 
-def of_whole_heads(fields: dict[str, Any]) -> dict[str, Any]:
+def turning_whole_heads(fields: dict[str, Any]) -> dict[str, Any]:
     """The ``fields`` of a :class:`RopeConfig`, in a family that turns no part of a head.
 
     Raises:
@@ -126,7 +126,7 @@ def ropes_from_hub(hub: HubConfig, local: str | None = None) -> dict[str, Any]:
     # Whether a correction of YaRN's is truncated transformers does not look up there.
     plain = [{key: value for key, value in part.items() if key != "truncate"} for part in parts]
     alone = [HubConfig({**hub, "rope_scaling": None, "rope_parameters": part}) for part in plain]
-    rope, local_rope = (of_whole_heads(rope_from_hub(each)) for each in alone)
+    rope, local_rope = (turning_whole_heads(rope_from_hub(each)) for each in alone)
     return {"rope": rope, "local_rope": local_rope}
 
 

@@ -33,7 +33,7 @@ from penstock.serve.link.client import EngineClient
 from penstock.serve.messages import Delta, Finish, Request
 from penstock.serve.observe.history import Course, History
 from penstock.serve.observe.log import EventLines
-from penstock.serve.reader import Reader
+from penstock.serve.reader import Reader, Reading
 from penstock.serve.replicas.replicas import Replicas
 
 log = logging.getLogger(__name__)
@@ -283,7 +283,7 @@ class Generation:
     def _piece(self, choice: Choice, delta: Delta) -> Piece:
         reading = choice.reader.read(delta)
         self.version = max(self.version, delta.version)
-        self._count(choice, delta, 0 if self._nothing else len(reading.tokens))
+        self._count(choice, delta, reading)
         if reading.early:
             self._service.engine.abort(delta.id, delta.index)
         if reading.finish is not None:
@@ -311,14 +311,15 @@ class Generation:
             self._time(choice)
         return dataclasses.replace(piece, finish=piece.finish or "stop")
 
-    def _count(self, choice: Choice, delta: Delta, tokens: int) -> None:
+    def _count(self, choice: Choice, delta: Delta, reading: Reading) -> None:
+        tokens = 0 if self._nothing else len(reading.tokens)
         if tokens and not choice.count:
             choice.first = time.monotonic()
             self._service.metrics.ttft.observe(choice.first - self._begun)
         choice.count += tokens
         self.usage.completion += tokens
         self.usage.drafted += delta.drafted
-        self.usage.accepted += min(delta.accepted, tokens)
+        self.usage.accepted += reading.accepted
         if delta.cached > choice.cached:
             self.usage.cached += (delta.cached - choice.cached) if delta.index == 0 else 0
             choice.cached = delta.cached

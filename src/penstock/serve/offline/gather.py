@@ -219,7 +219,7 @@ class Gatherer:
         )
         result.num_cached_tokens = max(result.num_cached_tokens, delta.cached)
         result.num_drafted_tokens += delta.drafted
-        result.num_accepted_tokens += min(delta.accepted, len(reading.tokens))
+        result.num_accepted_tokens += reading.accepted
         if reading.prompt_logprobs is not None:
             result.prompt_logprobs = Logprobs(reading.prompt_logprobs, self._vocabulary)
         output.text += reading.text
