@@ -13,6 +13,7 @@ from penstock.testing.speculate_controller import (
     check_engine,
     check_losses,
     check_predictions,
+    check_rests,
     check_times,
 )
 from penstock.testing.speculate_drafter import BRANCHES
@@ -57,6 +58,11 @@ def test_all_who_come_together_are_asked_about(name):
 @pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if policy.goes_by_time])
 def test_where_drafting_loses_next_to_nothing_is_lost(name):
     check_losses(POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_left_alone_where_it_rests_it_decides_as_if_it_were_told(name):
+    check_rests(POLICIES[name])
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -15,12 +15,15 @@ What each clause is there to catch:
   their own, since they came while others were under way: all take twice as many steps;
 - :func:`check_crowds`: drafts for the first of a crowd, as if nobody else came; and those who wait for blocks, counted
   as if they ran;
+- :func:`check_rests` compares one that is left alone where it rests with one that is told of each step: a rest that
+  goes on too long, or steps that are not counted;
 - :func:`check_losses`, of those that go by time, plays machines on which drafting never pays: trials that cost more
   than they may, or are repeated for nothing; and one on which it does, where one that gives up drafts nothing.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -38,6 +41,7 @@ from penstock.serve.engine.engine import Engine
 from penstock.serve.messages import Request
 from penstock.speculate.contract import Drafter
 from penstock.speculate.controllers.contract import Control, Controller, Seen
+from penstock.speculate.controllers.resting import Resting
 from penstock.speculate.drafters.model import Model
 from penstock.speculate.drafters.ngram import Ngram
 from penstock.speculate.drafters.ppd import ParallelPromptDecoding
@@ -71,6 +75,7 @@ def check(controller: Controller) -> None:
     check_crowds(controller)
     if controller.goes_by_time:
         check_losses(controller)
+    check_rests(controller)
 
 
 def check_bounds(controller: Controller, seed: int, steps: int = 200) -> None:
@@ -342,10 +347,10 @@ class Machine:
         each step is formed before the tokens of the last one are known; where that drafted, all wait for them, and what
         is said then is void."""
         draw, tokens, seconds, behind = numpy_generator(0, "testing/machine"), 0, 0.0, 0
-        loading = self.loading
-        length = control.ahead(self.sequences)
+        loading, asked = self.loading, Resting(control)
+        length, asleep = asked.ahead(self.sequences), asked.asleep
         while tokens < steps * self.sequences:
-            early = control.ahead(self.sequences) if overlapped else None
+            early = (asked.ahead(self.sequences), asked.asleep) if overlapped else None
             reached = draw.random((self.sequences, length)) < self.chances[:length]
             accepted = reached.cumprod(1).sum(1).tolist()
             catching_up = self.missed * behind if length else 0.0
@@ -358,9 +363,13 @@ class Machine:
             behind = 0 if length else behind + 1
             drafted = [length] * self.sequences if length else []
             seen = Seen(self.sequences, 0, length, drafted, accepted if length else [], drafting + loads, took + loads)
-            control.learn(seen)
+            if not asleep:
+                control.learn(seen)
             tokens, seconds = tokens + self.sequences + sum(accepted), seconds + took
-            length = 0 if early == length == 0 else control.ahead(self.sequences)
+            if early is not None and early[0] == length == 0:
+                asleep = early[1]
+            else:
+                length, asleep = asked.ahead(self.sequences), asked.asleep
         return steps * self.plain / seconds
 
 
@@ -418,6 +427,50 @@ def check_losses(controller: Controller) -> None:
             assert speed >= (3 + 2 * best) / 5, (
                 f"{machine}: it gains {speed:.3f} of {best:.3f} once drafts are accepted"
             )
+
+
+class Sleepless(Control):
+    """Asks and tells ``control`` of each step.
+
+    Attributes:
+        dreamt: how many steps were looked at for which it would have rested.
+    """
+
+    def __init__(self, control: Control) -> None:
+        self._control, self._draw, self.dreamt = control, numpy_generator(0, "testing/sleepless"), 0
+
+    def ahead(self, sequences: int) -> int:
+        ahead = self._control.ahead(sequences)
+        rests = 0 if ahead else self._control.rests()
+        dreaming = copy.deepcopy(self._control)
+        for _ in range(rests):
+            dreaming.learn(Seen(sequences, 0, 0, (), (), 0.0, float(self._draw.exponential(0.01))))
+            assert not dreaming.ahead(sequences), "it would draft where it rests"
+        self.dreamt += rests
+        return ahead
+
+    def learn(self, seen: Seen) -> None:
+        self._control.learn(seen)
+
+
+def check_rests(controller: Controller) -> None:
+    """Asserts that no step for which it rests would have drafted, whatever those before it had taken; that where it is
+    left alone all goes on as if it were told of each step: the same lengths, so that all takes as long; and that it is
+    asked anew where another sequence comes."""
+    for machine in (*LOSING, *WINNING):
+        watched = Sleepless(machine.start(controller, 1))
+        told = machine.speed(watched, 500, overlapped=False)
+        assert machine.speed(machine.start(controller, 1), 500, overlapped=False) == told, f"{machine}: it forgets"
+        idle = controller.goes_by_time and machine in LOSING
+        assert watched.dreamt > 200 or not idle, f"{machine}: it never rests"
+    losing = LOSING[0].start(controller, 1)
+    LOSING[0].speed(losing, 100, overlapped=False)
+    asked = Resting(losing)
+    for _ in range(4):
+        asked.ahead(LOSING[0].sequences)
+    assert asked.asleep or not controller.goes_by_time
+    asked.ahead(LOSING[0].sequences + 1)
+    assert not asked.asleep, "it rests on where another one comes"
 
 
 @functools.cache

@@ -128,6 +128,7 @@ class Batch:
         sampled: what comes out, to be waited for.
         launched: when it was launched, in seconds.
         seconds: what the step took on the host.
+        asleep: whether the controller of drafts rests in it, and is not told of it.
         begun: when it was formed, ``drafting``, the seconds that drafting for it took, and ``took``, those of the whole
             step if they can be told, where anything is drafted.
     """
@@ -143,6 +144,7 @@ class Batch:
     sampled: Awaited | None = None
     launched: float = 0.0
     seconds: float = 0.0
+    asleep: bool = False
     begun: float = 0.0
     drafting: float = 0.0
     took: float | None = None

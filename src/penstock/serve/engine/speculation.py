@@ -13,6 +13,7 @@ from penstock.serve.engine.drafted import DraftExecutor
 from penstock.serve.engine.step_clock import StepClock
 from penstock.speculate.contract import AWAITED, Shaper
 from penstock.speculate.controllers.contract import Controller, Seen
+from penstock.speculate.controllers.resting import Resting
 from penstock.speculate.tree import way_of
 
 
@@ -36,6 +37,7 @@ class Speculation:
         self, controller: Controller, most: int, model: DraftExecutor | None, shaper: Shaper | None = None
     ) -> None:
         self._control, self._weighs, self.model = controller.start(most), controller.weighs, model
+        self._resting = Resting(self._control)
         self.shaper = shaper
         asks = controller.predicts or controller.by_confidence
         self.goes_on = self._control.goes_on if asks else None
@@ -46,10 +48,15 @@ class Speculation:
     def ahead(self, running: int) -> int:
         """How many tokens may be drafted for a sequence in the next step, where so many run."""
         going = max(1, running)
-        ahead = self._control.ahead(going)
+        ahead = self._resting.ahead(going)
         if ahead and self.shaper is not None:
             self.shaper.plan(ahead, lambda rows: self._control.seconds(going * rows))
         return ahead
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the controller rests in the next step."""
+        return self._resting.asleep
 
     def asks(self) -> List[int]:
         """As of :meth:`Control.asks`."""
@@ -96,7 +103,7 @@ class Speculation:
     def learn(self, batch: Batch, going: list[Entry], counts: list[int]) -> None:
         """So many tokens came out of each of the entries of ``batch`` that are ``going`` on, which are its scored
         ones."""
-        if not any(each.sequence.draft is not None for each in going):
+        if batch.asleep or not any(each.sequence.draft is not None for each in going):
             return
         rows = batch.tokens
         if not batch.ahead:  # most steps where drafting loses: then it should cost nothing

@@ -116,6 +116,7 @@ class EngineSteps:
         if not room.entries:  # nor is anything left to move: whoever is admitted computes something, or is preempted
             return None
         self.last = Batch(room.entries, memory.tables, memory.copies(), memory.restored(), *given, begun=begun)
+        self.last.asleep = self.speculation is not None and self.speculation.asleep
         self.last.compactions = memory.compactions()
         self.last.moves, self.last.keeps = moves, keeps
         return self.last

@@ -74,6 +74,14 @@ class Control:
     def learn(self, seen: Seen) -> None:
         """A step is over."""
 
+    def rests(self) -> int:
+        """For how many steps more, behind one for which it has just said 0, it says 0 whatever comes out of them, as
+        long as so many sequences run: of those it is neither asked nor told one by one. Here for none."""
+        return 0
+
+    def rested(self, steps: int) -> None:
+        """So many steps of which it was not told have been begun since it was asked last."""
+
     def asks(self) -> Sequence[int]:
         """Of which lengths it wants to know beforehand what such steps take, shorter ones first; here of none."""
         return ()
@@ -86,10 +94,11 @@ class Control:
 @contract(
     "speculate.controller",
     law="no more is drafted than the drafter can, and no more is verified than was drafted, whatever was seen before; "
-    "two that have seen the same decide the same; where it predicts or goes by confidence, drafting ends behind a "
-    "certain rejection and not for certain acceptances, what ends it does so behind more tokens as well, and the "
-    "engine drafts as far as it says of the whole text; what it is told that a step takes is what one more costs; one "
-    "that goes by it loses next to nothing where drafting loses; the tokens that come out are the target's",
+    "two that have seen the same decide the same; as long as it rests it would draft nothing; where it predicts or "
+    "goes by confidence, drafting ends behind a certain rejection and not for certain acceptances, what ends it does "
+    "so behind more tokens as well, and the engine drafts as far as it says of the whole text; what it is told that a "
+    "step takes is what one more costs; one that goes by it loses next to nothing where drafting loses; the tokens "
+    "that come out are the target's",
 )
 class Controller(Policy):
     """Decides how many tokens are drafted."""

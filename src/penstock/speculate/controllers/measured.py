@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Annotated
 
@@ -82,6 +83,8 @@ class Measuring(Control):
         self._before: float | None = None  # the same, whatever it was; None before there was one
         self._by_rows: dict[int, deque[float]] = {}  # seconds of steps with prompts and without
         self._resting: int | None = None  # of which crowd it is known that drafting loses
+        self._plain = 0.0  # and what its steps without drafts take
+        self._brings: list[float] = []  # tokens of a step by length, where they were reckoned since the last drafts
 
     def ahead(self, sequences: int) -> int:
         crowd = _crowd(sequences)
@@ -91,6 +94,14 @@ class Measuring(Control):
             return 0
         self._resting = None
         return self._decide(crowd)
+
+    def rests(self) -> int:
+        return 0 if self._resting is None else REST - 1 - self._since % REST
+
+    def rested(self, steps: int) -> None:
+        # Most steps where drafting loses: then it should cost nothing.
+        self._since += steps
+        self._spent += steps * self._plain
 
     def _decide(self, crowd: int) -> int:
         """The length for a ``crowd``."""
@@ -118,7 +129,7 @@ class Measuring(Control):
         self._winning, self._drafting, self._confirming = 0, False, None
         length = self._tried_next(crowd, plain)
         if not length:
-            self._resting = crowd
+            self._resting, self._plain = crowd, 1 / plain
         return length
 
     def _tried_next(self, crowd: int, plain: float) -> int:
@@ -172,15 +183,19 @@ class Measuring(Control):
 
     def tokens(self, length: int) -> float:
         """Tokens a step of a sequence for which ``length`` are drafted, by what was accepted lately."""
-        reached, expected, rate = 1.0, 1.0, 0.5
-        for tried, accepted in zip(self._tried[:length], self._accepted[:length], strict=True):
+        self._brings = self._brings or [*itertools.accumulate(self._reached(), initial=1.0)]
+        return self._brings[length]
+
+    def _reached(self) -> Iterator[float]:
+        """How likely the token at each depth is accepted."""
+        reached, rate = 1.0, 0.5
+        for tried, accepted in zip(self._tried, self._accepted, strict=True):
             # Where a depth was hardly tried, it is as the one before it, and rather better than worse: to try it is how
             # to know.
             deeper = (accepted + rate * reached) / (tried + 1)
             deeper = min(reached, deeper + self._policy.hope * math.sqrt(deeper * (1 - deeper) / (tried + 1)))
             rate, reached = deeper / max(reached, 1e-9), deeper
-            expected += reached
-        return expected
+            yield reached
 
     def seconds(self, rows: np.ndarray) -> np.ndarray:
         # Between sizes that were timed it is a straight line, and beyond them the last of these goes on; no step takes
@@ -207,9 +222,7 @@ class Measuring(Control):
 
     def learn(self, seen: Seen) -> None:
         if not seen.ahead and self._resting is not None and self._since % REST:
-            # Most steps where drafting loses: then it should cost nothing.
-            self._since += 1
-            self._spent += seen.seconds or 0.0
+            self.rested(1)
             return
         if seen.rows and seen.seconds is not None:
             self._by_rows.setdefault(round(2 * math.log2(seen.rows)), deque(maxlen=TIMES)).append(seen.seconds)
@@ -253,6 +266,7 @@ class Measuring(Control):
 
     def _count(self, seen: Seen, memory: float) -> None:
         """Takes note of what was accepted, by whose ``memory`` what was before is multiplied."""
+        self._brings = []
         # Depths that were not tried are forgotten too: they may have become better.
         self._tried = [memory * each for each in self._tried]
         self._accepted = [memory * each for each in self._accepted]
