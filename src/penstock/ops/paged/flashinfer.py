@@ -200,7 +200,7 @@ class FlashInferCache(CudaCache):
             self._rings.plan(batch)
             self._windowed.plan(batch)
             self._planned = Planned(upload(batch.slots.numpy(), self.shape.device), [])
-            own.copied.record()
+            own.copied.record(torch.cuda.current_stream(self.shape.device))
             return
         fixed = None if batch.shape is None else self._fixed[batch.shape]
         if fixed is not None and fixed.fixed is not None:
@@ -225,7 +225,7 @@ class FlashInferCache(CudaCache):
             self._planned = fixed
         for section, each, own_blocks in zip(sections, pages, blocks, strict=True):
             self._plan_section(section, each, own_blocks)
-        own.copied.record()
+        own.copied.record(torch.cuda.current_stream(self.shape.device))
 
     def advance(self, places: Tensor, more: Tensor, nowhere: int) -> None:
         assert self._planned is not None and self._planned.fixed is not None

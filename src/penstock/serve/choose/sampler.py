@@ -60,7 +60,7 @@ class Sampled:
         logprobs, prompt = (each and each.to_host() for each in (self.logprobs, self.prompt))
         weighed = tuple(each.to("cpu", non_blocking=True) for each in self.weighed)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        ready.record()
+        ready.record(torch.cuda.current_stream(self.tokens.device))  # which to find out without the device takes long
         return Sampled(tokens, logprobs, prompt, counts, ready, weighed=weighed)
 
     def settled(self, sequences: int) -> list[int]:

@@ -288,6 +288,9 @@ def padded(batch: PagedBatch, shape: StepShape, block: int, size: int) -> PagedB
     with one new token each, and behind the others, where the last has what is left."""
     own = taken_as(batch, shape)
     singles, others = shape.singles - own.singles, shape.others - own.others
+    if own.rows == shape.rows and not (singles or others):  # nothing is missing
+        given = batch.starts, batch.lengths, batch.tables, batch.slots
+        return PagedBatch(*given, parents=batch.parents, shape=shape, watched=batch.watched)
     more = np.ones(others, np.int32)
     more[-1:] = shape.tokens - own.tokens - max(others - 1, 0)
     fill = [np.ones(singles, np.int32), more]
