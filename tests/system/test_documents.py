@@ -88,7 +88,7 @@ SMALL = {
     ("train", "--preset", "demo"): ["--set", SMALL_DATA, "--set", "compile=false", "--set", "minutes=0.02"],
     **{
         ("train", "--preset", name): [word for each in SMALL_CHATS for word in ("--set", each)]
-        for name in ("sft", "kto", "distill", "reward")
+        for name in ("sft", "dpo", "kto", "distill", "reward")
     },
     ("train", "--resume"): ["--set", "minutes=0.02"],
     ("data", "build"): ["--held-out", "0.2"],
