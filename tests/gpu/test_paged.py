@@ -22,6 +22,7 @@ pytestmark = pytest.mark.gpu
 POLICIES = enrolled("attention.paged")
 
 
+@pytest.mark.timeout(900)  # kernels are compiled for every shape
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_law_holds(name: str) -> None:
     policy = POLICIES[name]
