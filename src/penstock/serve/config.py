@@ -10,14 +10,14 @@ import torch
 from pydantic import ByteSize, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from penstock.core.config import Config
-from penstock.core.errors import UsageError, nearest
+from penstock.core.errors import ConfigError, UsageError, nearest
 from penstock.models import hub
 from penstock.models.heads import folder as heads
 from penstock.ops.paged.codecs.contract import Codec, LearnedCodec
 from penstock.ops.paged.codecs.plain import Plain as PlainCodec
 from penstock.ops.paged.contract import PagedAttention
 from penstock.ops.paged.residual import Residual
-from penstock.policy import Choice, index
+from penstock.policy import Choice, index, lookup
 from penstock.serve.batching.contract import Batching
 from penstock.serve.batching.sarathi import Sarathi
 from penstock.serve.engine.loops.contract import Loop
@@ -129,7 +129,16 @@ class EngineConfig(Config):
         """What is no drafter is a head's folder, or a model; of a table, the ``name`` may be one."""
         table = {"name": draft} if isinstance(draft, str | Path) else draft
         name = table.get("name") if isinstance(table, Mapping) else None
-        if not isinstance(name, str | Path) or index().find("speculate.drafter", str(name)) is not None:
+        if not isinstance(name, str | Path):
+            return draft
+        if index().find("speculate.drafter", str(name)) is not None:
+            source = lookup("speculate.drafter", str(name)).model_fields.get("source")
+            if source is not None and source.is_required() and "source" not in table:
+                raise ConfigError(
+                    f"the drafter {str(name)!r} drafts with a model or a head, and none is named",
+                    hint="Name that itself, as in --draft FOLDER or draft='FOLDER'; or beside the drafter, as in "
+                    f"--draft {name} --set draft.source=FOLDER.",
+                )
             return draft
         if table.get("source", str(name)) != str(name):
             raise UsageError(

@@ -162,6 +162,8 @@ def test_coverage_says_what_was_computed_last(data):
                 # Into a block of its own, as that of a fork is, which goes on behind the same beginning.
                 place = data.draw(st.integers(0, 3))
                 book.copy(book.tables[0][place], book.tables[1][place])
+                begin = place * book.size
+                lengths[1] = min(lengths[1], max(begin, min(lengths[0], begin + book.size)))
             case "restore":
                 book.restored(book.tables[row][data.draw(st.integers(0, 3))])
             case "end":

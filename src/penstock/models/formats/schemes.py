@@ -90,8 +90,9 @@ class W4A16:
     def __init__(self, columns: Collection[int]) -> None:
         fitting = [size for size in GROUPS if not any(count % size for count in columns)]
         if not fitting:
+            unfit = {count for count in columns if count % min(GROUPS)}  # each size is a multiple of the smallest
             raise ModelError(
-                f"matrices of {', '.join(map(str, sorted(set(columns))))} columns have no groups of "
+                f"matrices of {', '.join(map(str, sorted(unfit)))} columns have no groups of "
                 f"{', '.join(map(str, GROUPS))}",
                 hint="Choose another scheme: fp8 or int8.",
             )

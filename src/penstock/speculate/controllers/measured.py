@@ -114,7 +114,7 @@ class Measuring(Control):
             hopeless = len(times) > 1 and self._hopeless(crowd, min(times))
             if not (hopeless or self._known(crowd, length)):
                 loss = min(times) - self.tokens(length) / plain if times else loss
-                if self._again or self._affords(plain, loss):
+                if self._again or self._affords(plain, loss) or (times and self._repays(loss)):
                     return length
                 break
             seconds, tokens = _usual(times), self.tokens(length)
@@ -156,6 +156,11 @@ class Measuring(Control):
         """Whether a trial may lose so many seconds more, where ``plain`` decoding makes so many steps in a second."""
         whole = max(0.0, loss) + max(0.0, self._dear)
         return whole <= self._policy.share * self._spent + CREDIT / plain + self._balance
+
+    def _repays(self, loss: float) -> bool:
+        """Whether to draft where a step seems to lose so much, and wins if that is below 0, makes good before long what
+        its beginning costs: then what trials have lost elsewhere, as for a larger crowd, is nothing to wait for."""
+        return self._since >= self._policy.patience and max(0.0, self._dear) < -loss * self._policy.patience
 
     def _confirmed(self, crowd: int, best: int) -> bool:
         """Whether drafting goes on, or the ``best`` length was timed since it seems to win. If not, it has to be: what

@@ -445,7 +445,7 @@ def test_a_scheme_that_does_not_fit_or_is_not_there(tmp_path):
     with pytest.raises(UsageError, match="there is no scheme 'w4a61': did you mean 'w4a16'"):
         hub.save(decoder, tmp_path / "none", scheme="w4a61")
     peer("llama").save_pretrained(tmp_path / "odd")
-    with pytest.raises(ModelError, match="matrices of 32, 40, 48 columns have no groups"):
+    with pytest.raises(ModelError, match="matrices of 40, 48 columns have no groups"):
         hub.save(hub.load(tmp_path / "odd"), tmp_path / "none", scheme="w4a16")
     assert not (tmp_path / "none").exists()
 
