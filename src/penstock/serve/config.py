@@ -12,6 +12,7 @@ from pydantic import ByteSize, Field, NonNegativeInt, PositiveInt, field_validat
 from penstock.core.config import Config
 from penstock.core.errors import ConfigError, UsageError, nearest
 from penstock.models import hub
+from penstock.models.acceptance import folder as acceptance
 from penstock.models.heads import folder as heads
 from penstock.ops.paged.codecs.contract import Codec, LearnedCodec
 from penstock.ops.paged.codecs.plain import Plain as PlainCodec
@@ -458,6 +459,11 @@ def _drafting(name: str | Path) -> dict[str, Any]:
     here = {*hub.boxed_models(), *hub.PACKAGED}
     if heads.find(name) is not None:
         return {"name": heads.drafter_of(name), "source": str(name)}
+    if acceptance.find(name) is not None:
+        raise UsageError(
+            f"{str(name)!r} is an acceptance head, which drafts nothing: it says how long a model's drafts are to be",
+            hint=f"Draft with a model: --draft MODEL --controller specdec_pp --set controller.head={name}",
+        )
     if str(name) in here or "/" in str(name) or Path(name).exists():
         return {"name": "model", "source": str(name)}
     known = {*here, *index().names("speculate.drafter")} - {"model", "head"}

@@ -102,6 +102,8 @@ def test_a_head_comes_back_bit_for_bit_and_not_for_other_models(tmp_path):
     assert "--preset acceptance --set target=b --set draft=a" in str(wrong.value)
     with pytest.raises(UsageError, match="was trained for the target"):
         acceptance.load(tmp_path, pair.draft, shifted.target, ("a", "b"))
+    with pytest.raises(UsageError, match="is an acceptance head, which drafts nothing"):
+        EngineConfig.model_validate({"draft": str(tmp_path)})
     (tmp_path / "acceptance.json").write_text("{}")
     with pytest.raises(ModelError, match="does not describe an acceptance head"):
         acceptance.load(tmp_path, pair.draft, pair.target, ("a", "b"))

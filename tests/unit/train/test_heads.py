@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
 from penstock.core.config import build, read_toml
-from penstock.core.errors import ConfigError, UsageError
+from penstock.core.errors import ConfigError, ModelError, UsageError
 from penstock.core.progress import silent
 from penstock.data.loader import Batch
 from penstock.models import hub
@@ -182,6 +184,15 @@ def test_damaged_heads_are_told_by_their_files(target, tmp_path):
     heads.save(Headed.new(model, Medusa(heads=1), 0), tmp_path)
     (tmp_path / "head.safetensors").write_bytes(b"nothing")
     with pytest.raises(Exception, match=r"head\.safetensors cannot be read"):
+        heads.load(tmp_path, model)
+    (tmp_path / "head.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no weights: head\.safetensors is missing") as gone:
+        heads.load(tmp_path, model)
+    assert "Copy the folder again" in str(gone.value)
+    (other := tmp_path / "other").mkdir()
+    heads.save(Headed.new(model, Medusa(heads=2), 0), other)
+    shutil.copy(other / "head.safetensors", tmp_path)
+    with pytest.raises(ModelError, match="not those of its head: 2 unknown, such as blocks"):
         heads.load(tmp_path, model)
     (tmp_path / "head.json").write_text('{"head": {"name": "medusa"}}')
     with pytest.raises(Exception, match=r"head\.json does not describe a head"):

@@ -11,6 +11,7 @@ from penstock.core.files import read_json, write_json
 from penstock.models.acceptance.head import AcceptanceHead, Pair, like
 from penstock.models.decoder import Decoder
 from penstock.models.heads.weights import (
+    AGAIN,
     called,
     fill,
     folder_with,
@@ -32,6 +33,11 @@ def command(draft: str = "DRAFT", target: str = "MODEL") -> str:
     return f"penstock train --preset acceptance --set target={target} --set draft={draft} --out runs/acceptance"
 
 
+def find(source: str | Path) -> Path | None:
+    """The folder of a head; see :func:`~penstock.models.heads.weights.folder_with`."""
+    return folder_with(DESCRIPTION, source)
+
+
 def save(pair: Pair, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Writes the head of ``pair`` into a folder that exists.
 
@@ -47,13 +53,13 @@ def save(pair: Pair, folder: Path, dtype: torch.dtype | None = None) -> None:
 
 def load(source: str | Path, draft: Decoder, target: Decoder, names: tuple[str, str]) -> AcceptanceHead:
     """The head in ``source``, on the device and in the dtype of ``draft``, for what that drafts for ``target``; these
-    are called ``names``. Where it is looked for, :func:`~penstock.models.heads.weights.folder_with` says.
+    are called ``names``. Where it is looked for, :func:`find` says.
 
     Raises:
         UsageError: there is no head, or it is for other models; the hint is the command that trains one.
         ModelError: the folder is damaged.
     """
-    folder = folder_with(DESCRIPTION, source)
+    folder = find(source)
     again = f"Train one: {command(*names)}, and name it: --set controller.head=runs/acceptance"
     if folder is None:
         raise UsageError(
@@ -65,8 +71,8 @@ def load(source: str | Path, draft: Decoder, target: Decoder, names: tuple[str, 
         try:
             same, trained_for = said["sizes"][part] == sizes_of(model), said[part]
         except (KeyError, TypeError) as error:
-            what = f"{folder / DESCRIPTION} does not describe an acceptance head ({type(error).__name__}: {error})"
-            raise ModelError(what) from error
+            what = f"{folder / DESCRIPTION} does not describe an acceptance head by its sizes, target and draft"
+            raise ModelError(what, hint=AGAIN) from error
         if not same or not same_marks(part, model, tensors):
             raise UsageError(
                 f"the acceptance head in {folder} was trained for the {part} {trained_for}, which this one is not",

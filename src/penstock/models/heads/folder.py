@@ -17,6 +17,7 @@ from penstock.models.decoder import Decoder
 from penstock.models.heads.contract import Head, HeadModule
 from penstock.models.heads.headed import Headed
 from penstock.models.heads.weights import (
+    AGAIN,
     called,
     fill,
     folder_with,
@@ -84,7 +85,8 @@ def describe(folder: Path) -> Description:
         kind = Choice("model.head").resolve(stored["head"])
         return Description(kind, str(stored["target"]), {key: int(size) for key, size in stored["sizes"].items()})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ModelError(f"{path} does not describe a head ({type(error).__name__}: {error})") from error
+        what = f"{path} does not describe a head by the keys head, target and sizes"
+        raise ModelError(what, hint=AGAIN) from error
 
 
 def load(source: str | Path, target: Decoder, name: str = "MODEL") -> HeadModule:

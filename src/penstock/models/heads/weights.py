@@ -20,6 +20,9 @@ from penstock.models.decoder import Decoder
 #: How much a norm may differ from what it was, relative to it: as bf16 rounds.
 ROUNDED = 2**-7
 
+#: What to do about a folder that is damaged.
+AGAIN = "Copy the folder again from where it was trained, or train it anew."
+
 #: What the marks of a model begin with, by its part.
 MARKS = {"target": "target.norm.", "draft": "draft.norm."}
 
@@ -49,12 +52,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """What :func:`write_weights` wrote.
 
     Raises:
-        ModelError: the file is damaged.
+        ModelError: the file is missing, or damaged.
     """
+    if not path.exists():
+        raise ModelError(f"{path.parent} has no weights: {path.name} is missing", hint=AGAIN)
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"the weights {path} cannot be read: {error}") from error
+        raise ModelError(f"the weights {path} cannot be read: {error}", hint=AGAIN) from error
     return tensors
 
 
@@ -64,12 +69,18 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None
     Raises:
         ModelError: they are those of another one.
     """
-    own = tuple(MARKS.values())
-    try:
-        module.load_state_dict({name: each for name, each in tensors.items() if not name.startswith(own)})
-    except RuntimeError as error:  # names or shapes differ; what it says has many lines
-        first = " ".join(str(error).split())
-        raise ModelError(f"the weights in {folder} are not those of its head: {first}") from error
+    marked = tuple(MARKS.values())
+    given = {name: each for name, each in tensors.items() if not name.startswith(marked)}
+    own = module.state_dict()
+    differing = {
+        "missing": [name for name in own if name not in given],
+        "unknown": [name for name in given if name not in own],
+        "of another shape": [name for name in own if name in given and given[name].shape != own[name].shape],
+    }
+    said = [f"{len(names)} {how}, such as {names[0]}" for how, names in differing.items() if names]
+    if said:
+        raise ModelError(f"the weights in {folder} are not those of its head: {'; '.join(said)}", hint=AGAIN)
+    module.load_state_dict(given)
 
 
 def marks(part: str, model: Decoder) -> dict[str, Tensor]:
