@@ -158,8 +158,9 @@ class Measuring(Control):
         return whole <= self._policy.share * self._spent + CREDIT / plain + self._balance
 
     def _repays(self, loss: float) -> bool:
-        """Whether to draft where a step seems to lose so much, and wins if that is below 0, makes good before long what
-        its beginning costs: then what trials have lost elsewhere, as for a larger crowd, is nothing to wait for."""
+        """Whether drafting is to be confirmed though trials have lost what they may, as they do for a larger crowd: it
+        is time to see, and a step seems to win (a ``loss`` below 0) so much that what its beginning costs is made good
+        before the next time."""
         return self._since >= self._policy.patience and max(0.0, self._dear) < -loss * self._policy.patience
 
     def _confirmed(self, crowd: int, best: int) -> bool:
