@@ -142,9 +142,7 @@ class World:
         2.13), which would turn a finished run into a failed one.
         """
         if self.size > 1:
-            self.barrier()
-            if self.watch is not None:
-                self.watch.leave()
+            self.leave()
             self._exit(0)
 
     def _exit(self, code: int) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from penstock.core.errors import ModelError, PenstockError, UsageError
 from penstock.models import hub
-from penstock.models.adapters.slots import AdapterSlots, matrices
+from penstock.models.adapters.slots import AdapterSlots, hook_first, matrices
 from penstock.models.attention import CausalRows
 from penstock.models.decoder import Decoder
 from penstock.models.quantized import QuantizedLinear
@@ -312,3 +312,13 @@ def test_what_cuda_computes_is_compiled_once_for_any_number_of_rows():
         compiled(torch.zeros(count, 14), torch.zeros(count, 10), torch.zeros(count, dtype=torch.int64))
     torch._dynamo.reset()
     assert len(graphs) == 1
+
+
+def test_a_hook_that_is_called_first_is_the_first_one_to_compilers_too():
+    """Ranks sum up in a hook of their own what adapters have been added to."""
+    layer, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
+    layer.register_forward_hook(lambda module, inputs, out: 2 * out)
+    hook_first(layer, lambda module, inputs, out: out + 3)
+    assert torch.allclose(layer(x), 2 * (x @ layer.weight.T + layer.bias + 3))
+    # torch.compile of PyTorch 2.11 looks at the order of the dict that the ordered one is made of.
+    assert [*dict.keys(layer._forward_hooks)] == [*layer._forward_hooks]

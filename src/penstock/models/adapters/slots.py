@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -91,7 +91,7 @@ class AdapterSlots:
             ours = model.get_submodule(name)
             ours.register_forward_pre_hook(functools.partial(self._begin, room))
             # Before what sums a layer's output over ranks: what is added to it is a part of that sum, too.
-            ours.register_forward_hook(functools.partial(self._added, room), prepend=True)
+            hook_first(ours, functools.partial(self._added, room))
 
     @property
     def nbytes(self) -> int:
@@ -195,6 +195,16 @@ def matrices(model: Decoder, family: Family) -> dict[str, tuple[int, int]]:
         assert isinstance(layer, nn.Linear)
         shapes |= {piece.module: (piece.rows, layer.in_features) for piece in pieces}
     return shapes
+
+
+def hook_first(layer: nn.Module, hook: Callable[..., Tensor]) -> None:
+    """Has ``hook`` called behind ``layer``, before all others that are."""
+    layer.register_forward_hook(hook, prepend=True)
+    # To compile a layer, PyTorch 2.11 finds hooks by their places in the dict that the ordered one is made of, where
+    # this one would still be the last: it would take one for another.
+    hooks = [*layer._forward_hooks.items()]
+    layer._forward_hooks.clear()
+    layer._forward_hooks.update(hooks)
 
 
 def read(folder: Path, family: Family, model: Decoder) -> dict[str, Addition]:

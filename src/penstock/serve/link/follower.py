@@ -47,6 +47,8 @@ def follow(model: Decoder, config: EngineConfig, channel: Channel[Message], worl
     orders = Orders(channel)
     for message in orders:
         if message.what == "leave":
+            if runner is not None:
+                runner.close()
             return
         with blaming(world.watch):
             if message.what == "open":

@@ -269,9 +269,8 @@ class Runner:
         return self._adapters.load(slot, hub.resolve_adapter(folder))
 
     def sleep(self) -> None:
-        self.close()
         self._awake = _Awake(self.blocks, bool(self.passes.captured))
-        self.passes.release()
+        self.close()
         self.resize(0)
         self.weights.release()
         if self.device.type == "cuda":
@@ -294,6 +293,8 @@ class Runner:
     def close(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        # NCCL waits for the end of all graphs that it is a part of, before ranks leave it.
+        self.passes.release()
 
     @property
     def goes_on(self) -> bool:
