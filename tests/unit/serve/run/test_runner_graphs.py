@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -297,3 +298,11 @@ def test_the_next_start_captures_the_same_steps_and_times_none(
     assert max(shape.rows for shape in other) > 100
     assert captured(sequences=200) == other
     assert next(measured) == 900
+
+
+def test_graphs_end_with_their_engine(warm):
+    """Ranks cannot leave each other while there is one that they compute together."""
+    graphs = [weakref.ref(each.decodes) for each in warm.executor.passes.captured.values()]
+    assert graphs and all(each() is not None for each in graphs)
+    warm.close()
+    assert all(each() is None for each in graphs)
