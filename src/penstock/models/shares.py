@@ -256,8 +256,10 @@ def _stacks(whole: Decoder, part: Decoder) -> dict[str, list[tuple[int, int]]]:
 
 def _in_sum(name: str, axes: Mapping[str, int | None]) -> bool:
     """Whether the parameter ``name`` is the bias of a matrix whose columns are divided."""
-    matrices = (name.removesuffix("bias") + "weight", name.removesuffix("_bias"))
-    return name.endswith("bias") and any(axes.get(matrix) == -1 for matrix in matrices)
+    if not name.endswith("bias"):
+        return False
+    matrix = f"{name.removesuffix('bias')}weight" if name.endswith(".bias") else name.removesuffix("_bias")
+    return axes.get(matrix) == -1
 
 
 class Divided:

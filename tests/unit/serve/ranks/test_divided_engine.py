@@ -155,8 +155,12 @@ def test_two_ranks_say_of_every_family_what_one_device_does(families):
     check(2, families, tokens=1)
 
 
-def test_four_ranks_say_of_different_families_what_one_device_does(families):
-    check(4, {name: families[name] for name in DIFFERENT}, tokens=1)
+def test_four_ranks_say_of_different_families_what_one_device_does(families, tmp_path):
+    """And of a model whose ranks all have the same head of keys and values, with its biases."""
+    shape = example("qwen2").model_copy(update={"kv_heads": 1})
+    assert shape.qkv_bias
+    hub.save(randomize(Decoder(shape)), tmp_path / "one", family="qwen2")
+    check(4, {name: families[name] for name in DIFFERENT} | {"one head": tmp_path / "one"}, tokens=1)
 
 
 def test_two_ranks_check_what_is_drafted_over_a_coded_cache(families):
