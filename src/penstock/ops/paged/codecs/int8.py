@@ -36,7 +36,7 @@ class Int8(Codec):
         return torch.cat([codes, torch.where(step.isinf(), torch.nan, step).view(torch.int8)], -1)
 
     def decode(self, stored: Tensor, head_dim: int, dtype: torch.dtype, table: Tensor | None = None) -> Tensor:
-        step = stored[..., head_dim:].contiguous().view(torch.float32)
+        step = stored[..., head_dim:].clone(memory_format=torch.contiguous_format).view(torch.float32)
         return (stored[..., :head_dim] * step).to(dtype)
 
     def bound(self, vectors: Tensor, table: Tensor | None = None) -> Tensor:
