@@ -102,12 +102,20 @@ def _do(runner: RankRunner, message: Do, channel: Channel[Message]) -> None:
         case "try_graphs", []:
             runner.try_graphs(lambda: 0)
         case "load_adapter", [slot, folder]:
-            runner.load_adapter(slot, Path(folder))
+            channel.send(_loaded(runner, slot, Path(folder)))
         case "describe", []:
             memory = {"weights": weight_bytes(runner.model), "cache": (runner.blocks + 1) * runner.block_bytes}
             channel.send(Done(memory | ({"adapters": runner.adapter_bytes} if runner.adapter_bytes else {})))
         case ("forget" | "resize" | "compile_pass" | "capture") as what, arguments:
             getattr(runner, what)(*arguments)
+
+
+def _loaded(runner: RankRunner, slot: int, folder: Path) -> Done | Refusal:
+    """The answer to an adapter that was to be loaded. What is in its slot is used by nobody before all have it."""
+    try:
+        return Done(key=runner.load_adapter(slot, folder))
+    except PenstockError as error:
+        return Refusal(error.what, error.hint, error.exit_code)
 
 
 def main() -> None:
@@ -138,7 +146,7 @@ def main() -> None:
         channel.send(Refusal(repr(error), "", 1))
         return
     settle()
-    channel.send(Done({}))
+    channel.send(Done())
     world = met(share, store(share.size, wanted.port))
     with world.together(lambda error: log.error("%s", error)):
         follow(model, config, channel, world)

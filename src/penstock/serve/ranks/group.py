@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -182,6 +183,25 @@ class Ranks:
             self.tell("describe")
             self.memory = [each.memory for each in self._heard()]
 
+    def load_adapter(self, slot: int, folder: Path, key: bytes) -> None:
+        """Lets the others load the adapter of ``folder`` into ``slot``, too, and waits until they have. What this rank
+        has read there has the ``key``.
+
+        Raises:
+            PenstockError: one of them cannot, or has read something else.
+        """
+        with self.together():
+            self.tell("load_adapter", slot, str(folder))
+            answers = [*self._answers()]
+        for rank, answer in enumerate(answers, 1):
+            if isinstance(answer, Refusal):
+                raise _refused(rank, answer)
+            if answer.key != key:
+                raise PenstockError(
+                    f"the adapter {folder} has changed while ranks read it: rank {rank} has another one than rank 0",
+                    hint="Load it again.",
+                )
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Within the block this rank does what the others do too. Where it raises something, they would wait for it in
@@ -242,19 +262,27 @@ class Ranks:
         return self._world.watch
 
     def _heard(self) -> list[Done]:
-        """What each of them answers."""
+        """What each of them answers.
+
+        Raises:
+            PenstockError: one of them refuses.
+        """
         answers: list[Done] = []
-        for rank, channel in enumerate(self._channels, 1):
-            answer = channel.receive()
+        for rank, answer in enumerate(self._answers(), 1):
             if isinstance(answer, Refusal):
-                kind = UsageError if answer.exit_code == UsageError.exit_code else PenstockError
-                raise kind(f"rank {rank}: {answer.what}", hint=answer.hint)
-            if not isinstance(answer, Done) and self._world is not None:
-                raise self._watch.waited(None, "an answer", patience=2.0)
-            if not isinstance(answer, Done):
-                raise RankLostError(f"rank {rank} {self._end_of(rank)} while it was opened")
+                raise _refused(rank, answer)
             answers.append(answer)
         return answers
+
+    def _answers(self) -> Iterator[Done | Refusal]:
+        """The same, or that it refuses."""
+        for rank, channel in enumerate(self._channels, 1):
+            answer = channel.receive()
+            if not isinstance(answer, Done | Refusal):
+                if self._world is not None:
+                    raise self._watch.waited(None, "an answer", patience=2.0)
+                raise RankLostError(f"rank {rank} {self._end_of(rank)} while it was opened")
+            yield answer
 
     def _end_of(self, rank: int) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -309,6 +337,12 @@ def _check(size: int, device: torch.device) -> None:
             "this process is in a process group of torch.distributed already, and can be in one only",
             hint="Open the model in a process of its own.",
         )
+
+
+def _refused(rank: int, refusal: Refusal) -> PenstockError:
+    """What ``rank`` has refused, as an error of this one."""
+    kind = UsageError if refusal.exit_code == UsageError.exit_code else PenstockError
+    return kind(f"rank {rank}: {refusal.what}", hint=refusal.hint)
 
 
 def _lost(loss: Loss) -> RankLostError:

@@ -137,7 +137,7 @@ class LeadingRunner(RankRunner):
         assert self.ranks is not None
         # Where it does not fit, that is said here, and nothing has changed anywhere.
         key = super().load_adapter(slot, folder)
-        self.ranks.tell("load_adapter", slot, str(folder))
+        self.ranks.load_adapter(slot, folder, key)
         return key
 
     def execute(self, step: Step, proposals: Proposals | None = None) -> Sampled | None:

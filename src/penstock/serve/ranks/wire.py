@@ -32,14 +32,15 @@ class Do:
 @dataclasses.dataclass(frozen=True)
 class Done:
     """The answer to a :class:`Follow`, once the share is loaded, and to what else waits for one: ``memory`` has bytes
-    of the rank's device by what they are for."""
+    of the rank's device by what they are for, and ``key`` is that of the adapter that was loaded."""
 
-    memory: dict[str, int]
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    key: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A rank cannot be opened: a PenstockError in parts."""
+    """A rank cannot be opened, or cannot load an adapter: a PenstockError in parts."""
 
     what: str
     hint: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 import gguf_files
-from divided_ranks import FAMILIES, ending_all, example
+from divided_ranks import FAMILIES, ending_all, example, together
 from penstock.core.channel import Channel
 from penstock.core.errors import ModelError, PenstockError, UsageError
 from penstock.models import hub
+from penstock.models.adapters import slots
 from penstock.models.adapters.slots import matrices
 from penstock.models.decoder import Decoder
 from penstock.models.formats.schemes import SCHEMES
@@ -235,21 +237,79 @@ def test_adapters_that_do_not_fit_change_nothing_on_any_rank(families, adapters)
 
     class Told(Ranks):
         def tell(self, what, *arguments):
-            told.append(what)
+            pass
 
-    told: list[str] = []
+        def load_adapter(self, slot, folder, key):
+            told.append(folder)
+
+    told: list[Path] = []
     config = CONFIG.model_copy(update={"adapters": {"a": adapters("llama")["a"]}, "adapter_slots": 2})
     model = open_share(families["llama"], config, torch.device("cpu"), Share(0, 2))
     others = Told(Share(0, 2), [])
     others.ask_memory = lambda: None  # type: ignore[method-assign]
     engine = build_engine(model, config, ranks=others)
-    assert told.count("load_adapter") == 1
+    assert len(told) == 1
     with pytest.raises(ModelError, match="another base"):
         engine.adapters.load("b", adapters("gpt2")["b"])
     with pytest.raises(UsageError, match="has the rank 5, and there is room for 3"):
         engine.adapters.load("b", adapters("llama")["b"])
     engine.adapters.load("c", adapters("llama")["c"])
-    assert told.count("load_adapter") == 2
+    assert told == [adapters("llama")["a"], adapters("llama")["c"]]
+
+
+def test_all_ranks_have_read_an_adapter_before_it_is_there(families, adapters, tmp_path):
+    """The next one may lie in its folder by then."""
+    folder, config = tmp_path / "adapter", CONFIG.model_copy(update={"adapter_slots": 1, "adapter_rank": 5})
+
+    def answer(engine: Engine) -> list[list[int]]:
+        shutil.copytree(adapters("llama")["a"], folder, dirs_exist_ok=True)
+        engine.add(Request("before", prompt(1, 6).tolist()[0], SamplingParams(temperature=0, max_tokens=9)))
+        engine.step()
+        engine.adapters.load("a", folder)
+        shutil.copytree(adapters("llama")["b"], folder, dirs_exist_ok=True)
+        engine.add(Request("behind", prompt(1, 6).tolist()[0], SamplingParams(temperature=0), adapter="a"))
+        answers: dict[str, list[int]] = {}
+        while engine.busy:
+            for delta in engine.step():
+                answers.setdefault(delta.id, []).extend(delta.tokens)
+        return [answers["before"], answers["behind"]]
+
+    alone = answer(build_engine(hub.load_for_inference(families["llama"]).eval(), config))
+    assert together(2, families["llama"], config, answer)[0]["returned"] == alone
+
+
+def test_ranks_go_on_where_one_has_not_read_an_adapter_as_the_first_has(families, adapters, monkeypatch):
+    folder, read = adapters("llama")["a"], slots.read
+
+    def load(engine: Engine) -> list[str]:
+        told = []
+        for _ in range(3):
+            try:
+                engine.adapters.load("a", folder)
+            except PenstockError as error:
+                told.append(str(error))
+        engine.add(Request("", [1, 2], SamplingParams(temperature=0, max_tokens=3), adapter="a"))
+        while engine.busy:
+            engine.step()
+        return told
+
+    def change(rank: int, model: Decoder) -> None:
+        def reading(place: Path, *more):
+            if not missed:
+                return read(place, *more)
+            missed.pop()
+            if not missed:
+                raise ModelError("it is not there")
+            return read(adapters("llama")["b"], *more)
+
+        missed = [1, 2] if rank else []
+        monkeypatch.setattr(slots, "read", reading)
+
+    config = CONFIG.model_copy(update={"adapter_slots": 1, "adapter_rank": 5})
+    adapters("llama")  # are written before ranks are forked
+    (found, _) = together(2, families["llama"], config, load, change)
+    changed, missing = found["returned"]
+    assert "has changed while ranks read it: rank 1 has another one" in changed and missing == "rank 1: it is not there"
 
 
 def failing(model: Decoder, error: Exception, calls: int) -> None:

@@ -42,7 +42,8 @@ class Int4(Codec):
     def decode(self, stored: Tensor, head_dim: int, dtype: torch.dtype, table: Tensor | None = None) -> Tensor:
         size = -(-head_dim // 2)
         codes = torch.stack([stored[..., :size] & 15, stored[..., :size] >> 4], -1).flatten(-2)[..., :head_dim]
-        scales = stored[..., size:].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float().view(*stored.shape[:-1], -1, 2)
+        beside = stored[..., size:].clone(memory_format=torch.contiguous_format)
+        scales = beside.view(torch.bfloat16).float().view(*stored.shape[:-1], -1, 2)
         numbers = scales[..., :1] + self._grouped(codes.float()) * scales[..., 1:]
         return numbers.flatten(-2)[..., :head_dim].to(dtype)
 
