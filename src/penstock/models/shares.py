@@ -181,9 +181,12 @@ class Cut:
             try:
                 parts = packed.format.columns(packed.parts, start, stop)
             except UsageError as error:
+                units, ranks = packed.shape[1] // packed.format.unit, self.whole[self.axis] // self.size
+                fitting = [str(count) for count in range(2, ranks) if units % count == 0]
+                fewer = f"Set tensor_parallel to {' or '.join(fitting)}" if fitting else "Leave tensor_parallel out"
                 raise UsageError(
-                    f"{name} cannot be divided among so many ranks as it is stored: {error.what}",
-                    hint="Set tensor_parallel to fewer, or take a model that is not quantized.",
+                    f"{name} cannot be divided among {ranks} ranks as it is stored: {error.what}",
+                    hint=f"{fewer}, or take a model that is not quantized.",
                 ) from error
         # Copies: what the others take does not stay in memory with it.
         return Packed(packed.format, {part: stored.clone() for part, stored in parts.items()})

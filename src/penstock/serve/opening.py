@@ -21,7 +21,7 @@ from penstock.models.decoder import Decoder
 from penstock.models.heads import folder as heads
 from penstock.models.heads.contract import HeadModule
 from penstock.models.pairing import require_same_tokens
-from penstock.models.shares import Share, divided
+from penstock.models.shares import Share
 from penstock.models.streamed import stream_of
 from penstock.parallel.tensor import join
 from penstock.serve.build import build_engine, compiles
@@ -161,7 +161,7 @@ def _open_divided(
     if config.pipeline_parallel > 1:
         stages(shape.layers, config.pipeline_parallel)
     else:
-        divided(shape, config.tensor_parallel)
+        hub.check_divisible(folder, config.tensor_parallel)
     stop, grammars = _ends(folder, tokenizer, shape.vocabulary)
     ranks = Ranks.start(config.ranks, str(folder), config.model_dump_json(), device)
     try:

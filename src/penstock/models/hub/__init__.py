@@ -14,6 +14,7 @@ from penstock.models.hub.description import read_config
 from penstock.models.hub.family import family_of
 from penstock.models.hub.folders import ADAPTER, BOXED, PACKAGED, boxed_models, name_of, resolve, resolve_adapter
 from penstock.models.hub.loading import (
+    check_divisible,
     dtype_of,
     import_state,
     is_quantized,
@@ -34,6 +35,7 @@ __all__ = [
     "PACKAGED",
     "blank",
     "boxed_models",
+    "check_divisible",
     "config_end_tokens",
     "dtype_of",
     "end_tokens",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -72,15 +72,9 @@ def keep_packed(
     """Replaces what has its quantized matrices ``kept`` on ``device`` beside activations of ``dtype``, in a decoder on
     the meta device: linear layers, the experts of mixtures, the embedding, and a head that is tied to it. ``beside``
     has the matrices of those linear layers of the blocks to which something is added apart."""
-    for name, stack in _stacks(decoder, family).items():
+    for name, stack, source in kept_stacks(decoder, family, weights, kept, beside):
         owner, _, part = name.rpartition(".")
-        module, source = decoder.get_submodule(owner), weights
-        if beside is not None and type(module) is Linear and name.startswith("layers."):
-            source = beside
-        turned = type(module) is Linear and general(name) in family.transposed
-        known = type(module) is Linear or name == "embedding.weight" or isinstance(module, MixtureOfExperts)
-        if turned or not known or not name.startswith(kept.prefix) or not stack.keys() <= {*source.quantized}:
-            continue
+        module = decoder.get_submodule(owner)
         pieces = _pieces(stack, source, device, lambda format: kept.stays(format, device, dtype))
         mixed = isinstance(module, MixtureOfExperts) and device.type != "cpu" and pieces is not None and len(pieces) > 1
         if pieces is None or mixed:  # kernels read the matrices of all experts in one format
@@ -96,6 +90,21 @@ def keep_packed(
             decoder.set_submodule(owner, QuantizedEmbedding(matrix, dtype).to(device))
             if decoder.config.shares_head and hasattr(decoder, "head"):  # which a stage may lack
                 decoder.set_submodule("head", matrix)
+
+
+def kept_stacks(
+    decoder: Decoder, family: Family, weights: Weights, kept: Kept, beside: Weights | None = None
+) -> Iterator[tuple[str, dict[str, torch.Size], Weights]]:
+    """The parameters whose matrices are quantized and may stay so, by :func:`keep_packed`: the names and shapes of
+    these matrices, and where they are."""
+    for name, stack in _stacks(decoder, family).items():
+        module, source = decoder.get_submodule(name.rpartition(".")[0]), weights
+        if beside is not None and type(module) is Linear and name.startswith("layers."):
+            source = beside
+        turned = type(module) is Linear and general(name) in family.transposed
+        known = type(module) is Linear or name == "embedding.weight" or isinstance(module, MixtureOfExperts)
+        if known and not turned and name.startswith(kept.prefix) and stack.keys() <= {*source.quantized}:
+            yield name, stack, source
 
 
 def _stacks(decoder: Decoder, family: Family) -> dict[str, dict[str, torch.Size]]:

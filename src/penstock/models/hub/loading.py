@@ -14,10 +14,10 @@ from penstock.models.blank import without_weights
 from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import effective
-from penstock.models.families.mapping import views_on
+from penstock.models.families.mapping import general, views_on
 from penstock.models.hub.description import describe, read_config
 from penstock.models.hub.family import remember
-from penstock.models.hub.filling import TO_ADD, TO_INFER, Kept, allocate, fill, keep_packed
+from penstock.models.hub.filling import TO_ADD, TO_INFER, Kept, allocate, fill, keep_packed, kept_stacks
 from penstock.models.hub.folders import resolve
 from penstock.models.hub.weights import check_weights, in_few_bits, routed_adapter, stated_dtype, weights_of
 from penstock.models.shares import Divided, Portion, Share, cuts, divided
@@ -72,6 +72,38 @@ def load_for_inference(
     return _load(source, torch.device(device), dtype, TO_INFER, share, part)
 
 
+def check_divisible(source: str | Path, size: int) -> None:
+    """Checks that :func:`load_for_inference` can load the shares of ``size`` ranks. Of the weights it reads what their
+    files say of them, and a few matrices: the first and the last of those that stand in the same place of their layers
+    are stored as the others are.
+
+    Raises:
+        UsageError, ModelError: as that does.
+    """
+    described = describe(resolve(source))
+    family, config, adapter = described.family, described.config, routed_adapter(described.folder)
+    if adapter is not None:
+        raise _undivided(adapter)
+    weights = weights_of(described)
+    with without_weights():
+        whole, part = Decoder(config), Decoder(divided(config, size))
+    check_weights(described, weights, views_on(whole, family))
+    first = Divided(weights, cuts(whole, part, family, Share(0, size)))
+    alike: dict[str, list[str]] = {}
+    for name, stack, _ in kept_stacks(part, family, first, TO_INFER):
+        alike.setdefault(general(name), []).append(next(iter(stack)))
+    for names in alike.values():
+        for _ in first.packed({names[0], names[-1]}):
+            pass  # it is divided as it comes
+
+
+def _undivided(adapter: Path) -> UsageError:
+    return UsageError(
+        f"{adapter} adds something else for each token, and is not divided among devices",
+        hint="Leave out tensor_parallel and pipeline_parallel.",
+    )
+
+
 def _load(
     source: str | Path,
     device: torch.device,
@@ -85,10 +117,7 @@ def _load(
     family, config = described.family, described.config
     adapter = routed_adapter(folder)
     if adapter is not None and (share is not None or part is not None):
-        raise UsageError(
-            f"{adapter} adds something else for each token, and is not divided among devices",
-            hint="Leave out tensor_parallel and pipeline_parallel.",
-        )
+        raise _undivided(adapter)
     weights = weights_of(described)
     with without_weights():
         decoder = whole = Decoder(config)

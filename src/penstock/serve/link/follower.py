@@ -148,7 +148,7 @@ def main() -> None:
     settle()
     channel.send(Done())
     world = met(share, store(share.size, wanted.port))
-    with world.together(lambda error: log.error("%s", error)):
+    with world.together(lambda error: log.error("%s", error.what)):  # what to do about it is said by the first rank
         follow(model, config, channel, world)
     world.end()
 

@@ -8,6 +8,7 @@ outlives its front end.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import signal
@@ -34,7 +35,7 @@ from penstock.serve.link.host import Host
 from penstock.serve.link.wire import Done, Errand, Failed, Message, News, Open, Ready, Refused, VectorForm, body, parse
 from penstock.serve.messages import Abort, Control, Embed, Request
 from penstock.serve.opening import dtype_of, open_engine
-from penstock.serve.ranks.group import RankLostError
+from penstock.serve.ranks.group import RankLostError, Ranks
 from penstock.serve.ranks.runner import ALONE, LeadingRunner, RankRunner
 from penstock.serve.run.runner import Runner
 
@@ -116,7 +117,7 @@ def opened(wanted: Open, channel: Channel[Message]) -> tuple[Host, Ready]:
     memory = [dict(executor.memory)]
     if isinstance(executor, LeadingRunner) and executor.ranks is not None:
         memory += executor.ranks.memory
-        executor.ranks.watch(lambda error: _end(error, channel))
+        executor.ranks.watch(functools.partial(_end, channel=channel, ranks=executor.ranks))
     texts, ready = None, Ready(engine.limits.context, limits.sequences, limits.model.vocabulary, memory, codec)
     if isinstance(executor, Runner) and not isinstance(executor, RankRunner):
         pooled = pooled_decoder(executor.model, pooling_of(folder, LAST))
@@ -154,7 +155,10 @@ def main() -> None:
         _end(error, channel)
 
 
-def _end(error: PenstockError, channel: Channel[Message]) -> None:
-    """Says why the engine ends, and ends this process, from whichever thread: another may wait for a lost rank."""
+def _end(error: PenstockError, channel: Channel[Message], ranks: Ranks | None = None) -> None:
+    """Says why the engine ends, and ends this process, from whichever thread: another may wait for a lost rank. The
+    other ``ranks`` end before it."""
     channel.send(Failed(error.what, error.hint, error.exit_code))
+    if ranks is not None:
+        ranks.bury()
     os._exit(error.exit_code)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -30,8 +31,9 @@ log = logging.getLogger(__name__)
 #: How long ranks wait for each other within a step.
 PATIENCE = datetime.timedelta(minutes=5)
 
-#: Seconds of silence after which a rank that is stopped counts as lost, and those that an ending one may take.
-SILENCE, GRACE = 60.0, 5.0
+#: Seconds of silence after which a rank that is stopped counts as lost, those that an ending one may take, and those
+#: that it may take where this process ends, too, for which a front end waits some seconds.
+SILENCE, GRACE, LAST = 60.0, 5.0, 2.0
 
 
 class RankLostError(PenstockError):
@@ -242,6 +244,10 @@ class Ranks:
 
         threading.Thread(target=wait, name="penstock-ranks", daemon=True).start()
 
+    def bury(self) -> None:
+        """Once a rank is lost, sees to it that no other one stays behind this process: one that was stopped would."""
+        _end(self._processes, LAST)
+
     def _end_all(self) -> None:
         """Once a rank is lost, ends what waits for it: on the device, where NCCL itself would for minutes, and then end
         this process; and the others, which may not notice, and for which this one may wait."""
@@ -312,11 +318,12 @@ class Ranks:
         self._processes, self._channels = [], []
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Waits for ``processes``, which are about to end, and kills those that do not."""
+def _end(processes: Sequence[subprocess.Popen[bytes]], patience: float = GRACE) -> None:
+    """Waits some seconds for ``processes``, which are about to end, and kills those that do not."""
+    deadline = time.monotonic() + patience
     for process in processes:
         try:
-            process.wait(GRACE)
+            process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

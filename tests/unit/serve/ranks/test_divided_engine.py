@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
+import signal
 import socket
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -31,7 +34,7 @@ from penstock.serve.engine.engine import Engine
 from penstock.serve.link import follower
 from penstock.serve.link.follower import follow
 from penstock.serve.messages import Request
-from penstock.serve.opening import open_share
+from penstock.serve.opening import open_engine, open_share
 from penstock.serve.ranks import group
 from penstock.serve.ranks.group import RankLostError, Ranks
 from penstock.serve.ranks.wire import body, parse
@@ -39,6 +42,7 @@ from penstock.testing.ranks import agreed, ranks
 from penstock.testing.transformers_peer import peer, prompt, randomize
 from quantized_folders import mixture, mxfp4
 from served import Forked
+from small_tokenizers import byte_level
 from tiny_adapters import written
 
 #: Norms over all heads, of which two ranks have the same; experts with biases; latents; a layout of its own.
@@ -195,8 +199,28 @@ def test_two_ranks_say_of_quantized_mixtures_what_one_device_does(tmp_path):
         assert bytes_of[0] == bytes_of[1] and isinstance(shares[0].layers[0].mlp.down, QuantizedExperts), name
         matrices = sum(each.nbytes for _, layer in packed_layers(whole) for each in layer.buffers())
         assert matrices / 2 <= bytes_of[0] < 0.56 * matrices  # the scales of rows are with each part of their columns
-    with pytest.raises(UsageError, match=r"down_proj cannot be divided .*: 32 columns are stored together"):
-        hub.load_for_inference(mxfp4(tmp_path / "odd"), share=Share(0, 2))
+        hub.check_divisible(folder, 2)
+
+
+def test_what_is_stored_in_groups_that_cannot_be_divided_is_refused_before_it_is_loaded(tmp_path):
+    odd, why = mxfp4(tmp_path / "odd"), r"down_proj cannot be divided among 2 ranks .*: 32 columns are stored together"
+    for attempt in (lambda: hub.load_for_inference(odd, share=Share(0, 2)), lambda: hub.check_divisible(odd, 2)):
+        with pytest.raises(UsageError, match=why) as refused:
+            attempt()
+        assert refused.value.hint == "Leave tensor_parallel out, or take a model that is not quantized."
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 512, "head_dim": 128}
+    model = peer("llama", **{**gguf_files.SHAPE, **shape})
+    gguf_files.write(tmp_path / "q4.gguf", model, "llama", gguf_files.coded("Q4_K"))
+    with pytest.raises(UsageError, match=r"o_proj.* cannot be divided among 4 ranks .*: 256 columns") as refused:
+        hub.check_divisible(tmp_path / "q4.gguf", 4)
+    assert refused.value.hint.startswith("Set tensor_parallel to 2, or")
+    hub.check_divisible(tmp_path / "q4.gguf", 2)
+
+
+def test_the_first_rank_starts_no_others_where_they_could_not_divide_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(Ranks, "start", lambda *_: pytest.fail("others are started"))
+    with pytest.raises(UsageError, match="down_proj cannot be divided among 2 ranks"):
+        open_engine(mxfp4(tmp_path / "odd"), EngineConfig(tensor_parallel=2), "cpu", tokenizer=byte_level())
 
 
 @pytest.fixture(scope="module")
@@ -363,6 +387,15 @@ def test_a_rank_that_fails_in_a_step_ends_all_and_is_named(families, size, rank,
     assert first.startswith(reason)
     assert {*later} == {first}
     assert results[1:] == [{}] * (size - 1), "the others end themselves"
+
+
+def test_a_rank_that_is_stopped_stays_no_longer_than_the_others(monkeypatch):
+    monkeypatch.setattr(group, "LAST", 0.1)
+    stopped, other = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    os.kill(stopped.pid, signal.SIGSTOP)
+    other.terminate()
+    Ranks(Share(0, 3), [], [other, stopped]).bury()
+    assert (stopped.poll(), other.poll()) == (-signal.SIGKILL, -signal.SIGTERM)
 
 
 def test_a_rank_that_cannot_be_opened_says_why(families, monkeypatch):
