@@ -194,6 +194,7 @@ class Snapshot:
         version: of the weights.
         paused, asleep: whether it was told to be.
         adapters: the names of those that requests can choose.
+        adapter_keys: what tells each of these from others, of one engine.
         replicas: what this adds up, where it is the state of several engines.
         resent: requests that were sent to another replica, as theirs was lost.
     """
@@ -231,5 +232,6 @@ class Snapshot:
     paused: bool = False
     asleep: bool = False
     adapters: tuple[str, ...] = ()
+    adapter_keys: tuple[str, ...] = ()
     replicas: tuple[ReplicaState, ...] = ()
     resent: int = 0

@@ -65,6 +65,11 @@ class Adapters:
         """Of those that requests can choose."""
         return tuple(self._known)
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What tells each of them from others, as text."""
+        return tuple(each.key.hex() for each in self._known.values())
+
     def named(self, name: str) -> Adapter:
         """The adapter of this name; the model itself for the empty one.
 

@@ -383,6 +383,7 @@ class Engine:
             paused=self.control.paused,
             asleep=self.control.asleep,
             adapters=self.adapters.names,
+            adapter_keys=self.adapters.keys,
             policy=self._policy,
             compress_seconds=0.0 if self._compressing is None else self._compressing.compress_seconds,
             **dataclasses.asdict(self._counters),

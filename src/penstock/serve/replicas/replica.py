@@ -49,6 +49,15 @@ class Replica:
         """Whether it takes requests."""
         return self.client.failure is None and not self.drained
 
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Those that it has, by name, with what tells them from others."""
+        return dict(zip(self.client.snapshot.adapters, self.client.snapshot.adapter_keys, strict=True))
+
+    def answers(self, adapter: str) -> bool:
+        """Whether it takes requests with this ``adapter``, which is empty for the model itself."""
+        return self.open and (not adapter or adapter in self.adapters)
+
     def state(self, under_way: int) -> ReplicaState:
         """As it is told, with so many continuations ``under_way``."""
         alive = self.client.failure is None

@@ -71,7 +71,8 @@ class Replicas:
         clients = [client for _, client in opened]
         room = min(client.snapshot.blocks for client in clients) * config.block_size
         self._dispatcher = Dispatcher(replication.routing, len(clients), room)
-        self._standing, self._acting = Standing(config.adapters), asyncio.Lock()
+        self._standing = Standing(config.adapters, self._replicas[0].adapters)
+        self._acting = asyncio.Lock()
         self._cut = set[tuple[str, int]]()
         self._resent, self._changed = 0, asyncio.Event()
         self.ready = all_ready([client.ready for client in clients])
@@ -209,7 +210,7 @@ class Replicas:
         """The engine that ``request`` is sent to, which has it within the block."""
         if self.failure is not None:
             raise self.failure
-        number = self._dispatcher.send(request, [replica.open for replica in self._replicas])
+        number = self._dispatcher.send(request, [each.answers(request.adapter) for each in self._replicas])
         try:
             yield self._replicas[number].client
         finally:
@@ -258,20 +259,26 @@ class Replicas:
             if act is Act.LOAD and version is None:
                 version = self.snapshot.version + 1
             wanted = (id, act, folder, version, name)
-            first = await self._first(*wanted)
-            others = [each for each in self._replicas if each.client.failure is None and each is not first]
+            concerned = self._concerned(act, name)
+            first = await self._first(concerned, *wanted)
+            key = first.adapters.get(name, "")
+            others = [each for each in concerned if each.client.failure is None and each is not first]
             ended = await asyncio.gather(*(each.client.control(*wanted) for each in others), return_exceptions=True)
             refused = [
                 (each, end)
                 for each, end in zip(others, ended, strict=True)
                 if isinstance(end, PenstockError) and not isinstance(end, EngineDiedError)
             ]
+            if act is Act.LOAD_ADAPTER:
+                read = [each for each, end in zip(others, ended, strict=True) if end is None]
+                changed = PenstockError(f"what is in {folder} has changed while replicas read it: load it again")
+                refused += [(each, changed) for each in read if each.adapters.get(name) != key]
             if refused and act is Act.LOAD_ADAPTER:
-                done = {first, *others} - {each for each, _ in refused}
+                done = [each for each in (first, *others) if name in each.adapters]
                 undoing = (each.client.control(id, Act.DROP_ADAPTER, name=name) for each in done)
                 await asyncio.gather(*undoing, return_exceptions=True)
                 raise UsageError(f"replica {refused[0][0].number}: {refused[0][1]}")
-            self._standing.take(act, folder, version, name)
+            self._standing.take(act, folder, version, name, key)
             for replica, error in refused:
                 # Started again, it is told what all have done.
                 log.error("replica %d does not %s as the others do, and is ended: %s", replica.number, act, error)
@@ -280,9 +287,16 @@ class Replicas:
                 for replica in self._replicas:
                     self._dispatcher.forget(replica.number)
 
-    async def _first(self, id: str, act: Act, folder: str, version: int | None, name: str) -> Replica:
-        """The first replica that lives, which has done what an operator says."""
-        for replica in self._replicas:
+    def _concerned(self, act: Act, name: str) -> list[Replica]:
+        """Who is to do what an operator says: all of them, but to drop an adapter, those that have it, if any has."""
+        have = [each for each in self._replicas if act is Act.DROP_ADAPTER and name in each.adapters]
+        return have or self._replicas
+
+    async def _first(
+        self, replicas: Sequence[Replica], id: str, act: Act, folder: str, version: int | None, name: str
+    ) -> Replica:
+        """The first of some ``replicas`` that lives, which has done what an operator says."""
+        for replica in replicas:
             with contextlib.suppress(EngineDiedError):
                 await replica.client.control(id, act, folder, version, name)
                 return replica
@@ -384,14 +398,33 @@ class Replicas:
         client = await _opened(self._model, replica.place, self._patience)
         try:
             async with self._acting:
-                for each in self._standing.acts():
-                    await client.control(f"ctl-{uuid.uuid4().hex}", each.act, each.folder, each.version, each.name)
+                await self._catch_up(replica.number, client)
                 replica.put(client)
         except BaseException:
             await client.close()
             raise
         replica.restarts += 1
         self._change()
+
+    async def _catch_up(self, number: int, client: EngineClient) -> None:
+        """Has the engine of ``client``, which comes to the place ``number``, do what all the others have done. It has
+        no adapter whose folder is not there any more, or has something else: those of one name are all the same.
+
+        Raises:
+            PenstockError: it does not do it.
+        """
+        for each in self._standing.acts():
+            try:
+                await client.control(_id(), each.act, each.folder, each.version, each.name)
+            except PenstockError as error:
+                if isinstance(error, EngineDiedError) or each.act is not Act.LOAD_ADAPTER:
+                    raise
+                log.error("replica %d goes on without the adapter %s, which others have: %s", number, each.name, error)
+        for name, key in zip(client.snapshot.adapters, client.snapshot.adapter_keys, strict=True):
+            if self._standing.keys.get(name) != key:
+                await client.control(_id(), Act.DROP_ADAPTER, name=name)
+                changed = "there is another one in its folder now"
+                log.error("replica %d goes on without the adapter %s, which others have: %s", number, name, changed)
 
     def _give_up(self, replica: Replica, failure: PenstockError) -> None:
         replica.lost = EngineDiedError(f"replica {replica.number}: {failure}")
@@ -400,6 +433,11 @@ class Replicas:
         if all(each.lost is not None for each in self._replicas):
             self.failure = replica.lost
             self.dead.set()
+
+
+def _id() -> str:
+    """Of something that an engine is told to do."""
+    return f"ctl-{uuid.uuid4().hex}"
 
 
 async def _opened(model: str, place: Place, patience: float) -> EngineClient:

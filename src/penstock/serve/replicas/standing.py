@@ -13,23 +13,29 @@ class Standing:
 
     Args:
         adapters: those that engines are opened with, folders by name.
+        keys: what told these from others then.
+
+    Attributes:
+        keys: what tells the adapters from others that all engines have.
     """
 
-    def __init__(self, adapters: Mapping[str, Path]) -> None:
+    def __init__(self, adapters: Mapping[str, Path], keys: Mapping[str, str]) -> None:
+        self.keys = dict(keys)
         self._opened = {name: str(folder) for name, folder in adapters.items()}
         self._adapters = dict(self._opened)
         self._weights: list[Control] = []
         self._stopped: dict[Act, Act] = {}
 
-    def take(self, act: Act, folder: str, version: int | None, name: str) -> None:
-        """All engines have done this."""
+    def take(self, act: Act, folder: str, version: int | None, name: str, key: str) -> None:
+        """All engines have done this; what they have loaded has the ``key``, if it is an adapter."""
         match act:
             case Act.LOAD:
                 self._weights = [Control("", act, folder, version)]
             case Act.LOAD_ADAPTER:
-                self._adapters[name] = folder
+                self._adapters[name], self.keys[name] = folder, key
             case Act.DROP_ADAPTER:
                 self._adapters.pop(name, None)
+                self.keys.pop(name, None)
             case Act.PAUSE | Act.SLEEP:
                 self._stopped[Act.RESUME if act is Act.PAUSE else Act.WAKE] = act
             case Act.RESUME | Act.WAKE:

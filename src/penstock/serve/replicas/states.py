@@ -17,14 +17,15 @@ OTHERS: dict[str, Callable[[Sequence[Any]], Any]] = {
     "paused": all,
     "asleep": all,
     "policy": lambda each: each[0],
-    "adapters": lambda each: tuple(name for name in each[0] if all(name in others for others in each[1:])),
+    "adapters": lambda each: tuple(dict.fromkeys(itertools.chain.from_iterable(each))),
+    "adapter_keys": lambda each: (),
     "replicas": lambda each: (),
 }
 
 
 def summed(states: Sequence[Snapshot]) -> Snapshot:
     """What ``states``, one or more, come to: counts are added up, place by place where they are lists; of the durations
-    of steps it is the longest; adapters are those that all have."""
+    of steps it is the longest; adapters are those that any has."""
     found = {}
     for field in dataclasses.fields(Snapshot):
         values = [getattr(state, field.name) for state in states]

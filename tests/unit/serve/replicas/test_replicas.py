@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
@@ -26,18 +27,21 @@ ANSWER = [5, 6, 7, 8]
 
 
 class Engine:
-    """Answers with ANSWER and tells vectors of ones; dies behind ``tokens`` of an answer, and refuses an ``act``."""
+    """Answers with ANSWER and tells vectors of ones; dies behind ``tokens`` of an answer, and refuses an ``act``. What
+    it reads of an adapter's folder has the ``key``."""
 
     ready = Ready(100, 4, 50, [{"weights": 1}], "plain")
     outstanding = pid = 0
 
-    def __init__(self, tokens: int | None = None, act: Act | None = None) -> None:
+    def __init__(self, tokens: int | None = None, act: Act | None = None, key: str = "k") -> None:
         self.snapshot = Snapshot(*[0] * 13, 0.0)
         self.failure: EngineDiedError | None = None
         self.dead, self.watchers, self.done, self.aborted = asyncio.Event(), [], [], []
-        self._tokens, self._act = tokens, act
+        self.asked = set[str]()
+        self._tokens, self._act, self._key, self._adapters = tokens, act, key, dict[str, str]()
 
     async def stream(self, request: Request) -> AsyncGenerator[Delta]:
+        self.asked.add(request.id)
         for place, token in enumerate(ANSWER):
             await self._live(place)
             yield Delta(request.id, 0, [token], finish=Finish.LENGTH if token == ANSWER[-1] else None)
@@ -62,6 +66,12 @@ class Engine:
         if act is self._act:
             raise PenstockError("not this one")
         self.done.append((act, version, name))
+        if act is Act.LOAD_ADAPTER:
+            self._adapters[name] = self._key
+        elif act is Act.DROP_ADAPTER:
+            del self._adapters[name]
+        names, keys = tuple(self._adapters), tuple(self._adapters.values())
+        self.snapshot = dataclasses.replace(self.snapshot, adapters=names, adapter_keys=keys)
 
     def abort(self, id: str, index: int | None = None) -> None:
         self.aborted.append((id, index))
@@ -223,6 +233,50 @@ def test_one_that_does_not_do_as_the_others_comes_back_as_they_are(monkeypatch):
             await asyncio.sleep(0)
         assert later.done == [(Act.LOAD, 9, ""), (Act.PAUSE, None, "")]
         assert several.snapshot.replicas[1].restarts == 1
+        await several.close()
+
+    played(work)
+
+
+def test_one_name_is_one_adapter_everywhere():
+    async def work() -> None:
+        first, second = Engine(), Engine(key="another")
+        several = over(first, second)
+        with pytest.raises(UsageError, match="replica 1: what is in folder has changed while replicas read it"):
+            await several.control("c", Act.LOAD_ADAPTER, "folder", name="a")
+        assert several.snapshot.adapters == ()
+        await several.close()
+
+    played(work)
+
+
+@pytest.mark.parametrize("unlike", [{"key": "another"}, {"act": Act.LOAD_ADAPTER}])
+def test_one_that_comes_later_does_without_an_adapter_that_it_cannot_read_as_the_others_have(monkeypatch, unlike):
+    """Requests with that go to those that have it, which alone are told to drop it."""
+
+    async def work() -> None:
+        later = Engine(**unlike)
+
+        async def opened(*_: Any) -> Engine:
+            return later
+
+        monkeypatch.setattr(replicas, "_opened", opened)
+        first, second = Engine(), Engine()
+        several = over(first, second, restarts=1)
+        await several.control("c", Act.LOAD_ADAPTER, "folder", name="a")
+        second.kill()
+        while several.snapshot.replicas[1].state != "ready":
+            await asyncio.sleep(0)
+        assert several.snapshot.adapters == ("a",) and later.snapshot.adapters == ()
+        for number in range(4):
+            assert await told(several, dataclasses.replace(request(), id=str(number))) == ANSWER
+            assert await told(several, dataclasses.replace(request(), id=f"a{number}", adapter="a")) == ANSWER
+        assert later.asked and later.asked < {str(number) for number in range(4)}
+        dropped = [*later.done]
+        await several.control("c", Act.DROP_ADAPTER, name="a")
+        assert first.done[-1] == (Act.DROP_ADAPTER, None, "a") and later.done == dropped
+        with pytest.raises(NoReplicaError):
+            await told(several, dataclasses.replace(request(), adapter="a"))
         await several.close()
 
     played(work)

@@ -47,14 +47,15 @@ class State:
 @pytest.mark.parametrize("length", [1, 2, 4])
 def test_it_comes_to_the_same_as_one_that_was_there_all_the_time(length):
     for sayings in itertools.permutations(SAYINGS, length):
-        old, standing = State(), Standing({"a": Path("first")})
+        old, standing = State(), Standing({"a": Path("first")}, {"a": "first"})
         for act, folder, version, name in sayings:
             try:
                 old.take(Control("", act, folder, version, name))
             except (AssertionError, KeyError):  # engines refuse it
                 continue
-            standing.take(act, folder, version, name)
+            standing.take(act, folder, version, name, folder)
         new = State()
         for each in standing.acts():
             new.take(each)
         assert vars(new) == vars(old)
+        assert standing.keys == old.adapters
