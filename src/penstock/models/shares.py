@@ -81,6 +81,11 @@ def divided(config: DecoderConfig, size: int) -> DecoderConfig:
     return config.model_copy(update=changes)
 
 
+def fitting(config: DecoderConfig) -> list[int]:
+    """Those numbers of ranks that can divide a model of this shape, by :func:`divided`."""
+    return [count for count in range(2, config.heads + 1) if _obstacle(config, count) is None]
+
+
 def _require(
     obstacle_of: Callable[[DecoderConfig, int], str | None], config: DecoderConfig, size: int, refused: str, option: str
 ) -> None:
@@ -181,12 +186,10 @@ class Cut:
             try:
                 parts = packed.format.columns(packed.parts, start, stop)
             except UsageError as error:
-                units, ranks = packed.shape[1] // packed.format.unit, self.whole[self.axis] // self.size
-                fitting = [str(count) for count in range(2, ranks) if units % count == 0]
-                fewer = f"Set tensor_parallel to {' or '.join(fitting)}" if fitting else "Leave tensor_parallel out"
+                ranks = self.whole[self.axis] // self.size
                 raise UsageError(
                     f"{name} cannot be divided among {ranks} ranks as it is stored: {error.what}",
-                    hint=f"{fewer}, or take a model that is not quantized.",
+                    hint="Set tensor_parallel to fewer, or take a model that is not quantized.",
                 ) from error
         # Copies: what the others take does not stay in memory with it.
         return Packed(packed.format, {part: stored.clone() for part, stored in parts.items()})

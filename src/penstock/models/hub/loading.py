@@ -15,12 +15,13 @@ from penstock.models.config import DecoderConfig
 from penstock.models.decoder import Decoder
 from penstock.models.families.contract import effective
 from penstock.models.families.mapping import general, views_on
-from penstock.models.hub.description import describe, read_config
+from penstock.models.formats.contract import Weights
+from penstock.models.hub.description import Description, describe, read_config
 from penstock.models.hub.family import remember
 from penstock.models.hub.filling import TO_ADD, TO_INFER, Kept, allocate, fill, keep_packed, kept_stacks
 from penstock.models.hub.folders import resolve
 from penstock.models.hub.weights import check_weights, in_few_bits, routed_adapter, stated_dtype, weights_of
-from penstock.models.shares import Divided, Portion, Share, cuts, divided
+from penstock.models.shares import Divided, Portion, Share, cuts, divided, fitting
 
 
 def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Decoder:
@@ -73,28 +74,46 @@ def load_for_inference(
 
 
 def check_divisible(source: str | Path, size: int) -> None:
-    """Checks that :func:`load_for_inference` can load the shares of ``size`` ranks. Of the weights it reads what their
-    files say of them, and a few matrices: the first and the last of those that stand in the same place of their layers
-    are stored as the others are.
+    """Checks that :func:`load_for_inference` can load the shares of ``size`` ranks of a model. Where it is quantized, a
+    few of its matrices are read.
 
     Raises:
         UsageError, ModelError: as that does.
     """
     described = describe(resolve(source))
-    family, config, adapter = described.family, described.config, routed_adapter(described.folder)
+    adapter = routed_adapter(described.folder)
     if adapter is not None:
         raise _undivided(adapter)
+    divided(described.config, size)
     weights = weights_of(described)
+    if not weights.quantized:
+        return
+    obstacle = _obstacle_to_ranks(described, weights, size)
+    if obstacle is not None:
+        fewer = [count for count in fitting(described.config) if count < size]
+        counts = [str(count) for count in fewer if _obstacle_to_ranks(described, weights, count) is None]
+        what = f"Set tensor_parallel to {' or '.join(counts)}" if counts else "Leave tensor_parallel out"
+        raise UsageError(obstacle.what, hint=f"{what}, or take a model that is not quantized.") from obstacle
+
+
+def _obstacle_to_ranks(described: Description, weights: Weights, size: int) -> UsageError | None:
+    """Why ``size`` ranks cannot divide ``weights`` as they are stored, if they cannot. Of those of one type that stand
+    in the same place of their layers, the first and the last are looked at."""
+    family = described.family
     with without_weights():
-        whole, part = Decoder(config), Decoder(divided(config, size))
+        whole, part = Decoder(described.config), Decoder(divided(described.config, size))
     check_weights(described, weights, views_on(whole, family))
     first = Divided(weights, cuts(whole, part, family, Share(0, size)))
-    alike: dict[str, list[str]] = {}
+    alike: dict[tuple[str, str], list[str]] = {}
     for name, stack, _ in kept_stacks(part, family, first, TO_INFER):
-        alike.setdefault(general(name), []).append(next(iter(stack)))
-    for names in alike.values():
-        for _ in first.packed({names[0], names[-1]}):
+        one = next(iter(stack))
+        alike.setdefault((general(name), weights.headers[one].dtype), []).append(one)
+    try:
+        for _ in first.packed({name for names in alike.values() for name in (names[0], names[-1])}):
             pass  # it is divided as it comes
+    except UsageError as error:
+        return error
+    return None
 
 
 def _undivided(adapter: Path) -> UsageError:

@@ -116,6 +116,9 @@ def _loaded(runner: RankRunner, slot: int, folder: Path) -> Done | Refusal:
         return Done(key=runner.load_adapter(slot, folder))
     except PenstockError as error:
         return Refusal(error.what, error.hint, error.exit_code)
+    except Exception as error:  # nobody foresaw it
+        log.exception("an adapter cannot be loaded")
+        return Refusal(repr(error), "", PenstockError.exit_code)
 
 
 def main() -> None:

@@ -54,9 +54,9 @@ class Replica:
         """Those that it has, by name, with what tells them from others."""
         return dict(zip(self.client.snapshot.adapters, self.client.snapshot.adapter_keys, strict=True))
 
-    def answers(self, adapter: str) -> bool:
-        """Whether it takes requests with this ``adapter``, which is empty for the model itself."""
-        return self.open and (not adapter or adapter in self.adapters)
+    def answers(self, adapter: str, key: str) -> bool:
+        """Whether it takes requests with this ``adapter``, which has the ``key``; it is empty for the model itself."""
+        return self.open and (not adapter or self.adapters.get(adapter) == key)
 
     def state(self, under_way: int) -> ReplicaState:
         """As it is told, with so many continuations ``under_way``."""

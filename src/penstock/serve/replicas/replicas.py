@@ -19,7 +19,7 @@ from typing import Self, TypeVar
 
 import numpy as np
 
-from penstock.core.errors import PenstockError, UsageError
+from penstock.core.errors import PenstockError, UsageError, nearest
 from penstock.core.events import Event
 from penstock.serve.choose.sampling import SamplingParams
 from penstock.serve.config import EngineConfig
@@ -106,6 +106,9 @@ class Replicas:
         if failed:
             await asyncio.gather(*(client.close() for client in clients))
             raise failed[0]
+        if len({client.snapshot.adapter_keys for client in clients}) > 1:
+            await asyncio.gather(*(client.close() for client in clients))
+            raise PenstockError("what is in an adapter's folder has changed while replicas read it: start again")
         return cls(model, config, replication, patience, list(zip(found, clients, strict=True)))
 
     # Requests
@@ -210,7 +213,11 @@ class Replicas:
         """The engine that ``request`` is sent to, which has it within the block."""
         if self.failure is not None:
             raise self.failure
-        number = self._dispatcher.send(request, [each.answers(request.adapter) for each in self._replicas])
+        adapter, known = request.adapter, self._standing.keys
+        if adapter and adapter not in known:
+            raise UsageError(f"there is no adapter {adapter!r} here: {nearest(adapter, known)}")
+        answering = [each.answers(adapter, known.get(adapter, "")) for each in self._replicas]
+        number = self._dispatcher.send(request, answering)
         try:
             yield self._replicas[number].client
         finally:
@@ -258,8 +265,14 @@ class Replicas:
         async with self._acting:
             if act is Act.LOAD and version is None:
                 version = self.snapshot.version + 1
-            wanted = (id, act, folder, version, name)
-            concerned = self._concerned(act, name)
+            wanted, concerned = (id, act, folder, version, name), self._replicas
+            if act is Act.LOAD_ADAPTER and name in self._standing.keys:
+                raise UsageError(f"there is an adapter {name!r} already", hint="Drop it first, or choose another name.")
+            if act is Act.DROP_ADAPTER and name in self._standing.keys:
+                self._standing.take(*wanted[1:], key="")
+                concerned = [each for each in self._replicas if each.client.failure is None and name in each.adapters]
+                if not concerned:
+                    return
             first = await self._first(concerned, *wanted)
             key = first.adapters.get(name, "")
             others = [each for each in concerned if each.client.failure is None and each is not first]
@@ -274,7 +287,7 @@ class Replicas:
                 changed = PenstockError(f"what is in {folder} has changed while replicas read it: load it again")
                 refused += [(each, changed) for each in read if each.adapters.get(name) != key]
             if refused and act is Act.LOAD_ADAPTER:
-                done = [each for each in (first, *others) if name in each.adapters]
+                done = [first, *(each for each, end in zip(others, ended, strict=True) if end is None)]
                 undoing = (each.client.control(id, Act.DROP_ADAPTER, name=name) for each in done)
                 await asyncio.gather(*undoing, return_exceptions=True)
                 raise UsageError(f"replica {refused[0][0].number}: {refused[0][1]}")
@@ -286,11 +299,6 @@ class Replicas:
             if act in (Act.LOAD, Act.SLEEP):
                 for replica in self._replicas:
                     self._dispatcher.forget(replica.number)
-
-    def _concerned(self, act: Act, name: str) -> list[Replica]:
-        """Who is to do what an operator says: all of them, but to drop an adapter, those that have it, if any has."""
-        have = [each for each in self._replicas if act is Act.DROP_ADAPTER and name in each.adapters]
-        return have or self._replicas
 
     async def _first(
         self, replicas: Sequence[Replica], id: str, act: Act, folder: str, version: int | None, name: str
@@ -338,7 +346,8 @@ class Replicas:
         loads = self._dispatcher.loads([replica.open for replica in self._replicas])
         states = [each.state(load.continuations) for each, load in zip(self._replicas, loads, strict=True)]
         alive = [each.now for each in states if each.process] or [each.now for each in states]
-        return dataclasses.replace(summed(alive), replicas=tuple(states), resent=self._resent)
+        adapters = tuple(self._standing.keys)
+        return dataclasses.replace(summed(alive), adapters=adapters, replicas=tuple(states), resent=self._resent)
 
     async def snapshots(self, every: float) -> AsyncGenerator[Snapshot]:
         """Their state, again whenever it changed, and after ``every`` seconds at the latest; ends when none is left."""

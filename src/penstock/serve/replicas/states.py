@@ -17,7 +17,7 @@ OTHERS: dict[str, Callable[[Sequence[Any]], Any]] = {
     "paused": all,
     "asleep": all,
     "policy": lambda each: each[0],
-    "adapters": lambda each: tuple(dict.fromkeys(itertools.chain.from_iterable(each))),
+    "adapters": lambda each: (),
     "adapter_keys": lambda each: (),
     "replicas": lambda each: (),
 }
@@ -25,7 +25,7 @@ OTHERS: dict[str, Callable[[Sequence[Any]], Any]] = {
 
 def summed(states: Sequence[Snapshot]) -> Snapshot:
     """What ``states``, one or more, come to: counts are added up, place by place where they are lists; of the durations
-    of steps it is the longest; adapters are those that any has."""
+    of steps it is the longest. Of adapters nothing is told: an engine may have one that the others have not yet."""
     found = {}
     for field in dataclasses.fields(Snapshot):
         values = [getattr(state, field.name) for state in states]

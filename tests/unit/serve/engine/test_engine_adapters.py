@@ -102,6 +102,11 @@ def test_adapters_that_are_there_from_the_start_are_read_once(folders, tmp_path,
     engine.adapters.drop("a")
     engine.adapters.load("a", folders["a"])  # which may have changed meanwhile
     assert len(opened) == 3
+    # The same under other names, in another order.
+    other = open_engine("plain", small_model(), tmp_path, adapters={"c": folders["a"], "d": folders["b"]})
+    first, second = other.snapshot().adapter_keys
+    assert first != second and engine.snapshot().adapters == ("b", "a")
+    assert engine.snapshot().adapter_keys == (second, first)
 
 
 def open_engine(kind: str, model: Decoder, place: Path, **more) -> Engine:

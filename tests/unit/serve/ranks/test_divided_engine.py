@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -207,7 +208,7 @@ def test_what_is_stored_in_groups_that_cannot_be_divided_is_refused_before_it_is
     for attempt in (lambda: hub.load_for_inference(odd, share=Share(0, 2)), lambda: hub.check_divisible(odd, 2)):
         with pytest.raises(UsageError, match=why) as refused:
             attempt()
-        assert refused.value.hint == "Leave tensor_parallel out, or take a model that is not quantized."
+    assert refused.value.hint == "Leave tensor_parallel out, or take a model that is not quantized."
     shape = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 512, "head_dim": 128}
     model = peer("llama", **{**gguf_files.SHAPE, **shape})
     gguf_files.write(tmp_path / "q4.gguf", model, "llama", gguf_files.coded("Q4_K"))
@@ -215,6 +216,10 @@ def test_what_is_stored_in_groups_that_cannot_be_divided_is_refused_before_it_is
         hub.check_divisible(tmp_path / "q4.gguf", 4)
     assert refused.value.hint.startswith("Set tensor_parallel to 2, or")
     hub.check_divisible(tmp_path / "q4.gguf", 2)
+    # Of 96 columns three ranks have 32 each, but not of four heads.
+    with pytest.raises(UsageError, match="among 4 ranks") as refused:
+        hub.check_divisible(mxfp4(tmp_path / "three", ffn=96), 4)
+    assert refused.value.hint.startswith("Leave tensor_parallel out")
 
 
 def test_the_first_rank_starts_no_others_where_they_could_not_divide_the_model(tmp_path, monkeypatch):
@@ -326,12 +331,12 @@ def test_ranks_go_on_where_one_has_not_read_an_adapter_as_the_first_has(families
                 raise ModelError("it is not there")
             return read(adapters("llama")["b"], *more)
 
-        missed = [1, 2] if rank else []
+        missed = [1, 2] if rank == 1 else []
         monkeypatch.setattr(slots, "read", reading)
 
     config = CONFIG.model_copy(update={"adapter_slots": 1, "adapter_rank": 5})
     adapters("llama")  # are written before ranks are forked
-    (found, _) = together(2, families["llama"], config, load, change)
+    found, *_ = together(4, families["llama"], config, load, change)
     changed, missing = found["returned"]
     assert "has changed while ranks read it: rank 1 has another one" in changed and missing == "rank 1: it is not there"
 
@@ -396,6 +401,13 @@ def test_a_rank_that_is_stopped_stays_no_longer_than_the_others(monkeypatch):
     other.terminate()
     Ranks(Share(0, 3), [], [other, stopped]).bury()
     assert (stopped.poll(), other.poll()) == (-signal.SIGKILL, -signal.SIGTERM)
+    monkeypatch.setattr(group, "LAST", 1.0)
+    stopped, ending = [subprocess.Popen(["sleep", "60"]) for _ in range(3)], subprocess.Popen(["sleep", "0.3"])
+    for each in stopped:
+        os.kill(each.pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    Ranks(Share(0, 5), [], [ending, *stopped]).bury()
+    assert ending.poll() == 0 and time.monotonic() - begun < 2.5
 
 
 def test_a_rank_that_cannot_be_opened_says_why(families, monkeypatch):

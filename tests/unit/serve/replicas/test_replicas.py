@@ -28,17 +28,20 @@ ANSWER = [5, 6, 7, 8]
 
 class Engine:
     """Answers with ANSWER and tells vectors of ones; dies behind ``tokens`` of an answer, and refuses an ``act``. What
-    it reads of an adapter's folder has the ``key``."""
+    it reads of an adapter's folder has the ``key``; it may be ``opened`` with one."""
 
     ready = Ready(100, 4, 50, [{"weights": 1}], "plain")
     outstanding = pid = 0
 
-    def __init__(self, tokens: int | None = None, act: Act | None = None, key: str = "k") -> None:
-        self.snapshot = Snapshot(*[0] * 13, 0.0)
+    def __init__(self, tokens: int | None = None, act: Act | None = None, key: str = "k", opened: bool = False) -> None:
+        self._adapters = {"start": key} if opened else dict[str, str]()
+        names = {"adapters": tuple(self._adapters), "adapter_keys": tuple(self._adapters.values())}
+        self.snapshot = Snapshot(*[0] * 13, 0.0, **names)
         self.failure: EngineDiedError | None = None
         self.dead, self.watchers, self.done, self.aborted = asyncio.Event(), [], [], []
         self.asked = set[str]()
-        self._tokens, self._act, self._key, self._adapters = tokens, act, key, dict[str, str]()
+        self._tokens, self._act, self._key = tokens, act, key
+        self.reading: asyncio.Event | None = None
 
     async def stream(self, request: Request) -> AsyncGenerator[Delta]:
         self.asked.add(request.id)
@@ -65,6 +68,8 @@ class Engine:
         await self._live(-1)
         if act is self._act:
             raise PenstockError("not this one")
+        if self.reading is not None:
+            await self.reading.wait()
         self.done.append((act, version, name))
         if act is Act.LOAD_ADAPTER:
             self._adapters[name] = self._key
@@ -271,12 +276,98 @@ def test_one_that_comes_later_does_without_an_adapter_that_it_cannot_read_as_the
         for number in range(4):
             assert await told(several, dataclasses.replace(request(), id=str(number))) == ANSWER
             assert await told(several, dataclasses.replace(request(), id=f"a{number}", adapter="a")) == ANSWER
+        with pytest.raises(UsageError, match="there is an adapter 'a' already"):
+            await several.control("c", Act.LOAD_ADAPTER, "folder", name="a")
+        assert several.snapshot.adapters == ("a",) and first.snapshot.adapters == ("a",)
+        several._replicas[0].drained = True
+        with pytest.raises(NoReplicaError):
+            await told(several, dataclasses.replace(request(), adapter="a"))
         assert later.asked and later.asked < {str(number) for number in range(4)}
         dropped = [*later.done]
         await several.control("c", Act.DROP_ADAPTER, name="a")
         assert first.done[-1] == (Act.DROP_ADAPTER, None, "a") and later.done == dropped
-        with pytest.raises(NoReplicaError):
+        with pytest.raises(UsageError, match="there is no adapter 'a' here"):
             await told(several, dataclasses.replace(request(), adapter="a"))
+        await several.close()
+
+    played(work)
+
+
+def test_an_adapter_is_there_once_all_have_it():
+    async def work() -> None:
+        first, second = Engine(), Engine()
+        several, second.reading = over(first, second), asyncio.Event()
+        loading = asyncio.create_task(several.control("c", Act.LOAD_ADAPTER, "folder", name="a"))
+        while not first.snapshot.adapters:
+            await asyncio.sleep(0)
+        assert several.snapshot.adapters == ()
+        with pytest.raises(UsageError, match="there is no adapter 'a' here"):
+            await told(several, dataclasses.replace(request(), adapter="a"))
+        second.reading.set()
+        await loading
+        assert several.snapshot.adapters == ("a",)
+        first.kill()
+        second.kill()
+        await several.control("c", Act.DROP_ADAPTER, name="a")  # which nobody has any more
+        assert several.snapshot.adapters == ()
+        await several.close()
+
+    played(work)
+
+
+@pytest.mark.parametrize(("key", "kept"), [("k", ("start",)), ("another", ())])
+def test_adapters_that_engines_were_opened_with_are_looked_at_too(monkeypatch, key, kept):
+    async def work() -> None:
+        later = Engine(key=key, opened=True)
+
+        async def opened(*_: Any) -> Engine:
+            return later
+
+        monkeypatch.setattr(replicas, "_opened", opened)
+        first, second = Engine(opened=True), Engine(opened=True)
+        several = over(first, second, restarts=1)
+        second.kill()
+        while several.snapshot.replicas[1].state != "ready":
+            await asyncio.sleep(0)
+        assert later.snapshot.adapters == kept and several.snapshot.adapters == ("start",)
+        await several.close()
+
+    played(work)
+
+
+def test_replicas_that_have_read_something_else_at_the_start_do_not_open(monkeypatch):
+    async def work() -> None:
+        engines = [Engine(opened=True), Engine(key="another", opened=True)]
+
+        async def opened(*_: Any) -> Engine:
+            return engines.pop()
+
+        monkeypatch.setattr(replicas, "_opened", opened)
+        monkeypatch.setattr(replicas, "EngineClient", Engine)
+        with pytest.raises(PenstockError, match="has changed while replicas read it: start again"):
+            await Replicas.open("m", EngineConfig(), Replication(replicas=2), "cpu")
+
+    played(work)
+
+
+@pytest.mark.parametrize("unlike", [{"act": Act.PAUSE}, {"tokens": -1}])
+def test_one_that_does_not_come_as_far_as_the_others_does_not_join_them(monkeypatch, unlike):
+    """It refuses what they do, or dies."""
+
+    async def work() -> None:
+        async def opened(*_: Any) -> Engine:
+            return Engine(**unlike)
+
+        monkeypatch.setattr(replicas, "_opened", opened)
+        monkeypatch.setattr(replicas, "PAUSE", 0.0)
+        first, second = Engine(), Engine()
+        several = over(first, second, restarts=2)
+        await several.control("c", Act.LOAD_ADAPTER, "folder", name="a")
+        await several.control("c", Act.PAUSE)
+        second.kill()
+        while several.snapshot.replicas[1].state != "dead":
+            assert several.snapshot.replicas[1].state == "starting"
+            await asyncio.sleep(0)
         await several.close()
 
     played(work)

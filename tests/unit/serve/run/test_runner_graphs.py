@@ -306,3 +306,10 @@ def test_graphs_end_with_their_engine(warm):
     assert graphs and all(each() is not None for each in graphs)
     warm.close()
     assert all(each() is None for each in graphs)
+
+
+def test_who_had_graphs_has_them_again_behind_its_sleep(warm):
+    warm.executor.sleep()
+    assert not warm.executor.passes.captured
+    warm.executor.wake()
+    assert warm.executor.passes.captured
