@@ -263,42 +263,68 @@ class Replicas:
             PenstockError: the engines do not do it.
         """
         async with self._acting:
-            if act is Act.LOAD and version is None:
-                version = self.snapshot.version + 1
-            wanted, concerned = (id, act, folder, version, name), self._replicas
-            if act is Act.LOAD_ADAPTER and name in self._standing.keys:
-                raise UsageError(f"there is an adapter {name!r} already", hint="Drop it first, or choose another name.")
-            if act is Act.DROP_ADAPTER and name in self._standing.keys:
-                self._standing.take(*wanted[1:], key="")
-                concerned = [each for each in self._replicas if each.client.failure is None and name in each.adapters]
-                if not concerned:
-                    return
-            first = await self._first(concerned, *wanted)
-            key = first.adapters.get(name, "")
-            others = [each for each in concerned if each.client.failure is None and each is not first]
-            ended = await asyncio.gather(*(each.client.control(*wanted) for each in others), return_exceptions=True)
-            refused = [
-                (each, end)
-                for each, end in zip(others, ended, strict=True)
-                if isinstance(end, PenstockError) and not isinstance(end, EngineDiedError)
-            ]
             if act is Act.LOAD_ADAPTER:
-                read = [each for each, end in zip(others, ended, strict=True) if end is None]
-                changed = PenstockError(f"what is in {folder} has changed while replicas read it: load it again")
-                refused += [(each, changed) for each in read if each.adapters.get(name) != key]
-            if refused and act is Act.LOAD_ADAPTER:
-                done = [first, *(each for each, end in zip(others, ended, strict=True) if end is None)]
-                undoing = (each.client.control(id, Act.DROP_ADAPTER, name=name) for each in done)
-                await asyncio.gather(*undoing, return_exceptions=True)
-                raise UsageError(f"replica {refused[0][0].number}: {refused[0][1]}")
-            self._standing.take(act, folder, version, name, key)
-            for replica, error in refused:
-                # Started again, it is told what all have done.
-                log.error("replica %d does not %s as the others do, and is ended: %s", replica.number, act, error)
-                replica.client.kill()
-            if act in (Act.LOAD, Act.SLEEP):
-                for replica in self._replicas:
-                    self._dispatcher.forget(replica.number)
+                await self._load_adapter(id, folder, name)
+            elif act is Act.DROP_ADAPTER and name in self._standing.keys:
+                await self._drop_adapter(id, name)
+            else:
+                await self._do(id, act, folder, version, name)
+
+    async def _do(self, id: str, act: Act, folder: str, version: int | None, name: str) -> None:
+        """What all do or none, but for those that do not do as the first one did, which end."""
+        if act is Act.LOAD and version is None:
+            version = self.snapshot.version + 1
+        _, refused = await self._tell(self._replicas, id, act, folder, version, name)
+        self._standing.take(act, folder, version, name)
+        for replica, error in refused:
+            # Started again, it is told what all have done.
+            log.error("replica %d does not %s as the others do, and is ended: %s", replica.number, act, error)
+            replica.client.kill()
+        if act in (Act.LOAD, Act.SLEEP):
+            for replica in self._replicas:
+                self._dispatcher.forget(replica.number)
+
+    async def _load_adapter(self, id: str, folder: str, name: str) -> None:
+        """All load what the first one has read in ``folder``, or none has it."""
+        if name in self._standing.keys:
+            raise UsageError(f"there is an adapter {name!r} already", hint="Drop it first, or choose another name.")
+        done, refused = await self._tell(self._replicas, id, Act.LOAD_ADAPTER, folder, None, name)
+        key = done[0].adapters.get(name, "")
+        changed = PenstockError(f"what is in {folder} has changed while replicas read it: load it again")
+        refused += [(each, changed) for each in done if each.adapters.get(name) != key]
+        if refused:
+            undoing = (each.client.control(id, Act.DROP_ADAPTER, name=name) for each in done)
+            await asyncio.gather(*undoing, return_exceptions=True)
+            raise UsageError(f"replica {refused[0][0].number}: {refused[0][1]}")
+        self._standing.take(Act.LOAD_ADAPTER, folder, None, name, key)
+
+    async def _drop_adapter(self, id: str, name: str) -> None:
+        """Those drop it that have it: one that was started again may not."""
+        self._standing.take(Act.DROP_ADAPTER, "", None, name)
+        have = [each for each in self._replicas if each.client.failure is None and name in each.adapters]
+        if have:
+            await self._tell(have, id, Act.DROP_ADAPTER, "", None, name)
+
+    async def _tell(
+        self, replicas: Sequence[Replica], id: str, act: Act, folder: str, version: int | None, name: str
+    ) -> tuple[list[Replica], list[tuple[Replica, PenstockError]]]:
+        """Those of some ``replicas`` that have done what an operator says, the first of them before all others, and
+        those that have not, with their reasons.
+
+        Raises:
+            PenstockError: the first does not do it.
+        """
+        wanted = (id, act, folder, version, name)
+        first = await self._first(replicas, *wanted)
+        others = [each for each in replicas if each.client.failure is None and each is not first]
+        ended = await asyncio.gather(*(each.client.control(*wanted) for each in others), return_exceptions=True)
+        done, refused = [first], list[tuple[Replica, PenstockError]]()
+        for each, end in zip(others, ended, strict=True):
+            if end is None:
+                done.append(each)
+            elif isinstance(end, PenstockError) and not isinstance(end, EngineDiedError):
+                refused.append((each, end))
+        return done, refused
 
     async def _first(
         self, replicas: Sequence[Replica], id: str, act: Act, folder: str, version: int | None, name: str

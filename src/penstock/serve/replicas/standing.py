@@ -26,7 +26,7 @@ class Standing:
         self._weights: list[Control] = []
         self._stopped: dict[Act, Act] = {}
 
-    def take(self, act: Act, folder: str, version: int | None, name: str, key: str) -> None:
+    def take(self, act: Act, folder: str, version: int | None, name: str, key: str = "") -> None:
         """All engines have done this; what they have loaded has the ``key``, if it is an adapter."""
         match act:
             case Act.LOAD:

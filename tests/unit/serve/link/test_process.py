@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from penstock.core.errors import UsageError
 from penstock.serve.choose.sampling import SamplingParams
+from penstock.serve.link import process
 from penstock.serve.link.host import Host
 from penstock.serve.link.process import _take
 from penstock.serve.link.wire import Refused
@@ -36,3 +39,12 @@ def test_it_is_refused_and_the_engine_goes_on(error, said):
     _take(Host(Engine(), "m"), Request("a", [1], SamplingParams()), Channel())
     assert told == [said]
     assert aborted == ["a"] * said.defect  # what it had taken in already
+
+
+def test_who_has_lost_a_rank_says_so_and_ends_behind_the_others(monkeypatch):
+    order = []
+    monkeypatch.setattr(process.os, "_exit", lambda code: order.append(f"exit {code}"))
+    channel = SimpleNamespace(send=lambda message: order.append(message.what))
+    ranks = SimpleNamespace(bury=lambda: order.append("the others end"))
+    process._end(UsageError("rank 1 does not answer"), channel, ranks)
+    assert order == ["rank 1 does not answer", "the others end", f"exit {UsageError.exit_code}"]
