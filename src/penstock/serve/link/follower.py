@@ -114,11 +114,16 @@ def _loaded(runner: RankRunner, slot: int, folder: Path) -> Done | Refusal:
     """The answer to an adapter that was to be loaded. What is in its slot is used by nobody before all have it."""
     try:
         return Done(key=runner.load_adapter(slot, folder))
-    except PenstockError as error:
+    except Exception as error:
+        return _refusal(error, "an adapter cannot be loaded")
+
+
+def _refusal(error: Exception, failed: str) -> Refusal:
+    """What the first rank is told of ``error``; the log has where it comes from if nobody foresaw it."""
+    if isinstance(error, PenstockError):
         return Refusal(error.what, error.hint, error.exit_code)
-    except Exception as error:  # nobody foresaw it
-        log.exception("an adapter cannot be loaded")
-        return Refusal(repr(error), "", PenstockError.exit_code)
+    log.error(failed, exc_info=error)
+    return Refusal(repr(error), "", PenstockError.exit_code)
 
 
 def main() -> None:
@@ -141,12 +146,8 @@ def main() -> None:
             torch.set_num_threads(max(1, torch.get_num_threads() // wanted.size))
         share = Share(wanted.rank, wanted.size)
         model = open_share(wanted.model, config, device, share)
-    except PenstockError as error:
-        channel.send(Refusal(error.what, error.hint, error.exit_code))
-        return
-    except Exception as error:  # nobody foresaw it
-        log.exception("rank %d cannot be opened", wanted.rank)
-        channel.send(Refusal(repr(error), "", 1))
+    except Exception as error:
+        channel.send(_refusal(error, f"rank {wanted.rank} cannot be opened"))
         return
     settle()
     channel.send(Done())

@@ -196,9 +196,7 @@ class Ranks:
             self.tell("load_adapter", slot, str(folder))
             answers = [*self._answers()]
         for rank, answer in enumerate(answers, 1):
-            if isinstance(answer, Refusal):
-                raise _refused(rank, answer)
-            if answer.key != key:
+            if _done(rank, answer).key != key:
                 raise PenstockError(
                     f"the adapter {folder} has changed while ranks read it: rank {rank} has another one than rank 0",
                     hint="Load it again.",
@@ -273,12 +271,7 @@ class Ranks:
         Raises:
             PenstockError: one of them refuses.
         """
-        answers: list[Done] = []
-        for rank, answer in enumerate(self._answers(), 1):
-            if isinstance(answer, Refusal):
-                raise _refused(rank, answer)
-            answers.append(answer)
-        return answers
+        return [_done(rank, answer) for rank, answer in enumerate(self._answers(), 1)]
 
     def _answers(self) -> Iterator[Done | Refusal]:
         """The same, or that it refuses."""
@@ -346,10 +339,12 @@ def _check(size: int, device: torch.device) -> None:
         )
 
 
-def _refused(rank: int, refusal: Refusal) -> PenstockError:
-    """What ``rank`` has refused, as an error of this one."""
-    kind = UsageError if refusal.exit_code == UsageError.exit_code else PenstockError
-    return kind(f"rank {rank}: {refusal.what}", hint=refusal.hint)
+def _done(rank: int, answer: Done | Refusal) -> Done:
+    """The ``answer`` of ``rank``, unless it refuses, which is an error of this one."""
+    if isinstance(answer, Refusal):
+        kind = UsageError if answer.exit_code == UsageError.exit_code else PenstockError
+        raise kind(f"rank {rank}: {answer.what}", hint=answer.hint)
+    return answer
 
 
 def _lost(loss: Loss) -> RankLostError:

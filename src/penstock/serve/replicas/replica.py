@@ -52,7 +52,7 @@ class Replica:
     @property
     def adapters(self) -> dict[str, str]:
         """Those that it has, by name, with what tells them from others."""
-        return dict(zip(self.client.snapshot.adapters, self.client.snapshot.adapter_keys, strict=True))
+        return adapters_of(self.client)
 
     def answers(self, adapter: str, key: str) -> bool:
         """Whether it takes requests with this ``adapter``, which has the ``key``; it is empty for the model itself."""
@@ -90,3 +90,8 @@ class Replica:
 
 class ReplicaLostError(PenstockError):
     """The replica that had begun to answer a request was lost."""
+
+
+def adapters_of(client: EngineClient) -> dict[str, str]:
+    """The adapters that the engine has, by name, with what tells them from others."""
+    return dict(zip(client.snapshot.adapters, client.snapshot.adapter_keys, strict=True))

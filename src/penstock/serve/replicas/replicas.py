@@ -28,7 +28,7 @@ from penstock.serve.link.wire import Errand
 from penstock.serve.messages import Act, Delta, Request, Snapshot
 from penstock.serve.replicas.config import Replication
 from penstock.serve.replicas.placement import Place, places
-from penstock.serve.replicas.replica import Replica, ReplicaLostError
+from penstock.serve.replicas.replica import Replica, ReplicaLostError, adapters_of
 from penstock.serve.replicas.retelling import Retelling
 from penstock.serve.replicas.standing import Standing
 from penstock.serve.replicas.states import all_ready, summed
@@ -455,7 +455,7 @@ class Replicas:
                 if isinstance(error, EngineDiedError) or each.act is not Act.LOAD_ADAPTER:
                     raise
                 log.error("replica %d goes on without the adapter %s, which others have: %s", number, each.name, error)
-        for name, key in zip(client.snapshot.adapters, client.snapshot.adapter_keys, strict=True):
+        for name, key in adapters_of(client).items():
             if self._standing.keys.get(name) != key:
                 await client.control(_id(), Act.DROP_ADAPTER, name=name)
                 changed = "there is another one in its folder now"
